@@ -1,0 +1,1 @@
+"""`lora`: parse, call, print."""

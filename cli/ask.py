@@ -1,0 +1,109 @@
+"""`lora prompt` and `lora compare`: ask one model, or all of them side by side."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.options import DEFAULT_PARAMS, BaseOption, JsonOption, ParamsOption, project_of
+
+if TYPE_CHECKING:
+    from pipeline.engine import Loaded
+    from pipeline.generate import Sampling
+
+app = typer.Typer()
+
+Text = Annotated[str, typer.Argument(metavar="TEXT", help="The beginning of a sentence.")]
+TopK = Annotated[int, typer.Option("--top-k", min=1, help="Candidates for the next token to show.")]
+MaxTokens = Annotated[int, typer.Option(min=0, help="Longest completion, in tokens.")]
+
+
+@app.command()
+def prompt(
+    text: Text,
+    base: BaseOption = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter folder.")] = None,
+    top_k: TopK = 5,
+    max_tokens: MaxTokens = 20,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; above, draw.")] = 0.0,
+    sample_top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest; 0: from all.")] = 0,
+    sample_top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest with this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask one model: the likeliest next tokens and a completion."""
+    from rich.text import Text as Line
+
+    from cli.console import bar, print_json, stdout, table
+    from pipeline.engine import base_of, load
+    from pipeline.generate import Sampling
+
+    loaded = load(base or base_of(adapter), adapter)
+    answer = _answer(loaded, text, top_k, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
+    _note_unbound(adapter)
+    if as_json:
+        print_json(answer)
+        return
+    rows = [(c["token"], f"{c['probability']:.1%}", bar(c["probability"])) for c in answer["top_k"]]
+    stdout.print(table(("next", "probability", ""), rows, right=("probability",)))
+    stdout.print(Line.assemble("\n", text, " ", (answer["completion"], "bold")))
+
+
+@app.command()
+def compare(
+    text: Text,
+    params: ParamsOption = DEFAULT_PARAMS,
+    top_k: TopK = 3,
+    max_tokens: MaxTokens = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask every variant that the pipeline has made, side by side."""
+    from cli.console import print_json, stdout, table
+    from pipeline.engine import variants
+    from pipeline.errors import UserError
+    from pipeline.generate import GREEDY
+
+    answers: dict[str, dict[str, Any]] = {}
+    for loaded in variants(project_of(params)):
+        unknown = loaded.tokenizer.unknown_words(text)
+        answers[loaded.name] = (
+            {"prompt": text, "unknown_words": unknown} if unknown else _answer(loaded, text, top_k, max_tokens, GREEDY)
+        )
+    if not answers:
+        raise UserError("There is no model yet. Run `make repro` for all of them, or `lora pretrain` to begin.")
+    if all("unknown_words" in answer for answer in answers.values()):
+        words = ", ".join(next(reversed(answers.values()))["unknown_words"])
+        raise UserError(f"No variant knows: {words}. Use words of the training data, or add them with expand_vocab.")
+    if as_json:
+        print_json(answers)
+        return
+    columns = ("model", *(f"#{place}" for place in range(1, top_k + 1)), "completion")
+    stdout.print(table(columns, [(name, *_cells(answer, top_k)) for name, answer in answers.items()]))
+
+
+def _cells(answer: dict[str, Any], k: int) -> list[str]:
+    if "unknown_words" in answer:
+        return [*[""] * k, f"does not know: {', '.join(answer['unknown_words'])}"]
+    choices = [f"{choice['token']} {choice['probability']:.1%}" for choice in answer["top_k"]]
+    return [*choices, *[""] * (k - len(choices)), answer["completion"]]
+
+
+def _answer(loaded: "Loaded", text: str, k: int, max_tokens: int, sampling: "Sampling") -> dict[str, Any]:
+    from pipeline import engine
+
+    return {
+        "prompt": text,
+        "model": str(loaded.base),
+        "adapter": str(loaded.adapter) if loaded.adapter else None,
+        "top_k": [vars(choice) for choice in engine.top_k(loaded, text, k)],
+        "completion": engine.complete(loaded, text, max_tokens, sampling),
+    }
+
+
+def _note_unbound(adapter: Path | None) -> None:
+    """Says so where nothing binds an adapter to its base: it was made elsewhere."""
+    from cli.console import stderr
+    from pipeline.artifact import MANIFEST
+
+    if adapter is not None and not (adapter / MANIFEST).exists():
+        stderr.print(f"{adapter} has no {MANIFEST}: names and shapes fit, its base cannot be checked.", markup=False)

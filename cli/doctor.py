@@ -1,0 +1,67 @@
+"""`lora doctor`: what this machine has."""
+
+import typer
+
+from cli.options import JsonOption
+
+app = typer.Typer()
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions, devices, memory and disk."""
+    import platform
+    import shutil
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from cli.console import print_json, stdout, table
+
+    def found(library: str) -> str:
+        try:
+            return version(library)
+        except PackageNotFoundError:
+            return "not installed: run `make install`"
+
+    facts = {
+        "lora-workbench": version("lora-workbench"),
+        "python": platform.python_version(),
+        **{library: found(library) for library in LIBRARIES},
+        "git": shutil.which("git") or "not found: manifests will name no commit",
+        **_devices(),
+        "cpu threads": str(torch.get_num_threads()),
+        "memory": _memory(),
+        "disk free": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        stdout.print(table(("", ""), list(facts.items())))
+
+
+def _devices() -> dict[str, str]:
+    """Every accelerator with its memory, or a line that there is none."""
+    import torch
+
+    found = {
+        f"cuda:{i}": f"{torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        for i in range(torch.cuda.device_count())
+        for free, total in (torch.cuda.mem_get_info(i),)
+    }
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU, unified memory"
+    return found or {"accelerator": "none: training and prompts run on the CPU"}
+
+
+def _memory() -> str:
+    import os
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError):  # macOS does not say
+        return f"{total / 2**30:.1f} GiB"
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"

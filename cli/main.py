@@ -1,0 +1,52 @@
+"""`lora`: the Typer app, and the one place where an error becomes a message and an exit code."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cli import adapters, ask, cache, doctor, stages
+from pipeline.errors import Interrupted, UserError
+
+app = typer.Typer(
+    help="Adapt language models with LoRA: train, merge, evaluate, ask. Numbers come from params.yaml.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+for group in (stages.app, ask.app, adapters.app, cache.app, doctor.app):
+    app.add_typer(group)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"lora {version('lora-workbench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version_wanted: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run a command. Exit codes: 0 done, 1 a UserError, 2 wrong usage, 128 + n stopped by signal n."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 1)
+    except Interrupted as stop:
+        _fail(f"{stop}. Run the same command to go on.", 128 + stop.signal_number)
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}. What was there before is unchanged.", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {message}\n" if code == 1 else f"{message}\n")
+    raise SystemExit(code)

@@ -1,0 +1,30 @@
+"""Options that several commands share, and the project they name."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.dag import Project
+
+ParamsOption = Annotated[Path, typer.Option("--params", help="Params file; its paths are relative to its folder.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One value for this run: finetune_lora.rank=8"),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do the work even if the cache has its result.")]
+CheckpointOption = Annotated[int, typer.Option(min=1, help="Steps between resume checkpoints.")]
+BaseOption = Annotated[
+    Path | None, typer.Option("--base", help="A model folder; default: the adapter's own base, or artifacts/expanded.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+DEFAULT_PARAMS = Path("params.yaml")
+
+
+def project_of(params: Path, overrides: list[str] | None = None) -> "Project":
+    """The project that `--params` names, its values checked."""
+    from pipeline.dag import Project
+    from pipeline.params import load
+
+    return Project(params.resolve().parent, load(params, overrides or ()))

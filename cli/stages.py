@@ -1,0 +1,162 @@
+"""The pipeline's stages as commands. What a stage runs is imported only once the cache has missed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOption, SetOption, project_of
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pipeline.runner import Event, Facts, Job, Work
+
+    Making = Generator[Event, None, Facts]
+
+app = typer.Typer()
+finetune = typer.Typer(help="Teach the expanded base new sentences.", no_args_is_help=True)
+app.add_typer(finetune, name="finetune")
+
+
+@app.command()
+def pretrain(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Train MiniGPT from scratch → artifacts/base."""
+
+    def work(job: "Job") -> "Making":
+        from pipeline.stages.pretrain import pretrain
+
+        return pretrain(job)
+
+    _run("pretrain", work, params, overrides, force, checkpoint_every)
+
+
+@app.command("expand-vocab")
+def expand_vocab(
+    params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False
+) -> None:
+    """Add rows for new words → artifacts/expanded, with an audit."""
+
+    def work(job: "Job") -> "Making":
+        from pipeline.stages.expand_vocab import expand_vocab
+
+        return expand_vocab(job)
+
+    _run("expand_vocab", work, params, overrides, force)
+
+
+@finetune.command()
+def full(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Train every parameter → artifacts/full_finetuned."""
+    _run("finetune_full", _finetune, params, overrides, force, checkpoint_every)
+
+
+@finetune.command()
+def freeze(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Train the last blocks, embeddings and head → artifacts/layer_frozen."""
+    _run("finetune_freeze", _finetune, params, overrides, force, checkpoint_every)
+
+
+@finetune.command()
+def lora(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Train low-rank updates → artifacts/lora_adapter, in PEFT's format."""
+    _run("finetune_lora", _finetune, params, overrides, force, checkpoint_every)
+
+
+def _finetune(job: "Job") -> "Making":
+    from pipeline.stages.finetune import finetune
+
+    return finetune(job)
+
+
+@app.command()
+def merge(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
+    """Put the adapter into the weights → artifacts/lora_merged, with a certificate."""
+
+    def work(job: "Job") -> "Making":
+        from pipeline.stages.merge import merge
+
+        return merge(job)
+
+    _run("merge", work, params, overrides, force)
+
+
+@app.command()
+def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
+    """Compare all variants → artifacts/evaluation."""
+
+    def work(job: "Job") -> "Making":
+        from pipeline.stages.evaluate import evaluate
+
+        return evaluate(job)
+
+    _run("evaluate", work, params, overrides, force)
+    report(params)
+
+
+def _run(
+    name: str, work: "Work", params: Path, overrides: list[str] | None, force: bool, checkpoint_every: int = 100
+) -> None:
+    from cli.console import follow, stdout
+    from pipeline.dag import STAGES
+    from pipeline.runner import run
+
+    project = project_of(params, overrides)
+    events = run(project, STAGES[name], work, force=force, checkpoint_every=checkpoint_every)
+    manifest = follow(events, name)
+    stdout.print(_summary(project.artifact(name), manifest), markup=False, soft_wrap=True)
+
+
+def _summary(folder: Path, manifest: dict[str, object]) -> str:
+    """One line: where the artifact is and what can be said of it at once."""
+    from pipeline.metrics import LOSS, read_steps
+
+    parts = [f"{folder.parent.name}/{folder.name}"]
+    parameters = manifest.get("parameters")
+    if isinstance(parameters, dict):
+        parts.append(f"{parameters['total']:,} parameters")
+        if parameters["trainable"]:
+            parts.append(f"{parameters['trainable']:,} trained")
+    steps = read_steps(folder / LOSS)
+    if steps:
+        parts.append(f"loss {steps[-1].loss:.3f} after {steps[-1].step:,} steps")
+    return "  ".join(parts)
+
+
+@app.command()
+def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
+    """Show the last comparison, and where the report is."""
+    import json
+
+    from cli.console import stdout, table
+    from pipeline.errors import UserError
+    from pipeline.report import SUMMARY_COLUMNS, summary_row
+
+    folder = project_of(params).artifact("evaluate")
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("There is no evaluation yet. Run `make repro`, or `lora evaluate`.") from None
+    rows = [(name, *summary_row(numbers)) for name, numbers in metrics.items()]
+    stdout.print(table(("model", *SUMMARY_COLUMNS), rows, right=SUMMARY_COLUMNS))
+    stdout.print(f"report: {folder / 'report.md'}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""From a text file to an evaluated, merged LoRA model."""

@@ -1,0 +1,1 @@
+"""LoRA layers, what they attach to, and PEFT's format on disk."""

@@ -1,0 +1,148 @@
+"""Folders that exist whole or not at all, and the manifest that says how each was made.
+
+A manifest holds nothing that differs between two identical runs on one machine.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.tensors import fingerprint
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place, fsynced, when the block ends without error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target)
+    folder = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    folder.mkdir()
+    try:
+        yield folder
+        sync_tree(folder)
+        _replace(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(folder: Path, target: Path) -> None:
+    old = target.parent / f".{target.name}.{os.getpid()}.old"
+    if target.exists():
+        target.rename(old)
+    try:
+        folder.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """After a killed process: put back what it was about to replace, drop what it had begun."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(tmp|old)")
+    for leftover in sorted(target.parent.glob(f".{target.name}.*")):
+        match = pattern.fullmatch(leftover.name)
+        if match and not _alive(int(match[1])):
+            if match[2] == "old" and not target.exists():
+                leftover.rename(target)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and itself."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Relative name → sha256 of every file below `folder` but its manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, or of a folder's names and contents without its manifest. Raises UserError."""
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist. Run the stage that makes it, or `dvc repro` for all of them.")
+    return hashlib.sha256(json.dumps(contents(path)).encode()).hexdigest()
+
+
+def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, with the sha256 of every file that it stands beside."""
+    write_json(folder / MANIFEST, {**manifest, "files": contents(folder)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact folder. Raises UserError if there is none or it is not one."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from None
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{path} is not a manifest of this project. Make the artifact again.")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, once every file has the sha256 it names. Raises UserError with the first that has not."""
+    manifest = read_manifest(folder)
+    found, sealed = contents(folder), manifest["files"]
+    for name in sorted(found.keys() | sealed.keys()):
+        if found.get(name) != sealed.get(name):
+            how = "is missing" if name not in found else "was added" if name not in sealed else "was changed"
+            raise UserError(f"{folder / name} {how} after the artifact was made. Make it again or restore the file.")
+    return manifest
+
+
+def base_fingerprint(folder: Path) -> dict[str, str]:
+    """What an adapter is bound to: sha256 of a checkpoint's tensors and of its tokenizer."""
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer} does not exist. A model folder needs its tokenizer.")
+    return {"tensors": fingerprint(folder / "model.safetensors"), "tokenizer": file_digest(tokenizer)}

@@ -1,0 +1,88 @@
+"""A content-addressed store of finished artifacts: <root>/<stage>/<key>/.
+
+The key covers all that decides an artifact's bytes. Entries appear whole, by rename, and are checked
+against their manifest when used, so that two processes, or a kill, can never leave a wrong hit.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import artifact
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cached artifact: its size in bytes and when it was last used (seconds since the epoch)."""
+
+    stage: str
+    key: str
+    path: Path
+    size: int
+    used: float
+
+
+@dataclass(frozen=True)
+class Cache:
+    root: Path
+
+    def restore(self, stage: str, key: str, target: Path) -> bool:
+        """Put a verified copy at `target`; False if there is none. A damaged entry is dropped."""
+        entry = self.root / stage / key
+        if not entry.is_dir():
+            return False
+        try:
+            with artifact.writing(target) as folder:
+                _copy(entry, folder)
+                artifact.verify(folder)
+            (entry / artifact.MANIFEST).touch()
+        except (UserError, FileNotFoundError):  # damaged, or pruned while it was copied
+            shutil.rmtree(entry, ignore_errors=True)
+            return False
+        return True
+
+    def store(self, stage: str, key: str, source: Path) -> None:
+        """Keep a copy of `source`. If another process stored the same key first, its copy stays."""
+        entry = self.root / stage / key
+        if not entry.is_dir():
+            with artifact.writing(entry) as folder:
+                _copy(source, folder)
+
+    def entries(self) -> list[Entry]:
+        """Everything cached, last used first."""
+        found = [
+            Entry(path.parent.name, path.name, path, _size(path), _used(path))
+            for path in self.root.glob("*/*")
+            if path.is_dir() and not path.name.startswith(".")
+        ]
+        return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+    def prune(self, keep: int = 0, older_than_days: float = 0.0) -> list[Entry]:
+        """Remove entries last used before `older_than_days` ago, but keep the newest `keep` of each stage."""
+        limit = time.time() - older_than_days * 86_400
+        kept: dict[str, int] = {}
+        removed = []
+        for entry in self.entries():
+            kept[entry.stage] = kept.get(entry.stage, 0) + 1
+            if kept[entry.stage] > keep and entry.used <= limit:
+                shutil.rmtree(entry.path, ignore_errors=True)
+                removed.append(entry)
+        return removed
+
+
+def _copy(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _used(folder: Path) -> float:
+    try:
+        return (folder / artifact.MANIFEST).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,112 @@
+"""The stages: what each reads, what it writes, the module it runs. dvc.yaml says the same to DVC; a test compares."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.params import Params, Section
+
+ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node. Its name is its DVC stage and its section of params.yaml."""
+
+    name: str
+    module: str
+    output: str  # a folder below artifacts/
+    kind: str  # checkpoint, adapter or evaluation
+    method: str
+    needs: tuple[str, ...] = ()  # stages whose outputs it reads
+    data: tuple[str, ...] = ()  # keys of its section that name files
+
+
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("pretrain", "pipeline.stages.pretrain", "base", "checkpoint", "pretrain", data=("data",)),
+        Stage(
+            "expand_vocab",
+            "pipeline.stages.expand_vocab",
+            "expanded",
+            "checkpoint",
+            "expand_vocab",
+            needs=("pretrain",),
+            data=("data", "audit_data"),
+        ),
+        *(
+            Stage(
+                f"finetune_{method}",
+                "pipeline.stages.finetune",
+                output,
+                kind,
+                method,
+                needs=("expand_vocab",),
+                data=("data",),
+            )
+            for method, output, kind in (
+                ("full", "full_finetuned", "checkpoint"),
+                ("freeze", "layer_frozen", "checkpoint"),
+                ("lora", "lora_adapter", "adapter"),
+            )
+        ),
+        Stage(
+            "merge",
+            "pipeline.stages.merge",
+            "lora_merged",
+            "checkpoint",
+            "merge",
+            needs=("expand_vocab", "finetune_lora"),
+            data=("prompts",),
+        ),
+        Stage(
+            "evaluate",
+            "pipeline.stages.evaluate",
+            "evaluation",
+            "evaluation",
+            "evaluate",
+            needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora", "merge"),
+            data=("old_data", "new_data", "prompts"),
+        ),
+    )
+}
+
+# What `compare` and `evaluate` set side by side: name → (stage that made the model, stage that made its adapter).
+VARIANTS: Mapping[str, tuple[str, str | None]] = {
+    "base": ("pretrain", None),
+    "expanded": ("expand_vocab", None),
+    "full": ("finetune_full", None),
+    "freeze": ("finetune_freeze", None),
+    "lora": ("expand_vocab", "finetune_lora"),
+    "merged": ("merge", None),
+}
+
+
+@dataclass(frozen=True)
+class Project:
+    """A params file and the folder that it stands in; every path in it is relative to that folder."""
+
+    root: Path
+    params: Params
+
+    def section(self, stage: Stage) -> Section:
+        section: Section = getattr(self.params, stage.name)
+        return section
+
+    def artifact(self, stage: str) -> Path:
+        return self.root / ARTIFACTS / STAGES[stage].output
+
+    def run_folder(self, stage: str) -> Path:
+        return self.root / RUNS / stage
+
+    def data_files(self, stage: Stage) -> list[str]:
+        """The data files a stage reads, as params.yaml names them."""
+        values: list[Any] = [getattr(self.section(stage), key) for key in stage.data]
+        return [name for value in values for name in ((value,) if isinstance(value, str) else value)]
+
+    def inputs(self, stage: Stage) -> dict[str, Path]:
+        """Name → path of all that a stage reads: other stages' outputs, then data files."""
+        outputs = {name: self.artifact(name) for name in stage.needs}
+        return outputs | {name: self.root / name for name in self.data_files(stage)}

@@ -1,0 +1,124 @@
+"""The run log: `loss.csv`, deterministic and tracked, and `telemetry.csv`, which differs between runs."""
+
+import csv
+import math
+import os
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import TextIO
+
+LOSS, TELEMETRY = "loss.csv", "telemetry.csv"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: mean loss in nats a token, norm of the gradient, tokens learned from so far."""
+
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+
+
+COLUMNS = tuple(f.name for f in fields(Step))
+TELEMETRY_COLUMNS = ("step", "seconds", "tokens_per_second", "peak_memory_bytes", "device")
+
+
+def read_steps(path: Path) -> list[Step]:
+    """The whole lines of a run log, which may be growing: a half-written or foreign line ends it."""
+    steps: list[Step] = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return steps
+    for row in csv.reader(text[: text.rfind("\n") + 1].splitlines()[1:]):
+        try:
+            step, epoch, loss, rate, norm, tokens = row[: len(COLUMNS)]
+            steps.append(Step(int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens)))
+        except ValueError:
+            break
+    return steps
+
+
+class RunLog:
+    """Appends to loss.csv and telemetry.csv of a run folder; opened at a step, later lines are dropped.
+
+    Telemetry's seconds and speed count from when the log was opened.
+    """
+
+    def __init__(self, folder: Path, at_step: int, at_tokens: int) -> None:
+        self._loss = _opened(folder / LOSS, COLUMNS, at_step)
+        self._telemetry = _opened(folder / TELEMETRY, TELEMETRY_COLUMNS, at_step)
+        self._start, self._tokens = time.perf_counter(), at_tokens
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loss.close()
+        self._telemetry.close()
+
+    def append(self, step: Step, device: str = "cpu") -> None:
+        numbers = [f"{value:.7g}" if isinstance(value, float) else str(value) for value in astuple(step)]
+        self._loss.write(",".join(numbers) + "\n")
+        self._loss.flush()
+        seconds = time.perf_counter() - self._start
+        speed = (step.tokens - self._tokens) / seconds
+        self._telemetry.write(f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device}\n")
+
+    def sync(self) -> None:
+        """What was logged is on the disk: called before a checkpoint that relies on it."""
+        for file in (self._loss, self._telemetry):
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process (Linux counts kibibytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _opened(path: Path, columns: Sequence[str], at_step: int) -> TextIO:
+    """`path` for appending, cut in place after the line of `at_step` (a kill at any moment keeps those before)."""
+    header = ",".join(columns) + "\n"
+    if not at_step or not path.exists():
+        path.write_text(header, encoding="utf-8")
+        return path.open("a", encoding="utf-8")
+    keep = 0
+    with path.open("rb+") as file:
+        for line in file:
+            number = line.split(b",", 1)[0]
+            if not line.endswith(b"\n") or (number.isdigit() and int(number) > at_step):
+                break
+            keep += len(line)
+        file.truncate(keep)
+    return path.open("a", encoding="utf-8")
+
+
+def flat_from(steps: Sequence[Step], tolerance: float = 0.05) -> int | None:
+    """The first epoch from which every epoch's mean loss stays within `tolerance` of the whole drop.
+
+    Measured from the last epoch's mean; None if that epoch is the first to come so close,
+    which is to say: the curve has not flattened.
+    """
+    means = epoch_means(steps)
+    if len(means) < 2 or not all(map(math.isfinite, means)):
+        return None
+    margin = tolerance * abs(means[0] - means[-1])
+    flat = len(means)
+    while flat > 0 and abs(means[flat - 1] - means[-1]) <= margin:
+        flat -= 1
+    return flat + 1 if flat + 1 < len(means) else None
+
+
+def epoch_means(steps: Sequence[Step]) -> list[float]:
+    """Mean loss of each epoch, in order."""
+    epochs: dict[int, list[float]] = {}
+    for step in steps:
+        epochs.setdefault(step.epoch, []).append(step.loss)
+    return [sum(losses) / len(losses) for losses in epochs.values()]

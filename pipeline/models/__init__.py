@@ -1,0 +1,1 @@
+"""MiniGPT, and any checkpoint as a model."""

@@ -1,0 +1,222 @@
+"""MiniGPT, the document's model, and weight for weight a stock `OPTForCausalLM`.
+
+Dimensions, here and everywhere: B batch, T tokens, D width, H heads, K head size, V vocabulary,
+R rank, I and O a layer's inputs and outputs, S tokens seen so far (cached + new).
+
+Attributes carry OPT's names, so that the state dict is the checkpoint: no table of renamings. The token
+embeddings are stored as they are added (the sqrt(D) of the original Transformer folded in), and the
+sinusoids stand from row 2 of `embed_positions`, where OPT looks for position 0.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+OPT_OFFSET = 2  # rows of OPT's position table that no position uses
+EMBEDDING_STD = 0.3
+
+
+@dataclass(frozen=True)
+class MiniGPTConfig:
+    """The shape of a MiniGPT (the document's Introduction and §9)."""
+
+    vocab_size: int
+    pad_id: int
+    end_id: int
+    d_model: int = 64
+    layers: int = 2
+    heads: int = 4
+    feed_forward: int = 256
+    max_positions: int = 32
+    tie_embeddings: bool = False
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.heads
+
+    def to_opt(self) -> dict[str, Any]:
+        """config.json of the OPTForCausalLM that computes the same function."""
+        return {
+            "vocab_size": self.vocab_size,
+            "pad_token_id": self.pad_id,
+            "eos_token_id": self.end_id,
+            "hidden_size": self.d_model,
+            "word_embed_proj_dim": self.d_model,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "ffn_dim": self.feed_forward,
+            "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": self.tie_embeddings,
+            **_FIXED,
+        }
+
+    @classmethod
+    def from_opt(cls, config: dict[str, Any], source: str) -> "MiniGPTConfig":
+        """The shape that `config` describes. Raises UserError where MiniGPT would compute something else."""
+        for key, value in _FIXED.items():
+            if config.get(key) != value:
+                raise UserError(f"{source}: {key} is {config.get(key)!r}; MiniGPT needs {value!r}.")
+        try:
+            return cls(
+                vocab_size=config["vocab_size"],
+                pad_id=config["pad_token_id"],
+                end_id=config["eos_token_id"],
+                d_model=config["hidden_size"],
+                layers=config["num_hidden_layers"],
+                heads=config["num_attention_heads"],
+                feed_forward=config["ffn_dim"],
+                max_positions=config["max_position_embeddings"],
+                tie_embeddings=config["tie_word_embeddings"],
+            )
+        except KeyError as error:
+            raise UserError(f"{source}: {error.args[0]} is missing. The folder is not a MiniGPT checkpoint.") from None
+
+
+_FIXED: dict[str, Any] = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "activation_function": "gelu",
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "layerdrop": 0.0,
+    "bos_token_id": None,
+    "dtype": "float32",
+}
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: per layer two tensors (B, H, S, K)."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self._layers[0][0].shape[2] if self._layers else 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self._layers:
+            old_k, old_v = self._layers[layer]
+            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+        self._layers[layer] = (k, v)
+        return k, v
+
+
+class Attention(nn.Module):
+    """softmax(QKᵀ/√K + causal mask) V, per head, then the output projection (the document's §2.1)."""
+
+    def __init__(self, config: MiniGPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_heads, self.head_size = layer, config.heads, config.head_size
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, D = x.shape
+        H, K = self.n_heads, self.head_size
+        q = self.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
+        k = self.k_proj(x).view(B, T, H, K).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, H, K).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, H, S, K)
+        S = k.shape[2]
+        if S == T:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # new token t sees the S - T cached tokens and the new ones up to itself
+            seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+        return out
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)): pre-LayerNorm."""
+
+    def __init__(self, config: MiniGPTConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.fc1 = nn.Linear(config.d_model, config.feed_forward)
+        self.fc2 = nn.Linear(config.feed_forward, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), cache)
+        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        return out
+
+
+class SinusoidalPositions(nn.Module):
+    """sin and cos of position × 10000^(-2i/D), fixed (Vaswani et al. 2017, §3.5)."""
+
+    weight: Tensor
+
+    def __init__(self, positions: int, d_model: int) -> None:
+        super().__init__()
+        position = torch.arange(positions, dtype=torch.float64)[:, None]
+        rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10_000) / d_model))
+        table = torch.zeros(positions + OPT_OFFSET, d_model)
+        table[OPT_OFFSET:, 0::2] = torch.sin(position * rate)
+        table[OPT_OFFSET:, 1::2] = torch.cos(position * rate)
+        self.register_buffer("weight", table)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.embedding(positions + OPT_OFFSET, self.weight)
+
+
+class Decoder(nn.Module):
+    """Embeddings, blocks and the last norm: ids (B, T) → hidden states (B, T, D)."""
+
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_positions = SinusoidalPositions(config.max_positions, config.d_model)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+        nn.init.normal_(self.embed_tokens.weight, std=EMBEDDING_STD)
+
+    def forward(self, ids: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
+        x = self.embed_tokens(ids) + self.embed_positions(positions)
+        for layer in self.layers:
+            x = layer(x, cache)
+        out: Tensor = self.final_layer_norm(x)
+        return out
+
+
+class MiniGPT(nn.Module):
+    """ids (B, T) → logits (B, T, V). `positions` (B, T) default to those after the cache."""
+
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({"decoder": Decoder(config)})
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embeddings.weight
+
+    @property
+    def decoder(self) -> Decoder:
+        decoder = self.model["decoder"]
+        assert isinstance(decoder, Decoder)
+        return decoder
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        return self.decoder.embed_tokens
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        if positions is None:
+            past = len(cache) if cache is not None else 0
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand_as(ids)
+        logits: Tensor = self.lm_head(self.decoder(ids, positions, cache))
+        return logits

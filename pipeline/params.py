@@ -1,0 +1,259 @@
+"""params.yaml as typed, checked, frozen dataclasses: one section a stage.
+
+Precedence: the defaults below < params.yaml < `--set section.key=value`.
+Every problem is a UserError that names key, rule, value and next step.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    bound: float
+
+    def broken_by(self, value: float) -> str | None:
+        return None if value >= self.bound else f"must be at least {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class MoreThan:
+    bound: float
+
+    def broken_by(self, value: float) -> str | None:
+        return None if value > self.bound else f"must be more than {self.bound:g}"
+
+
+Count = Annotated[int, AtLeast(1)]
+Seed = Annotated[int, AtLeast(0)]
+Rate = Annotated[float, MoreThan(0)]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every training stage needs. Defaults: the document's §9.2."""
+
+    seed: Seed = 0
+    data: str = "data/finetune.de.txt"
+    epochs: Count = 50
+    batch_size: Count = 4
+    window: Count = 4  # tokens a training window holds; it keeps its place in the sentence
+    learning_rate: Rate = 1e-3
+
+
+@dataclass(frozen=True)
+class Pretrain(Training):
+    """MiniGPT's shape (the document's Introduction and §9) and its training."""
+
+    data: str = "data/pretrain.de.txt"
+    epochs: Count = 60
+    d_model: Count = 64
+    layers: Count = 2
+    heads: Count = 4
+    feed_forward: Count = 256
+    max_positions: Count = 32
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.d_model % (2 * self.heads):
+            raise UserError(
+                f"pretrain.d_model must be a multiple of 2 × pretrain.heads = {2 * self.heads} "
+                f"(an even head size), got {self.d_model}. Edit params.yaml."
+            )
+
+
+@dataclass(frozen=True)
+class ExpandVocab:
+    """New words: which files they come from, and how their rows start (§9.1)."""
+
+    seed: Seed = 0
+    data: tuple[str, ...] = ("data/finetune.de.txt",)
+    noise_std: Annotated[float, AtLeast(0)] = 0.02
+    audit_data: str = "data/pretrain.de.txt"  # sentences on which nothing may change
+
+
+@dataclass(frozen=True)
+class FinetuneFull(Training):
+    """Every parameter trains."""
+
+
+@dataclass(frozen=True)
+class FinetuneFreeze(Training):
+    """Layer freezing: the last blocks, embeddings and head train (§9.3)."""
+
+    last_blocks: Annotated[int, AtLeast(0)] = 1
+    train_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class FinetuneLora(Training):
+    """A and B train, and embeddings and head as `train_embeddings` says (§9.2)."""
+
+    learning_rate: Rate = 2e-3
+    rank: Count = 4
+    alpha: Rate = 1.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    train_embeddings: Literal["all", "new_rows", "none"] = "all"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The merged model must answer like base + adapter, on these prompts, within this difference."""
+
+    prompts: str = "data/prompts.yaml"
+    max_logit_difference: Rate = 1e-5
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What is asked of every variant."""
+
+    old_data: str = "data/pretrain.de.txt"
+    new_data: str = "data/finetune.de.txt"
+    prompts: str = "data/prompts.yaml"
+    top_k: Count = 5
+    prompt_words: Count = 2  # words of a new sentence given before its completion is compared
+
+
+Section = Pretrain | ExpandVocab | FinetuneFull | FinetuneFreeze | FinetuneLora | Merge | Evaluate
+
+
+@dataclass(frozen=True)
+class Params:
+    """All of params.yaml."""
+
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    expand_vocab: ExpandVocab = field(default_factory=ExpandVocab)
+    finetune_full: FinetuneFull = field(default_factory=FinetuneFull)
+    finetune_freeze: FinetuneFreeze = field(default_factory=FinetuneFreeze)
+    finetune_lora: FinetuneLora = field(default_factory=FinetuneLora)
+    merge: Merge = field(default_factory=Merge)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Params:
+    """Read and check `path`, then apply `section.key=value` overrides. Raises UserError."""
+    tree = _read(path)
+    for override in overrides:
+        _apply(tree, override)
+    _refuse_unknown(tree, Params, "", path.name)
+    sections = {
+        name: _section(kind, tree.get(name), name, path.name)
+        for name, kind in get_type_hints(Params).items()
+        if name in tree
+    }
+    return replace(Params(), **sections)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist. Run this in the project's folder, or name the file with --params."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections such as `pretrain:`, got {tree!r}.")
+    return tree
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; a params file must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not (equals and dot and key):
+        raise UserError(f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {path.strip()}: {text!r} is not a YAML value.") from None
+    branch = tree.setdefault(section, {})
+    if not isinstance(branch, dict):
+        raise UserError(f"--set {path.strip()}: {section} is not a section in the params file.")
+    branch[key] = value
+
+
+def _refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
+    known = [f.name for f in fields(kind)]
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(known)}."
+            raise UserError(f"{source}: unknown key {prefix}{key}. {hint}")
+
+
+def _section(kind: type, tree: Any, name: str, source: str) -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: {name} must be a section of key: value lines, got {tree!r}.")
+    _refuse_unknown(tree, kind, f"{name}.", source)
+    hints = get_type_hints(kind, include_extras=True)
+    values = {key: _checked(hints[key], value, f"{name}.{key}", source) for key, value in tree.items()}
+    return kind(**values)
+
+
+def _checked(hint: Any, value: Any, key: str, source: str) -> Any:
+    """`value` as the schema's type, or a UserError."""
+    rules: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *rest = get_args(hint)
+        rules = tuple(rest)
+    typed, expected = _converted(hint, value)
+    problem = f"must be {expected}" if typed is None else next(filter(None, (r.broken_by(typed) for r in rules)), None)
+    if problem:
+        raise UserError(f"{key} {problem}, got {value!r}. Edit {source}.")
+    return typed
+
+
+def _converted(hint: Any, value: Any) -> tuple[Any, str]:
+    """(the value as `hint`, or None if it is not one; what was expected, in words)."""
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return (value if value in choices else None), "one of " + ", ".join(choices)
+    if get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        good = isinstance(items, list) and items and all(isinstance(i, str) and i for i in items)
+        return (tuple(items) if good else None), "a name or a list of names"
+    if hint is bool:
+        return (value if isinstance(value, bool) else None), "true or false"
+    if hint is int:
+        return (value if isinstance(value, int) and not isinstance(value, bool) else None), "a whole number"
+    if hint is float:
+        return _number(value), "a finite number"
+    return (value if isinstance(value, str) and value else None), "a text"
+
+
+def _number(value: Any) -> float | None:
+    """A float; `1e-4`, which PyYAML reads as a string, is the number that its writer meant."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

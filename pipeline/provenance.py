@@ -1,0 +1,67 @@
+"""What an artifact was made with: the code a stage runs, the commit, the library versions."""
+
+import ast
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy", "matplotlib")
+
+
+def code_files(module: str) -> list[Path]:
+    """The project's own files that running `module` imports, itself included, found without running it."""
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _file_of(name)
+        if path is not None and path not in found:
+            found.add(path)
+            waiting += [*_imports(path), *name.rpartition(".")[:1]]  # a package's __init__ runs before its modules
+    return sorted(found)
+
+
+def _file_of(module: str) -> Path | None:
+    path = ROOT.joinpath(*module.split("."))
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _imports(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.split(".")[0] == "pipeline"]
+
+
+def code_digest(module: str) -> str:
+    """sha256 of the names and contents of `code_files(module)`."""
+    digest = hashlib.sha256()
+    for path in code_files(module):
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def commit(module: str) -> str | None:
+    """The last git commit that changed the code that `module` runs, or None outside a repository.
+
+    Not HEAD: a commit that touches a README must not change the bytes of every artifact.
+    """
+    command = ["git", "log", "-1", "--format=%H", "--", *map(str, code_files(module))]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries whose code decides the bytes of an artifact."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

@@ -1,0 +1,129 @@
+"""report.md and the document's Figure 2, from the numbers that evaluate measured."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.metrics import Step, epoch_means
+from pipeline.params import Evaluate
+
+NAMES = {
+    "base": "Base",
+    "expanded": "Expanded base",
+    "full": "Full fine-tuning",
+    "freeze": "Layer freezing",
+    "lora": "LoRA",
+    "merged": "LoRA, merged",
+}
+COLORS = {"full": "#D55E00", "freeze": "#E69F00", "lora": "#0072B2"}  # Okabe & Ito: told apart by every reader
+STYLES = {"full": "-", "freeze": "--", "lora": "-."}
+SUMMARY_COLUMNS = ("trained", "share", "new loss", "new done", "old loss", "rise", "old kept", "weights")
+
+
+def draw_comparison(path: Path, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]) -> None:
+    """Left the three loss curves, right the trainable parameters (the document's Figure 2)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method, steps in curves.items():
+        epochs = sorted({step.epoch for step in steps})
+        left.plot(epochs, epoch_means(steps), STYLES[method], color=COLORS[method], label=NAMES[method], linewidth=1.8)
+    left.set(xlabel="epoch", ylabel="training loss (nats a token)", title="Training loss", yscale="log")
+    left.grid(alpha=0.3)
+    left.legend()
+    counts = [metrics[method]["trainable"] for method in curves]
+    bars = right.bar([NAMES[method] for method in curves], counts, color=[COLORS[method] for method in curves])
+    labels = [f"{metrics[m]['trainable']:,}\n{metrics[m]['trainable_percent']:.1f}%" for m in curves]
+    right.bar_label(bars, labels, padding=2)
+    right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts)))
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+
+
+def write_report(path: Path, metrics: Mapping[str, Any], predictions: Mapping[str, Any], settings: Evaluate) -> None:
+    """The comparison as a page to read."""
+    parts = [
+        "# What was learned, what was forgotten\n",
+        _summary(metrics),
+        _findings(metrics, settings),
+        "![Loss curves and trainable parameters](finetuning_comparison.png)\n",
+        *(_prompt_table(predictions, group, rule) for group, rule in _groups(predictions)),
+    ]
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    rows = [[NAMES[name], *summary_row(numbers)] for name, numbers in metrics.items()]
+    return _table(["model", *SUMMARY_COLUMNS], rows)
+
+
+def summary_row(numbers: Mapping[str, Any]) -> list[str]:
+    """One variant as texts, for the report and the terminal: losses in nats a token, rise against the base."""
+    trained, done = numbers.get("trainable"), numbers.get("new_completed")
+    forgetting = numbers["forgetting"]
+    return [
+        f"{trained:,}" if trained else "–",
+        f"{numbers['trainable_percent']:.1f}%" if trained else "–",
+        f"{numbers['new_loss']:.3f}" if done is not None else "–",
+        f"{done} of {numbers['new_sentences']}" if done is not None else "–",
+        f"{numbers['old_loss']:.3f}",
+        f"{forgetting['loss_rise']:+.3f}",
+        f"{forgetting['answers_kept']:.0%}",
+        f"{numbers['bytes'] / 1000:,.0f} kB",
+    ]
+
+
+def _findings(metrics: Mapping[str, Any], settings: Evaluate) -> str:
+    lines = [
+        "Losses are mean cross-entropies in nats a token over whole sentences. *New done*: sentences of "
+        f"`{settings.new_data}` completed word for word, and ended, from their first {settings.prompt_words} words. "
+        f"*Rise*: of the loss on `{settings.old_data}`, against the base. *Old kept*: next-token first choices on the "
+        "same sentences that are still the base's. *Weights*: what must be stored for this variant; the adapter's are "
+        "stored beside one copy of the expanded base.\n",
+        *(_curve_line(method, metrics[method]) for method in COLORS),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _curve_line(method: str, numbers: Mapping[str, Any]) -> str:
+    flat = numbers["flat_from_epoch"]
+    when = f"is flat from epoch {flat}" if flat else "has not flattened"
+    kept, old = numbers["old_prompts_kept"], numbers["old_prompts"]
+    return (
+        f"- **{NAMES[method]}**: the training loss {when} (every later epoch within 5% of the whole drop) and ends at "
+        f"{numbers['final_loss']:.3f}; {numbers['new_completed']} of {numbers['new_sentences']} new sentences are "
+        f"completed; {kept} of {old} old prompts keep their answer."
+    )
+
+
+def _groups(predictions: Mapping[str, Any]) -> list[tuple[str, str]]:
+    first = next(iter(predictions.values()))
+    return list(dict.fromkeys((entry["group"], entry["rule"]) for entry in first))
+
+
+def _prompt_table(predictions: Mapping[str, Any], group: str, rule: str) -> str:
+    chosen = {
+        name: [entry for entry in entries if (entry["group"], entry["rule"]) == (group, rule)]
+        for name, entries in predictions.items()
+    }
+    rows = [
+        [f"*{entries[0]['prompt']}*", entries[0]["answer"], *map(_first_choice, entries)]
+        for entries in zip(*chosen.values(), strict=True)
+    ]
+    note = "First choices; **bold** where it is not the answer.\n"
+    return f"## {group}: {rule}\n\n{note}\n" + _table(["prompt", "answer", *(NAMES[name] for name in chosen)], rows)
+
+
+def _first_choice(entry: Mapping[str, Any]) -> str:
+    if entry["top_k"] is None:
+        return "unknown word"
+    best = entry["top_k"][0]
+    text = f"{best['token'].replace('<', '&lt;')} ({best['probability']:.0%})"
+    return text if best["token"] == entry["answer"] else f"**{text}**"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,131 @@
+"""Run a stage: lock, look in the cache, do the work in a temporary folder, seal it, keep a copy."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline import artifact, provenance
+from pipeline.cache import Cache
+from pipeline.dag import CACHE, Project, Stage
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know: a cache hit, a resumed or refused checkpoint."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work is."""
+
+    done: int
+    total: int
+    text: str = ""
+
+
+Event = Note | Progress
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage's work gets: its project, the folder to fill, the folder of its run, and its cache key."""
+
+    project: Project
+    stage: Stage
+    out: Path
+    run: Path
+    key: str
+    checkpoint_every: int
+
+    def artifact(self, stage: str) -> Path:
+        """Another stage's output, once it is what its manifest says. Raises UserError."""
+        folder = self.project.artifact(stage)
+        artifact.verify(folder)
+        return folder
+
+    def path(self, name: str) -> Path:
+        return self.project.root / name
+
+
+Work = Callable[[Job], Generator[Event, None, Facts]]
+
+
+def run(
+    project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int = 100
+) -> Generator[Event, None, dict[str, Any]]:
+    """Yields events and returns the manifest of the stage's artifact, which is then in place.
+
+    `work` fills `job.out` and returns the facts that only it knows (counts, fingerprints).
+    """
+    target, folder = project.artifact(stage.name), project.run_folder(stage.name)
+    with (yield from _lock(folder, stage)):
+        known = _known(project, stage)
+        key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+        cache = Cache(project.root / CACHE)
+        if not force and cache.restore(stage.name, key, target):
+            yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})")
+        else:
+            with artifact.writing(target) as out:
+                facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every))
+                artifact.seal(out, {**known, "commit": provenance.commit(stage.module), **facts})
+            yield from _store(cache, stage, key, target)
+        discard_checkpoints(folder)
+    return artifact.read_manifest(target)
+
+
+def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
+    """The run folder's lock, held until the file is closed or the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        yield Note(f"{stage.name}: waiting for process {file.read()}, which is running it")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _known(project: Project, stage: Stage) -> Facts:
+    """All that decides the artifact's bytes: also the first part of its manifest."""
+    section = asdict(project.section(stage))
+    return {
+        "kind": stage.kind,
+        "method": stage.method,
+        "stage": stage.name,
+        "seed": section.get("seed"),
+        "params": section,
+        "inputs": {name: artifact.digest(path) for name, path in project.inputs(stage).items()},
+        "code": provenance.code_digest(stage.module),
+        "versions": provenance.versions(),
+    }
+
+
+def _store(cache: Cache, stage: Stage, key: str, target: Path) -> Iterator[Event]:
+    try:
+        cache.store(stage.name, key, target)
+    except OSError as error:
+        yield Note(f"{stage.name}: done, but not kept in the cache ({error.strerror})")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    return sorted(run.glob("checkpoint-*"), reverse=True)
+
+
+def discard_checkpoints(run: Path, keep: Path | None = None) -> None:
+    for path in checkpoints(run):
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""finetune_full, finetune_freeze, finetune_lora: three ways to teach the same sentences (the document's §9)."""
+
+from collections.abc import Generator
+from pathlib import Path
+
+import torch
+
+from pipeline.adapters.attach import AdapterSpec, attach, short_targets
+from pipeline.adapters.peft_format import save_adapter
+from pipeline.adapters.targets import resolve
+from pipeline.artifact import base_fingerprint, read_manifest
+from pipeline.errors import UserError
+from pipeline.models.base import Base, count, load_base
+from pipeline.models.minigpt import MiniGPT
+from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora
+from pipeline.runner import Event, Facts, Job
+from pipeline.training.loop import train
+from pipeline.training.task import batches_of, examples_of, save_checkpoint, save_curve
+
+
+def finetune(job: Job) -> Generator[Event, None, Facts]:
+    """The expanded base, made trainable as the method says, trained, and saved as checkpoint or adapter."""
+    settings = job.project.section(job.stage)
+    assert isinstance(settings, FinetuneFull | FinetuneFreeze | FinetuneLora)
+    folder = job.artifact("expand_vocab")
+    base = load_base(folder)
+    model, tokenizer = base
+    batches = batches_of(examples_of(job, settings), settings, tokenizer, model.config.max_positions)
+    total = count(model)["total"]
+    torch.manual_seed(settings.seed)
+    spec = None
+    if isinstance(settings, FinetuneLora):
+        spec = lora_spec(model, settings, new_rows(folder))
+        attach(model, spec)
+    elif isinstance(settings, FinetuneFreeze):
+        freeze(model, settings)
+    trainable = count(model)["trainable"]
+    yield from train(job, model, batches, settings)
+    if spec is None:
+        return save_checkpoint(job, base)
+    return _save_adapter(job, base, spec, folder) | {"parameters": {"total": total, "trainable": trainable}}
+
+
+def freeze(model: MiniGPT, settings: FinetuneFreeze) -> None:
+    """Only the last blocks, and embeddings and head if asked, train. Raises UserError if nothing would."""
+    blocks = list(model.decoder.layers)
+    if settings.last_blocks > len(blocks):
+        raise UserError(
+            f"finetune_freeze.last_blocks must be at most {len(blocks)}, the model's blocks, "
+            f"got {settings.last_blocks}. Edit params.yaml."
+        )
+    if not settings.last_blocks and not settings.train_embeddings:
+        raise UserError("finetune_freeze leaves nothing to train. Raise last_blocks or set train_embeddings: true.")
+    model.requires_grad_(False)
+    for block in blocks[len(blocks) - settings.last_blocks :]:
+        block.requires_grad_(True)
+    model.embeddings.requires_grad_(settings.train_embeddings)
+    model.lm_head.requires_grad_(settings.train_embeddings)
+
+
+def lora_spec(model: MiniGPT, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
+    """The settings, resolved against this model."""
+    parts = ("embed_tokens", "lm_head")
+    tied = model.config.tie_embeddings
+    return AdapterSpec(
+        rank=settings.rank,
+        alpha=settings.alpha,
+        targets=short_targets(model, resolve(model, settings.target_modules)),
+        saved=parts if settings.train_embeddings == "all" else (),
+        rows=dict.fromkeys(parts[: 1 if tied else 2], new) if settings.train_embeddings == "new_rows" and new else {},
+    )
+
+
+def new_rows(expanded: Path) -> tuple[int, ...]:
+    """Ids of the rows that expand_vocab added."""
+    start, stop = read_manifest(expanded).get("new_rows", (0, 0))
+    return tuple(range(start, stop))
+
+
+def _save_adapter(job: Job, base: Base, spec: AdapterSpec, folder: Path) -> Facts:
+    model, tokenizer = base
+    save_adapter(job.out, model, spec, f"artifacts/{folder.name}")
+    tokenizer.save(job.out, model.config.max_positions)
+    save_curve(job)
+    return {"base": base_fingerprint(folder)}

@@ -1,0 +1,81 @@
+"""merge: W' = W + s·BA as a plain checkpoint, with a certificate measured on the file that was written (§4.4)."""
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.adapters.attach import adapter_layers, merged_model
+from pipeline.adapters.lora import delta
+from pipeline.artifact import base_fingerprint, write_json
+from pipeline.data import read_prompts
+from pipeline.engine import Loaded, encode, load
+from pipeline.errors import UserError
+from pipeline.models.base import Base, count, save_base
+from pipeline.models.minigpt import MiniGPT
+from pipeline.runner import Event, Facts, Job, Progress
+
+CERTIFICATE = "certificate.json"
+RATIO_TOLERANCE = 1e-3  # of a matrix's merged delta; a delta merged twice has ratio 2
+
+
+def merge(job: Job) -> Generator[Event, None, Facts]:
+    """base + adapter → one checkpoint. Raises UserError, and writes nothing, if it does not answer the same."""
+    settings = job.project.params.merge
+    base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
+    tuned, plain = load(base, adapter), load(base)
+    save_base(job.out, Base(merged_model(tuned.model), tuned.tokenizer))
+    written = load(job.out, name="merged")
+    prompts = [prompt.prompt for prompt in read_prompts(job.path(settings.prompts), settings.prompts)]
+    certificate = {
+        "delta_ratios": delta_ratios(plain.model, tuned.model, written.model),
+        "max_logit_difference": max(_logit_difference(tuned, written, text) for text in prompts),
+        "prompts_checked": len(prompts),
+    }
+    _refuse(certificate, settings.max_logit_difference)
+    write_json(job.out / CERTIFICATE, certificate)
+    yield Progress(1, 1, f"largest logit difference {certificate['max_logit_difference']:.1e}")
+    return {"parameters": count(written.model) | {"trainable": 0}, "fingerprint": base_fingerprint(job.out)}
+
+
+@torch.no_grad()
+def delta_ratios(base: MiniGPT, tuned: MiniGPT, merged: MiniGPT) -> dict[str, float | None]:
+    """⟨W' − W, s·BA⟩ / ⟨s·BA, s·BA⟩ of each target matrix: 1 if merged once, 0 if lost, 2 if merged twice.
+
+    None where BA is zero and there is nothing to merge.
+    """
+    ratios: dict[str, float | None] = {}
+    for name, layer in adapter_layers(tuned):
+        before, after = _weight(base, name), _weight(merged, name)
+        update = delta(layer).double()
+        size = float((update * update).sum())
+        ratios[name] = float(((after - before) * update).sum()) / size if size else None
+    return ratios
+
+
+def _weight(model: MiniGPT, name: str) -> Tensor:
+    return model.get_parameter(f"{name}.weight").double()
+
+
+@torch.no_grad()
+def _logit_difference(one: Loaded, other: Loaded, text: str) -> float:
+    ids = torch.tensor([encode(one, text)])
+    return float((one.model(ids) - other.model(ids)).abs().max())
+
+
+def _refuse(certificate: dict[str, Any], limit: float) -> None:
+    wrong = {
+        name: ratio
+        for name, ratio in certificate["delta_ratios"].items()
+        if ratio is not None and abs(ratio - 1) > RATIO_TOLERANCE
+    }
+    if wrong:
+        name, ratio = next(iter(wrong.items()))
+        raise UserError(f"merge refused: {name} received {ratio:.4f} times its update, not once. Please report this.")
+    if not certificate["max_logit_difference"] <= limit:
+        raise UserError(
+            f"merge refused: the merged model's logits differ from base + adapter by "
+            f"{certificate['max_logit_difference']:.1e}, more than merge.max_logit_difference {limit:.1e}. "
+            "Raise it in params.yaml if that is acceptable."
+        )

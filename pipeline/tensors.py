@@ -1,0 +1,108 @@
+"""Safetensors headers and fingerprints, read without torch."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file; `start` and `stop` are byte offsets in that file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Name → TensorInfo, sorted by name. Raises UserError if the file is missing, truncated or malformed."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise _damaged(path, f"its header of {length} bytes does not fit in {size} bytes")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from None
+    except ValueError:
+        raise _damaged(path, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    infos = {name: _info(path, name, header[name], 8 + length) for name in sorted(header)}
+    expected = max((info.stop for info in infos.values()), default=8 + length)
+    if expected != size:
+        raise _damaged(path, f"the header describes {expected} bytes, the file has {size}")
+    return infos
+
+
+def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+        start, stop = (base + int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(path, f"{name} has no valid dtype, shape and offsets") from None
+    if dtype not in BYTES:
+        raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported.")
+    if stop - start != prod(shape) * BYTES[dtype] or start < base:
+        raise _damaged(path, f"{name} of shape {shape} does not have {stop - start} bytes")
+    return TensorInfo(dtype, shape, start, stop)
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged or truncated: {reason}. Make it again or copy it anew.")
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape."""
+    return {name: info.shape for name, info in read_header(path).items()}
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 over every tensor's name, dtype, shape and bytes, in order of name.
+
+    Independent of the order, padding and metadata of the file that holds them.
+    """
+    digest = hashlib.sha256()
+    infos = read_header(path)
+    with path.open("rb") as file:
+        for name, info in infos.items():
+            digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
+            file.seek(info.start)
+            remaining = info.stop - info.start
+            while remaining:
+                block = file.read(min(remaining, 1 << 20))
+                digest.update(block)
+                remaining -= len(block)
+    return digest.hexdigest()
+
+
+def refuse_difference(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Raises UserError unless `found` has exactly the expected names and shapes."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    reasons = [
+        *([f"missing {_first(missing)}"] if missing else []),
+        *([f"not expected {_first(extra)}"] if extra else []),
+        *(f"{n} has shape {list(found[n])}, expected {list(expected[n])}" for n in wrong[:1]),
+    ]
+    if reasons:
+        raise UserError(f"{source} does not fit: {'; '.join(reasons)}.")
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,76 @@
+"""The training loop: a generator of plain records, and the generator that logs, checkpoints and resumes it."""
+
+import math
+from collections.abc import Generator, Iterator
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.data import IGNORED
+from pipeline.errors import Interrupted, UserError
+from pipeline.metrics import RunLog, Step
+from pipeline.models.minigpt import MiniGPT
+from pipeline.params import Training
+from pipeline.runner import Event, Job, Note, Progress
+from pipeline.training import checkpoint
+from pipeline.training.batches import Batch, Batches
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.optimizer import FlatAdam
+from pipeline.training.signals import HeldSignals
+
+
+def loss_of(model: MiniGPT, batch: Batch) -> Tensor:
+    """Mean cross-entropy over the labels that count, in nats a token."""
+    logits = model(batch.ids, batch.positions)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+
+
+def steps(
+    model: MiniGPT, batches: Batches, optimizer: FlatAdam, settings: Training, done: int = 0, tokens: int = 0
+) -> Iterator[Step]:
+    """Train from after step `done`, with `tokens` learned from, to the last epoch's end: one record a step."""
+    for number in range(done, settings.epochs * len(batches)):
+        batch = batches[number]
+        loss = loss_of(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = optimizer.step()
+        tokens += batch.tokens
+        epoch = number // len(batches) + 1
+        yield Step(number + 1, epoch, loss.item(), settings.learning_rate, norm.item(), tokens)
+
+
+def train(job: Job, model: MiniGPT, batches: Batches, settings: Training) -> Generator[Event, None, None]:
+    """Train `model`'s trainable parameters in place; killed at any step, the next call goes on where it was.
+
+    Raises Interrupted after a signal, with a checkpoint written, and UserError if the loss is not finite.
+    """
+    optimizer = FlatAdam(model, settings.learning_rate)
+    start, refused = checkpoint.load(job.run, job.key)
+    if refused:
+        yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {refused}")
+    if start:
+        optimizer.restore(start.state)
+        yield Note(f"{job.stage.name}: resumed after step {start.step}")
+    done, tokens = (start.step, start.tokens) if start else (0, 0)
+    total = settings.epochs * len(batches)
+    log = RunLog(job.run, done, tokens)
+    model.train()
+    with log, HeldSignals() as signals:
+        for record in steps(model, batches, optimizer, settings, done, tokens):
+            _refuse_divergence(job, record)
+            log.append(record)
+            if signals.received or record.step % job.checkpoint_every == 0:
+                log.sync()
+                checkpoint.save(job.run, job.key, Checkpoint(record.step, record.tokens, optimizer.state()))
+            if signals.received:
+                raise Interrupted(signals.received, f"{job.stage.name}: stopped after step {record.step} of {total}")
+            yield Progress(record.step, total, f"loss {record.loss:.3f}")
+    model.eval()
+
+
+def _refuse_divergence(job: Job, record: Step) -> None:
+    if not math.isfinite(record.loss) or not math.isfinite(record.grad_norm):
+        raise UserError(
+            f"{job.stage.name}: the loss is {record.loss} and the gradient's norm {record.grad_norm} at step "
+            f"{record.step}. Lower {job.stage.name}.learning_rate in params.yaml."
+        )
