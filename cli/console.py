@@ -25,7 +25,7 @@ def print_json(value: Any) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
     """A plain table; `right` names the columns of numbers."""
-    built = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    built = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for column in columns:
         number = column in right
         built.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number)

@@ -129,7 +129,7 @@ def _run(
 
 def _summary(folder: Path, manifest: dict[str, object]) -> str:
     """One line: where the artifact is and what can be said of it at once."""
-    from pipeline.metrics import LOSS, read_steps
+    from pipeline.metrics import LOSS, final_loss, read_steps
 
     parts = [f"{folder.parent.name}/{folder.name}"]
     parameters = manifest.get("parameters")
@@ -139,7 +139,7 @@ def _summary(folder: Path, manifest: dict[str, object]) -> str:
             parts.append(f"{parameters['trainable']:,} trained")
     steps = read_steps(folder / LOSS)
     if steps:
-        parts.append(f"loss {steps[-1].loss:.3f} after {steps[-1].step:,} steps")
+        parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
     return "  ".join(parts)
 
 

@@ -1,11 +1,14 @@
 """A content-addressed store of finished artifacts: <root>/<stage>/<key>/.
 
-The key covers all that decides an artifact's bytes. Entries appear whole, by rename, and are checked
-against their manifest when used, so that two processes, or a kill, can never leave a wrong hit.
+The key covers all that decides an artifact's bytes. Entries appear whole, by rename, are checked against
+their manifest when used, and are touched by one process at a time.
 """
 
+import fcntl
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,27 +34,35 @@ class Cache:
     def restore(self, stage: str, key: str, target: Path) -> bool:
         """Put a verified copy at `target`; False if there is none. A damaged entry is dropped."""
         entry = self.root / stage / key
-        if not entry.is_dir():
-            return False
-        try:
+        with self._lock():
+            if not entry.is_dir():
+                return False
+            try:
+                artifact.verify(entry)
+            except UserError:
+                shutil.rmtree(entry)
+                return False
             with artifact.writing(target) as folder:
                 _copy(entry, folder)
-                artifact.verify(folder)
             (entry / artifact.MANIFEST).touch()
-        except (UserError, FileNotFoundError):  # damaged, or pruned while it was copied
-            shutil.rmtree(entry, ignore_errors=True)
-            return False
         return True
 
     def store(self, stage: str, key: str, source: Path) -> None:
-        """Keep a copy of `source`. If another process stored the same key first, its copy stays."""
+        """Keep a copy of `source`. If the same key was stored before, that copy stays."""
         entry = self.root / stage / key
-        if not entry.is_dir():
-            with artifact.writing(entry) as folder:
-                _copy(source, folder)
+        with self._lock():
+            if not entry.is_dir():
+                with artifact.writing(entry) as folder:
+                    _copy(source, folder)
 
     def entries(self) -> list[Entry]:
         """Everything cached, last used first."""
+        if not self.root.is_dir():
+            return []
+        with self._lock():
+            return self._entries()
+
+    def _entries(self) -> list[Entry]:
         found = [
             Entry(path.parent.name, path.name, path, _size(path), _used(path))
             for path in self.root.glob("*/*")
@@ -64,12 +75,20 @@ class Cache:
         limit = time.time() - older_than_days * 86_400
         kept: dict[str, int] = {}
         removed = []
-        for entry in self.entries():
-            kept[entry.stage] = kept.get(entry.stage, 0) + 1
-            if kept[entry.stage] > keep and entry.used <= limit:
-                shutil.rmtree(entry.path, ignore_errors=True)
-                removed.append(entry)
+        with self._lock():
+            for entry in self._entries():
+                kept[entry.stage] = kept.get(entry.stage, 0) + 1
+                if kept[entry.stage] > keep and entry.used <= limit:
+                    shutil.rmtree(entry.path)
+                    removed.append(entry)
         return removed
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 def _copy(source: Path, target: Path) -> None:

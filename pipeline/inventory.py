@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import artifact
 from pipeline.errors import UserError
-from pipeline.metrics import LOSS, read_steps
+from pipeline.metrics import LOSS, final_loss, read_steps
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ def _visible(path: Path, root: Path) -> bool:
 
 def _described(folder: Path, root: Path) -> Adapter:
     config, problem = _config(folder)
-    steps = read_steps(folder / LOSS)
     targets = config.get("target_modules")
     return Adapter(
         path=folder,
@@ -46,7 +45,7 @@ def _described(folder: Path, root: Path) -> Adapter:
         targets=tuple(targets) if isinstance(targets, list) else (str(targets),),
         base=config.get("base_model_name_or_path"),
         size=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        final_loss=steps[-1].loss if steps else None,
+        final_loss=final_loss(read_steps(folder / LOSS)),
         forgetting=_forgetting(folder, root),
         problem=problem,
     )

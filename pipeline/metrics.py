@@ -116,6 +116,11 @@ def flat_from(steps: Sequence[Step], tolerance: float = 0.05) -> int | None:
     return flat + 1 if flat + 1 < len(means) else None
 
 
+def final_loss(steps: Sequence[Step]) -> float | None:
+    """Mean loss of the last epoch: a single batch's depends on which sentences are in it."""
+    return epoch_means(steps)[-1] if steps else None
+
+
 def epoch_means(steps: Sequence[Step]) -> list[float]:
     """Mean loss of each epoch, in order."""
     epochs: dict[int, list[float]] = {}

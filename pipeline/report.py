@@ -17,7 +17,7 @@ NAMES = {
 }
 COLORS = {"full": "#D55E00", "freeze": "#E69F00", "lora": "#0072B2"}  # Okabe & Ito: told apart by every reader
 STYLES = {"full": "-", "freeze": "--", "lora": "-."}
-SUMMARY_COLUMNS = ("trained", "share", "new loss", "new done", "old loss", "rise", "old kept", "weights")
+SUMMARY_COLUMNS = ("trained", "share", "new loss", "done", "old loss", "rise", "kept", "weights")
 
 
 def draw_comparison(path: Path, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]) -> None:
@@ -76,9 +76,9 @@ def summary_row(numbers: Mapping[str, Any]) -> list[str]:
 
 def _findings(metrics: Mapping[str, Any], settings: Evaluate) -> str:
     lines = [
-        "Losses are mean cross-entropies in nats a token over whole sentences. *New done*: sentences of "
+        "Losses are mean cross-entropies in nats a token over whole sentences. *Done*: sentences of "
         f"`{settings.new_data}` completed word for word, and ended, from their first {settings.prompt_words} words. "
-        f"*Rise*: of the loss on `{settings.old_data}`, against the base. *Old kept*: next-token first choices on the "
+        f"*Rise*: of the loss on `{settings.old_data}`, against the base. *Kept*: next-token first choices on the "
         "same sentences that are still the base's. *Weights*: what must be stored for this variant; the adapter's are "
         "stored beside one copy of the expanded base.\n",
         *(_curve_line(method, metrics[method]) for method in COLORS),
@@ -92,9 +92,9 @@ def _curve_line(method: str, numbers: Mapping[str, Any]) -> str:
     when = f"is flat from epoch {flat}" if flat else "has not flattened"
     kept, old = numbers["old_prompts_kept"], numbers["old_prompts"]
     return (
-        f"- **{NAMES[method]}**: the training loss {when} (every later epoch within 5% of the whole drop) and ends at "
-        f"{numbers['final_loss']:.3f}; {numbers['new_completed']} of {numbers['new_sentences']} new sentences are "
-        f"completed; {kept} of {old} old prompts keep their answer."
+        f"- **{NAMES[method]}**: the training loss {when} (every later epoch within 5% of the whole drop) and ends "
+        f"with an epoch at {numbers['final_loss']:.3f}; {numbers['new_completed']} of {numbers['new_sentences']} new "
+        f"sentences are completed; {kept} of {old} old prompts keep their answer."
     )
 
 

@@ -23,6 +23,9 @@ _PLAIN: dict[str, Any] = {
     "use_dora": False,
     "lora_bias": False,
     "fan_in_fan_out": False,
+    "use_qalora": False,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
     "exclude_modules": None,
     "layers_to_transform": None,
     "layers_pattern": None,
@@ -104,8 +107,9 @@ def load_adapter(model: MiniGPT, base_folder: Path, folder: Path) -> AdapterSpec
     spec = read_spec(folder)
     found = shapes(folder / WEIGHTS)
     rows = [row for ids in spec.rows.values() for row in ids]
-    if rows and max(rows) >= model.config.vocab_size:
-        raise UserError(f"{folder}: trains row {max(rows)}; {base_folder} has {model.config.vocab_size} rows.")
+    outside = [row for row in rows if not 0 <= row < model.config.vocab_size]
+    if outside:
+        raise UserError(f"{folder}: trains row {outside[0]}; {base_folder} has {model.config.vocab_size} rows.")
     attach(model, spec)
     places = tensors(model, spec)
     refuse_difference({key: tuple(p.shape) for key, p in places.items()}, found, str(folder / WEIGHTS))

@@ -35,4 +35,5 @@ class HeadRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.base(x)  # (B, T, V)
-        return logits.index_copy(-1, self.ids, F.linear(x, self.rows))
+        bias = None if self.base.bias is None else self.base.bias[self.ids]
+        return logits.index_copy(-1, self.ids, F.linear(x, self.rows, bias))

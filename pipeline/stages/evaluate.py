@@ -11,7 +11,7 @@ from pipeline.data import Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.measure import Scored, completes, score
-from pipeline.metrics import LOSS, flat_from, read_steps
+from pipeline.metrics import LOSS, final_loss, flat_from, read_steps
 from pipeline.params import Evaluate
 from pipeline.report import draw_comparison, write_report
 from pipeline.runner import Event, Facts, Job, Progress
@@ -41,7 +41,7 @@ def evaluate(job: Job) -> Generator[Event, None, Facts]:
         yield Progress(done, len(VARIANTS), loaded.name)
     curves = {STAGES[stage].method: read_steps(job.project.artifact(stage) / LOSS) for stage in TRAINED}
     for method, steps in curves.items():
-        metrics[method] |= {"final_loss": steps[-1].loss, "flat_from_epoch": flat_from(steps)}
+        metrics[method] |= {"final_loss": final_loss(steps), "flat_from_epoch": flat_from(steps)}
     write_json(job.out / METRICS, metrics)
     write_json(job.out / PREDICTIONS, predictions)
     draw_comparison(job.out / PICTURE, curves, metrics)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeline import artifact
 from pipeline.errors import UserError
+from pipeline.metrics import LOSS, read_steps
 from pipeline.models.base import load_tensors, save_tensors
 from pipeline.runner import checkpoints, discard_checkpoints
 
@@ -40,6 +41,9 @@ def load(run: Path, key: str) -> tuple[Checkpoint | None, str | None]:
             meta = artifact.verify(folder)
             if meta["key"] != key:
                 reason = "it was made with other params, data or code"
+                continue
+            if len(read_steps(run / LOSS)) < meta["step"]:
+                reason = f"{run / LOSS} does not reach step {meta['step']}"
                 continue
             return Checkpoint(meta["step"], meta["tokens"], load_tensors(folder / STATE)), None
         except (UserError, KeyError) as error:

@@ -1,0 +1,20 @@
+"""`make bench`: how fast it is, beside what it is compared with, measured in one run on this machine."""
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.commands import commands
+from bench.training import training
+
+
+def main() -> None:
+    table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
+    console = Console()
+    for measure in (commands, training):
+        for row in measure():
+            table.add_row(*row.cells())
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

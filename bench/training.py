@@ -1,0 +1,99 @@
+"""A training step of each method on MiniGPT beside the same step on the same checkpoint in transformers and PEFT."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from bench.measure import Row, in_turns
+from pipeline.adapters.attach import attach
+from pipeline.data import windows
+from pipeline.models.base import Base, load_base, save_base
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.params import FinetuneFreeze, FinetuneLora, Training
+from pipeline.stages.finetune import freeze, lora_spec
+from pipeline.tokenizer import WordTokenizer
+from pipeline.training.batches import Batches
+from pipeline.training.loop import steps
+from pipeline.training.optimizer import FlatAdam
+
+STEPS, ROUNDS = 50, 15
+GOALS = {"full": 1.0, "freeze": 1.0, "lora": 2.0}
+
+
+def training() -> Iterator[Row]:
+    """Steps of 4 windows of 4 tokens, the pipeline's own; one thread each, which is the faster for both."""
+    torch.set_num_threads(1)
+    tokenizer = WordTokenizer.of_words([f"w{i}" for i in range(96)])
+    with tempfile.TemporaryDirectory() as folder:
+        model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id))
+        save_base(Path(folder), Base(model, tokenizer))
+        runs = {}
+        for method in GOALS:
+            runs[method] = _ours(Path(folder), method)
+            runs[f"{method} reference"] = _reference(Path(folder), method)
+        times = in_turns(runs, ROUNDS)
+    for method, goal in GOALS.items():
+        ours, theirs = times[method] / STEPS, times[f"{method} reference"] / STEPS
+        name = "PEFT" if method == "lora" else "transformers"
+        ratio = theirs / ours
+        wanted = f"at least {goal:g} ×"
+        yield Row(f"training step, {method}", ours, f"{name}, {theirs * 1e3:.2f} ms", ratio, wanted, ratio >= goal)
+
+
+def _batches() -> Batches:
+    ids = torch.randint(3, 99, (8, 7), generator=torch.Generator().manual_seed(0)).tolist()
+    return Batches([window for row in ids for window in windows(tuple(row), 4)], 4, 0, 0)
+
+
+def _ours(folder: Path, method: str) -> Callable[[], None]:
+    model, _ = load_base(folder)
+    if method == "lora":
+        attach(model, lora_spec(model, FinetuneLora(), ()))
+    elif method == "freeze":
+        freeze(model, FinetuneFreeze())
+    records = steps(model, _batches(), FlatAdam(model, 1e-3), Training(epochs=10**9))
+
+    def run() -> None:
+        for _ in range(STEPS):
+            next(records)
+
+    return run
+
+
+def _reference(folder: Path, method: str) -> Callable[[], None]:
+    """The loop as the libraries' documentation writes it, with the loss read every step, as ours is."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
+    if method == "lora":
+        ends = ["embed_tokens", "lm_head"]
+        targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=1, target_modules=targets, modules_to_save=ends)
+        model = get_peft_model(model, config)
+    else:
+        _freeze_like_ours(model, method)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    batches = _batches()
+
+    def run() -> None:
+        for step in range(STEPS):
+            batch = batches[step]
+            optimizer.zero_grad()
+            logits = model(input_ids=batch.ids, position_ids=batch.positions).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+            torch.autograd.backward(loss)
+            optimizer.step()
+            loss.item()
+
+    return run
+
+
+def _freeze_like_ours(model: nn.Module, method: str) -> None:
+    for name, parameter in model.named_parameters():
+        ends = "embed_tokens" in name or "lm_head" in name
+        trained = method == "full" or ends or ".layers.1." in name
+        parameter.requires_grad_(trained and "embed_positions" not in name)

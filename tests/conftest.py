@@ -1,0 +1,62 @@
+"""Fixtures: projects that were run once, and `lora` called in this process."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from cli.main import main
+from tests.support import BRIEF, WORK, make, new_project
+
+settings.register_profile("default", deadline=None, max_examples=60)
+settings.load_profile("default")
+torch.set_num_threads(1)  # tests run side by side on few cores
+
+Lora = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole pipeline with the repository's params. Read it; do not write to it."""
+    root = new_project(tmp_path_factory.mktemp("finished"))
+    make(root, list(WORK))
+    return root
+
+
+@pytest.fixture(scope="session")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole pipeline, two epochs each. Read it; do not write to it."""
+    root = new_project(tmp_path_factory.mktemp("brief"))
+    make(root, list(WORK), BRIEF)
+    return root
+
+
+@pytest.fixture
+def project(brief: Path, tmp_path: Path) -> Path:
+    """A copy of `brief` to change."""
+    root = tmp_path / "project"
+    shutil.copytree(brief, root)
+    return root
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lora:
+    """Call `lora …` in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("TERMINAL_WIDTH", "100")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+
+    def call(*arguments: str, cwd: Path) -> tuple[int, str, str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["lora", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return call

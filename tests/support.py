@@ -1,0 +1,83 @@
+"""What tests share: a project in a folder of its own, its stages run in process, and `lora` as a user types it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.dag import STAGES, Project
+from pipeline.params import load
+from pipeline.runner import Event, Work, run
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.expand_vocab import expand_vocab
+from pipeline.stages.finetune import finetune
+from pipeline.stages.merge import merge
+from pipeline.stages.pretrain import pretrain
+
+ROOT = Path(__file__).resolve().parent.parent
+LORA = str(Path(sys.executable).parent / "lora")
+
+WORK: dict[str, Work] = {
+    "pretrain": pretrain,
+    "expand_vocab": expand_vocab,
+    "finetune_full": finetune,
+    "finetune_freeze": finetune,
+    "finetune_lora": finetune,
+    "merge": merge,
+    "evaluate": evaluate,
+}
+COMMAND = {
+    "pretrain": ["pretrain"],
+    "expand_vocab": ["expand-vocab"],
+    "finetune_full": ["finetune", "full"],
+    "finetune_freeze": ["finetune", "freeze"],
+    "finetune_lora": ["finetune", "lora"],
+    "merge": ["merge"],
+    "evaluate": ["evaluate"],
+}
+BRIEF = ("pretrain.epochs=2", *(f"finetune_{method}.epochs=2" for method in ("full", "freeze", "lora")))
+
+
+def new_project(folder: Path) -> Path:
+    """The repository's params and data in `folder`, nothing made yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "params.yaml", folder)
+    shutil.copytree(ROOT / "data", folder / "data")
+    return folder
+
+
+def make(root: Path, stages: Sequence[str], overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    """Run stages in order in this process; returns the last one's manifest."""
+    manifest: dict[str, Any] = {}
+    for name in stages:
+        manifest, _ = make_one(root, name, overrides, **options)
+    return manifest
+
+
+def make_one(
+    root: Path, name: str, overrides: Sequence[str] = (), **options: Any
+) -> tuple[dict[str, Any], list[Event]]:
+    """Run one stage in this process; returns its manifest and its events."""
+    events = run(Project(root, load(root / "params.yaml", overrides)), STAGES[name], WORK[name], **options)
+    seen: list[Event] = []
+    while True:
+        try:
+            seen.append(next(events))
+        except StopIteration as stop:
+            return stop.value, seen
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def lora(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`lora …` in a process of its own."""
+    variables = {**os.environ, "TERMINAL_WIDTH": "100", "COLUMNS": "100", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+    return subprocess.run(
+        [LORA, *arguments], cwd=cwd, env={**variables, **environment}, capture_output=True, text=True, check=False
+    )

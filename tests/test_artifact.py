@@ -1,0 +1,159 @@
+"""Folders that exist whole or not at all, and the cache that keeps them."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import artifact
+from pipeline.cache import Cache
+from pipeline.errors import UserError
+from pipeline.runner import Note
+from tests.support import BRIEF, folder_bytes, make_one
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(target: Path, text: str) -> None:
+    with artifact.writing(target) as folder:
+        (folder / "a.txt").write_text(text, encoding="utf-8")
+        artifact.seal(folder, {"kind": "test"})
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        fill(tmp_path / "x", text)
+        assert (tmp_path / "x/a.txt").read_text(encoding="utf-8") == text
+        assert names(tmp_path) == ["x"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x") as folder:
+        (folder / "a.txt").write_text("half", encoding="utf-8")
+        raise RuntimeError
+    assert artifact.verify(tmp_path / "x")["kind"] == "test"
+    assert names(tmp_path) == ["x"]
+
+
+def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    living = subprocess.Popen(["sleep", "60"])
+    for pid in (dead.pid, living.pid):
+        (tmp_path / f".x.{pid}.tmp").mkdir()
+    fill(tmp_path / "x", "one")
+    living.kill()
+    living.wait()
+    assert names(tmp_path) == sorted([f".x.{living.pid}.tmp", "x"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "a.txt").write_text("x"), "a.txt was changed after the artifact was made"),
+        (lambda f: (f / "a.txt").unlink(), "a.txt is missing after the artifact was made"),
+        (lambda f: (f / "b.txt").write_text("x"), "b.txt was added after the artifact was made"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "is not a manifest of this project"),
+        (lambda f: (f / "manifest.json").write_text("no"), "is not a manifest of this project"),
+    ],
+)
+def test_any_change_is_named(tmp_path: Path, change: object, message: str) -> None:
+    fill(tmp_path / "x", "one")
+    change(tmp_path / "x")  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        artifact.verify(tmp_path / "x")
+
+
+def test_a_digest_covers_names_and_contents_but_not_the_manifest(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    fill(tmp_path / "y", "one")
+    (tmp_path / "y/manifest.json").write_text("other", encoding="utf-8")
+    assert artifact.digest(tmp_path / "x") == artifact.digest(tmp_path / "y")
+    (tmp_path / "y/a.txt").rename(tmp_path / "y/b.txt")
+    assert artifact.digest(tmp_path / "x") != artifact.digest(tmp_path / "y")
+    with pytest.raises(UserError, match="does not exist"):
+        artifact.digest(tmp_path / "z")
+
+
+def notes(project: Path, *overrides: str, **options: bool) -> list[str]:
+    _, events = make_one(project, "finetune_lora", [*BRIEF, *overrides], **options)
+    return [event.text for event in events if isinstance(event, Note)]
+
+
+def test_a_hit_restores_the_same_bytes_and_says_so(project: Path) -> None:
+    folder = project / "artifacts/lora_adapter"
+    before = folder_bytes(folder)
+    shutil.rmtree(folder)
+    (said,) = notes(project)
+    assert "nothing to do, taken from the cache" in said
+    assert folder_bytes(folder) == before
+
+
+def test_force_and_any_change_of_params_or_inputs_miss(project: Path) -> None:
+    assert notes(project, force=True) == []
+    assert notes(project, "finetune_lora.rank=2") == []
+    data = project / "data/finetune.de.txt"
+    data.write_text(data.read_text(encoding="utf-8") + "der wind weht im winter\n", encoding="utf-8")
+    assert notes(project) == []
+    assert len(notes(project)) == 1
+
+
+def test_a_damaged_entry_is_dropped_and_made_again(project: Path) -> None:
+    before = folder_bytes(project / "artifacts/lora_adapter")
+    (entry,) = (project / ".lora-cache/finetune_lora").iterdir()
+    (entry / "loss.csv").write_text("wrong", encoding="utf-8")
+    assert notes(project) == []
+    assert folder_bytes(project / "artifacts/lora_adapter") == before
+    assert len(notes(project)) == 1
+
+
+def test_pruning_keeps_the_newest_of_each_stage(project: Path) -> None:
+    cache = Cache(project / ".lora-cache")
+    for rank in (1, 2, 3):
+        notes(project, f"finetune_lora.rank={rank}")
+    assert len(cache.entries()) == 10
+    newest = next(entry.key for entry in cache.entries() if entry.stage == "finetune_lora")
+    assert cache.prune(older_than_days=1) == []
+    assert {entry.stage for entry in cache.prune(keep=1)} == {"finetune_lora"}
+    assert len(cache.entries()) == 7
+    assert newest in {entry.key for entry in cache.entries()}
+    cache.prune()
+    assert cache.entries() == []
+
+
+def test_many_processes_on_one_cache_never_corrupt_it(project: Path, tmp_path: Path) -> None:
+    """Eight processes restore, store and prune the same key at once; what is there at any time verifies."""
+    code = """
+import random, sys
+from pathlib import Path
+from pipeline import artifact
+from pipeline.cache import Cache
+root, source, target = map(Path, sys.argv[1:4])
+cache = Cache(root)
+for turn in range(60):
+    cache.store("s", "k", source)
+    if cache.restore("s", "k", target):
+        artifact.verify(target)
+    if random.random() < 0.3:
+        cache.prune()
+"""
+    source = project / "artifacts/lora_adapter"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "cache"), str(source), str(tmp_path / f"out{i}")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(8)
+    ]
+    assert [(process.communicate()[1], process.returncode) for process in started] == [("", 0)] * 8
+    cache = Cache(tmp_path / "cache")
+    cache.store("s", "k", source)
+    assert cache.restore("s", "k", tmp_path / "last")
+    assert folder_bytes(tmp_path / "last") == folder_bytes(source)

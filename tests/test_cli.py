@@ -1,0 +1,313 @@
+"""The command line as a user types it: results, JSON, exit codes, and one clear message for bad input."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import Lora
+from tests.support import BRIEF, COMMAND, LORA, lora
+
+
+def sets(*values: str) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+def test_help_and_version_never_import_torch(tmp_path: Path) -> None:
+    code = "import sys; from cli.main import main\ntry: main()\nfinally: print(list(sys.modules), file=sys.stderr)"
+    for argument in (["--help"], ["finetune", "lora", "-h"], ["--version"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *argument], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0
+        for heavy in ("torch", "numpy", "transformers", "tokenizers", "matplotlib", "yaml"):
+            assert f"'{heavy}'" not in done.stderr
+
+
+def test_a_cache_hit_never_imports_torch(project: Path) -> None:
+    code = "import sys; from cli.main import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    for stage, arguments in COMMAND.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments, *sets(*BRIEF)],
+            cwd=project,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert f"{stage}: nothing to do, taken from the cache" in done.stderr
+        assert done.stderr.endswith("False\n")
+
+
+def test_every_command_shows_help(cli: Lora, tmp_path: Path) -> None:
+    code, out, _ = cli("-h", cwd=tmp_path)
+    assert code == 0
+    for command in ("pretrain", "expand-vocab", "finetune", "merge", "evaluate", "report", "prompt", "compare"):
+        assert command in out
+        assert cli(command, "--help", cwd=tmp_path)[0] == 0
+    for command in ("adapters", "cache", "doctor"):
+        assert command in out
+    code, out, _ = cli("--version", cwd=tmp_path)
+    assert (code, out) == (0, "lora 0.1.0\n")
+
+
+def test_the_stages_run_one_after_the_other_and_print_what_they_made(cli: Lora, tmp_path: Path) -> None:
+    from tests.support import new_project
+
+    root = new_project(tmp_path / "p")
+    shown = {}
+    for stage, arguments in COMMAND.items():
+        code, out, err = cli(*arguments, *sets(*BRIEF), cwd=root)
+        assert (code, err) == (0, ""), err
+        shown[stage] = out
+    assert shown["pretrain"].startswith("artifacts/base  109,568 parameters  109,568 trained  loss ")
+    assert "after 12 steps" in shown["finetune_lora"]
+    assert "report: " in shown["evaluate"]
+    code, out, _ = cli("report", cwd=root)
+    assert out in shown["evaluate"]
+
+
+def test_prompt_as_json_is_the_contract_and_agrees_with_transformers(cli: Lora, finished: Path) -> None:
+    text = "die katze sitzt auf dem"
+    code, out, err = cli("prompt", text, "--base", "artifacts/base", "--top-k", "3", "--json", cwd=finished)
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert list(answer) == ["prompt", "model", "adapter", "top_k", "completion"]
+    assert (answer["prompt"], answer["model"], answer["adapter"]) == (text, "artifacts/base", None)
+    assert (answer["top_k"][0]["token"], answer["completion"]) == ("tisch", "tisch")
+    folder = finished / "artifacts/base"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+    values, ids = logits.softmax(0).topk(3)
+    assert [choice["token"] for choice in answer["top_k"]] == [tokenizer.decode([i]) for i in ids.tolist()]
+    assert [choice["probability"] for choice in answer["top_k"]] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def test_prompt_with_an_adapter_takes_the_base_that_it_names(cli: Lora, finished: Path) -> None:
+    code, out, _ = cli("prompt", "der wind", "--adapter", "artifacts/lora_adapter", "--json", cwd=finished)
+    answer = json.loads(out)
+    assert (code, answer["model"], answer["adapter"]) == (0, "artifacts/expanded", "artifacts/lora_adapter")
+    assert answer["completion"] == "weht über das feld"
+
+
+def test_prompt_shows_bars_and_a_completion(cli: Lora, finished: Path) -> None:
+    code, out, _ = cli("prompt", "Die Katze sitzt auf dem", cwd=finished)
+    assert code == 0
+    first = next(line for line in out.splitlines() if line.startswith("tisch"))
+    assert "█" * 19 in first
+    assert out.splitlines()[-1] == "Die Katze sitzt auf dem tisch"
+
+
+def test_sampling_is_decided_by_its_seed(cli: Lora, finished: Path) -> None:
+    def drawn(seed: int) -> str:
+        return cli("prompt", "der", "--temperature", "1", "--seed", str(seed), cwd=finished)[1]
+
+    assert drawn(1) == drawn(1)
+    assert len({drawn(seed) for seed in range(6)}) > 1
+
+
+def test_compare_sets_all_variants_side_by_side(cli: Lora, finished: Path) -> None:
+    code, out, _ = cli("compare", "der wind", "--json", cwd=finished)
+    answers = json.loads(out)
+    assert code == 0
+    assert list(answers) == ["base", "expanded", "full", "freeze", "lora", "merged"]
+    assert answers["base"]["unknown_words"] == ["wind"]
+    assert answers["lora"]["top_k"][0]["token"] == answers["merged"]["top_k"][0]["token"] == "weht"
+    code, out, _ = cli("compare", "der wind", cwd=finished)
+    assert "does not know: wind" in out
+    assert all(len(line) <= 100 for line in out.splitlines())
+
+
+def test_adapters_are_listed_with_what_was_measured(cli: Lora, finished: Path) -> None:
+    metrics = json.loads((finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    code, out, _ = cli("adapters", "--json", cwd=finished)
+    (adapter,) = json.loads(out)
+    assert code == 0
+    assert (adapter["method"], adapter["rank"], adapter["base"]) == ("lora", 4, "artifacts/expanded")
+    assert adapter["targets"] == ["k_proj", "out_proj", "q_proj", "v_proj"]
+    assert adapter["final_loss"] == pytest.approx(metrics["lora"]["final_loss"])
+    assert adapter["forgetting"] == metrics["lora"]["forgetting"]["loss_rise"]
+    assert adapter["problem"] is None
+    code, out, _ = cli("adapters", cwd=finished)
+    assert "lora_adapter  lora       4  k out q v  expanded" in out
+    assert out.rstrip().endswith("whole")
+
+
+def test_an_adapter_that_was_not_evaluated_has_no_forgetting(cli: Lora, project: Path) -> None:
+    assert cli("finetune", "lora", *sets("finetune_lora.epochs=1"), cwd=project)[0] == 0
+    (adapter,) = json.loads(cli("adapters", "--json", cwd=project)[1])
+    assert adapter["forgetting"] is None
+
+
+def test_verify_says_what_it_checked_or_why_it_refuses(cli: Lora, project: Path) -> None:
+    code, out, _ = cli("adapters", "verify", "artifacts/lora_adapter", cwd=project)
+    assert (code, "files, names, shapes and base are those it was trained with" in out) == (0, True)
+    code, out, err = cli("adapters", "verify", "artifacts/lora_adapter", "--base", "artifacts/base", cwd=project)
+    assert (code, out) == (1, "")
+    assert "was trained on another base" in err
+    (project / "artifacts/lora_adapter/manifest.json").unlink()
+    code, out, _ = cli("adapters", "verify", "artifacts/lora_adapter", cwd=project)
+    assert (code, "its base cannot be checked" in out) == (0, True)
+    assert "no manifest" in cli("adapters", cwd=project)[1]
+
+
+def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
+    from tests.support import new_project
+
+    root = new_project(tmp_path / "p")
+    assert "Make one with `lora finetune lora`" in cli("adapters", cwd=root)[1]
+    for arguments, message in (
+        (["report"], "There is no evaluation yet. Run `make repro`"),
+        (["compare", "der"], "There is no model yet. Run `make repro`"),
+        (["merge"], "expanded does not exist. Run the stage that makes it, or `dvc repro`"),
+        (["prompt", "der"], "has no config.json. Make the models with `dvc repro`"),
+    ):
+        code, out, err = cli(*arguments, cwd=root)
+        assert (code, out) == (1, "")
+        assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["prompt", "die möwe"], 1, "expanded does not know: möwe"),
+        (["prompt", ""], 1, "The prompt is empty"),
+        (["prompt", "der " * 40], 1, "The prompt has 40 tokens; expanded takes 32"),
+        (["prompt", "der", "--top-p", "0"], 1, "sampling needs"),
+        (["prompt", "der", "--top-k", "0"], 2, "Invalid value for '--top-k'"),
+        (["prompt", "der", "--base", "artifacts/lora_adapter"], 1, "It is an adapter: give it with --adapter"),
+        (["prompt", "der", "--adapter", "artifacts/base"], 1, "adapter_config.json: No such file"),
+        (["prompt", "der", "--base", "nowhere"], 1, "nowhere is not a model folder"),
+        (["prompt"], 2, "Missing argument 'TEXT'"),
+        (["compare", "möwe"], 1, "No variant knows: möwe"),
+        (["merge", "--params", "nowhere.yaml"], 1, "nowhere.yaml does not exist"),
+        (["merge", "--set", "merge.promts=x"], 1, "unknown key merge.promts. Did you mean merge.prompts?"),
+        (["merge", "--set", "merge.prompts=x.yaml"], 1, "x.yaml does not exist"),
+        (["finetune", "lora", "--set", "finetune_lora.rank=0"], 1, "finetune_lora.rank must be at least 1, got 0"),
+        (["finetune", "lora", "--set", "finetune_lora.target_modules=[q_porj]"], 1, "'q_porj' matches no linear layer"),
+        (["finetune", "qlora"], 2, "No such command 'qlora'"),
+        (["finetune"], 2, ""),
+        (["adapters", "verify", "nowhere"], 1, "nowhere/adapter_config.json: No such file"),
+        (["cache", "prune", "--keep", "-1"], 2, "Invalid value for '--keep'"),
+    ],
+)
+def test_bad_input_is_one_message_and_an_exit_code(
+    cli: Lora, brief: Path, arguments: list[str], code: int, message: str
+) -> None:
+    found, out, err = cli(*arguments, cwd=brief)
+    assert found == code
+    assert "Traceback" not in out + err
+    assert message in err
+    if code == 1:
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+
+def test_doctor_reports_versions_and_devices(cli: Lora, tmp_path: Path) -> None:
+    code, out, _ = cli("doctor", "--json", cwd=tmp_path)
+    facts = json.loads(out)
+    assert (code, facts["torch"], facts["lora-workbench"]) == (0, torch.__version__, "0.1.0")
+    assert ("accelerator" in facts) != (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def test_cache_shows_and_prunes(cli: Lora, project: Path) -> None:
+    entries = json.loads(cli("cache", "--json", cwd=project)[1])
+    assert {entry["stage"] for entry in entries} == set(COMMAND)
+    assert f"{len(entries)} kept" in cli("cache", cwd=project)[1]
+    assert "0 removed" in cli("cache", "prune", "--keep", "1", cwd=project)[1]
+    assert f"{len(entries)} removed" in cli("cache", "prune", cwd=project)[1]
+    assert "0 kept" in cli("cache", cwd=project)[1]
+
+
+def test_params_from_another_folder_keep_their_own_paths(cli: Lora, project: Path, tmp_path: Path) -> None:
+    code, _, err = cli("merge", "--params", str(project / "params.yaml"), *sets(*BRIEF), cwd=tmp_path)
+    assert code == 0
+    assert "taken from the cache" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["project"]
+
+
+def test_a_full_disk_is_one_error_and_what_was_there_stays(project: Path) -> None:
+    """A limit on file sizes stands for the full disk: writing past it fails as it does there."""
+    manifest = project / "artifacts/full_finetuned/manifest.json"
+    before = manifest.read_bytes()
+    for every in ("5", "1000"):  # the checkpoint does not fit, then the model itself
+        done = subprocess.run(
+            [LORA, "finetune", "full", *sets(*BRIEF), "--force", "--checkpoint-every", every],
+            cwd=project,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+        )
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: cannot write ")
+        assert done.stderr.count("\n") == 1
+        assert manifest.read_bytes() == before
+        assert not list((project / "artifacts").glob(".*"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(project: Path) -> None:
+    shutil.rmtree(project / "runs")
+    (project / "runs").write_text("a file where a folder must be", encoding="utf-8")
+    done = lora("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert "runs" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder_is_one_error(project: Path) -> None:
+    (project / "artifacts").chmod(0o500)
+    done = lora("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
+    (project / "artifacts").chmod(0o700)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_a_closed_pipe_ends_in_silence(finished: Path) -> None:
+    done = subprocess.run(
+        f"{LORA} prompt der --top-k 74 | head -1", shell=True, cwd=finished, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+
+
+def test_a_progress_bar_is_drawn_on_a_terminal_only(project: Path) -> None:
+    import pty
+
+    quiet = lora("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
+    assert quiet.stderr == ""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [LORA, "finetune", "full", *sets("finetune_full.epochs=100"), "--force"],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    )
+    os.close(slave)
+    shown = b""
+    try:
+        while block := os.read(master, 4096):
+            shown += block
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "finetune_full" in text
+    assert "/600" in text
+    assert "loss " in text
+    assert "0:00:0" in text
+
+
+def test_no_color_is_respected(finished: Path) -> None:
+    done = lora("prompt", "der", cwd=finished, NO_COLOR="1", FORCE_COLOR="1", _TYPER_FORCE_DISABLE_TERMINAL="0")
+    assert "\x1b[3" not in done.stdout

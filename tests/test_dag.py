@@ -1,0 +1,115 @@
+"""dvc.yaml says what pipeline/dag.py says, and DVC does with it what the README promises."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.dag import STAGES
+from pipeline.provenance import code_files
+from tests.dvc_deps import deps
+from tests.support import COMMAND, ROOT
+
+DVC = str(Path(sys.executable).parent / "dvc")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_dvc_knows_all_that_a_stage_reads_runs_and_writes(name: str) -> None:
+    stage = STAGES[name]
+    found = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    assert found["deps"] == deps(name), "run `make deps`"
+    assert found["params"] == [name]
+    assert found["cmd"] == " ".join(["lora", *COMMAND[name]])
+    outs = [*found["outs"], *(out for metric in found.get("metrics", ()) for out in metric)]
+    assert all(out == f"artifacts/{stage.output}" or out.startswith(f"artifacts/{stage.output}/") for out in outs)
+
+
+def test_code_files_are_those_that_python_imports() -> None:
+    """The static walk finds every module of ours that importing a stage loads."""
+    for stage in STAGES.values():
+        code = f"import sys, {stage.module}\nfor name in sys.modules: print(name)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        imported = {name for name in done.stdout.split() if name.split(".")[0] == "pipeline"}
+        found = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in code_files(stage.module)}
+        assert imported <= {name.removesuffix(".__init__") for name in found}
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    """`dvc …` in a clone, whose own code the stages run."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [DVC, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as it stands, committed."""
+    folder = tmp_path_factory.mktemp("origin")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if name != "dvc.lock" and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "all")
+    return folder
+
+
+@pytest.mark.slow
+def test_two_fresh_clones_give_the_same_lock_and_a_changed_rank_reruns_what_depends_on_it(
+    origin: Path, tmp_path: Path
+) -> None:
+    locks = []
+    for name in ("one", "two"):
+        git(tmp_path, "clone", "-q", str(origin), name)
+        dvc(tmp_path / name, "repro")
+        locks.append((tmp_path / name / "dvc.lock").read_bytes())
+    assert locks[0] == locks[1]
+    clone = tmp_path / "one"
+    assert "Data and pipelines are up to date" in dvc(clone, "repro")
+
+    git(clone, "add", "-A")
+    git(clone, "commit", "-qm", "lock")
+    params = clone / "params.yaml"
+    params.write_text(params.read_text(encoding="utf-8").replace("  rank: 4", "  rank: 2"), encoding="utf-8")
+    assert "finetune_lora.rank" in dvc(clone, "params", "diff")
+    ran = dvc(clone, "repro")
+    for stage in STAGES:
+        assert (f"Running stage '{stage}'" in ran) == (stage in ("finetune_lora", "merge", "evaluate")), ran
+
+    shown = json.loads(dvc(clone, "metrics", "show", "--json"))
+    metrics = shown[""]["data"]["artifacts/evaluation/metrics.json"]["data"]
+    assert metrics["lora"]["trainable"] == 2_048 + 2 * 99 * 64
+    changed = json.loads(dvc(clone, "metrics", "diff", "--json"))["artifacts/evaluation/metrics.json"]
+    assert changed["lora.trainable"] == {"old": 16_768, "new": 14_720, "diff": -2_048}
+
+    plot = json.loads(dvc(clone, "plots", "show", "--show-vega", "training_loss"))
+    curves = {value["filename"] for value in plot["data"]["values"]}
+    assert len(curves) == 3
+    page = Path(dvc(clone, "plots", "show").strip().removeprefix("file://"))
+    assert page.read_text(encoding="utf-8").count('"loss (nats a token)"') >= 1

@@ -1,0 +1,161 @@
+"""SIGKILL, SIGINT and SIGTERM while training: nothing is lost, and the final bytes are those of an undisturbed run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.runner import Note
+from tests.support import BRIEF, COMMAND, LORA, folder_bytes, lora, make_one
+
+TRAINING = {
+    "pretrain": ("base", "pretrain.epochs=20"),
+    "finetune_full": ("full_finetuned", "finetune_full.epochs=50"),
+    "finetune_freeze": ("layer_frozen", "finetune_freeze.epochs=50"),
+    "finetune_lora": ("lora_adapter", "finetune_lora.epochs=50"),
+}
+EVERY = 20  # steps between checkpoints
+
+
+def command(stage: str) -> list[str]:
+    return [LORA, *COMMAND[stage], "--set", TRAINING[stage][1], "--force", "--checkpoint-every", str(EVERY)]
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def killed_at(project: Path, stage: str, step: int, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Start the stage and send it `number` once its log has passed `step` new lines."""
+    log = project / "runs" / stage / "loss.csv"
+    before = log.stat().st_mtime_ns if log.exists() else 0
+    process = subprocess.Popen(
+        command(stage), cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before or lines(log) <= step):
+        time.sleep(0.0005)
+    os.kill(process.pid, number)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", TRAINING)
+def test_killed_twenty_times_at_random_steps_it_ends_with_the_same_bytes(project: Path, stage: str) -> None:
+    folder = project / "artifacts" / TRAINING[stage][0]
+    done = subprocess.run(command(stage), cwd=project, capture_output=True, text=True, check=True)
+    expected, total = folder_bytes(folder), lines(folder / "loss.csv") - 1
+    shutil.rmtree(project / "runs" / stage)
+    chance = random.Random(stage)
+    kills = resumed = 0
+    while kills < 20:
+        step = chance.randrange(1, total)
+        stopped = killed_at(project, stage, step, signal.SIGKILL)
+        if stopped.returncode == -signal.SIGKILL:
+            kills += 1
+            resumed += "resumed after step" in stopped.stderr
+        else:  # it was past that step and finished first
+            assert stopped.returncode == 0, stopped.stderr
+            assert folder_bytes(folder) == expected
+            shutil.rmtree(project / "runs" / stage)
+        if chance.random() < 0.3:  # let it finish from here
+            done = subprocess.run(command(stage), cwd=project, capture_output=True, text=True, check=True)
+            assert folder_bytes(folder) == expected, done.stderr
+    done = subprocess.run(command(stage), cwd=project, capture_output=True, text=True, check=True)
+    assert folder_bytes(folder) == expected, done.stderr
+    assert resumed > 0
+    assert not list((project / "artifacts").glob(".*")), "no temporary folder is left"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_at_a_step_with_a_checkpoint_and_the_next_run_goes_on(
+    project: Path, number: signal.Signals, code: int
+) -> None:
+    subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
+    expected = folder_bytes(project / "artifacts/lora_adapter")
+    shutil.rmtree(project / "runs/finetune_lora")
+    stopped = killed_at(project, "finetune_lora", 30, number)
+    assert stopped.returncode == code, stopped.stderr
+    assert "stopped after step" in stopped.stderr
+    assert "Run the same command to go on." in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    step = int(stopped.stderr.split("after step ")[1].split()[0])
+    (checkpoint,) = (project / "runs/finetune_lora").glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{step:09d}"
+    done = subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, text=True, check=True)
+    assert f"resumed after step {step}" in done.stderr
+    assert folder_bytes(project / "artifacts/lora_adapter") == expected
+
+
+def stop_early(project: Path) -> Path:
+    """A run of finetune_lora that was killed after a checkpoint; returns the checkpoint."""
+    shutil.rmtree(project / "runs/finetune_lora")
+    killed_at(project, "finetune_lora", 60, signal.SIGKILL)
+    (checkpoint,) = (project / "runs/finetune_lora").glob("checkpoint-*")
+    return checkpoint
+
+
+def test_a_checkpoint_of_other_params_is_refused_and_said_so(project: Path) -> None:
+    stop_early(project)
+    _, events = make_one(project, "finetune_lora", [*BRIEF, "finetune_lora.seed=5"])
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes == [
+        "finetune_lora: the checkpoint is not used and training starts over: "
+        "it was made with other params, data or code"
+    ]
+
+
+def test_a_damaged_checkpoint_is_refused_and_said_so(project: Path) -> None:
+    checkpoint = stop_early(project)
+    path = checkpoint / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
+    done = subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, text=True, check=True)
+    assert "training starts over" in done.stderr
+    assert "state.safetensors was changed" in done.stderr
+
+
+def test_a_checkpoint_whose_log_is_gone_is_not_used(project: Path) -> None:
+    stop_early(project)
+    (project / "runs/finetune_lora/loss.csv").unlink()
+    done = subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, text=True, check=True)
+    assert "training starts over" in done.stderr
+    assert lines(project / "artifacts/lora_adapter/loss.csv") == 301
+
+
+def test_a_stage_killed_while_it_replaces_its_artifact_leaves_the_old_one(project: Path) -> None:
+    target = project / "artifacts/lora_merged"
+    before = folder_bytes(target)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    target.rename(target.parent / f".lora_merged.{gone.pid}.old")
+    (target.parent / f".lora_merged.{gone.pid}.tmp").mkdir()
+    (target.parent / "lora_adapter/adapter_model.safetensors").unlink()  # so that merging fails
+    refused = lora("merge", "--force", cwd=project)
+    assert refused.returncode == 1
+    assert folder_bytes(target) == before
+    assert not list(target.parent.glob(".*"))
+
+
+def test_two_processes_of_one_stage_take_turns(project: Path) -> None:
+    overrides = ["--set", "finetune_full.epochs=300"]
+    first, second = (
+        subprocess.Popen(
+            [LORA, "finetune", "full", *overrides],
+            cwd=project,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    )
+    said = [process.communicate()[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0]
+    assert sum("waiting for process" in text for text in said) == 1
+    assert sum("taken from the cache" in text for text in said) == 1
+    assert json.loads((project / "artifacts/full_finetuned/manifest.json").read_text())["params"]["epochs"] == 300

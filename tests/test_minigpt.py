@@ -1,0 +1,155 @@
+"""MiniGPT against a stock OPTForCausalLM, and generation against `generate`."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from pipeline.errors import UserError
+from pipeline.generate import Sampling, distribution, generate
+from pipeline.models.base import Base, count, load_base, resized, save_base
+from pipeline.models.minigpt import KVCache, MiniGPT, MiniGPTConfig
+from pipeline.tokenizer import WordTokenizer
+
+TOKENIZER = WordTokenizer.of_words([f"w{i}" for i in range(71)])
+CONFIG = MiniGPTConfig(vocab_size=74, pad_id=0, end_id=2)
+
+
+def model_of(**changes: object) -> MiniGPT:
+    torch.manual_seed(0)
+    return MiniGPT(MiniGPTConfig(**{**vars(CONFIG), **changes})).eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_opens_the_checkpoint_with_our_logits(tmp_path: Path, tied: bool) -> None:
+    model = model_of(tie_embeddings=tied)
+    save_base(tmp_path, Base(model, TOKENIZER))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(3, 74, (5, 32))
+    with torch.no_grad():
+        assert (model(ids) - theirs(ids).logits).abs().max() < 1e-5
+        positions = torch.arange(4, 12).expand(5, 8)
+        ours, other = model(ids[:, :8], positions), theirs(ids[:, :8], position_ids=positions).logits
+    assert (ours - other).abs().max() < 1e-5
+
+
+def test_the_trained_checkpoint_opens_in_transformers_with_our_logits(finished: Path) -> None:
+    for name in ("base", "expanded", "full_finetuned", "layer_frozen", "lora_merged"):
+        folder = finished / "artifacts" / name
+        ours, _ = load_base(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+        ids = torch.randint(3, ours.config.vocab_size, (4, 20), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-5, name
+
+
+def test_it_has_about_109_thousand_parameters() -> None:
+    V, D, F = 74, 64, 256
+    block = 4 * (D * D + D) + (D * F + F) + (F * D + D) + 2 * 2 * D
+    assert count(MiniGPT(CONFIG))["total"] == 2 * V * D + 2 * block + 2 * D == 109_568
+
+
+def test_positions_are_the_sinusoids_of_the_transformer() -> None:
+    table = model_of().decoder.embed_positions.weight
+    for position, i in ((0, 0), (5, 3), (31, 31)):
+        angle = position / 10_000 ** (2 * i / 64)
+        assert table[position + 2, 2 * i] == pytest.approx(math.sin(angle), abs=1e-6)
+        assert table[position + 2, 2 * i + 1] == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+@torch.no_grad()
+def test_a_cache_changes_nothing_however_the_tokens_are_fed(parts: list[int]) -> None:
+    model, cache = model_of(), KVCache()
+    ids = torch.randint(3, 74, (2, sum(parts)), generator=torch.Generator().manual_seed(0))
+    pieces = [model(piece, cache=cache) for piece in torch.split(ids, parts, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_token_never_sees_a_later_one() -> None:
+    model = model_of()
+    ids = torch.randint(3, 74, (1, 10))
+    changed = ids.clone()
+    changed[0, 6] = (ids[0, 6] - 2) % 71 + 3
+    same = (model(ids) == model(changed)).all(dim=-1)[0]
+    assert same[:6].all()
+    assert not same[6:].any()
+
+
+def test_greedy_generation_is_that_of_transformers(finished: Path) -> None:
+    folder = finished / "artifacts/base"
+    ours, tokenizer = load_base(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for text in ("die katze", "der hund läuft", "bulgarien"):
+        ids = tokenizer.encode(text)
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        found = list(generate(ours, ids, 12))
+        assert found == [token for token in expected if token != tokenizer.end_id]
+
+
+@given(st.floats(0.2, 3), st.integers(0, 80), st.floats(0.05, 1), st.integers(0, 10**6))
+def test_sampling_has_the_distribution_of_transformers(temperature: float, k: int, p: float, seed: int) -> None:
+    logits = torch.randn(74, generator=torch.Generator().manual_seed(seed)) * 3
+    expected = TemperatureLogitsWarper(temperature)(None, logits[None])
+    if 0 < k < 74:
+        expected = TopKLogitsWarper(k)(None, expected)
+    if p < 1:
+        expected = TopPLogitsWarper(p)(None, expected)
+    torch.testing.assert_close(
+        distribution(logits, Sampling(temperature, k, p)), expected[0].softmax(0), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_seed_decides_a_sample_and_draws_follow_the_distribution() -> None:
+    model = model_of()
+    drawn = [next(iter(generate(model, (5,), 1, Sampling(1.0, 3, 1.0, seed))), 2) for seed in range(400)]
+    assert drawn == [next(iter(generate(model, (5,), 1, Sampling(1.0, 3, 1.0, seed))), 2) for seed in range(400)]
+    with torch.no_grad():
+        probabilities = distribution(model(torch.tensor([[5]]))[0, -1], Sampling(1.0, 3))
+    for token in probabilities.nonzero().flatten().tolist():
+        share = drawn.count(token) / len(drawn)
+        assert share == pytest.approx(float(probabilities[token]), abs=0.1)
+
+
+def test_generation_stops_at_the_last_position() -> None:
+    model = model_of()
+    with torch.no_grad():
+        model.lm_head.weight[2] = 0  # the end token is never the likeliest
+    assert len(list(generate(model, (5, 6, 7), 100))) == 32 - 3
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_sampling_out_of_range_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="sampling needs"):
+        Sampling(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resizing_keeps_old_rows_bit_for_bit(tied: bool) -> None:
+    model = model_of(tie_embeddings=tied)
+    larger = resized(model, 90)
+    assert torch.equal(larger.embeddings.weight[:74], model.embeddings.weight)
+    assert torch.equal(larger.lm_head.weight[:74], model.lm_head.weight)
+    assert (larger.lm_head.weight is larger.embeddings.weight) == tied
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("activation_function", "relu"), ("model_type", "llama"), ("do_layer_norm_before", False)]
+)
+def test_a_config_that_means_another_model_is_refused(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{key} is .*; MiniGPT needs"):
+        MiniGPTConfig.from_opt({**CONFIG.to_opt(), key: value}, "config.json")
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
+    save_base(tmp_path, Base(model_of(), TOKENIZER))
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"ffn_dim": 256', '"ffn_dim": 128'), encoding="utf-8")
+    with pytest.raises(UserError, match=r"does not fit: model.decoder.layers.0.fc1.bias has shape \[256\]"):
+        load_base(tmp_path)

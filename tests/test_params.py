@@ -1,0 +1,125 @@
+"""params.yaml: what is read, and every way in which it is refused."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.params import Params, load
+from tests.support import ROOT
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_shipped_file_names_every_field() -> None:
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    expected = {name: set(section) for name, section in asdict(Params()).items()}
+    assert {name: set(section) for name, section in tree.items()} == expected
+
+
+def test_the_shipped_values_are_those_of_the_document() -> None:
+    params = load(ROOT / "params.yaml")
+    lora = params.finetune_lora
+    assert (lora.rank, lora.alpha, lora.scale, lora.learning_rate) == (4, 1.0, 0.25, 2e-3)
+    assert params.finetune_full.learning_rate == params.finetune_freeze.learning_rate == 1e-3
+    for section in (params.finetune_full, params.finetune_freeze, lora):
+        assert (section.epochs, section.batch_size, section.window) == (50, 4, 4)
+
+
+def test_a_missing_key_or_section_takes_its_default(tmp_path: Path) -> None:
+    params = load(written(tmp_path, "finetune_lora:\n  rank: 8\n"))
+    assert (params.finetune_lora.rank, params.finetune_lora.alpha) == (8, 1.0)
+    assert params.pretrain == Params().pretrain
+
+
+def test_set_wins_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "finetune_lora:\n  rank: 8\n")
+    assert load(path, ["finetune_lora.rank=16", "pretrain.epochs=3"]).finetune_lora.rank == 16
+    assert load(path, ["pretrain.epochs=3"]).pretrain.epochs == 3
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4", "2e-05"])
+def test_exponents_that_yaml_reads_as_text_are_numbers(tmp_path: Path, text: str) -> None:
+    value = load(written(tmp_path, f"finetune_lora:\n  learning_rate: {text}\n")).finetune_lora.learning_rate
+    assert value == float(text)
+    assert load(ROOT / "params.yaml", [f"finetune_lora.learning_rate={text}"]).finetune_lora.learning_rate == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("finetune_lora:\n  rang: 8\n", "unknown key finetune_lora.rang. Did you mean finetune_lora.rank?"),
+        ("finetune_lroa:\n  rank: 8\n", "unknown key finetune_lroa. Did you mean finetune_lora?"),
+        ("finetune_lora:\n  xyzzy: 8\n", "unknown key finetune_lora.xyzzy. Known: seed, data"),
+        ("finetune_lora:\n  rank: 0\n", "finetune_lora.rank must be at least 1, got 0. Edit params.yaml."),
+        ("finetune_lora:\n  rank: 2.5\n", "finetune_lora.rank must be a whole number, got 2.5"),
+        ("finetune_lora:\n  rank: true\n", "finetune_lora.rank must be a whole number, got True"),
+        ("finetune_lora:\n  rank: four\n", "finetune_lora.rank must be a whole number, got 'four'"),
+        ("finetune_lora:\n  alpha: 0\n", "finetune_lora.alpha must be more than 0, got 0"),
+        ("finetune_lora:\n  alpha: .nan\n", "finetune_lora.alpha must be a finite number, got nan"),
+        ("finetune_lora:\n  alpha: .inf\n", "finetune_lora.alpha must be a finite number, got inf"),
+        ("finetune_lora:\n  learning_rate: fast\n", "learning_rate must be a finite number, got 'fast'"),
+        (
+            "finetune_lora:\n  train_embeddings: some\n",
+            "train_embeddings must be one of all, new_rows, none, got 'some'",
+        ),
+        ("finetune_lora:\n  target_modules: []\n", "target_modules must be a name or a list of names, got []"),
+        ("finetune_freeze:\n  train_embeddings: maybe\n", "train_embeddings must be true or false, got 'maybe'"),
+        ("finetune_full:\n  data: 7\n", "finetune_full.data must be a text, got 7"),
+        ("finetune_full: 7\n", "finetune_full must be a section of key: value lines, got 7"),
+        ("pretrain:\n  d_model: 60\n  heads: 8\n", "pretrain.d_model must be a multiple of 2 × pretrain.heads = 16"),
+        ("pretrain:\n  epochs: 1\n  epochs: 2\n", "key 'epochs' twice"),
+        ("- a list\n", "must hold sections"),
+        ("a: b: c\n", "is not valid YAML"),
+        ("", "must hold sections"),
+    ],
+)
+def test_bad_input_is_one_message_with_key_rule_and_value(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(written(tmp_path, text))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rank=8", "--set takes section.key=value"),
+        ("finetune_lora.rank", "--set takes section.key=value"),
+        ("finetune_lora.rank=", "must be a whole number, got None"),
+        ("finetune_lora.rank=[", "is not a YAML value"),
+        ("nowhere.rank=8", "unknown key nowhere"),
+    ],
+)
+def test_bad_overrides_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        load(ROOT / "params.yaml", [override])
+
+
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not exist. Run this in the project's folder"):
+        load(tmp_path / "params.yaml")
+
+
+@given(st.floats(min_value=1e-12, max_value=1e12), st.integers(min_value=1, max_value=10**9))
+def test_every_number_that_python_writes_is_read_back(rate: float, rank: int) -> None:
+    params = load(ROOT / "params.yaml", [f"finetune_lora.learning_rate={rate!r}", f"finetune_lora.rank={rank}"])
+    assert (params.finetune_lora.learning_rate, params.finetune_lora.rank) == (rate, rank)
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_params_or_one_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        assert isinstance(load(path), Params)
+    except UserError as error:
+        assert str(error)
