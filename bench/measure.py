@@ -8,7 +8,7 @@ from statistics import median
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `ratio` is measured against `reference`, both in seconds; `goal` says what it should be."""
+    """One line of the table: seconds, and `ratio`, how many times as much or as little as `reference`."""
 
     what: str
     seconds: float
