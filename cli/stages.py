@@ -146,17 +146,12 @@ def _summary(folder: Path, manifest: dict[str, object]) -> str:
 @app.command()
 def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     """Show the last comparison, and where the report is."""
-    import json
-
     from cli.console import stdout, table
-    from pipeline.errors import UserError
+    from pipeline.artifact import read_json
     from pipeline.report import SUMMARY_COLUMNS, summary_row
 
     folder = project_of(params).artifact("evaluate")
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("There is no evaluation yet. Run `make repro`, or `lora evaluate`.") from None
+    metrics = read_json(folder / "metrics.json", "Run `make repro`, or `lora evaluate`")
     rows = [(name, *summary_row(numbers)) for name, numbers in metrics.items()]
     stdout.print(table(("model", *SUMMARY_COLUMNS), rows, right=SUMMARY_COLUMNS))
     stdout.print(f"report: {folder / 'report.md'}", soft_wrap=True)

@@ -89,6 +89,19 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UserError, with `hint` as the next step, if it is missing or no such thing."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. {hint}.") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object. {hint}.")
+    return value
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:
@@ -118,13 +131,8 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an artifact folder. Raises UserError if there is none or it is not one."""
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}.") from None
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    manifest = read_json(path, "Make the artifact again")
+    if not isinstance(manifest.get("files"), dict):
         raise UserError(f"{path} is not a manifest of this project. Make the artifact again.")
     return manifest
 

@@ -1,6 +1,5 @@
 """Which adapters lie in a folder, and what their files say of them: nothing is loaded."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +52,11 @@ def _described(folder: Path, root: Path) -> Adapter:
 
 def _config(folder: Path) -> tuple[dict[str, Any], str | None]:
     """adapter_config.json and, if the folder is not what its manifest says, why."""
+    config: dict[str, Any] = {}
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return {}, "adapter_config.json is not JSON"
-    if not (folder / artifact.MANIFEST).exists():
-        return config, "no manifest: base not known"
-    try:
+        config = artifact.read_json(folder / "adapter_config.json", "Make the adapter again")
+        if not (folder / artifact.MANIFEST).exists():
+            return config, "no manifest: base not known"
         artifact.verify(folder)
     except UserError as error:
         return config, str(error)
@@ -77,6 +74,6 @@ def _forgetting(folder: Path, root: Path) -> float | None:
 def _evaluations(root: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     for path in sorted(root.glob("*/metrics.json")):
         try:
-            yield artifact.read_manifest(path.parent), json.loads(path.read_text(encoding="utf-8"))
-        except (UserError, ValueError):
+            yield artifact.read_manifest(path.parent), artifact.read_json(path, "Run `lora evaluate`")
+        except UserError:
             continue

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -79,8 +80,9 @@ class RunLog:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process (Linux counts kibibytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak resident bytes of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _opened(path: Path, columns: Sequence[str], at_step: int) -> TextIO:

@@ -78,7 +78,7 @@ def run(
                 facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every))
                 artifact.seal(out, {**known, "commit": provenance.commit(stage.module), **facts})
             yield from _store(cache, stage, key, target)
-        discard_checkpoints(folder)
+            discard_checkpoints(folder)
     return artifact.read_manifest(target)
 
 

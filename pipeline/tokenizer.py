@@ -1,11 +1,11 @@
 """A word-level tokenizer on the `tokenizers` library; its file opens in transformers.AutoTokenizer."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from pipeline.artifact import write_json
 from pipeline.data import Example
 from pipeline.errors import UserError
 
@@ -55,7 +55,7 @@ class WordTokenizer:
             "model_max_length": max_length,
             "clean_up_tokenization_spaces": False,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", config)
 
     def __len__(self) -> int:
         return self._inner.get_vocab_size()

@@ -60,7 +60,7 @@ def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(tmp_p
         (lambda f: (f / "b.txt").write_text("x"), "b.txt was added after the artifact was made"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file"),
         (lambda f: (f / "manifest.json").write_text("{}"), "is not a manifest of this project"),
-        (lambda f: (f / "manifest.json").write_text("no"), "is not a manifest of this project"),
+        (lambda f: (f / "manifest.json").write_text("no"), "is not a JSON object. Make the artifact again"),
     ],
 )
 def test_any_change_is_named(tmp_path: Path, change: object, message: str) -> None:

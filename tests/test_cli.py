@@ -164,7 +164,7 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p")
     assert "Make one with `lora finetune lora`" in cli("adapters", cwd=root)[1]
     for arguments, message in (
-        (["report"], "There is no evaluation yet. Run `make repro`"),
+        (["report"], "metrics.json: No such file or directory. Run `make repro`"),
         (["compare", "der"], "There is no model yet. Run `make repro`"),
         (["merge"], "expanded does not exist. Run the stage that makes it, or `dvc repro`"),
         (["prompt", "der"], "has no config.json. Make the models with `dvc repro`"),

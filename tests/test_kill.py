@@ -111,6 +111,14 @@ def test_a_checkpoint_of_other_params_is_refused_and_said_so(project: Path) -> N
     ]
 
 
+def test_a_cache_hit_for_other_params_leaves_a_stopped_run_its_checkpoint(project: Path) -> None:
+    checkpoint = stop_early(project)
+    _, events = make_one(project, "finetune_lora", BRIEF)
+    assert "taken from the cache" in str(events)
+    done = subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, text=True, check=True)
+    assert f"resumed after step {int(checkpoint.name.split('-')[1])}" in done.stderr
+
+
 def test_a_damaged_checkpoint_is_refused_and_said_so(project: Path) -> None:
     checkpoint = stop_early(project)
     path = checkpoint / "state.safetensors"

@@ -1,6 +1,5 @@
 """Adapters on disk in PEFT's format: written so that PEFT opens them, read so that nothing wrong gets in."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -85,23 +84,14 @@ def _rows(config: dict[str, Any], place: Path) -> dict[str, tuple[int, ...]]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises UserError if there is none."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. An adapter folder holds {CONFIG} and {WEIGHTS}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object.")
-    return config
+    return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
 
 
 def load_adapter(model: MiniGPT, base_folder: Path, folder: Path) -> AdapterSpec:
     """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`.
 
-    Raises UserError, before anything is attached in part, if the adapter was changed since it was made, was
-    made on another base, or has other tensors than its config and this model call for.
+    Raises UserError if the adapter was changed since it was made, was made on another base, or has other tensors
+    than its config and this model call for; `model` is then of no more use.
     """
     refuse_foreign(base_folder, folder)
     spec = read_spec(folder)

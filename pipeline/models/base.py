@@ -1,6 +1,5 @@
 """A checkpoint folder as a model and its tokenizer, and back."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.artifact import read_json, write_json
 from pipeline.errors import UserError
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.tensors import refuse_difference, shapes
@@ -43,28 +43,18 @@ def load_base(folder: Path) -> Base:
 def save_base(folder: Path, base: Base) -> None:
     """config.json, model.safetensors and the tokenizer's files."""
     model, tokenizer = base
-    (folder / CONFIG).write_text(json.dumps(model.config.to_opt(), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, model.config.to_opt())
     save_tensors(folder / WEIGHTS, state(model))
     tokenizer.save(folder, model.config.max_positions)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises UserError if there is none."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        hint = (
-            "It is an adapter: give it with --adapter"
-            if (folder / "adapter_config.json").exists()
-            else "Make the models with `dvc repro`, or name another folder"
-        )
-        raise UserError(f"{folder} is not a model folder: it has no {CONFIG}. {hint}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object.")
-    return config
+    adapter = (folder / "adapter_config.json").exists()
+    hint = "It is an adapter: give it with --adapter" if adapter else "Make the models with `dvc repro`"
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} is not a model folder: it has no {CONFIG}. {hint}.")
+    return read_json(folder / CONFIG, hint)
 
 
 def state(model: MiniGPT) -> dict[str, Tensor]:
