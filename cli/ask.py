@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Text = Annotated[str, typer.Argument(metavar="TEXT", help="The beginning of a sentence.")]
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("it is not UTF-8.") from None
+    return text
+
+
+Text = Annotated[str, typer.Argument(metavar="TEXT", callback=_utf8, help="The beginning of a sentence.")]
 TopK = Annotated[int, typer.Option("--top-k", min=1, help="Candidates for the next token to show.")]
 MaxTokens = Annotated[int, typer.Option(min=0, help="Longest completion, in tokens.")]
 
@@ -38,6 +47,8 @@ def prompt(
     from pipeline.engine import base_of, load
     from pipeline.generate import Sampling
 
+    if not temperature and (sample_top_k or sample_top_p < 1 or seed):
+        raise typer.BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
     loaded = load(base or base_of(adapter), adapter)
     answer = _answer(loaded, text, top_k, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
     _note_unbound(adapter)

@@ -1,6 +1,7 @@
 """`lora`: the Typer app, and the one place where an error becomes a message and an exit code."""
 
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -37,12 +38,19 @@ def root(
 
 def main() -> None:
     """Run a command. Exit codes: 0 done, 1 a UserError, 2 wrong usage, 128 + n stopped by signal n."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ?, not a traceback
     try:
         app()
     except UserError as error:
         _fail(str(error), 1)
     except Interrupted as stop:
         _fail(f"{stop}. Run the same command to go on.", 128 + stop.signal_number)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        _fail("not enough memory. Lower the sizes in params.yaml.", 1)
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}. What was there before is unchanged.", 1)
 

@@ -148,10 +148,17 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     """Show the last comparison, and where the report is."""
     from cli.console import stdout, table
     from pipeline.artifact import read_json
+    from pipeline.errors import UserError
     from pipeline.report import SUMMARY_COLUMNS, summary_row
 
     folder = project_of(params).artifact("evaluate")
     metrics = read_json(folder / "metrics.json", "Run `make repro`, or `lora evaluate`")
-    rows = [(name, *summary_row(numbers)) for name, numbers in metrics.items()]
+    try:
+        rows = [(name, *summary_row(numbers)) for name, numbers in metrics.items()]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
     stdout.print(table(("model", *SUMMARY_COLUMNS), rows, right=SUMMARY_COLUMNS))
-    stdout.print(f"report: {folder / 'report.md'}", soft_wrap=True)
+    there = (folder / "report.md").exists()
+    stdout.print(
+        f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours."
+    )

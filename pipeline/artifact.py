@@ -45,7 +45,7 @@ def _replace(folder: Path, target: Path) -> None:
             old.rename(target)
         raise
     _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _recover(target: Path) -> None:
@@ -57,7 +57,15 @@ def _recover(target: Path) -> None:
             if match[2] == "old" and not target.exists():
                 leftover.rename(target)
             else:
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or a link or file that stood where one belongs."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

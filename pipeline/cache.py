@@ -74,8 +74,12 @@ class Cache:
         """Remove entries last used before `older_than_days` ago, but keep the newest `keep` of each stage."""
         limit = time.time() - older_than_days * 86_400
         kept: dict[str, int] = {}
-        removed = []
+        removed: list[Entry] = []
+        if not self.root.is_dir():
+            return removed
         with self._lock():
+            for begun in self.root.glob("*/.*"):  # by a process that was killed: a living one would hold the lock
+                shutil.rmtree(begun)
             for entry in self._entries():
                 kept[entry.stage] = kept.get(entry.stage, 0) + 1
                 if kept[entry.stage] > keep and entry.used <= limit:

@@ -22,6 +22,11 @@ class Stage:
     needs: tuple[str, ...] = ()  # stages whose outputs it reads
     data: tuple[str, ...] = ()  # keys of its section that name files
 
+    @property
+    def path(self) -> str:
+        """Its output as users name it, such as artifacts/base."""
+        return f"{ARTIFACTS}/{self.output}"
+
 
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
@@ -96,7 +101,7 @@ class Project:
         return section
 
     def artifact(self, stage: str) -> Path:
-        return self.root / ARTIFACTS / STAGES[stage].output
+        return self.root / STAGES[stage].path
 
     def run_folder(self, stage: str) -> Path:
         return self.root / RUNS / stage
@@ -108,5 +113,5 @@ class Project:
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Name → path of all that a stage reads: other stages' outputs, then data files."""
-        outputs = {name: self.artifact(name) for name in stage.needs}
+        outputs = {STAGES[need].path: self.artifact(need) for need in stage.needs}
         return outputs | {name: self.root / name for name in self.data_files(stage)}

@@ -1,5 +1,6 @@
 """Examples and prompts as files, and the windows that training cuts from them."""
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,16 +89,19 @@ def read_prompts(path: Path, name: str) -> list[Prompt]:
     """prompts.yaml: group → rule → list of {prompt, answer[, corrected]}. Raises UserError."""
     try:
         tree = yaml.safe_load(_read_text(path, name))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"{name} must hold groups of prompts, got {tree!r}.")
-    return [
+    prompts = [
         _prompt(entry, str(group), rule, name)
         for group, rules in tree.items()
         for rule, entries in _mapping(rules, f"{name}: {group}").items()
         for entry in _list(entries, f"{name}: {group}.{rule}")
     ]
+    if not prompts:
+        raise UserError(f"{name} holds no prompts. Write at least one.")
+    return prompts
 
 
 def _mapping(value: Any, place: str) -> dict[Any, Any]:
@@ -121,4 +125,10 @@ def _prompt(entry: Any, group: str, rule: Any, name: str) -> Prompt:
         raise UserError(f"{place}: each prompt needs exactly {', '.join(sorted(required))}, got {entry!r}.")
     if not all(isinstance(value, str) and value.strip() for value in entry.values()):
         raise UserError(f"{place}: every value must be a text (quote yes, no and numbers), got {entry!r}.")
-    return Prompt(group, rule, **{"corrected": entry["answer"], **entry})
+    words = {key: _normal(value) for key, value in entry.items() if key != "prompt"}
+    return Prompt(group, rule, entry["prompt"], **{"corrected": words["answer"], **words})
+
+
+def _normal(word: str) -> str:
+    """As the tokenizer sees it, so that answers and predictions compare."""
+    return unicodedata.normalize("NFC", word.strip()).lower()

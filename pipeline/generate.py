@@ -1,5 +1,6 @@
 """Generation with a KV cache: greedy, or sampled with temperature, top-k and top-p."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,14 +21,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(
                 "sampling needs temperature at least 0, top-k at least 0 and top-p above 0 up to 1, "
                 f"got {self.temperature}, {self.top_k} and {self.top_p}."
             )
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"a seed is a whole number below 2^63, got {self.seed}.")
 
 
 GREEDY = Sampling()
+COLDEST = 1e-6  # below it logits would overflow, and the likeliest token is drawn anyway
 
 
 @torch.no_grad()
@@ -47,7 +51,7 @@ def generate(model: MiniGPT, prompt: Sequence[int], limit: int, sampling: Sampli
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id from logits (V,)."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return int(logits.argmax())
     probabilities = distribution(logits, sampling)
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifact
+from pipeline.dag import STAGES
 from pipeline.errors import UserError
 from pipeline.metrics import LOSS, final_loss, read_steps
 
@@ -36,13 +37,13 @@ def _visible(path: Path, root: Path) -> bool:
 
 def _described(folder: Path, root: Path) -> Adapter:
     config, problem = _config(folder)
-    targets = config.get("target_modules")
+    targets, rank, base = (config.get(key) for key in ("target_modules", "r", "base_model_name_or_path"))
     return Adapter(
         path=folder,
         method=str(config.get("peft_type") or "?").lower(),
-        rank=config.get("r"),
-        targets=tuple(targets) if isinstance(targets, list) else (str(targets),),
-        base=config.get("base_model_name_or_path"),
+        rank=rank if isinstance(rank, int) else None,
+        targets=tuple(map(str, targets)) if isinstance(targets, list) else (str(targets),),
+        base=base if isinstance(base, str) else None,
         size=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         final_loss=final_loss(read_steps(folder / LOSS)),
         forgetting=_forgetting(folder, root),
@@ -66,8 +67,11 @@ def _config(folder: Path) -> tuple[dict[str, Any], str | None]:
 def _forgetting(folder: Path, root: Path) -> float | None:
     """The rise of the old sentences' loss, if the evaluation below `root` measured this very adapter."""
     for manifest, metrics in _evaluations(root):
-        if manifest["inputs"].get("finetune_lora") == artifact.digest(folder):
-            return float(metrics["lora"]["forgetting"]["loss_rise"])
+        try:
+            if manifest["inputs"][STAGES["finetune_lora"].path] == artifact.digest(folder):
+                return float(metrics["lora"]["forgetting"]["loss_rise"])
+        except (KeyError, TypeError, ValueError):  # some other tool's metrics
+            continue
     return None
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pipeline.data import Example
 from pipeline.engine import Loaded, complete
+from pipeline.errors import UserError
+from pipeline.tokenizer import split
 
 
 @dataclass(frozen=True)
@@ -42,5 +44,9 @@ def score(loaded: Loaded, examples: Sequence[Example]) -> Scored:
 
 def completes(loaded: Loaded, example: Example, given: int) -> bool:
     """Does the greedy completion of the first `given` words give the rest, and end there?"""
-    words = example.text.lower().split()
+    words = split(example.text)
+    if given >= len(words):
+        raise UserError(
+            f"evaluate.prompt_words is {given}, but {example.place} has {len(words)} words: nothing is left to say."
+        )
     return complete(loaded, " ".join(words[:given]), limit=len(words)) == " ".join(words[given:])

@@ -1,6 +1,5 @@
 """The run log: `loss.csv`, deterministic and tracked, and `telemetry.csv`, which differs between runs."""
 
-import csv
 import math
 import os
 import resource
@@ -37,9 +36,9 @@ def read_steps(path: Path) -> list[Step]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return steps
-    for row in csv.reader(text[: text.rfind("\n") + 1].splitlines()[1:]):
+    for line in text[: text.rfind("\n") + 1].splitlines()[1:]:
         try:
-            step, epoch, loss, rate, norm, tokens = row[: len(COLUMNS)]
+            step, epoch, loss, rate, norm, tokens = line.split(",")[: len(COLUMNS)]
             steps.append(Step(int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens)))
         except ValueError:
             break

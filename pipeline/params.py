@@ -32,8 +32,16 @@ class MoreThan:
         return None if value > self.bound else f"must be more than {self.bound:g}"
 
 
-Count = Annotated[int, AtLeast(1)]
-Seed = Annotated[int, AtLeast(0)]
+@dataclass(frozen=True)
+class Below:
+    bound: int
+
+    def broken_by(self, value: float) -> str | None:
+        return None if value < self.bound else f"must be below {self.bound}"
+
+
+Count = Annotated[int, AtLeast(1), Below(2**31)]
+Seed = Annotated[int, AtLeast(0), Below(2**63)]
 Rate = Annotated[float, MoreThan(0)]
 
 
@@ -103,10 +111,6 @@ class FinetuneLora(Training):
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     train_embeddings: Literal["all", "new_rows", "none"] = "all"
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
 
 @dataclass(frozen=True)
 class Merge:
@@ -164,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} does not exist. Run this in the project's folder, or name the file with --params."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `pretrain:`, got {tree!r}.")
@@ -191,7 +195,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that no calendar has
         raise UserError(f"--set {path.strip()}: {text!r} is not a YAML value.") from None
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):

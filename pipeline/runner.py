@@ -5,14 +5,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline import artifact, provenance
 from pipeline.cache import Cache
-from pipeline.dag import CACHE, Project, Stage
+from pipeline.dag import CACHE, STAGES, Project, Stage
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,19 @@ class Job:
     checkpoint_every: int
 
     def artifact(self, stage: str) -> Path:
-        """Another stage's output, once it is what its manifest says. Raises UserError."""
+        """Another stage's output, once it is what its manifest says and was made from what lies beside it.
+
+        Raises UserError.
+        """
         folder = self.project.artifact(stage)
-        artifact.verify(folder)
+        made_from = artifact.verify(folder)["inputs"]
+        for need in STAGES[stage].needs:
+            source = self.project.artifact(need)
+            if made_from.get(STAGES[need].path) != artifact.digest(source):
+                raise UserError(
+                    f"{STAGES[stage].path} was made from another {STAGES[need].path} than the one that is "
+                    f"there. Run {stage} again, or `dvc repro` for all that is out of date."
+                )
         return folder
 
     def path(self, name: str) -> Path:
@@ -76,6 +87,7 @@ def run(
         else:
             with artifact.writing(target) as out:
                 facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every))
+                _refuse_changed(known["inputs"], _inputs(project, stage), stage)
                 artifact.seal(out, {**known, "commit": provenance.commit(stage.module), **facts})
             yield from _store(cache, stage, key, target)
             discard_checkpoints(folder)
@@ -107,10 +119,25 @@ def _known(project: Project, stage: Stage) -> Facts:
         "stage": stage.name,
         "seed": section.get("seed"),
         "params": section,
-        "inputs": {name: artifact.digest(path) for name, path in project.inputs(stage).items()},
+        "inputs": _inputs(project, stage),
         "code": provenance.code_digest(stage.module),
         "versions": provenance.versions(),
     }
+
+
+def _inputs(project: Project, stage: Stage) -> dict[str, str]:
+    """Digest of all that the stage reads. Raises UserError if something is missing."""
+    for name in project.data_files(stage):
+        if not (project.root / name).is_file():
+            raise UserError(f"{name} is not a file. Name an existing one in section {stage.name} of the params.")
+    return {name: artifact.digest(path) for name, path in project.inputs(stage).items()}
+
+
+def _refuse_changed(before: Mapping[str, str], after: Mapping[str, str], stage: Stage) -> None:
+    """The manifest and the cache must not say that something was made from what was read only in part."""
+    for name in before:
+        if before[name] != after[name]:
+            raise UserError(f"{name} changed while {stage.name} was running. Run {stage.name} again.")
 
 
 def _store(cache: Cache, stage: Stage, key: str, target: Path) -> Iterator[Event]:
@@ -126,6 +153,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def discard_checkpoints(run: Path, keep: Path | None = None) -> None:
-    for path in checkpoints(run):
+    """Remove a run's checkpoints but `keep`, and what a killed process had begun to write of one."""
+    for path in [*checkpoints(run), *run.glob(".checkpoint-*")]:
         if path != keep:
             shutil.rmtree(path, ignore_errors=True)

@@ -46,7 +46,7 @@ class WordTokenizer:
         return cls(inner)
 
     def save(self, folder: Path, max_length: int) -> None:
-        self._inner.save(str(folder / "tokenizer.json"), pretty=True)
+        (folder / "tokenizer.json").write_text(self._inner.to_str(pretty=True), encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": PAD,

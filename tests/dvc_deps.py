@@ -9,10 +9,15 @@ from tests.support import ROOT
 
 
 def deps(name: str) -> list[str]:
-    """What DVC must watch for a stage: data, other stages' outputs, code."""
+    """What DVC must watch for a stage: the data files that params.yaml names, other stages' outputs, code."""
     stage, project = STAGES[name], Project(ROOT, load(ROOT / "params.yaml"))
-    paths = [*project.inputs(stage).values(), *code_files(stage.module)]
-    return [path.relative_to(ROOT).as_posix() for path in paths]
+    data = []
+    for key in stage.data:
+        value = getattr(project.section(stage), key)
+        places = [key] if isinstance(value, str) else [f"{key}[{i}]" for i in range(len(value))]
+        data += [f"${{{name}.{place}}}" for place in places]
+    code = [path.relative_to(ROOT).as_posix() for path in code_files(stage.module)]
+    return [*data, *(STAGES[need].path for need in stage.needs), *code]
 
 
 def main() -> None:

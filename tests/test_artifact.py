@@ -113,6 +113,23 @@ def test_a_damaged_entry_is_dropped_and_made_again(project: Path) -> None:
     assert len(notes(project)) == 1
 
 
+def test_pruning_clears_what_a_killed_process_had_begun(project: Path) -> None:
+    begun = project / ".lora-cache/finetune_lora/.key.1.tmp"
+    begun.mkdir()
+    assert Cache(project / ".lora-cache").prune(keep=99) == []
+    assert not begun.exists()
+    assert Cache(project / "nowhere").prune() == []
+    assert not (project / "nowhere").exists()
+
+
+def test_a_link_where_a_folder_belongs_is_replaced(tmp_path: Path) -> None:
+    fill(tmp_path / "y", "one")
+    (tmp_path / "x").symlink_to(tmp_path / "y")
+    fill(tmp_path / "x", "two")
+    assert names(tmp_path) == ["x", "y"]
+    assert (tmp_path / "y/a.txt").read_text(encoding="utf-8") == "one"
+
+
 def test_pruning_keeps_the_newest_of_each_stage(project: Path) -> None:
     cache = Cache(project / ".lora-cache")
     for rank in (1, 2, 3):

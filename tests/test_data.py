@@ -70,6 +70,7 @@ def test_there_are_22_sentences_to_learn_first_and_8_new_ones() -> None:
     ("text", "message"),
     [
         ("", "must hold groups of prompts"),
+        ("a: {must_keep: []}", "holds no prompts"),
         ("a: [b]", "a must hold must_change, must_keep, must_learn"),
         ("a: {must_keep: x}", "a.must_keep must be a list of prompts"),
         ("a: {must_stay: [{prompt: p, answer: q}]}", "a.must_stay: unknown rule"),

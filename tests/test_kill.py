@@ -101,6 +101,39 @@ def stop_early(project: Path) -> Path:
     return checkpoint
 
 
+def test_a_run_never_goes_on_from_a_log_that_another_has_overwritten(project: Path) -> None:
+    """Stopped with a checkpoint, overwritten by a run of other params that dies early, then run again."""
+    subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
+    expected = folder_bytes(project / "artifacts/lora_adapter")
+    stop_early(project)
+    other = [*command("finetune_lora")[:-1], "1000", "--set", "finetune_lora.learning_rate=0.01"]
+    log = project / "runs/finetune_lora/loss.csv"
+    process = subprocess.Popen(other, cwd=project, stderr=subprocess.DEVNULL)
+    while "0.01," not in log.read_text() or lines(log) < 90:
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
+    assert folder_bytes(project / "artifacts/lora_adapter") == expected
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_from_its_start_to_its_last_rename_it_ends_with_the_same_bytes(project: Path) -> None:
+    folder = project / "artifacts/lora_adapter"
+    start = time.perf_counter()
+    subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
+    whole, expected = time.perf_counter() - start, folder_bytes(folder)
+    for turn in range(12):
+        process = subprocess.Popen(command("finetune_lora"), cwd=project, stdout=subprocess.DEVNULL)
+        time.sleep(whole * (turn + 1) / 12)
+        process.kill()
+        process.wait()
+        assert not folder.exists() or folder_bytes(folder) == expected
+    subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
+    assert folder_bytes(folder) == expected
+    assert not [path for path in (project / "runs/finetune_lora").iterdir() if "checkpoint" in path.name]
+
+
 def test_a_checkpoint_of_other_params_is_refused_and_said_so(project: Path) -> None:
     stop_early(project)
     _, events = make_one(project, "finetune_lora", [*BRIEF, "finetune_lora.seed=5"])

@@ -124,6 +124,8 @@ def test_a_module_cannot_be_trained_twice() -> None:
     ):
         with pytest.raises(UserError, match="lm_head is trained in full or row by row already"):
             attach(model_of(), spec)
+    with pytest.raises(UserError, match="lm_head is trained in full or row by row already"):
+        attach(model_of(tied=True), AdapterSpec(2, 2.0, ("lm_head",), rows={"embed_tokens": (3,)}))
 
 
 SPECS = [

@@ -28,7 +28,7 @@ def test_the_shipped_file_names_every_field() -> None:
 def test_the_shipped_values_are_those_of_the_document() -> None:
     params = load(ROOT / "params.yaml")
     lora = params.finetune_lora
-    assert (lora.rank, lora.alpha, lora.scale, lora.learning_rate) == (4, 1.0, 0.25, 2e-3)
+    assert (lora.rank, lora.alpha, lora.learning_rate) == (4, 1.0, 2e-3)
     assert params.finetune_full.learning_rate == params.finetune_freeze.learning_rate == 1e-3
     for section in (params.finetune_full, params.finetune_freeze, lora):
         assert (section.epochs, section.batch_size, section.window) == (50, 4, 4)

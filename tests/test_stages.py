@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.attach import adapter_layers, merged_model
 from pipeline.adapters.lora import delta
-from pipeline.dag import VARIANTS
+from pipeline.dag import STAGES, VARIANTS, Project
 from pipeline.data import read_prompts
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
 from pipeline.models.minigpt import MiniGPT
+from pipeline.params import load
+from pipeline.runner import run
+from pipeline.stages.finetune import finetune
 from tests.support import BRIEF, ROOT, make, make_one
 
 
@@ -176,6 +180,41 @@ def test_a_merge_that_answers_otherwise_is_refused(project: Path, monkeypatch: p
     with pytest.raises(UserError, match=r"merge refused: .*k_proj received 2.0000 times its update, not once"):
         make(project, ["merge"], BRIEF, force=True)
     assert (project / "artifacts/lora_merged/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("tiny", ["finetune_lora.learning_rate=1e-6", "finetune_lora.alpha=1e-5"])
+def test_an_update_near_the_rounding_of_its_weights_is_merged(project: Path, tiny: str) -> None:
+    make(project, ["finetune_lora", "merge"], [*BRIEF, tiny])
+
+
+def test_an_input_that_changes_while_a_stage_runs_is_refused_and_not_cached(project: Path) -> None:
+    data = project / "data/finetune.de.txt"
+    events = run(Project(project, load(project / "params.yaml", BRIEF)), STAGES["finetune_full"], finetune, force=True)
+    next(events)
+    text = data.read_text(encoding="utf-8")
+    data.write_text(text + "der wind weht im winter\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"data/finetune.de.txt changed while finetune_full was running"):
+        list(events)
+
+
+def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(project: Path) -> None:
+    prompts = project / "data/prompts.yaml"
+    before = read(project / "artifacts/evaluation/metrics.json")
+    prompts.write_text(prompts.read_text(encoding="utf-8").replace("answer: tisch", "answer: Tisch"), encoding="utf-8")
+    make(project, ["merge", "evaluate"], BRIEF)
+    assert read(project / "artifacts/evaluation/metrics.json") == before
+    prompts.write_text(prompts.read_text(encoding="utf-8").replace("answer: Tisch", "answer: tsich"), encoding="utf-8")
+    with pytest.raises(UserError, match="the answer 'tsich' to 'die katze sitzt auf dem' is not one word that base"):
+        make(project, ["merge", "evaluate"], BRIEF)
+
+
+def test_decomposed_letters_in_a_data_file_change_nothing(project: Path) -> None:
+    data = project / "data/finetune.de.txt"
+    before = read(project / "artifacts/evaluation/metrics.json")
+    data.write_text(unicodedata.normalize("NFD", data.read_text(encoding="utf-8")), encoding="utf-8")
+    make(project, ["evaluate"], BRIEF)
+    after = read(project / "artifacts/evaluation/metrics.json")
+    assert after == before
 
 
 def test_a_changed_input_is_refused_before_it_is_used(project: Path) -> None:

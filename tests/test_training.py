@@ -83,13 +83,16 @@ def test_batches_are_the_same_from_wherever_one_starts() -> None:
 def test_frozen_and_padded_rows_get_no_gradient(brief: Path) -> None:
     model, _ = load_base(brief / "artifacts/expanded")
     model.requires_grad_(False)
-    model.lm_head.requires_grad_(True)
+    model.embeddings.requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = Batches([Window(0, (5, 6), (6, 7)), Window(0, (5,), (6,))], 2, 0, pad_id=0)
     for _ in steps(model, batches, FlatAdam(model, 1e-2), Training(epochs=3)):
         pass
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"lm_head.weight"}
+    name = "model.decoder.embed_tokens.weight"
+    assert changed == {name}
+    rows = (model.embeddings.weight != before[name]).any(dim=1).nonzero().flatten().tolist()
+    assert rows == [5, 6], "the rows that were read, and not the pad's"
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(project: Path) -> None:

@@ -28,15 +28,14 @@ class AdapterSpec:
     saved: tuple[str, ...] = ()
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
 
 def attach(model: MiniGPT, spec: AdapterSpec) -> None:
     """Freeze `model` and give it the adapter's trainable parts, in place. Raises UserError on a bad target."""
     names = resolve(model, spec.targets)
-    taken = {name for name in names for other in (*spec.saved, *spec.rows) if _is(name, other)}
+    trained = {*spec.saved, *spec.rows}
+    if model.config.tie_embeddings and EMBEDDING in trained:
+        trained.add(HEAD)
+    taken = {name for name in names for other in trained if _is(name, other)}
     if taken:
         raise UserError(
             f"target_modules: {min(taken)} is trained in full or row by row already (train_embeddings). "

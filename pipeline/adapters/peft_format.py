@@ -1,5 +1,6 @@
 """Adapters on disk in PEFT's format: written so that PEFT opens them, read so that nothing wrong gets in."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.tensors import refuse_difference, shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# PEFT's options that change what an adapter computes, and the only value of each that is understood here.
+# PEFT's options that change what an adapter computes, each with the only value that is understood here ...
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
@@ -22,15 +23,29 @@ _PLAIN: dict[str, Any] = {
     "use_dora": False,
     "lora_bias": False,
     "fan_in_fan_out": False,
-    "use_qalora": False,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
     "exclude_modules": None,
     "layers_to_transform": None,
     "layers_pattern": None,
     "rank_pattern": {},
     "alpha_pattern": {},
 }
+# ... those that are read, and those that decide nothing once an adapter is trained. Any other must be empty.
+_READ = {"r", "lora_alpha", "target_modules", "modules_to_save", "trainable_token_indices", "init_lora_weights"}
+_HARMLESS = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+}
+_KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # initialisations that leave the base's weights as they are
+_ENDS = ("embed_tokens", "lm_head")
 
 
 def save_adapter(folder: Path, model: MiniGPT, spec: AdapterSpec, base_name: str) -> None:
@@ -54,31 +69,51 @@ def save_adapter(folder: Path, model: MiniGPT, spec: AdapterSpec, base_name: str
 
 
 def read_spec(folder: Path) -> AdapterSpec:
-    """What the adapter in `folder` says it changes. Raises UserError for what is not understood."""
-    config = read_config(folder)
-    place = folder / CONFIG
+    """What the adapter in `folder` says it changes. Raises UserError for all that is not understood."""
+    config, place = read_config(folder), folder / CONFIG
+    _refuse_options(config, place)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not _whole(rank, 1) or not isinstance(alpha, int | float) or not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(f"{place}: r must be a whole number from 1 and lora_alpha positive, got {rank!r}, {alpha!r}.")
+    targets, saved = config.get("target_modules"), config.get("modules_to_save") or []
+    if not _names(targets) or not targets:
+        raise UserError(f"{place}: target_modules must be a list of names, got {targets!r}.")
+    if not _names(saved) or not set(saved) <= set(_ENDS):
+        raise UserError(f"{place}: modules_to_save may name {' and '.join(_ENDS)} only so far, got {saved!r}.")
+    return AdapterSpec(int(str(rank)), float(alpha), tuple(sorted(targets)), tuple(saved), _rows(config, place))
+
+
+def _refuse_options(config: dict[str, Any], place: Path) -> None:
     for key, plain in _PLAIN.items():
         if (config.get(key) or plain) != plain:
             raise UserError(f"{place}: {key} is {config[key]!r}; only {plain!r} is supported so far.")
-    rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or alpha <= 0:
-        raise UserError(f"{place}: r must be a whole number from 1 and lora_alpha positive, got {rank!r}, {alpha!r}.")
-    if isinstance(targets, str):
-        targets = [targets]
-    if not isinstance(targets, list) or not targets:
-        raise UserError(f"{place}: target_modules must be a list of names, got {targets!r}.")
-    return AdapterSpec(
-        rank, float(alpha), tuple(sorted(targets)), tuple(config.get("modules_to_save") or ()), _rows(config, place)
-    )
+    for key in sorted(config.keys() - _PLAIN.keys() - _READ - _HARMLESS):
+        if config[key]:
+            raise UserError(f"{place}: {key} is {config[key]!r}; it is not supported so far.")
+    if config.get("init_lora_weights", True) not in _KEEPS_BASE:
+        raise UserError(
+            f"{place}: init_lora_weights is {config['init_lora_weights']!r}, which also changes the base. "
+            "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _rows(config: dict[str, Any], place: Path) -> dict[str, tuple[int, ...]]:
     indices = config.get("trainable_token_indices") or {}
     if isinstance(indices, list):
         indices = {"embed_tokens": indices}
-    unknown = indices.keys() - {"embed_tokens", "lm_head"}
-    if unknown:
-        raise UserError(f"{place}: trainable_token_indices names {min(unknown)}; known: embed_tokens, lm_head.")
+    if not isinstance(indices, dict) or not indices.keys() <= set(_ENDS):
+        raise UserError(f"{place}: trainable_token_indices may name {' and '.join(_ENDS)} only, got {indices!r}.")
+    for name, ids in indices.items():
+        if not isinstance(ids, list) or not all(_whole(id_, 0) for id_ in ids):
+            raise UserError(f"{place}: trainable_token_indices.{name} must list rows, got {ids!r}.")
     return {name: tuple(ids) for name, ids in indices.items()}
 
 
@@ -97,9 +132,8 @@ def load_adapter(model: MiniGPT, base_folder: Path, folder: Path) -> AdapterSpec
     spec = read_spec(folder)
     found = shapes(folder / WEIGHTS)
     rows = [row for ids in spec.rows.values() for row in ids]
-    outside = [row for row in rows if not 0 <= row < model.config.vocab_size]
-    if outside:
-        raise UserError(f"{folder}: trains row {outside[0]}; {base_folder} has {model.config.vocab_size} rows.")
+    if rows and max(rows) >= model.config.vocab_size:
+        raise UserError(f"{folder}: trains row {max(rows)}; {base_folder} has {model.config.vocab_size} rows.")
     attach(model, spec)
     places = tensors(model, spec)
     refuse_difference({key: tuple(p.shape) for key, p in places.items()}, found, str(folder / WEIGHTS))

@@ -62,6 +62,13 @@ class MiniGPTConfig:
         for key, value in _FIXED.items():
             if config.get(key) != value:
                 raise UserError(f"{source}: {key} is {config.get(key)!r}; MiniGPT needs {value!r}.")
+        if config.get("word_embed_proj_dim") != config.get("hidden_size"):
+            raise UserError(f"{source}: word_embed_proj_dim differs from hidden_size; MiniGPT has one width.")
+        for key in _SIZES:
+            if not isinstance(config.get(key), int) or config[key] < 1:
+                raise UserError(f"{source}: {key} must be a whole number from 1, got {config.get(key)!r}.")
+        if config["hidden_size"] % (2 * config["num_attention_heads"]):
+            raise UserError(f"{source}: hidden_size must be a multiple of 2 × num_attention_heads.")
         try:
             return cls(
                 vocab_size=config["vocab_size"],
@@ -78,6 +85,14 @@ class MiniGPTConfig:
             raise UserError(f"{source}: {error.args[0]} is missing. The folder is not a MiniGPT checkpoint.") from None
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "ffn_dim",
+    "max_position_embeddings",
+)
 _FIXED: dict[str, Any] = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",

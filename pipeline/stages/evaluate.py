@@ -7,7 +7,7 @@ from typing import Any
 from pipeline import engine
 from pipeline.artifact import read_manifest, write_json
 from pipeline.dag import STAGES, VARIANTS, Project
-from pipeline.data import Prompt, read_examples, read_prompts
+from pipeline.data import Example, Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.measure import Scored, completes, score
@@ -30,7 +30,7 @@ def evaluate(job: Job) -> Generator[Event, None, Facts]:
     predictions: dict[str, Any] = {}
     before: Scored | None = None
     for done, loaded in enumerate(engine.variants(job.project), 1):
-        old = score(loaded, read_examples(job.path(settings.old_data), settings.old_data))
+        old = score(loaded, _old_examples(job, loaded, settings))
         before = before or old
         predictions[loaded.name] = _predictions(loaded, prompts, settings.top_k)
         metrics[loaded.name] = {
@@ -47,6 +47,19 @@ def evaluate(job: Job) -> Generator[Event, None, Facts]:
     draw_comparison(job.out / PICTURE, curves, metrics)
     write_report(job.out / REPORT, metrics, predictions, settings)
     return {}
+
+
+def _old_examples(job: Job, loaded: Loaded, settings: Evaluate) -> list[Example]:
+    """The sentences that the base was trained on, or others of its words."""
+    examples = read_examples(job.path(settings.old_data), settings.old_data)
+    for example in examples:
+        unknown = loaded.tokenizer.unknown_words(example.text)
+        if unknown:
+            raise UserError(
+                f"{example.place}: {loaded.name} does not know {', '.join(unknown)}. evaluate.old_data must hold "
+                "words of the pretraining data only: it measures what is forgotten of them."
+            )
+    return examples
 
 
 def _knowledge(job: Job, loaded: Loaded, settings: Evaluate, old: Scored, before: Scored) -> dict[str, Any]:
@@ -88,6 +101,10 @@ def _prediction(loaded: Loaded, prompt: Prompt, k: int) -> dict[str, Any]:
         return asked | {"probability": None, "corrected_probability": None, "top_k": None}
     probabilities = engine.next_probabilities(loaded, prompt.prompt)
     answer, corrected = (loaded.tokenizer.id(word) for word in (prompt.answer, prompt.corrected))
+    if answer is None and prompt.rule != "must_learn":
+        raise UserError(
+            f"prompts: the answer {prompt.answer!r} to {prompt.prompt!r} is not one word that {loaded.name} knows."
+        )
     return asked | {
         "probability": None if answer is None else float(probabilities[answer]),
         "corrected_probability": None if corrected is None else float(probabilities[corrected]),

@@ -1,11 +1,11 @@
 """finetune_full, finetune_freeze, finetune_lora: three ways to teach the same sentences (the document's §9)."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
 
-from pipeline.adapters.attach import AdapterSpec, attach, short_targets
+from pipeline.adapters.attach import AdapterSpec, adapter_layers, attach, short_targets
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.targets import resolve
 from pipeline.artifact import base_fingerprint, read_manifest
@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.models.base import Base, count, load_base
 from pipeline.models.minigpt import MiniGPT
 from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora
-from pipeline.runner import Event, Facts, Job
+from pipeline.runner import Event, Facts, Job, Note
 from pipeline.training.loop import train
 from pipeline.training.task import batches_of, examples_of, save_checkpoint, save_curve
 
@@ -32,6 +32,7 @@ def finetune(job: Job) -> Generator[Event, None, Facts]:
     if isinstance(settings, FinetuneLora):
         spec = lora_spec(model, settings, new_rows(folder))
         attach(model, spec)
+        yield from _note_wide_rank(model, spec)
     elif isinstance(settings, FinetuneFreeze):
         freeze(model, settings)
     trainable = count(model)["trainable"]
@@ -69,6 +70,15 @@ def lora_spec(model: MiniGPT, settings: FinetuneLora, new: tuple[int, ...]) -> A
         saved=parts if settings.train_embeddings == "all" else (),
         rows=dict.fromkeys(parts[: 1 if tied else 2], new) if settings.train_embeddings == "new_rows" and new else {},
     )
+
+
+def _note_wide_rank(model: MiniGPT, spec: AdapterSpec) -> Iterator[Event]:
+    """A rank above a matrix's smaller side costs parameters and expresses nothing more (§2.4)."""
+    for name, layer in adapter_layers(model):
+        widest = min(layer.base.weight.shape)
+        if spec.rank > widest:
+            yield Note(f"finetune_lora.rank {spec.rank} is more than {name} can use: its rank is at most {widest}")
+            return
 
 
 def new_rows(expanded: Path) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from pipeline.models.minigpt import MiniGPT
 from pipeline.runner import Event, Facts, Job, Progress
 
 CERTIFICATE = "certificate.json"
-RATIO_TOLERANCE = 1e-3  # of a matrix's merged delta; a delta merged twice has ratio 2
+RATIO_TOLERANCE = 1e-3  # of a matrix's merged delta, beside rounding; a delta merged twice has ratio 2
 
 
 def merge(job: Job) -> Generator[Event, None, Facts]:
@@ -33,7 +33,7 @@ def merge(job: Job) -> Generator[Event, None, Facts]:
         "max_logit_difference": max(_logit_difference(tuned, written, text) for text in prompts),
         "prompts_checked": len(prompts),
     }
-    _refuse(certificate, settings.max_logit_difference)
+    _refuse(certificate, tolerances(tuned.model), settings.max_logit_difference)
     write_json(job.out / CERTIFICATE, certificate)
     yield Progress(1, 1, f"largest logit difference {certificate['max_logit_difference']:.1e}")
     return {"parameters": count(written.model) | {"trainable": 0}, "fingerprint": base_fingerprint(job.out)}
@@ -54,21 +54,32 @@ def delta_ratios(base: MiniGPT, tuned: MiniGPT, merged: MiniGPT) -> dict[str, fl
     return ratios
 
 
+@torch.no_grad()
+def tolerances(tuned: MiniGPT) -> dict[str, float]:
+    """How far from 1 each ratio may be: a thousandth, and what rounding W' to its precision can do to a small s·BA."""
+    found: dict[str, float] = {}
+    for name, layer in adapter_layers(tuned):
+        weight = layer.base.weight
+        rounding = torch.finfo(weight.dtype).eps * float(weight.norm() / delta(layer).norm().clamp(min=1e-30))
+        found[name] = RATIO_TOLERANCE + rounding
+    return found
+
+
 def _weight(model: MiniGPT, name: str) -> Tensor:
     return model.get_parameter(f"{name}.weight").double()
 
 
 @torch.no_grad()
 def _logit_difference(one: Loaded, other: Loaded, text: str) -> float:
-    ids = torch.tensor([one.tokenizer.encode(text)])  # an unknown word too must give equal logits
+    ids = torch.tensor([one.tokenizer.encode(text)[: one.model.config.max_positions]])  # unknown words included
     return float((one.model(ids) - other.model(ids)).abs().max())
 
 
-def _refuse(certificate: dict[str, Any], limit: float) -> None:
+def _refuse(certificate: dict[str, Any], allowed: dict[str, float], limit: float) -> None:
     wrong = {
         name: ratio
         for name, ratio in certificate["delta_ratios"].items()
-        if ratio is not None and abs(ratio - 1) > RATIO_TOLERANCE
+        if ratio is not None and abs(ratio - 1) > allowed[name]
     }
     if wrong:
         name, ratio = next(iter(wrong.items()))

@@ -12,7 +12,7 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.metrics import RunLog, Step
 from pipeline.models.minigpt import MiniGPT
 from pipeline.params import Training
-from pipeline.runner import Event, Job, Note, Progress
+from pipeline.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.checkpoint import Checkpoint
@@ -55,6 +55,8 @@ def train(job: Job, model: MiniGPT, batches: Batches, settings: Training) -> Gen
     if start:
         optimizer.restore(start.state)
         yield Note(f"{job.stage.name}: resumed after step {start.step}")
+    else:
+        discard_checkpoints(job.run)  # before their log is overwritten: without it they must never be used
     done, tokens = (start.step, start.tokens) if start else (0, 0)
     total = settings.epochs * len(batches)
     log = RunLog(job.run, done, tokens)
@@ -69,6 +71,8 @@ def train(job: Job, model: MiniGPT, batches: Batches, settings: Training) -> Gen
             if signals.received:
                 raise Interrupted(signals.received, f"{job.stage.name}: stopped after step {record.step} of {total}")
             yield Progress(record.step, total, f"loss {record.loss:.3f}")
+        if signals.received:
+            raise Interrupted(signals.received, f"{job.stage.name}: stopped after the last step")
     model.eval()
 
 
