@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test check deps install install-dev bench clean
+.PHONY: repro test check install install-dev bench clean
 
 repro: install          ## run the whole pipeline and show the comparison
 	@dvc repro
@@ -20,9 +20,6 @@ check: install-dev      ## lint, format, types, import contracts
 	@ruff format --check .
 	@mypy
 	@lint-imports
-
-deps: install-dev       ## write the modules that each stage imports into dvc.yaml
-	@python -m tests.dvc_deps
 
 bench: install-dev      ## speed, as ratios measured in one run
 	@python -m bench

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from cli.options import BaseOption, JsonOption
+from cli.options import BaseOption, JsonOption, group
 
-app = typer.Typer()
-adapters = typer.Typer(help="List adapters, or verify one.", invoke_without_command=True)
+app = group()
+adapters = group(help="List adapters, or verify one.", invoke_without_command=True)
 app.add_typer(adapters, name="adapters")
 
 COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "state")

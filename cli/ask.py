@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import DEFAULT_PARAMS, BaseOption, JsonOption, ParamsOption, project_of
+from cli.options import DEFAULT_PARAMS, BaseOption, JsonOption, ParamsOption, group, project_of
 
 if TYPE_CHECKING:
     from pipeline.engine import Loaded
     from pipeline.generate import Sampling
 
-app = typer.Typer()
+app = group()
 
 
 def _utf8(text: str) -> str:

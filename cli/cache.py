@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption
+from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, group
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache
 
-app = typer.Typer()
-cache = typer.Typer(help="Show or prune finished results that are kept for reuse.", invoke_without_command=True)
+app = group()
+cache = group(help="Show or prune finished results that are kept for reuse.", invoke_without_command=True)
 app.add_typer(cache, name="cache")
 
 

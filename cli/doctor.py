@@ -1,10 +1,8 @@
 """`lora doctor`: what this machine has."""
 
-import typer
+from cli.options import JsonOption, group
 
-from cli.options import JsonOption
-
-app = typer.Typer()
+app = group()
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
 

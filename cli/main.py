@@ -7,16 +7,17 @@ from typing import Annotated
 import typer
 
 from cli import adapters, ask, cache, doctor, stages
+from cli.options import group
 from pipeline.errors import Interrupted, UserError
 
-app = typer.Typer(
+app = group(
     help="Adapt language models with LoRA: train, merge, evaluate, ask. Numbers come from params.yaml.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for group in (stages.app, ask.app, adapters.app, cache.app, doctor.app):
-    app.add_typer(group)
+for part in (stages.app, ask.app, adapters.app, cache.app, doctor.app):
+    app.add_typer(part)
 
 
 def _version(wanted: bool) -> None:

@@ -1,7 +1,7 @@
 """Options that several commands share, and the project they name."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,11 @@ BaseOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")
+
+
+def group(**settings: Any) -> typer.Typer:
+    """A Typer with plain help: Rich's boxes cost as much time again as all the rest of `lora --help`."""
+    return typer.Typer(rich_markup_mode=None, **settings)
 
 
 def project_of(params: Path, overrides: list[str] | None = None) -> "Project":

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOption, SetOption, project_of
+from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOption, SetOption, group, project_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -14,8 +12,8 @@ if TYPE_CHECKING:
 
     Making = Generator[Event, None, Facts]
 
-app = typer.Typer()
-finetune = typer.Typer(help="Teach the expanded base new sentences.", no_args_is_help=True)
+app = group()
+finetune = group(help="Teach the expanded base new sentences.", no_args_is_help=True)
 app.add_typer(finetune, name="finetune")
 
 

@@ -25,12 +25,13 @@ class Batches:
 
     def __init__(self, windows: Sequence[Window], batch_size: int, seed: int, pad_id: int) -> None:
         T = max(len(window.ids) for window in windows)
-        self._ids = torch.tensor([_padded(w.ids, T, pad_id) for w in windows])
-        self._labels = torch.tensor([_padded(w.labels, T, IGNORED) for w in windows])
-        self._positions = torch.tensor([_padded(range(w.start, w.start + len(w.ids)), T, 0) for w in windows])
+        ids = [_padded(w.ids, T, pad_id) for w in windows]
+        labels = [_padded(w.labels, T, IGNORED) for w in windows]
+        positions = [_padded(range(w.start, w.start + len(w.ids)), T, 0) for w in windows]
+        self._table = torch.tensor([ids, labels, positions])  # (3, windows, T)
         self._tokens = [len(window.ids) for window in windows]
         self._size, self._seed = batch_size, seed
-        self._epoch, self._rows = 0, self._shuffled(0)
+        self._epoch, self._batches = 0, self._shuffled(0)
 
     def __len__(self) -> int:
         """Batches an epoch; the last may be smaller."""
@@ -40,17 +41,16 @@ class Batches:
         """The batch of step `step`, counted from 0 over all epochs."""
         epoch, index = divmod(step, len(self))
         if self._epoch != epoch:
-            self._epoch, self._rows = epoch, self._shuffled(epoch)
-        return self._batch(self._rows[index * self._size : (index + 1) * self._size])
+            self._epoch, self._batches = epoch, self._shuffled(epoch)
+        return self._batches[index]
 
-    def _shuffled(self, epoch: int) -> list[int]:
+    def _shuffled(self, epoch: int) -> list[Batch]:
         rows = list(range(len(self._tokens)))
         random.Random(f"{self._seed}/{epoch}").shuffle(rows)
-        return rows
-
-    def _batch(self, rows: list[int]) -> Batch:
-        tokens = sum(self._tokens[row] for row in rows)
-        return Batch(self._ids[rows], self._labels[rows], self._positions[rows], tokens)
+        ids, labels, positions = self._table[:, rows]
+        tokens = [self._tokens[row] for row in rows]
+        cuts = [slice(start, start + self._size) for start in range(0, len(rows), self._size)]
+        return [Batch(ids[cut], labels[cut], positions[cut], sum(tokens[cut])) for cut in cuts]
 
 
 def _padded(values: Sequence[int], length: int, filler: int) -> list[int]:
