@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from pipeline.adapters import lora
 from pipeline.adapters.lora import LoRALinear
 from pipeline.adapters.rows import EmbeddingRows, HeadRows
-from pipeline.adapters.targets import resolve
+from pipeline.adapters.targets import HEAD, resolve
 from pipeline.errors import UserError
 from pipeline.models.minigpt import MiniGPT
 
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
+EMBEDDING = "embed_tokens"
+ENDS = (EMBEDDING, HEAD)
 PREFIX = "base_model.model."
 
 

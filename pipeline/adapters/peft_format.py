@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipeline import artifact
-from pipeline.adapters.attach import AdapterSpec, attach, tensors
+from pipeline.adapters.attach import EMBEDDING, ENDS, AdapterSpec, attach, tensors
 from pipeline.errors import UserError
 from pipeline.models.base import load_tensors, save_tensors
 from pipeline.models.minigpt import MiniGPT
@@ -45,7 +45,6 @@ _HARMLESS = {
     "ensure_weight_tying",
 }
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # initialisations that leave the base's weights as they are
-_ENDS = ("embed_tokens", "lm_head")
 
 
 def save_adapter(folder: Path, model: MiniGPT, spec: AdapterSpec, base_name: str) -> None:
@@ -78,8 +77,8 @@ def read_spec(folder: Path) -> AdapterSpec:
     targets, saved = config.get("target_modules"), config.get("modules_to_save") or []
     if not _names(targets) or not targets:
         raise UserError(f"{place}: target_modules must be a list of names, got {targets!r}.")
-    if not _names(saved) or not set(saved) <= set(_ENDS):
-        raise UserError(f"{place}: modules_to_save may name {' and '.join(_ENDS)} only so far, got {saved!r}.")
+    if not _names(saved) or not set(saved) <= set(ENDS):
+        raise UserError(f"{place}: modules_to_save may name {' and '.join(ENDS)} only so far, got {saved!r}.")
     return AdapterSpec(int(str(rank)), float(alpha), tuple(sorted(targets)), tuple(saved), _rows(config, place))
 
 
@@ -108,9 +107,9 @@ def _whole(value: Any, least: int) -> bool:
 def _rows(config: dict[str, Any], place: Path) -> dict[str, tuple[int, ...]]:
     indices = config.get("trainable_token_indices") or {}
     if isinstance(indices, list):
-        indices = {"embed_tokens": indices}
-    if not isinstance(indices, dict) or not indices.keys() <= set(_ENDS):
-        raise UserError(f"{place}: trainable_token_indices may name {' and '.join(_ENDS)} only, got {indices!r}.")
+        indices = {EMBEDDING: indices}
+    if not isinstance(indices, dict) or not indices.keys() <= set(ENDS):
+        raise UserError(f"{place}: trainable_token_indices may name {' and '.join(ENDS)} only, got {indices!r}.")
     for name, ids in indices.items():
         if not isinstance(ids, list) or not all(_whole(id_, 0) for id_ in ids):
             raise UserError(f"{place}: trainable_token_indices.{name} must list rows, got {ids!r}.")

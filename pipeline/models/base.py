@@ -17,7 +17,7 @@ from pipeline.tensors import refuse_difference, shapes
 from pipeline.tokenizer import WordTokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+HEAD_WEIGHT = "lm_head.weight"
 
 
 class Base(NamedTuple):
@@ -61,7 +61,7 @@ def state(model: MiniGPT) -> dict[str, Tensor]:
     """The model's tensors by checkpoint name; a tied head is the embedding and is not listed twice."""
     tensors = dict(model.state_dict())
     if model.config.tie_embeddings:
-        del tensors[HEAD]
+        del tensors[HEAD_WEIGHT]
     return tensors
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.adapters.attach import AdapterSpec, adapter_layers, attach, short_targets
+from pipeline.adapters.attach import ENDS, AdapterSpec, adapter_layers, attach, short_targets
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.targets import resolve
 from pipeline.artifact import base_fingerprint, read_manifest
@@ -61,14 +61,13 @@ def freeze(model: MiniGPT, settings: FinetuneFreeze) -> None:
 
 def lora_spec(model: MiniGPT, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
     """The settings, resolved against this model."""
-    parts = ("embed_tokens", "lm_head")
     tied = model.config.tie_embeddings
     return AdapterSpec(
         rank=settings.rank,
         alpha=settings.alpha,
         targets=short_targets(model, resolve(model, settings.target_modules)),
-        saved=parts if settings.train_embeddings == "all" else (),
-        rows=dict.fromkeys(parts[: 1 if tied else 2], new) if settings.train_embeddings == "new_rows" and new else {},
+        saved=ENDS if settings.train_embeddings == "all" else (),
+        rows=dict.fromkeys(ENDS[: 1 if tied else 2], new) if settings.train_embeddings == "new_rows" and new else {},
     )
 
 
