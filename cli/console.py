@@ -2,20 +2,15 @@
 
 import json
 import sys
-from collections.abc import Generator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.runner import Event, Note
-
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
-
-Result = TypeVar("Result")
 
 
 def print_json(value: Any) -> None:
@@ -38,28 +33,3 @@ def bar(share: float, width: int = 20) -> str:
     """A bar of eighth blocks for a share of 1."""
     eighths = round(share * width * 8)
     return str("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).strip()
-
-
-def follow(events: Generator[Event, None, Result], title: str) -> Result:
-    """Show notes, and a progress bar with loss and ETA on a terminal, until `events` returns."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task: TaskID | None = None
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
-            if isinstance(event, Note):
-                stderr.print(event.text, markup=False)
-            elif task is None:
-                task = progress.add_task(title, total=event.total, completed=event.done, text=event.text)
-            else:
-                progress.update(task, completed=event.done, text=event.text)

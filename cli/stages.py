@@ -115,7 +115,8 @@ def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None,
 def _run(
     name: str, work: "Work", params: Path, overrides: list[str] | None, force: bool, checkpoint_every: int = 100
 ) -> None:
-    from cli.console import follow, stdout
+    from cli.console import stdout
+    from cli.progress import follow
     from pipeline.dag import STAGES
     from pipeline.runner import run
 

@@ -26,7 +26,26 @@ class Step:
 
 
 COLUMNS = tuple(f.name for f in fields(Step))
-TELEMETRY_COLUMNS = ("step", "seconds", "tokens_per_second", "peak_memory_bytes", "device")
+TELEMETRY_COLUMNS = (
+    *("step", "seconds", "tokens_per_second", "peak_memory_bytes", "device"),
+    *("predicted_tensor_bytes", "measured_tensor_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of tensors at the peak of a step: what the calculator says, and what was counted (0: not yet)."""
+
+    predicted: int = 0
+    measured: int = 0
+
+
+def shown(size: int) -> str:
+    """Bytes in the largest binary unit of which there is one: 1.21 MiB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} B"
 
 
 def read_steps(path: Path) -> list[Step]:
@@ -63,13 +82,15 @@ class RunLog:
         self._loss.close()
         self._telemetry.close()
 
-    def append(self, step: Step, device: str = "cpu") -> None:
+    def append(self, step: Step, peak: Peak = Peak(), device: str = "cpu") -> None:  # it is frozen
         numbers = [f"{value:.7g}" if isinstance(value, float) else str(value) for value in astuple(step)]
         self._loss.write(",".join(numbers) + "\n")
         self._loss.flush()
         seconds = time.perf_counter() - self._start
         speed = (step.tokens - self._tokens) / seconds
-        self._telemetry.write(f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device}\n")
+        self._telemetry.write(
+            f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},{peak.predicted},{peak.measured}\n"
+        )
 
     def sync(self) -> None:
         """What was logged is on the disk: called before a checkpoint that relies on it."""

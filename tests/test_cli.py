@@ -66,7 +66,7 @@ def test_the_stages_run_one_after_the_other_and_print_what_they_made(cli: Lora, 
     shown = {}
     for stage, arguments in COMMAND.items():
         code, out, err = cli(*arguments, *sets(*BRIEF), cwd=root)
-        assert (code, err) == (0, ""), err
+        assert (code, re.sub(r".* of tensors (predicted|measured) .*\n", "", err)) == (0, ""), err
         shown[stage] = out
     assert shown["pretrain"].startswith("artifacts/base  109,568 parameters  109,568 trained  loss ")
     assert "after 12 steps" in shown["finetune_lora"]
@@ -306,9 +306,9 @@ def test_a_full_disk_is_one_error_and_what_was_there_stays(project: Path) -> Non
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),  # noqa: B023
         )
         assert (done.returncode, done.stdout) == (1, ""), limit
-        assert done.stderr.startswith("error: "), done.stderr
-        assert "Traceback" not in done.stderr
-        assert done.stderr.count("\n") == 1
+        *said, error = done.stderr.splitlines()
+        assert error.startswith("error: "), done.stderr
+        assert [line for line in said if "of tensors" not in line] == []
         assert manifest.read_bytes() == before
         assert not list((project / "artifacts").glob(".*"))
 
@@ -361,7 +361,9 @@ def drawn(project: Path, **environment: str) -> str:
 
 def test_a_progress_bar_is_drawn_on_a_terminal_only(project: Path) -> None:
     quiet = lora("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
-    assert quiet.stderr == ""
+    assert re.fullmatch(
+        r"(finetune_full: [\d.]+ MiB of tensors (predicted|measured) at the peak of a step\n){2}", quiet.stderr
+    )
     text = drawn(project)
     assert "finetune_full" in text
     assert "/600" in text

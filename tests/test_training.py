@@ -1,6 +1,7 @@
 """The loop against plain torch on the stock model, and what it leaves on the disk."""
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.metrics import COLUMNS, Step, epoch_means, flat_from, read_steps
 from pipeline.models.base import load_base
 from pipeline.params import Training
+from pipeline.runner import Note, Progress
 from pipeline.training.batches import Batches
 from pipeline.training.loop import steps
 from pipeline.training.optimizer import FlatAdam
@@ -113,8 +115,17 @@ def test_the_run_log_has_the_contracts_columns_and_every_step(finished: Path) ->
         assert [step.step for step in found] == list(range(1, count + 1))
         assert all(later.tokens > earlier.tokens for earlier, later in pairwise(found))
     telemetry = (finished / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()
-    assert telemetry[0] == "step,seconds,tokens_per_second,peak_memory_bytes,device"
+    assert telemetry[0] == (
+        "step,seconds,tokens_per_second,peak_memory_bytes,device,predicted_tensor_bytes,measured_tensor_bytes"
+    )
     assert len(telemetry) == 301
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_full", "finetune_freeze", "finetune_lora"])
+def test_the_trainer_measures_what_the_calculator_predicts(finished: Path, stage: str) -> None:
+    lines = (finished / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
+    predicted, measured = map(int, lines[-1].split(",")[-2:])
+    assert measured == pytest.approx(predicted, rel=0.03)
 
 
 @given(st.integers(0, 200))
@@ -141,5 +152,8 @@ def test_two_runs_give_the_same_bytes(project: Path) -> None:
     folder = project / "artifacts/lora_adapter"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     _, events = make_one(project, "finetune_lora", BRIEF, force=True)
-    assert len(events) == 12, "it was trained again: 2 epochs of 6 steps"
+    assert len([e for e in events if isinstance(e, Progress)]) == 12, "it was trained again: 2 epochs of 6 steps"
+    notes = [e.text for e in events if isinstance(e, Note)]
+    assert re.match(r"finetune_lora: [\d.]+ KiB of tensors predicted", notes[0])
+    assert re.match(r"finetune_lora: [\d.]+ KiB of tensors measured", notes[1])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -1,7 +1,7 @@
 """Put an adapter on a model, name its tensors as PEFT does, and take it off by merging."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from pipeline.adapters import lora
 from pipeline.adapters.lora import LoRALinear
 from pipeline.adapters.rows import EmbeddingRows, HeadRows
-from pipeline.adapters.targets import HEAD, resolve
+from pipeline.adapters.targets import resolve
 from pipeline.errors import UserError
 from pipeline.models.minigpt import MiniGPT
+from pipeline.targets import HEAD
 
 EMBEDDING = "embed_tokens"
 ENDS = (EMBEDDING, HEAD)
@@ -43,14 +44,19 @@ def attach(model: MiniGPT, spec: AdapterSpec) -> None:
             "Leave it out of target_modules, or set train_embeddings to none."
         )
     model.requires_grad_(False)
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        model.set_submodule(name, LoRALinear(linear, spec.rank, spec.alpha))
+    add_lora(model, names, spec.rank, spec.alpha)
     for name in spec.saved:
         model.get_submodule(_full_name(model, name)).requires_grad_(True)
     if spec.rows:
         _attach_rows(model, spec.rows)
+
+
+def add_lora(model: nn.Module, names: Iterable[str], rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
+    """Wrap the linears called `names`, in place; A and B in `dtype`, or each in its linear's own."""
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(name, LoRALinear(linear, rank, alpha, dtype))
 
 
 def _attach_rows(model: MiniGPT, rows: dict[str, tuple[int, ...]]) -> None:

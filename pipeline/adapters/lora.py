@@ -13,13 +13,15 @@ class LoRALinear(nn.Module):
 
     W is (O, I), lora_A (R, I), lora_B (O, R). A small W is folded first, (W + s·BA)x, because there the
     number of operations costs more than their size; a large one never forms the (O, I) product.
+    A and B may have another dtype than W: they are cast to x's, which is far smaller than x cast to theirs.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.base, self.rank, self.alpha = base, rank, alpha
-        self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features).normal_(std=INIT_STD))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        like = torch.empty(0, dtype=dtype or base.weight.dtype, device=base.weight.device)
+        self.lora_A = nn.Parameter(like.new_empty(rank, base.in_features).normal_(std=INIT_STD))
+        self.lora_B = nn.Parameter(like.new_zeros(base.out_features, rank))
         self.folds = base.weight.numel() < FOLD_BELOW
 
     @property
@@ -27,10 +29,10 @@ class LoRALinear(nn.Module):
         return self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if self.folds:
-            weight = torch.addmm(self.base.weight, self.lora_B, self.lora_A, alpha=self.scale)
-            return F.linear(x, weight, self.base.bias)
-        out: Tensor = self.base(x) + F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
+            return F.linear(x, torch.addmm(self.base.weight, B, A, alpha=self.scale), self.base.bias)
+        out: Tensor = self.base(x) + F.linear(F.linear(x, A) * self.scale, B)
         return out
 
 

@@ -9,6 +9,7 @@ from pipeline.adapters.attach import ENDS, AdapterSpec, adapter_layers, attach, 
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.targets import resolve
 from pipeline.artifact import base_fingerprint, read_manifest
+from pipeline.calc.settings import FULL, Method
 from pipeline.errors import UserError
 from pipeline.models.base import Base, count, load_base
 from pipeline.models.minigpt import MiniGPT
@@ -36,10 +37,21 @@ def finetune(job: Job) -> Generator[Event, None, Facts]:
     elif isinstance(settings, FinetuneFreeze):
         freeze(model, settings)
     trainable = count(model)["trainable"]
-    yield from train(job, model, batches, settings)
+    yield from train(job, model, batches, settings, method_of(settings, spec))
     if spec is None:
         return save_checkpoint(job, base)
     return _save_adapter(job, base, spec, folder) | {"parameters": {"total": total, "trainable": trainable}}
+
+
+def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: AdapterSpec | None) -> Method:
+    """What trains, as the calculator says it."""
+    if isinstance(settings, FinetuneFreeze):
+        return Method("freeze", last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings)
+    if spec is None or isinstance(settings, FinetuneFull):
+        return FULL
+    rows = max((len(ids) for ids in spec.rows.values()), default=0)
+    ends = "all" if spec.saved else "new_rows" if rows else "none"
+    return Method("lora", spec.rank, spec.alpha, spec.targets, embeddings=ends, new_rows=rows)
 
 
 def freeze(model: MiniGPT, settings: FinetuneFreeze) -> None:

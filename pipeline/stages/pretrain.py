@@ -4,6 +4,7 @@ from collections.abc import Generator
 
 import torch
 
+from pipeline.calc.settings import FULL
 from pipeline.models.base import Base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.runner import Event, Facts, Job
@@ -31,5 +32,5 @@ def pretrain(job: Job) -> Generator[Event, None, Facts]:
     torch.manual_seed(settings.seed)
     model = MiniGPT(config)
     batches = batches_of(examples, settings, tokenizer, config.max_positions)
-    yield from train(job, model, batches, settings)
+    yield from train(job, model, batches, settings, FULL)
     return save_checkpoint(job, Base(model, tokenizer))

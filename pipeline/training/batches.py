@@ -31,6 +31,7 @@ class Batches:
         self._table = torch.tensor([ids, labels, positions])  # (3, windows, T)
         self._tokens = [len(window.ids) for window in windows]
         self._size, self._seed = batch_size, seed
+        self.size, self.length = min(batch_size, len(windows)), T  # of a full batch: rows, tokens a row
         self._epoch, self._batches = 0, self._shuffled(0)
 
     def __len__(self) -> int:

@@ -31,6 +31,11 @@ class FlatAdam:
         self.weights.grad.zero_()
         return norm
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds: weights, gradient and, after the first step, both moments."""
+        assert self.weights.grad is not None
+        return [self.weights, self.weights.grad, *self._adam.state[self.weights].values()]
+
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs to go on as if nothing had happened."""
         return {"weights": self.weights.detach(), **self._adam.state[self.weights]}

@@ -1,0 +1,74 @@
+"""The formula's peak beside the traced one, over a grid of settings."""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pipeline.calc.families import architecture
+from pipeline.calc.memory import predict
+from pipeline.calc.settings import Method, Run
+from pipeline.calc.sources import entry
+from pipeline.training.trace import traced_peak
+
+
+@dataclass(frozen=True)
+class Corner:
+    """One setting of the grid."""
+
+    model: str
+    method: str
+    batch: int
+    sequence: int
+    checkpointing: str
+    loss: str
+    precision: str
+
+    def settings(self) -> tuple[dict[str, Any], Method, Run]:
+        """Models keep their real widths and vocabularies; of their blocks eight are enough for a trace to be quick."""
+        run = Run(
+            self.batch, self.sequence, self.precision, checkpointing=self.checkpointing, loss=self.loss, chunk=512
+        )
+        targets = ("all-linear",) if self.model.startswith("smollm") else ("attention",)
+        return shortened(self.model, 8), Method(self.method, targets=targets), run
+
+
+SIZES = ((1, 2048), (4, 512))
+CORNERS = [
+    Corner(model, method, batch, sequence, checkpointing, loss, precision)
+    for (model, precision), method, (batch, sequence), (checkpointing, loss) in product(
+        (("qwen3-8b", "bf16"), ("llama-3.2-1b", "bf16"), ("gemma-3-1b", "bf16"), ("smollm2-135m", "fp32")),
+        ("full", "freeze", "lora"),
+        SIZES,
+        (("none", "full"), ("full", "full"), ("none", "chunked")),
+    )
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a corner of the grid gave, in bytes."""
+
+    corner: Corner
+    traced: int
+    formula: int
+
+    @property
+    def error(self) -> float:
+        return self.formula / self.traced - 1
+
+
+def worst() -> list[Found]:
+    """Every corner, the largest error first."""
+    found = []
+    for corner in CORNERS:
+        config, method, run = corner.settings()
+        formula = predict(architecture(config, corner.model), method, run).peak
+        found.append(Found(corner, traced_peak(config, method, run), formula))
+    return sorted(found, key=lambda one: -abs(one.error))
+
+
+def shortened(name: str, blocks: int) -> dict[str, Any]:
+    """A built-in model's config with fewer blocks."""
+    config: dict[str, Any] = entry(name)["config"]
+    key = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    return {**config, key: min(blocks, config[key])}

@@ -1,0 +1,112 @@
+"""The calculator's answers as plain data: what `--json` prints, what a table shows, what the terminal UI asks for."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from pipeline.calc.fit import LARGEST, gpus
+from pipeline.calc.memory import Memory, adapter_parameters, inference, predict
+from pipeline.calc.parameters import (
+    document_count,
+    notes,
+    projections,
+    ranks,
+    trainable,
+    trained_parts,
+    why_they_differ,
+)
+from pipeline.calc.precision import precision
+from pipeline.calc.settings import Method, Run
+from pipeline.calc.shapes import Architecture
+from pipeline.errors import UserError
+
+SWEEPS = ("rank", "sequence", "batch", "precision", "optimizer", "checkpointing", "loss", "method", "targets")
+
+
+def answer(model: Architecture, method: Method, run: Run) -> dict[str, Any]:
+    """Everything about one configuration, sizes in bytes. Raises UserError for settings that no run can have."""
+    memory = predict(model, method, run)
+    trained, added = trainable(model, method), adapter_parameters(model, method)
+    lora = method.kind == "lora"
+    return {
+        "model": model.name,
+        "method": method.kind,
+        "rank": method.rank if lora else None,
+        "alpha": method.alpha if lora else None,
+        "targets": target_names(model, method),
+        "parameters": {
+            "total": model.total,
+            "trainable": trained,
+            "trainable_percent": round(100 * trained / model.total, 4),
+            "document": document_count(model, method),
+            "components": model.components(),
+            "trained": trained_parts(model, method),
+        },
+        "projections": [
+            {
+                "name": p.name,
+                "in": p.inputs,
+                "out": p.outputs,
+                "count": p.count,
+                "rank": p.rank,
+                "experts": p.experts,
+                "A": [p.rank, p.inputs],
+                "B": [p.outputs, p.rank],
+                "parameters_each": p.parameters_each,
+            }
+            for p in projections(model, method)
+        ],
+        "adapter_bytes": {"fp16": 2 * added, "fp32": 4 * added},
+        "memory": {**memory.parts(), "peak": memory.peak, "peak_at": memory.where},
+        "inference": inference(model, method, run),
+        "fits": [gpu.name for gpu in gpus().values() if memory.peak <= gpu.bytes],
+        "assumptions": assumptions(run),
+        "notes": [*model.notes, *notes(model, method), *filter(None, [why_they_differ(model, method)])],
+        "source": model.source,
+    }
+
+
+def assumptions(run: Run) -> dict[str, Any]:
+    """How the step runs; `checkpointing` is true or false, or "selective"."""
+    values = asdict(run)
+    values["checkpointing"] = {"full": True, "none": False}.get(run.checkpointing, run.checkpointing)
+    return values
+
+
+def target_names(model: Architecture, method: Method) -> list[str]:
+    """Last names of the linears that get LoRA, in the model's order."""
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in ranks(model, method)))
+
+
+def side_by_side(model: Architecture, method: Method, run: Run) -> dict[str, tuple[Method, Run, Memory]]:
+    """Full fine-tuning, freezing, the adapter at the run's precision, and on NF4: the same step, four ways."""
+    adapter = method if method.kind not in ("full", "freeze") else replace(method, kind="lora")
+    plain = replace(run, precision="bf16") if precision(run.precision).quantized else run
+    freeze = replace(method, kind="freeze", last_blocks=min(method.last_blocks, len(model.blocks)))
+    columns = {"full": (replace(method, kind="full"), plain), "freeze": (freeze, plain)}
+    lora = adapter.kind == "lora"
+    columns["LoRA" if lora else adapter.kind] = (adapter, run)
+    if adapter.embeddings != "all" and not model.style.ours:
+        columns["QLoRA" if lora else f"{adapter.kind} NF4"] = (adapter, replace(run, precision="nf4-dq"))
+    return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items()}
+
+
+def swept(method: Method, run: Run, key: str, values: list[str]) -> list[tuple[str, Method, Run]]:
+    """The configuration once for each value of `key`. Raises UserError for a key or value that there is not."""
+    if key not in SWEEPS:
+        raise UserError(f"--sweep takes one of {', '.join(SWEEPS)}, got {key!r}.")
+    return [(value, *_with(method, run, key, value)) for value in values]
+
+
+def _with(method: Method, run: Run, key: str, value: str) -> tuple[Method, Run]:
+    changed: Any = value
+    if key in LARGEST:
+        if not value.lstrip("-").isdigit():
+            raise UserError(f"--sweep {key} takes whole numbers, got {value!r}.")
+        changed = int(value)
+    if key == "rank":
+        return replace(method, rank=changed, alpha=method.alpha * changed / method.rank), run
+    if key == "targets":
+        return replace(method, targets=(value,)), run
+    if key == "method":
+        return replace(method, kind=changed), run
+    return method, replace(run, **{key: changed})

@@ -1,0 +1,88 @@
+"""Each number of a memory table as a formula with the values put in."""
+
+from collections.abc import Iterator
+
+from pipeline.calc.memory import Memory, adapter_parameters, base_trained
+from pipeline.calc.parameters import Projection, projections
+from pipeline.calc.precision import precision
+from pipeline.calc.settings import Method, Run
+from pipeline.calc.shapes import Architecture
+
+GIB = 2**30
+
+
+def explain(model: Architecture, method: Method, run: Run, memory: Memory) -> Iterator[tuple[str, str]]:
+    """(what, how it is computed), in the order of the screen."""
+    yield "parameters", " + ".join(f"{name} {count:,}" for name, count in model.components().items())
+    for p in projections(model, method):
+        yield p.name, _pair(p, method)
+    adapter, base = adapter_parameters(model, method), base_trained(model, method)
+    yield "trainable", f"{adapter:,} added + {base:,} of the base = {adapter + base:,}"
+    yield "weights", _weights(model, run) + _equals(memory.weights)
+    wide = precision(run.adapter_precision).compute
+    yield "adapter", f"{adapter:,} × {wide} B ({run.adapter_precision})" + _equals(memory.adapter)
+    yield (
+        "gradients",
+        f"alive at the peak, of {adapter:,} × {wide} B + {base:,} × {run.width} B" + _equals(memory.gradients),
+    )
+    yield (
+        "optimizer",
+        f"{run.optimizer}: {_state(memory, adapter * wide + base * run.width)}" + _equals(memory.optimizer),
+    )
+    yield "activations", _activations(model, run) + _equals(memory.activations)
+    yield "logits", _logits(model, run) + _equals(memory.logits)
+    yield "overhead", "CUDA context and kernels, assumed" + _equals(memory.overhead)
+    yield "peak", f"the sum, in phase “{memory.where}”" + _equals(memory.peak)
+
+
+def _pair(p: Projection, method: Method) -> str:
+    each = f"A {p.rank} × {p.inputs:,} + B {p.outputs:,} × {p.rank}"
+    each += f" + magnitude {p.outputs:,}" if method.dora else ""
+    each = f"{p.experts} × ({each})" if p.experts > 1 else each
+    return f"{each} = {p.parameters_each:,}; × {p.count} = {p.parameters:,}"
+
+
+def _weights(model: Architecture, run: Run) -> str:
+    kind = precision(run.precision)
+    if not kind.quantized:
+        table = f" + {model.fixed_positions:,} × {kind.compute} B (table of positions)" if model.fixed_positions else ""
+        return f"{model.total:,} × {kind.bytes:g} B ({run.precision}){table}"
+    return (
+        f"{model.quantizable:,} × {kind.bytes:.4g} B ({run.precision}: {kind.bits:g} bit"
+        f"{f' + {8 * kind.scales:.3g} for scales' if kind.scales else ''}) + {model.total - model.quantizable:,} × "
+        f"{kind.rest} B (embeddings, head, norms, biases)"
+    )
+
+
+def _state(memory: Memory, trained: int) -> str:
+    return (
+        f"{memory.optimizer / trained:.3g} bytes of state a trained byte, of {trained:,} B"
+        if trained
+        else "nothing trains"
+    )
+
+
+def _activations(model: Architecture, run: Run) -> str:
+    size = run.tokens * model.hidden * run.width
+    kept = sum(run.checkpointed(index) for index in range(len(model.blocks)))
+    each = f"{run.batch} × {run.sequence:,} × {model.hidden:,} × {run.width} B = {size / 2**20:,.1f} MiB"
+    blocks = len(model.blocks)
+    if kept == blocks:
+        total = blocks * size / GIB
+        return f"{blocks} blocks keep their input, {each} each ({total:.2f} GiB); and what the peak's phase works with"
+    if kept:
+        return f"{kept} of {blocks} blocks keep their input, {each} each; the others every tensor that backward needs"
+    return f"{blocks} blocks keep every tensor that backward needs, counted operation by operation, in units of {each}"
+
+
+def _logits(model: Architecture, run: Run) -> str:
+    rows = min(run.chunk, run.labels) if run.loss == "chunked" else run.labels
+    size = rows * model.vocabulary
+    return (
+        f"{rows:,} labels × {model.vocabulary:,} words × ({run.width} B logits + 4 B in fp32, 4 B log-softmax and "
+        f"4 B gradient, as many as are alive in the peak's phase; {size * 4 / GIB:.2f} GiB for each 4 B)"
+    )
+
+
+def _equals(size: int) -> str:
+    return f" = {size:,} B = {size / GIB:.2f} GiB"

@@ -1,0 +1,69 @@
+"""Shapes from a path or from the hub: a config.json, safetensors headers, a GGUF file."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import read_json
+from pipeline.calc import gguf
+from pipeline.calc.families import FAMILIES, architecture
+from pipeline.calc.headers import from_shapes
+from pipeline.calc.sources import Model
+from pipeline.errors import UserError
+from pipeline.tensors import read_header
+
+
+def from_path(path: Path) -> Model:
+    """The model in a file or folder. Raises UserError that says what is wrong with it."""
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix == ".gguf":
+        return Model(replace(gguf.read_shapes(path), name=path.name))
+    if path.suffix == ".safetensors":
+        return Model(replace(from_shapes(_shapes([path]), {}, str(path)), name=path.name))
+    config = read_json(path, "Give a Hugging Face config.json, a folder, .safetensors or .gguf")
+    return Model(replace(architecture(config, str(path)), name=str(path)), config)
+
+
+def _from_folder(folder: Path) -> Model:
+    weights = sorted(folder.glob("*.safetensors"))
+    config = read_json(folder / "config.json", "") if (folder / "config.json").exists() else {}
+    if "model_type" in config and (not weights or _known(config)):
+        return Model(replace(architecture(config, str(folder / "config.json")), name=str(folder)), config)
+    if weights:
+        return Model(replace(from_shapes(_shapes(weights), config, str(folder)), name=str(folder)))
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return from_path(files[0])
+    raise UserError(f"{folder} has no config.json, no .safetensors and no single .gguf file.")
+
+
+def _known(config: Mapping[str, Any]) -> bool:
+    return config["model_type"] in FAMILIES or "text_config" in config
+
+
+def _shapes(files: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        found |= {name: (info.dtype, info.shape) for name, info in read_header(file).items()}
+    return found
+
+
+def from_hub(name: str) -> Model:
+    """The hub's config.json, where the network allows. Raises UserError."""
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+        path = try_to_load_from_cache(name, "config.json")
+        if not isinstance(path, str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)  # fails at once; a download tries again
+            path = hf_hub_download(name, "config.json")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: no folder of that name, and its config.json cannot be fetched ({reason}). "
+            "Download it elsewhere and give its path, or see `lora calc --list`."
+        ) from None
+    config = read_json(Path(path), "The hub's file is damaged")
+    return Model(replace(architecture(config, f"{name} config.json"), name=name), config)

@@ -1,0 +1,141 @@
+"""GGUF headers: metadata and tensor shapes, read without the weights (the format's versions 2 and 3)."""
+
+import struct
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.calc.families import architecture
+from pipeline.calc.shapes import Architecture
+from pipeline.errors import UserError
+
+FAMILIES = {  # the format's name of an architecture → config.json's
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "llama": "llama",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "smollm3": "smollm3",
+}
+VERSIONS = (2, 3)
+_SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")
+_STRING, _ARRAY = 8, 9
+MOST = 2**20  # entries of a header, and bytes of a name; above it the file is not what it says
+
+
+class _Reader:
+    """Little-endian values of a file, each checked to be there."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+
+    def unpack(self, form: str) -> Any:
+        size = struct.calcsize(form)
+        data = self._file.read(size)
+        if len(data) < size:
+            raise UserError(f"{self._path} is truncated: its header ends too early. Download it again.")
+        return struct.unpack(form, data)[0]
+
+    def count(self, what: str, most: int = MOST) -> int:
+        number: int = self.unpack("<Q")
+        if number > most:
+            raise UserError(f"{self._path} is damaged: it claims {number:,} {what}. Download it again.")
+        return number
+
+    def text(self) -> str:
+        length = self.count("bytes in a text", 2**26)
+        data = self._file.read(length)
+        if len(data) < length:
+            raise UserError(f"{self._path} is truncated: its header ends too early. Download it again.")
+        return data.decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        """A value of the type numbered `kind`; of an array only its length is kept."""
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            return self._array()
+        form = _SCALARS[kind] if kind < len(_SCALARS) else None
+        if form is None:
+            raise UserError(f"{self._path} is damaged: no value has the type {kind}.")
+        return self.unpack(form)
+
+    def _array(self) -> int:
+        kind, length = self.unpack("<I"), self.count("entries in an array", 2**26)
+        form = _SCALARS[kind] if kind < len(_SCALARS) else None
+        if form is not None:
+            self._file.seek(length * struct.calcsize(form), 1)
+        else:
+            for _ in range(length):
+                self.value(kind)
+        return length
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """(metadata, name → shape). Raises UserError for another format or version, and for a truncated file."""
+    with path.open("rb") as file:
+        reader = _Reader(file, path)
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file.")
+        version = reader.unpack("<I")
+        if version not in VERSIONS:
+            raise UserError(f"{path} has GGUF version {version}; versions {' and '.join(map(str, VERSIONS))} are read.")
+        tensors, entries = reader.count("tensors"), reader.count("entries")
+        metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            key = reader.text()
+            metadata[key] = reader.value(reader.unpack("<I"))
+        shapes = {}
+        for _ in range(tensors):
+            name = reader.text()
+            dimensions = reader.unpack("<I")
+            if dimensions > 4:
+                raise UserError(f"{path} is damaged: {name} has {dimensions} dimensions.")
+            shapes[name] = tuple(reader.unpack("<Q") for _ in range(dimensions))
+            reader.unpack("<I"), reader.unpack("<Q")  # its type and offset
+    return metadata, shapes
+
+
+def read_shapes(path: Path) -> Architecture:
+    """The architecture of a GGUF file, checked against its tensors' sizes."""
+    metadata, shapes = read_header(path)
+    kind = str(metadata.get("general.architecture"))
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{path}: the architecture {kind!r} is not known in GGUF. Known: {', '.join(sorted(FAMILIES))}."
+        )
+    built = architecture(_config(kind, metadata, shapes), str(path))
+    stored = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("rope_"))
+    size = path.stat().st_size
+    note = f"the file holds its weights in {size / 2**30:.2f} GiB, {8 * size / stored:.2f} bits a parameter"
+    differs = f"its tensors have {stored:,} parameters" if stored != built.total else ""
+    return replace(built, notes=(*built.notes, note, *([differs] if differs else [])))
+
+
+def _config(kind: str, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """config.json's names for what the file says of its shapes."""
+
+    def get(key: str) -> Any:
+        return metadata.get(f"{kind}.{key}")
+
+    embedding = shapes.get("token_embd.weight", (0, 0))
+    config = {
+        "model_type": FAMILIES[kind],
+        "hidden_size": get("embedding_length"),
+        "num_hidden_layers": get("block_count"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_attention_heads": get("attention.head_count"),
+        "num_key_value_heads": get("attention.head_count_kv"),
+        "head_dim": get("attention.key_length"),
+        "max_position_embeddings": get("context_length"),
+        "vocab_size": embedding[-1] or None,
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "num_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+    }
+    return {key: value for key, value in config.items() if value is not None}

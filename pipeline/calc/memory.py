@@ -1,0 +1,107 @@
+"""Memory of a training step, part by part at the moment of its peak, and of inference."""
+
+from dataclasses import dataclass, fields, replace
+
+from pipeline.calc.parameters import ranks, trainable, trained_parts
+from pipeline.calc.precision import precision
+from pipeline.calc.settings import OPTIMIZERS, Method, Run, checked
+from pipeline.calc.shapes import Architecture
+from pipeline.calc.step import run_step
+from pipeline.calc.tape import Tape
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step, which falls into the phase `where`; the parts sum to `peak`."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    overhead: int
+    where: str
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "where"}
+
+
+def predict(model: Architecture, method: Method, run: Run) -> Memory:
+    """Memory of one training step. Raises UserError for settings that no run can have."""
+    checked(method, run)
+    refuse_impossible(model, method, run)
+    tape = step(model, method, run)
+    adapter, base = adapter_parameters(model, method), base_trained(model, method)
+    widths = (precision(run.adapter_precision).compute, run.width)
+    trained = adapter * widths[0] + base * widths[1]
+    state = OPTIMIZERS[run.optimizer]
+    memory = Memory(
+        weights=weight_bytes(model, run.precision),
+        adapter=adapter * widths[0],
+        gradients=tape.at_peak.get("gradients", 0) + (trained if model.style.ours else 0),  # one vector that stays
+        optimizer=round(adapter * state(widths[0]) + base * state(widths[1])),
+        activations=tape.at_peak.get("activations", 0),
+        logits=tape.at_peak.get("logits", 0),
+        overhead=run.context,
+        where=tape.peak_phase,
+    )
+    if run.optimizer == "adamw-foreach" and 2 * trained > tape.peak:
+        updating = replace(memory, gradients=trained, activations=0, logits=0, where="optimizer's update")
+        return replace(updating, optimizer=memory.optimizer + trained)
+    return memory
+
+
+def step(model: Architecture, method: Method, run: Run) -> Tape:
+    """The step on the tape: what it allocates beyond weights, adapter and optimizer."""
+    return run_step(model, method, run, ranks(model, method))
+
+
+def weight_bytes(model: Architecture, name: str) -> int:
+    """The base's weights in precision `name`, what is not quantized at 16 bit, and tables that are no parameters."""
+    kind = precision(name)
+    return kind.weights(model.quantizable, model.total) + model.fixed_positions * kind.compute
+
+
+def adapter_parameters(model: Architecture, method: Method) -> int:
+    """Parameters that are added to the base: stored, trained, shipped."""
+    added = ("matrices", "new rows", "prefix", "prompt")
+    return sum(count for part, count in trained_parts(model, method).items() if part in added)
+
+
+def base_trained(model: Architecture, method: Method) -> int:
+    """Parameters of the base itself that train."""
+    return trainable(model, method) - adapter_parameters(model, method)
+
+
+def inference(model: Architecture, method: Method | None, run: Run) -> dict[str, int]:
+    """Weights, adapter if it is not merged, and KV cache, in bytes, while `batch` sequences are generated.
+
+    Merged, an adapter is in the weights: give no method.
+    """
+    adapter = adapter_parameters(model, method) * run.width if method else 0
+    parts = {
+        "weights": weight_bytes(model, run.precision),
+        "adapter": adapter,
+        "kv_cache": model.kv_bytes(run.batch, run.sequence, run.width),
+        "overhead": run.context,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def refuse_impossible(model: Architecture, method: Method, run: Run) -> None:
+    """Raises UserError where this model cannot run this method in this way."""
+    if precision(run.precision).quantized and base_trained(model, method):
+        raise UserError(
+            f"{run.precision} weights cannot be trained: {method.kind} changes the base itself. "
+            "Use --method lora without --embeddings all, or a 16- or 32-bit precision."
+        )
+    if method.kind == "freeze" and not (method.last_blocks or method.train_embeddings):
+        raise UserError("freeze leaves nothing to train. Raise last-blocks, or train the embeddings.")
+    if model.positions and run.sequence > model.context:
+        raise UserError(f"sequence must be at most {model.context:,}, the model's positions, got {run.sequence:,}.")

@@ -1,0 +1,122 @@
+"""What the calculator is asked about: what trains (`Method`), and how a step runs (`Run`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pipeline.calc.precision import precision
+from pipeline.errors import UserError
+
+CHOICES = {
+    "method": ("full", "freeze", "lora", "prefix", "prompt"),
+    "embeddings": ("none", "all", "new_rows"),
+    "checkpointing": ("none", "selective", "full"),
+    "attention": ("sdpa", "eager"),
+    "loss": ("full", "labels", "chunked"),
+    "casts": ("weights", "inputs"),
+    "adapter-precision": ("fp32", "bf16", "fp16"),
+}
+
+OPTIMIZERS: dict[str, Callable[[int], float]] = {  # bytes of state a trained parameter of so many bytes
+    "adamw": lambda width: 2 * width,  # torch's, fused: both moments at the parameter's own precision
+    "adamw-foreach": lambda width: 2 * width,  # torch's default: makes a copy of all it updates meanwhile
+    "adamw-fp32": lambda _: 8,
+    "adamw-bf16": lambda _: 4,
+    "adamw-8bit": lambda _: 2 * (1 + 4 / 256),  # a code each, an fp32 scale each 256 (Dettmers et al. 2022)
+    "paged-adamw": lambda _: 0,  # in the CPU's memory while the GPU's is short
+    "paged-adamw-8bit": lambda _: 0,
+    "sgd": lambda _: 0,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What trains. `embeddings` (embedding and head) and `new_rows` belong to LoRA, `last_blocks` to freezing."""
+
+    kind: str = "lora"
+    rank: int = 8
+    alpha: float = 8.0
+    targets: tuple[str, ...] = ("attention",)
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # (pattern, rank), matched as PEFT does
+    rslora: bool = False
+    dora: bool = False
+    embeddings: str = "none"
+    new_rows: int = 0
+    last_blocks: int = 1
+    train_embeddings: bool = True  # with freezing
+    virtual_tokens: int = 20
+
+    @property
+    def scale(self) -> float:
+        """α/r, or α/√r with rsLoRA (Kalajdzievski 2023)."""
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a training step runs. `batch` sequences of `sequence` tokens; precisions by name."""
+
+    batch: int = 1
+    sequence: int = 2048
+    precision: str = "bf16"  # of the base's weights
+    adapter_precision: str = "fp32"
+    optimizer: str = "adamw"
+    checkpointing: str = "full"
+    attention: str = "sdpa"
+    loss: str = "full"
+    label_share: float = 1.0  # share of the tokens that have a label; matters for "labels" and "chunked"
+    chunk: int = 1024  # labels a chunk of the chunked loss
+    casts: str = "weights"  # to join a 16-bit x and 32-bit A: ours casts A, PEFT x
+    context: int = 0  # bytes of CUDA context and kernels, outside the allocator
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.sequence
+
+    @property
+    def labels(self) -> int:
+        """Tokens whose logits are computed."""
+        return self.tokens if self.loss == "full" else max(1, round(self.tokens * self.label_share))
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation: what the precision computes in."""
+        return precision(self.precision).compute
+
+    def checkpointed(self, block: int) -> bool:
+        """Whether block number `block` keeps its input alone: all do, or with `selective` every second."""
+        return self.checkpointing == "full" or (self.checkpointing == "selective" and block % 2 == 0)
+
+
+def checked(method: Method, run: Run) -> None:
+    """Raises UserError for a value that no run can have."""
+    for name, choices in {**CHOICES, "optimizer": tuple(OPTIMIZERS)}.items():
+        value = method.kind if name == "method" else getattr(method, name, None) or getattr(run, name.replace("-", "_"))
+        if value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    precision(run.precision)
+    for value, name, least in (
+        (method.rank, "rank", 1),
+        (method.new_rows, "new-rows", 0),
+        (method.last_blocks, "last-blocks", 0),
+        (method.virtual_tokens, "virtual-tokens", 1),
+        (run.batch, "batch", 1),
+        (run.sequence, "sequence", 1),
+        (run.chunk, "chunk", 1),
+        (run.context // 2**20, "context", 0),
+    ):
+        if not least <= value < 2**31:
+            raise UserError(f"{name} must be a whole number from {least} to {2**31 - 1:,}, got {value:,}.")
+    if method.embeddings == "new_rows" and not method.new_rows:
+        raise UserError("embeddings new_rows needs --new-rows, the number of rows that train.")
+    if not 0 < run.label_share <= 1:
+        raise UserError(f"label-share must be more than 0 and at most 1, got {run.label_share:g}.")
+    if not 0 < method.alpha < float("inf"):
+        raise UserError(f"alpha must be more than 0, got {method.alpha:g}.")
+
+
+FULL, FREEZE, LORA = Method("full"), Method("freeze"), Method("lora")
+
+
+def qlora(run: Run) -> Run:
+    """The same step on a base in NF4 with double quantization (Dettmers et al. 2023)."""
+    return replace(run, precision="nf4-dq")

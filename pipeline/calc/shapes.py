@@ -1,0 +1,157 @@
+"""What a model is to the calculator: the shapes of its weights, and the style of block that computes with them."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight of (outputs, inputs), or `experts` of them in one tensor; `name` is the end of its module's name."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+    experts: int = 1
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs * self.experts
+
+    @property
+    def parameters(self) -> int:
+        return self.weights + (self.outputs * self.experts if self.bias else 0)
+
+    def lora(self, rank: int) -> int:
+        """Parameters of A (R, I) and B (O, R), one pair an expert (Hu et al. 2021, §4.1)."""
+        return rank * (self.inputs + self.outputs) * self.experts
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: its linears by group, its router, and parameters of its norms and of what is neither."""
+
+    attention: tuple[Linear, ...]
+    feed_forward: tuple[Linear, ...]
+    norms: int
+    router: Linear | None = None
+    other: int = 0  # attention sinks
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.attention + self.feed_forward
+
+    @property
+    def parameters(self) -> int:
+        router = self.router.parameters if self.router else 0
+        return sum(linear.parameters for linear in self.linears) + self.norms + router + self.other
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a block computes, as far as it decides which tensors a training step keeps."""
+
+    norm: Literal["rms", "rms32", "layer"] = "rms"  # rms32: the weight is applied in fp32
+    norms: Literal["before", "after", "both", "inside", "parallel"] = "before"  # of the residual branches
+    qk_norm: Literal["", "head", "width"] = ""
+    activation: str = "silu"
+    gated: bool = True
+    clamps: bool = False  # gate and up are clamped (gpt-oss)
+    rotary: float = 1.0  # share of the head that is rotated
+    rejoins: bool = False  # the rotated part and the rest are copied together
+    softmax32: bool = True  # eager attention's softmax is computed in fp32
+    softcap: bool = False  # of the attention scores
+    sinks: bool = False  # a learned score a head that takes attention from all
+    final_softcap: bool = False
+    scaled_queries: bool = False  # OPT multiplies q by its scale outside attention
+    scaled_embeddings: bool = False
+    top_k: int = 0  # experts a token
+    split_experts: bool = False  # PEFT adapts experts as the separate gate, up and down of older checkpoints
+    ours: bool = False  # MiniGPT, not a model of transformers
+    unknown: bool = False  # how it computes is not known, only its linears
+
+    @property
+    def eager_only(self) -> bool:
+        """Whether no fused kernel of torch computes its attention."""
+        return self.softcap or self.sinks
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's shapes. `positions`, `head_bias` and `extra` are parameters; `tied`: head and embedding are one."""
+
+    family: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    context: int
+    blocks: tuple[Block, ...]
+    embedding_width: int
+    final_norm: int
+    tied: bool
+    positions: int = 0
+    fixed_positions: int = 0  # numbers of a table that is no parameter
+    head_bias: int = 0
+    extra_norms: int = 0
+    outside: tuple[Linear, ...] = ()  # linears outside the blocks, the head not counted
+    style: Style = field(default_factory=Style)
+    name: str = ""
+    source: str = ""
+    published: str = ""
+    notes: tuple[str, ...] = ()
+    checkpoint: str = ""  # a precision, where a file holds the weights at one
+
+    @property
+    def embedding(self) -> int:
+        return self.vocabulary * self.embedding_width
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output head; none of its own where it is the embedding."""
+        return (0 if self.tied else self.vocabulary * self.embedding_width) + self.head_bias
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """Every linear that can be adapted, but the head, with a full name: `layers.0.self_attn.q_proj`."""
+        for index, block in enumerate(self.blocks):
+            for linear in self.adaptable(block):
+                yield f"layers.{index}.{linear.name}", linear
+        for linear in self.outside:
+            yield linear.name, linear
+
+    def adaptable(self, block: Block) -> tuple[Linear, ...]:
+        """The block's linears that can get LoRA: with the router where older checkpoints have it as one."""
+        return (*block.linears, block.router) if self.style.split_experts and block.router else block.linears
+
+    def components(self) -> dict[str, int]:
+        """Parameters by component; zero entries are left out."""
+        parts: Counter[str] = Counter({"embeddings": self.embedding, "positions": self.positions})
+        for block in self.blocks:
+            parts["attention"] += sum(linear.parameters for linear in block.attention) + block.other
+            for linear in block.feed_forward:
+                parts["experts" if linear.experts > 1 else "feed-forward"] += linear.parameters
+            parts["router"] += block.router.parameters if block.router else 0
+            parts["norms"] += block.norms
+        parts["norms"] += self.final_norm + self.extra_norms
+        parts["other linears"] = sum(linear.parameters for linear in self.outside)
+        parts["head"] = self.head
+        return {name: count for name, count in parts.items() if count}
+
+    @property
+    def total(self) -> int:
+        return sum(self.components().values())
+
+    @property
+    def quantizable(self) -> int:
+        """Weights that quantization touches: linears of the blocks. Embeddings, head, norms and biases stay."""
+        return sum(linear.weights for block in self.blocks for linear in block.linears)
+
+    def kv_bytes(self, batch: int, sequence: int, width: int = 2) -> int:
+        """KV cache of `sequence` tokens: 2 · layers · kv_heads · head_size · tokens · batch · bytes."""
+        return prod((2, len(self.blocks), self.kv_heads, self.head_size, sequence, batch, width))

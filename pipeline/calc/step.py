@@ -1,0 +1,166 @@
+"""A training step on the tape: embeddings, blocks, loss, and the way back."""
+
+from collections.abc import Mapping
+
+from pipeline.calc.blocks import Blocks
+from pipeline.calc.parts import Parts
+from pipeline.calc.settings import Method, Run
+from pipeline.calc.shapes import Architecture
+from pipeline.calc.tape import Tape, Value
+
+EACH_END = 2  # blocks at either end of a run of equal ones that are run one by one; those between are multiplied
+
+
+def run_step(model: Architecture, method: Method, run: Run, ranks: Mapping[str, int]) -> Tape:
+    """The tape after one step: what was alive at its peak, beyond weights and optimizer.
+
+    `ranks`: full name of a linear → its LoRA rank; it has none where it is not named.
+    """
+    step = _Step(model, method, run, ranks)
+    loss = step.forward()
+    step.p.tape.backward(loss)
+    return step.p.tape
+
+
+class _Step:
+    def __init__(self, model: Architecture, method: Method, run: Run, ranks: Mapping[str, int]) -> None:
+        self.model, self.method, self.run_, self.ranks = model, method, run, ranks
+        self.p = Parts(model, method, run, ranks)
+        self.t, self.blocks = self.p.tape, Blocks(self.p)
+        self.full = method.kind == "full"
+        self.first_trained = len(model.blocks) - method.last_blocks if method.kind == "freeze" else 0
+        self.ends_train = self.full or {
+            "freeze": method.train_embeddings,
+            "lora": method.embeddings == "all",
+        }.get(method.kind, False)
+        self.embedding = self.p.weight(model.embedding)
+        self.head = self.embedding if model.tied else self.p.weight(model.embedding)
+        self.new_rows = method.new_rows if method.kind == "lora" and method.embeddings == "new_rows" else 0
+        self.rows = self.p.added(self.new_rows * model.embedding_width)  # of the embedding, and of a tied head
+        self.head_rows = self.rows if model.tied else self.p.added(self.new_rows * model.embedding_width)
+
+    def forward(self) -> Value:
+        """The loss."""
+        t, p, model = self.t, self.p, self.model
+        t.phase = "forward, embeddings"
+        self.inputs = [t.leaf(p.n, 8), t.leaf(p.n, 8)]  # ids and labels, alive for the whole step
+        x = self._embed()
+        self.blocks.tables = tables = self._tables()
+        x = self._all_blocks(x)
+        t.phase, p.where, p.trains = "forward, last norm", "", self.full
+        x = p.norm(x, model.hidden) if model.final_norm else x
+        x = p.linear(x, model.outside[0]) if model.embedding_width != model.hidden else x
+        tables.clear()
+        return self._loss(x)
+
+    def _embed(self) -> Value:
+        t, p, model, ids = self.t, self.p, self.model, self.inputs[0]
+        trained = [self.embedding] if self.ends_train else []
+        x = t.op(elements=self.run_.tokens * model.embedding_width, width=p.w, saves=[ids], weights=trained)
+        if self.new_rows:  # looked up beside the frozen table, then chosen where they stand
+            x = t.op(x, t.op(elements=x.elements, width=p.w, saves=[ids], weights=[self.rows]), saves=[ids])
+        if self.method.kind == "prompt":
+            virtual = p.added(self.method.virtual_tokens * model.embedding_width)
+            x = t.op(x, elements=p.n * model.embedding_width, weights=[virtual])
+        x = p.linear(x, model.outside[1]) if model.embedding_width != model.hidden else x
+        x = t.op(x) if model.style.scaled_embeddings else x
+        if model.positions or model.fixed_positions:
+            rows = p.n if model.style.ours else p.n // self.run_.batch
+            table = p.trained(model.positions) if model.positions else []
+            x = t.op(x, t.op(elements=rows * model.hidden, width=p.w, saves=[ids], weights=table), alias=True)
+        return x
+
+    def _tables(self) -> list[Value]:
+        """cos and sin of the rotation, and the mask of eager attention, which every block reads."""
+        s = self.p.n // self.run_.batch
+        rotated = int(self.model.style.rotary * self.model.head_size)
+        tables = [self.t.leaf(s * rotated, self.p.w) for _ in range(2)] if rotated else []
+        return [*tables, self.t.leaf(s * s, self.p.w)] if self.blocks.eager else tables
+
+    def _all_blocks(self, x: Value) -> Value:
+        blocks, start = self.model.blocks, 0
+        while start < len(blocks):
+            stop = start
+            while stop < len(blocks) and self._alike(start, stop):
+                stop += 1
+            x = self._equal_blocks(x, start, stop)
+            start = stop
+        return x
+
+    def _alike(self, i: int, j: int) -> bool:
+        blocks = self.model.blocks
+        same = blocks[i] is blocks[j] and self._trains(i) == self._trains(j)
+        return same and (self._ranks(i) == self._ranks(j) if self.ranks else True)
+
+    def _ranks(self, index: int) -> list[int]:
+        linears = self.model.adaptable(self.model.blocks[index])
+        return [self.ranks.get(f"layers.{index}.{linear.name}", 0) for linear in linears]
+
+    def _equal_blocks(self, x: Value, start: int, stop: int) -> Value:
+        """Blocks `start` to `stop`; of a long run the middle is multiplied instead of run."""
+        period = 2 if self.run_.checkpointing == "selective" else 1
+        skipped = max(0, (stop - start - 2 * EACH_END * period) // period)
+        resume = start + (EACH_END + skipped) * period
+        before: dict[str, int] = {}
+        for index in range(start, stop):
+            if skipped and index == start + (EACH_END - 1) * period:
+                before = dict(self.t.live)
+            if skipped and index == start + EACH_END * period:
+                kept = {kind: (size - before.get(kind, 0)) * skipped for kind, size in self.t.live.items()}
+                x = self.t.skip(x, kept, sum(map(self._gradients, range(index, resume))))
+            if not skipped or index < start + EACH_END * period or index >= resume:
+                x = self._block(x, index)
+        return x
+
+    def _gradients(self, index: int) -> int:
+        """Bytes of the gradients that block `index` leaves."""
+        block = self.model.blocks[index]
+        if self._trains(index):
+            return block.parameters * self.p.w
+        pairs = zip(self.model.adaptable(block), self._ranks(index), strict=True)
+        return sum(linear.lora(rank) for linear, rank in pairs) * self.p.adapter
+
+    def _trains(self, index: int) -> bool:
+        return self.full or (self.method.kind == "freeze" and index >= self.first_trained)
+
+    def _block(self, x: Value, index: int) -> Value:
+        self.t.phase = f"forward, block {index + 1} of {len(self.model.blocks)}"
+
+        def forward(y: Value) -> Value:
+            self.p.where, self.p.trains = f"layers.{index}.", self._trains(index)
+            return self.blocks.run(y, self.model.blocks[index])
+
+        grows = x.node is not None or self._gradients(index) > 0 or self.method.kind == "prefix"
+        checkpointed = self.run_.checkpointed(index) and grows and not self.model.style.ours
+        return self.t.checkpoint(x, forward) if checkpointed else forward(x)
+
+    def _loss(self, x: Value) -> Value:
+        t, run, width = self.t, self.run_, self.model.embedding_width
+        t.phase, t.kind = "forward, loss", "logits"
+        if run.loss != "full":
+            x = t.op(x, elements=run.labels * width)
+        if run.loss != "chunked":
+            return self._cross_entropy(x)
+        sizes = [min(run.chunk, run.labels - start) for start in range(0, run.labels, run.chunk)]
+        run_ones = sizes[:2] + sizes[2:][-1:]  # a chunk between finds what the second found, and adds its gradient
+        grads = []
+        for rows in run_ones:
+            t.differentiate(t.op(x, elements=rows * width, view=True), self._cross_entropy)
+            grads.append(t.leaf(rows * width, self.p.w))
+        grads.append(t.leaf((run.labels - sum(run_ones)) * width, self.p.w))
+        whole = t.leaf(run.labels * width, self.p.w)
+        del grads
+        return t.op(x, elements=1, width=4, saves=[whole])
+
+    def _cross_entropy(self, x: Value) -> Value:
+        """Logits, to fp32, log-softmax (kept), the mean; backward fills a tensor of their size twice."""
+        t, rows = self.t, x.elements // self.model.embedding_width
+        trained = [self.head] if self.ends_train else []
+        y = t.op(x, elements=rows * self.model.vocabulary, saves=[x] if trained else [], weights=trained)
+        if self.new_rows:
+            new = t.op(x, elements=rows * self.new_rows, saves=[x], weights=[self.head_rows])
+            y = t.op(y, new, elements=y.elements)
+        if self.model.style.final_softcap:
+            y = t.op(t.op(t.op(y), saves_out=True))
+        log = t.op(self.p.cast(y, 4), saves_out=True)
+        return t.op(log, elements=1, width=4, saves=[log])

@@ -1,0 +1,397 @@
+"""The formula against the traced step, against itself where more must not need less, and its parts against its peak."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bench.memory import CORNERS, shortened, worst
+from pipeline.calc.answer import answer, side_by_side, swept
+from pipeline.calc.document import claims
+from pipeline.calc.explain import explain
+from pipeline.calc.families import architecture
+from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
+from pipeline.calc.memory import inference, predict, step, weight_bytes
+from pipeline.calc.parameters import trainable
+from pipeline.calc.precision import PRECISIONS, precision
+from pipeline.calc.settings import FREEZE, FULL, LORA, OPTIMIZERS, Method, Run, qlora
+from pipeline.calc.shapes import Architecture
+from pipeline.calc.sources import built_in, entry, names
+from pipeline.calc.tape import Tape
+from pipeline.errors import UserError
+from pipeline.training.trace import traced_peak
+
+QWEN = built_in("qwen3-8b").shapes
+SMALL = ("qwen3-0.6b", "smollm2-135m", "gpt2", "opt-125m", "minigpt", "gemma-3-270m", "llama-3.2-1b")
+COUNTS = st.integers(1, 3000)
+
+models = st.sampled_from([name for name in names() if name not in ("roberta-large",)])
+methods = st.one_of(
+    st.just(FULL),
+    st.builds(Method, kind=st.just("freeze"), last_blocks=st.integers(1, 2), train_embeddings=st.booleans()),
+    st.builds(
+        Method,
+        kind=st.just("lora"),
+        rank=st.integers(1, 128),
+        targets=st.sampled_from([("attention",), ("all-linear",), ("feed_forward",)]),
+        dora=st.booleans(),
+        embeddings=st.sampled_from(["none", "all"]),
+    ),
+    st.builds(Method, kind=st.sampled_from(["prefix", "prompt"]), virtual_tokens=st.integers(1, 100)),
+)
+runs = st.builds(
+    Run,
+    batch=st.integers(1, 16),
+    sequence=st.integers(1, 900),
+    precision=st.sampled_from(["bf16", "fp32", "fp16"]),
+    adapter_precision=st.sampled_from(["fp32", "bf16"]),
+    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    checkpointing=st.sampled_from(["none", "selective", "full"]),
+    attention=st.sampled_from(["sdpa", "eager"]),
+    loss=st.sampled_from(["full", "labels", "chunked"]),
+    label_share=st.sampled_from([0.1, 0.5, 1.0]),
+    chunk=st.sampled_from([64, 1024]),
+    casts=st.sampled_from(["weights", "inputs"]),
+    context=st.sampled_from([0, 2**29]),
+)
+
+
+def shapes_of(name: str, run: Run) -> tuple[Architecture, Run]:
+    """The model, and the run with a sequence that it has positions for."""
+    shapes = built_in(name).shapes
+    return shapes, replace(run, sequence=min(run.sequence, shapes.context))
+
+
+def with_(run: Run, key: str, value: int) -> Run:
+    return replace(run, batch=value) if key == "batch" else replace(run, sequence=value)
+
+
+# against the traced step
+
+
+@pytest.mark.slow
+def test_the_formula_is_within_three_percent_of_the_traced_step_on_the_grid() -> None:
+    found = worst()
+    assert len(found) >= 60
+    assert abs(found[0].error) < 0.03, found[0]
+
+
+TRACED = [name for name in SMALL if name != "minigpt"] + ["phi-4-mini", "olmo-2-1b", "gpt-neox-20b", "gpt-oss-20b"]
+
+
+@st.composite
+def traced_settings(draw: st.DrawFn) -> tuple[dict[str, Any], Method, Run]:
+    """Any setting that this project can run, on any family, with few blocks."""
+    name = draw(st.sampled_from(TRACED))
+    config = shortened(name, draw(st.integers(1, 6)))
+    kinds = ["full", "freeze"] if name == "gpt2" else ["full", "freeze", "lora"]  # its Conv1D gets no LoRA yet
+    method = Method(
+        draw(st.sampled_from(kinds)),
+        rank=draw(st.sampled_from([1, 8, 64])),
+        targets=draw(st.sampled_from([("attention",), ("all-linear",)])),
+        embeddings=draw(st.sampled_from(["none", "all"])),
+        last_blocks=1,
+    )
+    wide = "fp32" if name != "gpt-oss-20b" else "bf16"  # grouped products of experts are 16 bit
+    run = Run(
+        batch=draw(st.integers(1, 4)),
+        sequence=draw(st.integers(1, 900)),
+        precision=draw(st.sampled_from(["bf16", wide])),
+        checkpointing=draw(st.sampled_from(["none", "selective", "full"])),
+        attention=draw(st.sampled_from(["sdpa", "eager"])),
+        loss=draw(st.sampled_from(["full", "labels", "chunked"])),
+        label_share=draw(st.sampled_from([0.2, 1.0])),
+        chunk=256,
+        optimizer=draw(st.sampled_from(["adamw", "sgd"])),
+    )
+    return config, method, run
+
+
+@pytest.mark.slow
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(traced_settings())
+def test_the_formula_is_within_three_percent_of_the_traced_step(drawn: tuple[dict[str, Any], Method, Run]) -> None:
+    config, method, run = drawn
+    formula = predict(architecture(config, "drawn"), method, run).peak
+    assert formula == pytest.approx(traced_peak(config, method, run), rel=0.03)
+
+
+@pytest.mark.parametrize("name, kind, checkpointing, gib", [
+    ("qwen3-8b", "lora", "none", 29.55),
+    ("qwen3-8b", "lora", "full", 19.42),
+])  # fmt: skip
+def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, checkpointing: str, gib: float) -> None:
+    """Traced independently of this project: batch 1 × 2,048, bf16, r = 8, full logits."""
+    memory = predict(built_in(name).shapes, Method(kind), Run(checkpointing=checkpointing))
+    assert memory.peak / GIB == pytest.approx(gib, rel=0.001)
+
+
+@pytest.mark.parametrize("kind", ["full", "freeze", "lora"])
+@pytest.mark.parametrize("batch, sequence", [(4, 4), (16, 32)])
+def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int) -> None:
+    config = entry("minigpt")["config"]
+    run = Run(batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
+    traced = traced_peak(config, Method(kind, rank=4), run)
+    assert predict(built_in("minigpt").shapes, Method(kind, rank=4), run).peak == pytest.approx(traced, rel=0.03)
+
+
+def test_what_cannot_be_traced_is_said() -> None:
+    config = entry("qwen3-0.6b")["config"]
+    for method, run in (
+        (LORA, Run(precision="nf4-dq")),
+        (Method("prefix"), Run()),
+        (Method(dora=True), Run()),
+        (LORA, Run(optimizer="adamw-8bit")),
+        (LORA, Run(casts="inputs")),
+    ):
+        with pytest.raises(UserError, match="--trace"):
+            traced_peak(config, method, run)
+    with pytest.raises(UserError, match="MiniGPT trains with --precision fp32"):
+        traced_peak(entry("minigpt")["config"], LORA, Run())
+
+
+def test_a_traced_grid_is_large_enough_to_mean_something() -> None:
+    assert len(CORNERS) >= 60
+    for key in ("model", "method", "batch", "sequence", "checkpointing", "loss", "precision"):
+        assert len({getattr(corner, key) for corner in CORNERS}) > 1, key
+
+
+# properties
+
+
+@given(models, methods, runs)
+def test_the_parts_sum_to_the_peak(name: str, method: Method, run: Run) -> None:
+    shapes, run = shapes_of(name, run)
+    memory = predict(shapes, method, run)
+    assert memory.peak == sum(memory.parts().values())
+    assert all(size >= 0 for size in memory.parts().values())
+    assert memory.weights == weight_bytes(shapes, run.precision)
+    assert memory.where
+
+
+@given(models, methods, runs, COUNTS, COUNTS, st.sampled_from(["batch", "sequence"]))
+def test_more_batch_or_sequence_never_needs_less(
+    name: str, method: Method, run: Run, one: int, other: int, key: str
+) -> None:
+    shapes, run = shapes_of(name, run)
+    low, high = sorted((one, other))
+    if key == "sequence":
+        low, high = min(low, shapes.context), min(high, shapes.context)
+    peaks = [predict(shapes, method, with_(run, key, value)).peak for value in (low, high)]
+    assert peaks[0] <= peaks[1]
+
+
+@given(
+    models, runs, st.integers(1, 512), st.integers(1, 512), st.sampled_from(["attention", "all-linear"]), st.booleans()
+)
+def test_a_higher_rank_never_needs_less(name: str, run: Run, one: int, other: int, targets: str, dora: bool) -> None:
+    shapes, run = shapes_of(name, run)
+    low, high = (Method(rank=rank, targets=(targets,), dora=dora) for rank in sorted((one, other)))
+    assert predict(shapes, low, run).peak <= predict(shapes, high, run).peak
+
+
+@given(models, runs, st.integers(1, 16), st.sampled_from(["attention", "all-linear"]))
+def test_lora_never_needs_more_than_full(name: str, run: Run, rank: int, targets: str) -> None:
+    """At ranks that are used, the adapter no wider than the base: r numbers more a token cost less than W's state."""
+    shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
+    assert predict(shapes, Method(rank=rank, targets=(targets,)), run).peak <= predict(shapes, FULL, run).peak
+
+
+@given(models, runs, st.integers(1, 64))
+def test_merged_inference_is_the_bases(name: str, run: Run, rank: int) -> None:
+    shapes, run = shapes_of(name, run)
+    base, merged, beside = (inference(shapes, method, run) for method in (None, None, Method(rank=rank)))
+    assert merged == base
+    assert beside["total"] - base["total"] == beside["adapter"] == trainable(shapes, Method(rank=rank)) * run.width
+    assert base["kv_cache"] == shapes.kv_bytes(run.batch, run.sequence, run.width)
+
+
+@given(models, methods, runs)
+def test_less_kept_never_needs_more(name: str, method: Method, run: Run) -> None:
+    """Checkpointing, a fused attention, a chunked loss and a leaner optimizer, each against its opposite."""
+    shapes, run = shapes_of(name, replace(run, sequence=max(64, run.sequence)))  # short, a score costs less than a sum
+    for lean, plain in (
+        ({"checkpointing": "full"}, {"checkpointing": "none"}),
+        ({"attention": "sdpa"}, {"attention": "eager"}),
+        ({"optimizer": "sgd"}, {"optimizer": "adamw"}),
+        ({"loss": "labels", "label_share": 0.1}, {"loss": "labels", "label_share": 1.0}),
+    ):
+        less, more = (predict(shapes, method, replace(run, **keys)).peak for keys in (lean, plain))
+        # a block that is computed again stands beside its own input, and what a short one saves is little
+        assert less <= more * (1.02 if "checkpointing" in lean else 1), lean
+
+
+# precisions
+
+
+def test_precisions_have_the_bytes_of_their_papers() -> None:
+    """Qwen3-8B: bf16 15.26 GiB, NF4 5.96, double quantization 5.66, of it 2.32 embeddings and head."""
+    assert precision("nf4").bytes == 0.5 + 4 / 64
+    assert precision("nf4-dq").bytes == 0.5 + 1 / 64 + 4 / 16384
+    sizes = [weight_bytes(QWEN, name) / GIB for name in ("bf16", "nf4", "nf4-dq")]
+    assert [round(size, 2) for size in sizes] == [15.26, 5.96, 5.66]
+    assert round((QWEN.embedding + QWEN.head) * 2 / GIB, 2) == 2.32
+    assert weight_bytes(QWEN, "tf32") == weight_bytes(QWEN, "fp32") == 4 * QWEN.total
+    assert precision("gptq-g32").bytes > precision("gptq").bytes > precision("gptq-g1024").bytes
+    with pytest.raises(UserError, match="precision 'int3' is not known"):
+        precision("int3")
+
+
+@given(models, st.sampled_from(sorted(PRECISIONS)), st.sampled_from(sorted(PRECISIONS)))
+def test_a_narrower_precision_never_needs_more(name: str, one: str, other: str) -> None:
+    shapes = built_in(name).shapes
+    wide, narrow = sorted((PRECISIONS[one], PRECISIONS[other]), key=lambda p: -(p.bytes + p.rest))
+    assert weight_bytes(shapes, narrow.name) <= weight_bytes(shapes, wide.name) or narrow.rest > wide.rest
+
+
+def test_training_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="freeze leaves nothing to train"):
+        predict(QWEN, Method("freeze", last_blocks=0, train_embeddings=False), Run())
+
+
+def test_training_quantized_weights_is_refused() -> None:
+    for method in (FULL, FREEZE, Method(embeddings="all")):
+        with pytest.raises(UserError, match="nf4 weights cannot be trained"):
+            predict(QWEN, method, Run(precision="nf4"))
+    assert predict(QWEN, LORA, qlora(Run())).weights < predict(QWEN, LORA, Run()).weights
+
+
+# questions
+
+
+def test_the_answer_has_the_contracts_keys() -> None:
+    found = answer(QWEN, LORA, Run())
+    assert (found["model"], found["method"], found["rank"], found["alpha"]) == ("qwen3-8b", "lora", 8, 8)
+    assert found["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert found["parameters"] | {"components": 0, "trained": 0} == {
+        "total": 8_190_735_360,
+        "trainable": 7_667_712,
+        "trainable_percent": 0.0936,
+        "document": 9_437_184,
+        "components": 0,
+        "trained": 0,
+    }
+    q = found["projections"][0]
+    assert {key: q[key] for key in ("name", "in", "out", "count", "parameters_each")} == {
+        "name": "q_proj",
+        "in": 4096,
+        "out": 4096,
+        "count": 36,
+        "parameters_each": 65536,
+    }
+    assert found["adapter_bytes"] == {"fp16": 15_335_424, "fp32": 30_670_848}
+    parts = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
+    assert sum(found["memory"][part] for part in parts) == found["memory"]["peak"]
+    used = found["assumptions"]
+    assert [used[k] for k in ("precision", "batch", "sequence", "checkpointing")] == ["bf16", 1, 2048, True]
+
+
+def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
+    columns = side_by_side(QWEN, LORA, Run())
+    assert list(columns) == ["full", "freeze", "LoRA", "QLoRA"]
+    peaks = [memory.peak for _, _, memory in columns.values()]
+    assert peaks == sorted(peaks, reverse=True)
+    assert columns["QLoRA"][2] == predict(QWEN, LORA, qlora(Run()))
+    assert list(side_by_side(QWEN, Method("prompt"), Run())) == ["full", "freeze", "prompt", "prompt NF4"]
+
+
+@given(st.sampled_from(sorted(gpus())), st.sampled_from(SMALL), st.sampled_from([FULL, LORA]))
+def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str, method: Method) -> None:
+    shapes, budget = built_in(model).shapes, gpu(name).bytes
+    run = Run(sequence=min(256, shapes.context))
+    most = largest(shapes, method, run, budget)
+    for key, limit in (("batch", 4096), ("sequence", shapes.context)):
+        value = getattr(most, key)
+        assert predict(shapes, method, with_(run, key, value)).peak <= budget
+        if value < min(limit, 2**20):
+            assert predict(shapes, method, with_(run, key, value + 1)).peak > budget
+    assert (most.rank is None) == (method is FULL)
+
+
+def test_what_does_not_fit_is_told_what_to_change_first() -> None:
+    fits = list(changes(QWEN, FULL, Run(), 24 * GIB))
+    assert [words for words, *_ in fits] == ["--method lora"]
+    _, method, run, peak = fits[0]
+    assert predict(QWEN, method, run).peak == peak <= 24 * GIB
+    stacked = list(changes(QWEN, LORA, Run(), 8 * GIB))
+    assert [words for words, *_ in stacked][-1] == "--loss chunked; --precision nf4-dq (QLoRA); --sequence 512"
+    assert stacked[-1][3] <= 8 * GIB < stacked[0][3]
+    assert largest(QWEN, LORA, Run(), 8 * GIB).batch == 0
+
+
+def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
+    sizes = [one.bytes for one in gpus().values()]
+    assert sizes == sorted(sizes)
+    assert min(sizes) < 8.1 * GIB < 140 * GIB < max(sizes)
+    assert gpu("RTX 4090") == gpus()["rtx4090"]
+    with pytest.raises(UserError, match=r"'rtx4091' is not known. Nearest: rtx4090"):
+        gpu("rtx4091")
+
+
+def test_a_sweep_changes_one_thing() -> None:
+    ranks = swept(LORA, Run(), "rank", ["1", "16"])
+    assert [(value, m.rank, m.scale) for value, m, _ in ranks] == [("1", 1, 1), ("16", 16, 1)]
+    assert [r.precision for _, _, r in swept(LORA, Run(), "precision", ["bf16", "nf4"])] == ["bf16", "nf4"]
+    for key, values, message in (("seed", ["1"], "takes one of rank"), ("batch", ["x"], "takes whole numbers")):
+        with pytest.raises(UserError, match=message):
+            swept(LORA, Run(), key, values)
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    assert Method(rank=16, alpha=8, rslora=True).scale == 2
+    assert Method(rank=16, alpha=8).scale == 0.5
+
+
+def test_every_number_of_the_document_has_a_verdict_and_each_difference_a_reason() -> None:
+    found = claims()
+    assert {claim.section for claim in found} == {"1", "2.4", "3", "8", "10.1"}
+    assert all(claim.why for claim in found if not claim.agrees)
+    verdicts = {(c.section, c.what): c for c in found}
+    assert verdicts["3", "Qwen3-8B, LoRA parameters"].exact == "7.668 million"
+    assert not verdicts["1", "weights, gradients and Adam's two averages"].agrees
+    assert verdicts["3", "MiniGPT, LoRA parameters"].agrees
+    assert verdicts["10.1", "Qwen3-8B in NF4"].exact == "6.397 GB"
+
+
+@given(models, methods, runs)
+def test_explanations_end_in_the_numbers_they_explain(name: str, method: Method, run: Run) -> None:
+    shapes, run = shapes_of(name, run)
+    memory = predict(shapes, method, run)
+    lines = dict(explain(shapes, method, run, memory))
+    for part, size in memory.parts().items():
+        assert lines[part].endswith(f"= {size:,} B = {size / GIB:.2f} GiB")
+    assert lines["parameters"].count(" + ") == len(shapes.components()) - 1
+    total = eval_sum(lines["parameters"])
+    assert total == shapes.total
+
+
+def eval_sum(text: str) -> int:
+    return sum(int(number.replace(",", "")) for number in re.findall(r"[\d,]+(?= \+|$)", text))
+
+
+# the tape
+
+
+def test_the_tape_frees_what_nothing_holds_and_keeps_what_is_saved() -> None:
+    tape = Tape()
+    x = tape.leaf(1024, 4)
+    assert tape.live["activations"] == 4096
+    y = tape.op(x, saves=[x])
+    assert y.node is None, "nothing wants a gradient, so nothing is saved"
+    del x
+    assert tape.live["activations"] == 4096
+    del y
+    assert tape.live["activations"] == 0
+    assert tape.peak == 8192
+
+
+def test_every_configuration_ends_with_gradients_alone() -> None:
+    """After backward nothing but the gradients of what trains is alive: the tape has no leak."""
+    for method, parameters in ((FULL, 8_190_735_360 * 2), (LORA, 7_667_712 * 4)):
+        for checkpointing in ("none", "selective", "full"):
+            tape = step(QWEN, method, Run(checkpointing=checkpointing))
+            assert tape.live["activations"] == tape.live["logits"] == 0
+            assert tape.live["gradients"] == pytest.approx(parameters, rel=1e-3)

@@ -1,0 +1,232 @@
+"""Exact counts: every built-in model against transformers and PEFT on the meta device, and the published ones."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
+from pipeline.calc.settings import FULL, LORA, Method
+from pipeline.calc.shapes import Architecture
+from pipeline.calc.sources import built_in, entry, names
+from pipeline.errors import UserError
+
+NOT_IN_TRANSFORMERS = ("gpt-3-175b", "minigpt")
+STOCK = [name for name in names() if name not in NOT_IN_TRANSFORMERS]
+CHOICES: dict[str, list[tuple[str, ...]]] = {  # by the attention linears that a model has
+    "q_proj": [("q_proj", "v_proj"), ("attention",), ("v_proj",), ("q_proj", "k_proj", "v_proj", "o_proj")],
+    "c_attn": [("c_attn",), ("attention",), ("c_proj",), ("attn.c_proj",)],
+    "query_key_value": [("query_key_value",), ("attention",), ("dense",), ("attention.dense",)],
+    "qkv_proj": [("qkv_proj",), ("attention",), ("o_proj",), ("qkv_proj", "o_proj")],
+    "query": [("query", "value"), ("attention",), ("key",), ("attention.output.dense",)],
+}
+
+
+def meta_model(name: str) -> Any:
+    config = AutoConfig.for_model(**entry(name)["config"])
+    kind = AutoModelForMaskedLM if name.startswith("roberta") else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def trained(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def linears(model: Any) -> dict[str, Any]:
+    return {n: m for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+
+
+def peft_targets(shapes: Architecture, wanted: tuple[str, ...], model: Any) -> list[str] | str:
+    """Full module names for our groups; PEFT's own reading of names and of all-linear otherwise."""
+    if wanted == ("all-linear",):
+        return "all-linear"
+    if not set(wanted) & {"attention", "feed_forward"}:
+        return [re.sub("^o_proj$", "out_proj", w) if shapes.family == "opt" else w for w in wanted]
+    block = shapes.blocks[0]
+    groups = {"attention": block.attention, "feed_forward": block.feed_forward}
+    suffixes = {linear.name for group in wanted for linear in groups[group]}
+    return [n for n in linears(model) if any(re.search(rf"\.\d+\.{suffix}$", n) for suffix in suffixes)]
+
+
+def targets_of(shapes: Architecture) -> list[tuple[str, ...]]:
+    last = {linear.name.rsplit(".", 1)[-1] for linear in shapes.blocks[0].attention}
+    first = next(choices for key, choices in CHOICES.items() if key in last)
+    dense = all(linear.experts == 1 for linear in shapes.blocks[0].feed_forward)
+    feed_forward = [("feed_forward",), ("attention", "feed_forward")] if dense else [("k_proj",), ("k_proj", "o_proj")]
+    return [*first, ("all-linear",), *feed_forward]
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_counts_are_those_of_transformers_and_peft(name: str) -> None:
+    """The whole model, and LoRA at rank 8 for six choices of targets and more."""
+    shapes = built_in(name).shapes
+    model = meta_model(name)
+    assert shapes.total == sum(p.numel() for p in model.parameters())
+    choices = targets_of(shapes)
+    assert len(choices) >= 6
+    for wanted in choices:
+        config = LoraConfig(r=8, target_modules=peft_targets(shapes, wanted, model))
+        adapted = get_peft_model(model, config)
+        assert trainable(shapes, Method(targets=wanted)) == trained(adapted), wanted
+        model = adapted.unload()
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "gpt2", "opt-350m", "gpt-neox-20b", "phi-4-mini", "gemma-3-1b"])
+def test_dora_patterns_and_new_rows_are_those_of_peft(name: str) -> None:
+    shapes, wanted = built_in(name).shapes, ("attention",)
+    model = meta_model(name)
+    modules = peft_targets(shapes, wanted, model)
+    dora = get_peft_model(model, LoraConfig(r=4, target_modules=modules, use_dora=True))
+    assert trainable(shapes, Method(rank=4, targets=wanted, dora=True)) == trained(dora)
+    model = dora.unload()
+    last = shapes.blocks[0].attention[-1].name.rsplit(".", 1)[-1]
+    for pattern in (last, rf"\w+\.1\..*{last}", rf".*\.0\..*{last}"):
+        ranked = get_peft_model(model, LoraConfig(r=4, target_modules=modules, rank_pattern={pattern: 16}))
+        assert trainable(shapes, Method(rank=4, targets=wanted, rank_pattern=((pattern, 16),))) == trained(ranked)
+        model = ranked.unload()
+    rows = get_peft_model(model, LoraConfig(r=4, target_modules=modules, trainable_token_indices=[1, 5, 9]))
+    ours = trainable(shapes, Method(rank=4, targets=wanted, embeddings="new_rows", new_rows=3))
+    head = 0 if shapes.tied else 3 * shapes.embedding_width  # PEFT was asked for the embedding's rows alone
+    assert ours - head == trained(rows)
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "llama-2-7b", "gpt-neox-20b", "mistral-7b-v0.3"])
+def test_embeddings_and_head_in_full_are_those_of_peft(name: str) -> None:
+    shapes, model = built_in(name).shapes, meta_model(name)
+    ends = ["embed_in", "lm_head"] if "neox" in name else ["embed_tokens", "lm_head"]
+    adapted = get_peft_model(
+        model, LoraConfig(r=8, target_modules=peft_targets(shapes, ("attention",), model), modules_to_save=ends)
+    )
+    assert trainable(shapes, Method(embeddings="all")) == trained(adapted)
+
+
+def test_experts_are_those_that_peft_adapts() -> None:
+    """As parameters; or, where older checkpoints have them as linears, by the old names, a rank for gate and for up."""
+    shapes, model = built_in("gpt-oss-20b").shapes, meta_model("gpt-oss-20b")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=parameters))
+    asked = Method(rank=2, targets=("feed_forward",))
+    assert trainable(shapes, asked) == trained(adapted)
+    assert "target_parameters" in notes(shapes, asked)[0]
+    assert "leaves these experts out" in notes(shapes, Method(targets=("all-linear",)))[0]
+    for name, old in (("qwen3-30b-a3b", ["gate_proj", "up_proj", "down_proj"]), ("mixtral-8x7b", ["w1", "w2", "w3"])):
+        shapes, model = built_in(name).shapes, meta_model(name)
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[*old, "gate", "q_proj"]))
+        assert trainable(shapes, Method(rank=2, targets=(*old, "gate", "q_proj"))) == trained(adapted)
+        assert trainable(shapes, Method(rank=2, targets=("feed_forward",))) == trainable(
+            shapes, Method(rank=2, targets=tuple(old))
+        )
+        assert "twice the rank" in notes(shapes, asked)[0]
+        with pytest.raises(UserError, match="are one tensor in this model's experts; name both"):
+            trainable(shapes, Method(targets=(old[0],)))
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "gpt2", "opt-125m", "mistral-7b-v0.3", "qwen2.5-0.5b"])
+def test_prefix_and_prompt_tuning_are_those_of_peft(name: str) -> None:
+    shapes = built_in(name).shapes
+    for kind, config in (("prefix", PrefixTuningConfig), ("prompt", PromptTuningConfig)):
+        adapted = get_peft_model(meta_model(name), config(task_type="CAUSAL_LM", num_virtual_tokens=10))
+        assert trainable(shapes, Method(kind, virtual_tokens=10)) == trained(adapted), kind
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "gpt2", "gpt-neox-20b", "opt-350m", "mixtral-8x7b"])
+def test_freezing_counts_the_last_blocks_embeddings_and_head(name: str) -> None:
+    shapes, model = built_in(name).shapes, meta_model(name)
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    for blocks in (0, 1, len(layers)):
+        for ends in (True, False):
+            model.requires_grad_(False)
+            for layer in list(layers)[len(layers) - blocks :]:
+                layer.requires_grad_(True)
+            model.get_input_embeddings().requires_grad_(ends)
+            if ends:
+                model.get_output_embeddings().requires_grad_(True)
+            assert trainable(shapes, Method("freeze", last_blocks=blocks, train_embeddings=ends)) == trained(model)
+
+
+@pytest.mark.parametrize("name", names())
+def test_totals_are_the_published_ones_to_the_digits_published(name: str) -> None:
+    known, total = entry(name), built_in(name).shapes.total
+    assert known["source"] and known["published_source"]
+    match = re.fullmatch(r"([\d.,]+)\s*([KMB]?)", known["published"])
+    assert match, known["published"]
+    number, unit = match[1].replace(",", ""), {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]]
+    digits = len(number.partition(".")[2])
+    shown = total / unit
+    truncated = int(shown * 10**digits) / 10**digits
+    assert float(number) in (round(shown, digits), truncated)
+
+
+def test_gpt3_has_the_lora_papers_counts() -> None:
+    shapes = built_in("gpt-3-175b").shapes
+    assert round(trainable(shapes, Method(rank=1, targets=("q_proj", "v_proj"))) / 1e6, 1) == 4.7
+    assert round(trainable(shapes, Method(rank=8, targets=("q_proj", "v_proj"))) / 1e6, 1) == 37.7
+
+
+def test_qwen3_8b_has_the_counts_that_are_known() -> None:
+    shapes = built_in("qwen3-8b").shapes
+    assert shapes.total == 8_190_735_360
+    assert trainable(shapes, LORA) == 7_667_712
+    assert trainable(shapes, Method(rank=16, targets=("all-linear",))) == 43_646_976
+    assert document_count(shapes, LORA) == 9_437_184
+    assert why_they_differ(shapes, LORA) == (
+        "the document takes every projection as 4,096 × 4,096; here k_proj 4,096 → 1,024, v_proj 4,096 → 1,024"
+    )
+
+
+def test_the_documents_rule_has_no_count_where_it_does_not_apply() -> None:
+    qwen, gpt2, mini = (built_in(name).shapes for name in ("qwen3-8b", "gpt2", "minigpt"))
+    for method in (
+        FULL,
+        Method(targets=("all-linear",)),
+        Method(dora=True),
+        Method(embeddings="all"),
+        Method("prefix"),
+    ):
+        assert document_count(qwen, method) is None
+    assert document_count(gpt2, LORA) is None
+    assert document_count(mini, LORA) == trainable(mini, LORA) == 8_192
+    assert why_they_differ(mini, LORA) == ""
+
+
+def test_projections_give_the_shapes_of_a_and_b() -> None:
+    q, k, *_ = projections(built_in("qwen3-8b").shapes, LORA)
+    assert (q.name, q.inputs, q.outputs, q.rank, q.count, q.parameters_each) == ("q_proj", 4096, 4096, 8, 36, 65_536)
+    assert (k.inputs, k.outputs, k.parameters) == (4096, 1024, 36 * 40_960)
+
+
+def test_a_rank_above_the_smallest_dimension_is_allowed_with_a_note() -> None:
+    shapes = built_in("qwen3-8b").shapes
+    assert notes(shapes, Method(rank=2000)) == ["rank 2000 is more than k_proj can use: its rank is at most 1024"]
+    assert notes(shapes, Method(rank=1024)) == []
+
+
+def test_unknown_targets_are_refused_with_those_that_exist() -> None:
+    with pytest.raises(UserError, match=r"'c_attn' matches no linear layer. The model has down_proj, gate_proj"):
+        trainable(built_in("qwen3-8b").shapes, Method(targets=("attention", "c_attn")))
+    with pytest.raises(UserError, match="last-blocks must be at most 36, the model's blocks, got 37"):
+        trainable(built_in("qwen3-8b").shapes, Method("freeze", last_blocks=37))
+
+
+@given(st.sampled_from(names()), st.integers(1, 300), st.integers(1, 300))
+def test_a_higher_rank_never_trains_fewer(name: str, one: int, other: int) -> None:
+    shapes = built_in(name).shapes
+    low, high = sorted((one, other))
+    counts = [trainable(shapes, Method(rank=rank, targets=("all-linear",))) for rank in (low, high)]
+    assert counts[0] <= counts[1]
+    assert counts[0] * high == counts[1] * low, "they are proportional to the rank"
+
+
+@given(st.sampled_from(names()), st.integers(1, 64))
+def test_components_sum_to_the_total_and_parts_to_the_trainable(name: str, rank: int) -> None:
+    shapes = built_in(name).shapes
+    assert sum(shapes.components().values()) == shapes.total
+    found = projections(shapes, Method(rank=rank))
+    assert sum(p.parameters for p in found) == trainable(shapes, Method(rank=rank))
+    assert all(p.parameters_each == p.experts * rank * (p.inputs + p.outputs) for p in found)
