@@ -1,0 +1,316 @@
+"""Models from files: configs, safetensors headers and GGUF, as other libraries write them, and damaged ones."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.calc.families import FAMILIES, architecture
+from pipeline.calc.memory import predict
+from pipeline.calc.parameters import trainable
+from pipeline.calc.settings import FULL, LORA, Method, Run
+from pipeline.calc.sources import built_in, entry, names, open_model
+from pipeline.errors import UserError
+
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 24},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 32},
+    "qwen3_moe": {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 48, "mlp_only_layers": [1]},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 32},
+    "gemma3_text": {"num_key_value_heads": 1, "head_dim": 32},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "smollm3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "gpt_oss": {"num_key_value_heads": 2, "num_local_experts": 4, "head_dim": 16},
+    "olmo2": {"num_key_value_heads": 2},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96},
+}
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def small(family: str) -> Any:
+    config = AutoConfig.for_model(family, **{**({} if family == "gpt2" else SIZES), "vocab_size": 128, **SMALL[family]})
+    return AutoModelForCausalLM.from_config(config)
+
+
+def total(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", sorted(SMALL))
+def test_a_folder_that_transformers_saved_is_read_from_its_config(tmp_path: Path, family: str) -> None:
+    """The file leaves out what equals the library's defaults: so must our reading of it."""
+    model = small(family)
+    model.save_pretrained(tmp_path)
+    opened = open_model(str(tmp_path))
+    assert opened.shapes.family == family
+    assert opened.shapes.total == total(model)
+    assert opened.shapes.total == open_model(str(tmp_path / "config.json")).shapes.total
+    assert predict(opened.shapes, LORA, Run(sequence=16)).peak > 0
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"minigpt", "gpt3", "roberta"}))
+def test_a_config_of_sizes_alone_has_the_librarys_defaults(family: str) -> None:
+    sizes: dict[str, Any] = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}
+    config = AutoConfig.for_model(family, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    named = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_head", "ffn_dim")
+    written = {key: getattr(config, key) for key in named if hasattr(config, key)}
+    for key in ("num_key_value_heads", "num_experts_per_tok"):
+        if key in config.to_dict():
+            written[key] = getattr(config, key)
+    assert architecture({"model_type": family, **written, **sizes}, family).total == total(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mixtral", "gpt2", "gpt_neox", "opt"])
+def test_headers_alone_give_the_same_counts(tmp_path: Path, family: str) -> None:
+    model = small(family)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    known = open_model(str(tmp_path)).shapes
+    config = tmp_path / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    for text in (json.dumps({**values, "model_type": "brand_new"}), None):
+        config.write_text(text, encoding="utf-8") if text else config.unlink()
+        shapes = open_model(str(tmp_path)).shapes
+        assert shapes.family == "unknown"
+        assert shapes.total == known.total
+        for targets in (("attention",), ("feed_forward",)):
+            if family != "mixtral":  # its checkpoint has every expert apart, the model all in one
+                assert trainable(shapes, Method(targets=targets)) == trainable(known, Method(targets=targets))
+        run = Run(batch=2, sequence=32)
+        assert predict(shapes, LORA, run).peak == pytest.approx(predict(known, LORA, run).peak, rel=0.5)
+        assert predict(shapes, FULL, run).weights == predict(known, FULL, run).weights
+        assert "estimated" in shapes.notes[0]
+
+
+def test_one_safetensors_file_is_enough(tmp_path: Path) -> None:
+    model = small("llama")
+    model.save_pretrained(tmp_path)
+    assert open_model(str(tmp_path / "model.safetensors")).shapes.total == total(model)
+
+
+def test_our_own_checkpoints_are_minigpts(brief: Path) -> None:
+    opened = open_model(str(brief / "artifacts/base")).shapes
+    assert (opened.family, opened.total) == ("minigpt", 109_568)
+    assert opened.total == built_in("minigpt").shapes.total
+    assert open_model(str(brief / "artifacts/expanded")).shapes.total == 112_768
+
+
+def test_a_model_of_text_and_images_is_counted_as_its_text_model(tmp_path: Path) -> None:
+    text = {k: v for k, v in entry("gemma-3-4b")["config"].items() if k != "model_type"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gemma3", "text_config": text}), encoding="utf-8")
+    shapes = open_model(str(path)).shapes
+    assert shapes.total == built_in("gemma-3-4b").shapes.total
+    assert "text model only" in shapes.notes[0]
+
+
+def test_names_are_found_in_any_case_and_by_hub_id() -> None:
+    assert len(names()) >= 60
+    assert open_model("Qwen3-8B") is built_in("qwen3-8b")
+    assert open_model("qwen/qwen3-8b") is built_in("qwen3-8b")
+    for name in names():
+        known = entry(name)
+        assert known["source"] and known["published"] and known["config"]["model_type"] in FAMILIES, name
+
+
+# GGUF
+
+
+def gguf(
+    path: Path, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]], version: int = 3, magic: bytes = b"GGUF"
+) -> Path:
+    """A file with this header, as the format's specification lays it out; its weights are left out."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    def value(of: Any) -> bytes:
+        if isinstance(of, str):
+            return struct.pack("<I", 8) + text(of)
+        if isinstance(of, list):
+            kind, items = (
+                (8, b"".join(map(text, of))) if isinstance(of[0], str) else (5, struct.pack(f"<{len(of)}i", *of))
+            )
+            return struct.pack("<IIQ", 9, kind, len(of)) + items
+        return struct.pack("<If", 6, of) if isinstance(of, float) else struct.pack("<II", 4, of)
+
+    out = magic + struct.pack("<IQQ", version, len(tensors), len(metadata))
+    out += b"".join(text(key) + value(of) for key, of in metadata.items())
+    for name, shape in tensors.items():
+        out += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + struct.pack("<IQ", 0, 0)
+    path.write_bytes(out + bytes(1000))
+    return path
+
+
+def llama_header() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.context_length": 128,
+        "llama.rope.freq_base": 10000.0,
+        "tokenizer.ggml.tokens": ["a", "bc", "d"],
+        "tokenizer.ggml.token_type": [1, 2, 3],
+    }
+    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (64, 200), "output_norm.weight": (64,)}
+    for block in range(2):
+        shapes = {"attn_q": (64, 64), "attn_k": (64, 32), "attn_v": (64, 32), "attn_output": (64, 64)}
+        shapes |= {"ffn_gate": (64, 96), "ffn_up": (64, 96), "ffn_down": (96, 64)}
+        tensors |= {f"blk.{block}.{name}.weight": shape for name, shape in shapes.items()}
+        tensors |= {f"blk.{block}.{name}.weight": (64,) for name in ("attn_norm", "ffn_norm")}
+    return metadata, tensors
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_gguf_header_gives_the_shapes(tmp_path: Path, tied: bool, version: int) -> None:
+    metadata, tensors = llama_header()
+    if not tied:
+        tensors["output.weight"] = (64, 200)
+    shapes = open_model(str(gguf(tmp_path / "m.gguf", metadata, tensors, version))).shapes
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    assert shapes.total == total(AutoModelForCausalLM.from_config(config))
+    assert shapes.tied == tied
+    assert len(shapes.notes) == 1, "only the file's size: its tensors have as many parameters as the config says"
+    assert open_model(str(tmp_path)).shapes.total == shapes.total
+
+
+def test_a_gguf_whose_tensors_are_more_than_its_metadata_says_is_noted(tmp_path: Path) -> None:
+    metadata, tensors = llama_header()
+    tensors["blk.0.attn_q.bias"] = (64,)
+    notes = open_model(str(gguf(tmp_path / "m.gguf", metadata, tensors))).shapes.notes
+    assert "its tensors have" in notes[1]
+
+
+def test_a_gguf_of_another_version_architecture_or_length_is_refused(tmp_path: Path) -> None:
+    metadata, tensors = llama_header()
+    path = tmp_path / "m.gguf"
+    for version in (1, 4, 0x03000000):
+        with pytest.raises(UserError, match=f"GGUF version {version}; versions 2 and 3 are read"):
+            open_model(str(gguf(path, metadata, tensors, version)))
+    with pytest.raises(UserError, match="is not a GGUF file"):
+        open_model(str(gguf(path, metadata, tensors, magic=b"GGML")))
+    with pytest.raises(UserError, match="architecture 'mamba' is not known"):
+        open_model(str(gguf(path, {**metadata, "general.architecture": "mamba"}, tensors)))
+    whole = gguf(path, metadata, tensors).read_bytes()[:-1000]
+    for length in (0, 3, 7, 20, 60, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"truncated|is not a GGUF file|damaged"):
+            open_model(str(path))
+
+
+def test_any_damage_to_a_gguf_header_is_an_error_or_another_model_never_a_traceback(tmp_path: Path) -> None:
+    metadata, tensors = llama_header()
+    path = tmp_path / "m.gguf"
+    whole = gguf(path, metadata, tensors).read_bytes()
+    for place in range(4, len(whole) - 1000, 7):
+        for byte in (0, 255):
+            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            try:
+                open_model(str(path))
+            except UserError as error:
+                assert "\n" not in str(error)
+
+
+# what is wrong with a file
+
+
+def test_bad_files_are_one_message_each(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    good = entry("qwen3-8b")["config"]
+    for text, message in (
+        ("{not json", "is not a JSON object"),
+        ("[]", "is not a JSON object"),
+        (json.dumps({}), "architecture None is not known"),
+        (json.dumps({"model_type": "mamba"}), r"'mamba' is not known.*safetensors files would do"),
+        (json.dumps({"model_type": ["llama"]}), "is not known"),
+        (json.dumps({**good, "hidden_size": "4096"}), "hidden_size must be a whole number from 1"),
+        (json.dumps({**good, "hidden_size": 0}), "hidden_size must be a whole number from 1"),
+        (json.dumps({**good, "hidden_size": True}), "hidden_size must be a whole number from 1"),
+        (json.dumps({**good, "hidden_size": 10**30}), "hidden_size must be a whole number from 1"),
+        (json.dumps({**good, "num_hidden_layers": 10**8}), "num_hidden_layers must be a whole number from 1 to 10,000"),
+        (
+            json.dumps({**good, "vocab_size": 2**31 - 1, "intermediate_size": 2**31 - 1, "hidden_size": 2**31 - 1}),
+            "overflow",
+        ),
+        (json.dumps({**good, "num_key_value_heads": 5}), "32 is not a multiple of key/value heads 5"),
+        (json.dumps({**good, "tie_word_embeddings": "yes"}), "tie_word_embeddings must be true or false"),
+        (json.dumps({k: v for k, v in good.items() if k != "vocab_size"}), "vocab_size is missing"),
+    ):
+        config.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=message) as caught:
+            open_model(str(config))
+        assert "\n" not in str(caught.value)
+        assert str(config) in str(caught.value)
+
+
+def test_bad_safetensors_and_folders_are_one_message_each(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config.json, no .safetensors and no single .gguf"):
+        open_model(str(tmp_path))
+    weights = tmp_path / "model.safetensors"
+    small("llama").save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    whole = weights.read_bytes()
+    for length in (0, 7, 100, len(whole) - 1):
+        weights.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged or truncated"):
+            open_model(str(tmp_path))
+    save_file({"a.weight": torch.zeros(4, 4)}, weights)
+    with pytest.raises(UserError, match="no embedding and numbered layers are among its tensors"):
+        open_model(str(tmp_path))
+    packed = torch.zeros(4, 4, dtype=torch.int32)
+    save_file({"model.embed_tokens.weight": torch.zeros(4, 4), "model.layers.0.q_proj.qweight": packed}, weights)
+    with pytest.raises(UserError, match="packed, quantized weights"):
+        open_model(str(tmp_path))
+
+
+def test_unknown_names_get_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="Nearest: qwen3-8b"):
+        open_model("qwen-3-8b")
+    with pytest.raises(UserError, match="See `lora calc --list`"):
+        open_model("zzzzzz")
+    with pytest.raises(UserError, match=r"x.json does not exist"):
+        open_model("./x.json")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"nobody/nothing: no folder .* its config.json cannot be fetched"):
+        open_model("nobody/nothing")
+
+
+def test_a_hub_id_is_read_from_its_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The library's cache stands for the network: what it has is read without asking."""
+    import huggingface_hub
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(entry("llama-3.2-1b")["config"]), encoding="utf-8")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(path))
+    assert open_model("someone/a-llama").shapes.total == built_in("llama-3.2-1b").shapes.total
