@@ -26,16 +26,16 @@ def calc(
     virtual_tokens: o.VirtualTokens = 20,
     batch: o.Batch = 1,
     sequence: o.Sequence = None,
-    precision: o.Weights = "bf16",
+    precision: o.Weights = None,
     adapter_precision: o.AdapterPrecision = "fp32",
     optimizer: o.Optimizer = "adamw",
-    checkpointing: o.Checkpointing = "full",
+    checkpointing: o.Checkpointing = None,
     attention: o.Attention = "sdpa",
     loss: o.Loss = "full",
     label_share: o.LabelShare = 1.0,
     chunk: o.Chunk = 1024,
     casts: o.Casts = "weights",
-    context: o.Context = 512,
+    context: o.Context = None,
     fit: o.Fit = None,
     gpu: o.GpuName = None,
     sweep: o.Sweep = None,
@@ -56,9 +56,10 @@ def calc(
     if list_ or document:
         (screens.models if list_ else screens.document)(out)
         return
-    if method == "qlora":  # LoRA on a quantized base
-        method, precision = "lora", "nf4-dq" if precision == "bf16" else precision
     opened = open_model(model)
+    if method == "qlora":  # LoRA on a quantized base
+        method, precision = "lora", precision or "nf4-dq"
+    ours = opened.shapes.style.ours  # MiniGPT trains in fp32, keeps every tensor, and runs on the CPU
     asked = Method(
         method,
         rank,
@@ -76,16 +77,16 @@ def calc(
     run = Run(
         batch,
         min(2048, opened.shapes.context) if sequence is None else sequence,
-        precision,
+        precision or ("fp32" if ours else "bf16"),
         adapter_precision,
         optimizer,
-        checkpointing,
+        checkpointing or ("none" if ours else "full"),
         attention,
         loss,
         label_share,
         chunk,
         casts,
-        context * 2**20,
+        (0 if ours else 512 * 2**20) if context is None else context * 2**20,
     )
     checked(asked, run)
     refuse_impossible(opened.shapes, asked, run)

@@ -26,10 +26,14 @@ VirtualTokens = Annotated[int, Option("--virtual-tokens", help="Of prefix and pr
 # how it runs
 Batch = Annotated[int, Option("--batch", help="Sequences a step.")]
 Sequence = Annotated[int | None, Option("--sequence", "--seq", help="Tokens a sequence; default: 2,048 or all it can.")]
-Weights = Annotated[str, Option("--precision", help="Of the base: fp32, bf16, int8, nf4, nf4-dq, gptq, gptq-g64 ...")]
+Weights = Annotated[
+    str | None, Option("--precision", help="Of the base: fp32, bf16, int8, nf4, nf4-dq, gptq-g64 ...; default: bf16.")
+]
 AdapterPrecision = Annotated[str, Option("--adapter-precision", help="fp32, bf16 or fp16.")]
 Optimizer = Annotated[str, Option("--optimizer", help="adamw, adamw-fp32, adamw-8bit, paged-adamw, sgd ...")]
-Checkpointing = Annotated[str, Option("--checkpointing", help="none, selective (every second block) or full.")]
+Checkpointing = Annotated[
+    str | None, Option("--checkpointing", help="none, selective (every second block) or full; default: full.")
+]
 Attention = Annotated[str, Option("--attention", help="sdpa (flash and its like) or eager.")]
 Loss = Annotated[str, Option("--loss", help="Which logits are alive at once: full, labels or chunked.")]
 LabelShare = Annotated[float, Option("--label-share", help="Share of the tokens with a label (labels, chunked).")]
@@ -37,7 +41,7 @@ Chunk = Annotated[int, Option("--chunk", help="Labels a chunk.")]
 Casts = Annotated[
     str, Option("--casts", help="An fp32 adapter on a 16-bit base casts weights (ours) or inputs (PEFT).")
 ]
-Context = Annotated[int, Option("--context", help="MiB of CUDA context, outside the allocator.")]
+Context = Annotated[int | None, Option("--context", help="MiB of CUDA context, outside the allocator; default: 512.")]
 
 # what is asked
 Fit = Annotated[float | None, Option("--fit", metavar="GIB", help="The most that fits, and what to change.")]

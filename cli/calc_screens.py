@@ -120,14 +120,13 @@ def _parameters(question: Question) -> None:
             f"{p.inputs:,} → {p.outputs:,}",
             f"{p.rank} × {p.inputs:,}",
             f"{p.outputs:,} × {p.rank}",
-            f"{p.parameters_each:,}",
-            f"{p.count}",
+            f"{p.count} × {p.experts} experts" if p.experts > 1 else f"{p.count}",
             f"{p.parameters:,}",
         )
         for p in found
     ]
     if rows:
-        names_ = ("projection", "in → out", "A", "B", "each", "count", "parameters")
+        names_ = ("projection", "in → out", "A", "B", "count", "parameters")
         stdout.print(table(names_, rows, right=names_[1:]))
     simplified = document_count(model, method)
     if simplified is not None and simplified != trained:
@@ -163,15 +162,15 @@ def _memory(columns: Columns) -> None:
     rows.append(("peak", *(_gib(memory.peak) for _, _, memory in columns.values())))
     rows.insert(0, ("base in", *(r.precision for _, r, _ in columns.values())))
     stdout.print(table(("", *columns), rows, right=tuple(columns)))
-    widest = max(memory.peak for _, _, memory in columns.values())
+    widest, longest = max(memory.peak for _, _, memory in columns.values()), max(map(len, columns))
     for name, (_, _, memory) in columns.items():
-        stdout.print(_bar(name, memory, widest))
+        stdout.print(_bar(f"{name:{longest}} ", memory, widest))
     used = [part for part, sizes in zip(PARTS, parts, strict=True) if any(sizes)]
     stdout.print(Text(" ").join(Text(f"█ {part}", SHADES[part]) for part in used))
 
 
 def _bar(name: str, memory: Memory, widest: int, width: int = 36) -> Text:
-    line = Text(f"{name:8}")
+    line = Text(name)
     done = filled = 0
     for part, size in memory.parts().items():
         done += size
@@ -184,7 +183,7 @@ def _bar(name: str, memory: Memory, widest: int, width: int = 36) -> Text:
 def _holders(columns: Columns) -> None:
     """Which common GPUs hold each method, by size class."""
     classes = _classes()
-    stdout.print(Text.assemble(("\nfits on", "bold"), ("  ● holds the peak, · does not", "dim")))
+    stdout.print(Text.assemble(("\nfits on", "bold"), ("  ● holds the peak, · does not; sizes in GB", "dim")))
     rows = [
         (name, *("●" if memory.peak <= one.bytes else "·" for one in classes.values()))
         for name, (_, _, memory) in columns.items()
@@ -227,11 +226,18 @@ def sweep(out: Output, question: Question, key: str, values: list[str]) -> None:
     columns = (key, "trainable", "percent", *PARTS, "peak")
     if out.rows(columns, rows):
         return
-    used = [i for i, part in enumerate(PARTS, start=3) if any(row[i] for row in rows)]
-    shown = [(row[0], f"{row[1]:,}", f"{row[2]:g}", *(_gib(row[i]) for i in used), _gib(row[-1])) for row in rows]
-    heads = (key, "trainable", "%", *(columns[i] for i in used), "peak")
-    stdout.print(table(heads, shown, right=heads[1:]))
-    stdout.print(f"GiB; {question.model.shapes.name}, {_title(question.method)}", style="dim", markup=False)
+    shown = [(str(row[0]), f"{row[1]:,}", f"{row[2]:g}", _unit(row[-1]), _smallest(row[-1])) for row in rows]
+    heads = (key, "trainable", "%", "peak", "smallest device")
+    stdout.print(table(heads, shown, right=heads[:4]))
+    stdout.print(
+        f"{question.model.shapes.name}, {_title(question.method)}; --csv has every part", style="dim", markup=False
+    )
+
+
+def _smallest(size: int) -> str:
+    """The label of the smallest NVIDIA device that holds so many bytes."""
+    cards = (one for name, one in gpus().items() if not name.startswith("mac-"))
+    return next((one.label for one in cards if one.bytes >= size), "none of these")
 
 
 def fit(out: Output, question: Question, budget: float | None, name: str | None) -> None:
@@ -251,17 +257,19 @@ def fit(out: Output, question: Question, budget: float | None, name: str | None)
         return
     verdict = "fits" if peak <= device.bytes else "does not fit"
     stdout.print(Text.assemble((f"{model.name}, {_title(method)}, {run.precision}: {_unit(peak)} {verdict}", "bold")))
-    stdout.print(f"on {device.label}, {_unit(device.bytes)}; {run.batch} × {run.sequence:,} tokens", markup=False)
+    room = f", {_unit(device.bytes)}" if name else ""
+    stdout.print(f"on {device.label}{room}; {run.batch} × {run.sequence:,} tokens", markup=False)
     if peak <= device.bytes:
         stdout.print("\nthe most that fits, the rest as given")
-        stdout.print(table(("", ""), [(k, f"{int(v):,}" if v.isdigit() else v) for k, v in rows], right=("",)))
+        shown = [(key, f"{int(value):,}" if value.isdigit() else value) for key, value in rows]
+        stdout.print(table(("setting", "largest"), shown, right=("largest",)))
         return
     stdout.print("\nchange this" if ways else "\nnothing to change is left")
-    for words, _, _, needed in ways:
-        stdout.print(f"  {words}  → {_unit(needed)}{'  fits' if needed <= device.bytes else ''}", markup=False)
-    if not ways or ways[-1][3] > device.bytes:
-        enough = next((g for g in gpus().values() if g.bytes >= (ways[-1][3] if ways else peak)), None)
-        stdout.print(f"a larger device is needed: {enough.label}" if enough else "no single device here holds it")
+    for words, _, _, size in ways:
+        stdout.print(f"  {words}  → {_unit(size)}{'  fits' if size <= device.bytes else ''}", markup=False)
+    needed = ways[-1][3] if ways else peak
+    if needed > device.bytes:
+        stdout.print(f"a larger device is needed: {_smallest(needed)}")
 
 
 def _unit(size: float) -> str:

@@ -96,7 +96,8 @@ def inference(model: Architecture, method: Method | None, run: Run) -> dict[str,
 
 def refuse_impossible(model: Architecture, method: Method, run: Run) -> None:
     """Raises UserError where this model cannot run this method in this way."""
-    if precision(run.precision).quantized and base_trained(model, method):
+    trained = base_trained(model, method)  # refuses targets and blocks that the model does not have
+    if precision(run.precision).quantized and trained:
         raise UserError(
             f"{run.precision} weights cannot be trained: {method.kind} changes the base itself. "
             "Use --method lora without --embeddings all, or a 16- or 32-bit precision."
