@@ -4,13 +4,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.commands import commands
+from bench.memory import memory
 from bench.training import training
 
 
 def main() -> None:
     table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
     console = Console()
-    for measure in (commands, training):
+    for measure in (commands, memory, training):
         for row in measure():
             table.add_row(*row.cells())
     console.print(table)

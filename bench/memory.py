@@ -1,9 +1,12 @@
 """The formula's peak beside the traced one, over a grid of settings."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from bench.measure import Row
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
@@ -65,6 +68,25 @@ def worst() -> list[Found]:
         formula = predict(architecture(config, corner.model), method, run).peak
         found.append(Found(corner, traced_peak(config, method, run), formula))
     return sorted(found, key=lambda one: -abs(one.error))
+
+
+def memory() -> Iterator[Row]:
+    """How long the formula and the trace of one step take, and the grid's largest error."""
+    known, config, times = architecture(entry("qwen3-8b")["config"], "qwen3-8b"), entry("qwen3-8b")["config"], []
+    for run in (lambda: predict(known, Method(), Run()), lambda: traced_peak(config, Method(), Run())):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    formula, traced = times
+    yield Row("predict Qwen3-8B, LoRA", formula, "traced", traced / formula, "under 30 ms", formula < 0.03)
+    start = time.perf_counter()
+    found = worst()
+    error, corner = found[0].error, found[0].corner
+    where = f"{corner.model}, {corner.method}, {corner.loss} logits, {corner.checkpointing} checkpointing"
+    name = f"formula against {len(found)} traced steps, worst {error:+.2%}: {where}"
+    yield Row(
+        name, time.perf_counter() - start, "traced peak", found[0].formula / found[0].traced, "3%", abs(error) < 0.03
+    )
 
 
 def shortened(name: str, blocks: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The peak is what `LiveBytes` counts. Two things differ from a GPU: fake tensors 
 could add in place, and nothing is fragmented.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -103,7 +104,9 @@ def _built(config: Mapping[str, Any], run: Run) -> Any:
         settings, dtype=DTYPES[run.precision], attn_implementation=FUSED if fused else "eager"
     ).train()
     if run.checkpointing != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():  # transformers 5.24 renames it; 5.0 knows the old name alone
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         layers = [block for block in blocks if "Layer" in type(block).__name__ or "Block" in type(block).__name__]
         for index, layer in enumerate(layers):
