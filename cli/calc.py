@@ -1,10 +1,15 @@
 """`lora calc`: what a fine-tuning run trains, needs and fits on, before anything is downloaded."""
 
 import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from cli import calc_options as o
 from cli.options import JsonOption, group
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from cli.calc_output import Output, Question
 
 app = group()
 
@@ -47,14 +52,26 @@ def calc(
     as_csv: o.Csv = False,
 ) -> None:
     """Parameters, memory and what fits, exact, from shapes alone: nothing is downloaded, no GPU is needed."""
-    from cli import calc_screens as screens
+    from cli.calc_output import Output, Question
     from pipeline.calc.memory import refuse_impossible
     from pipeline.calc.settings import Method, Run, checked
     from pipeline.calc.sources import open_model
 
-    out = screens.Output(as_json, as_csv)
-    if list_ or document:
-        (screens.models if list_ else screens.document)(out)
+    out = Output(as_json, as_csv)
+    asked_for = {
+        "--list": list_,
+        "--document": document,
+        "--sweep": sweep is not None,
+        "--fit": fit is not None,
+        "--gpu": gpu is not None,
+        "--trace": trace,
+        "--explain": explain,
+    }
+    question = _the_one(name for name, given in asked_for.items() if given)
+    if question in ("--list", "--document"):
+        from cli import calc_screens
+
+        (calc_screens.models if list_ else calc_screens.document)(out)
         return
     opened = open_model(model)
     if method == "qlora":  # LoRA on a quantized base
@@ -90,17 +107,33 @@ def calc(
     )
     checked(asked, run)
     refuse_impossible(opened.shapes, asked, run)
-    question = screens.Question(opened, asked, run)
-    if sweep:
-        screens.sweep(out, question, *_sweep(sweep))
-    elif fit is not None or gpu:
-        screens.fit(out, question, fit, gpu)
-    elif trace:
-        screens.trace(out, question)
-    elif explain:
-        screens.explain(out, question)
+    _answer(out, Question(opened, asked, run), question, sweep or "", fit, gpu)
+
+
+def _the_one(given: Iterable[str]) -> str:
+    """The question among the options, or none. Raises UserError for more than one."""
+    names = list(given)
+    if len(names) > 1:
+        raise UserError(f"one question at a time: {' and '.join(names)} were asked together.")
+    return names[0] if names else ""
+
+
+def _answer(out: "Output", asked: "Question", question: str, sweep: str, fit: float | None, gpu: str | None) -> None:
+    if not question:
+        from cli.calc_overview import overview
+
+        overview(out, asked)
+        return
+    from cli import calc_screens
+
+    if question == "--sweep":
+        calc_screens.sweep(out, asked, *_sweep(sweep))
+    elif question == "--trace":
+        calc_screens.trace(out, asked)
+    elif question == "--explain":
+        calc_screens.explain(out, asked)
     else:
-        screens.overview(out, question)
+        calc_screens.fit(out, asked, fit, gpu)
 
 
 def _pattern(text: str) -> tuple[str, int]:

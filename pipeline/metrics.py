@@ -40,7 +40,7 @@ class Peak:
     measured: int = 0
 
 
-def shown(size: int) -> str:
+def in_units(size: int) -> str:
     """Bytes in the largest binary unit of which there is one: 1.21 MiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:

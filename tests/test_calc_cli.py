@@ -201,6 +201,9 @@ BAD = [
     (["--sweep", "rank=0"], "rank must be a whole number from 1"),
     (["--sweep", "precision=int3"], "'int3' is not known"),
     (["--json", "--csv"], "exclude each other"),
+    (["--fit", "24", "--gpu", "rtx4090"], "one question at a time: --fit and --gpu"),
+    (["--list", "--sweep", "rank=1"], "one question at a time: --list and --sweep"),
+    (["--gpu", ""], "gpu '' is not known. Known: rtx4060"),
     (["--trace", "--precision", "nf4"], "does not train on nf4 yet"),
 ]
 

@@ -106,7 +106,6 @@ class Architecture:
     source: str = ""
     published: str = ""
     notes: tuple[str, ...] = ()
-    checkpoint: str = ""  # a precision, where a file holds the weights at one
 
     @property
     def embedding(self) -> int:

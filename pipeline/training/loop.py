@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.calc.settings import Method
 from pipeline.data import IGNORED
 from pipeline.errors import Interrupted, UserError
-from pipeline.metrics import Peak, RunLog, Step, shown
+from pipeline.metrics import Peak, RunLog, Step, in_units
 from pipeline.models.minigpt import MiniGPT
 from pipeline.params import Training
 from pipeline.runner import Event, Job, Note, Progress, discard_checkpoints
@@ -68,7 +68,7 @@ def train(
     done, tokens = (start.step, start.tokens) if start else (0, 0)
     total = settings.epochs * len(batches)
     predicted, live = forecast(model.config, method, batches), LiveBytes()
-    yield Note(f"{job.stage.name}: {shown(predicted)} of tensors predicted at the peak of a step")
+    yield Note(f"{job.stage.name}: {in_units(predicted)} of tensors predicted at the peak of a step")
     log = RunLog(job.run, done, tokens)
     model.train()
     with log, HeldSignals() as signals:
@@ -85,7 +85,7 @@ def train(
             raise Interrupted(signals.received, f"{job.stage.name}: stopped after the last step")
     model.eval()
     if live.peak:
-        yield Note(f"{job.stage.name}: {shown(live.peak)} of tensors measured at the peak of a step")
+        yield Note(f"{job.stage.name}: {in_units(live.peak)} of tensors measured at the peak of a step")
 
 
 def _watched(live: LiveBytes, model: MiniGPT, optimizer: FlatAdam, records: Iterator[Step]) -> Iterator[Step]:

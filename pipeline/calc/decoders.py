@@ -1,0 +1,162 @@
+"""Llama and all that differ from it by flags: RMSNorm, rotation, grouped queries, gated feed-forward, experts."""
+
+from dataclasses import dataclass, replace
+
+from pipeline.calc.config import MOST_LAYERS, Config
+from pipeline.calc.shapes import Architecture, Block, Linear, Style
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `transformers` takes where a config is silent: 0 is “as many as heads” and “width / heads”."""
+
+    tie: bool = False
+    bias: bool = False
+    out_bias: bool = True  # o_proj has a bias too, where q, k and v have
+    head_size: int = 0
+    kv_heads: int = 0
+    fused: bool = False  # q, k, v are one linear, gate and up another
+
+
+LLAMA = Defaults()
+
+
+def decoder(config: Config, style: Style, default: Defaults = LLAMA) -> Architecture:
+    """Llama and all that differ from it by flags: RMSNorm, rotary positions, grouped queries, gated feed-forward."""
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    layers = config.size("num_hidden_layers", most=MOST_LAYERS)
+    kv_heads = config.size("num_key_value_heads", default=default.kv_heads or heads)
+    if not config.get("head_dim") and not default.head_size and hidden % heads:
+        raise UserError(f"{config.source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
+    if heads % kv_heads:
+        raise UserError(
+            f"{config.source}: num_attention_heads {heads} is not a multiple of key/value heads {kv_heads}."
+        )
+    head_size = config.size("head_dim", default=default.head_size or hidden // heads)
+    bias = config.flag("attention_bias", default.bias)
+    out_bias = bias and default.out_bias
+    q, kv = heads * head_size, kv_heads * head_size
+    attention: tuple[Linear, ...] = (
+        Linear("self_attn.q_proj", hidden, q, bias),
+        Linear("self_attn.k_proj", hidden, kv, bias),
+        Linear("self_attn.v_proj", hidden, kv, bias),
+        Linear("self_attn.o_proj", q, hidden, out_bias),
+    )
+    if default.fused:
+        attention = (Linear("self_attn.o_proj", q, hidden), Linear("self_attn.qkv_proj", hidden, q + 2 * kv))
+    qk_norm = {"": 0, "head": 2 * head_size, "width": q + kv}[style.qk_norm]
+    norms = hidden * (4 if style.norms == "both" else 2) + qk_norm
+    dense = Block(attention, _feed_forward(config, hidden, default.fused), norms)
+    return Architecture(
+        family="",
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        vocabulary=config.size("vocab_size"),
+        context=config.size("max_position_embeddings", default=2048),
+        blocks=(dense,) * layers,
+        embedding_width=hidden,
+        final_norm=hidden,
+        tied=config.flag("tie_word_embeddings", default.tie),
+        style=style,
+    )
+
+
+def _feed_forward(config: Config, hidden: int, fused: bool) -> tuple[Linear, ...]:
+    inner, bias = config.size("intermediate_size"), config.flag("mlp_bias", False)
+    if fused:
+        return (Linear("mlp.gate_up_proj", hidden, 2 * inner), Linear("mlp.down_proj", inner, hidden))
+    return (
+        Linear("mlp.gate_proj", hidden, inner, bias),
+        Linear("mlp.up_proj", hidden, inner, bias),
+        Linear("mlp.down_proj", inner, hidden, bias),
+    )
+
+
+def llama(config: Config) -> Architecture:
+    return decoder(config, Style())
+
+
+def smollm3(config: Config) -> Architecture:
+    return decoder(config, Style(), Defaults(tie=True))
+
+
+def mistral(config: Config) -> Architecture:
+    return decoder(config, Style(), Defaults(kv_heads=8))
+
+
+def qwen2(config: Config) -> Architecture:
+    return decoder(config, Style(), Defaults(bias=True, out_bias=False))
+
+
+def qwen3(config: Config) -> Architecture:
+    return decoder(config, Style(qk_norm="head"), Defaults(head_size=128))
+
+
+def olmo2(config: Config) -> Architecture:
+    return decoder(config, Style(norm="rms32", norms="inside", qk_norm="width"))
+
+
+def gemma2(config: Config) -> Architecture:
+    style = Style(
+        norm="rms32",
+        norms="both",
+        activation="gelu",
+        softcap=config.get("attn_logit_softcapping", 50.0) is not None,
+        final_softcap=config.get("final_logit_softcapping", 30.0) is not None,
+        scaled_embeddings=True,
+    )
+    return decoder(config, style, Defaults(tie=True, head_size=256, kv_heads=4))
+
+
+def gemma3(config: Config) -> Architecture:
+    style = Style(norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True)
+    return decoder(config, style, Defaults(tie=True, head_size=256, kv_heads=4))
+
+
+def phi3(config: Config) -> Architecture:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rotary = config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+    return decoder(config, Style(rotary=rotary, rejoins=True), Defaults(fused=True))
+
+
+def mixtral(config: Config) -> Architecture:
+    built = decoder(config, Style(top_k=config.size("num_experts_per_tok", default=2), split_experts=True))
+    return _with_experts(
+        built, config.size("num_local_experts", "num_experts", default=8), config.size("intermediate_size")
+    )
+
+
+def qwen3_moe(config: Config) -> Architecture:
+    style = Style(qk_norm="head", top_k=config.size("num_experts_per_tok", default=8), split_experts=True)
+    built = decoder(config, style, Defaults(kv_heads=4))
+    experts = config.size("num_experts", "num_local_experts", default=128)
+    sparse = _with_experts(built, experts, config.size("moe_intermediate_size", default=768))
+    step, dense = config.size("decoder_sparse_step", default=1), set(config.get("mlp_only_layers", []))
+    chosen = (
+        sparse.blocks[i] if i not in dense and (i + 1) % step == 0 else built.blocks[i]
+        for i in range(len(built.blocks))
+    )
+    return replace(built, blocks=tuple(chosen))
+
+
+def gpt_oss(config: Config) -> Architecture:
+    style = Style(norm="rms32", sinks=True, clamps=True, top_k=config.size("num_experts_per_tok", default=4))
+    built = decoder(config, style, Defaults(bias=True, head_size=64, kv_heads=8))
+    experts = config.size("num_local_experts", "num_experts", default=128)
+    sparse = _with_experts(built, experts, config.size("intermediate_size"), bias=True)
+    block = replace(sparse.blocks[0], other=built.heads)
+    return replace(sparse, blocks=(block,) * len(built.blocks))
+
+
+def _with_experts(built: Architecture, experts: int, inner: int, bias: bool = False) -> Architecture:
+    """`built` with a router and experts, each stacked in two tensors a layer, for every feed-forward."""
+    linears = (
+        Linear("mlp.experts.gate_up_proj", built.hidden, 2 * inner, bias, experts),
+        Linear("mlp.experts.down_proj", inner, built.hidden, bias, experts),
+    )
+    router = Linear("mlp.gate", built.hidden, experts, bias)
+    block = replace(built.blocks[0], feed_forward=linears, router=router)
+    return replace(built, blocks=(block,) * len(built.blocks))

@@ -1,0 +1,142 @@
+"""Models with LayerNorm, biases and a plain feed-forward: GPT-2, GPT-3, GPT-NeoX, OPT, MiniGPT, RoBERTa."""
+
+from dataclasses import replace
+
+from pipeline.calc.config import MOST_LAYERS, Config
+from pipeline.calc.shapes import Architecture, Block, Linear, Style
+from pipeline.errors import UserError
+
+
+def gpt2(config: Config) -> Architecture:
+    hidden, layers = config.size("n_embd", "hidden_size"), config.size("n_layer", "num_hidden_layers", most=MOST_LAYERS)
+    heads, context = config.size("n_head", "num_attention_heads"), config.size("n_positions", default=1024)
+    inner = config.size("n_inner", default=4 * hidden)
+    block = Block(
+        (Linear("attn.c_attn", hidden, 3 * hidden, True), Linear("attn.c_proj", hidden, hidden, True)),
+        (Linear("mlp.c_fc", hidden, inner, True), Linear("mlp.c_proj", inner, hidden, True)),
+        norms=4 * hidden,
+    )
+    activation = config.get("activation_function", "gelu_new")
+    style = Style(norm="layer", gated=False, rotary=0, activation=activation, softmax32=False)
+    return _model(config, block, hidden, heads, layers, context, context * hidden, True, style)
+
+
+def gpt3(config: Config) -> Architecture:
+    """GPT-3 has no checkpoint: GPT-2's shapes, with the separate q, k, v and o that the LoRA paper adapts."""
+    built = gpt2(config)
+    first = built.blocks[0]
+    attention = tuple(Linear(f"attn.{name}_proj", built.hidden, built.hidden, True) for name in "qkvo")
+    return replace(built, blocks=(replace(first, attention=attention),) * len(built.blocks))
+
+
+def gpt_neox(config: Config) -> Architecture:
+    hidden, inner = config.size("hidden_size"), config.size("intermediate_size")
+    bias = config.flag("attention_bias", True)
+    block = Block(
+        (
+            Linear("attention.query_key_value", hidden, 3 * hidden, bias),
+            Linear("attention.dense", hidden, hidden, bias),
+        ),
+        (Linear("mlp.dense_h_to_4h", hidden, inner, True), Linear("mlp.dense_4h_to_h", inner, hidden, True)),
+        norms=4 * hidden,
+    )
+    parallel = config.flag("use_parallel_residual", True)
+    style = Style(
+        norm="layer",
+        norms="parallel" if parallel else "before",
+        gated=False,
+        rotary=config.get("rotary_pct", 0.25),
+        rejoins=True,
+        activation=config.get("hidden_act", "gelu"),
+    )
+    heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
+    context = config.size("max_position_embeddings", default=2048)
+    return _model(config, block, hidden, heads, layers, context, 0, False, style)
+
+
+def opt(config: Config) -> Architecture:
+    hidden, inner = config.size("hidden_size"), config.size("ffn_dim")
+    bias, affine = config.flag("enable_bias", True), config.flag("layer_norm_elementwise_affine", True)
+    block = Block(
+        tuple(Linear(f"self_attn.{name}", hidden, hidden, bias) for name in ("k_proj", "v_proj", "q_proj", "out_proj")),
+        (Linear("fc1", hidden, inner, bias), Linear("fc2", inner, hidden, bias)),
+        norms=4 * hidden if affine else 0,
+    )
+    before = config.flag("do_layer_norm_before", True)
+    style = Style(
+        norm="layer",
+        norms="before" if before else "after",
+        gated=False,
+        rotary=0,
+        activation=config.get("activation_function", "relu"),
+        scaled_queries=True,
+    )
+    heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
+    context = config.size("max_position_embeddings", default=2048)
+    rows = (context + 2) * hidden  # two rows that no position uses
+    built = _model(config, block, hidden, heads, layers, context, rows, True, style)
+    width = config.size("word_embed_proj_dim", default=hidden)
+    outside = (Linear("project_out", hidden, width), Linear("project_in", width, hidden)) if width != hidden else ()
+    last = before and not config.flag("_remove_final_layer_norm", False)
+    return replace(built, embedding_width=width, outside=outside, final_norm=2 * hidden if last and affine else 0)
+
+
+def minigpt(config: Config) -> Architecture:
+    """OPT's names, with sinusoids for positions: a table, but no parameters (the document's Introduction)."""
+    built = opt(config)
+    style = replace(built.style, scaled_queries=False, ours=True)
+    return replace(built, positions=0, fixed_positions=built.positions, style=style)
+
+
+def roberta(config: Config) -> Architecture:
+    hidden, inner = config.size("hidden_size"), config.size("intermediate_size")
+    block = Block(
+        (
+            *(Linear(f"attention.self.{name}", hidden, hidden, True) for name in ("query", "key", "value")),
+            Linear("attention.output.dense", hidden, hidden, True),
+        ),
+        (Linear("intermediate.dense", hidden, inner, True), Linear("output.dense", inner, hidden, True)),
+        norms=4 * hidden,
+    )
+    style = Style(norm="layer", norms="after", gated=False, rotary=0, activation=config.get("hidden_act", "gelu"))
+    heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
+    context = config.size("max_position_embeddings", default=512)
+    rows = (context + config.size("type_vocab_size", default=2)) * hidden
+    built = _model(config, block, hidden, heads, layers, context, rows, True, style)
+    return replace(
+        built,
+        final_norm=0,
+        extra_norms=4 * hidden,
+        outside=(Linear("lm_head.dense", hidden, hidden, True),),
+        head_bias=built.vocabulary,
+    )
+
+
+def _model(
+    config: Config,
+    block: Block,
+    hidden: int,
+    heads: int,
+    layers: int,
+    context: int,
+    positions: int,
+    tie: bool,
+    style: Style,
+) -> Architecture:
+    if hidden % heads:
+        raise UserError(f"{config.source}: the width {hidden} is not a multiple of the {heads} heads.")
+    return Architecture(
+        family="",
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads,
+        head_size=hidden // heads,
+        vocabulary=config.size("vocab_size"),
+        context=context,
+        blocks=(block,) * layers,
+        embedding_width=hidden,
+        final_norm=2 * hidden,
+        tied=config.flag("tie_word_embeddings", tie),
+        positions=positions,
+        style=style,
+    )
