@@ -6,7 +6,7 @@ from cli.calc_output import Output, Question, gib, title_of
 from cli.console import print_json, stdout, table
 from pipeline.calc import answer as calc
 from pipeline.calc.fit import Gpu, gpus
-from pipeline.calc.memory import Memory
+from pipeline.calc.memory import Memory, inference
 from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
 from pipeline.calc.settings import Method, Run
 
@@ -31,6 +31,7 @@ def overview(out: Output, question: Question) -> None:
         return
     _parameters(question)
     _memory(columns)
+    _inference(question)
     _holders(columns)
     _notes(question)
 
@@ -85,6 +86,15 @@ def _memory(columns: Columns) -> None:
         stdout.print(_bar(f"{name:{longest}} ", memory, widest))
     used = [part for part, sizes in zip(PARTS, parts, strict=True) if any(sizes)]
     stdout.print(Text(" ").join(Text(f"█ {part}", SHADES[part]) for part in used))
+
+
+def _inference(question: Question) -> None:
+    """Memory while the merged model generates, on one line."""
+    model, run = question.model.shapes, question.run
+    *parts, total = inference(model, None, run).items()
+    sizes = " + ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in parts if size)
+    how = f"merged, {run.precision}, {run.batch} × {run.sequence:,} tokens: {sizes} = {gib(total[1])}"
+    stdout.print(Text.assemble(("\nto generate, GiB", "bold"), (f"  {how}", "dim")))
 
 
 def _bar(name: str, memory: Memory, widest: int, width: int = 36) -> Text:

@@ -42,7 +42,7 @@ def chosen(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
 def means(want: str, name: str) -> bool:
     """Whether the target `want` means the linear with this full name."""
     if want == "all-linear":
-        return not ends(name, HEAD) and ".experts." not in f".{name}"
+        return not any(ends(name, head) for head in (HEAD, f"{HEAD}.decoder")) and ".experts." not in f".{name}"
     if want in GROUPS:
         in_attention = any(ends(name, form) for form in GROUPS["attention"])
         return in_attention if want == "attention" else not in_attention and any(ends(name, f) for f in GROUPS[want])

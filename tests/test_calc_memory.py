@@ -149,6 +149,8 @@ def test_what_cannot_be_traced_is_said() -> None:
     ):
         with pytest.raises(UserError, match="--trace"):
             traced_peak(config, method, run)
+    with pytest.raises(UserError, match="does not adapt experts yet"):
+        traced_peak(entry("qwen3-30b-a3b")["config"], Method(targets=("all-linear",)), Run())
     with pytest.raises(UserError, match="MiniGPT trains with --precision fp32"):
         traced_peak(entry("minigpt")["config"], LORA, Run())
 
@@ -197,7 +199,10 @@ def test_a_higher_rank_never_needs_less(name: str, run: Run, one: int, other: in
 def test_lora_never_needs_more_than_full(name: str, run: Run, rank: int, targets: str) -> None:
     """At ranks that are used, the adapter no wider than the base: r numbers more a token cost less than W's state."""
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
-    assert predict(shapes, Method(rank=rank, targets=(targets,)), run).peak <= predict(shapes, FULL, run).peak
+    lora, full = predict(shapes, Method(rank=rank, targets=(targets,)), run), predict(shapes, FULL, run)
+    assert lora.peak - lora.adapter <= full.peak, "without optimizer state the adapter itself can be the difference"
+    if OPTIMIZERS[run.optimizer](2):
+        assert lora.peak <= full.peak
 
 
 @given(models, runs, st.integers(1, 64))

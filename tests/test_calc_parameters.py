@@ -207,6 +207,16 @@ def test_a_rank_above_the_smallest_dimension_is_allowed_with_a_note() -> None:
     assert notes(shapes, Method(rank=1024)) == []
 
 
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "opt-125m", "gpt-neox-20b", "gpt2", "phi-4-mini"])
+def test_one_block_and_the_head_are_meant_by_full_names_as_in_peft(name: str) -> None:
+    shapes, model = built_in(name).shapes, meta_model(name)
+    known = linears(model)
+    for full in (next(iter(known)), next(n for n in known if n.rsplit(".", 1)[-1] == "lm_head" or "h.1." in n)):
+        adapted = get_peft_model(model, LoraConfig(r=8, target_modules=[full]))
+        assert trainable(shapes, Method(targets=(full,))) == trained(adapted), full
+        model = adapted.unload()
+
+
 def test_unknown_targets_are_refused_with_those_that_exist() -> None:
     with pytest.raises(UserError, match=r"'c_attn' matches no linear layer. The model has down_proj, gate_proj"):
         trainable(built_in("qwen3-8b").shapes, Method(targets=("attention", "c_attn")))

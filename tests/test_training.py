@@ -121,6 +121,22 @@ def test_the_run_log_has_the_contracts_columns_and_every_step(finished: Path) ->
     assert len(telemetry) == 301
 
 
+def test_the_prediction_follows_every_choice_of_targets(project: Path) -> None:
+    """Also names of one module, the head, and all-linear: what can be trained can be predicted."""
+    for targets in (
+        "lm_head",
+        "[fc1, lm_head]",
+        "model.decoder.layers.0.fc1",
+        "decoder.layers.1.self_attn.q_proj",
+        "all-linear",
+    ):
+        overrides = [*BRIEF, f"finetune_lora.target_modules={targets}", "finetune_lora.train_embeddings=none"]
+        make(project, ["finetune_lora"], overrides)
+        last = (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+        predicted, measured = map(int, last.split(",")[-2:])
+        assert measured == pytest.approx(predicted, rel=0.05), targets
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune_full", "finetune_freeze", "finetune_lora"])
 def test_the_trainer_measures_what_the_calculator_predicts(finished: Path, stage: str) -> None:
     lines = (finished / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()

@@ -11,7 +11,7 @@ from pipeline.targets import means
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # name → (dtype, shape)
 
-_LAYER = re.compile(r"^.*?\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 _EMBEDDING = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
 _HEAD = re.compile(r"(lm_head|embed_out|^output)\.(weight|bias)$")
@@ -27,6 +27,7 @@ def from_shapes(tensors: Shapes, config: Mapping[str, Any], source: str) -> Arch
         raise UserError(f"{source}: {packed[0]} holds packed, quantized weights. Give the model it was made from.")
     embedding = next((shape for name, (_, shape) in tensors.items() if _EMBEDDING.search(name)), None)
     blocks, rest = _split(tensors)
+    prefix = next((match[1] for name in tensors if (match := _LAYER.match(name))), "")
     if embedding is None or not blocks:
         raise UserError(f"{source}: no embedding and numbered layers are among its tensors. Is it a language model?")
     vocabulary, width = embedding
@@ -51,6 +52,7 @@ def from_shapes(tensors: Shapes, config: Mapping[str, Any], source: str) -> Arch
         positions=positions,
         head_bias=sum(_size(shape) for shape in head if len(shape) == 1),
         style=Style(gated=len(first.feed_forward) != 2, unknown=True),
+        layers=prefix,
         source=source,
         notes=("shapes from headers: parameters are exact, activations are estimated as Llama's of these widths",),
     )
@@ -62,7 +64,7 @@ def _split(tensors: Shapes) -> tuple[dict[int, dict[str, tuple[int, ...]]], dict
     for name, (_, shape) in tensors.items():
         match = _LAYER.match(name)
         if match:
-            blocks[int(match[1])][match[2]] = shape
+            blocks[int(match[2])][match[3]] = shape
         else:
             rest[name] = shape
     return dict(blocks), rest

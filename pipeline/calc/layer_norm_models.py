@@ -18,7 +18,8 @@ def gpt2(config: Config) -> Architecture:
     )
     activation = config.get("activation_function", "gelu_new")
     style = Style(norm="layer", gated=False, rotary=0, activation=activation, softmax32=False)
-    return _model(config, block, hidden, heads, layers, context, context * hidden, True, style)
+    built = _model(config, block, hidden, heads, layers, context, context * hidden, True, style)
+    return replace(built, layers="transformer.h")
 
 
 def gpt3(config: Config) -> Architecture:
@@ -51,7 +52,7 @@ def gpt_neox(config: Config) -> Architecture:
     )
     heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
     context = config.size("max_position_embeddings", default=2048)
-    return _model(config, block, hidden, heads, layers, context, 0, False, style)
+    return replace(_model(config, block, hidden, heads, layers, context, 0, False, style), layers="gpt_neox.layers")
 
 
 def opt(config: Config) -> Architecture:
@@ -78,7 +79,13 @@ def opt(config: Config) -> Architecture:
     width = config.size("word_embed_proj_dim", default=hidden)
     outside = (Linear("project_out", hidden, width), Linear("project_in", width, hidden)) if width != hidden else ()
     last = before and not config.flag("_remove_final_layer_norm", False)
-    return replace(built, embedding_width=width, outside=outside, final_norm=2 * hidden if last and affine else 0)
+    return replace(
+        built,
+        embedding_width=width,
+        outside=outside,
+        final_norm=2 * hidden if last and affine else 0,
+        layers="model.decoder.layers",
+    )
 
 
 def minigpt(config: Config) -> Architecture:
@@ -109,6 +116,8 @@ def roberta(config: Config) -> Architecture:
         extra_norms=4 * hidden,
         outside=(Linear("lm_head.dense", hidden, hidden, True),),
         head_bias=built.vocabulary,
+        layers="roberta.encoder.layer",
+        head_name="lm_head.decoder",
     )
 
 

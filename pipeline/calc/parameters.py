@@ -32,7 +32,7 @@ def ranks(model: Architecture, method: Method) -> dict[str, int]:
     if method.kind != "lora":
         return {}
     targets = _of_experts(model, method.targets)
-    if any("layers." in want for want in targets):
+    if any(re.search(r"\.\d+\.", f".{want}.") for want in targets):  # a certain block is meant
         names = chosen((name for name, _ in model.linears()), targets)
     else:  # the same in every block: each name is looked at once
         found = set(chosen(dict.fromkeys(linear.name for _, linear in model.linears()), targets))

@@ -42,23 +42,27 @@ class Parts:
 
     def linear(self, x: Value, linear: Linear) -> Value:
         """Wx + b, and s·BAx where it has an adapter. A frozen W saves nothing; a trained W or A saves x."""
-        t, rank = self.tape, self._ranks.get(self.where + linear.name, 0)
+        rank = self._ranks.get(self.where + linear.name, 0)
         if rank and linear.weights < FOLD_BELOW and not self.method.dora:
             return self._folded(x, linear, rank)
         y = self._product(x, linear, self.n)
         if not rank:
             return y
-        b = self._low_rank(x, linear, rank, self.n)
+        return self.with_low_rank(y, x, linear, rank, self.n)
+
+    def with_low_rank(self, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+        """y + s·BAx, for `rows` tokens."""
+        b = self._low_rank(x, linear, rank, rows)
         b = self._with_magnitude(y, b, linear) if self.method.dora else b
         if b.width != y.width:  # a 16-bit y and a 32-bit update make a 32-bit sum
-            return self.cast(t.op(y, b, width=b.width), y.width)
-        return t.op(y, b, alias=True)
+            return self.cast(self.tape.op(y, b, width=b.width), y.width)
+        return self.tape.op(y, b, alias=True)
 
     def grouped(self, x: Value, linear: Linear, rows: int) -> Value:
         """The product of `rows` copies of tokens, each with the matrix of its expert."""
         y = self._product(x, linear, rows, bias=rows * linear.outputs * self.w if linear.bias else 0)
         rank = self._ranks.get(self.where + linear.name, 0)
-        return self.tape.op(y, self._low_rank(x, linear, rank, rows), alias=True) if rank else y
+        return self.with_low_rank(y, x, linear, rank, rows) if rank else y
 
     def _product(self, x: Value, linear: Linear, rows: int, bias: int = 0) -> Value:
         """Wx; a quantized W is made anew at 16 bit for every product."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-HEAD, EMBEDDING = "lm_head", "embed_tokens"
+from pipeline.targets import HEAD
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,10 @@ class Style:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's shapes. `positions`, `head_bias` and `extra` are parameters; `tied`: head and embedding are one."""
+    """A model's shapes. `positions`, `head_bias` and norms are parameters; `tied`: head and embedding are one.
+
+    `layers` is where the blocks stand in the model that `transformers` builds, `head_name` its output head.
+    """
 
     family: str
     hidden: int
@@ -102,6 +105,8 @@ class Architecture:
     extra_norms: int = 0
     outside: tuple[Linear, ...] = ()  # linears outside the blocks, the head not counted
     style: Style = field(default_factory=Style)
+    layers: str = "model.layers"
+    head_name: str = HEAD
     name: str = ""
     source: str = ""
     published: str = ""
@@ -117,12 +122,20 @@ class Architecture:
         return (0 if self.tied else self.vocabulary * self.embedding_width) + self.head_bias
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
-        """Every linear that can be adapted, but the head, with a full name: `layers.0.self_attn.q_proj`."""
+        """Every linear that can be adapted, with its full name: `model.layers.0.self_attn.q_proj`."""
         for index, block in enumerate(self.blocks):
             for linear in self.adaptable(block):
-                yield f"layers.{index}.{linear.name}", linear
-        for linear in self.outside:
+                yield self.block_name(index) + linear.name, linear
+        for linear in (*self.outside, self.head_linear):
             yield linear.name, linear
+
+    def block_name(self, index: int) -> str:
+        """What the full names of a block's linears begin with."""
+        return f"{self.layers}.{index}."
+
+    @property
+    def head_linear(self) -> Linear:
+        return Linear(self.head_name, self.embedding_width, self.vocabulary, bool(self.head_bias))
 
     def adaptable(self, block: Block) -> tuple[Linear, ...]:
         """The block's linears that can get LoRA: with the router where older checkpoints have it as one."""

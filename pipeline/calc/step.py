@@ -94,7 +94,7 @@ class _Step:
 
     def _ranks(self, index: int) -> list[int]:
         linears = self.model.adaptable(self.model.blocks[index])
-        return [self.ranks.get(f"layers.{index}.{linear.name}", 0) for linear in linears]
+        return [self.ranks.get(self.model.block_name(index) + linear.name, 0) for linear in linears]
 
     def _equal_blocks(self, x: Value, start: int, stop: int) -> Value:
         """Blocks `start` to `stop`; of a long run the middle is multiplied instead of run."""
@@ -127,7 +127,7 @@ class _Step:
         self.t.phase = f"forward, block {index + 1} of {len(self.model.blocks)}"
 
         def forward(y: Value) -> Value:
-            self.p.where, self.p.trains = f"layers.{index}.", self._trains(index)
+            self.p.where, self.p.trains = self.model.block_name(index), self._trains(index)
             return self.blocks.run(y, self.model.blocks[index])
 
         grows = x.node is not None or self._gradients(index) > 0 or self.method.kind == "prefix"
@@ -157,6 +157,8 @@ class _Step:
         t, rows = self.t, x.elements // self.model.embedding_width
         trained = [self.head] if self.ends_train else []
         y = t.op(x, elements=rows * self.model.vocabulary, saves=[x] if trained else [], weights=trained)
+        rank = self.ranks.get(self.model.head_name, 0)
+        y = self.p.with_low_rank(y, x, self.model.head_linear, rank, rows) if rank else y
         if self.new_rows:
             new = t.op(x, elements=rows * self.new_rows, saves=[x], weights=[self.head_rows])
             y = t.op(y, new, elements=y.elements)

@@ -2,8 +2,8 @@
 
 An autograd engine without numbers. A program of operations runs forward as Python; what its variables hold is
 alive, what an operation saves for backward stays alive until its turn in `backward`, and the tape adds up the bytes
-that are alive, by kind, and remembers the moment of the peak. One block's program costs microseconds, so that a
-whole step is predicted in about a millisecond; the same step traced with PyTorch's fake tensors takes seconds.
+that are alive, by kind, and remembers the moment of the peak. A step is predicted in milliseconds; the same step traced
+with PyTorch's fake tensors takes seconds.
 """
 
 from collections import Counter

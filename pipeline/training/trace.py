@@ -16,6 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.adapters.attach import add_lora
 from pipeline.adapters.targets import resolve
+from pipeline.calc.families import architecture
+from pipeline.calc.parameters import projections
 from pipeline.calc.settings import Method, Run
 from pipeline.errors import UserError
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
@@ -30,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def traced_peak(config: Mapping[str, Any], method: Method, run: Run) -> int:
     """Bytes at the peak of the second step (the first makes the optimizer's state). Raises UserError."""
-    _refuse(method, run)
+    _refuse(config, method, run)
     live = LiveBytes()
     with FakeTensorMode():
         ours = config["model_type"] == "minigpt"
@@ -43,7 +45,10 @@ def traced_peak(config: Mapping[str, Any], method: Method, run: Run) -> int:
     return live.peak
 
 
-def _refuse(method: Method, run: Run) -> None:
+def _refuse(config: Mapping[str, Any], method: Method, run: Run) -> None:
+    adapted = projections(architecture(config, "config.json"), method)
+    if any(p.experts > 1 or p.name == "gate" for p in adapted):
+        raise UserError("--trace: this project does not adapt experts yet. Leave them out: --targets attention.")
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
         raise UserError(f"--trace runs in {', '.join(DTYPES)}; this project does not train on {run.precision} yet.")
     if method.kind not in ("full", "freeze", "lora") or method.dora or method.embeddings == "new_rows":
