@@ -113,8 +113,10 @@ class _Step:
         return x
 
     def _gradients(self, index: int) -> int:
-        """Bytes of the gradients that block `index` leaves."""
+        """Bytes of the gradients that block `index` leaves: none where there is a place for them already."""
         block = self.model.blocks[index]
+        if self.model.style.ours:
+            return 0
         if self._trains(index):
             return block.parameters * self.p.w
         pairs = zip(self.model.adaptable(block), self._ranks(index), strict=True)

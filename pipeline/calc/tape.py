@@ -146,6 +146,8 @@ class Tape:
 
     def skip(self, x: Value, kept: dict[str, int], gradients: int) -> Value:
         """Blocks like those before it that are not run one by one: what they keep, the gradients they leave."""
+        if x.node is None and not gradients:  # no gradient comes so far down
+            return x
         saved = [Storage(self, size, kind) for kind, size in kept.items() if size > 0]
         node = self._record([(x.node, 0)] if x.node else [], saved, [Weight(gradients)])
         node.alias = node.skipped = True

@@ -112,6 +112,7 @@ def _built(config: Mapping[str, Any], run: Run) -> Any:
         with warnings.catch_warnings():  # transformers 5.24 renames it; 5.0 knows the old name alone
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # only re-entrant checkpoints need them, and frozen blocks would keep tensors
         blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         layers = [block for block in blocks if "Layer" in type(block).__name__ or "Block" in type(block).__name__]
         for index, layer in enumerate(layers):
