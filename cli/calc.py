@@ -138,10 +138,10 @@ def _answer(out: "Output", asked: "Question", question: str, sweep: str, fit: fl
 
 def _pattern(text: str) -> tuple[str, int]:
     pattern, _, rank = text.rpartition("=")
-    if not pattern or not rank.isdigit() or not int(rank):
-        raise UserError(f"rank-pattern takes PATTERN=RANK, such as q_proj=16, got {text!r}.")
+    if not pattern or not re.fullmatch(r"[0-9]{1,9}", rank) or not int(rank):
+        raise UserError(f"rank-pattern takes PATTERN=RANK, such as q_proj=16, got {text[:60]!r}.")
     try:
-        re.compile(pattern)
+        re.compile(rf"(.*\.)?({pattern})$")
     except re.error as error:
         raise UserError(f"rank-pattern {pattern!r} is no regular expression: {error}.") from None
     return pattern, int(rank)

@@ -9,7 +9,7 @@ from cli.calc_output import GIB, Output, Question, smallest, title_of
 from cli.calc_overview import PARTS
 from cli.console import print_json, stdout, table
 from pipeline.calc.answer import swept
-from pipeline.calc.fit import Gpu, changes, gpu, largest
+from pipeline.calc.fit import LARGEST, Gpu, changes, gpu, largest
 from pipeline.calc.memory import predict
 from pipeline.calc.parameters import trainable
 from pipeline.calc.sources import built_in, names
@@ -53,9 +53,10 @@ def sweep(out: Output, question: Question, key: str, values: list[str]) -> None:
     model = question.model.shapes
     rows: list[tuple[Any, ...]] = []
     for value, method, run in swept(question.method, question.run, key, values):
-        memory = predict(model, method, run)
-        trained = trainable(model, method)
-        rows.append((value, trained, round(100 * trained / model.total, 4), *memory.parts().values(), memory.peak))
+        memory, trained = predict(model, method, run), trainable(model, method)
+        number = int(value) if key in LARGEST else value
+        percent = round(100 * trained / model.total, 4)
+        rows.append((number, trained, percent, *memory.parts().values(), memory.peak))
     columns = (key, "trainable", "percent", *PARTS, "peak")
     if out.rows(columns, rows):
         return
@@ -79,8 +80,10 @@ def fit(out: Output, question: Question, budget: float | None, name: str | None)
         found = {**vars(most), "peak": peak, "budget": device.bytes, "fits": peak <= device.bytes}
         print_json({"model": model.name, **found, "changes": [{"change": w, "peak": p} for w, _, _, p in ways]})
         return
-    rows = [(key, str(value)) for key, value in vars(most).items() if value is not None]
-    if out.rows(("setting", "largest"), rows):
+    rows = [(key, _capped(key, value)) for key, value in vars(most).items() if value is not None]
+    fits = peak <= device.bytes
+    changes_ = [(f"change: {words}", needed) for words, _, _, needed in ways]
+    if out.rows(("what", "value"), [*vars(most).items(), ("peak", peak), ("fits", fits), *changes_]):
         return
     verdict = "fits" if peak <= device.bytes else "does not fit"
     stdout.print(
@@ -90,8 +93,7 @@ def fit(out: Output, question: Question, budget: float | None, name: str | None)
     stdout.print(f"on {device.label}{room}; {run.batch} × {run.sequence:,} tokens", markup=False)
     if peak <= device.bytes:
         stdout.print("\nthe most that fits, the rest as given")
-        shown = [(key, f"{int(value):,}" if value.isdigit() else value) for key, value in rows]
-        stdout.print(table(("setting", "largest"), shown, right=("largest",)))
+        stdout.print(table(("setting", "largest"), rows, right=("largest",)))
         return
     stdout.print("\nchange this" if ways else "\nnothing to change is left")
     for words, _, _, size in ways:
@@ -99,6 +101,11 @@ def fit(out: Output, question: Question, budget: float | None, name: str | None)
     needed = ways[-1][3] if ways else peak
     if needed > device.bytes:
         stdout.print(f"a larger device is needed: {smallest(needed)}")
+
+
+def _capped(key: str, value: int | str) -> str:
+    """The largest found, or that the search ended before the memory did."""
+    return f"{value:,} or more" if value == LARGEST.get(key) else f"{value:,}" if isinstance(value, int) else value
 
 
 def trace(out: Output, question: Question) -> None:

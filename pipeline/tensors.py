@@ -36,7 +36,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -52,10 +52,12 @@ def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         start, stop = (base + int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise _damaged(path, f"{name} has no valid dtype, shape and offsets") from None
+    if min(shape, default=0) < 0:
+        raise _damaged(path, f"{name} has shape {shape}")
     if dtype not in BYTES:
-        raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported.")
+        raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported. Give the 16-bit model.")
     if stop - start != prod(shape) * BYTES[dtype] or start < base:
         raise _damaged(path, f"{name} of shape {shape} does not have {stop - start} bytes")
     return TensorInfo(dtype, shape, start, stop)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_fit_gives_the_largest_settings_and_what_to_change(cli: Lora, tmp_path: 
 
 def test_a_sweep_is_a_row_a_value(cli: Lora, tmp_path: Path) -> None:
     rows = json.loads(cli("calc", *QWEN, "--sweep", "rank=1,2,4,8,16,64", "--json", cwd=tmp_path)[1])
-    assert [row["rank"] for row in rows] == ["1", "2", "4", "8", "16", "64"]
+    assert [row["rank"] for row in rows] == [1, 2, 4, 8, 16, 64]
     assert [row["trainable"] for row in rows] == [958_464 * rank for rank in (1, 2, 4, 8, 16, 64)]
     _, out, _ = cli("calc", *QWEN, "--sweep", "sequence=512,4096", cwd=tmp_path)
     assert re.search(r"4096\s+7,667,712\s+0.0936\s+[\d.]+ GiB\s+RTX 4090|4096\s+7,667,712\s+0.0936\s+[\d.]+ GiB", out)
@@ -203,6 +204,22 @@ BAD = [
     (["--json", "--csv"], "exclude each other"),
     (["--fit", "24", "--gpu", "rtx4090"], "one question at a time: --fit and --gpu"),
     (["--list", "--sweep", "rank=1"], "one question at a time: --list and --sweep"),
+    (["--embeddings", ""], "embeddings must be one of"),
+    (["--sweep", "rank=--5"], "takes whole numbers"),
+    (["--sweep", "rank=²"], "takes whole numbers"),
+    (["--sweep", "rank=" + "9" * 400], "takes whole numbers"),
+    (["--rank-pattern", "q_proj=²"], "rank-pattern takes PATTERN=RANK"),
+    (["--rank-pattern", "q_proj=" + "9" * 400], "rank-pattern takes PATTERN=RANK"),
+    (["--rank-pattern", "(?i)q_proj=16"], "is no regular expression"),
+    (["--model", "gpt-3-175b", "--trace"], "no library builds GPT-3"),
+    (["--model", "gpt2", "--trace"], "Conv1D layers get no LoRA"),
+    (["--model", "gpt2", "--method", "prompt", "--sequence", "1024"], "sequence must be at most 1,024"),
+    (["--model", "minigpt", "--sequence", "33"], "sequence must be at most 32"),
+    (
+        ["--model", "llama-3.2-1b", "--trace", "--batch", "2147483647", "--sequence", "131072"],
+        "--trace cannot build or run",
+    ),
+    (["--trace", "--rank-pattern", "q_proj=16"], "rank patterns"),
     (["--gpu", ""], "gpu '' is not known. Known: rtx4060"),
     (["--trace", "--precision", "nf4"], "does not train on nf4 yet"),
 ]
@@ -249,3 +266,39 @@ def test_explain_ends_in_the_peak(cli: Lora, tmp_path: Path) -> None:
     last = lines[-1]
     peak = predict(built_in("qwen3-8b").shapes, Method(), Run(context=2**29)).peak
     assert last["what"] == "peak" and f"{peak:,} B" in last["formula"]
+
+
+def test_other_methods_beside_the_one_that_is_asked_never_stop_it(cli: Lora, tmp_path: Path) -> None:
+    code, out, err = cli("calc", "--last-blocks", "0", "--freeze-embeddings", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert not re.search(r"^freeze ", out, re.MULTILINE)
+    code, out, _ = cli("calc", "--method", "full", "--targets", "nope", cwd=tmp_path)
+    assert code == 0 and "full fine-tuning: 8,190,735,360 trainable" in out
+
+
+def test_the_largest_says_where_the_search_ended(cli: Lora, tmp_path: Path) -> None:
+    _, out, _ = cli("calc", "--model", "minigpt", "--gpu", "h100", cwd=tmp_path)
+    assert re.search(r"batch\s+4,096 or more", out)
+    rows = dict(csv.reader(io.StringIO(cli("calc", *QWEN, "--gpu", "rtx3060", "--csv", cwd=tmp_path)[1])))
+    assert rows["fits"] == "False" and rows["change: --precision nf4-dq (QLoRA)"]
+
+
+def test_what_to_change_is_found_for_every_method_and_model(cli: Lora, tmp_path: Path) -> None:
+    for arguments in (
+        ["--method", "full", "--model", "llama-3.1-70b", "--fit", "24"],
+        ["--method", "freeze", "--model", "qwen3-32b", "--fit", "16"],
+        ["--embeddings", "all", "--model", "llama-3.1-70b", "--fit", "80"],
+        ["--method", "prompt", "--embeddings", "all", "--precision", "nf4", "--fit", "24"],
+        ["--model", "gemma-2-9b", "--attention", "eager", "--fit", "12"],
+    ):
+        found = json.loads(cli("calc", *arguments, "--json", cwd=tmp_path)[1])
+        peaks = [found["peak"], *(change["peak"] for change in found["changes"])]
+        assert all(later < earlier for earlier, later in pairwise(peaks)), "each change helps"
+        assert not found["fits"] or found["batch"] >= 1
+    kept = json.loads(
+        cli(
+            "calc", "--method", "full", "--rank", "64", "--targets", "all-linear", "--fit", "26", "--json", cwd=tmp_path
+        )[1]
+    )
+    lora = predict(built_in("qwen3-8b").shapes, Method(rank=64, alpha=64, targets=("all-linear",)), Run(context=2**29))
+    assert kept["changes"][0] == {"change": "--method lora", "peak": lora.peak}

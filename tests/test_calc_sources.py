@@ -205,11 +205,24 @@ def test_a_gguf_header_gives_the_shapes(tmp_path: Path, tied: bool, version: int
     assert open_model(str(tmp_path)).shapes.total == shapes.total
 
 
-def test_a_gguf_whose_tensors_are_more_than_its_metadata_says_is_noted(tmp_path: Path) -> None:
+def test_a_gguf_whose_tensors_are_not_what_its_metadata_say_is_refused(tmp_path: Path) -> None:
     metadata, tensors = llama_header()
     tensors["blk.0.attn_q.bias"] = (64,)
-    notes = open_model(str(gguf(tmp_path / "m.gguf", metadata, tensors))).shapes.notes
-    assert "its tensors have" in notes[1]
+    with pytest.raises(UserError, match=r"its tensors have .* parameters, its metadata describe"):
+        open_model(str(gguf(tmp_path / "m.gguf", metadata, tensors)))
+
+
+def test_a_gguf_of_experts_is_a_mixtral(tmp_path: Path) -> None:
+    metadata, tensors = llama_header()
+    for block in range(2):
+        for name, shape in (("gate", (64, 96, 4)), ("up", (64, 96, 4)), ("down", (96, 64, 4))):
+            del tensors[f"blk.{block}.ffn_{name}.weight"]
+            tensors[f"blk.{block}.ffn_{name}_exps.weight"] = shape
+        tensors[f"blk.{block}.ffn_gate_inp.weight"] = (64, 4)
+    metadata |= {"llama.expert_count": 4, "llama.expert_used_count": 2, "llama.attention.head_count_kv": [2, 2]}
+    shapes = open_model(str(gguf(tmp_path / "m.gguf", metadata, tensors))).shapes
+    assert shapes.family == "mixtral"
+    assert (shapes.kv_heads, shapes.blocks[0].feed_forward[0].experts) == (2, 4)
 
 
 def test_a_gguf_of_another_version_architecture_or_length_is_refused(tmp_path: Path) -> None:
@@ -245,6 +258,9 @@ def test_any_damage_to_a_gguf_header_is_an_error_or_another_model_never_a_traceb
 # what is wrong with a file
 
 
+PHI, MOE = entry("phi-4-mini")["config"], entry("qwen3-30b-a3b")["config"]
+
+
 def test_bad_files_are_one_message_each(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     good = entry("qwen3-8b")["config"]
@@ -266,11 +282,19 @@ def test_bad_files_are_one_message_each(tmp_path: Path) -> None:
         (json.dumps({**good, "num_key_value_heads": 5}), "32 is not a multiple of key/value heads 5"),
         (json.dumps({**good, "tie_word_embeddings": "yes"}), "tie_word_embeddings must be true or false"),
         (json.dumps({k: v for k, v in good.items() if k != "vocab_size"}), "vocab_size is missing"),
+        (json.dumps({**good, "hidden_size": "9" * 5000}), "hidden_size must be a whole number"),
+        ('{"a":' * 100_000, "is not a JSON object"),
+        (json.dumps({**PHI, "rope_parameters": [1], "partial_rotary_factor": "half"}), "partial_rotary_factor must be"),
+        (json.dumps({**PHI, "partial_rotary_factor": 0}), "partial_rotary_factor must be more than 0"),
+        (json.dumps({**MOE, "mlp_only_layers": True}), "mlp_only_layers must list layers from 0 to 47"),
+        (json.dumps({**MOE, "mlp_only_layers": [[1]]}), "mlp_only_layers must list layers"),
+        (json.dumps({**MOE, "mlp_only_layers": [48]}), "mlp_only_layers must list layers"),
+        (json.dumps({**MOE, "decoder_sparse_step": 0}), "decoder_sparse_step must be a whole number from 1"),
     ):
         config.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message) as caught:
             open_model(str(config))
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
         assert str(config) in str(caught.value)
 
 
@@ -292,6 +316,65 @@ def test_bad_safetensors_and_folders_are_one_message_each(tmp_path: Path) -> Non
     save_file({"model.embed_tokens.weight": torch.zeros(4, 4), "model.layers.0.q_proj.qweight": packed}, weights)
     with pytest.raises(UserError, match="packed, quantized weights"):
         open_model(str(tmp_path))
+
+
+def test_tensors_of_odd_shapes_and_names_are_one_message_each(tmp_path: Path) -> None:
+    layer = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}
+    for tensors in (
+        {"model.embed_tokens.weight": torch.zeros(4), **layer},
+        {"model.embed_tokens.weight": torch.zeros(4, 4, 4), **layer},
+        {"model.embed_tokens.weight": torch.zeros(4, 0), **layer},
+        {"model.embed_tokens.weight": torch.zeros(4, 4), f"model.layers.{'9' * 5000}.q_proj.weight": torch.zeros(4, 4)},
+    ):
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match="no embedding and numbered layers"):
+            open_model(str(tmp_path))
+    save_file({"model.embed_tokens.weight": torch.zeros(4, 4), **layer}, tmp_path / "model.safetensors")
+    for values in ({"head_dim": "x"}, {"num_attention_heads": 1000}, {"max_position_embeddings": "abc"}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", **values}), encoding="utf-8")
+        with pytest.raises(UserError, match="must be a whole number"):
+            open_model(str(tmp_path))
+    kinds: list[Any] = [[], {}, 3]
+    for kind in kinds:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+        assert open_model(str(tmp_path)).shapes.total == 32
+
+
+def test_stacks_of_one_file_are_counted_apart_and_buffers_not_at_all(tmp_path: Path) -> None:
+    """Encoder and decoder have layers of the same numbers; old checkpoints hold masks and tables."""
+    tensors = {"embed_tokens.weight": torch.zeros(8, 4), "lm_head.weight": torch.zeros(8, 4)}
+    for stack in ("encoder", "decoder"):
+        tensors[f"model.{stack}.layers.0.self_attn.q_proj.weight"] = torch.zeros(4, 4)
+    save_file(
+        {**tensors, "h.0.attn.bias": torch.zeros(1, 1, 9, 9), "a.inv_freq": torch.zeros(7)}, tmp_path / "m.safetensors"
+    )
+    assert open_model(str(tmp_path)).shapes.total == 32 + 32 + 16 + 16
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    small("llama").save_pretrained(tmp_path, max_shard_size="60KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[-1].unlink()
+    with pytest.raises(UserError, match=f"{shards[-1].name} is missing"):
+        open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", "qwen2", "qwen3", "olmo2", "gemma2", "mixtral", "llama", "smollm3", "phi3"]
+)
+def test_biases_are_read_where_the_library_reads_them(family: str) -> None:
+    settings = {**SIZES, **SMALL[family], "attention_bias": True, "mlp_bias": True}
+    config = AutoConfig.for_model(family, **settings)
+    written = {"model_type": family, **settings, "num_experts_per_tok": 2}
+    assert architecture(written, family).total == total(AutoModelForCausalLM.from_config(config))
+
+
+def test_an_opt_with_gelu_is_an_opt_and_softcaps_can_be_off() -> None:
+    config = {**entry("opt-125m")["config"], "activation_function": "gelu"}
+    assert architecture(config, "galactica").family == "opt"
+    gemma = entry("gemma-2-2b")["config"]
+    assert architecture(gemma, "g").style.softcap
+    assert not architecture({**gemma, "attn_logit_softcapping": None}, "g").style.softcap
 
 
 def test_unknown_names_get_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

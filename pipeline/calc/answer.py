@@ -1,10 +1,11 @@
 """The calculator's answers as plain data: what `--json` prints, what a table shows, what the terminal UI asks for."""
 
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.calc.fit import LARGEST, gpus
-from pipeline.calc.memory import Memory, adapter_parameters, inference, predict
+from pipeline.calc.memory import Memory, adapter_parameters, inference, predict, refuse_impossible
 from pipeline.calc.parameters import (
     document_count,
     notes,
@@ -87,7 +88,16 @@ def side_by_side(model: Architecture, method: Method, run: Run) -> dict[str, tup
     columns["LoRA" if lora else adapter.kind] = (adapter, run)
     if adapter.embeddings != "all" and not model.style.ours:
         columns["QLoRA" if lora else f"{adapter.kind} NF4"] = (adapter, replace(run, precision="nf4-dq"))
-    return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items()}
+    return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items() if _runs(model, m, r)}
+
+
+def _runs(model: Architecture, method: Method, run: Run) -> bool:
+    """Whether this method can be asked about: the others are beside the one that is asked for."""
+    try:
+        refuse_impossible(model, method, run)
+    except UserError:
+        return False
+    return True
 
 
 def swept(method: Method, run: Run, key: str, values: list[str]) -> list[tuple[str, Method, Run]]:
@@ -100,13 +110,15 @@ def swept(method: Method, run: Run, key: str, values: list[str]) -> list[tuple[s
 def _with(method: Method, run: Run, key: str, value: str) -> tuple[Method, Run]:
     changed: Any = value
     if key in LARGEST:
-        if not value.lstrip("-").isdigit():
-            raise UserError(f"--sweep {key} takes whole numbers, got {value!r}.")
+        if not re.fullmatch(r"-?[0-9]{1,12}", value):
+            raise UserError(f"--sweep {key} takes whole numbers, got {value[:40]!r}.")
         changed = int(value)
     if key == "rank":
         return replace(method, rank=changed, alpha=method.alpha * changed / method.rank), run
     if key == "targets":
         return replace(method, targets=(value,)), run
+    if value == "qlora":
+        return replace(method, kind="lora"), replace(run, precision="nf4-dq")
     if key == "method":
         return replace(method, kind=changed), run
     return method, replace(run, **{key: changed})

@@ -17,9 +17,11 @@ class Defaults:
     head_size: int = 0
     kv_heads: int = 0
     fused: bool = False  # q, k, v are one linear, gate and up another
+    reads_bias: bool = False  # the class reads attention_bias, others ignore it
+    reads_mlp_bias: bool = False
 
 
-LLAMA = Defaults()
+LLAMA = Defaults(reads_bias=True, reads_mlp_bias=True)
 
 
 def decoder(config: Config, style: Style, default: Defaults = LLAMA) -> Architecture:
@@ -34,7 +36,7 @@ def decoder(config: Config, style: Style, default: Defaults = LLAMA) -> Architec
             f"{config.source}: num_attention_heads {heads} is not a multiple of key/value heads {kv_heads}."
         )
     head_size = config.size("head_dim", default=default.head_size or hidden // heads)
-    bias = config.flag("attention_bias", default.bias)
+    bias = config.flag("attention_bias", default.bias) if default.reads_bias else default.bias
     out_bias = bias and default.out_bias
     q, kv = heads * head_size, kv_heads * head_size
     attention: tuple[Linear, ...] = (
@@ -47,7 +49,7 @@ def decoder(config: Config, style: Style, default: Defaults = LLAMA) -> Architec
         attention = (Linear("self_attn.o_proj", q, hidden), Linear("self_attn.qkv_proj", hidden, q + 2 * kv))
     qk_norm = {"": 0, "head": 2 * head_size, "width": q + kv}[style.qk_norm]
     norms = hidden * (4 if style.norms == "both" else 2) + qk_norm
-    dense = Block(attention, _feed_forward(config, hidden, default.fused), norms)
+    dense = Block(attention, _feed_forward(config, hidden, default), norms)
     return Architecture(
         family="",
         hidden=hidden,
@@ -64,9 +66,10 @@ def decoder(config: Config, style: Style, default: Defaults = LLAMA) -> Architec
     )
 
 
-def _feed_forward(config: Config, hidden: int, fused: bool) -> tuple[Linear, ...]:
-    inner, bias = config.size("intermediate_size"), config.flag("mlp_bias", False)
-    if fused:
+def _feed_forward(config: Config, hidden: int, default: Defaults) -> tuple[Linear, ...]:
+    inner = config.size("intermediate_size")
+    bias = default.reads_mlp_bias and config.flag("mlp_bias", False)
+    if default.fused:
         return (Linear("mlp.gate_up_proj", hidden, 2 * inner), Linear("mlp.down_proj", inner, hidden))
     return (
         Linear("mlp.gate_proj", hidden, inner, bias),
@@ -80,7 +83,7 @@ def llama(config: Config) -> Architecture:
 
 
 def smollm3(config: Config) -> Architecture:
-    return decoder(config, Style(), Defaults(tie=True))
+    return decoder(config, Style(), replace(LLAMA, tie=True))
 
 
 def mistral(config: Config) -> Architecture:
@@ -92,11 +95,14 @@ def qwen2(config: Config) -> Architecture:
 
 
 def qwen3(config: Config) -> Architecture:
-    return decoder(config, Style(qk_norm="head"), Defaults(head_size=128))
+    return decoder(config, Style(qk_norm="head"), Defaults(head_size=128, reads_bias=True))
 
 
 def olmo2(config: Config) -> Architecture:
-    return decoder(config, Style(norm="rms32", norms="inside", qk_norm="width"))
+    return decoder(config, Style(norm="rms32", norms="inside", qk_norm="width"), Defaults(reads_bias=True))
+
+
+GEMMA = Defaults(tie=True, head_size=256, kv_heads=4, reads_bias=True)
 
 
 def gemma2(config: Config) -> Architecture:
@@ -104,26 +110,28 @@ def gemma2(config: Config) -> Architecture:
         norm="rms32",
         norms="both",
         activation="gelu",
-        softcap=config.get("attn_logit_softcapping", 50.0) is not None,
-        final_softcap=config.get("final_logit_softcapping", 30.0) is not None,
+        softcap=not config.is_null("attn_logit_softcapping"),
+        final_softcap=not config.is_null("final_logit_softcapping"),
         scaled_embeddings=True,
     )
-    return decoder(config, style, Defaults(tie=True, head_size=256, kv_heads=4))
+    return decoder(config, style, GEMMA)
 
 
 def gemma3(config: Config) -> Architecture:
     style = Style(norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True)
-    return decoder(config, style, Defaults(tie=True, head_size=256, kv_heads=4))
+    return decoder(config, style, GEMMA)
 
 
 def phi3(config: Config) -> Architecture:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rotary = config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    inner = Config(rope if isinstance(rope, dict) else {}, config.source)
+    rotary = config.share("partial_rotary_factor", inner.share("partial_rotary_factor", 1.0))
     return decoder(config, Style(rotary=rotary, rejoins=True), Defaults(fused=True))
 
 
 def mixtral(config: Config) -> Architecture:
-    built = decoder(config, Style(top_k=config.size("num_experts_per_tok", default=2), split_experts=True))
+    style = Style(top_k=config.size("num_experts_per_tok", default=2), split_experts=True)
+    built = decoder(config, style, Defaults())
     return _with_experts(
         built, config.size("num_local_experts", "num_experts", default=8), config.size("intermediate_size")
     )
@@ -131,10 +139,10 @@ def mixtral(config: Config) -> Architecture:
 
 def qwen3_moe(config: Config) -> Architecture:
     style = Style(qk_norm="head", top_k=config.size("num_experts_per_tok", default=8), split_experts=True)
-    built = decoder(config, style, Defaults(kv_heads=4))
+    built = decoder(config, style, Defaults(kv_heads=4, reads_bias=True))
     experts = config.size("num_experts", "num_local_experts", default=128)
     sparse = _with_experts(built, experts, config.size("moe_intermediate_size", default=768))
-    step, dense = config.size("decoder_sparse_step", default=1), set(config.get("mlp_only_layers", []))
+    step, dense = config.size("decoder_sparse_step", default=1), config.layers("mlp_only_layers", len(built.blocks))
     chosen = (
         sparse.blocks[i] if i not in dense and (i + 1) % step == 0 else built.blocks[i]
         for i in range(len(built.blocks))
@@ -144,7 +152,7 @@ def qwen3_moe(config: Config) -> Architecture:
 
 def gpt_oss(config: Config) -> Architecture:
     style = Style(norm="rms32", sinks=True, clamps=True, top_k=config.size("num_experts_per_tok", default=4))
-    built = decoder(config, style, Defaults(bias=True, head_size=64, kv_heads=8))
+    built = decoder(config, style, Defaults(bias=True, head_size=64, kv_heads=8, reads_bias=True))
     experts = config.size("num_local_experts", "num_experts", default=128)
     sparse = _with_experts(built, experts, config.size("intermediate_size"), bias=True)
     block = replace(sparse.blocks[0], other=built.heads)

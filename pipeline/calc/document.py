@@ -40,9 +40,10 @@ def claims() -> list[Claim]:
 
 
 def _about(section: str, what: str, said: float, exact: float, unit: float, name: str, why: str = "") -> Claim:
-    """A rounded number: it agrees within 5%."""
+    """A rounded number: it agrees within 5%. The document writes MB and KB where it means 2²⁰ and 2¹⁰ bytes too."""
     agrees = abs(exact - said) <= TOLERANCE * said
-    return Claim(section, what, _number(said / unit, name), _number(exact / unit, name), agrees, why)
+    theirs = {"MiB": "MB", "KiB": "KB"}.get(name, name)
+    return Claim(section, what, _number(said / unit, theirs), _number(exact / unit, name), agrees, why)
 
 
 def _number(value: float, unit: str) -> str:

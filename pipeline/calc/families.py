@@ -19,8 +19,8 @@ def architecture(values: Mapping[str, Any], source: str) -> Architecture:
         text = architecture({"model_type": f"{values.get('model_type')}_text", **values["text_config"]}, source)
         return replace(text, notes=(*text.notes, "text model only: the image encoder is not counted"))
     family = values.get("model_type")
-    if family == "opt" and values.get("activation_function") == "gelu":
-        family = "minigpt"  # OPT's own checkpoints have relu
+    if family == "opt" and _is_ours(values):
+        family = "minigpt"
     build = FAMILIES.get(family) if isinstance(family, str) else None
     if build is None:
         raise UserError(
@@ -31,6 +31,12 @@ def architecture(values: Mapping[str, Any], source: str) -> Architecture:
     if built.hidden * built.vocabulary * len(built.blocks) > 2**62:
         raise UserError(f"{source}: the shapes overflow: {built.total:,} parameters are more than any memory holds.")
     return built
+
+
+def _is_ours(values: Mapping[str, Any]) -> bool:
+    """Whether this project wrote it: an OPT with GELU, no dropout and no first token, whose positions are sinusoids."""
+    ours = {"activation_function": "gelu", "dropout": 0.0, "layerdrop": 0.0, "bos_token_id": None}
+    return all(key in values and values[key] == value for key, value in ours.items())
 
 
 FAMILIES: dict[str, Callable[[Config], Architecture]] = {

@@ -13,22 +13,38 @@ from pipeline.calc.sources import Model
 from pipeline.errors import UserError
 from pipeline.tensors import read_header
 
+LARGEST_CONFIG = 10_000_000  # bytes
+
 
 def from_path(path: Path) -> Model:
     """The model in a file or folder. Raises UserError that says what is wrong with it."""
+    try:
+        return _read(path)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged, or not what its name says ({type(error).__name__}). Copy it anew."
+        ) from None
+
+
+def _read(path: Path) -> Model:
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".gguf":
         return Model(replace(gguf.read_shapes(path), name=path.name))
     if path.suffix == ".safetensors":
         return Model(replace(from_shapes(_shapes([path]), {}, str(path)), name=path.name))
-    config = read_json(path, "Give a Hugging Face config.json, a folder, .safetensors or .gguf")
+    hint = "Give a Hugging Face config.json, a folder, .safetensors or .gguf"
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise UserError(f"{path} is not a config: it has {path.stat().st_size:,} bytes. {hint}.")
+    config = read_json(path, hint)
     return Model(replace(architecture(config, str(path)), name=str(path)), config)
 
 
 def _from_folder(folder: Path) -> Model:
     weights = sorted(folder.glob("*.safetensors"))
-    config = read_json(folder / "config.json", "") if (folder / "config.json").exists() else {}
+    hint = "Give a folder with a Hugging Face config.json, .safetensors or one .gguf file"
+    config = read_json(folder / "config.json", hint) if (folder / "config.json").exists() else {}
+    _refuse_missing_shards(folder, weights)
     if "model_type" in config and (not weights or _known(config)):
         return Model(replace(architecture(config, str(folder / "config.json")), name=str(folder)), config)
     if weights:
@@ -40,7 +56,18 @@ def _from_folder(folder: Path) -> Model:
 
 
 def _known(config: Mapping[str, Any]) -> bool:
-    return config["model_type"] in FAMILIES or "text_config" in config
+    text = config.get("text_config")
+    family = f"{config['model_type']}_text" if isinstance(text, dict) else config["model_type"]
+    return isinstance(family, str) and family in FAMILIES
+
+
+def _refuse_missing_shards(folder: Path, weights: list[Path]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if weights and index.exists():
+        named = set(read_json(index, "Copy it anew").get("weight_map", {}).values())
+        missing = sorted(named - {path.name for path in weights})
+        if missing:
+            raise UserError(f"{folder}: {missing[0]} is missing, which {index.name} names. Copy it there.")
 
 
 def _shapes(files: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -68,9 +68,13 @@ def largest(model: Architecture, method: Method, run: Run, budget: int) -> Large
 
 
 def _fits(model: Architecture, method: Method, run: Run, budget: int) -> bool:
-    if precision(run.precision).quantized and (method.kind in ("full", "freeze") or method.embeddings == "all"):
-        return False
-    return predict(model, method, run).peak <= budget
+    return _possible(method, run) and predict(model, method, run).peak <= budget
+
+
+def _possible(method: Method, run: Run) -> bool:
+    """Whether nothing trains that is quantized."""
+    changes_base = method.kind in ("full", "freeze") or (method.kind == "lora" and method.embeddings == "all")
+    return not (precision(run.precision).quantized and changes_base)
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:
@@ -93,23 +97,22 @@ def changes(model: Architecture, method: Method, run: Run, budget: int) -> Itera
     First each change alone, cheapest in quality and time first, and only those that fit; then, if none does, all that
     help in that order, each added to those before.
     """
-    alone = [(words, *change(method, run)) for words, change in _CHANGES]
-    possible = [(words, m, r) for words, m, r in alone if (m, r) != (method, run)]
-    for words, m, r in possible:
-        peak = predict(model, m, r).peak
-        if peak <= budget:
-            yield words, m, r, peak
+    for words, change in _CHANGES:
+        m, r = change(method, run)
+        if (m, r) != (method, run) and _fits(model, m, r, budget):
+            yield words, m, r, predict(model, m, r).peak
             return
-    m, r, said = method, run, []
+    m, r, said, best = method, run, list[str](), predict(model, method, run).peak
     for words, change in _CHANGES:
         changed = change(m, r)
-        if changed == (m, r):
+        if changed == (m, r) or not _possible(*changed):
             continue
-        m, r = changed
-        said.append(words)
-        peak = predict(model, m, r).peak
-        yield "; ".join(said), m, r, peak
-        if peak <= budget:
+        peak = predict(model, *changed).peak
+        if peak < best:
+            (m, r), best = changed, peak
+            said.append(words)
+            yield "; ".join(said), m, r, peak
+        if best <= budget:
             return
 
 
@@ -117,7 +120,7 @@ Change = Callable[[Method, Run], tuple[Method, Run]]
 
 
 def _adapters_only(method: Method, run: Run) -> tuple[Method, Run]:
-    return (method, run) if method.kind in ("lora", "prefix", "prompt") else (Method("lora"), run)
+    return (method, run) if method.kind in ("lora", "prefix", "prompt") else (replace(method, kind="lora"), run)
 
 
 _CHANGES: tuple[tuple[str, Change], ...] = (

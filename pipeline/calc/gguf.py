@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.calc.config import MOST_LAYERS
 from pipeline.calc.families import architecture
 from pipeline.calc.shapes import Architecture
 from pipeline.errors import UserError
@@ -54,7 +55,7 @@ class _Reader:
         return data.decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
-        """A value of the type numbered `kind`; of an array only its length is kept."""
+        """A value of the type numbered `kind`; an array as `_array` gives it."""
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
@@ -64,15 +65,21 @@ class _Reader:
             raise UserError(f"{self._path} is damaged: no value has the type {kind}.")
         return self.unpack(form)
 
-    def _array(self) -> int:
+    def _array(self) -> Any:
+        """An array of equal numbers (one a layer) as that number; of any other only that it is a list."""
         kind, length = self.unpack("<I"), self.count("entries in an array", 2**26)
         form = _SCALARS[kind] if kind < len(_SCALARS) else None
-        if form is not None:
-            self._file.seek(length * struct.calcsize(form), 1)
-        else:
+        if form is None and kind != _STRING:
+            raise UserError(f"{self._path} is damaged: no array holds entries of the type {kind}.")
+        if form is None:
             for _ in range(length):
-                self.value(kind)
-        return length
+                self.text()
+        elif length <= MOST_LAYERS:
+            numbers = {self.unpack(form) for _ in range(length)}
+            return numbers.pop() if len(numbers) == 1 else sorted(numbers)
+        else:
+            self._file.seek(length * struct.calcsize(form), 1)
+        return []
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
@@ -111,9 +118,13 @@ def read_shapes(path: Path) -> Architecture:
     built = architecture(_config(kind, metadata, shapes), str(path))
     stored = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("rope_"))
     size = path.stat().st_size
+    if stored != built.total:
+        raise UserError(
+            f"{path}: its tensors have {stored:,} parameters, its metadata describe {built.total:,}: this variant "
+            f"of {kind} is not known. Give the config.json of the model that it was made from."
+        )
     note = f"the file holds its weights in {size / 2**30:.2f} GiB, {8 * size / stored:.2f} bits a parameter"
-    differs = f"its tensors have {stored:,} parameters" if stored != built.total else ""
-    return replace(built, notes=(*built.notes, note, *([differs] if differs else [])))
+    return replace(built, notes=(*built.notes, note))
 
 
 def _config(kind: str, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -122,9 +133,10 @@ def _config(kind: str, metadata: dict[str, Any], shapes: dict[str, tuple[int, ..
     def get(key: str) -> Any:
         return metadata.get(f"{kind}.{key}")
 
-    embedding = shapes.get("token_embd.weight", (0, 0))
+    embedding = shapes.get("token_embd.weight") or (0,)
+    mixture = kind == "llama" and get("expert_count")
     config = {
-        "model_type": FAMILIES[kind],
+        "model_type": "mixtral" if mixture else FAMILIES[kind],
         "hidden_size": get("embedding_length"),
         "num_hidden_layers": get("block_count"),
         "intermediate_size": get("feed_forward_length"),

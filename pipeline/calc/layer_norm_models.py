@@ -46,7 +46,7 @@ def gpt_neox(config: Config) -> Architecture:
         norm="layer",
         norms="parallel" if parallel else "before",
         gated=False,
-        rotary=config.get("rotary_pct", 0.25),
+        rotary=config.share("rotary_pct", 0.25),
         rejoins=True,
         activation=config.get("hidden_act", "gelu"),
     )

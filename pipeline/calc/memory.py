@@ -104,5 +104,6 @@ def refuse_impossible(model: Architecture, method: Method, run: Run) -> None:
         )
     if method.kind == "freeze" and not (method.last_blocks or method.train_embeddings):
         raise UserError("freeze leaves nothing to train. Raise last-blocks, or train the embeddings.")
-    if model.positions and run.sequence > model.context:
-        raise UserError(f"sequence must be at most {model.context:,}, the model's positions, got {run.sequence:,}.")
+    tokens = run.sequence + (method.virtual_tokens if method.kind == "prompt" else 0)
+    if (model.positions or model.fixed_positions) and tokens > model.context:
+        raise UserError(f"sequence must be at most {model.context:,}, the model's positions, got {tokens:,}.")

@@ -90,7 +90,8 @@ class Run:
 def checked(method: Method, run: Run) -> None:
     """Raises UserError for a value that no run can have."""
     for name, choices in {**CHOICES, "optimizer": tuple(OPTIMIZERS)}.items():
-        value = method.kind if name == "method" else getattr(method, name, None) or getattr(run, name.replace("-", "_"))
+        field = {"method": "kind"}.get(name, name.replace("-", "_"))
+        value = getattr(method if hasattr(method, field) else run, field)
         if value not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
     precision(run.precision)

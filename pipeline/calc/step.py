@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from pipeline.calc.blocks import Blocks
+from pipeline.calc.parameters import lora_parameters
 from pipeline.calc.parts import Parts
 from pipeline.calc.settings import Method, Run
 from pipeline.calc.shapes import Architecture
@@ -120,7 +121,10 @@ class _Step:
         if self._trains(index):
             return block.parameters * self.p.w
         pairs = zip(self.model.adaptable(block), self._ranks(index), strict=True)
-        return sum(linear.lora(rank) for linear, rank in pairs) * self.p.adapter
+        added = sum(lora_parameters(linear, rank, self.method) for linear, rank in pairs if rank)
+        if self.method.kind == "prefix":
+            added += 2 * self.method.virtual_tokens * self.model.kv_heads * self.model.head_size
+        return added * self.p.adapter
 
     def _trains(self, index: int) -> bool:
         return self.full or (self.method.kind == "freeze" and index >= self.first_trained)
@@ -132,7 +136,7 @@ class _Step:
             self.p.where, self.p.trains = self.model.block_name(index), self._trains(index)
             return self.blocks.run(y, self.model.blocks[index])
 
-        grows = x.node is not None or self._gradients(index) > 0 or self.method.kind == "prefix"
+        grows = x.node is not None or self._gradients(index) > 0
         checkpointed = self.run_.checkpointed(index) and grows and not self.model.style.ours
         return self.t.checkpoint(x, forward) if checkpointed else forward(x)
 
@@ -143,8 +147,9 @@ class _Step:
             x = t.op(x, elements=run.labels * width)
         if run.loss != "chunked":
             return self._cross_entropy(x)
-        sizes = [min(run.chunk, run.labels - start) for start in range(0, run.labels, run.chunk)]
-        run_ones = sizes[:2] + sizes[2:][-1:]  # a chunk between finds what the second found, and adds its gradient
+        whole_chunks, last = divmod(run.labels, run.chunk)
+        # a chunk between finds what the second found, and adds its gradient
+        run_ones = [run.chunk] * min(whole_chunks, 2) + [last] * bool(last)
         grads = []
         for rows in run_ones:
             t.differentiate(t.op(x, elements=rows * width, view=True), self._cross_entropy)

@@ -23,7 +23,10 @@ def at_labels(head: Head, hidden: Tensor, labels: Tensor, positions: Tensor) -> 
 def chunked(
     head: Head, hidden: Tensor, labels: Tensor, positions: Tensor, size: int, trained: Sequence[nn.Parameter] = ()
 ) -> Tensor:
-    """The same, `size` labels at a time. `trained`: the head's parameters that want a gradient."""
+    """The same, `size` labels at a time. `trained`: the head's parameters that want a gradient.
+
+    Their gradients are added up at their own precision: in bf16, small chunks cost digits.
+    """
     chosen, wanted = _selected(hidden, positions), labels.flatten()[positions]
     loss: Tensor = _Chunked.apply(chosen, wanted, head, size, *trained)  # type: ignore[no-untyped-call]
     return loss
@@ -53,7 +56,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, *of_trained = (grad.mul_(outputs[0].to(grad.dtype)) for grad in ctx.saved_tensors)
+        # a loss scale is larger than fp16 holds: it multiplies as the fp32 scalar that it is
+        of_hidden, *of_trained = (grad.mul_(outputs[0]) for grad in ctx.saved_tensors)
         return of_hidden, None, None, None, *of_trained
 
 

@@ -33,6 +33,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def traced_peak(config: Mapping[str, Any], method: Method, run: Run) -> int:
     """Bytes at the peak of the second step (the first makes the optimizer's state). Raises UserError."""
     _refuse(config, method, run)
+    try:
+        return _traced(config, method, run)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(f"--trace cannot build or run this model: {reason[0]}. The formula needs no trace.") from None
+
+
+def _traced(config: Mapping[str, Any], method: Method, run: Run) -> int:
     live = LiveBytes()
     with FakeTensorMode():
         ours = config["model_type"] == "minigpt"
@@ -46,13 +54,18 @@ def traced_peak(config: Mapping[str, Any], method: Method, run: Run) -> int:
 
 
 def _refuse(config: Mapping[str, Any], method: Method, run: Run) -> None:
-    adapted = projections(architecture(config, "config.json"), method)
+    adapted = projections(architecture(config, "config.json"), method) if method.kind == "lora" else []
     if any(p.experts > 1 or p.name == "gate" for p in adapted):
         raise UserError("--trace: this project does not adapt experts yet. Leave them out: --targets attention.")
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
         raise UserError(f"--trace runs in {', '.join(DTYPES)}; this project does not train on {run.precision} yet.")
-    if method.kind not in ("full", "freeze", "lora") or method.dora or method.embeddings == "new_rows":
-        raise UserError("--trace covers full, freeze and LoRA without DoRA or new rows: what this project trains.")
+    special = method.dora or method.rank_pattern or method.embeddings == "new_rows"
+    if method.kind not in ("full", "freeze", "lora") or special:
+        raise UserError("--trace covers full, freeze and LoRA without DoRA, new rows or rank patterns.")
+    if method.kind == "lora" and config.get("model_type") == "gpt2":
+        raise UserError("--trace: GPT-2's Conv1D layers get no LoRA in this project yet. Use --method full or freeze.")
+    if config.get("model_type") == "gpt3":
+        raise UserError("--trace: no library builds GPT-3; its shapes are all that is known.")
     if run.optimizer not in ("adamw", "sgd") or run.casts != "weights":
         raise UserError("--trace has the optimizers adamw and sgd, and adapters that cast their weights.")
 
@@ -112,7 +125,7 @@ def _built(config: Mapping[str, Any], run: Run) -> Any:
         with warnings.catch_warnings():  # transformers 5.24 renames it; 5.0 knows the old name alone
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # only re-entrant checkpoints need them, and frozen blocks would keep tensors
+        model.disable_input_require_grads()  # re-entrant checkpoints alone need them; frozen blocks would keep tensors
         blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         layers = [block for block in blocks if "Layer" in type(block).__name__ or "Block" in type(block).__name__]
         for index, layer in enumerate(layers):
