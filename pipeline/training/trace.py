@@ -43,7 +43,7 @@ def traced_peak(config: Mapping[str, Any], method: Method, run: Run) -> int:
 def _traced(config: Mapping[str, Any], method: Method, run: Run) -> int:
     live = LiveBytes()
     with FakeTensorMode():
-        ours = config["model_type"] == "minigpt"
+        ours = architecture(config, "the config").style.ours
         step, model = (_minigpt_step if ours else _transformers_step)(config, method, run)
         live.watch([*model.parameters(), *model.buffers()])
         with live:
@@ -54,7 +54,7 @@ def _traced(config: Mapping[str, Any], method: Method, run: Run) -> int:
 
 
 def _refuse(config: Mapping[str, Any], method: Method, run: Run) -> None:
-    adapted = projections(architecture(config, "config.json"), method) if method.kind == "lora" else []
+    adapted = projections(architecture(config, "the config"), method) if method.kind == "lora" else []
     if any(p.experts > 1 or p.name == "gate" for p in adapted):
         raise UserError("--trace: this project does not adapt experts yet. Leave them out: --targets attention.")
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
@@ -73,18 +73,7 @@ def _refuse(config: Mapping[str, Any], method: Method, run: Run) -> None:
 def _minigpt_step(config: Mapping[str, Any], method: Method, run: Run) -> tuple[Callable[[], None], nn.Module]:
     if (run.precision, run.attention, run.loss, run.optimizer) != ("fp32", "sdpa", "full", "adamw"):
         raise UserError("MiniGPT trains with --precision fp32 --attention sdpa --loss full --optimizer adamw alone.")
-    shape = MiniGPTConfig(
-        vocab_size=config["vocab_size"],
-        pad_id=0,
-        end_id=1,
-        d_model=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        feed_forward=config["ffn_dim"],
-        max_positions=config["max_position_embeddings"],
-        tie_embeddings=config["tie_word_embeddings"],
-    )
-    model = MiniGPT(shape).train()
+    model = MiniGPT(MiniGPTConfig.from_opt(dict(config), "the config")).train()
     _make_trainable(model, method, torch.float32)
     optimizer = FlatAdam(model, 1e-3)
     ids, labels, positions = torch.zeros(3, run.batch, run.sequence, dtype=torch.long)
