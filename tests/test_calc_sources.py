@@ -111,6 +111,8 @@ def test_our_own_checkpoints_are_minigpts(brief: Path) -> None:
     assert (opened.family, opened.total) == ("minigpt", 109_568)
     assert opened.total == built_in("minigpt").shapes.total
     assert open_model(str(brief / "artifacts/expanded")).shapes.total == 112_768
+    with pytest.raises(UserError, match=r"is an adapter. Give the model that it was trained on"):
+        open_model(str(brief / "artifacts/lora_adapter"))
 
 
 def test_a_model_of_text_and_images_is_counted_as_its_text_model(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def _read(path: Path) -> Model:
 
 
 def _from_folder(folder: Path) -> Model:
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} is an adapter. Give the model that it was trained on.")
     weights = sorted(folder.glob("*.safetensors"))
     hint = "Give a folder with a Hugging Face config.json, .safetensors or one .gguf file"
     config = read_json(folder / "config.json", hint) if (folder / "config.json").exists() else {}
