@@ -19,11 +19,14 @@ def print_json(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
-    """A plain table; `right` names the columns of numbers."""
+    """A plain table; `right` names the columns of numbers, which stay on one line where the terminal is wide enough."""
     built = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    widths = [max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)]
+    needed = sum(width if column in right else min(width, 8) for column, width in zip(columns, widths, strict=True))
     for column in columns:
         number = column in right
-        built.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number)
+        whole = number and needed <= stdout.width  # else digits go on below: a cut number would be a wrong one
+        built.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         built.add_row(*map(Text, row))
     return built
