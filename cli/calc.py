@@ -54,7 +54,7 @@ def calc(
     """Parameters, memory and what fits, exact, from shapes alone: nothing is downloaded, no GPU is needed."""
     from cli.calc_output import Output, Question
     from pipeline.calc.memory import refuse_impossible
-    from pipeline.calc.settings import Method, Run, checked
+    from pipeline.calc.settings import QLORA, Method, Run, checked
     from pipeline.calc.sources import open_model
 
     out = Output(as_json, as_csv)
@@ -75,35 +75,35 @@ def calc(
         return
     opened = open_model(model)
     if method == "qlora":  # LoRA on a quantized base
-        method, precision = "lora", precision or "nf4-dq"
+        method, precision = "lora", precision or QLORA
     ours = opened.shapes.style.ours  # MiniGPT trains in fp32, keeps every tensor, and runs on the CPU
     asked = Method(
-        method,
-        rank,
-        float(rank) if alpha is None else alpha,
-        tuple(name.strip() for name in targets.split(",")),
-        tuple(map(_pattern, rank_pattern or [])),
-        rslora,
-        dora,
-        "new_rows" if new_rows and embeddings == "none" else embeddings,
-        new_rows,
-        last_blocks,
-        train_embeddings,
-        virtual_tokens,
+        kind=method,
+        rank=rank,
+        alpha=float(rank) if alpha is None else alpha,
+        targets=tuple(name.strip() for name in targets.split(",")),
+        rank_pattern=tuple(map(_pattern, rank_pattern or [])),
+        rslora=rslora,
+        dora=dora,
+        embeddings="new_rows" if new_rows and embeddings == "none" else embeddings,
+        new_rows=new_rows,
+        last_blocks=last_blocks,
+        train_embeddings=train_embeddings,
+        virtual_tokens=virtual_tokens,
     )
     run = Run(
-        batch,
-        min(2048, opened.shapes.context) if sequence is None else sequence,
-        precision or ("fp32" if ours else "bf16"),
-        adapter_precision,
-        optimizer,
-        checkpointing or ("none" if ours else "full"),
-        attention,
-        loss,
-        label_share,
-        chunk,
-        casts,
-        (0 if ours else 512 * 2**20) if context is None else context * 2**20,
+        batch=batch,
+        sequence=min(2048, opened.shapes.context) if sequence is None else sequence,
+        precision=precision or ("fp32" if ours else "bf16"),
+        adapter_precision=adapter_precision,
+        optimizer=optimizer,
+        checkpointing=checkpointing or ("none" if ours else "full"),
+        attention=attention,
+        loss=loss,
+        label_share=label_share,
+        chunk=chunk,
+        casts=casts,
+        context=(0 if ours else 512 * 2**20) if context is None else context * 2**20,
     )
     checked(asked, run)
     refuse_impossible(opened.shapes, asked, run)

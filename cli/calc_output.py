@@ -46,13 +46,14 @@ class Question:
 
 
 def title_of(method: Method) -> str:
+    """The method in words."""
     if method.kind == "lora":
         name = "DoRA" if method.dora else "rsLoRA" if method.rslora else "LoRA"
         ends = {"none": "", "all": ", embeddings and head", "new_rows": f", {method.new_rows} new rows"}
         return f"{name} r={method.rank} on {', '.join(method.targets)}{ends[method.embeddings]}"
     if method.kind == "freeze":
-        ends_ = " , embeddings and head" if method.train_embeddings else ""
-        return f"freeze, last {method.last_blocks} blocks{ends_}".replace(" ,", ",")
+        blocks = f"freeze, last {method.last_blocks} blocks"
+        return f"{blocks}, embeddings and head" if method.train_embeddings else blocks
     if method.kind in ("prefix", "prompt"):
         return f"{method.kind} tuning, {method.virtual_tokens} virtual tokens"
     return "full fine-tuning"

@@ -6,11 +6,10 @@ from cli.calc_output import Output, Question, gib, title_of
 from cli.console import print_json, stdout, table
 from pipeline.calc import answer as calc
 from pipeline.calc.fit import Gpu, gpus
-from pipeline.calc.memory import Memory, inference
+from pipeline.calc.memory import PARTS, Memory, inference
 from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
 from pipeline.calc.settings import Method, Run
 
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
 SHADES = dict(zip(PARTS, ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black"), strict=True))
 
 

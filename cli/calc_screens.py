@@ -6,11 +6,10 @@ from typing import Any
 from rich.text import Text
 
 from cli.calc_output import GIB, Output, Question, smallest, title_of
-from cli.calc_overview import PARTS
 from cli.console import print_json, stdout, table
 from pipeline.calc.answer import swept
 from pipeline.calc.fit import LARGEST, Gpu, changes, gpu, largest
-from pipeline.calc.memory import predict
+from pipeline.calc.memory import PARTS, predict
 from pipeline.calc.parameters import trainable
 from pipeline.calc.sources import built_in, names
 from pipeline.errors import UserError
@@ -75,23 +74,23 @@ def fit(out: Output, question: Question, budget: float | None, name: str | None)
     device = gpu(name) if name is not None else Gpu("fit", f"{budget:g} GiB", round((budget or 0) * GIB))
     model, method, run = question.model.shapes, question.method, question.run
     peak, most = predict(model, method, run).peak, largest(model, method, run, device.bytes)
-    ways = [] if peak <= device.bytes else list(changes(model, method, run, device.bytes))
+    fits = peak <= device.bytes
+    ways = [] if fits else list(changes(model, method, run, device.bytes))
     if out.json:
-        found = {**vars(most), "peak": peak, "budget": device.bytes, "fits": peak <= device.bytes}
+        found = {**vars(most), "peak": peak, "budget": device.bytes, "fits": fits}
         print_json({"model": model.name, **found, "changes": [{"change": w, "peak": p} for w, _, _, p in ways]})
         return
-    rows = [(key, _capped(key, value)) for key, value in vars(most).items() if value is not None]
-    fits = peak <= device.bytes
     changes_ = [(f"change: {words}", needed) for words, _, _, needed in ways]
     if out.rows(("what", "value"), [*vars(most).items(), ("peak", peak), ("fits", fits), *changes_]):
         return
-    verdict = "fits" if peak <= device.bytes else "does not fit"
+    verdict = "fits" if fits else "does not fit"
     stdout.print(
         Text.assemble((f"{model.name}, {title_of(method)}, {run.precision}: {in_units(peak)} {verdict}", "bold"))
     )
     room = f", {in_units(device.bytes)}" if name else ""
     stdout.print(f"on {device.label}{room}; {run.batch} × {run.sequence:,} tokens", markup=False)
-    if peak <= device.bytes:
+    if fits:
+        rows = [(key, _capped(key, value)) for key, value in vars(most).items() if value is not None]
         stdout.print("\nthe most that fits, the rest as given")
         stdout.print(table(("setting", "largest"), rows, right=("largest",)))
         return

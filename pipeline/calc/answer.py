@@ -5,18 +5,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.calc.fit import LARGEST, gpus
-from pipeline.calc.memory import Memory, adapter_parameters, inference, predict, refuse_impossible
+from pipeline.calc.memory import Memory, inference, possible, predict, trained_split
 from pipeline.calc.parameters import (
     document_count,
     notes,
     projections,
     ranks,
-    trainable,
     trained_parts,
     why_they_differ,
 )
 from pipeline.calc.precision import precision
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import Method, Run, qlora
 from pipeline.calc.shapes import Architecture
 from pipeline.errors import UserError
 
@@ -26,18 +25,19 @@ SWEEPS = ("rank", "sequence", "batch", "precision", "optimizer", "checkpointing"
 def answer(model: Architecture, method: Method, run: Run) -> dict[str, Any]:
     """Everything about one configuration, sizes in bytes. Raises UserError for settings that no run can have."""
     memory = predict(model, method, run)
-    trained, added = trainable(model, method), adapter_parameters(model, method)
+    added, base = trained_split(model, method)
     lora = method.kind == "lora"
     return {
         "model": model.name,
         "method": method.kind,
         "rank": method.rank if lora else None,
         "alpha": method.alpha if lora else None,
+        "scale": method.scale if lora else None,
         "targets": target_names(model, method),
         "parameters": {
             "total": model.total,
-            "trainable": trained,
-            "trainable_percent": round(100 * trained / model.total, 4),
+            "trainable": added + base,
+            "trainable_percent": round(100 * (added + base) / model.total, 4),
             "document": document_count(model, method),
             "components": model.components(),
             "trained": trained_parts(model, method),
@@ -87,17 +87,9 @@ def side_by_side(model: Architecture, method: Method, run: Run) -> dict[str, tup
     lora = adapter.kind == "lora"
     columns["LoRA" if lora else adapter.kind] = (adapter, run)
     if adapter.embeddings != "all" and not model.style.ours:
-        columns["QLoRA" if lora else f"{adapter.kind} NF4"] = (adapter, replace(run, precision="nf4-dq"))
-    return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items() if _runs(model, m, r)}
-
-
-def _runs(model: Architecture, method: Method, run: Run) -> bool:
-    """Whether this method can be asked about: the others are beside the one that is asked for."""
-    try:
-        refuse_impossible(model, method, run)
-    except UserError:
-        return False
-    return True
+        columns["QLoRA" if lora else f"{adapter.kind} NF4"] = (adapter, qlora(run))
+    # those that are beside the one that is asked for may be impossible
+    return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items() if possible(model, m, r)}
 
 
 def swept(method: Method, run: Run, key: str, values: list[str]) -> list[tuple[str, Method, Run]]:
@@ -117,8 +109,6 @@ def _with(method: Method, run: Run, key: str, value: str) -> tuple[Method, Run]:
         return replace(method, rank=changed, alpha=method.alpha * changed / method.rank), run
     if key == "targets":
         return replace(method, targets=(value,)), run
-    if value == "qlora":
-        return replace(method, kind="lora"), replace(run, precision="nf4-dq")
     if key == "method":
-        return replace(method, kind=changed), run
+        return (replace(method, kind="lora"), qlora(run)) if value == "qlora" else (replace(method, kind=value), run)
     return method, replace(run, **{key: changed})

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pipeline.calc.memory import Memory, adapter_parameters, base_trained
+from pipeline.calc.memory import Memory, trained_split
 from pipeline.calc.parameters import Projection, projections
 from pipeline.calc.precision import precision
 from pipeline.calc.settings import Method, Run
@@ -16,7 +16,7 @@ def explain(model: Architecture, method: Method, run: Run, memory: Memory) -> It
     yield "parameters", " + ".join(f"{name} {count:,}" for name, count in model.components().items())
     for p in projections(model, method):
         yield p.name, _pair(p, method)
-    adapter, base = adapter_parameters(model, method), base_trained(model, method)
+    adapter, base = trained_split(model, method)
     yield "trainable", f"{adapter:,} added + {base:,} of the base = {adapter + base:,}"
     yield "weights", _weights(model, run) + _equals(memory.weights)
     wide = precision(run.adapter_precision).compute

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from pipeline.calc.memory import predict
+from pipeline.calc.memory import possible, predict
 from pipeline.calc.precision import precision
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import Method, Run, qlora
 from pipeline.calc.shapes import Architecture
 from pipeline.calc.sources import nearest
 from pipeline.errors import UserError
@@ -68,13 +68,7 @@ def largest(model: Architecture, method: Method, run: Run, budget: int) -> Large
 
 
 def _fits(model: Architecture, method: Method, run: Run, budget: int) -> bool:
-    return _possible(method, run) and predict(model, method, run).peak <= budget
-
-
-def _possible(method: Method, run: Run) -> bool:
-    """Whether nothing trains that is quantized."""
-    changes_base = method.kind in ("full", "freeze") or (method.kind == "lora" and method.embeddings == "all")
-    return not (precision(run.precision).quantized and changes_base)
+    return possible(model, method, run) and predict(model, method, run).peak <= budget
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:
@@ -105,7 +99,7 @@ def changes(model: Architecture, method: Method, run: Run, budget: int) -> Itera
     m, r, said, best = method, run, list[str](), predict(model, method, run).peak
     for words, change in _CHANGES:
         changed = change(m, r)
-        if changed == (m, r) or not _possible(*changed):
+        if changed == (m, r) or not possible(model, *changed):
             continue
         peak = predict(model, *changed).peak
         if peak < best:
@@ -133,7 +127,7 @@ _CHANGES: tuple[tuple[str, Change], ...] = (
         "--precision nf4-dq (QLoRA)",
         lambda m, r: (
             m if m.embeddings != "all" else replace(m, embeddings="none"),
-            r if precision(r.precision).bits <= 4 else replace(r, precision="nf4-dq"),
+            r if precision(r.precision).bits <= 4 else qlora(r),
         ),
     ),
     ("--sequence 512", lambda m, r: (m, replace(r, sequence=min(512, r.sequence)))),

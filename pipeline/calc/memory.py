@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from pipeline.calc.parameters import ranks, trainable, trained_parts
+from pipeline.calc.parameters import ranks, trained_parts
 from pipeline.calc.precision import precision
 from pipeline.calc.settings import OPTIMIZERS, Method, Run, checked
 from pipeline.calc.shapes import Architecture
@@ -29,7 +29,10 @@ class Memory:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "where"}
+        return {part: getattr(self, part) for part in PARTS}
+
+
+PARTS = tuple(field.name for field in fields(Memory) if field.name != "where")
 
 
 def predict(model: Architecture, method: Method, run: Run) -> Memory:
@@ -37,7 +40,7 @@ def predict(model: Architecture, method: Method, run: Run) -> Memory:
     checked(method, run)
     refuse_impossible(model, method, run)
     tape = step(model, method, run)
-    adapter, base = adapter_parameters(model, method), base_trained(model, method)
+    adapter, base = trained_split(model, method)
     widths = (precision(run.adapter_precision).compute, run.width)
     trained = adapter * widths[0] + base * widths[1]
     state = OPTIMIZERS[run.optimizer]
@@ -68,15 +71,11 @@ def weight_bytes(model: Architecture, name: str) -> int:
     return kind.weights(model.quantizable, model.total) + model.fixed_positions * kind.compute
 
 
-def adapter_parameters(model: Architecture, method: Method) -> int:
-    """Parameters that are added to the base: stored, trained, shipped."""
-    added = ("matrices", "new rows", "prefix", "prompt")
-    return sum(count for part, count in trained_parts(model, method).items() if part in added)
-
-
-def base_trained(model: Architecture, method: Method) -> int:
-    """Parameters of the base itself that train."""
-    return trainable(model, method) - adapter_parameters(model, method)
+def trained_split(model: Architecture, method: Method) -> tuple[int, int]:
+    """(parameters that are added to the base, stored and shipped; parameters of the base itself), all that trains."""
+    parts = trained_parts(model, method)
+    added = sum(count for part, count in parts.items() if part in ("matrices", "new rows", "prefix", "prompt"))
+    return added, sum(parts.values()) - added
 
 
 def inference(model: Architecture, method: Method | None, run: Run) -> dict[str, int]:
@@ -84,7 +83,7 @@ def inference(model: Architecture, method: Method | None, run: Run) -> dict[str,
 
     Merged, an adapter is in the weights: give no method.
     """
-    adapter = adapter_parameters(model, method) * run.width if method else 0
+    adapter = trained_split(model, method)[0] * run.width if method else 0
     parts = {
         "weights": weight_bytes(model, run.precision),
         "adapter": adapter,
@@ -94,10 +93,19 @@ def inference(model: Architecture, method: Method | None, run: Run) -> dict[str,
     return {**parts, "total": sum(parts.values())}
 
 
+def possible(model: Architecture, method: Method, run: Run) -> bool:
+    """Whether this model can run this method in this way."""
+    try:
+        refuse_impossible(model, method, run)
+    except UserError:
+        return False
+    return True
+
+
 def refuse_impossible(model: Architecture, method: Method, run: Run) -> None:
     """Raises UserError where this model cannot run this method in this way."""
-    trained = base_trained(model, method)  # refuses targets and blocks that the model does not have
-    if precision(run.precision).quantized and trained:
+    _, base = trained_split(model, method)  # refuses targets and blocks that the model does not have
+    if precision(run.precision).quantized and base:
         raise UserError(
             f"{run.precision} weights cannot be trained: {method.kind} changes the base itself. "
             "Use --method lora without --embeddings all, or a 16- or 32-bit precision."

@@ -118,6 +118,9 @@ def checked(method: Method, run: Run) -> None:
 FULL, FREEZE, LORA = Method("full"), Method("freeze"), Method("lora")
 
 
+QLORA = "nf4-dq"  # the precision of its base
+
+
 def qlora(run: Run) -> Run:
     """The same step on a base in NF4 with double quantization (Dettmers et al. 2023)."""
-    return replace(run, precision="nf4-dq")
+    return replace(run, precision=QLORA)
