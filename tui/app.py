@@ -1,0 +1,166 @@
+"""`lora-tui`: four screens on one project."""
+
+import argparse
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from textual.app import App, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+
+from pipeline.errors import UserError
+from tui.settings import Config, State, config_path, load_config, state_path
+
+Severity = Literal["information", "warning", "error"]
+SCREENS = {"pipeline": "Pipeline", "curves": "Curves", "calculator": "Calculator", "adapters": "Adapters"}
+
+
+class Workbench(App[None]):
+    """The app: which project it is on, what it remembers, and what was said. Screens do the rest."""
+
+    CSS_PATH = "app.tcss"
+    TITLE = "lora"
+    ENABLE_COMMAND_PALETTE = True
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(
+            Binding(f"{number},f{number + 1}", f"go('{name}')", label, id=f"app.{name}", show=False)
+            for number, (name, label) in enumerate(SCREENS.items(), 1)
+        ),
+        Binding("question_mark", "help", "Help", id="app.help", key_display="?"),
+        Binding("f8", "messages", "Messages", id="app.messages", show=False),
+        Binding("f9", "toggle_dark", "Dark or light", id="app.dark", show=False),
+        Binding("q", "quit", "Quit", id="app.quit"),
+    ]
+
+    def __init__(self, params: Path = Path("params.yaml"), config: Config | None = None) -> None:
+        self.params_path = params.absolute()
+        self.root = self.params_path.parent
+        self.config = config or Config()
+        self.state = State.load(state_path())
+        self.said: deque[tuple[datetime, Severity, str]] = deque(maxlen=1000)
+        super().__init__()
+
+    def on_mount(self) -> None:
+        self.theme = self._first_theme()
+        self.theme_changed_signal.subscribe(self, lambda _: self._remember_theme())
+        self.set_keymap(self.config.keys)
+        self.switch_mode("pipeline")
+
+    def _first_theme(self) -> str:
+        """The one in the config, the one chosen last, or one that suits the terminal's background."""
+        light = os.environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
+        fallback = "textual-light" if light else "textual-dark"
+        wanted = self.config.theme or self.state.theme or fallback
+        if wanted not in self.available_themes:
+            self.say(f"There is no theme {wanted!r}; {fallback} is used.", "warning")
+            return fallback
+        return wanted
+
+    def _remember_theme(self) -> None:
+        self.state.theme = self.theme
+        self.remember()
+
+    def remember(self) -> None:
+        """Write down what should be known the next time."""
+        try:
+            self.state.save(state_path())
+        except OSError as error:
+            self.say(f"{state_path()}: {error.strerror}. Theme, folders and prompts are not remembered.", "warning")
+
+    def say(self, text: str, severity: Severity = "information") -> None:
+        """A toast, and a line on the messages screen."""
+        self.said.append((datetime.now(), severity, text))
+        self.notify(text, severity=severity, markup=False, timeout=8 if severity == "error" else 4)
+
+    def fail(self, error: UserError | OSError) -> None:
+        """Say what went wrong, as a user can understand it."""
+        if isinstance(error, OSError):
+            self.say(f"{error.filename or 'file'}: {error.strerror or error}. Nothing was changed.", "error")
+        else:
+            self.say(str(error), "error")
+
+    def action_go(self, name: str) -> None:
+        self.switch_mode(name)
+
+    def action_help(self) -> None:
+        from tui.screens.help import HelpScreen
+
+        if not isinstance(self.screen, HelpScreen):
+            self.push_screen(HelpScreen())
+
+    def action_messages(self) -> None:
+        from tui.screens.messages import MessagesScreen
+
+        if not isinstance(self.screen, MessagesScreen):
+            self.push_screen(MessagesScreen())
+
+    def action_toggle_dark(self) -> None:
+        self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """Textual's own, and every key of the screen by its description."""
+        yield from super().get_system_commands(screen)
+        for active in screen.active_bindings.values():
+            binding = active.binding
+            if binding.description and not binding.system:
+                key = self.get_key_display(binding)
+                action = binding.action
+
+                async def run(action: str = action) -> None:
+                    await screen.run_action(action)
+
+                yield SystemCommand(binding.description, f"key {key}", run)
+
+
+def _modes() -> dict[str, object]:
+    def pipeline() -> Screen[None]:
+        from tui.screens.pipeline import PipelineScreen
+
+        return PipelineScreen()
+
+    def curves() -> Screen[None]:
+        from tui.screens.curves import CurvesScreen
+
+        return CurvesScreen()
+
+    def calculator() -> Screen[None]:
+        from tui.screens.calculator import CalculatorScreen
+
+        return CalculatorScreen()
+
+    def adapters() -> Screen[None]:
+        from tui.screens.adapters import AdaptersScreen
+
+        return AdaptersScreen()
+
+    return {"pipeline": pipeline, "curves": curves, "calculator": calculator, "adapters": adapters}
+
+
+Workbench.MODES = _modes()  # type: ignore[assignment]  # each is imported when it is first shown
+
+
+def main() -> None:
+    """`lora-tui`. Exit codes as `lora`'s: 0 done, 1 a UserError, 2 wrong usage."""
+    arguments = _arguments()
+    try:
+        if not arguments.params.parent.is_dir():
+            raise UserError(f"{arguments.params.parent} is not a folder. Name a params file with --params.")
+        config = load_config(config_path())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    Workbench(arguments.params, config).run()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

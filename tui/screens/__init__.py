@@ -1,0 +1,1 @@
+"""The screens: pipeline, curves, calculator, adapters; help and messages above them."""

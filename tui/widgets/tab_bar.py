@@ -1,0 +1,38 @@
+"""The names of the four screens on one line; a click goes there."""
+
+from rich.text import Text
+from textual.app import RenderResult
+from textual.events import Click
+from textual.widget import Widget
+
+from tui.app import SCREENS
+
+
+class TabBar(Widget):
+    """One line: 1 Pipeline  2 Curves  3 Calculator  4 Adapters, and the project's folder."""
+
+    DEFAULT_CSS = """
+    TabBar { height: 1; dock: top; background: $panel; color: $foreground; }
+    """
+
+    def __init__(self, current: str) -> None:
+        super().__init__()
+        self.current = current
+
+    def render(self) -> RenderResult:
+        line = Text(no_wrap=True, overflow="ellipsis")
+        for number, (name, label) in enumerate(SCREENS.items(), 1):
+            line.append(f" {number} {label} ", "reverse bold" if name == self.current else "")
+        root = str(getattr(self.app, "root", ""))
+        room = self.size.width - line.cell_len - 2
+        if room > 8:
+            line.append((root if len(root) <= room else f"…{root[1 - room :]}").rjust(room + 1), "dim")
+        return line
+
+    def on_click(self, event: Click) -> None:
+        start = 0
+        for number, (name, label) in enumerate(SCREENS.items(), 1):
+            start += len(f" {number} {label} ")
+            if event.x < start:
+                self.app.switch_mode(name)
+                return
