@@ -149,7 +149,20 @@ class Params:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:
     """Read and check `path`, then apply `section.key=value` overrides. Raises UserError."""
-    tree = _read(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist. Run this in the project's folder, or name the file with --params."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return parse(text, path, overrides)
+
+
+def parse(text: str, path: Path, overrides: Sequence[str] = ()) -> Params:
+    """The same for a text that is, or is to be, in `path`. Raises UserError."""
+    tree = _tree(text, path)
     for override in overrides:
         _apply(tree, override)
     _refuse_unknown(tree, Params, "", path.name)
@@ -161,13 +174,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
     return replace(Params(), **sections)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _tree(text: str, path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist. Run this in the project's folder, or name the file with --params."
-        ) from None
+        tree = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
