@@ -221,6 +221,17 @@ def _refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, source: st
             raise UserError(f"{source}: unknown key {prefix}{key}. {hint}")
 
 
+def rule(section: Section, key: str) -> str:
+    """What a value of `key` must be, in words: a whole number, at least 1, below 2147483648."""
+    hint = get_type_hints(type(section), include_extras=True)[key]
+    rules: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *rest = get_args(hint)
+        rules = tuple(rest)
+    broken = (rule_.broken_by(math.nan) for rule_ in rules)
+    return ", ".join([_converted(hint, None)[1], *(text.removeprefix("must be ") for text in broken if text)])
+
+
 def _section(kind: type, tree: Any, name: str, source: str) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{source}: {name} must be a section of key: value lines, got {tree!r}.")

@@ -105,7 +105,7 @@ def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(p
     command = [LORA, *COMMAND["finetune_lora"], "--force", "--set", "finetune_lora.epochs=20000"]
     save(project / "params.yaml", {"finetune_lora.epochs": 20000})
     process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_for(lambda: (now := journal.read(folder)) is not None and now.state == "running" and now.done > 0)
+    wait_for(lambda: (now := journal.read(folder)) is not None and now.state == "running" and now.done > 1)
     assert journal.alive(folder)
     now = journal.read(folder)
     assert now is not None

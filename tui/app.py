@@ -14,6 +14,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
 from pipeline.errors import UserError
+from tui.processes import Runner
 from tui.settings import Config, State, config_path, load_config, state_path
 
 Severity = Literal["information", "warning", "error"]
@@ -41,6 +42,8 @@ class Workbench(App[None]):
         self.params_path = params.absolute()
         self.root = self.params_path.parent
         self.config = config or Config()
+        self.where = _short(self.root)
+        self.runner = Runner(self.root)
         self.state = State.load(state_path())
         self.said: deque[tuple[datetime, Severity, str]] = deque(maxlen=1000)
         super().__init__()
@@ -142,6 +145,12 @@ def _modes() -> dict[str, object]:
 
 
 Workbench.MODES = _modes()  # type: ignore[assignment]  # each is imported when it is first shown
+
+
+def _short(path: Path) -> str:
+    """A path with ~ for the home folder."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
 
 
 def main() -> None:
