@@ -57,13 +57,14 @@ class Status:
             return StageState(stage, "died", ("its process ended without a word", *reasons), run)
         late = [need for need in stage.needs if before[need].state != "current"]
         if state == "current" and late:
-            return StageState(stage, "waits", tuple(f"after {need}" for need in late), run)
+            return StageState(stage, "waits", (f"after {', '.join(late)}",), run)
         return StageState(stage, state, reasons, run)
 
     def _compared(self, project: Project, stage: Stage, digests: Digests) -> tuple[State, tuple[str, ...]]:
         folder = project.artifact(stage.name)
         if not (folder / artifact.MANIFEST).is_file():
-            return "missing", tuple(f"needs {need}" for need in stage.needs if not project.artifact(need).is_dir())
+            lacks = [need for need in stage.needs if not project.artifact(need).is_dir()]
+            return "missing", (f"needs {', '.join(lacks)}",) if lacks else ()
         broken = self._verified(folder)
         if broken:
             return "changed", (broken,)

@@ -33,7 +33,7 @@ def test_a_finished_pipeline_is_current_and_an_empty_one_missing(project: Path) 
     shutil.rmtree(project / "artifacts")
     found = Status().of(project_of(project))
     assert {state.state for state in found.values()} == {"missing"}
-    assert found["merge"].reasons == ("needs expand_vocab", "needs finetune_lora")
+    assert found["merge"].reasons == ("needs expand_vocab, finetune_lora",)
 
 
 def test_a_changed_param_is_named_and_what_comes_after_waits(project: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_changed_param_is_named_and_what_comes_after_waits(project: Path) -> N
         "target_modules q_proj k_proj v_proj o_proj → q_proj",
     )
     assert (found["merge"].state, found["merge"].reasons) == ("waits", ("after finetune_lora",))
-    assert found["evaluate"].reasons == ("after finetune_lora", "after merge")
+    assert found["evaluate"].reasons == ("after finetune_lora, merge",)
     assert found["finetune_full"].state == "current"
 
 
