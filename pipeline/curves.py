@@ -1,4 +1,4 @@
-"""Which runs there are to look at: the last of each stage that trains, what lies in artifacts/, and what the cache kept."""
+"""Which runs there are to look at: the last of each stage that trains, artifacts/, and what the cache kept."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -49,6 +49,22 @@ def discover(root: Path, params: Params | None) -> list[Run]:
     from `params`; None where params.yaml cannot be read. Reads whole logs to compare them: not for the UI's thread.
     """
     return [run for name in TRAINING for run in _named_apart(_runs(root, STAGES[name], params))]
+
+
+def stamp(root: Path, params: Path) -> tuple[int, ...]:
+    """What is another when `discover` may find other runs: a dozen calls of os.stat."""
+    logs = [(root / RUNS / name / LOSS) for name in TRAINING]
+    others = [params, *(root / STAGES[name].path for name in TRAINING), *(root / CACHE / name for name in TRAINING)]
+    return (*(_stat(path)[0] for path in logs), *(number for path in others for number in _stat(path)))
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    """The inode, which another file has not, and the time of the last change; zeros if there is nothing."""
+    try:
+        info = path.stat()
+    except OSError:
+        return 0, 0
+    return info.st_ino, info.st_mtime_ns
 
 
 def _runs(root: Path, stage: Stage, params: Params | None) -> Iterator[Run]:
@@ -124,7 +140,4 @@ def _digest(path: Path) -> str | None:
 
 
 def _changed(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+    return _stat(path)[1] / 1e9

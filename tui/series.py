@@ -4,6 +4,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isfinite
 
 from pipeline.metrics import COLUMNS, Step, flat_from
@@ -21,7 +22,7 @@ def parse_step(line: str) -> Row:
 
 @dataclass(frozen=True)
 class Column:
-    """What falls into one column of the picture: where in it, least and most of the raw values, mean of the smoothed."""
+    """What falls into a column of the picture: where, least and most of the raw values, mean of the smoothed."""
 
     x: float
     low: float
@@ -65,7 +66,7 @@ class Series:
         return series
 
     def visible(self, first: float, last: float, columns: int) -> list[Column]:
-        """At most `columns` columns of equal width over the steps from `first` to `last`, those without a point left out.
+        """At most `columns` columns of equal width from step `first` to `last`; those without a point are left out.
 
         Every finite point in the range is between `low` and `high` of its column.
         """
@@ -73,7 +74,7 @@ class Series:
         edges = [bisect_left(self.x, first + width * i) for i in range(columns)]
         edges.append(bisect_right(self.x, last))
         found = []
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             if start < end and (column := self._column(start, end)):
                 found.append(column)
         return found
@@ -88,7 +89,7 @@ class Series:
 
     @staticmethod
     def _parts(values: "array[float]", blocks: "array[float]", start: int, end: int) -> "array[float]":
-        """What stands for values[start:end]: whole blocks by their one value, the values before and after as they are."""
+        """Stands for values[start:end]: whole blocks by their one value, what is before and after as it is."""
         first, last = -(-start // BLOCK), end // BLOCK
         if first >= last:
             return values[start:end]

@@ -1,4 +1,4 @@
-"""Lines as braille dots, two across and four down in a cell. Their x never decreases, which makes them quick to draw."""
+"""Lines as braille dots, two across and four down in a cell. Their x never decreases: they are quick to draw."""
 
 from collections.abc import Iterator, Sequence
 from math import floor

@@ -10,16 +10,17 @@ from textual.color import Color
 from textual.events import Click, MouseDown
 from textual.message import Message
 from textual.widget import Widget
+from textual.widgets import Static
 from textual_hires_canvas import Canvas, HiResMode
 from textual_plot import PlotWidget
 from textual_plot.axis_formatter import AxisFormatter
 
 from tui.series import Column
 from tui.widgets.braille import cells
+from tui.widgets.contrast import readable
 
 SIGN_EVERY = 18  # cells between two signs on a line
 FLAT = "»"  # stands on a line where it becomes flat
-CONTRAST = 4.5  # of a line against the background, at least (WCAG's for text)
 Range = tuple[float, float]
 
 
@@ -31,6 +32,12 @@ class Curve:
     color: str
     sign: str
     flat: float | None = None
+
+    def mark(self) -> Column | None:
+        """Where to say that it is flat, if that is in view."""
+        if self.flat is None or not self.columns or not self.columns[0].x <= self.flat <= self.columns[-1].x:
+            return None
+        return _nearest(self.columns, self.flat)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class View:
 
 
 class _Ticks(AxisFormatter):  # type: ignore[misc]  # textual-plot is not type-checked here
-    """1, 2 or 5 times a power of ten; on a logarithmic axis, whose values are exponents, powers of ten and 2 and 5 times."""
+    """1, 2 or 5 times a power of ten; on a logarithmic axis, values are exponents of ten."""
 
     def __init__(self, log: bool = False) -> None:
         self.log = log
@@ -63,7 +70,11 @@ class _Ticks(AxisFormatter):  # type: ignore[misc]  # textual-plot is not type-c
         return [tick for tick in ticks if min_ <= tick <= max_]
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        return [f"{10**tick if self.log else tick:.4g}" for tick in ticks]
+        return [_label(10**tick if self.log else tick) for tick in ticks]
+
+
+def _label(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e7 else f"{value:.4g}"
 
 
 def nice(step: float) -> float:
@@ -95,8 +106,10 @@ class LossChart(Widget, can_focus=True):
 
     DEFAULT_CSS = """
     LossChart { height: 1fr; }
-    LossChart > _Plot { & > .plot--axis { color: $panel-lighten-2; } & > .plot--tick { color: $text-muted; text-style: none; }
-        & > .plot--label { color: $text-muted; text-style: none; } }
+    LossChart > Static { height: 1; padding: 0 1; color: $text-muted; }
+    LossChart > _Plot { height: 1fr; }
+    LossChart > _Plot > .plot--axis { color: $panel-lighten-2; }
+    LossChart > _Plot > .plot--tick, LossChart > _Plot > .plot--label { color: $text-muted; text-style: none; }
     LossChart:focus > _Plot > .plot--axis { color: $primary; }
     """
 
@@ -128,6 +141,7 @@ class LossChart(Widget, can_focus=True):
         self._pressed: tuple[int, int] | None = None
 
     def compose(self) -> ComposeResult:
+        yield Static(self.title, markup=False)
         yield _Plot(invert_mouse_wheel=True)
 
     @property
@@ -135,13 +149,12 @@ class LossChart(Widget, can_focus=True):
         return self.query_one(_Plot)
 
     def on_mount(self) -> None:
-        self._plot.margin_top, self._plot.margin_bottom = 1, 1
-        self._plot.set_ylabel("")
+        self._plot.margin_top, self._plot.margin_bottom = 0, 1
 
     @property
     def columns(self) -> int:
         """How many points of a line can be told apart: two in a cell."""
-        return max(2 * (self.size.width - self._plot.margin_left - 2), 2)
+        return max(2 * (self.size.width - int(self._plot.margin_left) - 2), 2)
 
     def draw(self, curves: Sequence[Curve], view: View) -> None:
         """Show `curves`; where view.y is None, from their least to their greatest value and a little more."""
@@ -181,8 +194,7 @@ class LossChart(Widget, can_focus=True):
         ends = curve.columns[0].x, curve.columns[-1].x
         signs = [_nearest(curve.columns, x) for x in wanted if ends[0] <= x <= ends[1]] or [curve.columns[-1]]
         self._plot.scatter([c.x for c in signs], [c.mean for c in signs], curve.sign, f"bold {color}")
-        if curve.flat is not None and ends[0] <= curve.flat <= ends[1]:
-            at = _nearest(curve.columns, curve.flat)
+        if at := curve.mark():
             self._plot.scatter([at.x], [at.mean], FLAT, f"bold reverse {color}")
 
     def zoom(self, x: float, y: float = 1.0) -> None:
@@ -257,24 +269,3 @@ def _scaled(range_: Range, centre: float, factor: float) -> Range:
 def _shifted(range_: Range, part: float) -> Range:
     by = (range_[1] - range_[0]) * part
     return range_[0] + by, range_[1] + by
-
-
-def readable(color: Color, background: Color) -> Color:
-    """`color`, made lighter or darker until it stands out from `background`."""
-    towards = Color(255, 255, 255) if background.brightness < 0.5 else Color(0, 0, 0)
-    for part in range(0, 11):
-        found = color.blend(towards, part / 10)
-        if contrast(found, background) >= CONTRAST:
-            break
-    return found
-
-
-def contrast(one: Color, other: Color) -> float:
-    """The ratio of two colours' luminances, 1 to 21 (WCAG 2)."""
-    lighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-def _luminance(color: Color) -> float:
-    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color.normalized]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
