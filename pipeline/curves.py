@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.metrics import LOSS, TELEMETRY
 from pipeline.params import Params
 
-TRAINING = ("pretrain", "finetune_full", "finetune_freeze", "finetune_lora")
+TRAINING = ("finetune_full", "finetune_freeze", "finetune_lora", "pretrain")  # as a reader wants to see them
 SHORT_KEY = 8  # characters of a digest that tell two runs apart to a reader
 
 

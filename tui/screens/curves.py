@@ -167,6 +167,7 @@ class CurvesScreen(WorkbenchScreen):
     def redraw(self) -> None:
         """Every chart, the line below and the list, from what was read."""
         self.set_class(not self.watched, "-empty")
+        self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
         drawn, x = self._drawn(), self._x()
         for chart in self.query(LossChart):
             name = str(chart.id)

@@ -54,20 +54,19 @@ class View:
 class _Ticks(AxisFormatter):  # type: ignore[misc]  # textual-plot is not type-checked here
     """1, 2 or 5 times a power of ten; on a logarithmic axis, values are exponents of ten."""
 
-    def __init__(self, log: bool = False) -> None:
-        self.log = log
+    def __init__(self, log: bool = False, room: int = 8) -> None:
+        self.log, self.room = log, max(room, 2)
 
     def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
         if self.log and max_ - min_ > 0.5:  # within a narrower range, equal steps of the exponent are told apart better
-            factors = (1, 2, 5) if max_ - min_ < 3 else (1,)
-            every = 1 + int((max_ - min_) / max_ticks)
-            powers = range(floor(min_), floor(max_) + 1, every)
-            ticks = [power + log10(factor) for power in powers for factor in factors]
+            factors = (1, 2, 5) if 3 * (max_ - min_) < self.room else (1,)
+            ticks = [power + log10(factor) for power in range(floor(min_), floor(max_) + 1) for factor in factors]
         else:
-            step = nice((max_ - min_) / 5)
+            step = nice((max_ - min_) / min(5, self.room))
             first = floor(min_ / step)
             ticks = [step * (first + i) for i in range(max_ticks + 4)]
-        return [tick for tick in ticks if min_ <= tick <= max_]
+        ticks = [tick for tick in ticks if min_ <= tick <= max_]
+        return ticks[:: 1 + len(ticks) // (self.room + 1)]
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
         return [_label(10**tick if self.log else tick) for tick in ticks]
@@ -167,7 +166,7 @@ class LossChart(Widget, can_focus=True):
             plot.set_xlimits(*view.x)
             plot.set_ylimits(*y)
             plot.set_x_formatter(_Ticks())
-            plot.set_y_formatter(_Ticks(view.log))
+            plot.set_y_formatter(_Ticks(view.log, (self.size.height - 4) // 2))
             background = self.background_colors[1]
             colors = [readable(Color.parse(curve.color), background) for curve in curves]
             for curve, color in zip(curves, colors, strict=True):
