@@ -20,7 +20,8 @@ class StageList(OptionList):
     """The stages in the DAG's order; option ids are their names."""
 
     DEFAULT_CSS = """
-    StageList { height: auto; border: none; padding: 0; background: transparent; text-wrap: nowrap; text-overflow: ellipsis; }
+    StageList { height: auto; border: none; padding: 0; background: transparent; }
+    StageList { text-wrap: nowrap; text-overflow: ellipsis; }
     StageList:focus { border: none; }
     """
 
