@@ -8,7 +8,7 @@ from rich.text import Text
 from cli.calc_output import Output, Question
 from cli.console import print_json, stdout, table
 from pipeline.calc.answer import swept
-from pipeline.calc.fit import GIB, LARGEST, Gpu, changes, gpu, largest
+from pipeline.calc.fit import LARGEST, changes, gpu, largest, of_size
 from pipeline.calc.memory import PARTS, predict
 from pipeline.calc.parameters import trainable
 from pipeline.calc.sources import built_in, names
@@ -70,9 +70,7 @@ def sweep(out: Output, question: Question, key: str, values: list[str]) -> None:
 
 def fit(out: Output, question: Question, budget: float | None, name: str | None) -> None:
     """`--fit` and `--gpu`: the most that fits, and what to change where nothing does."""
-    if budget is not None and not 0 < budget < 2**20:
-        raise UserError(f"fit takes GiB of memory, more than 0, got {budget:g}.")
-    device = gpu(name) if name is not None else Gpu("fit", f"{budget:g} GiB", round((budget or 0) * GIB))
+    device = gpu(name) if name is not None else of_size(budget or 0)
     model, method, run = question.model.shapes, question.method, question.run
     peak, most = predict(model, method, run).peak, largest(model, method, run, device.bytes)
     fits = peak <= device.bytes
