@@ -45,7 +45,10 @@ def changed(text: str, values: Mapping[str, Any]) -> str:
 
 
 def _set(text: str, section: str, name: str, value: Any) -> str:
-    root = yaml.compose(text)
+    try:
+        root = yaml.compose(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the params file is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError("the params file holds no sections. Mend it by hand.")
     branch = _child(root, section)

@@ -1,11 +1,15 @@
 """`lora-tui`: four screens on one project."""
 
 import argparse
+import asyncio
 import os
+import shlex
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterable
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -52,7 +56,15 @@ class Workbench(App[None]):
         self.theme = self._first_theme()
         self.theme_changed_signal.subscribe(self, lambda _: self._remember_theme())
         self.set_keymap(self.config.keys)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
         self.switch_mode("pipeline")
+
+    def _hung_up(self) -> None:
+        """The terminal is gone: the pipeline goes on or stops, as configured, and this program ends."""
+        if self.config.on_hangup == "stop" and self.runner.groups():
+            self.runner.stop()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGHUP)
 
     def _first_theme(self) -> str:
         """The one in the config, the one chosen last, or one that suits the terminal's background."""
@@ -162,12 +174,28 @@ def main() -> None:
         config = load_config(config_path())
     except UserError as error:
         sys.exit(f"error: {error}")
-    Workbench(arguments.params, config).run()
+    if arguments.web:
+        _serve(arguments.params, arguments.port)
+    else:
+        Workbench(arguments.params, config).run()
+
+
+def _serve(params: Path, port: int) -> None:
+    """The same app in a browser, on this machine alone: who reaches it can run the pipeline."""
+    try:
+        from textual_serve.server import Server
+    except ImportError:
+        sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
+    command = shlex.join([sys.executable, "-m", "tui.app", "--params", str(params)])
+    Server(command, host="localhost", port=port, title="lora").serve()
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
+    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
+    parser.add_argument("--port", type=int, default=8000, help="port of --web")
+    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
     return parser.parse_args()
 
 

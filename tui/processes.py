@@ -16,7 +16,7 @@ from pipeline import journal
 from pipeline.dag import RUNS, STAGES
 from pipeline.errors import UserError
 
-LOCK, LOG = "pipeline.lock", "pipeline.log"
+LOCK, LOG, OLD_LOG = "pipeline.lock", "pipeline.log", "pipeline.old.log"
 BIN = Path(sys.executable).parent
 
 
@@ -49,10 +49,20 @@ class Runner:
         if self.running():
             raise UserError("The pipeline is running already. Stop it first, or wait for it.")
         self.runs.mkdir(parents=True, exist_ok=True)
-        command = [str(BIN / "dvc"), *arguments]
-        with (self.runs / LOCK).open("a+") as lock, self.log.open("wb") as log:
+        with (self.runs / LOCK).open("a+") as lock:
             _lock(lock.fileno())
-            self._child = subprocess.Popen(
+            self._child, self._stops = self._spawned([str(BIN / "dvc"), *arguments], lock.fileno()), 0
+            running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time())
+            lock.truncate(0)
+            lock.write(json.dumps(vars(running)))
+        return running
+
+    def _spawned(self, command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
+        """The process, which holds the lock as long as it lives."""
+        if self.log.exists():
+            self.log.replace(self.runs / OLD_LOG)  # kept, so that who follows sees another file, not a longer one
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
                 command,
                 cwd=self.root,
                 env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "COLUMNS": "100"},
@@ -60,13 +70,8 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=(lock.fileno(),),  # the lock is held as long as the process lives
+                pass_fds=(lock,),
             )
-            self._stops = 0
-            running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time())
-            lock.truncate(0)
-            lock.write(json.dumps(vars(running)))
-        return running
 
     def running(self) -> Running | None:
         """The pipeline that a workbench started and that still runs."""

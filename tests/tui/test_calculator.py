@@ -314,12 +314,20 @@ async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
         ({"method": "full", "batch": "9"}, {"finetune_full.batch_size": 9}),
         (
             {"method": "freeze", "batch": "9", "last_blocks": "2", "ends": "freeze"},
-            {"finetune_freeze.batch_size": 9, "finetune_freeze.last_blocks": 2, "finetune_freeze.train_embeddings": False},
+            {
+                "finetune_freeze.batch_size": 9,
+                "finetune_freeze.last_blocks": 2,
+                "finetune_freeze.train_embeddings": False,
+            },
         ),
         (
             {"targets": "feed_forward", "embeddings": "none", "alpha": "3.5"},
-            {"finetune_lora.target_modules": ("feed_forward",), "finetune_lora.train_embeddings": "none",
-             "finetune_lora.alpha": 3.5, "finetune_lora.rank": 8},
+            {
+                "finetune_lora.target_modules": ("feed_forward",),
+                "finetune_lora.train_embeddings": "none",
+                "finetune_lora.alpha": 3.5,
+                "finetune_lora.rank": 8,
+            },
         ),
     ],
 )

@@ -208,7 +208,9 @@ class PipelineScreen(WorkbenchScreen):
             pane.border_subtitle = "  ".join(f"{key[0]} {label}" for key, label in PANES.items() if key != pane.id)
         if focus:
             target = {"params": "ParamForm Input", "log": "LogView", "metrics": "#metrics"}[name]
-            self.query(target).first().focus()
+            for widget in self.query(target).results(Widget):
+                widget.focus()
+                return
 
     # Running
 
@@ -217,7 +219,8 @@ class PipelineScreen(WorkbenchScreen):
 
     def action_run_stage(self, force: bool = False) -> None:
         """The chosen stage alone, once all that it reads is there."""
-        missing = [need for need in STAGES[self.chosen].needs if self.states[need].state == "missing"]
+        needs = (self.states.get(need) for need in STAGES[self.chosen].needs)
+        missing = [need.stage.name for need in needs if need and need.state == "missing"]
         if missing:
             self.workbench.say(f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning")
             return

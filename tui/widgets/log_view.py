@@ -19,6 +19,8 @@ class LogView(RichLog):
         self._offset, self._inode, self._rest = 0, 0, b""
 
     def follow(self, path: Path) -> None:
+        if not self.size.width:  # hidden, where lines would wait without bound for a width
+            return
         try:
             stat = path.stat()
             if stat.st_ino != self._inode or stat.st_size < self._offset:
