@@ -7,13 +7,14 @@ from bench.calculator import calculator
 from bench.commands import commands
 from bench.curves import curves
 from bench.memory import memory
+from bench.terminal import terminal
 from bench.training import training
 
 
 def main() -> None:
     table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
     console = Console()
-    for measure in (commands, calculator, memory, training, curves):
+    for measure in (commands, terminal, calculator, curves, memory, training):
         for row in measure():
             table.add_row(*row.cells())
     console.print(table)

@@ -4,6 +4,8 @@ import ast
 import hashlib
 import platform
 import subprocess
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -72,6 +74,7 @@ def committed(path: Path) -> str | None:
     return done.stdout
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Python and the libraries whose code decides the bytes of an artifact."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

@@ -24,7 +24,7 @@ from tui.widgets.log_view import LogView
 from tui.widgets.param_form import ParamForm
 from tui.widgets.stage_list import StageList
 
-TICK = 0.25  # seconds between two looks at the files
+TICK = 0.4  # seconds between two looks at the files
 PANES = {"params": "Params", "log": "Log", "metrics": "Metrics"}
 
 
@@ -47,7 +47,8 @@ class PipelineScreen(WorkbenchScreen):
         self.project: Project | None = None
         self.states: dict[str, StageState] = {}
         self.chosen = next(iter(STAGES))
-        self._seen: object = None  # signature of the files that the states on the screen were made of
+        self.problem = ""  # of the params file as it is now; the project is then of the last good one
+        self._seen: tuple[object, object] | None = None  # of the params file and of all else, as they were looked at
         self._compared: object = None  # and that of the metrics
         self._looking = False
         self._pipeline: Running | None = None
@@ -90,18 +91,22 @@ class PipelineScreen(WorkbenchScreen):
             self._look(now)
         self.query_one(LogView).follow(self.workbench.runner.log)
 
-    def _signature(self) -> object:
-        path = self.workbench.params_path
-        stat = path.stat() if path.exists() else None
-        return (stat and (stat.st_mtime_ns, stat.st_size, stat.st_ino)), self.project and signature(self.project)
+    def _signature(self) -> tuple[object, object]:
+        try:
+            stat = self.workbench.params_path.stat()
+            file = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        except OSError:
+            file = (0, 0, 0)
+        return file, self.project and signature(self.project)
 
     @work(thread=True, group="look")
-    def _look(self, seen: object) -> None:
-        path, problem = self.workbench.params_path, ""
-        try:
-            project: Project | None = Project(self.workbench.root, params.load(path))
-        except (UserError, OSError) as error:
-            project, problem = self.project, str(error)
+    def _look(self, seen: tuple[object, object] | None) -> None:
+        project, problem = self.project, self.problem
+        if project is None or self._seen is None or seen is None or seen[0] != self._seen[0]:
+            try:
+                project, problem = Project(self.workbench.root, params.load(self.workbench.params_path)), ""
+            except (UserError, OSError) as error:
+                problem = str(error)
         states: dict[str, StageState] = {}
         try:
             if project:
@@ -111,9 +116,16 @@ class PipelineScreen(WorkbenchScreen):
         if self.is_attached:
             self.call_later(self._show, project, states or self.states, problem, seen)
 
-    async def _show(self, project: Project | None, states: dict[str, StageState], problem: str, seen: object) -> None:
-        first = self.project is None
-        self.project, self.states, self._seen, self._looking = project, states, None if first else seen, False
+    async def _show(
+        self,
+        project: Project | None,
+        states: dict[str, StageState],
+        problem: str,
+        seen: tuple[object, object] | None,
+    ) -> None:
+        first = project is not None and self.project is None  # what else is to be watched was not known before
+        self.project, self.problem, self.states, self._looking = project, problem, states, False
+        self._seen = None if first else seen
         banner = self.query_one("#problem", Static)
         banner.display = bool(problem)
         banner.update(f"✗ {problem}\nWhat stands below is as before it broke." if project else f"✗ {problem}")
