@@ -84,14 +84,19 @@ def encode(loaded: Loaded, text: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def next_probabilities(loaded: Loaded, text: str) -> Tensor:
-    """Probabilities of the next token, (V,)."""
-    logits: Tensor = loaded.model(torch.tensor([encode(loaded, text)]))
-    return logits[0, -1].softmax(0)
+    """Probabilities of the next token, (V,), on the CPU."""
+    logits: Tensor = loaded.model(torch.tensor([encode(loaded, text)], device=loaded.model.device))
+    return logits[0, -1].softmax(0).cpu()
 
 
 def top_k(loaded: Loaded, text: str, k: int) -> list[Choice]:
     """The `k` likeliest next tokens, likeliest first."""
-    values, ids = next_probabilities(loaded, text).topk(min(k, len(loaded.tokenizer)))
+    return likeliest(loaded, next_probabilities(loaded, text), k)
+
+
+def likeliest(loaded: Loaded, probabilities: Tensor, k: int) -> list[Choice]:
+    """The `k` likeliest of probabilities (V,), likeliest first."""
+    values, ids = probabilities.topk(min(k, len(loaded.tokenizer)))
     return [Choice(loaded.tokenizer.word(int(i)), float(v)) for v, i in zip(values, ids, strict=True)]
 
 

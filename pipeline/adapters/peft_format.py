@@ -1,6 +1,7 @@
 """Adapters on disk in PEFT's format: written so that PEFT opens them, read so that nothing wrong gets in."""
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.models.minigpt import MiniGPT
 from pipeline.tensors import refuse_difference, shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: artifact.base_fingerprint, or one that remembers
 
 # PEFT's options that change what an adapter computes, each with the only value that is understood here ...
 _PLAIN: dict[str, Any] = {
@@ -121,13 +123,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
 
 
-def load_adapter(model: MiniGPT, base_folder: Path, folder: Path) -> AdapterSpec:
+def load_adapter(
+    model: MiniGPT, base_folder: Path, folder: Path, fingerprint: Fingerprint = artifact.base_fingerprint
+) -> AdapterSpec:
     """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`.
 
+    Parameters get the adapter's tensors; none is written to, so a model that shares its tensors keeps them.
     Raises UserError if the adapter was changed since it was made, was made on another base, or has other tensors
     than its config and this model call for; `model` is then of no more use.
     """
-    refuse_foreign(base_folder, folder)
+    refuse_foreign(base_folder, folder, fingerprint)
     spec = read_spec(folder)
     found = shapes(folder / WEIGHTS)
     rows = [row for ids in spec.rows.values() for row in ids]
@@ -137,17 +142,16 @@ def load_adapter(model: MiniGPT, base_folder: Path, folder: Path) -> AdapterSpec
     places = tensors(model, spec)
     refuse_difference({key: tuple(p.shape) for key, p in places.items()}, found, str(folder / WEIGHTS))
     values = load_tensors(folder / WEIGHTS)
-    with torch.no_grad():
-        for key, parameter in places.items():
-            parameter.copy_(values[key])
     for key, parameter in places.items():
-        if not torch.equal(parameter, values[key].to(parameter.dtype)):
+        parameter.data = values[key].to(parameter, copy=True)  # a copy: what the library read may be a mapped file
+    for key, parameter in places.items():
+        if not torch.equal(parameter, values[key].to(parameter)):
             raise UserError(f"{folder}: {key} differs from its twin, but the base ties embedding and head.")
     model.requires_grad_(False)
     return spec
 
 
-def refuse_foreign(base_folder: Path, folder: Path) -> None:
+def refuse_foreign(base_folder: Path, folder: Path, fingerprint: Fingerprint) -> None:
     """Raises UserError if the adapter's manifest does not bind these files to this base.
 
     An adapter made elsewhere has no manifest: its names and shapes are all that can be checked.
@@ -157,7 +161,7 @@ def refuse_foreign(base_folder: Path, folder: Path) -> None:
     manifest = artifact.read_manifest(folder)
     _refuse_edited(manifest, read_config(folder), folder / CONFIG)
     artifact.verify(folder)
-    trained_on, found = manifest.get("base", {}), artifact.base_fingerprint(base_folder)
+    trained_on, found = manifest.get("base", {}), fingerprint(base_folder)
     for part, digest in found.items():
         if trained_on.get(part) != digest:
             raise UserError(
