@@ -7,15 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.adapters.peft_format import load_adapter, read_config
-from pipeline.dag import STAGES, VARIANTS, Project
+from pipeline.adapters.peft_format import load_adapter
+from pipeline.dag import VARIANTS, Project
 from pipeline.errors import UserError
 from pipeline.generate import GREEDY, Sampling, generate
 from pipeline.models.base import load_base
 from pipeline.models.minigpt import MiniGPT
 from pipeline.tokenizer import WordTokenizer
-
-DEFAULT_BASE = STAGES["expand_vocab"].path
 
 
 @dataclass(frozen=True)
@@ -43,20 +41,6 @@ def load(base: Path, adapter: Path | None = None, name: str = "") -> Loaded:
     if adapter is not None:
         load_adapter(model, base, adapter)
     return Loaded(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
-
-
-def base_of(adapter: Path | None) -> Path:
-    """The model folder that an adapter names as its base; without an adapter, the pipeline's expanded base.
-
-    A relative name is looked for here, then in the folders that the adapter lies in. Raises UserError.
-    """
-    if adapter is None:
-        return Path(DEFAULT_BASE)
-    named = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
-    for folder in (Path(), *adapter.resolve().parents):
-        if isinstance(named, str) and (folder / named).is_dir():
-            return folder / named
-    raise UserError(f"{adapter} names {named!r} as its base, and there is no such folder. Name the base with --base.")
 
 
 def variants(project: Project) -> Iterator[Loaded]:

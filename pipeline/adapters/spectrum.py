@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pipeline import artifact
 from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.peft_format import WEIGHTS, read_spec
+from pipeline.adapters.peft_format import read_spec
+from pipeline.binding import WEIGHTS
 from pipeline.errors import UserError
 from pipeline.models.base import load_tensors
 
