@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
@@ -15,6 +15,9 @@ from textual.screen import Screen
 
 from pipeline.errors import UserError
 from tui.settings import Config, State, config_path, load_config, state_path
+
+if TYPE_CHECKING:
+    from tui.inference import Inference
 
 Severity = Literal["information", "warning", "error"]
 SCREENS = {"pipeline": "Pipeline", "curves": "Curves", "calculator": "Calculator", "adapters": "Adapters"}
@@ -42,6 +45,7 @@ class Workbench(App[None]):
         self.root = self.params_path.parent
         self.config = config or Config()
         self.state = State.load(state_path())
+        self.inference: Inference | None = None  # the adapters screen makes it
         self.said: deque[tuple[datetime, Severity, str]] = deque(maxlen=1000)
         super().__init__()
 
@@ -50,6 +54,10 @@ class Workbench(App[None]):
         self.theme_changed_signal.subscribe(self, lambda _: self._remember_theme())
         self.set_keymap(self.config.keys)
         self.switch_mode("pipeline")
+
+    async def on_unmount(self) -> None:
+        if self.inference:
+            await self.inference.stop()
 
     def _first_theme(self) -> str:
         """The one in the config, the one chosen last, or one that suits the terminal's background."""

@@ -1,0 +1,135 @@
+"""The models in some folders: what was read of each and what was found when it was checked, kept while files stay."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.binding import CONFIG
+from pipeline.dag import STAGES, VARIANTS
+from pipeline.errors import UserError
+from pipeline.inventory import Model, Signature, Verdict, check, describe, find_base, model_folders, signature
+
+ORDER = ("pretrain", "expand_vocab", "full", "freeze", "adapter", "merge")  # side by side, from left to right
+MAX_JSON = 1_000_000  # bytes of a manifest or config that are shown
+Stamp = tuple[Signature, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model as the screen shows it; no verdict means: not checked yet."""
+
+    label: str
+    model: Model
+    verdict: Verdict | None
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Where it stands beside others: base, expanded, full, freeze, adapters, merged, then all else by name."""
+        kind = "adapter" if self.model.kind == "adapter" else self.model.method
+        return (ORDER.index(kind) if kind in ORDER else len(ORDER), self.label)
+
+
+class Library:
+    """Finds and checks models. Every method reads files: call it from a thread, but `usual`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folders: list[Path] = [root / "artifacts"]
+        self._models: dict[Path, tuple[Signature, Model]] = {}
+        self._verdicts: dict[Path, tuple[Stamp, Verdict]] = {}
+        self._fingerprints: dict[Path, tuple[Signature, Mapping[str, str]]] = {}
+
+    def usual(self) -> dict[Path, str]:
+        """Folder → name of the models that the pipeline makes."""
+        return {self.root / STAGES[adapter or base].path: name for name, (base, adapter) in VARIANTS.items()}
+
+    def label(self, path: Path) -> str:
+        """A short name: the pipeline's own, or where it lies in the folder that it was found in."""
+        if name := self.usual().get(path):
+            return name
+        for folder in self.folders:
+            if path.is_relative_to(folder):
+                inside = path.relative_to(folder)
+                return str(inside if folder == self.root / "artifacts" else folder.name / inside)
+        return str(path)
+
+    def scan(self) -> Iterator[Entry]:
+        """Every model in the folders, with the verdict where it is known."""
+        for path in dict.fromkeys(found for folder in self.folders for found in model_folders(folder)):
+            now = signature(path)
+            known = self._models.get(path)
+            model = known[1] if known and known[0] == now else describe(path)
+            self._models[path] = now, model
+            yield Entry(self.label(path), model, self._known(path, self.stamp(model)))
+
+    def missing(self) -> list[Path]:
+        """Folders to look in that do not exist; the project's own may be still to come."""
+        return [folder for folder in self.folders[1:] if not folder.is_dir()]
+
+    def check(self, entry: Entry) -> Entry:
+        """The entry with its verdict. Reads all of the model's bytes unless they are those that were checked before."""
+        model = entry.model
+        stamp = self.stamp(model)
+        verdict = self._known(model.path, stamp) or check(model, self.root, self.folders, self._fingerprint)
+        self._verdicts[model.path] = stamp, verdict
+        return Entry(entry.label, model, verdict)
+
+    def _known(self, path: Path, stamp: Stamp) -> Verdict | None:
+        known = self._verdicts.get(path)
+        return known[1] if known and known[0] == stamp else None
+
+    def forget(self) -> None:
+        """Check everything again the next time."""
+        self._verdicts.clear()
+        self._fingerprints.clear()
+
+    def stamp(self, model: Model) -> Stamp:
+        """What a verdict depends on: the model's files, its base's, and the evaluations'. ((),) if it is gone."""
+        own = signature(model.path)
+        if not own:
+            return ((),)
+        evaluations = [path.parent for folder in self.folders for path in folder.glob("*/metrics.json")]
+        return (own, signature(self.base(model) or model.path), *map(signature, evaluations))
+
+    def base(self, model: Model) -> Path | None:
+        """The folder that the model stands on: its own, or the base of an adapter if there is one."""
+        if model.kind != "adapter":
+            return model.path
+        try:
+            return find_base(model.path, self.root)
+        except UserError:
+            return None
+
+    def _fingerprint(self, base: Path) -> Mapping[str, str]:
+        """As artifact.base_fingerprint, once for all the adapters of a base."""
+        now = signature(base)
+        known = self._fingerprints.get(base)
+        found = known[1] if known and known[0] == now else artifact.base_fingerprint(base)
+        self._fingerprints[base] = now, found
+        return found
+
+    def watched(self, entries: Sequence[Entry]) -> object:
+        """Something that differs once a model came, went or changed. Costs a stat a file."""
+        folders = {entry.model.path.parent for entry in entries} | set(self.folders)
+        return [_changed(folder) for folder in sorted(folders)], [signature(entry.model.path) for entry in entries]
+
+
+def _changed(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def documents(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest and the adapter's config, each {} where it is missing, broken or too big to show."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in (artifact.MANIFEST, CONFIG):
+        path = folder / name
+        try:
+            found[name] = artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {}
+        except (UserError, OSError):
+            found[name] = {}
+    return found
