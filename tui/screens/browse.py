@@ -136,7 +136,7 @@ class BrowseScreen(WorkbenchScreen):
 
     def chosen(self) -> list[Entry]:
         """The selected models in the order in which they stand side by side, or the one under the cursor."""
-        paths = set(self.selected) or {self.query_one(ModelTable).pointed}
+        paths: set[Path | None] = {*self.selected} or {self.query_one(ModelTable).pointed}
         return sorted((e for e in self.entries if e.model.path in paths), key=lambda entry: entry.place)
 
     def selection_changed(self) -> None:
