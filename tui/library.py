@@ -1,6 +1,6 @@
 """The models in some folders: what was read of each and what was found when it was checked, kept while files stay."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Library:
         self.root = root
         self.folders: list[Path] = [root / "artifacts"]
         self._models: dict[Path, tuple[Signature, Model]] = {}
+        self._places: dict[Path, int] = {}  # folder that models lie in → when it was modified (ns)
         self._verdicts: dict[Path, tuple[Stamp, Verdict]] = {}
         self._fingerprints: dict[Path, tuple[Signature, Mapping[str, str]]] = {}
 
@@ -57,16 +58,22 @@ class Library:
 
     def scan(self) -> Iterator[Entry]:
         """Every model in the folders, with the verdict where it is known."""
+        models: dict[Path, tuple[Signature, Model]] = {}
+        places = {folder: _modified(folder) for folder in self.folders}
         for path in dict.fromkeys(found for folder in self.folders for found in model_folders(folder)):
+            places.setdefault(path.parent, _modified(path.parent))
             now = signature(path)
             known = self._models.get(path)
             model = known[1] if known and known[0] == now else describe(path)
-            self._models[path] = now, model
+            models[path] = now, model
             yield Entry(self.label(path), model, self._known(path, self.stamp(model)))
+        self._models, self._places = models, places
 
-    def missing(self) -> list[Path]:
-        """Folders to look in that do not exist; the project's own may be still to come."""
-        return [folder for folder in self.folders[1:] if not folder.is_dir()]
+    def changed(self) -> bool:
+        """Whether a model came, went or changed since the last whole scan. Costs a stat a file."""
+        return any(_modified(place) != before for place, before in list(self._places.items())) or any(
+            signature(path) != before for path, (before, _) in list(self._models.items())
+        )
 
     def check(self, entry: Entry) -> Entry:
         """The entry with its verdict. Reads all of the model's bytes unless they are those that were checked before."""
@@ -110,13 +117,8 @@ class Library:
         self._fingerprints[base] = now, found
         return found
 
-    def watched(self, entries: Sequence[Entry]) -> object:
-        """Something that differs once a model came, went or changed. Costs a stat a file."""
-        folders = {entry.model.path.parent for entry in entries} | set(self.folders)
-        return [_changed(folder) for folder in sorted(folders)], [signature(entry.model.path) for entry in entries]
 
-
-def _changed(folder: Path) -> int:
+def _modified(folder: Path) -> int:
     try:
         return folder.stat().st_mtime_ns
     except OSError:

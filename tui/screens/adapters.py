@@ -47,7 +47,7 @@ class AdaptersScreen(BrowseScreen):
     AUTO_FOCUS = "ModelTable"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("p", "prompt", "Prompt", id="adapters.prompt"),
-        Binding("b", "browse", "Models", id="adapters.browse"),
+        Binding("b", "browse", "Models", id="adapters.browse", show=False),
         Binding("left_square_bracket", "strength(-1)", "Strength", id="adapters.weaker", key_display="[ ]"),
         Binding("right_square_bracket", "strength(1)", "Stronger", id="adapters.stronger", show=False),
         Binding("t", "sampling", "Sampling", id="adapters.sampling"),
@@ -55,7 +55,7 @@ class AdaptersScreen(BrowseScreen):
         Binding("y", "copy", "Copy", id="adapters.copy"),
         Binding("w", "save", "Save", id="adapters.save"),
         Binding("m", "spectrum", "Measure the spectrum", id="adapters.spectrum", show=False),
-        Binding("x", "interrupt", "Interrupt", id="adapters.interrupt"),
+        Binding("x", "interrupt", "Interrupt", id="adapters.interrupt", show=False),
     ]
 
     def __init__(self) -> None:
@@ -233,8 +233,10 @@ class AdaptersScreen(BrowseScreen):
         if not entries or exchange is None:
             self.workbench.say("Attention is shown over a prompt. Ask one first.", "warning")
             return
-        ask = partial(self.talk.asker.attention, entries[0], exchange.prompt, self.query_one(Slider).value)
-        self.app.push_screen(AttentionScreen(entries[0].label, ask))
+        pointed = self.entry(self.query_one(ModelTable).pointed)
+        entry = pointed if pointed in entries else entries[0]
+        ask = partial(self.talk.asker.attention, entry, exchange.prompt, self.query_one(Slider).value)
+        self.app.push_screen(AttentionScreen(entry.label, ask))
 
     # what was answered
 

@@ -52,7 +52,7 @@ class BrowseScreen(WorkbenchScreen):
         Binding("slash", "filter", "Filter", id="adapters.filter", key_display="/"),
         Binding("s", "sort", "Sort", id="adapters.sort"),
         Binding("S", "reverse", "Sort the other way", id="adapters.reverse", show=False),
-        Binding("u", "usual", "Usual set", id="adapters.usual"),
+        Binding("u", "usual", "Usual", id="adapters.usual"),
         Binding("o", "folder", "Folder", id="adapters.folder"),
         Binding("v", "verify", "Check all again", id="adapters.verify", show=False),
     ]
@@ -66,7 +66,6 @@ class BrowseScreen(WorkbenchScreen):
         self.entries: list[Entry] = []
         self.selected: list[Path] = []
         self.details: Details | None = None
-        self._watched: object = None
 
     def models(self) -> Vertical:
         """The table with its filter, or what to do where there is nothing to show."""
@@ -100,10 +99,8 @@ class BrowseScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="watch")
     async def _watch(self) -> None:
-        watched = await asyncio.to_thread(self.library.watched, self.entries)
-        if self._watched not in (None, watched):
+        if await asyncio.to_thread(self.library.changed):
             self.scanner.start()
-        self._watched = watched
 
     @on(Found)
     def list_found(self, event: Found) -> None:
@@ -114,7 +111,6 @@ class BrowseScreen(WorkbenchScreen):
         self.entries = list(event.entries)
         self.query_one("#models").set_class(not self.entries, "-none")
         self.query_one("#none", Static).update(NONE)
-        self._watched = None
         self.redraw()
         self._describe()
 

@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Button, Checkbox, Input, Label, Static
 
@@ -18,6 +19,15 @@ class Chosen(NamedTuple):
 
     sampling: Sampling
     chat: bool
+
+
+class Tick(Checkbox):
+    """A check box that is empty where it is off: Textual's tells by colour alone."""
+
+    @property
+    def _button(self) -> Content:
+        self.BUTTON_INNER = "X" if self.value else " "
+        return super()._button
 
 
 class SamplingScreen(ModalScreen[Chosen | None]):
@@ -45,7 +55,7 @@ class SamplingScreen(ModalScreen[Chosen | None]):
                     yield Input(f"{value:g}" if isinstance(value, float) else str(value), compact=True, id=name)
                     yield Static(RULES[name][0], classes="rule")
             label = "chat template" if self._has_chat else "chat template (no model asked so far has one)"
-            yield Checkbox(label, self._chat, compact=True, disabled=not self._has_chat)
+            yield Tick(label, self._chat and self._has_chat, compact=True, disabled=not self._has_chat)
             yield Static(classes="wrong", markup=False)
             yield Button("Use", compact=True, variant="primary")
 

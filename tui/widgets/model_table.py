@@ -73,6 +73,12 @@ COLUMNS = (
 )
 
 
+def _padded(texts: Sequence[str], right: bool, gap: int) -> list[str]:
+    """All as wide as the widest, and a gap after them."""
+    width = max(map(len, texts))
+    return [(text.rjust(width) if right else text.ljust(width)) + " " * gap for text in texts]
+
+
 class ModelTable(DataTable[Text]):
     """Says which model the cursor is on, which is marked, and which was chosen with Enter."""
 
@@ -152,23 +158,25 @@ class ModelTable(DataTable[Text]):
         self._drawn, at, row = drawn, self.pointed, self.cursor_row
         self.clear(columns=True)
         self.add_column("", width=2)
-        for index in columns:
-            self.add_column(self._header(index), key=str(index))
-        for entry in rows:
-            self.add_row(*self._cells(entry, columns), key=str(entry.model.path))
+        grid = [[self._label(index), *(COLUMNS[index].text(entry) for entry in rows)] for index in columns]
+        gap = 1 if len(columns) == len(COLUMNS) else 2
+        padded = [_padded(texts, COLUMNS[index].right, gap) for index, texts in zip(columns, grid, strict=True)]
+        for index, texts in zip(columns, padded, strict=True):
+            self.add_column(Text(texts[0]), key=str(index))
+        for number, entry in enumerate(rows, 1):
+            self.add_row(*self._cells(entry, [texts[number] for texts in padded]), key=str(entry.model.path))
         paths = [entry.model.path for entry in rows]
         self.move_cursor(row=paths.index(at) if at in paths else min(row, len(rows) - 1), animate=False)
         self.post_message(self.Pointed(self.pointed))
 
-    def _header(self, index: int) -> Text:
+    def _label(self, index: int) -> str:
         sign = "" if self._sorted != index else "▼" if self._descending else "▲"
-        return Text(f"{COLUMNS[index].label}{sign} ", justify="right" if COLUMNS[index].right else "left")
+        return COLUMNS[index].label + sign
 
-    def _cells(self, entry: Entry, columns: Sequence[int]) -> list[Text]:
-        mark = Text("●" if entry.model.path in self._selected else " ", "bold")
+    def _cells(self, entry: Entry, texts: Sequence[str]) -> list[Text]:
         style = {REFUSED: "red", CHECKING: "dim"}.get(state(entry), "")
-        shown = (COLUMNS[index] for index in columns)
-        return [mark, *(Text(f"{c.text(entry)} ", style, justify="right" if c.right else "left") for c in shown)]
+        mark = Text("●" if entry.model.path in self._selected else " ", "bold")
+        return [mark, *(Text(text, style) for text in texts)]
 
     def on_resize(self, _: Resize) -> None:
         self._draw()

@@ -9,7 +9,7 @@ from textual.widget import Widget
 from tui.exchange import Answer
 from tui.widgets.bars import bar
 
-CELL = 12  # least width of a model's column: 97.3 +12.3 and a space
+CELL = 11  # least width of a model's column: a percentage and a difference, each with a space before it
 NUMBERS = 5  # width of a percentage
 LONGEST_TOKEN = 24
 
@@ -45,7 +45,7 @@ def table(answers: Sequence[Answer], width: int) -> Text:
     rows = tokens(answers)
     if not rows:
         return Text()
-    first = min(max(map(len, ("next token", *rows))), LONGEST_TOKEN) + 1
+    first = min(max(map(len, ("next", *rows))), LONGEST_TOKEN) + 1
     fits = max((width - first) // CELL, 1)
     reference = next(answer for answer in answers if answer.top_k)
     blocks = [answers[start : start + fits] for start in range(0, len(answers), fits)]
@@ -55,7 +55,7 @@ def table(answers: Sequence[Answer], width: int) -> Text:
 def _block(rows: Sequence[str], answers: Sequence[Answer], reference: Answer, first: int, width: int) -> Text:
     cell = (width - first) // len(answers)
     text = Text(no_wrap=True, overflow="ellipsis")
-    text.append("next token".ljust(first), "dim")
+    text.append("next".ljust(first), "dim")
     for answer in answers:
         text.append(_cut(answer.title, cell - 1).ljust(cell), "bold")
     for token in rows:
