@@ -1,7 +1,7 @@
 """The models in some folders: what was read of each and what was found when it was checked, kept while files stay."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Entry:
     label: str
     model: Model
     verdict: Verdict | None
+    shown: str = ""  # its path as it is shown: in the project, or whole
 
     @property
     def place(self) -> tuple[int, str]:
@@ -66,7 +67,8 @@ class Library:
             known = self._models.get(path)
             model = known[1] if known and known[0] == now else describe(path)
             models[path] = now, model
-            yield Entry(self.label(path), model, self._known(path, self.stamp(model)))
+            shown = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+            yield Entry(self.label(path), model, self._known(path, self.stamp(model)), str(shown))
         self._models, self._places = models, places
 
     def changed(self) -> bool:
@@ -81,7 +83,7 @@ class Library:
         stamp = self.stamp(model)
         verdict = self._known(model.path, stamp) or check(model, self.root, self.folders, self._fingerprint)
         self._verdicts[model.path] = stamp, verdict
-        return Entry(entry.label, model, verdict)
+        return replace(entry, verdict=verdict)
 
     def _known(self, path: Path, stamp: Stamp) -> Verdict | None:
         known = self._verdicts.get(path)

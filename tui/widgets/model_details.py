@@ -48,7 +48,7 @@ def described(details: Details) -> Text:
     text.append(f"{state(entry)}\n", f"not bold {STYLES.get(state(entry), '')}")
     if entry.verdict and entry.verdict.reason:
         text.append(f"{entry.verdict.reason}\n", f"not bold {STYLES.get(state(entry), '')}")
-    text.append(f"{entry.model.path}\n", "not bold dim")
+    text.append(f"{entry.shown}\n", "not bold dim")
     if entry.model.kind == "adapter":
         text.append_text(_spectrum(details.spectrum))
         text.append_text(_section("adapter", _told(details.config)))

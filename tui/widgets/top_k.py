@@ -77,7 +77,8 @@ def _cell(token: str, answer: Answer, reference: Answer, width: int) -> Text:
     elif len(answer.of) and width < 2 * CELL:
         return _padded(text, width)
     room = width - text.cell_len - 2
-    text.append(" " + bar(probability, room) if room >= 4 else "", "dim")
+    seen = probability if probability >= 0.0005 else 0.0  # what rounds to 0.0 has no bar
+    text.append(" " + bar(seen, room) if room >= 4 else "", "dim")
     return _padded(text, width)
 
 
