@@ -3,7 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
+from bench.calculator import calculator
 from bench.commands import commands
+from bench.curves import curves
 from bench.memory import memory
 from bench.training import training
 
@@ -11,7 +13,7 @@ from bench.training import training
 def main() -> None:
     table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
     console = Console()
-    for measure in (commands, memory, training):
+    for measure in (commands, calculator, memory, training, curves):
         for row in measure():
             table.add_row(*row.cells())
     console.print(table)

@@ -53,8 +53,9 @@ def calc(
 ) -> None:
     """Parameters, memory and what fits, exact, from shapes alone: nothing is downloaded, no GPU is needed."""
     from cli.calc_output import Output, Question
+    from pipeline.calc.asked import method_of, run_of
     from pipeline.calc.memory import refuse_impossible
-    from pipeline.calc.settings import QLORA, Method, Run, checked
+    from pipeline.calc.settings import checked
     from pipeline.calc.sources import open_model
 
     out = Output(as_json, as_csv)
@@ -74,36 +75,35 @@ def calc(
         (calc_screens.models if list_ else calc_screens.document)(out)
         return
     opened = open_model(model)
-    if method == "qlora":  # LoRA on a quantized base
-        method, precision = "lora", precision or QLORA
-    ours = opened.shapes.style.ours  # MiniGPT trains in fp32, keeps every tensor, and runs on the CPU
-    asked = Method(
-        kind=method,
-        rank=rank,
-        alpha=float(rank) if alpha is None else alpha,
-        targets=tuple(name.strip() for name in targets.split(",")),
+    asked = method_of(
+        method,
+        rank,
+        alpha,
+        targets,
         rank_pattern=tuple(map(_pattern, rank_pattern or [])),
         rslora=rslora,
         dora=dora,
-        embeddings="new_rows" if new_rows and embeddings == "none" else embeddings,
+        embeddings=embeddings,
         new_rows=new_rows,
         last_blocks=last_blocks,
         train_embeddings=train_embeddings,
         virtual_tokens=virtual_tokens,
     )
-    run = Run(
+    run = run_of(
+        opened.shapes,
+        method,
         batch=batch,
-        sequence=min(2048, opened.shapes.context) if sequence is None else sequence,
-        precision=precision or ("fp32" if ours else "bf16"),
+        sequence=sequence,
+        precision=precision,
         adapter_precision=adapter_precision,
         optimizer=optimizer,
-        checkpointing=checkpointing or ("none" if ours else "full"),
+        checkpointing=checkpointing,
         attention=attention,
         loss=loss,
         label_share=label_share,
         chunk=chunk,
         casts=casts,
-        context=(0 if ours else 512 * 2**20) if context is None else context * 2**20,
+        context=None if context is None else context * 2**20,
     )
     checked(asked, run)
     refuse_impossible(opened.shapes, asked, run)

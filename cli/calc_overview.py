@@ -2,15 +2,14 @@
 
 from rich.text import Text
 
-from cli.calc_output import Output, Question, gib, title_of
+from cli.calc_output import Output, Question
 from cli.console import print_json, stdout, table
 from pipeline.calc import answer as calc
 from pipeline.calc.fit import Gpu, gpus
 from pipeline.calc.memory import PARTS, Memory, inference
 from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
 from pipeline.calc.settings import Method, Run
-
-SHADES = dict(zip(PARTS, ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black"), strict=True))
+from pipeline.calc.words import SHADES, gib, title_of
 
 
 def overview(out: Output, question: Question) -> None:
@@ -44,7 +43,7 @@ def _parameters(question: Question) -> None:
     trained = trainable(model, method)
     title = f"{title_of(method)}: {trained:,} trainable, {100 * trained / model.total:.4g}%"
     stdout.print(Text.assemble("\n", (title, "bold")))
-    found = projections(model, method) if method.kind == "lora" else []
+    found = projections(model, method) if method.kind == "lora" else ()
     rows = [
         (
             p.name,

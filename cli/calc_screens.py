@@ -5,13 +5,14 @@ from typing import Any
 
 from rich.text import Text
 
-from cli.calc_output import GIB, Output, Question, smallest, title_of
+from cli.calc_output import Output, Question
 from cli.console import print_json, stdout, table
 from pipeline.calc.answer import swept
-from pipeline.calc.fit import LARGEST, Gpu, changes, gpu, largest
+from pipeline.calc.fit import LARGEST, changes, gpu, largest, of_size
 from pipeline.calc.memory import PARTS, predict
 from pipeline.calc.parameters import trainable
 from pipeline.calc.sources import built_in, names
+from pipeline.calc.words import capped, smallest, title_of
 from pipeline.errors import UserError
 from pipeline.metrics import in_units
 
@@ -69,9 +70,7 @@ def sweep(out: Output, question: Question, key: str, values: list[str]) -> None:
 
 def fit(out: Output, question: Question, budget: float | None, name: str | None) -> None:
     """`--fit` and `--gpu`: the most that fits, and what to change where nothing does."""
-    if budget is not None and not 0 < budget < 2**20:
-        raise UserError(f"fit takes GiB of memory, more than 0, got {budget:g}.")
-    device = gpu(name) if name is not None else Gpu("fit", f"{budget:g} GiB", round((budget or 0) * GIB))
+    device = gpu(name) if name is not None else of_size(budget or 0)
     model, method, run = question.model.shapes, question.method, question.run
     peak, most = predict(model, method, run).peak, largest(model, method, run, device.bytes)
     fits = peak <= device.bytes
@@ -90,7 +89,7 @@ def fit(out: Output, question: Question, budget: float | None, name: str | None)
     room = f", {in_units(device.bytes)}" if name else ""
     stdout.print(f"on {device.label}{room}; {run.batch} × {run.sequence:,} tokens", markup=False)
     if fits:
-        rows = [(key, _capped(key, value)) for key, value in vars(most).items() if value is not None]
+        rows = [(key, capped(value, LARGEST.get(key))) for key, value in vars(most).items() if value is not None]
         stdout.print("\nthe most that fits, the rest as given")
         stdout.print(table(("setting", "largest"), rows, right=("largest",)))
         return
@@ -100,11 +99,6 @@ def fit(out: Output, question: Question, budget: float | None, name: str | None)
     needed = ways[-1][3] if ways else peak
     if needed > device.bytes:
         stdout.print(f"a larger device is needed: {smallest(needed)}")
-
-
-def _capped(key: str, value: int | str) -> str:
-    """The largest found, or that the search ended before the memory did."""
-    return f"{value:,} or more" if value == LARGEST.get(key) else f"{value:,}" if isinstance(value, int) else value
 
 
 def trace(out: Output, question: Question) -> None:

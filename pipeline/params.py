@@ -149,7 +149,20 @@ class Params:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:
     """Read and check `path`, then apply `section.key=value` overrides. Raises UserError."""
-    tree = _read(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist. Run this in the project's folder, or name the file with --params."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return parse(text, path, overrides)
+
+
+def parse(text: str, path: Path, overrides: Sequence[str] = ()) -> Params:
+    """The same for a text that is, or is to be, in `path`. Raises UserError."""
+    tree = _tree(text, path)
     for override in overrides:
         _apply(tree, override)
     _refuse_unknown(tree, Params, "", path.name)
@@ -161,13 +174,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
     return replace(Params(), **sections)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _tree(text: str, path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist. Run this in the project's folder, or name the file with --params."
-        ) from None
+        tree = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -210,6 +219,17 @@ def _refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, source: st
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(known)}."
             raise UserError(f"{source}: unknown key {prefix}{key}. {hint}")
+
+
+def rule(section: Section, key: str) -> str:
+    """What a value of `key` must be, in words: a whole number, at least 1, below 2147483648."""
+    hint = get_type_hints(type(section), include_extras=True)[key]
+    rules: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *rest = get_args(hint)
+        rules = tuple(rest)
+    broken = (rule_.broken_by(math.nan) for rule_ in rules)
+    return ", ".join([_converted(hint, None)[1], *(text.removeprefix("must be ") for text in broken if text)])
 
 
 def _section(kind: type, tree: Any, name: str, source: str) -> Any:

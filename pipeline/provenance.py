@@ -62,6 +62,16 @@ def commit(module: str) -> str | None:
     return done.stdout.strip() or None
 
 
+def committed(path: Path) -> str | None:
+    """The text of a file in the last commit, or None where it has none."""
+    command = ["git", "show", f"HEAD:./{path.name}"]
+    try:
+        done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):
+        return None
+    return done.stdout
+
+
 def versions() -> dict[str, str]:
     """Python and the libraries whose code decides the bytes of an artifact."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

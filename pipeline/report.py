@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.looks import COLORS
 from pipeline.metrics import Step, epoch_means
 from pipeline.params import Evaluate
 
@@ -15,7 +16,6 @@ NAMES = {
     "lora": "LoRA",
     "merged": "LoRA, merged",
 }
-COLORS = {"full": "#D55E00", "freeze": "#E69F00", "lora": "#0072B2"}  # Okabe & Ito: told apart by every reader
 STYLES = {"full": "-", "freeze": "--", "lora": "-."}
 SUMMARY_COLUMNS = ("trained", "share", "new loss", "done", "old loss", "rise", "kept", "weights")
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline import artifact, provenance
+from pipeline import artifact, journal, provenance
 from pipeline.cache import Cache
 from pipeline.dag import CACHE, STAGES, Project, Stage
 from pipeline.errors import UserError
@@ -70,6 +70,17 @@ class Job:
 Work = Callable[[Job], Generator[Event, None, Facts]]
 
 
+@dataclass(frozen=True)
+class Digests:
+    """How digests are taken: of a file or folder, and of the code that a module runs. Who watches remembers them."""
+
+    path: Callable[[Path], str] = artifact.digest
+    code: Callable[[str], str] = provenance.code_digest
+
+
+DIGESTS = Digests()
+
+
 def run(
     project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int = 100
 ) -> Generator[Event, None, dict[str, Any]]:
@@ -77,27 +88,38 @@ def run(
 
     `work` fills `job.out` and returns the facts that only it knows (counts, fingerprints).
     """
+    folder = project.run_folder(stage.name)
+    with (yield from _lock(folder, stage)), journal.writing(folder) as writer:
+        for event in _made(project, stage, work, force, checkpoint_every):
+            if isinstance(event, Note):
+                writer.note(event.text)
+            else:
+                writer.progress(event.done, event.total, event.text)
+            yield event
+    return artifact.read_manifest(project.artifact(stage.name))
+
+
+def _made(project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int) -> Iterator[Event]:
+    """The artifact in its place, from the cache or by work."""
     target, folder = project.artifact(stage.name), project.run_folder(stage.name)
-    with (yield from _lock(folder, stage)):
-        known = _known(project, stage)
-        key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-        cache = Cache(project.root / CACHE)
-        if not force and cache.restore(stage.name, key, target):
-            yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})")
-        else:
-            with artifact.writing(target) as out:
-                facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every))
-                _refuse_changed(known["inputs"], _inputs(project, stage), stage)
-                artifact.seal(out, {**known, "commit": provenance.commit(stage.module), **facts})
-            yield from _store(cache, stage, key, target)
-            discard_checkpoints(folder)
-    return artifact.read_manifest(target)
+    facts_known = known(project, stage)
+    key = hashlib.sha256(json.dumps(facts_known, sort_keys=True).encode()).hexdigest()
+    cache = Cache(project.root / CACHE)
+    if not force and cache.restore(stage.name, key, target):
+        yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})")
+        return
+    with artifact.writing(target) as out:
+        facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every))
+        _refuse_changed(facts_known["inputs"], _inputs(project, stage), stage)
+        artifact.seal(out, {**facts_known, "commit": provenance.commit(stage.module), **facts})
+    yield from _store(cache, stage, key, target)
+    discard_checkpoints(folder)
 
 
 def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
     """The run folder's lock, held until the file is closed or the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("a+")
+    file = (folder / journal.LOCK).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -110,8 +132,8 @@ def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
     return file
 
 
-def _known(project: Project, stage: Stage) -> Facts:
-    """All that decides the artifact's bytes: also the first part of its manifest."""
+def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
+    """All that decides the artifact's bytes: also the first part of its manifest. Raises UserError."""
     section = asdict(project.section(stage))
     return {
         "kind": stage.kind,
@@ -119,18 +141,18 @@ def _known(project: Project, stage: Stage) -> Facts:
         "stage": stage.name,
         "seed": section.get("seed"),
         "params": section,
-        "inputs": _inputs(project, stage),
-        "code": provenance.code_digest(stage.module),
+        "inputs": _inputs(project, stage, digests),
+        "code": digests.code(stage.module),
         "versions": provenance.versions(),
     }
 
 
-def _inputs(project: Project, stage: Stage) -> dict[str, str]:
+def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[str, str]:
     """Digest of all that the stage reads. Raises UserError if something is missing."""
     for name in project.data_files(stage):
         if not (project.root / name).is_file():
             raise UserError(f"{name} is not a file. Name an existing one in section {stage.name} of the params.")
-    return {name: artifact.digest(path) for name, path in project.inputs(stage).items()}
+    return {name: digests.path(path) for name, path in project.inputs(stage).items()}
 
 
 def _refuse_changed(before: Mapping[str, str], after: Mapping[str, str], stage: Stage) -> None:

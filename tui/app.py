@@ -1,11 +1,15 @@
 """`lora-tui`: four screens on one project."""
 
 import argparse
+import asyncio
 import os
+import shlex
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterable
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -14,6 +18,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
 from pipeline.errors import UserError
+from tui.processes import Runner
 from tui.settings import Config, State, config_path, load_config, state_path
 
 if TYPE_CHECKING:
@@ -44,6 +49,8 @@ class Workbench(App[None]):
         self.params_path = params.absolute()
         self.root = self.params_path.parent
         self.config = config or Config()
+        self.where = _short(self.root)
+        self.runner = Runner(self.root)
         self.state = State.load(state_path())
         self.inference: Inference | None = None  # the adapters screen makes it
         self.said: deque[tuple[datetime, Severity, str]] = deque(maxlen=1000)
@@ -53,11 +60,19 @@ class Workbench(App[None]):
         self.theme = self._first_theme()
         self.theme_changed_signal.subscribe(self, lambda _: self._remember_theme())
         self.set_keymap(self.config.keys)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
         self.switch_mode("pipeline")
 
     async def on_unmount(self) -> None:
         if self.inference:
             await self.inference.stop()
+
+    def _hung_up(self) -> None:
+        """The terminal is gone: the pipeline goes on or stops, as configured, and this program ends."""
+        if self.config.on_hangup == "stop" and self.runner.groups():
+            self.runner.stop()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGHUP)
 
     def _first_theme(self) -> str:
         """The one in the config, the one chosen last, or one that suits the terminal's background."""
@@ -152,6 +167,12 @@ def _modes() -> dict[str, object]:
 Workbench.MODES = _modes()  # type: ignore[assignment]  # each is imported when it is first shown
 
 
+def _short(path: Path) -> str:
+    """A path with ~ for the home folder."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
+
+
 def main() -> None:
     """`lora-tui`. Exit codes as `lora`'s: 0 done, 1 a UserError, 2 wrong usage."""
     arguments = _arguments()
@@ -161,12 +182,28 @@ def main() -> None:
         config = load_config(config_path())
     except UserError as error:
         sys.exit(f"error: {error}")
-    Workbench(arguments.params, config).run()
+    if arguments.web:
+        _serve(arguments.params, arguments.port)
+    else:
+        Workbench(arguments.params, config).run()
+
+
+def _serve(params: Path, port: int) -> None:
+    """The same app in a browser, on this machine alone: who reaches it can run the pipeline."""
+    try:
+        from textual_serve.server import Server
+    except ImportError:
+        sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
+    command = shlex.join([sys.executable, "-m", "tui.app", "--params", str(params)])
+    Server(command, host="localhost", port=port, title="lora").serve()
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
+    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
+    parser.add_argument("--port", type=int, default=8000, help="port of --web")
+    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
     return parser.parse_args()
 
 

@@ -44,6 +44,13 @@ def gpu(name: str) -> Gpu:
     raise UserError(f"gpu {name!r} is not known. {'Nearest' if near else 'Known'}: {', '.join(near or gpus())}.")
 
 
+def of_size(gib: float) -> Gpu:
+    """A device with so many GiB. Raises UserError where that is no amount of memory."""
+    if not 0 < gib < 2**20:
+        raise UserError(f"fit takes GiB of memory, more than 0, got {gib:g}.")
+    return Gpu("fit", f"{gib:g} GiB", round(gib * GIB))
+
+
 @dataclass(frozen=True)
 class Largest:
     """The most that fits of each setting, all others as given; 0 where not even the least does."""

@@ -2,7 +2,9 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pipeline.calc.settings import Method
 from pipeline.calc.shapes import Architecture, Linear
@@ -27,7 +29,8 @@ class Projection:
         return self.count * self.parameters_each
 
 
-def ranks(model: Architecture, method: Method) -> dict[str, int]:
+@lru_cache(maxsize=32)
+def ranks(model: Architecture, method: Method) -> Mapping[str, int]:
     """Full name → rank of every linear that gets LoRA. Raises UserError for a target that means nothing."""
     if method.kind != "lora":
         return {}
@@ -66,13 +69,14 @@ def _rank(name: str, model: Architecture, method: Method) -> int:
     return 2 * method.rank if both else method.rank
 
 
-def projections(model: Architecture, method: Method) -> list[Projection]:
+@lru_cache(maxsize=32)
+def projections(model: Architecture, method: Method) -> tuple[Projection, ...]:
     """Every kind of linear that gets LoRA, in the model's order."""
     of, kinds = ranks(model, method), Counter[tuple[Linear, int]]()
     for name, linear in model.linears():
         if name in of:
             kinds[linear, of[name]] += 1
-    return [
+    return tuple(
         Projection(
             linear.name.rsplit(".", 1)[-1] if "c_proj" not in linear.name else linear.name,
             linear.inputs,
@@ -83,7 +87,7 @@ def projections(model: Architecture, method: Method) -> list[Projection]:
             lora_parameters(linear, rank, method),
         )
         for (linear, rank), count in kinds.items()
-    ]
+    )
 
 
 def lora_parameters(linear: Linear, rank: int, method: Method) -> int:
@@ -156,7 +160,7 @@ def why_they_differ(model: Architecture, method: Method) -> str:
 
 def notes(model: Architecture, method: Method) -> list[str]:
     """What the reader should know of these counts."""
-    found = projections(model, method) if method.kind == "lora" else []
+    found = projections(model, method) if method.kind == "lora" else ()
     said = []
     wide = [p for p in found if p.rank > min(p.inputs, p.outputs)]
     if wide:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -112,6 +113,10 @@ class Architecture:
     published: str = ""
     notes: tuple[str, ...] = ()
 
+    def __hash__(self) -> int:
+        """Of what tells models apart; hashing every block would take longer than what the caches save."""
+        return hash((self.name, self.source, self.family, self.hidden, len(self.blocks)))
+
     @property
     def embedding(self) -> int:
         return self.vocabulary * self.embedding_width
@@ -155,11 +160,11 @@ class Architecture:
         parts["head"] = self.head
         return {name: count for name, count in parts.items() if count}
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(self.components().values())
 
-    @property
+    @cached_property
     def quantizable(self) -> int:
         """Weights that quantization touches: linears of the blocks. Embeddings, head, norms and biases stay."""
         return sum(linear.weights for block in self.blocks for linear in block.linears)

@@ -34,6 +34,12 @@ def entry(name: str) -> dict[str, Any]:
 
 
 @cache
+def hub_ids() -> dict[str, str]:
+    """Built-in name → hub id, empty where the hub has none."""
+    return {name: entry(name)["hub_id"] or "" for name in names()}
+
+
+@cache
 def built_in(name: str) -> Model:
     known = entry(name)
     shapes = architecture(known["config"], name)
@@ -52,7 +58,7 @@ def open_model(name: str) -> Model:
     if path.suffix in (".json", ".gguf", ".safetensors") or name.startswith((".", "/", "~")):
         raise UserError(f"{name} does not exist.")
     if name.count("/") == 1:
-        known = next((one for one in names() if (entry(one)["hub_id"] or "").lower() == name.lower()), None)
+        known = next((one for one, hub_id in hub_ids().items() if hub_id.lower() == name.lower()), None)
         return built_in(known) if known else files.from_hub(name)
     near = nearest(name.lower(), names())
     hint = f"Nearest: {', '.join(near)}." if near else "See `lora calc --list`."

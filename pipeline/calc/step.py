@@ -28,6 +28,7 @@ class _Step:
         self.model, self.method, self.run_, self.ranks = model, method, run, ranks
         self.p = Parts(model, method, run, ranks)
         self.t, self.blocks = self.p.tape, Blocks(self.p)
+        self.adapted = [self._ranks(index) for index in range(len(model.blocks))]  # of each block's linears
         self.full = method.kind == "full"
         self.first_trained = len(model.blocks) - method.last_blocks if method.kind == "freeze" else 0
         self.ends_train = self.full or {
@@ -91,11 +92,11 @@ class _Step:
     def _alike(self, i: int, j: int) -> bool:
         blocks = self.model.blocks
         same = blocks[i] is blocks[j] and self._trains(i) == self._trains(j)
-        return same and (self._ranks(i) == self._ranks(j) if self.ranks else True)
+        return same and self.adapted[i] == self.adapted[j]
 
     def _ranks(self, index: int) -> list[int]:
-        linears = self.model.adaptable(self.model.blocks[index])
-        return [self.ranks.get(self.model.block_name(index) + linear.name, 0) for linear in linears]
+        linears, where = self.model.adaptable(self.model.blocks[index]), self.model.block_name(index)
+        return [self.ranks.get(where + linear.name, 0) for linear in linears]
 
     def _equal_blocks(self, x: Value, start: int, stop: int) -> Value:
         """Blocks `start` to `stop`; of a long run the middle is multiplied instead of run."""
@@ -120,7 +121,7 @@ class _Step:
             return 0
         if self._trains(index):
             return block.parameters * self.p.w
-        pairs = zip(self.model.adaptable(block), self._ranks(index), strict=True)
+        pairs = zip(self.model.adaptable(block), self.adapted[index], strict=True)
         added = sum(lora_parameters(linear, rank, self.method) for linear, rank in pairs if rank)
         if self.method.kind == "prefix":
             added += 2 * self.method.virtual_tokens * self.model.kv_heads * self.model.head_size

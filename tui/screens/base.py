@@ -29,7 +29,7 @@ class WorkbenchScreen(Screen[None]):
         return self.app
 
     def compose(self) -> ComposeResult:
-        yield TabBar(self.NAME)
+        yield TabBar(self.NAME, self.workbench.where)
         yield from self.body()
         yield Footer(compact=True, show_command_palette=False)
 

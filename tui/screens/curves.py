@@ -1,11 +1,367 @@
-"""The curves screen."""
+"""The curves screen: every run's loss over its steps, live, beside the runs before it."""
 
-from typing import ClassVar
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
 
+from rich.text import Text
+from textual import on, work
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.widget import Widget
+from textual.widgets import Static
+
+from pipeline.curves import Run, discover, stamp
+from pipeline.errors import UserError
+from pipeline.looks import METHODS, Look, other
+from pipeline.params import load
+from tui import export
 from tui.screens.base import WorkbenchScreen
+from tui.series import QUANTITIES
+from tui.watch import Watched
+from tui.widgets.loss_chart import Curve, LossChart, Range, View
+from tui.widgets.run_list import Row, RunList
+
+EMPTY = "No runs yet: press 1 then r, or type `make repro`."
+TITLES = {"loss": "loss (nats a token)", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
+SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+POLL = 0.5  # seconds between two looks at the files
+PRINTED = 600  # columns of an exported picture
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is looked at. `x` None: all steps; `y` None: all values. Following: `x` moves on with the newest step."""
+
+    x: Range | None = None
+    y: Range | None = None
+    log: bool = False
+    following: bool = True
+    cursor: float | None = None
 
 
 class CurvesScreen(WorkbenchScreen):
-    """To be built."""
+    """Connects the files, the charts and the list of runs."""
 
     NAME: ClassVar[str] = "curves"
+    CSS_PATH = "curves.tcss"
+    AUTO_FOCUS = "#loss"
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (36, "-tall")]  # noqa: RUF012  # as Textual declares it
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("l", "log", "Log", id="curves.log"),
+        Binding("f", "follow", "Follow", id="curves.follow"),
+        Binding("c", "cursor", "Cursor", id="curves.cursor"),
+        Binding("r", "panel('learning_rate')", "Rate", id="curves.learning_rate"),
+        Binding("g", "panel('grad_norm')", "Gradient", id="curves.grad_norm"),
+        Binding("x", "export", "Export", id="curves.export"),
+        Binding("right_square_bracket", "smooth(1)", "Smooth more", id="curves.smooth_more", show=False),
+        Binding("left_square_bracket", "smooth(-1)", "Smooth less", id="curves.smooth_less", show=False),
+        Binding("plus,equals_sign", "zoom(0.7)", "Zoom in", id="curves.zoom_in", show=False),
+        Binding("minus", "zoom(1.43)", "Zoom out", id="curves.zoom_out", show=False),
+        Binding("y", "zoom_values(0.7)", "Zoom in on the values", id="curves.zoom_values_in", show=False),
+        Binding("Y", "zoom_values(1.43)", "Zoom out of the values", id="curves.zoom_values_out", show=False),
+        Binding("left", "sideways(-1)", "Earlier steps, or the cursor to the left", id="curves.left", show=False),
+        Binding("right", "sideways(1)", "Later steps, or the cursor to the right", id="curves.right", show=False),
+        Binding("up", "pan_values(0.1)", "Greater values", id="curves.up", show=False),
+        Binding("down", "pan_values(-0.1)", "Smaller values", id="curves.down", show=False),
+        Binding("0,home", "reset", "All steps, all values, follow", id="curves.reset", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window, self.smoothing = Window(), 0.9
+        self.watched: dict[str, Watched] = {}
+        self.shown: set[str] = set()
+        self.looks: dict[str, Look] = {}
+        self._chosen = False  # the user has switched a run on or off: the default does not come back
+        self._panels: dict[str, bool] = {}  # as the user has switched them; else shown where there is room
+        self._stamp: tuple[int, ...] | None = None
+        self._reading = False
+
+    def body(self) -> Iterable[Widget]:
+        with Vertical(id="charts"):
+            for name in QUANTITIES:
+                yield LossChart(TITLES[name], id=name)
+        yield Static(id="mode")
+        yield RunList()
+        yield Static(EMPTY, id="nothing")
+
+    def on_mount(self) -> None:
+        self._timer = self.set_interval(POLL, self._poll)
+        self._poll()
+
+    def on_screen_suspend(self) -> None:
+        self._timer.pause()
+
+    def on_screen_resume(self) -> None:
+        self._timer.resume()
+        self._poll()
+
+    # What the files say
+
+    def _poll(self) -> None:
+        """A look at everything that may have changed: os.stat, and the small journals of live runs."""
+        if not self._reading:
+            self._read()
+
+    @work
+    async def _read(self) -> None:
+        self._reading = True
+        try:
+            found = await self._rediscover()
+            spoke = [watched.look() for watched in self.watched.values()]
+            if found or any(spoke):
+                self._show_default()
+            changed = [w for key, w in self.watched.items() if key in self.shown and w.changed()]
+            for watched in changed:
+                await watched.read()
+            if found or changed:
+                self.redraw()
+            elif any(spoke):
+                self._list()
+        finally:
+            self._reading = False
+
+    async def _rediscover(self) -> bool:
+        """Look for runs again if there may be others; whether it did."""
+        root, path = self.workbench.root, self.workbench.params_path
+        now = stamp(root, path)
+        if now == self._stamp:
+            return False
+        runs = await asyncio.to_thread(_discovered, root, path)
+        known, self.watched = self.watched, {}
+        for run in runs:
+            watched = known.get(str(run.loss)) or Watched(run, self.smoothing)
+            watched.run = run
+            self.watched[str(run.loss)] = watched
+        self._stamp = now
+        self._give_looks()
+        return True
+
+    def _give_looks(self) -> None:
+        """The last run of a method has the method's look everywhere; any other run keeps the first that was free."""
+        for key, watched in self.watched.items():
+            first = next(k for k, w in self.watched.items() if w.run.stage == watched.run.stage)
+            if key == first and watched.run.stage in METHODS:
+                self.looks[key] = METHODS[watched.run.stage]
+            elif self.looks.get(key) in (None, *METHODS.values()):
+                taken = {self.looks[k] for k in self.watched if k in self.looks}
+                self.looks[key] = next((o for n in range(20) if (o := other(n)) not in taken), other(len(taken)))
+
+    def _show_default(self) -> None:
+        """The last run of each fine-tuning; pretraining while it is running, or where there is nothing else."""
+        if self._chosen:
+            self.shown &= self.watched.keys()
+            return
+        last: dict[str, str] = {}
+        for key, watched in self.watched.items():
+            last.setdefault(watched.run.stage, key)
+        methods = {key for stage, key in last.items() if stage in METHODS}
+        live = {key for key in last.values() if self.watched[key].alive}
+        self.shown = live if live - methods else methods or set(last.values())
+
+    # What is drawn
+
+    def redraw(self) -> None:
+        """Every chart, the line below and the list, from what was read."""
+        self.set_class(not self.watched, "-empty")
+        self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
+        drawn, x = self._drawn(), self._x()
+        for chart in self.query(LossChart):
+            name = str(chart.id)
+            chart.display = name == "loss" or self._panel_shown(name)
+            if chart.display:
+                loss = name == "loss"
+                view = View(x, self.window.y if loss else None, loss and self.window.log, self.window.cursor)
+                chart.draw([self._curve(key, watched, name, x, chart.columns) for key, watched in drawn], view)
+        self._mode()
+        self._list()
+
+    def _drawn(self) -> list[tuple[str, Watched]]:
+        return [(key, watched) for key, watched in self.watched.items() if key in self.shown]
+
+    def _curve(self, key: str, watched: Watched, name: str, x: Range, columns: int) -> Curve:
+        look, flat = self.looks[key], watched.log.flat(watched.alive) if name == "loss" else None
+        return Curve(watched.log.series[name].visible(*x, columns), look.color, look.sign, flat[1] if flat else None)
+
+    def _x(self) -> Range:
+        """The steps shown: all, those of the window, or as many as in the window up to the newest."""
+        steps = [w.log.steps for _, w in self._drawn() if w.log.steps]
+        first, last = (min(s[0] for s in steps), max(s[-1] for s in steps)) if steps else (0.0, 1.0)
+        if self.window.x is None:
+            return (first, last) if first < last else (first - 1, last + 1)
+        if not self.window.following:
+            return self.window.x
+        return last - (self.window.x[1] - self.window.x[0]), last
+
+    def _panel_shown(self, name: str) -> bool:
+        return self._panels.get(name, self.has_class("-tall"))
+
+    def _mode(self) -> None:
+        """One line: following or frozen, the scale, the smoothing; with the cursor, what each run has there."""
+        window = self.window
+        parts = ["following" if window.following else "frozen: f follows again"]
+        parts += ["log" if window.log else "linear", f"smoothing {self.smoothing:g}"]
+        if window.log and any(min(w.log.series["loss"].y, default=1) <= 0 for _, w in self._drawn()):
+            parts.append("values of 0 or less have no place on a log axis")
+        line = Text(" · ".join(parts))
+        if window.cursor is not None:
+            line.append(f"\nstep {window.cursor:,.0f}:", "bold")
+            for key, watched in self._drawn():
+                line.append(f"  {self.looks[key].sign} {_reading(watched, window.cursor)}")
+        self.query_one("#mode", Static).update(line)
+
+    def _list(self) -> None:
+        rows = []
+        for key, watched in self.watched.items():
+            on, look = key in self.shown, self.looks[key]
+            facts = watched.facts() if on else [watched.state]
+            rows.append(Row(key, on, look.sign, look.color, watched.run.label, facts))
+        self.query_one(RunList).show(rows)
+
+    # What the user does
+
+    @on(RunList.Toggled)
+    def _toggle(self, event: RunList.Toggled) -> None:
+        self._chosen = True
+        self.shown ^= {event.key}
+        self.redraw()
+        self._poll()
+
+    @on(LossChart.Moved)
+    def _moved(self, event: LossChart.Moved) -> None:
+        """Zoomed or panned: frozen there. The panels' values always fit."""
+        y = event.y if event.chart.id == "loss" and event.y != event.chart.shown.y else self.window.y
+        self._look_at(x=event.x, y=y, following=False)
+
+    @on(LossChart.Clicked)
+    def _clicked(self, event: LossChart.Clicked) -> None:
+        self._look_at(cursor=round(event.step))
+
+    @on(LossChart.Resized)
+    def _resized(self) -> None:
+        self.redraw()
+
+    def _look_at(self, **change: object) -> None:
+        self.window = replace(self.window, **change)  # type: ignore[arg-type]
+        self.redraw()
+
+    @property
+    def _chart(self) -> LossChart:
+        return self.query_one("#loss", LossChart)
+
+    def action_log(self) -> None:
+        self._look_at(log=not self.window.log, y=None)
+
+    def action_follow(self) -> None:
+        self._look_at(following=True, y=None)
+
+    def action_reset(self) -> None:
+        self._look_at(x=None, y=None, following=True)
+
+    def action_cursor(self) -> None:
+        self._look_at(cursor=round(sum(self._x()) / 2) if self.window.cursor is None else None)
+
+    def action_sideways(self, direction: int) -> None:
+        """With the cursor on, it moves by a column, at least by a step; else the picture does."""
+        if self.window.cursor is None:
+            self._chart.pan(0.1 * direction)
+            return
+        first, last = self._x()
+        by = max(round((last - first) * 2 / self._chart.columns), 1)
+        self._look_at(cursor=min(max(self.window.cursor + by * direction, round(first)), round(last)))
+
+    def action_pan_values(self, part: float) -> None:
+        self._chart.pan(0, part)
+
+    def action_zoom(self, factor: float) -> None:
+        self._chart.zoom(factor)
+
+    def action_zoom_values(self, factor: float) -> None:
+        self._chart.zoom(1, factor)
+
+    def action_panel(self, name: str) -> None:
+        """Show or hide a panel; on a low terminal there is room for one of them."""
+        wanted = not self._panel_shown(name)
+        if wanted and self.has_class("-short"):
+            self._panels = dict.fromkeys(TITLES, False)
+        self._panels[name] = wanted
+        self.redraw()
+
+    def action_smooth(self, direction: Literal[-1, 1]) -> None:
+        place = min(max(SMOOTHINGS.index(self.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
+        if self.smoothing != SMOOTHINGS[place]:
+            self.smoothing = SMOOTHINGS[place]
+            for watched in self.watched.values():
+                watched.smooth(self.smoothing)
+            self.redraw()
+
+    # What leaves the screen
+
+    def action_export(self) -> None:
+        from tui.screens.export import ExportScreen
+
+        drawn = self._drawn()
+        if not any(watched.log.steps for _, watched in drawn):
+            self.workbench.say("There is nothing to export: switch a run on in the list below.", "warning")
+            return
+        stem = f"curves-{drawn[0][1].run.stage}" if len(drawn) == 1 else "curves"
+        self.workbench.push_screen(ExportScreen(self.workbench.root, stem), self._chosen_path)
+
+    def _chosen_path(self, path: Path | None) -> None:
+        if path is not None:
+            self._export(path)
+
+    @work
+    async def _export(self, path: Path) -> None:
+        try:
+            if path.suffix.lower() == ".csv":
+                logs = [(watched.run.label, watched.log) for _, watched in self._drawn()]
+                pieces = export.csv_lines(logs)
+            else:
+                pieces = iter([await export.drawn(self._picture(path.suffix[1:].lower()))])
+            await asyncio.to_thread(export.save, path, pieces)
+        except (UserError, OSError) as error:
+            self.workbench.fail(error)
+        else:
+            self.workbench.say(f"Written: {path}")
+
+    def _picture(self, kind: str) -> dict[str, object]:
+        """What is on the screen, in more columns."""
+        drawn, x, panels = self._drawn(), self._x(), []
+        for chart in self.query(LossChart):
+            if chart.display:
+                name, log = str(chart.id), chart.id == "loss" and self.window.log
+                curves = [self._curve(key, watched, name, x, PRINTED) for key, watched in drawn]
+                y = self.window.y if name == "loss" else None
+                labels = [_legend(watched) for _, watched in drawn]
+                panels.append(export.panel(TITLES[name], labels, curves, _values(y, log), log))
+        return {"format": kind, "title": f"smoothing {self.smoothing:g}", "x": x, "panels": panels}
+
+
+def _values(y: Range | None, log: bool) -> Range | None:
+    return (10 ** y[0], 10 ** y[1]) if y and log else y
+
+
+def _legend(watched: Watched) -> str:
+    flat = watched.log.flat(watched.alive)
+    return watched.run.label + (f", | flat from epoch {flat[0]:.0f}" if flat else "")
+
+
+def _reading(watched: Watched, step: float) -> str:
+    """What a run has at the step nearest to `step`; nothing where it has not been."""
+    at = watched.log.at(step)
+    if at is None or not watched.log.steps[0] <= step <= watched.log.steps[-1]:
+        return "–"
+    loss = watched.log.series["loss"]
+    return f"{loss.y[at]:.4g} (smoothed {loss.smooth[at]:.4g})"
+
+
+def _discovered(root: Path, params: Path) -> list[Run]:
+    try:
+        known = load(params)
+    except UserError:  # the pipeline screen says what is wrong with it
+        known = None
+    return discover(root, known)

@@ -1,11 +1,276 @@
-"""The pipeline screen."""
+"""Pipeline: the DAG and the state of each stage; its params, its log, what it changed; run and stop."""
 
-from typing import ClassVar
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
 
+from rich.table import Table
+from rich.text import Text
+from textual import on, work
+from textual.binding import Binding, BindingType
+from textual.containers import Container, Vertical, VerticalScroll
+from textual.widget import Widget
+from textual.widgets import OptionList, Static
+
+from pipeline import params, params_file
+from pipeline.dag import STAGES, Project
+from pipeline.errors import UserError
+from pipeline.metrics_diff import Change, since_commit
+from pipeline.status import StageState, Status, signature
+from tui.processes import Running
 from tui.screens.base import WorkbenchScreen
+from tui.widgets.dag_picture import DagPicture
+from tui.widgets.log_view import LogView
+from tui.widgets.param_form import ParamForm
+from tui.widgets.stage_list import StageList
+
+TICK = 0.25  # seconds between two looks at the files
+PANES = {"params": "Params", "log": "Log", "metrics": "Metrics"}
 
 
 class PipelineScreen(WorkbenchScreen):
-    """To be built."""
+    """It watches files: a pipeline that was started elsewhere looks like one that was started here."""
 
     NAME: ClassVar[str] = "pipeline"
+    CSS_PATH = "pipeline.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("r", "run", "Run all", id="pipeline.run"),
+        Binding("s", "run_stage", "Run stage", id="pipeline.run_stage"),
+        Binding("S", "run_stage(True)", "Run stage again, though nothing changed", id="pipeline.force", show=False),
+        Binding("x", "stop", "Stop", id="pipeline.stop"),
+        *(Binding(name[0], f"pane('{name}')", label, id=f"pipeline.{name}") for name, label in PANES.items()),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.status = Status()
+        self.project: Project | None = None
+        self.states: dict[str, StageState] = {}
+        self.chosen = next(iter(STAGES))
+        self._seen: object = None  # signature of the files that the states on the screen were made of
+        self._compared: object = None  # and that of the metrics
+        self._looking = False
+        self._pipeline: Running | None = None
+
+    def body(self) -> Iterable[Widget]:
+        yield Static(id="problem", markup=False)
+        yield DagPicture()
+        yield StageList(id="stages")
+        with Container(id="panes"):
+            with Vertical(id="params", classes="pane"):
+                yield ParamForm(self._check)
+            with Vertical(id="log", classes="pane"):
+                yield Static(id="said", markup=False)
+                yield LogView()
+            with VerticalScroll(id="metrics", classes="pane"):
+                yield Static(id="changes")
+
+    def on_mount(self) -> None:
+        self.query_one("#metrics").border_title = "Metrics, against the last commit"
+        self.action_pane("params", focus=False)
+        self.query_one(StageList).focus()
+        self.set_interval(TICK, self.tick)
+        self.tick()
+
+    # Looking
+
+    def tick(self) -> None:
+        """Look again if files changed, or while something runs: a killed process changes none."""
+        if not self.is_current or self._looking:
+            return
+        running = self.workbench.runner.running()
+        if self._pipeline and not running:
+            self._seen = None
+            self._ended()
+        self._pipeline = running
+        now = self._signature()
+        busy = running or any(state.state == "running" for state in self.states.values())
+        if now != self._seen or busy:
+            self._looking = True
+            self._look(now)
+        self.query_one(LogView).follow(self.workbench.runner.log)
+
+    def _signature(self) -> object:
+        path = self.workbench.params_path
+        stat = path.stat() if path.exists() else None
+        return (stat and (stat.st_mtime_ns, stat.st_size, stat.st_ino)), self.project and signature(self.project)
+
+    @work(thread=True, group="look")
+    def _look(self, seen: object) -> None:
+        path, problem = self.workbench.params_path, ""
+        try:
+            project: Project | None = Project(self.workbench.root, params.load(path))
+        except (UserError, OSError) as error:
+            project, problem = self.project, str(error)
+        states: dict[str, StageState] = {}
+        try:
+            if project:
+                states = self.status.of(project)
+        except (UserError, OSError):  # something vanished while it was read: the next look sees what is there then
+            seen = None
+        if self.is_attached:
+            self.call_later(self._show, project, states or self.states, problem, seen)
+
+    async def _show(self, project: Project | None, states: dict[str, StageState], problem: str, seen: object) -> None:
+        first = self.project is None
+        self.project, self.states, self._seen, self._looking = project, states, None if first else seen, False
+        banner = self.query_one("#problem", Static)
+        banner.display = bool(problem)
+        banner.update(f"✗ {problem}\nWhat stands below is as before it broke." if project else f"✗ {problem}")
+        self.query_one(DagPicture).states = states
+        self.query_one(StageList).show(states)
+        await self._show_stage()
+        self._compare()
+
+    async def _show_stage(self) -> None:
+        """The panes of the chosen stage."""
+        self.query_one(DagPicture).chosen = self.chosen
+        if self.project:
+            await self.query_one(ParamForm).show(self.chosen, self.project.section(STAGES[self.chosen]))
+        self.query_one("#params").border_title = f"Params of {self.chosen}"
+        self.query_one("#log").border_title = f"Log of {self.chosen}, output of the pipeline"
+        self.query_one("#said", Static).update(self._said())
+
+    def _said(self) -> str:
+        """What the chosen stage said in its last run, whoever ran it."""
+        state = self.states.get(self.chosen)
+        run = state.run if state else None
+        lines = [*(run.notes if run else ()), *([run.message] if run and run.message else ())]
+        if not lines and not self.workbench.runner.log.exists():
+            return "Nothing was run yet: press r for all stages, or type `make repro`."
+        return "\n".join(lines)
+
+    def _compare(self) -> None:
+        path = self.workbench.root / STAGES["evaluate"].path / "metrics.json"
+        try:
+            stats = [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat(), (self.workbench.root / ".git").stat())]
+        except OSError:
+            stats = []
+        if stats != self._compared:
+            self._compared = stats
+            self._look_at_metrics(path)
+
+    @work(thread=True, group="metrics", exclusive=True)
+    def _look_at_metrics(self, path: Path) -> None:
+        try:
+            changes: list[Change] | str = since_commit(path)
+        except UserError as error:
+            changes = str(error)
+        if self.is_attached:
+            self.call_later(self.query_one("#changes", Static).update, _table(changes))
+
+    # Choosing and editing
+
+    @on(OptionList.OptionHighlighted)
+    async def _highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        await self._choose(str(event.option_id))
+
+    @on(DagPicture.Chosen)
+    def _clicked(self, event: DagPicture.Chosen) -> None:
+        self.query_one(StageList).highlighted = list(STAGES).index(event.stage)
+
+    @on(OptionList.OptionSelected)
+    def _entered(self) -> None:
+        self.action_pane("params")
+
+    async def _choose(self, stage: str) -> None:
+        if stage == self.chosen:
+            return
+        lost = self.query_one(ParamForm).unsaved()
+        if lost:
+            self.workbench.say(f"Not written: {', '.join(f'{k}: {v}' for k, v in lost.items())}", "warning")
+        self.chosen = stage
+        await self._show_stage()
+
+    def _check(self, key: str, value: Any) -> None:
+        """Raises UserError for a value that the params refuse."""
+        path = self.workbench.params_path
+        params.parse(params_file.changed(path.read_text(encoding="utf-8"), {key: value}), path)
+
+    @on(ParamForm.Saved)
+    def _save(self, event: ParamForm.Saved) -> None:
+        try:
+            params_file.save(self.workbench.params_path, {event.key: event.value})
+        except (UserError, OSError) as error:
+            self.workbench.fail(error)
+            return
+        self.workbench.say(f"{event.key}: {event.value} is in {self.workbench.params_path.name}.")
+        self.tick()
+
+    def action_leave(self) -> None:
+        self.query_one(ParamForm).revert()
+        self.query_one(StageList).focus()
+
+    def action_pane(self, name: str, focus: bool = True) -> None:
+        """Show a pane where there is room for one only, and give it the keys."""
+        for pane in self.query(".pane"):
+            pane.set_class(pane.id == name, "-chosen")
+            pane.border_subtitle = "  ".join(f"{key[0]} {label}" for key, label in PANES.items() if key != pane.id)
+        if focus:
+            target = {"params": "ParamForm Input", "log": "LogView", "metrics": "#metrics"}[name]
+            for widget in self.query(target).results(Widget):
+                widget.focus()
+                return
+
+    # Running
+
+    def action_run(self) -> None:
+        self._start("repro")
+
+    def action_run_stage(self, force: bool = False) -> None:
+        """The chosen stage alone, once all that it reads is there."""
+        needs = (self.states.get(need) for need in STAGES[self.chosen].needs)
+        missing = [need.stage.name for need in needs if need and need.state == "missing"]
+        if missing:
+            self.workbench.say(f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning")
+            return
+        self._start("repro", "--single-item", *(["--force"] if force else []), self.chosen)
+
+    def _start(self, *arguments: str) -> None:
+        try:
+            if self.workbench.params_path.name != "params.yaml":
+                raise UserError("The pipeline reads params.yaml; start lora-tui on that file to run it.")
+            self._pipeline = self.workbench.runner.start(arguments)
+        except (UserError, OSError) as error:
+            self.workbench.fail(error)
+            return
+        self.workbench.say(f"Started: {self._pipeline.command}. It goes on if this program ends.")
+
+    def action_stop(self) -> None:
+        try:
+            self.workbench.say(self.workbench.runner.stop(), "warning")
+        except UserError as error:
+            self.workbench.fail(error)
+
+    def _ended(self) -> None:
+        """Say how the pipeline ended once its last state is on the screen."""
+        self.set_timer(2 * TICK, self._say_the_end)
+
+    def _say_the_end(self) -> None:
+        bad = [state for state in self.states.values() if state.state in ("failed", "died")]
+        if bad:
+            self.workbench.say(f"{bad[0].stage.name} {bad[0].state}: {', '.join(bad[0].reasons)}", "error")
+            self.query_one(StageList).highlighted = list(STAGES).index(bad[0].stage.name)
+        elif any(state.state == "stopped" for state in self.states.values()):
+            self.workbench.say("Stopped. Run it again to go on from the checkpoint.")
+        elif all(state.state == "current" for state in self.states.values()):
+            self.workbench.say("All stages are up to date.")
+        else:
+            self.workbench.say("The pipeline ended; its log (l) says how.", "warning")
+
+
+def _table(changes: list[Change] | str) -> Table | Text:
+    """Committed, now, difference."""
+    if isinstance(changes, str):
+        return Text(changes, "dim")
+    if not changes:
+        return Text("As in the last commit.")
+    table = Table.grid(padding=(0, 2))
+    for column, side in (("", "left"), ("committed", "right"), ("now", "right"), ("difference", "right")):
+        table.add_column(column, justify="right" if side == "right" else "left")
+    table.add_row("", Text("committed", "dim"), Text("now", "dim"), Text("difference", "dim"))
+    for one in changes:
+        both = one.before is not None and one.after is not None
+        difference = f"{(one.after or 0) - (one.before or 0):+.4g}" if both else ""
+        table.add_row(one.name, *(f"{v:,.6g}" if v is not None else "–" for v in (one.before, one.after)), difference)
+    return table

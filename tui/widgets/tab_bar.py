@@ -15,18 +15,19 @@ class TabBar(Widget):
     TabBar { height: 1; dock: top; background: $panel; color: $foreground; }
     """
 
-    def __init__(self, current: str) -> None:
+    def __init__(self, current: str, where: str) -> None:
         super().__init__()
         self.current = current
+        self.where = where
 
     def render(self) -> RenderResult:
         line = Text(no_wrap=True, overflow="ellipsis")
         for number, (name, label) in enumerate(SCREENS.items(), 1):
             line.append(f" {number} {label} ", "reverse bold" if name == self.current else "")
-        root = str(getattr(self.app, "root", ""))
         room = self.size.width - line.cell_len - 2
         if room > 8:
-            line.append((root if len(root) <= room else f"…{root[1 - room :]}").rjust(room + 1), "dim")
+            where = self.where if len(self.where) <= room else f"…{self.where[1 - room :]}"
+            line.append(where.rjust(room + 1), "dim")
         return line
 
     def on_click(self, event: Click) -> None:

@@ -1,0 +1,44 @@
+"""From what a user asks for to a method and a run; what is left open is as suits the model."""
+
+from typing import Any
+
+from pipeline.calc.settings import QLORA, Method, Run
+from pipeline.calc.shapes import Architecture
+
+METHODS = ("full", "freeze", "lora", "qlora", "prefix", "prompt")  # as they are asked for
+CONTEXT = 512 * 2**20  # bytes of CUDA context and kernels, assumed
+
+
+def method_of(kind: str, rank: int, alpha: float | None, targets: str, **more: Any) -> Method:
+    """`qlora` is LoRA; alpha is the rank where there is none; `targets` are separated by commas; new rows train."""
+    if more.get("new_rows") and more.get("embeddings") == "none":
+        more["embeddings"] = "new_rows"
+    return Method(
+        kind="lora" if kind == "qlora" else kind,
+        rank=rank,
+        alpha=float(rank) if alpha is None else alpha,
+        targets=tuple(name.strip() for name in targets.split(",")),
+        **more,
+    )
+
+
+def run_of(
+    model: Architecture,
+    kind: str,
+    *,
+    sequence: int | None = None,
+    precision: str | None = None,
+    checkpointing: str | None = None,
+    context: int | None = None,
+    **more: Any,
+) -> Run:
+    """A step of this model; `context` in bytes. MiniGPT trains in fp32, keeps every tensor, and runs on the CPU."""
+    ours = model.style.ours
+    fallback = QLORA if kind == "qlora" else "fp32" if ours else "bf16"
+    return Run(
+        sequence=min(2048, model.context) if sequence is None else sequence,
+        precision=precision or fallback,
+        checkpointing=checkpointing or ("none" if ours else "full"),
+        context=(0 if ours else CONTEXT) if context is None else context,
+        **more,
+    )

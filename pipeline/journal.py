@@ -1,0 +1,119 @@
+"""`runs/STAGE/run.json`: what a stage is doing or how it ended, for whoever watches from another process."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import Interrupted
+
+JOURNAL, LOCK = "run.json", "lock"
+PAUSE = 0.2  # seconds between two writes of progress
+LAST = 20  # notes that are kept
+State = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """One run of a stage. Times are seconds since the epoch; `first` is the step it went on from, at `since`."""
+
+    state: State
+    pid: int
+    started: float
+    done: int = 0
+    total: int = 0
+    first: int = 0
+    since: float = 0.0
+    text: str = ""
+    message: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds to the end at the pace so far; None before there is one."""
+        if self.done <= self.first or not self.total:
+            return None
+        return (time.time() - self.since) / (self.done - self.first) * (self.total - self.done)
+
+
+def read(folder: Path) -> Journal | None:
+    """The journal of a run folder, or None where there is none that can be read."""
+    try:
+        return Journal(**json.loads((folder / JOURNAL).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def alive(folder: Path) -> bool:
+    """Whether a process holds the run folder's lock."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            pid = file.read()
+            if not pid.isdigit() or not _exists(int(pid)):
+                return False  # the lock is not even tried: a stage that starts in this instant would have to wait
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class Writer:
+    """Keeps a run's journal. A journal that cannot be written stops no stage."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / JOURNAL
+        self._journal = Journal("running", os.getpid(), time.time())
+        self._next = 0.0
+        self.change()
+
+    def change(self, **values: Any) -> None:
+        """Write at once."""
+        self._journal = replace(self._journal, **values)
+        new = self._path.with_suffix(f".{os.getpid()}.tmp")
+        with suppress(OSError):
+            new.write_text(json.dumps(asdict(self._journal), ensure_ascii=False), encoding="utf-8")
+            new.replace(self._path)
+
+    def note(self, text: str) -> None:
+        self.change(notes=[*self._journal.notes, text][-LAST:])
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        """Write unless it was done a moment ago: a step may take a millisecond."""
+        now = time.time()
+        if not self._journal.total:
+            self._journal = replace(self._journal, first=done, since=now)
+        if now >= self._next or done == total:
+            self._next = now + PAUSE
+            self.change(done=done, total=total, text=text)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Writer]:
+    """A journal that says, once the block has ended, how."""
+    writer = Writer(folder)
+    try:
+        yield writer
+    except (Interrupted, KeyboardInterrupt, GeneratorExit) as stop:
+        writer.change(state="stopped", message=str(stop))
+        raise
+    except BaseException as error:
+        writer.change(state="failed", message=str(error) or type(error).__name__)
+        raise
+    writer.change(state="done")

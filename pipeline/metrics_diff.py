@@ -1,0 +1,43 @@
+"""What the last evaluation measured otherwise than the one that was committed."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import provenance
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number; None where one of the two has it not."""
+
+    name: str
+    before: float | None
+    after: float | None
+
+
+def since_commit(path: Path) -> list[Change]:
+    """Every number of `path` that differs from the last commit's. Raises UserError if there is nothing to compare."""
+    if not path.is_file():
+        raise UserError("Nothing was evaluated yet.")
+    text = provenance.committed(path)
+    if text is None:
+        raise UserError(f"{path.name} was never committed: there is nothing to compare it with.")
+    try:
+        before, after = (dict(_numbers(json.loads(one))) for one in (text, path.read_text(encoding="utf-8")))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path.name} cannot be read: {error}.") from None
+    names = [*before, *(name for name in after if name not in before)]
+    return [Change(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
+
+
+def _numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number with its dotted name."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _numbers(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, int | float) and not isinstance(tree, bool):
+        yield prefix, tree

@@ -1,0 +1,101 @@
+"""Change values in params.yaml and nothing else: comments, order and layout stay as their writer left them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.params import parse
+
+
+def save(path: Path, values: Mapping[str, Any]) -> None:
+    """Set `section.key` → value in the file, whole or not at all.
+
+    Raises UserError if the file is not valid before or after, OSError if it cannot be written; it is then unchanged.
+    """
+    path = path.resolve()  # a link stays one
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8. Mend it by hand.") from None
+    parse(text, path)
+    new = changed(text, values)
+    parse(new, path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.chmod(path.stat().st_mode)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def changed(text: str, values: Mapping[str, Any]) -> str:
+    """`text` with each `section.key` set. Raises UserError where the layout leaves no place for one."""
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        text = _set(text, section, name, value)
+    return text
+
+
+def _set(text: str, section: str, name: str, value: Any) -> str:
+    try:
+        root = yaml.compose(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the params file is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError("the params file holds no sections. Mend it by hand.")
+    branch = _child(root, section)
+    if branch is None:
+        return f"{text.rstrip()}\n\n{section}:\n  {name}: {_dumped(value)}\n"
+    if not isinstance(branch, yaml.MappingNode) or not branch.value:
+        raise UserError(f"section {section} of the params file is empty. Write `{name}:` there by hand.")
+    leaf = _child(branch, name)
+    if leaf is not None:
+        return _replaced(text, leaf, value)
+    if branch.flow_style:
+        raise UserError(f"section {section} of the params file is in braces. Write {name} there by hand.")
+    last = text.find("\n", _end(branch.value[-1][1]))
+    last = len(text) if last < 0 else last
+    indent = " " * branch.value[0][0].start_mark.column
+    return f"{text[:last]}\n{indent}{name}: {_dumped(value)}{text[last:]}"
+
+
+def _child(node: yaml.MappingNode, name: str) -> yaml.Node | None:
+    return next((child for key, child in node.value if key.value == name), None)
+
+
+def _replaced(text: str, node: yaml.Node, value: Any) -> str:
+    """`text` with `node`'s characters exchanged; a comment after them keeps its column."""
+    start, end = node.start_mark.index, _end(node)
+    block = isinstance(node, yaml.SequenceNode) and not node.flow_style
+    if block and isinstance(value, list | tuple):
+        new = f"\n{' ' * node.start_mark.column}".join(f"- {_dumped(item)}" for item in value)
+    else:
+        new = _dumped(value)
+    rest = text[end:]
+    gap = len(rest) - len(rest.lstrip(" "))
+    if rest[gap : gap + 1] == "#":
+        rest = " " * max(1, gap + (end - start) - len(new)) + rest[gap:]
+    return text[:start] + new + rest
+
+
+def _end(node: yaml.Node) -> int:
+    """Where a node's own characters end: a block's mark would be after the comments that follow it."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    index: int = node.end_mark.index
+    return index
+
+
+def _dumped(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("...\n").strip()

@@ -1,0 +1,76 @@
+"""`python -m pipeline.pictures`: a picture of runs, described in JSON on stdin, as SVG or PNG on stdout.
+
+A process of its own: the screen that asks for it never loads matplotlib.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any
+
+from pipeline.looks import SIGNS
+
+MARKERS = dict(zip(SIGNS, "o^sDvo^sDv", strict=True))
+HOLLOW = SIGNS[5:]
+DASHES = ("-", "--", "-.", ":")
+WIDTH, HEIGHT, PANEL = 8.0, 4.2, 1.8  # inches; PANEL: each further panel
+
+
+def draw(picture: Mapping[str, Any]) -> bytes:
+    """The file's bytes. `picture` is what `tui.export.picture` makes of a screen."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    panels = picture["panels"]
+    size = (WIDTH, HEIGHT + PANEL * (len(panels) - 1))
+    figure = Figure(figsize=size, layout="constrained")
+    heights = [HEIGHT, *[PANEL] * (len(panels) - 1)]
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw_panel(axis, panel)
+    axes[0].set(xlim=picture["x"], title=picture["title"])
+    axes[0].legend(fontsize="small")
+    axes[-1].set(xlabel="step")
+    file = BytesIO()
+    if picture["format"] == "svg":
+        with matplotlib.rc_context({"svg.hashsalt": "curves"}):
+            FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    else:
+        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _draw_panel(axis: Any, panel: Mapping[str, Any]) -> None:
+    for number, curve in enumerate(panel["curves"]):
+        x, mean, color, marker = curve["x"], curve["mean"], curve["color"], MARKERS[curve["sign"]]
+        raw = [value for pair in zip(curve["low"], curve["high"], strict=True) for value in pair]
+        axis.plot([value for value in x for _ in range(2)], raw, color=color, alpha=0.3, linewidth=0.6)
+        axis.plot(
+            *(x, mean, DASHES[number % len(DASHES)]),
+            color=color,
+            label=curve["label"],
+            marker=marker,
+            markerfacecolor="white" if curve["sign"] in HOLLOW else color,
+            markevery=(0.05 + 0.03 * number, 0.15),
+            linewidth=1.6,
+        )
+        if curve["flat"]:
+            axis.plot(
+                *curve["flat"], marker="|", markersize=16, markeredgewidth=2, color=color
+            )  # the legend says of what
+    axis.set(ylabel=panel["title"], yscale="log" if panel["log"] else "linear")
+    if panel["y"]:
+        axis.set(ylim=panel["y"])
+    axis.grid(alpha=0.3)
+
+
+def main() -> None:
+    """Exit code 0, and the picture on stdout."""
+    sys.stdout.buffer.write(draw(json.load(sys.stdin)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What each stage's output is to what the project says now: up to date, changed and why, running, failed.
+
+The comparison is the cache's: a stage is up to date if running it would give the artifact that is there.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import artifact, journal, provenance
+from pipeline.dag import STAGES, Project, Stage
+from pipeline.errors import UserError
+from pipeline.journal import Journal
+from pipeline.runner import Digests, known
+
+State = Literal["missing", "current", "changed", "waits", "running", "failed", "stopped", "died"]
+Signature = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One stage now; `reasons` say what changed or went wrong, `run` how its last run went."""
+
+    stage: Stage
+    state: State
+    reasons: tuple[str, ...] = ()
+    run: Journal | None = None
+
+
+@dataclass
+class Status:
+    """Answers again and again: what was hashed is hashed again only when its files look different."""
+
+    _digests: dict[Path | str, tuple[Signature, str]] = field(default_factory=dict)
+    _broken: dict[Path, tuple[Signature, str | None]] = field(default_factory=dict)
+
+    def of(self, project: Project) -> dict[str, StageState]:
+        """Every stage, in the DAG's order."""
+        code = _signature(provenance.ROOT / "pipeline")
+        digests = Digests(self._digest, lambda module: self._code(module, code))
+        found: dict[str, StageState] = {}
+        for stage in STAGES.values():
+            found[stage.name] = self._state(project, stage, digests, found)
+        return found
+
+    def _state(self, project: Project, stage: Stage, digests: Digests, before: Mapping[str, StageState]) -> StageState:
+        folder = project.run_folder(stage.name)
+        run = journal.read(folder)
+        if journal.alive(folder):
+            return StageState(stage, "running", (), run)
+        state, reasons = self._compared(project, stage, digests)
+        if state != "current" and run and run.state in ("failed", "stopped"):
+            return StageState(stage, "failed" if run.state == "failed" else "stopped", (run.message, *reasons), run)
+        if state != "current" and run and run.state == "running":
+            return StageState(stage, "died", ("its process ended without a word", *reasons), run)
+        late = [need for need in stage.needs if before[need].state != "current"]
+        if state == "current" and late:
+            return StageState(stage, "waits", (f"after {', '.join(late)}",), run)
+        return StageState(stage, state, reasons, run)
+
+    def _compared(self, project: Project, stage: Stage, digests: Digests) -> tuple[State, tuple[str, ...]]:
+        folder = project.artifact(stage.name)
+        if not (folder / artifact.MANIFEST).is_file():
+            lacks = [need for need in stage.needs if not project.artifact(need).is_dir()]
+            return "missing", (f"needs {', '.join(lacks)}",) if lacks else ()
+        broken = self._verified(folder)
+        if broken:
+            return "changed", (broken,)
+        try:
+            now = known(project, stage, digests)
+        except UserError as error:
+            return "changed", (str(error),)
+        reasons = tuple(differences(artifact.read_manifest(folder), now))
+        return ("changed", reasons) if reasons else ("current", ())
+
+    def _digest(self, path: Path) -> str:
+        signature = _signature(path)
+        if self._digests.get(path, ((), ""))[0] != signature:
+            self._digests[path] = signature, artifact.digest(path)
+        return self._digests[path][1]
+
+    def _code(self, module: str, signature: Signature) -> str:
+        if self._digests.get(module, ((), ""))[0] != signature:
+            self._digests[module] = signature, provenance.code_digest(module)
+        return self._digests[module][1]
+
+    def _verified(self, folder: Path) -> str | None:
+        """Why the artifact is not what its manifest says, or None."""
+        signature = _signature(folder)
+        if self._broken.get(folder, ((), ""))[0] != signature:
+            try:
+                artifact.verify(folder)
+                problem = None
+            except UserError as error:
+                problem = str(error)
+            self._broken[folder] = signature, problem
+        return self._broken[folder][1]
+
+
+def differences(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What was otherwise when an artifact was made, in words: params, inputs, code, libraries."""
+    now = json.loads(json.dumps(now))  # tuples are lists in a manifest
+    for key, value in now["params"].items():
+        before = manifest.get("params", {}).get(key)
+        if before != value:
+            yield f"{key} {_short(before)} → {_short(value)}"
+    for name, digest in now["inputs"].items():
+        if manifest.get("inputs", {}).get(name) != digest:
+            yield f"{name} changed"
+    if manifest.get("code") != now["code"]:
+        yield "code changed"
+    for library, version in now["versions"].items():
+        before = manifest.get("versions", {}).get(library)
+        if before != version:
+            yield f"{library} {before} → {version}"
+
+
+def _short(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def signature(project: Project) -> Signature:
+    """Changes when anything does that a state depends on; only asks the file system for sizes and times."""
+    data = {project.root / name for stage in STAGES.values() for name in project.data_files(stage)}
+    runs = [project.run_folder(name) / journal.JOURNAL for name in STAGES]
+    artifacts = [project.artifact(name) for name in STAGES]
+    return tuple(entry for path in (*sorted(data), *runs, *artifacts) for entry in _signature(path))
+
+
+def _signature(path: Path) -> Signature:
+    """Name, time, size and inode of a file, or of all files in a folder."""
+    found = []
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        try:
+            stat = file.stat()
+        except OSError:
+            continue
+        if "__pycache__" not in file.parts:
+            found.append((str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return tuple(found)

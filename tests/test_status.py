@@ -1,0 +1,183 @@
+"""What the watcher says of each stage is what running it would do."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import journal
+from pipeline.dag import STAGES, Project
+from pipeline.errors import UserError
+from pipeline.params import load
+from pipeline.params_file import save
+from pipeline.runner import Event, Job, Note, Progress, run
+from pipeline.status import Status, signature
+from tests.support import BRIEF, COMMAND, LORA, make, make_one
+
+
+def project_of(root: Path) -> Project:
+    return Project(root, load(root / "params.yaml", BRIEF))
+
+
+def states(root: Path, status: Status | None = None) -> dict[str, str]:
+    return {name: state.state for name, state in (status or Status()).of(project_of(root)).items()}
+
+
+def test_a_finished_pipeline_is_current_and_an_empty_one_missing(project: Path) -> None:
+    assert set(states(project).values()) == {"current"}
+    shutil.rmtree(project / "artifacts")
+    found = Status().of(project_of(project))
+    assert {state.state for state in found.values()} == {"missing"}
+    assert found["merge"].reasons == ("needs expand_vocab, finetune_lora",)
+
+
+def test_a_changed_param_is_named_and_what_comes_after_waits(project: Path) -> None:
+    save(project / "params.yaml", {"finetune_lora.rank": 2, "finetune_lora.target_modules": ["q_proj"]})
+    found = Status().of(project_of(project))
+    assert found["finetune_lora"].state == "changed"
+    assert found["finetune_lora"].reasons == (
+        "rank 4 → 2",
+        "target_modules q_proj k_proj v_proj o_proj → q_proj",
+    )
+    assert (found["merge"].state, found["merge"].reasons) == ("waits", ("after finetune_lora",))
+    assert found["evaluate"].reasons == ("after finetune_lora, merge",)
+    assert found["finetune_full"].state == "current"
+
+
+def test_a_changed_input_an_edited_artifact_and_a_missing_file_are_named(project: Path) -> None:
+    status = Status()
+    assert set(states(project, status).values()) == {"current"}
+    with (project / "data/pretrain.de.txt").open("a", encoding="utf-8") as file:
+        file.write("der hund schläft\n")
+    assert status.of(project_of(project))["pretrain"].reasons == ("data/pretrain.de.txt changed",)
+    (project / "artifacts/lora_adapter/adapter_model.safetensors").write_bytes(b"")
+    assert "adapter_model.safetensors was changed" in status.of(project_of(project))["finetune_lora"].reasons[0]
+    (project / "data/prompts.yaml").unlink()
+    assert "data/prompts.yaml is not a file" in status.of(project_of(project))["merge"].reasons[0]
+
+
+def test_running_it_makes_it_current_again(project: Path) -> None:
+    save(project / "params.yaml", {"finetune_lora.rank": 2})
+    make(project, ["finetune_lora", "merge", "evaluate"], BRIEF)
+    assert set(states(project).values()) == {"current"}
+
+
+def test_hashing_happens_once_until_a_file_changes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import artifact
+
+    status, hashed = Status(), list[str]()
+    real = artifact.file_digest
+
+    def counting(path: Path) -> str:
+        hashed.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(artifact, "file_digest", counting)
+    status.of(project_of(project))
+    assert hashed
+    hashed.clear()
+    status.of(project_of(project))
+    assert hashed == []
+
+
+def test_the_signature_changes_with_params_data_runs_and_artifacts(project: Path) -> None:
+    seen = {signature(project_of(project))}
+    for name in ("data/prompts.yaml", "artifacts/base/config.json", "runs/pretrain/run.json"):
+        (project / name).write_text("changed", encoding="utf-8")
+        seen.add(signature(project_of(project)))
+    assert len(seen) == 4
+
+
+def wait_for(condition: object, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(project: Path) -> None:
+    folder = project / "runs/finetune_lora"
+    command = [LORA, *COMMAND["finetune_lora"], "--force", "--set", "finetune_lora.epochs=20000"]
+    save(project / "params.yaml", {"finetune_lora.epochs": 20000})
+    process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_for(lambda: (now := journal.read(folder)) is not None and now.state == "running" and now.done > 1)
+    assert journal.alive(folder)
+    now = journal.read(folder)
+    assert now is not None
+    assert (now.pid, now.total, now.first) == (process.pid, 120_000, 1)
+    assert now.text.startswith("loss ")
+    assert now.eta is not None and now.eta > 1
+    assert Status().of(project_of(project))["finetune_lora"].state == "running"
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    stopped = Status().of(project_of(project))["finetune_lora"]
+    assert stopped.state == "stopped"
+    assert "stopped after step" in stopped.reasons[0]
+
+    process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_for(lambda: (now := journal.read(folder)) is not None and now.pid == process.pid and now.done > now.first)
+    now = journal.read(folder)
+    assert now is not None
+    assert now.first > 1, "it went on from the checkpoint"
+    assert any("resumed after step" in note for note in now.notes)
+    process.kill()
+    process.communicate()
+    assert not journal.alive(folder)
+    assert Status().of(project_of(project))["finetune_lora"].state == "died"
+
+
+def test_a_failure_keeps_its_message(project: Path) -> None:
+    stage = STAGES["merge"]
+
+    def failing(_: Job) -> Iterator[Event]:
+        yield Note("about to fail")
+        yield Progress(1, 2, "half")
+        raise UserError("merge.prompts is broken.")
+
+    save(project / "params.yaml", {"merge.max_logit_difference": 0.5})
+    with pytest.raises(UserError):
+        list(run(project_of(project), stage, failing))  # type: ignore[arg-type]
+    found = Status().of(project_of(project))["merge"]
+    assert found.state == "failed"
+    assert found.reasons == ("merge.prompts is broken.", "max_logit_difference 1e-05 → 0.5")
+    assert found.run is not None
+    assert (found.run.notes, found.run.done, found.run.total) == (["about to fail"], 1, 2)
+
+
+def test_a_stage_taken_from_the_cache_is_done(project: Path) -> None:
+    make_one(project, "merge", BRIEF)
+    now = journal.read(project / "runs/merge")
+    assert now is not None
+    assert now.state == "done"
+    assert "taken from the cache" in now.notes[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "running"}', '{"pid": 1, "unknown": 2}'])
+def test_a_damaged_journal_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    assert journal.read(tmp_path) is None
+
+
+def test_a_journal_that_cannot_be_written_stops_no_stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    real = Path.write_text
+    monkeypatch.setattr(
+        Path, "write_text", lambda path, *a, **k: full() if path.name.startswith("run.") else real(path, *a, **k)
+    )
+    manifest = make(project, ["merge"], BRIEF, force=True)
+    assert manifest["stage"] == "merge"
+
+
+def test_a_lock_file_of_a_process_that_is_gone_is_not_alive(tmp_path: Path) -> None:
+    assert not journal.alive(tmp_path)
+    (tmp_path / "lock").write_text("", encoding="utf-8")
+    assert not journal.alive(tmp_path)
+    (tmp_path / "lock").write_text(str(os.getpid()), encoding="utf-8")
+    assert not journal.alive(tmp_path), "the process lives, but holds nothing"

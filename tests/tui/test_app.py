@@ -1,0 +1,213 @@
+"""The frame: screens, keys, themes, messages, settings, starting and being hung up on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.widgets import Footer, Static
+
+from pipeline.errors import UserError
+from tests.support import ROOT
+from tests.tui.support import until
+from tui.app import SCREENS, Workbench
+from tui.settings import Config, State, config_path, load_config, state_path
+from tui.widgets.tab_bar import TabBar
+
+LORA_TUI = str(Path(sys.executable).parent / "lora-tui")
+
+
+def name_of(app: Workbench) -> str:
+    return str(getattr(app.screen, "NAME", ""))
+
+
+async def test_screens_by_digit_by_function_key_and_by_mouse(empty: Path) -> None:
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test(size=(80, 24)) as pilot:
+        for number, name in enumerate(SCREENS, 1):
+            await pilot.press(str(number))
+            await until(pilot, lambda name=name: name_of(app) == name)  # type: ignore[misc]
+        for number, name in enumerate(SCREENS, 1):
+            await pilot.press(f"f{number + 1}")
+            await until(pilot, lambda name=name: name_of(app) == name)  # type: ignore[misc]
+        await pilot.click(app.screen.query_one(TabBar), offset=(16, 0))
+        await until(pilot, lambda: name_of(app) == "curves")
+
+
+@pytest.mark.parametrize("name", SCREENS)
+async def test_every_key_in_the_footer_is_within_80_columns(empty: Path, name: str) -> None:
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.switch_mode(name)
+        await until(pilot, lambda: name_of(app) == name)
+        footer = app.screen.query_one(Footer)
+        await until(pilot, lambda: len(footer.children) >= 5)
+        assert all(key.region.right <= 80 for key in footer.children)
+        labels = {str(getattr(key, "description", "")) for key in footer.children}
+        assert {"Help", "Quit"} <= labels
+
+
+@pytest.mark.parametrize("name", SCREENS)
+async def test_help_lists_every_key_and_each_is_in_the_palette(empty: Path, name: str) -> None:
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test(size=(120, 50)) as pilot:
+        app.switch_mode(name)
+        await until(pilot, lambda: name_of(app) == name)
+        app.screen.set_focus(None)
+        bindings = [one.binding for one in app.screen.active_bindings.values()]
+        ours = [binding for binding in bindings if binding.id and binding.id.startswith((name, "app."))]
+        assert len(ours) > 8
+        assert all(binding.description for binding in ours)
+        titles = {command.title for command in app.get_system_commands(app.screen)}
+        assert {binding.description for binding in ours} <= titles
+        await pilot.press("question_mark")
+        await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
+        text = _text(app.screen.query(Static).last().content)
+        assert all(binding.description in text for binding in ours)
+        await pilot.press("escape")
+        await until(pilot, lambda: name_of(app) == name)
+
+
+def _text(renderable: Any) -> str:
+    from io import StringIO
+
+    from rich.console import Console
+
+    file = StringIO()
+    Console(file=file, width=200).print(renderable)
+    return file.getvalue()
+
+
+async def test_keys_are_those_of_the_config(empty: Path) -> None:
+    app = Workbench(empty / "params.yaml", Config(keys={"app.curves": "v", "app.quit": "ctrl+x"}))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("2")
+        await pilot.pause()
+        assert name_of(app) == "pipeline"
+        await pilot.press("v")
+        await until(pilot, lambda: name_of(app) == "curves")
+
+
+async def test_the_theme_is_remembered_and_suits_the_terminal(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLORFGBG", "0;15")
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test() as pilot:
+        assert app.theme == "textual-light"
+        await pilot.press("f9")
+        await until(pilot, lambda: app.theme == "textual-dark")
+    again = Workbench(empty / "params.yaml")
+    async with again.run_test():
+        assert again.theme == "textual-dark"
+    wanted = Workbench(empty / "params.yaml", Config(theme="nord"))
+    async with wanted.run_test():
+        assert wanted.theme == "nord"
+    unknown = Workbench(empty / "params.yaml", Config(theme="no-such"))
+    async with unknown.run_test():
+        assert unknown.theme == "textual-light"
+        assert "no theme 'no-such'" in unknown.said[0][2]
+
+
+async def test_what_was_said_can_be_read_again(empty: Path) -> None:
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.fail(UserError("rank must be at least 1, got [0]."))
+        app.fail(OSError(28, "No space left on device", "/x/y"))
+        await pilot.press("f8")
+        await until(pilot, lambda: type(app.screen).__name__ == "MessagesScreen")
+        text = _text(app.screen.query_one(Static).content)
+        assert "rank must be at least 1, got [0]." in text
+        assert "/x/y: No space left on device" in text
+
+
+async def test_a_state_that_cannot_be_written_is_said_and_nothing_else_happens(empty: Path, home: Path) -> None:
+    (home / "state").write_text("a file where the folder should be")
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test() as pilot:
+        await pilot.press("f9")
+        await until(pilot, lambda: any("not remembered" in text for _, _, text in app.said))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("themes: x", "unknown key themes"),
+        ("[1]", "sections"),
+        ("keys: [a]", "keys must map"),
+        ("keys: {app.quit: 3}", "keys must map"),
+        ("folders: x", "folders must be a list"),
+        ("theme: 3", "theme must be a text"),
+        ("on_hangup: die", "on_hangup must be one of continue, stop, got 'die'"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_one_message(home: Path, text: str, reason: str) -> None:
+    config_path().parent.mkdir(parents=True)
+    config_path().write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=reason.replace(".", r"\.")):
+        load_config(config_path())
+    done = subprocess.run([LORA_TUI], capture_output=True, text=True, check=False, cwd=home)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_config_is_read_and_a_missing_one_is_the_defaults() -> None:
+    assert load_config(config_path()) == Config()
+    config_path().parent.mkdir(parents=True)
+    config_path().write_text(
+        "theme: nord\nfolders: [~/a]\nkeys: {app.quit: ctrl+x}\non_hangup: stop\n", encoding="utf-8"
+    )
+    assert load_config(config_path()) == Config("nord", {"app.quit": "ctrl+x"}, ("~/a",), "stop")
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "{}", '{"theme": 1, "folders": 3, "prompts": []}'])
+def test_a_damaged_state_is_a_fresh_start(text: str) -> None:
+    state_path().parent.mkdir(parents=True)
+    state_path().write_text(text, encoding="utf-8")
+    assert State.load(state_path()) == State()
+    State("nord", ["a"], ["b"]).save(state_path())
+    assert State.load(state_path()) == State("nord", ["a"], ["b"])
+    assert json.loads(state_path().read_text(encoding="utf-8"))["prompts"] == ["b"]
+
+
+def test_torch_numpy_and_matplotlib_are_never_imported_by_the_first_screen() -> None:
+    code = (
+        "import asyncio, sys; from pathlib import Path; from tui.app import Workbench\n"
+        "async def go():\n"
+        "    app = Workbench(Path('params.yaml'))\n"
+        "    async with app.run_test() as pilot:\n"
+        "        await pilot.pause()\n"
+        "        print({'torch', 'numpy', 'matplotlib', 'transformers', 'dvc', 'textual_plot'} & set(sys.modules))\n"
+        "        for key in '1234':\n"
+        "            await pilot.press(key)\n"
+        "            await pilot.pause()\n"
+        "        print({'torch', 'transformers', 'matplotlib', 'dvc'} & set(sys.modules))\n"
+        "asyncio.run(go())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["set()", "set()"]
+
+
+def test_a_params_file_in_no_folder_and_the_version(home: Path) -> None:
+    done = subprocess.run([LORA_TUI, "--params", "no/x.yaml"], capture_output=True, text=True, check=False, cwd=home)
+    assert (done.returncode, done.stderr) == (1, "error: no is not a folder. Name a params file with --params.\n")
+    done = subprocess.run([LORA_TUI, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("lora-tui 0.")
+
+
+@pytest.mark.parametrize("on_hangup", ["continue", "stop"])
+async def test_a_closed_terminal_ends_the_screen_and_the_pipeline_as_configured(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, on_hangup: str
+) -> None:
+    app = Workbench(empty / "params.yaml", Config(on_hangup=on_hangup))
+    done: list[str] = []
+    monkeypatch.setattr(app.runner, "groups", lambda: [1])
+    monkeypatch.setattr(app.runner, "stop", lambda: done.append("stopped"))
+    monkeypatch.setattr(os, "kill", lambda _, number: done.append(signal.Signals(number).name))
+    async with app.run_test():
+        app._hung_up()
+    assert done == (["stopped", "SIGHUP"] if on_hangup == "stop" else ["SIGHUP"])

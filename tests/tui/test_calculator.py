@@ -1,0 +1,413 @@
+"""The calculator's screen: what it shows is what `pipeline.calc` says, and every key does its work."""
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, OptionList
+
+from pipeline.calc.answer import answer
+from pipeline.calc.asked import method_of, run_of
+from pipeline.calc.fit import changes, largest
+from pipeline.calc.settings import LORA, Method, Run
+from pipeline.calc.sources import built_in, names
+from pipeline.params import load
+from tests.tui.support import until
+from tui.app import Workbench
+from tui.calculation import FIELDS, Asked, relevant
+from tui.screens.calculator import CalculatorScreen
+from tui.screens.calculator_dialogs import Confirm, Reader
+from tui.widgets.calc_answer import Parameters, Pinned, Verdict
+from tui.widgets.calc_form import CalcForm
+from tui.widgets.lines import Lines
+from tui.widgets.memory_bars import MemoryBars
+
+GARBAGE = ("", " ", "x", "-1", "0", "1e400", "9" * 40, "ß[/]", "[red]", "1.5", "٣", "nan", "\\", "a,,b", "~nobody/x")
+TEXT = ("model", "rank", "alpha", "targets", "new_rows", "last_blocks", "virtual_tokens", "precision", "batch")
+
+
+@asynccontextmanager
+async def calculator(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIterator[tuple[Pilot[None], Any]]:
+    app = Workbench(root / "params.yaml")
+    async with app.run_test(size=size) as pilot:
+        await pilot.press("3")
+        await until(pilot, lambda: isinstance(app.screen, CalculatorScreen) and app.screen.result is not None)
+        yield pilot, app.screen
+
+
+def shown(screen: CalculatorScreen, kind: type[Lines]) -> str:
+    return str(screen.query_one(kind).content)
+
+
+async def fill(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> None:
+    screen.form.fill(replace(Asked(), **values))
+    await pilot.pause()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model": "qwen3-8b"},
+        {"model": "qwen3-8b", "method": "qlora", "rank": "64", "targets": "all-linear", "batch": "4"},
+        {"model": "gpt2", "method": "full", "sequence": "512", "checkpointing": "none"},
+        {"model": "minigpt", "method": "freeze", "batch": "4", "sequence": "4"},
+        {"model": "llama-3.1-70b", "method": "prefix", "virtual_tokens": "30"},
+        {"model": "gemma-3-4b", "method": "prompt", "optimizer": "adamw-8bit", "loss": "chunked"},
+        {"model": "qwen3-8b", "embeddings": "new_rows", "new_rows": "7", "alpha": "16", "precision": "int8"},
+    ],
+)
+async def test_the_numbers_are_those_of_the_library(empty: Path, values: dict[str, str]) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await fill(pilot, screen, **values)
+        asked, model = replace(Asked(), **values), built_in(values["model"]).shapes
+        method = method_of(
+            asked.method,
+            int(asked.rank),
+            float(asked.alpha) if asked.alpha else None,
+            asked.targets,
+            embeddings=asked.embeddings,
+            new_rows=int(asked.new_rows) if asked.embeddings == "new_rows" else 0,
+            virtual_tokens=int(asked.virtual_tokens),
+        )
+        run = run_of(
+            model,
+            asked.method,
+            batch=int(asked.batch),
+            sequence=int(asked.sequence) if asked.sequence else None,
+            precision=asked.precision or None,
+            checkpointing=asked.checkpointing or None,
+            optimizer=asked.optimizer,
+            loss=asked.loss,
+        )
+        expected = answer(model, method, run)
+        found = screen.result
+        assert found.trainable == expected["parameters"]["trainable"]
+        assert {**found.memory.parts(), "peak": found.memory.peak} == {
+            key: size for key, size in expected["memory"].items() if key != "peak_at"
+        }
+        assert f"{expected['parameters']['trainable']:,} trainable" in shown(screen, Verdict)
+        assert all(f"{p['in']:,} → {p['out']:,}" in shown(screen, Parameters) for p in expected["projections"])
+
+
+async def test_qwen3_8b_shows_the_exact_number_beside_the_documents(empty: Path) -> None:
+    async with calculator(empty, (80, 24)) as (_, screen):
+        assert "7,667,712 trainable" in shown(screen, Verdict)
+        assert "9,437,184 · exact 7,667,712" in shown(screen, Parameters)
+        assert "the document takes every projection as 4,096 × 4,096" in shown(screen, Parameters)
+
+
+async def test_every_built_in_model_opens(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        for name in names():
+            for method in ("lora", "full"):
+                await fill(pilot, screen, model=name, method=method)
+                assert (screen.problem, screen.result.model.name) == ("", name)
+
+
+@pytest.mark.parametrize("field", [*TEXT, "sequence", "gib"])
+async def test_garbage_is_one_line_and_the_last_good_answer_stays(empty: Path, field: str) -> None:
+    needs = {
+        "last_blocks": {"method": "freeze"},
+        "virtual_tokens": {"method": "prefix"},
+        "new_rows": {"embeddings": "new_rows"},
+        "gib": {"gpu": "custom"},
+    }.get(field, {})
+    refused = 0
+    async with calculator(empty) as (pilot, screen):
+        for text in GARBAGE:
+            await fill(pilot, screen, **needs)
+            before = screen.result
+            screen.query_one(f"#{field}", Input).value = text
+            await until(pilot, lambda: "being read" not in screen.problem)
+            await pilot.pause()
+            if screen.problem:
+                refused += 1
+                assert "\n" not in screen.problem
+                assert screen.result is before
+                assert screen.query_one("#results").has_class("-stale")
+                marked = [name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-wrong")]
+                assert marked == [field], (text, screen.problem)
+        assert refused >= 5
+        await fill(pilot, screen)
+        assert not screen.query("#results.-stale") and not screen.query(".-wrong") and not screen.problem
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "lora", "qlora", "prefix", "prompt"])
+async def test_only_fields_that_matter_are_enabled(empty: Path, method: str) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await fill(pilot, screen, method=method)
+        rows = {name: screen.query_one(f"#field-{name}") for name in FIELDS}
+        assert [name for name, row in rows.items() if not row.disabled] == relevant(screen.form.asked)
+        assert [name for name, row in rows.items() if row.display] == relevant(screen.form.asked)
+
+
+async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("right")
+        assert screen.form.asked.method == "qlora"
+        await pilot.press("left", "down", "+")
+        assert (screen.form.asked.method, screen.form.asked.rank, screen.result.method.rank) == ("lora", "16", 16)
+        await pilot.press("-", "-", "tab", "shift+tab", "pagedown")
+        assert screen.focused.id == "rank" and screen.form.asked.rank == "8"
+        screen.query_one("#sequence").focus()
+        await pilot.press("+")
+        assert screen.result.run.sequence == 4096, "an empty field steps from what it means"
+        screen.query_one("#batch").focus()
+        await pilot.press("+", "up")
+        assert (screen.result.run.batch, screen.focused.id) == (2, "precision")
+        await pilot.press("escape", "g")
+        assert screen.form.asked.gpu == "rtx5090"
+
+
+async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        for name in ("method", "embeddings", "checkpointing", "optimizer", "loss", "gpu"):
+            before = getattr(screen.form.asked, name)
+            await pilot.click(f"#{name}", offset=(4, 0))
+            assert getattr(screen.form.asked, name) != before
+            await pilot.click(f"#{name}", offset=(0, 0))
+            assert getattr(screen.form.asked, name) == before
+
+
+async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("slash", *"smol")
+        options = screen.query_one(OptionList)
+        assert options.display and options.option_count == len([n for n in names() if "smol" in n])
+        assert screen.problem.startswith("model must be a built-in name") and "Traceback" not in screen.problem
+        await pilot.press("down", "up", "down", "enter")
+        assert screen.result.model.name == [n for n in names() if "smol" in n][1]
+        assert not options.display
+        await pilot.press("home", "shift+end", *"Qwen/Qwen3-8B")
+        assert screen.result.model.name == "qwen3-8b", "a hub id that is built in needs no network"
+        await pilot.press("home", "shift+end", *"lma3370", "enter")
+        assert screen.result.model.name == "llama-3.3-70b", "letters that are apart"
+        await pilot.press("home", "shift+end", *"gemma-2")
+        await pilot.click(OptionList, offset=(3, 2))
+        assert screen.result.model.name == [n for n in names() if "gemma-2" in n][1]
+
+
+async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> None:
+    import json
+
+    from pipeline.calc.sources import entry
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(entry("qwen3-0.6b")["config"]), encoding="utf-8")
+    async with calculator(empty) as (pilot, screen):
+        for path in (config, tmp_path):
+            await fill(pilot, screen, model=str(path))
+            await until(pilot, lambda: not screen.problem)
+            assert screen.result.model.total == built_in("qwen3-0.6b").shapes.total
+        config.write_text("{", encoding="utf-8")
+        await fill(pilot, screen, model=str(config))
+        await until(pilot, lambda: "being read" not in screen.problem)
+        assert "config.json" in screen.problem and "\n" not in screen.problem
+
+
+async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    import tui.screens.calculator as module
+
+    real = module.open_model
+    monkeypatch.setattr(module, "open_model", lambda name: asked.append(name) or real("gpt2"))  # type: ignore[func-returns-value]
+    async with calculator(empty) as (pilot, screen):
+        asked.clear()
+        await pilot.press("slash", *"some/model")
+        assert "Enter fetches it" in screen.problem and not asked
+        await pilot.press("enter")
+        await until(pilot, lambda: not screen.problem)
+        assert asked == ["some/model"] and screen.result.model.name == "gpt2"
+
+
+async def test_advice_is_the_librarys_and_never_of_another_configuration(empty: Path) -> None:
+    async with calculator(empty, (200, 60)) as (pilot, screen):
+        await until(pilot, lambda: "the most that fits" in shown(screen, Verdict).splitlines()[-1])
+        result = screen.result
+        most = largest(result.model, result.method, result.run, result.device.bytes)
+        assert f"batch {most.batch} · sequence {most.sequence:,} · rank {most.rank}" in shown(screen, Verdict)
+        await fill(pilot, screen, batch="16")
+        assert "looking for" in shown(screen, Verdict) and "does not fit" in shown(screen, Verdict)
+        await until(pilot, lambda: "change this" in shown(screen, Verdict))
+        result = screen.result
+        words = [way[0] for way in changes(result.model, result.method, result.run, result.device.bytes)]
+        assert words[-1].replace("--", "") in " ".join(shown(screen, Verdict).split())
+
+
+async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> None:
+    async with calculator(empty, (80, 24)) as (pilot, screen):
+        text = shown(screen, MemoryBars)
+        assert all(name in text for name in ("full", "freeze", "▶ LoRA", "QLoRA", "▼ RTX 4090 23.99 GiB"))
+        await fill(pilot, screen, gpu="custom", gib="7.5", method="freeze")
+        assert "7.50 GiB" in shown(screen, MemoryBars) and "▶ freeze" in shown(screen, MemoryBars)
+
+
+async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("p")
+        await fill(pilot, screen, method="qlora")
+        await pilot.press("p")
+        await fill(pilot, screen, rank="16")
+        text = shown(screen, Pinned)
+        first, second = screen.pins
+        assert first.title.split(",")[0] in text and "②" in text
+        assert f"{first.trainable - screen.result.trainable:+,}" in text
+        assert "✓ yes" in text and (first.run.precision, second.run.precision) == ("bf16", "nf4-dq")
+        await pilot.press("p")
+        assert screen.pins == [second, screen.result], "a third takes the first one's place"
+        await pilot.press("P", "P", "P")
+        assert screen.pins == [] and not screen.query_one(Pinned).display
+
+
+async def test_document_and_formulas_open_and_close(empty: Path) -> None:
+    async with calculator(empty, (80, 24)) as (pilot, screen):
+        for key in "de":
+            await pilot.press(key)
+            assert isinstance(pilot.app.screen, Reader)
+            await pilot.press("escape")
+            assert pilot.app.screen is screen
+
+
+async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("l")
+        await pilot.pause()
+        targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+        method = Method("lora", 4, 1.0, targets, embeddings="all")
+        assert screen.result.method == method
+        assert screen.result.run == Run(4, 4, "fp32", checkpointing="none")
+        assert screen.result.model is built_in("minigpt").shapes
+        await pilot.press("2", "3")
+        assert pilot.app.screen is screen and screen.form.asked.model == "minigpt"
+
+
+async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
+    path = empty / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("l")
+        await pilot.pause()
+        await pilot.press("u")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "says so already" in pilot.app.said[-1][2]
+        await pilot.press("tab", "+", "escape", "u")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        assert str(pilot.app.screen.query_one("#changes").content) == "finetune_lora.rank: 4 → 8"
+        await pilot.press("escape")
+        assert path.read_text(encoding="utf-8") == before
+        await pilot.press("u")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        await pilot.press("enter")
+        await until(pilot, lambda: path.read_text(encoding="utf-8") != before)
+        assert path.read_text(encoding="utf-8") == before.replace("  rank: 4\n", "  rank: 8\n")
+
+
+@pytest.mark.parametrize(
+    ("values", "section"),
+    [
+        ({"method": "full", "batch": "9"}, {"finetune_full.batch_size": 9}),
+        (
+            {"method": "freeze", "batch": "9", "last_blocks": "2", "ends": "freeze"},
+            {
+                "finetune_freeze.batch_size": 9,
+                "finetune_freeze.last_blocks": 2,
+                "finetune_freeze.train_embeddings": False,
+            },
+        ),
+        (
+            {"targets": "feed_forward", "embeddings": "none", "alpha": "3.5"},
+            {
+                "finetune_lora.target_modules": ("feed_forward",),
+                "finetune_lora.train_embeddings": "none",
+                "finetune_lora.alpha": 3.5,
+                "finetune_lora.rank": 8,
+            },
+        ),
+    ],
+)
+async def test_each_method_has_its_section(empty: Path, values: dict[str, str], section: dict[str, Any]) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await fill(pilot, screen, **values)
+        await pilot.press("u")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        await pilot.press("enter")
+        await until(pilot, lambda: bool(pilot.app.said))
+        params = load(empty / "params.yaml")
+        for key, value in section.items():
+            name, _, leaf = key.partition(".")
+            assert getattr(getattr(params, name), leaf) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"method": "qlora"}, "qlora is not trainable here yet"),
+        ({"method": "prefix"}, "prefix is not trainable here yet"),
+        ({"precision": "int8"}, "int8 weights are not trainable here yet"),
+        ({"targets": "gate_proj"}, "MiniGPT, which this project trains, cannot have these targets"),
+        ({"method": "freeze", "last_blocks": "9"}, "last-blocks must be at most 2"),
+        ({"rank": "x"}, "Nothing is written while a field is wrong"),
+    ],
+)
+async def test_what_the_project_cannot_train_is_refused(empty: Path, values: dict[str, str], why: str) -> None:
+    before = (empty / "params.yaml").read_bytes()
+    async with calculator(empty) as (pilot, screen):
+        await fill(pilot, screen, **values)
+        await pilot.press("u")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert why in pilot.app.said[-1][2] and "\n" not in pilot.app.said[-1][2]
+        assert pilot.app.screen is screen
+    assert (empty / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("when", ["before", "while it is confirmed"])
+async def test_params_broken_by_hand_are_not_written_over(empty: Path, when: str) -> None:
+    path, broken = empty / "params.yaml", "finetune_lora: [1,\n"
+    async with calculator(empty) as (pilot, _):
+        if when == "before":
+            path.write_text(broken, encoding="utf-8")
+        await pilot.press("u")
+        if when != "before":
+            await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+            path.write_text(broken, encoding="utf-8")
+            await pilot.press("enter")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "not valid YAML" in pilot.app.said[-1][2]
+        assert path.read_text(encoding="utf-8") == broken
+        await pilot.press("l")
+        await until(pilot, lambda: len(pilot.app.said) == 2)
+
+
+async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (empty / "params.yaml").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "params.yaml")
+
+    async with calculator(empty) as (pilot, _):
+        await pilot.press("u")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        monkeypatch.setattr(os, "fsync", full)
+        await pilot.press("enter")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "No space left on device" in pilot.app.said[-1][2]
+    assert (empty / "params.yaml").read_bytes() == before
+    assert list(empty.glob(".params*")) == []
+
+
+async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> None:
+    async with calculator(empty, (80, 24)) as (_, screen):
+        for name in relevant(screen.form.asked):
+            assert screen.query_one(f"#{name}").region.bottom <= 23
+        assert screen.query_one(Verdict).region.bottom <= 23
+        assert screen.query_one(CalcForm).region.right <= screen.query_one(Verdict).region.x
+
+
+def test_the_default_configuration_is_the_documents() -> None:
+    assert method_of("lora", 8, None, "attention") == LORA

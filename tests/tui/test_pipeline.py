@@ -1,0 +1,350 @@
+"""The pipeline's screen, on projects that change under it."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, Static
+
+from pipeline.dag import STAGES
+from pipeline.params import load
+from pipeline.params_file import save
+from tests.support import make
+from tests.tui.support import until
+from tui import processes
+from tui.app import Workbench
+from tui.screens.pipeline import PipelineScreen
+from tui.widgets.dag_picture import DagPicture
+from tui.widgets.log_view import LINES, LogView
+from tui.widgets.param_form import ParamForm
+from tui.widgets.stage_list import StageList
+
+Opened = tuple[Pilot[None], PipelineScreen]
+
+
+@asynccontextmanager
+async def opened(root: Path, size: tuple[int, int] = (80, 24)) -> AsyncIterator[Opened]:
+    app = Workbench(root / "params.yaml")
+    async with app.run_test(size=size) as pilot:
+        await pilot.pause()
+        screen = app.screen
+        assert isinstance(screen, PipelineScreen)
+        await until(pilot, lambda: bool(screen.states) or screen.query_one("#problem").display)
+        yield pilot, screen
+
+
+def lines(screen: PipelineScreen) -> list[str]:
+    stages = screen.query_one(StageList)
+    return [str(stages.get_option(name).prompt) for name in STAGES]
+
+
+def said(screen: PipelineScreen) -> str:
+    return "\n".join(text for _, _, text in screen.workbench.said)
+
+
+def brief_params(root: Path) -> None:
+    """The file says what the fixture was made with."""
+    save(root / "params.yaml", {f"{name}.epochs": 2 for name in STAGES if name.startswith(("pre", "fine"))})
+
+
+def printed(screen: PipelineScreen, text: str) -> bool:
+    return text in [line.text.rstrip() for line in screen.query_one(LogView).lines]
+
+
+async def choose(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> None:
+    screen.query_one(StageList).highlighted = list(STAGES).index(stage)
+    await until(pilot, lambda: screen.query_one(ParamForm)._name == stage)
+
+
+def field(screen: PipelineScreen, key: str) -> Input:
+    return screen.query_one(f"#param-{key}", Input)
+
+
+async def typed(pilot: Pilot[None], screen: PipelineScreen, key: str, text: str) -> None:
+    field(screen, key).focus()
+    field(screen, key).value = text
+    await pilot.pause()
+
+
+async def test_an_empty_project_says_what_is_missing_and_what_to_press(empty: Path) -> None:
+    async with opened(empty) as (_, screen):
+        assert lines(screen)[0] == "○ pretrain         not made yet"
+        assert lines(screen)[5] == "○ merge            not made yet: needs expand_vocab, finetune_lora"
+        assert "press r" in str(screen.query_one("#said", Static).content)
+        assert "Nothing was evaluated yet" in str(screen.query_one("#changes", Static).content)
+
+
+async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_seen(project: Path) -> None:
+    brief_params(project)
+    async with opened(project) as (pilot, screen):
+        await until(pilot, lambda: all("up to date" in line for line in lines(screen)))
+        save(project / "params.yaml", {"finetune_lora.rank": 2})
+        await until(pilot, lambda: "changed: rank 4 → 2" in lines(screen)[4])
+        assert lines(screen)[5] == "◌ merge            will run again: after finetune_lora"
+        picture = screen.query_one(DagPicture)
+        assert "● finetune_lora" in str(picture.render())
+
+
+async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: Path) -> None:
+    path = project / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    async with opened(project) as (pilot, screen):
+        await choose(pilot, screen, "finetune_lora")
+        await typed(pilot, screen, "rank", "0")
+        rule = screen.query_one("#rule", Static)
+        assert "finetune_lora.rank must be at least 1, got 0" in str(rule.content)
+        assert field(screen, "rank").has_class("-bad")
+        await pilot.press("enter")
+        assert path.read_text(encoding="utf-8") == before
+        await typed(pilot, screen, "rank", "8")
+        assert "Enter writes it" in str(rule.content)
+        await pilot.press("enter")
+        await until(pilot, lambda: load(path).finetune_lora.rank == 8)
+        assert path.read_text(encoding="utf-8") == before.replace("  rank: 4", "  rank: 8")
+        await until(pilot, lambda: any("rank 4 → 8" in line for line in lines(screen)))
+        assert not field(screen, "rank").has_class("-edited")
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "text", "value"),
+    [
+        ("finetune_lora", "target_modules", "q_proj, v_proj", ("q_proj", "v_proj")),
+        ("finetune_lora", "learning_rate", "1e-4", 1e-4),
+        ("pretrain", "tie_embeddings", "true", True),
+        ("finetune_lora", "train_embeddings", "new_rows", "new_rows"),
+        ("expand_vocab", "data", "[data/finetune.de.txt]", ("data/finetune.de.txt",)),
+    ],
+)
+async def test_every_kind_of_value_is_written(empty: Path, stage: str, key: str, text: str, value: object) -> None:
+    async with opened(empty) as (pilot, screen):
+        await choose(pilot, screen, stage)
+        await typed(pilot, screen, key, text)
+        await pilot.press("enter")
+        await until(pilot, lambda: getattr(getattr(load(empty / "params.yaml"), stage), key) == value)
+
+
+@pytest.mark.parametrize("text", ["", " ", "[", "{", "nan", "x: y", "9" * 30, "ß", "&a", "2026-99-99"])
+async def test_garbage_in_a_field_is_one_line(empty: Path, text: str) -> None:
+    before = (empty / "params.yaml").read_bytes()
+    async with opened(empty) as (pilot, screen):
+        await typed(pilot, screen, "epochs", text)
+        await pilot.press("enter")
+        assert "pretrain.epochs must be" in str(screen.query_one("#rule", Static).content)
+    assert (empty / "params.yaml").read_bytes() == before
+
+
+async def test_escape_takes_back_and_leaving_a_stage_says_what_was_not_written(empty: Path) -> None:
+    async with opened(empty) as (pilot, screen):
+        await typed(pilot, screen, "epochs", "7")
+        await pilot.press("escape")
+        assert field(screen, "epochs").value == "60"
+        assert screen.query_one(StageList).has_focus
+        await typed(pilot, screen, "epochs", "7")
+        await choose(pilot, screen, "merge")
+        assert "Not written: pretrain.epochs: 7" in said(screen)
+
+
+async def test_a_change_by_hand_shows_but_not_over_what_is_being_typed(empty: Path) -> None:
+    async with opened(empty) as (pilot, screen):
+        await typed(pilot, screen, "epochs", "7")
+        save(empty / "params.yaml", {"pretrain.epochs": 9, "pretrain.seed": 3})
+        await until(pilot, lambda: field(screen, "seed").value == "3")
+        assert field(screen, "epochs").value == "7"
+
+
+async def test_params_broken_by_hand_are_reported_and_mended(empty: Path) -> None:
+    path = empty / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    async with opened(empty) as (pilot, screen):
+        banner = screen.query_one("#problem", Static)
+        path.write_text("pretrain: [", encoding="utf-8")
+        await until(pilot, lambda: bool(banner.display))
+        assert "is not valid YAML" in str(banner.content)
+        await typed(pilot, screen, "epochs", "7")
+        await pilot.press("enter")
+        assert path.read_text(encoding="utf-8") == "pretrain: ["
+        path.write_text(text, encoding="utf-8")
+        await until(pilot, lambda: not banner.display)
+
+
+async def test_it_opens_on_a_broken_and_on_a_missing_file(empty: Path, tmp_path: Path) -> None:
+    (empty / "params.yaml").write_text("pretrain: [", encoding="utf-8")
+    async with opened(empty) as (pilot, screen):
+        assert "is not valid YAML" in str(screen.query_one("#problem", Static).content)
+        await pilot.press("s", "r", "x", "p", "l", "m", "down")
+    async with opened(tmp_path) as (pilot, screen):
+        assert "does not exist" in str(screen.query_one("#problem", Static).content)
+        await pilot.press("s", "p", "enter")
+
+
+async def test_a_full_disk_while_saving_is_one_toast(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (empty / "params.yaml").read_bytes()
+    async with opened(empty) as (pilot, screen):
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        await typed(pilot, screen, "epochs", "7")
+        await pilot.press("enter")
+        await until(pilot, lambda: "No space left" in said(screen))
+    assert (empty / "params.yaml").read_bytes() == before
+
+
+async def test_stages_are_chosen_by_key_and_mouse_and_panes_by_key(empty: Path) -> None:
+    async with opened(empty) as (pilot, screen):
+        await pilot.press("down", "down")
+        await until(pilot, lambda: screen.chosen == "finetune_full")
+        place = screen.query_one(DagPicture)._layout.places["merge"]
+        await pilot.click(DagPicture, offset=(place.column + 2, place.row))
+        await until(pilot, lambda: screen.chosen == "merge")
+        assert screen.query_one(ParamForm)._name == "merge"
+        for key, pane in (("l", "log"), ("m", "metrics"), ("p", "params")):
+            await pilot.press("escape", key)
+            await pilot.pause()
+            assert [str(one.id) for one in screen.query(".pane") if one.display] == [pane]
+            assert screen.focused is not None
+            assert screen.query_one(f"#{pane}") in (screen.focused, *screen.focused.ancestors)
+
+
+async def test_all_panes_show_where_there_is_room(empty: Path) -> None:
+    async with opened(empty, (120, 40)) as (_, screen):
+        assert [str(one.id) for one in screen.query(".pane") if one.display] == ["params", "log", "metrics"]
+
+
+async def test_a_run_without_a_pipeline_and_a_stage_without_inputs_are_refused(empty: Path) -> None:
+    async with opened(empty) as (pilot, screen):
+        await pilot.press("r")
+        assert "has no dvc.yaml" in said(screen)
+        await choose(pilot, screen, "merge")
+        await pilot.press("s")
+        assert "merge needs expand_vocab, finetune_lora first" in said(screen)
+        await pilot.press("x")
+        assert "Nothing is running" in said(screen)
+
+
+@pytest.fixture
+def dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put a program of some lines of Python in dvc's place."""
+
+    def place(code: str) -> None:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin/dvc").write_text(f"#!{sys.executable}\n{code}", encoding="utf-8")
+        (tmp_path / "bin/dvc").chmod(0o755)
+
+    monkeypatch.setattr(processes, "BIN", tmp_path / "bin")
+    return place
+
+
+async def test_a_run_is_started_with_the_right_words_and_stopped(project: Path, dvc: Callable[[str], None]) -> None:
+    (project / "dvc.yaml").write_text("", encoding="utf-8")
+    brief_params(project)
+    dvc("import sys, time\nprint('called', *sys.argv[1:], flush=True)\ntime.sleep(60)")
+    async with opened(project, (200, 40)) as (pilot, screen):
+        runner = screen.workbench.runner
+        for key, words in (
+            ("r", "repro"),
+            ("s", "repro --single-item finetune_lora"),
+            ("S", "repro --single-item --force finetune_lora"),
+        ):
+            await choose(pilot, screen, "finetune_lora")
+            await pilot.press("escape", key)
+            await until(pilot, partial(printed, screen, f"called {words}"))
+            await pilot.press("r")
+            assert "running already" in said(screen)
+            await pilot.press("x")
+            await until(pilot, lambda: runner.running() is None)
+        await until(pilot, lambda: "All stages are up to date" in said(screen))
+
+
+async def test_a_failed_stage_shows_why_and_is_chosen(project: Path, dvc: Callable[[str], None]) -> None:
+    """A real stage fails: its message is on the screen, whoever ran it."""
+    (project / "dvc.yaml").write_text("", encoding="utf-8")
+    brief_params(project)
+    dvc(f"import subprocess\nsubprocess.run([{str(Path(sys.executable).parent / 'lora')!r}, 'finetune', 'freeze'])")
+    async with opened(project) as (pilot, screen):
+        save(project / "params.yaml", {"finetune_freeze.last_blocks": 9})
+        await pilot.press("r")
+        await until(pilot, lambda: "✗ finetune_freeze" in lines(screen)[3], 30)
+        assert "failed: finetune_freeze.last_blocks must be at most 2" in lines(screen)[3]
+        await until(pilot, lambda: screen.chosen == "finetune_freeze")
+        assert "last_blocks must be at most 2" in str(screen.query_one("#said", Static).content)
+        assert "finetune_freeze failed" in said(screen)
+
+
+@pytest.mark.slow
+async def test_a_stage_that_prints_100_mb_leaves_the_screen_alive(project: Path, dvc: Callable[[str], None]) -> None:
+    (project / "dvc.yaml").write_text("", encoding="utf-8")
+    dvc("line = 'x' * 99\nfor _ in range(1_000_000): print(line)\nprint('the last line', flush=True)")
+    async with opened(project) as (pilot, screen):
+        await pilot.press("r", "l")
+        log = screen.query_one(LogView)
+        await until(pilot, lambda: bool(log.lines) and "the last line" in log.lines[-1].text, 60)
+        assert len(log.lines) <= LINES
+        await choose(pilot, screen, "expand_vocab")
+    assert (project / "runs/pipeline.log").stat().st_size > 100_000_000
+
+
+async def test_a_run_elsewhere_is_followed(project: Path) -> None:
+    brief_params(project)
+    async with opened(project) as (pilot, screen):
+        await until(pilot, lambda: "up to date" in lines(screen)[4])
+        save(project / "params.yaml", {"finetune_lora.epochs": 300})
+        lora = str(Path(sys.executable).parent / "lora")
+        process = subprocess.Popen([lora, "finetune", "lora"], cwd=project, stderr=subprocess.DEVNULL)
+        await until(pilot, lambda: "% " in lines(screen)[4] and "left" in lines(screen)[4], 30)
+        assert "of 1,800" in lines(screen)[4]
+        await until(pilot, lambda: process.poll() is not None, 60)
+        await until(pilot, lambda: lines(screen)[4] == "✓ finetune_lora    up to date")
+        assert "measured at the peak" in str(await _said_of(pilot, screen, "finetune_lora"))
+
+
+async def _said_of(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> str:
+    await choose(pilot, screen, stage)
+    return str(screen.query_one("#said", Static).content)
+
+
+async def test_an_artifact_that_vanishes_is_missing(project: Path) -> None:
+    brief_params(project)
+    async with opened(project) as (pilot, screen):
+        await until(pilot, lambda: "up to date" in lines(screen)[5])
+        shutil.rmtree(project / "artifacts/lora_merged")
+        await until(pilot, lambda: lines(screen)[5] == "○ merge            not made yet")
+
+
+async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["init", "-q"], ["add", "-A", "artifacts/evaluation"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], cwd=project, check=True)
+    async with opened(project, (120, 40)) as (pilot, screen):
+        changes = screen.query_one("#changes", Static)
+        await until(pilot, lambda: "As in the last commit" in str(changes.content))
+        save(project / "params.yaml", {"finetune_lora.rank": 2})
+        make(project, ["finetune_lora", "merge", "evaluate"], [f"{name}.epochs=2" for name in _trained()])
+        await until(pilot, lambda: "lora.trainable" in pilot_text(changes), 30)
+        row = next(line for line in pilot_text(changes).splitlines() if "lora.trainable " in line)
+        assert row.split() == ["lora.trainable", "16,768", "14,720", "-2048"]
+
+
+def _trained() -> list[str]:
+    return ["pretrain", "finetune_full", "finetune_freeze", "finetune_lora"]
+
+
+def pilot_text(widget: Static) -> str:
+    """What a widget that holds a table shows."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=100)
+    console.print(widget.content)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()

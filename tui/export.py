@@ -1,0 +1,78 @@
+"""What is on the Curves screen as a file: a picture, drawn by another process, or the numbers as CSV."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.metrics import COLUMNS
+from tui.series import Log
+from tui.widgets.loss_chart import Curve, Range
+
+FORMATS = ("svg", "png", "csv")
+
+
+def panel(title: str, labels: Sequence[str], curves: Sequence[Curve], y: Range | None, log: bool) -> dict[str, Any]:
+    """One panel for `pipeline.pictures`; `y` and the curves' values as they are, not as powers of ten."""
+    return {"title": title, "log": log, "y": y, "curves": list(map(_curve, labels, curves))}
+
+
+def _curve(label: str, curve: Curve) -> dict[str, Any]:
+    columns, mark = curve.columns, curve.mark()
+    return {
+        "label": label,
+        "color": curve.color,
+        "sign": curve.sign,
+        "flat": (mark.x, mark.mean) if mark else None,
+        "x": [column.x for column in columns],
+        "low": [column.low for column in columns],
+        "high": [column.high for column in columns],
+        "mean": [column.mean for column in columns],
+    }
+
+
+async def drawn(picture: dict[str, Any]) -> bytes:
+    """The picture's file. Raises UserError if the process that draws it fails."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "pipeline.pictures"), stdin=pipe, stdout=pipe, stderr=pipe
+    )
+    out, err = await process.communicate(json.dumps(picture).encode())
+    if process.returncode:
+        reason = (err.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise UserError(f"The picture could not be drawn: {reason}. Export CSV, or look at `lora doctor`.")
+    return out
+
+
+def csv_lines(logs: Iterable[tuple[str, Log]]) -> Iterator[bytes]:
+    """The header, then every row of every run, in pieces of one run."""
+    yield ("run," + ",".join(COLUMNS) + "\n").encode()
+    for label, log in logs:
+        name = '"' + label.replace('"', '""') + '"' if set(label) & set(',"\n') else label
+        rows = zip(*(log.columns[column] for column in COLUMNS), strict=True)
+        yield "".join(f"{name},{','.join(f'{value:.10g}' for value in row)}\n" for row in rows).encode()
+
+
+def save(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write beside `path`, then rename: it is whole or not there. Raises OSError."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with new.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def free_name(root: Path, stem: str, kind: str) -> Path:
+    """A file of that name that is not there yet: curves.svg, else curves-2.svg, …"""
+    numbers = ["", *(f"-{number}" for number in range(2, 1000))]
+    paths = (root / f"{stem}{number}.{kind}" for number in numbers)
+    return next((path for path in paths if not path.exists()), root / f"{stem}.{kind}")

@@ -1,0 +1,134 @@
+"""The pipeline as a process group of its own, its output in a file: it outlives this program unless told not to."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import journal
+from pipeline.dag import RUNS, STAGES
+from pipeline.errors import UserError
+
+LOCK, LOG, OLD_LOG = "pipeline.lock", "pipeline.log", "pipeline.old.log"
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Running:
+    """A pipeline that some workbench started: `dvc …`, the leader of its process group."""
+
+    pid: int
+    command: str
+    started: float
+
+
+class Runner:
+    """Starts and stops the pipeline of one project, and sees one that another workbench started."""
+
+    def __init__(self, root: Path) -> None:
+        self.runs = root / RUNS
+        self.root = root
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stops = 0
+
+    @property
+    def log(self) -> Path:
+        return self.runs / LOG
+
+    def start(self, arguments: Sequence[str]) -> Running:
+        """`dvc ARGUMENTS`. Raises UserError if a pipeline runs here already, or if it cannot be started."""
+        if not (self.root / "dvc.yaml").is_file():
+            raise UserError(f"{self.root} has no dvc.yaml: there is no pipeline to run. Open a clone of the project.")
+        if self.running():
+            raise UserError("The pipeline is running already. Stop it first, or wait for it.")
+        self.runs.mkdir(parents=True, exist_ok=True)
+        with (self.runs / LOCK).open("a+") as lock:
+            _lock(lock.fileno())
+            self._child, self._stops = self._spawned([str(BIN / "dvc"), *arguments], lock.fileno()), 0
+            running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time())
+            lock.truncate(0)
+            lock.write(json.dumps(vars(running)))
+        return running
+
+    def _spawned(self, command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
+        """The process, which holds the lock as long as it lives."""
+        if self.log.exists():
+            self.log.replace(self.runs / OLD_LOG)  # kept, so that who follows sees another file, not a longer one
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                command,
+                cwd=self.root,
+                env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "COLUMNS": "100"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(lock,),
+            )
+
+    def running(self) -> Running | None:
+        """The pipeline that a workbench started and that still runs."""
+        if self._child and self._child.poll() is not None:
+            self._child = None  # reaped
+        try:
+            with (self.runs / LOCK).open() as lock:
+                found = Running(**json.load(lock))
+                os.kill(found.pid, 0)
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return found
+        except (OSError, ValueError, TypeError):
+            return None
+        return None
+
+    def stop(self) -> str:
+        """Interrupt what runs, as Ctrl+C in its terminal would; asked again, end it for good. Returns what was done.
+
+        Raises UserError if nothing runs.
+        """
+        groups = self.groups()
+        if not groups:
+            raise UserError("Nothing is running.")
+        self._stops += 1
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[min(self._stops, 3) - 1]
+        for group in groups:
+            _signal(group, number)
+        if number == signal.SIGKILL:
+            return "Killed. The last checkpoint is kept."
+        return "Stopping at the next step, with a checkpoint. Press again if it does not."
+
+    def groups(self) -> list[int]:
+        """The process groups that run stages of this project, whoever started them."""
+        pipeline = self.running()
+        leaders = [pipeline.pid] if pipeline else []
+        return list(dict.fromkeys([*leaders, *self._stages()]))
+
+    def _stages(self) -> Iterable[int]:
+        for name in STAGES:
+            run = journal.read(self.runs / name)
+            if run and journal.alive(self.runs / name):
+                try:
+                    yield os.getpgid(run.pid)
+                except ProcessLookupError:
+                    continue
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError("The pipeline is being started by another workbench.") from None
+
+
+def _signal(group: int, number: signal.Signals) -> None:
+    if group == os.getpgrp():  # a stage run by this very program, as in a test: never ourselves
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)

@@ -1,0 +1,71 @@
+"""The DAG as a picture: every stage with a sign for its state, and arrows; a click chooses one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.segment import Segment
+from rich.style import Style
+from rich.text import Text
+from textual.app import RenderResult
+from textual.events import Click
+from textual.message import Message
+from textual.reactive import reactive
+from textual.widget import Widget
+
+from pipeline.dag import STAGES
+from pipeline.status import StageState
+from tui.dag_layout import Layout, layout
+
+SIGNS = {
+    "missing": ("○", "dim"),
+    "current": ("✓", "green"),
+    "changed": ("●", "yellow"),
+    "waits": ("◌", "dim"),
+    "running": ("▶", "bold cyan"),
+    "failed": ("✗", "bold red"),
+    "stopped": ("‖", "magenta"),
+    "died": ("✗", "bold red"),
+}
+WORDS = {"current": "up to date", "missing": "not made yet", "waits": "will run again"}
+LABEL = 3  # sign and space before a name, a space after it
+
+
+class DagPicture(Widget):
+    """As wide as the DAG needs; in fewer columns the names alone show, one after the other, as the list does."""
+
+    DEFAULT_CSS = "DagPicture { height: auto; width: auto; }"
+    states: reactive[Mapping[str, StageState]] = reactive(dict)
+    chosen: reactive[str] = reactive("pretrain")
+
+    @dataclass
+    class Chosen(Message):
+        """A stage was clicked."""
+
+        stage: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layout: Layout = layout({name: stage.needs for name, stage in STAGES.items()}, LABEL)
+
+    def get_content_width(self, *_: object) -> int:
+        return self._layout.columns
+
+    def get_content_height(self, *_: object) -> int:
+        return self._layout.rows
+
+    def render(self) -> RenderResult:
+        cells = [[Segment(" ")] * self._layout.columns for _ in range(self._layout.rows)]
+        for (row, column), character in self._layout.lines.items():
+            cells[row][column] = Segment(character, Style(dim=True))
+        for name, place in self._layout.places.items():
+            state = self.states.get(name)
+            sign, style = SIGNS[state.state] if state else ("·", "dim")
+            cells[place.row][place.column] = Segment(sign, Style.parse(style))
+            for offset, letter in enumerate(name, 2):
+                cells[place.row][place.column + offset] = Segment(letter, Style(reverse=name == self.chosen))
+        return Text("\n").join(Text.assemble(*((c.text, c.style or "") for c in row)) for row in cells)
+
+    def on_click(self, event: Click) -> None:
+        for name, place in self._layout.places.items():
+            if event.y == place.row and place.column <= event.x < place.column + place.width:
+                self.post_message(self.Chosen(name))

@@ -1,0 +1,62 @@
+"""A line for each stage: its state, why, and while it runs how far it is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+from textual.widgets import OptionList
+from textual.widgets.option_list import Option
+
+from pipeline.dag import STAGES
+from pipeline.status import StageState
+from tui.widgets.dag_picture import SIGNS, WORDS
+from tui.words import duration
+
+WIDTH = max(map(len, STAGES))
+BAR = 12  # cells of a progress bar
+
+
+class StageList(OptionList):
+    """The stages in the DAG's order; option ids are their names."""
+
+    DEFAULT_CSS = """
+    StageList { height: auto; border: none; padding: 0; background: transparent; }
+    StageList { text-wrap: nowrap; text-overflow: ellipsis; }
+    StageList:focus { border: none; }
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(*(Option(_line(name, None), id=name) for name in STAGES), compact=True, **options)
+        self._shown: dict[str, Text] = {}
+
+    def show(self, states: Mapping[str, StageState]) -> None:
+        """Redraw the lines that are new."""
+        for name, state in states.items():
+            line = _line(name, state)
+            if self._shown.get(name) != line:
+                self._shown[name] = line
+                self.replace_option_prompt(name, line)
+
+
+def _line(name: str, state: StageState | None) -> Text:
+    sign, style = SIGNS[state.state] if state else ("·", "dim")
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append(f"{sign} ", style).append(f"{name:{WIDTH}}  ")
+    return line.append(_about(state) if state else Text("…", "dim"))
+
+
+def _about(state: StageState) -> Text:
+    if state.state == "running":
+        return Text(_progress(state), SIGNS["running"][1])
+    word = Text(WORDS.get(state.state, state.state), SIGNS[state.state][1])
+    return word.append(f": {', '.join(state.reasons)}" if state.reasons else "", "default")
+
+
+def _progress(state: StageState) -> str:
+    run = state.run
+    if run is None or not run.total:
+        return "running: starting"
+    share = run.done / run.total
+    filled = round(share * BAR)
+    left = "" if run.eta is None else f"  {duration(run.eta)} left"
+    return f"{'━' * filled}{'╌' * (BAR - filled)} {share:4.0%}  {run.done:,} of {run.total:,}  {run.text}{left}"
