@@ -81,9 +81,14 @@ class Library:
         """The entry with its verdict. Reads all of the model's bytes unless they are those that were checked before."""
         model = entry.model
         stamp = self.stamp(model)
-        verdict = self._known(model.path, stamp) or check(model, self.root, self.folders, self._fingerprint)
+        verdict = self._known(model.path, stamp) or self._checked(model)
         self._verdicts[model.path] = stamp, verdict
         return replace(entry, verdict=verdict)
+
+    def _checked(self, model: Model) -> Verdict:
+        """Reasons name paths in the project short."""
+        verdict = check(model, self.root, self.folders, self._fingerprint)
+        return replace(verdict, reason=verdict.reason and verdict.reason.replace(f"{self.root}/", ""))
 
     def _known(self, path: Path, stamp: Stamp) -> Verdict | None:
         known = self._verdicts.get(path)

@@ -40,8 +40,11 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _size(entry: Entry) -> str:
-    size = entry.model.size
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    """In decimal units, as files are listed."""
+    for unit, name, form in ((1e9, "GB", ".2f"), (1e6, "MB", ".1f"), (1e3, "kB", ".0f")):
+        if entry.model.size >= unit:
+            return f"{entry.model.size / unit:{form}} {name}"
+    return f"{entry.model.size} B"
 
 
 def short_targets(targets: Sequence[str]) -> str:
