@@ -61,7 +61,8 @@ def verify(
     """Load an adapter on its base as `lora prompt` would, and say whether anything is wrong."""
     from cli.console import stdout
     from pipeline.artifact import MANIFEST
-    from pipeline.engine import base_of, load
+    from pipeline.binding import base_of
+    from pipeline.engine import load
 
     base = base or base_of(path)
     load(base, path)

@@ -44,7 +44,8 @@ def prompt(
     from rich.text import Text as Line
 
     from cli.console import bar, print_json, stdout, table
-    from pipeline.engine import base_of, load
+    from pipeline.binding import base_of
+    from pipeline.engine import load
     from pipeline.generate import Sampling
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):

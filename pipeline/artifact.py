@@ -128,7 +128,16 @@ def digest(path: Path) -> str:
         return file_digest(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist. Run the stage that makes it, or `dvc repro` for all of them.")
-    return hashlib.sha256(json.dumps(contents(path)).encode()).hexdigest()
+    return _digest(contents(path))
+
+
+def sealed_digest(manifest: Mapping[str, Any]) -> str:
+    """`digest` of the folder that a manifest stands in, as it was when it was made."""
+    return _digest(manifest["files"])
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:

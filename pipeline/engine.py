@@ -7,15 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.adapters.peft_format import load_adapter, read_config
-from pipeline.dag import STAGES, VARIANTS, Project
+from pipeline.adapters.peft_format import load_adapter
+from pipeline.dag import VARIANTS, Project
 from pipeline.errors import UserError
 from pipeline.generate import GREEDY, Sampling, generate
 from pipeline.models.base import load_base
 from pipeline.models.minigpt import MiniGPT
 from pipeline.tokenizer import WordTokenizer
-
-DEFAULT_BASE = STAGES["expand_vocab"].path
 
 
 @dataclass(frozen=True)
@@ -45,20 +43,6 @@ def load(base: Path, adapter: Path | None = None, name: str = "") -> Loaded:
     return Loaded(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
 
 
-def base_of(adapter: Path | None) -> Path:
-    """The model folder that an adapter names as its base; without an adapter, the pipeline's expanded base.
-
-    A relative name is looked for here, then in the folders that the adapter lies in. Raises UserError.
-    """
-    if adapter is None:
-        return Path(DEFAULT_BASE)
-    named = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
-    for folder in (Path(), *adapter.resolve().parents):
-        if isinstance(named, str) and (folder / named).is_dir():
-            return folder / named
-    raise UserError(f"{adapter} names {named!r} as its base, and there is no such folder. Name the base with --base.")
-
-
 def variants(project: Project) -> Iterator[Loaded]:
     """Every model that the pipeline has made so far, in the order of the report."""
     for name, (base, adapter) in VARIANTS.items():
@@ -84,14 +68,19 @@ def encode(loaded: Loaded, text: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def next_probabilities(loaded: Loaded, text: str) -> Tensor:
-    """Probabilities of the next token, (V,)."""
-    logits: Tensor = loaded.model(torch.tensor([encode(loaded, text)]))
-    return logits[0, -1].softmax(0)
+    """Probabilities of the next token, (V,), on the CPU."""
+    logits: Tensor = loaded.model(torch.tensor([encode(loaded, text)], device=loaded.model.device))
+    return logits[0, -1].softmax(0).cpu()
 
 
 def top_k(loaded: Loaded, text: str, k: int) -> list[Choice]:
     """The `k` likeliest next tokens, likeliest first."""
-    values, ids = next_probabilities(loaded, text).topk(min(k, len(loaded.tokenizer)))
+    return likeliest(loaded, next_probabilities(loaded, text), k)
+
+
+def likeliest(loaded: Loaded, probabilities: Tensor, k: int) -> list[Choice]:
+    """The `k` likeliest of probabilities (V,), likeliest first."""
+    values, ids = probabilities.topk(min(k, len(loaded.tokenizer)))
     return [Choice(loaded.tokenizer.word(int(i)), float(v)) for v, i in zip(values, ids, strict=True)]
 
 

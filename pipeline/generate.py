@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,19 +35,31 @@ GREEDY = Sampling()
 COLDEST = 1e-6  # below it logits would overflow, and the likeliest token is drawn anyway
 
 
-@torch.no_grad()
+class Drawn(NamedTuple):
+    """A token that was drawn, and its probability under the model before temperature and cuts."""
+
+    id: int
+    probability: float
+
+
 def generate(model: MiniGPT, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY) -> Iterator[int]:
     """Yields up to `limit` token ids after `prompt`, ending before the end token or after the last position."""
+    return (drawn.id for drawn in stream(model, prompt, limit, sampling) if drawn.id != model.config.end_id)
+
+
+@torch.no_grad()
+def stream(model: MiniGPT, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY) -> Iterator[Drawn]:
+    """Yields up to `limit` tokens after `prompt`, each as soon as it is drawn; an end token is the last."""
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KVCache()
-    new = torch.tensor([list(prompt)])  # (1, T): all of the prompt first, then one token a turn
+    new = torch.tensor([list(prompt)], device=model.device)  # (1, T): all of the prompt first, then one token a turn
     for _ in range(min(limit, model.config.max_positions - len(prompt))):
-        logits = model(new, cache=cache)[0, -1]  # (V,)
+        logits = model(new, cache=cache)[0, -1].cpu()  # (V,); drawn on the CPU: a seed means the same on any device
         token = draw(logits, sampling, generator)
+        yield Drawn(token, float(logits.softmax(0)[token]))
         if token == model.config.end_id:
             return
-        yield token
-        new = torch.tensor([[token]])
+        new = torch.tensor([[token]], device=model.device)
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -1,14 +1,24 @@
-"""Which adapters lie in a folder, and what their files say of them: nothing is loaded."""
+"""Which models and adapters lie in a folder, and what their files say of them: nothing is loaded."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from pipeline import artifact
-from pipeline.dag import STAGES
+from pipeline.binding import CONFIG, Fingerprint, base_of, refuse_foreign
+from pipeline.dag import STAGES, VARIANTS
 from pipeline.errors import UserError
 from pipeline.metrics import LOSS, final_loss, read_steps
+from pipeline.tensors import read_header
+
+UNSEALED = "no manifest: base not known"
+NOT_CHECKED = "It has no manifest: names and shapes are checked when it is loaded, nothing else can be."
+BASES = ("pretrain", "expand_vocab")  # methods whose checkpoints others are trained from
+VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
+Signature = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -26,52 +36,191 @@ class Adapter:
     problem: str | None
 
 
+@dataclass(frozen=True)
+class Model:
+    """A folder with a base, a checkpoint trained from one, a merged model or an adapter. None means: not known.
+
+    `size` is in bytes of weights, `when` in seconds since the epoch; `parameters` of an adapter are its own.
+    """
+
+    path: Path
+    kind: str  # base, checkpoint, merged or adapter
+    method: str
+    rank: int | None
+    targets: tuple[str, ...]
+    base: str | None
+    parameters: int | None
+    size: int
+    final_loss: float | None
+    when: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a folder is what was made: verified, no manifest to compare with, or refused and why."""
+
+    state: str
+    reason: str | None = None
+    forgetting: float | None = None  # rise of the old sentences' loss, in nats a token
+
+
 def adapters(root: Path) -> list[Adapter]:
     """Every adapter below `root`, by path."""
-    return [_described(path.parent, root) for path in sorted(root.rglob("adapter_config.json")) if _visible(path, root)]
+    return [_adapter(folder, root) for folder in model_folders(root) if (folder / CONFIG).exists()]
 
 
-def _visible(path: Path, root: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _described(folder: Path, root: Path) -> Adapter:
-    config, problem = _config(folder)
-    targets, rank, base = (config.get(key) for key in ("target_modules", "r", "base_model_name_or_path"))
+def _adapter(folder: Path, root: Path) -> Adapter:
+    model = describe(folder)
     return Adapter(
         path=folder,
-        method=str(config.get("peft_type") or "?").lower(),
-        rank=rank if isinstance(rank, int) else None,
-        targets=tuple(map(str, targets)) if isinstance(targets, list) else (str(targets),),
-        base=base if isinstance(base, str) else None,
-        size=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        final_loss=final_loss(read_steps(folder / LOSS)),
-        forgetting=_forgetting(folder, root),
-        problem=problem,
+        method=model.method,
+        rank=model.rank,
+        targets=model.targets,
+        base=model.base,
+        size=model.size,
+        final_loss=model.final_loss,
+        forgetting=_forgetting(artifact.digest(folder), [root]),
+        problem=_problem(folder),
     )
 
 
-def _config(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """adapter_config.json and, if the folder is not what its manifest says, why."""
-    config: dict[str, Any] = {}
+def _problem(folder: Path) -> str | None:
+    """Why the folder's files are not those of its manifest."""
     try:
-        config = artifact.read_json(folder / "adapter_config.json", "Make the adapter again")
+        artifact.read_json(folder / CONFIG, "Make the adapter again")
         if not (folder / artifact.MANIFEST).exists():
-            return config, "no manifest: base not known"
+            return UNSEALED
         artifact.verify(folder)
     except UserError as error:
-        return config, str(error)
-    return config, None
+        return str(error)
+    return None
 
 
-def _forgetting(folder: Path, root: Path) -> float | None:
-    """The rise of the old sentences' loss, if the evaluation below `root` measured this very adapter."""
-    for manifest, metrics in _evaluations(root):
-        try:
-            if manifest["inputs"][STAGES["finetune_lora"].path] == artifact.digest(folder):
-                return float(metrics["lora"]["forgetting"]["loss_rise"])
-        except (KeyError, TypeError, ValueError):  # some other tool's metrics
-            continue
+def model_folders(root: Path) -> Iterator[Path]:
+    """Every folder below `root`, itself included, with an adapter or a checkpoint; hidden ones are passed over."""
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        weights = any(name.endswith(".safetensors") for name in files)
+        if CONFIG in files or ("config.json" in files and (weights or artifact.MANIFEST in files)):
+            yield Path(place)
+
+
+def describe(folder: Path) -> Model:
+    """What the files in `folder` say of it. What is missing or broken is not known: `check` gives the reason."""
+    config, manifest = _json(folder / CONFIG), _json(folder / artifact.MANIFEST)
+    adapter = (folder / CONFIG).exists()
+    method = config.get("peft_type") if adapter else manifest.get("method") or _architecture(folder)
+    rank, base = config.get("r"), config.get("base_model_name_or_path")
+    return Model(
+        path=folder,
+        kind="adapter" if adapter else _kind(manifest.get("method")),
+        method=str(method or "?").lower(),
+        rank=rank if isinstance(rank, int) else None,
+        targets=_targets(config.get("target_modules")) if adapter else (),
+        base=base if isinstance(base, str) else None,
+        parameters=_parameters(folder, {} if adapter else manifest),
+        size=sum(size for name, _, size, _ in signature(folder) if name.endswith(".safetensors")),
+        final_loss=_final_loss(folder / LOSS),
+        when=_when(folder),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return artifact.read_json(path, "")
+    except UserError:
+        return {}
+
+
+def _kind(method: Any) -> str:
+    if method in (None, *BASES):
+        return "base"
+    return "merged" if method == "merge" else "checkpoint"
+
+
+def _architecture(folder: Path) -> Any:
+    return _json(folder / "config.json").get("model_type")
+
+
+def _targets(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
+
+
+def _parameters(folder: Path, manifest: Mapping[str, Any]) -> int | None:
+    """As the manifest counts them, else all numbers in the weights."""
+    try:
+        return int(manifest["parameters"]["total"])
+    except (KeyError, TypeError, ValueError):
+        pass
+    try:
+        headers = [read_header(path) for path in folder.glob("*.safetensors")]
+    except UserError:
+        return None
+    return sum(prod(info.shape) for header in headers for info in header.values()) if headers else None
+
+
+def _final_loss(path: Path) -> float | None:
+    try:
+        return final_loss(read_steps(path))
+    except OSError:
+        return None
+
+
+def _when(folder: Path) -> float | None:
+    times = {name: modified / 1e9 for name, _, _, modified in signature(folder)}
+    return times.get(artifact.MANIFEST, max(times.values(), default=None))
+
+
+def signature(folder: Path) -> Signature:
+    """Name, inode, size in bytes and time of change (ns) of each file in `folder`; () if there is no such folder."""
+    try:
+        stats = [(entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
+    except OSError:
+        return ()
+    return tuple(sorted((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+def find_base(adapter: Path, root: Path) -> Path:
+    """The base that an adapter names, looked for around it first, then in `root`. Raises UserError."""
+    try:
+        return base_of(adapter, adapter.parent)
+    except UserError:
+        return base_of(adapter, root)
+
+
+def check(
+    model: Model,
+    root: Path,
+    evaluations: Iterable[Path] = (),
+    fingerprint: Fingerprint = artifact.base_fingerprint,
+) -> Verdict:
+    """Whether the model's files, and an adapter's base, are those it was made with. Reads all of them.
+
+    `evaluations` are folders in which an evaluation may lie that measured this very model.
+    """
+    try:
+        if model.kind == "adapter":
+            refuse_foreign(find_base(model.path, root), model.path, fingerprint)
+        if not (model.path / artifact.MANIFEST).exists():
+            read_header(next(model.path.glob("*.safetensors"), model.path / "model.safetensors"))
+            return Verdict(UNBOUND, NOT_CHECKED)
+        sealed = artifact.read_manifest if model.kind == "adapter" else artifact.verify  # an adapter was verified above
+        return Verdict(VERIFIED, None, _forgetting(artifact.sealed_digest(sealed(model.path)), evaluations))
+    except UserError as error:
+        return Verdict(REFUSED, str(error))
+    except OSError as error:
+        return Verdict(REFUSED, f"{error.filename or model.path}: {error.strerror}.")
+
+
+def _forgetting(digest: str, roots: Iterable[Path]) -> float | None:
+    """The rise of the old sentences' loss, if an evaluation in one of `roots` measured the artifact of that sha256."""
+    for manifest, metrics in (pair for root in roots for pair in _evaluations(root)):
+        for variant, (base, adapter) in VARIANTS.items():
+            try:
+                if manifest["inputs"][STAGES[adapter or base].path] == digest:
+                    return float(metrics[variant]["forgetting"]["loss_rise"])
+            except (KeyError, TypeError, ValueError):  # some other tool's metrics
+                continue
     return None
 
 

@@ -72,6 +72,11 @@ class WordTokenizer:
         ids = self.encode(word)
         return ids[0] if len(ids) == 1 and ids[0] != self.unknown_id else None
 
+    def id_of_token(self, token: str) -> int | None:
+        """The id of a token as `word` gives it, or None."""
+        id_: int | None = self._inner.token_to_id(token)
+        return id_
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Word ids, without an end token; an unknown word is `unknown_id`."""
         return tuple(self._inner.encode(text, add_special_tokens=False).ids)

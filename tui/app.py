@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
@@ -20,6 +20,9 @@ from textual.screen import Screen
 from pipeline.errors import UserError
 from tui.processes import Runner
 from tui.settings import Config, State, config_path, load_config, state_path
+
+if TYPE_CHECKING:
+    from tui.inference import Inference
 
 Severity = Literal["information", "warning", "error"]
 SCREENS = {"pipeline": "Pipeline", "curves": "Curves", "calculator": "Calculator", "adapters": "Adapters"}
@@ -49,6 +52,7 @@ class Workbench(App[None]):
         self.where = _short(self.root)
         self.runner = Runner(self.root)
         self.state = State.load(state_path())
+        self.inference: Inference | None = None  # the adapters screen makes it
         self.said: deque[tuple[datetime, Severity, str]] = deque(maxlen=1000)
         super().__init__()
 
@@ -58,6 +62,10 @@ class Workbench(App[None]):
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
         self.switch_mode("pipeline")
+
+    async def on_unmount(self) -> None:
+        if self.inference:
+            await self.inference.stop()
 
     def _hung_up(self) -> None:
         """The terminal is gone: the pipeline goes on or stops, as configured, and this program ends."""

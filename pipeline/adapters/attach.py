@@ -61,7 +61,7 @@ def add_lora(model: nn.Module, names: Iterable[str], rank: int, alpha: float, dt
 
 def _attach_rows(model: MiniGPT, rows: dict[str, tuple[int, ...]]) -> None:
     embedding, head = model.embeddings, model.lm_head
-    ids = {name: torch.tensor(indices) for name, indices in rows.items()}
+    ids = {name: torch.tensor(indices, device=model.device) for name, indices in rows.items()}
     trained = {
         name: nn.Parameter(base.weight.detach()[ids[name]].clone())
         for name, base in ((EMBEDDING, embedding), (HEAD, head))

@@ -8,12 +8,11 @@ import torch
 
 from pipeline import artifact
 from pipeline.adapters.attach import EMBEDDING, ENDS, AdapterSpec, attach, tensors
+from pipeline.binding import CONFIG, WEIGHTS, Fingerprint, read_config, refuse_foreign
 from pipeline.errors import UserError
 from pipeline.models.base import load_tensors, save_tensors
 from pipeline.models.minigpt import MiniGPT
 from pipeline.tensors import refuse_difference, shapes
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # PEFT's options that change what an adapter computes, each with the only value that is understood here ...
 _PLAIN: dict[str, Any] = {
@@ -116,18 +115,16 @@ def _rows(config: dict[str, Any], place: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(ids) for name, ids in indices.items()}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises UserError if there is none."""
-    return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
-
-
-def load_adapter(model: MiniGPT, base_folder: Path, folder: Path) -> AdapterSpec:
+def load_adapter(
+    model: MiniGPT, base_folder: Path, folder: Path, fingerprint: Fingerprint = artifact.base_fingerprint
+) -> AdapterSpec:
     """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`.
 
+    Parameters get the adapter's tensors; none is written to, so a model that shares its tensors keeps them.
     Raises UserError if the adapter was changed since it was made, was made on another base, or has other tensors
     than its config and this model call for; `model` is then of no more use.
     """
-    refuse_foreign(base_folder, folder)
+    refuse_foreign(base_folder, folder, fingerprint)
     spec = read_spec(folder)
     found = shapes(folder / WEIGHTS)
     rows = [row for ids in spec.rows.values() for row in ids]
@@ -137,41 +134,10 @@ def load_adapter(model: MiniGPT, base_folder: Path, folder: Path) -> AdapterSpec
     places = tensors(model, spec)
     refuse_difference({key: tuple(p.shape) for key, p in places.items()}, found, str(folder / WEIGHTS))
     values = load_tensors(folder / WEIGHTS)
-    with torch.no_grad():
-        for key, parameter in places.items():
-            parameter.copy_(values[key])
     for key, parameter in places.items():
-        if not torch.equal(parameter, values[key].to(parameter.dtype)):
+        parameter.data = values[key].to(parameter, copy=True)  # a copy: what the library read may be a mapped file
+    for key, parameter in places.items():
+        if not torch.equal(parameter, values[key].to(parameter)):
             raise UserError(f"{folder}: {key} differs from its twin, but the base ties embedding and head.")
     model.requires_grad_(False)
     return spec
-
-
-def refuse_foreign(base_folder: Path, folder: Path) -> None:
-    """Raises UserError if the adapter's manifest does not bind these files to this base.
-
-    An adapter made elsewhere has no manifest: its names and shapes are all that can be checked.
-    """
-    if not (folder / artifact.MANIFEST).exists():
-        return
-    manifest = artifact.read_manifest(folder)
-    _refuse_edited(manifest, read_config(folder), folder / CONFIG)
-    artifact.verify(folder)
-    trained_on, found = manifest.get("base", {}), artifact.base_fingerprint(base_folder)
-    for part, digest in found.items():
-        if trained_on.get(part) != digest:
-            raise UserError(
-                f"{folder} was trained on another base: its {part} {'have' if part == 'tensors' else 'has'} sha256 "
-                f"{str(trained_on.get(part))[:12]}, those of {base_folder} {digest[:12]}. "
-                "Name the base it was trained on with --base, or train it again."
-            )
-
-
-def _refuse_edited(manifest: dict[str, Any], config: dict[str, Any], place: Path) -> None:
-    trained = manifest.get("params", {})
-    for key, name in (("r", "rank"), ("lora_alpha", "alpha")):
-        if name in trained and config.get(key) != trained[name]:
-            raise UserError(
-                f"{place}: {key} was edited: it says {config.get(key)!r}, the adapter was trained with "
-                f"{trained[name]!r}. Restore the file or train the adapter again."
-            )

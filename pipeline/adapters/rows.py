@@ -13,8 +13,8 @@ class EmbeddingRows(nn.Module):
     def __init__(self, base: nn.Embedding, ids: Tensor, rows: nn.Parameter) -> None:
         super().__init__()
         self.base, self.rows = base, rows
-        slot = torch.full((base.num_embeddings,), -1)
-        slot[ids] = torch.arange(len(ids))
+        slot = torch.full((base.num_embeddings,), -1, device=ids.device)
+        slot[ids] = torch.arange(len(ids), device=ids.device)
         self.register_buffer("slot", slot, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -229,6 +229,10 @@ class MiniGPT(nn.Module):
     def embeddings(self) -> nn.Embedding:
         return self.decoder.embed_tokens
 
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed_positions.weight.device
+
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         if positions is None:
             past = len(cache) if cache is not None else 0

@@ -1,11 +1,312 @@
-"""The adapters screen."""
+"""The adapters screen: what models there are, and what they answer."""
 
-from typing import ClassVar
+import asyncio
+from collections.abc import Iterable
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
-from tui.screens.base import WorkbenchScreen
+from textual import on, work
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.events import Resize, ScreenResume, ScreenSuspend
+from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from pipeline.errors import UserError
+from tui.asker import Asker
+from tui.conversation import Conversation, Latest
+from tui.exchange import Exchange, save, transcript
+from tui.inference import EngineDied, Inference
+from tui.library import Stamp
+from tui.screens.attention import AttentionScreen
+from tui.screens.browse import BrowseScreen
+from tui.screens.path import PathScreen
+from tui.screens.sampling import SamplingScreen
+from tui.widgets.completions import Completions
+from tui.widgets.engine_bar import EngineBar
+from tui.widgets.exchange_log import ExchangeLog
+from tui.widgets.model_details import Details, ModelDetails
+from tui.widgets.model_table import ModelTable
+from tui.widgets.prompt_input import PromptInput
+from tui.widgets.slider import STEP, Slider
+from tui.widgets.top_k import TopK
+
+PROMPTS = 200  # that are remembered
+STATUS_EVERY = 2.0  # seconds
+BROWSING = {"select", "filter", "sort", "reverse", "usual", "folder"}  # actions on the table
+PROMPTING = {"strength", "sampling", "attention", "copy", "save"}  # actions on the answers
 
 
-class AdaptersScreen(WorkbenchScreen):
-    """To be built."""
+class AdaptersScreen(BrowseScreen):
+    """Below 110 columns one of two views, table or prompt; above both."""
 
     NAME: ClassVar[str] = "adapters"
+    CSS_PATH = "adapters.tcss"
+    AUTO_FOCUS = "ModelTable"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("p", "prompt", "Prompt", id="adapters.prompt"),
+        Binding("b", "browse", "Models", id="adapters.browse", show=False),
+        Binding("left_square_bracket", "strength(-1)", "Strength", id="adapters.weaker", key_display="[ ]"),
+        Binding("right_square_bracket", "strength(1)", "Stronger", id="adapters.stronger", show=False),
+        Binding("t", "sampling", "Sampling", id="adapters.sampling"),
+        Binding("a", "attention", "Attention", id="adapters.attention"),
+        Binding("y", "copy", "Copy", id="adapters.copy"),
+        Binding("w", "save", "Save", id="adapters.save"),
+        Binding("m", "spectrum", "Measure the spectrum", id="adapters.spectrum", show=False),
+        Binding("x", "interrupt", "Interrupt", id="adapters.interrupt", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_class("-browse")
+        if self.workbench.inference is None:
+            self.workbench.inference = Inference(self.workbench.root)
+        self.engine = self.workbench.inference
+        self.talk = Conversation(Asker(self.engine, self.library))
+        self._probe = Latest(self._probe_once)
+        self._spectra: dict[Stamp, Any] = {}
+
+    def body(self) -> Iterable[Widget]:
+        yield self.models()
+        answers = VerticalScroll(TopK(), Completions(), ExchangeLog(), id="answers")
+        sampling = Static(id="sampling", markup=False)
+        prompt = Vertical(PromptInput(), Slider(), sampling, answers, id="prompt")
+        yield Horizontal(ModelDetails(), prompt, id="below")
+        yield EngineBar()
+
+    def on_mount(self) -> None:
+        self.query_one(PromptInput).remember(self.workbench.state.prompts)
+        self._status_timer = self.set_interval(STATUS_EVERY, self._tick, pause=True)
+        self._show_sampling()
+
+    @on(ScreenResume)
+    def _wake(self) -> None:
+        self._status_timer.resume()
+
+    @on(ScreenSuspend)
+    def _sleep(self) -> None:
+        self._status_timer.pause()
+
+    # what is shown, and where keys go
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        narrow, prompting = self.app.size.width < 110, self.has_class("-prompt")
+        if action == "interrupt":
+            return self._asking()
+        if action == "browse":
+            return narrow and prompting
+        if narrow and action in (BROWSING if prompting else PROMPTING):
+            return False
+        return super().check_action(action, parameters)
+
+    def on_resize(self, _: Resize) -> None:
+        self.refresh_bindings()
+
+    def _view(self, name: str) -> None:
+        self.set_class(name == "-browse", "-browse")
+        self.set_class(name == "-prompt", "-prompt")
+        self.refresh_bindings()
+
+    @on(ModelTable.Chosen)
+    def action_prompt(self) -> None:
+        self._view("-prompt")
+        self.query_one(PromptInput).focus()
+
+    def action_browse(self) -> None:
+        self._view("-browse")
+        self.query_one(ModelTable).focus()
+
+    def action_leave(self) -> None:
+        """Escape: stop an answer, else out of a field to what it belongs to, else back to the table."""
+        if self._asking():
+            self.action_interrupt()
+        elif self.query_one(PromptInput).has_focus:
+            self.query_one("#answers").focus()
+        elif not self.clear_filter():
+            self.action_browse()
+
+    def selection_changed(self) -> None:
+        slider = self.query_one(Slider)
+        slider.disabled = all(entry.model.kind != "adapter" for entry in self.chosen())
+
+    # asking
+
+    @on(Input.Submitted, "PromptInput")
+    def submit(self, event: Input.Submitted) -> None:
+        prompt, entries = event.value.strip(), self.chosen()
+        if not prompt:
+            self.workbench.say("The prompt is empty. Give at least one word.", "warning")
+        elif not entries:
+            self.workbench.say("There is no model to ask. Press b and select one.", "warning")
+        else:
+            self._remember(prompt)
+            self.query_one("#answers").focus()
+            self._ask(prompt)
+
+    def _remember(self, prompt: str) -> None:
+        known = [known for known in self.workbench.state.prompts if known != prompt]
+        self.workbench.state.prompts = [*known, prompt][-PROMPTS:]
+        self.query_one(PromptInput).remember(self.workbench.state.prompts)
+        self.workbench.remember()
+
+    @work(exclusive=True, group="ask")
+    async def _ask(self, prompt: str) -> None:
+        self._engine_is("busy" if self.engine.running else "starting")
+        self.query_one(ExchangeLog).show(list(self.talk.exchanges))
+        self.query_one(TopK).show([])
+        exchange = self.talk.begin(prompt, self.chosen(), self.query_one(Slider).value)
+        await self.query_one(Completions).start(prompt, exchange.answers)
+        try:
+            async with aclosing(self.talk.answers(exchange)) as changes:
+                async for index in changes:
+                    self._engine_is("busy")
+                    self._show(exchange, index)
+        except UserError as error:
+            self._failed(error)
+        else:
+            self._engine_is("ready")
+            self._status()
+        finally:
+            self._show_completions(exchange)
+            self.call_later(self.refresh_bindings)
+
+    def _show(self, exchange: Exchange, index: int | None) -> None:
+        if index is None:
+            self.query_one(TopK).show(exchange.answers)
+            self._show_completions(exchange)
+        else:
+            self.query_one(Completions).update(index, exchange.prompt, exchange.answers[index])
+
+    def _show_completions(self, exchange: Exchange) -> None:
+        for index, answer in enumerate(exchange.answers):
+            self.query_one(Completions).update(index, exchange.prompt, answer)
+
+    def _failed(self, error: UserError) -> None:
+        self._engine_is("died" if isinstance(error, EngineDied) else "ready")
+        self.workbench.fail(error)
+
+    def _asking(self) -> bool:
+        return any(worker.group == "ask" and worker.is_running for worker in self.workers)
+
+    def action_interrupt(self) -> None:
+        self.workers.cancel_group(self, "ask")
+        self._engine_is("ready" if self.engine.running else "not started")
+
+    # strength
+
+    @on(Slider.Changed)
+    def move(self) -> None:
+        if self.engine.running and self.talk.newest:
+            self.run_worker(self._probe.run(), group="probe")
+
+    async def _probe_once(self) -> None:
+        try:
+            self.query_one(TopK).show(await self.talk.probe(self.query_one(Slider).value))
+        except UserError as error:
+            self._failed(error)
+
+    def action_strength(self, steps: int) -> None:
+        slider = self.query_one(Slider)
+        if slider.disabled:
+            self.workbench.say("Strength scales an adapter's change. Select an adapter.", "warning")
+        else:
+            slider.value += steps * STEP
+
+    # how they are asked
+
+    def _show_sampling(self) -> None:
+        chat = " · chat template" if self.talk.chat else ""
+        self.query_one("#sampling", Static).update(f"{self.talk.sampling}{chat}")
+
+    @work
+    async def action_sampling(self) -> None:
+        has_chat = self.talk.asker.has_chat(self.chosen())
+        chosen = await self.app.push_screen_wait(SamplingScreen(self.talk.sampling, self.talk.chat, has_chat))
+        if chosen:
+            self.talk.sampling, self.talk.chat = chosen
+            self._show_sampling()
+
+    def action_attention(self) -> None:
+        entries, exchange = self.chosen(), self.talk.newest
+        if not entries or exchange is None:
+            self.workbench.say("Attention is shown over a prompt. Ask one first.", "warning")
+            return
+        pointed = self.entry(self.query_one(ModelTable).pointed)
+        entry = pointed if pointed in entries else entries[0]
+        ask = partial(self.talk.asker.attention, entry, exchange.prompt, self.query_one(Slider).value)
+        self.app.push_screen(AttentionScreen(entry.label, ask))
+
+    # what was answered
+
+    def action_copy(self) -> None:
+        if self.talk.newest is None:
+            self.workbench.say("There is no answer to copy yet.", "warning")
+        else:
+            self.app.copy_to_clipboard(self.talk.newest.said())
+            self.workbench.say("The last answer is in the clipboard.")
+
+    @work
+    async def action_save(self) -> None:
+        if not self.talk.exchanges:
+            self.workbench.say("There is nothing to save yet.", "warning")
+            return
+        question = "Write the transcript to which file? .jsonl gives JSON lines, any other name Markdown."
+        named = await self.app.push_screen_wait(PathScreen(question, "transcript.md"))
+        if named is None:
+            return
+        path = self.workbench.root / Path(named).expanduser()
+        try:
+            save(path, transcript(self.talk.exchanges, path.suffix))
+        except OSError as error:
+            self.workbench.fail(error)
+        else:
+            self.workbench.say(f"{path} has all {len(self.talk.exchanges)} prompts of this session.")
+
+    # what the engine says of itself and of adapters
+
+    def _engine_is(self, state: str) -> None:
+        self.query_one(EngineBar).state = state
+        self.refresh_bindings()
+
+    def _tick(self) -> None:
+        bar = self.query_one(EngineBar)
+        if self.engine.running and not self._asking():
+            self._status()
+        elif not self.engine.running and bar.state in ("ready", "busy") and not self._asking():
+            self._engine_is("died")
+
+    @work(exclusive=True, group="status")
+    async def _status(self) -> None:
+        try:
+            self.query_one(EngineBar).facts = await self.engine.ask("status")
+        except UserError:
+            self._engine_is("died")
+
+    def action_spectrum(self) -> None:
+        if self.details and self.details.entry.model.kind == "adapter":
+            self._measure(self.details)
+
+    @work(exclusive=True, group="spectrum")
+    async def _measure(self, details: Details) -> None:
+        stamp = await asyncio.to_thread(self.library.stamp, details.entry.model)
+        details.spectrum = self._spectra.get(stamp, "measuring…")
+        self._show_spectrum(details)
+        if stamp in self._spectra:
+            return
+        try:
+            done = await self.engine.ask("spectrum", adapter=str(details.entry.model.path))
+            details.spectrum = self._spectra[stamp] = done["modules"]
+        except UserError as error:
+            details.spectrum = f"✗ {error}"
+        self._show_spectrum(details)
+
+    def _show_spectrum(self, details: Details) -> None:
+        if details is self.details:
+            self.query_one(ModelDetails).show(details)
+
+    def details_read(self, details: Details) -> None:
+        """Measure the spectrum too, if that costs nobody anything."""
+        if details.entry.model.kind == "adapter" and self.engine.running and not self._asking():
+            self._measure(details)

@@ -1,0 +1,40 @@
+"""An adapter's whole change, scaled."""
+
+import torch
+from torch import Tensor
+
+from pipeline.adapters.attach import PREFIX, AdapterSpec, adapter_layers, tensors
+from pipeline.adapters.lora import LoRALinear
+from pipeline.models.minigpt import MiniGPT
+
+LORA = (".lora_A.weight", ".lora_B.weight")
+
+
+class Strength:
+    """W + s·(W′ − W) for every W that an adapter changed in `model`; s = 1 is the adapter to the last bit.
+
+    LoRA's update is linear in its scale. What was trained in full or row by row is computed anew from `base` for each
+    s: no tensor is written to.
+    """
+
+    def __init__(self, model: MiniGPT, base: MiniGPT, spec: AdapterSpec) -> None:
+        self._lora: list[tuple[LoRALinear, float]] = [(layer, layer.alpha) for _, layer in adapter_layers(model)]
+        self._trained = [
+            (parameter, _before(key, base, spec), parameter.data)
+            for key, parameter in tensors(model, spec).items()
+            if not key.endswith(LORA)
+        ]
+
+    def set(self, s: float) -> None:
+        for layer, alpha in self._lora:
+            layer.alpha = s * alpha
+        for parameter, before, after in self._trained:
+            parameter.data = after if s == 1 else torch.lerp(before, after, s)
+
+
+def _before(key: str, base: MiniGPT, spec: AdapterSpec) -> Tensor:
+    """What stands in the base where the adapter has its tensor `key`: a whole weight or some rows of one."""
+    name = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".token_adapter.trainable_tokens_delta")
+    weight: Tensor = base.get_submodule(name).get_parameter("weight").data
+    rows = spec.rows.get(name.rsplit(".", 1)[-1])
+    return weight[list(rows)] if rows else weight

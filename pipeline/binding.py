@@ -1,0 +1,62 @@
+"""An adapter and the base that it is bound to, from their files alone: nothing is loaded."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.dag import STAGES
+from pipeline.errors import UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DEFAULT_BASE = STAGES["expand_vocab"].path
+Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: artifact.base_fingerprint, or one that remembers
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json. Raises UserError if there is none."""
+    return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
+
+
+def base_of(adapter: Path | None, here: Path = Path()) -> Path:
+    """The model folder that an adapter names as its base; without an adapter, the pipeline's expanded base.
+
+    A relative name is looked for in `here`, then in the folders that the adapter lies in. Raises UserError.
+    """
+    if adapter is None:
+        return here / DEFAULT_BASE
+    named = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
+    for folder in (here, *adapter.resolve().parents):
+        if isinstance(named, str) and (folder / named).is_dir():
+            return folder / named
+    raise UserError(f"{adapter} names {named!r} as its base, and there is no such folder. Name the base with --base.")
+
+
+def refuse_foreign(base_folder: Path, folder: Path, fingerprint: Fingerprint = artifact.base_fingerprint) -> None:
+    """Raises UserError if the adapter's manifest does not bind these files to this base.
+
+    An adapter made elsewhere has no manifest: its names and shapes are all that can be checked.
+    """
+    if not (folder / artifact.MANIFEST).exists():
+        return
+    manifest = artifact.read_manifest(folder)
+    _refuse_edited(manifest, read_config(folder), folder / CONFIG)
+    artifact.verify(folder)
+    trained_on, found = manifest.get("base", {}), fingerprint(base_folder)
+    for part, digest in found.items():
+        if trained_on.get(part) != digest:
+            raise UserError(
+                f"{folder} was trained on another base: its {part} {'have' if part == 'tensors' else 'has'} sha256 "
+                f"{str(trained_on.get(part))[:12]}, those of {base_folder} {digest[:12]}. "
+                "Name the base it was trained on with --base, or train it again."
+            )
+
+
+def _refuse_edited(manifest: dict[str, Any], config: dict[str, Any], place: Path) -> None:
+    trained = manifest.get("params", {})
+    for key, name in (("r", "rank"), ("lora_alpha", "alpha")):
+        if name in trained and config.get(key) != trained[name]:
+            raise UserError(
+                f"{place}: {key} was edited: it says {config.get(key)!r}, the adapter was trained with "
+                f"{trained[name]!r}. Restore the file or train the adapter again."
+            )

@@ -1,0 +1,47 @@
+"""The best device here, and how full it is."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.metrics import peak_memory
+
+
+def best_device() -> torch.device:
+    """A CUDA GPU, or Apple's, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Its kind and name, and bytes of its memory used and in all; of the CPU, those that this process holds."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        name, used = torch.cuda.get_device_name(), total - free
+    elif device.type == "mps":
+        name, used, total = "Apple GPU", torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+    else:
+        name, used = _processor(), _resident()
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"device": device.type, "name": name, "memory_used": used, "memory_total": total}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # macOS
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _resident() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except OSError:  # macOS says the peak only
+        return peak_memory()
+    return pages * os.sysconf("SC_PAGE_SIZE")

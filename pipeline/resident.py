@@ -1,0 +1,141 @@
+"""Models that stay: each base once in memory, adapters as views on it."""
+
+import copy
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from pipeline import artifact, engine
+from pipeline.adapters.peft_format import load_adapter
+from pipeline.adapters.strength import Strength
+from pipeline.engine import Loaded
+from pipeline.errors import UserError
+from pipeline.models.base import count
+from pipeline.models.minigpt import MiniGPT
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+LARGE = 10_000_000  # parameters; below it a second thread costs more than it gains
+
+
+def stamp(folder: Path) -> Stamp:
+    """Name, time, size and inode of every file in `folder`: another one when any of them changed."""
+    found = []
+    with suppress(OSError):  # of a folder: loading says why
+        for entry in os.scandir(folder):
+            with suppress(OSError):
+                stat = entry.stat()
+                found.append((entry.name, stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return tuple(sorted(found))
+
+
+def view(model: MiniGPT) -> MiniGPT:
+    """The same modules anew on the same tensors: what is attached to the view or rebound in it leaves `model` alone."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo | {id(buffer): buffer for buffer in model.buffers()})
+
+
+class Base:
+    """A checkpoint in memory, as its files were at `stamp`."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.stamp = folder, stamp(folder)
+        self.loaded = engine.load(folder)
+        self.loaded.model.to(device)
+
+    @cached_property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Hashed once: a large base is not read again for each adapter."""
+        return artifact.base_fingerprint(self.folder)
+
+    def refuse_changed(self) -> None:
+        """Raises UserError if the files are no longer those in memory, so that what was verified is another base."""
+        if stamp(self.folder) != self.stamp:
+            raise UserError(f"{self.folder} changed while it was loaded. Load it again.")
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A model by the caller's name; with an adapter, at any strength of it."""
+
+    loaded: Loaded
+    base: Base
+    stamp: Stamp  # of the adapter's folder
+    strength: Strength | None = None
+
+    def at(self, s: float) -> Loaded:
+        """Scaled to strength `s`, until the next call: 0 is the base itself, 1 the adapter as it was trained."""
+        if self.strength is None:
+            return self.loaded
+        if s == 0:
+            return replace(self.loaded, model=self.base.loaded.model)
+        self.strength.set(s)
+        return self.loaded
+
+    @property
+    def current(self) -> bool:
+        """Whether the files are still those that were loaded."""
+        adapter = self.loaded.adapter
+        return stamp(self.base.folder) == self.base.stamp and (adapter is None or stamp(adapter) == self.stamp)
+
+
+class Residents:
+    """Models by name. A base stays while any of them uses it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._bases: WeakValueDictionary[Path, Base] = WeakValueDictionary()
+        self._models: dict[str, Resident] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    def load(self, name: str, base: Path, adapter: Path | None) -> tuple[Resident, bool]:
+        """The model, now called `name`, and whether its base was there already. Raises UserError as engine.load."""
+        folder = base.resolve()
+        known = self._bases.get(folder)
+        resident = known is not None and known.stamp == stamp(folder)
+        there = known if known is not None and resident else Base(base, self.device)
+        self._bases[folder] = there
+        model = _on(there, base, name) if adapter is None else _adapted(there, base, adapter, name)
+        there.refuse_changed()
+        self._models[name] = model
+        if self.device.type == "cpu" and count(model.loaded.model)["total"] >= LARGE:
+            torch.set_num_threads(os.cpu_count() or 1)
+        return model, resident
+
+    def unload(self, name: str) -> None:
+        """Raises UserError if there is no such model."""
+        self._named(name)
+        del self._models[name]
+
+    def get(self, name: str) -> Resident:
+        """The model called `name`, loaded anew if its files changed. Raises UserError."""
+        model = self._named(name)
+        if not model.current:
+            model, _ = self.load(name, model.loaded.base, model.loaded.adapter)
+        return model
+
+    def _named(self, name: str) -> Resident:
+        if name not in self._models:
+            raise UserError(f"{name} is not loaded. Loaded: {', '.join(self._models) or 'nothing'}.")
+        return self._models[name]
+
+
+def _on(base: Base, folder: Path, name: str) -> Resident:
+    return Resident(replace(base.loaded, name=name, base=folder), base, ())
+
+
+def _adapted(base: Base, folder: Path, adapter: Path, name: str) -> Resident:
+    model, files = view(base.loaded.model), stamp(adapter)
+    spec = load_adapter(model, folder, adapter, lambda _: base.fingerprint)
+    loaded = Loaded(name, model.eval(), base.loaded.tokenizer, folder, adapter)
+    return Resident(loaded, base, files, Strength(model, base.loaded.model, spec))

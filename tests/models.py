@@ -1,0 +1,38 @@
+"""Small checkpoints and adapters of random numbers, for tests that need no training."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.adapters.attach import AdapterSpec, attach, tensors
+from pipeline.adapters.peft_format import save_adapter
+from pipeline.models.base import Base, load_base, save_base
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.tokenizer import WordTokenizer
+
+WORDS = [f"w{i}" for i in range(71)]
+
+
+def checkpoint(folder: Path, seed: int = 0, **shape: int | bool) -> Path:
+    """A MiniGPT that knows WORDS and never ends a sentence."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(seed)
+    tokenizer = WordTokenizer.of_words(WORDS)
+    model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id, **shape))  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.end_id] = 0
+    save_base(folder, Base(model, tokenizer))
+    return folder
+
+
+def adapter(folder: Path, base: Path, spec: AdapterSpec, seed: int = 1) -> Path:
+    """An adapter on `base` that changes all that `spec` names; without a manifest, as from elsewhere."""
+    folder.mkdir(exist_ok=True)
+    model = load_base(base).model
+    attach(model, spec)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tensors(model, spec).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) / 10)
+    save_adapter(folder, model, spec, str(base))
+    return folder

@@ -1,0 +1,110 @@
+"""What lies in a folder: every kind is found, and refused for the reason that loading it would give."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import artifact, inventory
+from pipeline.dag import STAGES, VARIANTS
+from pipeline.engine import load
+from pipeline.errors import UserError
+from pipeline.inventory import Model, check, describe, find_base, model_folders
+
+
+def models(root: Path) -> dict[str, Model]:
+    return {folder.name: describe(folder) for folder in model_folders(root / "artifacts")}
+
+
+def test_every_model_of_the_pipeline_is_found_by_kind_and_method(brief: Path) -> None:
+    assert {name: (model.kind, model.method) for name, model in models(brief).items()} == {
+        "base": ("base", "pretrain"),
+        "expanded": ("base", "expand_vocab"),
+        "full_finetuned": ("checkpoint", "full"),
+        "layer_frozen": ("checkpoint", "freeze"),
+        "lora_adapter": ("adapter", "lora"),
+        "lora_merged": ("merged", "merge"),
+    }
+
+
+def test_each_is_verified_with_the_forgetting_that_the_evaluation_measured(brief: Path) -> None:
+    metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    found = models(brief)
+    for variant, (base, adapter) in VARIANTS.items():
+        verdict = check(found[STAGES[adapter or base].output], brief, [brief / "artifacts"])
+        assert verdict == inventory.Verdict("verified", None, metrics[variant]["forgetting"]["loss_rise"])
+
+
+def test_sizes_parameters_and_losses_are_those_of_the_files(brief: Path) -> None:
+    found = models(brief)
+    lora, full = found["lora_adapter"], found["full_finetuned"]
+    manifest = artifact.read_manifest(lora.path)
+    assert (lora.parameters, lora.rank) == (manifest["parameters"]["trainable"], 4)
+    assert full.parameters == artifact.read_manifest(full.path)["parameters"]["total"]
+    assert full.size == (full.path / "model.safetensors").stat().st_size
+    assert full.final_loss == pytest.approx(float(_last_epoch_mean(full.path / "loss.csv")))
+    assert lora.when == pytest.approx((lora.path / "manifest.json").stat().st_mtime)
+
+
+def _last_epoch_mean(path: Path) -> float:
+    rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    last = [float(row[2]) for row in rows if row[1] == rows[-1][1]]
+    return sum(last) / len(last)
+
+
+def refuse_rank(root: Path) -> None:
+    path = root / "artifacts/lora_adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "r": 8}), encoding="utf-8")
+
+
+def other_base(root: Path) -> None:
+    shutil.rmtree(root / "artifacts/expanded")
+    shutil.copytree(root / "artifacts/base", root / "artifacts/expanded")
+
+
+def truncated(root: Path) -> None:
+    path = root / "artifacts/lora_adapter/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("spoil", [refuse_rank, other_base, truncated])
+def test_the_reason_is_the_one_that_loading_gives(project: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(project)
+    model = models(project)["lora_adapter"]
+    verdict = check(model, project)
+    with pytest.raises(UserError) as refused:
+        load(find_base(model.path, project), model.path)
+    assert (verdict.state, verdict.reason) == ("refused", str(refused.value))
+
+
+def test_a_model_without_manifest_is_neither_verified_nor_refused(project: Path) -> None:
+    for name in ("base", "lora_adapter"):
+        (project / "artifacts" / name / "manifest.json").unlink()
+        found = models(project)[name]
+        assert check(found, project).state == "no manifest"
+    assert models(project)["base"].method == "opt"
+
+
+def test_a_model_that_vanishes_or_lacks_its_base_is_refused_with_the_reason(project: Path) -> None:
+    found = models(project)
+    shutil.rmtree(project / "artifacts/expanded")
+    assert "there is no such folder" in str(check(found["lora_adapter"], project).reason)
+    assert check(found["expanded"], project).state == "refused"
+    assert describe(project / "artifacts/expanded").size == 0
+
+
+def test_the_signature_changes_with_any_file_of_the_folder(project: Path) -> None:
+    folder = project / "artifacts/base"
+    before = inventory.signature(folder)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    assert inventory.signature(folder) != before
+    assert inventory.signature(project / "nowhere") == ()
+
+
+def test_hidden_folders_are_passed_over_and_others_are_not(project: Path) -> None:
+    shutil.copytree(project / "artifacts/base", project / "artifacts/.base.1.tmp")
+    shutil.copytree(project / "artifacts/base", project / "artifacts/base/checkpoint-3")
+    assert {"base", "checkpoint-3"} <= {folder.name for folder in model_folders(project / "artifacts")}
+    assert not any(".tmp" in str(folder) for folder in model_folders(project / "artifacts"))

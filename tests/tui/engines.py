@@ -1,0 +1,90 @@
+"""A stand-in for the inference process: it answers at once, and does what a test tells it to."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from tui.inference import EngineDied, Inference
+
+TOKENS = (" tisch", " und", " stuhl")
+DEATH = "The inference process ended: it was killed. Prompt again: a fresh one starts."
+
+
+class FakeInference(Inference):
+    """Every model gives `tisch` probability 0.5, an adapter 0.5 + strength / 4; completions are three tokens."""
+
+    def __init__(self, held: bool = False) -> None:
+        super().__init__(Path())
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.life = 0  # 0: not running
+        self.dies = False  # at the next generate
+        self.go_on = asyncio.Event()  # completions wait for it after their first token
+        self.chat = False
+        self.cancelled = 0
+        if not held:
+            self.go_on.set()
+
+    @property
+    def running(self) -> bool:
+        return self.life > 0
+
+    @property
+    def pid(self) -> int | None:
+        return self.life or None
+
+    def done(self, do: str) -> list[dict[str, Any]]:
+        """The fields of all requests of that kind."""
+        return [fields for name, fields in self.asked if name == do]
+
+    async def ask(self, do: str, **fields: object) -> dict[str, Any]:
+        self.life = self.life or 1
+        self.asked.append((do, fields))
+        answer: dict[str, Any] = getattr(self, f"_{do}")(**fields)
+        await asyncio.sleep(0)
+        return answer
+
+    def _load(self, name: str, **_: object) -> dict[str, Any]:
+        return {"name": name, "parameters": 1, "seconds": 0.0, "chat": self.chat, "layers": 2, "heads": 4}
+
+    def _unload(self, name: str) -> dict[str, Any]:
+        return {"name": name}
+
+    def _top_k(self, models: list[str], strength: dict[str, float], text: str, **_: object) -> dict[str, Any]:
+        return {"answers": {name: self._choices(text, strength.get(name, 0.0)) for name in models}}
+
+    def _choices(self, text: str, strength: float) -> dict[str, Any]:
+        if "wortlos" in text:
+            return {"error": "it does not know: wortlos."}
+        of = {"tisch": 0.5 + strength / 4, "sofa": 0.5 - strength / 4}
+        return {"of": of, "top_k": [{"token": token, "probability": p} for token, p in of.items()]}
+
+    def _status(self) -> dict[str, Any]:
+        memory = {"memory_used": 2**30, "memory_total": 2**33}
+        return {"device": "cpu", "name": "a machine", **memory, "loaded": ["one"], "pid": self.life}
+
+    def _spectrum(self, adapter: str) -> dict[str, Any]:
+        return {"modules": [{"name": f"model.layers.0.self_attn.{Path(adapter).name}_q", "values": [2.0, 1.0]}]}
+
+    def _attention(self, layer: int, head: int, **_: object) -> dict[str, Any]:
+        weights = [[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.5, 0.3, 0.2]]
+        return {"tokens": ["die", "katze", f"sitzt{layer}{head}"], "weights": weights, "layers": 2, "heads": 4}
+
+    async def stream(self, do: str, **fields: object) -> AsyncGenerator[dict[str, Any], None]:
+        self.asked.append((do, fields))
+        over = False
+        try:
+            for number, token in enumerate(TOKENS):
+                yield {"event": "token", "text": token, "probability": 0.5}
+                if self.dies:
+                    self.life, self.dies, over = 0, False, True
+                    raise EngineDied(DEATH)
+                if number == 0:
+                    await self.go_on.wait()
+            over = True
+            yield {"event": "done", "reason": "length", "tokens": 3, "seconds": 0.0}
+        finally:
+            self.cancelled += not over
+
+    async def stop(self) -> None:
+        self.life = 0

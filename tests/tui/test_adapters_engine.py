@@ -1,0 +1,129 @@
+"""The adapters screen on the real inference process."""
+
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.engine import complete, load, top_k
+from tests.tui.support import until
+from tests.tui.test_adapters import Session
+from tui.app import Workbench
+from tui.exchange import Answer
+from tui.screens.adapters import AdaptersScreen
+from tui.widgets.engine_bar import EngineBar
+from tui.widgets.slider import Slider
+
+pytestmark = pytest.mark.slow
+PROMPT = "die katze sitzt auf dem"
+
+
+@asynccontextmanager
+async def opened(root: Path) -> AsyncIterator[Session]:
+    app = Workbench(root / "params.yaml")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("4")
+        await until(pilot, lambda: isinstance(app.screen, AdaptersScreen))
+        session = Session(pilot)
+        await session.checked(6)
+        yield session
+
+
+async def answers(s: Session, prompt: str) -> list[Answer]:
+    await s.ask(prompt)
+    await until(s.pilot, lambda: not s.screen._asking(), 60)
+    assert s.screen.talk.newest is not None
+    return s.screen.talk.newest.answers
+
+
+async def test_answers_are_those_of_the_library(finished: Path) -> None:
+    async with opened(finished) as s:
+        await s.press("u")
+        found = {answer.name: answer for answer in await answers(s, PROMPT)}
+    folder = finished / "artifacts"
+    for name, loaded in {
+        "base": load(folder / "base"),
+        "full": load(folder / "full_finetuned"),
+        "lora": load(folder / "expanded", folder / "lora_adapter"),
+    }.items():
+        assert found[name].text.strip() == complete(loaded, PROMPT)
+        expected = top_k(loaded, PROMPT, 5)
+        assert [token for token, _ in found[name].top_k] == [choice.token for choice in expected]
+        for (_, probability), choice in zip(found[name].top_k, expected, strict=True):
+            assert probability == pytest.approx(choice.probability, abs=1e-5)
+
+
+async def test_strength_0_is_the_base_and_1_the_adapter(finished: Path) -> None:
+    async with opened(finished) as s:
+        await s.press("u")
+        before = await answers(s, PROMPT)
+        expanded, lora = before[1], before[4]
+        s.screen.query_one(Slider).value = 0.0
+        probed = await s.screen.talk.probe(0.0)
+        assert probed[4].of["tisch"] == pytest.approx(expanded.of["tisch"], abs=1e-6)
+        probed = await s.screen.talk.probe(1.0)
+        assert probed[4].of["tisch"] == pytest.approx(lora.of["tisch"], abs=1e-6)
+
+
+async def test_unknown_words_and_long_prompts_are_said_in_each_column(finished: Path) -> None:
+    async with opened(finished) as s:
+        await s.press("u")
+        assert all("wortlos" in answer.error for answer in await answers(s, "die wortlos"))
+        assert all("takes 32" in answer.error for answer in await answers(s, "die " * 40))
+
+
+async def test_a_killed_engine_is_said_and_the_next_prompt_starts_a_fresh_one(finished: Path) -> None:
+    async with opened(finished) as s:
+        await s.press("u")
+        first = await answers(s, PROMPT)
+        engine = s.app.inference
+        assert engine is not None
+        pid = engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # so that it is in the middle of its answers
+        await s.ask(PROMPT)
+        await until(s.pilot, s.screen._asking)
+        os.kill(pid, signal.SIGKILL)
+        await until(s.pilot, lambda: s.screen.query_one(EngineBar).state == "died")
+        assert "it was killed" in s.said()
+        assert len(s.screen.entries) == 6
+        again = await answers(s, PROMPT)
+        assert [answer.text for answer in again] == [answer.text for answer in first]
+        assert engine.pid != pid
+
+
+async def test_an_engine_that_hangs_is_interrupted_at_once(finished: Path) -> None:
+    async with opened(finished) as s:
+        await answers(s, PROMPT)
+        engine = s.app.inference
+        assert engine is not None
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGSTOP)
+        await s.ask(PROMPT)
+        await until(s.pilot, s.screen._asking)
+        await s.press("escape")
+        await until(s.pilot, lambda: not s.screen._asking(), 1)
+        os.kill(engine.pid, signal.SIGCONT)
+        assert (await answers(s, PROMPT))[0].text
+
+
+async def test_an_adapter_on_another_base_is_refused_with_the_reason(project: Path) -> None:
+    shutil.rmtree(project / "artifacts/expanded")
+    shutil.copytree(project / "artifacts/full_finetuned", project / "artifacts/expanded")
+    async with opened(project) as s:
+        await s.point("lora")
+        assert "was trained on another base" in s.details()
+        assert "was trained on another base" in (await answers(s, PROMPT))[0].error
+
+
+async def test_the_spectrum_is_measured_by_itself_once_the_engine_is_warm(finished: Path) -> None:
+    async with opened(finished) as s:
+        await answers(s, PROMPT)
+        await s.press("escape", "escape")
+        await s.point("lora")
+        await until(s.pilot, lambda: "0.q_proj" in s.details())
+        assert s.details().count("first ") == 8  # four matrices in two layers

@@ -1,0 +1,28 @@
+"""A path, asked for above a screen."""
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+
+class PathScreen(ModalScreen[str | None]):
+    """Gives back what was typed, without spaces around it; None if nothing was or Escape was pressed."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
+    DEFAULT_CSS = "PathScreen { align: center middle; }"
+
+    def __init__(self, question: str, value: str = "") -> None:
+        super().__init__()
+        self._question, self._value = question, value
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static(f"{self._question}\n", markup=False)
+            yield Input(self._value, placeholder="a path; Enter takes it, Escape does not", select_on_focus=False)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        self.dismiss(event.value.strip() or None)

@@ -1,0 +1,23 @@
+"""Bars of block characters, exact to an eighth of a cell."""
+
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+LEVELS = "▁▂▃▄▅▆▇█"
+SHADES = " ·░▒▓█"
+
+
+def bar(share: float, width: int) -> str:
+    """A horizontal bar that fills `share` (0 to 1) of `width` cells; something that is not zero is seen."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8) or int(share > 0)
+    whole, rest = divmod(eighths, 8)
+    return ("█" * whole + (EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def levels(values: list[float]) -> str:
+    """A column a value, the largest at full height; zero is the lowest."""
+    top = max(values, default=0.0)
+    return "".join(LEVELS[round(value / top * (len(LEVELS) - 1)) if top > 0 else 0] for value in values)
+
+
+def shade(share: float) -> str:
+    """A character as dark as `share` (0 to 1) is large."""
+    return SHADES[min(int(share * (len(SHADES) - 1) + 0.999), len(SHADES) - 1)] if share > 0 else SHADES[0]

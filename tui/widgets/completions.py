@@ -1,0 +1,58 @@
+"""What each model says after the prompt, as it comes."""
+
+from collections.abc import Sequence
+
+from rich.text import Text
+from textual.containers import Grid
+from textual.events import Resize
+from textual.widgets import Static
+
+from tui.exchange import Answer
+
+LEAST = 24  # cells of a column in which a sentence can be read
+ENDED = {"interrupted": " ▪ interrupted", "length": " …", "waiting": " …"}
+
+
+class Completions(Grid):
+    """One column a model where there is room, one below the other where there is not."""
+
+    DEFAULT_CSS = """
+    Completions { height: auto; grid-gutter: 0 1; grid-rows: auto; }
+    Completions Static { height: auto; }
+    """
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._count = 1
+
+    async def start(self, prompt: str, answers: Sequence[Answer]) -> None:
+        """Show these answers in place of the last."""
+        self._count = max(len(answers), 1)
+        self._arrange(self.size.width)
+        await self.remove_children()
+        await self.mount(*(Static(written(prompt, answer)) for answer in answers))
+
+    def update(self, index: int, prompt: str, answer: Answer) -> None:
+        """One of the answers has changed."""
+        if index < len(self.children):
+            child = self.children[index]
+            assert isinstance(child, Static)
+            child.update(written(prompt, answer))
+
+    def on_resize(self, event: Resize) -> None:
+        self._arrange(event.size.width)
+
+    def _arrange(self, width: int) -> None:
+        self.styles.grid_size_columns = self._count if width // self._count >= LEAST else 1
+
+
+def written(prompt: str, answer: Answer) -> Text:
+    """The model's name, the prompt dimmed, what follows it; then how it ended or why there is none."""
+    text = Text(f"{answer.title}  ", "bold")
+    if answer.text or not answer.error:
+        text.append(prompt, "not bold dim")
+        text.append(answer.text, "not bold")
+    text.append(ENDED.get(answer.ended, ""), "not bold dim")
+    if answer.error:
+        text.append(f" ✗ {answer.error}", "not bold red")
+    return text
