@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.commands import commands
+from bench.engine import engine
 from bench.memory import memory
 from bench.training import training
 
@@ -11,7 +12,7 @@ from bench.training import training
 def main() -> None:
     table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
     console = Console()
-    for measure in (commands, memory, training):
+    for measure in (commands, memory, training, engine):
         for row in measure():
             table.add_row(*row.cells())
     console.print(table)
