@@ -18,8 +18,9 @@ Answer = dict[str, Any]
 # -P: a folder called `pipeline` in the user's project must not be imported in place of ours
 COMMAND = (sys.executable, "-P", "-m", "pipeline.serve")
 LAST = ("done", "cancelled")  # events that end a request; "error" is raised
-GATHERED = 256  # answers that wait for one reader before the process is held up
-LONGEST = 2**25  # bytes in a line of the process
+GATHERED = 256  # answers that wait for one reader; further ones stay in the pipe, which then holds the process up
+LONGEST_REQUEST = 2**20  # bytes in a line to the process, which takes no longer one
+LONGEST_ANSWER = 2**25  # bytes in a line of the process
 TAIL = 20  # lines of its stderr that are kept
 PATIENCE = 1.0  # seconds between asking it to end, terminating and killing
 
@@ -59,8 +60,9 @@ class Inference:
         Closing it early cancels the request: use `contextlib.aclosing` and leave the loop when you like.
         """
         process = await self._running()
-        request = await process.send(do, fields)
+        request = process.send(do, fields)
         try:
+            await process.drain()
             while True:
                 answer = await process.answer(request)
                 yield answer
@@ -71,7 +73,8 @@ class Inference:
 
     async def stop(self) -> None:
         """End the process: ask, then terminate, then kill. Does not hang."""
-        process, self._process = self._process, None
+        async with self._starting:
+            process, self._process = self._process, None
         if process is not None:
             await process.stop()
 
@@ -111,7 +114,7 @@ class _Process:
         pipe = asyncio.subprocess.PIPE
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, limit=LONGEST, start_new_session=True
+                *command, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, limit=LONGEST_ANSWER, start_new_session=True
             )
         except OSError as error:
             raise EngineDied(f"The inference process cannot be started: {error.strerror or error}.") from None
@@ -125,21 +128,27 @@ class _Process:
     def ended(self) -> bool:
         return self._process.returncode is not None or bool(self._death)
 
-    async def send(self, do: str, fields: dict[str, object]) -> _Request:
-        """Raises EngineDied if the process has ended."""
+    def send(self, do: str, fields: dict[str, object]) -> _Request:
+        """Ask; `answer` has the answers. Raises UserError if the request is too long."""
         request = _Request(next(self._ids))
+        self._write({"id": request.id, "do": do, **fields})
         self._waiting[request.id] = request
         self._moved.set()
-        self._write({"id": request.id, "do": do, **fields})
+        return request
+
+    async def drain(self) -> None:
+        """Wait until the process has room for requests."""
         assert self._process.stdin is not None
         with suppress(ConnectionError):  # `answer` says what happened
             await self._process.stdin.drain()
-        return request
 
     def _write(self, request: dict[str, object]) -> None:
+        line = json.dumps(request, default=str).encode() + b"\n"
+        if len(line) >= LONGEST_REQUEST:
+            raise UserError(f"The request has {len(line):,} bytes, more than {LONGEST_REQUEST:,}. Shorten the text.")
         assert self._process.stdin is not None
         if not self._process.stdin.is_closing():
-            self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
+            self._process.stdin.write(line)
 
     async def answer(self, request: _Request) -> Answer:
         """The next answer. Raises UserError for "error" and EngineDied when no more will come."""
@@ -152,7 +161,7 @@ class _Process:
         self._moved.set()
         request.over = answer["event"] in (*LAST, "error")
         if answer["event"] == "error":
-            raise UserError(answer["message"])
+            raise UserError(str(answer.get("message")))
         return answer
 
     def forget(self, request: _Request) -> None:
@@ -172,14 +181,22 @@ class _Process:
         except ValueError as error:
             broken = f"it wrote a line that is no answer ({error})"
             self._kill()
-        await self._process.wait()
-        await self._errors
+        await self._see_it_end()
         self._end(broken or self._how_it_ended())
+
+    async def _see_it_end(self) -> None:
+        """Kill it if it lives on without an output; what it started may hold its stderr open for longer."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), PATIENCE)
+        self._kill()
+        await self._process.wait()
+        await asyncio.wait((self._errors,), timeout=PATIENCE)
+        self._process._transport.close()  # type: ignore[attr-defined]  # the pipes; asyncio has no public way
 
     async def _deliver(self, answer: Answer) -> None:
         """A slow reader holds up the process, unless another request waits behind its answers."""
         if answer["event"] == "error" and answer.get("kind") == "memory":
-            self._end(answer["message"])
+            self._end(str(answer.get("message")))
         while (request := self._waiting.get(answer["id"])) and self._is_held_up_by(request):
             self._moved.clear()
             await self._moved.wait()
@@ -204,7 +221,7 @@ class _Process:
         if code == -signal.SIGKILL:
             return f"it was killed, perhaps because the machine's memory ran out{said}"
         if code < 0:
-            return f"signal {signal.Signals(-code).name}{said}"
+            return f"signal {-code} ({signal.strsignal(-code)}){said}"
         return f"exit code {code}{said}"
 
     async def _keep_errors(self) -> None:
@@ -232,7 +249,8 @@ class _Process:
 
 def _parsed(line: bytes) -> Answer:
     """One answer. Raises ValueError if the line is none."""
-    answer = json.loads(line)
-    if not isinstance(answer, dict) or "id" not in answer or not isinstance(answer.get("event"), str):
-        raise ValueError(line[:80].decode(errors="replace"))
-    return answer
+    with suppress(ValueError, RecursionError):
+        answer = json.loads(line)
+        if isinstance(answer, dict) and isinstance(answer.get("id"), int) and isinstance(answer.get("event"), str):
+            return answer
+    raise ValueError(line[:80].decode(errors="replace").rstrip())

@@ -1,0 +1,81 @@
+"""The inference process as the screen sees it: the first token after a request, another adapter on one base."""
+
+import asyncio
+import itertools
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import torch
+
+from bench.measure import Row, in_turns
+from pipeline.adapters.attach import attach
+from pipeline.adapters.peft_format import save_adapter
+from pipeline.models.base import Base, load_base, save_base
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.params import FinetuneLora
+from pipeline.stages.finetune import lora_spec
+from pipeline.tokenizer import WordTokenizer
+from tui.inference import Inference
+
+ROUNDS = 50
+PROMPT = "w1 w2 w3 w4 w5"
+
+
+def engine() -> Iterator[Row]:
+    """On MiniGPT, with the process warm; a token has gone through JSON and both pipes."""
+    with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as loop:
+        base, adapters = _models(Path(folder))
+        client, turn = Inference(Path(folder)), itertools.cycle(adapters)
+
+        async def swap_and_prompt() -> None:
+            await client.ask("load", name="model", base=base, adapter=next(turn))
+            await _first_token(client)
+
+        def run(action: Callable[[], Coroutine[None, None, object]]) -> Callable[[], object]:
+            return lambda: loop.run(action())
+
+        loop.run(client.ask("load", name="model", base=base))
+        times = in_turns(
+            {
+                "token": run(lambda: _first_token(client)),
+                "swap": run(lambda: client.ask("load", name="model", base=base, adapter=next(turn))),
+                "both": run(swap_and_prompt),
+                "status": run(lambda: client.ask("status")),
+            },
+            ROUNDS,
+        )
+        loop.run(client.stop())
+    trip = f"a request and its answer, {times['status'] * 1e3:.2f} ms"
+    for what, name, goal in (
+        ("first token after a request", "token", 0.1),
+        ("another adapter on the same base", "swap", 0.02),
+        ("another adapter and its first token", "both", 0.12),
+    ):
+        ratio = times[name] / times["status"]
+        yield Row(what, times[name], trip, ratio, f"under {goal * 1e3:g} ms", times[name] < goal)
+
+
+async def _first_token(client: Inference) -> None:
+    """Ask, take one token, interrupt."""
+    async with aclosing(client.stream("generate", model="model", text=PROMPT, limit=20)) as answers:
+        assert (await anext(answers))["event"] == "token"
+
+
+def _models(folder: Path) -> tuple[Path, tuple[Path, Path]]:
+    """A MiniGPT that never ends a sentence and two adapters on it, with the pipeline's own params."""
+    base, adapters = folder / "base", (folder / "one", folder / "two")
+    tokenizer = WordTokenizer.of_words([f"w{i}" for i in range(96)])
+    model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id))
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.end_id] = 0
+    base.mkdir()
+    save_base(base, Base(model, tokenizer))
+    for adapter in adapters:
+        adapter.mkdir()
+        tuned = load_base(base).model
+        spec = lora_spec(tuned, FinetuneLora(), ())
+        attach(tuned, spec)
+        save_adapter(adapter, tuned, spec, str(base))
+    return base, adapters
