@@ -5,7 +5,7 @@ from rich.table import Table
 
 from bench.calculator import calculator
 from bench.commands import commands
-    for measure in (commands, terminal, calculator, curves, memory, training):
+from bench.curves import curves
 from bench.memory import memory
 from bench.terminal import terminal
 from bench.training import training

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from textual.app import App, ComposeResult
+from textual.widget import Widget
 
 from bench.measure import Row
 from pipeline.looks import METHODS
@@ -26,7 +27,7 @@ DATA = 8 * (len(COLUMNS) + 3) * POINTS  # bytes: a number a column, and three sm
 
 
 def curves() -> Iterator[Row]:
-    """Decimate and draw 3 × 100,000 points at 200 × 60; then 100,000 lines appended in a thousand pieces and followed."""
+    """Decimate and draw 3 × 100,000 points at 200 × 60; then 100,000 lines appended in pieces and followed."""
     seconds = asyncio.run(_redraw())
     what = f"redraw of 3 × {POINTS:,} points"
     yield Row(what, seconds, "", None, f"under {GOAL * 1e3:.0f} ms", seconds < GOAL)
@@ -60,7 +61,7 @@ async def _redraw() -> float:
             await pilot.pause()
             start = time.perf_counter()
             chart.draw([_curve(log, method, chart.columns) for log, method in zip(logs, METHODS, strict=True)], _VIEW)
-            for widget in chart.walk_children():
+            for widget in chart.walk_children(Widget):
                 widget.render()
                 widget.render_lines(widget.size.region)
             times.append(time.perf_counter() - start)

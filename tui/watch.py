@@ -109,7 +109,7 @@ class Watched:
         steps, facts = self.log.steps, [self.state]
         if steps:
             total = self.journal.total if self.journal and self.journal.total else int(steps[-1])
-            facts.append(f"{steps[-1]:,.0f} of {total:,}")
+            facts.append(f"{steps[-1]:,.0f}/{total:,}")
             facts.append(f"loss {self.log.columns['loss'][-1]:.4g}")
         if flat := self.log.flat(self.alive):
             facts.append(f"» flat from epoch {flat[0]:.0f}")
@@ -130,7 +130,7 @@ class Watched:
 
 
 def _measured(last: Telemetry) -> list[str]:
-    found = [f"{last.tokens_per_second:,.0f} tokens/s"]
+    found = [f"{last.tokens_per_second:,.0f} tok/s"]
     if last.predicted:
         measured = in_units(last.measured) if last.measured else "not yet"
         found.append(f"{in_units(last.predicted)} predicted, {measured} measured")

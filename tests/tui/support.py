@@ -3,11 +3,12 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
 from textual.pilot import Pilot
 
 
-async def until(pilot: Pilot[None], holds: Callable[[], bool], seconds: float = 10) -> None:
+async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 15) -> None:
     """Wait until something holds, as a user would who looks at the screen."""
     end = time.monotonic() + seconds
     while not holds():

@@ -21,7 +21,7 @@ from tui import export
 from tui.screens.base import WorkbenchScreen
 from tui.series import QUANTITIES
 from tui.watch import Watched
-from tui.widgets.loss_chart import Curve, LossChart, Range, View
+from tui.widgets.loss_chart import Curve, LossChart, Range, View, power_of_ten
 from tui.widgets.run_list import Row, RunList
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
@@ -342,7 +342,7 @@ class CurvesScreen(WorkbenchScreen):
 
 
 def _values(y: Range | None, log: bool) -> Range | None:
-    return (10 ** y[0], 10 ** y[1]) if y and log else y
+    return (power_of_ten(y[0]), power_of_ten(y[1])) if y and log else y
 
 
 def _legend(watched: Watched) -> str:

@@ -69,7 +69,12 @@ class _Ticks(AxisFormatter):  # type: ignore[misc]  # textual-plot is not type-c
         return ticks[:: 1 + len(ticks) // (self.room + 1)]
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        return [_label(10**tick if self.log else tick) for tick in ticks]
+        return [_label(power_of_ten(tick) if self.log else tick) for tick in ticks]
+
+
+def power_of_ten(exponent: float) -> float:
+    """10^exponent, or the nearest number that there is."""
+    return float(10 ** min(max(exponent, -307.0), 308.0))
 
 
 def _label(value: float) -> str:
@@ -211,7 +216,8 @@ class LossChart(Widget, can_focus=True):
         return self.shown.y
 
     def _ask(self, x: Range, y: Range) -> None:
-        self.post_message(self.Moved(self, x, y))
+        """Where a range would be too narrow or too wide for numbers, it stays as it is."""
+        self.post_message(self.Moved(self, x if _possible(x) else self.shown.x, y if _possible(y) else self._y))
 
     def on_plot_widget_scale_changed(self, event: Any) -> None:
         """The mouse moved the picture."""
@@ -254,6 +260,11 @@ def _range(curves: Iterable[Curve]) -> Range:
     low, high = min(values), max(values)
     margin = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
     return low - margin, high + margin
+
+
+def _possible(range_: Range) -> bool:
+    low, high = range_
+    return isfinite(high - low) and high - low > 1e-9 * max(abs(low), abs(high))
 
 
 def _nearest(columns: Sequence[Column], x: float) -> Column:

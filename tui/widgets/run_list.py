@@ -35,7 +35,7 @@ class RunList(OptionList):
         Binding("space,enter", "select", "Show or hide the run", id="curves.toggle", show=False)
     ]
     DEFAULT_CSS = """
-    RunList { height: auto; border: none; padding: 0; background: $background; }
+    RunList { height: auto; scrollbar-size-vertical: 1; border: none; padding: 0; background: $background; }
     RunList:focus { border: none; background: $background; }
     """
 
@@ -77,7 +77,7 @@ class RunList(OptionList):
         first = Text.assemble(
             ("[x] " if row.on else "[ ] "), (row.sign, color), " ", (row.label, "bold" if row.on else "")
         )
-        lines, width = [first], max(self.size.width - 2, 40)
+        lines, width = [first], max(self.size.width - 1, 40)
         for fact in row.facts:
             if lines[-1].cell_len + 2 + len(fact) > width and lines[-1].cell_len > INDENT:
                 lines.append(Text(" " * (INDENT - 2)))

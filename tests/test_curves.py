@@ -1,0 +1,119 @@
+"""Which runs are found, and what they are called."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact import file_digest, write_json
+from pipeline.curves import Run, discover, stamp
+from pipeline.looks import METHODS, SIGNS, other
+from pipeline.params import load
+from tests.support import ROOT, make
+
+BASE = {"rank": 4, "alpha": 1.0}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    return tmp_path
+
+
+def found(root: Path) -> list[Run]:
+    return discover(root, load(root / "params.yaml"))
+
+
+Keep = Callable[..., Path]
+
+
+@pytest.fixture
+def keep(root: Path) -> Keep:
+    """Make a finished run's folder, with a log of its own and the given differences in its manifest."""
+
+    def make_one(folder: str, text: str, when: float = 1000.0, **manifest: object) -> Path:
+        path = root / folder
+        path.mkdir(parents=True)
+        (path / "loss.csv").write_text(f"step\n{text}\n", encoding="utf-8")
+        os.utime(path / "loss.csv", (when, when))
+        files = {"loss.csv": file_digest(path / "loss.csv")}
+        write_json(path / "manifest.json", {"params": {}, "files": files, **manifest})
+        return path
+
+    return make_one
+
+
+def test_an_empty_project_has_no_runs(root: Path) -> None:
+    assert found(root) == []
+
+
+def test_a_finished_pipeline_shows_each_training_once(brief: Path) -> None:
+    runs = found(brief)
+    assert [run.stage for run in runs] == ["finetune_full", "finetune_freeze", "finetune_lora", "pretrain"]
+    assert all(run.folder == brief / "runs" / run.stage for run in runs)
+
+
+def test_an_earlier_run_is_named_by_the_params_that_differ_from_now(project: Path) -> None:
+    make(project, ["finetune_lora"], ["finetune_lora.epochs=1", "finetune_lora.rank=8"])
+    params = load(project / "params.yaml", ["finetune_lora.epochs=1", "finetune_lora.rank=8"])
+    labels = [run.label for run in discover(project, params) if run.stage == "finetune_lora"]
+    assert labels == ["finetune_lora", "finetune_lora epochs 2, rank 4"]
+
+
+def test_without_a_run_folder_the_artifact_is_shown(root: Path, keep: Keep) -> None:
+    folder = keep("artifacts/lora_adapter", "1")
+    (run,) = found(root)
+    assert (run.stage, run.loss, run.telemetry, run.folder) == ("finetune_lora", folder / "loss.csv", None, None)
+
+
+def test_runs_with_the_same_log_are_shown_once(root: Path, keep: Keep) -> None:
+    keep("artifacts/lora_adapter", "1")
+    keep(".lora-cache/finetune_lora/aaaa", "1")
+    keep(".lora-cache/finetune_lora/bbbb", "2")
+    assert [run.loss.parent.name for run in found(root)] == ["lora_adapter", "bbbb"]
+
+
+def test_earlier_runs_stand_from_new_to_old(root: Path, keep: Keep) -> None:
+    for number, when in enumerate((1000.0, 3000.0, 2000.0)):
+        keep(f".lora-cache/finetune_lora/{number}", str(number), when)
+    assert [run.when for run in found(root)] == [3000.0, 2000.0, 1000.0]
+
+
+def test_runs_that_differ_in_inputs_or_code_only_say_so(root: Path, keep: Keep) -> None:
+    keep("artifacts/lora_adapter", "1", inputs={"data": "a"}, code="x")
+    keep(".lora-cache/finetune_lora/aaaa", "2", inputs={"data": "b"}, code="x")
+    keep(".lora-cache/finetune_lora/bbbb", "3", when=500, inputs={"data": "a"}, code="y")
+    labels = [run.label for run in found(root)]
+    assert labels == ["finetune_lora", "finetune_lora other inputs", "finetune_lora other code"]
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_key(root: Path, keep: Keep) -> None:
+    keep(".lora-cache/finetune_lora/0123456789", "1", when=2000)
+    keep(".lora-cache/finetune_lora/abcdefghij", "2")
+    assert [run.label for run in found(root)] == ["finetune_lora", "finetune_lora (abcdefgh)"]
+
+
+def test_broken_manifests_and_missing_params_are_survived(root: Path, keep: Keep) -> None:
+    (keep(".lora-cache/finetune_lora/aaaa", "1") / "manifest.json").write_text("{", encoding="utf-8")
+    (keep("artifacts/lora_adapter", "2") / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
+    keep(".lora-cache/pretrain/bbbb", "3", params=None)
+    assert [run.label for run in discover(root, None)] == ["pretrain"]
+
+
+def test_the_stamp_changes_when_there_is_another_run(root: Path, keep: Keep) -> None:
+    before = stamp(root, root / "params.yaml")
+    assert stamp(root, root / "params.yaml") == before
+    keep("artifacts/lora_adapter", "1")
+    after = stamp(root, root / "params.yaml")
+    assert after != before
+    (root / "runs/finetune_lora").mkdir(parents=True)
+    (root / "runs/finetune_lora/loss.csv").write_text("step\n", encoding="utf-8")
+    assert stamp(root, root / "params.yaml") != after
+
+
+def test_twenty_runs_beside_the_three_methods_look_different() -> None:
+    looks = {*METHODS.values(), *map(other, range(20))}
+    assert len(looks) == 23
+    assert len(set(SIGNS)) == len(SIGNS)

@@ -1,0 +1,55 @@
+"""Run folders made by hand, so that nothing in them depends on the machine."""
+
+import fcntl
+import json
+import math
+from pathlib import Path
+from typing import TextIO
+
+from pipeline.metrics import COLUMNS, TELEMETRY_COLUMNS
+
+HEADER = ",".join(COLUMNS) + "\n"
+START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0}
+
+
+def lines(start: float, first: int, last: int) -> str:
+    """Steps `first` to `last` of a loss that falls from `start`, six steps an epoch."""
+    text = ""
+    for step in range(first, last + 1):
+        loss = start * math.exp(-step / 40) + 0.05 + 0.2 * abs(math.sin(step * step)) / (1 + step / 50)
+        text += f"{step},{(step - 1) // 6 + 1},{loss:.7g},0.001,{loss / 2:.7g},{step * 16}\n"
+    return text
+
+
+def write_run(
+    root: Path, stage: str, steps: int = 300, state: str = "done", message: str = "", total: int = 300
+) -> Path:
+    """A run folder with its logs and journal; returns it."""
+    folder = root / "runs" / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "loss.csv").write_text(HEADER + lines(START[stage], 1, steps), encoding="utf-8")
+    rows = [f"{n},{n * 0.5:.6f},32.0,347078656,cpu,2034688,2036736\n" for n in range(1, steps + 1)]
+    text = ",".join(TELEMETRY_COLUMNS) + "\n" + "".join(rows)
+    (folder / "telemetry.csv").write_text(text, encoding="utf-8")
+    journal(folder, state, steps, total, message)
+    return folder
+
+
+def journal(folder: Path, state: str, done: int, total: int = 300, message: str = "") -> None:
+    """What the run says of itself."""
+    word = {"state": state, "pid": 1, "started": 0.0, "done": done, "total": total}
+    (folder / "run.json").write_text(
+        json.dumps({**word, "text": "", "message": message, "notes": []}), encoding="utf-8"
+    )
+
+
+def hold(folder: Path) -> TextIO:
+    """The run's lock, as its process holds it, until the file is closed."""
+    file = (folder / "lock").open("a+")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def write_methods(root: Path) -> None:
+    for stage in ("finetune_full", "finetune_freeze", "finetune_lora"):
+        write_run(root, stage)

@@ -1,0 +1,52 @@
+"""Pictures of the curves screen."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+
+from tests.tui.runs import write_methods
+from tests.tui.test_curves import settled
+from tui.app import Workbench
+from tui.screens.curves import CurvesScreen
+from tui.widgets.tab_bar import TabBar
+
+SIZES = [(80, 24), (120, 40)]
+
+
+@pytest.fixture(autouse=True)
+def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TabBar, "where", "~/project", raising=False)
+
+
+async def to_curves(pilot: Pilot[Any]) -> None:
+    await pilot.press("2")
+    await pilot.pause()
+    assert isinstance(pilot.app.screen, CurvesScreen)
+    await settled(pilot, pilot.app.screen)
+
+
+async def logarithmic(pilot: Pilot[Any]) -> None:
+    await to_curves(pilot)
+    await pilot.press("l", "c", "g")
+    await pilot.pause()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_empty(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
+    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=to_curves)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_three_methods(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
+    write_methods(empty)
+    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=to_curves)
+
+
+@pytest.mark.parametrize("theme", ["textual-dark", "textual-light"])
+def test_log_cursor_and_a_panel(snap_compare: Any, empty: Path, theme: str) -> None:
+    write_methods(empty)
+    app = Workbench(empty / "params.yaml")
+    app.state.theme = theme
+    assert snap_compare(app, terminal_size=(120, 40), run_before=logarithmic)

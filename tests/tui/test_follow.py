@@ -1,0 +1,154 @@
+"""A CSV is followed whatever its writer, or somebody else, does to it."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.metrics import COLUMNS, RunLog, Step, read_steps
+from tui.follow import PIECE, Tail
+from tui.series import Row, parse_step
+
+HEADER = ",".join(COLUMNS) + "\n"
+
+
+def line(step: int, loss: float = 1.0) -> str:
+    return f"{step},1,{loss},0.001,0.5,{step * 16}\n"
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "loss.csv"
+    path.write_text(HEADER + line(1) + line(2), encoding="utf-8")
+    return path
+
+
+def steps(rows: list[Row]) -> list[int]:
+    return [int(row[0]) for row in rows]
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def test_only_what_is_new_is_given(log: Path) -> None:
+    tail = Tail(log, parse_step)
+    assert steps(tail.read().rows) == [1, 2]
+    assert not tail.changed()
+    append(log, line(3))
+    assert tail.changed()
+    assert steps(tail.read().rows) == [3]
+
+
+def test_a_half_written_line_is_read_when_it_is_whole(log: Path) -> None:
+    tail = Tail(log, parse_step)
+    append(log, "3,1,0.")
+    assert steps(tail.read().rows) == [1, 2]
+    append(log, "25,0.001,0.5,48\n")
+    rows = tail.read().rows
+    assert rows == [(3, 1, 0.25, 0.001, 0.5, 48)]
+    assert tail.skipped == 0
+
+
+def test_a_log_cut_back_starts_over_and_says_so(log: Path) -> None:
+    tail = Tail(log, parse_step)
+    append(log, line(3))
+    tail.read()
+    log.write_text(HEADER + line(1), encoding="utf-8")  # in place: the same inode
+    piece = tail.read()
+    assert (piece.change, steps(piece.rows)) == ("restarted", [1])
+
+
+def test_a_log_rewritten_to_the_same_length_starts_over(log: Path) -> None:
+    tail = Tail(log, parse_step)
+    tail.read()
+    log.write_text(HEADER + line(1) + line(2, loss=2.0), encoding="utf-8")
+    piece = tail.read()
+    assert piece.change == "restarted"
+    assert [row[2] for row in piece.rows] == [1.0, 2.0]
+
+
+def test_a_resumed_run_that_writes_the_same_lines_again_is_no_restart(tmp_path: Path) -> None:
+    record = [Step(n, 1, 1.0 / n, 1e-3, 0.5, n) for n in range(1, 7)]
+    with RunLog(tmp_path, 0, 0) as log:
+        for step in record[:5]:
+            log.append(step)
+    tail = Tail(tmp_path / "loss.csv", parse_step)
+    seen = tail.read().rows
+    with RunLog(tmp_path, 3, 3) as log:  # cut back to step 3, then on
+        for step in record[3:]:
+            log.append(step)
+    piece = tail.read()
+    assert piece.change == ""
+    assert steps(seen + piece.rows) == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_file_in_its_place_is_read_from_the_start(log: Path) -> None:
+    tail = Tail(log, parse_step)
+    tail.read()
+    other = log.with_name("other.csv")
+    other.write_text(HEADER + line(7) + line(8) + line(9), encoding="utf-8")
+    other.replace(log)
+    piece = tail.read()
+    assert (piece.change, steps(piece.rows)) == ("replaced", [7, 8, 9])
+
+
+def test_a_vanished_file_is_an_empty_one(log: Path) -> None:
+    tail = Tail(log, parse_step)
+    tail.read()
+    log.unlink()
+    assert tail.changed()
+    piece = tail.read()
+    assert (piece.change, piece.rows) == ("gone", [])
+    assert tail.read().change == ""
+    log.write_text(HEADER + line(1), encoding="utf-8")
+    assert steps(tail.read().rows) == [1]
+
+
+def test_a_folder_in_its_place_is_an_empty_file(tmp_path: Path) -> None:
+    assert Tail(tmp_path, parse_step).read().rows == []
+
+
+def test_foreign_lines_are_counted(log: Path) -> None:
+    append(log, "hello\n,,,,,\n\xff\n1,2\n" + line(3))
+    tail = Tail(log, parse_step)
+    assert steps(tail.read().rows) == [1, 2, 3]
+    assert tail.skipped == 4
+
+
+def test_a_line_longer_than_a_piece_is_skipped_whole(log: Path) -> None:
+    append(log, "9," * PIECE + "\n" + line(3))
+    tail = Tail(log, parse_step)
+    found, more = [], True
+    while more:
+        piece = tail.read()
+        found += steps(piece.rows)
+        more = piece.more
+    assert found == [1, 2, 3]
+    assert tail.skipped >= 1
+
+
+def test_a_long_log_comes_in_pieces(log: Path) -> None:
+    append(log, "".join(map(line, range(3, 20_001))))
+    tail = Tail(log, parse_step)
+    pieces = [tail.read()]
+    while pieces[-1].more:
+        pieces.append(tail.read())
+    assert len(pieces) == -(-log.stat().st_size // PIECE)
+    assert [step for piece in pieces for step in steps(piece.rows)] == list(range(1, 20_001))
+
+
+@given(st.lists(st.integers(1, 60), max_size=12))
+def test_however_a_log_is_cut_up_its_rows_are_those_of_read_steps(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "loss.csv"
+    text = HEADER + "".join(map(line, range(1, 9)))
+    tail, rows, place = Tail(path, parse_step), [], 0
+    for cut in [*cuts, len(text)]:
+        append(path, text[place : place + cut])
+        place += cut
+        rows += tail.read().rows
+    assert steps(rows) == [step.step for step in read_steps(path)] == list(range(1, 9))
