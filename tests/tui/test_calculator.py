@@ -1,6 +1,7 @@
 """The calculator's screen: what it shows is what `pipeline.calc` says, and every key does its work."""
 
 import errno
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from pipeline.calc.answer import answer
 from pipeline.calc.asked import method_of, run_of
 from pipeline.calc.fit import changes, gpus, largest
 from pipeline.calc.settings import LORA, Method, Run
-from pipeline.calc.sources import built_in, names
+from pipeline.calc.sources import Model, built_in, entry, names, open_model
 from pipeline.params import load
 from tests.tui.support import until
 from tui.app import Workbench
@@ -195,10 +196,6 @@ async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: P
 
 
 async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> None:
-    import json
-
-    from pipeline.calc.sources import entry
-
     config = tmp_path / "config.json"
     config.write_text(json.dumps(entry("qwen3-0.6b")["config"]), encoding="utf-8")
     async with calculator(empty) as (pilot, screen):
@@ -214,10 +211,12 @@ async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> No
 
 async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    import tui.screens.calculator as module
 
-    real = module.open_model
-    monkeypatch.setattr(module, "open_model", lambda name: asked.append(name) or real("gpt2"))  # type: ignore[func-returns-value]
+    def fetched(name: str) -> Model:
+        asked.append(name)
+        return built_in("gpt2")
+
+    monkeypatch.setattr("tui.screens.calculator.open_model", lambda n: fetched(n) if "/" in n else open_model(n))
     async with calculator(empty) as (pilot, screen):
         asked.clear()
         await pilot.press("slash", *"some/model")
