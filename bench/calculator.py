@@ -37,7 +37,7 @@ def calculator() -> Iterator[Row]:
 class _Painted(Workbench):
     """Knows when it last painted; a screen without a terminal would not make the text of what it paints."""
 
-    CSS_PATH = ROOT / "tui" / "app.tcss"  # a path alone would be beside this file
+    CSS_PATH = str(ROOT / "tui" / "app.tcss")  # a path alone would be beside this file
     last = 0.0
 
     def _display(self, screen: Screen[object], renderable: RenderableType | None) -> None:

@@ -24,10 +24,10 @@ class Verdict(Lines):
     """Trainable, peak, fits or not, and what next; `advice` is None while it is being looked for."""
 
     def tell(self, result: Result, advice: Advice | None) -> None:
-        self.show(lambda _: verdict(result, advice))
+        self.show(lambda width: verdict(result, advice, width))
 
 
-def verdict(result: Result, advice: Advice | None) -> Sequence[Text]:
+def verdict(result: Result, advice: Advice | None, width: int) -> Sequence[Text]:
     peak, run = result.memory, result.run
     fits = result.spare >= 0
     said = f"✓ fits: {in_units(result.spare)} free" if fits else f"✗ does not fit: {in_units(-result.spare)} too much"
@@ -38,6 +38,7 @@ def verdict(result: Result, advice: Advice | None) -> Sequence[Text]:
         Text.assemble((f"peak {in_units(peak.peak)}", "bold"), f"  in {peak.where}"),
         Text.assemble((said, "bold green" if fits else "bold red"), f"  on {result.device.label}"),
         _next(result, advice),
+        *([Text()] if advice is None and width < 72 else []),  # what is found takes two lines: nothing jumps
     ]
 
 
@@ -107,7 +108,8 @@ class Pinned(Lines):
 
     def compare(self, pins: Sequence[Result], now: Result | None) -> None:
         self.display = bool(pins)
-        self.show(lambda width: pinned(pins, now, width))
+        if pins:
+            self.show(lambda width: pinned(pins, now, width))
 
 
 MARKS = "①②"

@@ -1,10 +1,11 @@
 """A field of text on one line, with steps where a next value makes sense."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from textual.binding import BindingType
 from textual.events import Key
+from textual.geometry import Region
 from textual.suggester import SuggestFromList
 from textual.widgets import Input
 
@@ -49,6 +50,10 @@ class Entry(Input):
         super().__init__(value, id=id, compact=True, suggester=suggester)
         self.step = step
         self.of_numbers = step in (counting, doubling)
+
+    def refresh(self, *regions: Region, repaint: bool = True, layout: bool = False, recompose: bool = False) -> Self:
+        """An Input lays out the whole screen at every key; this one has its line whatever it holds."""
+        return super().refresh(*regions, repaint=repaint, layout=layout and not self.is_mounted, recompose=recompose)
 
     async def _on_key(self, event: Key) -> None:
         if self.of_numbers and event.character in ("+", "-"):

@@ -26,7 +26,7 @@ class ModelSearch(Vertical):
     ModelSearch { height: 1; width: 1fr; }
     ModelSearch OptionList {
         overlay: screen; constrain: none inside; display: none;
-        width: 52; height: auto; max-height: 11; background: $panel; border: round $primary;
+        width: 52; height: auto; max-height: 11; background: $panel;
     }
     ModelSearch.-open OptionList { display: block; }
     """
