@@ -240,6 +240,14 @@ async def test_advice_is_the_librarys_and_never_of_another_configuration(empty: 
         assert words[-1].replace("--", "") in " ".join(shown(screen, Verdict).split())
 
 
+async def test_a_mistake_does_not_stop_what_is_looked_for(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await fill(pilot, screen, batch="2")
+        await fill(pilot, screen, batch="x")
+        await until(pilot, lambda: "the most that fits" in shown(screen, Verdict).splitlines()[-1])
+        assert screen.problem.startswith("batch must be")
+
+
 async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (pilot, screen):
         text = shown(screen, MemoryBars)

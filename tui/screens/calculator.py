@@ -76,7 +76,6 @@ class CalculatorScreen(WorkbenchScreen):
     @on(CalcForm.Changed)
     def _calculate(self) -> None:
         """The form's answer; or what is wrong, beside the last good one."""
-        self.workers.cancel_group(self, "advice")
         asked = self.form.asked
         try:
             result = calculate(asked, self._model(asked.model.strip()))
