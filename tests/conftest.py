@@ -1,6 +1,7 @@
 """Fixtures: projects that were run once, and `lora` called in this process."""
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from hypothesis import settings
 
 from cli.main import main
-from tests.support import BRIEF, WORK, make, new_project
+from tests.support import BRIEF, ROOT, WORK, git, make, new_project
 
 settings.register_profile("default", deadline=None, max_examples=60)
 settings.load_profile("default")
@@ -41,6 +42,27 @@ def project(brief: Path, tmp_path: Path) -> Path:
     root = tmp_path / "project"
     shutil.copytree(brief, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as it stands, committed."""
+    folder = tmp_path_factory.mktemp("origin")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if name != "dvc.lock" and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "all")
+    return folder
 
 
 @pytest.fixture

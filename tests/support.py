@@ -81,3 +81,9 @@ def lora(*arguments: str, cwd: Path, **environment: str) -> subprocess.Completed
     return subprocess.run(
         [LORA, *arguments], cwd=cwd, env={**variables, **environment}, capture_output=True, text=True, check=False
     )
+
+
+def git(folder: Path, *arguments: str) -> None:
+    """`git …` as somebody."""
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)

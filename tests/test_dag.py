@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 from pipeline.dag import STAGES
 from pipeline.params import load
 from pipeline.provenance import code_files
-from tests.support import COMMAND, ROOT
+from tests.support import COMMAND, ROOT, git
 
 DVC = str(Path(sys.executable).parent / "dvc")
 
@@ -50,11 +49,6 @@ def test_code_files_are_those_that_python_imports() -> None:
         assert imported <= {name.removesuffix(".__init__") for name in found}
 
 
-def git(folder: Path, *arguments: str) -> None:
-    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
-
-
 def dvc(folder: Path, *arguments: str) -> str:
     """`dvc …` in a clone, whose own code the stages run."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -68,27 +62,6 @@ def dvc(folder: Path, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository as it stands, committed."""
-    folder = tmp_path_factory.mktemp("origin")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in listed.stdout.splitlines():
-        if name != "dvc.lock" and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    git(folder, "init", "-q")
-    git(folder, "add", "-A")
-    git(folder, "commit", "-qm", "all")
-    return folder
 
 
 @pytest.mark.slow

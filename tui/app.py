@@ -194,7 +194,7 @@ def _serve(params: Path, port: int) -> None:
         from textual_serve.server import Server
     except ImportError:
         sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
-    command = shlex.join([sys.executable, "-m", "tui.app", "--params", str(params)])
+    command = shlex.join([sys.executable, "-m", "tui", "--params", str(params)])
     Server(command, host="localhost", port=port, title="lora").serve()
 
 
@@ -206,6 +206,3 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
     return parser.parse_args()
 
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,164 @@
+"""Journeys through the real program, in a real terminal, with real processes behind it."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.models.base import Base, load_base, save_base
+from pipeline.models.minigpt import MiniGPT
+from pipeline.params import load
+from tests.support import git, new_project
+from tests.tui.terminal import Terminal, lora_tui, needs_tmux
+
+pytestmark = [needs_tmux, pytest.mark.slow]
+
+
+@pytest.fixture
+def clone(origin: Path, tmp_path: Path) -> Path:
+    """A fresh clone: nothing is made yet."""
+    git(tmp_path, "clone", "-q", str(origin), "clone")
+    return tmp_path / "clone"
+
+
+@pytest.fixture
+def worked(finished: Path, tmp_path: Path) -> Path:
+    """A finished project to write to."""
+    return Path(shutil.copytree(finished, tmp_path / "project"))
+
+
+def steps(folder: Path) -> int:
+    path = folder / "loss.csv"
+    return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
+
+
+def test_from_an_empty_project_a_run_is_started_watched_resized_stopped_and_resumed(clone: Path) -> None:
+    with lora_tui(clone) as terminal:
+        terminal.see("○ pretrain         not made yet", "r Run all", "q Quit")
+        terminal.keys("2")
+        terminal.see("press 1")
+        terminal.keys("1")
+        lengthen(terminal, clone)
+        terminal.keys("r")
+        terminal.see("▶ finetune_lora", "left", seconds=120)
+        terminal.keys("2")
+        first = terminal.see("finetune_lora  live", "loss (nats a token)")
+        deadline = time.monotonic() + 20
+        while chart(terminal.screen()) == chart(first):
+            assert time.monotonic() < deadline, "the curve does not move"
+            time.sleep(0.1)
+        for size in ((200, 60), (60, 16), (80, 24)):
+            terminal.resize(*size)
+            terminal.see("finetune_lora", "1 Pipeline")
+        terminal.keys("1")
+        terminal.see("▶ finetune_lora")
+        terminal.keys("x")
+        terminal.see("‖ finetune_lora", "stopped after step")
+        assert list((clone / "runs/finetune_lora").glob("checkpoint-*"))
+        at = steps(clone / "runs/finetune_lora")
+        terminal.keys("s")
+        terminal.see("▶ finetune_lora", "left", seconds=60)
+        terminal.keys("l")
+        terminal.see("resumed after step")
+        assert steps(clone / "runs/finetune_lora") >= at - 1
+        terminal.keys("Escape", "x")
+        terminal.see("‖ finetune_lora")
+
+
+def lengthen(terminal: Terminal, clone: Path) -> None:
+    """Type another number of epochs into finetune_lora's params."""
+    terminal.keys("Down", "Down", "Down", "Down", "Enter", "Tab", "Tab")
+    terminal.see("Params of finetune_lora")
+    terminal.keys("End", "BSpace", "BSpace")
+    terminal.type("30000")
+    terminal.see("Enter writes it")
+    terminal.keys("Enter")
+    terminal.see("finetune_lora.epochs: 30000 is in params.yaml")
+    assert load(clone / "params.yaml").finetune_lora.epochs == 30_000
+    terminal.keys("Escape")
+
+
+def chart(screen: str) -> list[str]:
+    return re.findall("[⠀-⣿]+", screen)
+
+
+def test_qwen3_is_calculated_and_changed_by_keys(tmp_path: Path) -> None:
+    with lora_tui(new_project(tmp_path / "project")) as terminal:
+        terminal.keys("3")
+        terminal.see("qwen3-8b", "8,190,735,360", "7,667,712")
+        terminal.keys("Escape", "p")
+        terminal.see("pinned")
+
+
+def test_lora_is_prompted_beside_base_swapped_scaled_and_asked_again_after_the_engine_was_killed(worked: Path) -> None:
+    with lora_tui(worked, (120, 40)) as terminal:
+        terminal.keys("4")
+        terminal.see("expanded", "verified")
+        terminal.keys("u", "p")
+        terminal.see("a prompt; Enter asks")
+        terminal.type("der wind")
+        terminal.keys("Enter")
+        screen = terminal.see("weht", "lora", "merged", "engine ready", seconds=60)
+        assert re.search(r"weht .*\+9\d\.\d", screen), screen
+        engine = child(worked)
+        os.kill(engine, signal.SIGKILL)
+        terminal.see("engine died")
+        terminal.keys("Enter")
+        terminal.see("engine ready", seconds=60)
+        assert child(worked) != engine
+
+
+def child(project: Path) -> int:
+    """The inference process that works in `project`."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if "pipeline.serve" in command and (entry / "cwd").resolve() == project.resolve():
+                return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError("no inference process")
+
+
+def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
+    endless(worked)
+    with lora_tui(worked, (120, 40)) as terminal:
+        terminal.keys("4")
+        terminal.see("endless")
+        terminal.keys("/")
+        terminal.type("endless")
+        terminal.keys("Enter", "space", "t")
+        terminal.see("limit")
+        set_limit(terminal, "3000")
+        terminal.keys("p")
+        terminal.type("die katze")
+        terminal.keys("Enter")
+        terminal.see("engine busy", seconds=60)
+        time.sleep(0.5)
+        terminal.keys("Escape")
+        terminal.see("interrupted", "engine ready", seconds=3)
+
+
+def set_limit(terminal: Terminal, limit: str) -> None:
+    raise NotImplementedError
+
+
+def endless(project: Path) -> None:
+    """A model of thousands of positions that never ends a sentence."""
+    from dataclasses import replace
+
+    model, tokenizer = load_base(project / "artifacts/expanded")
+    longer = MiniGPT(replace(model.config, max_positions=4096))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "embed_positions" not in name:
+                longer.state_dict()[name].copy_(tensor)
+        longer.lm_head.weight[tokenizer.end_id] = 0
+    folder = project / "artifacts/endless"
+    folder.mkdir()
+    save_base(folder, Base(longer, tokenizer))
