@@ -258,7 +258,8 @@ def _range(curves: Iterable[Curve]) -> Range:
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
-    margin = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
+    spread = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else 0.0  # less is only rounding
+    margin = spread * 0.04 or abs(high) * 0.1 or 1.0
     return low - margin, high + margin
 
 
