@@ -106,7 +106,7 @@ class Log:
         self._epochs: dict[float, list[float]] = {}  # epoch → first step, sum of losses, how many
         self.series: dict[str, Series] = {}
         for name in QUANTITIES:
-            self.series[name] = Series(self.steps, smoothing)
+            self.series[name] = Series(self.steps, _strength(name, smoothing))
             self.columns[name] = self.series[name].y
 
     def extend(self, rows: Sequence[Row]) -> None:
@@ -128,7 +128,7 @@ class Log:
             seen[2] += 1
 
     def smooth(self, strength: float) -> None:
-        self.series = {name: series.smoothed_with(strength) for name, series in self.series.items()}
+        self.series = {name: series.smoothed_with(_strength(name, strength)) for name, series in self.series.items()}
         self.columns.update({name: series.y for name, series in self.series.items()})
 
     def flat(self, going_on: bool) -> tuple[int, float] | None:
@@ -148,3 +148,8 @@ class Log:
         right = min(bisect_left(self.steps, step), len(self.steps) - 1)
         left = max(right - 1, 0)
         return left if abs(self.steps[left] - step) <= abs(self.steps[right] - step) else right
+
+
+def _strength(name: str, smoothing: float) -> float:
+    """A learning rate has no noise: smoothing would only make it late."""
+    return 0.0 if name == "learning_rate" else smoothing

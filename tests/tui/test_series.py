@@ -88,6 +88,13 @@ def test_blocks_give_what_looking_at_every_point_gives(columns: int) -> None:
             assert column.mean == pytest.approx(wanted.mean)
 
 
+def test_a_learning_rate_is_not_smoothed() -> None:
+    log = Log(0.9)
+    log.extend([(step, 1, 1.0, 1 / step, 1.0, 1) for step in range(1, 9)])
+    log.smooth(0.99)
+    assert log.series["learning_rate"].smooth == log.series["learning_rate"].y
+
+
 def test_one_point_is_one_column() -> None:
     assert series([2.5]).visible(1, 1, 100) == [Column(1, 2.5, 2.5, 2.5)]
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic, process_time
 from typing import ClassVar, Literal
 
 from rich.text import Text
@@ -28,6 +29,7 @@ EMPTY = "No runs yet: press 1 then r, or type `make repro`."
 TITLES = {"loss": "loss (nats a token)", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 POLL = 0.5  # seconds between two looks at the files
+SHARE, LATEST = 0.03, 2.0  # of a core for a live picture; where that is little, seconds until it is drawn anyway
 PRINTED = 600  # columns of an exported picture
 
 
@@ -79,6 +81,7 @@ class CurvesScreen(WorkbenchScreen):
         self._panels: dict[str, bool] = {}  # as the user has switched them; else shown where there is room
         self._stamp: tuple[int, ...] | None = None
         self._reading = False
+        self._drawn_at = self._spent = 0.0  # seconds of the clock and of this process, at the last picture
 
     def body(self) -> Iterable[Widget]:
         with Vertical(id="charts"):
@@ -114,7 +117,8 @@ class CurvesScreen(WorkbenchScreen):
             spoke = [watched.look() for watched in self.watched.values()]
             if found or any(spoke):
                 self._show_default()
-            changed = [w for key, w in self.watched.items() if key in self.shown and w.changed()]
+            due = found or self._due()
+            changed = [w for key, w in self.watched.items() if due and key in self.shown and w.changed()]
             for watched in changed:
                 await watched.read()
             if found or changed:
@@ -123,6 +127,11 @@ class CurvesScreen(WorkbenchScreen):
                 self._list()
         finally:
             self._reading = False
+
+    def _due(self) -> bool:
+        """Whether a new picture keeps this process within its share: training needs the core."""
+        since = monotonic() - self._drawn_at
+        return since > LATEST or process_time() - self._spent < SHARE * since
 
     async def _rediscover(self) -> bool:
         """Look for runs again if there may be others; whether it did."""
@@ -166,6 +175,7 @@ class CurvesScreen(WorkbenchScreen):
 
     def redraw(self) -> None:
         """Every chart, the line below and the list, from what was read."""
+        self._drawn_at, self._spent = monotonic(), process_time()
         self.set_class(not self.watched, "-empty")
         self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
         drawn, x = self._drawn(), self._x()
@@ -228,6 +238,7 @@ class CurvesScreen(WorkbenchScreen):
         self._chosen = True
         self.shown ^= {event.key}
         self.redraw()
+        self._drawn_at = 0.0  # what is switched on is read and drawn at once
         self._poll()
 
     @on(LossChart.Moved)

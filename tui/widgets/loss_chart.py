@@ -99,8 +99,10 @@ class _Plot(PlotWidget):  # type: ignore[misc]
     def _render_line_plot(self, dataset: Any) -> None:
         """As the original, which takes any line; ours have rising x, and this is ten times as fast."""
         canvas, frame = self.query_one("#plot", Canvas), self._scale_rectangle
-        points = [self.get_hires_pixel_from_coordinate(x, y) for x, y in zip(dataset.x, dataset.y, strict=True)]
-        inside = [(x - frame.x, y - frame.y) for x, y in points]
+        left, across = self._x_min, frame.width / (self._x_max - self._x_min)
+        top, down = self._y_max, frame.height / (self._y_max - self._y_min)
+        points = zip(dataset.x.tolist(), dataset.y.tolist(), strict=True)
+        inside = [((x - left) * across, (top - y) * down) for x, y in points]
         for (x, y), char in cells(inside, frame.width, frame.height).items():
             canvas.set_pixel(x + frame.x, y + frame.y, char, dataset.line_style)
 
@@ -258,7 +260,8 @@ def _range(curves: Iterable[Curve]) -> Range:
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
-    margin = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
+    spread = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else 0.0  # less is only rounding
+    margin = spread * 0.04 or abs(high) * 0.1 or 1.0
     return low - margin, high + margin
 
 

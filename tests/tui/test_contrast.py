@@ -1,0 +1,20 @@
+"""Every run's colour can be told from the background of every theme that Textual has as default."""
+
+import pytest
+from textual.color import Color
+
+from pipeline.looks import METHODS, other
+from tui.widgets.contrast import CONTRAST, contrast, readable
+
+COLORS = sorted({look.color for look in (*METHODS.values(), *map(other, range(20)))})
+
+
+def test_contrast_is_wcags() -> None:
+    assert contrast(Color.parse("#000000"), Color.parse("#ffffff")) == pytest.approx(21)
+    assert contrast(Color.parse("#767676"), Color.parse("#ffffff")) == pytest.approx(4.54, abs=0.01)
+
+
+@pytest.mark.parametrize("background", ["#121212", "#e0e0e0", "#000000", "#ffffff"])
+@pytest.mark.parametrize("color", COLORS)
+def test_a_colour_stands_out(color: str, background: str) -> None:
+    assert contrast(readable(Color.parse(color), Color.parse(background)), Color.parse(background)) >= CONTRAST
