@@ -205,4 +205,3 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="port of --web")
     parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
     return parser.parse_args()
-

@@ -30,6 +30,7 @@ class Terminal:
         self._tmux("new-session", "-d", "-s", "keep", "sleep 3600")  # the server lives on when the program ends
         settings = [word for pair in environment.items() for word in ("-e", "=".join(pair))]
         columns, rows = map(str, size)
+        self._tmux("set-option", "-g", "window-size", "manual")
         self._tmux("set-option", "-g", "default-size", f"{columns}x{rows}")
         self._tmux("new-session", "-d", "-s", "app", "-x", columns, "-y", rows, "-c", str(folder), *settings, command)
 

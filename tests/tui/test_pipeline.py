@@ -61,7 +61,7 @@ def printed(screen: PipelineScreen, text: str) -> bool:
 
 async def choose(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> None:
     screen.query_one(StageList).highlighted = list(STAGES).index(stage)
-    await until(pilot, lambda: screen.query_one(ParamForm)._name == stage)
+    await until(pilot, lambda: screen.query_one(ParamForm).stage == stage)
 
 
 def field(screen: PipelineScreen, key: str) -> Input:
@@ -206,7 +206,7 @@ async def test_stages_are_chosen_by_key_and_mouse_and_panes_by_key(empty: Path) 
         place = screen.query_one(DagPicture)._layout.places["merge"]
         await pilot.click(DagPicture, offset=(place.column + 2, place.row))
         await until(pilot, lambda: screen.chosen == "merge")
-        assert screen.query_one(ParamForm)._name == "merge"
+        assert screen.query_one(ParamForm).stage == "merge"
         for key, pane in (("l", "log"), ("m", "metrics"), ("p", "params")):
             await pilot.press("escape", key)
             await pilot.pause()

@@ -17,6 +17,43 @@ from pipeline.params import Section, rule
 Check = Callable[[str, Any], None]  # raises UserError for a value that key must not have
 
 
+class ParamInput(Input):
+    """One param: what the file says of it, and what is typed."""
+
+    def __init__(self, key: str, value: Any) -> None:
+        self.key, self.saved = key, value
+        super().__init__(_text(value), id=f"param-{key}", compact=True, select_on_focus=False)
+
+    @property
+    def edited(self) -> bool:
+        return self.value != _text(self.saved)
+
+    @property
+    def typed(self) -> Any:
+        """What the text means in the file; names of a list may be written with commas alone."""
+        if isinstance(self.saved, tuple):
+            return [name.strip() for name in self.value.strip(" []").split(",") if name.strip()]
+        try:
+            return yaml.safe_load(self.value)
+        except (yaml.YAMLError, ValueError):
+            return self.value
+
+    def renew(self, value: Any) -> None:
+        """The file says something else; what is being typed stays."""
+        kept, self.saved = self.edited, value
+        if not kept:
+            self.value = _text(value)
+
+    def revert(self) -> None:
+        self.value = _text(self.saved)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class ParamForm(VerticalScroll):
     """`show` fills it; `Saved` asks for a value to be written."""
 
@@ -41,106 +78,74 @@ class ParamForm(VerticalScroll):
         super().__init__(can_focus=False)
         self._check = check
         self._section: Section | None = None
-        self._name = ""
-        self._texts: dict[str, str] = {}
+        self.stage = ""
 
     def compose(self) -> ComposeResult:
         yield Static(id="rule")
 
-    async def show(self, name: str, section: Section) -> None:
-        """The values of a section; fields that are being edited keep what was typed."""
-        if name != self._name:
-            await self._rebuild(name, section)
-        elif section != self._section:
-            for key, text in _texts(section).items():
-                field = self.query_one(f"#param-{key}", Input)
-                if field.value == self._texts[key]:
-                    field.value = text
-                self._texts[key] = text
+    async def show(self, stage: str, section: Section) -> None:
+        """The values of a stage's section; fields that are being edited keep what was typed."""
+        changed, self._section = section != self._section, section
+        if stage != self.stage:
+            await self._rebuild(stage, section)
+        elif changed:
+            for field in self.query(ParamInput):
+                field.renew(getattr(section, field.key))
                 self._mark(field)
-        self._section = section
 
-    async def _rebuild(self, name: str, section: Section) -> None:
-        self._name, self._section, self._texts = name, section, _texts(section)
+    async def _rebuild(self, stage: str, section: Section) -> None:
+        self.stage = stage
+        rows = [Horizontal(Label(f.name), ParamInput(f.name, getattr(section, f.name))) for f in fields(section)]
         with self.app.batch_update():
             await self.query(Horizontal).remove()
-            rows = [
-                Horizontal(Label(key), Input(text, id=f"param-{key}", compact=True, select_on_focus=False))
-                for key, text in self._texts.items()
-            ]
             await self.mount_all(rows)
         self.query_one("#rule", Static).update("")
 
     def unsaved(self) -> Mapping[str, str]:
         """What was typed and not written, by key."""
-        return {f"{self._name}.{_key(field)}": field.value for field in self.query(Input) if self._edited(field)}
-
-    def _edited(self, field: Input) -> bool:
-        return field.value != self._texts[_key(field)]
+        return {f"{self.stage}.{field.key}": field.value for field in self.query(ParamInput) if field.edited}
 
     def revert(self) -> None:
         """Back to what the file says."""
-        for field in self.query(Input):
-            field.value = self._texts[_key(field)]
+        for field in self.query(ParamInput):
+            field.revert()
 
     @on(Input.Changed)
     def _typed(self, event: Input.Changed) -> None:
         event.stop()
-        self._mark(event.input)
-        if event.input.has_focus:
-            self._explain(event.input)
+        if isinstance(event.input, ParamInput) and event.input.is_attached:
+            self._mark(event.input)
+            if event.input.has_focus:
+                self._explain(event.input)
 
     def on_descendant_focus(self) -> None:
         focused = self.screen.focused
-        if isinstance(focused, Input):
+        if isinstance(focused, ParamInput):
             self._explain(focused)
 
     @on(Input.Submitted)
     def _enter(self, event: Input.Submitted) -> None:
         event.stop()
-        if self._edited(event.input) and not self._problem(event.input):
-            self.post_message(self.Saved(f"{self._name}.{_key(event.input)}", self._value(event.input)))
+        field = event.input
+        if isinstance(field, ParamInput) and field.edited and not self._problem(field):
+            self.post_message(self.Saved(f"{self.stage}.{field.key}", field.typed))
 
-    def _mark(self, field: Input) -> None:
-        edited = self._edited(field)
-        field.set_class(edited, "-edited")
-        field.set_class(edited and bool(self._problem(field)), "-bad")
+    def _mark(self, field: ParamInput) -> None:
+        field.set_class(field.edited, "-edited")
+        field.set_class(field.edited and bool(self._problem(field)), "-bad")
 
-    def _explain(self, field: Input) -> None:
+    def _explain(self, field: ParamInput) -> None:
         """Below the fields: what is wrong, or what the value must be."""
-        assert self._section is not None
-        problem = self._problem(field) if self._edited(field) else ""
-        said = problem or f"{_key(field)}: {rule(self._section, _key(field))}"
-        pending = "  Enter writes it, Escape takes it back." if self._edited(field) and not problem else ""
+        if self._section is None or not hasattr(self._section, field.key):
+            return  # a field of the stage before, on its way out
+        problem = self._problem(field) if field.edited else ""
+        said = problem or f"{field.key}: {rule(self._section, field.key)}"
+        pending = "  Enter writes it, Escape takes it back." if field.edited and not problem else ""
         self.query_one("#rule", Static).update(f"{'✗ ' if problem else ''}{said}{pending}", layout=True)
 
-    def _problem(self, field: Input) -> str:
+    def _problem(self, field: ParamInput) -> str:
         try:
-            self._check(f"{self._name}.{_key(field)}", self._value(field))
-        except UserError as error:
+            self._check(f"{self.stage}.{field.key}", field.typed)
+        except (UserError, OSError) as error:
             return str(error)
         return ""
-
-    def _value(self, field: Input) -> Any:
-        """What the text means in the file; names of a list may be written with commas alone."""
-        old = getattr(self._section, _key(field))
-        if isinstance(old, tuple):
-            return [name.strip() for name in field.value.strip(" []").split(",") if name.strip()]
-        try:
-            return yaml.safe_load(field.value)
-        except (yaml.YAMLError, ValueError):
-            return field.value
-
-
-def _key(field: Input) -> str:
-    return str(field.id).removeprefix("param-")
-
-
-def _texts(section: Section) -> dict[str, str]:
-    return {f.name: _text(getattr(section, f.name)) for f in fields(section)}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
