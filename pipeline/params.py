@@ -221,6 +221,12 @@ def _refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, source: st
             raise UserError(f"{source}: unknown key {prefix}{key}. {hint}")
 
 
+def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
+    """Raises UserError if `key` of section `name` must not be `value`, the others being as they are."""
+    hints = get_type_hints(type(section), include_extras=True)
+    replace(section, **{key: _checked(hints[key], value, f"{name}.{key}", source)})
+
+
 def rule(section: Section, key: str) -> str:
     """What a value of `key` must be, in words: a whole number, at least 1, below 2147483648."""
     hint = get_type_hints(type(section), include_extras=True)[key]

@@ -30,8 +30,6 @@ class Terminal:
         self._tmux("new-session", "-d", "-s", "keep", "sleep 3600")  # the server lives on when the program ends
         settings = [word for pair in environment.items() for word in ("-e", "=".join(pair))]
         columns, rows = map(str, size)
-        self._tmux("set-option", "-g", "window-size", "manual")
-        self._tmux("set-option", "-g", "default-size", f"{columns}x{rows}")
         self._tmux("new-session", "-d", "-s", "app", "-x", columns, "-y", rows, "-c", str(folder), *settings, command)
 
     def screen(self) -> str:
@@ -84,7 +82,8 @@ def lora_tui(folder: Path, size: tuple[int, int] = (80, 24)) -> Iterator[Termina
         "LANG": "C.UTF-8",
     }
     try:
-        terminal.open(f"{BIN / 'lora-tui'}; echo ended; sleep 3600", folder, size, environment)
+        program = f"env -u COLUMNS -u LINES {BIN / 'lora-tui'}"  # the terminal's own size counts
+        terminal.open(f"{program}; echo ended; sleep 3600", folder, size, environment)
         terminal.see("1 Pipeline")
         yield terminal
     finally:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rich.table import Table
 from rich.text import Text
@@ -59,7 +59,7 @@ class PipelineScreen(WorkbenchScreen):
         yield StageList(id="stages")
         with Container(id="panes"):
             with Vertical(id="params", classes="pane"):
-                yield ParamForm(self._check)
+                yield ParamForm(self.workbench.params_path.name)
             with Vertical(id="log", classes="pane"):
                 yield Static(id="said", markup=False)
                 yield LogView()
@@ -69,7 +69,7 @@ class PipelineScreen(WorkbenchScreen):
     def on_mount(self) -> None:
         self.query_one("#metrics").border_title = "Metrics, against the last commit"
         self.action_pane("params", focus=False)
-        self.query_one(StageList).focus()
+        self.set_focus(self.query_one(StageList))
         self.set_interval(TICK, self.tick)
         self.tick()
 
@@ -194,11 +194,6 @@ class PipelineScreen(WorkbenchScreen):
         self.chosen = stage
         await self._show_stage()
 
-    def _check(self, key: str, value: Any) -> None:
-        """Raises UserError for a value that the params refuse."""
-        path = self.workbench.params_path
-        params.parse(params_file.changed(path.read_text(encoding="utf-8"), {key: value}), path)
-
     @on(ParamForm.Saved)
     def _save(self, event: ParamForm.Saved) -> None:
         try:
@@ -211,7 +206,7 @@ class PipelineScreen(WorkbenchScreen):
 
     def action_leave(self) -> None:
         self.query_one(ParamForm).revert()
-        self.query_one(StageList).focus()
+        self.set_focus(self.query_one(StageList))
 
     def action_pane(self, name: str, focus: bool = True) -> None:
         """Show a pane where there is room for one only, and give it the keys."""
@@ -221,7 +216,7 @@ class PipelineScreen(WorkbenchScreen):
         if focus:
             target = {"params": "ParamForm Input", "log": "LogView", "metrics": "#metrics"}[name]
             for widget in self.query(target).results(Widget):
-                widget.focus()
+                self.set_focus(widget)  # at once: keys typed meanwhile are for it
                 return
 
     # Running

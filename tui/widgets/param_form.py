@@ -1,6 +1,6 @@
 """The params of one stage, each in a field of its own: checked while one types, written on Enter."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,9 +12,7 @@ from textual.message import Message
 from textual.widgets import Input, Label, Static
 
 from pipeline.errors import UserError
-from pipeline.params import Section, rule
-
-Check = Callable[[str, Any], None]  # raises UserError for a value that key must not have
+from pipeline.params import Section, check, rule
 
 
 class ParamInput(Input):
@@ -74,9 +72,9 @@ class ParamForm(VerticalScroll):
         key: str
         value: Any
 
-    def __init__(self, check: Check) -> None:
+    def __init__(self, source: str) -> None:
         super().__init__(can_focus=False)
-        self._check = check
+        self._source = source  # the file's name, for messages
         self._section: Section | None = None
         self.stage = ""
 
@@ -92,6 +90,8 @@ class ParamForm(VerticalScroll):
             for field in self.query(ParamInput):
                 field.renew(getattr(section, field.key))
                 self._mark(field)
+                if field.has_focus:
+                    self._explain(field)
 
     async def _rebuild(self, stage: str, section: Section) -> None:
         self.stage = stage
@@ -137,15 +137,17 @@ class ParamForm(VerticalScroll):
     def _explain(self, field: ParamInput) -> None:
         """Below the fields: what is wrong, or what the value must be."""
         if self._section is None or not hasattr(self._section, field.key):
-            return  # a field of the stage before, on its way out
+            return
         problem = self._problem(field) if field.edited else ""
         said = problem or f"{field.key}: {rule(self._section, field.key)}"
         pending = "  Enter writes it, Escape takes it back." if field.edited and not problem else ""
         self.query_one("#rule", Static).update(f"{'✗ ' if problem else ''}{said}{pending}", layout=True)
 
     def _problem(self, field: ParamInput) -> str:
+        if self._section is None or not hasattr(self._section, field.key):
+            return ""  # a field of the stage before, on its way out
         try:
-            self._check(f"{self.stage}.{field.key}", field.typed)
-        except (UserError, OSError) as error:
+            check(self._section, self.stage, field.key, field.typed, self._source)
+        except UserError as error:
             return str(error)
         return ""
