@@ -150,7 +150,7 @@ def _parameters(folder: Path, manifest: Mapping[str, Any]) -> int | None:
     """As the manifest counts them, else all numbers in the weights."""
     try:
         return int(manifest["parameters"]["total"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         pass
     try:
         headers = [read_header(path) for path in folder.glob("*.safetensors")]
@@ -210,6 +210,8 @@ def check(
         return Verdict(REFUSED, str(error))
     except OSError as error:
         return Verdict(REFUSED, f"{error.filename or model.path}: {error.strerror}.")
+    except (AttributeError, KeyError, TypeError):  # a manifest whose sections are something else
+        return Verdict(REFUSED, f"{model.path / artifact.MANIFEST} is not a manifest of this project.")
 
 
 def _forgetting(digest: str, roots: Iterable[Path]) -> float | None:

@@ -108,3 +108,13 @@ def test_hidden_folders_are_passed_over_and_others_are_not(project: Path) -> Non
     shutil.copytree(project / "artifacts/base", project / "artifacts/base/checkpoint-3")
     assert {"base", "checkpoint-3"} <= {folder.name for folder in model_folders(project / "artifacts")}
     assert not any(".tmp" in str(folder) for folder in model_folders(project / "artifacts"))
+
+
+@pytest.mark.parametrize("section", ["params", "base", "parameters", "files"])
+@pytest.mark.parametrize("value", [["rank"], "rank", None, 1e999])
+def test_a_manifest_of_another_shape_is_refused_and_never_an_error(project: Path, section: str, value: object) -> None:
+    path = project / "artifacts/lora_adapter/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), section: value}), encoding="utf-8")
+    assert check(models(project)["lora_adapter"], project).state == (
+        "verified" if section == "parameters" else "refused"
+    )

@@ -98,6 +98,9 @@ class Conversation:
         if self.newest is None:
             return []
         answers = [replace(a, strength=None if a.strength is None else strength) for a in self.newest.answers]
+        for entry, answer in zip(self._entries, answers, strict=True):
+            if not answer.error:  # it may have made room for others
+                await _or_error(answer, self.asker.load(entry))
         await self._top_k(self.newest.prompt, self._able(answers))
         return answers
 

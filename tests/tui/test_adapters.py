@@ -101,7 +101,7 @@ async def opened(root: Path, count: int = 6, size: tuple[int, int] = (80, 24), *
 
 async def test_an_empty_project_says_what_to_do(empty: Path) -> None:
     async with opened(empty, 0) as s:
-        await until(s.pilot, lambda: "no models yet: press 1 then r" in str(s.screen.query_one("#none").render()))
+        await until(s.pilot, lambda: "no models yet: press 1 then r" in str(s.screen.nothing.render()))
         await s.press("u")
         assert "has made no model yet" in s.said()
         await s.ask("die katze")
@@ -579,3 +579,13 @@ async def test_switching_screens_keeps_the_conversation_and_the_engine(brief: Pa
         assert s.app.inference is s.engine
         assert s.screen.query_one(ModelDetails)
     assert not s.engine.running  # quitting stopped it
+
+
+async def test_quitting_in_the_middle_of_an_answer_is_no_error(brief: Path) -> None:
+    async with opened(brief, held=True) as s:
+        await s.press("u")
+        await s.ask("die katze")
+        await until(s.pilot, lambda: bool(s.screen.talk.newest and s.screen.talk.newest.answers[0].text))
+        await s.press("q")
+        assert s.app.return_code == 0
+    assert not s.engine.running

@@ -82,7 +82,7 @@ async def settled(pilot: Pilot[None], count: int) -> AdaptersScreen:
     assert isinstance(screen, AdaptersScreen)
     screen.query_one(PromptInput).cursor_blink = False
     await until(pilot, lambda: len(screen.entries) == count and all(entry.verdict for entry in screen.entries))
-    await until(pilot, lambda: "looking" not in str(screen.query_one("#none").render()))
+    await until(pilot, lambda: "looking" not in str(screen.nothing.render()))
     return screen
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from textual import on, work
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, Vertical
 from textual.events import Resize, ScreenResume, ScreenSuspend
 from textual.widget import Widget
 from textual.widgets import Input, Static
@@ -17,21 +17,19 @@ from textual.widgets import Input, Static
 from pipeline.errors import UserError
 from tui.asker import Asker
 from tui.conversation import Conversation, Latest
-from tui.exchange import Exchange, save, transcript
+from tui.exchange import save, transcript
 from tui.inference import EngineDied, Inference
 from tui.library import Stamp
 from tui.screens.attention import AttentionScreen
 from tui.screens.browse import BrowseScreen
 from tui.screens.path import PathScreen
 from tui.screens.sampling import SamplingScreen
-from tui.widgets.completions import Completions
+from tui.widgets.answers import Answers
 from tui.widgets.engine_bar import EngineBar
-from tui.widgets.exchange_log import ExchangeLog
-from tui.widgets.model_details import Details, ModelDetails
+from tui.widgets.model_details import Details
 from tui.widgets.model_table import ModelTable
 from tui.widgets.prompt_input import PromptInput
 from tui.widgets.slider import STEP, Slider
-from tui.widgets.top_k import TopK
 
 PROMPTS = 200  # that are remembered
 STATUS_EVERY = 2.0  # seconds
@@ -65,19 +63,20 @@ class AdaptersScreen(BrowseScreen):
             self.workbench.inference = Inference(self.workbench.root)
         self.engine = self.workbench.inference
         self.talk = Conversation(Asker(self.engine, self.library))
+        # kept: answers come while the screen closes
+        self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
+        self.sampling = Static(id="sampling", markup=False)
         self._probe = Latest(self._probe_once)
         self._spectra: dict[Stamp, Any] = {}
 
     def body(self) -> Iterable[Widget]:
         yield self.models()
-        answers = VerticalScroll(TopK(), Completions(), ExchangeLog(), id="answers")
-        sampling = Static(id="sampling", markup=False)
-        prompt = Vertical(PromptInput(), Slider(), sampling, answers, id="prompt")
-        yield Horizontal(ModelDetails(), prompt, id="below")
-        yield EngineBar()
+        prompt = Vertical(self.prompt, self.slider, self.sampling, self.answers, id="prompt")
+        yield Horizontal(self.model_details, prompt, id="below")
+        yield self.bar
 
     def on_mount(self) -> None:
-        self.query_one(PromptInput).remember(self.workbench.state.prompts)
+        self.prompt.remember(self.workbench.state.prompts)
         self._status_timer = self.set_interval(STATUS_EVERY, self._tick, pause=True)
         self._show_sampling()
 
@@ -112,24 +111,23 @@ class AdaptersScreen(BrowseScreen):
     @on(ModelTable.Chosen)
     def action_prompt(self) -> None:
         self._view("-prompt")
-        self.query_one(PromptInput).focus()
+        self.prompt.focus()
 
     def action_browse(self) -> None:
         self._view("-browse")
-        self.query_one(ModelTable).focus()
+        self.table.focus()
 
     def action_leave(self) -> None:
         """Escape: stop an answer, else out of a field to what it belongs to, else back to the table."""
         if self._asking():
             self.action_interrupt()
-        elif self.query_one(PromptInput).has_focus:
-            self.query_one("#answers").focus()
+        elif self.prompt.has_focus:
+            self.answers.focus()
         elif not self.clear_filter():
             self.action_browse()
 
     def selection_changed(self) -> None:
-        slider = self.query_one(Slider)
-        slider.disabled = all(entry.model.kind != "adapter" for entry in self.chosen())
+        self.slider.disabled = all(entry.model.kind != "adapter" for entry in self.chosen())
 
     # asking
 
@@ -142,46 +140,34 @@ class AdaptersScreen(BrowseScreen):
             self.workbench.say("There is no model to ask. Press b and select one.", "warning")
         else:
             self._remember(prompt)
-            self.query_one("#answers").focus()
+            self.answers.focus()
             self._ask(prompt)
 
     def _remember(self, prompt: str) -> None:
         known = [known for known in self.workbench.state.prompts if known != prompt]
         self.workbench.state.prompts = [*known, prompt][-PROMPTS:]
-        self.query_one(PromptInput).remember(self.workbench.state.prompts)
+        self.prompt.remember(self.workbench.state.prompts)
         self.workbench.remember()
 
     @work(exclusive=True, group="ask")
     async def _ask(self, prompt: str) -> None:
         self._engine_is("busy" if self.engine.running else "starting")
-        self.query_one(ExchangeLog).show(list(self.talk.exchanges))
-        self.query_one(TopK).show([])
-        exchange = self.talk.begin(prompt, self.chosen(), self.query_one(Slider).value)
-        await self.query_one(Completions).start(prompt, exchange.answers)
+        earlier = list(self.talk.exchanges)
+        exchange = self.talk.begin(prompt, self.chosen(), self.slider.value)
+        await self.answers.start(exchange, earlier)
         try:
             async with aclosing(self.talk.answers(exchange)) as changes:
                 async for index in changes:
                     self._engine_is("busy")
-                    self._show(exchange, index)
+                    self.answers.show(exchange, index)
         except UserError as error:
             self._failed(error)
         else:
             self._engine_is("ready")
             self._status()
         finally:
-            self._show_completions(exchange)
+            self.answers.show(exchange)
             self.call_later(self.refresh_bindings)
-
-    def _show(self, exchange: Exchange, index: int | None) -> None:
-        if index is None:
-            self.query_one(TopK).show(exchange.answers)
-            self._show_completions(exchange)
-        else:
-            self.query_one(Completions).update(index, exchange.prompt, exchange.answers[index])
-
-    def _show_completions(self, exchange: Exchange) -> None:
-        for index, answer in enumerate(exchange.answers):
-            self.query_one(Completions).update(index, exchange.prompt, answer)
 
     def _failed(self, error: UserError) -> None:
         self._engine_is("died" if isinstance(error, EngineDied) else "ready")
@@ -203,22 +189,21 @@ class AdaptersScreen(BrowseScreen):
 
     async def _probe_once(self) -> None:
         try:
-            self.query_one(TopK).show(await self.talk.probe(self.query_one(Slider).value))
+            self.answers.show_table(await self.talk.probe(self.slider.value))
         except UserError as error:
             self._failed(error)
 
     def action_strength(self, steps: int) -> None:
-        slider = self.query_one(Slider)
-        if slider.disabled:
+        if self.slider.disabled:
             self.workbench.say("Strength scales an adapter's change. Select an adapter.", "warning")
         else:
-            slider.value += steps * STEP
+            self.slider.value += steps * STEP
 
     # how they are asked
 
     def _show_sampling(self) -> None:
         chat = " · chat template" if self.talk.chat else ""
-        self.query_one("#sampling", Static).update(f"{self.talk.sampling}{chat}")
+        self.sampling.update(f"{self.talk.sampling}{chat}")
 
     @work
     async def action_sampling(self) -> None:
@@ -233,9 +218,9 @@ class AdaptersScreen(BrowseScreen):
         if not entries or exchange is None:
             self.workbench.say("Attention is shown over a prompt. Ask one first.", "warning")
             return
-        pointed = self.entry(self.query_one(ModelTable).pointed)
+        pointed = self.entry(self.table.pointed)
         entry = pointed if pointed in entries else entries[0]
-        ask = partial(self.talk.asker.attention, entry, exchange.prompt, self.query_one(Slider).value)
+        ask = partial(self.talk.asker.attention, entry, exchange.prompt, self.slider.value)
         self.app.push_screen(AttentionScreen(entry.label, ask))
 
     # what was answered
@@ -267,11 +252,11 @@ class AdaptersScreen(BrowseScreen):
     # what the engine says of itself and of adapters
 
     def _engine_is(self, state: str) -> None:
-        self.query_one(EngineBar).state = state
+        self.bar.state = state
         self.refresh_bindings()
 
     def _tick(self) -> None:
-        bar = self.query_one(EngineBar)
+        bar = self.bar
         if self.engine.running and not self._asking():
             self._status()
         elif not self.engine.running and bar.state in ("ready", "busy") and not self._asking():
@@ -280,7 +265,7 @@ class AdaptersScreen(BrowseScreen):
     @work(exclusive=True, group="status")
     async def _status(self) -> None:
         try:
-            self.query_one(EngineBar).facts = await self.engine.ask("status")
+            self.bar.facts = await self.engine.ask("status")
         except UserError:
             self._engine_is("died")
 
@@ -304,7 +289,7 @@ class AdaptersScreen(BrowseScreen):
 
     def _show_spectrum(self, details: Details) -> None:
         if details is self.details:
-            self.query_one(ModelDetails).show(details)
+            self.model_details.show(details)
 
     def details_read(self, details: Details) -> None:
         """Measure the spectrum too, if that costs nobody anything."""

@@ -59,19 +59,21 @@ class BrowseScreen(WorkbenchScreen):
 
     def __init__(self) -> None:
         super().__init__()
+        self.add_class("-none")
         self.library = Library(self.workbench.root)
         self.scanner = Scanner(
             self.library, lambda found: self.post_message(Found(found)), lambda one: self.post_message(Checked(one))
         )
+        self.table, self.model_details = ModelTable(), ModelDetails()  # kept: messages come while the screen closes
+        self.nothing = Static(LOOKING, id="none", markup=False)
         self.entries: list[Entry] = []
         self.selected: list[Path] = []
         self.details: Details | None = None
 
     def models(self) -> Vertical:
         """The table with its filter, or what to do where there is nothing to show."""
-        table = ModelTable()
         field = Input(placeholder="only models with … (Escape: all)", id="filter", compact=True)
-        return Vertical(field, Static(LOOKING, id="none", markup=False), table, id="models", classes="-none")
+        return Vertical(field, self.nothing, self.table, id="models")
 
     def on_mount(self) -> None:
         self._watcher = self.set_interval(EVERY, self._watch, pause=True)
@@ -109,8 +111,8 @@ class BrowseScreen(WorkbenchScreen):
             self.selected.remove(gone)
             self.workbench.say(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
         self.entries = list(event.entries)
-        self.query_one("#models").set_class(not self.entries, "-none")
-        self.query_one("#none", Static).update(NONE)
+        self.set_class(not self.entries, "-none")
+        self.nothing.update(NONE)
         self.redraw()
         self._describe()
 
@@ -121,18 +123,18 @@ class BrowseScreen(WorkbenchScreen):
         self.redraw()
         if self.details and self.details.entry.model.path == path:
             self.details.entry = event.entry
-            self.query_one(ModelDetails).show(self.details)
+            self.model_details.show(self.details)
 
     def redraw(self) -> None:
         """Show the table as entries and selection are."""
-        self.query_one(ModelTable).show(self.entries, self.selected)
+        self.table.show(self.entries, self.selected)
 
     def entry(self, path: Path | None) -> Entry | None:
         return next((entry for entry in self.entries if entry.model.path == path), None)
 
     def chosen(self) -> list[Entry]:
         """The selected models in the order in which they stand side by side, or the one under the cursor."""
-        paths: set[Path | None] = {*self.selected} or {self.query_one(ModelTable).pointed}
+        paths: set[Path | None] = {*self.selected} or {self.table.pointed}
         return sorted((e for e in self.entries if e.model.path in paths), key=lambda entry: entry.place)
 
     def selection_changed(self) -> None:
@@ -140,10 +142,10 @@ class BrowseScreen(WorkbenchScreen):
 
     @on(ModelTable.Pointed)
     def _describe(self) -> None:
-        entry = self.entry(self.query_one(ModelTable).pointed)
+        entry = self.entry(self.table.pointed)
         if entry is None:
             self.details = None
-            self.query_one(ModelDetails).show(None)
+            self.model_details.show(None)
         elif self.details is None or self.details.entry != entry:
             self._read(entry)
         self.selection_changed()
@@ -152,7 +154,7 @@ class BrowseScreen(WorkbenchScreen):
     async def _read(self, entry: Entry) -> None:
         found = await asyncio.to_thread(documents, entry.model.path)
         self.details = Details(self.entry(entry.model.path) or entry, found[MANIFEST], found[CONFIG])
-        self.query_one(ModelDetails).show(self.details)
+        self.model_details.show(self.details)
         self.details_read(self.details)
 
     def details_read(self, details: Details) -> None:
@@ -163,7 +165,7 @@ class BrowseScreen(WorkbenchScreen):
         self._toggle(event.path)
 
     def action_select(self) -> None:
-        if path := self.query_one(ModelTable).pointed:
+        if path := self.table.pointed:
             self._toggle(path)
 
     def _toggle(self, path: Path) -> None:
@@ -186,21 +188,21 @@ class BrowseScreen(WorkbenchScreen):
         self.selection_changed()
 
     def action_sort(self) -> None:
-        self.query_one(ModelTable).sort_next()
+        self.table.sort_next()
 
     def action_reverse(self) -> None:
-        self.query_one(ModelTable).reverse()
+        self.table.reverse()
 
     def action_filter(self) -> None:
         self.query_one("#filter").add_class("-open").focus()
 
     @on(Input.Changed, "#filter")
     def filter_table(self, event: Input.Changed) -> None:
-        self.query_one(ModelTable).filter(event.value)
+        self.table.filter(event.value)
 
     @on(Input.Submitted, "#filter")
     def back_to_table(self) -> None:
-        self.query_one(ModelTable).focus()
+        self.table.focus()
 
     def clear_filter(self) -> bool:
         """Show all models again; False if they were."""
@@ -209,7 +211,7 @@ class BrowseScreen(WorkbenchScreen):
             return False
         field.remove_class("-open")
         field.value = ""
-        self.query_one(ModelTable).focus()
+        self.table.focus()
         return True
 
     def action_verify(self) -> None:

@@ -29,8 +29,11 @@ class Completions(Grid):
         """Show these answers in place of the last."""
         self._count = max(len(answers), 1)
         self._arrange(self.size.width)
-        await self.remove_children()
-        await self.mount(*(Static(written(prompt, answer)) for answer in answers))
+        if len(self.children) != len(answers):
+            await self.remove_children()
+            await self.mount(*(Static() for _ in answers))
+        for index, answer in enumerate(answers):
+            self.update(index, prompt, answer)
 
     def update(self, index: int, prompt: str, answer: Answer) -> None:
         """One of the answers has changed."""
