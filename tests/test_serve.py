@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline import device, engine
+from pipeline.adapters.attach import AdapterSpec
+from pipeline.adapters.peft_format import WEIGHTS
 from pipeline.answers import Answers
 from pipeline.attention import of_layer
 from pipeline.errors import UserError
 from pipeline.request import Request
 from pipeline.serve import FAILED_DEVICE, WAITING, device_failure
-from tests.models import checkpoint
+from tests.models import adapter, checkpoint
 from tests.support import ROOT
 
 Answer = dict[str, Any]
@@ -96,13 +99,13 @@ def start_long(talk: Talk, endless: Path, id_: int) -> None:
 
 
 def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished: Path) -> None:
-    base, adapter = finished / "artifacts/expanded", finished / "artifacts/lora_adapter"
-    plain, lora = engine.load(base), engine.load(base, adapter)
+    base, changes = finished / "artifacts/expanded", finished / "artifacts/lora_adapter"
+    plain, lora = engine.load(base), engine.load(base, changes)
     text = "die katze liegt auf dem"
     first = talk.ask(1, "load", name="base", base=str(base), adapter=None)
     assert first == {**first, "id": 1, "event": "done", "name": "base", "chat": False, "layers": 2, "heads": 4}
     assert (first["resident"], first["parameters"]) == (False, 112_768)
-    assert talk.ask(2, "load", name="lora", base=str(base), adapter=str(adapter))["resident"]
+    assert talk.ask(2, "load", name="lora", base=str(base), adapter=str(changes))["resident"]
 
     answers = talk.ask(3, "top_k", models=["base", "lora"], text=text, k=3)["answers"]
     for name, loaded in (("base", plain), ("lora", lora)):
@@ -125,7 +128,7 @@ def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished
     assert (shown["tokens"], shown["layers"], shown["heads"]) == (text.split(), 2, 4)
     torch.testing.assert_close(torch.tensor(shown["weights"]), weights)
 
-    modules = talk.ask(6, "spectrum", adapter=str(adapter))["modules"]
+    modules = talk.ask(6, "spectrum", adapter=str(changes))["modules"]
     assert [set(module) for module in modules] == [{"name", "rank", "values", "share_of_first"}] * 8
     status = talk.ask(7, "status")
     assert (status["pid"], status["loaded"]) == (talk.process.pid, ["base", "lora"])
@@ -295,6 +298,7 @@ GENERATE = {"do": "generate", "model": "m", "text": "w1"}
         ({"do": None}, r"do is None"),
         ({"do": "load", "base": "x"}, r"name must be a text, got None"),
         ({"do": "load", "name": "x", "base": 5}, r"base must be a text, got 5"),
+        ({"do": "load", "name": "x", "base": "a\0b"}, r"base is no path: 'a\\x00b'"),
         ({"do": "load", "name": "x", "base": "/nowhere"}, r"/nowhere is not a model folder"),
         ({"do": "unload", "name": "x"}, r"x is not loaded. Loaded: m\."),
         ({"do": "top_k", "models": "m", "text": "w1", "k": 1}, r"models must be a list of names, got 'm'"),
@@ -319,6 +323,37 @@ def test_a_request_that_cannot_be_met_is_refused_with_its_reason(
 ) -> None:
     with pytest.raises(UserError, match=message):
         list(answers.to(fields["do"], Request(fields)))
+
+
+def filled(folder: Path, base: Path, value: float) -> Path:
+    """An adapter whose every number is `value`."""
+    adapter(folder, base, AdapterSpec(2, 2.0, ("fc1",)))
+    weights = {key: torch.full_like(tensor, value) for key, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("do", ["load", "spectrum"])
+def test_an_adapter_that_is_not_finite_is_refused(
+    answers: Answers, endless: Path, tmp_path: Path, do: str, value: float
+) -> None:
+    folder = filled(tmp_path / "wild", endless, value)
+    with pytest.raises(UserError, match=r"lora_A.weight is not finite. Train the adapter again"):
+        list(answers.to(do, Request({"name": "wild", "base": str(endless), "adapter": str(folder)})))
+
+
+def test_a_model_that_overflows_is_refused_and_the_base_answers(
+    answers: Answers, endless: Path, tmp_path: Path
+) -> None:
+    answers.models.load("wild", endless, filled(tmp_path / "wild", endless, 1e30))
+    asked = {"model": "wild", "text": "w1", "layer": 1, "head": 0, "models": ["wild", "m"], "k": 1, "temperature": 1}
+    for do in ("generate", "attention"):
+        with pytest.raises(UserError, match="The model's numbers are not finite"):
+            list(answers.to(do, Request(asked)))
+    (done,) = answers.to("top_k", Request(asked))
+    assert "are not finite" in done["answers"]["wild"]["error"]
+    assert len(done["answers"]["m"]["top_k"]) == 1
 
 
 def test_one_model_that_cannot_answer_does_not_silence_the_others(answers: Answers) -> None:
