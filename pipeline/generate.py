@@ -57,10 +57,8 @@ def stream(model: MiniGPT, prompt: Sequence[int], limit: int, sampling: Sampling
     cache = KVCache()
     new = torch.tensor([list(prompt)], device=model.device)  # (1, T): all of the prompt first, then one token a turn
     for _ in range(min(limit, model.config.max_positions - len(prompt))):
-        logits = finite(
-            model(new, cache=cache)[0, -1].cpu()
-        )  # (V,); drawn on the CPU: a seed means the same on any device
-        token = draw(logits, sampling, generator)
+        logits = model(new, cache=cache)[0, -1].cpu()  # (V,); drawn on the CPU: a seed means the same on any device
+        token = draw(finite(logits), sampling, generator)
         yield Drawn(token, float(logits.softmax(0)[token]))
         if token == model.config.end_id:
             return
