@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from tests.models import checkpoint
 from tests.support import ROOT
 from tui import inference
 from tui.inference import EngineDied, Inference
@@ -21,12 +20,6 @@ from tui.inference import EngineDied, Inference
 PATIENCE = 60
 LONG = {"model": "endless", "text": "w1", "limit": 16_000}
 Answer = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that talks for seconds unless it is interrupted."""
-    return checkpoint(tmp_path_factory.mktemp("endless") / "base", max_positions=16_384)
 
 
 @pytest.fixture
