@@ -12,7 +12,7 @@ from pipeline import attention, chat, device, engine
 from pipeline.adapters.spectrum import spectra
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
-from pipeline.generate import Sampling, stream
+from pipeline.generate import Sampling, finite, stream
 from pipeline.models.base import count
 from pipeline.request import Request
 from pipeline.resident import Residents
@@ -113,7 +113,7 @@ class Answers:
         weights = attention.of_layer(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)
         return {
             "tokens": [loaded.tokenizer.word(id_) for id_ in ids],
-            "weights": weights[0, head].tolist(),
+            "weights": finite(weights[0, head]).tolist(),
             "layers": config.layers,
             "heads": config.heads,
         }

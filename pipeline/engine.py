@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.dag import VARIANTS, Project
 from pipeline.errors import UserError
-from pipeline.generate import GREEDY, Sampling, generate
+from pipeline.generate import GREEDY, Sampling, finite, generate
 from pipeline.models.base import load_base
 from pipeline.models.minigpt import MiniGPT
 from pipeline.tokenizer import WordTokenizer
@@ -68,9 +68,9 @@ def encode(loaded: Loaded, text: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def next_probabilities(loaded: Loaded, text: str) -> Tensor:
-    """Probabilities of the next token, (V,), on the CPU."""
+    """Probabilities of the next token, (V,), on the CPU. Raises UserError if the model overflows."""
     logits: Tensor = loaded.model(torch.tensor([encode(loaded, text)], device=loaded.model.device))
-    return logits[0, -1].softmax(0).cpu()
+    return finite(logits[0, -1].cpu()).softmax(0)
 
 
 def top_k(loaded: Loaded, text: str, k: int) -> list[Choice]:

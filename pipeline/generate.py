@@ -49,17 +49,30 @@ def generate(model: MiniGPT, prompt: Sequence[int], limit: int, sampling: Sampli
 
 @torch.no_grad()
 def stream(model: MiniGPT, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY) -> Iterator[Drawn]:
-    """Yields up to `limit` tokens after `prompt`, each as soon as it is drawn; an end token is the last."""
+    """Yields up to `limit` tokens after `prompt`, each as soon as it is drawn; an end token is the last.
+
+    Raises UserError if the model overflows.
+    """
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KVCache()
     new = torch.tensor([list(prompt)], device=model.device)  # (1, T): all of the prompt first, then one token a turn
     for _ in range(min(limit, model.config.max_positions - len(prompt))):
         logits = model(new, cache=cache)[0, -1].cpu()  # (V,); drawn on the CPU: a seed means the same on any device
-        token = draw(logits, sampling, generator)
+        token = draw(finite(logits), sampling, generator)
         yield Drawn(token, float(logits.softmax(0)[token]))
         if token == model.config.end_id:
             return
         new = torch.tensor([[token]], device=model.device)
+
+
+def finite(numbers: Tensor) -> Tensor:
+    """`numbers` themselves. Raises UserError if they are not finite: NaNs have a likeliest token too."""
+    if not numbers.isfinite().all():
+        raise UserError(
+            "The model's numbers are not finite: its weights, or the strength of its adapter, are too large. "
+            "Train it again with a lower learning_rate."
+        )
+    return numbers
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

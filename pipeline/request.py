@@ -26,7 +26,10 @@ class Request:
         return value
 
     def path(self, key: str) -> Path:
-        return Path(self.text(key))
+        text = self.text(key)
+        if "\0" in text:
+            raise UserError(f"{key} is no path: {text!r}.")
+        return Path(text)
 
     def optional_path(self, key: str) -> Path | None:
         return None if self._fields.get(key) is None else self.path(key)

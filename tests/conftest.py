@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 
 from cli.main import main
+from tests.models import checkpoint
 from tests.support import BRIEF, ROOT, WORK, git, make, new_project
 
 settings.register_profile("default", deadline=None, max_examples=60)
@@ -34,6 +35,12 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = new_project(tmp_path_factory.mktemp("brief"))
     make(root, list(WORK), BRIEF)
     return root
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that talks for seconds unless it is interrupted. Read it; do not write to it."""
+    return checkpoint(tmp_path_factory.mktemp("endless") / "base", max_positions=16_384)
 
 
 @pytest.fixture

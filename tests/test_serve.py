@@ -15,13 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import device, engine
-from pipeline.answers import Answers
+from pipeline import engine
 from pipeline.attention import of_layer
-from pipeline.errors import UserError
-from pipeline.request import Request
 from pipeline.serve import FAILED_DEVICE, WAITING, device_failure
-from tests.models import checkpoint
 from tests.support import ROOT
 
 Answer = dict[str, Any]
@@ -42,6 +38,7 @@ class Talk:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self._lines.put(line)
+        self._lines.put(b"")  # it has ended
 
     def say(self, line: bytes | Answer) -> None:
         assert self.process.stdin is not None
@@ -49,7 +46,9 @@ class Talk:
         self.process.stdin.flush()
 
     def hear(self) -> Answer:
-        answer: Answer = json.loads(self._lines.get(timeout=PATIENCE))
+        line = self._lines.get(timeout=PATIENCE)
+        assert line, self.end()
+        answer: Answer = json.loads(line)
         return answer
 
     def ask(self, id_: int, do: str, **fields: object) -> Answer:
@@ -82,12 +81,6 @@ def talk() -> Iterator[Talk]:
     talk.close()
 
 
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that talks for seconds unless it is interrupted."""
-    return checkpoint(tmp_path_factory.mktemp("endless") / "base", max_positions=16_384)
-
-
 def start_long(talk: Talk, endless: Path, id_: int) -> None:
     """The endless model says something."""
     assert talk.ask(1000, "load", name="endless", base=str(endless))["event"] == "done"
@@ -96,13 +89,13 @@ def start_long(talk: Talk, endless: Path, id_: int) -> None:
 
 
 def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished: Path) -> None:
-    base, adapter = finished / "artifacts/expanded", finished / "artifacts/lora_adapter"
-    plain, lora = engine.load(base), engine.load(base, adapter)
+    base, changes = finished / "artifacts/expanded", finished / "artifacts/lora_adapter"
+    plain, lora = engine.load(base), engine.load(base, changes)
     text = "die katze liegt auf dem"
     first = talk.ask(1, "load", name="base", base=str(base), adapter=None)
     assert first == {**first, "id": 1, "event": "done", "name": "base", "chat": False, "layers": 2, "heads": 4}
     assert (first["resident"], first["parameters"]) == (False, 112_768)
-    assert talk.ask(2, "load", name="lora", base=str(base), adapter=str(adapter))["resident"]
+    assert talk.ask(2, "load", name="lora", base=str(base), adapter=str(changes))["resident"]
 
     answers = talk.ask(3, "top_k", models=["base", "lora"], text=text, k=3)["answers"]
     for name, loaded in (("base", plain), ("lora", lora)):
@@ -125,7 +118,7 @@ def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished
     assert (shown["tokens"], shown["layers"], shown["heads"]) == (text.split(), 2, 4)
     torch.testing.assert_close(torch.tensor(shown["weights"]), weights)
 
-    modules = talk.ask(6, "spectrum", adapter=str(adapter))["modules"]
+    modules = talk.ask(6, "spectrum", adapter=str(changes))["modules"]
     assert [set(module) for module in modules] == [{"name", "rank", "values", "share_of_first"}] * 8
     status = talk.ask(7, "status")
     assert (status["pid"], status["loaded"]) == (talk.process.pid, ["base", "lora"])
@@ -150,7 +143,8 @@ def test_a_request_that_waits_is_cancelled_before_it_is_begun(talk: Talk, endles
         talk.say({"id": id_, "do": "cancel", "target": target})
     heard = talk.until(6, "cancelled", "done", "error")
     assert heard[-1] == {"id": 6, "event": "cancelled"}
-    assert talk.ask(9, "status")["loaded"] == ["endless"]
+    talk.say({"id": 9, "do": "status"})
+    assert talk.until(9, "done")[-1]["loaded"] == ["endless"]
 
 
 def test_cancelling_what_is_over_is_no_error(talk: Talk) -> None:
@@ -276,78 +270,3 @@ def test_an_error_of_ours_ends_it_with_a_traceback_not_an_answer(endless: Path) 
 def test_other_errors_are_no_failure_of_the_device() -> None:
     assert device_failure(RuntimeError("shapes differ")) is None
     assert device_failure(ValueError("")) is None
-
-
-@pytest.fixture
-def answers(endless: Path) -> Answers:
-    answers = Answers(torch.device("cpu"))
-    answers.models.load("m", endless, None)
-    return answers
-
-
-GENERATE = {"do": "generate", "model": "m", "text": "w1"}
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"do": "dance"}, r"do is 'dance'; known are generate, load, .* and cancel"),
-        ({"do": None}, r"do is None"),
-        ({"do": "load", "base": "x"}, r"name must be a text, got None"),
-        ({"do": "load", "name": "x", "base": 5}, r"base must be a text, got 5"),
-        ({"do": "load", "name": "x", "base": "/nowhere"}, r"/nowhere is not a model folder"),
-        ({"do": "unload", "name": "x"}, r"x is not loaded. Loaded: m\."),
-        ({"do": "top_k", "models": "m", "text": "w1", "k": 1}, r"models must be a list of names, got 'm'"),
-        ({"do": "top_k", "models": ["m"], "text": "w1", "k": -1}, r"k must be a whole number from 0, got -1"),
-        ({**GENERATE, "text": "w1 \ud800"}, r"text is not UTF-8"),
-        ({**GENERATE, "text": "w1 nowhere"}, r"m does not know: nowhere"),
-        ({**GENERATE, "limit": True}, r"limit must be a whole number from 0, got True"),
-        ({**GENERATE, "temperature": "hot"}, r"temperature must be a number, got 'hot'"),
-        ({**GENERATE, "temperature": 10**400}, r"temperature must be a number"),
-        ({**GENERATE, "temperature": -1}, r"sampling needs temperature at least 0"),
-        ({**GENERATE, "strength": 2.1}, r"strength must be from 0 to 2, got 2.1"),
-        ({**GENERATE, "strength": float("nan")}, r"strength must be from 0 to 2, got nan"),
-        ({**GENERATE, "chat": True}, r"has no chat template"),
-        ({**GENERATE, "chat": 1}, r"chat must be true or false, got 1"),
-        ({"do": "attention", "model": "m", "text": "w1", "layer": 2, "head": 0}, r"m has layers 0 to 1 and heads 0 to"),
-        ({"do": "attention", "model": "m", "text": "w1 " * 600, "layer": 0, "head": 0}, r"shown for up to 512"),
-        ({"do": "spectrum", "adapter": "/nowhere"}, r"/nowhere/adapter_config.json: No such file"),
-    ],
-)
-def test_a_request_that_cannot_be_met_is_refused_with_its_reason(
-    answers: Answers, fields: Answer, message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        list(answers.to(fields["do"], Request(fields)))
-
-
-def test_one_model_that_cannot_answer_does_not_silence_the_others(answers: Answers) -> None:
-    fields = {"models": ["m", "gone"], "text": "w1", "k": 2, "strength": {"m": 0.5, "gone": 1}}
-    (done,) = answers.to("top_k", Request(fields))
-    assert len(done["answers"]["m"]["top_k"]) == 2
-    assert done["answers"]["gone"] == {"error": "gone is not loaded. Loaded: m."}
-
-
-def test_a_token_that_a_model_lacks_has_no_probability_there(answers: Answers, finished: Path) -> None:
-    answers.models.load("german", finished / "artifacts/base", None)
-    (done,) = answers.to("top_k", Request({"models": ["m", "german"], "text": "w1", "k": 2}))
-    assert "does not know: w1" in done["answers"]["german"]["error"]
-    (done,) = answers.to("top_k", Request({"models": ["m", "german"], "text": "<eos>", "k": 2}))
-    of = {name: answer["of"] for name, answer in done["answers"].items()}
-    mine, theirs = ({c["token"] for c in done["answers"][name]["top_k"]} for name in ("m", "german"))
-    assert all(of["german"][token] is None for token in mine if token.startswith("w"))
-    assert all(of["m"][token] is None for token in theirs if not token.startswith("<"))
-
-
-def test_the_device_is_the_best_there_is_and_its_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = device.facts(torch.device("cpu"))
-    assert 0 < facts["memory_used"] < facts["memory_total"]
-    assert facts["name"]
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.best_device().type == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3, 10))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    expected = {"device": "cuda", "name": "A GPU", "memory_used": 7, "memory_total": 10}
-    assert device.facts(device.best_device()) == expected

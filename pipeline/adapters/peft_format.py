@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline import artifact
 from pipeline.adapters.attach import EMBEDDING, ENDS, AdapterSpec, attach, tensors
@@ -115,6 +116,17 @@ def _rows(config: dict[str, Any], place: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(ids) for name, ids in indices.items()}
 
 
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors. Raises UserError if they cannot be read or are not finite."""
+    found = load_tensors(folder / WEIGHTS)
+    for key, tensor in found.items():
+        if not tensor.float().isfinite().all():  # 8 bits have no isfinite
+            raise UserError(
+                f"{folder / WEIGHTS}: {key} is not finite. Train the adapter again with a lower learning_rate."
+            )
+    return found
+
+
 def load_adapter(
     model: MiniGPT, base_folder: Path, folder: Path, fingerprint: Fingerprint = artifact.base_fingerprint
 ) -> AdapterSpec:
@@ -122,7 +134,7 @@ def load_adapter(
 
     Parameters get the adapter's tensors; none is written to, so a model that shares its tensors keeps them.
     Raises UserError if the adapter was changed since it was made, was made on another base, or has other tensors
-    than its config and this model call for; `model` is then of no more use.
+    than its config and this model call for, or such that are not finite; `model` is then of no more use.
     """
     refuse_foreign(base_folder, folder, fingerprint)
     spec = read_spec(folder)
@@ -133,7 +145,7 @@ def load_adapter(
     attach(model, spec)
     places = tensors(model, spec)
     refuse_difference({key: tuple(p.shape) for key, p in places.items()}, found, str(folder / WEIGHTS))
-    values = load_tensors(folder / WEIGHTS)
+    values = read_tensors(folder)
     for key, parameter in places.items():
         parameter.data = values[key].to(parameter, copy=True)  # a copy: what the library read may be a mapped file
     for key, parameter in places.items():

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from pipeline import artifact
 from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.peft_format import read_spec
+from pipeline.adapters.peft_format import read_spec, read_tensors
 from pipeline.binding import WEIGHTS
 from pipeline.errors import UserError
-from pipeline.models.base import load_tensors
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -35,7 +34,7 @@ def spectra(folder: Path) -> list[Spectrum]:
     if (folder / artifact.MANIFEST).exists():
         artifact.verify(folder)
     spec = read_spec(folder)
-    tensors = load_tensors(folder / WEIGHTS)
+    tensors = read_tensors(folder)
     found = []
     for key in sorted((key for key in tensors if key.endswith(A)), key=_in_order):
         a, b = tensors[key], tensors.get(key.removesuffix(A) + B)

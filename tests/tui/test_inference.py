@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from tests.models import checkpoint
 from tests.support import ROOT
 from tui import inference
 from tui.inference import EngineDied, Inference
@@ -21,12 +20,6 @@ from tui.inference import EngineDied, Inference
 PATIENCE = 60
 LONG = {"model": "endless", "text": "w1", "limit": 16_000}
 Answer = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that talks for seconds unless it is interrupted."""
-    return checkpoint(tmp_path_factory.mktemp("endless") / "base", max_positions=16_384)
 
 
 @pytest.fixture
@@ -79,6 +72,13 @@ async def test_the_first_request_starts_it_and_the_next_finds_what_was_loaded(en
     assert engine.running
     await engine.stop()
     assert (engine.running, engine.pid) == (False, None)
+
+
+async def test_it_can_be_started_before_it_is_asked(engine: Inference) -> None:
+    await engine.warm()
+    pid = engine.pid
+    assert pid is not None
+    assert (await asked(engine))["pid"] == pid
 
 
 async def test_a_folder_called_pipeline_in_the_project_is_not_imported(tmp_path: Path) -> None:

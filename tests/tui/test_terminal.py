@@ -8,11 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from pipeline.models.base import Base, load_base, save_base
-from pipeline.models.minigpt import MiniGPT
 from pipeline.params import load
+from tests.models import checkpoint
 from tests.support import git, new_project
 from tests.tui.terminal import Terminal, lora_tui, needs_tmux
 
@@ -131,7 +129,7 @@ def child(project: Path) -> int:
 
 
 def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
-    endless(worked)
+    checkpoint(worked / "artifacts/endless", max_positions=4096)
     with lora_tui(worked, (120, 40)) as terminal:
         terminal.keys("4")
         terminal.see("endless")
@@ -145,24 +143,8 @@ def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
         terminal.see("3000 tokens")
         terminal.keys("p")
         terminal.see("a prompt; Enter asks")
-        terminal.type("die katze")
+        terminal.type("w1 w2")
         terminal.keys("Enter")
         terminal.see("engine busy", seconds=60)
         terminal.keys("Escape")
         terminal.see("interrupted", "engine ready", seconds=5)
-
-
-def endless(project: Path) -> None:
-    """A model of thousands of positions that never ends a sentence."""
-    from dataclasses import replace
-
-    model, tokenizer = load_base(project / "artifacts/expanded")
-    longer = MiniGPT(replace(model.config, max_positions=4096))
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if "embed_positions" not in name:
-                longer.state_dict()[name].copy_(tensor)
-        longer.lm_head.weight[tokenizer.end_id] = 0
-    folder = project / "artifacts/endless"
-    folder.mkdir()
-    save_base(folder, Base(longer, tokenizer))

@@ -194,7 +194,7 @@ class BrowseScreen(WorkbenchScreen):
         self.table.reverse()
 
     def action_filter(self) -> None:
-        self.query_one("#filter").add_class("-open").focus()
+        self.set_focus(self.query_one("#filter").add_class("-open"))
 
     @on(Input.Changed, "#filter")
     def filter_table(self, event: Input.Changed) -> None:

@@ -44,7 +44,7 @@ class ExportScreen(ModalScreen[Path | None]):
                 yield Button("Cancel", id="cancel")
 
     def on_mount(self) -> None:
-        self.query_one(Input).focus()
+        self.set_focus(self.query_one(Input))
 
     def _default(self, kind: str) -> str:
         return free_name(self.root, self.stem, kind).name
