@@ -301,7 +301,7 @@ async def test_a_run_elsewhere_is_followed(project: Path) -> None:
         lora = str(Path(sys.executable).parent / "lora")
         process = subprocess.Popen([lora, "finetune", "lora"], cwd=project, stderr=subprocess.DEVNULL)
         await until(pilot, lambda: "% " in lines(screen)[4] and "left" in lines(screen)[4], 30)
-        assert "of 1,800" in lines(screen)[4]
+        assert "/1,800" in lines(screen)[4]
         await until(pilot, lambda: process.poll() is not None, 60)
         await until(pilot, lambda: lines(screen)[4] == "✓ finetune_lora    up to date")
         assert "measured at the peak" in str(await _said_of(pilot, screen, "finetune_lora"))

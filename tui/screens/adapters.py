@@ -111,18 +111,18 @@ class AdaptersScreen(BrowseScreen):
     @on(ModelTable.Chosen)
     def action_prompt(self) -> None:
         self._view("-prompt")
-        self.prompt.focus()
+        self.give_focus(self.prompt)
 
     def action_browse(self) -> None:
         self._view("-browse")
-        self.table.focus()
+        self.give_focus(self.table)
 
     def action_leave(self) -> None:
         """Escape: stop an answer, else out of a field to what it belongs to, else back to the table."""
         if self._asking():
             self.action_interrupt()
         elif self.prompt.has_focus:
-            self.answers.focus()
+            self.give_focus(self.answers)
         elif not self.clear_filter():
             self.action_browse()
 
@@ -140,7 +140,7 @@ class AdaptersScreen(BrowseScreen):
             self.workbench.say("There is no model to ask. Press b and select one.", "warning")
         else:
             self._remember(prompt)
-            self.answers.focus()
+            self.give_focus(self.answers)
             self._ask(prompt)
 
     def _remember(self, prompt: str) -> None:

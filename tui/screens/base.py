@@ -40,3 +40,8 @@ class WorkbenchScreen(Screen[None]):
     def action_leave(self) -> None:
         """Keys go to the screen again, not into a field."""
         self.set_focus(None)
+
+    def give_focus(self, widget: Widget) -> None:
+        """At once, also to what a class has just shown: keys that are on their way are for it."""
+        self.app.stylesheet.update(self)
+        self.set_focus(widget)

@@ -194,7 +194,7 @@ class BrowseScreen(WorkbenchScreen):
         self.table.reverse()
 
     def action_filter(self) -> None:
-        self.set_focus(self.query_one("#filter").add_class("-open"))
+        self.give_focus(self.query_one("#filter").add_class("-open"))
 
     @on(Input.Changed, "#filter")
     def filter_table(self, event: Input.Changed) -> None:
@@ -202,7 +202,7 @@ class BrowseScreen(WorkbenchScreen):
 
     @on(Input.Submitted, "#filter")
     def back_to_table(self) -> None:
-        self.table.focus()
+        self.give_focus(self.table)
 
     def clear_filter(self) -> bool:
         """Show all models again; False if they were."""
@@ -211,7 +211,7 @@ class BrowseScreen(WorkbenchScreen):
             return False
         field.remove_class("-open")
         field.value = ""
-        self.table.focus()
+        self.give_focus(self.table)
         return True
 
     def action_verify(self) -> None:

@@ -191,7 +191,7 @@ class CalculatorScreen(WorkbenchScreen):
             self.app.push_screen(formulas(self.result))
 
     def action_search(self) -> None:
-        self.set_focus(self.query_one("#model"))
+        self.give_focus(self.query_one("#model"))
 
     def action_next_gpu(self) -> None:
         self.form.step("gpu")

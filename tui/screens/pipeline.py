@@ -69,7 +69,7 @@ class PipelineScreen(WorkbenchScreen):
     def on_mount(self) -> None:
         self.query_one("#metrics").border_title = "Metrics, against the last commit"
         self.action_pane("params", focus=False)
-        self.set_focus(self.query_one(StageList))
+        self.give_focus(self.query_one(StageList))
         self.set_interval(TICK, self.tick)
         self.tick()
 
@@ -206,7 +206,7 @@ class PipelineScreen(WorkbenchScreen):
 
     def action_leave(self) -> None:
         self.query_one(ParamForm).revert()
-        self.set_focus(self.query_one(StageList))
+        self.give_focus(self.query_one(StageList))
 
     def action_pane(self, name: str, focus: bool = True) -> None:
         """Show a pane where there is room for one only, and give it the keys."""
@@ -216,7 +216,7 @@ class PipelineScreen(WorkbenchScreen):
         if focus:
             target = {"params": "ParamForm Input", "log": "LogView", "metrics": "#metrics"}[name]
             for widget in self.query(target).results(Widget):
-                self.set_focus(widget)  # at once: keys typed meanwhile are for it
+                self.give_focus(widget)
                 return
 
     # Running

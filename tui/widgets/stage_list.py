@@ -13,7 +13,7 @@ from tui.widgets.dag_picture import SIGNS, WORDS
 from tui.words import duration
 
 WIDTH = max(map(len, STAGES))
-BAR = 12  # cells of a progress bar
+BAR = 8  # cells of a progress bar
 
 
 class StageList(OptionList):
@@ -59,4 +59,4 @@ def _progress(state: StageState) -> str:
     share = run.done / run.total
     filled = round(share * BAR)
     left = "" if run.eta is None else f"  {duration(run.eta)} left"
-    return f"{'━' * filled}{'╌' * (BAR - filled)} {share:4.0%}  {run.done:,} of {run.total:,}  {run.text}{left}"
+    return f"{'━' * filled}{'╌' * (BAR - filled)} {share:4.0%}  {run.done:,}/{run.total:,}  {run.text}{left}"
