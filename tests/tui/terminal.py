@@ -39,8 +39,9 @@ class Terminal:
         """Press keys by tmux's names: r, Enter, Escape, C-c."""
         for name in names:
             self._tmux("send-keys", "-t", "app", name)
-            if name == "Escape":
-                time.sleep(0.2)  # a key at once after it would be Alt and that key
+            # A person's pace: Textual moves the focus after what is typed in the same instant, and a key at once
+            # after Escape is Alt and that key.
+            time.sleep(0.2 if name == "Escape" else 0.1)
 
     def type(self, text: str) -> None:
         self._tmux("send-keys", "-t", "app", "-l", text)

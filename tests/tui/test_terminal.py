@@ -52,13 +52,14 @@ def test_from_an_empty_project_a_run_is_started_watched_resized_stopped_and_resu
             time.sleep(0.1)
         for size in ((200, 60), (60, 16), (80, 24)):
             terminal.resize(*size)
-            terminal.see("finetune_lora", "1 Pipeline")
+            terminal.see("loss (nats a token)", "following")
         terminal.keys("1")
         terminal.see("▶ finetune_lora")
         terminal.keys("x")
         terminal.see("‖ finetune_lora", "stopped after step")
         assert list((clone / "runs/finetune_lora").glob("checkpoint-*"))
         at = steps(clone / "runs/finetune_lora")
+        terminal.see("Stopped.")
         terminal.keys("s")
         terminal.see("▶ finetune_lora", "left", seconds=60)
         terminal.keys("l")
@@ -103,7 +104,7 @@ def test_lora_is_prompted_beside_base_and_again_after_the_engine_was_killed(work
         terminal.keys("4")
         terminal.see("expanded", "verified")
         terminal.keys("u", "p")
-        terminal.see("a prompt; Enter asks")
+        terminal.miss("Select")  # the keys are the field's now
         terminal.type("der wind")
         terminal.keys("Enter")
         screen = terminal.see("weht", "lora", "merged", "engine ready", seconds=60)
@@ -129,22 +130,26 @@ def child(project: Path) -> int:
 
 
 def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
-    checkpoint(worked / "artifacts/endless", max_positions=4096)
+    checkpoint(worked / "artifacts/endless", max_positions=16_384)
     with lora_tui(worked, (120, 40)) as terminal:
         terminal.keys("4")
         terminal.see("endless")
         terminal.keys("/")
+        terminal.see("only models with")
         terminal.type("endless")
-        terminal.keys("Enter", "space", "t")
+        terminal.miss("expanded")
+        terminal.keys("Enter", "Space")
+        terminal.see("● endless")
+        terminal.keys("t")
         terminal.see("limit")
         terminal.keys("Tab", "Tab", "Tab", "Tab")
-        terminal.type("3000")
+        terminal.type("10000")
         terminal.keys("Enter")
-        terminal.see("3000 tokens")
+        terminal.see("10000 tokens")
         terminal.keys("p")
-        terminal.see("a prompt; Enter asks")
+        terminal.miss("Select")  # the keys are the field's now
         terminal.type("w1 w2")
         terminal.keys("Enter")
         terminal.see("engine busy", seconds=60)
         terminal.keys("Escape")
-        terminal.see("interrupted", "engine ready", seconds=5)
+        terminal.see("engine ready", seconds=3)  # all 10,000 take ten times as long

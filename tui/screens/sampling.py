@@ -33,6 +33,7 @@ class Tick(Checkbox):
 class SamplingScreen(ModalScreen[Chosen | None]):
     """Nothing that is wrong gets out of here; Escape changes nothing."""
 
+    AUTO_FOCUS = "Input"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
     DEFAULT_CSS = """
     SamplingScreen { align: center middle; }
