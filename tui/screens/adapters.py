@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, ClassVar
 
 from textual import on, work
@@ -33,6 +34,7 @@ from tui.widgets.slider import STEP, Slider
 
 PROMPTS = 200  # that are remembered
 STATUS_EVERY = 2.0  # seconds
+FRAME = 0.05  # seconds between two drawings of an answer that streams in
 BROWSING = {"select", "filter", "sort", "reverse", "usual", "folder"}  # actions on the table
 PROMPTING = {"strength", "sampling", "attention", "copy", "save"}  # actions on the answers
 
@@ -157,9 +159,13 @@ class AdaptersScreen(BrowseScreen):
         await self.answers.start(exchange, earlier)
         try:
             async with aclosing(self.talk.answers(exchange)) as changes:
-                async for index in changes:
-                    self._engine_is("busy")
-                    self.answers.show(exchange, index)
+                drawn = 0.0
+                async for _ in changes:
+                    if monotonic() - drawn >= FRAME:
+                        self._engine_is("busy")
+                        self.answers.show(exchange)
+                        drawn = monotonic()
+                    await asyncio.sleep(0)  # tokens may come faster than one is drawn, and a key must come through
         except UserError as error:
             self._failed(error)
         else:

@@ -35,13 +35,11 @@ class Answers(VerticalScroll):
         self._top_k.show([])
         await self._completions.start(exchange.prompt, exchange.answers)
 
-    def show(self, exchange: Exchange, index: int | None = None) -> None:
-        """One answer has changed, or with None: all may have."""
-        if index is None:
-            self.show_table(exchange.answers)
+    def show(self, exchange: Exchange) -> None:
+        """The answers as they are now."""
+        self.show_table(exchange.answers)
         for number, answer in enumerate(exchange.answers):
-            if index in (None, number):
-                self._completions.update(number, exchange.prompt, answer)
+            self._completions.update(number, exchange.prompt, answer)
 
     def show_table(self, answers: Sequence[Answer]) -> None:
         self._top_k.show(answers)

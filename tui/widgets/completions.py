@@ -10,6 +10,7 @@ from textual.widgets import Static
 from tui.exchange import Answer
 
 LEAST = 24  # cells of a column in which a sentence can be read
+SHOWN = 4000  # characters: of more than a screen the end; a transcript has all
 ENDED = {"interrupted": " ▪ interrupted", "length": " …", "waiting": " …"}
 
 
@@ -54,7 +55,7 @@ def written(prompt: str, answer: Answer) -> Text:
     text = Text(f"{answer.title}  ", "bold")
     if answer.text or not answer.error:
         text.append(prompt, "not bold dim")
-        text.append(answer.text, "not bold")
+        text.append("…" if len(answer.text) > SHOWN else "", "not bold dim").append(answer.text[-SHOWN:], "not bold")
     text.append(ENDED.get(answer.ended, ""), "not bold dim")
     if answer.error:
         text.append(f" ✗ {answer.error}", "not bold red")
