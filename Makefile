@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test check install install-dev bench clean
+.PHONY: repro test check install install-dev bench pictures clean
 
 repro: install          ## run the whole pipeline and show the comparison
 	@dvc repro
@@ -23,6 +23,10 @@ check: install-dev      ## lint, format, types, import contracts
 
 bench: install-dev      ## speed, as ratios measured in one run
 	@python -m bench
+
+pictures: install-dev   ## the README's pictures, from the real program
+	@dvc repro --quiet
+	@python -m docs.pictures
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

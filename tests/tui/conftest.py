@@ -20,3 +20,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def empty(tmp_path: Path) -> Path:
     """A project of which nothing is made yet."""
     return new_project(tmp_path / "empty")
+
+
+@pytest.fixture
+def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar shows the same folder on every machine: for pictures."""
+    monkeypatch.setattr("tui.app._short", lambda _: "~/project")

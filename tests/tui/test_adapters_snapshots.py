@@ -17,6 +17,7 @@ from tui.app import Workbench
 from tui.screens.adapters import AdaptersScreen
 from tui.widgets.prompt_input import PromptInput
 
+pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "120x40"])
 Snap = Callable[..., bool]
 MADE = 1_790_000_000  # when, in seconds since the epoch
@@ -71,7 +72,6 @@ def fixed(empty: Path) -> Path:
 
 def workbench(root: Path) -> Workbench:
     app = Workbench(root / "params.yaml")
-    app.where = "~/project"
     app.inference = FakeInference()
     return app
 

@@ -8,19 +8,15 @@ import pytest
 from tests.tui.support import until
 from tui.app import Workbench
 from tui.widgets.calc_answer import Pinned, Verdict
-from tui.widgets.tab_bar import TabBar
 
 PRESSED = {"first": [], "pinned": ["p", "right", "p"], "wrong": ["tab", "x", "escape"]}
 
 
+@pytest.mark.usefixtures("no_path")
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=str)
 @pytest.mark.parametrize("state", PRESSED)
-def test_calculator(
-    empty: Path, monkeypatch: pytest.MonkeyPatch, snap_compare: Any, state: str, size: tuple[int, int]
-) -> None:
-    monkeypatch.setattr(TabBar, "where", "~/project", raising=False)
+def test_calculator(empty: Path, snap_compare: Any, state: str, size: tuple[int, int]) -> None:
     app = Workbench(empty / "params.yaml")
-    app.root = Path("~/project")  # the bar shows it
 
     async def settle(pilot: Any) -> None:
         await pilot.press("3", *PRESSED[state])

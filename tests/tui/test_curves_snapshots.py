@@ -10,14 +10,9 @@ from tests.tui.runs import write_methods
 from tests.tui.test_curves import settled
 from tui.app import Workbench
 from tui.screens.curves import CurvesScreen
-from tui.widgets.tab_bar import TabBar
 
+pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = [(80, 24), (120, 40)]
-
-
-@pytest.fixture(autouse=True)
-def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TabBar, "where", "~/project", raising=False)
 
 
 async def to_curves(pilot: Pilot[Any]) -> None:
