@@ -20,7 +20,10 @@ class Change:
 
 
 def since_commit(path: Path) -> list[Change]:
-    """Every number of `path` that differs from the last commit's. Raises UserError if there is nothing to compare."""
+    """Every number of `path` that differs from the last commit's in six digits: the rest is another machine's rounding.
+
+    Raises UserError if there is nothing to compare.
+    """
     if not path.is_file():
         raise UserError("Nothing was evaluated yet.")
     text = provenance.committed(path)
@@ -31,7 +34,11 @@ def since_commit(path: Path) -> list[Change]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path.name} cannot be read: {error}.") from None
     names = [*before, *(name for name in after if name not in before)]
-    return [Change(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
+    return [Change(n, before.get(n), after.get(n)) for n in names if _shown(before.get(n)) != _shown(after.get(n))]
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
 
 
 def _numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

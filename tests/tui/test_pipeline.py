@@ -215,9 +215,12 @@ async def test_stages_are_chosen_by_key_and_mouse_and_panes_by_key(empty: Path) 
             assert screen.query_one(f"#{pane}") in (screen.focused, *screen.focused.ancestors)
 
 
-async def test_all_panes_show_where_there_is_room(empty: Path) -> None:
-    async with opened(empty, (120, 40)) as (_, screen):
-        assert [str(one.id) for one in screen.query(".pane") if one.display] == ["params", "log", "metrics"]
+async def test_params_stay_beside_another_pane_where_there_is_room(empty: Path) -> None:
+    async with opened(empty, (120, 40)) as (pilot, screen):
+        for key, panes in (("p", ["params", "log"]), ("m", ["params", "metrics"]), ("p", ["params", "metrics"])):
+            await pilot.press("escape", key)
+            await pilot.pause()
+            assert [str(one.id) for one in screen.query(".pane") if one.display] == panes
 
 
 async def test_a_run_without_a_pipeline_and_a_stage_without_inputs_are_refused(empty: Path) -> None:

@@ -51,6 +51,7 @@ class PipelineScreen(WorkbenchScreen):
         self._seen: tuple[object, object] | None = None  # of the params file and of all else, as they were looked at
         self._compared: object = None  # and that of the metrics
         self._looking = False
+        self._beside = "log"  # the pane beside the params
         self._pipeline: Running | None = None
 
     def body(self) -> Iterable[Widget]:
@@ -209,9 +210,12 @@ class PipelineScreen(WorkbenchScreen):
         self.give_focus(self.query_one(StageList))
 
     def action_pane(self, name: str, focus: bool = True) -> None:
-        """Show a pane where there is room for one only, and give it the keys."""
+        """Show a pane and give it the keys. Where there is room, params are always there and one other beside them."""
+        beside = name if name != "params" else self._beside
+        self._beside = beside
         for pane in self.query(".pane"):
             pane.set_class(pane.id == name, "-chosen")
+            pane.set_class(pane.id == beside, "-beside")
             pane.border_subtitle = "  ".join(f"{key[0]} {label}" for key, label in PANES.items() if key != pane.id)
         if focus:
             target = {"params": "ParamForm Input", "log": "LogView", "metrics": "#metrics"}[name]
