@@ -155,6 +155,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
         raise UserError(
             f"{path} does not exist. Run this in the project's folder, or name the file with --params."
         ) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. Name a params file with --params.") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     return parse(text, path, overrides)

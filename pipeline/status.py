@@ -4,7 +4,7 @@ The comparison is the cache's: a stage is up to date if running it would give th
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,13 +33,16 @@ class StageState:
 class Status:
     """Answers again and again: what was hashed is hashed again only when its files look different."""
 
-    _digests: dict[Path | str, tuple[Signature, str]] = field(default_factory=dict)
-    _broken: dict[Path, tuple[Signature, str | None]] = field(default_factory=dict)
+    _memory: dict[tuple[str, Path | str], tuple[Signature, str]] = field(default_factory=dict)
 
     def of(self, project: Project) -> dict[str, StageState]:
         """Every stage, in the DAG's order."""
         code = _signature(provenance.ROOT / "pipeline")
-        digests = Digests(self._digest, lambda module: self._code(module, code))
+
+        def code_of(module: str) -> str:
+            return self._remembered(("code", module), code, lambda: provenance.code_digest(module))
+
+        digests = Digests(self._digest, code_of)
         found: dict[str, StageState] = {}
         for stage in STAGES.values():
             found[stage.name] = self._state(project, stage, digests, found)
@@ -50,13 +53,16 @@ class Status:
         run = journal.read(folder)
         if journal.alive(folder):
             return StageState(stage, "running", (), run)
-        state, reasons = self._compared(project, stage, digests)
+        state, found = self._compared(project, stage, digests)
+        reasons = tuple(reason.replace(f"{project.root}/", "") for reason in found)
         if state != "current" and run and run.state in ("failed", "stopped"):
-            return StageState(stage, "failed" if run.state == "failed" else "stopped", (run.message, *reasons), run)
+            said = (run.message,) if run.message else ()
+            return StageState(stage, "failed" if run.state == "failed" else "stopped", (*said, *reasons), run)
         if state != "current" and run and run.state == "running":
             return StageState(stage, "died", ("its process ended without a word", *reasons), run)
         late = [need for need in stage.needs if before[need].state != "current"]
-        if state == "current" and late:
+        gone = any(not project.artifact(need).is_dir() for need in late)
+        if late and (state == "current" or (state == "changed" and gone)):
             return StageState(stage, "waits", (f"after {', '.join(late)}",), run)
         return StageState(stage, state, reasons, run)
 
@@ -76,27 +82,25 @@ class Status:
         return ("changed", reasons) if reasons else ("current", ())
 
     def _digest(self, path: Path) -> str:
-        signature = _signature(path)
-        if self._digests.get(path, ((), ""))[0] != signature:
-            self._digests[path] = signature, artifact.digest(path)
-        return self._digests[path][1]
+        return self._remembered(("digest", path), _signature(path), lambda: artifact.digest(path))
 
-    def _code(self, module: str, signature: Signature) -> str:
-        if self._digests.get(module, ((), ""))[0] != signature:
-            self._digests[module] = signature, provenance.code_digest(module)
-        return self._digests[module][1]
+    def _verified(self, folder: Path) -> str:
+        """Why the artifact is not what its manifest says; empty if it is."""
+        return self._remembered(("verified", folder), _signature(folder), lambda: _problem(folder))
 
-    def _verified(self, folder: Path) -> str | None:
-        """Why the artifact is not what its manifest says, or None."""
-        signature = _signature(folder)
-        if self._broken.get(folder, ((), ""))[0] != signature:
-            try:
-                artifact.verify(folder)
-                problem = None
-            except UserError as error:
-                problem = str(error)
-            self._broken[folder] = signature, problem
-        return self._broken[folder][1]
+    def _remembered(self, key: tuple[str, Path | str], signature: Signature, make: Callable[[], str]) -> str:
+        known = self._memory.get(key)
+        if known is None or known[0] != signature:
+            known = self._memory[key] = signature, make()
+        return known[1]
+
+
+def _problem(folder: Path) -> str:
+    try:
+        artifact.verify(folder)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def differences(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -61,6 +61,14 @@ def test_a_changed_input_an_edited_artifact_and_a_missing_file_are_named(project
     assert "data/prompts.yaml is not a file" in status.of(project_of(project))["merge"].reasons[0]
 
 
+def test_an_artifact_that_vanished_under_others_is_missing_and_they_wait(project: Path) -> None:
+    shutil.rmtree(project / "artifacts/expanded")
+    found = Status().of(project_of(project))
+    assert found["expand_vocab"].state == "missing"
+    assert (found["finetune_lora"].state, found["finetune_lora"].reasons) == ("waits", ("after expand_vocab",))
+    assert found["evaluate"].state == "waits"
+
+
 def test_running_it_makes_it_current_again(project: Path) -> None:
     save(project / "params.yaml", {"finetune_lora.rank": 2})
     make(project, ["finetune_lora", "merge", "evaluate"], BRIEF)
@@ -100,6 +108,11 @@ def wait_for(condition: object, seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
+def status_of(project: Path) -> str:
+    """Of finetune_lora, by the params file as it stands."""
+    return Status().of(Project(project, load(project / "params.yaml")))["finetune_lora"].state
+
+
 def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(project: Path) -> None:
     folder = project / "runs/finetune_lora"
     command = [LORA, *COMMAND["finetune_lora"], "--force", "--set", "finetune_lora.epochs=20000"]
@@ -112,10 +125,10 @@ def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(p
     assert (now.pid, now.total, now.first) == (process.pid, 120_000, 1)
     assert now.text.startswith("loss ")
     assert now.eta is not None and now.eta > 1
-    assert Status().of(project_of(project))["finetune_lora"].state == "running"
+    assert status_of(project) == "running"
     process.send_signal(signal.SIGINT)
     process.communicate()
-    stopped = Status().of(project_of(project))["finetune_lora"]
+    stopped = Status().of(Project(project, load(project / "params.yaml")))["finetune_lora"]
     assert stopped.state == "stopped"
     assert "stopped after step" in stopped.reasons[0]
 
@@ -128,7 +141,7 @@ def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(p
     process.kill()
     process.communicate()
     assert not journal.alive(folder)
-    assert Status().of(project_of(project))["finetune_lora"].state == "died"
+    assert status_of(project) == "died"
 
 
 def test_a_failure_keeps_its_message(project: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.dom import DOMNode
 from textual.screen import Screen
 
 from pipeline.errors import UserError
@@ -128,16 +129,29 @@ class Workbench(App[None]):
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """Textual's own, and every key of the screen by its description."""
         yield from super().get_system_commands(screen)
-        for active in screen.active_bindings.values():
-            binding = active.binding
-            if binding.description and not binding.system:
-                key = self.get_key_display(binding)
+        for keys, binding in self.keys_of(screen):
+            if not binding.system:
                 action = binding.action
 
                 async def run(action: str = action) -> None:
                     await screen.run_action(action)
 
-                yield SystemCommand(binding.description, f"key {key}", run)
+                yield SystemCommand(binding.description, f"key {keys}", run)
+
+    def keys_of(self, screen: Screen[object]) -> list[tuple[str, Binding]]:
+        """What does something on a screen: its own keys first, those of one action together."""
+        found: dict[str, tuple[list[str], Binding]] = {}
+        for active in screen.active_bindings.values():
+            if active.binding.description:
+                keys, _ = found.setdefault(active.binding.action, ([], active.binding))
+                keys.append(self.get_key_display(active.binding))
+        together = [(" ".join(dict.fromkeys(keys)), binding) for keys, binding in found.values()]
+        return sorted(together, key=lambda one: (one[1].id is None, (one[1].id or "").startswith("app.")))
+
+    def handle_bindings_clash(self, clashed_bindings: set[Binding], node: DOMNode) -> None:
+        """A key of the config that was another's: the other has none now."""
+        lost = ", ".join(sorted(binding.id or binding.description for binding in clashed_bindings))
+        self.say(f"{config_path().name}: keys of {node} clash, so that nothing is left for {lost}.", "warning")
 
 
 def _modes() -> dict[str, object]:
@@ -185,7 +199,9 @@ def main() -> None:
     if arguments.web:
         _serve(arguments.params, arguments.port)
     else:
-        Workbench(arguments.params, config).run()
+        app = Workbench(arguments.params, config)
+        app.run()
+        sys.exit(app.return_code or 0)
 
 
 def _serve(params: Path, port: int) -> None:

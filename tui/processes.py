@@ -48,6 +48,8 @@ class Runner:
             raise UserError(f"{self.root} has no dvc.yaml: there is no pipeline to run. Open a clone of the project.")
         if self.running():
             raise UserError("The pipeline is running already. Stop it first, or wait for it.")
+        if self.groups():
+            raise UserError("A stage is running already, started elsewhere. Stop it first, or wait for it.")
         self.runs.mkdir(parents=True, exist_ok=True)
         with (self.runs / LOCK).open("a+") as lock:
             _lock(lock.fileno())
@@ -93,7 +95,7 @@ class Runner:
 
         Raises UserError if nothing runs.
         """
-        groups = self.groups()
+        groups, stages = self.groups(), list(self._stages())
         if not groups:
             raise UserError("Nothing is running.")
         self._stops += 1
@@ -102,7 +104,7 @@ class Runner:
             _signal(group, number)
         if number == signal.SIGKILL:
             return "Killed. The last checkpoint is kept."
-        return "Stopping at the next step, with a checkpoint. Press again if it does not."
+        return f"Stopping{' at the next step, with a checkpoint' if stages else ''}. Press again if it does not."
 
     def groups(self) -> list[int]:
         """The process groups that run stages of this project, whoever started them."""

@@ -131,7 +131,9 @@ async def test_every_kind_of_value_is_written(empty: Path, stage: str, key: str,
         await until(pilot, lambda: getattr(getattr(load(empty / "params.yaml"), stage), key) == value)
 
 
-@pytest.mark.parametrize("text", ["", " ", "[", "{", "nan", "x: y", "9" * 30, "ß", "&a", "2026-99-99"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "[", "{", "nan", "1:30", "0x10", "5.0", "x: y", "9" * 30, "ß", "&a", "2026-99-99"]
+)
 async def test_garbage_in_a_field_is_one_line(empty: Path, text: str) -> None:
     before = (empty / "params.yaml").read_bytes()
     async with opened(empty) as (pilot, screen):

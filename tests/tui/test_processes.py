@@ -57,7 +57,7 @@ def test_stop_reaches_every_process_of_the_group(folder: Path) -> None:
     until(lambda: runner.log.read_text().strip())
     grandchild = int(runner.log.read_text())
     assert os.getpgid(grandchild) == leader != os.getpgrp()
-    assert "checkpoint" in runner.stop()
+    assert runner.stop().startswith("Stopping.")
     until(lambda: runner.running() is None)
     until(lambda: gone(grandchild))
 
@@ -113,12 +113,19 @@ def test_nothing_to_stop_and_nothing_to_run_are_said(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def starting(project: Path) -> None:
+    (project / "dvc.yaml").write_text("")
+    Runner(project).start(["repro"])
+
+
 def test_a_stage_that_was_started_elsewhere_is_stopped_with_its_checkpoint_kept(project: Path) -> None:
     command = [LORA, *COMMAND["finetune_full"], "--force", "--set", "finetune_full.epochs=20000"]
     stage = subprocess.Popen(command, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True)
     folder = project / "runs/finetune_full"
     until(lambda: (run := journal.read(folder)) and run.pid == stage.pid and run.done > 1)
-    Runner(project).stop()
+    with pytest.raises(UserError, match="started elsewhere"):
+        starting(project)
+    assert "with a checkpoint" in Runner(project).stop()
     assert stage.wait(20) == 130
     assert list(folder.glob("checkpoint-*"))
     shutil.rmtree(folder)

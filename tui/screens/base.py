@@ -23,6 +23,11 @@ class WorkbenchScreen(Screen[None]):
         (110, "-wide"),
     ]
 
+    VERTICAL_BREAKPOINTS = [  # noqa: RUF012
+        (0, "-short"),
+        (20, "-tall"),
+    ]
+
     @property
     def workbench(self) -> Workbench:
         assert isinstance(self.app, Workbench)

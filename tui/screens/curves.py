@@ -77,6 +77,7 @@ class CurvesScreen(WorkbenchScreen):
         self.watched: dict[str, Watched] = {}
         self.shown: set[str] = set()
         self.looks: dict[str, Look] = {}
+        self._followed: set[str] = set()  # those that were live last
         self._chosen = False  # the user has switched a run on or off: the default does not come back
         self._panels: dict[str, bool] = {}  # as the user has switched them; else shown where there is room
         self._stamp: tuple[int, ...] | None = None
@@ -169,7 +170,8 @@ class CurvesScreen(WorkbenchScreen):
             last.setdefault(watched.run.stage, key)
         methods = {key for stage, key in last.items() if stage in METHODS}
         live = {key for key in last.values() if self.watched[key].alive}
-        self.shown = live if live - methods else methods or set(last.values())
+        self._followed = live or self._followed & self.watched.keys()  # what has died or ended stays until another runs
+        self.shown = self._followed if self._followed - methods else methods or set(last.values())
 
     # What is drawn
 
@@ -316,7 +318,8 @@ class CurvesScreen(WorkbenchScreen):
 
         drawn = self._drawn()
         if not any(watched.log.steps for _, watched in drawn):
-            self.workbench.say("There is nothing to export: switch a run on in the list below.", "warning")
+            hint = "switch a run on in the list below" if self.watched else "there are no runs yet"
+            self.workbench.say(f"There is nothing to export: {hint}.", "warning")
             return
         stem = f"curves-{drawn[0][1].run.stage}" if len(drawn) == 1 else "curves"
         self.workbench.push_screen(ExportScreen(self.workbench.root, stem), self._chosen_path)

@@ -7,12 +7,22 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Button, Input, RadioButton, RadioSet, Static
 
 from tui.export import FORMATS, free_name
 
 SAYS = {"svg": "SVG, a picture for print", "png": "PNG, a picture", "csv": "CSV, the numbers"}
+
+
+class Format(RadioButton):
+    """A button that is empty where it is off: Textual's tells by colour alone."""
+
+    @property
+    def _button(self) -> Content:
+        self.BUTTON_INNER = "●" if self.value else " "
+        return super()._button
 
 
 class ExportScreen(ModalScreen[Path | None]):
@@ -36,7 +46,7 @@ class ExportScreen(ModalScreen[Path | None]):
             yield Static("Export what is shown: the runs that are switched on, this range, this smoothing.")
             with RadioSet():
                 for kind in FORMATS:
-                    yield RadioButton(SAYS[kind], value=kind == FORMATS[0], id=kind)
+                    yield Format(SAYS[kind], value=kind == FORMATS[0], id=kind)
             yield Input(self._default(FORMATS[0]), placeholder="a path, from the project's folder")
             yield Static(id="note")
             with Horizontal():

@@ -9,6 +9,8 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from tui.app import Workbench
+
 
 class HelpScreen(ModalScreen[None]):
     """The keys of the screen below, as the user has mapped them."""
@@ -16,12 +18,10 @@ class HelpScreen(ModalScreen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "dismiss", "Close")]
 
     def compose(self) -> ComposeResult:
-        below = self.app.screen_stack[-2]
+        assert isinstance(self.app, Workbench)
         keys = Table.grid(padding=(0, 2))
-        for active in below.active_bindings.values():
-            binding = active.binding
-            if binding.description:
-                keys.add_row(self.app.get_key_display(binding), binding.description, binding.id or "")
+        for names, binding in self.app.keys_of(self.app.screen_stack[-2]):
+            keys.add_row(names, binding.description, binding.id or "")
         with VerticalScroll(classes="dialog"):
             yield Static("Keys here; the names on the right can be given other keys in the config file.\n")
             yield Static(keys)

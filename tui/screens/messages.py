@@ -9,6 +9,8 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from tui.app import Workbench
+
 STYLES = {"error": "bold red", "warning": "yellow", "information": ""}
 
 
@@ -18,8 +20,6 @@ class MessagesScreen(ModalScreen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,f8,q", "dismiss", "Close")]
 
     def compose(self) -> ComposeResult:
-        from tui.app import Workbench
-
         assert isinstance(self.app, Workbench)
         lines = Table.grid(padding=(0, 2))
         for when, severity, text in self.app.said:

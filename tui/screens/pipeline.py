@@ -53,6 +53,7 @@ class PipelineScreen(WorkbenchScreen):
         self._looking = False
         self._beside = "log"  # the pane beside the params
         self._pipeline: Running | None = None
+        self._ended: Running | None = None  # a pipeline whose end is still to be said
 
     def body(self) -> Iterable[Widget]:
         yield Static(id="problem", markup=False)
@@ -77,19 +78,22 @@ class PipelineScreen(WorkbenchScreen):
     # Looking
 
     def tick(self) -> None:
-        """Look again if files changed, or while something runs: a killed process changes none."""
-        if not self.is_current or self._looking:
-            return
+        """Look again if files changed, or while something runs: a killed process changes none.
+
+        That a pipeline has ended is noticed, and said, on whichever screen one is.
+        """
         running = self.workbench.runner.running()
         if self._pipeline and not running:
-            self._seen = None
-            self._ended()
+            self._ended, self._seen = self._pipeline, None
         self._pipeline = running
+        if self._looking or not (self.is_current or self._ended):
+            return
         now = self._signature()
         busy = running or any(state.state == "running" for state in self.states.values())
         if now != self._seen or busy:
             self._looking = True
-            self._look(now)
+            self._look(now, self._ended)
+            self._ended = None
         self.query_one(LogView).follow(self.workbench.runner.log)
 
     def _signature(self) -> tuple[object, object]:
@@ -101,7 +105,7 @@ class PipelineScreen(WorkbenchScreen):
         return file, self.project and signature(self.project)
 
     @work(thread=True, group="look")
-    def _look(self, seen: tuple[object, object] | None) -> None:
+    def _look(self, seen: tuple[object, object] | None, ended: Running | None) -> None:
         project, problem = self.project, self.problem
         if project is None or self._seen is None or seen is None or seen[0] != self._seen[0]:
             try:
@@ -116,6 +120,8 @@ class PipelineScreen(WorkbenchScreen):
             seen = None
         if self.is_attached:
             self.call_later(self._show, project, states or self.states, problem, seen)
+            if ended:
+                self.call_later(self._say_the_end, ended)
 
     async def _show(
         self,
@@ -145,12 +151,16 @@ class PipelineScreen(WorkbenchScreen):
         self.query_one("#said", Static).update(self._said())
 
     def _said(self) -> str:
-        """What the chosen stage said in its last run, whoever ran it."""
+        """Why the chosen stage is as it is, and what it said in its last run, whoever ran it."""
         state = self.states.get(self.chosen)
-        run = state.run if state else None
-        lines = [*(run.notes if run else ()), *([run.message] if run and run.message else ())]
-        if not lines and not self.workbench.runner.log.exists():
-            return "Nothing was run yet: press r for all stages, or type `make repro`."
+        if state is None:
+            return ""
+        run, reasons = state.run, list(state.reasons)
+        if run and run.message and run.message not in reasons:
+            reasons.append(f"its last run: {run.message}")
+        lines = [*reasons, *(run.notes if run else ())]
+        if state.state == "missing" and not self.workbench.runner.log.exists():
+            lines.append("Nothing was run yet: press r for all stages, or type `make repro`.")
         return "\n".join(lines)
 
     def _compare(self) -> None:
@@ -202,7 +212,8 @@ class PipelineScreen(WorkbenchScreen):
         except (UserError, OSError) as error:
             self.workbench.fail(error)
             return
-        self.workbench.say(f"{event.key}: {event.value} is in {self.workbench.params_path.name}.")
+        value = ", ".join(event.value) if isinstance(event.value, list) else event.value
+        self.workbench.say(f"{event.key}: {value} is in {self.workbench.params_path.name}.")
         self.tick()
 
     def action_leave(self) -> None:
@@ -230,8 +241,8 @@ class PipelineScreen(WorkbenchScreen):
 
     def action_run_stage(self, force: bool = False) -> None:
         """The chosen stage alone, once all that it reads is there."""
-        needs = (self.states.get(need) for need in STAGES[self.chosen].needs)
-        missing = [need.stage.name for need in needs if need and need.state == "missing"]
+        root = self.workbench.root
+        missing = [need for need in STAGES[self.chosen].needs if not (root / STAGES[need].path).is_dir()]
         if missing:
             self.workbench.say(f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning")
             return
@@ -253,16 +264,14 @@ class PipelineScreen(WorkbenchScreen):
         except UserError as error:
             self.workbench.fail(error)
 
-    def _ended(self) -> None:
-        """Say how the pipeline ended once its last state is on the screen."""
-        self.set_timer(2 * TICK, self._say_the_end)
-
-    def _say_the_end(self) -> None:
-        bad = [state for state in self.states.values() if state.state in ("failed", "died")]
+    def _say_the_end(self, ended: Running) -> None:
+        """How a pipeline ended, by what its own stages say: an older failure is not its."""
+        own = [state for state in self.states.values() if state.run and state.run.started >= ended.started]
+        bad = [state for state in own if state.state in ("failed", "died")]
         if bad:
             self.workbench.say(f"{bad[0].stage.name} {bad[0].state}: {', '.join(bad[0].reasons)}", "error")
             self.query_one(StageList).highlighted = list(STAGES).index(bad[0].stage.name)
-        elif any(state.state == "stopped" for state in self.states.values()):
+        elif any(state.state == "stopped" for state in own):
             self.workbench.say("Stopped. Run it again to go on from the checkpoint.")
         elif all(state.state == "current" for state in self.states.values()):
             self.workbench.say("All stages are up to date.")

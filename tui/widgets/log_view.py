@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.text import Text
+from textual.events import Resize
 from textual.widgets import RichLog
 
 LAST = 64 * 1024  # bytes read at once: of a stage that prints 100 MB only the end is of use
@@ -17,6 +18,10 @@ class LogView(RichLog):
     def __init__(self) -> None:
         super().__init__(max_lines=LINES, wrap=True, min_width=20)
         self._offset, self._inode, self._rest = 0, 0, b""
+
+    def on_resize(self, event: Resize) -> None:  # noqa: ARG002  # RichLog's own runs as well
+        """Lines are broken for the width that they were written at: read again."""
+        self._inode = 0
 
     def follow(self, path: Path) -> None:
         if not self.size.width:  # hidden, where lines would wait without bound for a width

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from textual import on
 from textual.app import ComposeResult
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.message import Message
 from textual.widgets import Input, Label, Static
 
@@ -24,15 +24,17 @@ class ParamInput(Input):
 
     @property
     def edited(self) -> bool:
-        return self.value != _text(self.saved)
+        saved = list(self.saved) if isinstance(self.saved, tuple) else self.saved
+        return bool(self.typed != saved)
 
     @property
     def typed(self) -> Any:
         """What the text means in the file; names of a list may be written with commas alone."""
         if isinstance(self.saved, tuple):
             return [name.strip() for name in self.value.strip(" []").split(",") if name.strip()]
-        try:
-            return yaml.safe_load(self.value)
+        kind = type(self.saved)
+        try:  # int and float, not YAML's: there 023 is 19, and 1:30 is 90
+            return yaml.safe_load(self.value) if kind is bool else kind(self.value.strip())
         except (yaml.YAMLError, ValueError):
             return self.value
 
@@ -52,17 +54,18 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class ParamForm(VerticalScroll):
+class ParamForm(Vertical):
     """`show` fills it; `Saved` asks for a value to be written."""
 
     DEFAULT_CSS = """
     ParamForm { height: 1fr; }
+    ParamForm VerticalScroll { height: 1fr; }
     ParamForm Horizontal { height: 1; }
-    ParamForm Label { width: 18; color: $text-muted; }
+    ParamForm Label { width: 22; color: $text-muted; }
     ParamForm Input { width: 1fr; }
     ParamForm .-edited { text-style: italic; color: $warning; }
     ParamForm Input.-bad { color: $error; text-style: bold; }
-    ParamForm #rule { dock: bottom; height: auto; color: $text-muted; }
+    ParamForm #rule { height: auto; color: $text-muted; }
     """
 
     @dataclass
@@ -73,12 +76,13 @@ class ParamForm(VerticalScroll):
         value: Any
 
     def __init__(self, source: str) -> None:
-        super().__init__(can_focus=False)
+        super().__init__()
         self._source = source  # the file's name, for messages
         self._section: Section | None = None
         self.stage = ""
 
     def compose(self) -> ComposeResult:
+        yield VerticalScroll(can_focus=False)
         yield Static(id="rule")
 
     async def show(self, stage: str, section: Section) -> None:
@@ -98,7 +102,7 @@ class ParamForm(VerticalScroll):
         rows = [Horizontal(Label(f.name), ParamInput(f.name, getattr(section, f.name))) for f in fields(section)]
         with self.app.batch_update():
             await self.query(Horizontal).remove()
-            await self.mount_all(rows)
+            await self.query_one(VerticalScroll).mount_all(rows)
         self.query_one("#rule", Static).update("")
 
     def unsaved(self) -> Mapping[str, str]:
@@ -109,6 +113,7 @@ class ParamForm(VerticalScroll):
         """Back to what the file says."""
         for field in self.query(ParamInput):
             field.revert()
+        self.query_one("#rule", Static).update("")
 
     @on(Input.Changed)
     def _typed(self, event: Input.Changed) -> None:
