@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import os
 from pathlib import Path
 from typing import TextIO
 
@@ -47,6 +48,8 @@ def hold(folder: Path) -> TextIO:
     """The run's lock, as its process holds it, until the file is closed."""
     file = (folder / "lock").open("a+")
     fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(str(os.getpid()))
+    file.flush()
     return file
 
 

@@ -118,10 +118,9 @@ class PipelineScreen(WorkbenchScreen):
                 states = self.status.of(project)
         except (UserError, OSError):  # something vanished while it was read: the next look sees what is there then
             seen = None
-        if self.is_attached:
-            self.call_later(self._show, project, states or self.states, problem, seen)
-            if ended:
-                self.call_later(self._say_the_end, ended)
+        self.call_later(self._show, project, states or self.states, problem, seen)
+        if ended:
+            self.call_later(self._say_the_end, ended)
 
     async def _show(
         self,
@@ -130,6 +129,8 @@ class PipelineScreen(WorkbenchScreen):
         problem: str,
         seen: tuple[object, object] | None,
     ) -> None:
+        if not self.query(DagPicture):  # the screen is closing
+            return
         first = project is not None and self.project is None  # what else is to be watched was not known before
         self.project, self.problem, self.states, self._looking = project, problem, states, False
         self._seen = None if first else seen
@@ -179,8 +180,11 @@ class PipelineScreen(WorkbenchScreen):
             changes: list[Change] | str = since_commit(path)
         except UserError as error:
             changes = str(error)
-        if self.is_attached:
-            self.call_later(self.query_one("#changes", Static).update, _table(changes))
+        self.call_later(self._show_changes, changes)
+
+    def _show_changes(self, changes: list[Change] | str) -> None:
+        for widget in self.query("#changes").results(Static):  # none is there while the screen closes
+            widget.update(_table(changes))
 
     # Choosing and editing
 
