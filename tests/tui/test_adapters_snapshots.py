@@ -86,6 +86,12 @@ async def settled(pilot: Pilot[None], count: int) -> AdaptersScreen:
     return screen
 
 
+async def painted(pilot: Pilot[None], screen: AdaptersScreen) -> None:
+    """The table is drawn again in the frame after the one in which it changed."""
+    await until(pilot, lambda: not screen.table.size.height or screen.table.render_line(1).text.strip())
+    await pilot.pause()
+
+
 @SIZES
 def test_empty(snap_compare: Snap, empty: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[None]) -> None:
@@ -100,6 +106,7 @@ def test_models_with_one_refused(snap_compare: Snap, fixed: Path, size: tuple[in
         screen = await settled(pilot, 5)
         await pilot.press("space", "down", "down", "down")
         await until(pilot, lambda: screen.details is not None and screen.details.entry.label == "edited")
+        await painted(pilot, screen)
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)
 
@@ -113,5 +120,6 @@ def test_answers_side_by_side(snap_compare: Snap, fixed: Path, size: tuple[int, 
         await pilot.press("enter")
         await until(pilot, lambda: screen.talk.newest is not None and not screen._asking())
         await until(pilot, lambda: "1 model" in str(screen.query_one("EngineBar").render()))
+        await painted(pilot, screen)
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)
