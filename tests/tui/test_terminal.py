@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline.params import load
 from tests.models import checkpoint
-from tests.support import git, new_project
+from tests.support import LORA, git, new_project
 from tests.tui.terminal import Terminal, lora_tui, needs_tmux
 
 pytestmark = [needs_tmux, pytest.mark.slow]
@@ -153,3 +154,28 @@ def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
         terminal.see("engine busy", seconds=60)
         terminal.keys("Escape")
         terminal.see("engine ready", seconds=3)  # all 10,000 take ten times as long
+
+
+@pytest.mark.parametrize("on_hangup", ["continue", "stop"])
+def test_a_closed_terminal_leaves_the_training_or_stops_it_as_configured(worked: Path, on_hangup: str) -> None:
+    config = worked / ".home/lora-workbench/tui.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text(f"on_hangup: {on_hangup}", encoding="utf-8")
+    command = [LORA, "finetune", "lora", "--force", "--set", "finetune_lora.epochs=100000"]
+    stage = subprocess.Popen(command, cwd=worked, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        with lora_tui(worked) as terminal:
+            terminal.see("▶ finetune_lora", "left")
+        if on_hangup == "stop":
+            assert stage.wait(20) == 130
+            assert list((worked / "runs/finetune_lora").glob("checkpoint-*"))
+        else:
+            at = steps(worked / "runs/finetune_lora")
+            end = time.monotonic() + 20
+            while steps(worked / "runs/finetune_lora") < at + 100:
+                assert stage.poll() is None
+                assert time.monotonic() < end, "the training does not go on"
+                time.sleep(0.1)
+    finally:
+        stage.kill()
+        stage.wait()
