@@ -39,8 +39,8 @@ async def settled(pilot: Pilot[Any], screen: CurvesScreen) -> None:
     """All there is was read and drawn."""
 
     def done() -> bool:
-        shown = [screen.watched[key] for key in screen.shown]
-        return screen._stamp is not None and not screen._reading and not any(watched.changed() for watched in shown)
+        shown = [screen.runs.watched[key] for key in screen.runs.shown]
+        return screen.runs.stamp is not None and not screen._reading and not any(watched.changed() for watched in shown)
 
     screen._poll()
     await until(pilot, done)
@@ -60,7 +60,7 @@ def listed(screen: CurvesScreen) -> str:
 
 
 def shown(screen: CurvesScreen) -> set[str]:
-    return {screen.watched[key].run.label for key in screen.shown}
+    return {screen.runs.watched[key].run.label for key in screen.runs.shown}
 
 
 @pytest.fixture
@@ -230,12 +230,12 @@ async def test_the_wheel_zooms_and_freezes(root: Path) -> None:
 
 async def test_brackets_change_the_smoothing(root: Path) -> None:
     async with curves(root) as (pilot, screen):
-        line = next(iter(screen.watched.values())).log.series["loss"]
+        line = next(iter(screen.runs.watched.values())).log.series["loss"]
         await pilot.press("right_square_bracket")
         assert "smoothing 0.95" in mode(screen)
         await pilot.press(*["left_square_bracket"] * 9)
         assert "smoothing 0 " in mode(screen) + " "
-        line = next(iter(screen.watched.values())).log.series["loss"]
+        line = next(iter(screen.runs.watched.values())).log.series["loss"]
         assert list(line.smooth) == list(line.y)
 
 
@@ -315,7 +315,7 @@ async def test_a_log_cut_back_or_replaced_or_gone_is_said(empty: Path) -> None:
         await until(pilot, lambda: "replaced" in listed(screen))
         assert chart(screen).shown.x == (1, 50)
         (folder / "loss.csv").unlink()
-        await until(pilot, lambda: not screen.watched)
+        await until(pilot, lambda: not screen.runs.watched)
         assert screen.query_one("#nothing").display
 
 
@@ -334,7 +334,7 @@ async def test_a_half_written_line_waits_and_a_foreign_one_is_counted(empty: Pat
 async def test_a_broken_params_file_does_not_hide_the_runs(root: Path) -> None:
     (root / "params.yaml").write_text("a: [", encoding="utf-8")
     async with curves(root) as (_, screen):
-        assert len(screen.watched) == 3
+        assert len(screen.runs.watched) == 3
 
 
 ODD = {
@@ -356,7 +356,7 @@ async def test_odd_logs_are_drawn(empty: Path, text: str, size: tuple[int, int])
     async with curves(empty, size) as (pilot, screen):
         await pilot.press("l", "c", "r", "plus", "left", "minus", "y", "Y", "up", "0", "l", "g", "right_square_bracket")
         await pilot.pause()
-        assert screen.watched
+        assert screen.runs.watched
 
 
 async def test_ten_long_runs_at_once(root: Path) -> None:
@@ -373,14 +373,14 @@ async def test_ten_long_runs_at_once(root: Path) -> None:
     async with curves(root) as (pilot, screen):
         await pilot.press("tab")
         await until(pilot, lambda: isinstance(screen.focused, RunList))
-        for number, watched in enumerate(screen.watched.values()):
+        for number, watched in enumerate(screen.runs.watched.values()):
             if "rank" in watched.run.label:
                 screen.query_one(RunList).highlighted = number
                 await pilot.press("space")
-        await until(pilot, lambda: len(screen.shown) == 13)
+        await until(pilot, lambda: len(screen.runs.shown) == 13)
         await settled(pilot, screen)
         assert chart(screen).shown.x == (1, 100_000)
-        assert len({screen.looks[key] for key in screen.shown}) == 13
+        assert len({screen.runs.looks[key] for key in screen.runs.shown}) == 13
 
 
 async def ask_for(pilot: Pilot[Any], path: str, kind: str = "svg") -> None:

@@ -14,11 +14,9 @@ from textual.containers import Vertical
 from textual.widget import Widget
 from textual.widgets import Static
 
-from pipeline.curves import Run, discover, stamp
 from pipeline.errors import UserError
-from pipeline.looks import METHODS, Look, other
-from pipeline.params import load
 from tui import export
+from tui.runs import Runs
 from tui.screens.base import WorkbenchScreen
 from tui.series import QUANTITIES
 from tui.watch import Watched
@@ -27,6 +25,7 @@ from tui.widgets.run_list import Row, RunList
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
 TITLES = {"loss": "loss (nats a token)", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
+SMOOTHING = 0.9  # at first
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 POLL = 0.5  # seconds between two looks at the files
 SHARE, LATEST = 0.03, 2.0  # of a core for a live picture; where that is little, seconds until it is drawn anyway
@@ -73,14 +72,9 @@ class CurvesScreen(WorkbenchScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.window, self.smoothing = Window(), 0.9
-        self.watched: dict[str, Watched] = {}
-        self.shown: set[str] = set()
-        self.looks: dict[str, Look] = {}
-        self._followed: set[str] = set()  # those that were live last
-        self._chosen = False  # the user has switched a run on or off: the default does not come back
+        self.window = Window()
+        self.runs = Runs(self.workbench.root, self.workbench.params_path, SMOOTHING)
         self._panels: dict[str, bool] = {}  # as the user has switched them; else shown where there is room
-        self._stamp: tuple[int, ...] | None = None
         self._reading = False
         self._drawn_at = self._spent = 0.0  # seconds of the clock and of this process, at the last picture
 
@@ -114,12 +108,12 @@ class CurvesScreen(WorkbenchScreen):
     async def _read(self) -> None:
         self._reading = True
         try:
-            found = await self._rediscover()
-            spoke = [watched.look() for watched in self.watched.values()]
+            found = await self.runs.rediscover()
+            spoke = [watched.look() for watched in self.runs.watched.values()]
             if found or any(spoke):
-                self._show_default()
+                self.runs.show_default()
             due = found or self._due()
-            changed = [w for key, w in self.watched.items() if due and key in self.shown and w.changed()]
+            changed = [watched for _, watched in self.runs.drawn() if due and watched.changed()]
             for watched in changed:
                 await watched.read()
             if found or changed:
@@ -134,53 +128,14 @@ class CurvesScreen(WorkbenchScreen):
         since = monotonic() - self._drawn_at
         return since > LATEST or process_time() - self._spent < SHARE * since
 
-    async def _rediscover(self) -> bool:
-        """Look for runs again if there may be others; whether it did."""
-        root, path = self.workbench.root, self.workbench.params_path
-        now = stamp(root, path)
-        if now == self._stamp:
-            return False
-        runs = await asyncio.to_thread(_discovered, root, path)
-        known, self.watched = self.watched, {}
-        for run in runs:
-            watched = known.get(str(run.loss)) or Watched(run, self.smoothing)
-            watched.run = run
-            self.watched[str(run.loss)] = watched
-        self._stamp = now
-        self._give_looks()
-        return True
-
-    def _give_looks(self) -> None:
-        """The last run of a method has the method's look everywhere; any other run keeps the first that was free."""
-        for key, watched in self.watched.items():
-            first = next(k for k, w in self.watched.items() if w.run.stage == watched.run.stage)
-            if key == first and watched.run.stage in METHODS:
-                self.looks[key] = METHODS[watched.run.stage]
-            elif self.looks.get(key) in (None, *METHODS.values()):
-                taken = {self.looks[k] for k in self.watched if k in self.looks}
-                self.looks[key] = next((o for n in range(20) if (o := other(n)) not in taken), other(len(taken)))
-
-    def _show_default(self) -> None:
-        """The last run of each fine-tuning; pretraining while it is running, or where there is nothing else."""
-        if self._chosen:
-            self.shown &= self.watched.keys()
-            return
-        last: dict[str, str] = {}
-        for key, watched in self.watched.items():
-            last.setdefault(watched.run.stage, key)
-        methods = {key for stage, key in last.items() if stage in METHODS}
-        live = {key for key in last.values() if self.watched[key].alive}
-        self._followed = live or self._followed & self.watched.keys()  # what has died or ended stays until another runs
-        self.shown = self._followed if self._followed - methods else methods or set(last.values())
-
     # What is drawn
 
     def redraw(self) -> None:
         """Every chart, the line below and the list, from what was read."""
         self._drawn_at, self._spent = monotonic(), process_time()
-        self.set_class(not self.watched, "-empty")
+        self.set_class(not self.runs.watched, "-empty")
         self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
-        drawn, x = self._drawn(), self._x()
+        drawn, x = self.runs.drawn(), self._x()
         for chart in self.query(LossChart):
             name = str(chart.id)
             chart.display = name == "loss" or self._panel_shown(name)
@@ -191,16 +146,13 @@ class CurvesScreen(WorkbenchScreen):
         self._mode()
         self._list()
 
-    def _drawn(self) -> list[tuple[str, Watched]]:
-        return [(key, watched) for key, watched in self.watched.items() if key in self.shown]
-
     def _curve(self, key: str, watched: Watched, name: str, x: Range, columns: int) -> Curve:
-        look, flat = self.looks[key], watched.log.flat(watched.alive) if name == "loss" else None
+        look, flat = self.runs.looks[key], watched.log.flat(watched.alive) if name == "loss" else None
         return Curve(watched.log.series[name].visible(*x, columns), look.color, look.sign, flat[1] if flat else None)
 
     def _x(self) -> Range:
         """The steps shown: all, those of the window, or as many as in the window up to the newest."""
-        steps = [w.log.steps for _, w in self._drawn() if w.log.steps]
+        steps = [w.log.steps for _, w in self.runs.drawn() if w.log.steps]
         first, last = (min(s[0] for s in steps), max(s[-1] for s in steps)) if steps else (0.0, 1.0)
         if self.window.x is None:
             return (first, last) if first < last else (first - 1, last + 1)
@@ -215,20 +167,20 @@ class CurvesScreen(WorkbenchScreen):
         """One line: following or frozen, the scale, the smoothing; with the cursor, what each run has there."""
         window = self.window
         parts = ["following" if window.following else "frozen: f follows again"]
-        parts += ["log" if window.log else "linear", f"smoothing {self.smoothing:g}"]
-        if window.log and any(min(w.log.series["loss"].y, default=1) <= 0 for _, w in self._drawn()):
+        parts += ["log" if window.log else "linear", f"smoothing {self.runs.smoothing:g}"]
+        if window.log and any(min(w.log.series["loss"].y, default=1) <= 0 for _, w in self.runs.drawn()):
             parts.append("values of 0 or less have no place on a log axis")
         line = Text(" · ".join(parts))
         if window.cursor is not None:
             line.append(f"\nstep {window.cursor:,.0f}:", "bold")
-            for key, watched in self._drawn():
-                line.append(f"  {self.looks[key].sign} {_reading(watched, window.cursor)}")
+            for key, watched in self.runs.drawn():
+                line.append(f"  {self.runs.looks[key].sign} {_reading(watched, window.cursor)}")
         self.query_one("#mode", Static).update(line)
 
     def _list(self) -> None:
         rows = []
-        for key, watched in self.watched.items():
-            on, look = key in self.shown, self.looks[key]
+        for key, watched in self.runs.watched.items():
+            on, look = key in self.runs.shown, self.runs.looks[key]
             facts = watched.facts() if on else [watched.state]
             rows.append(Row(key, on, look.sign, look.color, watched.run.label, facts))
         self.query_one(RunList).show(rows)
@@ -237,8 +189,7 @@ class CurvesScreen(WorkbenchScreen):
 
     @on(RunList.Toggled)
     def _toggle(self, event: RunList.Toggled) -> None:
-        self._chosen = True
-        self.shown ^= {event.key}
+        self.runs.toggle(event.key)
         self.redraw()
         self._drawn_at = 0.0  # what is switched on is read and drawn at once
         self._poll()
@@ -304,11 +255,9 @@ class CurvesScreen(WorkbenchScreen):
         self.redraw()
 
     def action_smooth(self, direction: Literal[-1, 1]) -> None:
-        place = min(max(SMOOTHINGS.index(self.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
-        if self.smoothing != SMOOTHINGS[place]:
-            self.smoothing = SMOOTHINGS[place]
-            for watched in self.watched.values():
-                watched.smooth(self.smoothing)
+        place = min(max(SMOOTHINGS.index(self.runs.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
+        if self.runs.smoothing != SMOOTHINGS[place]:
+            self.runs.smooth(SMOOTHINGS[place])
             self.redraw()
 
     # What leaves the screen
@@ -316,9 +265,9 @@ class CurvesScreen(WorkbenchScreen):
     def action_export(self) -> None:
         from tui.screens.export import ExportScreen
 
-        drawn = self._drawn()
+        drawn = self.runs.drawn()
         if not any(watched.log.steps for _, watched in drawn):
-            hint = "switch a run on in the list below" if self.watched else "there are no runs yet"
+            hint = "switch a run on in the list below" if self.runs.watched else "there are no runs yet"
             self.workbench.say(f"There is nothing to export: {hint}.", "warning")
             return
         stem = f"curves-{drawn[0][1].run.stage}" if len(drawn) == 1 else "curves"
@@ -332,7 +281,7 @@ class CurvesScreen(WorkbenchScreen):
     async def _export(self, path: Path) -> None:
         try:
             if path.suffix.lower() == ".csv":
-                logs = [(watched.run.label, watched.log) for _, watched in self._drawn()]
+                logs = [(watched.run.label, watched.log) for _, watched in self.runs.drawn()]
                 pieces = export.csv_lines(logs)
             else:
                 pieces = iter([await export.drawn(self._picture(path.suffix[1:].lower()))])
@@ -344,7 +293,7 @@ class CurvesScreen(WorkbenchScreen):
 
     def _picture(self, kind: str) -> dict[str, object]:
         """What is on the screen, in more columns."""
-        drawn, x, panels = self._drawn(), self._x(), []
+        drawn, x, panels = self.runs.drawn(), self._x(), []
         for chart in self.query(LossChart):
             if chart.display:
                 name, log = str(chart.id), chart.id == "loss" and self.window.log
@@ -352,7 +301,7 @@ class CurvesScreen(WorkbenchScreen):
                 y = self.window.y if name == "loss" else None
                 labels = [_legend(watched) for _, watched in drawn]
                 panels.append(export.panel(TITLES[name], labels, curves, _values(y, log), log))
-        return {"format": kind, "title": f"smoothing {self.smoothing:g}", "x": x, "panels": panels}
+        return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}
 
 
 def _values(y: Range | None, log: bool) -> Range | None:
@@ -371,11 +320,3 @@ def _reading(watched: Watched, step: float) -> str:
         return "–"
     loss = watched.log.series["loss"]
     return f"{loss.y[at]:.4g} (smoothed {loss.smooth[at]:.4g})"
-
-
-def _discovered(root: Path, params: Path) -> list[Run]:
-    try:
-        known = load(params)
-    except UserError:  # the pipeline screen says what is wrong with it
-        known = None
-    return discover(root, known)
