@@ -210,7 +210,7 @@ def _serve(params: Path, port: int) -> None:
         from textual_serve.server import Server
     except ImportError:
         sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
-    command = shlex.join([sys.executable, "-m", "tui", "--params", str(params)])
+    command = shlex.join([sys.executable, "-P", "-m", "tui", "--params", str(params)])
     Server(command, host="localhost", port=port, title="lora").serve()
 
 
