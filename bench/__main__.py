@@ -6,6 +6,7 @@ from rich.table import Table
 from bench.calculator import calculator
 from bench.commands import commands
 from bench.curves import curves
+from bench.engine import engine
 from bench.memory import memory
 from bench.terminal import terminal
 from bench.training import training
@@ -14,7 +15,7 @@ from bench.training import training
 def main() -> None:
     table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
     console = Console()
-    for measure in (commands, terminal, calculator, curves, memory, training):
+    for measure in (commands, terminal, calculator, curves, engine, memory, training):
         for row in measure():
             table.add_row(*row.cells())
     console.print(table)
