@@ -274,6 +274,9 @@ class AdaptersScreen(BrowseScreen):
             self.bar.facts = await self.engine.ask("status")
         except UserError:
             self._engine_is("died")
+        else:
+            if not self._asking():
+                self._engine_is("ready")
 
     def action_spectrum(self) -> None:
         if self.details and self.details.entry.model.kind == "adapter":

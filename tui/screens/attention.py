@@ -58,6 +58,7 @@ class AttentionScreen(ModalScreen[None]):
             self._found = await self._ask(self._layer, self._head)
         except UserError as error:
             self.query_one("#head", Static).update(f"✗ {error}")
+            self.query_one(AttentionView).display = False
             return
         self._show()
 
@@ -65,6 +66,7 @@ class AttentionScreen(ModalScreen[None]):
         found = self._found
         where = f"layer {self._layer + 1} of {found['layers']} · head {self._head + 1} of {found['heads']}"
         self.query_one("#head", Static).update(f"{self._title} · {where}\n{KEYS}\n")
+        self.query_one(AttentionView).display = True
         if found["tokens"]:
             self.query_one(AttentionView).show(found["tokens"], found["weights"], self._chosen())
 
