@@ -9,7 +9,7 @@ from pipeline.calc.fit import Gpu, gpus
 from pipeline.calc.memory import PARTS, Memory, inference
 from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.words import SHADES, gib, title_of
+from pipeline.calc.words import PROJECTION, SHADES, cells_of, gib, title_of
 
 
 def overview(out: Output, question: Question) -> None:
@@ -44,20 +44,8 @@ def _parameters(question: Question) -> None:
     title = f"{title_of(method)}: {trained:,} trainable, {100 * trained / model.total:.4g}%"
     stdout.print(Text.assemble("\n", (title, "bold")))
     found = projections(model, method) if method.kind == "lora" else ()
-    rows = [
-        (
-            p.name,
-            f"{p.inputs:,} → {p.outputs:,}",
-            f"{p.rank} × {p.inputs:,}",
-            f"{p.outputs:,} × {p.rank}",
-            f"{p.count} × {p.experts} experts" if p.experts > 1 else f"{p.count}",
-            f"{p.parameters:,}",
-        )
-        for p in found
-    ]
-    if rows:
-        names_ = ("projection", "in → out", "A", "B", "count", "parameters")
-        stdout.print(table(names_, rows, right=names_[1:]))
+    if found:
+        stdout.print(table(PROJECTION, list(map(cells_of, found)), right=PROJECTION[1:]))
     simplified = document_count(model, method)
     if simplified is not None and simplified != trained:
         why = why_they_differ(model, method)

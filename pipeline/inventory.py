@@ -12,13 +12,13 @@ from pipeline.binding import CONFIG, Fingerprint, base_of, refuse_foreign
 from pipeline.dag import STAGES, VARIANTS
 from pipeline.errors import UserError
 from pipeline.metrics import LOSS, final_loss, read_steps
+from pipeline.signature import signature
 from pipeline.tensors import read_header
 
 UNSEALED = "no manifest: base not known"
 NOT_CHECKED = "It has no manifest: names and shapes are checked when it is loaded, nothing else can be."
 BASES = ("pretrain", "expand_vocab")  # methods whose checkpoints others are trained from
 VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
-Signature = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,6 @@ def _final_loss(path: Path) -> float | None:
 def _when(folder: Path) -> float | None:
     times = {name: modified / 1e9 for name, _, _, modified in signature(folder)}
     return times.get(artifact.MANIFEST, max(times.values(), default=None))
-
-
-def signature(folder: Path) -> Signature:
-    """Name, inode, size in bytes and time of change (ns) of each file in `folder`; () if there is no such folder."""
-    try:
-        stats = [(entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
-    except OSError:
-        return ()
-    return tuple(sorted((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
 def find_base(adapter: Path, root: Path) -> Path:

@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,20 +19,9 @@ from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.models.base import count
 from pipeline.models.minigpt import MiniGPT
+from pipeline.signature import Signature, signature
 
-Stamp = tuple[tuple[str, int, int, int], ...]
 LARGE = 10_000_000  # parameters; below it a second thread costs more than it gains
-
-
-def stamp(folder: Path) -> Stamp:
-    """Name, time, size and inode of every file in `folder`: another one when any of them changed."""
-    found = []
-    with suppress(OSError):  # of a folder: loading says why
-        for entry in os.scandir(folder):
-            with suppress(OSError):
-                stat = entry.stat()
-                found.append((entry.name, stat.st_mtime_ns, stat.st_size, stat.st_ino))
-    return tuple(sorted(found))
 
 
 def view(model: MiniGPT) -> MiniGPT:
@@ -43,10 +31,10 @@ def view(model: MiniGPT) -> MiniGPT:
 
 
 class Base:
-    """A checkpoint in memory, as its files were at `stamp`."""
+    """A checkpoint in memory, as its files were at `signature`."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder, self.stamp = folder, stamp(folder)
+        self.folder, self.signature = folder, signature(folder)
         self.loaded = engine.load(folder)
         self.loaded.model.to(device)
 
@@ -57,7 +45,7 @@ class Base:
 
     def refuse_changed(self) -> None:
         """Raises UserError if the files are no longer those in memory, so that what was verified is another base."""
-        if stamp(self.folder) != self.stamp:
+        if signature(self.folder) != self.signature:
             raise UserError(f"{self.folder} changed while it was loaded. Load it again.")
 
 
@@ -67,7 +55,7 @@ class Resident:
 
     loaded: Loaded
     base: Base
-    stamp: Stamp  # of the adapter's folder
+    signature: Signature  # of the adapter's folder
     strength: Strength | None = None
 
     def at(self, s: float) -> Loaded:
@@ -83,7 +71,9 @@ class Resident:
     def current(self) -> bool:
         """Whether the files are still those that were loaded."""
         adapter = self.loaded.adapter
-        return stamp(self.base.folder) == self.base.stamp and (adapter is None or stamp(adapter) == self.stamp)
+        if adapter is not None and signature(adapter) != self.signature:
+            return False
+        return signature(self.base.folder) == self.base.signature
 
 
 class Residents:
@@ -102,7 +92,7 @@ class Residents:
         """The model, now called `name`, and whether its base was there already. Raises UserError as engine.load."""
         folder = base.resolve()
         known = self._bases.get(folder)
-        resident = known is not None and known.stamp == stamp(folder)
+        resident = known is not None and known.signature == signature(folder)
         there = known if known is not None and resident else Base(base, self.device)
         self._bases[folder] = there
         model = _on(there, base, name) if adapter is None else _adapted(there, base, adapter, name)
@@ -135,7 +125,7 @@ def _on(base: Base, folder: Path, name: str) -> Resident:
 
 
 def _adapted(base: Base, folder: Path, adapter: Path, name: str) -> Resident:
-    model, files = view(base.loaded.model), stamp(adapter)
+    model, files = view(base.loaded.model), signature(adapter)
     spec = load_adapter(model, folder, adapter, lambda _: base.fingerprint)
     loaded = Loaded(name, model.eval(), base.loaded.tokenizer, folder, adapter)
     return Resident(loaded, base, files, Strength(model, base.loaded.model, spec))

@@ -14,9 +14,9 @@ from pipeline.dag import STAGES, Project, Stage
 from pipeline.errors import UserError
 from pipeline.journal import Journal
 from pipeline.runner import Digests, known
+from pipeline.signature import Signature, signature
 
 State = Literal["missing", "current", "changed", "waits", "running", "failed", "stopped", "died"]
-Signature = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Status:
 
     def of(self, project: Project) -> dict[str, StageState]:
         """Every stage, in the DAG's order."""
-        code = _signature(provenance.ROOT / "pipeline")
+        code = signature(provenance.ROOT / "pipeline")
 
         def code_of(module: str) -> str:
             return self._remembered(("code", module), code, lambda: provenance.code_digest(module))
@@ -82,16 +82,16 @@ class Status:
         return ("changed", reasons) if reasons else ("current", ())
 
     def _digest(self, path: Path) -> str:
-        return self._remembered(("digest", path), _signature(path), lambda: artifact.digest(path))
+        return self._remembered(("digest", path), signature(path), lambda: artifact.digest(path))
 
     def _verified(self, folder: Path) -> str:
         """Why the artifact is not what its manifest says; empty if it is."""
-        return self._remembered(("verified", folder), _signature(folder), lambda: _problem(folder))
+        return self._remembered(("verified", folder), signature(folder), lambda: _problem(folder))
 
-    def _remembered(self, key: tuple[str, Path | str], signature: Signature, make: Callable[[], str]) -> str:
+    def _remembered(self, key: tuple[str, Path | str], now: Signature, make: Callable[[], str]) -> str:
         known = self._memory.get(key)
-        if known is None or known[0] != signature:
-            known = self._memory[key] = signature, make()
+        if known is None or known[0] != now:
+            known = self._memory[key] = now, make()
         return known[1]
 
 
@@ -125,22 +125,9 @@ def _short(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def signature(project: Project) -> Signature:
-    """Changes when anything does that a state depends on; only asks the file system for sizes and times."""
+def project_signature(project: Project) -> tuple[Signature, ...]:
+    """Changes when anything does that a state depends on."""
     data = {project.root / name for stage in STAGES.values() for name in project.data_files(stage)}
     runs = [project.run_folder(name) / journal.JOURNAL for name in STAGES]
     artifacts = [project.artifact(name) for name in STAGES]
-    return tuple(entry for path in (*sorted(data), *runs, *artifacts) for entry in _signature(path))
-
-
-def _signature(path: Path) -> Signature:
-    """Name, time, size and inode of a file, or of all files in a folder."""
-    found = []
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        try:
-            stat = file.stat()
-        except OSError:
-            continue
-        if "__pycache__" not in file.parts:
-            found.append((str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino))
-    return tuple(found)
+    return tuple(map(signature, (*sorted(data), *runs, *artifacts)))

@@ -12,6 +12,7 @@ from pipeline.dag import STAGES, VARIANTS
 from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.inventory import Model, check, describe, find_base, model_folders
+from pipeline.signature import signature
 
 
 def models(root: Path) -> dict[str, Model]:
@@ -97,10 +98,10 @@ def test_a_model_that_vanishes_or_lacks_its_base_is_refused_with_the_reason(proj
 
 def test_the_signature_changes_with_any_file_of_the_folder(project: Path) -> None:
     folder = project / "artifacts/base"
-    before = inventory.signature(folder)
+    before = signature(folder)
     (folder / "config.json").write_text("{}", encoding="utf-8")
-    assert inventory.signature(folder) != before
-    assert inventory.signature(project / "nowhere") == ()
+    assert signature(folder) != before
+    assert signature(project / "nowhere") == ()
 
 
 def test_hidden_folders_are_passed_over_and_others_are_not(project: Path) -> None:

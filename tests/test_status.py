@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.params_file import save
 from pipeline.runner import Event, Job, Note, Progress, run
-from pipeline.status import Status, signature
+from pipeline.status import Status, project_signature
 from tests.support import BRIEF, COMMAND, LORA, make, make_one
 
 
@@ -94,10 +94,10 @@ def test_hashing_happens_once_until_a_file_changes(project: Path, monkeypatch: p
 
 
 def test_the_signature_changes_with_params_data_runs_and_artifacts(project: Path) -> None:
-    seen = {signature(project_of(project))}
+    seen = {project_signature(project_of(project))}
     for name in ("data/prompts.yaml", "artifacts/base/config.json", "runs/pretrain/run.json"):
         (project / name).write_text("changed", encoding="utf-8")
-        seen.add(signature(project_of(project)))
+        seen.add(project_signature(project_of(project)))
     assert len(seen) == 4
 
 

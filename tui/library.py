@@ -9,7 +9,8 @@ from pipeline import artifact
 from pipeline.binding import CONFIG
 from pipeline.dag import STAGES, VARIANTS
 from pipeline.errors import UserError
-from pipeline.inventory import Model, Signature, Verdict, check, describe, find_base, model_folders, signature
+from pipeline.inventory import Model, Verdict, check, describe, find_base, model_folders
+from pipeline.signature import Signature, signature
 
 ORDER = ("pretrain", "expand_vocab", "full", "freeze", "adapter", "merge")  # side by side, from left to right
 MAX_JSON = 1_000_000  # bytes of a manifest or config that are shown

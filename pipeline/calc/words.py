@@ -2,10 +2,27 @@
 
 from pipeline.calc.fit import GIB, gpus
 from pipeline.calc.memory import PARTS
+from pipeline.calc.parameters import Projection
 from pipeline.calc.settings import Method
 
 MIB = 2**20
 SHADES = dict(zip(PARTS, ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black"), strict=True))
+
+
+PROJECTION = ("projection", "in → out", "A", "B", "count", "parameters")
+
+
+def cells_of(projection: Projection) -> tuple[str, ...]:
+    """A kind of projection under the heads of PROJECTION."""
+    p = projection
+    return (
+        p.name,
+        f"{p.inputs:,} → {p.outputs:,}",
+        f"{p.rank} × {p.inputs:,}",
+        f"{p.outputs:,} × {p.rank}",
+        f"{p.count} × {p.experts} experts" if p.experts > 1 else f"{p.count}",
+        f"{p.parameters:,}",
+    )
 
 
 def title_of(method: Method) -> str:

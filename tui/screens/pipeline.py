@@ -16,7 +16,7 @@ from pipeline import params, params_file
 from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
 from pipeline.metrics_diff import Change, since_commit
-from pipeline.status import StageState, Status, signature
+from pipeline.status import StageState, Status, project_signature
 from tui.processes import Running
 from tui.screens.base import WorkbenchScreen
 from tui.widgets.dag_picture import DagPicture
@@ -102,7 +102,7 @@ class PipelineScreen(WorkbenchScreen):
             file = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         except OSError:
             file = (0, 0, 0)
-        return file, self.project and signature(self.project)
+        return file, self.project and project_signature(self.project)
 
     @work(thread=True, group="look")
     def _look(self, seen: tuple[object, object] | None, ended: Running | None) -> None:

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from pipeline.calc.fit import LARGEST, Largest
 from pipeline.calc.parameters import document_count, notes, projections, why_they_differ
-from pipeline.calc.words import capped, gib, smallest, title_of
+from pipeline.calc.words import PROJECTION, capped, cells_of, gib, smallest, title_of
 from pipeline.metrics import in_units
 from tui.calculation import Result
 from tui.widgets.lines import Lines, cells
@@ -67,22 +67,11 @@ def _table(result: Result, width: int) -> Sequence[Text]:
     found = projections(result.model, result.method) if result.method.kind == "lora" else ()
     if not found:
         return [Text(" · ".join(f"{name} {count:,}" for name, count in result.model.components().items()))]
-    heads = ("projection", "in → out", "A", "B", "count", "parameters")
-    rows = [
-        (
-            p.name,
-            f"{p.inputs:,} → {p.outputs:,}",
-            f"{p.rank} × {p.inputs:,}",
-            f"{p.outputs:,} × {p.rank}",
-            f"{p.count} × {p.experts} experts" if p.experts > 1 else f"{p.count}",
-            f"{p.parameters:,}",
-        )
-        for p in found
-    ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    rows = list(map(cells_of, found))
+    widths = [max(map(len, column)) for column in zip(PROJECTION, *rows, strict=True)]
     widths[0] = -widths[0]
     if sum(map(abs, widths)) + 5 <= width:
-        return [Text(cells(heads, widths), "bold"), *(Text(cells(row, widths)) for row in rows)]
+        return [Text(cells(PROJECTION, widths), "bold"), *(Text(cells(row, widths)) for row in rows)]
     lines = [Text("projection  in → out, count, parameters; A and B", "bold")]
     for name, shape, a, b, count, parameters in rows:
         lines += [Text(f"{name}  {shape}  × {count} = {parameters}"), Text(f"    A {a}, B {b}", "dim")]
