@@ -100,7 +100,8 @@ def test_qwen3_is_calculated_and_changed_by_keys(tmp_path: Path) -> None:
         terminal.see("pinned")
 
 
-def test_lora_is_prompted_beside_base_and_again_after_the_engine_was_killed(worked: Path) -> None:
+def test_lora_is_prompted_beside_base_again_after_a_kill_and_swapped_for_another_adapter(worked: Path) -> None:
+    shutil.copytree(worked / "artifacts/lora_adapter", worked / "artifacts/second")
     with lora_tui(worked, (120, 40)) as terminal:
         terminal.keys("4")
         terminal.see("expanded", "verified")
@@ -115,7 +116,14 @@ def test_lora_is_prompted_beside_base_and_again_after_the_engine_was_killed(work
         terminal.see("engine died")
         terminal.keys("p", "Up", "Enter")
         terminal.see("engine ready", seconds=60)
-        assert child(worked) != engine
+        fresh = child(worked)
+        assert fresh != engine
+        terminal.keys("Escape", "u", *["Down"] * 5, "Space")  # none but the other adapter
+        terminal.see("● second")
+        terminal.keys("p", "Up", "Enter")
+        screen = terminal.see("next", "second", "98.1", "engine ready")
+        assert "freeze" not in screen.split("candidates")[1]
+        assert child(worked) == fresh
 
 
 def child(project: Path) -> int:

@@ -97,7 +97,7 @@ class AdaptersScreen(BrowseScreen):
         if action == "interrupt":
             return self._asking()
         if action == "browse":
-            return narrow and prompting
+            return prompting
         if narrow and action in (BROWSING if prompting else PROMPTING):
             return False
         return super().check_action(action, parameters)
