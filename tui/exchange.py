@@ -1,10 +1,8 @@
 """What was asked and answered in this session, and how it is written down."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from tui.sampling import Sampling
 
@@ -56,17 +54,3 @@ def _markdown(exchange: Exchange) -> str:
         lines.append(f"- **{answer.title}**: {exchange.prompt}{answer.text}" + (f" ({how})" if how else ""))
         lines += [f"  - next: {top}"] if top else []
     return "\n".join(lines) + "\n"
-
-
-def save(path: Path, text: str) -> None:
-    """Write `text` whole or not at all. Raises OSError."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None

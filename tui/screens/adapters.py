@@ -18,7 +18,8 @@ from textual.widgets import Input, Static
 from pipeline.errors import UserError
 from tui.asker import Asker
 from tui.conversation import Conversation, Latest
-from tui.exchange import save, transcript
+from tui.exchange import transcript
+from tui.export import save
 from tui.inference import EngineDied, Inference
 from tui.library import Stamp
 from tui.screens.attention import AttentionScreen
@@ -249,7 +250,7 @@ class AdaptersScreen(BrowseScreen):
             return
         path = self.workbench.root / Path(named).expanduser()
         try:
-            save(path, transcript(self.talk.exchanges, path.suffix))
+            save(path, [transcript(self.talk.exchanges, path.suffix).encode()])
         except OSError as error:
             self.workbench.fail(error)
         else:
