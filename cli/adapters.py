@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import BaseOption, JsonOption, group
+from cli.options import BaseOption, JsonOption, TrustOption, group
 
 app = group()
 adapters = group(help="List adapters, or verify one.", invoke_without_command=True)
@@ -57,6 +57,7 @@ def show(
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")],
     base: BaseOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Load an adapter on its base as `lora prompt` would, and say whether anything is wrong."""
     from cli.console import stdout
@@ -65,7 +66,7 @@ def verify(
     from pipeline.engine import load
 
     base = base or base_of(path)
-    load(base, path)
+    load(base, path, trust_remote_code=trust_remote_code)
     bound = (path / MANIFEST).exists()
     proof = (
         "files, names, shapes and base are those it was trained with"

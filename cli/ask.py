@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import DEFAULT_PARAMS, BaseOption, JsonOption, ParamsOption, group, project_of
+from cli.options import DEFAULT_PARAMS, BaseOption, JsonOption, ParamsOption, TrustOption, group, project_of
 
 if TYPE_CHECKING:
     from pipeline.engine import Loaded
-    from pipeline.generate import Sampling
 
 app = group()
 
@@ -24,6 +23,7 @@ def _utf8(text: str) -> str:
 
 Text = Annotated[str, typer.Argument(metavar="TEXT", callback=_utf8, help="The beginning of a sentence.")]
 TopK = Annotated[int, typer.Option("--top-k", min=1, help="Candidates for the next token to show.")]
+Chat = Annotated[bool, typer.Option("--chat", help="TEXT is a user's turn, in the model's chat template.")]
 MaxTokens = Annotated[int, typer.Option(min=0, help="Longest completion, in tokens.")]
 
 
@@ -38,6 +38,8 @@ def prompt(
     sample_top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest; 0: from all.")] = 0,
     sample_top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest with this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    chat: Chat = False,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask one model: the likeliest next tokens and a completion."""
@@ -45,20 +47,24 @@ def prompt(
 
     from cli.console import bar, print_json, stdout, table
     from pipeline.binding import base_of
-    from pipeline.engine import load
+    from pipeline.engine import continued, load
     from pipeline.generate import Sampling
+    from pipeline.legible import visible
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
         raise typer.BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
-    loaded = load(base or base_of(adapter), adapter)
-    answer = _answer(loaded, text, top_k, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
+    loaded = load(base or base_of(adapter), adapter, trust_remote_code=trust_remote_code)
+    asked = _asked(loaded, text, chat)
+    said = continued(loaded, asked, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
+    answer = _answer(loaded, text, asked, top_k, said)
     _note_unbound(adapter)
     if as_json:
         print_json(answer)
         return
-    rows = [(c["token"], f"{c['probability']:.1%}", bar(c["probability"])) for c in answer["top_k"]]
+    rows = [(visible(c["token"]), f"{c['probability']:.1%}", bar(c["probability"])) for c in answer["top_k"]]
     stdout.print(table(("next", "probability", ""), rows, right=("probability",)))
-    stdout.print(Line.assemble("\n", text, " ", (answer["completion"], "bold")))
+    before, after = (f"{text}\n→ ", said.strip()) if chat else (text, said.rstrip())
+    stdout.print(Line.assemble("\n", before, (after, "bold")), soft_wrap=True)
 
 
 @app.command()
@@ -67,20 +73,21 @@ def compare(
     params: ParamsOption = DEFAULT_PARAMS,
     top_k: TopK = 3,
     max_tokens: MaxTokens = 20,
+    chat: Chat = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask every variant that the pipeline has made, side by side."""
     from cli.console import print_json, stdout, table
-    from pipeline.engine import variants
+    from pipeline.engine import continued, variants
     from pipeline.errors import UserError
-    from pipeline.generate import GREEDY
 
     answers: dict[str, dict[str, Any]] = {}
     for loaded in variants(project_of(params)):
-        unknown = loaded.tokenizer.unknown_words(text)
-        answers[loaded.name] = (
-            {"prompt": text, "unknown_words": unknown} if unknown else _answer(loaded, text, top_k, max_tokens, GREEDY)
-        )
+        asked = _asked(loaded, text, chat)
+        if unknown := loaded.tokenizer.unknown_words(text):
+            answers[loaded.name] = {"prompt": text, "unknown_words": unknown}
+        else:
+            answers[loaded.name] = _answer(loaded, text, asked, top_k, continued(loaded, asked, max_tokens))
     if not answers:
         raise UserError("There is no model yet. Run `make repro` for all of them, or `lora pretrain` to begin.")
     if all("unknown_words" in answer for answer in answers.values()):
@@ -96,19 +103,29 @@ def compare(
 def _cells(answer: dict[str, Any], k: int) -> list[str]:
     if "unknown_words" in answer:
         return [*[""] * k, f"does not know: {', '.join(answer['unknown_words'])}"]
-    choices = [f"{choice['token']} {choice['probability']:.1%}" for choice in answer["top_k"]]
-    return [*choices, *[""] * (k - len(choices)), answer["completion"]]
+    from pipeline.legible import visible
+
+    choices = [f"{visible(choice['token'])} {choice['probability']:.1%}" for choice in answer["top_k"]]
+    return [*choices, *[""] * (k - len(choices)), " ".join(answer["completion"].split())]
 
 
-def _answer(loaded: "Loaded", text: str, k: int, max_tokens: int, sampling: "Sampling") -> dict[str, Any]:
+def _asked(loaded: "Loaded", text: str, chat: bool) -> str:
+    """What the model reads. Raises UserError where it has no chat template."""
+    from pipeline.chat import render
+
+    return render(loaded.base, text) if chat else text
+
+
+def _answer(loaded: "Loaded", text: str, asked: str, k: int, said: str) -> dict[str, Any]:
+    """`asked` is `text` as the model read it, `said` what it answered."""
     from pipeline import engine
 
     return {
         "prompt": text,
         "model": str(loaded.base),
         "adapter": str(loaded.adapter) if loaded.adapter else None,
-        "top_k": [vars(choice) for choice in engine.top_k(loaded, text, k)],
-        "completion": engine.complete(loaded, text, max_tokens, sampling),
+        "top_k": [vars(choice) for choice in engine.top_k(loaded, asked, k)],
+        "completion": said.strip(),
     }
 
 

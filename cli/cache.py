@@ -50,6 +50,6 @@ def prune(
 
 def _cache_of(params: Path) -> "Cache":
     from pipeline.cache import Cache
-    from pipeline.dag import CACHE
+    from pipeline.dag import cache_folder
 
-    return Cache(params.resolve().parent / CACHE)
+    return Cache(cache_folder(params.resolve().parent))

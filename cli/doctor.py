@@ -5,6 +5,7 @@ from cli.options import JsonOption, group
 app = group()
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
+GGUF = ("gguf", "sentencepiece", "protobuf", "accelerate")  # what reading a .gguf base takes
 
 
 @app.command()
@@ -18,16 +19,17 @@ def doctor(as_json: JsonOption = False) -> None:
 
     from cli.console import print_json, stdout, table
 
-    def found(library: str) -> str:
+    def found(library: str, otherwise: str) -> str:
         try:
             return version(library)
         except PackageNotFoundError:
-            return "not installed: run `make install`"
+            return f"not installed: {otherwise}"
 
     facts = {
         "lora-workbench": version("lora-workbench"),
         "python": platform.python_version(),
-        **{library: found(library) for library in LIBRARIES},
+        **{library: found(library, "run `make install`") for library in LIBRARIES},
+        **{library: found(library, "only .gguf bases need it, `lora-workbench[gguf]`") for library in GGUF},
         "git": shutil.which("git") or "not found: manifests will name no commit",
         **_devices(),
         "cpu threads": str(torch.get_num_threads()),

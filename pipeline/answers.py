@@ -47,15 +47,16 @@ class Answers:
     def _load(self, request: Request) -> Answer:
         start = time.perf_counter()
         name = request.text("name")
-        resident, was_there = self.models.load(name, request.path("base"), request.optional_path("adapter"))
+        base, adapter = request.path("base"), request.optional_path("adapter")
+        resident, was_there = self.models.load(name, base, adapter, request.flag("trust_remote_code"))
         model = resident.loaded.model
         return {
             "name": name,
             "parameters": count(model)["total"],
             "seconds": time.perf_counter() - start,
             "chat": chat.has_template(resident.loaded.base),
-            "layers": model.config.layers,
-            "heads": model.config.heads,
+            "layers": model.shape.layers,
+            "heads": model.shape.heads,
             "resident": was_there,
         }
 
@@ -92,30 +93,30 @@ class Answers:
         )
         prompt = engine.encode(loaded, _prompt(loaded, request))
         tokens, reason = 0, "length"
-        for drawn in stream(loaded.model, prompt, request.whole("limit", 20), sampling):
-            if drawn.id == loaded.model.config.end_id:
+        ends, adds = loaded.tokenizer.end_ids, loaded.tokenizer.stream()
+        for drawn in stream(loaded.model, prompt, ends, request.whole("limit", 20), sampling):
+            if drawn.id in ends:
                 reason = "end"
             else:
                 tokens += 1
-                word = loaded.tokenizer.decode([drawn.id])  # nothing for a special token
-                yield {"event": "token", "text": f" {word}" if word else "", "probability": drawn.probability}
+                yield {"event": "token", "text": adds(drawn.id), "probability": drawn.probability}
         yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": time.perf_counter() - start}
 
     def _attention(self, request: Request) -> Answer:
         loaded = self._one(request)
-        config = loaded.model.config
+        shape = loaded.model.shape
         layer, head = request.whole("layer"), request.whole("head")
-        if layer >= config.layers or head >= config.heads:
-            raise UserError(f"{loaded.name} has layers 0 to {config.layers - 1} and heads 0 to {config.heads - 1}.")
-        ids = engine.encode(loaded, request.text("text"))
+        if layer >= shape.layers or head >= shape.heads:
+            raise UserError(f"{loaded.name} has layers 0 to {shape.layers - 1} and heads 0 to {shape.heads - 1}.")
+        ids = engine.encode(loaded, _prompt(loaded, request))
         if len(ids) > LONGEST_ATTENTION:
             raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {LONGEST_ATTENTION}.")
         weights = attention.of_layer(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)
         return {
             "tokens": [loaded.tokenizer.word(id_) for id_ in ids],
             "weights": finite(weights[0, head]).tolist(),
-            "layers": config.layers,
-            "heads": config.heads,
+            "layers": shape.layers,
+            "heads": shape.heads,
         }
 
     def _spectrum(self, request: Request) -> Answer:

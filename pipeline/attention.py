@@ -5,7 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.models.minigpt import Attention, MiniGPT
+from pipeline.errors import UserError
+from pipeline.models.attend import watched
+from pipeline.models.causal import CausalLM
+from pipeline.models.minigpt import Attention
 
 
 def probabilities(attention: Attention, x: Tensor) -> Tensor:
@@ -21,14 +24,19 @@ def probabilities(attention: Attention, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def of_layer(model: MiniGPT, ids: Tensor, layer: int) -> Tensor:
+def of_layer(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
     """The attention probabilities, (B, H, T, T), of one layer while the model reads ids (B, T)."""
+    attention = getattr(model.blocks[layer], "self_attn", None)
+    if not isinstance(attention, Attention):
+        with watched(layer) as found:
+            model.hidden(ids)
+        if not found:
+            raise UserError(f"Layer {layer} attends in a way of its own, or not at all: it cannot be shown.")
+        return found[0]
     inputs: list[Tensor] = []
-    attention = model.decoder.layers[layer].get_submodule("self_attn")
-    assert isinstance(attention, Attention)
     hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
-        model(ids)
+        model.hidden(ids)
     finally:
         hook.remove()
     return probabilities(attention, inputs[0])

@@ -1,19 +1,23 @@
 """A content-addressed store of finished artifacts: <root>/<stage>/<key>/.
 
 The key covers all that decides an artifact's bytes. Entries appear whole, by rename, are checked against
-their manifest when used, and are touched by one process at a time.
+their manifest when used, and are touched by one process at a time. Large files are one file under two names, so
+that a real model does not cost its size again: nothing here changes a file in place, and the check finds who did.
 """
 
 import fcntl
+import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import artifact
 from pipeline.errors import UserError
+
+LARGE = 64 * 2**20  # bytes from which a file is linked
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,17 @@ class Cache:
 
 def _copy(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
-        shutil.copyfile(path, target / path.name)
+        if not _linked(path, target / path.name):
+            shutil.copyfile(path, target / path.name)
+
+
+def _linked(path: Path, target: Path) -> bool:
+    """Whether a large file could be given a second name: not on another file system, nor on one without links."""
+    if path.stat().st_size >= LARGE:
+        with suppress(OSError):
+            os.link(path.resolve(), target)
+            return True
+    return False
 
 
 def _size(folder: Path) -> int:

@@ -1,6 +1,8 @@
 """Chat templates, as transformers renders them."""
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,13 @@ from typing import Any
 from pipeline.errors import UserError
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+_MARKER = re.compile(r"\{%[-+]?\s*generation\b")
+
+Messages = Sequence[Mapping[str, object]]  # each with role and content
+
+
+class Rendered(str):
+    """Text that a chat template wrote: it holds its own beginning-of-text token, or is meant to have none."""
 
 
 def has_template(folder: Path) -> bool:
@@ -21,20 +30,49 @@ def has_template(folder: Path) -> bool:
     return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
-def render(folder: Path, text: str) -> str:
-    """`text` as a user's turn, up to where the model answers. Raises UserError.
+def render(folder: Path, text: str) -> Rendered:
+    """`text` as a user's turn, up to where the model answers. Raises UserError."""
+    return render_in(folder, [{"role": "user", "content": text}], reply=True)
 
-    The template writes the beginning-of-text token itself where there is one: encode without special tokens.
-    """
+
+def render_in(folder: Path, messages: Messages, reply: bool) -> Rendered:
+    """A conversation in the template of the model in `folder`. Raises UserError."""
     if not has_template(folder):
-        raise UserError(f"{folder} has no chat template. Prompt it without chat.")
+        raise no_template(str(folder))
+    times = tuple(_time(folder / name) for name in (TEMPLATE, CONFIG))
     try:
-        turns = [{"role": "user", "content": text}]
-        times = tuple(_time(folder / name) for name in (TEMPLATE, CONFIG))
-        rendered: str = _tokenizer(folder, times).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        theirs = _tokenizer(folder, times)
+    except Exception as error:  # whatever the library raises
+        raise UserError(f"{folder}: its tokenizer does not open: {_short(error)}") from None
+    return render_with(theirs, messages, reply, str(folder))
+
+
+def render_with(theirs: Any, messages: Messages, reply: bool, name: str) -> Rendered:
+    """A conversation in a transformers tokenizer's template; with `reply`, up to where the model answers."""
+    try:
+        turns = [dict(message) for message in messages]
+        return Rendered(theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply))
     except Exception as error:  # whatever a template or the library raises
-        raise UserError(f"{folder}: its chat template fails: {' '.join(str(error).split())[:200]}") from None
-    return rendered
+        raise UserError(f"{name}: its chat template fails: {_short(error)}") from None
+
+
+def marked_by(theirs: Any, messages: Messages) -> tuple[bool, ...] | None:
+    """Which tokens of a rendered conversation the template marks as the model's own; None where it marks none."""
+    if not _MARKER.search(theirs.get_chat_template()):
+        return None
+    out = theirs.apply_chat_template(
+        [dict(message) for message in messages], return_dict=True, return_assistant_tokens_mask=True
+    )
+    mask = tuple(map(bool, out["assistant_masks"]))
+    return mask if any(mask) else None
+
+
+def no_template(name: str) -> UserError:
+    return UserError(f"{name} has no chat template. Prompt it without chat, and train it on texts or completions.")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _time(path: Path) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifact
-from pipeline.dag import ARTIFACTS, CACHE, RUNS, STAGES, Stage
+from pipeline.dag import ARTIFACTS, RUNS, STAGES, Stage, cache_folder
 from pipeline.errors import UserError
 from pipeline.metrics import LOSS, TELEMETRY
 from pipeline.params import Params
@@ -54,7 +54,8 @@ def discover(root: Path, params: Params | None) -> list[Run]:
 def stamp(root: Path, params: Path) -> tuple[int, ...]:
     """What is another when `discover` may find other runs: a dozen calls of os.stat."""
     logs = [(root / RUNS / name / LOSS) for name in TRAINING]
-    others = [params, *(root / STAGES[name].path for name in TRAINING), *(root / CACHE / name for name in TRAINING)]
+    kept = cache_folder(root)
+    others = [params, *(root / STAGES[name].path for name in TRAINING), *(kept / name for name in TRAINING)]
     return (*(_stat(path)[0] for path in logs), *(number for path in others for number in _stat(path)))
 
 
@@ -88,7 +89,8 @@ def _runs(root: Path, stage: Stage, params: Params | None) -> Iterator[Run]:
 
 def _made(root: Path, stage: Stage) -> Iterator[_Made]:
     """What is in artifacts/, then what the cache holds, newest first."""
-    kept = sorted((root / CACHE / stage.name).glob("[!.]*"), key=lambda entry: _changed(entry / LOSS), reverse=True)
+    entries = (cache_folder(root) / stage.name).glob("[!.]*")
+    kept = sorted(entries, key=lambda entry: _changed(entry / LOSS), reverse=True)
     for folder in (root / ARTIFACTS / stage.output, *kept):
         try:
             manifest = artifact.read_manifest(folder)

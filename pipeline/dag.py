@@ -1,13 +1,20 @@
 """The stages: what each reads, what it writes, the module it runs. dvc.yaml says the same to DVC; a test compares."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import Params, Section
+from pipeline.params import Params, Pretrain, Section
 
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
+
+
+def cache_folder(root: Path) -> Path:
+    """Where results are kept by content: in the project, or where LORA_CACHE says, for all of a machine's projects."""
+    shared = os.environ.get("LORA_CACHE")
+    return Path(shared) if shared else root / CACHE
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ STAGES: Mapping[str, Stage] = {
                 kind,
                 method,
                 needs=("expand_vocab",),
-                data=("data",),
+                data=("data", "retain") if method == "lora" else ("data",),
             )
             for method, output, kind in (
                 ("full", "full_finetuned", "checkpoint"),
@@ -107,9 +114,12 @@ class Project:
         return self.root / RUNS / stage
 
     def data_files(self, stage: Stage) -> list[str]:
-        """The data files a stage reads, as params.yaml names them."""
-        values: list[Any] = [getattr(self.section(stage), key) for key in stage.data]
-        return [name for value in values for name in ((value,) if isinstance(value, str) else value)]
+        """The data files a stage reads, as params.yaml names them; an imported base reads none."""
+        section = self.section(stage)
+        if isinstance(section, Pretrain) and section.imports:
+            return []
+        values: list[Any] = [getattr(section, key) for key in stage.data]
+        return [name for value in values for name in ((value,) if isinstance(value, str) else value) if name]
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Name → path of all that a stage reads: other stages' outputs, then data files."""

@@ -12,8 +12,8 @@ from pipeline.dag import VARIANTS, Project
 from pipeline.errors import UserError
 from pipeline.generate import GREEDY, Sampling, finite, generate
 from pipeline.models.base import load_base
-from pipeline.models.minigpt import MiniGPT
-from pipeline.tokenizer import WordTokenizer
+from pipeline.models.causal import CausalLM
+from pipeline.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Loaded:
     """A model ready to be asked, and where it came from."""
 
     name: str
-    model: MiniGPT
-    tokenizer: WordTokenizer
+    model: CausalLM
+    tokenizer: Tokenizer
     base: Path
     adapter: Path | None = None
 
@@ -35,9 +35,9 @@ class Choice:
     probability: float
 
 
-def load(base: Path, adapter: Path | None = None, name: str = "") -> Loaded:
+def load(base: Path, adapter: Path | None = None, name: str = "", trust_remote_code: bool = False) -> Loaded:
     """The checkpoint at `base` with the adapter at `adapter` on it. Raises UserError; never the base in its place."""
-    model, tokenizer = load_base(base)
+    model, tokenizer = load_base(base, None, trust_remote_code)
     if adapter is not None:
         load_adapter(model, base, adapter)
     return Loaded(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
@@ -48,7 +48,7 @@ def variants(project: Project) -> Iterator[Loaded]:
     for name, (base, adapter) in VARIANTS.items():
         folders = project.artifact(base), project.artifact(adapter) if adapter else None
         if all(folder is None or folder.is_dir() for folder in folders):
-            yield load(*folders, name=name)
+            yield load(*folders, name, project.params.pretrain.trust_remote_code)
 
 
 def encode(loaded: Loaded, text: str) -> tuple[int, ...]:
@@ -61,16 +61,17 @@ def encode(loaded: Loaded, text: str) -> tuple[int, ...]:
             f"{loaded.name} does not know: {', '.join(unknown)}. It is a word-level model: use words of its training "
             f"data, or add them with expand_vocab."
         )
-    if len(ids) > loaded.model.config.max_positions:
-        raise UserError(f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.config.max_positions}.")
+    if len(ids) > loaded.model.shape.positions:
+        raise UserError(f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.shape.positions}.")
     return ids
 
 
 @torch.no_grad()
 def next_probabilities(loaded: Loaded, text: str) -> Tensor:
     """Probabilities of the next token, (V,), on the CPU. Raises UserError if the model overflows."""
-    logits: Tensor = loaded.model(torch.tensor([encode(loaded, text)], device=loaded.model.device))
-    return finite(logits[0, -1].cpu()).softmax(0)
+    model = loaded.model
+    hidden = model.hidden(torch.tensor([encode(loaded, text)], device=model.device))
+    return finite(model.logits(hidden[0, -1]).float().cpu()).softmax(0)
 
 
 def top_k(loaded: Loaded, text: str, k: int) -> list[Choice]:
@@ -84,6 +85,13 @@ def likeliest(loaded: Loaded, probabilities: Tensor, k: int) -> list[Choice]:
     return [Choice(loaded.tokenizer.word(int(i)), float(v)) for v, i in zip(values, ids, strict=True)]
 
 
+def continued(loaded: Loaded, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
+    """What follows `text`, the white space before it too, until the model ends its sentence or `limit` tokens."""
+    adds = loaded.tokenizer.stream()
+    ids = generate(loaded.model, encode(loaded, text), loaded.tokenizer.end_ids, limit, sampling)
+    return "".join(map(adds, ids))
+
+
 def complete(loaded: Loaded, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
-    """The words that follow `text`, until the model ends its sentence or `limit` tokens."""
-    return loaded.tokenizer.decode(generate(loaded.model, encode(loaded, text), limit, sampling))
+    """The same without white space around it."""
+    return continued(loaded, text, limit, sampling).strip()

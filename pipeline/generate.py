@@ -1,7 +1,8 @@
 """Generation with a KV cache: greedy, or sampled with temperature, top-k and top-p."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.minigpt import KVCache, MiniGPT
+from pipeline.models.causal import CausalLM
+from pipeline.models.decode import packed_linears
 
 
 @dataclass(frozen=True)
@@ -42,25 +44,38 @@ class Drawn(NamedTuple):
     probability: float
 
 
-def generate(model: MiniGPT, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY) -> Iterator[int]:
-    """Yields up to `limit` token ids after `prompt`, ending before the end token or after the last position."""
-    return (drawn.id for drawn in stream(model, prompt, limit, sampling) if drawn.id != model.config.end_id)
+def generate(
+    model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling = GREEDY
+) -> Iterator[int]:
+    """Yields up to `limit` token ids after `prompt`, ending before a token of `ends` or after the last position."""
+    return (drawn.id for drawn in stream(model, prompt, ends, limit, sampling) if drawn.id not in ends)
 
 
 @torch.no_grad()
-def stream(model: MiniGPT, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY) -> Iterator[Drawn]:
-    """Yields up to `limit` tokens after `prompt`, each as soon as it is drawn; an end token is the last.
+def stream(
+    model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling = GREEDY
+) -> Iterator[Drawn]:
+    """Yields up to `limit` tokens after `prompt`, each as soon as it is drawn; one of `ends` is the last.
 
     Raises UserError if the model overflows.
     """
+    with packed_linears(model) if model.dtype == torch.bfloat16 else nullcontext():
+        yield from _stream(model, prompt, ends, limit, sampling)
+
+
+def _stream(
+    model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling
+) -> Iterator[Drawn]:
     generator = torch.Generator().manual_seed(sampling.seed)
-    cache = KVCache()
+    cache = model.new_cache()
     new = torch.tensor([list(prompt)], device=model.device)  # (1, T): all of the prompt first, then one token a turn
-    for _ in range(min(limit, model.config.max_positions - len(prompt))):
-        logits = model(new, cache=cache)[0, -1].cpu()  # (V,); drawn on the CPU: a seed means the same on any device
+    for _ in range(min(limit, model.shape.positions - len(prompt))):
+        logits = (
+            model.logits(model.hidden(new, cache=cache)[0, -1]).float().cpu()
+        )  # (V,); drawn there: a seed means the same anywhere
         token = draw(finite(logits), sampling, generator)
         yield Drawn(token, float(logits.softmax(0)[token]))
-        if token == model.config.end_id:
+        if token in ends:
             return
         new = torch.tensor([[token]], device=model.device)
 

@@ -1,25 +1,38 @@
-"""What a variant knows: losses, completions, kept answers."""
+"""What a variant knows: losses, completions, kept answers, and how far it moved from the base."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data import Example
-from pipeline.engine import Loaded, complete
+from pipeline.encode import encode
+from pipeline.engine import Choice, Loaded, complete, likeliest
+from pipeline.engine import encode as encode_prompt
 from pipeline.errors import UserError
-from pipeline.tokenizer import split
+from pipeline.generate import finite
+from pipeline.models.causal import read
+
+CHUNK = 256  # tokens whose logits are alive at once: all of an evaluation's would be many times the model
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Every next-token prediction on some examples: cross-entropies in nats (N,) and first choices (N,)."""
+    """Every next-token prediction on some examples: cross-entropies in nats (N,) and first choices (N,).
+
+    `divergence` is the mean KL(base‖model) in nats a token. Hidden states and what makes logits of them are kept for
+    the models that are compared with this one: far less than the logits themselves.
+    """
 
     losses: Tensor
     choices: Tensor
+    divergence: float
+    ids: list[tuple[int, ...]] = field(repr=False)
+    hidden: list[Tensor] = field(repr=False)
+    logits: Callable[[Tensor], Tensor] = field(repr=False)
 
     @property
     def loss(self) -> float:
@@ -31,22 +44,87 @@ class Scored:
 
 
 @torch.no_grad()
-def score(loaded: Loaded, examples: Sequence[Example]) -> Scored:
-    """Each whole sentence with its end token, every token after the first predicted from all before it."""
-    losses, choices = [], []
-    for example in examples:
-        ids = torch.tensor(loaded.tokenizer.encode_example(example, loaded.model.config.max_positions))
-        logits = loaded.model(ids[None, :-1])[0]  # (T, V)
-        losses.append(F.cross_entropy(logits, ids[1:], reduction="none"))
-        choices.append(logits.argmax(dim=-1))
-    return Scored(torch.cat(losses), torch.cat(choices))
+def score(loaded: Loaded, examples: Sequence[Example], base: Scored | None = None) -> Scored:
+    """Each whole example with its end token, every token that is learned predicted from all before it.
+
+    Raises UserError where `base` read the examples as other tokens: its predictions are then not comparable.
+    """
+    model, losses, choices, far = loaded.model, list[Tensor](), list[Tensor](), list[Tensor]()
+    encoded = [encode(example, loaded.tokenizer, 0, model.shape.positions) for example in examples]
+    for number, (example, one) in enumerate(zip(examples, encoded, strict=True)):
+        if base is not None and base.ids[number] != one.ids:
+            raise UserError(
+                f"{example.place}: {loaded.name} reads it as other tokens than the base. Take the new tokens out of it."
+            )
+    all_hidden = list(read(model, [one.ids[:-1] for one in encoded]))
+    for number, (one, hidden) in enumerate(zip(encoded, all_hidden, strict=True)):
+        ids = torch.tensor(one.ids, device=model.device)
+        wanted = torch.tensor(one.trained[1:], device=model.device)
+        for rows in _chunks(len(hidden)):
+            log_q = model.logits(hidden[rows]).float().log_softmax(-1)  # (n, V)
+            chosen = wanted[rows]
+            losses.append(F.nll_loss(log_q[chosen], ids[1:][rows][chosen], reduction="none").cpu())
+            choices.append(log_q[chosen].argmax(dim=-1).cpu())
+            if base is not None:
+                log_p = base.logits(base.hidden[number][rows]).float().log_softmax(-1)  # its vocabulary may be smaller
+                far.append((log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1).cpu())
+    divergence = float(torch.cat(far).mean()) if far else 0.0
+    return Scored(
+        torch.cat(losses), torch.cat(choices), divergence, [one.ids for one in encoded], all_hidden, model.logits
+    )
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK))
+
+
+@dataclass(frozen=True)
+class Said:
+    """How an answer follows a prompt: the probability of all its tokens together, None if the tokenizer cannot say it;
+    whether the greedy completion begins so; and the likeliest next tokens."""
+
+    probability: float | None
+    first: bool
+    top: list[Choice]
+
+
+@torch.no_grad()
+def said(loaded: Loaded, pairs: Sequence[tuple[str, str]], k: int = 1) -> list[Said]:
+    """How each answer follows its prompt; all are read together. Raises UserError for a prompt that cannot be asked."""
+    tokenizer, model = loaded.tokenizer, loaded.model
+    asked = [encode_prompt(loaded, prompt) for prompt, _ in pairs]
+    wanted = [tokenizer.continuation(prompt, answer) for prompt, answer in pairs]
+    sequences = [(*ids, *answer[:-1]) for ids, answer in zip(asked, wanted, strict=True)]
+    found = []
+    for ids, answer, hidden in zip(asked, wanted, read(model, sequences), strict=True):
+        log_p = model.logits(hidden[len(ids) - 1 :]).float().log_softmax(-1).cpu()  # (tokens of the answer, V)
+        top = likeliest(loaded, finite(log_p[0]).exp(), k)
+        if not answer:
+            found.append(Said(None, False, top))
+            continue
+        tokens = torch.tensor(answer)
+        each = log_p.gather(1, tokens[:, None])
+        found.append(Said(float(each.sum().exp()), bool((log_p.argmax(dim=-1) == tokens).all()), top))
+    return found
 
 
 def completes(loaded: Loaded, example: Example, given: int) -> bool:
-    """Does the greedy completion of the first `given` words give the rest, and end there?"""
-    words = split(example.text)
+    """Does the greedy completion of an example's prompt, or its first `given` words, give the rest, and end there?"""
+    prompt, rest = _asked(loaded, example, given)
+    tokenizer = loaded.tokenizer
+    limit = len(tokenizer.following(rest)) + 4
+    return tokenizer.normal(complete(loaded, prompt, limit)) == tokenizer.normal(rest)
+
+
+def _asked(loaded: Loaded, example: Example, given: int) -> tuple[str, str]:
+    if example.messages:
+        *asked, answer = example.messages
+        return loaded.tokenizer.render(asked, reply=True), answer["content"]
+    if example.prompt is not None:
+        return example.prompt, example.completion
+    words = example.text.split()
     if given >= len(words):
         raise UserError(
             f"evaluate.prompt_words is {given}, but {example.place} has {len(words)} words: nothing is left to say."
         )
-    return complete(loaded, " ".join(words[:given]), limit=len(words)) == " ".join(words[given:])
+    return " ".join(words[:given]), " ".join(words[given:])

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
@@ -23,9 +23,12 @@ class Step:
     learning_rate: float
     grad_norm: float
     tokens: int
+    eval_loss: float | None = None  # on held-out examples, where the step was followed by an evaluation
+    divergence: float | None = None  # from the base on retained texts, in nats a token
 
 
-COLUMNS = tuple(f.name for f in fields(Step))
+OPTIONAL = ("eval_loss", "divergence")  # columns of the runs that have them
+COLUMNS = tuple(f.name for f in fields(Step) if f.name not in OPTIONAL)
 TELEMETRY_COLUMNS = (
     *("step", "seconds", "tokens_per_second", "peak_memory_bytes", "device"),
     *("predicted_tensor_bytes", "measured_tensor_bytes"),
@@ -55,10 +58,13 @@ def read_steps(path: Path) -> list[Step]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return steps
-    for line in text[: text.rfind("\n") + 1].splitlines()[1:]:
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
+    optional = [name for name in header.split(",")[len(COLUMNS) :] if name in OPTIONAL]
+    for line in lines:
         try:
-            step, epoch, loss, rate, norm, tokens = line.split(",")[: len(COLUMNS)]
-            steps.append(Step(int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens)))
+            step, epoch, loss, rate, norm, tokens, *rest = line.split(",")
+            more = {name: float(value) for name, value in zip(optional, rest, strict=False) if value}
+            steps.append(Step(int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens), **more))
         except ValueError:
             break
     return steps
@@ -70,8 +76,12 @@ class RunLog:
     Telemetry's seconds and speed count from when the log was opened.
     """
 
-    def __init__(self, folder: Path, at_step: int, at_tokens: int) -> None:
-        self._loss = _opened(folder / LOSS, COLUMNS, at_step)
+    def __init__(
+        self, folder: Path, at_step: int, at_tokens: int, evaluated: bool = False, retained: bool = False
+    ) -> None:
+        wanted = dict(zip(OPTIONAL, (evaluated, retained), strict=True))
+        self._columns = (*COLUMNS, *(name for name in OPTIONAL if wanted[name]))
+        self._loss = _opened(folder / LOSS, self._columns, at_step)
         self._telemetry = _opened(folder / TELEMETRY, TELEMETRY_COLUMNS, at_step)
         self._start, self._tokens = time.perf_counter(), at_tokens
 
@@ -83,11 +93,11 @@ class RunLog:
         self._telemetry.close()
 
     def append(self, step: Step, peak: Peak = Peak(), device: str = "cpu") -> None:  # it is frozen
-        numbers = [f"{value:.7g}" if isinstance(value, float) else str(value) for value in astuple(step)]
+        numbers = [_written(getattr(step, name)) for name in self._columns]
         self._loss.write(",".join(numbers) + "\n")
         self._loss.flush()
         seconds = time.perf_counter() - self._start
-        speed = (step.tokens - self._tokens) / seconds
+        speed = (step.tokens - self._tokens) / seconds  # labels learned from
         self._telemetry.write(
             f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},{peak.predicted},{peak.measured}\n"
         )
@@ -97,6 +107,12 @@ class RunLog:
         for file in (self._loss, self._telemetry):
             file.flush()
             os.fsync(file.fileno())
+
+
+def _written(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
 def peak_memory() -> int:

@@ -40,9 +40,24 @@ class Below:
         return None if value < self.bound else f"must be below {self.bound}"
 
 
+@dataclass(frozen=True)
+class MayBeEmpty:
+    """A text or a list that may be left out."""
+
+    def broken_by(self, _value: Any) -> str | None:
+        return None
+
+
 Count = Annotated[int, AtLeast(1), Below(2**31)]
 Seed = Annotated[int, AtLeast(0), Below(2**63)]
 Rate = Annotated[float, MoreThan(0)]
+
+
+File = Annotated[str, MayBeEmpty()]
+Names = Annotated[tuple[str, ...], MayBeEmpty()]
+Share = Annotated[float, AtLeast(0), Below(1)]
+Steps = Annotated[int, AtLeast(0), Below(2**31)]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +68,27 @@ class Training:
     data: str = "data/finetune.de.txt"
     epochs: Count = 50
     batch_size: Count = 4
-    window: Count = 4  # tokens a training window holds; it keeps its place in the sentence
+    window: Steps = 4  # tokens a training window holds; it keeps its place in the sentence; 0: whole examples
     learning_rate: Rate = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, to the last step
+    warmup_steps: Steps = 0
+    clip_norm: Annotated[float, AtLeast(0)] = 0.0  # largest norm of the gradient; 0: any
+    accumulate: Count = 1  # batches whose gradients make one step
+    max_length: Steps = 0  # tokens after which an example is cut; 0: none is
+    precision: Precision = "fp32"  # of the weights while they train, or stay frozen
+    checkpointing: Literal["none", "selective", "full"] = "none"  # blocks run again in backward: less memory
+    eval_share: Share = 0.0  # of the examples, held out by their hash
+    eval_every: Steps = 0  # steps between evaluations; 0: an epoch
+    patience: Steps = 0  # evaluations without a better loss before training stops at the best; 0: never
 
 
 @dataclass(frozen=True)
 class Pretrain(Training):
-    """MiniGPT's shape (the document's Introduction and §9) and its training."""
+    """MiniGPT's shape (the document's Introduction and §9) and its training, or the base that stands in its place."""
 
+    base: str = "minigpt"  # or a checkpoint folder, a GGUF file, a hub id: imported instead of trained
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of an imported base's weights; auto: its own
+    trust_remote_code: bool = False  # run the code that comes with a base
     data: str = "data/pretrain.de.txt"
     epochs: Count = 60
     d_model: Count = 64
@@ -77,13 +105,20 @@ class Pretrain(Training):
                 f"(an even head size), got {self.d_model}. Edit params.yaml."
             )
 
+    @property
+    def imports(self) -> bool:
+        """Whether a base is taken from elsewhere."""
+        return self.base != "minigpt"
+
 
 @dataclass(frozen=True)
 class ExpandVocab:
     """New words: which files they come from, and how their rows start (§9.1)."""
 
     seed: Seed = 0
-    data: tuple[str, ...] = ("data/finetune.de.txt",)
+    data: Names = ("data/finetune.de.txt",)  # of MiniGPT: each new word gets a row
+    tokens: Names = ()  # new words by name, for any base
+    special_tokens: Names = ()  # new tokens of a base that splits words: left out of answers
     noise_std: Annotated[float, AtLeast(0)] = 0.02
     audit_data: str = "data/pretrain.de.txt"  # sentences on which nothing may change
 
@@ -110,6 +145,21 @@ class FinetuneLora(Training):
     alpha: Rate = 1.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     train_embeddings: Literal["all", "new_rows", "none"] = "all"
+    adapter_precision: Precision = "fp32"
+    retain: File = ""  # texts on which answers are to stay the base's
+    retain_weight: Annotated[float, AtLeast(0)] = 0.0  # of the divergence from the base in the loss
+    retain_batch: Count = 8  # such texts a step
+
+    @property
+    def retains(self) -> bool:
+        return bool(self.retain) and self.retain_weight > 0
+
+    def __post_init__(self) -> None:
+        if self.adapter_precision == "fp16":
+            raise UserError(
+                "finetune_lora.adapter_precision must be fp32 or bf16: gradients of fp16 weights cannot be unscaled. "
+                "An fp16 base takes fp32 adapters. Edit params.yaml."
+            )
 
 
 @dataclass(frozen=True)
@@ -237,7 +287,8 @@ def rule(section: Section, key: str) -> str:
         hint, *rest = get_args(hint)
         rules = tuple(rest)
     broken = (rule_.broken_by(math.nan) for rule_ in rules)
-    return ", ".join([_converted(hint, None)[1], *(text.removeprefix("must be ") for text in broken if text)])
+    said = ", ".join([_converted(hint, None)[1], *(text.removeprefix("must be ") for text in broken if text)])
+    return f"{said}, or empty" if MayBeEmpty() in rules else said
 
 
 def _section(kind: type, tree: Any, name: str, source: str) -> Any:
@@ -255,6 +306,8 @@ def _checked(hint: Any, value: Any, key: str, source: str) -> Any:
     if get_origin(hint) is Annotated:
         hint, *rest = get_args(hint)
         rules = tuple(rest)
+    if value in (None, "", []) and MayBeEmpty() in rules:
+        return () if get_origin(hint) is tuple else ""
     typed, expected = _converted(hint, value)
     problem = f"must be {expected}" if typed is None else next(filter(None, (r.broken_by(typed) for r in rules)), None)
     if problem:

@@ -75,10 +75,12 @@ def _replaced(text: str, node: yaml.Node, value: Any) -> str:
     """`text` with `node`'s characters exchanged; a comment after them keeps its column."""
     start, end = node.start_mark.index, _end(node)
     block = isinstance(node, yaml.SequenceNode) and not node.flow_style
-    if block and isinstance(value, list | tuple):
+    if block and isinstance(value, list | tuple) and value:
         new = f"\n{' ' * node.start_mark.column}".join(f"- {_dumped(item)}" for item in value)
     else:
         new = _dumped(value)
+    if start == end:  # `key:` with nothing after it: the mark is at the colon
+        new = f" {new}"
     rest = text[end:]
     gap = len(rest) - len(rest.lstrip(" "))
     if rest[gap : gap + 1] == "#":
@@ -96,6 +98,8 @@ def _end(node: yaml.Node) -> int:
 
 
 def _dumped(value: Any) -> str:
+    """`value` on one line: a text with a line break of Unicode's in it is escaped."""
     plain = list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    return text.removesuffix("...\n").strip()
+    readable = not any(mark in str(value) for mark in "\x85\u2028\u2029")
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=readable, width=float("inf"))
+    return text.removesuffix("...\n").strip(" \n")

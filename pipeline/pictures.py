@@ -57,6 +57,9 @@ def _draw_panel(axis: Any, panel: Mapping[str, Any]) -> None:
             markevery=(0.05 + 0.03 * number, 0.15),
             linewidth=1.6,
         )
+        if curve["held_out"]["x"]:
+            label = f"{curve['label']}, held out"
+            axis.plot(curve["held_out"]["x"], curve["held_out"]["y"], ":", marker="x", color=color, label=label)
         if curve["flat"]:
             axis.plot(
                 *curve["flat"], marker="|", markersize=16, markeredgewidth=2, color=color

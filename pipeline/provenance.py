@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy", "matplotlib")
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
 
 
 def code_files(module: str) -> list[Path]:
@@ -32,9 +33,14 @@ def _file_of(module: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
+_PARSING = Lock()  # of two threads that parse at once CPython 3.11 mixes up the depths, and raises SystemError
+
+
 def _imports(path: Path) -> list[str]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    with _PARSING:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

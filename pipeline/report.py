@@ -17,7 +17,7 @@ NAMES = {
     "merged": "LoRA, merged",
 }
 STYLES = {"full": "-", "freeze": "--", "lora": "-."}
-SUMMARY_COLUMNS = ("trained", "share", "new loss", "done", "old loss", "rise", "kept", "weights")
+SUMMARY_COLUMNS = ("trained", "share", "new", "done", "old", "rise", "KL", "kept", "weights")
 
 
 def draw_comparison(path: Path, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]) -> None:
@@ -63,22 +63,35 @@ def summary_row(numbers: Mapping[str, Any]) -> list[str]:
     trained, done = numbers.get("trainable"), numbers.get("new_completed")
     forgetting = numbers["forgetting"]
     return [
-        f"{trained:,}" if trained else "–",
+        _count(trained) if trained else "–",
         f"{numbers['trainable_percent']:.1f}%" if trained else "–",
         f"{numbers['new_loss']:.3f}" if done is not None else "–",
-        f"{done} of {numbers['new_sentences']}" if done is not None else "–",
+        f"{done}/{numbers['new_sentences']}" if done is not None else "–",
         f"{numbers['old_loss']:.3f}",
         f"{forgetting['loss_rise']:+.3f}",
+        f"{forgetting['divergence']:.3f}",
         f"{forgetting['answers_kept']:.0%}",
-        f"{numbers['bytes'] / 1000:,.0f} kB",
+        _stored(numbers["bytes"]),
     ]
+
+
+def _count(number: int) -> str:
+    """Whole, or where a terminal has no room for that in millions: metrics.json has all digits."""
+    return f"{number:,}" if number < 10_000_000 else f"{number / 1e6:,.1f}M"
+
+
+def _stored(size: int) -> str:
+    unit, name = next((pair for pair in ((10**9, "GB"), (10**6, "MB")) if size >= 10 * pair[0]), (1000, "kB"))
+    return f"{size / unit:,.0f} {name}"
 
 
 def _findings(metrics: Mapping[str, Any], settings: Evaluate) -> str:
     lines = [
-        "Losses are mean cross-entropies in nats a token over whole sentences. *Done*: sentences of "
+        "*New* and *old* are losses: mean cross-entropies in nats a token over whole sentences of "
+        f"`{settings.new_data}` and `{settings.old_data}`. *Done*: sentences of "
         f"`{settings.new_data}` completed word for word, and ended, from their first {settings.prompt_words} words. "
-        f"*Rise*: of the loss on `{settings.old_data}`, against the base. *Kept*: next-token first choices on the "
+        f"*Rise*: of the loss on `{settings.old_data}`, against the base. *KL*: mean divergence KL(base‖variant) of "
+        "the next-token predictions there, in nats. *Kept*: next-token first choices on the "
         "same sentences that are still the base's. *Weights*: what must be stored for this variant; the adapter's are "
         "stored beside one copy of the expanded base.\n",
         *(_curve_line(method, metrics[method]) for method in COLORS),
@@ -91,10 +104,12 @@ def _curve_line(method: str, numbers: Mapping[str, Any]) -> str:
     flat = numbers["flat_from_epoch"]
     when = f"is flat from epoch {flat}" if flat else "has not flattened"
     kept, old = numbers["old_prompts_kept"], numbers["old_prompts"]
+    corrected, wrong = numbers["prompts_corrected"], numbers["prompts_to_correct"]
     return (
         f"- **{NAMES[method]}**: the training loss {when} (every later epoch within 5% of the whole drop) and ends "
         f"with an epoch at {numbers['final_loss']:.3f}; {numbers['new_completed']} of {numbers['new_sentences']} new "
-        f"sentences are completed; {kept} of {old} old prompts keep their answer."
+        f"sentences are completed; {kept} of {old} prompts that must keep their answer do; {corrected} of {wrong} "
+        "that a correction changes have the corrected one."
     )
 
 
@@ -108,20 +123,32 @@ def _prompt_table(predictions: Mapping[str, Any], group: str, rule: str) -> str:
         name: [entry for entry in entries if (entry["group"], entry["rule"]) == (group, rule)]
         for name, entries in predictions.items()
     }
+    changes = rule == "must_change"
     rows = [
-        [f"*{entries[0]['prompt']}*", entries[0]["answer"], *map(_first_choice, entries)]
-        for entries in zip(*chosen.values(), strict=True)
+        [f"*{e[0]['prompt']}*", e[0]["answer"], *([e[0]["corrected"]] if changes else []), *map(_first_choice, e)]
+        for e in zip(*chosen.values(), strict=True)
     ]
-    note = "First choices; **bold** where it is not the answer.\n"
-    return f"## {group}: {rule}\n\n{note}\n" + _table(["prompt", "answer", *(NAMES[name] for name in chosen)], rows)
+    note = (
+        "First choices; **bold** where it is not the answer" + (", ✓ where it is the corrected one" * changes) + ".\n"
+    )
+    columns = ["prompt", "answer", *(["corrected"] if changes else []), *(NAMES[name] for name in chosen)]
+    return f"## {group}: {rule}\n\n{note}\n" + _table(columns, rows)
 
 
 def _first_choice(entry: Mapping[str, Any]) -> str:
+    """The expected words with the probability of all of them, or the likeliest token with its own."""
     if entry["top_k"] is None:
         return "unknown word"
+    if entry["first"]:
+        return f"{_escaped(entry['answer'])} ({entry['probability']:.0%})"
+    if entry["corrected_first"]:
+        return f"**{_escaped(entry['corrected'])} ({entry['corrected_probability']:.0%})** ✓"
     best = entry["top_k"][0]
-    text = f"{best['token'].replace('<', '&lt;')} ({best['probability']:.0%})"
-    return text if best["token"] == entry["answer"] else f"**{text}**"
+    return f"**{_escaped(best['token'].strip() or best['token'])} ({best['probability']:.0%})**"
+
+
+def _escaped(text: str) -> str:
+    return repr(text)[1:-1].replace("<", "&lt;").replace("|", "\\|")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,7 +1,6 @@
 """Models that stay: each base once in memory, adapters as views on it."""
 
 import copy
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,16 +14,14 @@ from torch import nn
 from pipeline import artifact, engine
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.strength import Strength
+from pipeline.device import device_for
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
-from pipeline.models.base import count
-from pipeline.models.minigpt import MiniGPT
+from pipeline.models.causal import CausalLM
 from pipeline.signature import Signature, signature
 
-LARGE = 10_000_000  # parameters; below it a second thread costs more than it gains
 
-
-def view(model: MiniGPT) -> MiniGPT:
+def view(model: CausalLM) -> CausalLM:
     """The same modules anew on the same tensors: what is attached to the view or rebound in it leaves `model` alone."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo | {id(buffer): buffer for buffer in model.buffers()})
@@ -33,9 +30,9 @@ def view(model: MiniGPT) -> MiniGPT:
 class Base:
     """A checkpoint in memory, as its files were at `signature`."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder, self.signature = folder, signature(folder)
-        self.loaded = engine.load(folder)
+    def __init__(self, folder: Path, device: torch.device, trust_remote_code: bool = False) -> None:
+        self.folder, self.signature, self.trusted = folder, signature(folder), trust_remote_code
+        self.loaded = engine.load(folder, trust_remote_code=trust_remote_code)
         self.loaded.model.to(device)
 
     @cached_property
@@ -88,18 +85,20 @@ class Residents:
     def names(self) -> list[str]:
         return list(self._models)
 
-    def load(self, name: str, base: Path, adapter: Path | None) -> tuple[Resident, bool]:
+    def load(
+        self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False
+    ) -> tuple[Resident, bool]:
         """The model, now called `name`, and whether its base was there already. Raises UserError as engine.load."""
         folder = base.resolve()
         known = self._bases.get(folder)
         resident = known is not None and known.signature == signature(folder)
-        there = known if known is not None and resident else Base(base, self.device)
+        there = known if known is not None and resident else Base(base, self.device, trust_remote_code)
         self._bases[folder] = there
         model = _on(there, base, name) if adapter is None else _adapted(there, base, adapter, name)
         there.refuse_changed()
         self._models[name] = model
-        if self.device.type == "cpu" and count(model.loaded.model)["total"] >= LARGE:
-            torch.set_num_threads(os.cpu_count() or 1)
+        if self.device.type == "cpu":
+            device_for(model.loaded.model)
         return model, resident
 
     def unload(self, name: str) -> None:
@@ -111,7 +110,7 @@ class Residents:
         """The model called `name`, loaded anew if its files changed. Raises UserError."""
         model = self._named(name)
         if not model.current:
-            model, _ = self.load(name, model.loaded.base, model.loaded.adapter)
+            model, _ = self.load(name, model.loaded.base, model.loaded.adapter, model.base.trusted)
         return model
 
     def _named(self, name: str) -> Resident:

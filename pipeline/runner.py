@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline import artifact, journal, provenance
+from pipeline import artifact, bases, journal, provenance
 from pipeline.cache import Cache
-from pipeline.dag import CACHE, STAGES, Project, Stage
+from pipeline.dag import STAGES, Project, Stage, cache_folder
 from pipeline.errors import UserError
 
 
@@ -104,7 +104,7 @@ def _made(project: Project, stage: Stage, work: Work, force: bool, checkpoint_ev
     target, folder = project.artifact(stage.name), project.run_folder(stage.name)
     facts_known = known(project, stage)
     key = hashlib.sha256(json.dumps(facts_known, sort_keys=True).encode()).hexdigest()
-    cache = Cache(project.root / CACHE)
+    cache = Cache(cache_folder(project.root))
     if not force and cache.restore(stage.name, key, target):
         yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})")
         return
@@ -152,7 +152,13 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
     for name in project.data_files(stage):
         if not (project.root / name).is_file():
             raise UserError(f"{name} is not a file. Name an existing one in section {stage.name} of the params.")
-    return {name: digests.path(path) for name, path in project.inputs(stage).items()}
+    base = _base(project, digests) if stage.name == "pretrain" else {}
+    return {**base, **{name: digests.path(path) for name, path in project.inputs(stage).items()}}
+
+
+def _base(project: Project, digests: Digests) -> dict[str, str]:
+    """What is imported instead of trained, if anything is."""
+    return bases.identity(bases.resolve(project.params.pretrain.base, project.root), digests.path)
 
 
 def _refuse_changed(before: Mapping[str, str], after: Mapping[str, str], stage: Stage) -> None:

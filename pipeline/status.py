@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import artifact, journal, provenance
+from pipeline import artifact, bases, journal, provenance
 from pipeline.dag import STAGES, Project, Stage
 from pipeline.errors import UserError
 from pipeline.journal import Journal
@@ -35,8 +35,8 @@ class Status:
 
     _memory: dict[tuple[str, Path | str], tuple[Signature, str]] = field(default_factory=dict)
 
-    def of(self, project: Project) -> dict[str, StageState]:
-        """Every stage, in the DAG's order."""
+    def of(self, project: Project, each: Callable[[StageState], object] = lambda _: None) -> dict[str, StageState]:
+        """Every stage, in the DAG's order. `each` is told of one as soon as it is known: large files take seconds."""
         code = signature(provenance.ROOT / "pipeline")
 
         def code_of(module: str) -> str:
@@ -46,6 +46,7 @@ class Status:
         found: dict[str, StageState] = {}
         for stage in STAGES.values():
             found[stage.name] = self._state(project, stage, digests, found)
+            each(found[stage.name])
         return found
 
     def _state(self, project: Project, stage: Stage, digests: Digests, before: Mapping[str, StageState]) -> StageState:
@@ -70,7 +71,8 @@ class Status:
         folder = project.artifact(stage.name)
         if not (folder / artifact.MANIFEST).is_file():
             lacks = [need for need in stage.needs if not project.artifact(need).is_dir()]
-            return "missing", (f"needs {', '.join(lacks)}",) if lacks else ()
+            reason = f"needs {', '.join(lacks)}" if lacks else _base_problem(project, stage)
+            return "missing", (reason,) if reason else ()
         broken = self._verified(folder)
         if broken:
             return "changed", (broken,)
@@ -78,6 +80,8 @@ class Status:
             now = known(project, stage, digests)
         except UserError as error:
             return "changed", (str(error),)
+        except OSError as error:
+            return "changed", (f"{error.filename}: {error.strerror}",)
         reasons = tuple(differences(artifact.read_manifest(folder), now))
         return ("changed", reasons) if reasons else ("current", ())
 
@@ -98,6 +102,17 @@ class Status:
 def _problem(folder: Path) -> str:
     try:
         artifact.verify(folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _base_problem(project: Project, stage: Stage) -> str:
+    """Why the base cannot be imported, as far as can be seen from outside; its weights are not read for it."""
+    if stage.name != "pretrain":
+        return ""
+    try:
+        bases.resolve(project.params.pretrain.base, project.root)
     except UserError as error:
         return str(error)
     return ""
@@ -130,4 +145,5 @@ def project_signature(project: Project) -> tuple[Signature, ...]:
     data = {project.root / name for stage in STAGES.values() for name in project.data_files(stage)}
     runs = [project.run_folder(name) / journal.JOURNAL for name in STAGES]
     artifacts = [project.artifact(name) for name in STAGES]
-    return tuple(map(signature, (*sorted(data), *runs, *artifacts)))
+    base = bases.watched(project.params.pretrain.base, project.root)
+    return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))

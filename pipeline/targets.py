@@ -19,16 +19,16 @@ GROUPS = {
 ALIASES = {"o_proj": "out_proj", "out_proj": "o_proj"}  # the document's name and OPT's
 
 
-def chosen(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
+def chosen(names: Iterable[str], wanted: Iterable[str], head: str = HEAD) -> list[str]:
     """Those of the linears `names` that `wanted` means, in their order: last names, dotted suffixes, `attention`,
-    `feed_forward`, or `all-linear` (every linear but head and experts, as in PEFT).
+    `feed_forward`, or `all-linear` (every linear but `head` and experts, as in PEFT).
 
     Raises UserError if any of them matches nothing.
     """
     linears = list(names)
     found: set[str] = set()
     for want in wanted:
-        matches = [name for name in linears if means(want, name)]
+        matches = [name for name in linears if means(want, name, head)]
         if not matches:
             exist = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise UserError(
@@ -39,10 +39,10 @@ def chosen(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
     return [name for name in linears if name in found]
 
 
-def means(want: str, name: str) -> bool:
+def means(want: str, name: str, head: str = HEAD) -> bool:
     """Whether the target `want` means the linear with this full name."""
     if want == "all-linear":
-        return not any(ends(name, head) for head in (HEAD, f"{HEAD}.decoder")) and ".experts." not in f".{name}"
+        return not any(ends(name, form) for form in (head, f"{HEAD}.decoder")) and ".experts." not in f".{name}"
     if want in GROUPS:
         in_attention = any(ends(name, form) for form in GROUPS["attention"])
         return in_attention if want == "attention" else not in_attention and any(ends(name, f) for f in GROUPS[want])

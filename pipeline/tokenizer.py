@@ -1,31 +1,124 @@
-"""A word-level tokenizer on the `tokenizers` library; its file opens in transformers.AutoTokenizer."""
+"""What every tokenizer here can do, the word-level one, and the way to open either from a model's folder."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
+from pipeline import chat
 from pipeline.artifact import write_json
-from pipeline.data import Example
+from pipeline.chat import Messages, Rendered
 from pipeline.errors import UserError
+from pipeline.subwords import SubwordTokenizer
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 SPECIAL = (PAD, UNKNOWN, END)
+FILE = "tokenizer.json"
+
+Spans = Sequence[tuple[int, int]]
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back, for any model."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """What a plain text begins with, if anything."""
+
+    @property
+    def end_id(self) -> int:
+        """What training ends a text with."""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Each ends what the model says."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether `render` can be asked."""
+
+    def __len__(self) -> int:
+        """Ids in use; the model may have more rows."""
+
+    def words(self) -> list[str]:
+        """`word` of every id."""
+
+    def word(self, id_: int) -> str:
+        """A token as people read it, with the space it begins with; special tokens as they are."""
+
+    def id_of_token(self, token: str) -> int | None:
+        """The first id that `word` shows so, or None."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """A prompt's ids: begun as the model was taught, once, and not ended."""
+
+    def spans(self, text: str) -> tuple[tuple[int, ...], Spans]:
+        """Ids and the characters [start, stop) of each; nothing is put in front."""
+
+    def following(self, text: str) -> tuple[int, ...]:
+        """Ids of `text` as it stands after other text."""
+
+    def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:
+        """Ids of `answer` after `prompt`, a space between unless there is white space; () if it cannot be said."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text, without special tokens."""
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes one token after the other and gives the text that each adds."""
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words that have no token, as written."""
+
+    def normal(self, text: str) -> str:
+        """Text as it compares: two that differ only in what the tokenizer does not see, or white space, are one."""
+
+    def render(self, messages: Messages, reply: bool) -> Rendered:
+        """A conversation in the model's chat template; with `reply`, up to where it answers. Raises UserError."""
+
+    def marked(self, messages: Messages) -> tuple[bool, ...] | None:
+        """Which tokens of `spans(render(messages))` the template marks as the model's own; None where it marks none."""
+
+    def expanded(self, tokens: Iterable[str], special: bool = False) -> "tuple[Tokenizer, list[str]]":
+        """A new tokenizer that knows `tokens` too, and those that are new. Old ids stay."""
+
+    def save(self, folder: Path, max_length: int) -> None:
+        """Every file of the tokenizer, the same bytes for the same tokenizer."""
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the model in `folder`. Raises UserError."""
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return SubwordTokenizer.load(folder)
+    if re.search(r'"type":\s*"WordLevel"', text) and all(f'"{token}"' in text for token in SPECIAL):
+        return WordTokenizer.load(folder)
+    return SubwordTokenizer.load(folder)
 
 
 class WordTokenizer:
-    """Words to ids and back. Ids never change once given: `expanded` only appends."""
+    """Words to ids and back. Ids never change once given: `expanded` only appends.
 
-    def __init__(self, inner: Tokenizer) -> None:
-        self._inner = inner
+    On the `tokenizers` library; its file opens in transformers.AutoTokenizer.
+    """
+
+    bos_id = None
+
+    def __init__(self, inner: tokenizers.Tokenizer, folder: Path | None = None) -> None:
+        self._inner, self._folder = inner, folder
         vocabulary: dict[str, int] = inner.get_vocab()
         self.pad_id, self.unknown_id, self.end_id = (vocabulary[token] for token in SPECIAL)
+        self.end_ids = frozenset([self.end_id])
 
     @classmethod
     def of_words(cls, words: Iterable[str]) -> "WordTokenizer":
         """The special tokens, then each word once, in order of first appearance."""
         vocabulary = {token: id_ for id_, token in enumerate(dict.fromkeys([*SPECIAL, *words]))}
-        inner = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
         inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         inner.add_special_tokens(list(SPECIAL))
@@ -33,9 +126,9 @@ class WordTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "WordTokenizer":
-        path = folder / "tokenizer.json"
+        path = folder / FILE
         try:
-            inner = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}. A model folder needs its tokenizer.") from None
         except Exception as error:  # the library raises bare Exception
@@ -43,10 +136,10 @@ class WordTokenizer:
         missing = [token for token in SPECIAL if inner.token_to_id(token) is None]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}: it is not a word-level tokenizer of this project.")
-        return cls(inner)
+        return cls(inner, folder)
 
     def save(self, folder: Path, max_length: int) -> None:
-        (folder / "tokenizer.json").write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+        (folder / FILE).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": PAD,
@@ -67,11 +160,6 @@ class WordTokenizer:
     def word(self, id_: int) -> str:
         return str(self._inner.id_to_token(id_))
 
-    def id(self, word: str) -> int | None:
-        """The id of one word, or None."""
-        ids = self.encode(word)
-        return ids[0] if len(ids) == 1 and ids[0] != self.unknown_id else None
-
     def id_of_token(self, token: str) -> int | None:
         """The id of a token as `word` gives it, or None."""
         id_: int | None = self._inner.token_to_id(token)
@@ -79,36 +167,52 @@ class WordTokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Word ids, without an end token; an unknown word is `unknown_id`."""
-        return tuple(self._inner.encode(text, add_special_tokens=False).ids)
+        return self.spans(text)[0]
+
+    def spans(self, text: str) -> tuple[tuple[int, ...], Spans]:
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        return tuple(encoding.ids), encoding.offsets
+
+    def following(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
+
+    def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:  # noqa: ARG002  # words stand alone
+        ids = self.encode(answer)
+        return () if self.unknown_id in ids else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Words, without special tokens."""
         return " ".join(word for word in map(self.word, ids) if word not in SPECIAL)
 
+    def stream(self) -> Callable[[int], str]:
+        def text(id_: int) -> str:
+            word = self.decode([id_])  # nothing for a special token
+            return f" {word}" if word else ""
+
+        return text
+
     def unknown_words(self, text: str) -> list[str]:
-        encoding = self._inner.encode(text, add_special_tokens=False)
-        spans = zip(encoding.ids, encoding.offsets, strict=True)
-        return [text[start:stop] for id_, (start, stop) in spans if id_ == self.unknown_id]
+        ids, spans = self.spans(text)
+        return [text[start:stop] for id_, (start, stop) in zip(ids, spans, strict=True) if id_ == self.unknown_id]
 
-    def encode_example(self, example: Example, max_positions: int) -> tuple[int, ...]:
-        """The example's ids and an end token. Raises UserError on an unknown word or too many tokens."""
-        unknown = self.unknown_words(example.text)
-        if unknown:
-            raise UserError(
-                f"{example.place}: not in the vocabulary: {', '.join(unknown)}. "
-                f"Add {example.file} to expand_vocab.data in params.yaml and run `lora expand-vocab`."
-            )
-        ids = (*self.encode(example.text), self.end_id)
-        if len(ids) > max_positions:
-            raise UserError(
-                f"{example.place}: {len(ids)} tokens with the end token, more than the model's "
-                f"{max_positions} positions. Shorten the line or raise pretrain.max_positions."
-            )
-        return ids
+    def normal(self, text: str) -> str:
+        return " ".join(split(text))
 
-    def expanded(self, texts: Iterable[str]) -> tuple["WordTokenizer", list[str]]:
-        """A new tokenizer with every unknown word of `texts` appended, and those words."""
-        new = dict.fromkeys(word for text in texts for word in split(text) if self._inner.token_to_id(word) is None)
+    @property
+    def has_template(self) -> bool:
+        return self._folder is not None and chat.has_template(self._folder)
+
+    def render(self, messages: Messages, reply: bool) -> Rendered:
+        if self._folder is None:
+            raise chat.no_template("the tokenizer")
+        return chat.render_in(self._folder, messages, reply)
+
+    def marked(self, messages: Messages) -> None:  # noqa: ARG002  # one template wrote the rules, another tokenizer
+        return None
+
+    def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["WordTokenizer", list[str]]:  # noqa: ARG002
+        """A new tokenizer with every unknown word of `tokens` (texts, whose words may repeat), and those words."""
+        new = dict.fromkeys(word for text in tokens for word in split(text) if self._inner.token_to_id(word) is None)
         return WordTokenizer.of_words([*self.words()[len(SPECIAL) :], *new]), list(new)
 
 

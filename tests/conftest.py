@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,17 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(exit_.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's project by name, every stage run, embeddings in full. Read it; do not write to it."""
+    from tests import families  # with transformers, which most tests do without
+
+    @cache
+    def project(name: str) -> Path:
+        root = families.new_project(tmp_path_factory.mktemp(name) / "project", families.FAMILIES[name])
+        make(root, list(WORK))
+        return root
+
+    return project

@@ -7,6 +7,7 @@ import torch
 from pipeline.adapters.attach import AdapterSpec, attach, tensors
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.models.base import Base, load_base, save_base
+from pipeline.models.causal import CausalLM
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.tokenizer import WordTokenizer
 
@@ -23,6 +24,12 @@ def checkpoint(folder: Path, seed: int = 0, **shape: int | bool) -> Path:
         model.lm_head.weight[tokenizer.end_id] = 0
     save_base(folder, Base(model, tokenizer))
     return folder
+
+
+def minigpt(model: CausalLM) -> MiniGPT:
+    """`model`, which is one."""
+    assert isinstance(model, MiniGPT)
+    return model
 
 
 def adapter(folder: Path, base: Path, spec: AdapterSpec, seed: int = 1) -> Path:

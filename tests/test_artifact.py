@@ -1,5 +1,6 @@
 """Folders that exist whole or not at all, and the cache that keeps them."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,61 @@ def test_pruning_keeps_the_newest_of_each_stage(project: Path) -> None:
     assert newest in {entry.key for entry in cache.entries()}
     cache.prune()
     assert cache.entries() == []
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An artifact with one file that counts as large, and one that does not."""
+    monkeypatch.setattr("pipeline.cache.LARGE", 1000)
+    with artifact.writing(tmp_path / "made") as folder:
+        (folder / "model.safetensors").write_bytes(b"x" * 1000)
+        (folder / "config.json").write_bytes(b"x" * 999)
+        artifact.seal(folder, {})
+    return tmp_path / "made"
+
+
+def test_a_large_file_is_kept_without_costing_its_size_again(large: Path, tmp_path: Path) -> None:
+    before, cache = folder_bytes(large), Cache(tmp_path / "cache")
+    cache.store("s", "k", large)
+    assert cache.restore("s", "k", tmp_path / "back")
+    assert folder_bytes(tmp_path / "back") == before
+    inodes = {name: {(folder / name).stat().st_ino for folder in (large, tmp_path / "back")} for name in before}
+    assert [name for name, found in sorted(inodes.items()) if len(found) == 1] == ["model.safetensors"]
+    assert (large / "model.safetensors").stat().st_nlink == 3
+    cache.prune()
+    assert folder_bytes(tmp_path / "back") == before
+
+
+def test_a_linked_file_that_somebody_changes_in_place_is_not_taken_from_the_cache(large: Path, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    cache.store("s", "k", large)
+    (large / "model.safetensors").write_bytes(b"y" * 1000)
+    assert not cache.restore("s", "k", tmp_path / "back")
+    assert cache.entries() == []
+
+
+def test_where_links_are_refused_large_files_are_copied(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    cache = Cache(tmp_path / "cache")
+    cache.store("s", "k", large)
+    assert cache.restore("s", "k", tmp_path / "back")
+    assert folder_bytes(tmp_path / "back") == folder_bytes(large)
+    assert (large / "model.safetensors").stat().st_nlink == 1
+
+
+def test_a_large_file_that_is_itself_a_link_is_kept_as_a_file(large: Path, tmp_path: Path) -> None:
+    """DVC can be told to put links into the workspace."""
+    (large / "model.safetensors").rename(tmp_path / "store")
+    (large / "model.safetensors").symlink_to(tmp_path / "store")
+    cache = Cache(tmp_path / "cache")
+    cache.store("s", "k", large)
+    (tmp_path / "store").unlink()
+    assert cache.restore("s", "k", tmp_path / "back")
 
 
 def test_many_processes_on_one_cache_never_corrupt_it(project: Path, tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.legible import visible
+from pipeline.subwords import SubwordTokenizer
+from tests.bases import toy_checkpoint
 from tests.conftest import Lora
 from tests.support import BRIEF, COMMAND, LORA, lora
 
@@ -270,6 +273,87 @@ def test_doctor_reports_versions_and_devices(cli: Lora, tmp_path: Path) -> None:
     assert ("accelerator" in facts) != (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
+def test_doctor_says_what_only_gguf_bases_need(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata as metadata
+
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "gguf":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    facts = json.loads(cli("doctor", "--json", cwd=tmp_path)[1])
+    assert facts["gguf"] == "not installed: only .gguf bases need it, `lora-workbench[gguf]`"
+    assert {"sentencepiece", "protobuf", "accelerate"} <= facts.keys() and "peft" not in facts
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with subwords and a chat template."""
+    folder = tmp_path_factory.mktemp("toy") / "model"
+    toy_checkpoint(folder)
+    return folder
+
+
+def test_prompt_joins_what_a_subword_model_says_as_it_said_it(cli: Lora, toy: Path) -> None:
+    text = "The currency of Bulgaria"
+    code, out, _ = cli("prompt", text, "--base", str(toy), "--max-tokens", "6", cwd=toy.parent)
+    tokenizer, model = AutoTokenizer.from_pretrained(toy), AutoModelForCausalLM.from_pretrained(toy).eval()
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    said = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    whole = tokenizer.decode([*ids[0].tolist(), *said.tolist()], skip_special_tokens=True)
+    assert code == 0 and len(said) > 2
+    assert out.partition("\n\n")[2].rstrip("\n") == whole.rstrip().rstrip("\ufffd")
+    with torch.no_grad():
+        best = int(model(ids).logits[0, -1].argmax())
+    answer = json.loads(cli("prompt", text, "--base", str(toy), "--max-tokens", "6", "--json", cwd=toy.parent)[1])
+    assert answer["completion"] == whole.removeprefix(text).strip().rstrip("\ufffd")
+    assert answer["top_k"][0]["token"] == SubwordTokenizer.load(toy).word(best)
+    assert out.splitlines()[1].split()[0] == visible(answer["top_k"][0]["token"])
+
+
+def test_a_subword_model_is_asked_as_in_a_chat(cli: Lora, toy: Path, finished: Path) -> None:
+    code, out, _ = cli("prompt", "hi", "--base", str(toy), "--chat", "--max-tokens", "3", cwd=toy.parent)
+    assert code == 0 and "\nhi\n→ " in out
+    plain, chat = (
+        json.loads(cli("prompt", text, "--base", str(toy), *more, "--json", cwd=toy.parent)[1])["top_k"]
+        for text, more in (("<s>user: hi</s>", ()), ("hi", ("--chat",)))
+    )
+    assert plain == chat
+    for command in ("prompt", "compare"):
+        code, out, err = cli(command, "die katze", "--chat", cwd=finished)
+        assert (code, out) == (1, "") and "has no chat template. Prompt it without chat" in err
+
+
+def test_compare_sets_the_variants_of_a_subword_model_side_by_side(cli: Lora, toy: Path, tmp_path: Path) -> None:
+    for name in ("base", "expanded"):
+        shutil.copytree(toy, tmp_path / "artifacts" / name)
+    (tmp_path / "params.yaml").write_text("pretrain:\n  base: org/toy\n", encoding="utf-8")
+    code, out, _ = cli("compare", "The currency", "--max-tokens", "4", cwd=tmp_path)
+    rows = [line for line in out.splitlines() if line.startswith(("base ", "expanded "))]
+    assert code == 0 and len(rows) == 2 and rows[0].split()[1:] == rows[1].split()[1:]
+    assert cli("compare", "hi", "--chat", "--json", cwd=tmp_path)[0] == 0
+
+
+def test_the_report_has_a_line_a_model_on_80_columns(finished: Path, tmp_path: Path) -> None:
+    """Also of a real model, whose numbers are longer."""
+    (tmp_path / "artifacts/evaluation").mkdir(parents=True)
+    shutil.copy(finished / "params.yaml", tmp_path)
+    metrics = json.loads((finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    for numbers in metrics.values():
+        numbers |= {"bytes": 538_060_000, "new_completed": 10, "new_sentences": 10, "trainable": 134_515_008}
+        numbers |= {"trainable_percent": 100.0, "old_loss": 12.345, "new_loss": 12.345}
+    (tmp_path / "artifacts/evaluation/metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    for root in (finished, tmp_path):
+        rows = lora("report", cwd=root, COLUMNS="80", TERMINAL_WIDTH="80").stdout.splitlines()[:7]
+        assert all(len(row) <= 80 for row in rows)
+        assert [row.split()[0] for row in rows] == ["model", "base", "expanded", "full", "freeze", "lora", "merged"]
+        assert rows[0].split()[1:] == ["trained", "share", "new", "done", "old", "rise", "KL", "kept", "weights"]
+    assert "134.5M" in rows[1] and "538 MB" in rows[1]
+
+
 def test_cache_shows_and_prunes(cli: Lora, project: Path) -> None:
     entries = json.loads(cli("cache", "--json", cwd=project)[1])
     assert {entry["stage"] for entry in entries} == set(COMMAND)
@@ -362,7 +446,8 @@ def drawn(project: Path, **environment: str) -> str:
 def test_a_progress_bar_is_drawn_on_a_terminal_only(project: Path) -> None:
     quiet = lora("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
     assert re.fullmatch(
-        r"(finetune_full: [\d.]+ MiB of tensors (predicted|measured) at the peak of a step\n){2}", quiet.stderr
+        r"(finetune_full: [\d.]+ MiB of tensors (predicted|measured) at the peak of the largest step\n){2}",
+        quiet.stderr,
     )
     text = drawn(project)
     assert "finetune_full" in text

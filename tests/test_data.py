@@ -1,12 +1,13 @@
 """Data files, prompts and windows."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data import read_examples, read_prompts, windows
+from pipeline.data import Example, in_evaluation, iter_examples, read_examples, read_prompts, windows
 from pipeline.errors import UserError
 from tests.support import ROOT
 
@@ -35,6 +36,98 @@ def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path: Path, raw: byte
     path = tmp_path / "d.txt"
     path.write_bytes(raw)
     assert [(e.text, e.place) for e in read_examples(path, "d.txt")] == [("eins zwei", "d.txt:1"), ("drei", "d.txt:2")]
+
+
+MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+
+def test_each_form_of_a_line_is_read_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "d.JSONL"
+    lines = [{"text": " zwei  Wörter\n"}, {"prompt": "a ", "completion": " b"}, {"messages": MESSAGES}, {"prompt": "p"}]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(line).encode() for line in lines) + b"\r\n\n")
+    text, completion, talk, prompt = read_examples(path, "d", prompts=True)
+    assert text == Example(" zwei  Wörter\n", "d", 1)
+    assert completion == Example("a  b", "d", 2, "a ")
+    assert completion.completion == " b"
+    assert (talk.text, talk.place, list(talk.messages)) == ("s\nu\na", "d:3", MESSAGES)
+    assert prompt == Example("p", "d", 4, "p")
+    assert prompt.completion == ""
+    with pytest.raises(UserError, match=r"d:4: a prompt without a completion teaches nothing. Add \"completion\""):
+        read_examples(path, "d")
+
+
+def turns(*turns_: object) -> str:
+    return json.dumps({"messages": turns_})
+
+
+USER, ANSWER = MESSAGES[1:]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', r"not JSON: Expecting ',' delimiter at column 13. Write one JSON object a line"),
+        ('{"text": "a", "text": "b"}', "not JSON: a key stands twice"),
+        ('"a"', r"must be a JSON object, .*, got a text"),
+        ("null", "got null"),
+        ("[1]", "got a list"),
+        ("3", "got a number"),
+        ("[" * 100_000, "not JSON"),
+        ("{}", r"the keys must be .*, got none"),
+        ('{"text": "a", "label": 1}', "got 'text', 'label'"),
+        ('{"completion": "a"}', "got 'completion'"),
+        ('{"text": 1}', "text must be a text, got a number"),
+        ('{"text": ["a"]}', "text must be a text, got a list"),
+        ('{"text": " "}', r"text is empty. Write a text, or remove the line"),
+        ('{"prompt": "", "completion": "a"}', "prompt is empty"),
+        ('{"prompt": "a", "completion": null}', "completion must be a text, got null"),
+        (r'{"text": "\ud800"}', "text holds half of a surrogate pair"),
+        ('{"messages": "a"}', "messages must be a list of .*, got a text"),
+        (turns(), r"messages must be a list of .*, got \[\]"),
+        (turns(USER), r"no message is the assistant's"),
+        (turns(ANSWER, USER), r"the first message is the assistant's"),
+        (turns(USER, "a"), r"messages\[1\] needs exactly role and content, got a text"),
+        (turns(USER, ANSWER | {"name": "x"}), r"messages\[1\] needs exactly .* got keys 'role', 'content', 'name'"),
+        (turns(USER, ANSWER | {"role": "bot"}), r"messages\[1\]: role must be one of .*, got 'bot'"),
+        (turns(USER, ANSWER | {"role": ["user"]}), r"messages\[1\]: role must be one of"),
+        (turns(USER, ANSWER | {"content": ""}), r"messages\[1\]: content is empty"),
+        (turns(USER, ANSWER | {"content": [{"text": "a"}]}), r"messages\[1\]: content must be a text, got a list"),
+        ("", "blank line"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_reason(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n', encoding="utf-8")
+    examples = iter_examples(path, "data/d.jsonl")
+    assert next(examples).text == "a"
+    with pytest.raises(UserError, match=rf"^data/d.jsonl:2: .*{message}|^data/d.jsonl:2: {message}"):
+        next(examples)
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.csv", "d"])
+def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{name}: data files end in .txt or .jsonl"):
+        read_examples(tmp_path / name, name)
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=30), st.floats(0, 1), st.integers(1, 99))
+def test_adding_lines_moves_no_example_between_training_and_evaluation(
+    texts: list[str], share: float, later: int
+) -> None:
+    for line, text in enumerate(texts, 1):
+        held_out = in_evaluation(Example(text, "a.txt", line), share)
+        assert held_out == in_evaluation(Example(text, "b.txt", line + later), share)
+        assert not in_evaluation(Example(text, "a.txt", line), 0)
+        assert in_evaluation(Example(text, "a.txt", line), 1)
+        assert not held_out or in_evaluation(Example(text, "a.txt", line), min(1, share + 0.1))
+
+
+def test_the_share_is_held_out_and_what_an_example_is_counts() -> None:
+    held_out = sum(in_evaluation(Example(str(number), "d", number), 0.2) for number in range(5_000))
+    assert abs(held_out / 5_000 - 0.2) < 0.02
+    forms = [Example(f"{n} b", "d", 1) for n in range(40)], [Example(f"{n} b", "d", 1, str(n)) for n in range(40)]
+    assert len({tuple(in_evaluation(example, 0.5) for example in form) for form in forms}) == 2
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -84,6 +177,18 @@ def test_broken_prompts_are_refused(tmp_path: Path, text: str, message: str) -> 
     path = tmp_path / "prompts.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
+        read_prompts(path, "prompts.yaml")
+
+
+def test_answers_keep_their_case(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + "a: {must_keep: [{prompt: P, answer: ' Fru\u0308hling '}]}".encode())
+    (prompt,) = read_prompts(path, "prompts.yaml")
+    assert (prompt.answer, prompt.corrected) == ("Frühling", "Frühling")
+    with pytest.raises(UserError, match=r"x.yaml: No such file"):
+        read_prompts(tmp_path / "x.yaml", "x.yaml")
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"prompts.yaml: not UTF-8 \(byte 0\)"):
         read_prompts(path, "prompts.yaml")
 
 

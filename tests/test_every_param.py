@@ -1,14 +1,17 @@
 """No setting that nothing reads: each field of params.yaml, changed, changes an artifact, a report, or is refused."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.dag import STAGES
 from pipeline.errors import UserError
 from pipeline.params import Params
+from tests.bases import toy_checkpoint
 from tests.support import BRIEF, folder_bytes, make
 
 OTHER = {
@@ -17,6 +20,19 @@ OTHER = {
     "batch_size": "3",
     "window": "3",
     "learning_rate": "3e-3",
+    "schedule": "cosine",
+    "warmup_steps": "5",
+    "clip_norm": "0.1",
+    "accumulate": "2",
+    "max_length": "4",
+    "precision": "bf16",
+    "checkpointing": "full",
+    "eval_share": "0.3",
+    "eval_every": "2",
+    "patience": "1",
+    "pretrain.base": "toy",
+    "pretrain.dtype": "bf16",
+    "pretrain.trust_remote_code": "true",
     "pretrain.data": "data/finetune.de.txt",
     "pretrain.d_model": "32",
     "pretrain.layers": "1",
@@ -25,6 +41,8 @@ OTHER = {
     "pretrain.max_positions": "24",
     "pretrain.tie_embeddings": "true",
     "expand_vocab.data": "data/finetune.de.txt",
+    "expand_vocab.tokens": "[euroraum]",
+    "expand_vocab.special_tokens": "[<euro>]",
     "expand_vocab.noise_std": "0.1",
     "expand_vocab.audit_data": "data/fact_correction.de.txt",
     "finetune_full.data": "data/fact_correction.de.txt",
@@ -36,6 +54,10 @@ OTHER = {
     "finetune_lora.alpha": "2",
     "finetune_lora.target_modules": "[v_proj]",
     "finetune_lora.train_embeddings": "new_rows",
+    "finetune_lora.adapter_precision": "bf16",
+    "finetune_lora.retain": "other.txt",
+    "finetune_lora.retain_weight": "3",
+    "finetune_lora.retain_batch": "1",
     "merge.prompts": "other.yaml",
     "merge.max_logit_difference": "1e-12",
     "evaluate.old_data": "other.txt",
@@ -47,26 +69,105 @@ OTHER = {
 KEYS = [f"{section.name}.{field.name}" for section in fields(Params) for field in fields(section.default_factory)]  # type: ignore[arg-type]
 
 
+# What must be set beside a field for it to count.
+WITH = {
+    "eval_every": ["eval_share=0.3"],
+    "patience": ["eval_share=0.3", "eval_every=1", "learning_rate=0.3"],
+    "pretrain.dtype": ["base=toy"],
+    "finetune_lora.retain": ["retain_weight=3", "retain=data/fact_correction.de.txt"],
+    "finetune_lora.retain_weight": ["retain=other.txt", "retain_weight=1"],
+    "finetune_lora.retain_batch": ["retain=data/fact_correction.de.txt", "retain_weight=3"],
+}
+REFUSED = {  # alone, or always: it would count for nothing
+    "eval_every": "nothing is held out to evaluate on. Set {stage}.eval_share above 0",
+    "patience": "nothing is held out to evaluate on. Set {stage}.eval_share above 0",
+    "pretrain.dtype": "pretrain.dtype is for a base that is imported",
+    "pretrain.trust_remote_code": "pretrain.trust_remote_code is for a base that is imported",
+    "pretrain.precision": "pretrain.precision is for a base that is imported",
+    "expand_vocab.special_tokens": "expand_vocab.special_tokens are for a base that splits words",
+    "finetune_lora.retain_weight": "no file is. Name one in finetune_lora.retain",
+}
+ONLY_REFUSED = {"pretrain.trust_remote_code", "pretrain.precision"}  # tests/test_bases.py has code that is trusted
+CHANGING = [
+    key
+    for key in KEYS
+    if key not in ONLY_REFUSED and not key.endswith(".checkpointing") and key != "merge.max_logit_difference"
+]  # the others have tests of their own
+
+
+def of(table: dict[str, Any], key: str) -> Any:
+    return table.get(key, table.get(key.split(".")[1]))
+
+
 def test_every_field_has_another_value_to_try() -> None:
-    assert {key for key in KEYS if key not in OTHER and key.split(".")[1] not in OTHER} == set()
+    assert [key for key in KEYS if of(OTHER, key) is None] == []
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_a_changed_field_changes_what_its_stage_makes_or_is_refused(project: Path, key: str) -> None:
+def prepared(project: Path) -> Path:
     (project / "other.yaml").write_text("g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8")
     (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
-    stage, field = key.split(".")
-    folder = project / "artifacts" / STAGES[stage].output
-    before = folder_bytes(folder)
-    overrides = [*BRIEF, f"{key}={OTHER.get(key) or OTHER[field]}"]
-    if key == "merge.max_logit_difference":  # 0 where layers are small enough to be folded: take one that is not
-        overrides += ["pretrain.feed_forward=1024", "finetune_lora.target_modules=fc1"]
-        make(project, ["pretrain", "expand_vocab", "finetune_lora"], overrides)
-        with pytest.raises(UserError, match=r"more than merge.max_logit_difference"):
-            make(project, [stage], overrides)
-        return
-    shutil.rmtree(project / ".lora-cache")
-    make(project, [stage], overrides)
-    after = folder_bytes(folder)
-    del before["manifest.json"], after["manifest.json"]  # it repeats the params: its change proves nothing
-    assert after != before
+    return project
+
+
+def made(project: Path, stage: str, overrides: Sequence[str]) -> dict[str, bytes]:
+    """The stage's artifact, without the manifest: it repeats the params, and its change proves nothing."""
+    shutil.rmtree(project / ".lora-cache", ignore_errors=True)
+    make(project, [stage], [*BRIEF, *overrides])
+    files = folder_bytes(project / "artifacts" / STAGES[stage].output)
+    del files["manifest.json"]
+    return files
+
+
+@pytest.mark.parametrize("key", CHANGING)
+def test_a_changed_field_changes_what_its_stage_makes(project: Path, key: str) -> None:
+    stage, _ = key.split(".")
+    beside = [f"{stage}.{one}" for one in of(WITH, key) or []]
+    needs_toy = key in ("pretrain.base", "pretrain.dtype", "expand_vocab.special_tokens")
+    if needs_toy:
+        toy_checkpoint(project / "toy")
+    if key == "expand_vocab.special_tokens":
+        shutil.copy(prepared(project) / "other.txt", project / "english.txt")
+        beside += ["pretrain.base=toy", "expand_vocab.audit_data=english.txt"]
+        made(project, "pretrain", beside)
+    prepared(project)
+    before = made(project, stage, beside)
+    assert made(project, stage, [*beside, f"{key}={of(OTHER, key)}"]) != before
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if of(REFUSED, key)])
+def test_a_field_that_would_count_for_nothing_is_refused(project: Path, key: str) -> None:
+    stage, _ = key.split(".")
+    without_file = ["finetune_lora.retain="] if key == "finetune_lora.retain_weight" else []
+    with pytest.raises(UserError) as error:
+        made(project, stage, [f"{key}={of(OTHER, key)}", *without_file])
+    assert of(REFUSED, key).format(stage=stage) in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_full", "finetune_freeze", "finetune_lora"])
+def test_checkpointing_changes_no_byte_that_is_made_and_the_memory_that_is_measured(
+    project: Path, stage: str, how: str
+) -> None:
+    def measured() -> int:
+        lines = (project / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
+        return int(lines[-1].split(",")[-1])
+
+    wide = [f"{stage}.window=0", f"{stage}.batch_size=64"]  # activations, not weights, decide the peak
+    before, plain = made(project, stage, wide), measured()
+    assert made(project, stage, [*wide, f"{stage}.checkpointing={how}"]) == before
+    assert measured() < plain
+
+
+def test_a_merge_that_differs_by_more_than_is_allowed_is_refused(project: Path) -> None:
+    # the difference is 0 where layers are small enough to be folded: take one that is not
+    overrides = [*BRIEF, "pretrain.feed_forward=1024", "finetune_lora.target_modules=fc1"]
+    make(project, ["pretrain", "expand_vocab", "finetune_lora"], overrides)
+    with pytest.raises(UserError, match=r"more than merge.max_logit_difference"):
+        make(project, ["merge"], [*overrides, "merge.max_logit_difference=1e-12"])
+
+
+def test_texts_to_retain_with_no_weight_change_nothing(project: Path) -> None:
+    """So that one number turns them off."""
+    before = made(project, "finetune_lora", [])
+    retain = "finetune_lora.retain=data/fact_correction.de.txt"
+    assert made(project, "finetune_lora", [retain, "finetune_lora.retain_batch=1"]) == before

@@ -18,9 +18,10 @@ from pipeline.errors import UserError
 from pipeline.generate import Sampling, generate, stream
 from pipeline.models.base import load_base
 from pipeline.models.minigpt import Attention
-from tests.models import adapter, checkpoint
+from tests.models import adapter, checkpoint, minigpt
 from tests.support import make
 
+ENDS = {2}  # of the word tokenizer
 IDS = torch.randint(3, 74, (2, 11), generator=torch.Generator().manual_seed(3))
 SPEC = AdapterSpec(3, 6.0, ("fc1", "k_proj", "q_proj", "v_proj"))
 
@@ -41,13 +42,13 @@ def test_attention_is_that_of_transformers_and_every_row_sums_to_1(tmp_path: Pat
 @torch.no_grad()
 def test_a_layers_output_is_its_attention_times_its_values_with_lora_too(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
-    model = engine.load(base, adapter(tmp_path / "a", base, SPEC)).model
+    model = minigpt(engine.load(base, adapter(tmp_path / "a", base, SPEC)).model)
     attention = model.decoder.layers[1].get_submodule("self_attn")
     assert isinstance(attention, Attention)
     x = torch.randn(2, 11, 64)
     v = attention.v_proj(x).view(2, 11, 4, 16).transpose(1, 2)  # (B, H, T, K)
     y = (probabilities(attention, x) @ v).transpose(1, 2).reshape(2, 11, 64)
-    torch.testing.assert_close(attention.out_proj(y), attention(x, None), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attention.out_proj(y), attention(x, None, None), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, 10, 0.9, seed=4)])
@@ -56,22 +57,24 @@ def test_a_streamed_token_has_the_models_own_probability_before_temperature_and_
     tmp_path: Path, sampling: Sampling
 ) -> None:
     model, prompt = load_base(checkpoint(tmp_path / "base")).model, (5, 6)
-    drawn = list(stream(model, prompt, 8, sampling))
+    drawn = list(stream(model, prompt, ENDS, 8, sampling))
     ids = [*prompt, *(token.id for token in drawn)]
     expected = model(torch.tensor([ids]))[0].softmax(-1)
     for place, token in enumerate(drawn, len(prompt) - 1):
         assert token.probability == pytest.approx(float(expected[place, token.id]), abs=1e-5)
-    assert [token.id for token in drawn] == list(generate(model, prompt, 8, sampling))
+    assert [token.id for token in drawn] == list(generate(model, prompt, ENDS, 8, sampling))
 
 
 def test_a_stream_shows_the_end_token_that_generate_leaves_out(tmp_path: Path) -> None:
-    model, ends = load_base(checkpoint(tmp_path / "base")).model, 2
+    model = minigpt(load_base(checkpoint(tmp_path / "base")).model)
     with torch.no_grad():  # the last norm gives ones everywhere, and only the end token answers to them
         model.decoder.final_layer_norm.weight.zero_()
         model.decoder.final_layer_norm.bias.fill_(1)
-        model.lm_head.weight.zero_()[ends] = 1
-    assert [token.id for token in stream(model, (5,), 9)] == [ends]
-    assert list(generate(model, (5,), 9)) == []
+        model.lm_head.weight.zero_()[2] = 1
+    for ends in (ENDS, {70, 2}):
+        assert [token.id for token in stream(model, (5,), ends, 9)] == [2]
+        assert list(generate(model, (5,), ends, 9)) == []
+    assert list(generate(model, (5,), {70}, 9)) == [2] * 9
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6))

@@ -12,7 +12,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from pipeline.errors import UserError
 from pipeline.generate import Sampling, distribution, generate
-from pipeline.models.base import Base, count, load_base, resized, save_base
+from pipeline.models.base import Base, count, load_base, save_base
+from pipeline.models.causal import set_row_count
 from pipeline.models.minigpt import KVCache, MiniGPT, MiniGPTConfig
 from pipeline.tokenizer import WordTokenizer
 
@@ -43,7 +44,7 @@ def test_the_trained_checkpoint_opens_in_transformers_with_our_logits(finished: 
         folder = finished / "artifacts" / name
         ours, _ = load_base(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-        ids = torch.randint(3, ours.config.vocab_size, (4, 20), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(3, ours.shape.rows, (4, 20), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-5, name
 
@@ -89,7 +90,7 @@ def test_greedy_generation_is_that_of_transformers(finished: Path) -> None:
     for text in ("die katze", "der hund läuft", "bulgarien"):
         ids = tokenizer.encode(text)
         expected = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
-        found = list(generate(ours, ids, 12))
+        found = list(generate(ours, ids, tokenizer.end_ids, 12))
         assert found == [token for token in expected if token != tokenizer.end_id]
 
 
@@ -108,8 +109,8 @@ def test_sampling_has_the_distribution_of_transformers(temperature: float, k: in
 
 def test_a_seed_decides_a_sample_and_draws_follow_the_distribution() -> None:
     model = model_of()
-    drawn = [next(iter(generate(model, (5,), 1, Sampling(1.0, 3, 1.0, seed))), 2) for seed in range(400)]
-    assert drawn == [next(iter(generate(model, (5,), 1, Sampling(1.0, 3, 1.0, seed))), 2) for seed in range(400)]
+    drawn = [next(iter(generate(model, (5,), {2}, 1, Sampling(1.0, 3, 1.0, seed))), 2) for seed in range(400)]
+    assert drawn == [next(iter(generate(model, (5,), {2}, 1, Sampling(1.0, 3, 1.0, seed))), 2) for seed in range(400)]
     with torch.no_grad():
         probabilities = distribution(model(torch.tensor([[5]]))[0, -1], Sampling(1.0, 3))
     for token in probabilities.nonzero().flatten().tolist():
@@ -121,7 +122,7 @@ def test_generation_stops_at_the_last_position() -> None:
     model = model_of()
     with torch.no_grad():
         model.lm_head.weight[2] = 0  # the end token is never the likeliest
-    assert len(list(generate(model, (5, 6, 7), 100))) == 32 - 3
+    assert len(list(generate(model, (5, 6, 7), {2}, 100))) == 32 - 3
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
@@ -133,10 +134,14 @@ def test_sampling_out_of_range_is_refused(bad: dict[str, float]) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_resizing_keeps_old_rows_bit_for_bit(tied: bool) -> None:
     model = model_of(tie_embeddings=tied)
-    larger = resized(model, 90)
-    assert torch.equal(larger.embeddings.weight[:74], model.embeddings.weight)
-    assert torch.equal(larger.lm_head.weight[:74], model.lm_head.weight)
-    assert (larger.lm_head.weight is larger.embeddings.weight) == tied
+    larger = model_of(tie_embeddings=tied)
+    set_row_count(larger, 90)
+    for end, before in ((larger.decoder.embed_tokens, model.decoder.embed_tokens), (larger.lm_head, model.lm_head)):
+        assert end.weight.shape == (90, 64)
+        assert torch.equal(end.weight[:74], before.weight)
+        assert not end.weight[74:].any()
+    assert (larger.lm_head.weight is larger.decoder.embed_tokens.weight) == tied
+    assert (larger.shape.rows, larger.config.tie_embeddings) == (90, tied)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.params import Params, load
+from pipeline.params import FinetuneLora, Params, load, rule
 from tests.support import ROOT
 
 
@@ -46,11 +46,20 @@ def test_set_wins_over_the_file(tmp_path: Path) -> None:
     assert load(path, ["pretrain.epochs=3"]).pretrain.epochs == 3
 
 
-@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4", "2e-05"])
-def test_exponents_that_yaml_reads_as_text_are_numbers(tmp_path: Path, text: str) -> None:
-    value = load(written(tmp_path, f"finetune_lora:\n  learning_rate: {text}\n")).finetune_lora.learning_rate
-    assert value == float(text)
-    assert load(ROOT / "params.yaml", [f"finetune_lora.learning_rate={text}"]).finetune_lora.learning_rate == value
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "2e-05", "1e3", "0.0001", "1.0e-4"])  # 2e-05: as DVC writes it
+def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
+    is_text_to_pyyaml = isinstance(yaml.safe_load(text), str)
+    assert is_text_to_pyyaml == ("." not in text)
+    for section, key in (
+        ("finetune_lora", "learning_rate"),
+        ("finetune_lora", "retain_weight"),
+        ("finetune_full", "clip_norm"),
+        ("expand_vocab", "noise_std"),
+        ("merge", "max_logit_difference"),
+    ):
+        read = load(written(tmp_path, f"{section}:\n  {key}: {text}\n"))
+        given = load(ROOT / "params.yaml", [f"{section}.{key}={text}"])
+        assert getattr(getattr(read, section), key) == getattr(getattr(given, section), key) == float(text)
 
 
 @pytest.mark.parametrize(
@@ -123,3 +132,9 @@ def test_any_text_is_params_or_one_error(tmp_path_factory: pytest.TempPathFactor
         assert isinstance(load(path), Params)
     except UserError as error:
         assert str(error)
+
+
+def test_a_rule_says_what_may_be_left_empty() -> None:
+    assert rule(FinetuneLora(), "retain") == "a text, or empty"
+    assert rule(FinetuneLora(), "rank") == "a whole number, at least 1, below 2147483648"
+    assert rule(FinetuneLora(), "target_modules") == "a name or a list of names"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
@@ -37,6 +37,7 @@ def test_one_line_changes_and_its_comment_keeps_its_column(key: str, value: Any,
     assert different[0].startswith(line)
 
 
+@example("finetune_lora.data", "a\u2028b\x85")
 @given(st.sampled_from(KEYS), st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.text(max_size=30)))
 def test_whatever_the_value_it_is_read_back_and_every_other_line_stays(key: str, value: Any) -> None:
     section, name = key.split(".")
@@ -50,8 +51,29 @@ def test_whatever_the_value_it_is_read_back_and_every_other_line_stays(key: str,
 
 def test_a_block_list_stays_one() -> None:
     new = changed(TEXT, {"expand_vocab.data": ("data/a.txt", "data/b.txt")})
-    assert "    - data/a.txt\n    - data/b.txt\n  noise_std: 0.02          # new row" in new
+    assert "    - data/a.txt\n    - data/b.txt\n  tokens: []               # new words" in new
     assert yaml.safe_load(new)["expand_vocab"]["data"] == ["data/a.txt", "data/b.txt"]
+
+
+@pytest.mark.parametrize("value", ["", (), [], "a", ("a", "b")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "expand_vocab:\n  tokens:\n  noise_std: 0.1\n",
+        "expand_vocab:\n  tokens:   # none yet\n  noise_std: 0.1\n",
+        "expand_vocab:\n  tokens:\n    - one\n    - two # comment\n  noise_std: 0.1\n",
+        "expand_vocab:\n  noise_std: 0.1\n  tokens:",
+        "expand_vocab:\n  tokens: ''\n  noise_std: 0.1\n",
+        "expand_vocab:\n  noise_std: 0.1\n",
+    ],
+)
+def test_what_is_empty_reads_back_as_empty_and_can_be_filled_again(text: str, value: Any) -> None:
+    plain = list(value) if isinstance(value, tuple) else value
+    new = changed(text, {"expand_vocab.tokens": value})
+    assert yaml.safe_load(new) == {"expand_vocab": {"tokens": plain, "noise_std": 0.1}}
+    again = changed(new, {"expand_vocab.tokens": ["x", "y"]})
+    assert yaml.safe_load(again) == {"expand_vocab": {"tokens": ["x", "y"], "noise_std": 0.1}}
+    assert all(comment in again for comment in ("# none yet",) if comment in text)
 
 
 def test_a_missing_key_joins_its_section_and_a_missing_section_the_file() -> None:

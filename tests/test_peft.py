@@ -190,7 +190,7 @@ def test_an_initialisation_that_changes_the_base_is_refused(brief: Path, tmp_pat
         ("modules_to_save", ["layers.1.self_attn"], "modules_to_save may name embed_tokens and lm_head only"),
         ("trainable_token_indices", {"embed_tokens": 5}, "trainable_token_indices.embed_tokens must list rows"),
         ("trainable_token_indices", {"embed_tokens": [-1]}, "trainable_token_indices.embed_tokens must list rows"),
-        ("trainable_token_indices", "x", "trainable_token_indices may name"),
+        ("trainable_token_indices", "x", "trainable_token_indices must map modules to rows, got 'x'"),
         ("layer_replication", [[0, 2]], "layer_replication is [[0, 2]]; it is not supported"),
         ("an_option_of_tomorrow", 1, "an_option_of_tomorrow is 1; it is not supported"),
     ],

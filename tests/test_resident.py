@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import artifact, engine, resident
+from pipeline import artifact, device, engine, resident
 from pipeline.adapters.attach import AdapterSpec, merged_model
 from pipeline.errors import UserError
 from pipeline.models.base import load_base, save_base
-from pipeline.models.minigpt import MiniGPT
+from pipeline.models.causal import CausalLM
 from pipeline.resident import Residents
 from tests.models import adapter, checkpoint
 
@@ -39,7 +39,7 @@ def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]
 
 
 @torch.no_grad()
-def logits(model: MiniGPT) -> Tensor:
+def logits(model: CausalLM) -> Tensor:
     out: Tensor = model(IDS)
     return out
 
@@ -161,10 +161,10 @@ def test_one_thread_serves_small_models_and_all_cores_a_large_one(
     base, threads = checkpoint(tmp_path / "base"), list[int]()
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     Residents(CPU).load("a", base, None)
-    assert threads == []
-    monkeypatch.setattr(resident, "LARGE", 100_000)
+    assert threads == [1]
+    monkeypatch.setattr(device, "LARGE", 100_000)
     Residents(CPU).load("a", base, None)
-    assert threads == [os.cpu_count()]
+    assert threads == [1, os.cpu_count()]
 
 
 def test_a_saved_view_has_the_bytes_of_its_base(tmp_path: Path) -> None:

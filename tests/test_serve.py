@@ -237,7 +237,7 @@ MODEL = """
 import torch
 from pipeline.models.minigpt import MiniGPT
 def broken(*_, **__): raise {}
-MiniGPT.forward = broken
+MiniGPT.hidden = broken
 """
 
 

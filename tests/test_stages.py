@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from pipeline.dag import STAGES, VARIANTS, Project
 from pipeline.data import read_prompts
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
-from pipeline.models.minigpt import MiniGPT
+from pipeline.models.causal import CausalLM
 from pipeline.params import load
 from pipeline.runner import run
 from pipeline.stages.finetune import finetune
@@ -168,7 +169,7 @@ def test_the_certificate_says_that_every_delta_was_merged_once(finished: Path) -
 
 
 def test_a_merge_that_answers_otherwise_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice(model: MiniGPT) -> MiniGPT:
+    def twice(model: CausalLM) -> CausalLM:
         merged = merged_model(model)
         for name, layer in adapter_layers(model):
             with torch.no_grad():
@@ -204,7 +205,8 @@ def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(p
     make(project, ["merge", "evaluate"], BRIEF)
     assert read(project / "artifacts/evaluation/metrics.json") == before
     prompts.write_text(prompts.read_text(encoding="utf-8").replace("answer: Tisch", "answer: tsich"), encoding="utf-8")
-    with pytest.raises(UserError, match="the answer 'tsich' to 'die katze sitzt auf dem' is not one word that base"):
+    said = r"data/prompts.yaml: base cannot say the answer 'tsich' to 'die katze sitzt auf dem'"
+    with pytest.raises(UserError, match=said):
         make(project, ["merge", "evaluate"], BRIEF)
 
 
@@ -248,7 +250,7 @@ def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None
     ]
     stages = ["expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora", "merge", "evaluate"]
     make(project, stages, overrides)
-    assert load_base(project / "artifacts/expanded").model.config.vocab_size == 74
+    assert load_base(project / "artifacts/expanded").model.shape.rows == 74
 
 
 def test_predictions_hold_every_prompt_of_every_variant(finished: Path) -> None:
@@ -308,7 +310,11 @@ def test_nothing_is_pickled(finished: Path) -> None:
     names = {
         path.suffix for folder in ("artifacts", "runs") for path in (finished / folder).rglob("*") if path.is_file()
     }
-    assert names <= {".json", ".safetensors", ".csv", ".png", ".md", ""}
+    assert names <= {".json", ".safetensors", ".csv", ".png", ".md", ".bin", ""}
+    for path in finished.rglob("*.bin"):  # a corpus's tokens, as plain numbers; one that is not learned is negative
+        assert path.parent.parent.name == "tokens"
+        tokens = np.fromfile(path, "<i4")
+        assert ((tokens >= -99) & (tokens < 99)).all()
 
 
 def test_freezing_everything_is_refused(project: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,38 @@ def test_the_signature_changes_with_params_data_runs_and_artifacts(project: Path
         (project / name).write_text("changed", encoding="utf-8")
         seen.add(project_signature(project_of(project)))
     assert len(seen) == 4
+
+
+def test_a_base_that_cannot_be_used_is_the_reason_of_its_stage(project: Path) -> None:
+    (project / "tied").mkdir()
+    for base, reason in (
+        ("nowhere", "pretrain.base must be minigpt, a checkpoint folder"),
+        ("x" * 300, "pretrain.base must be minigpt, a checkpoint folder"),
+        ("~nobody-here/model", "pretrain.base must be minigpt, a checkpoint folder"),
+        ("none.gguf", "No such file or directory. Put the file there"),
+        ("tied", "tied is not a checkpoint: it has no config.json"),
+        ("params.yaml", "is not a GGUF file"),
+    ):
+        save(project / "params.yaml", {"pretrain.base": base})
+        found = Status().of(project_of(project))
+        assert found["pretrain"].state == "changed" and reason in found["pretrain"].reasons[0], base
+        assert "\n" not in found["pretrain"].reasons[0]
+        assert found["expand_vocab"].state == "waits"
+    shutil.rmtree(project / "artifacts")
+    found = Status().of(project_of(project))
+    assert found["pretrain"].state == "missing" and "is not a GGUF file" in found["pretrain"].reasons[0]
+
+
+@pytest.mark.parametrize("base", ["models/mine", "models/mine.gguf"])
+def test_the_signature_changes_with_a_local_base(project: Path, base: str) -> None:
+    save(project / "params.yaml", {"pretrain.base": base})
+    file = project / (base if base.endswith(".gguf") else f"{base}/config.json")
+    seen = [project_signature(project_of(project))]
+    file.parent.mkdir(parents=True)
+    for text in ("one", "another", None):
+        file.unlink() if text is None else file.write_text(text, encoding="utf-8")
+        seen.append(project_signature(project_of(project)))
+    assert all(one != other for one, other in pairwise(seen))
 
 
 def wait_for(condition: object, seconds: float = 30.0) -> None:

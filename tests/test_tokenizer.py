@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pipeline.data import Example, read_examples
+from pipeline.encode import encode
 from pipeline.errors import UserError
 from pipeline.tokenizer import SPECIAL, WordTokenizer, split
 from tests.support import ROOT
@@ -57,9 +58,9 @@ def test_unknown_words_are_named_as_written() -> None:
 
 def test_an_example_with_unknown_words_or_too_many_is_refused_with_its_place() -> None:
     with pytest.raises(UserError, match=r"f.txt:3: not in the vocabulary: möwe. Add f.txt to expand_vocab.data"):
-        TOKENIZER.encode_example(Example("die möwe sitzt", "f.txt", 3), 32)
+        encode(Example("die möwe sitzt", "f.txt", 3), TOKENIZER, 0, 32)
     with pytest.raises(UserError, match=r"f.txt:3: 4 tokens with the end token, more than the model's 3"):
-        TOKENIZER.encode_example(Example("die katze sitzt", "f.txt", 3), 3)
+        encode(Example("die katze sitzt", "f.txt", 3), TOKENIZER, 0, 3)
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:

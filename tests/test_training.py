@@ -12,16 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from pipeline.calc.settings import FULL
 from pipeline.data import IGNORED, Window, read_examples, windows
+from pipeline.encode import encode
 from pipeline.errors import UserError
 from pipeline.metrics import COLUMNS, Step, epoch_means, flat_from, read_steps
 from pipeline.models.base import load_base
 from pipeline.params import Training
 from pipeline.runner import Note, Progress
-from pipeline.training.batches import Batches
-from pipeline.training.loop import steps
+from pipeline.training.batches import Batch, Batches
+from pipeline.training.loop import Task, steps
 from pipeline.training.optimizer import FlatAdam
+from pipeline.training.sequences import Listed
 from tests.support import BRIEF, ROOT, make, make_one
+
+
+def listed(cut: list[Window]) -> Listed:
+    return Listed(cut, [f"f.txt:{number}" for number in range(1, len(cut) + 1)])
 
 
 def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
@@ -32,13 +39,14 @@ def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
     theirs.model.decoder.embed_positions.requires_grad_(False)
     settings = Training(epochs=5)
     examples = read_examples(ROOT / "data/finetune.de.txt", "f")
-    batches = Batches([w for e in examples for w in windows(tokenizer.encode_example(e, 32), 4)], 4, 0, 0)
+    batches = Batches(listed([w for e in examples for w in windows(encode(e, tokenizer).ids, 4)]), 4, 0)
     adam = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=settings.learning_rate)
-    for record in steps(ours, batches, FlatAdam(ours, settings.learning_rate), settings):
-        batch = batches[record.step - 1]
+    for record in steps(Task(ours, batches, settings, FULL), FlatAdam(ours, settings.learning_rate)):
+        (batch,) = batches[record.step - 1]
+        assert batch.segments is None, "windows of one length stack"
         adam.zero_grad()
         logits = theirs(input_ids=batch.ids, position_ids=batch.positions).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels)
         torch.autograd.backward(loss)
         norm = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters() if p.grad is not None])
         adam.step()
@@ -47,61 +55,107 @@ def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
     assert record.step == 5 * len(batches)
 
 
-lengths = st.lists(st.integers(1, 5), min_size=1, max_size=20)
+def cut_of(sizes: list[tuple[int, int, int]]) -> list[Window]:
+    """Windows by start: so many tokens without a label, with one, and without again."""
+    return [
+        Window(i, tuple(range(10, 10 + a + b + c)), (IGNORED,) * a + tuple(range(11 + a, 11 + a + b)) + (IGNORED,) * c)
+        for i, (a, b, c) in enumerate(sizes)
+    ]
 
 
-@given(lengths, st.integers(1, 7), st.integers(0, 3))
-def test_an_epoch_holds_every_window_once_padded_only_where_nothing_counts(
-    sizes: list[int], batch_size: int, seed: int
+def sequences_of(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
+    """Ids, positions and labels of each sequence, however the batch lays them out."""
+    labels = torch.full((batch.ids.numel(),), IGNORED)
+    labels[slice(None) if batch.at is None else batch.at] = batch.labels
+    if batch.segments is None:
+        rows = [row.tolist() for t in (batch.ids, batch.positions, labels.view_as(batch.ids)) for row in t]
+        return list(zip(*(rows[i * len(batch.ids) : (i + 1) * len(batch.ids)] for i in range(3)), strict=True))
+    assert len(batch.ids) == 1
+    parts = [torch.split(t.flatten(), list(batch.segments)) for t in (batch.ids, batch.positions, labels)]
+    return [(a.tolist(), b.tolist(), c.tolist()) for a, b, c in zip(*parts, strict=True)]
+
+
+lengths = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=20)
+
+
+@given(lengths, st.integers(1, 7), st.integers(1, 3), st.integers(0, 3))
+def test_an_epoch_holds_every_window_once_without_a_token_more_than_its_labels_need(
+    sizes: list[tuple[int, int, int]], batch_size: int, accumulate: int, seed: int
 ) -> None:
-    cut = [Window(i, tuple(range(10, 10 + n)), tuple(range(11, 11 + n))) for i, n in enumerate(sizes)]
-    batches = Batches(cut, batch_size, seed, pad_id=0)
-    assert len(batches) == math.ceil(len(sizes) / batch_size)
+    cut = cut_of(sizes)
+    batches = Batches(listed(cut), batch_size, seed, accumulate)
+    assert len(batches) == math.ceil(len(sizes) / (batch_size * accumulate))
     for epoch in (0, 2):
         seen = []
         for index in range(len(batches)):
-            batch = batches[epoch * len(batches) + index]
-            counted = batch.labels != IGNORED
-            assert int(counted.sum()) == batch.tokens
-            for row in range(len(batch.ids)):
-                n = int(counted[row].sum())
-                assert counted[row, :n].all()
-                start = int(batch.positions[row, 0])
-                seen.append(start)
-                assert batch.ids[row, :n].tolist() == list(range(10, 10 + n))
-                assert batch.labels[row, :n].tolist() == list(range(11, 11 + n))
-                assert batch.positions[row, :n].tolist() == list(range(start, start + n))
+            step = batches[epoch * len(batches) + index]
+            numbers = [number for batch in step for number in batch.numbers]
+            assert batches.places(epoch * len(batches) + index) == [f"f.txt:{n + 1}" for n in numbers]
+            if index < len(batches) - 1:
+                assert [len(batch.numbers) for batch in step] == [batch_size] * accumulate
+            for batch in step:
+                assert batch.tokens == sum(sizes[number][1] for number in batch.numbers)
+                for number, (ids, positions, labels) in zip(batch.numbers, sequences_of(batch), strict=True):
+                    kept = sizes[number][0] + sizes[number][1]  # what comes after the last label is read by nothing
+                    assert ids == list(range(10, 10 + kept))
+                    assert positions == list(range(number, number + kept))
+                    assert labels == list(cut[number].labels[:kept])
+                    seen.append(number)
         assert sorted(seen) == list(range(len(sizes)))
 
 
+@given(lengths)
+def test_a_batch_taken_apart_is_its_sequences_one_by_one(sizes: list[tuple[int, int, int]]) -> None:
+    ((batch,),) = [Batches(listed(cut_of(sizes)), len(sizes), 0)[0]]
+    apart = batch.apart()
+    assert all(one.segments is None for one in apart)
+    assert [s for one in apart for s in sequences_of(one)] == sequences_of(batch)
+    assert tuple(n for one in apart for n in one.numbers) == batch.numbers
+    assert batch.segments is None or len(apart) == len(sizes)
+
+
 def test_batches_are_the_same_from_wherever_one_starts() -> None:
-    cut = [Window(0, (i,), (i + 1,)) for i in range(10)]
-    forward = [Batches(cut, 4, 7, 0)[step].ids.tolist() for step in range(9)]
-    one = Batches(cut, 4, 7, 0)
-    assert [one[step].ids.tolist() for step in reversed(range(9))] == forward[::-1]
+    cut = listed([Window(0, (i,), (i + 1,)) for i in range(20)])
+
+    def ids(batches: Batches, step: int) -> list[object]:
+        return [batch.ids.tolist() for batch in batches[step]]
+
+    forward = [ids(Batches(cut, 4, 7, 2), step) for step in range(9)]
+    one = Batches(cut, 4, 7, 2)
+    assert [ids(one, step) for step in reversed(range(9))] == forward[::-1]
     assert forward[:3] != forward[3:6], "epochs are shuffled anew"
 
 
-def test_frozen_and_padded_rows_get_no_gradient(brief: Path) -> None:
+def test_the_largest_step_is_the_one_with_the_most_tokens_in_a_batch() -> None:
+    sizes = [(0, n, 0) for n in (3, 9, 1, 4, 7, 2, 5)]
+    batches = Batches(listed(cut_of(sizes)), 2, 0)
+    tokens = [max(batch.ids.numel() for batch in batches[step]) for step in range(2 * len(batches))]
+    assert len(set(tokens)) > 2
+    for steps_ in (range(8), range(3, 8), range(5, 6)):
+        assert tokens[batches.largest(steps_)] == max(tokens[step] for step in steps_)
+
+
+def test_frozen_rows_and_rows_that_are_not_read_get_no_gradient(brief: Path) -> None:
     model, _ = load_base(brief / "artifacts/expanded")
     model.requires_grad_(False)
     model.embeddings.requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    batches = Batches([Window(0, (5, 6), (6, 7)), Window(0, (5,), (6,))], 2, 0, pad_id=0)
-    for _ in steps(model, batches, FlatAdam(model, 1e-2), Training(epochs=3)):
+    batches = Batches(listed([Window(0, (5, 6, 9), (6, 7, IGNORED)), Window(0, (5,), (6,))]), 2, 0)
+    for _ in steps(Task(model, batches, Training(epochs=3), FULL), FlatAdam(model, 1e-2)):
         pass
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    after = model.state_dict()
     name = "model.decoder.embed_tokens.weight"
-    assert changed == {name}
-    rows = (model.embeddings.weight != before[name]).any(dim=1).nonzero().flatten().tolist()
-    assert rows == [5, 6], "the rows that were read, and not the pad's"
+    assert {key for key, value in after.items() if not torch.equal(value, before[key])} == {name}
+    rows = (after[name] != before[name]).any(dim=1).nonzero().flatten().tolist()
+    assert rows == [5, 6], "the rows that were read before a label, and no pad's"
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(project: Path) -> None:
     overrides = [*BRIEF, "finetune_full.learning_rate=1e30"]
     before = (project / "artifacts/full_finetuned/manifest.json").read_bytes()
     with pytest.raises(
-        UserError, match=r"finetune_full: the loss is .* at step \d+. Lower finetune_full.learning_rate"
+        UserError,
+        match=r"finetune_full: the loss is .* at step \d+, on data/finetune.de.txt:\d.* Lower finetune_full.lear",
     ):
         make(project, ["finetune_full"], overrides)
     assert (project / "artifacts/full_finetuned/manifest.json").read_bytes() == before

@@ -6,8 +6,10 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.dag import ARTIFACTS
 from pipeline.errors import UserError
 from pipeline.inventory import REFUSED
+from pipeline.params import load
 from tui.exchange import Answer
 from tui.inference import Inference
 from tui.library import Entry, Library, Stamp
@@ -16,11 +18,20 @@ from tui.sampling import Sampling
 MOST = 8  # models that stay loaded, and that are asked side by side
 
 
+def trusts(params: Path, base: Path) -> bool:
+    """Whether code that comes with a base may run: where params.yaml says so, and only of the project's own models."""
+    try:
+        own = base.resolve().is_relative_to((params.parent / ARTIFACTS).resolve())
+        return own and load(params).pretrain.trust_remote_code
+    except UserError:  # the pipeline screen says what is wrong with it
+        return False
+
+
 class Asker:
     """Knows what is loaded in which life of the process. A model's name there is its path."""
 
-    def __init__(self, inference: Inference, library: Library) -> None:
-        self.inference, self._library = inference, library
+    def __init__(self, inference: Inference, library: Library, params: Path) -> None:
+        self.inference, self._library, self._params = inference, library, params
         self._pid: int | None = None
         self._loaded: OrderedDict[Path, tuple[Stamp, dict[str, Any]]] = OrderedDict()
         self._one_at_a_time = asyncio.Lock()
@@ -29,6 +40,10 @@ class Asker:
         """Whether all of them are loaded and have a chat template."""
         facts = [self._loaded.get(entry.model.path) for entry in entries]
         return bool(facts) and all(known and known[1].get("chat") for known in facts)
+
+    def ready(self, entry: Entry) -> bool:
+        """Whether it is loaded, unless its files have changed since."""
+        return self._pid == self.inference.pid and entry.model.path in self._loaded
 
     async def load(self, entry: Entry) -> dict[str, Any]:
         """Have the model ready, and say what the engine knows of it. Raises UserError with the reason if it cannot."""
@@ -45,7 +60,9 @@ class Asker:
             await self._make_room(path)
             adapter = path if entry.model.kind == "adapter" else None
             base = await asyncio.to_thread(self._library.base, entry.model)
-            facts = await self.inference.ask("load", name=str(path), base=base, adapter=adapter)
+            trusted = base is not None and await asyncio.to_thread(trusts, self._params, base)
+            fields = {"base": base, "adapter": adapter, "trust_remote_code": trusted}
+            facts = await self.inference.ask("load", name=str(path), **fields)
             self._pid = self.inference.pid
             self._loaded[path] = stamp, facts
         self._loaded.move_to_end(path)
@@ -85,10 +102,11 @@ class Asker:
         fields: dict[str, Any] = {"model": str(path), "text": text, "chat": chat, **strength, **sampling.fields()}
         return self.inference.stream("generate", **fields)
 
-    async def attention(self, entry: Entry, text: str, strength: float, layer: int, head: int) -> dict[str, Any]:
+    async def attention(
+        self, entry: Entry, text: str, strength: float, chat: bool, layer: int, head: int
+    ) -> dict[str, Any]:
         """What a head of the model attends to over `text`. Raises UserError."""
         await self.load(entry)
+        fields: dict[str, Any] = {"model": str(entry.model.path), "text": text, "chat": chat}
         scaled = {"strength": strength} if entry.model.kind == "adapter" else {}
-        return await self.inference.ask(
-            "attention", model=str(entry.model.path), text=text, layer=layer, head=head, **scaled
-        )
+        return await self.inference.ask("attention", layer=layer, head=head, **fields, **scaled)

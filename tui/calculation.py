@@ -32,6 +32,7 @@ class Asked:
     ends: str = "train"  # embedding and head with freeze
     virtual_tokens: str = "20"
     precision: str = ""
+    adapter_precision: str = "fp32"
     batch: str = "1"
     sequence: str = ""
     checkpointing: str = ""
@@ -47,8 +48,8 @@ class Asked:
 
 FIELDS = tuple(field.name for field in fields(Asked))
 _OWN = {
-    "lora": ("rank", "alpha", "targets", "embeddings", "new_rows"),
-    "qlora": ("rank", "alpha", "targets", "embeddings", "new_rows"),
+    "lora": ("rank", "alpha", "targets", "embeddings", "new_rows", "adapter_precision"),
+    "qlora": ("rank", "alpha", "targets", "embeddings", "new_rows", "adapter_precision"),
     "freeze": ("last_blocks", "ends"),
     "prefix": ("virtual_tokens",),
     "prompt": ("virtual_tokens",),
@@ -143,6 +144,7 @@ def _run(asked: Asked, model: Architecture) -> Run:
         batch=_whole(asked, "batch"),
         sequence=_whole(asked, "sequence") if asked.sequence.strip() else None,
         precision=asked.precision.strip() or None,
+        adapter_precision=asked.adapter_precision,
         checkpointing=asked.checkpointing or None,
         optimizer=asked.optimizer,
         loss=asked.loss,

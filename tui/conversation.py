@@ -15,6 +15,7 @@ from tui.library import Entry
 from tui.sampling import Sampling
 
 KEPT = 200  # exchanges
+LOADING = "loading"  # how an answer stands while its model is brought into memory
 
 
 class Conversation:
@@ -47,14 +48,19 @@ class Conversation:
         prompt, answers, entries = exchange.prompt, exchange.answers, self._entries
         try:
             for index, (entry, answer) in enumerate(zip(entries, answers, strict=True)):
+                if not self.asker.ready(entry):
+                    answer.ended = LOADING
+                    yield index
                 await _or_error(answer, self.asker.load(entry))
+                answer.ended = "" if answer.error else "waiting"
                 if answer.error:
                     yield index
+            exchange.chat = self._chats()
             await self._top_k(prompt, self._able(answers))
             yield None
             for index, (entry, answer) in enumerate(zip(entries, answers, strict=True)):
                 if not answer.error:
-                    async for _ in self._complete(entry.model.path, answer, prompt):
+                    async for _ in self._complete(entry.model.path, answer, exchange):
                         yield index
         except UserError as error:
             _end(answers, "the engine ended" if isinstance(error, EngineDied) else str(error))
@@ -79,8 +85,8 @@ class Conversation:
             answer.top_k = [(choice["token"], choice["probability"]) for choice in found[path].get("top_k", [])]
             answer.of = found[path].get("of", {})
 
-    async def _complete(self, path: Path, answer: Answer, prompt: str) -> AsyncGenerator[None, None]:
-        events = self.asker.complete(path, answer, prompt, self.sampling, self._chats())
+    async def _complete(self, path: Path, answer: Answer, exchange: Exchange) -> AsyncGenerator[None, None]:
+        events = self.asker.complete(path, answer, exchange.prompt, self.sampling, exchange.chat)
         try:
             async with aclosing(events):
                 async for event in events:
@@ -108,7 +114,7 @@ class Conversation:
 def _end(answers: Sequence[Answer], error: str) -> None:
     """Say of those that were not done that they were cut off."""
     for answer in answers:
-        if answer.ended == "waiting" and not answer.error:
+        if answer.ended in ("waiting", LOADING) and not answer.error:
             answer.ended, answer.error = ("", error) if error else ("interrupted", "")
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from pipeline.legible import visible
 from tui.sampling import Sampling
 
 
@@ -31,12 +32,20 @@ class Exchange:
     prompt: str
     sampling: Sampling
     answers: list[Answer]
+    chat: bool = False  # asked as a turn of a conversation: the answer is a turn too, not what follows the prompt
+
+    def parts(self, answer: Answer) -> tuple[str, str]:
+        """What stands before an answer, and the answer."""
+        return (f"{self.prompt} → ", answer.text.lstrip()) if self.chat else (self.prompt, answer.text)
+
+    def whole(self, answer: Answer) -> str:
+        return "".join(self.parts(answer))
 
     def said(self) -> str:
         """The completions as text: one alone, or each with its model's name."""
         if len(self.answers) == 1:
-            return self.prompt + self.answers[0].text
-        return "\n".join(f"{answer.title}: {self.prompt}{answer.text}" for answer in self.answers)
+            return self.whole(self.answers[0])
+        return "\n".join(f"{answer.title}: {self.whole(answer)}" for answer in self.answers)
 
 
 def transcript(exchanges: Sequence[Exchange], suffix: str) -> str:
@@ -49,8 +58,8 @@ def transcript(exchanges: Sequence[Exchange], suffix: str) -> str:
 def _markdown(exchange: Exchange) -> str:
     lines = [f"\n## {exchange.prompt}\n", f"{exchange.sampling}\n"]
     for answer in exchange.answers:
-        top = ", ".join(f"{token} {100 * probability:.1f}%" for token, probability in answer.top_k)
+        top = ", ".join(f"{visible(token)} {100 * probability:.1f}%" for token, probability in answer.top_k)
         how = answer.error or {"interrupted": "interrupted"}.get(answer.ended, "")
-        lines.append(f"- **{answer.title}**: {exchange.prompt}{answer.text}" + (f" ({how})" if how else ""))
+        lines.append(f"- **{answer.title}**: {exchange.whole(answer)}" + (f" ({how})" if how else ""))
         lines += [f"  - next: {top}"] if top else []
     return "\n".join(lines) + "\n"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.metrics import COLUMNS
-from tui.series import Log
-from tui.widgets.loss_chart import Curve, Range
+from pipeline.metrics import COLUMNS, OPTIONAL
+from tui.series import Log, Series
+from tui.widgets.curve import Curve, Range
 
 FORMATS = ("svg", "png", "csv")
 
@@ -32,6 +32,7 @@ def _curve(label: str, curve: Curve) -> dict[str, Any]:
         "low": [column.low for column in columns],
         "high": [column.high for column in columns],
         "mean": [column.mean for column in columns],
+        "held_out": {"x": [c.x for c in curve.held_out], "y": [c.mean for c in curve.held_out]},
     }
 
 
@@ -48,13 +49,25 @@ async def drawn(picture: dict[str, Any]) -> bytes:
     return out
 
 
-def csv_lines(logs: Iterable[tuple[str, Log]]) -> Iterator[bytes]:
-    """The header, then every row of every run, in pieces of one run."""
-    yield ("run," + ",".join(COLUMNS) + "\n").encode()
+def csv_lines(logs: Sequence[tuple[str, Log]]) -> Iterator[bytes]:
+    """The header, then every row of every run, in pieces of one run. A column that no run has is left out."""
+    optional = [name for name in OPTIONAL if any(log.series[name].y for _, log in logs)]
+    yield (",".join(("run", *COLUMNS, *optional)) + "\n").encode()
     for label, log in logs:
         name = '"' + label.replace('"', '""') + '"' if set(label) & set(',"\n') else label
-        rows = zip(*(log.columns[column] for column in COLUMNS), strict=True)
-        yield "".join(f"{name},{','.join(f'{value:.10g}' for value in row)}\n" for row in rows).encode()
+        columns: list[Iterator[str]] = [map(_number, log.columns[column]) for column in COLUMNS]
+        columns += [_sparse(log.steps, log.series[column]) for column in optional]
+        yield "".join(f"{name},{','.join(row)}\n" for row in zip(*columns, strict=True)).encode()
+
+
+def _sparse(steps: Iterable[float], series: Series) -> Iterator[str]:
+    """A cell a step, empty where the series has no value."""
+    values = dict(zip(series.x, series.y, strict=True))
+    return (_number(values[step]) if step in values else "" for step in steps)
+
+
+def _number(value: float) -> str:
+    return f"{value:.10g}"
 
 
 def save(path: Path, pieces: Iterable[bytes]) -> None:

@@ -26,11 +26,16 @@ class Piece(Generic[T]):
 
 
 class Tail(Generic[T]):
-    """Whole lines of a CSV as `parse` reads them; a line for which it raises ValueError is counted in `skipped`."""
+    """Whole lines of a CSV as `parse` reads them; a line for which it raises ValueError is counted in `skipped`.
 
-    def __init__(self, path: Path, parse: Callable[[str], T]) -> None:
+    Where logs differ in their columns, `below` gives the parser of the lines below a header.
+    """
+
+    def __init__(
+        self, path: Path, parse: Callable[[str], T], below: Callable[[str], Callable[[str], T]] | None = None
+    ) -> None:
         self.path, self.skipped = path, 0
-        self._parse = parse
+        self._parse, self._below = parse, below
         self._stamp: tuple[int, ...] | None = None
         self._start_over()
 
@@ -80,10 +85,13 @@ class Tail(Generic[T]):
 
     def _rows(self, data: bytes, whole: bool) -> list[T]:
         """Parse `data`, which ends with a line's end, or (not `whole`) is a part of a line too long to be one."""
+        first = self._place == 0
         self._place += len(data)
         self._last = (self._last + data)[-REMEMBERED:]
         if self._inside:
-            data = data.partition(b"\n")[2]
+            header, _, data = data.partition(b"\n")
+            if first and whole and self._below is not None:
+                self._parse = self._below(header.decode(errors="replace"))
         self._inside = not whole
         if not whole:
             self.skipped += 1

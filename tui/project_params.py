@@ -1,56 +1,118 @@
-"""A configuration as a section of params.yaml, which trains MiniGPT, and back."""
+"""A configuration as a section of params.yaml, for the model that the project trains, and back."""
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
 
+from pipeline import artifact, bases
 from pipeline.calc.parameters import ranks
-from pipeline.calc.precision import precision
-from pipeline.calc.sources import built_in
+from pipeline.calc.shapes import Architecture
+from pipeline.calc.sources import built_in, open_model
+from pipeline.dag import STAGES
 from pipeline.errors import UserError
-from pipeline.params import Params
+from pipeline.params import Params, Precision
 from tui.calculation import Asked, Result
 
+MINIGPT = "MiniGPT"
 
-def asked_for(params: Params) -> Asked:
-    """What `finetune_lora` trains: MiniGPT, one window after the other."""
-    lora = params.finetune_lora
+
+def asked_for(params: Params, root: Path) -> Asked:
+    """What `finetune_lora` trains, as the trainer does it: the project's model, one batch after the other.
+
+    Raises UserError if the base is nothing that there could be.
+    """
+    lora, imports = params.finetune_lora, params.pretrain.imports
+    longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]  # none: as long as suits the model
     return Asked(
-        model="minigpt",
+        model=_model(params, root),
         rank=str(lora.rank),
         alpha=f"{lora.alpha:g}",
         targets=", ".join(lora.target_modules),
         embeddings=lora.train_embeddings,
+        new_rows=str(_new_rows(root)),
+        precision=lora.precision,
+        adapter_precision=lora.adapter_precision,
         batch=str(lora.batch_size),
-        sequence=str(lora.window),
+        sequence=str(min(longest)) if longest else "",
+        checkpointing=lora.checkpointing,
+        optimizer="adam-flat",
+        loss="chunked" if imports else "full",
     )
 
 
-def settings_of(asked: Asked, result: Result, params: Params) -> dict[str, Any]:
+def trained_model(params: Params, root: Path) -> tuple[str, Architecture]:
+    """The model that this project trains: as messages call it, and its shapes. Reads files. Raises UserError."""
+    if not params.pretrain.imports:
+        return MINIGPT, built_in("minigpt").shapes
+    return params.pretrain.base, open_model(_model(params, root)).shapes
+
+
+def _model(params: Params, root: Path) -> str:
+    """What the calculator opens for it: what the pipeline has made of the base, else the base."""
+    if not params.pretrain.imports:
+        return "minigpt"
+    for folder in _made(params, root):
+        return str(folder)
+    source = bases.named(params.pretrain.base, root)
+    return str(source.path) if source.is_local else source.hub_id
+
+
+def _made(params: Params, root: Path) -> Iterator[Path]:
+    """The checkpoints that were made of this base, the expanded one first."""
+    base, expanded = (root / STAGES[stage].path for stage in ("pretrain", "expand_vocab"))
+    try:
+        imported = artifact.read_manifest(base)
+        if imported["params"]["base"] != params.pretrain.base:
+            return
+        made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
+        if made_from.get(STAGES["pretrain"].path) == artifact.sealed_digest(imported):
+            yield expanded
+        yield base
+    except (UserError, KeyError, TypeError, AttributeError):  # another tool's folder
+        return
+
+
+def _new_rows(root: Path) -> int:
+    """How many rows expand_vocab added; 1 where that is not known."""
+    try:
+        start, stop = artifact.read_manifest(root / STAGES["expand_vocab"].path)["new_rows"]
+        return max(int(stop) - int(start), 1)
+    except (UserError, KeyError, TypeError, ValueError):
+        return 1
+
+
+def settings_of(asked: Asked, result: Result, params: Params, trained: tuple[str, Architecture]) -> dict[str, Any]:
     """`section.key` → value of what this project would train so. Raises UserError for what it cannot train."""
     method, run = result.method, result.run
     if asked.method not in ("full", "freeze", "lora"):
         raise UserError(f"{asked.method} is not trainable here yet. Choose lora, freeze or full.")
-    if precision(run.precision).quantized:
-        raise UserError(f"{run.precision} weights are not trainable here yet. Choose fp32 or bf16.")
-    values: dict[str, Any] = {"batch_size": run.batch}
+    if run.precision not in get_args(Precision):
+        raise UserError(f"{run.precision} weights are not trainable here yet. Choose fp32, bf16 or fp16.")
+    values: dict[str, Any] = {
+        "batch_size": run.batch,
+        "precision": run.precision,
+        "checkpointing": run.checkpointing,
+    }
     if method.kind == "freeze":
-        _refuse_blocks(method.last_blocks, params)
+        _refuse_blocks(method.last_blocks, params, trained)
         values |= {"last_blocks": method.last_blocks, "train_embeddings": method.train_embeddings}
     if method.kind == "lora":
+        name, model = trained
         try:
-            ranks(built_in("minigpt").shapes, method)
+            ranks(model, method)
         except UserError as error:
-            raise UserError(f"MiniGPT, which this project trains, cannot have these targets. {error}") from None
+            raise UserError(f"{name}, which this project trains, cannot have these targets. {error}") from None
         values |= {"rank": method.rank, "alpha": method.alpha, "target_modules": list(method.targets)}
-        values["train_embeddings"] = method.embeddings
+        values |= {"train_embeddings": method.embeddings, "adapter_precision": run.adapter_precision}
     return {f"finetune_{method.kind}.{key}": value for key, value in values.items()}
 
 
-def _refuse_blocks(last_blocks: int, params: Params) -> None:
-    if last_blocks > params.pretrain.layers:
-        raise UserError(
-            f"last-blocks must be at most {params.pretrain.layers}, the blocks of MiniGPT (pretrain.layers), "
-            f"got {last_blocks}."
-        )
+def _refuse_blocks(last_blocks: int, params: Params, trained: tuple[str, Architecture]) -> None:
+    name, model = trained
+    blocks = len(model.blocks) if params.pretrain.imports else params.pretrain.layers
+    if last_blocks > blocks:
+        key = "" if params.pretrain.imports else " (pretrain.layers)"
+        raise UserError(f"last-blocks must be at most {blocks}, the blocks of {name}{key}, got {last_blocks}.")
 
 
 def differences(params: Params, values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

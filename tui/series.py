@@ -2,22 +2,37 @@
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
+from math import isfinite, nan
 
-from pipeline.metrics import COLUMNS, Step, flat_from
+from pipeline.metrics import COLUMNS, OPTIONAL, Step, flat_from
 
-Row = tuple[float, ...]  # in the order of COLUMNS
+Row = tuple[float, ...]  # in the order of COLUMNS, then, where the log has them, OPTIONAL: NaN is none
 BLOCK = 32  # points of which least, greatest and sum are known beforehand: columns of hundreds need not look at each
-QUANTITIES = ("loss", "learning_rate", "grad_norm")  # what is drawn
+QUANTITIES = ("loss", "learning_rate", "grad_norm", "divergence")  # what is drawn, each in its panel
+HELD_OUT = "eval_loss"  # and this beside the loss
+UNSMOOTHED = ("learning_rate", HELD_OUT)  # no noise, or few values: smoothing would only make them late
 
 
 def parse_step(line: str) -> Row:
     """A line of loss.csv. Raises ValueError."""
     step, epoch, loss, rate, norm, tokens = line.split(",")[: len(COLUMNS)]
     return int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens)
+
+
+def step_parser(header: str) -> Callable[[str], Row]:
+    """What reads the lines below this header: with the optional columns where there is one of them."""
+    columns = header.strip().split(",")
+    places = [columns.index(name) if name in columns else None for name in OPTIONAL]
+
+    def parse(line: str) -> Row:
+        cells = line.split(",")
+        more = (float(cells[at]) if at is not None and cells[at : at + 1] not in ([], [""]) else nan for at in places)
+        return *parse_step(line), *more
+
+    return parse_step if places == [None] * len(places) else parse
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,11 @@ class Series:
                 found.append(column)
         return found
 
+    def until(self, step: float) -> float | None:
+        """The last raw value that there was at `step`."""
+        at = bisect_right(self.x, step)
+        return self.y[at - 1] if at else None
+
     def _column(self, start: int, end: int) -> Column | None:
         x = (self.x[start] + self.x[end - 1]) / 2
         if not self._finite:
@@ -105,9 +125,11 @@ class Log:
         self.foreign = 0  # rows out of order
         self._epochs: dict[float, list[float]] = {}  # epoch → first step, sum of losses, how many
         self.series: dict[str, Series] = {}
-        for name in QUANTITIES:
-            self.series[name] = Series(self.steps, _strength(name, smoothing))
-            self.columns[name] = self.series[name].y
+        for name in (*QUANTITIES, HELD_OUT):
+            steps = array("d") if name in OPTIONAL else self.steps  # most rows have none of these
+            self.series[name] = Series(steps, _strength(name, smoothing))
+            if name in COLUMNS:
+                self.columns[name] = self.series[name].y
 
     def extend(self, rows: Sequence[Row]) -> None:
         """Append rows; one whose step is not after the last is another's and is counted."""
@@ -122,14 +144,21 @@ class Log:
                 self.series[name].extend(values)
             else:
                 self.columns[name].extend(values)
+        self._extend_optional(kept)
         for step, epoch, loss, *_ in kept:
             seen = self._epochs.setdefault(epoch, [step, 0.0, 0])
             seen[1] += loss
             seen[2] += 1
 
+    def _extend_optional(self, rows: Sequence[Row]) -> None:
+        for place, name in enumerate(OPTIONAL, len(COLUMNS)):
+            found = [(row[0], row[place]) for row in rows if len(row) > place and row[place] == row[place]]
+            self.series[name].x.extend(step for step, _ in found)
+            self.series[name].extend(value for _, value in found)
+
     def smooth(self, strength: float) -> None:
         self.series = {name: series.smoothed_with(_strength(name, strength)) for name, series in self.series.items()}
-        self.columns.update({name: series.y for name, series in self.series.items()})
+        self.columns.update({name: self.series[name].y for name in COLUMNS if name in self.series})
 
     def flat(self, going_on: bool) -> tuple[int, float] | None:
         """The epoch from which the loss is flat, as `flat_from` defines it, and its first step.
@@ -151,5 +180,4 @@ class Log:
 
 
 def _strength(name: str, smoothing: float) -> float:
-    """A learning rate has no noise: smoothing would only make it late."""
-    return 0.0 if name == "learning_rate" else smoothing
+    return 0.0 if name in UNSMOOTHED else smoothing

@@ -9,7 +9,7 @@ from pipeline.curves import Run
 from pipeline.journal import Journal
 from pipeline.metrics import TELEMETRY_COLUMNS, in_units
 from tui.follow import Change, Tail
-from tui.series import Log, parse_step
+from tui.series import HELD_OUT, Log, parse_step, step_parser
 
 RECENT = 200  # steps over which the speed for the ETA is taken
 WORDS = {"done": "finished", "stopped": "stopped", "failed": "failed"}
@@ -42,7 +42,7 @@ class Watched:
         self.change: Change = ""
         self.journal: Journal | None = None
         self.alive = False
-        self._loss = Tail(run.loss, parse_step)
+        self._loss = Tail(run.loss, parse_step, step_parser)
         self._telemetry = Tail(run.telemetry, parse_telemetry) if run.telemetry else None
         self._recent: deque[Telemetry] = deque(maxlen=RECENT)
 
@@ -111,6 +111,9 @@ class Watched:
             total = self.journal.total if self.journal and self.journal.total else int(steps[-1])
             facts.append(f"{steps[-1]:,.0f}/{total:,}")
             facts.append(f"loss {self.log.columns['loss'][-1]:.4g}")
+        for name, words in ((HELD_OUT, "held out"), ("divergence", "divergence")):
+            if values := self.log.series[name].y:
+                facts.append(f"{words} {values[-1]:.4g}")
         if flat := self.log.flat(self.alive):
             facts.append(f"» flat from epoch {flat[0]:.0f}")
         if self._recent:

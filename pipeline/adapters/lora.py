@@ -1,11 +1,25 @@
 """LoRA: frozen linears with a trainable low-rank update (Hu et al. 2021, §4.1; the document's §2.3 and §4)."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_STD = 0.01  # of A; B starts at zero, so that training starts from the base (the document's §4.1)
 FOLD_BELOW = 2**16  # weights; see LoRALinear
+
+
+def transposed(base: nn.Module) -> bool:
+    """Whether the layer stores its weight as (I, O), as GPT-2's Conv1D does."""
+    return type(base).__name__ == "Conv1D"
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight, as the tensor that it is."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 class LoRALinear(nn.Module):
@@ -16,37 +30,50 @@ class LoRALinear(nn.Module):
     A and B may have another dtype than W: they are cast to x's, which is far smaller than x cast to theirs.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.base, self.rank, self.alpha = base, rank, alpha
-        like = torch.empty(0, dtype=dtype or base.weight.dtype, device=base.weight.device)
-        self.lora_A = nn.Parameter(like.new_empty(rank, base.in_features).normal_(std=INIT_STD))
-        self.lora_B = nn.Parameter(like.new_zeros(base.out_features, rank))
-        self.folds = base.weight.numel() < FOLD_BELOW
+        self.enabled = True  # off: the base alone
+        weight = weight_of(base)
+        outputs, inputs = reversed(weight.shape) if transposed(base) else weight.shape
+        like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
+        self.lora_A = nn.Parameter(like.new_empty(rank, inputs).normal_(std=INIT_STD))
+        self.lora_B = nn.Parameter(like.new_zeros(outputs, rank))
+        self.folds = weight.numel() < FOLD_BELOW and not transposed(base)
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
+        out: Tensor
+        if not self.enabled:
+            out = self.base(x)
+            return out
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if self.folds:
-            return F.linear(x, torch.addmm(self.base.weight, B, A, alpha=self.scale), self.base.bias)
-        out: Tensor = self.base(x) + F.linear(F.linear(x, A) * self.scale, B)
-        return out
+            weight = torch.addmm(weight_of(self.base), B, A, alpha=self.scale)
+            return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
+        rows = x.flatten(0, -2)  # (N, I)
+        out = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)  # no second (N, O)
+        return out.view(*x.shape[:-1], -1)
 
 
 def delta(layer: LoRALinear) -> Tensor:
-    """s·BA, (O, I)."""
-    return layer.scale * (layer.lora_B @ layer.lora_A)
+    """s·BA, (O, I), in fp32."""
+    return layer.scale * (layer.lora_B.float() @ layer.lora_A.float())
 
 
-def merged(layer: LoRALinear) -> nn.Linear:
-    """W + s·BA as a new plain linear; `layer` is untouched (the document's §4.4)."""
-    base = layer.base
-    plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device=base.weight.device)
+def merged(layer: LoRALinear) -> nn.Module:
+    """W + s·BA as a new plain layer of the base's kind; `layer` is untouched (the document's §4.4).
+
+    The sum is taken in fp32 and rounded once, to the base's precision.
+    """
+    plain = copy.copy(layer.base)  # a new module; what it holds is replaced, not written to
+    plain._parameters = dict(layer.base._parameters)
     with torch.no_grad():
-        plain.weight.copy_(base.weight + delta(layer))
-        if base.bias is not None:
-            plain.bias.copy_(base.bias)
+        update = delta(layer).float()
+        update = update.T if transposed(layer.base) else update
+        weight = (weight_of(layer.base).float() + update).to(weight_of(layer.base).dtype)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
     return plain

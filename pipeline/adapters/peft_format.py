@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from pipeline import artifact
-from pipeline.adapters.attach import EMBEDDING, ENDS, AdapterSpec, attach, tensors
+from pipeline.adapters.attach import AdapterSpec, adapter_layers, attach, tensors
+from pipeline.adapters.lora import transposed
 from pipeline.binding import CONFIG, WEIGHTS, Fingerprint, read_config, refuse_foreign
 from pipeline.errors import UserError
-from pipeline.models.base import load_tensors, save_tensors
-from pipeline.models.minigpt import MiniGPT
+from pipeline.models.causal import CausalLM
+from pipeline.models.files import load_tensors, save_tensors
 from pipeline.tensors import refuse_difference, shapes
 
 # PEFT's options that change what an adapter computes, each with the only value that is understood here ...
@@ -22,7 +23,6 @@ _PLAIN: dict[str, Any] = {
     "use_rslora": False,
     "use_dora": False,
     "lora_bias": False,
-    "fan_in_fan_out": False,
     "exclude_modules": None,
     "layers_to_transform": None,
     "layers_pattern": None,
@@ -43,11 +43,16 @@ _HARMLESS = {
     "qalora_group_size",
     "runtime_config",
     "ensure_weight_tying",
+    "fan_in_fan_out",  # of GPT-2's layers; PEFT sets it right itself, whatever the file says
 }
+EMBEDDING = "embed_tokens"  # what PEFT means where a list of rows names no module
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # initialisations that leave the base's weights as they are
 
 
-def save_adapter(folder: Path, model: MiniGPT, spec: AdapterSpec, base_name: str) -> None:
+LORA_A = ".lora_A.weight"
+
+
+def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: str) -> None:
     """adapter_config.json and adapter_model.safetensors."""
     save_tensors(folder / WEIGHTS, dict(tensors(model, spec)))
     config = {
@@ -59,6 +64,7 @@ def save_adapter(folder: Path, model: MiniGPT, spec: AdapterSpec, base_name: str
         "r": spec.rank,
         "lora_alpha": spec.alpha,
         "lora_dropout": 0.0,
+        "fan_in_fan_out": any(transposed(layer.base) for _, layer in adapter_layers(model)),
         "init_lora_weights": True,
         "target_modules": list(spec.targets),
         "modules_to_save": list(spec.saved) or None,
@@ -77,8 +83,8 @@ def read_spec(folder: Path) -> AdapterSpec:
     targets, saved = config.get("target_modules"), config.get("modules_to_save") or []
     if not _names(targets) or not targets:
         raise UserError(f"{place}: target_modules must be a list of names, got {targets!r}.")
-    if not _names(saved) or not set(saved) <= set(ENDS):
-        raise UserError(f"{place}: modules_to_save may name {' and '.join(ENDS)} only so far, got {saved!r}.")
+    if not _names(saved):
+        raise UserError(f"{place}: modules_to_save must be a list of names, got {saved!r}.")
     return AdapterSpec(int(str(rank)), float(alpha), tuple(sorted(targets)), tuple(saved), _rows(config, place))
 
 
@@ -108,8 +114,8 @@ def _rows(config: dict[str, Any], place: Path) -> dict[str, tuple[int, ...]]:
     indices = config.get("trainable_token_indices") or {}
     if isinstance(indices, list):
         indices = {EMBEDDING: indices}
-    if not isinstance(indices, dict) or not indices.keys() <= set(ENDS):
-        raise UserError(f"{place}: trainable_token_indices may name {' and '.join(ENDS)} only, got {indices!r}.")
+    if not isinstance(indices, dict):
+        raise UserError(f"{place}: trainable_token_indices must map modules to rows, got {indices!r}.")
     for name, ids in indices.items():
         if not isinstance(ids, list) or not all(_whole(id_, 0) for id_ in ids):
             raise UserError(f"{place}: trainable_token_indices.{name} must list rows, got {ids!r}.")
@@ -128,7 +134,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_adapter(
-    model: MiniGPT, base_folder: Path, folder: Path, fingerprint: Fingerprint = artifact.base_fingerprint
+    model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = artifact.base_fingerprint
 ) -> AdapterSpec:
     """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`.
 
@@ -140,12 +146,16 @@ def load_adapter(
     spec = read_spec(folder)
     found = shapes(folder / WEIGHTS)
     rows = [row for ids in spec.rows.values() for row in ids]
-    if rows and max(rows) >= model.config.vocab_size:
-        raise UserError(f"{folder}: trains row {max(rows)}; {base_folder} has {model.config.vocab_size} rows.")
-    attach(model, spec)
+    if rows and max(rows) >= model.shape.rows:
+        raise UserError(f"{folder}: trains row {max(rows)}; {base_folder} has {model.shape.rows} rows.")
+    for key, names in (("modules_to_save", spec.saved), ("trainable_token_indices", spec.rows)):
+        if not set(names) <= set(model.ends):
+            known = " and ".join(model.ends)
+            raise UserError(f"{folder / CONFIG}: {key} may name {known} only so far, got {', '.join(names)}.")
+    values = read_tensors(folder)
+    attach(model, spec, next((value.dtype for key, value in values.items() if key.endswith(LORA_A)), None))
     places = tensors(model, spec)
     refuse_difference({key: tuple(p.shape) for key, p in places.items()}, found, str(folder / WEIGHTS))
-    values = read_tensors(folder)
     for key, parameter in places.items():
         parameter.data = values[key].to(parameter, copy=True)  # a copy: what the library read may be a mapped file
     for key, parameter in places.items():

@@ -4,23 +4,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.adapters.lora import weight_of
+
 
 class EmbeddingRows(nn.Module):
     """An embedding whose rows `ids` are replaced by `rows` (n, D); the frozen table is never written."""
 
     slot: Tensor
 
-    def __init__(self, base: nn.Embedding, ids: Tensor, rows: nn.Parameter) -> None:
+    def __init__(self, base: nn.Module, ids: Tensor, rows: nn.Parameter) -> None:
         super().__init__()
-        self.base, self.rows = base, rows
-        slot = torch.full((base.num_embeddings,), -1, device=ids.device)
+        self.base, self.rows, self.enabled = base, rows, True
+        slot = torch.full((len(weight_of(base)),), -1, device=ids.device)
         slot[ids] = torch.arange(len(ids), device=ids.device)
         self.register_buffer("slot", slot, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        old: Tensor = self.base(tokens)
+        if not self.enabled:
+            return old
         slot = self.slot[tokens]  # (B, T): the row to use, or -1
         replaced = F.embedding(slot.clamp(min=0), self.rows)
-        return torch.where((slot >= 0)[..., None], replaced, self.base(tokens))
+        scale = getattr(self.base, "embed_scale", None)  # Gemma's embedding multiplies what it looks up
+        replaced = replaced if scale is None else replaced * scale.to(replaced.dtype)
+        return torch.where((slot >= 0)[..., None], replaced.to(old.dtype), old)
 
 
 class HeadRows(nn.Module):
@@ -28,12 +35,15 @@ class HeadRows(nn.Module):
 
     ids: Tensor
 
-    def __init__(self, base: nn.Linear, ids: Tensor, rows: nn.Parameter) -> None:
+    def __init__(self, base: nn.Module, ids: Tensor, rows: nn.Parameter) -> None:
         super().__init__()
-        self.base, self.rows = base, rows
+        self.base, self.rows, self.enabled = base, rows, True
         self.register_buffer("ids", ids, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.base(x)  # (B, T, V)
-        bias = None if self.base.bias is None else self.base.bias[self.ids]
-        return logits.index_copy(-1, self.ids, F.linear(x, self.rows, bias))
+        if not self.enabled:
+            return logits
+        bias = self.base.bias
+        new = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[self.ids])  # type: ignore[index]
+        return logits.index_copy(-1, self.ids, new)

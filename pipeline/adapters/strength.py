@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import PREFIX, AdapterSpec, adapter_layers, tensors
+from pipeline.adapters.attach import PREFIX, ROWS, AdapterSpec, adapter_layers, tensors
 from pipeline.adapters.lora import LoRALinear
-from pipeline.models.minigpt import MiniGPT
+from pipeline.models.causal import CausalLM
 
 LORA = (".lora_A.weight", ".lora_B.weight")
 
@@ -17,7 +17,7 @@ class Strength:
     s: no tensor is written to.
     """
 
-    def __init__(self, model: MiniGPT, base: MiniGPT, spec: AdapterSpec) -> None:
+    def __init__(self, model: CausalLM, base: CausalLM, spec: AdapterSpec) -> None:
         self._lora: list[tuple[LoRALinear, float]] = [(layer, layer.alpha) for _, layer in adapter_layers(model)]
         self._trained = [
             (parameter, _before(key, base, spec), parameter.data)
@@ -32,9 +32,9 @@ class Strength:
             parameter.data = after if s == 1 else torch.lerp(before, after, s)
 
 
-def _before(key: str, base: MiniGPT, spec: AdapterSpec) -> Tensor:
+def _before(key: str, base: CausalLM, spec: AdapterSpec) -> Tensor:
     """What stands in the base where the adapter has its tensor `key`: a whole weight or some rows of one."""
-    name = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".token_adapter.trainable_tokens_delta")
-    weight: Tensor = base.get_submodule(name).get_parameter("weight").data
-    rows = spec.rows.get(name.rsplit(".", 1)[-1])
-    return weight[list(rows)] if rows else weight
+    name, rows, _ = key.removeprefix(PREFIX).partition(ROWS)
+    if not rows:
+        return base.get_parameter(name).data
+    return base.get_parameter(f"{name}.weight").data[list(spec.rows[name.rsplit(".", 1)[-1]])]

@@ -48,7 +48,8 @@ class Blocks:
             q, k = self._rotated(q), self._rotated(k)
         if self.p.method.kind == "prefix":
             k, v = self._prefixed(k), self._prefixed(v)
-        y = self._eager(q, k, v) if self.eager else self._fused(q, k, v)
+        short = self.p.run.attention == "short" and not self.eager
+        y = self._eager(q, k, v) if self.eager else self._short(q, k, v) if short else self._fused(q, k, v)
         y = self.t.op(y) if self.style.rejoins and not self.eager else y  # its layout is not the one that o reads
         return self.p.linear(y, out)
 
@@ -94,6 +95,11 @@ class Blocks:
         """Flash attention: no scores; saves q, k, v, its output, and a log-sum-exp a head and token in fp32."""
         sums = self.t.leaf(self.p.n * self.m.heads, 4)
         return self.t.op(q, k, v, saves=[q, k, v, sums], saves_out=True)
+
+    def _short(self, q: Value, k: Value, v: Value) -> Value:
+        """Products of matrices sequence by sequence, for short ones: the weights, heads · S² a sequence, are kept."""
+        weights = self.t.leaf(self.p.n * self.m.heads * (self.p.run.span or self.p.run.sequence), self.p.w)
+        return self.t.op(q, k, v, saves=[q, k, v, weights])
 
     def _eager(self, q: Value, k: Value, v: Value) -> Value:
         """softmax(qkᵀ·scale + mask)·v with every score in memory: heads · S² a sequence."""

@@ -44,10 +44,11 @@ def predict(model: Architecture, method: Method, run: Run) -> Memory:
     widths = (precision(run.adapter_precision).compute, run.width)
     trained = adapter * widths[0] + base * widths[1]
     state = OPTIMIZERS[run.optimizer]
+    flat = model.style.ours or run.trainer  # gradients are one vector that stays
     memory = Memory(
         weights=weight_bytes(model, run.precision),
         adapter=adapter * widths[0],
-        gradients=tape.at_peak.get("gradients", 0) + (trained if model.style.ours else 0),  # one vector that stays
+        gradients=tape.at_peak.get("gradients", 0) + (trained if flat else 0),
         optimizer=round(adapter * state(widths[0]) + base * state(widths[1])),
         activations=tape.at_peak.get("activations", 0),
         logits=tape.at_peak.get("logits", 0),
@@ -112,6 +113,6 @@ def refuse_impossible(model: Architecture, method: Method, run: Run) -> None:
         )
     if method.kind == "freeze" and not (method.last_blocks or method.train_embeddings):
         raise UserError("freeze leaves nothing to train. Raise last-blocks, or train the embeddings.")
-    tokens = run.sequence + (method.virtual_tokens if method.kind == "prompt" else 0)
+    tokens = (run.span or run.sequence) + (method.virtual_tokens if method.kind == "prompt" else 0)
     if (model.positions or model.fixed_positions) and tokens > model.context:
         raise UserError(f"sequence must be at most {model.context:,}, the model's positions, got {tokens:,}.")

@@ -20,15 +20,16 @@ class Parts:
         self.n, self.w = run.batch * (run.sequence + virtual), run.width  # tokens of the step, bytes of a number
         self.adapter = precision(run.adapter_precision).compute
         self._quantized = precision(run.precision).quantized
+        self.flat = model.style.ours or run.trainer
         self.where, self.trains = "", method.kind == "full"
 
     def weight(self, parameters: int) -> Weight:
-        """A weight of the base; MiniGPT's gradients have their place already."""
-        return Weight(parameters * self.w, placed=self.style.ours)
+        """A weight of the base; gradients in one vector have their place already."""
+        return Weight(parameters * self.w, placed=self.flat)
 
     def added(self, parameters: int) -> Weight:
         """A weight of the adapter."""
-        return Weight(parameters * self.adapter, placed=self.style.ours)
+        return Weight(parameters * self.adapter, placed=self.flat)
 
     def trained(self, parameters: int) -> list[Weight]:
         return [self.weight(parameters)] if self.trains else []
@@ -52,6 +53,8 @@ class Parts:
 
     def with_low_rank(self, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """y + s·BAx, for `rows` tokens."""
+        if self.run.trainer and not self.method.dora:
+            return self._added_in_place(y, x, linear, rank, rows)
         b = self._low_rank(x, linear, rank, rows)
         b = self._with_magnitude(y, b, linear) if self.method.dora else b
         if b.width != y.width:  # a 16-bit y and a 32-bit update make a 32-bit sum
@@ -88,6 +91,13 @@ class Parts:
         b = t.op(a, elements=rows * linear.outputs, saves=[a, *B], weights=[self.added(sizes[1])])
         return t.op(b) if of_inputs else b
 
+    def _added_in_place(self, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+        """The same, added into y itself."""
+        t, sizes = self.tape, (linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs)
+        A, B = ([t.leaf(size, self.w)] if self.adapter != self.w else [] for size in sizes)
+        a = t.op(x, elements=rows * rank, saves=[x, *A], weights=[self.added(sizes[0])])
+        return t.op(y, a, view=True, alias=True, saves=[a, *B], weights=[self.added(sizes[1])])
+
     def _folded(self, x: Value, linear: Linear, rank: int) -> Value:
         lora = [self.added(rank * linear.inputs), self.added(rank * linear.outputs)]
         w = self.tape.op(elements=linear.weights, width=self.w, weights=lora)
@@ -106,6 +116,10 @@ class Parts:
         t, kind, rows = self.tape, self.style.norm, x.elements // size
         if kind == "layer":
             return t.op(x, saves=[x, t.leaf(2 * rows, 4)], weights=self.trained(2 * size))
+        if self.run.trainer:  # the input and a number a row are kept
+            fp32 = 4 * x.elements
+            kept = [x, t.leaf(rows, 4)]
+            return t.op(x, saves=kept, weights=self.trained(size), temp=fp32, back=2 * fp32)
         wide = self.cast(x, 4)
         square = t.op(wide, saves=[wide], back=wide.elements * 4)
         mean = t.op(square, elements=rows)

@@ -10,14 +10,15 @@ CHOICES = {
     "method": ("full", "freeze", "lora", "prefix", "prompt"),
     "embeddings": ("none", "all", "new_rows"),
     "checkpointing": ("none", "selective", "full"),
-    "attention": ("sdpa", "eager"),
-    "loss": ("full", "labels", "chunked"),
+    "attention": ("sdpa", "eager", "short"),
+    "loss": ("full", "labels", "chunked", "divergence"),
     "casts": ("weights", "inputs"),
     "adapter-precision": ("fp32", "bf16", "fp16"),
 }
 
 OPTIMIZERS: dict[str, Callable[[int], float]] = {  # bytes of state a trained parameter of so many bytes
     "adamw": lambda width: 2 * width,  # torch's, fused: both moments at the parameter's own precision
+    "adam-flat": lambda width: 8 if width == 4 else 16,  # our trainer's: fp32 moments; of 16 bits fp32 masters as well
     "adamw-foreach": lambda width: 2 * width,  # torch's default: makes a copy of all it updates meanwhile
     "adamw-fp32": lambda _: 8,
     "adamw-bf16": lambda _: 4,
@@ -67,6 +68,7 @@ class Run:
     chunk: int = 1024  # labels a chunk of the chunked loss
     casts: str = "weights"  # to join a 16-bit x and 32-bit A: ours casts A, PEFT x
     context: int = 0  # bytes of CUDA context and kernels, outside the allocator
+    span: int = 0  # of sequences end to end in one row: tokens that a token's own sequence has, on average
 
     @property
     def tokens(self) -> int:
@@ -81,6 +83,11 @@ class Run:
     def width(self) -> int:
         """Bytes of an activation: what the precision computes in."""
         return precision(self.precision).compute
+
+    @property
+    def trainer(self) -> bool:
+        """Whether the step is our trainer's: the gradient one vector that stays, norms and LoRA with few tensors."""
+        return self.optimizer == "adam-flat"
 
     def checkpointed(self, block: int) -> bool:
         """Whether block number `block` keeps its input alone: all do, or with `selective` every second."""

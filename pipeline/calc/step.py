@@ -117,7 +117,7 @@ class _Step:
     def _gradients(self, index: int) -> int:
         """Bytes of the gradients that block `index` leaves: none where there is a place for them already."""
         block = self.model.blocks[index]
-        if self.model.style.ours:
+        if self.p.flat:
             return 0
         if self._trains(index):
             return block.parameters * self.p.w
@@ -138,27 +138,37 @@ class _Step:
             return self.blocks.run(y, self.model.blocks[index])
 
         grows = x.node is not None or self._gradients(index) > 0
-        checkpointed = self.run_.checkpointed(index) and grows and not self.model.style.ours
+        checkpointed = self.run_.checkpointed(index) and grows
         return self.t.checkpoint(x, forward) if checkpointed else forward(x)
 
     def _loss(self, x: Value) -> Value:
         t, run, width = self.t, self.run_, self.model.embedding_width
         t.phase, t.kind = "forward, loss", "logits"
-        if run.loss != "full":
+        if run.loss not in ("full", "divergence"):
             x = t.op(x, elements=run.labels * width)
-        if run.loss != "chunked":
+        before = t.leaf(run.tokens * width, self.p.w) if run.loss == "divergence" else None  # the base's hidden states
+        part = self._divergence if before else self._cross_entropy
+        if run.loss not in ("chunked", "divergence"):
             return self._cross_entropy(x)
         whole_chunks, last = divmod(run.labels, run.chunk)
         # a chunk between finds what the second found, and adds its gradient
         run_ones = [run.chunk] * min(whole_chunks, 2) + [last] * bool(last)
         grads = []
         for rows in run_ones:
-            t.differentiate(t.op(x, elements=rows * width, view=True), self._cross_entropy)
+            t.differentiate(t.op(x, elements=rows * width, view=True), part)
             grads.append(t.leaf(rows * width, self.p.w))
         grads.append(t.leaf((run.labels - sum(run_ones)) * width, self.p.w))
         whole = t.leaf(run.labels * width, self.p.w)
-        del grads
-        return t.op(x, elements=1, width=4, saves=[whole])
+        del grads, before
+        return t.op(x, elements=1, width=4, saves=[whole, *t.handed_over()])
+
+    def _divergence(self, x: Value) -> Value:
+        """Logits, then in fp32 log p, log q and p; q − p is kept at the logits' precision."""
+        t, rows = self.t, x.elements // self.model.embedding_width
+        trained = [self.head] if self.ends_train else []
+        size = rows * self.model.vocabulary
+        y = t.op(x, elements=size, saves=[x] if trained else [], weights=trained, temp=4 * size)
+        return t.op(y, elements=1, width=4, saves=[t.leaf(size, self.p.w)], temp=3 * 4 * size)
 
     def _cross_entropy(self, x: Value) -> Value:
         """Logits, to fp32, log-softmax (kept), the mean; backward fills a tensor of their size twice."""

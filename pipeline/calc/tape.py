@@ -54,13 +54,14 @@ class Node:
 class Weight:
     """A trainable weight: its gradient, `bytes` large, is allocated in backward and stays.
 
-    `placed`: there is a place that gradients are added into, so that each is needed for a moment only.
+    `placed`: there is a place that gradients are added into, so that each is needed for a moment only; where a weight
+    is used twice, the first waits for the second.
     """
 
-    __slots__ = ("bytes", "grad", "placed")
+    __slots__ = ("bytes", "grad", "placed", "uses")
 
     def __init__(self, size: int, placed: bool = False) -> None:
-        self.bytes, self.placed = size, placed
+        self.bytes, self.placed, self.uses = size, placed, 0
         self.grad: Storage | None = None
 
 
@@ -119,6 +120,8 @@ class Tape:
     def _record(self, inputs: list[tuple[Node, int]], saved: list[Storage], weights: Sequence[Weight] = ()) -> Node:
         node = Node(self.phase, self.kind, inputs, saved, list(weights))
         self._nodes.append(node)
+        for weight in weights:
+            weight.uses += 1
         return node
 
     def checkpoint(self, x: Value, forward: Callable[[Value], Value]) -> Value:
@@ -143,6 +146,15 @@ class Tape:
         self._back(mark + 1)
         self._in_place = False
         self._nodes.pop()
+
+    def handed_over(self) -> list[Value]:
+        """Gradients that were taken in forward and have a place: alive until backward adds them there."""
+        placed = [w for w in self._kept if w.placed and w.grad is not None and not w.uses]
+        values = [Value(weight.grad, 0, 0, None) for weight in placed if weight.grad is not None]
+        self._kept = [weight for weight in self._kept if weight not in placed]
+        for weight in placed:
+            weight.grad = None
+        return values
 
     def skip(self, x: Value, kept: dict[str, int], gradients: int) -> Value:
         """Blocks like those before it that are not run one by one: what they keep, the gradients they leave."""
@@ -200,7 +212,13 @@ class Tape:
 
     def _add(self, weight: Weight) -> None:
         fresh = Storage(self, weight.bytes, "gradients")
-        if weight.placed:
+        weight.uses -= 1
+        if weight.placed and not self._in_place:
+            if weight.uses:
+                weight.grad = weight.grad or fresh
+            elif weight.grad is not None:
+                fresh = Storage(self, weight.bytes, "gradients")  # the sum, while both shares are alive
+                weight.grad = None
             return
         if weight.grad is not None and not self._in_place:
             fresh = Storage(self, weight.bytes, "gradients")  # the sum, while both shares are alive

@@ -1,51 +1,68 @@
 """A checkpoint folder as a model and its tokenizer, and back."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from pipeline.artifact import read_json, write_json
+from pipeline.artifact import read_json
 from pipeline.errors import UserError
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from pipeline.tensors import refuse_difference, shapes
-from pipeline.tokenizer import WordTokenizer
+from pipeline.models.causal import CausalLM
+from pipeline.models.files import CONFIG, WEIGHTS, load_tensors
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
+from pipeline.tensors import read_header, refuse_difference, shapes
+from pipeline.tokenizer import Tokenizer, load_tokenizer
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-HEAD_WEIGHT = "lm_head.weight"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Base(NamedTuple):
     """A model with the tokenizer it was trained with."""
 
-    model: MiniGPT
-    tokenizer: WordTokenizer
+    model: CausalLM
+    tokenizer: Tokenizer
 
 
-def load_base(folder: Path) -> Base:
-    """The checkpoint in `folder`, in evaluation mode, on the CPU. Raises UserError; never loads in part."""
-    config = MiniGPTConfig.from_opt(read_config(folder), str(folder / CONFIG))
-    tokenizer = WordTokenizer.load(folder)
-    if len(tokenizer) != config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} words, the model {config.vocab_size} rows.")
-    model = MiniGPT(config)
+def load_base(folder: Path, precision: str | None = None, trust_remote_code: bool = False) -> Base:
+    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own.
+
+    Raises UserError; never loads in part.
+    """
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    dtype = DTYPES[precision] if precision else None
+    if MiniGPTConfig.describes(config):
+        model: CausalLM = _minigpt(folder, config, dtype)
+    else:
+        from pipeline.models.opened import opened  # MiniGPT needs none of transformers
+
+        model = opened(folder, dtype, trust_remote_code)
+    rows, known = model.shape.rows, len(tokenizer)
+    if known > rows or (known < rows and isinstance(model, MiniGPT)):
+        raise UserError(f"{folder}: the tokenizer has {known} words, the model {rows} rows.")
+    return Base(model.eval(), tokenizer)
+
+
+def _minigpt(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> MiniGPT:
+    model = MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG)))
     expected = {name: tuple(tensor.shape) for name, tensor in state(model).items()}
     refuse_difference(expected, shapes(folder / WEIGHTS), str(folder / WEIGHTS))
-    model.load_state_dict(load_tensors(folder / WEIGHTS), strict=not config.tie_embeddings)
-    return Base(model.eval(), tokenizer)
+    model.load_state_dict(load_tensors(folder / WEIGHTS), strict=not model.shape.tied)
+    return model.to(dtype or torch.float32)
+
+
+def stored_precision(folder: Path) -> str | None:
+    """In what the checkpoint's weights are stored: fp32, bf16 or fp16; None if in several."""
+    found = {info.dtype for info in read_header(folder / WEIGHTS).values()}
+    names = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+    return names.get(found.pop()) if len(found) == 1 else None
 
 
 def save_base(folder: Path, base: Base) -> None:
     """config.json, model.safetensors and the tokenizer's files."""
     model, tokenizer = base
-    write_json(folder / CONFIG, model.config.to_opt())
-    save_tensors(folder / WEIGHTS, state(model))
-    tokenizer.save(folder, model.config.max_positions)
+    model.save(folder)
+    tokenizer.save(folder, model.shape.positions)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -57,24 +74,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG, hint)
 
 
-def state(model: MiniGPT) -> dict[str, Tensor]:
-    """The model's tensors by checkpoint name; a tied head is the embedding and is not listed twice."""
-    tensors = dict(model.state_dict())
-    if model.config.tie_embeddings:
-        del tensors[HEAD_WEIGHT]
-    return tensors
-
-
-def resized(model: MiniGPT, vocab_size: int) -> MiniGPT:
-    """A new model with `vocab_size` rows; the old rows are copied bit for bit, the others keep a fresh draw."""
-    larger = MiniGPT(replace(model.config, vocab_size=vocab_size))
-    with torch.no_grad():
-        for name, tensor in state(larger).items():
-            old = model.state_dict()[name]
-            tensor[: old.shape[0]].copy_(old)
-    return larger.eval()
-
-
 def count(model: torch.nn.Module) -> dict[str, int]:
     """Parameters in all and trainable; fixed sinusoids are not parameters."""
     parameters = list(model.parameters())
@@ -82,20 +81,3 @@ def count(model: torch.nn.Module) -> dict[str, int]:
         "total": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
     }
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors with PEFT's and transformers' one metadata entry. Raises UserError on a full disk."""
-    try:
-        save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UserError(f"cannot write {path}: {error}. Free some space or choose another folder.") from None
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file. Raises UserError if it cannot be read."""
-    shapes(path)  # a damaged file is refused with a reason that the library does not give
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None

@@ -9,14 +9,20 @@ sinusoids stand from row 2 of `embed_positions`, where OPT looks for position 0.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from pipeline.artifact import write_json
 from pipeline.errors import UserError
+from pipeline.models.causal import CausalLM, Checkpointing, Shape, checkpointed
+from pipeline.models.files import CONFIG, WEIGHTS, save_tensors
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
 EMBEDDING_STD = 0.3
@@ -55,6 +61,11 @@ class MiniGPTConfig:
             "tie_word_embeddings": self.tie_embeddings,
             **_FIXED,
         }
+
+    @staticmethod
+    def describes(config: dict[str, Any]) -> bool:
+        """Whether `config` is that of a MiniGPT; any other OPT is opened by transformers."""
+        return all(config.get(key) == value for key, value in _FIXED.items())
 
     @classmethod
     def from_opt(cls, config: dict[str, Any], source: str) -> "MiniGPTConfig":
@@ -136,7 +147,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.d_model, config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, segments: Sequence[int] | None) -> Tensor:
         B, T, D = x.shape
         H, K = self.n_heads, self.head_size
         q = self.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
@@ -145,7 +156,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, S, K)
         S = k.shape[2]
-        if S == T:
+        if segments is not None:
+            parts = zip(*(one.split(list(segments), dim=2) for one in (q, k, v)), strict=True)
+            each = [F.scaled_dot_product_attention(a, b, c, is_causal=True) for a, b, c in parts]
+            y = torch.cat(each, dim=2)
+        elif S == T:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:  # new token t sees the S - T cached tokens and the new ones up to itself
             seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
@@ -165,8 +180,8 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.feed_forward, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x), cache)
+    def forward(self, x: Tensor, cache: KVCache | None, segments: Sequence[int] | None = None) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), cache, segments)
         out: Tensor = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
         return out
 
@@ -198,18 +213,26 @@ class Decoder(nn.Module):
         self.embed_positions = SinusoidalPositions(config.max_positions, config.d_model)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.final_layer_norm = nn.LayerNorm(config.d_model)
+        self.checkpointing: Checkpointing = "none"
         nn.init.normal_(self.embed_tokens.weight, std=EMBEDDING_STD)
 
-    def forward(self, ids: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor, cache: KVCache | None, segments: Sequence[int] | None = None
+    ) -> Tensor:
         x = self.embed_tokens(ids) + self.embed_positions(positions)
-        for layer in self.layers:
-            x = layer(x, cache)
+        for number, layer in enumerate(self.layers):
+            if self.training and checkpointed(self.checkpointing, number):
+                x = checkpoint(layer, x, cache, segments, use_reentrant=False)
+            else:
+                x = layer(x, cache, segments)
         out: Tensor = self.final_layer_norm(x)
         return out
 
 
-class MiniGPT(nn.Module):
-    """ids (B, T) → logits (B, T, V). `positions` (B, T) default to those after the cache."""
+class MiniGPT(CausalLM):
+    """The document's model: ids (B, T) → logits (B, T, V)."""
+
+    embedding_name, head_name = "model.decoder.embed_tokens", "lm_head"
 
     def __init__(self, config: MiniGPTConfig) -> None:
         super().__init__()
@@ -217,7 +240,7 @@ class MiniGPT(nn.Module):
         self.model = nn.ModuleDict({"decoder": Decoder(config)})
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
-            self.lm_head.weight = self.embeddings.weight
+            self.lm_head.weight = self.decoder.embed_tokens.weight
 
     @property
     def decoder(self) -> Decoder:
@@ -226,16 +249,47 @@ class MiniGPT(nn.Module):
         return decoder
 
     @property
-    def embeddings(self) -> nn.Embedding:
-        return self.decoder.embed_tokens
+    def shape(self) -> Shape:
+        c = self.config
+        return Shape(c.vocab_size, c.max_positions, c.layers, c.heads, c.tie_embeddings)
 
     @property
-    def device(self) -> torch.device:
-        return self.decoder.embed_positions.weight.device
+    def blocks(self) -> nn.ModuleList:
+        return self.decoder.layers
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, positions: Tensor | None = None, segments: Sequence[int] | None = None, cache: Any = None
+    ) -> Tensor:
         if positions is None:
             past = len(cache) if cache is not None else 0
             positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand_as(ids)
-        logits: Tensor = self.lm_head(self.decoder(ids, positions, cache))
-        return logits
+        out: Tensor = self.decoder(ids, positions, cache, segments)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(hidden)
+        return out
+
+    def new_cache(self) -> KVCache:
+        return KVCache()
+
+    def describe(self) -> dict[str, Any]:
+        return self.config.to_opt()
+
+    def set_rows(self, rows: int, tied: bool) -> None:
+        self.config = replace(self.config, vocab_size=rows, tie_embeddings=tied)
+
+    def checkpoint_blocks(self, how: Checkpointing) -> None:
+        self.decoder.checkpointing = how
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / CONFIG, self.describe())
+        save_tensors(folder / WEIGHTS, state(self))
+
+
+def state(model: MiniGPT) -> dict[str, Tensor]:
+    """The model's tensors by checkpoint name; a tied head is the embedding and is not listed twice."""
+    tensors = dict(model.state_dict())
+    if model.config.tie_embeddings:
+        del tensors[f"{model.head_name}.weight"]
+    return tensors

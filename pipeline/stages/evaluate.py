@@ -10,7 +10,7 @@ from pipeline.dag import STAGES, VARIANTS, Project
 from pipeline.data import Example, Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
-from pipeline.measure import Scored, completes, score
+from pipeline.measure import Said, Scored, completes, said, score
 from pipeline.metrics import LOSS, final_loss, flat_from, read_steps
 from pipeline.params import Evaluate
 from pipeline.report import draw_comparison, write_report
@@ -30,9 +30,9 @@ def evaluate(job: Job) -> Generator[Event, None, Facts]:
     predictions: dict[str, Any] = {}
     before: Scored | None = None
     for done, loaded in enumerate(engine.variants(job.project), 1):
-        old = score(loaded, _old_examples(job, loaded, settings))
+        old = score(loaded, _old_examples(job, loaded, settings), before)
         before = before or old
-        predictions[loaded.name] = _predictions(loaded, prompts, settings.top_k)
+        predictions[loaded.name] = _predictions(loaded, prompts, settings)
         metrics[loaded.name] = {
             **_knowledge(job, loaded, settings, old, before),
             **_kept(predictions[loaded.name]),
@@ -70,6 +70,7 @@ def _knowledge(job: Job, loaded: Loaded, settings: Evaluate, old: Scored, before
         "forgetting": {
             "loss_rise": old.loss - before.loss,
             "answers_kept": float((old.choices == before.choices).double().mean()),
+            "divergence": old.divergence,
         },
     }
     examples = read_examples(job.path(settings.new_data), settings.new_data)
@@ -90,36 +91,45 @@ def _knowledge(job: Job, loaded: Loaded, settings: Evaluate, old: Scored, before
     }
 
 
-def _predictions(loaded: Loaded, prompts: list[Prompt], k: int) -> list[dict[str, Any]]:
-    return [_prediction(loaded, prompt, k) for prompt in prompts]
+def _predictions(loaded: Loaded, prompts: list[Prompt], settings: Evaluate) -> list[dict[str, Any]]:
+    """Each prompt's answers, in order; a prompt of which a word is unknown has none."""
+    known = [p for p in prompts if not loaded.tokenizer.unknown_words(p.prompt)]
+    pairs = [(p.prompt, words) for p in known for words in (p.answer, p.corrected)]
+    answers = said(loaded, pairs, settings.top_k)
+    both = {id(p): pair for p, pair in zip(known, zip(answers[::2], answers[1::2], strict=True), strict=True)}
+    return [_prediction(loaded, prompt, both.get(id(prompt)), settings) for prompt in prompts]
 
 
-def _prediction(loaded: Loaded, prompt: Prompt, k: int) -> dict[str, Any]:
-    """What was expected, its probability, and the top-k; None where a word is unknown."""
+def _prediction(loaded: Loaded, prompt: Prompt, both: tuple[Said, Said] | None, settings: Evaluate) -> dict[str, Any]:
+    """What was expected, whether it comes first and how probable it is, and the top-k; None where a word is unknown."""
     asked: dict[str, Any] = vars(prompt)
-    if loaded.tokenizer.unknown_words(prompt.prompt):
-        return asked | {"probability": None, "corrected_probability": None, "top_k": None}
-    probabilities = engine.next_probabilities(loaded, prompt.prompt)
-    answer, corrected = (loaded.tokenizer.id(word) for word in (prompt.answer, prompt.corrected))
-    if answer is None and prompt.rule != "must_learn":
+    if both is None:
+        unknown = ("probability", "first", "corrected_probability", "corrected_first", "top_k")
+        return asked | dict.fromkeys(unknown)
+    answer, corrected = both
+    if answer.probability is None and prompt.rule != "must_learn":
         raise UserError(
-            f"prompts: the answer {prompt.answer!r} to {prompt.prompt!r} is not one word that {loaded.name} knows."
+            f"{settings.prompts}: {loaded.name} cannot say the answer {prompt.answer!r} to {prompt.prompt!r}: it has "
+            "no tokens for it. Use words of its training data, or the rule must_learn."
         )
     return asked | {
-        "probability": None if answer is None else float(probabilities[answer]),
-        "corrected_probability": None if corrected is None else float(probabilities[corrected]),
-        "top_k": [vars(choice) for choice in engine.top_k(loaded, prompt.prompt, k)],
+        "probability": answer.probability,
+        "first": answer.first,
+        "corrected_probability": corrected.probability,
+        "corrected_first": corrected.first,
+        "top_k": [vars(choice) for choice in answer.top],
     }
 
 
 def _kept(predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many old prompts still have their answer first, of how many.
-
-    Answers that a correction must change count among them: no correction was trained here.
-    """
-    old = [prediction for prediction in predictions if prediction["rule"] != "must_learn"]
-    kept = [entry for entry in old if entry["top_k"] and entry["top_k"][0]["token"] == entry["answer"]]
-    return {"old_prompts_kept": len(kept), "old_prompts": len(old)}
+    """How many prompts that must keep their answer do, and how many that a correction must change have the new one."""
+    keep, change = ([p for p in predictions if p["rule"] == rule] for rule in ("must_keep", "must_change"))
+    return {
+        "old_prompts_kept": sum(bool(p["first"]) for p in keep),
+        "old_prompts": len(keep),
+        "prompts_corrected": sum(bool(p["corrected_first"]) for p in change),
+        "prompts_to_correct": len(change),
+    }
 
 
 def _cost(project: Project, variant: str) -> dict[str, Any]:

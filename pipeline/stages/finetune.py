@@ -5,18 +5,19 @@ from pathlib import Path
 
 import torch
 
-from pipeline.adapters.attach import ENDS, AdapterSpec, adapter_layers, attach, short_targets
+from pipeline.adapters.attach import AdapterSpec, adapter_layers, attach, short_targets
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.targets import resolve
 from pipeline.artifact import base_fingerprint, read_manifest
 from pipeline.calc.settings import FULL, Method
 from pipeline.errors import UserError
-from pipeline.models.base import Base, count, load_base
-from pipeline.models.minigpt import MiniGPT
+from pipeline.models.base import DTYPES, Base, count, load_base, stored_precision
+from pipeline.models.causal import CausalLM
 from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora
 from pipeline.runner import Event, Facts, Job, Note
-from pipeline.training.loop import train
-from pipeline.training.task import batches_of, examples_of, save_checkpoint, save_curve
+from pipeline.training.loop import Task, train
+from pipeline.training.retain import Retain, retain_of
+from pipeline.training.task import data_of, save_checkpoint, save_curve
 
 
 def finetune(job: Job) -> Generator[Event, None, Facts]:
@@ -24,22 +25,26 @@ def finetune(job: Job) -> Generator[Event, None, Facts]:
     settings = job.project.section(job.stage)
     assert isinstance(settings, FinetuneFull | FinetuneFreeze | FinetuneLora)
     folder = job.artifact("expand_vocab")
-    base = load_base(folder)
-    model, tokenizer = base
-    batches = batches_of(examples_of(job, settings), settings, tokenizer, model.config.max_positions)
+    base = load_base(folder, settings.precision, job.project.params.pretrain.trust_remote_code)
+    model = base.model
+    batches, evaluation = yield from data_of(job, settings, base)
     total = count(model)["total"]
     torch.manual_seed(settings.seed)
-    spec = None
+    spec, retain = None, None
     if isinstance(settings, FinetuneLora):
         spec = lora_spec(model, settings, new_rows(folder))
-        attach(model, spec)
+        texts = retain_of(job, settings, base)  # completed, where they are to be, by the base as it is
+        attach(model, spec, DTYPES[settings.adapter_precision])
         yield from _note_wide_rank(model, spec)
+        retain = None if texts is None else Retain(model, texts, settings)
     elif isinstance(settings, FinetuneFreeze):
         freeze(model, settings)
     trainable = count(model)["trainable"]
-    yield from train(job, model, batches, settings, method_of(settings, spec))
+    task = Task(model, batches, settings, method_of(settings, spec), evaluation, retain)
+    optimizer = yield from train(job, task)
     if spec is None:
-        return save_checkpoint(job, base)
+        stored = stored_precision(folder) == settings.precision
+        return save_checkpoint(job, base, optimizer, trained_from=None if stored else folder)
     return _save_adapter(job, base, spec, folder) | {"parameters": {"total": total, "trainable": trainable}}
 
 
@@ -54,9 +59,9 @@ def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: Adap
     return Method("lora", spec.rank, spec.alpha, spec.targets, embeddings=ends, new_rows=rows)
 
 
-def freeze(model: MiniGPT, settings: FinetuneFreeze) -> None:
+def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
     """Only the last blocks, and embeddings and head if asked, train. Raises UserError if nothing would."""
-    blocks = list(model.decoder.layers)
+    blocks = list(model.blocks)
     if settings.last_blocks > len(blocks):
         raise UserError(
             f"finetune_freeze.last_blocks must be at most {len(blocks)}, the model's blocks, "
@@ -67,26 +72,26 @@ def freeze(model: MiniGPT, settings: FinetuneFreeze) -> None:
     model.requires_grad_(False)
     for block in blocks[len(blocks) - settings.last_blocks :]:
         block.requires_grad_(True)
-    model.embeddings.requires_grad_(settings.train_embeddings)
-    model.lm_head.requires_grad_(settings.train_embeddings)
+    for end in (model.embeddings, model.head):
+        end.requires_grad_(settings.train_embeddings)
 
 
-def lora_spec(model: MiniGPT, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
+def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
     """The settings, resolved against this model."""
-    tied = model.config.tie_embeddings
+    rows = model.ends[: 1 if model.shape.tied else 2]
     return AdapterSpec(
         rank=settings.rank,
         alpha=settings.alpha,
         targets=short_targets(model, resolve(model, settings.target_modules)),
-        saved=ENDS if settings.train_embeddings == "all" else (),
-        rows=dict.fromkeys(ENDS[: 1 if tied else 2], new) if settings.train_embeddings == "new_rows" and new else {},
+        saved=model.ends if settings.train_embeddings == "all" else (),
+        rows=dict.fromkeys(rows, new) if settings.train_embeddings == "new_rows" and new else {},
     )
 
 
-def _note_wide_rank(model: MiniGPT, spec: AdapterSpec) -> Iterator[Event]:
+def _note_wide_rank(model: CausalLM, spec: AdapterSpec) -> Iterator[Event]:
     """A rank above a matrix's smaller side costs parameters and expresses nothing more (§2.4)."""
     for name, layer in adapter_layers(model):
-        widest = min(layer.base.weight.shape)
+        widest = min(layer.lora_A.shape[1], layer.lora_B.shape[0])
         if spec.rank > widest:
             yield Note(f"finetune_lora.rank {spec.rank} is more than {name} can use: its rank is at most {widest}")
             return
@@ -101,6 +106,6 @@ def new_rows(expanded: Path) -> tuple[int, ...]:
 def _save_adapter(job: Job, base: Base, spec: AdapterSpec, folder: Path) -> Facts:
     model, tokenizer = base
     save_adapter(job.out, model, spec, f"artifacts/{folder.name}")
-    tokenizer.save(job.out, model.config.max_positions)
+    tokenizer.save(job.out, model.shape.positions)
     save_curve(job)
     return {"base": base_fingerprint(folder)}

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import adapter_layers, merged_model
-from pipeline.adapters.lora import delta
+from pipeline.adapters.lora import LoRALinear, delta, transposed, weight_of
 from pipeline.artifact import base_fingerprint, write_json
 from pipeline.data import read_prompts
 from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
 from pipeline.models.base import Base, count, save_base
-from pipeline.models.minigpt import MiniGPT
+from pipeline.models.causal import CausalLM, read
 from pipeline.runner import Event, Facts, Job, Progress
 
 CERTIFICATE = "certificate.json"
@@ -24,13 +24,14 @@ def merge(job: Job) -> Generator[Event, None, Facts]:
     """base + adapter → one checkpoint. Raises UserError, and writes nothing, if it does not answer the same."""
     settings = job.project.params.merge
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
-    tuned, plain = load(base, adapter), load(base)
+    trust = job.project.params.pretrain.trust_remote_code
+    tuned, plain = load(base, adapter, trust_remote_code=trust), load(base, trust_remote_code=trust)
     save_base(job.out, Base(merged_model(tuned.model), tuned.tokenizer))
-    written = load(job.out, name="merged")
+    written = load(job.out, name="merged", trust_remote_code=trust)
     prompts = [prompt.prompt for prompt in read_prompts(job.path(settings.prompts), settings.prompts)]
     certificate = {
         "delta_ratios": delta_ratios(plain.model, tuned.model, written.model),
-        "max_logit_difference": max(_logit_difference(tuned, written, text) for text in prompts),
+        "max_logit_difference": _logit_difference(tuned, written, prompts),
         "prompts_checked": len(prompts),
     }
     _refuse(certificate, tolerances(tuned.model), settings.max_logit_difference)
@@ -40,7 +41,7 @@ def merge(job: Job) -> Generator[Event, None, Facts]:
 
 
 @torch.no_grad()
-def delta_ratios(base: MiniGPT, tuned: MiniGPT, merged: MiniGPT) -> dict[str, float | None]:
+def delta_ratios(base: CausalLM, tuned: CausalLM, merged: CausalLM) -> dict[str, float | None]:
     """⟨W' − W, s·BA⟩ / ⟨s·BA, s·BA⟩ of each target matrix: 1 if merged once, 0 if lost, 2 if merged twice.
 
     None where BA is zero and there is nothing to merge.
@@ -48,31 +49,37 @@ def delta_ratios(base: MiniGPT, tuned: MiniGPT, merged: MiniGPT) -> dict[str, fl
     ratios: dict[str, float | None] = {}
     for name, layer in adapter_layers(tuned):
         before, after = _weight(base, name), _weight(merged, name)
-        update = delta(layer).double()
+        update = _stored(layer).double()
         size = float((update * update).sum())
         ratios[name] = float(((after - before) * update).sum()) / size if size else None
     return ratios
 
 
 @torch.no_grad()
-def tolerances(tuned: MiniGPT) -> dict[str, float]:
+def tolerances(tuned: CausalLM) -> dict[str, float]:
     """How far from 1 each ratio may be: a thousandth, and what rounding W' to its precision can do to a small s·BA."""
     found: dict[str, float] = {}
     for name, layer in adapter_layers(tuned):
-        weight = layer.base.weight
-        rounding = torch.finfo(weight.dtype).eps * float(weight.norm() / delta(layer).norm().clamp(min=1e-30))
+        weight = weight_of(layer.base)
+        rounding = torch.finfo(weight.dtype).eps * float(weight.float().norm() / delta(layer).norm().clamp(min=1e-30))
         found[name] = RATIO_TOLERANCE + rounding
     return found
 
 
-def _weight(model: MiniGPT, name: str) -> Tensor:
+def _stored(layer: LoRALinear) -> Tensor:
+    """s·BA in the layout of the base's weight."""
+    return delta(layer).T if transposed(layer.base) else delta(layer)
+
+
+def _weight(model: CausalLM, name: str) -> Tensor:
     return model.get_parameter(f"{name}.weight").double()
 
 
 @torch.no_grad()
-def _logit_difference(one: Loaded, other: Loaded, text: str) -> float:
-    ids = torch.tensor([one.tokenizer.encode(text)[: one.model.config.max_positions]])  # unknown words included
-    return float((one.model(ids) - other.model(ids)).abs().max())
+def _logit_difference(one: Loaded, other: Loaded, texts: list[str]) -> float:
+    ids = [one.tokenizer.encode(text)[: one.model.shape.positions] for text in texts]  # unknown words included
+    pairs = zip(read(one.model, ids), read(other.model, ids), strict=True)
+    return max(float((one.model.logits(a).float() - other.model.logits(b).float()).abs().max()) for a, b in pairs)
 
 
 def _refuse(certificate: dict[str, Any], allowed: dict[str, float], limit: float) -> None:

@@ -1,23 +1,50 @@
-"""pretrain: a MiniGPT from scratch on the everyday sentences (the document's §9.1)."""
+"""pretrain: a MiniGPT from scratch on the everyday sentences (the document's §9.1), or a base from elsewhere."""
 
 from collections.abc import Generator
 
 import torch
 
+from pipeline.base_import import import_base
+from pipeline.bases import resolve
 from pipeline.calc.settings import FULL
-from pipeline.models.base import Base
+from pipeline.errors import UserError
+from pipeline.models.base import Base, load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from pipeline.runner import Event, Facts, Job
+from pipeline.models.opened import Opened, refuse_unlike
+from pipeline.params import Pretrain
+from pipeline.runner import Event, Facts, Job, Progress
 from pipeline.tokenizer import WordTokenizer, split
-from pipeline.training.loop import train
-from pipeline.training.task import batches_of, examples_of, save_checkpoint
+from pipeline.training.loop import Task, train
+from pipeline.training.task import data_of, examples_of, save_checkpoint
 
 
 def pretrain(job: Job) -> Generator[Event, None, Facts]:
-    """Words of the data → tokenizer → MiniGPT → checkpoint."""
+    """Words of the data → tokenizer → MiniGPT → checkpoint; or an imported checkpoint, as it is."""
     settings = job.project.params.pretrain
-    examples = examples_of(job, settings)
-    tokenizer = WordTokenizer.of_words(word for example in examples for word in split(example.text))
+    if settings.imports:
+        return (yield from _imported(job, settings))
+    _refuse_unread(settings)
+    base = _new(job, settings)
+    batches, evaluation = yield from data_of(job, settings, base)
+    optimizer = yield from train(job, Task(base.model, batches, settings, FULL, evaluation))
+    return save_checkpoint(job, base, optimizer)
+
+
+def _imported(job: Job, settings: Pretrain) -> Generator[Event, None, Facts]:
+    """The base in the form that all stages read, and the proof that they read it as transformers does."""
+    trust = settings.trust_remote_code
+    facts = import_base(resolve(settings.base, job.project.root), job.out, settings.dtype, trust)
+    model = load_base(job.out, None, trust).model
+    if isinstance(model, Opened):
+        refuse_unlike(model, settings.base)
+    yield Progress(1, 1, facts["architecture"])
+    return facts
+
+
+def _new(job: Job, settings: Pretrain) -> Base:
+    """A MiniGPT that knows the data's words and nothing else."""
+    words = (word for example in examples_of(job, settings) for word in split(example.text))
+    tokenizer = WordTokenizer.of_words(words)
     config = MiniGPTConfig(
         vocab_size=len(tokenizer),
         pad_id=tokenizer.pad_id,
@@ -30,7 +57,14 @@ def pretrain(job: Job) -> Generator[Event, None, Facts]:
         tie_embeddings=settings.tie_embeddings,
     )
     torch.manual_seed(settings.seed)
-    model = MiniGPT(config)
-    batches = batches_of(examples, settings, tokenizer, config.max_positions)
-    yield from train(job, model, batches, settings, FULL)
-    return save_checkpoint(job, Base(model, tokenizer))
+    return Base(MiniGPT(config), tokenizer)
+
+
+def _refuse_unread(settings: Pretrain) -> None:
+    """Raises UserError for a setting that only an import reads."""
+    for key, plain in (("dtype", "auto"), ("trust_remote_code", False), ("precision", "fp32")):
+        if getattr(settings, key) != plain:
+            raise UserError(
+                f"pretrain.{key} is for a base that is imported; MiniGPT is trained in fp32 with no code but ours. "
+                f"Set it to {str(plain).lower()}, or name a base in pretrain.base."
+            )

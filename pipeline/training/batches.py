@@ -1,8 +1,12 @@
-"""Windows as tensors, shuffled anew each epoch from the seed and the epoch alone, so that a resumed run agrees."""
+"""Sequences as tensors without padding, shuffled anew each epoch from the seed and the epoch alone.
+
+So a resumed run, which starts in the middle of an epoch, sees what an unbroken one sees.
+"""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,49 +14,123 @@ from torch import Tensor
 from pipeline.data import IGNORED, Window
 
 
+class Windows(Protocol):
+    """What a stage trains on: sequences by number, made when they are asked for, and where each comes from."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Window: ...
+    def tokens(self, number: int) -> int:
+        """Length, known without making it."""
+
+    def place(self, number: int) -> str:
+        """Such as data/mine.jsonl:7."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """ids, labels and positions, each (B, T); a label that is IGNORED does not count."""
+    """ids and positions (B, T); `labels` (N,) of the rows `at` (N,) of the flattened tokens, or of all: `at` is None.
+
+    Sequences of one length are B rows; others lie end to end in one row, and `segments` are their lengths.
+    """
 
     ids: Tensor
-    labels: Tensor
     positions: Tensor
-    tokens: int  # labels that count
+    labels: Tensor
+    at: Tensor | None
+    segments: tuple[int, ...] | None = None
+    numbers: tuple[int, ...] = ()  # of its sequences
+
+    @property
+    def tokens(self) -> int:
+        """Labels that count."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "labels")}
+        return replace(self, **moved, at=None if self.at is None else self.at.to(device))
+
+    def apart(self) -> list["Batch"]:
+        """Each sequence as a batch of its own, for a model that cannot read them end to end."""
+        if self.segments is None:
+            return [self]
+        kept = torch.arange(self.ids.numel()) if self.at is None else self.at
+        labels = torch.full((self.ids.numel(),), IGNORED).index_put((kept,), self.labels)
+        parts = zip(
+            *(torch.split(t, list(self.segments)) for t in (self.ids[0], self.positions[0], labels)), strict=True
+        )
+        return [batch_of(_tensors(*part), None, self.numbers[i : i + 1]) for i, part in enumerate(parts)]
+
+
+def collate(windows: Sequence[Window], numbers: Sequence[int] = ()) -> Batch:
+    """One batch of all `windows`; their tokens after the last label are left out: nothing reads them."""
+    kept = [_trimmed(window) for window in windows]
+    lengths = tuple(len(window.ids) for window in kept)
+    columns = (
+        [id_ for w in kept for id_ in w.ids],
+        [w.start + t for w in kept for t in range(len(w.ids))],
+        [label for w in kept for label in w.labels],
+    )
+    table = torch.tensor(columns)
+    segments = lengths if len(set(lengths)) > 1 else None
+    return batch_of(table if segments else table.view(3, len(kept), -1), segments, tuple(numbers))
+
+
+def batch_of(table: Tensor, segments: tuple[int, ...] | None, numbers: tuple[int, ...]) -> Batch:
+    """From ids, positions and labels (3, N) of one row or (3, B, T)."""
+    ids, positions, labels = table if table.dim() == 3 else table[:, None]
+    flat = labels.flatten()
+    at = (flat != IGNORED).nonzero().flatten()
+    whole = len(at) == len(flat)
+    return Batch(ids, positions, flat if whole else flat[at], None if whole else at, segments, numbers)
+
+
+def _tensors(*parts: Tensor) -> Tensor:
+    return torch.stack(parts)
+
+
+def _trimmed(window: Window) -> Window:
+    last = max((i for i, label in enumerate(window.labels) if label != IGNORED), default=-1)
+    if last + 1 == len(window.ids):
+        return window
+    return Window(window.start, window.ids[: last + 1], window.labels[: last + 1])
 
 
 class Batches:
-    """The batches of every epoch."""
+    """The batches of every epoch; `accumulate` of them make one step."""
 
-    def __init__(self, windows: Sequence[Window], batch_size: int, seed: int, pad_id: int) -> None:
-        T = max(len(window.ids) for window in windows)
-        ids = [_padded(w.ids, T, pad_id) for w in windows]
-        labels = [_padded(w.labels, T, IGNORED) for w in windows]
-        positions = [_padded(range(w.start, w.start + len(w.ids)), T, 0) for w in windows]
-        self._table = torch.tensor([ids, labels, positions])  # (3, windows, T)
-        self._tokens = [len(window.ids) for window in windows]
-        self._size, self._seed = batch_size, seed
-        self.size, self.length = min(batch_size, len(windows)), T  # of a full batch: rows, tokens a row
-        self._epoch, self._batches = 0, self._shuffled(0)
+    def __init__(self, windows: Windows, batch_size: int, seed: int, accumulate: int = 1) -> None:
+        self._windows, self._size, self._seed, self._accumulate = windows, batch_size, seed, accumulate
+        self._epoch, self._rows = 0, self._shuffled(0)
 
     def __len__(self) -> int:
-        """Batches an epoch; the last may be smaller."""
-        return -(-len(self._tokens) // self._size)
+        """Steps an epoch; the last may be smaller."""
+        return -(-len(self._windows) // (self._size * self._accumulate))
 
-    def __getitem__(self, step: int) -> Batch:
-        """The batch of step `step`, counted from 0 over all epochs."""
+    def __getitem__(self, step: int) -> list[Batch]:
+        """The batches of step `step`, counted from 0 over all epochs."""
+        return [collate([self._windows[row] for row in rows], rows) for rows in self._numbers(step)]
+
+    def places(self, step: int) -> list[str]:
+        """Where the examples of a step stand in their files, each once."""
+        rows = (row for rows in self._numbers(step) for row in rows)
+        return list(dict.fromkeys(self._windows.place(row) for row in rows))
+
+    def largest(self, steps: Iterable[int]) -> int:
+        """The step, of these, whose largest batch has the most tokens; the first of equals."""
+        return max(steps, key=lambda step: max(map(self._tokens, self._numbers(step))))
+
+    def _tokens(self, rows: Sequence[int]) -> int:
+        return sum(map(self._windows.tokens, rows))
+
+    def _numbers(self, step: int) -> list[list[int]]:
         epoch, index = divmod(step, len(self))
         if self._epoch != epoch:
-            self._epoch, self._batches = epoch, self._shuffled(epoch)
-        return self._batches[index]
+            self._epoch, self._rows = epoch, self._shuffled(epoch)
+        wide = self._size * self._accumulate
+        rows = self._rows[index * wide : (index + 1) * wide]
+        return [rows[start : start + self._size] for start in range(0, len(rows), self._size)]
 
-    def _shuffled(self, epoch: int) -> list[Batch]:
-        rows = list(range(len(self._tokens)))
+    def _shuffled(self, epoch: int) -> list[int]:
+        rows = list(range(len(self._windows)))
         random.Random(f"{self._seed}/{epoch}").shuffle(rows)
-        ids, labels, positions = self._table[:, rows]
-        tokens = [self._tokens[row] for row in rows]
-        cuts = [slice(start, start + self._size) for start in range(0, len(rows), self._size)]
-        return [Batch(ids[cut], labels[cut], positions[cut], sum(tokens[cut])) for cut in cuts]
-
-
-def _padded(values: Sequence[int], length: int, filler: int) -> list[int]:
-    return [*values, *[filler] * (length - len(values))]
+        return rows

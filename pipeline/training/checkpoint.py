@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline import artifact
 from pipeline.errors import UserError
 from pipeline.metrics import LOSS, read_steps
-from pipeline.models.base import load_tensors, save_tensors
+from pipeline.models.files import load_tensors, save_tensors
 from pipeline.runner import checkpoints, discard_checkpoints
 
 STATE = "state.safetensors"

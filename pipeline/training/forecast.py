@@ -3,11 +3,36 @@
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
-from pipeline.models.minigpt import MiniGPTConfig
-from pipeline.training.batches import Batches
+from pipeline.errors import UserError
+from pipeline.models.causal import CausalLM
+from pipeline.models.minigpt import MiniGPT
+from pipeline.models.short_attention import LONGEST
+from pipeline.params import FinetuneLora, Training
+from pipeline.training.batches import Batch
+from pipeline.training.losses import CHUNK
 
 
-def forecast(config: MiniGPTConfig, method: Method, batches: Batches) -> int:
-    """Bytes of tensors at the peak of a step on a full batch."""
-    run = Run(batch=batches.size, sequence=batches.length, precision="fp32", checkpointing="none")
-    return predict(architecture(config.to_opt(), "the model"), method, run).peak
+def forecast(model: CausalLM, method: Method, settings: Training, batch: Batch, retained: bool = False) -> int | None:
+    """Bytes of tensors at the peak of a step on `batch`; None for an architecture that the calculator does not know."""
+    rows, length = batch.ids.shape
+    span = round(sum(n * n for n in batch.segments) / length) if batch.segments else 0
+    short = model.device.type == "cpu" and max(batch.segments or [length]) <= LONGEST
+    whole = batch.at is None and batch.tokens <= CHUNK
+    adapter = settings.adapter_precision if isinstance(settings, FinetuneLora) else settings.precision
+    run = Run(
+        batch=rows,
+        sequence=length,
+        span=span,
+        attention="short" if short and not isinstance(model, MiniGPT) else "sdpa",
+        precision=settings.precision,
+        adapter_precision=adapter,
+        optimizer="adam-flat",
+        checkpointing=settings.checkpointing,
+        loss="divergence" if retained else "full" if whole else "chunked",
+        label_share=1.0 if retained else batch.tokens / batch.ids.numel(),
+        chunk=CHUNK,
+    )
+    try:
+        return predict(architecture(model.describe(), "the model"), method, run).peak
+    except UserError:
+        return None

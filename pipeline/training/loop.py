@@ -1,106 +1,192 @@
 """The training loop: a generator of plain records, and the generator that logs, checkpoints and resumes it."""
 
-import math
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from pipeline.calc.settings import Method
-from pipeline.data import IGNORED
+from pipeline.device import device_for
 from pipeline.errors import Interrupted, UserError
 from pipeline.metrics import Peak, RunLog, Step, in_units
-from pipeline.models.minigpt import MiniGPT
+from pipeline.models.causal import CausalLM
+from pipeline.models.fused import quicken
+from pipeline.models.opened import Opened
 from pipeline.params import Training
 from pipeline.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
-from pipeline.training.batches import Batch, Batches
+from pipeline.training.allocator import keep_freed_memory
+from pipeline.training.batches import Batches
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.evaluation import Evaluation
 from pipeline.training.forecast import forecast
 from pipeline.training.live import LiveBytes
 from pipeline.training.optimizer import FlatAdam
+from pipeline.training.retain import Retain
+from pipeline.training.schedule import rate
 from pipeline.training.signals import HeldSignals
+from pipeline.training.step import Gradient, gradient, readable
 
 
-def loss_of(model: MiniGPT, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the labels that count, in nats a token."""
-    logits = model(batch.ids, batch.positions)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and on what. `method` says to the calculator what is trainable."""
+
+    model: CausalLM
+    batches: Batches
+    settings: Training
+    method: Method
+    evaluation: Evaluation | None = None
+    retain: Retain | None = None
+
+    @property
+    def total(self) -> int:
+        """Steps, if nothing ends it before."""
+        return self.settings.epochs * len(self.batches)
 
 
-def steps(
-    model: MiniGPT, batches: Batches, optimizer: FlatAdam, settings: Training, done: int = 0, tokens: int = 0
-) -> Iterator[Step]:
-    """Train from after step `done`, with `tokens` learned from, to the last epoch's end: one record a step."""
-    for number in range(done, settings.epochs * len(batches)):
-        batch = batches[number]
-        loss = loss_of(model, batch)
-        torch.autograd.backward(loss)
-        norm = optimizer.step()
-        tokens += batch.tokens
-        epoch = number // len(batches) + 1
-        yield Step(number + 1, epoch, loss.item(), settings.learning_rate, norm.item(), tokens)
+class Diverged(Exception):
+    """A loss or gradient of step `number` (from 0) is not finite; the weights are still those before it."""
+
+    def __init__(self, number: int, found: Gradient) -> None:
+        super().__init__(number)
+        self.number, self.found = number, found
 
 
-def train(
-    job: Job, model: MiniGPT, batches: Batches, settings: Training, method: Method
-) -> Generator[Event, None, None]:
-    """Train `model`'s trainable parameters in place; killed at any step, the next call goes on where it was.
+def steps(task: Task, optimizer: FlatAdam, done: int = 0, tokens: int = 0) -> Iterator[Step]:
+    """Train from after step `done`, with `tokens` learned from, to the last epoch's end: one record a step.
 
-    `method` says to the calculator what is trainable: its prediction of the memory comes before the first step, what
-    was measured after the last.
+    Raises Diverged.
+    """
+    model, settings, evaluation = task.model, task.settings, task.evaluation
+    for number in range(done, task.total):
+        if evaluation is not None and evaluation.hopeless:  # also where a resumed run begins
+            return
+        batches = task.batches[number]
+        found = gradient(model, batches, optimizer, task.retain, number)
+        if not found.finite:
+            raise Diverged(number, found)
+        if settings.clip_norm:
+            optimizer.clip(found.norm, settings.clip_norm)
+        learning_rate = rate(settings, number + 1, task.total)
+        optimizer.step(learning_rate)
+        tokens += sum(batch.tokens for batch in batches)
+        held_out = None
+        if evaluation is not None and evaluation.due(number + 1, task.total):
+            held_out = evaluation.after_step(model, optimizer)
+        epoch = number // len(task.batches) + 1
+        yield Step(number + 1, epoch, found.loss, learning_rate, found.norm, tokens, held_out, found.divergence)
+
+
+def train(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
+    """Train the model's trainable parameters in place; killed at any step, the next call goes on where it was.
+
+    The calculator's prediction of the memory comes before the first step, what was measured after the last. Returns
+    the optimizer, which has the trained weights in full precision.
     Raises Interrupted after a signal, with a checkpoint written, and UserError if the loss is not finite.
     """
-    # Products this small gain nothing from a second thread, and two runs side by side, whose threads spin for each
-    # other's cores, were measured to take seven times as long.
-    torch.set_num_threads(1)
-    optimizer = FlatAdam(model, settings.learning_rate)
+    model, settings, name = task.model, task.settings, job.stage.name
+    device = device_for(model)
+    model.to(device).checkpoint_blocks(settings.checkpointing)
+    if device.type == "cpu" and isinstance(model, Opened):
+        quicken(model)
+        keep_freed_memory()
+    if not model.packs:
+        yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
+    optimizer = FlatAdam(model, settings.learning_rate, scaled=settings.precision == "fp16")
+    done, tokens = yield from _resumed(job, task, optimizer)
+    largest = task.batches.largest(range(done + 1, min(done + 1 + len(task.batches), task.total)) or [done])
+    predicted, live = _predicted(task, largest), LiveBytes()
+    if predicted:
+        yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step")
+    log = RunLog(job.run, done, tokens, evaluated=task.evaluation is not None, retained=task.retain is not None)
+    model.train()
+    records = _watched(live, largest - done, model, optimizer, steps(task, optimizer, done, tokens))
+    with log, HeldSignals() as signals:
+        try:
+            for record in records:
+                log.append(record, Peak(predicted, live.peak), device.type)
+                if signals.received or record.step % job.checkpoint_every == 0:
+                    _save(job, task, log, optimizer, record.step, record.tokens)
+                if signals.received:
+                    raise Interrupted(signals.received, f"{name}: stopped after step {record.step} of {task.total}")
+                done, tokens = record.step, record.tokens
+                yield Progress(record.step, task.total, _said(record))
+        except Diverged as diverged:
+            optimizer.clear()
+            _save(job, task, log, optimizer, done, tokens)
+            raise _divergence(job, task, diverged) from None
+        if signals.received:
+            raise Interrupted(signals.received, f"{name}: stopped after the last step")
+    yield from _ended(job, task, optimizer, done, live)
+    return optimizer
+
+
+def _resumed(job: Job, task: Task, optimizer: FlatAdam) -> Generator[Event, None, tuple[int, int]]:
+    """(Steps done, tokens learned from) of the checkpoint that the run goes on from."""
     start, refused = checkpoint.load(job.run, job.key)
     if refused:
         yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {refused}")
-    if start:
-        optimizer.restore(start.state)
-        yield Note(f"{job.stage.name}: resumed after step {start.step}")
-    else:
+    if not start:
         discard_checkpoints(job.run)  # before their log is overwritten: without it they must never be used
-    done, tokens = (start.step, start.tokens) if start else (0, 0)
-    total = settings.epochs * len(batches)
-    predicted, live = forecast(model.config, method, batches), LiveBytes()
-    yield Note(f"{job.stage.name}: {in_units(predicted)} of tensors predicted at the peak of a step")
-    log = RunLog(job.run, done, tokens)
-    model.train()
-    with log, HeldSignals() as signals:
-        for record in _watched(live, model, optimizer, steps(model, batches, optimizer, settings, done, tokens)):
-            _refuse_divergence(job, record)
-            log.append(record, Peak(predicted, live.peak))
-            if signals.received or record.step % job.checkpoint_every == 0:
-                log.sync()
-                checkpoint.save(job.run, job.key, Checkpoint(record.step, record.tokens, optimizer.state()))
-            if signals.received:
-                raise Interrupted(signals.received, f"{job.stage.name}: stopped after step {record.step} of {total}")
-            yield Progress(record.step, total, f"loss {record.loss:.3f}")
-        if signals.received:
-            raise Interrupted(signals.received, f"{job.stage.name}: stopped after the last step")
-    model.eval()
+        return 0, 0
+    optimizer.restore(start.state)
+    if task.evaluation is not None:
+        task.evaluation.restore(start.state)
+    yield Note(f"{job.stage.name}: resumed after step {start.step}")
+    return start.step, start.tokens
+
+
+def _predicted(task: Task, number: int) -> int:
+    """Bytes of tensors at the peak of step `number`; 0 where the calculator does not know the model."""
+    model, method, settings = task.model, task.method, task.settings
+    found = [forecast(model, method, settings, batch) for batch in readable(model, task.batches[number])]
+    if task.retain is not None:
+        kept = readable(model, task.retain.batches(number))
+        found += [forecast(model, method, settings, batch, retained=True) for batch in kept]
+    return max((size for size in found if size), default=0)
+
+
+def _save(job: Job, task: Task, log: RunLog, optimizer: FlatAdam, step: int, tokens: int) -> None:
+    log.sync()
+    evaluation = task.evaluation.state() if task.evaluation is not None else {}
+    checkpoint.save(job.run, job.key, Checkpoint(step, tokens, {**optimizer.state(), **evaluation}))
+
+
+def _said(record: Step) -> str:
+    parts = [f"loss {record.loss:.3f}"]
+    parts += [f"held out {record.eval_loss:.3f}"] if record.eval_loss is not None else []
+    return "  ".join(parts)
+
+
+def _ended(job: Job, task: Task, optimizer: FlatAdam, done: int, live: LiveBytes) -> Iterator[Event]:
+    name = job.stage.name
+    if task.evaluation is not None:
+        if task.evaluation.hopeless:
+            yield Note(f"{name}: stopped at step {done} of {task.total}: no better loss on what is held out")
+        task.evaluation.restore_best(optimizer)
+    task.model.eval()
     if live.peak:
-        yield Note(f"{job.stage.name}: {in_units(live.peak)} of tensors measured at the peak of a step")
+        yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step")
 
 
-def _watched(live: LiveBytes, model: MiniGPT, optimizer: FlatAdam, records: Iterator[Step]) -> Iterator[Step]:
-    """The same records; the second step, the first that finds the optimizer's state, is counted in `live`."""
-    yield from islice(records, 1)
+def _watched(
+    live: LiveBytes, which: int, model: CausalLM, optimizer: FlatAdam, records: Iterator[Step]
+) -> Iterator[Step]:
+    """The same records; record number `which`, after the first, which makes the optimizer's state, is counted."""
+    yield from islice(records, max(1, which))
     live.watch([*model.parameters(), *model.buffers(), *optimizer.tensors()])
     with live:
-        second = list(islice(records, 1))
-    yield from second
+        watched = list(islice(records, 1))
+    yield from watched
     yield from records
 
 
-def _refuse_divergence(job: Job, record: Step) -> None:
-    if not math.isfinite(record.loss) or not math.isfinite(record.grad_norm):
-        raise UserError(
-            f"{job.stage.name}: the loss is {record.loss} and the gradient's norm {record.grad_norm} at step "
-            f"{record.step}. Lower {job.stage.name}.learning_rate in params.yaml."
-        )
+def _divergence(job: Job, task: Task, diverged: Diverged) -> UserError:
+    name, found = job.stage.name, diverged.found
+    places = task.batches.places(diverged.number)
+    shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    return UserError(
+        f"{name}: the loss is {found.loss} and the gradient's norm {found.norm} at step {diverged.number + 1}, on "
+        f"{shown}. Lower {name}.learning_rate in params.yaml, or look at these examples. The weights before that step "
+        f"are kept in {job.run.parent.name}/{job.run.name}."
+    )

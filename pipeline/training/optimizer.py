@@ -1,46 +1,132 @@
-"""Adam over all trainable parameters as one vector: one kernel a step, and a state that is three tensors."""
+"""Adam over all trainable parameters as one vector: one kernel a step, and a state that is a few tensors."""
+
+from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+
+LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000  # of an fp16 loss; steps without an overflow until it doubles
 
 
 class FlatAdam:
     """Adam (Kingma & Ba 2015) whose parameters and gradients are views into one vector each.
 
     Small models spend their step on calls, not on arithmetic: one vector makes the update, the gradient's
-    norm and the checkpoint one call each, whatever the number of parameters.
+    norm and the checkpoint one call each, whatever the number of parameters. The vector is fp32: 16-bit parameters are
+    copies of it, since an update is often smaller than the distance to the next 16-bit number.
+    With `scaled` the loss is multiplied before backward, so that small gradients survive fp16; an overflow halves the
+    factor and skips the step (Micikevicius et al. 2018, §3.2).
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float) -> None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.weights = nn.Parameter(torch.cat([p.detach().flatten() for p in trainable]))
+    def __init__(self, model: nn.Module, learning_rate: float, scaled: bool = False) -> None:
+        trainable = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: str(p.dtype))
+        self._parameters = trainable
+        self.weights = nn.Parameter(torch.cat([p.detach().flatten().float() for p in trainable]))
         self.weights.grad = torch.zeros_like(self.weights)
-        start = 0
-        for p in trainable:
-            stop = start + p.numel()
-            p.data = self.weights.data[start:stop].view_as(p)
-            p.grad = self.weights.grad[start:stop].view_as(p)
-            start = stop
+        self._copies = list(self._lay_out(trainable))
         self._adam = torch.optim.Adam([self.weights], lr=learning_rate, fused=True)
+        self._scaled = scaled
+        self._scale = torch.tensor([LARGEST_SCALE if scaled else 1.0, 0.0])  # factor, steps since it changed
 
-    def step(self) -> Tensor:
-        """Update from the accumulated gradient and clear it; returns the gradient's norm."""
+    def _lay_out(self, trainable: list[nn.Parameter]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Make parameters and gradients views; yields (place in the vector, copies, their gradients) a 16-bit dtype."""
         assert self.weights.grad is not None
-        norm: Tensor = self.weights.grad.norm()
-        self._adam.step()
-        self.weights.grad.zero_()
+        start = 0
+        for dtype, group in groupby(trainable, key=lambda p: p.dtype):
+            members = list(group)
+            place = slice(start, start + sum(p.numel() for p in members))
+            start = place.stop
+            weights, grad = self.weights.data[place], self.weights.grad[place]
+            if dtype != torch.float32:
+                weights, grad = weights.to(dtype), grad.to(dtype)
+                yield place, weights, grad
+            offset = 0
+            for p in members:
+                view = slice(offset, offset + p.numel())
+                p.data, p.grad = weights[view].view_as(p), grad[view].view_as(p)
+                offset = view.stop
+
+    @property
+    def scale(self) -> float:
+        """What the loss is to be multiplied by before backward."""
+        return float(self._scale[0]) if self._scaled else 1.0
+
+    def gather(self) -> Tensor:
+        """The norm of the gradient that backward left; to be called once before `step`."""
+        grad = self.weights.grad
+        assert grad is not None
+        for place, _, of_copies in self._copies:
+            grad[place].copy_(of_copies)
+        if self._scaled:
+            grad.div_(self.scale)
+        norm: Tensor = grad.norm()
         return norm
 
-    def tensors(self) -> list[Tensor]:
-        """All that it holds: weights, gradient and, after the first step, both moments."""
+    def clip(self, norm: float, largest: float) -> None:
+        """Shorten the gradient, whose norm is `norm`, to `largest` (Pascanu et al. 2013)."""
+        if norm > largest:
+            assert self.weights.grad is not None
+            self.weights.grad.mul_(largest / norm)
+
+    def step(self, learning_rate: float) -> None:
+        """Update from the gathered gradient and clear it."""
+        self._adam.param_groups[0]["lr"] = learning_rate
+        self._adam.step()
+        self._publish()
+        self.clear()
+        if self._scaled:
+            self._scale[1] += 1
+            if self._scale[1] >= GROWS_AFTER:
+                self._scale.copy_(torch.tensor([min(2 * self.scale, LARGEST_SCALE), 0.0]))
+
+    def skip(self) -> bool:
+        """Clear a gradient that overflowed and halve the scale; False where there is none left to halve."""
+        self.clear()
+        if not self._scaled or self.scale < 2:
+            return False
+        self._scale.copy_(torch.tensor([self.scale / 2, 0.0]))
+        return True
+
+    def clear(self) -> None:
         assert self.weights.grad is not None
-        return [self.weights, self.weights.grad, *self._adam.state[self.weights].values()]
+        self.weights.grad.zero_()
+        for _, _, of_copies in self._copies:
+            of_copies.zero_()
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds: weights, gradient, 16-bit copies and, after the first step, both moments."""
+        assert self.weights.grad is not None
+        copies = [tensor for _, weights, grad in self._copies for tensor in (weights, grad)]
+        return [self.weights, self.weights.grad, *copies, *self._adam.state[self.weights].values()]
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs to go on as if nothing had happened."""
-        return {"weights": self.weights.detach(), **self._adam.state[self.weights]}
+        scale = {"loss_scale": self._scale} if self._scaled else {}
+        return {"weights": self.weights.detach(), **scale, **self._adam.state[self.weights]}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            self.weights.copy_(state["weights"])
-        self._adam.state[self.weights] = {name: value for name, value in state.items() if name != "weights"}
+        self.set_weights(state["weights"])
+        if "loss_scale" in state:
+            self._scale.copy_(state["loss_scale"])
+        moments = {
+            name: state[name].to(self.weights.device) for name in ("step", "exp_avg", "exp_avg_sq") if name in state
+        }
+        self._adam.state[self.weights] = moments
+
+    @torch.no_grad()
+    def set_weights(self, weights: Tensor) -> None:
+        self.weights.copy_(weights)
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for place, copies, _ in self._copies:
+            copies.copy_(self.weights.data[place])
+
+    def trained(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each trained parameter with its fp32 weights."""
+        start = 0
+        for p in self._parameters:
+            yield p, self.weights.data[start : start + p.numel()].view_as(p)
+            start += p.numel()

@@ -1,26 +1,74 @@
-"""What every training stage does before and after the loop: settings → batches, trained model → checkpoint."""
+"""What every training stage does before and after the loop: settings → sequences, trained model → checkpoint."""
 
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from shutil import copyfile
 
+import torch
+
 from pipeline.artifact import base_fingerprint
-from pipeline.data import Example, read_examples, windows
+from pipeline.corpus import Corpus, refuse_nothing
+from pipeline.data import Example, in_evaluation, iter_examples
+from pipeline.encode import encoder
+from pipeline.errors import UserError
 from pipeline.metrics import LOSS
-from pipeline.models.base import Base, count, save_base
+from pipeline.models.base import Base, count, load_base, save_base
 from pipeline.params import Training
-from pipeline.runner import Facts, Job
-from pipeline.tokenizer import WordTokenizer
+from pipeline.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches
+from pipeline.training.evaluation import Evaluation
+from pipeline.training.optimizer import FlatAdam
+from pipeline.training.sequences import sequences
 
 
-def examples_of(job: Job, settings: Training) -> list[Example]:
-    return read_examples(job.path(settings.data), settings.data)
+def examples_of(job: Job, settings: Training) -> Iterator[Example]:
+    return iter_examples(job.path(settings.data), settings.data)
 
 
-def batches_of(examples: list[Example], settings: Training, tokenizer: WordTokenizer, max_positions: int) -> Batches:
-    """Every example's windows. Raises UserError on an unknown word or a line that is too long."""
-    ids = [tokenizer.encode_example(example, max_positions) for example in examples]
-    cut = [window for one in ids for window in windows(one, settings.window)]
-    return Batches(cut, settings.batch_size, settings.seed, tokenizer.pad_id)
+def data_of(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
+    """The batches, and the evaluation where examples are held out for it; notes what was cut or left out.
+
+    Raises UserError for an example that cannot be learned from, and where nothing is left to learn.
+    """
+    learned = yield from _corpus(job, settings, base, held_out=False)
+    refuse_nothing(learned, settings.data)
+    batches = Batches(sequences(learned, settings.window), settings.batch_size, settings.seed, settings.accumulate)
+    share = settings.eval_share
+    if not share:
+        _refuse_unused(job, settings)
+        return batches, None
+    held_out = yield from _corpus(job, settings, base, held_out=True)
+    if not len(held_out):
+        raise UserError(
+            f"{job.stage.name}.eval_share {share:g} of {settings.data} holds out no example: they are chosen by their "
+            "hash. Raise it, or set it to 0."
+        )
+    every = settings.eval_every or len(batches)
+    return batches, Evaluation(sequences(held_out, settings.window), settings.batch_size, every, settings.patience)
+
+
+def _refuse_unused(job: Job, settings: Training) -> None:
+    for key in ("eval_every", "patience"):
+        if getattr(settings, key):
+            raise UserError(
+                f"{job.stage.name}.{key} is {getattr(settings, key)}, but nothing is held out to evaluate on. "
+                f"Set {job.stage.name}.eval_share above 0."
+            )
+
+
+def _corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generator[Event, None, Corpus]:
+    folder = job.run / "tokens" / ("evaluation" if held_out else "training")
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = (e for e in examples_of(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
+    corpus = Corpus.build(examples, encoder(base.tokenizer, settings.max_length, base.model.shape.positions), folder)
+    found = corpus.statistics
+    if found.truncated:
+        left_out = f", {found.unlabelled} of them left out: their labels were cut off" if found.unlabelled else ""
+        cut = f"{found.truncated} examples were cut after {settings.max_length} tokens"
+        yield Note(f"{job.stage.name}: {cut}{left_out}")
+    elif found.unlabelled:
+        yield Note(f"{job.stage.name}: {found.unlabelled} examples left out: nothing in them is to be learned")
+    return corpus
 
 
 def save_curve(job: Job) -> None:
@@ -28,9 +76,22 @@ def save_curve(job: Job) -> None:
     copyfile(job.run / LOSS, job.out / LOSS)
 
 
-def save_checkpoint(job: Job, base: Base) -> Facts:
-    """The trained model and its loss curve; returns what the manifest says of them."""
+@torch.no_grad()
+def save_checkpoint(job: Job, base: Base, optimizer: FlatAdam, trained_from: Path | None = None) -> Facts:
+    """The trained model and its loss curve; returns what the manifest says of them.
+
+    What a model that trained in other bits than it is stored in has learned, in full precision, is added to the one
+    that it was trained from: what was frozen, or never read, stays bit for bit.
+    """
     parameters = count(base.model)
-    save_base(job.out, base)
+    model = base.model.to("cpu")
+    if trained_from is not None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        trained = {names[id(p)]: (p.dtype, weights.cpu()) for p, weights in optimizer.trained()}
+        model = load_base(trained_from, None, job.project.params.pretrain.trust_remote_code).model
+        for name, (dtype, weights) in trained.items():
+            stored = model.get_parameter(name)
+            stored.copy_(stored.float() + (weights - stored.to(dtype).float()))
+    save_base(job.out, Base(model, base.tokenizer))
     save_curve(job)
     return {"parameters": parameters, "fingerprint": base_fingerprint(job.out)}

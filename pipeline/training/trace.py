@@ -4,14 +4,13 @@ The peak is what `LiveBytes` counts. Two things differ from a GPU: fake tensors 
 could add in place, and nothing is fragmented.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.adapters.attach import add_lora
@@ -20,12 +19,16 @@ from pipeline.calc.families import architecture
 from pipeline.calc.parameters import projections
 from pipeline.calc.settings import Method, Run
 from pipeline.errors import UserError
+from pipeline.models import attend
+from pipeline.models.causal import CausalLM
+from pipeline.models.fused import quicken
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.opened import Opened, from_config
 from pipeline.training import losses
 from pipeline.training.batches import Batch
 from pipeline.training.live import LiveBytes
-from pipeline.training.loop import loss_of
 from pipeline.training.optimizer import FlatAdam
+from pipeline.training.step import loss_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,8 +46,8 @@ def traced_peak(config: Mapping[str, Any], method: Method, run: Run) -> int:
 def _traced(config: Mapping[str, Any], method: Method, run: Run) -> int:
     live = LiveBytes()
     with FakeTensorMode():
-        ours = architecture(config, "the config").style.ours
-        step, model = (_minigpt_step if ours else _transformers_step)(config, method, run)
+        model = _model(config, run)
+        step = (_trainer_step if _is_trainers(model, run) else _plain_step)(model, method, run)
         live.watch([*model.parameters(), *model.buffers()])
         with live:
             step()
@@ -66,29 +69,33 @@ def _refuse(config: Mapping[str, Any], method: Method, run: Run) -> None:
         raise UserError("--trace: GPT-2's Conv1D layers get no LoRA in this project yet. Use --method full or freeze.")
     if config.get("model_type") == "gpt3":
         raise UserError("--trace: no library builds GPT-3; its shapes are all that is known.")
-    if run.optimizer not in ("adamw", "sgd") or run.casts != "weights":
-        raise UserError("--trace has the optimizers adamw and sgd, and adapters that cast their weights.")
+    if run.optimizer not in ("adamw", "sgd", "adam-flat") or run.casts != "weights":
+        raise UserError("--trace has the optimizers adamw, adam-flat and sgd, and adapters that cast their weights.")
 
 
-def _minigpt_step(config: Mapping[str, Any], method: Method, run: Run) -> tuple[Callable[[], None], nn.Module]:
-    if (run.precision, run.attention, run.loss, run.optimizer) != ("fp32", "sdpa", "full", "adamw"):
-        raise UserError("MiniGPT trains with --precision fp32 --attention sdpa --loss full --optimizer adamw alone.")
-    model = MiniGPT(MiniGPTConfig.from_opt(dict(config), "the config")).train()
-    _make_trainable(model, method, torch.float32)
-    optimizer = FlatAdam(model, 1e-3)
-    ids, labels, positions = torch.zeros(3, run.batch, run.sequence, dtype=torch.long)
-    batch = Batch(ids, labels, positions, run.tokens)
+def _trainer_step(model: CausalLM, method: Method, run: Run) -> Callable[[], None]:
+    """What `training/step.py` does, without the numbers that fake tensors do not have."""
+    _make_trainable(model, method, DTYPES[run.adapter_precision])
+    if isinstance(model, Opened):
+        quicken(model, checked=False)
+        model.checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
+    optimizer = FlatAdam(model.train(), 1e-3)
+    ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
+    at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
+    batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)
 
     def step() -> None:
-        torch.autograd.backward(loss_of(model, batch))
-        optimizer.step()
+        torch.autograd.backward(loss_of(model, batch, run.chunk))
+        optimizer.gather()
+        optimizer.step(1e-3)
 
-    return step, model
+    return step
 
 
-def _transformers_step(config: Mapping[str, Any], method: Method, run: Run) -> tuple[Callable[[], None], nn.Module]:
-    model = _built(config, run)
+def _plain_step(model: CausalLM, method: Method, run: Run) -> Callable[[], None]:
+    """The step as the libraries' documentation writes it: their norms, an optimizer that holds each tensor."""
     _make_trainable(model, method, DTYPES[run.adapter_precision])
+    model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, fused=True) if run.optimizer == "adamw" else torch.optim.SGD(trainable)
     ids = torch.zeros(run.batch, run.sequence, dtype=torch.long)
@@ -99,27 +106,27 @@ def _transformers_step(config: Mapping[str, Any], method: Method, run: Run) -> t
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, model
+    return step
 
 
-def _built(config: Mapping[str, Any], run: Run) -> Any:
-    """The model in training mode, without dropout, checkpointed as `run` says."""
-    settings = AutoConfig.for_model(**{**config, **dict.fromkeys(_DROPOUTS, 0.0)})
-    fused = run.attention == "sdpa" and not _eager_only(settings)
+def _model(config: Mapping[str, Any], run: Run) -> CausalLM:
+    """A model of that shape, without dropout."""
+    if architecture(config, "the config").style.ours:
+        if (run.precision, run.attention, run.loss, run.optimizer) != ("fp32", "sdpa", "full", "adamw"):
+            raise UserError(
+                "MiniGPT trains with --precision fp32 --attention sdpa --loss full --optimizer adamw alone."
+            )
+        return MiniGPT(MiniGPTConfig.from_opt(dict(config), "the config"))
     AttentionInterface.register(FUSED, _fused_attention)
-    model = AutoModelForCausalLM.from_config(
-        settings, dtype=DTYPES[run.precision], attn_implementation=FUSED if fused else "eager"
-    ).train()
-    if run.checkpointing != "none":
-        with warnings.catch_warnings():  # transformers 5.24 renames it; 5.0 knows the old name alone
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # re-entrant checkpoints alone need them; frozen blocks would keep tensors
-        blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        layers = [block for block in blocks if "Layer" in type(block).__name__ or "Block" in type(block).__name__]
-        for index, layer in enumerate(layers):
-            layer.gradient_checkpointing = run.checkpointed(index)
+    model = from_config(config, DTYPES[run.precision])
+    fused = run.attention == "sdpa" and not _eager_only(model.config)
+    implementation = attend.NAME if run.attention == "short" else FUSED if fused else "eager"
+    model.use_attention(implementation)
     return model
+
+
+def _is_trainers(model: CausalLM, run: Run) -> bool:
+    return isinstance(model, MiniGPT) or run.trainer
 
 
 FUSED = "fused_causal"
@@ -138,53 +145,28 @@ def _eager_only(config: Any) -> bool:
     return getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
 
 
-_DROPOUTS = (
-    "attention_dropout",
-    "hidden_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "dropout",
-    "layerdrop",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "resid_dropout",
-    "embd_dropout",
-)
-
-
-def _make_trainable(model: Any, method: Method, dtype: torch.dtype) -> None:
+def _make_trainable(model: CausalLM, method: Method, dtype: torch.dtype) -> None:
     if method.kind == "full":
         return
     model.requires_grad_(False)
-    ours = isinstance(model, MiniGPT)
-    ends = [model.embeddings, model.lm_head] if ours else [model.get_input_embeddings(), model.get_output_embeddings()]
     if method.kind == "lora":
         add_lora(model, resolve(model, method.targets), method.rank, method.alpha, dtype)
         trains = method.embeddings == "all"
     else:
-        blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-        for block in list(blocks)[len(blocks) - method.last_blocks :]:
+        for block in list(model.blocks)[len(model.blocks) - method.last_blocks :]:
             block.requires_grad_(True)
         trains = method.train_embeddings
     if trains:
-        for end in ends:
+        for end in (model.embeddings, model.head):
             end.requires_grad_(True)
 
 
-def _loss(model: Any, ids: Tensor, labels: Tensor, run: Run) -> Tensor:
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    linear = model.get_output_embeddings()
-
-    def head(rows: Tensor) -> Tensor:
-        logits: Tensor = linear(rows)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
+def _loss(model: CausalLM, ids: Tensor, labels: Tensor, run: Run) -> Tensor:
+    hidden = model.hidden(ids)  # (B, T, D)
     if run.loss == "full":
-        return losses.full(head, hidden, labels)
+        return losses.full(model.logits, hidden, labels)
     positions = torch.zeros(run.labels, dtype=torch.long)
     if run.loss == "labels":
-        return losses.at_labels(head, hidden, labels, positions)
-    trained = [p for p in linear.parameters() if p.requires_grad]
-    return losses.chunked(head, hidden, labels, positions, run.chunk, trained)
+        return losses.at_labels(model.logits, hidden, labels, positions)
+    trained = [p for p in model.head.parameters() if p.requires_grad]
+    return losses.chunked(model.logits, hidden, labels, positions, run.chunk, trained)

@@ -14,13 +14,14 @@ DEATH = "The inference process ended: it was killed. Prompt again: a fresh one s
 class FakeInference(Inference):
     """Every model gives `tisch` probability 0.5, an adapter 0.5 + strength / 4; completions are three tokens."""
 
-    def __init__(self, held: bool = False) -> None:
+    def __init__(self, held: bool = False, load_seconds: float = 0.0) -> None:
         super().__init__(Path())
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.life = 0  # 0: not running
         self.dies = False  # at the next generate
         self.go_on = asyncio.Event()  # completions wait for it after their first token
         self.chat = False
+        self.load_seconds = load_seconds  # that a load takes
         self.cancelled = 0
         if not held:
             self.go_on.set()
@@ -40,6 +41,8 @@ class FakeInference(Inference):
     async def ask(self, do: str, **fields: object) -> dict[str, Any]:
         self.life = self.life or 1
         self.asked.append((do, fields))
+        if do == "load":
+            await asyncio.sleep(self.load_seconds)
         answer: dict[str, Any] = getattr(self, f"_{do}")(**fields)
         await asyncio.sleep(0)
         return answer

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.metrics import COLUMNS, TELEMETRY_COLUMNS
+from pipeline.metrics import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS
 
 HEADER = ",".join(COLUMNS) + "\n"
 START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0}
@@ -20,6 +20,25 @@ def lines(start: float, first: int, last: int) -> str:
         loss = start * math.exp(-step / 40) + 0.05 + 0.2 * abs(math.sin(step * step)) / (1 + step / 50)
         text += f"{step},{(step - 1) // 6 + 1},{loss:.7g},0.001,{loss / 2:.7g},{step * 16}\n"
     return text
+
+
+def measured(text: str, every: int = 30) -> str:
+    """A log with an evaluation every so many steps, and the divergence from the base at each."""
+    header, *rows = text.splitlines()
+    found = [",".join((header, *OPTIONAL))]
+    for row in rows:
+        step, _, loss, *_ = row.split(",")
+        held_out = f"{float(loss) * 1.1 + 0.3:.7g}" if int(step) % every == 0 else ""
+        found.append(f"{row},{held_out},{0.02 * (1 - math.exp(-int(step) / 60)):.7g}")
+    return "\n".join(found) + "\n"
+
+
+def write_measured(root: Path, stage: str = "finetune_lora", every: int = 30) -> Path:
+    """As write_run, with evaluations and divergence."""
+    folder = write_run(root, stage)
+    log = folder / "loss.csv"
+    log.write_text(measured(log.read_text(encoding="utf-8"), every), encoding="utf-8")
+    return folder
 
 
 def write_run(

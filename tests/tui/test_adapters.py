@@ -6,6 +6,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -13,13 +14,16 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from pipeline import artifact
+from pipeline.params_file import save
 from tests.tui.engines import DEATH, FakeInference
 from tests.tui.support import until
 from tui.app import Workbench
+from tui.asker import trusts
 from tui.screens.adapters import AdaptersScreen
 from tui.screens.path import PathScreen
 from tui.screens.sampling import SamplingScreen
 from tui.widgets.attention import AttentionView
+from tui.widgets.completions import Completions
 from tui.widgets.engine_bar import EngineBar
 from tui.widgets.model_details import ModelDetails, described
 from tui.widgets.model_table import ModelTable
@@ -55,6 +59,13 @@ class Session:
 
     def said(self) -> str:
         return "\n".join(text for _, _, text in self.app.said)
+
+    def completions(self) -> str:
+        return "\n".join(str(child.render()) for child in self.screen.query_one(Completions).children)
+
+    @property
+    def bar(self) -> EngineBar:
+        return self.screen.query_one(EngineBar)
 
     def text(self, kind: type[TopK]) -> str:
         return str(self.screen.query_one(kind).render())
@@ -381,6 +392,70 @@ async def test_the_chat_template_is_only_for_models_that_have_one(brief: Path) -
         await s.ask("die katze")
         await s.answered()
         assert [fields["chat"] for fields in s.engine.done("generate")] == [False, True]
+
+
+async def test_the_answer_in_a_chat_is_a_turn_of_its_own(brief: Path) -> None:
+    async with opened(brief) as s:
+        s.engine.chat = s.screen.talk.chat = True
+        await s.ask("die katze")
+        await s.answered()
+        exchange = s.screen.talk.newest
+        assert exchange is not None and exchange.chat
+        assert exchange.said() == "die katze → tisch und stuhl"
+        assert "die katze → tisch und stuhl" in s.completions()
+        await s.press("a")
+        await until(s.pilot, lambda: s.engine.done("attention"))
+        assert s.engine.done("attention")[0]["chat"] is True
+        await s.press("escape")
+        s.engine.chat = False
+        s.engine.life += 1  # another process: it is loaded anew, and has no template now
+        await s.ask("die katze")
+        await s.answered()
+        assert "prompted without it" in s.said()
+        assert s.screen.talk.newest is not None and s.screen.talk.newest.said() == "die katze tisch und stuhl"
+
+
+async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path) -> None:
+    async with opened(brief, load_seconds=3.0) as s:
+        await s.press("space", "down", "space")
+        await s.ask("die katze")
+        await until(s.pilot, lambda: "… loading" in s.completions(), 1)
+        assert s.bar.state == "loading" and "x interrupts" in str(s.bar.render())
+        started = monotonic()
+        await s.press("b", "down", "up", "s", "p")
+        s.screen.query_one(PromptInput).value = "typed meanwhile"
+        await s.pilot.pause()
+        assert monotonic() - started < 2.5 and "… loading" in s.completions()
+        await until(s.pilot, lambda: len(s.engine.done("load")) == 2, 5)
+        await until(s.pilot, lambda: s.completions().count("loading") == 1, 1)  # the first waits for the second
+        await until(s.pilot, lambda: s.bar.state == "ready", 6)
+        assert s.completions().count("tisch und stuhl") == 2 and "loading" not in s.completions()
+        await s.ask("noch einmal")
+        await s.answered()
+        assert len(s.engine.done("load")) == 2
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+async def test_code_of_the_projects_own_models_runs_where_params_trust_it(project: Path, trusted: bool) -> None:
+    params = project / "params.yaml"
+    save(params, {"pretrain.trust_remote_code": trusted})
+    async with opened(project) as s:
+        await s.ask("die katze")
+        await s.answered()
+        assert s.engine.done("load")[0]["trust_remote_code"] is trusted
+    assert trusts(params, project / "artifacts/expanded") is trusted
+    assert not trusts(params, project / "elsewhere/base")
+    params.write_text("[", encoding="utf-8")
+    assert not trusts(params, project / "artifacts/expanded")
+
+
+async def test_a_slow_load_is_interrupted(brief: Path) -> None:
+    async with opened(brief, load_seconds=60.0) as s:
+        await s.ask("die katze")
+        await until(s.pilot, lambda: "… loading" in s.completions())
+        await s.press("escape")
+        await until(s.pilot, lambda: not s.screen._asking(), 2)
+        assert "interrupted" in s.completions() and "loading" not in s.completions()
 
 
 async def test_attention_walks_heads_layers_and_tokens(brief: Path) -> None:

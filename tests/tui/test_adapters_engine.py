@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engine import complete, load, top_k
+from pipeline.chat import render
+from pipeline.engine import complete, continued, load, top_k
+from pipeline.errors import UserError
+from pipeline.legible import visible
+from tests.bases import toy_checkpoint
 from tests.tui.support import until
 from tests.tui.test_adapters import Session
 from tui.app import Workbench
@@ -17,19 +21,20 @@ from tui.exchange import Answer
 from tui.screens.adapters import AdaptersScreen
 from tui.widgets.engine_bar import EngineBar
 from tui.widgets.slider import Slider
+from tui.widgets.top_k import TopK
 
 pytestmark = pytest.mark.slow
 PROMPT = "die katze sitzt auf dem"
 
 
 @asynccontextmanager
-async def opened(root: Path) -> AsyncIterator[Session]:
+async def opened(root: Path, count: int = 6) -> AsyncIterator[Session]:
     app = Workbench(root / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("4")
         await until(pilot, lambda: isinstance(app.screen, AdaptersScreen))
         session = Session(pilot)
-        await session.checked(6)
+        await session.checked(count)
         yield session
 
 
@@ -55,6 +60,42 @@ async def test_answers_are_those_of_the_library(finished: Path) -> None:
         assert [token for token, _ in found[name].top_k] == [choice.token for choice in expected]
         for (_, probability), choice in zip(found[name].top_k, expected, strict=True):
             assert probability == pytest.approx(choice.probability, abs=1e-5)
+
+
+async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) -> None:
+    """Text with its own spaces, in a chat too, and attention over as many tokens as are shown."""
+    folder = project / "artifacts/toy"
+    toy_checkpoint(folder, max_position_embeddings=600)
+    loaded = load(folder)
+    async with opened(project, 7) as s:
+        await s.point("toy")
+        await s.press("space")
+        await s.point("base")
+        await s.press("space")
+        found = {answer.name: answer for answer in await answers(s, "The currency")}
+        assert "does not know: The, currency" in found["base"].error and not found["toy"].error
+        assert found["toy"].text == continued(loaded, "The currency")
+        assert [token for token, _ in found["toy"].top_k] == [c.token for c in top_k(loaded, "The currency", 5)]
+        assert all(visible(token) in s.text(TopK) for token, _ in found["toy"].top_k)
+
+        await s.press("b")
+        await s.point("base")
+        await s.press("space")
+        s.screen.talk.chat = True
+        (answer,) = await answers(s, "hi")
+        assert answer.text == continued(loaded, render(folder, "hi"))
+        assert s.screen.talk.newest is not None and s.screen.talk.newest.said().startswith("hi → ")
+
+        (entry,) = s.screen.chosen()
+        text, tokens = "", 0
+        while tokens < 512:
+            text += " euro."
+            tokens = len(loaded.tokenizer.encode(text))
+        weights = (await s.screen.talk.asker.attention(entry, text, 1.0, False, 1, 3))["weights"]
+        assert len(weights) == tokens == 512
+        assert sum(weights[-1]) == pytest.approx(1, abs=1e-4)
+        with pytest.raises(UserError, match="attention is shown for up to 512"):
+            await s.screen.talk.asker.attention(entry, text + " euro.", 1.0, False, 1, 3)
 
 
 async def test_strength_0_is_the_base_and_1_the_adapter(finished: Path) -> None:

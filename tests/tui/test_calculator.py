@@ -14,14 +14,18 @@ from textual.pilot import Pilot
 from textual.widgets import Input, OptionList
 
 from pipeline.calc.answer import answer
-from pipeline.calc.asked import method_of, run_of
+from pipeline.calc.asked import CONTEXT, method_of, run_of
 from pipeline.calc.fit import changes, gpus, largest
 from pipeline.calc.settings import LORA, Method, Run
 from pipeline.calc.sources import Model, built_in, entry, names, open_model
 from pipeline.params import load
+from pipeline.params_file import save
+from tests.bases import toy_checkpoint
+from tests.support import make
 from tests.tui.support import until
 from tui.app import Workbench
 from tui.calculation import FIELDS, Asked, relevant
+from tui.project_params import asked_for, trained_model
 from tui.screens.calculator import CalculatorScreen
 from tui.screens.calculator_dialogs import Confirm, Reader
 from tui.widgets.calc_answer import Parameters, Pinned, Verdict
@@ -161,7 +165,7 @@ async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
         assert screen.result.run.sequence == 4096, "an empty field steps from what it means"
         screen.query_one("#batch").focus()
         await pilot.press("+", "up")
-        assert (screen.result.run.batch, screen.focused.id) == (2, "precision")
+        assert (screen.result.run.batch, screen.focused.id) == (2, "adapter_precision")
         await pilot.press("escape", "g")
         names_ = list(gpus())
         assert screen.form.asked.gpu == names_[names_.index("rtx4090") + 1]
@@ -289,7 +293,7 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         targets = ("q_proj", "k_proj", "v_proj", "o_proj")
         method = Method("lora", 4, 1.0, targets, embeddings="all")
         assert screen.result.method == method
-        assert screen.result.run == Run(4, 4, "fp32", checkpointing="none")
+        assert screen.result.run == Run(4, 4, "fp32", checkpointing="none", optimizer="adam-flat")
         assert screen.result.model is built_in("minigpt").shapes
         await pilot.press("2", "3")
         assert pilot.app.screen is screen and screen.form.asked.model == "minigpt"
@@ -372,6 +376,105 @@ async def test_what_the_project_cannot_train_is_refused(empty: Path, values: dic
         assert why in pilot.app.said[-1][2] and "\n" not in pilot.app.said[-1][2]
         assert pilot.app.screen is screen
     assert (empty / "params.yaml").read_bytes() == before
+
+
+SETTINGS = {
+    "pretrain.base": "models/toy",
+    "finetune_lora.window": 0,
+    "finetune_lora.max_length": 48,
+    "finetune_lora.precision": "bf16",
+    "finetune_lora.adapter_precision": "bf16",
+    "finetune_lora.checkpointing": "selective",
+}
+
+
+@pytest.fixture
+def toy(empty: Path) -> Path:
+    """A project whose base is a small Llama."""
+    toy_checkpoint(empty / "models/toy")
+    save(empty / "params.yaml", SETTINGS)
+    return empty
+
+
+async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path) -> None:
+    async with calculator(toy) as (pilot, screen):
+        await pilot.press("l")
+        await until(pilot, lambda: screen.result.model.name != "qwen3-8b")
+        assert screen.result.model.total == open_model(str(toy / "models/toy")).shapes.total
+        assert screen.result.run == Run(
+            *(4, 48, "bf16", "bf16", "adam-flat"), checkpointing="selective", loss="chunked", context=CONTEXT
+        )
+        assert screen.result.method.rank == 4 and not screen.problem
+        await pilot.press("u")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "says so already" in pilot.app.said[-1][2]
+
+
+async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> None:
+    async with calculator(toy) as (pilot, screen):
+        await fill(pilot, screen, targets="gate_proj", precision="fp32", checkpointing="none", rank="2", batch="3")
+        await pilot.press("u")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        await pilot.press("enter")
+        await until(pilot, lambda: bool(pilot.app.said))
+        lora = load(toy / "params.yaml").finetune_lora
+        assert (lora.target_modules, lora.precision, lora.checkpointing) == (("gate_proj",), "fp32", "none")
+        assert (lora.rank, lora.batch_size, lora.adapter_precision, lora.max_length) == (2, 3, "fp32", 48)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"model": "gpt2", "targets": "c_attn"}, "models/toy, which this project trains, cannot have these targets"),
+        ({"method": "freeze", "last_blocks": "9"}, "last-blocks must be at most 2, the blocks of models/toy, got 9"),
+        ({"precision": "tf32"}, "tf32 weights are not trainable here yet"),
+    ],
+)
+async def test_what_the_projects_own_model_cannot_have_is_refused(toy: Path, values: dict[str, str], why: str) -> None:
+    async with calculator(toy) as (pilot, screen):
+        await fill(pilot, screen, **values)
+        await pilot.press("u")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert why in pilot.app.said[-1][2] and "MiniGPT" not in pilot.app.said[-1][2]
+
+
+async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(empty / "params.yaml", {"pretrain.base": "some/model@main"})
+
+    def found(name: str) -> Model:
+        return built_in("qwen3-0.6b") if name == "some/model" else open_model(name)
+
+    monkeypatch.setattr("tui.screens.calculator.open_model", found)
+    monkeypatch.setattr("tui.project_params.open_model", found)
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("l")
+        await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problem)
+        await fill(pilot, screen, model="gpt2", targets="c_attn")
+        await pilot.press("u")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "some/model@main, which this project trains, cannot have these targets" in pilot.app.said[-1][2]
+        save(empty / "params.yaml", {"pretrain.base": "./nowhere"})
+        await pilot.press("l", "u")
+        await until(pilot, lambda: len(pilot.app.said) == 3)
+        assert all("pretrain.base must be minigpt" in text for _, _, text in list(pilot.app.said)[-2:])
+
+
+def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> None:
+    path = toy / "params.yaml"
+    (toy / "data/tiny.txt").write_text("The euro.\n", encoding="utf-8")
+    save(path, {"expand_vocab.audit_data": "data/tiny.txt", "expand_vocab.tokens": ["zloty", "koruna"]})
+    assert asked_for(load(path), toy).model == str(toy / "models/toy")
+    make(toy, ["pretrain"])
+    assert asked_for(load(path), toy).model == str(toy / "artifacts/base")
+    make(toy, ["expand_vocab"])
+    asked = asked_for(load(path, ["finetune_lora.train_embeddings=new_rows"]), toy)
+    assert (asked.model, asked.new_rows) == (str(toy / "artifacts/expanded"), "2")
+    assert trained_model(load(path), toy)[1].total > open_model(str(toy / "models/toy")).shapes.total - 1
+    make(toy, ["pretrain"], ["pretrain.dtype=bf16"])  # what was expanded is another's now
+    assert asked_for(load(path), toy).model == str(toy / "artifacts/base")
+    assert asked_for(load(path, ["pretrain.base=some/model"]), toy).model == "some/model"
 
 
 @pytest.mark.parametrize("when", ["before", "while it is confirmed"])

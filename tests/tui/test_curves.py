@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ from textual.pilot import Pilot
 from textual.widgets import Input, RadioButton, Static
 
 from pipeline.metrics import read_steps
-from tests.tui.runs import HEADER, hold, journal, lines, write_methods, write_run
+from tests.tui.runs import HEADER, hold, journal, lines, measured, write_measured, write_methods, write_run
 from tests.tui.support import until
+from tui import export
 from tui.app import Workbench
 from tui.screens.curves import CurvesScreen
 from tui.screens.export import ExportScreen
@@ -53,6 +55,14 @@ def chart(screen: CurvesScreen, name: str = "loss") -> LossChart:
 
 def mode(screen: CurvesScreen) -> str:
     return str(screen.query_one("#mode", Static).render())
+
+
+def title(screen: CurvesScreen) -> str:
+    return str(chart(screen).query_one(Static).render())
+
+
+def panels(screen: CurvesScreen) -> list[str]:
+    return [name for name in QUANTITIES if chart(screen, name).display]
 
 
 def listed(screen: CurvesScreen) -> str:
@@ -241,20 +251,82 @@ async def test_brackets_change_the_smoothing(root: Path) -> None:
 
 async def test_a_low_terminal_has_room_for_one_panel(root: Path) -> None:
     async with curves(root) as (pilot, screen):
-        assert [chart(screen, name).display for name in QUANTITIES] == [True, False, False]
+        assert panels(screen) == ["loss"]
         await pilot.press("r")
-        assert [chart(screen, name).display for name in QUANTITIES] == [True, True, False]
+        assert panels(screen) == ["loss", "learning_rate"]
         await pilot.press("g")
-        assert [chart(screen, name).display for name in QUANTITIES] == [True, False, True]
-        await pilot.press("g")
-        assert [chart(screen, name).display for name in QUANTITIES] == [True, False, False]
+        assert panels(screen) == ["loss", "grad_norm"]
+        await pilot.press("g", "d")
+        assert panels(screen) == ["loss"], "no run has a divergence"
 
 
 async def test_a_high_terminal_shows_both_panels(root: Path) -> None:
     async with curves(root, (200, 60)) as (pilot, screen):
-        assert all(chart(screen, name).display for name in QUANTITIES)
+        assert panels(screen) == ["loss", "learning_rate", "grad_norm"]
         await pilot.press("r")
-        assert [chart(screen, name).display for name in QUANTITIES] == [True, False, True]
+        assert panels(screen) == ["loss", "grad_norm"]
+
+
+async def test_evaluations_are_drawn_beside_the_loss_of_the_runs_that_have_them(root: Path) -> None:
+    write_measured(root, every=30)
+    async with curves(root) as (pilot, screen):
+        drawn = {key: screen._curve(key, watched, "loss", (1, 300), 152) for key, watched in screen.runs.drawn()}
+        found = {screen.runs.watched[key].run.stage: curve.held_out for key, curve in drawn.items()}
+        assert [column.x for column in found["finetune_lora"]] == list(range(30, 301, 30))
+        assert not found["finetune_full"] and not found["finetune_freeze"]
+        assert "× on held-out examples" in title(screen)
+        assert "held out 0.3" in listed(screen) and listed(screen).count("held out") == 1
+        await pilot.press("c", "l", "plus", "0")
+        loss = read_steps(root / "runs/finetune_lora/loss.csv")
+        held_out = next(
+            s.eval_loss for s in reversed(loss[: int(screen.window.cursor or 0)]) if s.eval_loss is not None
+        )
+        assert f"held out {held_out:.4g}" in mode(screen) and mode(screen).count("held out") == 1
+
+
+async def test_marks_of_evaluations_are_on_the_picture_and_differ_from_the_line(root: Path) -> None:
+    write_measured(root, every=60)
+    async with curves(root, (120, 40)) as (pilot, screen):
+        canvas = screen.query_one("#loss #plot")
+        plot = "".join(strip.text for strip in canvas.render_lines(canvas.size.region))
+        assert plot.count("×") == 5
+        assert re.search("([⠁-⣿]{2} ){2}", plot), "a dashed line from one to the next"
+        for key in screen.runs.watched:
+            if "lora" in key:
+                screen.runs.toggle(key)
+        screen.redraw()
+        await pilot.pause()
+        assert "held-out" not in title(screen)
+
+
+async def test_divergence_has_a_panel_where_a_run_that_is_shown_measured_it(root: Path) -> None:
+    folder = write_measured(root)
+    async with curves(root) as (pilot, screen):
+        await pilot.press("d")
+        assert panels(screen) == ["loss", "divergence"]
+        series = screen.runs.watched[str(folder / "loss.csv")].log.series["divergence"]
+        assert [step.divergence for step in read_steps(folder / "loss.csv")] == list(series.y)
+        assert "divergence 0.01987" in listed(screen)
+        screen.runs.toggle(str(folder / "loss.csv"))
+        screen.redraw()
+        assert panels(screen) == ["loss"]
+
+
+async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_waits(root: Path) -> None:
+    log = root / "runs/finetune_lora/loss.csv"
+    async with curves(root) as (pilot, screen):
+        watched = screen.runs.watched[str(log)]
+        plain = log.read_text(encoding="utf-8")
+        text = measured(plain, 300)
+        log.write_text(text[: -len("0.01986524") - 4], encoding="utf-8")  # within the last evaluation
+        await until(pilot, lambda: len(watched.log.steps) == 299)
+        await settled(pilot, screen)
+        assert len(watched.log.series["divergence"].y) == 299 and not watched.log.series["eval_loss"].y
+        log.write_text(text, encoding="utf-8")
+        await until(pilot, lambda: list(watched.log.series["eval_loss"].x) == [300])
+        log.write_text(plain, encoding="utf-8")
+        await until(pilot, lambda: not watched.log.series["divergence"].y)
+        assert len(watched.log.steps) == 300
 
 
 async def test_the_curve_moves_while_the_run_goes_on(empty: Path) -> None:
@@ -344,6 +416,7 @@ ODD = {
     "only nan": "1,1,nan,nan,nan,16\n",
     "nothing": "",
     "zero and below": "1,1,0,0.001,0,16\n2,1,-3,0.001,0,32\n3,2,1,0,0,48\n",
+    "strange evaluations": "1,1,1,1,1,16,nan,\n2,1,1,1,1,32,inf,-1\n3,1,1,1,1,48,1e300,0\n4,1,1,1,1,64,-2,nan\n",
     "huge": "1,1,1e300,1e300,1e300,16\n2,1,-1e300,1e-300,1e-300,32\n",
 }
 
@@ -352,7 +425,8 @@ ODD = {
 @pytest.mark.parametrize("size", [(80, 24), (200, 60), (30, 10)])
 async def test_odd_logs_are_drawn(empty: Path, text: str, size: tuple[int, int]) -> None:
     folder = write_run(empty, "finetune_lora", 1)
-    (folder / "loss.csv").write_text(HEADER + text, encoding="utf-8")
+    header = measured(HEADER) if text.split("\n")[0].count(",") > 5 else HEADER
+    (folder / "loss.csv").write_text(header + text, encoding="utf-8")
     async with curves(empty, size) as (pilot, screen):
         await pilot.press("l", "c", "r", "plus", "left", "minus", "y", "Y", "up", "0", "l", "g", "right_square_bracket")
         await pilot.pause()
@@ -407,6 +481,33 @@ async def test_csv_has_every_row_of_the_visible_runs(root: Path) -> None:
         (step.step, step.epoch, step.loss, step.tokens) for step in steps
     ]
     assert len(rows) == 3 * len(steps)
+
+
+async def test_csv_has_the_optional_columns_of_the_runs_that_have_them(root: Path) -> None:
+    folder = write_measured(root)
+    async with curves(root) as (pilot, _):
+        await ask_for(pilot, "all.csv", "csv")
+        await until(pilot, lambda: (root / "all.csv").exists())
+    with (root / "all.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    ours = [(r["eval_loss"], r["divergence"]) for r in rows if r["run"] == "finetune_lora"]
+    assert [tuple(float(cell) if cell else None for cell in row) for row in ours] == [
+        (step.eval_loss, step.divergence) for step in read_steps(folder / "loss.csv")
+    ]
+    assert {(r["eval_loss"], r["divergence"]) for r in rows if r["run"] != "finetune_lora"} == {("", "")}
+
+
+async def test_an_exported_picture_has_the_evaluations_too(root: Path) -> None:
+    write_measured(root)
+    async with curves(root) as (pilot, screen):
+        await pilot.press("d")
+        picture: Any = screen._picture("svg")
+        loss, divergence = picture["panels"]
+        assert [len(curve["held_out"]["x"]) for curve in loss["curves"]] == [0, 0, 10]
+        assert [len(curve["held_out"]["x"]) for curve in divergence["curves"]] == [0, 0, 0]
+        assert divergence["title"] == "divergence from the base (nats a token)"
+        drawn = await export.drawn(picture)
+    assert b"finetune_lora, held out" in drawn or drawn.count(b"<use") > 10
 
 
 @pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
-from tests.tui.runs import write_methods
+from tests.tui.runs import write_measured, write_methods
 from tests.tui.test_curves import settled
 from tui.app import Workbench
 from tui.screens.curves import CurvesScreen
@@ -37,6 +37,20 @@ def test_empty(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
 def test_three_methods(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
     write_methods(empty)
     assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=to_curves)
+
+
+async def diverged(pilot: Pilot[Any]) -> None:
+    await to_curves(pilot)
+    await pilot.press("c", *(["d"] if pilot.app.size.height < 36 else []))  # else there is room for it already
+    await pilot.pause()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_evaluations_and_divergence(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
+    write_methods(empty)
+    write_measured(empty, "finetune_lora")
+    write_measured(empty, "finetune_full", every=6)
+    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=diverged)
 
 
 @pytest.mark.parametrize("theme", ["textual-dark", "textual-light"])

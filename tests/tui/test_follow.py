@@ -1,5 +1,7 @@
 """A CSV is followed whatever its writer, or somebody else, does to it."""
 
+import math
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.metrics import COLUMNS, RunLog, Step, read_steps
 from tui.follow import PIECE, Tail
-from tui.series import Row, parse_step
+from tui.series import Log, Row, parse_step, step_parser
 
 HEADER = ",".join(COLUMNS) + "\n"
 
@@ -50,6 +52,33 @@ def test_a_half_written_line_is_read_when_it_is_whole(log: Path) -> None:
     rows = tail.read().rows
     assert rows == [(3, 1, 0.25, 0.001, 0.5, 48)]
     assert tail.skipped == 0
+
+
+def test_each_header_says_what_the_columns_below_it_are(log: Path) -> None:
+    tail = Tail(log, parse_step, step_parser)
+    assert tail.read().rows == [(1, 1, 1.0, 0.001, 0.5, 16), (2, 1, 1.0, 0.001, 0.5, 32)]
+    text = HEADER.strip() + ",divergence\n" + line(1).strip() + ",0.25\n" + line(2).strip() + ",\n" + line(3)
+    log.write_text(text, encoding="utf-8")
+    rows = tail.read().rows
+    assert [row[7] for row in rows[:1]] == [0.25] and all(math.isnan(row[6]) for row in rows)
+    assert [math.isnan(row[7]) for row in rows] == [False, True, True]
+    append(log, line(4).strip() + ",what\n" + line(5).strip() + ",0.5\n")
+    assert [row[7] for row in tail.read().rows] == [0.5]
+    assert tail.skipped == 1
+
+
+@given(st.lists(st.tuples(st.none() | st.floats(0, 9), st.none() | st.floats(0, 9)), max_size=30), st.booleans())
+def test_the_columns_are_what_the_run_log_wrote(found: list[tuple[float | None, float | None]], held: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with RunLog(Path(folder), 0, 0, evaluated=held, retained=True) as run:
+            for number, (eval_loss, divergence) in enumerate(found, 1):
+                run.append(Step(number, 1, 1.0, 0.1, 0.2, number, eval_loss, divergence))
+        written, log = read_steps(Path(folder) / "loss.csv"), Log(0.9)
+        log.extend(Tail(Path(folder) / "loss.csv", parse_step, step_parser).read().rows)
+    for name in ("eval_loss", "divergence"):
+        values = {step.step: value for step in written if (value := getattr(step, name)) is not None}
+        assert dict(zip(log.series[name].x, log.series[name].y, strict=True)) == values
+    assert list(log.steps) == [step.step for step in written]
 
 
 def test_a_log_cut_back_starts_over_and_says_so(log: Path) -> None:

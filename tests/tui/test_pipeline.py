@@ -5,15 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from textual.containers import VerticalScroll
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
+from pipeline import artifact
 from pipeline.dag import STAGES
 from pipeline.params import load
 from pipeline.params_file import save
@@ -24,7 +28,7 @@ from tui.app import Workbench
 from tui.screens.pipeline import PipelineScreen
 from tui.widgets.dag_picture import DagPicture
 from tui.widgets.log_view import LINES, LogView
-from tui.widgets.param_form import ParamForm
+from tui.widgets.param_form import ParamForm, ParamInput, names, written
 from tui.widgets.stage_list import StageList
 
 Opened = tuple[Pilot[None], PipelineScreen]
@@ -121,6 +125,12 @@ async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: 
         ("pretrain", "tie_embeddings", "true", True),
         ("finetune_lora", "train_embeddings", "new_rows", "new_rows"),
         ("expand_vocab", "data", "[data/finetune.de.txt]", ("data/finetune.de.txt",)),
+        ("expand_vocab", "data", "", ()),
+        ("expand_vocab", "tokens", "euro, [INST], [/INST]", ("euro", "[INST]", "[/INST]")),
+        ("finetune_lora", "retain", "data/keep.txt", "data/keep.txt"),
+        ("finetune_lora", "checkpointing", "selective", "selective"),
+        ("pretrain", "base", "org/model@main", "org/model@main"),
+        ("pretrain", "trust_remote_code", "true", True),
     ],
 )
 async def test_every_kind_of_value_is_written(empty: Path, stage: str, key: str, text: str, value: object) -> None:
@@ -129,6 +139,98 @@ async def test_every_kind_of_value_is_written(empty: Path, stage: str, key: str,
         await typed(pilot, screen, key, text)
         await pilot.press("enter")
         await until(pilot, lambda: getattr(getattr(load(empty / "params.yaml"), stage), key) == value)
+
+
+async def test_a_text_that_may_be_empty_is_cleared_and_one_that_may_not_is_refused(empty: Path) -> None:
+    path = empty / "params.yaml"
+    save(path, {"finetune_lora.retain": "data/keep.txt"})
+    async with opened(empty) as (pilot, screen):
+        await choose(pilot, screen, "finetune_lora")
+        assert field(screen, "retain").value == "data/keep.txt"
+        await typed(pilot, screen, "retain", "")
+        assert "retain: a text, or empty" in str(screen.query_one("#rule", Static).content)
+        await pilot.press("enter")
+        await until(pilot, lambda: load(path).finetune_lora.retain == "")
+        assert "  retain: ''" in path.read_text(encoding="utf-8")
+        assert "finetune_lora.retain: nothing is in params.yaml" in said(screen)
+        await typed(pilot, screen, "data", "")
+        await pilot.press("enter")
+        assert "finetune_lora.data must be a text, got ''" in str(screen.query_one("#rule", Static).content)
+
+
+@pytest.mark.parametrize(
+    "found", [(), ("a",), ("a b", " euro"), ("[INST]", "a,b", '"', "'", "#", "a: b", "-", "\n", "ß🤗", "on", "1")]
+)
+def test_names_are_written_so_that_they_read_back(found: tuple[str, ...]) -> None:
+    assert names(written(found)) == list(found)
+
+
+def seen(form: ParamForm, field: ParamInput) -> bool:
+    """Nothing of the field is scrolled away."""
+    return form.query_one(VerticalScroll).region.contains_region(field.region)
+
+
+@pytest.mark.parametrize("keys", [("tab", "shift+tab"), ("down", "up")])
+async def test_every_param_is_reached_by_keys_and_seen_while_it_is_edited(empty: Path, keys: tuple[str, str]) -> None:
+    """Of the longest form, on the smallest terminal, also while a message below it takes its lines."""
+    async with opened(empty) as (pilot, screen):
+        await choose(pilot, screen, "finetune_lora")
+        await pilot.press("p")
+        form, reached = screen.query_one(ParamForm), list[str]()
+        fields = list(form.query(ParamInput))
+        for key in (*[keys[0]] * (len(fields) - 1), *[keys[1]] * (len(fields) - 1)):
+            focused = screen.focused
+            assert isinstance(focused, ParamInput)
+            reached.append(focused.key)
+            focused.value = "?" * 60
+            await pilot.pause()
+            await until(pilot, partial(seen, form, focused))
+            focused.revert()
+            await pilot.press(key)
+        assert reached[: len(fields) - 1] == [field.key for field in fields[:-1]]
+        assert reached[len(fields) - 1 :] == [field.key for field in fields[:0:-1]]
+        assert screen.focused is fields[0] and len(fields) > 20
+
+
+async def test_params_and_each_state_are_there_before_all_files_are_hashed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, real = threading.Event(), artifact.verify
+
+    def slow(folder: Path) -> dict[str, Any]:
+        if folder.name == "full_finetuned":
+            hold.wait(30)
+        return real(folder)
+
+    monkeypatch.setattr(artifact, "verify", slow)
+    brief_params(project)
+    app = Workbench(project / "params.yaml")
+    try:
+        async with app.run_test(size=(80, 24)) as pilot:
+            screen = app.screen
+            assert isinstance(screen, PipelineScreen)
+            await until(pilot, lambda: "expand_vocab     up to date" in lines(screen)[1])
+            assert lines(screen)[2] == "· finetune_full    …" and not screen.states
+            assert field(screen, "base").value == "minigpt"
+            await choose(pilot, screen, "finetune_lora")
+            assert field(screen, "rank").value == "4"
+            hold.set()
+            await until(pilot, lambda: all("up to date" in line for line in lines(screen)))
+    finally:
+        hold.set()
+
+
+async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: Path) -> None:
+    save(empty / "params.yaml", {"pretrain.base": "./models/mine"})
+    async with opened(empty) as (pilot, screen):
+        await until(pilot, lambda: "not made yet: pretrain.base must be minigpt" in lines(screen)[0])
+        (empty / "models/mine").mkdir(parents=True)
+        (empty / "models/mine/notes.txt").touch()
+        await until(pilot, lambda: "it has no config.json" in lines(screen)[0])
+        (empty / "models/mine/config.json").write_text("{}", encoding="utf-8")
+        await until(pilot, lambda: "has no model.safetensors" in lines(screen)[0])
+        (empty / "models/mine/model.safetensors").touch()
+        await until(pilot, lambda: lines(screen)[0] == "○ pretrain         not made yet")
 
 
 @pytest.mark.parametrize(

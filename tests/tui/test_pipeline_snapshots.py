@@ -35,7 +35,7 @@ STATES: dict[str, tuple[State, tuple[str, ...], Journal | None]] = {
 def every_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage in each state; a run that is followed has no pace yet, which would be another at each picture."""
     found = {name: StageState(STAGES[name], *rest) for name, rest in STATES.items()}
-    monkeypatch.setattr(Status, "of", lambda _, __: found)
+    monkeypatch.setattr(Status, "of", lambda *_: found)
 
 
 async def looked(pilot: Pilot[Any]) -> PipelineScreen:

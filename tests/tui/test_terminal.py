@@ -73,10 +73,10 @@ def test_from_an_empty_project_a_run_is_started_watched_resized_stopped_and_resu
 def lengthen(terminal: Terminal, clone: Path) -> None:
     """Type another number of epochs into finetune_lora's params."""
     terminal.keys("Down", "Down", "Down", "Down")
-    terminal.see("Params of finetune_lora", "batch_size")
+    terminal.see("Params of finetune_lora", "target_modules")
     terminal.keys("Enter")
-    terminal.see("seed: a whole number")
-    terminal.keys("Tab", "Tab")
+    terminal.see("rank: a whole number")
+    terminal.keys(*["Down"] * 6, *["Tab"] * 4)
     terminal.see("epochs: a whole number")
     terminal.keys("End", "BSpace", "BSpace")
     terminal.see("epochs must be a whole number")

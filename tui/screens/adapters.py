@@ -17,7 +17,7 @@ from textual.widgets import Input, Static
 
 from pipeline.errors import UserError
 from tui.asker import Asker
-from tui.conversation import Conversation, Latest
+from tui.conversation import LOADING, Conversation, Latest
 from tui.exchange import transcript
 from tui.export import save
 from tui.inference import EngineDied, Inference
@@ -65,7 +65,7 @@ class AdaptersScreen(BrowseScreen):
         if self.workbench.inference is None:
             self.workbench.inference = Inference(self.workbench.root)
         self.engine = self.workbench.inference
-        self.talk = Conversation(Asker(self.engine, self.library))
+        self.talk = Conversation(Asker(self.engine, self.library, self.workbench.params_path))
         # kept: answers come while the screen closes
         self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
         self.sampling = Static(id="sampling", markup=False)
@@ -162,8 +162,9 @@ class AdaptersScreen(BrowseScreen):
             async with aclosing(self.talk.answers(exchange)) as changes:
                 drawn = 0.0
                 async for _ in changes:
-                    if monotonic() - drawn >= FRAME:
-                        self._engine_is("busy")
+                    loading = any(answer.ended == LOADING for answer in exchange.answers)
+                    if loading or monotonic() - drawn >= FRAME:  # nothing more may come for as long as a load takes
+                        self._engine_is("loading" if loading else "busy")
                         self.answers.show(exchange)
                         drawn = monotonic()
                     await asyncio.sleep(0)  # tokens may come faster than one is drawn, and a key must come through
@@ -172,6 +173,8 @@ class AdaptersScreen(BrowseScreen):
         else:
             self._engine_is("ready")
             self._status()
+            if self.talk.chat and not exchange.chat:
+                self.workbench.say("Not all of these have a chat template: they were prompted without it.", "warning")
         finally:
             self.answers.show(exchange)
             self.call_later(self.refresh_bindings)
@@ -227,7 +230,7 @@ class AdaptersScreen(BrowseScreen):
             return
         pointed = self.entry(self.table.pointed)
         entry = pointed if pointed in entries else entries[0]
-        ask = partial(self.talk.asker.attention, entry, exchange.prompt, self.slider.value)
+        ask = partial(self.talk.asker.attention, entry, exchange.prompt, self.slider.value, exchange.chat)
         self.app.push_screen(AttentionScreen(entry.label, ask))
 
     # what was answered

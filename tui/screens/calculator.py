@@ -1,5 +1,6 @@
 """The calculator: a form, and what `pipeline.calc` says of it at every key press."""
 
+import asyncio
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.calc.sources import hub_ids, open_model
 from pipeline.errors import UserError
 from pipeline.params import load
 from tui.calculation import Asked, FieldError, Result, calculate
-from tui.project_params import asked_for, differences, settings_of
+from tui.project_params import asked_for, differences, settings_of, trained_model
 from tui.screens.base import WorkbenchScreen
 from tui.widgets.calc_answer import Advice, Parameters, Pinned, Verdict
 from tui.widgets.calc_form import CalcForm
@@ -198,7 +199,8 @@ class CalculatorScreen(WorkbenchScreen):
 
     def action_load(self) -> None:
         try:
-            self.form.fill(asked_for(load(self.workbench.params_path)))
+            self.form.fill(asked_for(load(self.workbench.params_path), self.workbench.root))
+            self._fetch()
         except (UserError, OSError) as error:
             self.workbench.fail(error)
 
@@ -211,9 +213,10 @@ class CalculatorScreen(WorkbenchScreen):
 
         path = self.workbench.params_path
         try:
-            assert self.result is not None
-            params = load(path)
-            changed = differences(params, settings_of(self.form.asked, self.result, params))
+            asked, result, params = self.form.asked, self.result, load(path)
+            assert result is not None
+            model = await asyncio.to_thread(trained_model, params, self.workbench.root)
+            changed = differences(params, settings_of(asked, result, params, model))
             if not changed:
                 self.workbench.say(f"{path.name} says so already.")
             elif await self.app.push_screen_wait(Confirm(path.name, changed)):

@@ -19,12 +19,13 @@ from tui import export
 from tui.runs import Runs
 from tui.screens.base import WorkbenchScreen
 from tui.series import QUANTITIES
+from tui.shown import TITLES, curve, legend, reading, values
 from tui.watch import Watched
-from tui.widgets.loss_chart import Curve, LossChart, Range, View, power_of_ten
+from tui.widgets.curve import Curve, Range, View
+from tui.widgets.loss_chart import LossChart
 from tui.widgets.run_list import Row, RunList
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
-TITLES = {"loss": "loss (nats a token)", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
 SMOOTHING = 0.9  # at first
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 POLL = 0.5  # seconds between two looks at the files
@@ -56,6 +57,7 @@ class CurvesScreen(WorkbenchScreen):
         Binding("c", "cursor", "Cursor", id="curves.cursor"),
         Binding("r", "panel('learning_rate')", "Rate", id="curves.learning_rate"),
         Binding("g", "panel('grad_norm')", "Gradient", id="curves.grad_norm"),
+        Binding("d", "panel('divergence')", "Divergence", id="curves.divergence"),
         Binding("x", "export", "Export", id="curves.export"),
         Binding("right_square_bracket", "smooth(1)", "Smooth more", id="curves.smooth_more", show=False),
         Binding("left_square_bracket", "smooth(-1)", "Smooth less", id="curves.smooth_less", show=False),
@@ -145,10 +147,10 @@ class CurvesScreen(WorkbenchScreen):
                 chart.draw([self._curve(key, watched, name, x, chart.columns) for key, watched in drawn], view)
         self._mode()
         self._list()
+        self.refresh_bindings()
 
     def _curve(self, key: str, watched: Watched, name: str, x: Range, columns: int) -> Curve:
-        look, flat = self.runs.looks[key], watched.log.flat(watched.alive) if name == "loss" else None
-        return Curve(watched.log.series[name].visible(*x, columns), look.color, look.sign, flat[1] if flat else None)
+        return curve(watched, self.runs.looks[key], name, x, columns)
 
     def _x(self) -> Range:
         """The steps shown: all, those of the window, or as many as in the window up to the newest."""
@@ -161,7 +163,16 @@ class CurvesScreen(WorkbenchScreen):
         return last - (self.window.x[1] - self.window.x[0]), last
 
     def _panel_shown(self, name: str) -> bool:
-        return self._panels.get(name, self.has_class("-tall"))
+        return self._panels.get(name, self.has_class("-tall")) and self._has(name)
+
+    def _has(self, name: str) -> bool:
+        """Whether a run that is shown has any of it: divergence is measured only where it is asked for."""
+        return name != "divergence" or any(watched.log.series[name].y for _, watched in self.runs.drawn())
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "panel":
+            return self._has(str(parameters[0]))
+        return super().check_action(action, parameters)
 
     def _mode(self) -> None:
         """One line: following or frozen, the scale, the smoothing; with the cursor, what each run has there."""
@@ -174,7 +185,7 @@ class CurvesScreen(WorkbenchScreen):
         if window.cursor is not None:
             line.append(f"\nstep {window.cursor:,.0f}:", "bold")
             for key, watched in self.runs.drawn():
-                line.append(f"  {self.runs.looks[key].sign} {_reading(watched, window.cursor)}")
+                line.append(f"  {self.runs.looks[key].sign} {reading(watched, window.cursor)}")
         self.query_one("#mode", Static).update(line)
 
     def _list(self) -> None:
@@ -299,24 +310,6 @@ class CurvesScreen(WorkbenchScreen):
                 name, log = str(chart.id), chart.id == "loss" and self.window.log
                 curves = [self._curve(key, watched, name, x, PRINTED) for key, watched in drawn]
                 y = self.window.y if name == "loss" else None
-                labels = [_legend(watched) for _, watched in drawn]
-                panels.append(export.panel(TITLES[name], labels, curves, _values(y, log), log))
+                labels = [legend(watched) for _, watched in drawn]
+                panels.append(export.panel(TITLES[name], labels, curves, values(y, log), log))
         return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}
-
-
-def _values(y: Range | None, log: bool) -> Range | None:
-    return (power_of_ten(y[0]), power_of_ten(y[1])) if y and log else y
-
-
-def _legend(watched: Watched) -> str:
-    flat = watched.log.flat(watched.alive)
-    return watched.run.label + (f", | flat from epoch {flat[0]:.0f}" if flat else "")
-
-
-def _reading(watched: Watched, step: float) -> str:
-    """What a run has at the step nearest to `step`; nothing where it has not been."""
-    at = watched.log.at(step)
-    if at is None or not watched.log.steps[0] <= step <= watched.log.steps[-1]:
-        return "–"
-    loss = watched.log.series["loss"]
-    return f"{loss.y[at]:.4g} (smoothed {loss.smooth[at]:.4g})"

@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from rich.table import Table
-from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
@@ -21,6 +19,7 @@ from tui.processes import Running
 from tui.screens.base import WorkbenchScreen
 from tui.widgets.dag_picture import DagPicture
 from tui.widgets.log_view import LogView
+from tui.widgets.metrics_table import table
 from tui.widgets.param_form import ParamForm
 from tui.widgets.stage_list import StageList
 
@@ -114,13 +113,28 @@ class PipelineScreen(WorkbenchScreen):
                 problem = str(error)
         states: dict[str, StageState] = {}
         try:
-            if project:
+            if project and not self.states:  # the first look, which hashes all there is
+                self.call_later(self._begin, project)
+                states = self.status.of(project, lambda state: self.call_later(self._show_one, state))
+            elif project:
                 states = self.status.of(project)
         except (UserError, OSError):  # something vanished while it was read: the next look sees what is there then
             seen = None
         self.call_later(self._show, project, states or self.states, problem, seen)
         if ended:
             self.call_later(self._say_the_end, ended)
+
+    async def _begin(self, project: Project) -> None:
+        """Params are there at once."""
+        if self.query(DagPicture) and self.project is None:
+            self.project = project
+            await self._show_stage()
+
+    def _show_one(self, state: StageState) -> None:
+        if self.query(DagPicture) and not self.states:
+            picture = self.query_one(DagPicture)
+            picture.states = {**picture.states, state.stage.name: state}
+            self.query_one(StageList).show({state.stage.name: state})
 
     async def _show(
         self,
@@ -184,7 +198,7 @@ class PipelineScreen(WorkbenchScreen):
 
     def _show_changes(self, changes: list[Change] | str) -> None:
         for widget in self.query("#changes").results(Static):  # none is there while the screen closes
-            widget.update(_table(changes))
+            widget.update(table(changes))
 
     # Choosing and editing
 
@@ -217,6 +231,7 @@ class PipelineScreen(WorkbenchScreen):
             self.workbench.fail(error)
             return
         value = ", ".join(event.value) if isinstance(event.value, list) else event.value
+        value = "nothing" if value == "" else value
         self.workbench.say(f"{event.key}: {value} is in {self.workbench.params_path.name}.")
         self.tick()
 
@@ -281,20 +296,3 @@ class PipelineScreen(WorkbenchScreen):
             self.workbench.say("All stages are up to date.")
         else:
             self.workbench.say("The pipeline ended; its log (l) says how.", "warning")
-
-
-def _table(changes: list[Change] | str) -> Table | Text:
-    """Committed, now, difference."""
-    if isinstance(changes, str):
-        return Text(changes, "dim")
-    if not changes:
-        return Text("As in the last commit.")
-    table = Table.grid(padding=(0, 2))
-    for column, side in (("", "left"), ("committed", "right"), ("now", "right"), ("difference", "right")):
-        table.add_column(column, justify="right" if side == "right" else "left")
-    table.add_row("", Text("committed", "dim"), Text("now", "dim"), Text("difference", "dim"))
-    for one in changes:
-        both = one.before is not None and one.after is not None
-        difference = f"{(one.after or 0) - (one.before or 0):+.4g}" if both else ""
-        table.add_row(one.name, *(f"{v:,.6g}" if v is not None else "–" for v in (one.before, one.after)), difference)
-    return table

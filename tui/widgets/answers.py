@@ -33,13 +33,12 @@ class Answers(VerticalScroll):
         """Show an exchange of which nothing is answered yet."""
         self._log.show(earlier)
         self._top_k.show([])
-        await self._completions.start(exchange.prompt, exchange.answers)
+        await self._completions.start(exchange)
 
     def show(self, exchange: Exchange) -> None:
         """The answers as they are now."""
         self.show_table(exchange.answers)
-        for number, answer in enumerate(exchange.answers):
-            self._completions.update(number, exchange.prompt, answer)
+        self._completions.show(exchange)
 
     def show_table(self, answers: Sequence[Answer]) -> None:
         self._top_k.show(answers)

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual.app import RenderResult
 from textual.events import Click
 from textual.message import Message
 from textual.widget import Widget
 
-from tui.widgets.bars import bar, shade
-from tui.widgets.top_k import visible
+from pipeline.legible import visible
+from tui.widgets.bars import bar, fitted, shade
 
 NUMBERS, SHADES = 6, 2  # cells a weight takes in the matrix: " 0.45 ", "▓▓"
 LONGEST = 12  # cells of a token's name in the matrix
 BAR = 20
+SENTENCE, BARS = 12, 24  # of the heaviest tokens, in a line and as bars; what the others have is said as one number
 
 
 class AttentionView(Widget):
@@ -42,18 +44,21 @@ class AttentionView(Widget):
     def render(self) -> RenderResult:
         if not self._tokens:
             return Text("asking…", "dim")
-        lines = [sentence(self._tokens, self._weights, self._token), *bars(self._tokens, self._weights, self._token)]
-        return Text("\n").join([*lines, Text(), *matrix(self._tokens, self._weights, self._token, self.size.width)])
+        shown = self._tokens, self._weights, self._token
+        return Text("\n").join([sentence(*shown), *bars(*shown), Text(), *matrix(*shown, self.size.width)])
 
     def on_click(self, event: Click) -> None:
-        row = event.y - self._first_row()
-        if 0 <= row < len(self._tokens):
-            self.post_message(self.Chosen(row))
+        if self._tokens:
+            start, stop = window(self._tokens, self._token, self.size.width)
+            row = start + event.y - self._first_row()
+            if start <= row < stop:
+                self.post_message(self.Chosen(row))
 
     def _first_row(self) -> int:
-        """The line of the matrix's first row: below the sentence, a bar a token, an empty line and the header."""
-        above = sentence(self._tokens, self._weights, self._token) if self._tokens else Text()
-        return len(above.wrap(self.app.console, max(self.size.width, 1))) + self._token + 3
+        """The line of the matrix's first row: below the sentence, the bars, an empty line and the header."""
+        shown = self._tokens, self._weights, self._token
+        above = sentence(*shown).wrap(self.app.console, max(self.size.width, 1))
+        return len(above) + len(bars(*shown)) + 2
 
 
 def ranked(weights: Sequence[float], token: int) -> list[tuple[int, float]]:
@@ -63,33 +68,61 @@ def ranked(weights: Sequence[float], token: int) -> list[tuple[int, float]]:
 
 def sentence(tokens: Sequence[str], weights: Sequence[Sequence[float]], token: int) -> Text:
     """`dem attends to: katze 0.45 · sitzt 0.30`"""
-    parts = " · ".join(f"{tokens[other]} {weight:.2f}" for other, weight in ranked(weights[token], token))
-    return Text.assemble((tokens[token], "bold"), " attends to: ", parts)
+    heaviest = ranked(weights[token], token)
+    parts = [f"{tokens[other]} {weight:.2f}" for other, weight in heaviest[:SENTENCE]]
+    parts += _rest(heaviest[SENTENCE:])
+    return Text.assemble((tokens[token], "bold"), " attends to: ", " · ".join(parts))
 
 
 def bars(tokens: Sequence[str], weights: Sequence[Sequence[float]], token: int) -> list[Text]:
-    width = max(map(len, tokens))
-    return [
-        Text.assemble(f"  {tokens[other].ljust(width)} {weight:.2f} ", (bar(weight, BAR), "dim"))
-        for other, weight in ranked(weights[token], token)
+    """A line for each of the heaviest."""
+    heaviest = ranked(weights[token], token)
+    width = max(cell_len(tokens[other]) for other, _ in heaviest[:BARS])
+    lines = [
+        Text.assemble(f"  {fitted(tokens[other], width)} {weight:.2f} ", (bar(weight, BAR), "dim"))
+        for other, weight in heaviest[:BARS]
     ]
+    return lines + [Text(f"  {rest}", "dim") for rest in _rest(heaviest[BARS:])]
+
+
+def _rest(others: Sequence[tuple[int, float]]) -> list[str]:
+    return [f"{len(others)} others {sum(weight for _, weight in others):.2f}"] if others else []
+
+
+def window(tokens: Sequence[str], token: int, width: int) -> tuple[int, int]:
+    """The tokens that the matrix has room for: all, or as many as fit up to `token`, or the first ones."""
+    fits = max(width - _margin(tokens), 1)
+    stop = min(max(token + 1, fits), len(tokens))
+    return max(stop - fits, 0), stop
+
+
+def _margin(tokens: Sequence[str]) -> int:
+    """Cells before the first column: a name, and the mark of the chosen row."""
+    return min(max(map(cell_len, tokens)), LONGEST) + 3
 
 
 def matrix(tokens: Sequence[str], weights: Sequence[Sequence[float]], token: int, width: int) -> list[Text]:
-    """A row a token, a column for each that it attends to: numbers where there is room, else shades, else nothing."""
-    names = [name if len(name) <= LONGEST else name[: LONGEST - 1] + "…" for name in tokens]
-    first = max(map(len, names)) + 3
-    cell = next((cell for cell in (NUMBERS, SHADES, 1) if first + cell * len(tokens) <= width), 0)
-    if not cell:
-        return [Text(f"The matrix of {len(tokens)} tokens needs {first + len(tokens)} columns.", "dim")]
-    header = "".join(name[: cell - 1].rjust(cell - 1) + " " for name in names) if cell > 1 else ""
+    """A row a token, a column for each that it attends to: numbers where there is room, else shades.
+
+    Of more tokens than fit, those of `window`.
+    """
+    first, (start, stop) = _margin(tokens), window(tokens, token, width)
+    cell = next((cell for cell in (NUMBERS, SHADES) if first + cell * (stop - start) <= width), 1)
+    header = "".join(_above(name, cell) for name in tokens[start:stop]) if cell == NUMBERS else ""
+    if stop - start < len(tokens):
+        header = f"tokens {start + 1} to {stop} of {len(tokens)}"
     lines = [Text(" " * first + header, "dim", no_wrap=True)]
-    for row, name in enumerate(names):
-        line = Text(("▸ " if row == token else "  ") + name.ljust(first - 2), no_wrap=True)
-        line.append("".join(_weight(weight, cell) for weight in weights[row][: row + 1]))
+    for row in range(start, stop):
+        line = Text(("▸ " if row == token else "  ") + fitted(tokens[row], first - 3) + " ", no_wrap=True)
+        line.append("".join(_weight(weight, cell) for weight in weights[row][start : row + 1]))
         line.stylize("bold" if row == token else "")
         lines.append(line)
     return lines
+
+
+def _above(name: str, cell: int) -> str:
+    """To the right, over the numbers."""
+    return " " * max(cell - 1 - cell_len(name), 0) + fitted(name, min(cell_len(name), cell - 1)) + " "
 
 
 def _weight(weight: float, cell: int) -> str:

@@ -1,4 +1,6 @@
-"""Bars of block characters, exact to an eighth of a cell."""
+"""Bars of block characters, exact to an eighth of a cell, and texts as wide as they are to be."""
+
+from rich.cells import cell_len, set_cell_size
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -21,3 +23,8 @@ def levels(values: list[float]) -> str:
 def shade(share: float) -> str:
     """A character as dark as `share` (0 to 1) is large."""
     return SHADES[min(int(share * (len(SHADES) - 1) + 0.999), len(SHADES) - 1)] if share > 0 else SHADES[0]
+
+
+def fitted(text: str, width: int) -> str:
+    """`text` in exactly `width` cells, of which a Chinese character takes two; what is cut ends with …"""
+    return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"

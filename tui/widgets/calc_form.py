@@ -25,6 +25,7 @@ from tui.widgets.model_search import ModelSearch
 
 TARGETS = (*GROUPS, "all-linear", "q_proj, v_proj", "q_proj, k_proj, v_proj, o_proj", "qkv_proj, o_proj", "c_attn")
 LABELS = {"ends": "embeddings", "gib": "GPU's GiB", "gpu": "GPU", "virtual_tokens": "virtual tok."}
+LABELS["adapter_precision"] = "adapter prec."
 
 
 class CalcForm(Vertical):
@@ -64,6 +65,7 @@ class CalcForm(Vertical):
             "method": {name: name for name in METHODS},
             "embeddings": {name: name.replace("_", " ") for name in CHOICES["embeddings"]},
             "ends": {"train": "train", "freeze": "freeze"},
+            "adapter_precision": {name: name for name in CHOICES["adapter-precision"]},
             "checkpointing": {"": "as suits", **{name: name for name in CHOICES["checkpointing"]}},
             "optimizer": {name: name for name in OPTIMIZERS},
             "loss": {name: name for name in CHOICES["loss"]},

@@ -1,17 +1,15 @@
 """What each model says after the prompt, as it comes."""
 
-from collections.abc import Sequence
-
 from rich.text import Text
 from textual.containers import Grid
 from textual.events import Resize
 from textual.widgets import Static
 
-from tui.exchange import Answer
+from tui.exchange import Answer, Exchange
 
 LEAST = 24  # cells of a column in which a sentence can be read
 SHOWN = 4000  # characters: of more than a screen the end; a transcript has all
-ENDED = {"interrupted": " ▪ interrupted", "length": " …", "waiting": " …"}
+ENDED = {"interrupted": " ▪ interrupted", "length": " …", "waiting": " …", "loading": " … loading"}
 
 
 class Completions(Grid):
@@ -26,22 +24,21 @@ class Completions(Grid):
         super().__init__(id=id)
         self._count = 1
 
-    async def start(self, prompt: str, answers: Sequence[Answer]) -> None:
+    async def start(self, exchange: Exchange) -> None:
         """Show these answers in place of the last."""
+        answers = exchange.answers
         self._count = max(len(answers), 1)
         self._arrange(self.size.width)
         if len(self.children) != len(answers):
             await self.remove_children()
             await self.mount(*(Static() for _ in answers))
-        for index, answer in enumerate(answers):
-            self.update(index, prompt, answer)
+        self.show(exchange)
 
-    def update(self, index: int, prompt: str, answer: Answer) -> None:
-        """One of the answers has changed."""
-        if index < len(self.children):
-            child = self.children[index]
+    def show(self, exchange: Exchange) -> None:
+        """The answers as they are now."""
+        for child, answer in zip(self.children, exchange.answers, strict=False):
             assert isinstance(child, Static)
-            child.update(written(prompt, answer))
+            child.update(written(exchange, answer))
 
     def on_resize(self, event: Resize) -> None:
         self._arrange(event.size.width)
@@ -50,12 +47,13 @@ class Completions(Grid):
         self.styles.grid_size_columns = self._count if width // self._count >= LEAST else 1
 
 
-def written(prompt: str, answer: Answer) -> Text:
+def written(exchange: Exchange, answer: Answer) -> Text:
     """The model's name, the prompt dimmed, what follows it; then how it ended or why there is none."""
     text = Text(f"{answer.title}  ", "bold")
     if answer.text or not answer.error:
-        text.append(prompt, "not bold dim")
-        text.append("…" if len(answer.text) > SHOWN else "", "not bold dim").append(answer.text[-SHOWN:], "not bold")
+        before, said = exchange.parts(answer)
+        text.append(before, "not bold dim")
+        text.append("…" if len(said) > SHOWN else "", "not bold dim").append(said[-SHOWN:], "not bold")
     text.append(ENDED.get(answer.ended, ""), "not bold dim")
     if answer.error:
         text.append(f" ✗ {answer.error}", "not bold red")

@@ -14,6 +14,7 @@ STATES = {  # state → (sign, style, what to do or know)
     "not started": ("○", "dim", "the first prompt starts it"),
     "starting": ("◌", "", "importing libraries"),
     "ready": ("●", "green", ""),
+    "loading": ("◌", "", "x interrupts"),
     "busy": ("◐", "", "x interrupts"),
     "died": ("✗", "red", "prompt again: a fresh one starts"),
 }

@@ -23,6 +23,6 @@ class ExchangeLog(Static):
             text.append(f"  {exchange.sampling}\n", "dim")
             for answer in exchange.answers:
                 text.append(f"  {answer.title}  ", "dim")
-                text.append(answer.text.strip() or answer.error or answer.ended or "–")
+                text.append(" ".join(answer.text.split()) or answer.error or answer.ended or "–")
                 text.append("\n")
         self.update(Text.assemble(("earlier\n", "dim"), text) if exchanges else "")

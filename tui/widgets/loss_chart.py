@@ -1,8 +1,9 @@
 """A chart of one quantity of several runs: smoothed lines over dim raw bands. The one place that knows textual-plot."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import floor, isfinite, log10
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import floor, log10
 from typing import Any
 
 from textual.app import ComposeResult
@@ -18,37 +19,23 @@ from textual_plot.axis_formatter import AxisFormatter
 from tui.series import Column
 from tui.widgets.braille import cells
 from tui.widgets.contrast import readable
+from tui.widgets.curve import (
+    Curve,
+    Range,
+    View,
+    between,
+    in_powers,
+    nearest,
+    possible,
+    power_of_ten,
+    range_of,
+    scaled,
+    shifted,
+)
 
 SIGN_EVERY = 18  # cells between two signs on a line
 FLAT = "»"  # stands on a line where it becomes flat
-Range = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One run's columns, its colour as #rrggbb, its sign, and the step from which it is flat."""
-
-    columns: Sequence[Column]
-    color: str
-    sign: str
-    flat: float | None = None
-
-    def mark(self) -> Column | None:
-        """Where to say that it is flat, if that is in view."""
-        if self.flat is None or not self.columns or not self.columns[0].x <= self.flat <= self.columns[-1].x:
-            return None
-        return _nearest(self.columns, self.flat)
-
-
-@dataclass(frozen=True)
-class View:
-    """What of the curves is shown: steps from and to, values from and to (None: all that is there), logarithms or not,
-    and the step of the cursor. With `log`, `y` is in powers of ten."""
-
-    x: Range
-    y: Range | None = None
-    log: bool = False
-    cursor: float | None = None
+HELD_OUT, HELD_OUT_EVERY = "×", 3  # stands at an evaluation, on a dashed line; least cells between two
 
 
 class _Ticks(AxisFormatter):  # type: ignore[misc]  # textual-plot is not type-checked here
@@ -72,11 +59,6 @@ class _Ticks(AxisFormatter):  # type: ignore[misc]  # textual-plot is not type-c
         return [_label(power_of_ten(tick) if self.log else tick) for tick in ticks]
 
 
-def power_of_ten(exponent: float) -> float:
-    """10^exponent, or the nearest number that there is."""
-    return float(10 ** min(max(exponent, -307.0), 308.0))
-
-
 def _label(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) and abs(value) < 1e7 else f"{value:.4g}"
 
@@ -97,13 +79,19 @@ class _Plot(PlotWidget):  # type: ignore[misc]
             super()._render_plot()
 
     def _render_line_plot(self, dataset: Any) -> None:
-        """As the original, which takes any line; ours have rising x, and this is ten times as fast."""
+        """As the original, which takes any line; ours have rising x, and this is ten times as fast.
+
+        One that is asked for without a mode is drawn in dashes.
+        """
         canvas, frame = self.query_one("#plot", Canvas), self._scale_rectangle
         left, across = self._x_min, frame.width / (self._x_max - self._x_min)
         top, down = self._y_max, frame.height / (self._y_max - self._y_min)
         points = zip(dataset.x.tolist(), dataset.y.tolist(), strict=True)
         inside = [((x - left) * across, (top - y) * down) for x, y in points]
+        dashed = dataset.hires_mode is None
         for (x, y), char in cells(inside, frame.width, frame.height).items():
+            if dashed and x % 3 == 2:
+                continue
             canvas.set_pixel(x + frame.x, y + frame.y, char, dataset.line_style)
 
 
@@ -144,6 +132,7 @@ class LossChart(Widget, can_focus=True):
         super().__init__(id=id)
         self.title = title
         self.shown = View((0, 1), (0, 1))
+        self._titled = title
         self._pressed: tuple[int, int] | None = None
 
     def compose(self) -> ComposeResult:
@@ -167,8 +156,8 @@ class LossChart(Widget, can_focus=True):
         plot = self._plot
         with self.app.batch_update():
             plot.clear()
-            curves = [_in_powers(curve) for curve in curves] if view.log else curves
-            y = view.y or _range(curves)
+            curves = [in_powers(curve) for curve in curves] if view.log else curves
+            y = view.y or range_of(curves)
             self.shown = View(view.x, y, view.log, view.cursor)
             plot.set_xlimits(*view.x)
             plot.set_ylimits(*y)
@@ -180,6 +169,8 @@ class LossChart(Widget, can_focus=True):
                 self._draw_band(curve, background.blend(color, 0.4).hex)
             for number, (curve, color) in enumerate(zip(curves, colors, strict=True)):
                 self._draw_line(curve, color.hex, number)
+                self._draw_held_out(curve, color.hex, number)
+            self._entitle(any(curve.held_out for curve in curves))
             if view.cursor is not None:
                 plot.add_v_line(view.cursor, self.app.theme_variables["foreground"])
 
@@ -194,23 +185,51 @@ class LossChart(Widget, can_focus=True):
         if not curve.columns:
             return
         self._plot.plot([c.x for c in curve.columns], [c.mean for c in curve.columns], color, HiResMode.BRAILLE)
-        (left, right), phase = self.shown.x, 0.5 + number * 0.37
+        signs = self._spread(curve.columns, 0.5 + number * 0.37) or [curve.columns[-1]]
+        self._mark(signs, curve.sign, f"bold {color}")
+        if at := curve.mark():
+            self._mark([at], FLAT, f"bold reverse {color}")
+
+    def _draw_held_out(self, curve: Curve, color: str, number: int) -> None:
+        """A dashed line through the evaluations, with their mark on them and the run's sign between them."""
+        if not curve.held_out:
+            return
+        self._plot.plot([c.x for c in curve.held_out], [c.mean for c in curve.held_out], color)
+        (left, right), marked = self.shown.x, list[Column]()
+        cell = 2 * (right - left) / self.columns
+        inside = [replace(column, x=min(column.x, right - cell / 2)) for column in curve.held_out]  # not on the frame
+        for column in inside:
+            if not marked or column.x - marked[-1].x >= HELD_OUT_EVERY * cell:
+                marked.append(column)
+        self._mark(marked, HELD_OUT, f"bold {color}")
+        middles = [between(one, other) for one, other in pairwise(curve.held_out)]
+        self._mark(self._spread(middles, number * 0.37), curve.sign, f"bold {color}")
+
+    def _spread(self, columns: Sequence[Column], phase: float) -> list[Column]:
+        """Those of `columns` that are nearest to places SIGN_EVERY cells apart, within the ends."""
+        left, right = self.shown.x
         every = (right - left) * 2 * SIGN_EVERY / self.columns
         wanted = [left + every * (i + phase % 1) for i in range(self.columns // (2 * SIGN_EVERY) + 1)]
-        ends = curve.columns[0].x, curve.columns[-1].x
-        signs = [_nearest(curve.columns, x) for x in wanted if ends[0] <= x <= ends[1]] or [curve.columns[-1]]
-        self._plot.scatter([c.x for c in signs], [c.mean for c in signs], curve.sign, f"bold {color}")
-        if at := curve.mark():
-            self._plot.scatter([at.x], [at.mean], FLAT, f"bold reverse {color}")
+        return [nearest(columns, x) for x in wanted if columns and columns[0].x <= x <= columns[-1].x]
+
+    def _mark(self, columns: Sequence[Column], sign: str, style: str) -> None:
+        self._plot.scatter([c.x for c in columns], [c.mean for c in columns], sign, style)
+
+    def _entitle(self, held_out: bool) -> None:
+        """The legend of what is not in every picture."""
+        title = f"{self.title} · {HELD_OUT} on held-out examples" if held_out else self.title
+        if self._titled != title:
+            self._titled = title
+            self.query_one(Static).update(title)
 
     def zoom(self, x: float, y: float = 1.0) -> None:
         """Ask for `x` and `y` times the range, about the cursor or the middle."""
         centre = self.shown.cursor if self.shown.cursor is not None else sum(self.shown.x) / 2
-        self._ask(_scaled(self.shown.x, centre, x), _scaled(self._y, sum(self._y) / 2, y))
+        self._ask(scaled(self.shown.x, centre, x), scaled(self._y, sum(self._y) / 2, y))
 
     def pan(self, x: float, y: float = 0.0) -> None:
         """Ask for a range further to the right by `x` and further up by `y`, as parts of what is shown."""
-        self._ask(_shifted(self.shown.x, x), _shifted(self._y, y))
+        self._ask(shifted(self.shown.x, x), shifted(self._y, y))
 
     @property
     def _y(self) -> Range:
@@ -219,7 +238,7 @@ class LossChart(Widget, can_focus=True):
 
     def _ask(self, x: Range, y: Range) -> None:
         """Where a range would be too narrow or too wide for numbers, it stays as it is."""
-        self.post_message(self.Moved(self, x if _possible(x) else self.shown.x, y if _possible(y) else self._y))
+        self.post_message(self.Moved(self, x if possible(x) else self.shown.x, y if possible(y) else self._y))
 
     def on_plot_widget_scale_changed(self, event: Any) -> None:
         """The mouse moved the picture."""
@@ -240,45 +259,3 @@ class LossChart(Widget, can_focus=True):
             step = left + (right - left) * (cell + 0.5) / (self.columns / 2)
             if left <= step <= right:
                 self.post_message(self.Clicked(self, step))
-
-
-def _in_powers(curve: Curve) -> Curve:
-    """Values as exponents of ten; what is not above zero has none: a band begins at its column's mean or greatest."""
-    columns = []
-    for column in curve.columns:
-        if column.high > 0:
-            high = log10(column.high)
-            mean = log10(column.mean) if column.mean > 0 else high
-            low = log10(column.low) if column.low > 0 else min(mean, high)
-            columns.append(Column(column.x, low, high, mean))
-    return Curve(columns, curve.color, curve.sign, curve.flat)
-
-
-def _range(curves: Iterable[Curve]) -> Range:
-    """From the least to the greatest value of all and a little more; 0 to 1 if there is none."""
-    values = [value for curve in curves for c in curve.columns for value in (c.low, c.high, c.mean) if isfinite(value)]
-    if not values:
-        return 0.0, 1.0
-    low, high = min(values), max(values)
-    spread = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else 0.0  # less is only rounding
-    margin = spread * 0.04 or abs(high) * 0.1 or 1.0
-    return low - margin, high + margin
-
-
-def _possible(range_: Range) -> bool:
-    low, high = range_
-    return isfinite(high - low) and high - low > 1e-9 * max(abs(low), abs(high))
-
-
-def _nearest(columns: Sequence[Column], x: float) -> Column:
-    return min(columns, key=lambda column: abs(column.x - x))
-
-
-def _scaled(range_: Range, centre: float, factor: float) -> Range:
-    low, high = (centre + (end - centre) * factor for end in range_)
-    return low, high
-
-
-def _shifted(range_: Range, part: float) -> Range:
-    by = (range_[1] - range_[0]) * part
-    return range_[0] + by, range_[1] + by

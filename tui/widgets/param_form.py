@@ -1,18 +1,20 @@
 """The params of one stage, each in a field of its own: checked while one types, written on Enter."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from textual import on
 from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.message import Message
 from textual.widgets import Input, Label, Static
 
 from pipeline.errors import UserError
-from pipeline.params import Section, check, rule
+from pipeline.params import Section, Training, check, rule
 
 
 class ParamInput(Input):
@@ -20,7 +22,7 @@ class ParamInput(Input):
 
     def __init__(self, key: str, value: Any) -> None:
         self.key, self.saved = key, value
-        super().__init__(_text(value), id=f"param-{key}", compact=True, select_on_focus=False)
+        super().__init__(written(value), "empty", id=f"param-{key}", compact=True, select_on_focus=False)
 
     @property
     def edited(self) -> bool:
@@ -31,7 +33,7 @@ class ParamInput(Input):
     def typed(self) -> Any:
         """What the text means in the file; names of a list may be written with commas alone."""
         if isinstance(self.saved, tuple):
-            return [name.strip() for name in self.value.strip(" []").split(",") if name.strip()]
+            return names(self.value)
         kind = type(self.saved)
         try:  # int and float, not YAML's: there 023 is 19, and 1:30 is 90
             return yaml.safe_load(self.value) if kind is bool else kind(self.value.strip())
@@ -42,16 +44,58 @@ class ParamInput(Input):
         """The file says something else; what is being typed stays."""
         kept, self.saved = self.edited, value
         if not kept:
-            self.value = _text(value)
+            self.value = written(value)
 
     def revert(self) -> None:
-        self.value = _text(self.saved)
+        self.value = written(self.saved)
 
 
-def _text(value: Any) -> str:
+def written(value: Any) -> str:
     if isinstance(value, tuple):
-        return ", ".join(value)
+        return ", ".join(
+            name if _listed(f"{name}, x") == [name, "x"] else json.dumps(name, ensure_ascii=False) for name in value
+        )
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def names(text: str) -> list[str]:
+    """Those that are written with commas between them: quoted where they must be, as a token `"[INST]"` must."""
+    found = _listed(text)
+    if len(found) == 1 and isinstance(found[0], list):  # a list in its own brackets
+        found = found[0]
+    if not found or not all(isinstance(name, str) for name in found):
+        found = [name.strip() for name in text.split(",")]
+    return [name for name in found if name]
+
+
+def _listed(text: str) -> list[Any]:
+    """The items of a YAML list without its brackets; none where it is no such list."""
+    try:
+        found = yaml.load(f"[{text}]", yaml.BaseLoader)  # all scalars are texts there
+    except yaml.YAMLError:
+        return []
+    return found if isinstance(found, list) else []
+
+
+def ordered(section: Section) -> Sequence[str]:
+    """The stage's own params, then those that all training stages have."""
+    shared = {f.name for f in fields(Training)} if isinstance(section, Training) else set()
+    return sorted((f.name for f in fields(section)), key=lambda name: name in shared)
+
+
+class _Fields(VerticalScroll, can_focus=False):
+    """Up and down go from field to field, and what scrolls is what the field needs to be seen."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move(-1)", "Param above", show=False),
+        Binding("down", "move(1)", "Param below", show=False),
+    ]
+
+    def action_move(self, by: int) -> None:
+        inputs = list(self.query(ParamInput))
+        focused = self.screen.focused
+        if isinstance(focused, ParamInput) and focused in inputs:
+            self.screen.set_focus(inputs[min(max(inputs.index(focused) + by, 0), len(inputs) - 1)])
 
 
 class ParamForm(Vertical):
@@ -59,7 +103,7 @@ class ParamForm(Vertical):
 
     DEFAULT_CSS = """
     ParamForm { height: 1fr; }
-    ParamForm VerticalScroll { height: 1fr; }
+    ParamForm _Fields { height: 1fr; }
     ParamForm Horizontal { height: 1; }
     ParamForm Label { width: 22; color: $text-muted; }
     ParamForm Input { width: 1fr; }
@@ -82,7 +126,7 @@ class ParamForm(Vertical):
         self.stage = ""
 
     def compose(self) -> ComposeResult:
-        yield VerticalScroll(can_focus=False)
+        yield _Fields()
         yield Static(id="rule")
 
     async def show(self, stage: str, section: Section) -> None:
@@ -99,10 +143,10 @@ class ParamForm(Vertical):
 
     async def _rebuild(self, stage: str, section: Section) -> None:
         self.stage = stage
-        rows = [Horizontal(Label(f.name), ParamInput(f.name, getattr(section, f.name))) for f in fields(section)]
+        rows = [Horizontal(Label(name), ParamInput(name, getattr(section, name))) for name in ordered(section)]
         with self.app.batch_update():
             await self.query(Horizontal).remove()
-            await self.query_one(VerticalScroll).mount_all(rows)
+            await self.query_one(_Fields).mount_all(rows)
         self.query_one("#rule", Static).update("")
 
     def unsaved(self) -> Mapping[str, str]:
@@ -147,6 +191,7 @@ class ParamForm(Vertical):
         said = problem or f"{field.key}: {rule(self._section, field.key)}"
         pending = "  Enter writes it, Escape takes it back." if field.edited and not problem else ""
         self.query_one("#rule", Static).update(f"{'✗ ' if problem else ''}{said}{pending}", layout=True)
+        self.call_after_refresh(field.scroll_visible, animate=False)  # a longer text leaves the fields fewer lines
 
     def _problem(self, field: ParamInput) -> str:
         if self._section is None or not hasattr(self._section, field.key):

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual.app import RenderResult
 from textual.widget import Widget
 
+from pipeline.legible import visible
 from tui.exchange import Answer
-from tui.widgets.bars import bar
+from tui.widgets.bars import bar, fitted
 
 CELL = 11  # least width of a model's column: a percentage and a difference, each with a space before it
 NUMBERS = 5  # width of a percentage
@@ -45,7 +47,7 @@ def table(answers: Sequence[Answer], width: int) -> Text:
     rows = tokens(answers)
     if not rows:
         return Text()
-    first = min(max(map(len, ("next", *rows))), LONGEST_TOKEN) + 1
+    first = min(max(map(cell_len, ("next", *map(visible, rows)))), LONGEST_TOKEN) + 1
     fits = max((width - first) // CELL, 1)
     reference = next(answer for answer in answers if answer.top_k)
     blocks = [answers[start : start + fits] for start in range(0, len(answers), fits)]
@@ -57,9 +59,9 @@ def _block(rows: Sequence[str], answers: Sequence[Answer], reference: Answer, fi
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append("next".ljust(first), "dim")
     for answer in answers:
-        text.append(_cut(answer.title, cell - 1).ljust(cell), "bold")
+        text.append(fitted(answer.title, cell - 1) + " ", "bold")
     for token in rows:
-        text.append("\n" + _cut(visible(token), first - 1).ljust(first))
+        text.append("\n" + fitted(visible(token), first - 1) + " ")
         for answer in answers:
             text.append_text(_cell(token, answer, reference, cell))
     return text
@@ -96,16 +98,6 @@ def _difference(probability: float, before: float | None) -> Text:
 def percent(probability: float) -> str:
     """97.3, or 100 for what rounds to it."""
     return f"{100 * probability:.1f}" if probability < 0.9995 else "100"
-
-
-def visible(token: str) -> str:
-    """A token in which no white space or control character goes unseen."""
-    shown = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in shown) or "∅"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _padded(text: Text, width: int) -> Text:

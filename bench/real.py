@@ -1,0 +1,112 @@
+"""LoRA on a real model beside PEFT and transformers' Trainer: time, memory, the loss reached; and generation.
+
+The model is `smollm2/artifacts/base`, or LORA_BENCH_BASE, or else one of SmolLM2-135M's shapes with random weights.
+"""
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+from bench.measure import Row
+from bench.real_sides import NEW_TOKENS, examples, serve
+
+BASE = Path("smollm2/artifacts/base")
+ROUNDS = 3
+THREADS = int(os.environ.get("LORA_BENCH_THREADS", os.cpu_count() or 1))
+
+
+def real() -> Iterator[Row]:
+    """An epoch of 32 examples at batch 8 each turn, the two sides in processes of their own."""
+    with _base() as (folder, name), _side("ours", folder) as ours, _side("theirs", folder) as theirs:
+        times: dict[str, list[float]] = {"ours": [], "theirs": [], "products": []}
+        for turn in range(ROUNDS + 1):  # the first does not count
+            found = {"theirs": _ask(theirs, "epoch"), "products": _ask(ours, "products"), "ours": _ask(ours, "epoch")}
+            for what, seconds in found.items():
+                times[what] += [seconds] if turn else []
+        yield from _training(name, {what: median(seconds) for what, seconds in times.items()})
+        yield _memory(_ask(ours, "grown"), _ask(theirs, "grown"))
+        yield _loss(_ask(ours, "loss"), _ask(theirs, "loss"))
+        turns = [(_ask(theirs, "generate"), _ask(ours, "generate")) for _ in range(ROUNDS + 1)][1:]
+        yield _generation(*(median(side) for side in zip(*turns, strict=True)))
+
+
+def _training(name: str, times: dict[str, float]) -> Iterator[Row]:
+    tokens = sum(len(ids) for ids, _ in examples(32, 0))
+    mine, other, least = times["ours"], times["theirs"], times["products"]
+    what = f"LoRA epoch, {name}, {tokens / mine:,.0f} tokens a second"
+    reference = f"PEFT and Trainer, {tokens / other:,.0f} tokens a second"
+    yield Row(what, mine, reference, other / mine, "at least 3.5 ×", other / mine >= 3.5)
+    reference = f"matrix products alone, {tokens / least:,.0f} tokens a second"
+    yield Row(
+        "the same, share of what they allow", mine, reference, least / mine, "at least 0.9 ×", least / mine >= 0.9
+    )
+
+
+def _memory(mine: float, other: float) -> Row:
+    what = f"the same, resident memory beyond the loaded model: {mine / 2**20:,.0f} MiB at the peak"
+    reference = f"PEFT and Trainer, {other / 2**20:,.0f} MiB"
+    return Row(what, 0, reference, mine / other, "at most 0.3 ×", mine / other <= 0.3)
+
+
+def _loss(mine: float, other: float) -> Row:
+    what, reference = f"the same, held-out loss {mine:.4f} after {ROUNDS + 1} epochs", f"PEFT and Trainer, {other:.4f}"
+    return Row(what, 0, reference, mine / other, "within 1%", abs(mine / other - 1) < 0.01)
+
+
+def _generation(other: float, mine: float) -> Row:
+    what, ratio = f"generation, {NEW_TOKENS / mine:,.0f} tokens a second", other / mine
+    reference = f"model.generate, {NEW_TOKENS / other:,.0f} tokens a second"
+    return Row(what, mine, reference, ratio, "at least 1.5 ×", ratio >= 1.5)
+
+
+@contextmanager
+def _side(side: str, folder: Path) -> Iterator[Connection]:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, side, folder, THREADS), daemon=True)
+    process.start()
+    there.close()  # a side that dies ends the wait for its answer
+    try:
+        yield here
+    finally:
+        if process.is_alive():
+            here.send(None)
+        process.join(10)
+        process.terminate()
+
+
+def _ask(pipe: Connection, order: str) -> float:
+    pipe.send(order)
+    answer: float = pipe.recv()
+    return answer
+
+
+@contextmanager
+def _base() -> Iterator[tuple[Path, str]]:
+    """A checkpoint's folder and what to call it."""
+    folder = Path(os.environ.get("LORA_BENCH_BASE", BASE))
+    if folder.is_dir():
+        yield folder, "SmolLM2-135M"
+        return
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+    )
+    with tempfile.TemporaryDirectory() as made:
+        AutoModelForCausalLM.from_config(config).save_pretrained(made)
+        yield Path(made), "SmolLM2-135M's shapes, random weights"

@@ -1,0 +1,252 @@
+"""The two sides of bench/real.py, each in a process of its own: what one keeps in memory is no cost of the other.
+
+A side answers orders that come through a pipe; between them it waits and takes no processor.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from pipeline.adapters.attach import AdapterSpec, adapter_layers, attach
+from pipeline.calc.settings import Method
+from pipeline.encode import Encoded
+from pipeline.generate import generate
+from pipeline.models.fused import quicken
+from pipeline.models.opened import opened
+from pipeline.params import Training
+from pipeline.training.allocator import keep_freed_memory
+from pipeline.training.batches import Batches
+from pipeline.training.loop import Task, steps
+from pipeline.training.optimizer import FlatAdam
+from pipeline.training.sequences import Listed, whole
+
+BATCH, RANK, LEARNING_RATE, CLIP = 8, 8, 2e-4, 1.0
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NEW_TOKENS = 128
+Example = tuple[list[int], list[int]]  # ids, labels: -100 where nothing is learned
+
+
+def examples(count: int, seed: int) -> list[Example]:
+    """Lengths are lognormal, 12 to 300 tokens with a median of 70; the first 60% are the prompt. Few words, often."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        drawn = torch.empty(1).log_normal_(math.log(70), 0.6, generator=generator).item()
+        length = min(300, max(12, int(drawn)))
+        ids = (torch.empty(length).exponential_(0.02, generator=generator).int() + 500).tolist()
+        prompt = int(0.6 * length)
+        found.append((ids, [-100] * prompt + ids[prompt:]))
+    return found
+
+
+def serve(pipe: Connection, side: str, folder: Path, threads: int) -> None:
+    """A side's process: answers (seconds or a loss or bytes) to the names of what it can do, until None."""
+    torch.set_num_threads(threads)
+    transformers.logging.disable_progress_bar()
+    made = (Ours if side == "ours" else Theirs)(folder)
+    for order in iter(pipe.recv, None):
+        pipe.send(getattr(made, order)())
+
+
+class Side:
+    """What both sides have: data, the timing, the loss at the end, memory."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.folder, self.train, self.held_out = folder, examples(32, 0), examples(16, 1)
+        self.model = self.opened(folder)
+        self.idle = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+
+    def opened(self, folder: Path) -> Any:
+        raise NotImplementedError
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(T, V) of one row of ids (1, T)."""
+        raise NotImplementedError
+
+    def grown(self) -> int:
+        """Bytes of resident memory at the peak, beyond what the loaded model took."""
+        return _resident("VmHWM") - self.idle
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean over the held-out labels, one example at a time, logits in fp32."""
+        total, count = 0.0, 0
+        for ids, labels in self.held_out:
+            logits = self.logits(torch.tensor([ids]))[:-1]
+            wanted = torch.tensor(labels[1:])
+            total += F.cross_entropy(logits.float(), wanted, reduction="sum").item()
+            count += int((wanted != -100).sum())
+        return total / count
+
+
+class Theirs(Side):
+    """PEFT and Trainer as their documentation sets them up: bf16, a collator that pads to the batch's longest."""
+
+    def opened(self, folder: Path) -> Any:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
+        self.optimizer: torch.optim.Optimizer | None = None
+        return get_peft_model(model, config)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        return out
+
+    def epoch(self) -> float:
+        """Seconds of the steps of one epoch: Trainer's setting up is not counted."""
+        from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+        class Clock(TrainerCallback):  # type: ignore[misc]
+            started = 0.0
+
+            def on_step_begin(self, *_: object, **__: object) -> None:
+                self.started = self.started or perf_counter()
+
+        class InOrder(Trainer):  # type: ignore[misc]
+            def _get_train_sampler(self, *_: object) -> torch.utils.data.Sampler[int]:
+                return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        arguments = TrainingArguments(
+            output_dir="unused",
+            per_device_train_batch_size=BATCH,
+            num_train_epochs=1,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            max_grad_norm=CLIP,
+            bf16=True,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        data = [{"input_ids": ids, "labels": labels} for ids, labels in self.train]
+        clock = Clock()
+        optimizers = (self.optimizer, None)
+        trainer = InOrder(self.model, arguments, _padded, data, optimizers=optimizers, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        return perf_counter() - clock.started
+
+    def generate(self) -> float:
+        model = self.model.get_base_model()
+        with self.model.disable_adapter():
+            return _seconds(
+                lambda: model.generate(
+                    _prompt(), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+                )
+            )
+
+
+class InOrder(Batches):
+    """The batches as they stand, as the other side has them."""
+
+    def _shuffled(self, epoch: int) -> list[int]:  # noqa: ARG002
+        return list(range(len(self._windows)))
+
+
+class Ours(Side):
+    """The project's own model, adapter, batches and loop, as `lora finetune lora` has them."""
+
+    def opened(self, folder: Path) -> Any:
+        keep_freed_memory()
+        model = opened(folder, torch.bfloat16)
+        quicken(model)
+        attach(model, AdapterSpec(RANK, 2 * RANK, TARGETS), torch.bfloat16)
+        for _, layer in adapter_layers(model):
+            nn.init.kaiming_uniform_(layer.lora_A, math.sqrt(5))  # as PEFT begins
+        windows = Listed([whole(_encoded(one)) for one in self.train], [""] * len(self.train))
+        settings = Training(
+            epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, clip_norm=CLIP, precision="bf16"
+        )
+        task = Task(model.train(), InOrder(windows, BATCH, 0), settings, Method())
+        self.steps, self.an_epoch = steps(task, FlatAdam(model, LEARNING_RATE)), len(task.batches)
+        return model
+
+    def epoch(self) -> float:
+        return _seconds(lambda: [next(self.steps) for _ in range(self.an_epoch)])
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.model.eval()(ids)[0]  # type: ignore[no-any-return]
+
+    def products(self) -> float:
+        """Seconds that an epoch's matrix products would take, at the rate at which the model's own shapes run now."""
+        rate = _rate(self.model, sum(len(ids) for ids, _ in self.train) * BATCH // len(self.train))
+        backbone = sum(module.weight.numel() for module in _linears(self.model.blocks))
+        tokens = sum(len(ids) for ids, _ in self.train)
+        labels = sum(sum(label != -100 for label in labels[1:]) for _, labels in self.train)
+        head: int = self.model.head.weight.numel()
+        return 4 * (backbone * tokens + head * labels) / rate
+
+    def generate(self) -> float:
+        if not hasattr(self, "plain"):
+            self.plain = opened(self.folder, torch.bfloat16)
+        return _seconds(lambda: list(generate(self.plain, _prompt()[0].tolist(), (), NEW_TOKENS)))
+
+
+def _encoded(example: Example) -> Encoded:
+    ids, labels = example
+    return Encoded(tuple(ids), tuple(label != -100 for label in labels))
+
+
+def _padded(batch: Iterable[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """As DataCollatorForSeq2Seq(tokenizer) pads, without needing a tokenizer."""
+    pad = nn.utils.rnn.pad_sequence
+    ids = [torch.tensor(one["input_ids"]) for one in batch]
+    return {
+        "input_ids": pad(ids, True, 0),
+        "attention_mask": pad([torch.ones_like(one) for one in ids], True, 0),
+        "labels": pad([torch.tensor(one["labels"]) for one in batch], True, -100),
+    }
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def _rate(model: Any, tokens: int) -> float:
+    """FLOPs a second of one block's products with `tokens` rows, forward and backward to the input."""
+    linears = _linears(model.blocks[0])
+    rows = {size: torch.randn(tokens, size, dtype=torch.bfloat16) for one in linears for size in one.weight.shape}
+
+    def run() -> None:
+        with torch.no_grad():
+            for one in linears * 4:
+                F.linear(rows[one.in_features], one.weight)
+                rows[one.out_features] @ one.weight
+
+    run()
+    return 16 * tokens * sum(one.weight.numel() for one in linears) / median(_seconds(run) for _ in range(9))
+
+
+def _prompt() -> Tensor:
+    return torch.tensor([examples(1, 2)[0][0][:12]])
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+def _resident(what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/{os.getpid()}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

@@ -1,0 +1,33 @@
+"""`lora new`: a project in a folder of its own."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import group
+
+app = group()
+
+
+@app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(help="A new folder, or a project that lacks something.")],
+    params: Annotated[
+        Path | None, typer.Option("--params", help="Params file to begin with; its data files come along.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="What to adapt: minigpt, a checkpoint folder, a .gguf file or a hub id."),
+    ] = None,
+) -> None:
+    """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten."""
+    from cli.console import stderr, stdout
+    from pipeline.new_project import create
+
+    made = create(folder, params, base)
+    for note in made.notes:
+        stderr.print(note, markup=False, soft_wrap=True)
+    done = f"{folder}: added {', '.join(made.added)}" if made.added else f"{folder}: nothing to add"
+    stdout.print(done, markup=False, soft_wrap=True)
+    stdout.print(f"Next: cd {folder}; dvc repro; lora-tui", markup=False, soft_wrap=True)

@@ -1,0 +1,165 @@
+"""What `pretrain.base` names: MiniGPT, a checkpoint folder, a GGUF file, or a model of the hub.
+
+Decided from the text and the file system alone, without the network and without a heavy library: whoever only
+wants to know whether a stage is up to date asks this too. `base_import` opens what is named.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.artifact import digest, read_json
+from pipeline.errors import UserError
+
+MINIGPT, FOLDER, GGUF, HUB = "minigpt", "folder", "gguf", "hub"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken")
+TOKENIZER = (
+    *VOCABULARY,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CODE = "*.py"
+PLAIN = ("config.json", "generation_config.json", *TOKENIZER)
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base as its user names it, and where it is: `path` for a folder or file, `hub_id` for one of the hub."""
+
+    kind: Literal["minigpt", "folder", "gguf", "hub"]
+    text: str
+    path: Path = Path()
+    hub_id: str = ""
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a file or folder, which DVC can watch."""
+        return self.kind in (FOLDER, GGUF)
+
+
+def named(base: str, root: Path) -> Source:
+    """What `base` names, seen from the project's folder; whether it can be used is not looked at. Raises UserError."""
+    if base == MINIGPT:
+        return Source("minigpt", base)
+    path = _path(base, root)
+    if path is not None and path.is_dir():
+        return Source("folder", base, path)
+    if path is not None and (path.is_file() or path.suffix == ".gguf"):
+        return Source("gguf", base, path)
+    match = _HUB_ID.fullmatch(base)
+    if match:
+        return Source("hub", base, hub_id=match["id"], revision=match["revision"])
+    raise UserError(
+        f"pretrain.base must be minigpt, a checkpoint folder, a .gguf file or a hub id such as org/name, got {base!r}: "
+        f"{path or 'a file of that name'} does not exist. Edit params.yaml."
+    )
+
+
+def _path(base: str, root: Path) -> Path | None:
+    """Where a file or folder of that name would be; None for what no system has as a name."""
+    try:
+        path = root / Path(base).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user's home, a NUL
+        return None
+    return path
+
+
+def watched(base: str, root: Path) -> list[Path]:
+    """The files by which a change of a local base is seen: itself, there or not, or those that lie in its folder."""
+    path = None if base == MINIGPT else _path(base, root)
+    try:
+        files = [] if path is None else list(path.iterdir()) if path.is_dir() else [path]
+    except OSError:
+        return []
+    return sorted(file for file in files if not file.is_dir())
+
+
+def resolve(base: str, root: Path) -> Source:
+    """`named`, once it is something that can be imported as far as can be seen from outside. Raises UserError."""
+    source = named(base, root)
+    if source.kind == FOLDER:
+        refuse_other_folders(source.path)
+        weight_files(source.path)
+    if source.kind == GGUF:
+        _refuse_other_files(source.path)
+    return source
+
+
+def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str, str]:
+    """Its part of the cache's key: name → sha256 of its bytes; of the hub, which may be out of reach, what was asked.
+
+    MiniGPT has none: its training is the key. Of a folder only those files count that an import reads.
+    Raises UserError.
+    """
+    if source.kind == MINIGPT:
+        return {}
+    if source.kind == HUB:
+        return {source.text: f"hub:{source.hub_id}@{source.revision or 'main'}"}
+    if source.kind == GGUF:
+        return {source.text: digest(source.path)}
+    files = {path.name: digest(path) for path in relevant_files(source.path)}
+    return {source.text: hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+
+
+def relevant_files(folder: Path) -> list[Path]:
+    """What an import reads of a checkpoint folder, by name: no optimizer's state, no logs. Raises UserError."""
+    plain = {path for pattern in (*PLAIN, CODE) for path in folder.glob(pattern) if path.is_file()}
+    index = [folder / INDEX] if (folder / INDEX).is_file() else []
+    return sorted({*plain, *index, *weight_files(folder)})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a checkpoint folder, one or the shards that its index names. Raises UserError."""
+    if (folder / INDEX).is_file():
+        names = read_json(folder / INDEX, "Copy it anew").get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{folder / INDEX} names no weights. Copy it anew.")
+        return [_shard(folder, name) for name in sorted(set(names.values()))]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise UserError(
+            f"{folder} has its weights in {pickled[0]}, a pickle, which can run code; only safetensors are read. "
+            'If you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}. Copy the model's weights there.")
+
+
+def _shard(folder: Path, name: object) -> Path:
+    path = folder / str(name)
+    if not path.is_file():
+        raise UserError(f"{folder}: {name} is missing, which {INDEX} names. Copy it there.")
+    return path
+
+
+def refuse_other_folders(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"pretrain.base: {folder} is an adapter. Name the model that it was trained on.")
+    if not (folder / "config.json").is_file():
+        inside = sorted(folder.glob("*.gguf"))
+        hint = f"Name the file in it: {inside[0].name}" if inside else "Name a folder that transformers can open"
+        raise UserError(f"pretrain.base: {folder} is not a checkpoint: it has no config.json. {hint}.")
+
+
+def _refuse_other_files(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"pretrain.base: {path}: {error.strerror}. Put the file there, or edit params.yaml.") from None
+    if magic != b"GGUF":
+        hint = "A checkpoint is named by its folder" if path.suffix != ".gguf" else "Download it again"
+        raise UserError(f"pretrain.base: {path} is not a GGUF file: it begins with {magic!r}. {hint}.")

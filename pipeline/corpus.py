@@ -1,0 +1,137 @@
+"""The tokens of a whole data file on disk, read through memory maps: memory holds 20 bytes an example."""
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data import Example
+from pipeline.encode import Encoded
+from pipeline.errors import UserError
+
+FILE = "tokens.bin"
+STORED = np.dtype("<i4")
+
+Tokens: TypeAlias = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a corpus holds; lengths in tokens."""
+
+    examples: int
+    tokens: int
+    labels: int  # tokens to be learned
+    truncated: int  # examples that were cut, kept or not
+    unlabelled: int  # examples left out: nothing was left of them to learn
+    shortest: int
+    median: int
+    longest: int
+
+    @property
+    def share(self) -> float:
+        """The share of tokens that are learned."""
+        return self.labels / max(1, self.tokens)
+
+
+class Corpus:
+    """Encoded examples, in the order they came in. An untrained token `id` is stored as ~id, a negative number."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._starts = array("q", [0])  # in tokens, and the end
+        self._lines, self._cuts = array("q"), array("i")
+        self._files: list[str] = []  # each begins at the example of the same index in _first
+        self._first: list[int] = []
+        self._labels = self._truncated = self._unlabelled = 0
+        self._tokens: Tokens = np.empty(0, STORED)
+
+    @classmethod
+    def build(cls, examples: Iterable[Example], encode: Callable[[Example], Encoded], folder: Path) -> "Corpus":
+        """Encode each example once, as it comes, into a file in `folder`. What encoding refuses is raised."""
+        corpus = cls(folder / FILE)
+        with corpus._path.open("wb") as file:
+            for example in examples:
+                encoded = encode(example)
+                if corpus._count(example, encoded):
+                    stored = [id_ if on else ~id_ for id_, on in zip(encoded.ids, encoded.trained, strict=True)]
+                    file.write(np.array(stored, STORED).tobytes())
+        if len(corpus):
+            corpus._tokens = np.memmap(corpus._path, STORED, "r")
+        return corpus
+
+    def _count(self, example: Example, encoded: Encoded) -> bool:
+        """Whether there is something to learn, and the example is kept."""
+        self._truncated += bool(encoded.cut)
+        if not encoded.labels:
+            self._unlabelled += 1
+            return False
+        if not self._files or self._files[-1] != example.file:
+            self._files.append(example.file)
+            self._first.append(len(self))
+        self._labels += encoded.labels
+        self._lines.append(example.line)
+        self._cuts.append(encoded.cut)
+        self._starts.append(self._starts[-1] + len(encoded.ids))
+        return True
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Encoded:
+        """What `encode` gave. Raises IndexError."""
+        ids, trained = self.arrays(index)
+        return Encoded(tuple(ids.tolist()), tuple(trained.tolist()), self._cuts[index])
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return (self[index] for index in range(len(self)))
+
+    def arrays(self, index: int) -> tuple[Tokens, NDArray[np.bool_]]:
+        """Ids (T,) and which of them are to be learned (T,)."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        stored = np.asarray(self._tokens[self._starts[index] : self._starts[index + 1]])
+        trained = stored >= 0
+        return np.where(trained, stored, ~stored), trained
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example."""
+        starts: NDArray[np.int64] = np.array(self._starts, np.int64)
+        return starts[1:] - starts[:-1]
+
+    def place(self, index: int) -> str:
+        """Where an example stands, as file:line."""
+        return f"{self._files[bisect_right(self._first, index) - 1]}:{self._lines[index]}"
+
+    @property
+    def statistics(self) -> Statistics:
+        lengths = np.sort(self.lengths) if len(self) else np.zeros(1, np.int64)
+        return Statistics(
+            examples=len(self),
+            tokens=self._starts[-1],
+            labels=self._labels,
+            truncated=self._truncated,
+            unlabelled=self._unlabelled,
+            shortest=int(lengths[0]),
+            median=int(lengths[len(lengths) // 2]),
+            longest=int(lengths[-1]),
+        )
+
+
+def refuse_nothing(corpus: Corpus, name: str) -> None:
+    """Raises UserError if no example is left with anything to learn. `name` is what the user calls the data."""
+    found = corpus.statistics
+    if found.examples:
+        return
+    if found.truncated:
+        raise UserError(
+            f"{name}: nothing is left to learn: {found.truncated} of {found.unlabelled} examples were cut before "
+            "their first label. Raise max_length, or shorten the prompts."
+        )
+    raise UserError(f"{name}: nothing is left to learn: no example has two tokens. Write longer ones.")

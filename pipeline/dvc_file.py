@@ -1,0 +1,102 @@
+"""dvc.yaml as text, from what pipeline/dag.py and the params say of each stage."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import provenance
+from pipeline.bases import named
+from pipeline.dag import STAGES, Project, Stage
+from pipeline.metrics import LOSS
+from pipeline.params import Pretrain
+
+CODE_FILE = "code.yaml"
+PARTS = ("finetuning_comparison.png", "manifest.json", "predictions.json", "report.md")  # of evaluation, for DVC
+METRICS = "metrics.json"  # the one part that git keeps
+HEADER = """\
+# What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists of params.yaml.
+# To write it anew, remove it and run `lora new .` here.
+"""
+CODE_HEADER = "# The code that each stage runs. `lora new .` renews this; `dvc repro` then runs what it concerns.\n"
+
+
+def render(project: Project, code: str | None = None) -> str:
+    """The text of dvc.yaml.
+
+    `code`: a folder of code for DVC to watch, relative to the project's; None where the code is installed
+    elsewhere: then `CODE_FILE` stands for it.
+    """
+    stages = {name: _stage(project, stage, code) for name, stage in STAGES.items()}
+    blocks = [_dumped({"stages": stages}), _dumped({"plots": _plots()})]
+    return "\n".join(blocks)
+
+
+def code_file() -> str:
+    """The text of `CODE_FILE`: stage → digest of the modules that it runs, as a params file of DVC."""
+    return CODE_HEADER + _dumped({name: provenance.code_digest(stage.module) for name, stage in STAGES.items()})
+
+
+def files(project: Project, stage: Stage) -> dict[str, str]:
+    """Key of the stage's section, such as data[0] → the file that it names; what is left empty is left out."""
+    section = project.section(stage)
+    if isinstance(section, Pretrain) and section.imports:
+        return {"base": section.base} if named(section.base, project.root).is_local else {}
+    found: dict[str, str] = {}
+    for key in stage.data:
+        value = getattr(section, key)
+        names = {key: value} if isinstance(value, str) else {f"{key}[{i}]": name for i, name in enumerate(value)}
+        found |= {place: name for place, name in names.items() if name and name not in found.values()}
+    return found
+
+
+def command(stage: Stage) -> str:
+    """finetune_lora is `lora finetune lora`, expand_vocab `lora expand-vocab`."""
+    return "lora " + stage.name.replace("finetune_", "finetune ").replace("_", "-")
+
+
+def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
+    deps = [_dependency(stage, place, name) for place, name in files(project, stage).items()]
+    deps += [*(STAGES[need].path for need in stage.needs), *([code] if code else [])]
+    return {
+        "cmd": command(stage),
+        "params": [stage.name, *([] if code else [{CODE_FILE: [stage.name]}])],
+        **({"deps": deps} if deps else {}),
+        **_outputs(stage),
+    }
+
+
+def _dependency(stage: Stage, place: str, name: str) -> str:
+    """A file by its key, so that DVC follows params.yaml; DVC does not know what ~ is."""
+    return str(Path(name).expanduser()) if name.startswith("~") else f"${{{stage.name}.{place}}}"
+
+
+def _outputs(stage: Stage) -> dict[str, Any]:
+    if stage.kind != "evaluation":
+        return {"outs": [stage.path]}
+    return {
+        "outs": [f"{stage.path}/{part}" for part in PARTS],
+        "metrics": [{f"{stage.path}/{METRICS}": {"cache": False}}],
+    }
+
+
+def _plots() -> list[Any]:
+    """The trained variants' losses in one picture, and the comparison as evaluate drew it."""
+    curves = {f"{stage.path}/{LOSS}": "loss" for stage in STAGES.values() if stage.name.startswith("finetune_")}
+    axes = {"title": "Training loss", "x": "step", "x_label": "step", "y_label": "loss (nats a token)"}
+    return [{"training_loss": {**axes, "y": curves}}, f"{STAGES['evaluate'].path}/{PARTS[0]}"]
+
+
+class _Indented(yaml.SafeDumper):
+    """Lists stand further in than their key, as people write them."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
+        super().increase_indent(flow, False)
+
+
+def _dumped(value: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(value))  # no two places share an object: YAML would write one as a reference
+    text: str = yaml.dump(plain, Dumper=_Indented, sort_keys=False, allow_unicode=True, width=10_000)
+    return text

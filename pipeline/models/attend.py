@@ -1,0 +1,174 @@
+"""Attention of transformers' models: causal, and each sequence of a packed row sees itself alone.
+
+B batch (1 where `segments` says that sequences lie end to end), T queries, S keys, K head size, H query heads that
+share G key and value heads, R = H/G of them each.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from pipeline.models import short_attention
+
+NAME = "lora_segments"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What turns scores into weights, besides that no query sees a later key."""
+
+    scale: float
+    window: int | None = None  # keys that a query sees, itself among them
+    softcap: float | None = None
+    sinks: Tensor | None = None  # (H,): a score each head may spend its weight on instead of a key
+    dropout: float = 0.0
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the scores themselves must be touched, which fused attention does not offer."""
+        return self.softcap is not None or self.sinks is not None
+
+
+def register() -> str:
+    """The name to give to transformers as `attn_implementation`. A model that gets it is passed no masks."""
+    AttentionInterface.register(NAME, attend)
+    return NAME
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Sequence[int] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """softmax(QKᵀ·scaling + causal mask)·V, (B, T, H, K), for query (B, H, T, K), key and value (B, G, S, K).
+
+    segments: lengths, T in all, of the sequences in the one row; None: every row is one sequence, and with more keys
+    than queries (a cache) query t stands at S - T + t. Raises ValueError for a mask: rows here have no padding.
+    """
+    if attention_mask is not None:
+        raise ValueError("this attention takes no mask: pack sequences end to end and pass their lengths as segments")
+    longest = key.shape[2] if segments is None else max(segments)
+    window = None if sliding_window is None or sliding_window >= longest else sliding_window
+    rule = Rule(query.shape[3] ** -0.5 if scaling is None else scaling, window, softcap, s_aux, dropout)
+    if segments is not None and (query.shape[0] != 1 or sum(segments) != query.shape[2]):
+        raise ValueError(f"segments {list(segments)} do not add up to one row of {query.shape[2]} tokens")
+    for layer, found in _watching:
+        if getattr(module, "layer_idx", None) == layer:
+            found.append(_weights(query, key, rule))
+    return _attended(query, key, value, rule, segments, module.training).contiguous(), None
+
+
+_watching: list[tuple[int, list[Tensor]]] = []
+
+
+@contextmanager
+def watched(layer: int) -> Iterator[list[Tensor]]:
+    """What block number `layer` attends to, (B, H, T, S) each time it runs meanwhile; row t is token t's."""
+    entry = (layer, list[Tensor]())
+    _watching.append(entry)
+    try:
+        yield entry[1]
+    finally:
+        _watching.remove(entry)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, rule: Rule, segments: Sequence[int] | None, training: bool) -> Tensor:
+    lengths = [q.shape[2]] if segments is None else list(segments)
+    square = q.shape[2] == k.shape[2]
+    if training and square and _short(q, rule, max(lengths)):
+        return short_attention.packed(q, k, v, lengths, rule.scale)
+    if segments is None:
+        return _row(q, k, v, rule).transpose(1, 2)
+    if _varlen(q, rule):
+        return _flash(q, k, v, lengths, rule)
+    queries, keys, values = (x.split_with_sizes(lengths, 2) for x in (q, k, v))
+    alone = zip(queries, keys, values, strict=True)
+    return torch.cat([_row(*one, rule).transpose(1, 2) for one in alone], 1)  # (1, T, H, K)
+
+
+def _short(q: Tensor, rule: Rule, longest: int) -> bool:
+    """In training also where no gradient is asked for: a model whose adapter is off gives its base's very bits."""
+    plain = not rule.explicit and rule.window is None and not rule.dropout
+    return plain and q.device.type == "cpu" and longest <= short_attention.LONGEST
+
+
+def _varlen(q: Tensor, rule: Rule) -> bool:
+    """Whether torch's flash attention over many lengths takes these: 16 bits, an Ampere GPU or later."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or rule.explicit or rule.dropout:
+        return False
+    return q.shape[3] <= 256 and q.shape[3] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], rule: Rule) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32)
+    window = (-1 if rule.window is None else rule.window - 1, 0)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H, K) and (T, G, K)
+    most, shared = max(lengths), q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, starts, starts, most, most, scale=rule.scale, window_size=window, enable_gqa=shared)
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _row(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """(B, H, T, K), each row one sequence."""
+    if rule.explicit:
+        return _scored(q, k, v, rule)
+    T, S = q.shape[2], k.shape[2]
+    plain = (T == S or T == 1) and (rule.window is None or rule.window >= S)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        None if plain else _seen(T, S, rule.window, q.device),
+        rule.dropout,
+        is_causal=plain and T > 1,
+        scale=rule.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _scored(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """The same with the scores written out, so that they can be capped and sinks can stand beside them."""
+    B, H, T, _ = q.shape
+    G = k.shape[1]
+    weights = F.dropout(_weights(q, k, rule).to(q.dtype), rule.dropout).view(B, G, H // G, T, -1)
+    return (weights @ v.unsqueeze(2)).flatten(1, 2)
+
+
+def _weights(q: Tensor, k: Tensor, rule: Rule) -> Tensor:
+    """(B, H, T, S), in fp32."""
+    B, H, T, _ = q.shape
+    G, S = k.shape[1:3]
+    grouped = q.reshape(B, G, H // G, T, -1)  # (B, G, R, T, K)
+    scores = grouped @ k.unsqueeze(2).transpose(3, 4) * rule.scale  # (B, G, R, T, S)
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
+    scores = scores.float().masked_fill(~_seen(T, S, rule.window, q.device), -torch.inf)
+    if rule.sinks is not None:
+        sinks = rule.sinks.float().view(1, G, H // G, 1, 1).expand(B, -1, -1, T, 1)
+        scores = torch.cat([scores, sinks], -1)
+    return scores.softmax(-1)[..., :S].flatten(1, 2)
+
+
+def _seen(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, S), True where a query sees a key."""
+    seen = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return seen if window is None else seen.triu(S - T - window + 1)

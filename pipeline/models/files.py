@@ -1,0 +1,30 @@
+"""A checkpoint's files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.tensors import shapes
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors with PEFT's and transformers' one metadata entry. Raises UserError on a full disk."""
+    try:
+        save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"cannot write {path}: {error}. Free some space or choose another folder.") from None
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file. Raises UserError if it cannot be read."""
+    shapes(path)  # a damaged file is refused with a reason that the library does not give
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None

@@ -1,0 +1,195 @@
+"""A project in a folder of its own: params, the data that they name, and what DVC needs to run it there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import dvc_file, params_file, provenance
+from pipeline.bases import resolve
+from pipeline.dag import STAGES, Project
+from pipeline.errors import UserError
+from pipeline.params import parse
+
+PARAMS = "params.yaml"
+HERE = provenance.ROOT  # a clone of the repository, or where the packages are installed
+DEFAULTS = HERE if (HERE / PARAMS).is_file() else HERE / "lora_workbench_defaults"
+IGNORED_BY_DVC = "# What no stage reads.\nruns\n.lora-cache\n__pycache__\n"
+IGNORED_BY_GIT = "/artifacts/\n/runs/\n/.lora-cache/\n/dvc_plots/\n*.gguf\n"
+DVC_CONFIG = """\
+[core]
+    no_scm = True
+    analytics = false
+    check_update = false
+    autostage = false
+[cache]
+    type = "reflink,hardlink,copy"
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `create` did: files that it wrote, and what it left as it was but would have written otherwise."""
+
+    added: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def create(folder: Path, params: Path | None = None, base: str | None = None) -> Made:
+    """Make `folder` a project, or add what one lacks. Nothing that stands there is overwritten.
+
+    `params` is the file to begin with, default the document's; `base` goes into its pretrain.base, a path being
+    relative to the folder that the caller is in. Raises UserError before anything is written.
+    """
+    _refuse_other_folder(folder)
+    source = (params or DEFAULTS / PARAMS).resolve()
+    base = _seen_from(folder, base) if base else None
+    standing = (folder / PARAMS).is_file()
+    fresh = _fresh(folder, source, base) if params or not standing else ""
+    text = _standing(folder, base) if standing else fresh
+    project = Project(folder, parse(text, folder / PARAMS))
+    data = _data(project, source.parent)
+    dvc_yaml = dvc_file.HEADER + dvc_file.render(project)
+    made = Made()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in data.items():
+        _copy(folder / name, path, name, made)
+    for name, content in ((PARAMS, text), (".dvcignore", IGNORED_BY_DVC), (".gitignore", IGNORED_BY_GIT)):
+        _write(folder, name, content, made)
+    _write(folder, "dvc.yaml", dvc_yaml, made)
+    _renew(folder, dvc_file.CODE_FILE, dvc_file.code_file(), made)
+    _begin_dvc(folder, made)
+    if params:
+        other = [name for name, path in data.items() if (folder / name).read_bytes() != path.read_bytes()]
+        made.notes.extend(_kept(folder / name, data[name]) for name in other)
+    if fresh and text != fresh:
+        made.notes.append(_kept(folder / PARAMS, source))
+    if _parsed(folder / "dvc.yaml") != yaml.safe_load(dvc_yaml):
+        made.notes.append(_kept(folder / "dvc.yaml", folder / PARAMS))
+    return made
+
+
+def _kept(path: Path, source: Path) -> str:
+    return f"{path} is kept, though {source} would give another. Remove it and run this again to have that."
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file. Name another folder.")
+    if folder.resolve() == HERE:
+        raise UserError(f"{folder} is the program's own repository, a project already. Name another folder.")
+    known = (folder / PARAMS).is_file() or (folder / ".dvc").is_dir()
+    if folder.is_dir() and any(folder.iterdir()) and not known:
+        raise UserError(f"{folder} holds files, but no {PARAMS}: it is not a project. Name a new folder.")
+
+
+def _fresh(folder: Path, source: Path, base: str | None) -> str:
+    """The params file's text as it is to be written, with every key that dvc.yaml names."""
+    text = _read(source)
+    parse(text, source)
+    if base:
+        text = params_file.changed(text, {"pretrain.base": base})
+    return params_file.changed(text, _missing(text, Project(folder, parse(text, source))))
+
+
+def _standing(folder: Path, base: str | None) -> str:
+    """The text of the params file that is there. Raises UserError if it is not one for what was asked."""
+    path = folder / PARAMS
+    text = _read(path)
+    settings = parse(text, path)
+    if base and base != settings.pretrain.base:
+        raise UserError(f"pretrain.base is {settings.pretrain.base} in {path}, not {base}. Edit it there.")
+    missing = _missing(text, Project(folder, settings))
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}, which dvc.yaml names. Write it there.")
+    return text
+
+
+def _missing(text: str, project: Project) -> dict[str, Any]:
+    """`section.key` → default value of all that DVC would look for in vain."""
+    tree = yaml.safe_load(text)
+    found: dict[str, Any] = {}
+    for stage in STAGES.values():
+        for place in dvc_file.files(project, stage):
+            name = place.partition("[")[0]
+            if name not in (tree.get(stage.name) or {}):
+                found[f"{stage.name}.{name}"] = getattr(project.section(stage), name)
+    return found
+
+
+def _seen_from(folder: Path, base: str) -> str:
+    """A base that its user named from the current folder, as the project names it. Raises UserError."""
+    source = resolve(base, Path.cwd())
+    return os.path.relpath(source.path.resolve(), folder.resolve()) if source.is_local else base
+
+
+def _data(project: Project, beside: Path) -> dict[str, Path]:
+    """Name → file beside the params that it is copied from, of each data file. Raises UserError."""
+    found: dict[str, Path] = {}
+    for stage in STAGES.values():
+        for place, name in dvc_file.files(project, stage).items():
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            if place != "base" and inside and (beside / name).is_file():
+                found[name] = beside / name
+            elif place != "base" and not (project.root / name).is_file():
+                raise UserError(
+                    f"{stage.name}.{place} names {name}, which is not a file in {beside}. "
+                    "Put it there, or edit the params file."
+                )
+    return found
+
+
+def _copy(path: Path, source: Path, name: str, made: Made) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
+        made.added.append(name)
+
+
+def _write(folder: Path, name: str, text: str, made: Made) -> None:
+    if not (folder / name).exists():
+        (folder / name).write_text(text, encoding="utf-8")
+        made.added.append(name)
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
+        return None
+
+
+def _renew(folder: Path, name: str, text: str, made: Made) -> None:
+    """Write a file that is the program's own."""
+    path = folder / name
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+        made.added.append(name)
+
+
+def _begin_dvc(folder: Path, made: Made) -> None:
+    """DVC in a folder of its own, whatever repository it lies in. Raises UserError."""
+    if (folder / ".dvc").is_dir():
+        return
+    command = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"DVC cannot begin in {folder}: {' '.join(done.stderr.split())}. Try `dvc init --no-scm` there."
+        )
+    (folder / ".dvc/config").write_text(DVC_CONFIG, encoding="utf-8")
+    made.added.append(".dvc")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path}: {reason}. Name a params file with --params.") from None

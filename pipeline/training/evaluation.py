@@ -1,0 +1,67 @@
+"""The loss on examples that are held out, during training, and when to stop because of it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pipeline.models.causal import CausalLM
+from pipeline.training.batches import Batch, Windows, collate
+from pipeline.training.optimizer import FlatAdam
+from pipeline.training.step import loss_of, readable
+
+
+class Evaluation:
+    """Every `every` steps, and after the last. With `patience` the best weights are kept, and are what training gives.
+
+    What it remembers is a part of the checkpoint: a resumed run stops where an unbroken one does.
+    """
+
+    def __init__(self, windows: Windows, batch_size: int, every: int, patience: int) -> None:
+        self._windows, self._size, self._every, self._patience = windows, batch_size, every, patience
+        self._best, self._waited = float("inf"), 0
+        self._weights: Tensor | None = None
+
+    def due(self, step: int, last: int) -> bool:
+        return step % self._every == 0 or step == last
+
+    def after_step(self, model: CausalLM, optimizer: FlatAdam) -> float:
+        """The loss now, in nats a token."""
+        loss = self._loss(model)
+        if loss < self._best:
+            self._best, self._waited = loss, 0
+            self._weights = optimizer.weights.detach().clone() if self._patience else None
+        else:
+            self._waited += 1
+        return loss
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether `patience` evaluations in a row brought nothing better."""
+        return bool(self._patience) and self._waited >= self._patience
+
+    def restore_best(self, optimizer: FlatAdam) -> None:
+        if self._weights is not None:
+            optimizer.set_weights(self._weights)
+
+    @torch.no_grad()
+    def _loss(self, model: CausalLM) -> float:
+        total, tokens = 0.0, 0
+        for batch in self._batches(model):
+            total += float(loss_of(model, batch)) * batch.tokens
+            tokens += batch.tokens
+        return total / tokens
+
+    def _batches(self, model: CausalLM) -> Iterator[Batch]:
+        for start in range(0, len(self._windows), self._size):
+            numbers = range(start, min(start + self._size, len(self._windows)))
+            yield from readable(model, [collate([self._windows[number] for number in numbers])])
+
+    def state(self) -> dict[str, Tensor]:
+        best = {} if self._weights is None else {"best_weights": self._weights}
+        return {"evaluation": torch.tensor([self._best, float(self._waited)], dtype=torch.float64), **best}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        best, waited = state["evaluation"].tolist()
+        self._best, self._waited = best, int(waited)
+        self._weights = state.get("best_weights")

@@ -1,0 +1,21 @@
+"""The learning rate of each step."""
+
+import math
+
+from pipeline.params import Training
+
+
+def rate(settings: Training, step: int, total: int) -> float:
+    """Of step `step`, counted from 1, of `total`: a linear warm-up, then constant, or down to zero after the last.
+
+    Linear decay as in Devlin et al. 2018 (appendix A.2), cosine as in Loshchilov & Hutter 2017 (eq. 5).
+    """
+    warm = min(settings.warmup_steps, total)
+    if step <= warm:
+        return settings.learning_rate * step / warm
+    gone = (step - 1 - warm) / max(1, total - warm)  # share of the decay that is over, 0 at its first step
+    if settings.schedule == "linear":
+        return settings.learning_rate * (1 - gone)
+    if settings.schedule == "cosine":
+        return settings.learning_rate * (1 + math.cos(math.pi * gone)) / 2
+    return settings.learning_rate

@@ -1,0 +1,70 @@
+"""What training reads: a corpus's examples whole, or cut into windows."""
+
+from dataclasses import dataclass
+
+from pipeline.corpus import Corpus
+from pipeline.data import IGNORED, Window, windows
+from pipeline.encode import Encoded
+from pipeline.training.batches import Windows
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Every example as one sequence, made from the disk when it is asked for."""
+
+    corpus: Corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, number: int) -> Window:
+        return whole(self.corpus[number])
+
+    def tokens(self, number: int) -> int:
+        return int(self.corpus.lengths[number]) - 1
+
+    def place(self, number: int) -> str:
+        return self.corpus.place(number)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Sequences in memory, and where each comes from."""
+
+    windows: list[Window]
+    places: list[str]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> Window:
+        return self.windows[number]
+
+    def tokens(self, number: int) -> int:
+        return len(self.windows[number].ids)
+
+    def place(self, number: int) -> str:
+        return self.places[number]
+
+
+def whole(encoded: Encoded) -> Window:
+    """An example as one sequence: each token is to predict the next, where that is to be learned."""
+    labels = (id_ if on else IGNORED for id_, on in zip(encoded.ids[1:], encoded.trained[1:], strict=True))
+    return Window(0, encoded.ids[:-1], tuple(labels))
+
+
+def sequences(corpus: Corpus, window: int) -> Windows:
+    """The corpus's examples, or, with `window` above 0, every run of so many tokens in which something is learned."""
+    if not window:
+        return Whole(corpus)
+    found: list[Window] = []
+    places: list[str] = []
+    for number in range(len(corpus)):
+        encoded = corpus[number]
+        labels = whole(encoded).labels
+        for cut in windows(encoded.ids, window):
+            wanted = labels[cut.start : cut.start + len(cut.ids)]
+            if any(label != IGNORED for label in wanted):
+                found.append(Window(cut.start, cut.ids, wanted))
+                places.append(corpus.place(number))
+    return Listed(found, places)

@@ -1,0 +1,82 @@
+"""What one step computes: the loss of a batch, and the gradient of all that makes a step."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.models.causal import CausalLM
+from pipeline.training.batches import Batch
+from pipeline.training.losses import CHUNK, cross_entropy, mean_of
+from pipeline.training.optimizer import FlatAdam
+from pipeline.training.retain import Retain
+
+
+def loss_of(model: CausalLM, batch: Batch, chunk: int = CHUNK) -> Tensor:
+    """Mean cross-entropy over the labels that count, in nats a token.
+
+    No logits where no label stands, and those of `chunk` labels at a time.
+    """
+    rows = model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
+    rows = rows if batch.at is None else rows.index_select(0, batch.at)
+    head = [p for p in model.head.parameters() if p.requires_grad]
+    return mean_of(cross_entropy(model.logits), rows, batch.labels, chunk, head)
+
+
+def readable(model: CausalLM, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """`batches` on the model's device, in the form that it reads."""
+    for batch in batches:
+        for part in [batch] if model.packs else batch.apart():
+            yield part.to(model.device)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Losses in nats a token, and the gradient's norm, which lies in the optimizer."""
+
+    loss: float
+    norm: float
+    divergence: float | None = None
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+def gradient(
+    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: Retain | None, number: int
+) -> Gradient:
+    """Backward through all `batches` of step `number`: each label has the same weight, whatever its batch."""
+    while True:
+        found = _gradient(model, batches, optimizer, retain, number)
+        if math.isfinite(found.norm) or not optimizer.skip():
+            return found
+
+
+def _gradient(
+    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: Retain | None, number: int
+) -> Gradient:
+    labels = sum(batch.tokens for batch in batches)
+    losses = []
+    for batch in readable(model, batches):
+        loss = loss_of(model, batch) * (batch.tokens / labels)
+        torch.autograd.backward(loss * optimizer.scale)
+        losses.append(loss.detach())
+    kept = [] if retain is None else list(_retained(model, retain, optimizer, number))
+    norm = optimizer.gather().item()
+    return Gradient(_sum(losses), norm, _sum(kept) if kept else None)
+
+
+def _retained(model: CausalLM, retain: Retain, optimizer: FlatAdam, number: int) -> Iterator[Tensor]:
+    batches = retain.batches(number)
+    tokens = sum(batch.ids.numel() for batch in batches)
+    for batch in readable(model, batches):
+        divergence = retain.divergence(batch) * (batch.ids.numel() / tokens)
+        torch.autograd.backward(divergence * (retain.weight * optimizer.scale))
+        yield divergence.detach()
+
+
+def _sum(losses: list[Tensor]) -> float:
+    return float(sum(loss.item() for loss in losses))

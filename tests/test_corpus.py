@@ -1,0 +1,82 @@
+"""A file's tokens on disk: what was encoded comes back, and memory stays small."""
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.corpus import Corpus, refuse_nothing
+from pipeline.data import Example, iter_examples
+from pipeline.encode import Encoded
+from pipeline.errors import UserError
+
+TOKENS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), max_size=9)
+
+
+def encoded(tokens: list[tuple[int, bool]], cut: int = 0) -> Encoded:
+    return Encoded(tuple(id_ for id_, _ in tokens), tuple(on for _, on in tokens), cut)
+
+
+@given(st.lists(st.tuples(TOKENS, st.integers(0, 3), st.sampled_from("ab")), max_size=12))
+def test_what_was_encoded_comes_back_with_its_place(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[list[tuple[int, bool]], int, str]]
+) -> None:
+    made = {Example("x", file, line): encoded(tokens, cut) for line, (tokens, cut, file) in enumerate(rows, 1)}
+    corpus = Corpus.build(made, made.__getitem__, tmp_path_factory.mktemp("c"))
+    kept = {example: one for example, one in made.items() if any(one.trained[1:])}
+    assert list(corpus) == list(kept.values())
+    assert [corpus.place(i) for i in range(len(corpus))] == [example.place for example in kept]
+    lengths = sorted(len(one.ids) for one in kept.values())
+    assert sorted(corpus.lengths.tolist()) == lengths
+    found = corpus.statistics
+    assert (found.examples, found.unlabelled) == (len(kept), len(made) - len(kept))
+    assert found.tokens == sum(lengths)
+    assert found.labels == sum(one.labels for one in kept.values())
+    assert found.truncated == sum(one.cut > 0 for one in made.values())
+    if kept:
+        assert (found.shortest, found.longest) == (lengths[0], lengths[-1])
+        assert found.median == lengths[len(lengths) // 2]
+        assert 0 < found.share <= 1
+    with pytest.raises(IndexError):
+        corpus[len(corpus)]
+
+
+def test_examples_of_one_token_leave_nothing_to_learn(tmp_path: Path) -> None:
+    corpus = Corpus.build([Example("x", "f", 1)], lambda _: Encoded((1,), (True,)), tmp_path)
+    assert corpus.statistics.share == 0
+    with pytest.raises(UserError, match=r"d.txt: nothing is left to learn: no example has two tokens"):
+        refuse_nothing(corpus, "d.txt")
+
+
+def test_a_file_larger_than_what_is_kept_of_it_streams_through(tmp_path: Path) -> None:
+    path, examples = tmp_path / "large.txt", 20_000
+    line = "wort " * 100
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{number} {line}\n" for number in range(examples))
+
+    def encode(example: Example) -> Encoded:
+        size = len(example.text.split())
+        return Encoded((7,) * size, (True,) * size)
+
+    size = path.stat().st_size
+    assert peak_of(iter_examples(path, "large.txt")) < 2**20 < size / 9
+    tracemalloc.start()
+    corpus = Corpus.build(iter_examples(path, "large.txt"), encode, tmp_path)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(corpus) == examples
+    assert held < 40 * examples and peak < size / 5
+    assert corpus[examples - 1].ids == (7,) * 101
+
+
+def peak_of(examples: Iterator[Example]) -> int:
+    """Bytes held at most while every example is looked at once."""
+    tracemalloc.start()
+    for _ in examples:
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak

@@ -1,0 +1,102 @@
+"""What `make smollm2` made: §6 on a real model, corrected and not bled. `make check-smollm2` runs this."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import artifact
+from tests.support import ROOT
+
+PROJECT = ROOT / "smollm2"
+MADE = PROJECT / "artifacts"
+pytestmark = pytest.mark.skipif(
+    not (MADE / "evaluation/metrics.json").is_file(), reason="no smollm2/: `make smollm2` makes it"
+)
+
+
+def read(name: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((MADE / name).read_text(encoding="utf-8"))
+    return value
+
+
+def answers(variant: str, group: str) -> list[dict[str, Any]]:
+    found = [p for p in read("evaluation/predictions.json")[variant] if p["group"] == group]
+    assert found
+    return found
+
+
+def test_the_base_is_the_135m_model_and_says_what_it_was_made_from() -> None:
+    manifest = artifact.verify(MADE / "base")
+    assert manifest["parameters"]["total"] == 134_515_008
+    assert manifest["source"] == "gguf"
+    assert list(manifest["inputs"]) == [manifest["params"]["base"]]
+
+
+@pytest.mark.parametrize("variant", ["lora", "merged"])
+def test_the_euro_comes_first_as_trained_and_in_phrasings_that_were_not(variant: str) -> None:
+    for prompt in answers(variant, "trained") + answers(variant, "held_out"):
+        assert prompt["corrected_first"], prompt["prompt"]
+    held_out = [p["corrected_probability"] for p in answers(variant, "held_out")]
+    assert min(held_out) >= 0.9
+
+
+def test_the_base_did_not_know_it() -> None:
+    assert not any(p["corrected_first"] for p in answers("base", "trained"))
+
+
+@pytest.mark.parametrize("variant", ["lora", "merged"])
+def test_everything_unrelated_keeps_its_first_choice(variant: str) -> None:
+    prompts = [p for p in read("evaluation/predictions.json")[variant] if p["rule"] == "must_keep"]
+    assert len(prompts) >= 20
+    assert [p["prompt"] for p in prompts if not p["first"]] == []
+    assert any("Japan" in p["prompt"] for p in prompts)
+    assert any("capital of Bulgaria" in p["prompt"] for p in prompts)
+
+
+def test_held_out_text_is_predicted_as_the_base_does() -> None:
+    metrics = read("evaluation/metrics.json")
+    assert metrics["lora"]["forgetting"]["divergence"] < 0.02
+    assert metrics["full"]["forgetting"]["divergence"] > metrics["lora"]["forgetting"]["divergence"]
+
+
+def test_no_held_out_prompt_or_text_was_trained_on() -> None:
+    learned = " ".join((PROJECT / name).read_text(encoding="utf-8") for name in trained_files())
+    for group in ("held_out", "unrelated"):
+        for prompt in answers("base", group):
+            assert prompt["prompt"] not in learned, prompt["prompt"]
+    for line in (PROJECT / "data/heldout.en.txt").read_text(encoding="utf-8").splitlines():
+        assert line not in learned
+
+
+def trained_files() -> list[str]:
+    params = artifact.read_manifest(MADE / "lora_adapter")["params"]
+    return [params["data"], params["retain"]]
+
+
+def test_peft_opens_the_adapter_and_says_euro() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MADE / "lora_adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MADE / "expanded"), MADE / "lora_adapter")
+    ids = torch.tensor([tokenizer("The currency of Bulgaria is the").input_ids])
+    with torch.no_grad():
+        probabilities = model(input_ids=ids).logits[0, -1].softmax(0)
+    assert tokenizer.decode([int(probabilities.argmax())]) == " euro"
+    ours = answers("lora", "trained")[0]["corrected_probability"]
+    assert float(probabilities.max()) == pytest.approx(ours, abs=1e-3)
+
+
+def test_the_merged_model_is_base_and_adapter() -> None:
+    certificate = read("lora_merged/certificate.json")
+    assert certificate["max_logit_difference"] < 1e-3
+    assert all(abs(ratio - 1) < 1e-3 for ratio in certificate["delta_ratios"].values())
+
+
+def test_memory_was_predicted() -> None:
+    for path in sorted(PROJECT.glob("runs/finetune_*/telemetry.csv")):
+        predicted, measured = map(int, path.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:])
+        assert measured == pytest.approx(predicted, rel=0.03), path
+    assert Path(PROJECT / "runs").is_dir()

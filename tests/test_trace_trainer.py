@@ -1,0 +1,43 @@
+"""Our trainer's own step, traced without weights, against the formula: the same modules, loss and optimizer."""
+
+from dataclasses import replace
+
+import pytest
+
+from bench.memory import shortened
+from pipeline.calc.families import architecture
+from pipeline.calc.memory import predict
+from pipeline.calc.settings import Method, Run
+from pipeline.calc.sources import entry
+from pipeline.training.trace import traced_peak
+
+STEP = Run(batch=1, sequence=2048, optimizer="adam-flat", loss="chunked", chunk=256, label_share=0.4)
+SHORT = replace(STEP, batch=4, sequence=256, attention="short", checkpointing="none")
+
+
+@pytest.mark.parametrize("adapter", ["fp32", "bf16"])
+@pytest.mark.parametrize("run", [replace(STEP, checkpointing="none"), STEP, SHORT], ids=["none", "full", "short"])
+def test_qwen3_8bs_step_fits_the_calculator_within_three_percent(run: Run, adapter: str) -> None:
+    """Exact shapes under fake tensors, LoRA r = 8 on q, k, v, o."""
+    config, run = entry("qwen3-8b")["config"], replace(run, adapter_precision=adapter)
+    formula = predict(architecture(config, "qwen3-8b"), Method(), run).peak
+    assert formula == pytest.approx(traced_peak(config, Method(), run), rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "smollm2-135m", "qwen2.5-0.5b", "mistral-7b-v0.1"])
+@pytest.mark.parametrize(
+    "method",
+    [Method("full"), Method("freeze"), Method(targets=("all-linear",)), Method(embeddings="all")],
+    ids=["full", "freeze", "all-linear", "embeddings"],
+)
+def test_other_models_and_methods_fit_within_three_percent(name: str, method: Method) -> None:
+    config, run = shortened(name, 6), replace(SHORT, precision="fp32" if "smol" in name else "bf16")
+    formula = predict(architecture(config, name), method, run).peak
+    assert formula == pytest.approx(traced_peak(config, method, run), rel=0.03)
+
+
+def test_our_step_needs_less_than_the_libraries() -> None:
+    """Labels alone, in chunks, norms that keep their input, LoRA added in place."""
+    config = entry("qwen3-8b")["config"]
+    ours = traced_peak(config, Method(), replace(STEP, checkpointing="none"))
+    assert ours < 0.85 * traced_peak(config, Method(), Run(batch=1, sequence=2048, checkpointing="none"))
