@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -22,20 +22,31 @@ torch.set_num_threads(1)  # tests run side by side on few cores
 Lora = Callable[..., tuple[int, str, str]]
 
 
+def unchanged(root: Path) -> Iterator[Path]:
+    """A project that many tests read: one of them that writes would change what those after it see."""
+
+    def files() -> dict[str, int]:
+        return {str(each.relative_to(root)): each.stat().st_mtime_ns for each in root.rglob("*") if each.is_file()}
+
+    before = files()
+    yield root
+    assert files() == before, "a test wrote to a project that is shared: give it `project`, a copy"
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole pipeline with the repository's params. Read it; do not write to it."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The whole pipeline with the repository's params. Read it; a test that writes to it is an error at the end."""
     root = new_project(tmp_path_factory.mktemp("finished"))
     make(root, list(WORK))
-    return root
+    yield from unchanged(root)
 
 
 @pytest.fixture(scope="session")
-def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole pipeline, two epochs each. Read it; do not write to it."""
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The whole pipeline, two epochs each. Read it; a test that writes to it is an error at the end."""
     root = new_project(tmp_path_factory.mktemp("brief"))
     make(root, list(WORK), BRIEF)
-    return root
+    yield from unchanged(root)
 
 
 @pytest.fixture(scope="session")

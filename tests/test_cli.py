@@ -214,9 +214,9 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_message_and_an_exit_code(
-    cli: Lora, brief: Path, arguments: list[str], code: int, message: str
+    cli: Lora, project: Path, arguments: list[str], code: int, message: str
 ) -> None:
-    found, out, err = cli(*arguments, cwd=brief)
+    found, out, err = cli(*arguments, cwd=project)
     assert found == code
     assert "Traceback" not in out + err
     assert message in err

@@ -1,6 +1,6 @@
 """Lines in braille dots."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tui.widgets.braille import ACROSS, DOWN, cells
@@ -27,6 +27,7 @@ def test_an_upright_line_is_a_column_of_dots() -> None:
     assert dots(cells([(1, 0), (1, 1.99)], 3, 2)) == {(2, y) for y in range(8)}
 
 
+@example([(-2.225073858507e-311, 1.0), (0.0, 0.0)])
 @given(POINTS)
 def test_every_point_inside_has_its_dot_and_nothing_is_outside(points: list[tuple[float, float]]) -> None:
     found = cells(points, 20, 10)

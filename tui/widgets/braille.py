@@ -45,9 +45,9 @@ def _dots(points: Sequence[Point], columns: int) -> Iterator[tuple[int, int]]:
         x, y = x * ACROSS, y * DOWN
         column = floor(x)
         if before is not None and floor(before[0]) != column:
-            slope = (y - before[1]) / (x - before[0])
+            wide, high = x - before[0], y - before[1]
             for edge in range(max(floor(before[0]) + 1, 0), min(column, columns) + 1):
-                height = floor(before[1] + slope * (edge - before[0]))
+                height = floor(before[1] + high * ((edge - before[0]) / wide))  # no slope: it can be infinite
                 yield from ((edge - 1, height), (edge, height)) if 0 < edge < columns else ()
         if 0 <= column < columns:
             yield column, floor(y)
