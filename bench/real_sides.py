@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.attach import AdapterSpec, adapter_layers, attach
 from pipeline.calc.settings import Method
@@ -97,7 +98,6 @@ class Theirs(Side):
 
     def opened(self, folder: Path) -> Any:
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
@@ -146,13 +146,10 @@ class Theirs(Side):
         return perf_counter() - clock.started
 
     def generate(self) -> float:
-        model = self.model.get_base_model()
-        with self.model.disable_adapter():
-            return _seconds(
-                lambda: model.generate(
-                    _prompt(), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-                )
-            )
+        if not hasattr(self, "plain"):
+            self.plain = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16)
+        wanted = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return _seconds(lambda: self.plain.generate(_prompt(), **wanted))
 
 
 class InOrder(Batches):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Container, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
-from pipeline.models.decode import packed_linears
+from pipeline.models.decode import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def stream(
 
     Raises UserError if the model overflows.
     """
-    with packed_linears(model) if model.dtype == torch.bfloat16 else nullcontext():
+    with one_at_a_time(model):
         yield from _stream(model, prompt, ends, limit, sampling)
 
 

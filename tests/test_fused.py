@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pipeline.models.decode import PackedLinear, packed_linears
 from pipeline.models.fused import RMSNorm, quicken
 
 
@@ -55,22 +54,3 @@ def test_sixteen_bit_norms_differ_by_roundings_alone(kind: Any) -> None:
 def test_a_norm_that_computes_something_else_is_left_alone() -> None:
     model = norm(ShiftedRMSNorm)
     assert quicken(model) == [] and isinstance(model[0], ShiftedRMSNorm)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_packed_linears_multiply_as_the_plain_ones_and_leave_the_model_as_it_was(bias: bool) -> None:
-    model = nn.Sequential(nn.Linear(32, 64, bias=bias), nn.SiLU(), nn.Linear(64, 8, bias=bias)).bfloat16()
-    before, x = list(model), torch.randn(1, 3, 32, dtype=torch.bfloat16)
-    with torch.no_grad():
-        wanted = model(x)
-        with packed_linears(model) as count:
-            if not count:
-                pytest.skip("this build of torch packs no weights")
-            assert isinstance(model[0], PackedLinear)
-            assert_close(model(x), wanted, atol=0.02, rtol=0.02)
-    assert list(model) == before
-
-
-def test_linears_in_fp32_are_not_packed() -> None:
-    with packed_linears(nn.Sequential(nn.Linear(4, 4))) as count:
-        assert count == 0

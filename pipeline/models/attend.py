@@ -133,13 +133,16 @@ def _row(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         return _scored(q, k, v, rule)
     T, S = q.shape[2], k.shape[2]
     plain = (T == S or T == 1) and (rule.window is None or rule.window >= S)
+    if plain and T == 1:  # a group's heads as if they were tokens that see all keys: no kernel repeats these then
+        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(grouped, k, v, None, rule.dropout, scale=rule.scale).view(q.shape)
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         None if plain else _seen(T, S, rule.window, q.device),
         rule.dropout,
-        is_causal=plain and T > 1,
+        is_causal=plain,
         scale=rule.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )

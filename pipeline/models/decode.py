@@ -1,72 +1,118 @@
-"""Linears whose weights lie as one token's product wants them.
+"""Generation's one token at a time on the CPU: weights that lie as a single row's product wants them, and fewer calls.
 
-Generation multiplies each weight by a single row. As they are stored, a CPU reads weights for that at less than half
-of the rate that its memory has.
+As weights are stored, a CPU reads them for a single row at less than half of the rate that its memory has.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from types import MethodType
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.causal import CausalLM
+from pipeline.models.one_token import OneToken, fits
 
-class PackedLinear(nn.Module):
-    """y = Wx + b, W a copy in oneDNN's blocked layout. For inference: it has no gradient."""
+AGREEMENT = 0.05  # of the hidden states' norm: bf16 rounds otherwise where sums are taken in another order
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.weight, self.bias = linear.weight, linear.bias
-        self.made_of = linear.weight.data_ptr(), linear.weight._version
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
 
-    @property
-    def current(self) -> bool:
-        """Whether the weight is still the one that was packed."""
-        return self.made_of == (self.weight.data_ptr(), self.weight._version)
+class Packed:
+    """y = Wx + b of a linear, or of several that read the same x, end to end. W is a copy in oneDNN's own layout."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.made_of = _state(linears)
+        weight = torch.cat([one.weight.detach() for one in linears])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.bias = None if linears[0].bias is None else torch.cat([one.bias.detach() for one in linears])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
 
-_packed: WeakKeyDictionary[nn.Linear, PackedLinear] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()  # by the first of the linears
+_agreed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
-def packed_linears(model: nn.Module) -> Iterator[int]:
-    """`model` with its bf16 linears on the CPU packed, and how many: none where torch cannot.
+def one_at_a_time(model: nn.Module) -> Iterator[int]:
+    """`model` quick where one token follows a cache, for inference; yields how many of its modules are.
 
-    A second copy of W, which is kept for the next time: it lives as long as the linear.
+    bf16 on the CPU alone. The packed copies of the weights are kept for the next time: they live as long as the model.
     """
-    swapped: list[tuple[nn.Module, str, nn.Linear]] = []
+    forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+    if _available():
+        blocks = _quick_blocks(model)
+        joined = {linear for quick in blocks.values() for linear in quick.joined}
+        forwards.update({block: MethodType(quick, block) for block, quick in blocks.items()})
+        forwards.update({one: _packed_of([one]) for one in model.modules() if _packs(one) and one not in joined})
+    with _instead(forwards):
+        yield len(forwards)
+
+
+def _quick_blocks(model: nn.Module) -> dict[nn.Module, OneToken]:
+    """The blocks of a known shape, if the model computes with them what it computes without."""
+    if not isinstance(model, CausalLM) or not _agreed.get(model, True):
+        return {}
+    quick = {block: OneToken(block, _joined) for block in model.blocks if fits(block) and _packs(block.mlp.down_proj)}
+    if quick and model not in _agreed:
+        _agreed[model] = _agree(model, quick)
+    return quick if _agreed.get(model) else {}
+
+
+@torch.no_grad()
+def _agree(model: CausalLM, quick: Mapping[nn.Module, OneToken]) -> bool:
+    def probed() -> Tensor:
+        cache = model.new_cache()
+        model.hidden(torch.arange(4)[None], cache=cache)
+        return model.hidden(torch.tensor([[4]]), cache=cache).float()
+
+    wanted = probed()
     try:
-        if _available():
-            for parent, name, linear in list(_linears(model)):
-                swapped.append((parent, name, linear))
-                setattr(parent, name, _packed_of(linear))
-        yield len(swapped)
+        with _instead({block: MethodType(one, block) for block, one in quick.items()}):
+            found = probed()
+    except Exception:  # whatever is raised in a block that is put together otherwise
+        return False
+    return bool((found - wanted).norm() <= AGREEMENT * wanted.norm())
+
+
+@contextmanager
+def _instead(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Other forwards while entered, but for modules that another generation has already changed."""
+    changed = [module for module in forwards if "forward" not in module.__dict__]
+    for module in changed:
+        module.forward = forwards[module]
+    try:
+        yield
     finally:
-        for parent, name, linear in swapped:
-            setattr(parent, name, linear)
+        for module in changed:
+            module.__dict__.pop("forward", None)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.is_cpu:
-                yield parent, name, child
+def _joined(modules: Sequence[nn.Module]) -> Packed | None:
+    linears = [one for one in modules if _packs(one)]
+    alike = len({one.bias is None for one in linears}) == 1
+    return _packed_of(linears) if alike and len(linears) == len(modules) else None
 
 
-def _packed_of(linear: nn.Linear) -> PackedLinear:
-    known = _packed.get(linear)
-    if known is None or known.weight is not linear.weight or not known.current:
-        known = _packed[linear] = PackedLinear(linear)
+def _packs(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.is_cpu
+
+
+def _packed_of(linears: Sequence[nn.Linear]) -> Packed:
+    known = _packed.get(linears[0])
+    if known is None or known.made_of != _state(linears):
+        known = _packed[linears[0]] = Packed(linears)
     return known
+
+
+def _state(linears: Sequence[nn.Linear]) -> list[tuple[int, int]]:
+    """Another one when a weight is replaced or written to."""
+    return [(p.data_ptr(), p._version) for one in linears for p in one.parameters()]
 
 
 @cache
@@ -76,6 +122,6 @@ def _available() -> bool:
     x = torch.ones(1, 32, dtype=torch.bfloat16)
     try:
         with torch.no_grad():
-            return torch.allclose(PackedLinear(linear)(x), F.linear(x, linear.weight), 0.02, 0.02)
+            return torch.allclose(Packed([linear])(x), F.linear(x, linear.weight), 0.02, 0.02)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
