@@ -56,9 +56,9 @@ def one_at_a_time(model: nn.Module) -> Iterator[int]:
 
 def _quick_blocks(model: nn.Module) -> dict[nn.Module, OneToken]:
     """The blocks of a known shape, if the model computes with them what it computes without."""
-    if not isinstance(model, CausalLM) or not _agreed.get(model, True):
+    if not isinstance(model, CausalLM) or not _quick(next(model.blocks.parameters())) or not _agreed.get(model, True):
         return {}
-    quick = {block: OneToken(block, _joined) for block in model.blocks if fits(block) and _packs(block.mlp.down_proj)}
+    quick = {block: OneToken(block, _joined) for block in model.blocks if fits(block)}
     if quick and model not in _agreed:
         _agreed[model] = _agree(model, quick)
     return quick if _agreed.get(model) else {}
@@ -100,7 +100,11 @@ def _joined(modules: Sequence[nn.Module]) -> Packed | None:
 
 
 def _packs(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.is_cpu
+    return type(module) is nn.Linear and _quick(module.weight)
+
+
+def _quick(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.is_cpu
 
 
 def _packed_of(linears: Sequence[nn.Linear]) -> Packed:

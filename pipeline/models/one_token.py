@@ -57,11 +57,13 @@ class OneToken:
         if x.shape[:2] != (1, 1) or cache is None:
             out: Tensor = type(block).forward(block, x, *others, cache=cache, **options)
             return out
-        x = x + self.out(self._attended(self.qkv(self.norm(x)), *options["position_embeddings"], cache))
+        x = x + self.out(self._attended(self.qkv(self.norm(x)), options["position_embeddings"], cache))
         gate, up = self.gate_up(self.feed_norm(x)).chunk(2, -1)
         return x + self.down(self.act(gate) * up)
 
-    def _attended(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:
+    def _attended(self, qkv: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+        """(1, 1, H·K) for qkv (1, 1, (H + 2G)·K); turn: cosines and sines of the token's place, (1, 1, K) each."""
+        cos, sin = turn
         heads = qkv.view(-1, self.K)  # (GR + 2G, K)
         G = len(heads) // (self.R + 2)
         turned, v = heads[:-G], heads[-G:]
