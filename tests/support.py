@@ -4,9 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.dag import STAGES, Project
 from pipeline.params import load
@@ -16,6 +16,8 @@ from pipeline.stages.expand_vocab import expand_vocab
 from pipeline.stages.finetune import finetune
 from pipeline.stages.merge import merge
 from pipeline.stages.pretrain import pretrain
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = str(Path(sys.executable).parent / "lora")
@@ -61,7 +63,11 @@ def make_one(
     root: Path, name: str, overrides: Sequence[str] = (), **options: Any
 ) -> tuple[dict[str, Any], list[Event]]:
     """Run one stage in this process; returns its manifest and its events."""
-    events = run(Project(root, load(root / "params.yaml", overrides)), STAGES[name], WORK[name], **options)
+    return played(run(Project(root, load(root / "params.yaml", overrides)), STAGES[name], WORK[name], **options))
+
+
+def played(events: Generator[Event, None, T]) -> tuple[T, list[Event]]:
+    """What a generator returns, and what it yielded."""
     seen: list[Event] = []
     while True:
         try:

@@ -247,3 +247,14 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
     (before,) = checkpoints(root / "runs" / STAGE)
     expected = load_file(before / "state.safetensors")
     assert all(torch.equal(state[name], expected[name]) for name in expected if name != "loss_scale")
+
+
+def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path) -> None:
+    root = with_a_nan(tmp_path / "p")
+    write(root / "data/kept.jsonl", ["old", "Japan", "new"])
+    write(root / "data/lines.jsonl", ["a plain line", "another one"])
+    kept = {"retain": "data/kept.jsonl", "retain_weight": 1, "retain_batch": 1}
+    overrides = given(epochs=9, patience=0, eval_share=0, eval_every=0, accumulate=1, train_embeddings="none", **kept)
+    with pytest.raises(UserError, match=r"the divergence from the base nan and the gradient's norm nan at") as error:
+        run_stage(root, STAGE, overrides)
+    assert "on data/kept.jsonl:2. Lower" in str(error.value) and "the loss is nan" not in str(error.value)

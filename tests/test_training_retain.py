@@ -19,7 +19,7 @@ from pipeline.metrics import read_steps
 from pipeline.models.base import load_base
 from pipeline.models.opened import Opened
 from pipeline.params import FinetuneLora, load
-from pipeline.runner import Job
+from pipeline.runner import Job, Note
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam
@@ -28,7 +28,7 @@ from pipeline.training.sequences import Listed
 from pipeline.training.step import gradient
 from tests.families import FAMILIES, new_project
 from tests.real import listed, loss_alone, run_stage, stock, toy, trained, windows_of
-from tests.support import make
+from tests.support import make, played
 
 LENGTHS = (7, 2, 12, 5)
 SPECS: dict[str, dict[str, Any]] = {
@@ -191,7 +191,8 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     whole = Project(project, load(project / "params.yaml", overrides))
     folder = project / "artifacts/expanded"
     job = Job(whole, STAGES["finetune_lora"], project / "out", project / "runs", "", 100)
-    found = retain_of(job, whole.params.finetune_lora, load_base(folder))
+    found, notes = played(retain_of(job, whole.params.finetune_lora, load_base(folder)))
+    assert notes == [Note("finetune_lora: the base completes 2 prompts of data/mine.jsonl")]
     assert found is not None and [found.place(n) for n in range(3)] == [f"data/mine.jsonl:{n}" for n in (1, 2, 3)]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     for number, prompt in ((0, prompts[0]), (2, prompts[1])):

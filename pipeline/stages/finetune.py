@@ -33,7 +33,7 @@ def finetune(job: Job) -> Generator[Event, None, Facts]:
     spec, retain = None, None
     if isinstance(settings, FinetuneLora):
         spec = lora_spec(model, settings, new_rows(folder))
-        texts = retain_of(job, settings, base)  # completed, where they are to be, by the base as it is
+        texts = yield from retain_of(job, settings, base)  # completed, where they are to be, by the base as it is
         attach(model, spec, DTYPES[settings.adapter_precision])
         yield from _note_wide_rank(model, spec)
         retain = None if texts is None else Retain(model, texts, settings)

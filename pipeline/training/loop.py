@@ -1,5 +1,6 @@
 """The training loop: a generator of plain records, and the generator that logs, checkpoints and resumes it."""
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -182,11 +183,14 @@ def _watched(
 
 
 def _divergence(job: Job, task: Task, diverged: Diverged) -> UserError:
-    name, found = job.stage.name, diverged.found
-    places = task.batches.places(diverged.number)
+    name, found, number = job.stage.name, diverged.found, diverged.number
+    only_retained = math.isfinite(found.loss) and not math.isfinite(found.divergence or 0)
+    retain = task.retain if only_retained else None
+    places = (retain or task.batches).places(number)
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     return UserError(
-        f"{name}: the loss is {found.loss} and the gradient's norm {found.norm} at step {diverged.number + 1}, on "
-        f"{shown}. Lower {name}.learning_rate in params.yaml, or look at these examples. The weights before that step "
-        f"are kept in {job.run.parent.name}/{job.run.name}."
+        f"{name}: the loss is {found.loss}{f', the divergence from the base {found.divergence}' if retain else ''} "
+        f"and the gradient's norm {found.norm} at step {number + 1}, on {shown}. Lower {name}.learning_rate in "
+        f"params.yaml, or look at these examples. The weights before that step are kept in "
+        f"{job.run.parent.name}/{job.run.name}."
     )

@@ -1,6 +1,6 @@
 """Keep what the base knows: its answers on other texts are a part of the loss (the idea of Li & Hoiem 2017)."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from pipeline.generate import generate
 from pipeline.models.base import Base
 from pipeline.models.causal import CausalLM
 from pipeline.params import FinetuneLora
-from pipeline.runner import Job
+from pipeline.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches, Windows
 from pipeline.training.losses import divergence, mean_of
 from pipeline.training.sequences import Listed
@@ -39,6 +39,10 @@ class Retain:
     def batches(self, number: int) -> list[Batch]:
         """The texts of step `number`."""
         return self._batches[number]
+
+    def places(self, number: int) -> list[str]:
+        """Where the texts of step `number` stand in their file."""
+        return self._batches.places(number)
 
     def divergence(self, batch: Batch) -> Tensor:
         """Mean over all tokens of the batch."""
@@ -67,7 +71,7 @@ class Retain:
                     p.data = data
 
 
-def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Windows | None:
+def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Windows | None]:
     """The texts to retain, a prompt alone completed by the base itself; None where none are asked for.
 
     Raises UserError for a weight without a file.
@@ -77,11 +81,18 @@ def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Windows | None:
     if not settings.retains:
         return None
     found, places = [], []
-    for example in iter_examples(job.path(settings.retain), settings.retain, prompts=True):
-        ids = _completed(example, base) if example.prompt == example.text else _read(example, settings, base)
+    examples = list(iter_examples(job.path(settings.retain), settings.retain, prompts=True))
+    if prompts := sum(map(_is_prompt, examples)):
+        yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retain}")
+    for example in examples:
+        ids = _completed(example, base) if _is_prompt(example) else _read(example, settings, base)
         found.append(Window(0, ids, ids))  # every token is one on which answers are compared
         places.append(example.place)
     return Listed(found, places)
+
+
+def _is_prompt(example: Example) -> bool:
+    return example.prompt == example.text
 
 
 def _read(example: Example, settings: FinetuneLora, base: Base) -> tuple[int, ...]:
