@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -116,10 +117,21 @@ def test_queries_behind_a_cache_stand_at_its_end(
         assert_close(attend(MODULE, *inputs, None, sliding_window=window, softcap=softcap)[0], wanted.detach())
 
 
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=12))
+def test_every_token_is_a_query_once_and_has_its_whole_past_in_its_block(lengths: list[int]) -> None:
+    begins = [stop - length for length, stop in zip(lengths, accumulate(lengths), strict=True) for _ in range(length)]
+    queries = list[int]()
+    for block in short_attention.blocks(lengths):
+        assert block.stop - block.start <= short_attention.BLOCK and sum(block.lengths) == block.stop - block.first
+        queries += range(block.start, block.stop)
+        assert block.first == begins[block.start], "and no more than that of its first token"
+    assert queries == list(range(sum(lengths)))
+
+
 @pytest.mark.parametrize("longest", [16, 600])
 def test_blocks_of_queries_and_fused_attention_agree(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On either side of what counts as short, and with more than one block."""
-    lengths = [longest, 3, longest // 2]
+    """On either side of what counts as short, with several blocks a sequence and several sequences a block."""
+    lengths = [2, longest, 3, 2, longest // 2, 1, 1, 1]
     inputs = tensors(4, 2, sum(lengths), sum(lengths))
     monkeypatch.setattr(short_attention, "BLOCK", 5)
     monkeypatch.setattr(short_attention, "LONGEST", 600)

@@ -12,7 +12,7 @@ from pipeline.calc.tape import Value
 
 
 class Blocks:
-    """Runs a block of the model: x (N, D) → x (N, D). `tables`: cos and sin of the rotation."""
+    """Runs a block of the model: x (N, D) → x (N, D). `tables`: cos and sin of the rotation, then the mask."""
 
     def __init__(self, parts: Parts) -> None:
         self.p, self.m, self.style, self.t = parts, parts.model, parts.style, parts.tape
@@ -97,9 +97,10 @@ class Blocks:
         return self.t.op(q, k, v, saves=[q, k, v, sums], saves_out=True)
 
     def _short(self, q: Value, k: Value, v: Value) -> Value:
-        """Products of matrices sequence by sequence, for short ones: the weights, heads · S² a sequence, are kept."""
-        weights = self.t.leaf(self.p.n * self.m.heads * (self.p.run.span or self.p.run.sequence), self.p.w)
-        return self.t.op(q, k, v, saves=[q, k, v, weights])
+        """Products of matrices block by block, for short sequences: the weights, heads · S² a sequence, are kept."""
+        run = self.p.run
+        weights = self.t.leaf(self.m.heads * (run.scores or self.p.n * (run.span or run.sequence)), self.p.w)
+        return self.t.op(q, k, v, saves=[q, k, v, weights, self.tables[-1]])
 
     def _eager(self, q: Value, k: Value, v: Value) -> Value:
         """softmax(qkᵀ·scale + mask)·v with every score in memory: heads · S² a sequence."""

@@ -69,6 +69,7 @@ class Run:
     casts: str = "weights"  # to join a 16-bit x and 32-bit A: ours casts A, PEFT x
     context: int = 0  # bytes of CUDA context and kernels, outside the allocator
     span: int = 0  # of sequences end to end in one row: tokens that a token's own sequence has, on average
+    scores: int = 0  # that "short" attention keeps a head and layer; 0: S² a sequence
 
     @property
     def tokens(self) -> int:

@@ -73,11 +73,16 @@ class _Step:
         return x
 
     def _tables(self) -> list[Value]:
-        """cos and sin of the rotation, and the mask of eager attention, which every block reads."""
-        s = self.p.n // self.run_.batch
-        rotated = int(self.model.style.rotary * self.model.head_size)
+        """cos and sin of the rotation, and the masks of attention, which every block reads."""
+        run, m = self.run_, self.model
+        s = self.p.n // run.batch
+        rotated = int(m.style.rotary * m.head_size)
         tables = [self.t.leaf(s * rotated, self.p.w) for _ in range(2)] if rotated else []
-        return [*tables, self.t.leaf(s * s, self.p.w)] if self.blocks.eager else tables
+        if self.blocks.eager:
+            tables.append(self.t.leaf(s * s, self.p.w))
+        elif run.attention == "short":
+            tables.append(self.t.leaf(m.heads // m.kv_heads * (run.scores // run.batch or s * s), self.p.w))
+        return tables
 
     def _all_blocks(self, x: Value) -> Value:
         blocks, start = self.model.blocks, 0

@@ -6,7 +6,7 @@ from pipeline.calc.settings import Method, Run
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
 from pipeline.models.minigpt import MiniGPT
-from pipeline.models.short_attention import LONGEST
+from pipeline.models.short_attention import LONGEST, blocks
 from pipeline.params import FinetuneLora, Training
 from pipeline.training.batches import Batch
 from pipeline.training.losses import CHUNK
@@ -23,6 +23,7 @@ def forecast(model: CausalLM, method: Method, settings: Training, batch: Batch, 
         batch=rows,
         sequence=length,
         span=span,
+        scores=rows * sum(block.weights for block in blocks(batch.segments or [length])),
         attention="short" if short and not isinstance(model, MiniGPT) else "sdpa",
         precision=settings.precision,
         adapter_precision=adapter,
