@@ -6,6 +6,7 @@ wants to know whether a stage is up to date asks this too. `base_import` opens w
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ def named(base: str, root: Path) -> Source:
 def _path(base: str, root: Path) -> Path | None:
     """Where a file or folder of that name would be; None for what no system has as a name."""
     try:
-        path = root / Path(base).expanduser()
+        path = root / (name := Path(base).expanduser())
+        if not root.is_dir():  # a project about to be made: no way leads through it yet
+            path = Path(os.path.normpath(root.resolve() / name))
         path.is_dir()
     except (OSError, RuntimeError, ValueError):  # too long, no such user's home, a NUL
         return None

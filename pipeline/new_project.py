@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipeline import dvc_file, params_file, provenance
-from pipeline.bases import resolve
+from pipeline.bases import MINIGPT, resolve
 from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
 from pipeline.params import parse
@@ -30,6 +31,24 @@ DVC_CONFIG = """\
 [cache]
     type = "reflink,hardlink,copy"
 """
+# What a pretrained model wants otherwise than MiniGPT: whole examples, few and small steps, embeddings left alone.
+PRETRAINED: dict[str, Any] = {
+    "finetune_full.learning_rate": 2e-5,
+    "finetune_freeze.learning_rate": 1e-4,
+    "finetune_freeze.train_embeddings": False,
+    "finetune_lora.learning_rate": 2e-4,
+    "finetune_lora.precision": "bf16",
+    "finetune_lora.rank": 8,
+    "finetune_lora.alpha": 16.0,
+    "finetune_lora.target_modules": ["attention"],  # whatever the family calls them
+    "finetune_lora.train_embeddings": "new_rows",
+    "merge.max_logit_difference": 5.0,  # in 16 bits rounding alone moves the largest by a tenth; delta ratios are exact
+}
+PRETRAINED |= {
+    f"finetune_{method}.{key}": value
+    for method in ("full", "freeze", "lora")
+    for key, value in {"epochs": 3, "window": 0, "schedule": "linear", "clip_norm": 1.0}.items()
+}
 
 
 @dataclass(frozen=True)
@@ -43,14 +62,17 @@ class Made:
 def create(folder: Path, params: Path | None = None, base: str | None = None) -> Made:
     """Make `folder` a project, or add what one lacks. Nothing that stands there is overwritten.
 
-    `params` is the file to begin with, default the document's; `base` goes into its pretrain.base, a path being
-    relative to the folder that the caller is in. Raises UserError before anything is written.
+    `params` is the file to begin with, default the document's, changed to what a pretrained `base` wants; `base` goes
+    into its pretrain.base, a path being relative to the folder that the caller is in. Raises UserError before anything
+    is written.
     """
     _refuse_other_folder(folder)
     source = (params or DEFAULTS / PARAMS).resolve()
     base = _seen_from(folder, base) if base else None
     standing = (folder / PARAMS).is_file()
-    fresh = _fresh(folder, source, base) if params or not standing else ""
+    given = {"pretrain.base": base} if base else {}
+    wanted = PRETRAINED if base and base != MINIGPT and not params else {}
+    fresh = _fresh(folder, source, given | wanted) if params or not standing else ""
     text = _standing(folder, base) if standing else fresh
     project = Project(folder, parse(text, folder / PARAMS))
     data = _data(project, source.parent)
@@ -88,12 +110,11 @@ def _refuse_other_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds files, but no {PARAMS}: it is not a project. Name a new folder.")
 
 
-def _fresh(folder: Path, source: Path, base: str | None) -> str:
-    """The params file's text as it is to be written, with every key that dvc.yaml names."""
+def _fresh(folder: Path, source: Path, values: Mapping[str, Any]) -> str:
+    """The params file's text as it is to be written, with these values and every key that dvc.yaml names."""
     text = _read(source)
     parse(text, source)
-    if base:
-        text = params_file.changed(text, {"pretrain.base": base})
+    text = params_file.changed(text, values)
     return params_file.changed(text, _missing(text, Project(folder, parse(text, source))))
 
 

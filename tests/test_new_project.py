@@ -11,6 +11,7 @@ import yaml
 from pipeline import dvc_file, new_project
 from pipeline.dag import STAGES, Project
 from pipeline.params import load
+from tests import families
 from tests.conftest import Lora
 from tests.support import ROOT, folder_bytes, git
 
@@ -90,12 +91,29 @@ def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora
         assert code == 1 and reason in err
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, cli: Lora, tmp_path: Path) -> None:
+    toy = families.new_project(tmp_path / "other", families.FAMILIES["llama"]) / "base"
+    base = str(toy) if absolute else "other/base"
+    assert cli("new", "deep/project", "--base", base, cwd=tmp_path)[0] == 0
+    assert load(tmp_path / "deep/project/params.yaml").pretrain.base == "../../other/base"
+    deps = yaml.safe_load((tmp_path / "deep/project/dvc.yaml").read_text(encoding="utf-8"))["stages"]["pretrain"][
+        "deps"
+    ]
+    assert deps == ["${pretrain.base}"]
+    code, _, err = cli("pretrain", cwd=tmp_path / "deep/project")
+    assert code == 0, err
+    assert (tmp_path / "deep/project/artifacts/base/model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("base", ["org/model", "org/model@v1"])
 def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Path) -> None:
     assert cli("new", "project", "--base", base, cwd=tmp_path)[0] == 0
     stages = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert "deps" not in stages["pretrain"]
-    assert load(tmp_path / "project/params.yaml").pretrain.base == base
+    settings = load(tmp_path / "project/params.yaml")
+    assert settings.pretrain.base == base
+    assert (settings.finetune_full.window, settings.finetune_lora.precision) == (0, "bf16"), "as a real model wants it"
 
 
 def test_what_would_be_written_otherwise_is_said(cli: Lora, tmp_path: Path) -> None:
