@@ -151,7 +151,10 @@ def _record(line: str, file: str, number: int, prompts: bool = False) -> Example
         return Example("\n".join(message["content"] for message in messages), file, number, messages=messages)
     if keys == {"prompt"}:
         if not prompts:
-            raise UserError(f'{place}: a prompt without a completion teaches nothing. Add "completion".')
+            raise UserError(
+                f'{place}: a prompt without a completion teaches nothing. Add "completion"; '
+                "without one it is good for finetune_lora.retain alone, where the base completes it."
+            )
         prompt = _string(record, "prompt", place)
         return Example(prompt, file, number, prompt)
     forms = f'{FORMS}, or {{"prompt"}}' if prompts else FORMS
