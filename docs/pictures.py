@@ -47,10 +47,14 @@ async def adapters(pilot: Pilot[None]) -> None:
     await pilot.press("4")
     await until(pilot, lambda screen: len(screen.entries) >= 6 and all(entry.verdict for entry in screen.entries))
     await pilot.press("u", "p", *"der", "space", *"wind", "enter")
-    await until(
-        pilot, lambda screen: screen.talk.newest and all(a.ended or a.error for a in screen.talk.newest.answers)
-    )
+    await until(pilot, answered)
     await pilot.pause(1)
+
+
+def answered(screen: Any) -> bool:
+    """Whether every model has said all that it says."""
+    answers = screen.talk.newest.answers if screen.talk.newest else []
+    return len(answers) == len(screen.entries) and all(a.error or a.ended in ("end", "length") for a in answers)
 
 
 async def main() -> None:
