@@ -100,7 +100,7 @@ class Blocks:
         """Products of matrices block by block, for short sequences: the weights, heads · S² a sequence, are kept."""
         run = self.p.run
         weights = self.t.leaf(self.m.heads * (run.scores or self.p.n * (run.span or run.sequence)), self.p.w)
-        return self.t.op(q, k, v, saves=[q, k, v, weights, self.tables[-1]])
+        return self.t.op(q, k, v, saves=[q, k, v, weights, *self.tables[-1:]])
 
     def _eager(self, q: Value, k: Value, v: Value) -> Value:
         """softmax(qkᵀ·scale + mask)·v with every score in memory: heads · S² a sequence."""
