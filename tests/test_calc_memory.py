@@ -263,8 +263,10 @@ def test_less_kept_never_needs_more(name: str, method: Method, run: Run) -> None
         ({"loss": "labels", "label_share": 0.1}, {"loss": "labels", "label_share": 1.0}),
     ):
         less, more = (predict(shapes, method, replace(run, **keys)).peak for keys in (lean, plain))
-        # a block that is computed again stands beside its own input, and what a short one saves is little
-        assert less <= more * (1.02 if "checkpointing" in lean else 1), lean
+        # a block that is computed again stands beside its own input, and what a short one saves is little; fused
+        # attention keeps a number a token that MiniGPT's few scores do not outweigh
+        slack = {"checkpointing": 1.02, "attention": 1.002}.get(next(iter(lean)), 1)
+        assert less <= more * slack, lean
 
 
 # precisions
