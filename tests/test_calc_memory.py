@@ -20,7 +20,7 @@ from pipeline.calc.precision import PRECISIONS, precision
 from pipeline.calc.settings import FREEZE, FULL, LORA, OPTIMIZERS, Method, Run, qlora
 from pipeline.calc.shapes import Architecture, Block
 from pipeline.calc.sources import built_in, entry, names
-from pipeline.calc.tape import Tape
+from pipeline.calc.tape import ROUNDING, Tape
 from pipeline.errors import UserError
 from pipeline.training.trace import traced_peak
 
@@ -263,10 +263,10 @@ def test_less_kept_never_needs_more(name: str, method: Method, run: Run) -> None
         ({"loss": "labels", "label_share": 0.1}, {"loss": "labels", "label_share": 1.0}),
     ):
         less, more = (predict(shapes, method, replace(run, **keys)).peak for keys in (lean, plain))
-        # a block that is computed again stands beside its own input, and what a short one saves is little; fused
-        # attention keeps a number a token that MiniGPT's few scores do not outweigh
-        slack = {"checkpointing": 1.02, "attention": 1.002}.get(next(iter(lean)), 1)
-        assert less <= more * slack, lean
+        if "attention" in lean and run.sequence < 256:  # MiniGPT's scores are as few as outputs, which leaves the sums
+            more += len(shapes.blocks) * -(-4 * shapes.heads * run.tokens // ROUNDING) * ROUNDING
+        # a block that is computed again stands beside its own input, and what a short one saves is little
+        assert less <= more * (1.02 if "checkpointing" in lean else 1), lean
 
 
 # precisions

@@ -97,10 +97,8 @@ def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, 
     base = str(toy) if absolute else "other/base"
     assert cli("new", "deep/project", "--base", base, cwd=tmp_path)[0] == 0
     assert load(tmp_path / "deep/project/params.yaml").pretrain.base == "../../other/base"
-    deps = yaml.safe_load((tmp_path / "deep/project/dvc.yaml").read_text(encoding="utf-8"))["stages"]["pretrain"][
-        "deps"
-    ]
-    assert deps == ["${pretrain.base}"]
+    stages = yaml.safe_load((tmp_path / "deep/project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert stages["pretrain"]["deps"] == ["${pretrain.base}"]
     code, _, err = cli("pretrain", cwd=tmp_path / "deep/project")
     assert code == 0, err
     assert (tmp_path / "deep/project/artifacts/base/model.safetensors").is_file()

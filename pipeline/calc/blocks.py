@@ -12,7 +12,7 @@ from pipeline.calc.tape import Value
 
 
 class Blocks:
-    """Runs a block of the model: x (N, D) → x (N, D). `tables`: cos and sin of the rotation, then the mask."""
+    """Runs a block of the model: x (N, D) → x (N, D). `tables`: cos and sin of the rotation."""
 
     def __init__(self, parts: Parts) -> None:
         self.p, self.m, self.style, self.t = parts, parts.model, parts.style, parts.tape
@@ -22,6 +22,12 @@ class Blocks:
     def eager(self) -> bool:
         """Whether every attention score is a number in memory: asked for, or no fused kernel computes it."""
         return self.p.run.attention == "eager" or self.style.eager_only
+
+    @property
+    def scores(self) -> int:
+        """Numbers a head that short attention keeps."""
+        run = self.p.run
+        return run.scores or self.p.n * (run.span or run.sequence)
 
     def run(self, x: Value, block: Block) -> Value:
         if self.style.norms != "parallel":
@@ -98,9 +104,8 @@ class Blocks:
 
     def _short(self, q: Value, k: Value, v: Value) -> Value:
         """Products of matrices block by block, for short sequences: the weights, heads · S² a sequence, are kept."""
-        run = self.p.run
-        weights = self.t.leaf(self.m.heads * (run.scores or self.p.n * (run.span or run.sequence)), self.p.w)
-        return self.t.op(q, k, v, saves=[q, k, v, weights, *self.tables[-1:]])
+        weights = self.t.leaf(self.m.heads * self.scores, self.p.w)
+        return self.t.op(q, k, v, saves=[q, k, v, weights])
 
     def _eager(self, q: Value, k: Value, v: Value) -> Value:
         """softmax(qkᵀ·scale + mask)·v with every score in memory: heads · S² a sequence."""

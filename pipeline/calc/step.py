@@ -46,6 +46,7 @@ class _Step:
         t, p, model = self.t, self.p, self.model
         t.phase = "forward, embeddings"
         self.inputs = [t.leaf(p.n, 8), t.leaf(p.n, 8)]  # ids and labels, alive for the whole step
+        self.masks = self._remembered()
         x = self._embed()
         self.blocks.tables = tables = self._tables()
         x = self._all_blocks(x)
@@ -73,16 +74,18 @@ class _Step:
         return x
 
     def _tables(self) -> list[Value]:
-        """cos and sin of the rotation, and the masks of attention, which every block reads."""
-        run, m = self.run_, self.model
-        s = self.p.n // run.batch
-        rotated = int(m.style.rotary * m.head_size)
+        """cos and sin of the rotation, and the mask of eager attention, which every block reads."""
+        s = self.p.n // self.run_.batch
+        rotated = int(self.model.style.rotary * self.model.head_size)
         tables = [self.t.leaf(s * rotated, self.p.w) for _ in range(2)] if rotated else []
-        if self.blocks.eager:
-            tables.append(self.t.leaf(s * s, self.p.w))
-        elif run.attention == "short":
-            tables.append(self.t.leaf(m.heads // m.kv_heads * (run.scores // run.batch or s * s), self.p.w))
-        return tables
+        return [*tables, self.t.leaf(s * s, self.p.w)] if self.blocks.eager else tables
+
+    def _remembered(self) -> list[Value]:
+        """The mask of short attention, a row for each query of a group of heads, alive for the whole step."""
+        run, m = self.run_, self.model
+        if run.attention != "short" or self.blocks.eager:
+            return []
+        return [self.t.leaf(m.heads // m.kv_heads * (self.blocks.scores // run.batch), self.p.w)]
 
     def _all_blocks(self, x: Value) -> Value:
         blocks, start = self.model.blocks, 0

@@ -207,7 +207,6 @@ def refuse_unlike(model: Opened, source: str) -> None:
 @contextmanager
 def _exact(model: nn.Module) -> Iterator[None]:
     """Each part of `model` in fp32 while it runs: two right ways to compute differ by a tenth in 16 bits."""
-
     own = {module: [*module.parameters(recurse=False)] for module in model.modules()}
     narrow = {p: p.dtype for parameters in own.values() for p in parameters if p.dtype.itemsize == 2}
 
