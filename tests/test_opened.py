@@ -1,13 +1,19 @@
 """Whether what is taken apart is together again the model that transformers runs, in any precision."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.testing import assert_close
 
+from pipeline.adapters.attach import AdapterSpec, attach
+from pipeline.adapters.targets import resolve
 from pipeline.errors import UserError
 from pipeline.models import attend
+from pipeline.models.exact import exact
 from pipeline.models.opened import Opened, refuse_unlike
 from tests.families import FAMILIES
 from tests.real import toy
@@ -29,6 +35,24 @@ def test_a_model_is_taken_whatever_its_precision_and_stays_as_it_is(name: str, d
     after = model.state_dict()
     assert all(after[key].dtype == tensor.dtype and torch.equal(after[key], tensor) for key, tensor in before.items())
     assert model(torch.arange(5)[None]).dtype == dtype, "and computes as before"
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exactly_means_as_a_copy_in_fp32(name: str, adapted: bool) -> None:
+    model = rough(name, torch.bfloat16)
+    if adapted:  # so small that its update is folded into a weight which is then never called
+        attach(model, AdapterSpec(2, 4.0, tuple(resolve(model, ["attention"]))), torch.float32)
+    for key, p in model.named_parameters():
+        if key.endswith("lora_B"):
+            nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(20)[None]
+    wide = copy.deepcopy(model).float()
+    with torch.no_grad():
+        with exact(model):
+            found = model(ids)
+        assert_close(found, wide(ids), rtol=1e-4, atol=1e-4)
+        assert model(ids).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.models import attend
 from pipeline.models.causal import CausalLM, Checkpointing, Shape, checkpointed
+from pipeline.models.exact import exact
 from pipeline.pretrained import generation_of, open_whole, quiet, reported, save_whole
 
 AGREEMENT = 1e-3  # of the largest logit, in fp32
@@ -192,7 +193,7 @@ def refuse_unlike(model: Opened, source: str) -> None:
     ids = torch.arange(min(24, model.shape.rows, model.shape.positions), device=model.device)[None]
     whole = model._whole[0]
     attention = whole.config._attn_implementation
-    with quiet(), _exact(whole):
+    with quiet(), exact(whole):
         ours = model(ids).float()
         model.use_attention("eager")
         theirs = whole(input_ids=ids, use_cache=False).logits.float()
@@ -202,31 +203,6 @@ def refuse_unlike(model: Opened, source: str) -> None:
             f"pretrain.base: {source}: {type(whole).__name__} makes its logits otherwise than this project knows. "
             "Choose another base."
         )
-
-
-@contextmanager
-def _exact(model: nn.Module) -> Iterator[None]:
-    """Each part of `model` in fp32 while it runs: two right ways to compute differ by a tenth in 16 bits."""
-    own = {module: [*module.parameters(recurse=False)] for module in model.modules()}
-    narrow = {p: p.dtype for parameters in own.values() for p in parameters if p.dtype.itemsize == 2}
-
-    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        for p in own[module]:
-            p.data = p.data.float()
-        return tuple(x.float() if isinstance(x, Tensor) and x.dtype.itemsize == 2 else x for x in inputs)
-
-    def after(module: nn.Module, *_: object) -> None:
-        for p in own[module]:
-            p.data = p.data.to(narrow.get(p, p.dtype))
-
-    changed = [module for module, parameters in own.items() if any(p in narrow for p in parameters)]
-    hooks = [module.register_forward_pre_hook(before) for module in changed]
-    hooks += [module.register_forward_hook(after, always_call=True) for module in changed]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
 from pipeline.models.base import Base, count, save_base
 from pipeline.models.causal import CausalLM, read
+from pipeline.models.exact import exact
 from pipeline.runner import Event, Facts, Job, Progress
 
 CERTIFICATE = "certificate.json"
@@ -78,8 +79,9 @@ def _weight(model: CausalLM, name: str) -> Tensor:
 @torch.no_grad()
 def _logit_difference(one: Loaded, other: Loaded, texts: list[str]) -> float:
     ids = [one.tokenizer.encode(text)[: one.model.shape.positions] for text in texts]  # unknown words included
-    pairs = zip(read(one.model, ids), read(other.model, ids), strict=True)
-    return max(float((one.model.logits(a).float() - other.model.logits(b).float()).abs().max()) for a, b in pairs)
+    with exact(one.model), exact(other.model):
+        pairs = zip(read(one.model, ids), read(other.model, ids), strict=True)
+        return max(float((one.model.logits(a).float() - other.model.logits(b).float()).abs().max()) for a, b in pairs)
 
 
 def _refuse(certificate: dict[str, Any], allowed: dict[str, float], limit: float) -> None:
