@@ -94,6 +94,7 @@ def chart(screen: str) -> list[str]:
 
 def test_qwen3_is_calculated_and_changed_by_keys(tmp_path: Path) -> None:
     with lora_tui(new_project(tmp_path / "project")) as terminal:
+        terminal.see("q Quit")
         terminal.keys("3")
         terminal.see("qwen3-8b", "8,190,735,360", "7,667,712")
         terminal.keys("Escape", "p")
@@ -121,8 +122,8 @@ def test_lora_is_prompted_beside_base_again_after_a_kill_and_swapped_for_another
         terminal.keys("Escape", "u", *["Down"] * 5, "Space")  # none but the other adapter
         terminal.see("● second")
         terminal.keys("p", "Up", "Enter")
-        screen = terminal.see("next", "second", "98.1", "engine ready")
-        assert "freeze" not in screen.split("candidates")[1]
+        screen = terminal.see("next     second", "98.1", "second  der wind weht", "engine ready")
+        assert "freeze" not in screen.split("candidates")[1].split("earlier")[0]
         assert child(worked) == fresh
 
 
