@@ -1,6 +1,7 @@
 """Fixtures: projects that were run once, and `lora` called in this process."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from tests.support import BRIEF, ROOT, WORK, git, make, new_project
 
 settings.register_profile("default", deadline=None, max_examples=60)
 settings.load_profile("default")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tests run side by side on few cores
 
 Lora = Callable[..., tuple[int, str, str]]

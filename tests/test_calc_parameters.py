@@ -72,7 +72,7 @@ def test_counts_are_those_of_transformers_and_peft(name: str) -> None:
     assert len(choices) >= 6
     for wanted in choices:
         config = LoraConfig(r=8, target_modules=peft_targets(shapes, wanted, model))
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
         assert trainable(shapes, Method(targets=wanted)) == trained(adapted), wanted
         model = adapted.unload()
 

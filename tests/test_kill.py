@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runner import Note
+from tests.forked import Forked
 from tests.support import BRIEF, COMMAND, LORA, folder_bytes, lora, make_one
 
 TRAINING = {
@@ -31,44 +32,50 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def killed_at(project: Path, stage: str, step: int, number: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Start the stage and send it `number` once its log has passed `step` new lines."""
+def killed_at(project: Path, stage: str, step: int, number: signal.Signals) -> tuple[int, str]:
+    """Start the stage and send it `number` once its log has passed `step` new lines: exit code and stderr."""
     log = project / "runs" / stage / "loss.csv"
     before = log.stat().st_mtime_ns if log.exists() else 0
-    process = subprocess.Popen(
-        command(stage), cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before or lines(log) <= step):
+    running = Forked(command(stage)[1:], project)
+    process = running.process
+    while process.is_alive() and (not log.exists() or log.stat().st_mtime_ns == before or lines(log) <= step):
         time.sleep(0.0005)
-    os.kill(process.pid, number)
-    out, err = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    if process.pid is not None and process.is_alive():
+        os.kill(process.pid, number)
+    return running.end()
+
+
+def finish(project: Path, stage: str) -> str:
+    """Run the stage to its end: its stderr."""
+    code, errors = Forked(command(stage)[1:], project).end()
+    assert code == 0, errors
+    return errors
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", TRAINING)
 def test_killed_twenty_times_at_random_steps_it_ends_with_the_same_bytes(project: Path, stage: str) -> None:
     folder = project / "artifacts" / TRAINING[stage][0]
-    done = subprocess.run(command(stage), cwd=project, capture_output=True, text=True, check=True)
+    subprocess.run(command(stage), cwd=project, capture_output=True, check=True)
     expected, total = folder_bytes(folder), lines(folder / "loss.csv") - 1
     shutil.rmtree(project / "runs" / stage)
     chance = random.Random(stage)
     kills = resumed = 0
     while kills < 20:
         step = chance.randrange(1, total)
-        stopped = killed_at(project, stage, step, signal.SIGKILL)
-        if stopped.returncode == -signal.SIGKILL:
+        code, errors = killed_at(project, stage, step, signal.SIGKILL)
+        if code == -signal.SIGKILL:
             kills += 1
-            resumed += "resumed after step" in stopped.stderr
+            resumed += "resumed after step" in errors
         else:  # it was past that step and finished first
-            assert stopped.returncode == 0, stopped.stderr
+            assert code == 0, errors
             assert folder_bytes(folder) == expected
             shutil.rmtree(project / "runs" / stage)
         if chance.random() < 0.3:  # let it finish from here
-            done = subprocess.run(command(stage), cwd=project, capture_output=True, text=True, check=True)
-            assert folder_bytes(folder) == expected, done.stderr
-    done = subprocess.run(command(stage), cwd=project, capture_output=True, text=True, check=True)
-    assert folder_bytes(folder) == expected, done.stderr
+            errors = finish(project, stage)
+            assert folder_bytes(folder) == expected, errors
+    errors = finish(project, stage)
+    assert folder_bytes(folder) == expected, errors
     assert resumed > 0
     assert not list((project / "artifacts").glob(".*")), "no temporary folder is left"
 
@@ -80,16 +87,15 @@ def test_a_signal_ends_at_a_step_with_a_checkpoint_and_the_next_run_goes_on(
     subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
     expected = folder_bytes(project / "artifacts/lora_adapter")
     shutil.rmtree(project / "runs/finetune_lora")
-    stopped = killed_at(project, "finetune_lora", 30, number)
-    assert stopped.returncode == code, stopped.stderr
-    assert "stopped after step" in stopped.stderr
-    assert "Run the same command to go on." in stopped.stderr
-    assert "Traceback" not in stopped.stderr
-    step = int(stopped.stderr.split("after step ")[1].split()[0])
+    stopped, errors = killed_at(project, "finetune_lora", 30, number)
+    assert stopped == code, errors
+    assert "stopped after step" in errors
+    assert "Run the same command to go on." in errors
+    assert "Traceback" not in errors
+    step = int(errors.split("after step ")[1].split()[0])
     (checkpoint,) = (project / "runs/finetune_lora").glob("checkpoint-*")
     assert checkpoint.name == f"checkpoint-{step:09d}"
-    done = subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, text=True, check=True)
-    assert f"resumed after step {step}" in done.stderr
+    assert f"resumed after step {step}" in finish(project, "finetune_lora")
     assert folder_bytes(project / "artifacts/lora_adapter") == expected
 
 
@@ -108,12 +114,12 @@ def test_a_run_never_goes_on_from_a_log_that_another_has_overwritten(project: Pa
     stop_early(project)
     other = [*command("finetune_lora")[:-1], "1000", "--set", "finetune_lora.learning_rate=0.01"]
     log = project / "runs/finetune_lora/loss.csv"
-    process = subprocess.Popen(other, cwd=project, stderr=subprocess.DEVNULL)
+    running = Forked(other[1:], project)
     while "0.01," not in log.read_text() or lines(log) < 90:
         time.sleep(0.0005)
-    process.kill()
-    process.wait()
-    subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
+    running.process.kill()
+    running.end()
+    finish(project, "finetune_lora")
     assert folder_bytes(project / "artifacts/lora_adapter") == expected
 
 
@@ -148,24 +154,22 @@ def test_a_cache_hit_for_other_params_leaves_a_stopped_run_its_checkpoint(projec
     checkpoint = stop_early(project)
     _, events = make_one(project, "finetune_lora", BRIEF)
     assert "taken from the cache" in str(events)
-    done = subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, text=True, check=True)
-    assert f"resumed after step {int(checkpoint.name.split('-')[1])}" in done.stderr
+    assert f"resumed after step {int(checkpoint.name.split('-')[1])}" in finish(project, "finetune_lora")
 
 
 def test_a_damaged_checkpoint_is_refused_and_said_so(project: Path) -> None:
     checkpoint = stop_early(project)
     path = checkpoint / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
-    done = subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, text=True, check=True)
-    assert "training starts over" in done.stderr
-    assert "state.safetensors was changed" in done.stderr
+    errors = finish(project, "finetune_lora")
+    assert "training starts over" in errors
+    assert "state.safetensors was changed" in errors
 
 
 def test_a_checkpoint_whose_log_is_gone_is_not_used(project: Path) -> None:
     stop_early(project)
     (project / "runs/finetune_lora/loss.csv").unlink()
-    done = subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, text=True, check=True)
-    assert "training starts over" in done.stderr
+    assert "training starts over" in finish(project, "finetune_lora")
     assert lines(project / "artifacts/lora_adapter/loss.csv") == 301
 
 

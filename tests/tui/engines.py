@@ -14,14 +14,14 @@ DEATH = "The inference process ended: it was killed. Prompt again: a fresh one s
 class FakeInference(Inference):
     """Every model gives `tisch` probability 0.5, an adapter 0.5 + strength / 4; completions are three tokens."""
 
-    def __init__(self, held: bool = False, load_seconds: float = 0.0) -> None:
+    def __init__(self, held: bool = False, loads_held: bool = False) -> None:
         super().__init__(Path())
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.life = 0  # 0: not running
         self.dies = False  # at the next generate
         self.go_on = asyncio.Event()  # completions wait for it after their first token
         self.chat = False
-        self.load_seconds = load_seconds  # that a load takes
+        self.loads = asyncio.Semaphore(0 if loads_held else 1_000_000)  # a load takes one
         self.cancelled = 0
         if not held:
             self.go_on.set()
@@ -42,7 +42,7 @@ class FakeInference(Inference):
         self.life = self.life or 1
         self.asked.append((do, fields))
         if do == "load":
-            await asyncio.sleep(self.load_seconds)
+            await self.loads.acquire()
         answer: dict[str, Any] = getattr(self, f"_{do}")(**fields)
         await asyncio.sleep(0)
         return answer
