@@ -16,7 +16,9 @@ from cli.main import main
 from tests.models import checkpoint
 from tests.support import BRIEF, ROOT, WORK, git, make, new_project
 
-settings.register_profile("default", deadline=None, max_examples=60)
+# The same examples each time, so that a run can be repeated; `--hypothesis-profile=search` looks for new ones.
+settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=400, print_blob=True)
 settings.load_profile("default")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from bench.memory import CORNERS, shortened, worst
@@ -15,7 +15,7 @@ from pipeline.calc.explain import explain
 from pipeline.calc.families import architecture
 from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
 from pipeline.calc.memory import inference, predict, step, weight_bytes
-from pipeline.calc.parameters import trainable
+from pipeline.calc.parameters import projections, trainable
 from pipeline.calc.precision import PRECISIONS, precision
 from pipeline.calc.settings import FREEZE, FULL, LORA, OPTIMIZERS, Method, Run, qlora
 from pipeline.calc.shapes import Architecture, Block
@@ -235,12 +235,19 @@ def test_a_higher_rank_never_needs_less(name: str, run: Run, one: int, other: in
 
 @given(models, runs, st.integers(1, 16), st.sampled_from(["attention", "all-linear"]))
 def test_lora_never_needs_more_than_full(name: str, run: Run, rank: int, targets: str) -> None:
-    """At ranks that are used, the adapter no wider than the base: r numbers more a token cost less than W's state."""
+    """At ranks that are used, the adapter no wider than the base: r numbers more a token cost less than W's state.
+
+    MiniGPT is left out: W + s·BA, which its small layers form, stands beside W.
+    """
+    assume(name != "minigpt")
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
     lora, full = predict(shapes, Method(rank=rank, targets=(targets,)), run), predict(shapes, FULL, run)
-    assert lora.peak - lora.adapter <= full.peak, "without optimizer state the adapter itself can be the difference"
     if OPTIMIZERS[run.optimizer](2):
         assert lora.peak <= full.peak
+    else:  # without it, the adapter, as cast to the activations' width, and r numbers a token can be the difference
+        linears = sum(one.count for one in projections(shapes, Method(rank=rank, targets=(targets,))))
+        own = 3 * lora.adapter + linears * (4 * rank * run.tokens + 3 * ROUNDING)
+        assert lora.peak - own <= full.peak
 
 
 @given(models, runs, st.integers(1, 64))
