@@ -14,10 +14,10 @@ _SERVER.set_forkserver_preload(["cli.main", "pipeline.stages.pretrain", "pipelin
 class Forked:
     """A running `lora …`, its stderr in a file."""
 
-    def __init__(self, words: list[str], cwd: Path) -> None:
+    def __init__(self, command: list[str], cwd: Path) -> None:
         handle, self._errors = mkstemp()
         os.close(handle)
-        self.process: BaseProcess = _SERVER.Process(target=_run, args=(words, str(cwd), self._errors), daemon=True)
+        self.process: BaseProcess = _SERVER.Process(target=_run, args=(command, str(cwd), self._errors), daemon=True)
         self.process.start()
 
     def end(self) -> tuple[int, str]:
@@ -29,11 +29,11 @@ class Forked:
         return self.process.exitcode, errors
 
 
-def _run(words: list[str], cwd: str, errors: str) -> None:
+def _run(command: list[str], cwd: str, errors: str) -> None:
     from cli.main import main
 
     for stream, path in ((1, os.devnull), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY), stream)
     os.chdir(cwd)
-    sys.argv = ["lora", *words]
+    sys.argv = command
     main()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.memory import CORNERS, shortened, worst
@@ -132,14 +132,15 @@ def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, ch
     assert memory.peak / GIB == pytest.approx(gib, rel=0.001)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", ["full", "freeze", "lora"])
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 20)])
-def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int) -> None:
+def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int, checkpointing: str) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
-    run = Run(batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
+    run = Run(batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
     traced = traced_peak(config, Method(kind, rank=4), run)
     formula = predict(architecture(config, "minigpt"), Method(kind, rank=4), run).peak
-    assert formula == pytest.approx(traced, rel=0.05 if layers > 2 else 0.03)
+    assert formula == pytest.approx(traced, rel=0.015)
 
 
 @pytest.mark.parametrize("method", [
@@ -235,17 +236,13 @@ def test_a_higher_rank_never_needs_less(name: str, run: Run, one: int, other: in
 
 @given(models, runs, st.integers(1, 16), st.sampled_from(["attention", "all-linear"]))
 def test_lora_never_needs_more_than_full(name: str, run: Run, rank: int, targets: str) -> None:
-    """At ranks that are used, the adapter no wider than the base: r numbers more a token cost less than W's state.
-
-    MiniGPT is left out: W + s·BA, which its small layers form, stands beside W.
-    """
-    assume(name != "minigpt")
+    """At ranks that are used, the adapter no wider than the base: r numbers more a token cost less than W's state."""
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
     lora, full = predict(shapes, Method(rank=rank, targets=(targets,)), run), predict(shapes, FULL, run)
     if OPTIMIZERS[run.optimizer](2):
         assert lora.peak <= full.peak
     else:  # without it, the adapter, as cast to the activations' width, and r numbers a token can be the difference
-        linears = sum(one.count for one in projections(shapes, Method(rank=rank, targets=(targets,))))
+        linears = sum(p.count for p in projections(shapes, Method(rank=rank, targets=(targets,))))
         own = 3 * lora.adapter + linears * (4 * rank * run.tokens + 3 * ROUNDING)
         assert lora.peak - own <= full.peak
 

@@ -1,12 +1,13 @@
 """SIGKILL, SIGINT and SIGTERM while training: nothing is lost, and the final bytes are those of an undisturbed run."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,22 +33,27 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def killed_at(project: Path, stage: str, step: int, number: signal.Signals) -> tuple[int, str]:
-    """Start the stage and send it `number` once its log has passed `step` new lines: exit code and stderr."""
+def passed(project: Path, stage: str, step: int) -> Callable[[], bool]:
+    """Whether the stage's log has passed `step` new lines from now on."""
     log = project / "runs" / stage / "loss.csv"
     before = log.stat().st_mtime_ns if log.exists() else 0
-    running = Forked(command(stage)[1:], project)
-    process = running.process
-    while process.is_alive() and (not log.exists() or log.stat().st_mtime_ns == before or lines(log) <= step):
+    return lambda: log.exists() and log.stat().st_mtime_ns != before and lines(log) > step
+
+
+def killed_at(project: Path, stage: str, step: int) -> tuple[int, str]:
+    """Start the stage and kill it once its log has passed `step` new lines: exit code and stderr."""
+    there = passed(project, stage, step)
+    running = Forked(command(stage), project)
+    while running.process.is_alive() and not there():
         time.sleep(0.0005)
-    if process.pid is not None and process.is_alive():
-        os.kill(process.pid, number)
+    with suppress(ProcessLookupError):  # it ended just now
+        running.process.kill()
     return running.end()
 
 
 def finish(project: Path, stage: str) -> str:
     """Run the stage to its end: its stderr."""
-    code, errors = Forked(command(stage)[1:], project).end()
+    code, errors = Forked(command(stage), project).end()
     assert code == 0, errors
     return errors
 
@@ -63,7 +69,7 @@ def test_killed_twenty_times_at_random_steps_it_ends_with_the_same_bytes(project
     kills = resumed = 0
     while kills < 20:
         step = chance.randrange(1, total)
-        code, errors = killed_at(project, stage, step, signal.SIGKILL)
+        code, errors = killed_at(project, stage, step)
         if code == -signal.SIGKILL:
             kills += 1
             resumed += "resumed after step" in errors
@@ -87,8 +93,13 @@ def test_a_signal_ends_at_a_step_with_a_checkpoint_and_the_next_run_goes_on(
     subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
     expected = folder_bytes(project / "artifacts/lora_adapter")
     shutil.rmtree(project / "runs/finetune_lora")
-    stopped, errors = killed_at(project, "finetune_lora", 30, number)
-    assert stopped == code, errors
+    there = passed(project, "finetune_lora", 30)
+    stage = subprocess.Popen(command("finetune_lora"), cwd=project, stderr=subprocess.PIPE, text=True)
+    while stage.poll() is None and not there():
+        time.sleep(0.0005)
+    stage.send_signal(number)
+    _, errors = stage.communicate()
+    assert stage.returncode == code, errors
     assert "stopped after step" in errors
     assert "Run the same command to go on." in errors
     assert "Traceback" not in errors
@@ -102,7 +113,7 @@ def test_a_signal_ends_at_a_step_with_a_checkpoint_and_the_next_run_goes_on(
 def stop_early(project: Path) -> Path:
     """A run of finetune_lora that was killed after a checkpoint; returns the checkpoint."""
     shutil.rmtree(project / "runs/finetune_lora")
-    killed_at(project, "finetune_lora", 60, signal.SIGKILL)
+    killed_at(project, "finetune_lora", 60)
     (checkpoint,) = (project / "runs/finetune_lora").glob("checkpoint-*")
     return checkpoint
 
@@ -114,7 +125,7 @@ def test_a_run_never_goes_on_from_a_log_that_another_has_overwritten(project: Pa
     stop_early(project)
     other = [*command("finetune_lora")[:-1], "1000", "--set", "finetune_lora.learning_rate=0.01"]
     log = project / "runs/finetune_lora/loss.csv"
-    running = Forked(other[1:], project)
+    running = Forked(other, project)
     while "0.01," not in log.read_text() or lines(log) < 90:
         time.sleep(0.0005)
     running.process.kill()

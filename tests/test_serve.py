@@ -172,7 +172,7 @@ def test_the_end_of_stdin_ends_it_at_once_whatever_it_does(talk: Talk, endless: 
     talk.process.stdin.close()
     start = time.monotonic()
     assert talk.end() == (0, "")
-    assert time.monotonic() - start < 10  # it talks several times as long
+    assert time.monotonic() - start < 2
 
 
 def test_a_killed_parent_leaves_nothing_behind() -> None:
@@ -188,7 +188,7 @@ def test_a_killed_parent_leaves_nothing_behind() -> None:
     child = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 10
     while alive(child):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -134,7 +134,7 @@ def test_the_signature_changes_with_a_local_base(project: Path, base: str) -> No
     assert all(one != other for one, other in pairwise(seen))
 
 
-def wait_for(condition: object, seconds: float = 60.0) -> None:
+def wait_for(condition: object, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "it did not happen in time"

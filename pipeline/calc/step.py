@@ -124,9 +124,11 @@ class _Step:
 
     def _gradients(self, index: int) -> int:
         """Bytes of the gradients that block `index` leaves: none where there is a place for them already."""
+        return 0 if self.p.flat else self._trained(index)
+
+    def _trained(self, index: int) -> int:
+        """Bytes of what trains in block `index`."""
         block = self.model.blocks[index]
-        if self.p.flat:
-            return 0
         if self._trains(index):
             return block.parameters * self.p.w
         pairs = zip(self.model.adaptable(block), self.adapted[index], strict=True)
@@ -145,7 +147,7 @@ class _Step:
             self.p.where, self.p.trains = self.model.block_name(index), self._trains(index)
             return self.blocks.run(y, self.model.blocks[index])
 
-        grows = x.node is not None or self._gradients(index) > 0
+        grows = x.node is not None or self._trained(index) > 0
         checkpointed = self.run_.checkpointed(index) and grows
         return self.t.checkpoint(x, forward) if checkpointed else forward(x)
 

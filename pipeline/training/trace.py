@@ -78,7 +78,7 @@ def _trainer_step(model: CausalLM, method: Method, run: Run) -> Callable[[], Non
     _make_trainable(model, method, DTYPES[run.adapter_precision])
     if isinstance(model, Opened):
         quicken(model, checked=False)
-        model.checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
+    model.checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     optimizer = FlatAdam(model.train(), 1e-3)
     ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
     at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)

@@ -49,7 +49,7 @@ class Terminal:
     def resize(self, columns: int, rows: int) -> None:
         self._tmux("resize-window", "-t", "app", "-x", str(columns), "-y", str(rows))
 
-    def see(self, *texts: str, seconds: float = 60) -> str:
+    def see(self, *texts: str, seconds: float = 30) -> str:
         """Wait until all of `texts` are on the screen, and return it."""
         end = time.monotonic() + seconds
         while True:
@@ -59,7 +59,7 @@ class Terminal:
             assert time.monotonic() < end, f"{texts} did not appear:\n{screen}"
             time.sleep(0.05)
 
-    def miss(self, text: str, seconds: float = 60) -> str:
+    def miss(self, text: str, seconds: float = 30) -> str:
         """Wait until `text` has gone from the screen."""
         end = time.monotonic() + seconds
         while text in (screen := self.screen()):

@@ -147,7 +147,7 @@ async def test_an_engine_that_hangs_is_interrupted_at_once(finished: Path) -> No
         await s.ask(PROMPT)
         await until(s.pilot, s.screen._asking)
         await s.press("escape")
-        await until(s.pilot, lambda: not s.screen._asking())
+        await until(s.pilot, lambda: not s.screen._asking(), 1)
         os.kill(engine.pid, signal.SIGCONT)
         assert (await answers(s, PROMPT))[0].text
 

@@ -228,7 +228,7 @@ async def test_the_same_app_is_served_to_a_browser(empty: Path) -> None:
             await browser.send_json(["resize", {"width": 100, "height": 30}])
             painted = b""
             while b"finetune_lora" not in painted:
-                message = await asyncio.wait_for(browser.receive(), 60)
+                message = await asyncio.wait_for(browser.receive(), 20)
                 painted += message.data if isinstance(message.data, bytes) else b""
     finally:
         server.terminate()
@@ -237,7 +237,7 @@ async def test_the_same_app_is_served_to_a_browser(empty: Path) -> None:
 
 async def _connected(session: Any, port: int) -> Any:
     """The socket that the page opens, once the server answers."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 20
     while True:
         try:
             return await session.ws_connect(f"http://localhost:{port}/ws?width=100&height=30")

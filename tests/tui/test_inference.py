@@ -114,7 +114,7 @@ async def test_closing_a_stream_interrupts_it_and_the_next_request_is_answered_a
             break
     start = time.monotonic()
     await asked(engine, "unload", name="endless")  # waits in the queue behind the generation
-    assert time.monotonic() - start < 10  # it talks several times as long
+    assert time.monotonic() - start < 1
 
 
 async def test_a_generation_that_is_cancelled_by_its_id_ends_with_cancelled(engine: Inference, endless: Path) -> None:

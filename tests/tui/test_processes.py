@@ -21,7 +21,7 @@ SLEEPER = "import os, sys, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\
 STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLEEPER}"
 
 
-def until(holds: Callable[[], object], seconds: float = 60) -> None:
+def until(holds: Callable[[], object], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not come to hold in time"
@@ -126,6 +126,6 @@ def test_a_stage_that_was_started_elsewhere_is_stopped_with_its_checkpoint_kept(
     with pytest.raises(UserError, match="started elsewhere"):
         starting(project)
     assert "with a checkpoint" in Runner(project).stop()
-    assert stage.wait(60) == 130
+    assert stage.wait(20) == 130
     assert list(folder.glob("checkpoint-*"))
     shutil.rmtree(folder)
