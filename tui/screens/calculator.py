@@ -124,7 +124,8 @@ class CalculatorScreen(WorkbenchScreen):
 
     def _advised(self, result: Result, advice: Advice) -> None:
         if result is self.result:
-            self.query_one(Verdict).tell(result, advice)
+            for verdict in self.query(Verdict):  # none: the screen is being closed
+                verdict.tell(result, advice)
 
     def _model(self, name: str) -> Architecture:
         """A built-in model at once; a path's when it has been read. Raises UserError until then."""

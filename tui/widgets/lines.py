@@ -20,6 +20,10 @@ class Lines(Static):
         self._redraw(self.size.width)
 
     def on_resize(self) -> None:
+        # Textual can lose a wish for another layout while it lays out: the first lines would stay one line high.
+        self.call_after_refresh(self._fit)
+
+    def _fit(self) -> None:
         if self.size.width != self._drawn[0]:
             self._redraw(self.size.width)
 
