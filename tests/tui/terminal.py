@@ -67,6 +67,16 @@ class Terminal:
             time.sleep(0.05)
         return screen
 
+    def field(self, text: str, seconds: float = 30) -> None:
+        """Wait until the cursor, which Textual keeps in the field that has the keys, is in a line with `text`."""
+        end = time.monotonic() + seconds
+        while text not in (line := self.screen().splitlines()[self._row()]):
+            assert time.monotonic() < end, f"the cursor is not at {text} but here: {line}"
+            time.sleep(0.05)
+
+    def _row(self) -> int:
+        return int(self._tmux("display-message", "-p", "-t", "app", "#{cursor_y}"))
+
     def close(self) -> None:
         subprocess.run(["tmux", "-L", self._socket, "kill-server"], capture_output=True, check=False)
 

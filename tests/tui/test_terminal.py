@@ -86,6 +86,7 @@ def lengthen(terminal: Terminal, clone: Path) -> None:
     terminal.miss("Enter writes it")
     assert load(clone / "params.yaml").finetune_lora.epochs == 30_000
     terminal.keys("Escape")
+    terminal.see("r Run all")  # the keys are the list's again
 
 
 def chart(screen: str) -> list[str]:
@@ -119,7 +120,9 @@ def test_lora_is_prompted_beside_base_again_after_a_kill_and_swapped_for_another
         terminal.see("engine ready", seconds=60)
         fresh = child(worked)
         assert fresh != engine
-        terminal.keys("Escape", "u", *["Down"] * 5, "Space")  # none but the other adapter
+        terminal.keys("Escape", "u")
+        terminal.miss("● base")  # none is selected, and the keys are the table's
+        terminal.keys(*["Down"] * 5, "Space")
         terminal.see("● second")
         terminal.keys("p", "Up", "Enter")
         screen = terminal.see("next     second", "98.1", "second  der wind weht", "engine ready")
@@ -148,11 +151,14 @@ def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
         terminal.see("only models with")
         terminal.type("endless")
         terminal.miss("expanded")
-        terminal.keys("Enter", "Space")
+        terminal.keys("Enter")
+        terminal.see("Select")  # the keys are the table's again
+        terminal.keys("Space")
         terminal.see("● endless")
         terminal.keys("t")
         terminal.see("limit")
         terminal.keys("Tab", "Tab", "Tab", "Tab")
+        terminal.field("limit")
         terminal.type("10000")
         terminal.keys("Enter")
         terminal.see("10000 tokens")
