@@ -1,14 +1,14 @@
 """What an artifact was made with: the code a stage runs, the commit, the library versions."""
 
-import ast
 import hashlib
 import platform
 import subprocess
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
+from modulefinder import ModuleFinder
 from pathlib import Path
-from threading import Lock
+from types import CodeType
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
@@ -33,18 +33,21 @@ def _file_of(module: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-_PARSING = Lock()  # of two threads that parse at once CPython 3.11 mixes up the depths, and raises SystemError
-
-
 def _imports(path: Path) -> list[str]:
+    """What a file imports of the project, inside functions too.
+
+    Read from its bytecode: `ast.parse` raises SystemError in CPython 3.11 where another thread parses at the same
+    time, as a library may while it is imported.
+    """
     names: list[str] = []
-    with _PARSING:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    waiting = [compile(path.read_bytes(), str(path), "exec")]
+    while waiting:
+        code = waiting.pop()
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        for kind, found in ModuleFinder().scan_opcodes(code):
+            if kind == "absolute_import":
+                members, module = found
+                names += [module, *(f"{module}.{member}" for member in members or ())]
     return [name for name in names if name.split(".")[0] == "pipeline"]
 
 

@@ -39,6 +39,32 @@ def test_code_files_are_those_that_python_imports() -> None:
         assert imported <= {name.removesuffix(".__init__") for name in found}
 
 
+def test_code_files_are_found_while_another_thread_parses() -> None:
+    """As libraries do on import; in a process of its own, which switches threads often."""
+    code = """
+import gc, inspect, sys, threading, time
+from pipeline.provenance import code_files
+done = threading.Event()
+def parse():
+    while not done.is_set():
+        try:
+            inspect.signature(dict.get)  # parses the signature's text
+        except SystemError:
+            pass  # what CPython 3.11 may say of two that parse; here it is of no interest
+thread = threading.Thread(target=parse)
+thread.start()
+sys.setswitchinterval(1e-5)
+gc.callbacks.append(lambda *_: time.sleep(0))
+gc.set_threshold(50)
+try:
+    for _ in range(5):
+        assert code_files("pipeline.stages.finetune")
+finally:
+    done.set()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
 def dvc(folder: Path, *arguments: str) -> str:
     """`dvc …` in a clone, whose own code the stages run."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
