@@ -36,12 +36,14 @@ class Terminal:
         return self._tmux("capture-pane", "-p", "-t", "app")
 
     def keys(self, *names: str) -> None:
-        """Press keys by tmux's names: r, Enter, Escape, C-c."""
+        """Press keys by tmux's names: r, Enter, Escape, C-c.
+
+        Wait for what a key does before another that counts on it: a program that stalls gives the keys of meanwhile to
+        what then has the focus, and reads Escape and the key after it as Alt and that key.
+        """
         for name in names:
             self._tmux("send-keys", "-t", "app", name)
-            # A person's pace: Textual moves the focus after what is typed in the same instant, and a key at once
-            # after Escape is Alt and that key.
-            time.sleep(0.2 if name == "Escape" else 0.1)
+            time.sleep(0.1)  # a person's pace
 
     def type(self, text: str) -> None:
         self._tmux("send-keys", "-t", "app", "-l", text)
@@ -49,7 +51,7 @@ class Terminal:
     def resize(self, columns: int, rows: int) -> None:
         self._tmux("resize-window", "-t", "app", "-x", str(columns), "-y", str(rows))
 
-    def see(self, *texts: str, seconds: float = 30) -> str:
+    def see(self, *texts: str, seconds: float = 60) -> str:
         """Wait until all of `texts` are on the screen, and return it."""
         end = time.monotonic() + seconds
         while True:
@@ -59,7 +61,7 @@ class Terminal:
             assert time.monotonic() < end, f"{texts} did not appear:\n{screen}"
             time.sleep(0.05)
 
-    def miss(self, text: str, seconds: float = 30) -> str:
+    def miss(self, text: str, seconds: float = 60) -> str:
         """Wait until `text` has gone from the screen."""
         end = time.monotonic() + seconds
         while text in (screen := self.screen()):
@@ -67,7 +69,7 @@ class Terminal:
             time.sleep(0.05)
         return screen
 
-    def field(self, text: str, seconds: float = 30) -> None:
+    def field(self, text: str, seconds: float = 60) -> None:
         """Wait until the cursor, which Textual keeps in the field that has the keys, is in a line with `text`."""
         end = time.monotonic() + seconds
         while text not in (line := self.screen().splitlines()[self._row()]):
