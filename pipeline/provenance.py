@@ -37,14 +37,14 @@ def _imports(path: Path) -> list[str]:
     """What a file imports of the project, inside functions too.
 
     Read from its bytecode: `ast.parse` raises SystemError in CPython 3.11 where another thread parses at the same
-    time, as a library may while it is imported.
+    time, as `inspect.signature` does.
     """
-    names: list[str] = []
+    names, imports_in = list[str](), ModuleFinder().scan_opcodes
     waiting = [compile(path.read_bytes(), str(path), "exec")]
     while waiting:
         code = waiting.pop()
         waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        for kind, found in ModuleFinder().scan_opcodes(code):
+        for kind, found in imports_in(code):
             if kind == "absolute_import":
                 members, module = found
                 names += [module, *(f"{module}.{member}" for member in members or ())]

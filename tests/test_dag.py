@@ -40,7 +40,7 @@ def test_code_files_are_those_that_python_imports() -> None:
 
 
 def test_code_files_are_found_while_another_thread_parses() -> None:
-    """As libraries do on import; in a process of its own, which switches threads often."""
+    """In a process of its own, which switches threads often."""
     code = """
 import gc, inspect, sys, threading, time
 from pipeline.provenance import code_files

@@ -51,7 +51,7 @@ class Terminal:
     def resize(self, columns: int, rows: int) -> None:
         self._tmux("resize-window", "-t", "app", "-x", str(columns), "-y", str(rows))
 
-    def see(self, *texts: str, seconds: float = 60) -> str:
+    def see(self, *texts: str, seconds: float = 30) -> str:
         """Wait until all of `texts` are on the screen, and return it."""
         end = time.monotonic() + seconds
         while True:
@@ -61,7 +61,7 @@ class Terminal:
             assert time.monotonic() < end, f"{texts} did not appear:\n{screen}"
             time.sleep(0.05)
 
-    def miss(self, text: str, seconds: float = 60) -> str:
+    def miss(self, text: str, seconds: float = 30) -> str:
         """Wait until `text` has gone from the screen."""
         end = time.monotonic() + seconds
         while text in (screen := self.screen()):
@@ -69,7 +69,7 @@ class Terminal:
             time.sleep(0.05)
         return screen
 
-    def field(self, text: str, seconds: float = 60) -> None:
+    def field(self, text: str, seconds: float = 30) -> None:
         """Wait until the cursor, which Textual keeps in the field that has the keys, is in a line with `text`."""
         end = time.monotonic() + seconds
         while text not in (line := self.screen().splitlines()[self._row()]):
