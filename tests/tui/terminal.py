@@ -76,6 +76,18 @@ class Terminal:
             assert time.monotonic() < end, f"the cursor is not at {text} but here: {line}"
             time.sleep(0.05)
 
+    def drawn(self, text: str) -> str:
+        """The first line with `text`, its colours included."""
+        lines = self._tmux("capture-pane", "-p", "-e", "-t", "app").splitlines()
+        return next((line for line in lines if text in line), "")
+
+    def redrawn(self, text: str, before: str, seconds: float = 30) -> None:
+        """Wait until the first line with `text` is no longer drawn as `before`: a focus that moved is a colour."""
+        end = time.monotonic() + seconds
+        while self.drawn(text) in ("", before):
+            assert time.monotonic() < end, f"{text} is still drawn as before:\n{self.screen()}"
+            time.sleep(0.05)
+
     def _row(self) -> int:
         return int(self._tmux("display-message", "-p", "-t", "app", "#{cursor_y}"))
 

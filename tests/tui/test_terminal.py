@@ -120,10 +120,11 @@ def test_lora_is_prompted_beside_base_again_after_a_kill_and_swapped_for_another
         terminal.see("engine ready", seconds=60)
         fresh = child(worked)
         assert fresh != engine
-        terminal.keys("Escape")
-        terminal.see("Select")  # the keys are the table's again
         terminal.keys("u")
-        terminal.miss("● base")  # none is selected, and the keys are the table's
+        terminal.miss("● base")  # none is selected
+        row = terminal.drawn("pretrain")
+        terminal.keys("Escape")
+        terminal.redrawn("pretrain", row)  # its cursor has the table's focus
         terminal.keys(*["Down"] * 5, "Space")
         terminal.see("● second")
         ask_again(terminal)
