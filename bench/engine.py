@@ -13,6 +13,7 @@ from bench.measure import Row, in_turns
 from pipeline import artifact
 from pipeline.adapters.attach import attach
 from pipeline.adapters.peft_format import save_adapter
+from pipeline.bases import base_fingerprint
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.params import FinetuneLora
@@ -70,5 +71,5 @@ def _models(folder: Path) -> tuple[Path, tuple[Path, Path]]:
         spec = lora_spec(tuned, FinetuneLora(), ())
         attach(tuned, spec)
         save_adapter(adapter, tuned, spec, str(base))
-        artifact.seal(adapter, {"base": artifact.base_fingerprint(base)})  # loading verifies it
+        artifact.seal(adapter, {"base": base_fingerprint(base)})  # loading verifies it
     return base, adapters

@@ -19,7 +19,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.attach import AdapterSpec, adapter_layers, attach
+from pipeline.adapters.attach import adapter_layers, attach
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.calc.settings import Method
 from pipeline.encode import Encoded
 from pipeline.generate import generate

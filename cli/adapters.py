@@ -1,15 +1,19 @@
 """`lora adapters`: what lies there, and whether it is what was trained."""
 
+from math import isfinite
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from cli.export import OutOption, export
 from cli.options import BaseOption, JsonOption, TrustOption, group
 
+Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
 adapters = group(help="List adapters, or verify one.", invoke_without_command=True)
 app.add_typer(adapters, name="adapters")
+adapters.command()(export)
 
 COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "state")
 
@@ -74,3 +78,95 @@ def verify(
         else (f"names and shapes fit; it has no {MANIFEST}, so that its base cannot be checked")
     )
     stdout.print(f"{path} on {base}: {proof}.", soft_wrap=True)
+
+
+@adapters.command()
+def diff(
+    one: Annotated[Path, typer.Argument(metavar="ONE", help="An adapter folder.")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another of the same model.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two adapters: settings, the size of each update, and how far their subspaces overlap."""
+    from cli.console import print_json, stdout, table
+    from pipeline.adapters.change import read_change
+    from pipeline.adapters.compare import modules, settings_that_differ
+
+    first, second = read_change(one), read_change(other)
+    settings, rows = settings_that_differ(first, second), list(modules(first.low_rank, second.low_rank))
+    if as_json:
+        print_json({"settings": settings, "modules": [row._asdict() for row in rows]})
+        return
+    for key, (here, there) in settings.items():
+        stdout.print(f"{key}: {here} | {there}", markup=False, soft_wrap=True)
+    columns = ("module", "‖one‖", "‖other‖", "‖one−other‖", "outputs", "inputs")
+    cells = [
+        (row.module, *(f"{size:.3f}" for size in row[1:4]), *("–" if x is None else f"{x:.2f}" for x in row[4:]))
+        for row in rows
+    ]
+    stdout.print(table(columns, cells, right=columns[1:]))
+    stdout.print("outputs, inputs: share of directions in common, from 0 to 1 (Hu et al. 2021, §7.2).", soft_wrap=True)
+
+
+@adapters.command()
+def combine(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Adapters of one base, two or more.")],
+    out: OutOption,
+    weights: Annotated[str | None, typer.Option(help="One each, such as 0.7,0.3; default: 1 each.")] = None,
+    method: Annotated[Method, typer.Option(help="cat is exact; the others say how far off they are.")] = "cat",
+    rank: Annotated[int, typer.Option(min=1, help="What svd, ties and dare are cut to.")] = 8,
+    density: Annotated[float, typer.Option(min=0.01, max=1, help="Share of numbers that ties and dare keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Of what dare drops.")] = 0,
+    base: BaseOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Make one adapter of several: their weighted sum, exact (cat) or at a smaller rank."""
+    from cli.console import stdout
+    from pipeline.adapters.combine import How
+    from pipeline.binding import base_of
+    from pipeline.collection import combine_adapters
+
+    numbers = _weights(weights, len(paths))
+    how = How(method, rank, density, seed)
+    error = combine_adapters(paths, numbers, how, base or base_of(paths[0]), out, trust_remote_code)
+    said = f"{out}  {method} of {len(paths)} adapters, {error:.2%} off their exact sum"
+    stdout.print(said, markup=False, soft_wrap=True)
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    from pipeline.errors import UserError
+
+    if count < 2:
+        raise UserError("combine takes two adapters or more. Name another.")
+    try:
+        found = [1.0] * count if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != count or not all(map(isfinite, found)) or not any(found):
+        raise UserError(f"--weights must be {count} numbers with commas between them, one an adapter, got {text!r}.")
+    return found
+
+
+@adapters.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder in PEFT's format.")],
+    out: OutOption,
+    base: BaseOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Take in an adapter from elsewhere: it must fit its base, and is bound to it from then on."""
+    from cli.console import stdout
+    from pipeline.binding import base_of
+    from pipeline.collection import import_adapter
+
+    base = base or base_of(path)
+    known = import_adapter(path, base, out, trust_remote_code)
+    proof = "which has the weights of the model that it names" if known else "by names and shapes; no more is known"
+    stdout.print(f"{out}  fits {base}, {proof}", markup=False, soft_wrap=True)
+
+
+@adapters.command()
+def card(path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")]) -> None:
+    """Print an adapter's model card: method, data and its digest, what was learned, what was forgotten."""
+    from pipeline.card import card as text
+
+    typer.echo(text(path), nl=False)

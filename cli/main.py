@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli import adapters, ask, cache, calc, data, doctor, new, stages
+from cli import adapters, ask, cache, calc, data, doctor, export, new, stages
 from cli.options import group
 from pipeline.errors import Interrupted, UserError
 
@@ -16,7 +16,7 @@ app = group(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for part in (new.app, stages.app, calc.app, ask.app, adapters.app, data.app, cache.app, doctor.app):
+for part in (new.app, stages.app, calc.app, ask.app, adapters.app, export.app, data.app, cache.app, doctor.app):
     app.add_typer(part)
 
 

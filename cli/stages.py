@@ -1,9 +1,22 @@
 """The pipeline's stages as commands. What a stage runs is imported only once the cache has missed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOption, SetOption, group, project_of
+import typer
+
+from cli.export import PromptsOption, WidthOption
+from cli.options import (
+    DEFAULT_PARAMS,
+    BaseOption,
+    CheckpointOption,
+    ForceOption,
+    ParamsOption,
+    SetOption,
+    TrustOption,
+    group,
+    project_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -88,8 +101,29 @@ def _finetune(job: "Job") -> "Making":
 
 
 @app.command()
-def merge(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
-    """Put the adapter into the weights → artifacts/lora_merged, with a certificate."""
+def merge(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    adapter: Annotated[Path | None, typer.Option(help="Merge this adapter, not the pipeline's; needs --out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write for --adapter.")] = None,
+    base: BaseOption = None,
+    precision: WidthOption = None,
+    prompts: PromptsOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Put the adapter into the weights → artifacts/lora_merged, with a certificate.
+
+    With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading the model.
+    """
+    if adapter is not None or out is not None:
+        from cli.export import merge_files, merging_of
+        from pipeline.errors import UserError
+
+        if adapter is None or out is None:
+            raise UserError("Name both: the adapter with --adapter, the folder to write with --out.")
+        merge_files(merging_of(adapter, base, precision, prompts, trust_remote_code), out)
+        return
 
     def work(job: "Job") -> "Making":
         from pipeline.stages.merge import merge

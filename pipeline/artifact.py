@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.tensors import fingerprint
 
 MANIFEST = "manifest.json"
 
@@ -163,11 +162,3 @@ def verify(folder: Path) -> dict[str, Any]:
             how = "is missing" if name not in found else "was added" if name not in sealed else "was changed"
             raise UserError(f"{folder / name} {how} after the artifact was made. Make it again or restore the file.")
     return manifest
-
-
-def base_fingerprint(folder: Path) -> dict[str, str]:
-    """What an adapter is bound to: sha256 of a checkpoint's tensors and of its tokenizer."""
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise UserError(f"{tokenizer} does not exist. A model folder needs its tokenizer.")
-    return {"tensors": fingerprint(folder / "model.safetensors"), "tokenizer": file_digest(tokenizer)}

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import bases
-from pipeline.artifact import base_fingerprint, read_json, write_json
+from pipeline.artifact import read_json, write_json
 from pipeline.base_check import refuse_quantized, refuse_unusable
+from pipeline.bases import base_fingerprint
 from pipeline.errors import UserError
 from pipeline.pretrained import clean, generation_of, open_whole, quiet, reason, reported, save_whole
 from pipeline.tensors import read_header

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.artifact import digest, read_json
+from pipeline.artifact import digest, file_digest, read_json
 from pipeline.errors import UserError
+from pipeline.tensors import fingerprint
 
 MINIGPT, FOLDER, GGUF, HUB = "minigpt", "folder", "gguf", "hub"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,6 +140,14 @@ def weight_files(folder: Path) -> list[Path]:
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}. Copy the model's weights there.")
+
+
+def base_fingerprint(folder: Path) -> dict[str, str]:
+    """What an adapter is bound to: sha256 of a checkpoint's tensors, in however many files, and of its tokenizer."""
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer} does not exist. A model folder needs its tokenizer.")
+    return {"tensors": fingerprint(weight_files(folder)), "tokenizer": file_digest(tokenizer)}
 
 
 def _shard(folder: Path, name: object) -> Path:

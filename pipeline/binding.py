@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pipeline import artifact
+from pipeline.bases import base_fingerprint
 from pipeline.dag import STAGES
 from pipeline.errors import UserError
+from pipeline.params import Kept
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEFAULT_BASE = STAGES["expand_vocab"].path
-Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: artifact.base_fingerprint, or one that remembers
+Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: base_fingerprint, or one that remembers
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -32,7 +34,17 @@ def base_of(adapter: Path | None, here: Path = Path()) -> Path:
     raise UserError(f"{adapter} names {named!r} as its base, and there is no such folder. Name the base with --base.")
 
 
-def refuse_foreign(base_folder: Path, folder: Path, fingerprint: Fingerprint = artifact.base_fingerprint) -> None:
+def quantization_of(adapter: Path | None) -> Kept:
+    """In how few bits the adapter's base was kept while it trained. Only a manifest knows: PEFT's config is silent."""
+    if adapter is None or not (adapter / artifact.MANIFEST).exists():
+        return "none"
+    said: Kept = artifact.read_manifest(adapter).get("params", {}).get("quantization", "none")
+    if said not in get_args(Kept):
+        raise UserError(f"{adapter / artifact.MANIFEST}: quantization is {said!r}. Train the adapter again.")
+    return said
+
+
+def refuse_foreign(base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint) -> None:
     """Raises UserError if the adapter's manifest does not bind these files to this base.
 
     An adapter made elsewhere has no manifest: its names and shapes are all that can be checked.

@@ -27,7 +27,7 @@ def device_for(model: nn.Module) -> torch.device:
     Products as small as MiniGPT's gain nothing from a second thread, and two runs side by side, whose threads spin for
     each other's cores, were measured to take seven times as long.
     """
-    large = sum(p.numel() for p in model.parameters()) >= LARGE
+    large = sum(t.numel() for t in (*model.parameters(), *model.buffers())) >= LARGE  # few bits are kept in buffers
     torch.set_num_threads((os.cpu_count() or 1) if large else 1)
     return best_device() if large else torch.device("cpu")
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.peft_format import load_adapter
+from pipeline.binding import quantization_of
 from pipeline.dag import VARIANTS, Project
 from pipeline.errors import UserError
 from pipeline.generate import GREEDY, Sampling, finite, generate
 from pipeline.models.base import load_base
 from pipeline.models.causal import CausalLM
+from pipeline.params import Kept
 from pipeline.tokenizer import Tokenizer
 
 
@@ -35,9 +37,19 @@ class Choice:
     probability: float
 
 
-def load(base: Path, adapter: Path | None = None, name: str = "", trust_remote_code: bool = False) -> Loaded:
-    """The checkpoint at `base` with the adapter at `adapter` on it. Raises UserError; never the base in its place."""
-    model, tokenizer = load_base(base, None, trust_remote_code)
+def load(
+    base: Path,
+    adapter: Path | None = None,
+    name: str = "",
+    trust_remote_code: bool = False,
+    quantization: Kept | None = None,
+) -> Loaded:
+    """The checkpoint at `base` with the adapter at `adapter` on it.
+
+    The base is kept in as few bits as the adapter was trained on, or as `quantization` says.
+    Raises UserError; never the base in its place.
+    """
+    model, tokenizer = load_base(base, None, trust_remote_code, quantization or quantization_of(adapter))
     if adapter is not None:
         load_adapter(model, base, adapter)
     return Loaded(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifact
+from pipeline.bases import base_fingerprint
 from pipeline.binding import CONFIG, Fingerprint, base_of, refuse_foreign
 from pipeline.dag import STAGES, VARIANTS
 from pipeline.errors import UserError
@@ -183,7 +184,7 @@ def check(
     model: Model,
     root: Path,
     evaluations: Iterable[Path] = (),
-    fingerprint: Fingerprint = artifact.base_fingerprint,
+    fingerprint: Fingerprint = base_fingerprint,
 ) -> Verdict:
     """Whether the model's files, and an adapter's base, are those it was made with. Reads all of them.
 
@@ -206,15 +207,24 @@ def check(
 
 
 def _forgetting(digest: str, roots: Iterable[Path]) -> float | None:
-    """The rise of the old sentences' loss, if an evaluation in one of `roots` measured the artifact of that sha256."""
+    """The rise of the old sentences' loss, if it was measured."""
+    try:
+        return float(measured(digest, roots)["forgetting"]["loss_rise"])
+    except (KeyError, TypeError, ValueError):  # some other tool's metrics
+        return None
+
+
+def measured(digest: str, roots: Iterable[Path]) -> Mapping[str, Any]:
+    """What an evaluation in one of `roots` found for the artifact of that sha256; nothing if none did."""
     for manifest, metrics in (pair for root in roots for pair in _evaluations(root)):
         for variant, (base, adapter) in VARIANTS.items():
             try:
                 if manifest["inputs"][STAGES[adapter or base].path] == digest:
-                    return float(metrics[variant]["forgetting"]["loss_rise"])
-            except (KeyError, TypeError, ValueError):  # some other tool's metrics
+                    found: Mapping[str, Any] = metrics[variant]
+                    return found
+            except (KeyError, TypeError):
                 continue
-    return None
+    return {}
 
 
 def _evaluations(root: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

@@ -58,6 +58,7 @@ Names = Annotated[tuple[str, ...], MayBeEmpty()]
 Share = Annotated[float, AtLeast(0), Below(1)]
 Steps = Annotated[int, AtLeast(0), Below(2**31)]
 Precision = Literal["fp32", "bf16", "fp16"]
+Kept = Literal["none", "int8", "nf4", "nf4-dq"]  # in how few bits; as the calculator calls them
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ class FinetuneLora(Training):
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     train_embeddings: Literal["all", "new_rows", "none"] = "all"
     adapter_precision: Precision = "fp32"
+    quantization: Kept = "none"  # of the frozen linears of the blocks
     retain: File = ""  # texts on which answers are to stay the base's
     retain_weight: Annotated[float, AtLeast(0)] = 0.0  # of the divergence from the base in the loss
     retain_batch: Count = 8  # such texts a step

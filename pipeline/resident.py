@@ -11,13 +11,16 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from pipeline import artifact, engine
+from pipeline import engine
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.strength import Strength
+from pipeline.bases import base_fingerprint
+from pipeline.binding import quantization_of
 from pipeline.device import device_for
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
+from pipeline.params import Kept
 from pipeline.signature import Signature, signature
 
 
@@ -30,15 +33,15 @@ def view(model: CausalLM) -> CausalLM:
 class Base:
     """A checkpoint in memory, as its files were at `signature`."""
 
-    def __init__(self, folder: Path, device: torch.device, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, device: torch.device, trust_remote_code: bool, quantization: Kept) -> None:
         self.folder, self.signature, self.trusted = folder, signature(folder), trust_remote_code
-        self.loaded = engine.load(folder, trust_remote_code=trust_remote_code)
+        self.loaded = engine.load(folder, trust_remote_code=trust_remote_code, quantization=quantization)
         self.loaded.model.to(device)
 
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
         """Hashed once: a large base is not read again for each adapter."""
-        return artifact.base_fingerprint(self.folder)
+        return base_fingerprint(self.folder)
 
     def refuse_changed(self) -> None:
         """Raises UserError if the files are no longer those in memory, so that what was verified is another base."""
@@ -78,7 +81,7 @@ class Residents:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._bases: WeakValueDictionary[Path, Base] = WeakValueDictionary()
+        self._bases: WeakValueDictionary[tuple[Path, Kept], Base] = WeakValueDictionary()
         self._models: dict[str, Resident] = {}
 
     @property
@@ -89,11 +92,11 @@ class Residents:
         self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False
     ) -> tuple[Resident, bool]:
         """The model, now called `name`, and whether its base was there already. Raises UserError as engine.load."""
-        folder = base.resolve()
-        known = self._bases.get(folder)
+        folder, quantization = base.resolve(), quantization_of(adapter)
+        known = self._bases.get((folder, quantization))
         resident = known is not None and known.signature == signature(folder)
-        there = known if known is not None and resident else Base(base, self.device, trust_remote_code)
-        self._bases[folder] = there
+        there = known if known is not None and resident else Base(base, self.device, trust_remote_code, quantization)
+        self._bases[folder, quantization] = there
         model = _on(there, base, name) if adapter is None else _adapted(there, base, adapter, name)
         there.refuse_changed()
         self._models[name] = model

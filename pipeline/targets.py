@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pipeline.errors import UserError
 
 HEAD = "lm_head"
+ALL_LINEAR = "all-linear"
 GROUPS = {
     "attention": (
         *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj"),
@@ -41,7 +42,7 @@ def chosen(names: Iterable[str], wanted: Iterable[str], head: str = HEAD) -> lis
 
 def means(want: str, name: str, head: str = HEAD) -> bool:
     """Whether the target `want` means the linear with this full name."""
-    if want == "all-linear":
+    if want == ALL_LINEAR:
         return not any(ends(name, form) for form in (head, f"{HEAD}.decoder")) and ".experts." not in f".{name}"
     if want in GROUPS:
         in_attention = any(ends(name, form) for form in GROUPS["attention"])

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,6 +24,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.stop - self.start
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -72,20 +78,21 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in read_header(path).items()}
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(paths: Sequence[Path]) -> str:
     """sha256 over every tensor's name, dtype, shape and bytes, in order of name.
 
-    Independent of the order, padding and metadata of the file that holds them.
+    Independent of the files that hold them: their number, order, padding and metadata.
     """
+    places = sorted((name, path, info) for path in paths for name, info in read_header(path).items())
     digest = hashlib.sha256()
-    infos = read_header(path)
-    with path.open("rb") as file:
-        for name, info in infos.items():
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("rb")) for path in paths}
+        for name, path, info in places:
             digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
-            file.seek(info.start)
+            files[path].seek(info.start)
             remaining = info.stop - info.start
             while remaining:
-                block = file.read(min(remaining, 1 << 20))
+                block = files[path].read(min(remaining, 1 << 20))
                 digest.update(block)
                 remaining -= len(block)
     return digest.hexdigest()

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.adapters.attach import AdapterSpec, attach, tensors
+from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.peft_format import save_adapter
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.causal import CausalLM
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.adapters.attach import AdapterSpec, attach
+from pipeline.adapters.attach import attach
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.calc.settings import FULL
 from pipeline.data import IGNORED, Window
 from pipeline.metrics import Step
@@ -70,10 +71,16 @@ def listed(found: list[Window]) -> Listed:
     return Listed(found, [f"f.txt:{number}" for number in range(1, len(found) + 1)])
 
 
-def with_lora(model: Opened, dtype: torch.dtype | None = None, saved: bool = False, **spec: Any) -> Opened:
-    """The model with LoRA on queries and values; A and B are no longer at zero."""
+def with_lora(
+    model: Opened,
+    dtype: torch.dtype | None = None,
+    saved: bool = False,
+    names: tuple[str, ...] = ("q_proj", "v_proj"),
+    **spec: Any,
+) -> Opened:
+    """The model with LoRA, on queries and values if no other names are given; A and B are no longer at zero."""
     torch.manual_seed(1)
-    attach(model, AdapterSpec(3, 6.0, ("q_proj", "v_proj"), saved=model.ends if saved else (), **spec), dtype)
+    attach(model, AdapterSpec(3, 6.0, names, saved=model.ends if saved else (), **spec), dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import device
-from pipeline.adapters.attach import AdapterSpec
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.answers import Answers
 from pipeline.binding import WEIGHTS
 from pipeline.errors import UserError

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline import bases
-from pipeline.artifact import base_fingerprint
 from pipeline.base_import import import_base
-from pipeline.bases import identity, named, resolve
+from pipeline.bases import base_fingerprint, identity, named, resolve
 from pipeline.errors import UserError
 from tests.bases import (
     FAMILIES,

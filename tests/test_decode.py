@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from pipeline.adapters.attach import AdapterSpec, adapter_layers, attach
+from pipeline.adapters.attach import adapter_layers, attach
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.generate import generate
 from pipeline.models.decode import one_at_a_time
 from pipeline.models.opened import Opened, from_config

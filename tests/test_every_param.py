@@ -55,6 +55,7 @@ OTHER = {
     "finetune_lora.target_modules": "[v_proj]",
     "finetune_lora.train_embeddings": "new_rows",
     "finetune_lora.adapter_precision": "bf16",
+    "finetune_lora.quantization": "nf4",
     "finetune_lora.retain": "other.txt",
     "finetune_lora.retain_weight": "3",
     "finetune_lora.retain_batch": "1",

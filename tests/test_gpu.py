@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.adapters.attach import add_lora
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
@@ -65,7 +66,7 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
     with torch.device("cuda"):
         model: Opened = from_config(config, torch.bfloat16)
     model.requires_grad_(False)
-    add_lora(model, resolve(model, ("attention",)), 8, 8, torch.float32)
+    add_lora(model, resolve(model, ("attention",)), AdapterSpec(8, 8, ()), torch.float32)
     model.train().checkpoint_blocks("full" if checkpointing == "full" else "none")
     optimizer = FlatAdam(model, 1e-4)
     ids = torch.randint(0, 1000, (1, 2049)).tolist()[0]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from pipeline.adapters.attach import AdapterSpec, attach
+from pipeline.adapters.attach import attach
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
 from pipeline.errors import UserError
 from pipeline.models import attend

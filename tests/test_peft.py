@@ -182,15 +182,25 @@ def test_an_initialisation_that_changes_the_base_is_refused(brief: Path, tmp_pat
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("lora_alpha", float("nan"), "lora_alpha positive"),
-        ("lora_alpha", "8", "lora_alpha positive"),
+        ("lora_alpha", float("nan"), "lora_alpha must be a positive number"),
+        ("lora_alpha", "8", "lora_alpha must be a positive number"),
         ("r", True, "r must be a whole number"),
         ("target_modules", ["q_proj", 1], "target_modules must be a list of names"),
-        ("target_modules", ".*q_proj", "target_modules must be a list of names"),
-        ("modules_to_save", ["layers.1.self_attn"], "modules_to_save may name embed_tokens and lm_head only"),
-        ("trainable_token_indices", {"embed_tokens": 5}, "trainable_token_indices.embed_tokens must list rows"),
-        ("trainable_token_indices", {"embed_tokens": [-1]}, "trainable_token_indices.embed_tokens must list rows"),
-        ("trainable_token_indices", "x", "trainable_token_indices must map modules to rows, got 'x'"),
+        ("target_modules", [], "target_modules must be a list of names"),
+        ("target_modules", "(q_proj", "target_modules must be a regular expression (missing )"),
+        ("target_modules", ".*nothing", "target_modules: '.*nothing' leaves no layer to adapt"),
+        ("target_modules", ".*q_proj", "does not fit: not expected base_model.model.model.decoder.layers.0"),
+        ("exclude_modules", "[", "exclude_modules must be a regular expression"),
+        ("layers_to_transform", ["1"], "layers_to_transform must be the numbers of blocks"),
+        ("rank_pattern", {"q_proj": 0}, "rank_pattern must be a whole number from 1, got 0"),
+        ("rank_pattern", {"q_proj": 2}, "has shape [4, 64], expected [2, 64]"),
+        ("alpha_pattern", ["q_proj"], "alpha_pattern must be a mapping of names to numbers"),
+        ("modules_to_save", ["layers.1.self_attn"], "is trained in full or row by row already"),
+        ("modules_to_save", ["fc9"], "modules_to_save: the model has no module called fc9"),
+        ("trainable_token_indices", {"embed_tokens": 5}, "trainable_token_indices.embed_tokens must be a list of rows"),
+        ("trainable_token_indices", {"embed_tokens": [-1]}, "embed_tokens must be a list of rows, got [-1]"),
+        ("trainable_token_indices", "x", "trainable_token_indices must be a mapping of modules to rows, got 'x'"),
+        ("trainable_token_indices", {"fc1": [1]}, "trainable_token_indices may name embed_tokens and lm_head only"),
         ("layer_replication", [[0, 2]], "layer_replication is [[0, 2]]; it is not supported"),
         ("an_option_of_tomorrow", 1, "an_option_of_tomorrow is 1; it is not supported"),
     ],
@@ -205,7 +215,7 @@ def test_a_config_of_wrong_types_or_unknown_options_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("peft_type", "LOHA")]
+    ("field", "value"), [("use_dora", True), ("bias", "all"), ("lora_bias", True), ("peft_type", "LOHA")]
 )
 def test_an_option_that_is_not_understood_is_refused(project: Path, field: str, value: object) -> None:
     base, adapter = adapter_of(project)

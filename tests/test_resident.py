@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import artifact, device, engine, resident
-from pipeline.adapters.attach import AdapterSpec, merged_model
+from pipeline import device, engine, resident
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.bases import base_fingerprint
 from pipeline.errors import UserError
 from pipeline.models.base import load_base, save_base
 from pipeline.models.causal import CausalLM
 from pipeline.resident import Residents
+from tests.merged import merged_model
 from tests.models import adapter, checkpoint
 
 IDS = torch.randint(3, 74, (3, 9), generator=torch.Generator().manual_seed(3))
@@ -129,13 +131,13 @@ def test_a_base_that_changes_while_its_adapter_is_verified_is_refused(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = project / "artifacts/expanded"
-    found = artifact.base_fingerprint(base)
+    found = base_fingerprint(base)
 
     def changing(folder: Path) -> dict[str, str]:
         (folder / "model.safetensors").touch()
         return found
 
-    monkeypatch.setattr(artifact, "base_fingerprint", changing)
+    monkeypatch.setattr("pipeline.resident.base_fingerprint", changing)
     with pytest.raises(UserError, match="changed while it was loaded"):
         Residents(CPU).load("lora", base, project / "artifacts/lora_adapter")
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.adapters.attach import AdapterSpec, attach
+from pipeline.adapters.attach import attach
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.dag import STAGES, Project
 from pipeline.data import Window
 from pipeline.errors import UserError

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifact
+from pipeline.bases import base_fingerprint
 from pipeline.binding import CONFIG
 from pipeline.dag import STAGES, VARIANTS
 from pipeline.errors import UserError
@@ -118,10 +119,10 @@ class Library:
             return None
 
     def _fingerprint(self, base: Path) -> Mapping[str, str]:
-        """As artifact.base_fingerprint, once for all the adapters of a base."""
+        """As base_fingerprint, once for all the adapters of a base."""
         now = signature(base)
         known = self._fingerprints.get(base)
-        found = known[1] if known and known[0] == now else artifact.base_fingerprint(base)
+        found = known[1] if known and known[0] == now else base_fingerprint(base)
         self._fingerprints[base] = now, found
         return found
 

@@ -1,67 +1,79 @@
 """Put an adapter on a model, name its tensors as PEFT does, and take it off by merging."""
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.adapters import lora
-from pipeline.adapters.lora import LoRALinear
+from pipeline.adapters.lora import LoRAEmbedding, LoRALinear
 from pipeline.adapters.rows import EmbeddingRows, HeadRows
-from pipeline.adapters.targets import resolve
+from pipeline.adapters.spec import AdapterSpec, lies_in
+from pipeline.adapters.targets import resolve, targeted
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
+from pipeline.targets import ends
 
 PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """What an adapter changes: `targets` get LoRA, `saved` modules train in full, `rows` train row by row."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    saved: tuple[str, ...] = ()
-    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
+LOW_RANK = LoRALinear | LoRAEmbedding
+BY_ROWS = EmbeddingRows | HeadRows
 
 
 def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None) -> None:
-    """Freeze `model` and give it the adapter's trainable parts, in place: A and B in `dtype`, or each in its linear's.
+    """Freeze `model` and give it the adapter's trainable parts, in place: A and B in `dtype`, or each in its layer's.
 
     Raises UserError on a bad target.
     """
-    names = resolve(model, spec.targets)
+    names = targeted(model, spec)
     embedding, head = model.ends
     trained = {*spec.saved, *spec.rows}
-    if model.shape.tied and embedding in trained:
+    if model.shape.tied and embedding in trained and head not in spec.saved:
         trained.add(head)
-    taken = {name for name in names for other in trained if _is(name, other)}
+    taken = {name for name in names if lies_in(name, trained)}
     if taken:
         raise UserError(
             f"target_modules: {min(taken)} is trained in full or row by row already (train_embeddings). "
             "Leave it out of target_modules, or set train_embeddings to none."
         )
     model.requires_grad_(False)
-    add_lora(model, names, spec.rank, spec.alpha, dtype)
-    for name in spec.saved:
-        model.get_submodule(_full_name(model, name)).requires_grad_(True)
+    add_lora(model, names, spec, dtype)
+    _train_in_full(model, spec.saved)
     if spec.rows:
         _attach_rows(model, spec.rows)
 
 
-def add_lora(model: nn.Module, names: Iterable[str], rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
-    """Wrap the linears called `names`, in place; A and B in `dtype`, or each in its linear's own."""
+def add_lora(model: nn.Module, names: Iterable[str], spec: AdapterSpec, dtype: torch.dtype | None = None) -> None:
+    """Wrap the linears and embeddings called `names`, in place; A and B in `dtype`, or each in its layer's own."""
     for name in names:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dtype))
+        base = model.get_submodule(name)
+        kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
+        model.set_submodule(name, kind(base, spec.rank_of(name), spec.scale_of(name), dtype))
 
 
-def _attach_rows(model: CausalLM, rows: dict[str, tuple[int, ...]]) -> None:
+def _train_in_full(model: CausalLM, saved: tuple[str, ...]) -> None:
+    if model.shape.tied and len({*saved} & {*model.ends}) == 1:
+        separate(model)
+    for name in saved:
+        for module in _called(model, name):
+            module.requires_grad_(True)
+
+
+def separate(model: CausalLM) -> None:
+    """Give the head of a tied pair a weight of its own: as in PEFT, where one of the two is trained alone."""
+    model.head.weight = nn.Parameter(lora.weight_of(model.head).detach().clone(), requires_grad=False)
+
+
+def _called(model: nn.Module, name: str) -> list[nn.Module]:
+    """Every module whose full name ends so. Raises UserError if there is none."""
+    found = [module for full, module in model.named_modules() if ends(full, name)]
+    if not found:
+        raise UserError(f"modules_to_save: the model has no module called {name}.")
+    return found
+
+
+def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
     embedding, head = model.embeddings, model.head
     names = model.ends
     ids = {name: torch.tensor(indices, device=model.device) for name, indices in rows.items()}
@@ -89,10 +101,13 @@ def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
         if isinstance(module, LoRALinear):
             found[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
             found[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-        elif isinstance(module, EmbeddingRows | HeadRows) and name.rsplit(".", 1)[-1] in spec.rows:
+        elif isinstance(module, LoRAEmbedding):
+            found[f"{PREFIX}{name}.lora_embedding_A"] = module.lora_A
+            found[f"{PREFIX}{name}.lora_embedding_B"] = module.lora_B
+        elif isinstance(module, BY_ROWS) and name.rsplit(".", 1)[-1] in spec.rows:
             found[f"{PREFIX}{name}{ROWS}"] = module.rows
-        elif any(_is(name, saved) for saved in spec.saved):
-            found |= {f"{PREFIX}{name}.{own}": p for own, p in module.named_parameters(recurse=False)}  # a bias too
+        elif any(ends(name, saved) for saved in spec.saved):
+            found |= {f"{PREFIX}{name}.{own}": p for own, p in module.named_parameters()}  # a bias too
     return found
 
 
@@ -102,7 +117,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
     What is trained in full has no base to go back to here: see `training/retain.py`.
     """
-    parts = [m for m in model.modules() if isinstance(m, LoRALinear | EmbeddingRows | HeadRows)]
+    parts = [m for m in model.modules() if isinstance(m, LOW_RANK | BY_ROWS)]
     for part in parts:
         part.enabled = False
     try:
@@ -112,42 +127,9 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             part.enabled = True
 
 
-def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
     """Every LoRA layer with its full name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
-
-
-def merged_model(model: CausalLM) -> CausalLM:
-    """A new plain model with the adapter's changes in its weights; `model` is untouched.
-
-    What the adapter leaves alone is shared with `model`. A tied pair stays one matrix, changed once; it is untied only
-    where LoRA changed the head alone.
-    """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, memo)
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, LoRALinear):
-            plain.set_submodule(name, lora.merged(module))
-        elif isinstance(module, EmbeddingRows | HeadRows):
-            plain.set_submodule(name, _with_rows(module))
-    if plain.shape.tied:
-        embedding, head = plain.embeddings, plain.head
-        if torch.equal(lora.weight_of(embedding), lora.weight_of(head)):
-            head.weight = embedding.weight
-        else:
-            plain.set_rows(plain.shape.rows, tied=False)
-    return plain.eval()
-
-
-def _with_rows(module: EmbeddingRows | HeadRows) -> nn.Module:
-    plain = copy.copy(module.base)
-    plain._parameters = dict(module.base._parameters)
-    weight = lora.weight_of(plain).detach().clone()
-    ids = module.ids if isinstance(module, HeadRows) else (module.slot >= 0).nonzero().flatten()
-    order = torch.arange(len(ids)) if isinstance(module, HeadRows) else module.slot[ids]
-    weight[ids] = module.rows.detach()[order]
-    plain.weight = nn.Parameter(weight)
-    return plain
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LOW_RANK))
 
 
 def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
@@ -155,14 +137,3 @@ def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     last = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
     all_called_so = [full for full, _ in model.named_modules() if full.rsplit(".", 1)[-1] in last]
     return last if resolve(model, last) == all_called_so == list(names) else tuple(names)
-
-
-def _full_name(model: nn.Module, name: str) -> str:
-    found: list[str] = [full for full, _ in model.named_modules() if _is(full, name)]
-    if len(found) != 1:
-        raise UserError(f"the model has {len(found)} modules called {name}; an adapter needs exactly one.")
-    return found[0]
-
-
-def _is(full: str, name: str) -> bool:
-    return full == name or full.endswith(f".{name}")

@@ -1,18 +1,18 @@
 """LoRA: frozen linears with a trainable low-rank update (Hu et al. 2021, §4.1; the document's §2.3 and §4)."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipeline.models.linears import is_conv1d
 
 INIT_STD = 0.01  # of A; B starts at zero, so that training starts from the base (the document's §4.1)
 FOLD_BELOW = 2**16  # weights; see LoRALinear
 
 
 def transposed(base: nn.Module) -> bool:
-    """Whether the layer stores its weight as (I, O), as GPT-2's Conv1D does."""
-    return type(base).__name__ == "Conv1D"
+    """Whether the layer stores its weight as (I, O): Conv1D, and an embedding, whose inputs are its rows."""
+    return is_conv1d(base) or isinstance(base, nn.Embedding)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -30,9 +30,9 @@ class LoRALinear(nn.Module):
     A and B may have another dtype than W: they are cast to x's, which is far smaller than x cast to theirs.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.base, self.rank, self.alpha = base, rank, alpha
+        self.base, self.scale = base, scale
         self.enabled = True  # off: the base alone
         weight = weight_of(base)
         outputs, inputs = reversed(weight.shape) if transposed(base) else weight.shape
@@ -40,10 +40,6 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(like.new_empty(rank, inputs).normal_(std=INIT_STD))
         self.lora_B = nn.Parameter(like.new_zeros(outputs, rank))
         self.folds = weight.numel() < FOLD_BELOW and not transposed(base)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor
@@ -59,21 +55,33 @@ class LoRALinear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-def delta(layer: LoRALinear) -> Tensor:
-    """s·BA, (O, I), in fp32."""
-    return layer.scale * (layer.lora_B.float() @ layer.lora_A.float())
+class LoRAEmbedding(nn.Module):
+    """A frozen embedding W (V, D) plus a trainable update: W + s·(BA)ᵀ, lora_A (R, V) and lora_B (D, R)."""
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.base, self.scale, self.enabled = base, scale, True
+        weight = weight_of(base)
+        rows, width = weight.shape
+        like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
+        self.lora_A = nn.Parameter(like.new_zeros(rank, rows))
+        self.lora_B = nn.Parameter(like.new_empty(width, rank).normal_(std=INIT_STD))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        old: Tensor = self.base(tokens)
+        if not self.enabled:
+            return old
+        update = F.embedding(tokens, self.lora_A.T) @ self.lora_B.T * self.scale
+        return old + scaled_as(self.base, update).to(old.dtype)
 
 
-def merged(layer: LoRALinear) -> nn.Module:
-    """W + s·BA as a new plain layer of the base's kind; `layer` is untouched (the document's §4.4).
+def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:
+    """`rows` as the embedding gives them out: Gemma's multiplies what it looks up."""
+    scale = getattr(embedding, "embed_scale", None)
+    return rows if scale is None else rows * scale.to(rows.dtype)
 
-    The sum is taken in fp32 and rounded once, to the base's precision.
-    """
-    plain = copy.copy(layer.base)  # a new module; what it holds is replaced, not written to
-    plain._parameters = dict(layer.base._parameters)
-    with torch.no_grad():
-        update = delta(layer).float()
-        update = update.T if transposed(layer.base) else update
-        weight = (weight_of(layer.base).float() + update).to(weight_of(layer.base).dtype)
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    return plain
+
+def factors(layer: LoRALinear | LoRAEmbedding) -> tuple[Tensor, Tensor]:
+    """Two whose product, scaled, is added to the base's weight as it is stored: (n, R) and (R, m)."""
+    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    return (a.T, b.T) if transposed(layer.base) else (b, a)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.lora import weight_of
+from pipeline.adapters.lora import scaled_as, weight_of
 
 
 class EmbeddingRows(nn.Module):
@@ -25,9 +25,7 @@ class EmbeddingRows(nn.Module):
             return old
         slot = self.slot[tokens]  # (B, T): the row to use, or -1
         replaced = F.embedding(slot.clamp(min=0), self.rows)
-        scale = getattr(self.base, "embed_scale", None)  # Gemma's embedding multiplies what it looks up
-        replaced = replaced if scale is None else replaced * scale.to(replaced.dtype)
-        return torch.where((slot >= 0)[..., None], replaced.to(old.dtype), old)
+        return torch.where((slot >= 0)[..., None], scaled_as(self.base, replaced).to(old.dtype), old)
 
 
 class HeadRows(nn.Module):

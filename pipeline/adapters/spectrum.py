@@ -6,13 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline import artifact
-from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.peft_format import read_spec, read_tensors
-from pipeline.binding import WEIGHTS
-from pipeline.errors import UserError
-
-A, B = ".lora_A.weight", ".lora_B.weight"
+from pipeline.adapters.change import read_change
 
 
 class Spectrum(NamedTuple):
@@ -31,19 +25,10 @@ class Spectrum(NamedTuple):
 
 def spectra(folder: Path) -> list[Spectrum]:
     """One spectrum a module, in the model's order. Raises UserError for a changed or damaged adapter."""
-    if (folder / artifact.MANIFEST).exists():
-        artifact.verify(folder)
-    spec = read_spec(folder)
-    tensors = read_tensors(folder)
-    found = []
-    for key in sorted((key for key in tensors if key.endswith(A)), key=_in_order):
-        a, b = tensors[key], tensors.get(key.removesuffix(A) + B)
-        if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise UserError(f"{folder / WEIGHTS}: {key} has no lora_B of its rank. Make the adapter again.")
-        values = singular_values(a, b) * (spec.alpha / spec.rank)
-        name = key.removeprefix(PREFIX).removesuffix(A)
-        found.append(Spectrum(name, a.shape[0], tuple(values.tolist())))
-    return found
+    return [
+        Spectrum(name, update.rank, tuple((singular_values(update.a, update.b) * update.scale).tolist()))
+        for name, update in read_change(folder).low_rank.items()
+    ]
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:
@@ -55,8 +40,3 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
     t = torch.linalg.qr(a.double().T).R  # (min(I, R), R)
     values: Tensor = torch.linalg.svdvals(s @ t.T)
     return values
-
-
-def _in_order(name: str) -> str:
-    """Layer 10 after layer 9."""
-    return ".".join(part.zfill(6) for part in name.split("."))

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import PREFIX, ROWS, AdapterSpec, adapter_layers, tensors
-from pipeline.adapters.lora import LoRALinear
+from pipeline.adapters.attach import PREFIX, ROWS, adapter_layers, tensors
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.models.causal import CausalLM
 
-LORA = (".lora_A.weight", ".lora_B.weight")
+LORA = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
 class Strength:
@@ -18,7 +18,7 @@ class Strength:
     """
 
     def __init__(self, model: CausalLM, base: CausalLM, spec: AdapterSpec) -> None:
-        self._lora: list[tuple[LoRALinear, float]] = [(layer, layer.alpha) for _, layer in adapter_layers(model)]
+        self._lora = [(layer, layer.scale) for _, layer in adapter_layers(model)]
         self._trained = [
             (parameter, _before(key, base, spec), parameter.data)
             for key, parameter in tensors(model, spec).items()
@@ -26,8 +26,8 @@ class Strength:
         ]
 
     def set(self, s: float) -> None:
-        for layer, alpha in self._lora:
-            layer.alpha = s * alpha
+        for layer, scale in self._lora:
+            layer.scale = s * scale
         for parameter, before, after in self._trained:
             parameter.data = after if s == 1 else torch.lerp(before, after, s)
 

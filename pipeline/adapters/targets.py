@@ -1,11 +1,15 @@
-"""Which linears of a model a `target_modules` setting means."""
+"""Which layers of a model a `target_modules` setting means, and which an adapter's config."""
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
 
-from pipeline.adapters.lora import transposed
-from pipeline.targets import HEAD, chosen
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.errors import UserError
+from pipeline.models.linears import is_linear
+from pipeline.models.quantized import QuantizedLinear
+from pipeline.targets import ALL_LINEAR, HEAD, chosen, ends
 
 
 def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:
@@ -14,6 +18,26 @@ def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     return chosen(linears, wanted, getattr(model, "head_name", HEAD))
 
 
+def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Full names of the layers to which PEFT gives LoRA by `spec`: linears, and the embedding where it is named.
+
+    Raises UserError if there are none, or if a name matches nothing.
+    """
+    embedding = getattr(model, "embedding_name", "")
+    layers = [name for name, module in model.named_modules() if adaptable(module) or name == embedding]
+    if isinstance(spec.targets, str) and spec.targets != ALL_LINEAR:
+        meant = [name for name in layers if re.fullmatch(spec.targets, name)]
+    else:
+        wanted = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+        if not any(ends(embedding, want) for want in wanted):  # no group has it
+            layers = [name for name in layers if name != embedding]
+        meant = chosen(layers, wanted, getattr(model, "head_name", HEAD))
+    found = [name for name in meant if not spec.leaves_out(name)]
+    if not found:
+        raise UserError(f"target_modules: {spec.targets!r} leaves no layer to adapt.")
+    return found
+
+
 def adaptable(module: nn.Module) -> bool:
-    """A linear, or GPT-2's."""
-    return isinstance(module, nn.Linear) or transposed(module)
+    """A linear, in however many bits."""
+    return is_linear(module) or isinstance(module, QuantizedLinear)

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.artifact import read_json
+from pipeline.device import device_for
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import CONFIG, WEIGHTS, load_tensors
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
+from pipeline.models.quantized import quantize
+from pipeline.params import Kept
 from pipeline.tensors import read_header, refuse_difference, shapes
 from pipeline.tokenizer import Tokenizer, load_tokenizer
 
@@ -23,14 +26,21 @@ class Base(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_base(folder: Path, precision: str | None = None, trust_remote_code: bool = False) -> Base:
-    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own.
+def load_base(
+    folder: Path,
+    precision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Kept = "none",
+) -> Base:
+    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own; its blocks' linears in
+    fewer bits still with `quantization`.
 
     Raises UserError; never loads in part.
     """
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
-    dtype = DTYPES[precision] if precision else None
+    wanted = DTYPES[precision] if precision else None
+    dtype = wanted if quantization == "none" else None
     if MiniGPTConfig.describes(config):
         model: CausalLM = _minigpt(folder, config, dtype)
     else:
@@ -40,6 +50,8 @@ def load_base(folder: Path, precision: str | None = None, trust_remote_code: boo
     rows, known = model.shape.rows, len(tokenizer)
     if known > rows or (known < rows and isinstance(model, MiniGPT)):
         raise UserError(f"{folder}: the tokenizer has {known} words, the model {rows} rows.")
+    if quantization != "none":
+        quantize(model, quantization, wanted, device_for(model))
     return Base(model.eval(), tokenizer)
 
 

@@ -103,8 +103,7 @@ class CausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights that are not adapted."""
-        weight = next(self.blocks.parameters())
-        return weight.dtype
+        return next(p.dtype for name, p in self.blocks.named_parameters() if ".lora_" not in name)
 
 
 def checkpointed(how: Checkpointing, block: int) -> bool:

@@ -152,16 +152,34 @@ def opened(folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bo
 
     A model that leaves attention to transformers' interface gets ours, which reads sequences end to end.
     """
+    config, noise = _quiet_config(folder, trust_remote_code)
+    whole = open_whole(folder, str(folder), trust_remote_code, config=config, dtype=dtype or "auto")
+    return _with_attention(Opened(whole, noise, generation_of(folder)))
+
+
+def without_weights(folder: Path, trust_remote_code: bool = False) -> Opened:
+    """The same model with weights that nobody trained, on the device that torch makes tensors on. Raises UserError."""
+    from transformers import AutoModelForCausalLM
+
+    config, noise = _quiet_config(folder, trust_remote_code)
+    with quiet(), reported(str(folder), trust_remote_code):
+        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    return _with_attention(Opened(whole.eval(), noise, generation_of(folder)))
+
+
+def _quiet_config(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """config.json with nothing in it that makes training random, and what was taken out."""
     from transformers import AutoConfig
 
-    name = str(folder)
-    with quiet(), reported(name, trust_remote_code):
+    with quiet(), reported(str(folder), trust_remote_code):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     noise = {key: getattr(config, key) for key in NOISE if hasattr(config, key)}
     config.update(dict.fromkeys(noise, 0.0))
-    whole = open_whole(folder, name, trust_remote_code, config=config, dtype=dtype or "auto")
-    model = Opened(whole, noise, generation_of(folder))
-    if whole.is_backend_compatible():
+    return config, noise
+
+
+def _with_attention(model: Opened) -> Opened:
+    if model._whole[0].is_backend_compatible():
         model.use_attention(attend.register())
     return model
 

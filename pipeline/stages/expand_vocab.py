@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.adapters.lora import weight_of
-from pipeline.artifact import base_fingerprint, write_json
+from pipeline.artifact import write_json
+from pipeline.bases import base_fingerprint
 from pipeline.data import Example, read_examples
 from pipeline.errors import UserError
 from pipeline.models.base import Base, count, load_base, save_base

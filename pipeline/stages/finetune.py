@@ -5,14 +5,17 @@ from pathlib import Path
 
 import torch
 
-from pipeline.adapters.attach import AdapterSpec, adapter_layers, attach, short_targets
+from pipeline.adapters.attach import adapter_layers, attach, short_targets
 from pipeline.adapters.peft_format import save_adapter
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
-from pipeline.artifact import base_fingerprint, read_manifest
+from pipeline.artifact import read_manifest
+from pipeline.bases import base_fingerprint
 from pipeline.calc.settings import FULL, Method
 from pipeline.errors import UserError
 from pipeline.models.base import DTYPES, Base, count, load_base, stored_precision
 from pipeline.models.causal import CausalLM
+from pipeline.models.skeleton import skeleton
 from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora
 from pipeline.runner import Event, Facts, Job, Note
 from pipeline.training.loop import Task, train
@@ -25,10 +28,12 @@ def finetune(job: Job) -> Generator[Event, None, Facts]:
     settings = job.project.section(job.stage)
     assert isinstance(settings, FinetuneFull | FinetuneFreeze | FinetuneLora)
     folder = job.artifact("expand_vocab")
-    base = load_base(folder, settings.precision, job.project.params.pretrain.trust_remote_code)
+    trust = job.project.params.pretrain.trust_remote_code
+    kept = settings.quantization if isinstance(settings, FinetuneLora) else "none"
+    base = load_base(folder, settings.precision, trust, kept)
     model = base.model
     batches, evaluation = yield from data_of(job, settings, base)
-    total = count(model)["total"]
+    total = count(skeleton(folder, trust))["total"]  # what is kept in few bits is no parameter
     torch.manual_seed(settings.seed)
     spec, retain = None, None
     if isinstance(settings, FinetuneLora):
@@ -56,7 +61,8 @@ def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: Adap
         return FULL
     rows = max((len(ids) for ids in spec.rows.values()), default=0)
     ends = "all" if spec.saved else "new_rows" if rows else "none"
-    return Method("lora", spec.rank, spec.alpha, spec.targets, embeddings=ends, new_rows=rows)
+    targets = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+    return Method("lora", spec.rank, spec.alpha, targets, embeddings=ends, new_rows=rows)
 
 
 def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:

@@ -18,14 +18,20 @@ def forecast(model: CausalLM, method: Method, settings: Training, batch: Batch, 
     span = round(sum(n * n for n in batch.segments) / length) if batch.segments else 0
     short = model.device.type == "cpu" and max(batch.segments or [length]) <= LONGEST
     whole = batch.at is None and batch.tokens <= CHUNK
-    adapter = settings.adapter_precision if isinstance(settings, FinetuneLora) else settings.precision
+    adapter = precision = str(settings.precision)
+    if isinstance(settings, FinetuneLora):
+        adapter = settings.adapter_precision
+        if settings.quantization != "none":
+            if precision == "fp32":
+                return None  # the calculator knows few bits beside 16 alone
+            precision = settings.quantization
     run = Run(
         batch=rows,
         sequence=length,
         span=span,
         scores=rows * sum(block.weights for block in blocks(batch.segments or [length])),
         attention="short" if short and not isinstance(model, MiniGPT) else "sdpa",
-        precision=settings.precision,
+        precision=precision,
         adapter_precision=adapter,
         optimizer="adam-flat",
         checkpointing=settings.checkpointing,

@@ -6,7 +6,7 @@ from shutil import copyfile
 
 import torch
 
-from pipeline.artifact import base_fingerprint
+from pipeline.bases import base_fingerprint
 from pipeline.corpus import Corpus, refuse_nothing
 from pipeline.data import Example, in_evaluation, iter_examples
 from pipeline.encode import encoder

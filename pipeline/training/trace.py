@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.adapters.attach import add_lora
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
 from pipeline.calc.families import architecture
 from pipeline.calc.parameters import projections
@@ -150,7 +151,7 @@ def _make_trainable(model: CausalLM, method: Method, dtype: torch.dtype) -> None
         return
     model.requires_grad_(False)
     if method.kind == "lora":
-        add_lora(model, resolve(model, method.targets), method.rank, method.alpha, dtype)
+        add_lora(model, resolve(model, method.targets), AdapterSpec(method.rank, method.alpha, ()), dtype)
         trains = method.embeddings == "all"
     else:
         for block in list(model.blocks)[len(model.blocks) - method.last_blocks :]:

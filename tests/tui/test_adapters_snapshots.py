@@ -11,6 +11,7 @@ import pytest
 from textual.pilot import Pilot
 
 from pipeline import artifact
+from pipeline.bases import base_fingerprint
 from tests.tui.engines import FakeInference
 from tests.tui.support import until
 from tui.app import Workbench
@@ -65,7 +66,7 @@ def fixed(empty: Path) -> Path:
             }
         )
         params = {"rank": 4, "alpha": 1.0}
-        bound = artifact.base_fingerprint(expanded)
+        bound = base_fingerprint(expanded)
         made(folder / name, "lora", "adapter", {"adapter_config.json": text}, params=params, base=bound)
     return empty
 

@@ -76,7 +76,7 @@ def lengthen(terminal: Terminal, clone: Path) -> None:
     terminal.see("Params of finetune_lora", "target_modules")
     terminal.keys("Enter")
     terminal.see("rank: a whole number")
-    terminal.keys(*["Down"] * 6, *["Tab"] * 4)
+    terminal.keys(*["Down"] * 7, *["Tab"] * 4)
     terminal.see("epochs: a whole number")
     terminal.keys("End", "BSpace", "BSpace")
     terminal.see("epochs must be a whole number")

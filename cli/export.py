@@ -1,0 +1,86 @@
+"""`lora export`, and the merge of any adapter into files: what leaves the workbench."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cli.options import BaseOption, TrustOption, group
+
+if TYPE_CHECKING:
+    from pipeline.merge import Merging
+
+Width = Literal["fp32", "bf16", "fp16"]
+OutOption = Annotated[Path, typer.Option(help="The folder to write.")]
+WidthOption = Annotated[Width | None, typer.Option(help="Of merged weights; default: the base's own.")]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="Compare base + adapter with the merged model on these; loads both.")
+]
+app = group()
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")],
+    out: OutOption,
+    form: Annotated[Literal["peft", "vllm", "merged"], typer.Option("--as", help="What to write.")],
+    base: BaseOption = None,
+    precision: WidthOption = None,
+    prompts: PromptsOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Write an adapter as those who serve it take it: for PEFT, within vLLM's rules, or merged into a checkpoint."""
+    from cli.console import stdout
+    from pipeline.binding import base_of
+    from pipeline.errors import UserError
+    from pipeline.export import for_peft, for_vllm
+
+    if form != "merged" and (precision or prompts):
+        raise UserError("--precision and --prompts are of --as merged.")
+    if form == "merged":
+        _merged(merging_of(path, base, precision, prompts, trust_remote_code), out)
+    elif form == "vllm":
+        base = base or base_of(path)
+        rank = for_vllm(path, base, out, trust_remote_code)
+        stdout.print(f"{out}  for vLLM. Serve it with:", markup=False, soft_wrap=True)
+        serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
+        stdout.print(serve, markup=False, soft_wrap=True)
+    else:
+        for_peft(path, out)
+        stdout.print(f"{out}  for PEFT", markup=False, soft_wrap=True)
+
+
+def merging_of(adapter: Path, base: Path | None, precision: str | None, prompts: Path | None, trust: bool) -> "Merging":
+    from pipeline.binding import base_of
+    from pipeline.data import read_prompts
+    from pipeline.merge import Merging
+
+    texts = [prompt.prompt for prompt in read_prompts(prompts, str(prompts))] if prompts else []
+    return Merging(base or base_of(adapter), adapter, precision, texts, trust_remote_code=trust)
+
+
+def _merged(merging: "Merging", out: Path) -> None:
+    from cli.progress import follow
+    from pipeline.export import merged
+
+    say_merged(out, follow(merged(out, merging), "merge"))
+
+
+def merge_files(merging: "Merging", out: Path) -> None:
+    """The merged checkpoint alone."""
+    from cli.progress import follow
+    from pipeline.merge import merge_to
+
+    say_merged(out, follow(merge_to(out, merging), "merge"))
+
+
+def say_merged(out: Path, certificate: dict[str, Any]) -> None:
+    from cli.console import stdout
+
+    ratios = [ratio for ratio in certificate["delta_ratios"].values() if ratio is not None]
+    parts = [str(out)]
+    if ratios:
+        parts.append(f"{len(ratios)} matrices hold their update {min(ratios):.4f} to {max(ratios):.4f} times")
+    if "max_logit_difference" in certificate:
+        parts.append(f"largest logit difference {certificate['max_logit_difference']:.1e}")
+    stdout.print("  ".join(parts), markup=False, soft_wrap=True)

@@ -1,0 +1,99 @@
+"""What an adapter changes in a model's weights, from its files alone: no model is needed."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline import artifact
+from pipeline.adapters.attach import PREFIX, ROWS
+from pipeline.adapters.peft_config import read_spec
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.binding import WEIGHTS
+from pipeline.errors import UserError
+from pipeline.models.files import load_tensors
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+COPY = ".base_layer.weight"  # of the base's own weight, as PEFT writes it beside an embedding's LoRA
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """s·BA with A (R, I) and B (O, R); the inputs of an embedding are its rows."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def delta(self) -> Tensor:
+        """(O, I), in fp32."""
+        return self.scale * (self.b.float() @ self.a.float())
+
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        """By PEFT's key; the scale is the config's to say."""
+        first, second = (_EMBEDDING_A, _EMBEDDING_B) if self.embedding else (_A, _B)
+        return {f"{PREFIX}{module}{first}": self.a, f"{PREFIX}{module}{second}": self.b}
+
+
+@dataclass(frozen=True)
+class Change:
+    """All of an adapter, by a module's full name, in the model's order; `whole` by a parameter's."""
+
+    spec: AdapterSpec
+    low_rank: Mapping[str, LowRank]
+    rows: Mapping[str, tuple[tuple[int, ...], Tensor]]
+    whole: Mapping[str, Tensor]
+
+
+def read_change(folder: Path) -> Change:
+    """Raises UserError for an adapter that was changed since it was made, is damaged, or is not understood."""
+    if (folder / artifact.MANIFEST).exists():
+        artifact.verify(folder)
+    spec, place = read_spec(folder), str(folder / WEIGHTS)
+    found = {key.removeprefix(PREFIX): value for key, value in sorted(read_tensors(folder).items(), key=_in_order)}
+    low_rank = {}
+    for first, second in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
+        for key in [key for key in found if key.endswith(first)]:
+            name = key.removesuffix(first)
+            low_rank[name] = _pair(found.pop(key), found.pop(name + second, None), name, spec, place, first != _A)
+    rows = {key.removesuffix(ROWS): found.pop(key) for key in [key for key in found if key.endswith(ROWS)]}
+    return Change(spec, low_rank, {name: (_ids(name, spec, place), value) for name, value in rows.items()}, found)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors. Raises UserError if they cannot be read or are not finite."""
+    found = load_tensors(folder / WEIGHTS)
+    for key, tensor in found.items():
+        if not tensor.float().isfinite().all():  # 8 bits have no isfinite
+            raise UserError(
+                f"{folder / WEIGHTS}: {key} is not finite. Train the adapter again with a lower learning_rate."
+            )
+    return found
+
+
+def _pair(a: Tensor, b: Tensor | None, name: str, spec: AdapterSpec, place: str, embedding: bool) -> LowRank:
+    if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise UserError(f"{place}: {name} has no A and B of one rank. Make the adapter again.")
+    if a.shape[0] != spec.rank_of(name):
+        raise UserError(f"{place}: {name} has rank {a.shape[0]}, its config says {spec.rank_of(name)}.")
+    return LowRank(a, b, spec.scale_of(name), embedding)
+
+
+def _ids(name: str, spec: AdapterSpec, place: str) -> tuple[int, ...]:
+    last = name.rsplit(".", 1)[-1]
+    if last not in spec.rows:
+        raise UserError(f"{place}: {name} has rows that its config does not name. Make the adapter again.")
+    return spec.rows[last]
+
+
+def _in_order(item: tuple[str, Tensor]) -> str:
+    """Layer 10 after layer 9."""
+    return re.sub(r"\d+", lambda match: match[0].zfill(6), item[0])

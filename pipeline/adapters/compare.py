@@ -1,0 +1,65 @@
+"""Two adapters side by side: what they say of themselves, how large each update is, and how far they share a space."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.adapters.change import Change, LowRank
+from pipeline.adapters.combine import Part, concatenated, refuse_unlike, squared_norm
+
+
+class Beside(NamedTuple):
+    """One module: ‖s·BA‖ of each (0 where it has none), ‖difference‖, and how far their spaces overlap.
+
+    `outputs` and `inputs` are φ of Hu et al. 2021, §7.2, for the column and row spaces of the two updates: 0 if they
+    have no direction in common, 1 if the smaller lies in the larger; None where one has no update.
+    """
+
+    module: str
+    first: float
+    second: float
+    difference: float
+    outputs: float | None
+    inputs: float | None
+
+
+def settings_that_differ(one: Change, other: Change) -> dict[str, tuple[Any, Any]]:
+    """Of the two configs."""
+    first, second = asdict(one.spec), asdict(other.spec)
+    return {key: (first[key], second[key]) for key in first if first[key] != second[key]}
+
+
+def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterator[Beside]:
+    """Every module that either changes."""
+    for name in dict.fromkeys((*one, *other)):
+        first, second = one.get(name), other.get(name)
+        if first is None or second is None:
+            sizes = [0.0 if update is None else norm(update) for update in (first, second)]
+            yield Beside(name, sizes[0], sizes[1], max(sizes), None, None)
+            continue
+        refuse_unlike(name, (first, second))
+        difference = norm(concatenated([Part(first, 1.0), Part(second, -1.0)]))
+        shared = overlap(first.b, second.b), overlap(first.a.T, second.a.T)
+        yield Beside(name, norm(first), norm(second), difference, *shared)
+
+
+def norm(update: LowRank) -> float:
+    """‖s·BA‖."""
+    return math.sqrt(max(squared_norm(update), 0.0))
+
+
+def overlap(one: Tensor, other: Tensor) -> float | None:
+    """‖UᵀV‖² / min(rank) for orthonormal bases U, V of the two column spaces, (n, R₁) and (n, R₂)."""
+    first, second = _basis(one), _basis(other)
+    least = min(first.shape[1], second.shape[1])
+    return float((first.T @ second).square().sum()) / least if least else None
+
+
+def _basis(matrix: Tensor) -> Tensor:
+    left, values, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+    found: Tensor = left[:, values > 1e-9 * values.max()]
+    return found

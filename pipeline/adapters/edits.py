@@ -1,0 +1,92 @@
+"""What a merge does to one stored tensor, some rows at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**17  # numbers of W that are alive in fp32 at once: they stay in a core's cache
+
+
+def blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows that cover a matrix."""
+    step = max(1, BLOCK // max(1, columns))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@torch.no_grad()
+def merged_rows(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """weight (n, I) + s·b·a for b (n, R) and a (R, I): summed in fp32 and rounded once, to the weight's precision."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide, copy=True).addmm_(b.to(wide), a.to(wide), alpha=scale).to(weight.dtype)
+
+
+class Edit(Protocol):
+    """Rows of a tensor → the same rows of the merged one, in the same precision."""
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor: ...
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        """All that it is made of: two edits with the same parts do the same."""
+
+
+@dataclass(frozen=True)
+class AddLowRank:
+    """W + s·left·right, (n, R) and (R, m)."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        return merged_rows(weight, self.left[rows], self.right, self.scale)
+
+    def along(self, change: Tensor, rows: slice) -> float:
+        """⟨change, s·left·right⟩ over those rows, without the product of left and right."""
+        return self.scale * float(((change @ self.right.float().T) * self.left[rows].float()).sum())
+
+    def size(self) -> float:
+        """⟨s·left·right, s·left·right⟩ over all rows."""
+        left, right = self.left.double(), self.right.double()
+        return self.scale**2 * float(((left.T @ left) * (right @ right.T)).sum())
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        return self.left, self.right, self.scale
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """The rows `ids` (n,) become `values` (n, m)."""
+
+    ids: Tensor
+    values: Tensor
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        here = (self.ids >= rows.start) & (self.ids < rows.stop)
+        return weight.index_copy(0, self.ids[here] - rows.start, self.values[here].to(weight.dtype))
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        return self.ids, self.values
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Another tensor of the same shape."""
+
+    values: Tensor
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        return self.values[rows].reshape(weight.shape).to(weight.dtype)
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        return (self.values,)
+
+
+def same(one: Edit | None, other: Edit | None) -> bool:
+    """Whether two edits change equal tensors to equal tensors."""
+    if one is None or other is None or type(one) is not type(other):
+        return one is other
+    pairs = zip(one.parts(), other.parts(), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)

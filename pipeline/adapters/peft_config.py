@@ -1,0 +1,170 @@
+"""adapter_config.json ↔ AdapterSpec: written as PEFT writes it, read field by field or refused."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.binding import CONFIG, read_config
+from pipeline.errors import UserError
+
+# PEFT's options that change what an adapter computes, each with the only value that is understood here ...
+_PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False}
+# ... those that are read, and those that decide nothing once an adapter is trained. Any other must be empty.
+_READ = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+}
+_HARMLESS = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "fan_in_fan_out",  # of GPT-2's layers; PEFT sets it right itself, whatever the file says
+}
+EMBEDDING = "embed_tokens"  # what PEFT's list of rows means in most models
+_KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # initialisations that leave the base's weights as they are
+
+
+def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, Any]:
+    """adapter_config.json; `transposed` says whether the layers store their weights as GPT-2's do."""
+    return {
+        **_PLAIN,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": None,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": _whole(spec.alpha),
+        "use_rslora": spec.rslora,
+        "rank_pattern": dict(spec.ranks),
+        "alpha_pattern": {name: _whole(alpha) for name, alpha in spec.alphas.items()},
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": transposed,
+        "init_lora_weights": True,
+        "target_modules": _listed(spec.targets),
+        "exclude_modules": _listed(spec.excluded),
+        "layers_to_transform": list(spec.layers) or None,
+        "layers_pattern": list(spec.lists) or None,
+        "modules_to_save": list(spec.saved) or None,
+        "trainable_token_indices": {name: list(ids) for name, ids in spec.rows.items()} or None,
+    }
+
+
+def _whole(number: float) -> float:
+    """PEFT's alpha is a whole number where it can be."""
+    return int(number) if float(number).is_integer() else number
+
+
+def _listed(names: tuple[str, ...] | str) -> list[str] | str | None:
+    return names if isinstance(names, str) else list(names) or None
+
+
+def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
+    """What the adapter in `folder` says it changes; `embedding` is the last name of the model's own.
+
+    Raises UserError for all that is not understood.
+    """
+    config = _Config(read_config(folder), folder / CONFIG)
+    config.refuse_options()
+    return AdapterSpec(
+        rank=config.number("r", config.get("r"), whole=True),
+        alpha=config.number("lora_alpha", config.get("lora_alpha")),
+        targets=config.names("target_modules", needed=True, may_be_pattern=True),
+        saved=tuple(config.names("modules_to_save")),
+        rows=config.rows(embedding),
+        ranks={key: config.number("rank_pattern", n, whole=True) for key, n in config.pattern("rank_pattern").items()},
+        alphas={key: config.number("alpha_pattern", n) for key, n in config.pattern("alpha_pattern").items()},
+        rslora=bool(config.get("use_rslora")),
+        excluded=config.names("exclude_modules", may_be_pattern=True),
+        layers=config.layers(),
+        lists=tuple(config.names("layers_pattern")),
+    )
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The file's values; each is given out once it is what it must be. Raises UserError."""
+
+    values: dict[str, Any]
+    place: Path
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def refuse_options(self) -> None:
+        for key, plain in _PLAIN.items():
+            if (self.get(key) or plain) != plain:
+                raise UserError(f"{self.place}: {key} is {self.get(key)!r}; only {plain!r} is supported so far.")
+        for key in sorted(self.values.keys() - _PLAIN.keys() - _READ - _HARMLESS):
+            if self.get(key):
+                raise UserError(f"{self.place}: {key} is {self.get(key)!r}; it is not supported so far.")
+        if self.values.get("init_lora_weights", True) not in _KEEPS_BASE:
+            raise UserError(
+                f"{self.place}: init_lora_weights is {self.get('init_lora_weights')!r}, which also changes the base. "
+                "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
+            )
+
+    def number(self, key: str, value: Any, whole: bool = False) -> Any:
+        kinds = int if whole else (int, float)
+        good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        if not good:
+            raise self._wrong(key, "a whole number from 1" if whole else "a positive number", value)
+        return value if whole else float(value)
+
+    def names(self, key: str, needed: bool = False, may_be_pattern: bool = False) -> Any:
+        """A tuple of names, or a pattern's text; a lone text is a name where no pattern may be."""
+        value = self.get(key) or []
+        if isinstance(value, str):
+            if not may_be_pattern:
+                return (value,)
+            return self._compiled(key, value)
+        if not _all(value, str) or (needed and not value):
+            raise self._wrong(key, "a list of names", self.get(key))
+        return tuple(sorted(value))
+
+    def pattern(self, key: str) -> dict[str, Any]:
+        value = self.get(key) or {}
+        if not isinstance(value, dict):
+            raise self._wrong(key, "a mapping of names to numbers", value)
+        return {self._compiled(key, name): number for name, number in value.items()}
+
+    def _compiled(self, key: str, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise self._wrong(key, f"a regular expression ({error})", pattern) from None
+        return pattern
+
+    def layers(self) -> tuple[int, ...]:
+        value = self.get("layers_to_transform")
+        numbers = [] if value is None else value if isinstance(value, list) else [value]
+        if not _all(numbers, int):
+            raise self._wrong("layers_to_transform", "the numbers of blocks", value)
+        return tuple(numbers)
+
+    def rows(self, embedding: str) -> dict[str, tuple[int, ...]]:
+        value = self.get("trainable_token_indices") or {}
+        indices = {embedding: value} if isinstance(value, list) else value
+        if not isinstance(indices, dict):
+            raise self._wrong("trainable_token_indices", "a mapping of modules to rows", value)
+        for name, ids in indices.items():
+            if not _all(ids, int) or min(ids, default=0) < 0:
+                raise self._wrong(f"trainable_token_indices.{name}", "a list of rows", ids)
+        return {name: tuple(ids) for name, ids in indices.items()}
+
+    def _wrong(self, key: str, rule: str, value: Any) -> UserError:
+        return UserError(f"{self.place}: {key} must be {rule}, got {value!r}.")
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)

@@ -1,0 +1,118 @@
+"""What a merge does to a base's files: the adapter is checked against the model's modules, no weight is loaded."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.adapters.attach import BY_ROWS, PREFIX, adapter_layers, tensors
+from pipeline.adapters.change import COPY, read_tensors
+from pipeline.adapters.edits import AddLowRank, Edit, Replace, SetRows, same
+from pipeline.adapters.lora import factors
+from pipeline.adapters.peft_format import load_adapter, other_embedding
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.stream import Merge, read_blocks
+from pipeline.binding import quantization_of
+from pipeline.errors import UserError
+from pipeline.models.causal import CausalLM
+from pipeline.models.linears import is_conv1d
+from pipeline.models.quantized import quantizable, rounded
+from pipeline.models.skeleton import skeleton
+from pipeline.params import Kept
+from pipeline.shards import Place, places
+
+
+def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:
+    """The merge of `adapter` into the checkpoint at `base`, written in `dtype`: F32, BF16, F16, or each in its own.
+
+    Raises UserError as `load_adapter` does.
+    """
+    stored = places(base)
+    model = skeleton(base, trust_remote_code)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    tied = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
+    rounded = _rounded(model, quantization_of(adapter))
+    edits = edits_of(model, load_adapter(model, base, adapter))
+    refuse_other_embedding(adapter, stored)
+    names = {name: stored_name(name, stored) or name for name in {*edits, *tied, *rounded}}
+    absent = [name for name in tied if names[name] not in stored]
+    for name in edits.keys() | rounded:
+        _refuse_unlike(names[name], shapes[name], stored, base, may_be_absent=name in tied and len(absent) < 2)
+    copies: dict[str, str] = {}
+    unties = not same(*(edits.get(name) for name in tied)) if tied else False
+    if unties:
+        source = next(name for name in tied if name not in absent)
+        copies = {names[name]: names[source] for name in tied if name != source}
+    else:
+        edits = {name: edit for name, edit in edits.items() if name not in absent}
+    return Merge(
+        base,
+        stored,
+        {names[name]: edit for name, edit in edits.items()},
+        copies,
+        unties,
+        {names[name]: way for name, way in rounded.items()},
+        dtype,
+    )
+
+
+def _rounded(model: CausalLM, kind: Kept) -> dict[str, Callable[[Tensor], Tensor]]:
+    if kind == "none":
+        return {}
+    linears = {name: model.get_submodule(name) for name in quantizable(model)}
+    return {f"{name}.weight": partial(rounded, kind=kind, turned=is_conv1d(one)) for name, one in linears.items()}
+
+
+def edits_of(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
+    """By parameter's full name in the plain model."""
+    found: dict[str, Edit] = {}
+    for name, layer in adapter_layers(model):
+        found[f"{name}.weight"] = AddLowRank(*factors(layer), layer.scale)
+    for name, module in model.named_modules():
+        if isinstance(module, BY_ROWS):
+            own = name.rsplit(".", 1)[-1]
+            ids = spec.rows[own if own in spec.rows else model.ends[0]]  # a tied head's are the embedding's
+            found[f"{name}.weight"] = SetRows(torch.tensor(ids), module.rows.detach())
+    plain = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for key, parameter in tensors(model, spec).items():
+        if (name := key.removeprefix(PREFIX)) in plain:  # trained in full
+            found[name] = Replace(parameter.detach())
+    return found
+
+
+def stored_name(name: str, stored: Mapping[str, Place]) -> str | None:
+    """What the files call a parameter: as the model does, or without the name of its body; None if they have it not."""
+    if name in stored:
+        return name
+    alike = [one for one in stored if name.endswith(f".{one}") or one.endswith(f".{name}")]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _refuse_unlike(
+    name: str, shape: tuple[int, ...], stored: Mapping[str, Place], base: Path, may_be_absent: bool
+) -> None:
+    if name not in stored and not may_be_absent:
+        raise UserError(
+            f"{base}: its files have no {name}, which the adapter changes: they name or cut weights otherwise than "
+            "transformers does. Open it in transformers and save it anew with save_pretrained."
+        )
+    if name in stored and stored[name].info.shape != shape:
+        raise UserError(f"{base}: {name} has shape {list(stored[name].info.shape)}, config.json says {list(shape)}.")
+
+
+def refuse_other_embedding(adapter: Path, stored: Mapping[str, Place]) -> None:
+    """PEFT writes the base's whole embedding beside its LoRA: here only the files have one to compare it with."""
+    for key, value in read_tensors(adapter).items():
+        if key.endswith(COPY):
+            name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
+            found = stored_name(name, stored)
+            if found is None or not _is_stored(value, stored[found]):
+                raise other_embedding(adapter, name)
+
+
+def _is_stored(value: Tensor, place: Place) -> bool:
+    return value.shape == place.info.shape and all(
+        torch.equal(value[rows].to(block), block) for rows, block in read_blocks(place)
+    )

@@ -1,0 +1,69 @@
+"""What an adapter changes, in PEFT's words."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pipeline.targets import ends
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """`targets` get LoRA, `saved` modules train in full, `rows` train row by row.
+
+    Names mean every module whose full name ends so; a text in place of a list is a pattern that the whole name
+    matches, or all-linear. `ranks` and `alphas` are by pattern: the first that a name ends with decides.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] | str
+    saved: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    excluded: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] = ()  # none: all
+    lists: tuple[str, ...] = ()  # names of the lists whose numbers `layers` are; none: any
+
+    def rank_of(self, module: str) -> int:
+        """R of the module with this full name."""
+        return _by_pattern(self.ranks, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """By what its BA is multiplied: alpha/R, or alpha/√R (Kalajdzievski 2023)."""
+        rank = self.rank_of(module)
+        return _by_pattern(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def leaves_out(self, module: str) -> bool:
+        """Whether a module that `targets` means gets no LoRA all the same."""
+        if isinstance(self.excluded, str):
+            excluded = re.fullmatch(self.excluded, module) is not None
+        else:
+            excluded = any(ends(module, form) for form in self.excluded)
+        if isinstance(self.targets, str):
+            return excluded or lies_in(module, self.saved)
+        numbered = bool(self.layers) and module not in self.targets
+        return excluded or (numbered and self._layer(module) not in self.layers)
+
+    def _layer(self, module: str) -> int | None:
+        """The number of the block that a module is in: the first in its name."""
+        patterns = [rf"(?:^|.*?\.){own}\." for own in self.lists] or [r".*?\.[^.]*\."]
+        found = (re.match(rf"{pattern}(\d+)\.", module) for pattern in patterns)
+        return next((int(match[1]) for match in found if match), None)
+
+
+def _by_pattern(values: Mapping[str, Number], module: str, default: Number) -> Number:
+    found = (value for pattern, value in values.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(found, default)
+
+
+def lies_in(module: str, names: Iterable[str]) -> bool:
+    """Whether `names` mean the module with this full name, or one that it is in."""
+    parts = module.split(".")
+    return any(ends(".".join(parts[: i + 1]), name) for i in range(len(parts)) for name in names)

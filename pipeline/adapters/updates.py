@@ -1,0 +1,96 @@
+"""An adapter as low-rank updates alone, one a module: what servers take, and what can be combined."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pipeline.adapters.attach import short_targets
+from pipeline.adapters.change import LowRank
+from pipeline.adapters.edits import AddLowRank, SetRows
+from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, transposed
+from pipeline.adapters.peft_config import config_of
+from pipeline.adapters.peft_format import load_adapter
+from pipeline.adapters.plan import edits_of, refuse_other_embedding, stored_name
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.stream import read_rows
+from pipeline.artifact import write_json
+from pipeline.binding import CONFIG, WEIGHTS
+from pipeline.errors import UserError
+from pipeline.models.causal import CausalLM
+from pipeline.models.files import save_tensors
+from pipeline.models.linears import is_conv1d
+from pipeline.models.skeleton import skeleton
+from pipeline.shards import Place, places
+
+Updates = dict[str, LowRank]  # by module's full name
+
+
+def updates_of(base: Path, adapter: Path, trust_remote_code: bool = False) -> Updates:
+    """All that the adapter changes, in the model's order.
+
+    n rows that were trained one by one are, without loss, an update of rank n: one of its factors picks the rows, the
+    other is what they differ by from the base's. Raises UserError for what is of no low rank, or does not fit.
+    """
+    model, stored = skeleton(base, trust_remote_code), places(base)
+    edits = edits_of(model, load_adapter(model, base, adapter))
+    refuse_other_embedding(adapter, stored)
+    found: Updates = {}
+    for parameter, edit in edits.items():
+        name = parameter.removesuffix(".weight")
+        if isinstance(edit, AddLowRank):
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LoRALinear | LoRAEmbedding)
+            b, a = (edit.right.T, edit.left.T) if transposed(layer.base) else (edit.left, edit.right)
+            found[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding))
+        elif isinstance(edit, SetRows):
+            place = _place(parameter, model, stored, base)
+            found[name] = _picking(edit, place, embedding=name == model.embedding_name)
+        else:
+            raise UserError(
+                f"{adapter}: {name} was trained in full (modules_to_save), which is no update of low rank. Merge the "
+                "adapter instead, or train it with train_embeddings: new_rows."
+            )
+    return {name: found[name] for name, _ in model.named_modules() if name in found}
+
+
+def _place(parameter: str, model: CausalLM, stored: Mapping[str, Place], base: Path) -> Place:
+    """Of a tied pair one may be stored alone."""
+    ends = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
+    for name in (parameter, *ends):
+        if found := stored_name(name, stored):
+            return stored[found]
+    raise UserError(f"{base}: its files have no {parameter}. Save it anew in transformers with save_pretrained.")
+
+
+def _picking(edit: SetRows, place: Place, embedding: bool) -> LowRank:
+    change = edit.values.float() - read_rows(place, edit.ids.tolist()).float()  # (n, D)
+    picks = torch.zeros(len(edit.ids), place.info.shape[0])
+    picks[torch.arange(len(edit.ids)), edit.ids] = 1  # (n, V)
+    return LowRank(picks, change.T, 1.0, embedding=True) if embedding else LowRank(change, picks.T, 1.0)
+
+
+def write_updates(folder: Path, updates: Updates, model: CausalLM, base_name: str) -> AdapterSpec:
+    """adapter_config.json and adapter_model.safetensors for a model of these modules."""
+    spec = spec_of(updates, model)
+    turned = any(is_conv1d(model.get_submodule(name)) for name in updates)
+    save_tensors(folder / WEIGHTS, {key: t for name, one in updates.items() for key, t in one.tensors(name).items()})
+    write_json(folder / CONFIG, config_of(spec, base_name, turned))
+    return spec
+
+
+def spec_of(updates: Updates, model: CausalLM) -> AdapterSpec:
+    """Rank and alpha that most have; the others by pattern, each by its full name."""
+    (rank, scale), _ = Counter((one.rank, one.scale) for one in updates.values()).most_common(1)[0]
+    others = {name: one for name, one in updates.items() if (one.rank, one.scale) != (rank, scale)}
+    embedding = [model.embedding_name.rsplit(".", 1)[-1]] if model.embedding_name in updates else []
+    linears = [name for name in updates if name != model.embedding_name]
+    return AdapterSpec(
+        rank=rank,
+        alpha=scale * rank,
+        targets=tuple(sorted((*(short_targets(model, linears) if linears else ()), *embedding))),
+        ranks={re.escape(name): one.rank for name, one in others.items()},
+        alphas={re.escape(name): one.scale * one.rank for name, one in others.items()},
+    )

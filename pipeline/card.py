@@ -1,0 +1,98 @@
+"""A model card: how an adapter or a merged model was made, what it learned and what it forgot, from its manifest."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.binding import read_config
+from pipeline.inventory import measured
+from pipeline.metrics import LOSS, final_loss, read_steps
+
+CARD = "README.md"
+TRAINED = ("epochs", "batch_size", "learning_rate", "precision", "quantization", "train_embeddings", "retain_weight")
+
+
+def card(adapter: Path, certificate: Mapping[str, Any] | None = None) -> str:
+    """In Markdown, as the hub wants it; with a merge's `certificate`, of the merged model. Raises UserError."""
+    manifest = artifact.verify(adapter) if (adapter / artifact.MANIFEST).exists() else {}
+    found = measured(artifact.sealed_digest(manifest), [adapter.parent]) if manifest else {}
+    parts = [
+        "\n".join(_front(adapter, merged=certificate is not None)),
+        f"# {adapter.resolve().name}{', merged' if certificate is not None else ''}",
+        _section("Method", _method(adapter, manifest)),
+        _section("Data", _data(manifest)),
+        _section("Learned and forgotten", _measured(adapter, found)),
+        _section("Merge", _merge(certificate or {})),
+        _section("Made with", _made_with(manifest)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(title: str, lines: Iterator[str]) -> str:
+    text = "\n".join(f"- {line}" for line in lines)
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def _front(adapter: Path, merged: bool) -> Iterator[str]:
+    base = read_config(adapter).get("base_model_name_or_path")
+    yield "---"
+    if isinstance(base, str) and base:
+        yield f"base_model: {base}"
+    yield f"library_name: {'transformers' if merged else 'peft'}"
+    yield "tags: [lora]"
+    yield "---"
+
+
+def _method(adapter: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    config, params = read_config(adapter), manifest.get("params", {})
+    targets = config.get("target_modules")
+    yield f"LoRA, rank {config.get('r')}, alpha {config.get('lora_alpha')}{', rsLoRA' * bool(config.get('use_rslora'))}"
+    yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets or ()))}"
+    for key in TRAINED:
+        if key in params:
+            yield f"{key.replace('_', ' ')}: {params[key]}"
+    counted = manifest.get("parameters", {})
+    if "trainable" in counted:
+        yield f"{counted['trainable']:,} of {counted['total']:,} parameters trained"
+
+
+def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
+    for name, digest in manifest.get("inputs", {}).items():
+        if not name.startswith("artifacts/"):
+            yield f"`{name}`, sha256 `{digest}`"
+
+
+def _measured(adapter: Path, found: Mapping[str, Any]) -> Iterator[str]:
+    if (adapter / LOSS).exists():
+        yield f"training loss at the end: {final_loss(read_steps(adapter / LOSS)):.4f} nats a token"
+    if not found:
+        yield "not evaluated: run `lora evaluate` where it was trained"
+        return
+    forgetting = found["forgetting"]
+    if "new_loss" in found:
+        yield f"loss on what it learned: {found['new_loss']:.4f} nats a token"
+        yield f"completed as in the data: {found['new_completed']} of {found['new_sentences']}"
+    yield f"forgetting: loss on the old data {forgetting['loss_rise']:+.4f} nats a token"
+    yield f"forgetting: divergence from the base {forgetting['divergence']:.4f} nats a token"
+    yield f"forgetting: {forgetting['answers_kept']:.1%} of the base's first choices kept"
+
+
+def _merge(certificate: Mapping[str, Any]) -> Iterator[str]:
+    ratios = [ratio for ratio in certificate.get("delta_ratios", {}).values() if ratio is not None]
+    if ratios:
+        yield f"{len(ratios)} matrices hold their update {min(ratios):.4f} to {max(ratios):.4f} times"
+    if "max_logit_difference" in certificate:
+        yield (
+            f"against base + adapter on {certificate['prompts_checked']} prompts: largest logit difference "
+            f"{certificate['max_logit_difference']:.1e}, divergence {certificate['divergence']:.1e} nats a token"
+        )
+    if "trained_on" in certificate:
+        yield f"merged onto the {certificate['trained_on']} weights that the adapter was trained on, dequantized"
+
+
+def _made_with(manifest: Mapping[str, Any]) -> Iterator[str]:
+    for name, number in manifest.get("versions", {}).items():
+        yield f"{name} {number}"
+    if manifest.get("commit"):
+        yield f"code: commit `{manifest['commit']}`"

@@ -1,0 +1,75 @@
+"""Adapters in the form that those who serve them take: PEFT's, vLLM's, or merged into a checkpoint."""
+
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.adapters.updates import updates_of, write_updates
+from pipeline.binding import CONFIG, WEIGHTS, read_config
+from pipeline.card import CARD, card
+from pipeline.collection import copy_tokenizer
+from pipeline.errors import UserError
+from pipeline.merge import Merging, merge_to, refuse_other
+from pipeline.models.skeleton import skeleton
+from pipeline.runner import Event
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def for_peft(adapter: Path, out: Path) -> None:
+    """The adapter, its tokenizer and a card: all that PEFT opens, and nothing of this project's. Raises UserError."""
+    refuse_other(out, CONFIG)
+    with artifact.writing(out) as folder:
+        for name in (CONFIG, WEIGHTS):
+            if not (adapter / name).is_file():
+                raise UserError(f"{adapter} is not an adapter folder: it has no {name}.")
+            shutil.copyfile(adapter / name, folder / name)
+        _finish(folder, adapter)
+
+
+def for_vllm(adapter: Path, base: Path, out: Path, trust_remote_code: bool = False) -> int:
+    """The adapter within vLLM's rules: low-rank updates alone, scaled by alpha/r.
+
+    Trained rows become updates of embedding and head. Returns the --max-lora-rank that it takes. Raises UserError.
+    """
+    refuse_other(out, CONFIG)
+    updates = updates_of(base, adapter, trust_remote_code)
+    name, widest = max(updates, key=lambda name: updates[name].rank), max(one.rank for one in updates.values())
+    if widest > RANKS[-1]:
+        raise UserError(
+            f"{adapter}: {name} needs rank {widest}; vLLM takes {RANKS[-1]} at most. Export it merged: --as merged."
+        )
+    named = read_config(adapter).get("base_model_name_or_path") or str(base)
+    with artifact.writing(out) as folder:
+        write_updates(folder, updates, skeleton(base, trust_remote_code), named)
+        _finish(folder, adapter)
+    return next(rank for rank in RANKS if rank >= widest)
+
+
+def merged(out: Path, merging: Merging) -> Generator[Event, None, dict[str, Any]]:
+    """A checkpoint on its own, with what generation needs and a card; returns the merge's certificate.
+
+    Raises UserError.
+    """
+
+    def finish(folder: Path, certificate: dict[str, Any]) -> None:
+        _say_ends(folder)
+        (folder / CARD).write_text(card(merging.adapter, certificate), encoding="utf-8")
+
+    return (yield from merge_to(out, merging, finish))
+
+
+def _finish(folder: Path, adapter: Path) -> None:
+    copy_tokenizer(adapter, folder)
+    (folder / CARD).write_text(card(adapter), encoding="utf-8")
+
+
+def _say_ends(folder: Path) -> None:
+    """generation_config.json, where the base has none: with which tokens a text begins and ends."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        config = artifact.read_json(folder / "config.json", "Copy the base anew")
+        artifact.write_json(path, {key: config[key] for key in ENDS if config.get(key) is not None})

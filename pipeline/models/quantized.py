@@ -1,0 +1,126 @@
+"""Frozen linears in 4 or 8 bits through bitsandbytes (QLoRA, Dettmers et al. 2023, §3; the document's §10.1)."""
+
+import logging
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.calc.precision import NF4_BLOCK, NF4_BLOCK_2
+from pipeline.errors import UserError
+from pipeline.models.causal import CausalLM
+from pipeline.models.linears import is_linear, outputs_first
+
+Quantization = Literal["int8", "nf4", "nf4-dq"]  # as the calculator calls them
+DOUBLE = "nf4-dq"
+
+
+class QuantizedLinear(nn.Module):
+    """y = Wx + b. W (O, I) is kept in few bits and made anew, in x's precision, whenever it is used: no copy stays.
+
+    LLM.int8's own products quantize x as well; here int8, like NF4, is a way to keep W, and x stays as it is.
+    """
+
+    def __init__(self, linear: nn.Module, kind: Quantization, device: torch.device) -> None:
+        """W is quantized on `device`, and kept where it was."""
+        super().__init__()
+        weight = outputs_first(linear)
+        self.kind, self.dtype = kind, weight.dtype
+        self.bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
+        self.out_features, self.in_features = weight.shape
+        for name, tensor in packed(weight.to(device), kind).items():
+            self.register_buffer(name, tensor.to(weight.device), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I), in the precision that the rest of the model has."""
+        return self.weight_in(self.dtype)
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        return unpacked(dict(self.named_buffers()), self.kind, (self.out_features, self.in_features), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Product(torch.autograd.Function):
+    """autograd would keep W between forward and backward; here backward makes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.weight_in(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.weight_in(gradient.dtype), None
+
+
+def packed(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
+    """What is kept of a weight (O, I), by name."""
+    functional = _bitsandbytes()
+    if kind == "int8":
+        codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        return {"codes": codes, "scales": scales}
+    codes, state = functional.quantize_4bit(
+        weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=kind == DOUBLE
+    )
+    if kind != DOUBLE:
+        return {"codes": codes, "scales": state.absmax}
+    return {"codes": codes, "scales": state.absmax, "scales_of_scales": state.state2.absmax, "offset": state.offset}
+
+
+def unpacked(kept: dict[str, Tensor], kind: Quantization, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight (O, I) that `kept` stands for."""
+    functional = _bitsandbytes()
+    scales: Tensor = kept["scales"]
+    if kind == "int8":
+        weight: Tensor = functional.int8_vectorwise_dequant(kept["codes"], scales).to(dtype)
+        return weight
+    if kind == DOUBLE:
+        absmax = kept["scales_of_scales"]
+        scales = functional.dequantize_blockwise(scales, absmax=absmax, blocksize=NF4_BLOCK_2) + kept["offset"]
+    state = functional.QuantState(scales, shape, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
+    weight = functional.dequantize_4bit(kept["codes"], state)
+    return weight  # noqa: RET504 (it gives a type to what the library gives none)
+
+
+def rounded(weight: Tensor, kind: Quantization, turned: bool = False) -> Tensor:
+    """A weight (O, I), or (I, O) where it is `turned`, after a way to few bits and back."""
+    upright = weight.T.contiguous() if turned else weight
+    rows, columns = upright.shape
+    found = unpacked(packed(upright, kind), kind, (rows, columns), weight.dtype)
+    return found.T.contiguous() if turned else found
+
+
+def quantizable(model: CausalLM) -> list[str]:
+    """Full names of the linears that are kept in few bits: those of the blocks. Embeddings, head and norms stay."""
+    inside = {id(module) for module in model.blocks.modules()}
+    return [name for name, module in model.named_modules() if id(module) in inside and is_linear(module)]
+
+
+def quantize(model: CausalLM, kind: Quantization, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Keep the linears of `model`'s blocks in few bits, in place; the rest in `dtype`, or as it is.
+
+    What is quantized is the weights as they are stored, whatever `dtype` is: every use has the same. Raises UserError.
+    """
+    for name in quantizable(model):
+        layer = QuantizedLinear(model.get_submodule(name), kind, device)
+        layer.dtype = dtype or layer.dtype
+        model.set_submodule(name, layer)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+
+
+def _bitsandbytes() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel from the hub that is not needed
+    try:
+        import bitsandbytes.functional
+    except ImportError:
+        raise UserError(
+            "A quantized base needs bitsandbytes. Install it with `pip install 'lora-workbench[qlora]'`, or set "
+            "finetune_lora.quantization to none."
+        ) from None
+    return bitsandbytes.functional

@@ -1,0 +1,137 @@
+"""A checkpoint's safetensors rewritten tensor by tensor: what is not changed is copied by the system, unread."""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pipeline.bases import weight_files
+from pipeline.errors import UserError
+from pipeline.tensors import BYTES, TensorInfo, read_header
+
+PIECE = 8 * 2**20  # bytes, where the system cannot copy by itself
+
+Bytes = bytes | bytearray | memoryview
+Content = Callable[[], Iterable[Bytes]]  # what a tensor is to hold, piece by piece
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint is."""
+
+    file: Path
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class New:
+    """A tensor as it is to be written; without `content` it is copied."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    content: Content | None = None
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return prod(self.shape) * BYTES[self.dtype]
+
+
+def places(folder: Path) -> dict[str, Place]:
+    """Every tensor of the checkpoint in `folder`, by name. Raises UserError as `weight_files` and `read_header`."""
+    found: dict[str, Place] = {}
+    for file in weight_files(folder):
+        for name, info in read_header(file).items():
+            if name in found:
+                raise UserError(f"{folder}: {name} is in {found[name].file.name} and in {file.name}. Copy it anew.")
+            found[name] = Place(file, info)
+    return found
+
+
+def rewrite(source: Path, target: Path, tensors: Sequence[New]) -> None:
+    """Write `target` with `tensors`, in this order; those without content are copied from `source`."""
+    infos, metadata, raw = _header(source)
+    same = [(t.name, t.dtype, t.shape) for t in tensors] == [(n, i.dtype, i.shape) for n, i in infos.items()]
+    with source.open("rb") as reader, target.open("wb", buffering=0) as writer:
+        _write(writer.fileno(), raw if same else _composed(tensors, metadata))
+        for copied, group in groupby(tensors, key=lambda tensor: tensor.content is None):
+            if copied:
+                for start, stop in _runs(infos[tensor.name] for tensor in group):
+                    _copy(reader.fileno(), writer.fileno(), start, stop - start)
+                continue
+            for tensor in group:
+                assert tensor.content is not None
+                for piece in tensor.content():
+                    _write(writer.fileno(), piece)
+
+
+def in_file_order(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file as they lie in it."""
+    return _header(file)[0]
+
+
+def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | None, bytes]:
+    infos = dict(sorted(read_header(file).items(), key=lambda item: (item[1].start, item[1].stop)))
+    with file.open("rb") as reader:
+        head = reader.read(8)
+        raw = head + reader.read(struct.unpack("<Q", head)[0])
+    return infos, json.loads(raw[8:]).get("__metadata__"), raw
+
+
+def _composed(tensors: Sequence[New], metadata: Mapping[str, Any] | None) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    start = 0
+    for tensor in tensors:
+        stop = start + tensor.size
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _runs(infos: Iterable[TensorInfo]) -> Iterator[tuple[int, int]]:
+    """Neighbours as one range."""
+    run: tuple[int, int] | None = None
+    for info in infos:
+        if run and run[1] == info.start:
+            run = run[0], info.stop
+        else:
+            if run:
+                yield run
+            run = info.start, info.stop
+    if run:
+        yield run
+
+
+def _copy(source: int, target: int, start: int, count: int) -> None:
+    done = 0
+    while done < count:
+        step = _copied_by_system(source, target, start + done, count - done)
+        if not step:
+            piece = os.pread(source, min(PIECE, count - done), start + done)
+            _write(target, piece)
+            step = len(piece)
+        done += step
+
+
+def _write(target: int, data: Bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
+
+
+def _copied_by_system(source: int, target: int, start: int, count: int) -> int:
+    """Bytes that were copied; 0 where the system or the file system cannot."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source, target, count, offset_src=start)
+    except OSError:
+        return 0

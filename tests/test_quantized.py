@@ -1,0 +1,101 @@
+"""A base in few bits: what bitsandbytes itself makes of it, in the calculator's bytes, from training to the merge."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.adapters.peft_format import save_adapter
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.artifact import read_json, seal
+from pipeline.bases import base_fingerprint
+from pipeline.calc.families import architecture
+from pipeline.calc.precision import precision
+from pipeline.models.quantized import Quantization, QuantizedLinear, quantizable, quantize
+from tests.merged import merged_model
+from tests.real import toy, with_lora
+from tests.support import BRIEF, make
+from tests.test_merge_streamed import load_weights, merged_through_files
+
+bnb = pytest.importorskip("bitsandbytes")
+CPU = torch.device("cpu")
+KINDS: tuple[Quantization, ...] = ("int8", "nf4", "nf4-dq")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_and_gradients_are_those_of_the_dequantized_weight(kind: Quantization) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 160)
+    layer, x = QuantizedLinear(linear, kind, CPU), torch.randn(5, 96, requires_grad=True)
+    y = layer(x)
+    weight = layer.weight
+    torch.testing.assert_close(y, F.linear(x, weight, linear.bias))
+    wanted = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad((y * wanted).sum(), x)
+    torch.testing.assert_close(gradient, wanted @ weight)
+    assert 0 < (weight - linear.weight).abs().max() < {"int8": 1e-3}.get(kind, 3e-2)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_is_the_weight_of_bitsandbytes_own_layer(double: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(192, 64, dtype=torch.bfloat16)
+    theirs = bnb.nn.Linear4bit(192, 64, quant_type="nf4", compress_statistics=double, compute_dtype=torch.bfloat16)
+    theirs.load_state_dict(linear.state_dict())
+    theirs = theirs.to("cpu")
+    x = torch.randn(7, 192, dtype=torch.bfloat16)
+    there = theirs(x)
+    ours = QuantizedLinear(linear, "nf4-dq" if double else "nf4", CPU)
+    torch.testing.assert_close(ours(x), there, atol=2e-2, rtol=2e-2)
+    weight = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+    assert torch.equal(weight.reshape(64, 192).to(torch.bfloat16), ours.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_bytes_are_the_calculators(kind: Quantization) -> None:
+    model = toy("llama", torch.bfloat16, hidden_size=256, intermediate_size=512)
+    shapes = architecture(model.describe(), "the toy")
+    quantize(model, kind, None, CPU)
+    held = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    assert held == pytest.approx(precision(kind).weights(shapes.quantizable, shapes.total), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_merge_through_files_is_onto_the_weights_that_were_trained_on(
+    family: str, kind: Quantization, tmp_path: Path
+) -> None:
+    """Written so that the adapter's manifest names the few bits, as after training."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = toy(family, torch.bfloat16)
+    model.save(base)
+    stored, linears = copy.deepcopy(model), quantizable(model)
+    quantize(model, kind, None, CPU)
+    names = ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")
+    tuned = with_lora(model, names=names)
+    adapter.mkdir()
+    save_adapter(adapter, tuned, AdapterSpec(3, 6.0, names), "base")
+    (base / "tokenizer.json").write_text("{}", encoding="utf-8")
+    params = {"rank": 3, "alpha": 6.0, "quantization": kind}
+    seal(adapter, {"kind": "adapter", "params": params, "base": base_fingerprint(base)})
+    written = merged_through_files(base, adapter, tmp_path / "out")
+    merged_model(tuned).save(tmp_path / "memory")
+    kept = load_weights(tmp_path / "memory")
+    assert written.keys() == kept.keys()
+    assert all(torch.equal(written[name], weight) for name, weight in kept.items())
+    assert all(not torch.equal(kept[f"{name}.weight"], stored.get_parameter(f"{name}.weight")) for name in linears)
+
+
+def test_a_run_on_four_bits_learns_is_asked_as_it_was_trained_and_says_what_a_merge_changes(
+    project: Path,
+) -> None:
+    few = [*BRIEF, "finetune_lora.quantization=nf4-dq", "merge.max_logit_difference=1e-4"]
+    make(project, ["finetune_lora", "merge"], few)
+    certificate = read_json(project / "artifacts/lora_merged/certificate.json", "")
+    assert certificate["trained_on"] == "nf4-dq"
+    assert certificate["max_logit_difference"] < 1e-5
+    assert certificate["merged_on_stored_weights"]["max_logit_difference"] > 0.01
+    assert certificate["same_first_choices"] == certificate["prompts_checked"]
