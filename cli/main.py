@@ -9,6 +9,7 @@ import typer
 from cli import adapters, ask, cache, calc, data, doctor, export, new, stages
 from cli.options import group
 from pipeline.errors import Interrupted, UserError
+from pipeline.world import world
 
 app = group(
     help="Adapt language models with LoRA: train, merge, evaluate, ask. Numbers come from params.yaml.",
@@ -45,6 +46,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        if not world().first:  # the first says it
+            raise SystemExit(1) from None
         _fail(str(error), 1)
     except Interrupted as stop:
         _fail(f"{stop}. Run the same command to go on.", 128 + stop.signal_number)
@@ -59,3 +62,7 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     sys.stderr.write(f"error: {message}\n" if code == 1 else f"{message}\n")
     raise SystemExit(code)
+
+
+if __name__ == "__main__":  # what torchrun calls: torchrun --nproc-per-node 2 -m cli.main finetune lora
+    main()

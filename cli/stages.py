@@ -89,9 +89,35 @@ def lora(
     overrides: SetOption = None,
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
+    devices: Annotated[int, typer.Option(min=1, help="Processes that share each step, one a GPU.")] = 1,
+    shard: Annotated[
+        bool | None,
+        typer.Option(help="Whether each device keeps a share of the base; default: where one cannot hold it."),
+    ] = None,
 ) -> None:
-    """Train low-rank updates → artifacts/lora_adapter, in PEFT's format."""
-    _run("finetune_lora", _finetune, params, overrides, force, checkpoint_every)
+    """Train low-rank updates → artifacts/lora_adapter, in PEFT's format.
+
+    The same from torchrun: torchrun --nproc-per-node 2 -m cli.main finetune lora
+    """
+    from pipeline.errors import UserError
+    from pipeline.world import world
+
+    if shard and devices == 1 and world().alone:
+        raise UserError("--shard shares the base among several devices. Say how many with --devices.")
+    if devices > 1 and world().alone:
+        from pipeline.training.launch import launch
+
+        given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
+        given += [f"--set={override}" for override in overrides or ()]
+        given += [] if shard is None else ["--shard" if shard else "--no-shard"]
+        raise typer.Exit(launch(devices, ["finetune", "lora", *given]))
+
+    def work(job: "Job") -> "Making":
+        from pipeline.stages.finetune import finetune
+
+        return finetune(job, shard)
+
+    _run("finetune_lora", work, params, overrides, force, checkpoint_every)
 
 
 def _finetune(job: "Job") -> "Making":
@@ -152,11 +178,22 @@ def _run(
     from cli.console import stdout
     from cli.progress import follow
     from pipeline.dag import STAGES
+    from pipeline.errors import UserError
     from pipeline.runner import run
+    from pipeline.world import world
 
     project = project_of(params, overrides)
-    events = run(project, STAGES[name], work, force=force, checkpoint_every=checkpoint_every)
+    if world().alone:
+        events = run(project, STAGES[name], work, force=force, checkpoint_every=checkpoint_every)
+    else:
+        if not name.startswith("finetune_"):
+            raise UserError(f"{name} runs in one process. Call it without torchrun.")
+        from pipeline.training.distributed import together
+
+        events = together(project, STAGES[name], work, force=force, checkpoint_every=checkpoint_every)
     manifest = follow(events, name)
+    if not manifest:  # not the process that writes
+        return
     stdout.print(_summary(project.artifact(name), manifest), markup=False, soft_wrap=True)
 
 

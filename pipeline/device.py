@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from pipeline.metrics import peak_memory
+from pipeline.world import world
 
 
 def best_device() -> torch.device:
     """A CUDA GPU, or Apple's, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    several = not world().alone  # what they tell each other of tensors cannot pass through Apple's GPU
+    return torch.device("mps" if torch.backends.mps.is_available() and not several else "cpu")
 
 
 LARGE = 10_000_000  # parameters; below it an accelerator, or a second thread, costs more than it gains
@@ -28,7 +30,8 @@ def device_for(model: nn.Module) -> torch.device:
     each other's cores, were measured to take seven times as long.
     """
     large = sum(t.numel() for t in (*model.parameters(), *model.buffers())) >= LARGE  # few bits are kept in buffers
-    torch.set_num_threads((os.cpu_count() or 1) if large else 1)
+    cores = (os.cpu_count() or 1) // world().local_size
+    torch.set_num_threads(max(1, cores) if large else 1)
     return best_device() if large else torch.device("cpu")
 
 

@@ -12,12 +12,14 @@ _SERVER.set_forkserver_preload(["cli.main", "pipeline.stages.pretrain", "pipelin
 
 
 class Forked:
-    """A running `lora …`, its stderr in a file."""
+    """A running `lora …` with these variables beside its own, its stderr in a file."""
 
-    def __init__(self, command: list[str], cwd: Path) -> None:
+    def __init__(self, command: list[str], cwd: Path, **variables: str) -> None:
         handle, self._errors = mkstemp()
         os.close(handle)
-        self.process: BaseProcess = _SERVER.Process(target=_run, args=(command, str(cwd), self._errors), daemon=True)
+        self.process: BaseProcess = _SERVER.Process(
+            target=_run, args=(command, str(cwd), self._errors, variables), daemon=True
+        )
         self.process.start()
 
     def end(self) -> tuple[int, str]:
@@ -29,7 +31,8 @@ class Forked:
         return self.process.exitcode, errors
 
 
-def _run(command: list[str], cwd: str, errors: str) -> None:
+def _run(command: list[str], cwd: str, errors: str, variables: dict[str, str]) -> None:
+    os.environ |= variables
     from cli.main import main
 
     for stream, path in ((1, os.devnull), (2, errors)):

@@ -44,7 +44,7 @@ def test_attention_is_that_of_transformers_and_every_row_sums_to_1(tmp_path: Pat
 def test_a_layers_output_is_its_attention_times_its_values_with_lora_too(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     model = minigpt(engine.load(base, adapter(tmp_path / "a", base, SPEC)).model)
-    attention = model.decoder.layers[1].get_submodule("self_attn")
+    attention = model.body.layers[1].get_submodule("self_attn")
     assert isinstance(attention, Attention)
     x = torch.randn(2, 11, 64)
     v = attention.v_proj(x).view(2, 11, 4, 16).transpose(1, 2)  # (B, H, T, K)
@@ -69,8 +69,8 @@ def test_a_streamed_token_has_the_models_own_probability_before_temperature_and_
 def test_a_stream_shows_the_end_token_that_generate_leaves_out(tmp_path: Path) -> None:
     model = minigpt(load_base(checkpoint(tmp_path / "base")).model)
     with torch.no_grad():  # the last norm gives ones everywhere, and only the end token answers to them
-        model.decoder.final_layer_norm.weight.zero_()
-        model.decoder.final_layer_norm.bias.fill_(1)
+        model.body.final_layer_norm.weight.zero_()
+        model.body.final_layer_norm.bias.fill_(1)
         model.lm_head.weight.zero_()[2] = 1
     for ends in (ENDS, {70, 2}):
         assert [token.id for token in stream(model, (5,), ends, 9)] == [2]

@@ -56,7 +56,7 @@ def test_it_has_about_109_thousand_parameters() -> None:
 
 
 def test_positions_are_the_sinusoids_of_the_transformer() -> None:
-    table = model_of().decoder.embed_positions.weight
+    table = model_of().body.embed_positions.weight
     for position, i in ((0, 0), (5, 3), (31, 31)):
         angle = position / 10_000 ** (2 * i / 64)
         assert table[position + 2, 2 * i] == pytest.approx(math.sin(angle), abs=1e-6)
@@ -136,11 +136,11 @@ def test_resizing_keeps_old_rows_bit_for_bit(tied: bool) -> None:
     model = model_of(tie_embeddings=tied)
     larger = model_of(tie_embeddings=tied)
     set_row_count(larger, 90)
-    for end, before in ((larger.decoder.embed_tokens, model.decoder.embed_tokens), (larger.lm_head, model.lm_head)):
+    for end, before in ((larger.body.embed_tokens, model.body.embed_tokens), (larger.lm_head, model.lm_head)):
         assert end.weight.shape == (90, 64)
         assert torch.equal(end.weight[:74], before.weight)
         assert not end.weight[74:].any()
-    assert (larger.lm_head.weight is larger.decoder.embed_tokens.weight) == tied
+    assert (larger.lm_head.weight is larger.body.embed_tokens.weight) == tied
     assert (larger.shape.rows, larger.config.tie_embeddings) == (90, tied)
 
 

@@ -43,6 +43,11 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     @property
+    def body(self) -> nn.Module:
+        """The part whose forward makes hidden states: embedding, blocks and last norm."""
+        raise NotImplementedError
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """The Transformer's blocks, in order."""
         raise NotImplementedError

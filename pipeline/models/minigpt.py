@@ -240,10 +240,10 @@ class MiniGPT(CausalLM):
         self.model = nn.ModuleDict({"decoder": Decoder(config)})
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
-            self.lm_head.weight = self.decoder.embed_tokens.weight
+            self.lm_head.weight = self.body.embed_tokens.weight
 
     @property
-    def decoder(self) -> Decoder:
+    def body(self) -> Decoder:
         decoder = self.model["decoder"]
         assert isinstance(decoder, Decoder)
         return decoder
@@ -255,7 +255,7 @@ class MiniGPT(CausalLM):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.decoder.layers
+        return self.body.layers
 
     def hidden(
         self, ids: Tensor, positions: Tensor | None = None, segments: Sequence[int] | None = None, cache: Any = None
@@ -263,7 +263,7 @@ class MiniGPT(CausalLM):
         if positions is None:
             past = len(cache) if cache is not None else 0
             positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand_as(ids)
-        out: Tensor = self.decoder(ids, positions, cache, segments)
+        out: Tensor = self.body(ids, positions, cache, segments)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ class MiniGPT(CausalLM):
         self.config = replace(self.config, vocab_size=rows, tie_embeddings=tied)
 
     def checkpoint_blocks(self, how: Checkpointing) -> None:
-        self.decoder.checkpointing = how
+        self.body.checkpointing = how
 
     def save(self, folder: Path) -> None:
         write_json(folder / CONFIG, self.describe())

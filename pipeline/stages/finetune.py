@@ -23,8 +23,11 @@ from pipeline.training.retain import Retain, retain_of
 from pipeline.training.task import data_of, save_checkpoint, save_curve
 
 
-def finetune(job: Job) -> Generator[Event, None, Facts]:
-    """The expanded base, made trainable as the method says, trained, and saved as checkpoint or adapter."""
+def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Facts]:
+    """The expanded base, made trainable as the method says, trained, and saved as checkpoint or adapter.
+
+    `sharded` as in `Task`. Raises UserError, and what `train` does.
+    """
     settings = job.project.section(job.stage)
     assert isinstance(settings, FinetuneFull | FinetuneFreeze | FinetuneLora)
     folder = job.artifact("expand_vocab")
@@ -45,7 +48,7 @@ def finetune(job: Job) -> Generator[Event, None, Facts]:
     elif isinstance(settings, FinetuneFreeze):
         freeze(model, settings)
     trainable = count(model)["trainable"]
-    task = Task(model, batches, settings, method_of(settings, spec), evaluation, retain)
+    task = Task(model, batches, settings, method_of(settings, spec), evaluation, retain, sharded)
     optimizer = yield from train(job, task)
     if spec is None:
         stored = stored_precision(folder) == settings.precision

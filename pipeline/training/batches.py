@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import IGNORED, Window
+from pipeline.training.distributed import mine
 
 
 class Windows(Protocol):
@@ -39,11 +40,17 @@ class Batch:
     at: Tensor | None
     segments: tuple[int, ...] | None = None
     numbers: tuple[int, ...] = ()  # of its sequences
+    idle: bool = False  # read only so that every process runs the model equally often: it counts for nothing
 
     @property
     def tokens(self) -> int:
         """Labels that count."""
-        return len(self.labels)
+        return 0 if self.idle else len(self.labels)
+
+    @property
+    def read(self) -> int:
+        """Tokens that are read, and count."""
+        return 0 if self.idle else self.ids.numel()
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "labels")}
@@ -58,7 +65,15 @@ class Batch:
         parts = zip(
             *(torch.split(t, list(self.segments)) for t in (self.ids[0], self.positions[0], labels)), strict=True
         )
-        return [batch_of(_tensors(*part), None, self.numbers[i : i + 1]) for i, part in enumerate(parts)]
+        made = (batch_of(_tensors(*part), None, self.numbers[i : i + 1]) for i, part in enumerate(parts))
+        return [replace(one, idle=self.idle) for one in made]
+
+
+def shared(windows: Windows, numbers: Sequence[int]) -> Batch:
+    """This process's share of the windows with these numbers: all of them, where it is alone."""
+    own = mine(numbers)
+    batch = collate([windows[number] for number in own or numbers[:1]], own or numbers[:1])
+    return batch if own else replace(batch, idle=True)
 
 
 def collate(windows: Sequence[Window], numbers: Sequence[int] = ()) -> Batch:
@@ -107,8 +122,8 @@ class Batches:
         return -(-len(self._windows) // (self._size * self._accumulate))
 
     def __getitem__(self, step: int) -> list[Batch]:
-        """The batches of step `step`, counted from 0 over all epochs."""
-        return [collate([self._windows[row] for row in rows], rows) for rows in self._numbers(step)]
+        """This process's share of the batches of step `step`, counted from 0 over all epochs."""
+        return [shared(self._windows, rows) for rows in self._numbers(step)]
 
     def places(self, step: int) -> list[str]:
         """Where the examples of a step stand in their files, each once."""

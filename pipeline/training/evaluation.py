@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pipeline.models.causal import CausalLM
-from pipeline.training.batches import Batch, Windows, collate
+from pipeline.training.batches import Batch, Windows, shared
+from pipeline.training.distributed import summed
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of, readable
 
@@ -50,12 +51,13 @@ class Evaluation:
         for batch in self._batches(model):
             total += float(loss_of(model, batch)) * batch.tokens
             tokens += batch.tokens
-        return total / tokens
+        total, labels = summed(total, tokens)
+        return total / labels
 
     def _batches(self, model: CausalLM) -> Iterator[Batch]:
         for start in range(0, len(self._windows), self._size):
             numbers = range(start, min(start + self._size, len(self._windows)))
-            yield from readable(model, [collate([self._windows[number] for number in numbers])])
+            yield from readable(model, [shared(self._windows, numbers)])
 
     def state(self) -> dict[str, Tensor]:
         best = {} if self._weights is None else {"best_weights": self._weights}

@@ -17,7 +17,7 @@ def forecast(model: CausalLM, method: Method, settings: Training, batch: Batch, 
     rows, length = batch.ids.shape
     span = round(sum(n * n for n in batch.segments) / length) if batch.segments else 0
     short = model.device.type == "cpu" and max(batch.segments or [length]) <= LONGEST
-    whole = batch.at is None and batch.tokens <= CHUNK
+    whole = batch.at is None and len(batch.labels) <= CHUNK
     adapter = precision = str(settings.precision)
     if isinstance(settings, FinetuneLora):
         adapter = settings.adapter_precision
@@ -36,7 +36,7 @@ def forecast(model: CausalLM, method: Method, settings: Training, batch: Batch, 
         optimizer="adam-flat",
         checkpointing=settings.checkpointing,
         loss="divergence" if retained else "full" if whole else "chunked",
-        label_share=1.0 if retained else batch.tokens / batch.ids.numel(),
+        label_share=1.0 if retained else len(batch.labels) / batch.ids.numel(),
         chunk=CHUNK,
     )
     try:

@@ -18,6 +18,17 @@ from pipeline.training import checkpoint
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.distributed import (
+    Helped,
+    agree,
+    first,
+    is_lost,
+    largest_of,
+    lost,
+    needs_shards,
+    shard,
+    told_by_first,
+)
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.forecast import forecast
 from pipeline.training.live import LiveBytes
@@ -30,7 +41,10 @@ from pipeline.training.step import Gradient, gradient, readable
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and on what. `method` says to the calculator what is trainable."""
+    """What is trained, and on what. `method` says to the calculator what is trainable.
+
+    `sharded`: whether several processes keep a share of the frozen weights each; None: where one device is too small.
+    """
 
     model: CausalLM
     batches: Batches
@@ -38,6 +52,7 @@ class Task:
     method: Method
     evaluation: Evaluation | None = None
     retain: Retain | None = None
+    sharded: bool | None = None
 
     @property
     def total(self) -> int:
@@ -70,7 +85,7 @@ def steps(task: Task, optimizer: FlatAdam, done: int = 0, tokens: int = 0) -> It
             optimizer.clip(found.norm, settings.clip_norm)
         learning_rate = rate(settings, number + 1, task.total)
         optimizer.step(learning_rate)
-        tokens += sum(batch.tokens for batch in batches)
+        tokens += found.tokens
         held_out = None
         if evaluation is not None and evaluation.due(number + 1, task.total):
             held_out = evaluation.after_step(model, optimizer)
@@ -83,50 +98,68 @@ def train(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
 
     The calculator's prediction of the memory comes before the first step, what was measured after the last. Returns
     the optimizer, which has the trained weights in full precision.
-    Raises Interrupted after a signal, with a checkpoint written, and UserError if the loss is not finite.
+    Raises Interrupted after a signal, with a checkpoint written, UserError if the loss is not finite or another process
+    of the run is gone, and Helped at the end of what is not the first process.
     """
     model, settings, name = task.model, task.settings, job.stage.name
     device = device_for(model)
-    model.to(device).checkpoint_blocks(settings.checkpointing)
+    agree()  # all have come so far
+    model.checkpoint_blocks(settings.checkpointing)
     if device.type == "cpu" and isinstance(model, Opened):
         quicken(model)
         keep_freed_memory()
+    sharded = needs_shards(model, device) if task.sharded is None else task.sharded
+    if sharded:
+        shard(model, device)
+    model.to(device)
     if not model.packs:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
     optimizer = FlatAdam(model, settings.learning_rate, scaled=settings.precision == "fp16")
     done, tokens = yield from _resumed(job, task, optimizer)
     largest = task.batches.largest(range(done + 1, min(done + 1 + len(task.batches), task.total)) or [done])
-    predicted, live = _predicted(task, largest), LiveBytes()
+    predicted, live = 0 if sharded else _predicted(task, largest), LiveBytes()
     if predicted:
         yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step")
     log = RunLog(job.run, done, tokens, evaluated=task.evaluation is not None, retained=task.retain is not None)
     model.train()
-    records = _watched(live, largest - done, model, optimizer, steps(task, optimizer, done, tokens))
+    records = steps(task, optimizer, done, tokens)
+    if not sharded:  # a share's bytes come and go out of torch's sight
+        records = _watched(live, largest - done, model, optimizer, records)
     with log, HeldSignals() as signals:
         try:
             for record in records:
                 log.append(record, Peak(predicted, live.peak), device.type)
+                done, tokens = record.step, record.tokens
+                signals.received = largest_of(signals.received or 0) or None
                 if signals.received or record.step % job.checkpoint_every == 0:
                     _save(job, task, log, optimizer, record.step, record.tokens)
                 if signals.received:
                     raise Interrupted(signals.received, f"{name}: stopped after step {record.step} of {task.total}")
-                done, tokens = record.step, record.tokens
                 yield Progress(record.step, task.total, _said(record))
         except Diverged as diverged:
             optimizer.clear()
             _save(job, task, log, optimizer, done, tokens)
             raise _divergence(job, task, diverged) from None
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            optimizer.clear()
+            _save(job, task, log, optimizer, done, tokens)
+            raise lost(job, f"A checkpoint after step {done} of {task.total} is kept. ") from None
         if signals.received:
             raise Interrupted(signals.received, f"{name}: stopped after the last step")
     yield from _ended(job, task, optimizer, done, live)
+    if not first():
+        raise Helped
     return optimizer
 
 
 def _resumed(job: Job, task: Task, optimizer: FlatAdam) -> Generator[Event, None, tuple[int, int]]:
     """(Steps done, tokens learned from) of the checkpoint that the run goes on from."""
-    start, refused = checkpoint.load(job.run, job.key)
+    start, refused = told_by_first(checkpoint.load(job.run, job.key))
     if refused:
         yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {refused}")
+    optimizer.set_weights(told_by_first(optimizer.weights.detach()))
     if not start:
         discard_checkpoints(job.run)  # before their log is overwritten: without it they must never be used
         return 0, 0
@@ -148,6 +181,8 @@ def _predicted(task: Task, number: int) -> int:
 
 
 def _save(job: Job, task: Task, log: RunLog, optimizer: FlatAdam, step: int, tokens: int) -> None:
+    if not first():
+        return
     log.sync()
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
     checkpoint.save(job.run, job.key, Checkpoint(step, tokens, {**optimizer.state(), **evaluation}))

@@ -6,6 +6,8 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.distributed import sum_up
+
 LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000  # of an fp16 loss; steps without an overflow until it doubles
 
 
@@ -53,11 +55,12 @@ class FlatAdam:
         return float(self._scale[0]) if self._scaled else 1.0
 
     def gather(self) -> Tensor:
-        """The norm of the gradient that backward left; to be called once before `step`."""
+        """The norm of the gradient that backward left, in all processes; to be called once before `step`."""
         grad = self.weights.grad
         assert grad is not None
         for place, _, of_copies in self._copies:
             grad[place].copy_(of_copies)
+        sum_up(grad)
         if self._scaled:
             grad.div_(self.scale)
         norm: Tensor = grad.norm()

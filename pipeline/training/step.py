@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.models.causal import CausalLM
 from pipeline.training.batches import Batch
+from pipeline.training.distributed import summed
 from pipeline.training.losses import CHUNK, cross_entropy, mean_of
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.retain import Retain
@@ -34,10 +35,11 @@ def readable(model: CausalLM, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Losses in nats a token, and the gradient's norm, which lies in the optimizer."""
+    """Losses in nats a token, labels that were learned from, and the norm of the gradient, which the optimizer has."""
 
     loss: float
     norm: float
+    tokens: int
     divergence: float | None = None
 
     @property
@@ -48,7 +50,10 @@ class Gradient:
 def gradient(
     model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: Retain | None, number: int
 ) -> Gradient:
-    """Backward through all `batches` of step `number`: each label has the same weight, whatever its batch."""
+    """Backward through all `batches` of step `number`: each label has the same weight, whatever its batch.
+
+    With several processes `batches` are this one's share; what comes out is of all.
+    """
     while True:
         found = _gradient(model, batches, optimizer, retain, number)
         if math.isfinite(found.norm) or not optimizer.skip():
@@ -58,22 +63,23 @@ def gradient(
 def _gradient(
     model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: Retain | None, number: int
 ) -> Gradient:
-    labels = sum(batch.tokens for batch in batches)
+    (labels,) = summed(sum(batch.tokens for batch in batches))
     losses = []
     for batch in readable(model, batches):
         loss = loss_of(model, batch) * (batch.tokens / labels)
         torch.autograd.backward(loss * optimizer.scale)
         losses.append(loss.detach())
     kept = [] if retain is None else list(_retained(model, retain, optimizer, number))
+    lost, diverged = summed(_sum(losses), _sum(kept))  # before the gradient: where a process is gone, this says so
     norm = optimizer.gather().item()
-    return Gradient(_sum(losses), norm, _sum(kept) if kept else None)
+    return Gradient(lost, norm, int(labels), None if retain is None else diverged)
 
 
 def _retained(model: CausalLM, retain: Retain, optimizer: FlatAdam, number: int) -> Iterator[Tensor]:
     batches = retain.batches(number)
-    tokens = sum(batch.ids.numel() for batch in batches)
+    (tokens,) = summed(sum(batch.read for batch in batches))
     for batch in readable(model, batches):
-        divergence = retain.divergence(batch) * (batch.ids.numel() / tokens)
+        divergence = retain.divergence(batch) * (batch.read / tokens)
         torch.autograd.backward(divergence * (retain.weight * optimizer.scale))
         yield divergence.detach()
 
