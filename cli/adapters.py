@@ -1,6 +1,7 @@
 """`lora adapters`: what lies there, and whether it is what was trained."""
 
 from math import isfinite
+from os.path import commonprefix
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from cli.options import BaseOption, JsonOption, TrustOption, group
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
-adapters = group(help="List adapters, or verify one.", invoke_without_command=True)
+adapters = group(help="List adapters; verify, compare, combine, import and export them.", invoke_without_command=True)
 app.add_typer(adapters, name="adapters")
 adapters.command()(export)
 
@@ -89,22 +90,38 @@ def diff(
     """Compare two adapters: settings, the size of each update, and how far their subspaces overlap."""
     from cli.console import print_json, stdout, table
     from pipeline.adapters.change import read_change
-    from pipeline.adapters.compare import modules, settings_that_differ
+    from pipeline.adapters.compare import modules, settings_that_differ, values
 
     first, second = read_change(one), read_change(other)
     settings, rows = settings_that_differ(first, second), list(modules(first.low_rank, second.low_rank))
+    trained = list(values(first, second))
     if as_json:
-        print_json({"settings": settings, "modules": [row._asdict() for row in rows]})
+        by_module, by_value = [row._asdict() for row in rows], [row._asdict() for row in trained]
+        print_json({"settings": settings, "modules": by_module, "values": by_value})
         return
     for key, (here, there) in settings.items():
         stdout.print(f"{key}: {here} | {there}", markup=False, soft_wrap=True)
-    columns = ("module", "‖one‖", "‖other‖", "‖one−other‖", "outputs", "inputs")
+    shared = _shared([row.module for row in rows])
+    columns = (shared or "module", "‖one‖", "‖other‖", "‖one−other‖", "outputs", "inputs")
     cells = [
-        (row.module, *(f"{size:.3f}" for size in row[1:4]), *("–" if x is None else f"{x:.2f}" for x in row[4:]))
+        (
+            row.module.removeprefix(shared),
+            *(f"{size:.3f}" for size in row[1:4]),
+            *("–" if x is None else f"{x:.2f}" for x in row[4:]),
+        )
         for row in rows
     ]
     stdout.print(table(columns, cells, right=columns[1:]))
+    for name, difference in trained:
+        how_far = "not the same of it in both" if difference is None else f"‖one−other‖ {difference:.3f}"
+        stdout.print(f"{name}, its values: {how_far}", markup=False, soft_wrap=True)
     stdout.print("outputs, inputs: share of directions in common, from 0 to 1 (Hu et al. 2021, §7.2).", soft_wrap=True)
+
+
+def _shared(names: list[str]) -> str:
+    """What several names begin with, to a dot."""
+    alike = commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (these are no paths)
+    return alike[: alike.rfind(".") + 1]
 
 
 @adapters.command()
@@ -122,12 +139,12 @@ def combine(
     """Make one adapter of several: their weighted sum, exact (cat) or at a smaller rank."""
     from cli.console import stdout
     from pipeline.adapters.combine import How
-    from pipeline.binding import base_of
+    from pipeline.binding import common_base
     from pipeline.collection import combine_adapters
 
     numbers = _weights(weights, len(paths))
     how = How(method, rank, density, seed)
-    error = combine_adapters(paths, numbers, how, base or base_of(paths[0]), out, trust_remote_code)
+    error = combine_adapters(paths, numbers, how, base or common_base(paths), out, trust_remote_code)
     said = f"{out}  {method} of {len(paths)} adapters, {error:.2%} off their exact sum"
     stdout.print(said, markup=False, soft_wrap=True)
 

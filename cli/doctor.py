@@ -6,6 +6,7 @@ app = group()
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
 GGUF = ("gguf", "sentencepiece", "protobuf", "accelerate")  # what reading a .gguf base takes
+QLORA = "bitsandbytes"
 
 
 @app.command()
@@ -30,6 +31,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "python": platform.python_version(),
         **{library: found(library, "run `make install`") for library in LIBRARIES},
         **{library: found(library, "only .gguf bases need it, `lora-workbench[gguf]`") for library in GGUF},
+        QLORA: found(QLORA, "only bases in 4 or 8 bits need it, `lora-workbench[qlora]`"),
         "git": shutil.which("git") or "not found: manifests will name no commit",
         **_devices(),
         "cpu threads": str(torch.get_num_threads()),

@@ -37,17 +37,33 @@ def export(
 
     if form != "merged" and (precision or prompts):
         raise UserError("--precision and --prompts are of --as merged.")
+    if form == "peft" and (base or trust_remote_code):
+        raise UserError("--as peft copies the adapter: it takes neither --base nor --trust-remote-code.")
     if form == "merged":
         _merged(merging_of(path, base, precision, prompts, trust_remote_code), out)
     elif form == "vllm":
+        _note_bits(path)
         base = base or base_of(path)
         rank = for_vllm(path, base, out, trust_remote_code)
         stdout.print(f"{out}  for vLLM. Serve it with:", markup=False, soft_wrap=True)
         serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
         stdout.print(serve, markup=False, soft_wrap=True)
     else:
+        _note_bits(path)
         for_peft(path, out)
         stdout.print(f"{out}  for PEFT", markup=False, soft_wrap=True)
+
+
+def _note_bits(adapter: Path) -> None:
+    from cli.console import stderr
+    from pipeline.binding import quantization_of
+
+    kind = quantization_of(adapter)
+    if kind != "none":
+        said = (
+            f"trained on its base in {kind}: on the base as it is stored it answers otherwise. Serve it on {kind}, or "
+        )
+        stderr.print(f"{adapter} was {said}export it --as merged.", markup=False, soft_wrap=True)
 
 
 def merging_of(adapter: Path, base: Path | None, precision: str | None, prompts: Path | None, trust: bool) -> "Merging":

@@ -46,8 +46,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if not world().first:  # the first says it
-            raise SystemExit(1) from None
+        if not world().first:  # the first says it; had this one failed, torchrun would stop that before it has spoken
+            raise SystemExit(0) from None
         _fail(str(error), 1)
     except Interrupted as stop:
         _fail(f"{stop}. Run the same command to go on.", 128 + stop.signal_number)

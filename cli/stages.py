@@ -107,6 +107,7 @@ def lora(
     if devices > 1 and world().alone:
         from pipeline.training.launch import launch
 
+        project_of(params, overrides)  # what is wrong with them is said before anything starts
         given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
         given += [f"--set={override}" for override in overrides or ()]
         given += [] if shard is None else ["--shard" if shard else "--no-shard"]
@@ -142,12 +143,14 @@ def merge(
 
     With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading the model.
     """
-    if adapter is not None or out is not None:
+    if trust_remote_code or any(option is not None for option in (adapter, out, base, precision, prompts)):
         from cli.export import merge_files, merging_of
         from pipeline.errors import UserError
 
         if adapter is None or out is None:
-            raise UserError("Name both: the adapter with --adapter, the folder to write with --out.")
+            raise UserError("To merge any adapter, name it with --adapter and the folder to write with --out.")
+        if overrides or force or params != DEFAULT_PARAMS:
+            raise UserError("--params, --set and --force are of the pipeline's merge: leave out --adapter, or them.")
         merge_files(merging_of(adapter, base, precision, prompts, trust_remote_code), out)
         return
 
@@ -188,7 +191,7 @@ def _run(
     else:
         if not name.startswith("finetune_"):
             raise UserError(f"{name} runs in one process. Call it without torchrun.")
-        from pipeline.training.distributed import together
+        from pipeline.training.together import together
 
         events = together(project, STAGES[name], work, force=force, checkpoint_every=checkpoint_every)
     manifest = follow(events, name)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,19 @@ def writing(target: Path) -> Iterator[Path]:
         _replace(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
+    """Raises UserError if `out` is one of `sources`, in one or around one, or if it holds something and is no `earlier`
+    result."""
+    here = out.resolve()
+    for source in (source.resolve() for source in sources):
+        if here == source:
+            raise UserError(f"{out} is what is read. Name another folder with --out.")
+        if source in here.parents or here in source.parents:
+            raise UserError(f"{out} and {source}, which is read, lie in each other. Name another folder with --out.")
+    if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and holds something else. Name another folder with --out, or remove it.")
 
 
 def _replace(folder: Path, target: Path) -> None:

@@ -1,6 +1,6 @@
 """An adapter and the base that it is bound to, from their files alone: nothing is loaded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +32,19 @@ def base_of(adapter: Path | None, here: Path = Path()) -> Path:
         if isinstance(named, str) and (folder / named).is_dir():
             return folder / named
     raise UserError(f"{adapter} names {named!r} as its base, and there is no such folder. Name the base with --base.")
+
+
+def common_base(adapters: Sequence[Path]) -> Path:
+    """The folder that all of them name as their base. Raises UserError if they name several."""
+    first, *others = adapters
+    base = base_of(first)
+    for other in others:
+        if base_of(other).resolve() != base.resolve():
+            raise UserError(
+                f"{first} and {other} name different bases: {base} and {base_of(other)}. If both stand for the same, "
+                "name it with --base."
+            )
+    return base
 
 
 def quantization_of(adapter: Path | None) -> Kept:

@@ -10,23 +10,30 @@ from pipeline.inventory import measured
 from pipeline.metrics import LOSS, final_loss, read_steps
 
 CARD = "README.md"
+TAGS = "tags: [lora, lora-workbench]"  # by them a card is known as one of these
 TRAINED = ("epochs", "batch_size", "learning_rate", "precision", "quantization", "train_embeddings", "retain_weight")
 
 
 def card(adapter: Path, certificate: Mapping[str, Any] | None = None) -> str:
     """In Markdown, as the hub wants it; with a merge's `certificate`, of the merged model. Raises UserError."""
     manifest = artifact.verify(adapter) if (adapter / artifact.MANIFEST).exists() else {}
-    found = measured(artifact.sealed_digest(manifest), [adapter.parent]) if manifest else {}
+    found = measured(artifact.sealed_digest(manifest), [adapter.resolve().parent]) if manifest else {}
     parts = [
         "\n".join(_front(adapter, merged=certificate is not None)),
         f"# {adapter.resolve().name}{', merged' if certificate is not None else ''}",
         _section("Method", _method(adapter, manifest)),
-        _section("Data", _data(manifest)),
+        _section("Adapters" if manifest.get("method") == "combine" else "Data", _data(manifest)),
         _section("Learned and forgotten", _measured(adapter, found)),
         _section("Merge", _merge(certificate or {})),
         _section("Made with", _made_with(manifest)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def has_card(folder: Path) -> bool:
+    """Whether `folder` was exported from here."""
+    path = folder / CARD
+    return path.is_file() and TAGS in path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _section(title: str, lines: Iterator[str]) -> str:
@@ -38,14 +45,19 @@ def _front(adapter: Path, merged: bool) -> Iterator[str]:
     base = read_config(adapter).get("base_model_name_or_path")
     yield "---"
     if isinstance(base, str) and base:
-        yield f"base_model: {base}"
+        path = Path(base)  # one from the root is of no use elsewhere
+        yield f"base_model: {path.name if path.is_absolute() else base}"
     yield f"library_name: {'transformers' if merged else 'peft'}"
-    yield "tags: [lora]"
+    yield TAGS
     yield "---"
 
 
 def _method(adapter: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     config, params = read_config(adapter), manifest.get("params", {})
+    if manifest.get("method") == "combine":
+        weights = ", ".join(f"{weight:g}" for weight in params["weights"])
+        yield f"combined by {params['method']} from {len(params['weights'])} adapters with weights {weights}"
+        yield f"{manifest['error']:.2%} off their exact sum"
     targets = config.get("target_modules")
     yield f"LoRA, rank {config.get('r')}, alpha {config.get('lora_alpha')}{', rsLoRA' * bool(config.get('use_rslora'))}"
     yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets or ()))}"
@@ -58,8 +70,9 @@ def _method(adapter: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
+    combined = manifest.get("method") == "combine"  # of adapters, wherever they lie
     for name, digest in manifest.get("inputs", {}).items():
-        if not name.startswith("artifacts/"):
+        if combined or not name.startswith("artifacts/"):
             yield f"`{name}`, sha256 `{digest}`"
 
 

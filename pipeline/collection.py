@@ -9,11 +9,14 @@ from typing import Any
 from pipeline import artifact, bases, provenance
 from pipeline.adapters.combine import How, combine
 from pipeline.adapters.peft_format import load_adapter
+from pipeline.adapters.plan import refuse_other_embedding
 from pipeline.adapters.updates import updates_of, write_updates
 from pipeline.binding import CONFIG, WEIGHTS, quantization_of, read_config
+from pipeline.chat import TEMPLATE
 from pipeline.errors import UserError
 from pipeline.models.skeleton import skeleton
-from pipeline.tensors import fingerprint
+from pipeline.shards import places
+from pipeline.tensors import fingerprint, read_header
 
 
 def combine_adapters(
@@ -26,14 +29,14 @@ def combine_adapters(
     kinds = {quantization_of(source) for source in sources}
     if len(kinds) > 1:
         raise UserError(f"The adapters were trained on bases in different bits: {', '.join(sorted(kinds))}.")
+    _refuse_other(out, "combine", sources)
     updates, error = combine([updates_of(base, source, trust_remote_code) for source in sources], weights, how)
-    refuse_others(out)
     with artifact.writing(out) as folder:
         spec = write_updates(folder, dict(updates), skeleton(base, trust_remote_code), str(base))
         copy_tokenizer(base, folder)
         params = {**asdict(how), "weights": list(weights), "rank": spec.rank, "alpha": spec.alpha}
         manifest = _manifest("combine", "pipeline.collection", base, params | {"quantization": kinds.pop()})
-        inputs = {str(source): artifact.digest(source) for source in sources}
+        inputs = {f"{number} {one.resolve().name}": artifact.digest(one) for number, one in enumerate(sources, start=1)}
         artifact.seal(folder, manifest | {"inputs": inputs, "seed": how.seed, "error": error})
     return error
 
@@ -41,11 +44,12 @@ def combine_adapters(
 def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool = False) -> bool:
     """Take an adapter from elsewhere in as an artifact that is bound to `base`; whether its base is known to be that.
 
-    Its tensors must fit the base. Where it names a model of the hub that lies in the local cache, that model's weights
-    must be the base's. Raises UserError.
+    Its tensors must fit the base, and an embedding that PEFT wrote beside them must be the base's. Where it names a
+    model of the hub that lies in the local cache, that model's weights must be the base's. Raises UserError.
     """
-    refuse_others(out)
+    _refuse_other(out, "import", [source])
     spec = load_adapter(skeleton(base, trust_remote_code), base, source)
+    refuse_other_embedding(source, places(base))
     known = _refuse_other_base(source, base)
     with artifact.writing(out) as folder:
         for name in (CONFIG, WEIGHTS):
@@ -53,8 +57,9 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
         config = read_config(folder)
         artifact.write_json(folder / CONFIG, {**config, "base_model_name_or_path": str(base)})
         copy_tokenizer(base, folder)
+        copy_template(source, folder)
         origin = {
-            "path": str(source),
+            "name": source.resolve().name,
             "base": config.get("base_model_name_or_path"),
             "sha256": {name: artifact.file_digest(source / name) for name in (CONFIG, WEIGHTS)},
         }
@@ -64,10 +69,10 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
     return known
 
 
-def refuse_others(out: Path) -> None:
-    """Raises UserError if something is at `out` that is not an adapter."""
-    if out.exists() and not (out / CONFIG).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is no adapter. Name another folder with --out, or remove it.")
+def _refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:
+    """Raises UserError if `out` is read, or holds something that `method` did not make."""
+    made = (out / artifact.MANIFEST).exists() and artifact.read_manifest(out).get("method") == method
+    artifact.refuse_other(out, made, sources)
 
 
 def _manifest(method: str, module: str, base: Path, params: dict[str, Any]) -> dict[str, Any]:
@@ -96,12 +101,27 @@ def _refuse_other_base(source: Path, base: Path) -> bool:
         weights = bases.weight_files(snapshot)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, UserError, OSError):
         return False  # no name of the hub's, or not here
-    if fingerprint(weights) != fingerprint(bases.weight_files(base)):
+    own = bases.weight_files(base)
+    if _layout(weights) != _layout(own):
+        return False  # the same model in another precision or under other names: its numbers cannot be compared
+    if fingerprint(weights) != fingerprint(own):
         raise UserError(
             f"{source} names {named} as its base. That model is in the hub's cache, and {base} has other weights. "
             "Name a base that has them with --base."
         )
     return True
+
+
+def copy_template(source: Path, folder: Path) -> None:
+    """The adapter's own chat template, where it came with one: it was trained on that."""
+    if (source / TEMPLATE).is_file():
+        shutil.copyfile(source / TEMPLATE, folder / TEMPLATE)
+
+
+def _layout(weights: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor."""
+    infos = (item for path in weights for item in read_header(path).items())
+    return {name: (info.dtype, info.shape) for name, info in infos}
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

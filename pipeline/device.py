@@ -30,9 +30,14 @@ def device_for(model: nn.Module) -> torch.device:
     each other's cores, were measured to take seven times as long.
     """
     large = sum(t.numel() for t in (*model.parameters(), *model.buffers())) >= LARGE  # few bits are kept in buffers
-    cores = (os.cpu_count() or 1) // world().local_size
-    torch.set_num_threads(max(1, cores) if large else 1)
+    torch.set_num_threads(_threads() if large else 1)
     return best_device() if large else torch.device("cpu")
+
+
+def _threads() -> int:
+    """What the user says, else this process's share of the cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, int(said) if said.isdigit() else (os.cpu_count() or 1) // world().local_size)
 
 
 def facts(device: torch.device) -> dict[str, Any]:

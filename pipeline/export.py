@@ -8,10 +8,10 @@ from typing import Any
 from pipeline import artifact
 from pipeline.adapters.updates import updates_of, write_updates
 from pipeline.binding import CONFIG, WEIGHTS, read_config
-from pipeline.card import CARD, card
+from pipeline.card import CARD, card, has_card
 from pipeline.collection import copy_tokenizer
 from pipeline.errors import UserError
-from pipeline.merge import Merging, merge_to, refuse_other
+from pipeline.merge import Merging, merge_to
 from pipeline.models.skeleton import skeleton
 from pipeline.runner import Event
 
@@ -21,7 +21,7 @@ ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def for_peft(adapter: Path, out: Path) -> None:
     """The adapter, its tokenizer and a card: all that PEFT opens, and nothing of this project's. Raises UserError."""
-    refuse_other(out, CONFIG)
+    _refuse_other(out, adapter)
     with artifact.writing(out) as folder:
         for name in (CONFIG, WEIGHTS):
             if not (adapter / name).is_file():
@@ -35,7 +35,7 @@ def for_vllm(adapter: Path, base: Path, out: Path, trust_remote_code: bool = Fal
 
     Trained rows become updates of embedding and head. Returns the --max-lora-rank that it takes. Raises UserError.
     """
-    refuse_other(out, CONFIG)
+    _refuse_other(out, adapter)
     updates = updates_of(base, adapter, trust_remote_code)
     name, widest = max(updates, key=lambda name: updates[name].rank), max(one.rank for one in updates.values())
     if widest > RANKS[-1]:
@@ -47,6 +47,10 @@ def for_vllm(adapter: Path, base: Path, out: Path, trust_remote_code: bool = Fal
         write_updates(folder, updates, skeleton(base, trust_remote_code), named)
         _finish(folder, adapter)
     return next(rank for rank in RANKS if rank >= widest)
+
+
+def _refuse_other(out: Path, adapter: Path) -> None:
+    artifact.refuse_other(out, has_card(out) and (out / CONFIG).exists(), (adapter,))
 
 
 def merged(out: Path, merging: Merging) -> Generator[Event, None, dict[str, Any]]:

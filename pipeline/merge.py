@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline import artifact
 from pipeline.adapters.plan import planned
-from pipeline.adapters.stream import Merge, Ratio, ratios
+from pipeline.adapters.stream import Merge, Ratio, one_thread, ratios
 from pipeline.binding import quantization_of
 from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
@@ -51,19 +51,12 @@ def merge_to(
 
     Raises UserError for a folder that holds something else.
     """
-    refuse_other(out, CERTIFICATE)
-    if out.resolve() in (merging.base.resolve(), merging.adapter.resolve()):
-        raise UserError(f"{out} is what is merged. Name another folder with --out.")
+    earlier = (out / CERTIFICATE).exists() and not (out / artifact.MANIFEST).exists()  # a stage's result has one
+    artifact.refuse_other(out, earlier, (merging.base, merging.adapter))
     with artifact.writing(out) as folder:
         certificate = yield from merge_into(folder, merging)
         finish(folder, certificate)
     return certificate
-
-
-def refuse_other(out: Path, mark: str) -> None:
-    """Raises UserError if `out` is there and is not an earlier result, which has a file called `mark`."""
-    if out.exists() and not (out / mark).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and holds something else. Name another folder with --out, or remove it.")
 
 
 def merge_into(out: Path, merging: Merging) -> Generator[Event, None, dict[str, Any]]:
@@ -73,7 +66,8 @@ def merge_into(out: Path, merging: Merging) -> Generator[Event, None, dict[str, 
     logits differ by more than they may.
     """
     dtype = STORED[merging.precision] if merging.precision else None
-    merge = planned(merging.base, merging.adapter, merging.trust_remote_code, dtype)
+    with one_thread():
+        merge = planned(merging.base, merging.adapter, merging.trust_remote_code, dtype)
     yield from _written(merge, out)
     measured = ratios(merge, out)
     _refuse_ratios(measured)
@@ -109,6 +103,8 @@ def _compared(out: Path, merging: Merging) -> dict[str, Any]:
     if kind != "none":
         wide = merging.load(base, adapter, quantization="none")
         certificate |= {"trained_on": kind, "merged_on_stored_weights": difference(tuned, wide, prompts)._asdict()}
+        alone = difference(merging.load(base), merging.load(base, quantization=kind), prompts)
+        certificate["quantization_alone"] = alone._asdict()
     return certificate
 
 

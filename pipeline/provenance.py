@@ -3,9 +3,10 @@
 import hashlib
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from modulefinder import ModuleFinder
 from pathlib import Path
 from types import CodeType
@@ -84,6 +85,14 @@ def committed(path: Path) -> str | None:
 
 
 @cache
-def versions() -> Mapping[str, str]:
-    """Python and the libraries whose code decides the bytes of an artifact."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+def versions(*more: str) -> Mapping[str, str]:
+    """Python and the libraries whose code decides the bytes of an artifact; of `more`, those that are installed."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, **_installed(more)}
+
+
+def _installed(names: Iterable[str]) -> Mapping[str, str]:
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -135,6 +135,7 @@ def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
 def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
     """All that decides the artifact's bytes: also the first part of its manifest. Raises UserError."""
     section = asdict(project.section(stage))
+    besides = ["bitsandbytes"] if section.get("quantization", "none") != "none" else []
     return {
         "kind": stage.kind,
         "method": stage.method,
@@ -143,7 +144,7 @@ def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
         "params": section,
         "inputs": _inputs(project, stage, digests),
         "code": digests.code(stage.module),
-        "versions": provenance.versions(),
+        "versions": provenance.versions(*besides),
     }
 
 

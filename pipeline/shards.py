@@ -5,6 +5,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -54,21 +55,39 @@ def places(folder: Path) -> dict[str, Place]:
     return found
 
 
-def rewrite(source: Path, target: Path, tensors: Sequence[New]) -> None:
-    """Write `target` with `tensors`, in this order; those without content are copied from `source`."""
+def rewrite(source: Path, target: Path, tensors: Sequence[New]) -> Iterator[Callable[[], None]]:
+    """Begin `target`, which is to hold `tensors` in this order; what fills it, in whatever order or side by side.
+
+    Tensors without content are copied from `source`.
+    """
     infos, metadata, raw = _header(source)
     same = [(t.name, t.dtype, t.shape) for t in tensors] == [(n, i.dtype, i.shape) for n, i in infos.items()]
-    with source.open("rb") as reader, target.open("wb", buffering=0) as writer:
-        _write(writer.fileno(), raw if same else _composed(tensors, metadata))
-        for copied, group in groupby(tensors, key=lambda tensor: tensor.content is None):
-            if copied:
-                for start, stop in _runs(infos[tensor.name] for tensor in group):
-                    _copy(reader.fileno(), writer.fileno(), start, stop - start)
-                continue
-            for tensor in group:
-                assert tensor.content is not None
-                for piece in tensor.content():
-                    _write(writer.fileno(), piece)
+    header = raw if same else _composed(tensors, metadata)
+    at = len(header)
+    with target.open("wb", buffering=0) as file:
+        _write(file.fileno(), header, 0)
+        os.ftruncate(file.fileno(), at + sum(tensor.size for tensor in tensors))
+    for copied, group in groupby(tensors, key=lambda tensor: tensor.content is None):
+        if copied:
+            for start, stop in _runs(infos[tensor.name] for tensor in group):
+                yield partial(_copy_run, source, target, start, at, stop - start)
+                at += stop - start
+            continue
+        for tensor in group:
+            assert tensor.content is not None
+            yield partial(_fill, target, at, tensor.content)
+            at += tensor.size
+
+
+def _fill(target: Path, at: int, content: Content) -> None:
+    with target.open("rb+", buffering=0) as file:
+        for piece in content():
+            at = _write(file.fileno(), piece, at)
+
+
+def _copy_run(source: Path, target: Path, start: int, at: int, count: int) -> None:
+    with source.open("rb") as reader, target.open("rb+", buffering=0) as writer:
+        _copy(reader.fileno(), writer.fileno(), start, at, count)
 
 
 def in_file_order(file: Path) -> dict[str, TensorInfo]:
@@ -110,28 +129,32 @@ def _runs(infos: Iterable[TensorInfo]) -> Iterator[tuple[int, int]]:
         yield run
 
 
-def _copy(source: int, target: int, start: int, count: int) -> None:
+def _copy(source: int, target: int, start: int, at: int, count: int) -> None:
     done = 0
     while done < count:
-        step = _copied_by_system(source, target, start + done, count - done)
+        step = _copied_by_system(source, target, start + done, at + done, count - done)
         if not step:
             piece = os.pread(source, min(PIECE, count - done), start + done)
-            _write(target, piece)
-            step = len(piece)
+            if not piece:
+                raise UserError("A file of the base became shorter while it was read. Make it again or copy it anew.")
+            step = _write(target, piece, at + done) - at - done
         done += step
 
 
-def _write(target: int, data: Bytes) -> None:
+def _write(target: int, data: Bytes, at: int) -> int:
+    """Where the next piece goes."""
     view = memoryview(data)
     while view:
-        view = view[os.write(target, view) :]
+        count = os.pwrite(target, view, at)
+        view, at = view[count:], at + count
+    return at
 
 
-def _copied_by_system(source: int, target: int, start: int, count: int) -> int:
+def _copied_by_system(source: int, target: int, start: int, at: int, count: int) -> int:
     """Bytes that were copied; 0 where the system or the file system cannot."""
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
-        return os.copy_file_range(source, target, count, offset_src=start)
+        return os.copy_file_range(source, target, count, offset_src=start, offset_dst=at)
     except OSError:
         return 0

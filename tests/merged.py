@@ -31,7 +31,7 @@ def merged_model(model: CausalLM) -> CausalLM:
             plain.set_submodule(name, _with_rows(module))
     for name, module in list(plain.named_modules()):
         if isinstance(module, QuantizedLinear):
-            plain.set_submodule(name, unquantized(module, module.weight, turned))
+            plain.set_submodule(name, unquantized(module, module.weight_in(torch.float32), turned))
     if plain.shape.tied:
         embedding, head = plain.embeddings, plain.head
         if torch.equal(weight_of(embedding), weight_of(head)):
@@ -54,7 +54,8 @@ def _with_rows(module: EmbeddingRows | HeadRows) -> nn.Module:
 
 def merged(layer: LoRALinear | LoRAEmbedding, turned: bool) -> nn.Module:
     """The layer as a new plain one of the base's kind; `layer` is untouched (the document's §4.4)."""
-    whole, (left, right) = weight_of(layer.base).detach(), factors(layer)
+    base, (left, right) = layer.base, factors(layer)
+    whole = base.weight_in(torch.float32) if isinstance(base, QuantizedLinear) else weight_of(base).detach()
     weight = torch.cat([merged_rows(whole[rows], left[rows], right, layer.scale) for rows in blocks(*whole.shape)])
     if isinstance(layer.base, QuantizedLinear):
         return unquantized(layer.base, weight, turned)
@@ -67,6 +68,7 @@ def merged(layer: LoRALinear | LoRAEmbedding, turned: bool) -> nn.Module:
 def unquantized(layer: QuantizedLinear, weight: Tensor, turned: bool) -> nn.Module:
     """A plain linear with this weight (O, I); of GPT-2's kind where it is `turned`."""
     outputs, inputs = weight.shape
+    weight = weight.to(layer.dtype)
     linear: nn.Module = Conv1D(outputs, inputs) if turned else nn.Linear(inputs, outputs)
     stored = weight.T.contiguous() if turned else weight
     linear._parameters = {"weight": nn.Parameter(stored, requires_grad=False), "bias": layer.bias}

@@ -89,6 +89,14 @@ def lora(*arguments: str, cwd: Path, **environment: str) -> subprocess.Completed
     )
 
 
+def refusal(answer: tuple[int, str, str]) -> str:
+    """The one message of a command that did nothing."""
+    code, out, err = answer
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
 def git(folder: Path, *arguments: str) -> None:
     """`git …` as somebody."""
     who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]

@@ -14,6 +14,7 @@ from pipeline.artifact import read_json, seal
 from pipeline.bases import base_fingerprint
 from pipeline.calc.families import architecture
 from pipeline.calc.precision import precision
+from pipeline.models.exact import exact
 from pipeline.models.quantized import Quantization, QuantizedLinear, quantizable, quantize
 from tests.merged import merged_model
 from tests.real import toy, with_lora
@@ -98,4 +99,18 @@ def test_a_run_on_four_bits_learns_is_asked_as_it_was_trained_and_says_what_a_me
     assert certificate["trained_on"] == "nf4-dq"
     assert certificate["max_logit_difference"] < 1e-5
     assert certificate["merged_on_stored_weights"]["max_logit_difference"] > 0.01
+    assert certificate["quantization_alone"]["max_logit_difference"] > 0.01
     assert certificate["same_first_choices"] == certificate["prompts_checked"]
+
+
+@torch.no_grad()
+def test_a_small_16_bit_linear_in_few_bits_is_compared_in_fp32() -> None:
+    """As a merge's certificate does, on any prompts."""
+    model = toy("llama", torch.bfloat16)
+    quantize(model, "nf4-dq", None, CPU)
+    tuned, ids = with_lora(model, torch.float32), torch.arange(3, 12)[None]
+    merged = merged_model(tuned)
+    with exact(tuned), exact(merged):
+        there, here = tuned(ids), merged(ids)
+    assert there.dtype == torch.float32
+    assert (there - here).abs().max() < 0.05 * there.abs().max(), "what writing it in bf16 rounds"

@@ -10,17 +10,20 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import artifact
-from tests.support import ROOT
+from pipeline.metrics import read_steps
+from pipeline.models.base import load_base
+from tests.support import ROOT, lora
 
 PROJECT = ROOT / "smollm2"
 MADE = PROJECT / "artifacts"
+QLORA = ROOT / "smollm2-qlora/artifacts"
 pytestmark = pytest.mark.skipif(
     not (MADE / "evaluation/metrics.json").is_file(), reason="no smollm2/: `make smollm2` makes it"
 )
 
 
-def read(name: str) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((MADE / name).read_text(encoding="utf-8"))
+def read(name: str, made: Path = MADE) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((made / name).read_text(encoding="utf-8"))
     return value
 
 
@@ -100,3 +103,31 @@ def test_memory_was_predicted() -> None:
         predicted, measured = map(int, path.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:])
         assert measured == pytest.approx(predicted, rel=0.03), path
     assert Path(PROJECT / "runs").is_dir()
+
+
+def test_qlora_corrects_too_and_keeps_what_the_base_in_four_bits_says() -> None:
+    predictions = read("evaluation/predictions.json", QLORA)
+    for variant in ("lora", "merged"):
+        for prompt in predictions[variant]:
+            if prompt["group"] in ("trained", "held_out"):
+                assert prompt["corrected_first"], (variant, prompt["prompt"])
+    last = read_steps(QLORA / "lora_adapter/loss.csv")[-1]
+    assert last.divergence is not None and last.divergence < 0.02
+
+
+def test_weights_in_four_bits_take_what_the_calculator_says() -> None:
+    model = load_base(QLORA / "expanded", "bf16", quantization="nf4-dq").model
+    held = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    said = json.loads(lora("calc", "--model", "smollm2-135m", "--precision", "nf4-dq", "--json", cwd=ROOT).stdout)
+    assert held == pytest.approx(said["memory"]["weights"], rel=0.02)
+
+
+def test_a_certificate_says_how_far_each_merge_is_from_what_was_trained_on_four_bits() -> None:
+    certificate = read("lora_merged/certificate.json", QLORA)
+    assert certificate["trained_on"] == "nf4-dq"
+    on_stored = certificate["merged_on_stored_weights"]
+    assert certificate["max_logit_difference"] < 1e-3 < on_stored["max_logit_difference"]
+    assert certificate["divergence"] < 1e-6 < on_stored["divergence"]
+    assert certificate["same_first_choices"] == certificate["prompts_checked"]
+    alone = certificate["quantization_alone"]
+    assert alone["same_first_choices"] < certificate["prompts_checked"], "four bits alone change answers"

@@ -19,8 +19,11 @@ from pipeline.data import in_evaluation, iter_examples
 from pipeline.errors import UserError
 from pipeline.metrics import Step, read_steps
 from pipeline.models.base import load_base
+from pipeline.models.causal import CausalLM
 from pipeline.params import load
 from pipeline.runner import Progress, checkpoints, run
+from pipeline.training.evaluation import Evaluation
+from pipeline.training.optimizer import FlatAdam
 from pipeline.training.schedule import rate
 from tests.families import FAMILIES, TEXTS, new_project
 from tests.real import run_stage
@@ -258,3 +261,25 @@ def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"the divergence from the base nan and the gradient's norm nan at") as error:
         run_stage(root, STAGE, overrides)
     assert "on data/kept.jsonl:2. Lower" in str(error.value) and "the loss is nan" not in str(error.value)
+
+
+def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_weights_that_were_not_logged(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step has been taken, its record has not been written: going on from there would take it twice."""
+    overrides, real, seen = given(patience=0, epochs=4), Evaluation.after_step, list[int]()
+
+    def going(self: Evaluation, model: CausalLM, optimizer: FlatAdam) -> float:
+        seen.append(optimizer.steps)
+        if len(seen) == 2:
+            raise RuntimeError("gloo: Connection closed by peer")
+        return real(self, model, optimizer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluation, "after_step", going)
+        patched.setattr("pipeline.training.loop.is_lost", lambda error: "gloo" in str(error))
+        with pytest.raises(UserError, match=r"another process of this run ended\. The last periodic"):
+            run_stage(project, STAGE, overrides)
+    assert seen == [2, 4]
+    assert not checkpoints(project / f"runs/{STAGE}")
+    assert "resumed" not in run_stage(project, STAGE, overrides)

@@ -10,7 +10,7 @@ from pipeline.calc.shapes import Architecture
 from pipeline.calc.sources import built_in, open_model
 from pipeline.dag import STAGES
 from pipeline.errors import UserError
-from pipeline.params import Params, Precision
+from pipeline.params import Kept, Params, Precision
 from tui.calculation import Asked, Result
 
 MINIGPT = "MiniGPT"
@@ -30,7 +30,7 @@ def asked_for(params: Params, root: Path) -> Asked:
         targets=", ".join(lora.target_modules),
         embeddings=lora.train_embeddings,
         new_rows=str(_new_rows(root)),
-        precision=lora.precision,
+        precision=lora.precision if lora.quantization == "none" else lora.quantization,
         adapter_precision=lora.adapter_precision,
         batch=str(lora.batch_size),
         sequence=str(min(longest)) if longest else "",
@@ -84,13 +84,16 @@ def _new_rows(root: Path) -> int:
 def settings_of(asked: Asked, result: Result, params: Params, trained: tuple[str, Architecture]) -> dict[str, Any]:
     """`section.key` → value of what this project would train so. Raises UserError for what it cannot train."""
     method, run = result.method, result.run
-    if asked.method not in ("full", "freeze", "lora"):
-        raise UserError(f"{asked.method} is not trainable here yet. Choose lora, freeze or full.")
-    if run.precision not in get_args(Precision):
-        raise UserError(f"{run.precision} weights are not trainable here yet. Choose fp32, bf16 or fp16.")
+    if asked.method not in ("full", "freeze", "lora", "qlora"):
+        raise UserError(f"{asked.method} is not trainable here yet. Choose lora, qlora, freeze or full.")
+    kept = run.precision if run.precision in get_args(Kept) else "none"
+    precision = "bf16" if kept != "none" else run.precision  # as the calculator takes it, beside few bits
+    if precision not in get_args(Precision):
+        choices = "fp32, bf16, fp16, int8, nf4 or nf4-dq"
+        raise UserError(f"{run.precision} weights are not trainable here yet. Choose {choices}.")
     values: dict[str, Any] = {
         "batch_size": run.batch,
-        "precision": run.precision,
+        "precision": precision,
         "checkpointing": run.checkpointing,
     }
     if method.kind == "freeze":
@@ -104,6 +107,7 @@ def settings_of(asked: Asked, result: Result, params: Params, trained: tuple[str
             raise UserError(f"{name}, which this project trains, cannot have these targets. {error}") from None
         values |= {"rank": method.rank, "alpha": method.alpha, "target_modules": list(method.targets)}
         values |= {"train_embeddings": method.embeddings, "adapter_precision": run.adapter_precision}
+        values |= {"quantization": kept}
     return {f"finetune_{method.kind}.{key}": value for key, value in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""Put an adapter on a model, name its tensors as PEFT does, and take it off by merging."""
+"""Put an adapter on a model, name its tensors as PEFT does, and switch it off."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

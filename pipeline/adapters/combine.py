@@ -78,11 +78,11 @@ def _linear(parts: Sequence[Part], _how: How, name: str) -> LowRank:
     if len(ranks) > 1:
         raise UserError(f"linear takes adapters of one rank; {name} has {sorted(ranks)}. Take --method cat or svd.")
     shares = [(update, weight * update.scale) for update, weight in parts]
-    a = sum((math.sqrt(abs(share)) * update.a.float() for update, share in shares), start=torch.zeros(()))
-    b = sum(
-        (math.copysign(math.sqrt(abs(share)), share) * update.b.float() for update, share in shares),
+    a = sum(
+        (math.copysign(math.sqrt(abs(share)), share) * update.a.float() for update, share in shares),
         start=torch.zeros(()),
     )
+    b = sum((math.sqrt(abs(share)) * update.b.float() for update, share in shares), start=torch.zeros(()))
     return LowRank(a, b, 1.0, parts[0].update.embedding)
 
 

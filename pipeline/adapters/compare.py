@@ -47,6 +47,29 @@ def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterato
         yield Beside(name, norm(first), norm(second), difference, *shared)
 
 
+class Values(NamedTuple):
+    """What was trained itself, in full or row by row: ‖one − other‖; None where the two do not hold the same of it."""
+
+    name: str
+    difference: float | None
+
+
+def values(one: Change, other: Change) -> Iterator[Values]:
+    """Every parameter that either holds whole, and every module of which it holds rows."""
+    for name in dict.fromkeys((*one.rows, *other.rows)):
+        first, second = one.rows.get(name), other.rows.get(name)
+        alike = first and second and first[0] == second[0]
+        yield Values(name, _distance(first[1], second[1]) if first and second and alike else None)
+    for name in dict.fromkeys((*one.whole, *other.whole)):
+        yield Values(name, _distance(one.whole.get(name), other.whole.get(name)))
+
+
+def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
+    if one is None or other is None or one.shape != other.shape:
+        return None
+    return float(torch.linalg.vector_norm(one.double() - other.double()))
+
+
 def norm(update: LowRank) -> float:
     """‖s·BA‖."""
     return math.sqrt(max(squared_norm(update), 0.0))

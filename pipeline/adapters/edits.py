@@ -7,13 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK = 2**17  # numbers of W that are alive in fp32 at once: they stay in a core's cache
+BLOCK = 2**18  # numbers of W that are alive in fp32 at once: they stay in a core's cache
 
 
-def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows that cover a matrix."""
-    step = max(1, BLOCK // max(1, columns))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def blocks(rows: int, columns: int, most: int | None = None) -> Iterator[slice]:
+    """Slices of rows that cover a matrix; or `most` to twice as many of them, spread over it."""
+    size = max(1, BLOCK // max(1, columns))
+    every = max(1, -(-rows // size) // most) if most else 1
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size * every))
 
 
 @torch.no_grad()
@@ -47,9 +48,9 @@ class AddLowRank:
         """⟨change, s·left·right⟩ over those rows, without the product of left and right."""
         return self.scale * float(((change @ self.right.float().T) * self.left[rows].float()).sum())
 
-    def size(self) -> float:
-        """⟨s·left·right, s·left·right⟩ over all rows."""
-        left, right = self.left.double(), self.right.double()
+    def size(self, rows: slice) -> float:
+        """⟨s·left·right, s·left·right⟩ over those rows."""
+        left, right = self.left[rows].double(), self.right.double()
         return self.scale**2 * float(((left.T @ left) * (right @ right.T)).sum())
 
     def parts(self) -> tuple[Tensor | float, ...]:

@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
         self.lora_A = nn.Parameter(like.new_empty(rank, inputs).normal_(std=INIT_STD))
         self.lora_B = nn.Parameter(like.new_zeros(outputs, rank))
-        self.folds = weight.numel() < FOLD_BELOW and not transposed(base)
+        self.folds = isinstance(base, nn.Linear) and weight.numel() < FOLD_BELOW
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.shards import Bytes, New, Place, in_file_order, places, rewrite
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 CONFIG = "config.json"
+SAMPLES = 2
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What is not carried over: weights in other forms, which would not be merged, and records of how the base was made.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
@@ -62,17 +64,16 @@ class Merge:
     def write(self, out: Path) -> Iterator[str]:
         """Fill `out` with a whole checkpoint, naming each file as it is done. Raises UserError where disk is short."""
         self._refuse_little_space(out)
-        yield from side_by_side(lambda file: self._rewrite(file, out), self.files)
+        jobs = [(file.name, job) for file in self.files for job in rewrite(file, out / file.name, self._tensors(file))]
+        for number, _ in enumerate(side_by_side(lambda job: job[1](), jobs), start=1):
+            if number == len(jobs) or jobs[number][0] != jobs[number - 1][0]:
+                yield jobs[number - 1][0]
         carry_over(self.base, out)
         self._say_what_changed(out)
 
     @property
     def files(self) -> list[Path]:
         return sorted({place.file for place in self.places.values()})
-
-    def _rewrite(self, file: Path, out: Path) -> str:
-        rewrite(file, out / file.name, self._tensors(file))
-        return file.name
 
     def _refuse_little_space(self, out: Path) -> None:
         free = shutil.disk_usage(out).free
@@ -101,12 +102,13 @@ class Merge:
             new = edit(wide, rows) if edit else wide
             yield as_bytes(new if target is None else _narrowed(new, target, name))
 
-    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """A tensor as it is before it is edited, some rows at a time."""
+    def blocks(self, name: str, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """A tensor as it is before it is edited, some rows at a time: all of them, or those of `edits.blocks`."""
         if name not in self.rounded:
-            return read_blocks(self.source(name))
-        whole = self.rounded[name](torch.cat([block for _, block in read_blocks(self.source(name))]))
-        return ((rows, whole[rows]) for rows in blocks(*whole.shape))
+            return read_blocks(self.source(name), most)
+        whole = self.rounded[name](torch.cat([block for _, block in read_blocks(self.source(name))]).float())
+        rows, columns = whole.shape
+        return ((part, whole[part]) for part in blocks(rows, columns, most))
 
     def _say_what_changed(self, out: Path) -> None:
         """In config.json and in the index; both stay as they are where nothing did."""
@@ -126,15 +128,19 @@ class Merge:
 
 
 def carry_over(base: Path, out: Path) -> None:
-    """Tokenizer, templates, code, licence, index: every file beside the weights, but records of the base's making."""
-    for path in sorted(base.iterdir()):
+    """Tokenizer, templates, code, licence, index: every file beside the weights, in folders too, but hidden ones and
+    records of the base's making."""
+    for path in sorted(base.rglob("*")):
+        name = path.relative_to(base)
         weights = any(path.match(pattern) for pattern in WEIGHTS)
-        if path.is_file() and not weights and path.name not in RECORDS:
-            shutil.copyfile(path, out / path.name)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not weights and not hidden and str(name) not in RECORDS:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / name)
 
 
-def read_blocks(place: Place) -> Iterator[tuple[slice, Tensor]]:
-    """A stored tensor, as a matrix of its first dimension by the others, some rows at a time."""
+def read_blocks(place: Place, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """A stored tensor, as a matrix of its first dimension by the others, some rows at a time, as `edits.blocks`."""
     info = place.info
     if info.dtype not in DTYPES:
         raise UserError(f"{place.file}: a tensor of {info.dtype} cannot be merged into. Give the 16-bit model.")
@@ -142,7 +148,7 @@ def read_blocks(place: Place) -> Iterator[tuple[slice, Tensor]]:
     columns = prod(info.shape[1:])
     width = (info.stop - info.start) // max(1, rows)  # bytes
     with place.file.open("rb", buffering=0) as file:
-        for part in blocks(rows, columns):
+        for part in blocks(rows, columns, most):
             block = torch.empty((part.stop - part.start) * width, dtype=torch.uint8)
             _read_into(file.fileno(), block.numpy().data, info.start + part.start * width, place.file)
             yield part, block.view(DTYPES[info.dtype]).view(-1, columns)
@@ -190,29 +196,39 @@ class Ratio(NamedTuple):
 
 @torch.no_grad()
 def ratios(merge: Merge, out: Path) -> dict[str, Ratio]:
-    """Of every matrix that LoRA changed, measured on the file that was written, by the module's stored name."""
+    """Of every matrix that LoRA changed, measured on the file that was written, by the module's stored name.
+
+    What goes wrong with a merge goes wrong with a matrix, not with a row: of a large one `SAMPLES` blocks of rows or
+    more are read again, spread over it. All of them would take as long as the merge itself.
+    """
     written = places(out)
     edits = {name: edit for name, edit in merge.edits.items() if isinstance(edit, AddLowRank)}
-    found = side_by_side(lambda name: _ratio(merge.blocks(name), written[name], edits[name]), edits)
+    found = side_by_side(lambda name: _ratio(merge.blocks(name, SAMPLES), written[name], edits[name]), edits)
     return {name.removesuffix(".weight"): ratio for name, ratio in zip(edits, found, strict=True)}
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Results in order. One thread of torch's for each item: a block is too small to be shared."""
+    """Results in order, each item in a thread of its own."""
+    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(work, items)
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """One thread of torch's, where what it works on is too small to be shared; gives the number that there were."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(before) as pool:
-            yield from pool.map(work, items)
+        yield before
     finally:
         torch.set_num_threads(before)
 
 
 def _ratio(before: Iterator[tuple[slice, Tensor]], after: Place, update: AddLowRank) -> Ratio:
-    along = weight = 0.0
-    for (rows, old), (_, new) in zip(before, read_blocks(after), strict=True):
+    along = weight = size = 0.0
+    for (rows, old), (_, new) in zip(before, read_blocks(after, SAMPLES), strict=True):
         along += update.along(new.float() - old.float(), rows)
         weight += float(torch.linalg.vector_norm(old, dtype=torch.float32)) ** 2
-    size = update.size()
+        size += update.size(rows)
     eps = torch.finfo(DTYPES[after.info.dtype]).eps
     return Ratio(along / size if size else None, eps * (weight / max(size, 1e-60)) ** 0.5)

@@ -36,7 +36,6 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
     base = load_base(folder, settings.precision, trust, kept)
     model = base.model
     batches, evaluation = yield from data_of(job, settings, base)
-    total = count(skeleton(folder, trust))["total"]  # what is kept in few bits is no parameter
     torch.manual_seed(settings.seed)
     spec, retain = None, None
     if isinstance(settings, FinetuneLora):
@@ -48,11 +47,12 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
     elif isinstance(settings, FinetuneFreeze):
         freeze(model, settings)
     trainable = count(model)["trainable"]
-    task = Task(model, batches, settings, method_of(settings, spec), evaluation, retain, sharded)
+    task = Task(model, batches, settings, method_of(settings, spec), evaluation, retain, sharded if spec else False)
     optimizer = yield from train(job, task)
     if spec is None:
         stored = stored_precision(folder) == settings.precision
         return save_checkpoint(job, base, optimizer, trained_from=None if stored else folder)
+    total = count(skeleton(folder, trust))["total"]  # what is kept in few bits is no parameter
     return _save_adapter(job, base, spec, folder) | {"parameters": {"total": total, "trainable": trainable}}
 
 

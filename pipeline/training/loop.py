@@ -5,6 +5,8 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import torch
+
 from pipeline.calc.settings import Method
 from pipeline.device import device_for
 from pipeline.errors import Interrupted, UserError
@@ -19,12 +21,14 @@ from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import (
+    Agreed,
     Helped,
+    Lost,
     agree,
     first,
+    given_by_first,
     is_lost,
     largest_of,
-    lost,
     needs_shards,
     shard,
     told_by_first,
@@ -101,40 +105,41 @@ def train(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
     Raises Interrupted after a signal, with a checkpoint written, UserError if the loss is not finite or another process
     of the run is gone, and Helped at the end of what is not the first process.
     """
-    model, settings, name = task.model, task.settings, job.stage.name
-    device = device_for(model)
-    agree()  # all have come so far
-    model.checkpoint_blocks(settings.checkpointing)
-    if device.type == "cpu" and isinstance(model, Opened):
-        quicken(model)
-        keep_freed_memory()
-    sharded = needs_shards(model, device) if task.sharded is None else task.sharded
-    if sharded:
-        shard(model, device)
-    model.to(device)
-    if not model.packs:
+    agree()  # all processes have come so far
+    try:
+        optimizer = yield from _trained(job, task)
+    except UserError as error:  # the others are not where they could be told: they see that this one is gone
+        raise error if isinstance(error, Agreed) else Agreed(str(error)) from None
+    if not first():
+        raise Helped
+    return optimizer
+
+
+def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
+    name, (device, sharded) = job.stage.name, _placed(task)
+    if not task.model.packs:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
-    optimizer = FlatAdam(model, settings.learning_rate, scaled=settings.precision == "fp16")
+    optimizer = FlatAdam(task.model, task.settings.learning_rate, scaled=task.settings.precision == "fp16")
     done, tokens = yield from _resumed(job, task, optimizer)
     largest = task.batches.largest(range(done + 1, min(done + 1 + len(task.batches), task.total)) or [done])
     predicted, live = 0 if sharded else _predicted(task, largest), LiveBytes()
     if predicted:
         yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step")
     log = RunLog(job.run, done, tokens, evaluated=task.evaluation is not None, retained=task.retain is not None)
-    model.train()
+    task.model.train()
     records = steps(task, optimizer, done, tokens)
     if not sharded:  # a share's bytes come and go out of torch's sight
-        records = _watched(live, largest - done, model, optimizer, records)
+        records = _watched(live, largest - done, task.model, optimizer, records)
     with log, HeldSignals() as signals:
         try:
             for record in records:
                 log.append(record, Peak(predicted, live.peak), device.type)
                 done, tokens = record.step, record.tokens
-                signals.received = largest_of(signals.received or 0) or None
-                if signals.received or record.step % job.checkpoint_every == 0:
+                stop = largest_of(signals.received or 0)
+                if stop or record.step % job.checkpoint_every == 0:
                     _save(job, task, log, optimizer, record.step, record.tokens)
-                if signals.received:
-                    raise Interrupted(signals.received, f"{name}: stopped after step {record.step} of {task.total}")
+                if stop:
+                    raise Interrupted(stop, f"{name}: stopped after step {record.step} of {task.total}")
                 yield Progress(record.step, task.total, _said(record))
         except Diverged as diverged:
             optimizer.clear()
@@ -143,31 +148,52 @@ def train(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
         except RuntimeError as error:
             if not is_lost(error):
                 raise
-            optimizer.clear()
-            _save(job, task, log, optimizer, done, tokens)
-            raise lost(job, f"A checkpoint after step {done} of {task.total} is kept. ") from None
+            raise Lost.during(name, _kept(job, task, log, optimizer, done, tokens)) from None
         if signals.received:
             raise Interrupted(signals.received, f"{name}: stopped after the last step")
     yield from _ended(job, task, optimizer, done, live)
-    if not first():
-        raise Helped
     return optimizer
+
+
+def _placed(task: Task) -> tuple[torch.device, bool]:
+    """The model is where it trains, and as it trains best there; whether its weights are shared out."""
+    model, device = task.model, device_for(task.model)
+    model.checkpoint_blocks(task.settings.checkpointing)
+    if device.type == "cpu" and isinstance(model, Opened):
+        quicken(model)
+        keep_freed_memory()
+    sharded = needs_shards(model, device) if task.sharded is None else task.sharded
+    if sharded:
+        shard(model, device)
+    model.to(device)
+    return device, sharded
 
 
 def _resumed(job: Job, task: Task, optimizer: FlatAdam) -> Generator[Event, None, tuple[int, int]]:
     """(Steps done, tokens learned from) of the checkpoint that the run goes on from."""
-    start, refused = told_by_first(checkpoint.load(job.run, job.key))
+    found, refused = checkpoint.load(job.run, job.key)
+    start, refused = told_by_first((found and (found.step, found.tokens), refused))
+    optimizer.spread()
     if refused:
         yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {refused}")
-    optimizer.set_weights(told_by_first(optimizer.weights.detach()))
     if not start:
         discard_checkpoints(job.run)  # before their log is overwritten: without it they must never be used
         return 0, 0
-    optimizer.restore(start.state)
+    state = given_by_first(found.state if found else {})
+    optimizer.restore(state)
     if task.evaluation is not None:
-        task.evaluation.restore(start.state)
-    yield Note(f"{job.stage.name}: resumed after step {start.step}")
-    return start.step, start.tokens
+        task.evaluation.restore(state)
+    yield Note(f"{job.stage.name}: resumed after step {start[0]}")
+    return start
+
+
+def _kept(job: Job, task: Task, log: RunLog, optimizer: FlatAdam, done: int, tokens: int) -> str:
+    """A checkpoint of the last whole step, where another process is gone; what to say of it."""
+    if optimizer.steps != done:  # it was while the step was evaluated: the weights are those after it already
+        return "The last periodic checkpoint stands. "
+    optimizer.clear()
+    _save(job, task, log, optimizer, done, tokens)
+    return f"A checkpoint after step {done} of {task.total} is kept. "
 
 
 def _predicted(task: Task, number: int) -> int:

@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.distributed import sum_up
+from pipeline.training.distributed import spread, sum_up
 
 LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000  # of an fp16 loss; steps without an overflow until it doubles
 
@@ -53,6 +53,11 @@ class FlatAdam:
     def scale(self) -> float:
         """What the loss is to be multiplied by before backward."""
         return float(self._scale[0]) if self._scaled else 1.0
+
+    @property
+    def steps(self) -> int:
+        """How many have been taken, those of the run before a resume too."""
+        return int(self._adam.state[self.weights].get("step", 0))
 
     def gather(self) -> Tensor:
         """The norm of the gradient that backward left, in all processes; to be called once before `step`."""
@@ -120,6 +125,11 @@ class FlatAdam:
     @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:
         self.weights.copy_(weights)
+        self._publish()
+
+    def spread(self) -> None:
+        """Begin in every process with the first one's weights."""
+        spread(self.weights.data)
         self._publish()
 
     @torch.no_grad()

@@ -70,9 +70,9 @@ def _gradient(
         torch.autograd.backward(loss * optimizer.scale)
         losses.append(loss.detach())
     kept = [] if retain is None else list(_retained(model, retain, optimizer, number))
-    lost, diverged = summed(_sum(losses), _sum(kept))  # before the gradient: where a process is gone, this says so
+    whole, apart = summed(_sum(losses), _sum(kept))  # before the gradient: where a process is gone, this says so
     norm = optimizer.gather().item()
-    return Gradient(lost, norm, int(labels), None if retain is None else diverged)
+    return Gradient(whole, norm, int(labels), None if retain is None else apart)
 
 
 def _retained(model: CausalLM, retain: Retain, optimizer: FlatAdam, number: int) -> Iterator[Tensor]:

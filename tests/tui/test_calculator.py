@@ -341,6 +341,10 @@ async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
                 "finetune_lora.rank": 8,
             },
         ),
+        (
+            {"method": "qlora"},
+            {"finetune_lora.quantization": "nf4-dq", "finetune_lora.precision": "bf16"},
+        ),
     ],
 )
 async def test_each_method_has_its_section(empty: Path, values: dict[str, str], section: dict[str, Any]) -> None:
@@ -359,9 +363,8 @@ async def test_each_method_has_its_section(empty: Path, values: dict[str, str], 
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ({"method": "qlora"}, "qlora is not trainable here yet"),
         ({"method": "prefix"}, "prefix is not trainable here yet"),
-        ({"precision": "int8"}, "int8 weights are not trainable here yet"),
+        ({"precision": "gptq-g64"}, "gptq-g64 weights are not trainable here yet"),
         ({"targets": "gate_proj"}, "MiniGPT, which this project trains, cannot have these targets"),
         ({"method": "freeze", "last_blocks": "9"}, "last-blocks must be at most 2"),
         ({"rank": "x"}, "Nothing is written while a field is wrong"),
