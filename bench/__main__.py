@@ -8,15 +8,20 @@ from bench.commands import commands
 from bench.curves import curves
 from bench.engine import engine
 from bench.memory import memory
+from bench.merge import merge
+from bench.quantized import quantized
 from bench.real import real
+from bench.several import several
 from bench.terminal import terminal
 from bench.training import training
+
+MEASURES = (commands, terminal, calculator, curves, engine, memory, training, real, quantized, merge, several)
 
 
 def main() -> None:
     table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
     console = Console()
-    for measure in (commands, terminal, calculator, curves, engine, memory, training, real):
+    for measure in MEASURES:
         for row in measure():
             table.add_row(*row.cells())
     console.print(table)

@@ -6,14 +6,14 @@ The model is `smollm2/artifacts/base`, or LORA_BENCH_BASE, or else one of SmolLM
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
 from bench.measure import Row
-from bench.real_sides import NEW_TOKENS, examples, serve
+from bench.real_sides import NEW_TOKENS, Ours, Theirs, examples, serve
 
 BASE = Path("smollm2/artifacts/base")
 ROUNDS = 3
@@ -22,17 +22,17 @@ THREADS = int(os.environ.get("LORA_BENCH_THREADS", os.cpu_count() or 1))
 
 def real() -> Iterator[Row]:
     """An epoch of 32 examples at batch 8 each turn, the two sides in processes of their own."""
-    with _base() as (folder, name), _side("ours", folder) as ours, _side("theirs", folder) as theirs:
+    with base() as (folder, name), side(Ours, folder) as ours, side(Theirs, folder) as theirs:
         times: dict[str, list[float]] = {"ours": [], "theirs": [], "products": []}
         for turn in range(ROUNDS + 1):  # the first does not count
-            found = {"theirs": _ask(theirs, "epoch"), "products": _ask(ours, "products"), "ours": _ask(ours, "epoch")}
+            found = {"theirs": ask(theirs, "epoch"), "products": ask(ours, "products"), "ours": ask(ours, "epoch")}
             for what, seconds in found.items():
                 times[what] += [seconds] if turn else []
         yield from _training(name, {what: median(seconds) for what, seconds in times.items()})
-        yield _memory(_ask(ours, "grown"), _ask(theirs, "grown"))
-        yield _loss(_ask(ours, "loss"), _ask(theirs, "loss"))
-        turns = [(_ask(theirs, "generate"), _ask(ours, "generate")) for _ in range(ROUNDS + 1)][1:]
-        yield _generation(*(median(side) for side in zip(*turns, strict=True)))
+        yield _memory(ask(ours, "grown"), ask(theirs, "grown"))
+        yield _loss(ask(ours, "loss"), ask(theirs, "loss"))
+        turns = [(ask(theirs, "generate"), ask(ours, "generate")) for _ in range(ROUNDS + 1)][1:]
+        yield _generation(*(median(times) for times in zip(*turns, strict=True)))
 
 
 def _training(name: str, times: dict[str, float]) -> Iterator[Row]:
@@ -65,10 +65,10 @@ def _generation(other: float, mine: float) -> Row:
 
 
 @contextmanager
-def _side(side: str, folder: Path) -> Iterator[Connection]:
+def side(kind: Callable[[Path], object], folder: Path) -> Iterator[Connection]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, side, folder, THREADS), daemon=True)
+    process = context.Process(target=serve, args=(there, kind, folder, THREADS), daemon=True)
     process.start()
     there.close()  # a side that dies ends the wait for its answer
     try:
@@ -80,14 +80,14 @@ def _side(side: str, folder: Path) -> Iterator[Connection]:
         process.terminate()
 
 
-def _ask(pipe: Connection, order: str) -> float:
+def ask(pipe: Connection, order: str) -> float:
     pipe.send(order)
     answer: float = pipe.recv()
     return answer
 
 
 @contextmanager
-def _base() -> Iterator[tuple[Path, str]]:
+def base() -> Iterator[tuple[Path, str]]:
     """A checkpoint's folder and what to call it."""
     folder = Path(os.environ.get("LORA_BENCH_BASE", BASE))
     if folder.is_dir():

@@ -52,11 +52,11 @@ def examples(count: int, seed: int) -> list[Example]:
     return found
 
 
-def serve(pipe: Connection, side: str, folder: Path, threads: int) -> None:
+def serve(pipe: Connection, side: Callable[[Path], object], folder: Path, threads: int) -> None:
     """A side's process: answers (seconds or a loss or bytes) to the names of what it can do, until None."""
     torch.set_num_threads(threads)
     transformers.logging.disable_progress_bar()
-    made = (Ours if side == "ours" else Theirs)(folder)
+    made = side(folder)
     for order in iter(pipe.recv, None):
         pipe.send(getattr(made, order)())
 
@@ -66,12 +66,20 @@ class Side:
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
-        self.folder, self.train, self.held_out = folder, examples(32, 0), examples(16, 1)
-        self.model = self.opened(folder)
-        self.idle = _resident("VmRSS")
+        self.folder, self.train, self.held_out = folder, self.taught(), examples(16, 1)
+        self.model = self.adapted(self.frozen(folder))
+        self.idle = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
 
-    def opened(self, folder: Path) -> Any:
+    def taught(self) -> list[Example]:
+        return examples(32, 0)
+
+    def frozen(self, folder: Path) -> Any:
+        """The base."""
+        raise NotImplementedError
+
+    def adapted(self, model: Any) -> Any:
+        """With LoRA, ready to train."""
         raise NotImplementedError
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ class Side:
 
     def grown(self) -> int:
         """Bytes of resident memory at the peak, beyond what the loaded model took."""
-        return _resident("VmHWM") - self.idle
+        return resident("VmHWM") - self.idle
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -97,10 +105,12 @@ class Side:
 class Theirs(Side):
     """PEFT and Trainer as their documentation sets them up: bf16, a collator that pads to the batch's longest."""
 
-    def opened(self, folder: Path) -> Any:
+    def frozen(self, folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    def adapted(self, model: Any) -> Any:
         from peft import LoraConfig, get_peft_model
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
         self.optimizer: torch.optim.Optimizer | None = None
         return get_peft_model(model, config)
@@ -150,7 +160,7 @@ class Theirs(Side):
         if not hasattr(self, "plain"):
             self.plain = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16)
         wanted = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        return _seconds(lambda: self.plain.generate(_prompt(), **wanted))
+        return seconds(lambda: self.plain.generate(_prompt(), **wanted))
 
 
 class InOrder(Batches):
@@ -163,9 +173,11 @@ class InOrder(Batches):
 class Ours(Side):
     """The project's own model, adapter, batches and loop, as `lora finetune lora` has them."""
 
-    def opened(self, folder: Path) -> Any:
+    def frozen(self, folder: Path) -> Any:
+        return opened(folder, torch.bfloat16)
+
+    def adapted(self, model: Any) -> Any:
         keep_freed_memory()
-        model = opened(folder, torch.bfloat16)
         quicken(model)
         attach(model, AdapterSpec(RANK, 2 * RANK, TARGETS), torch.bfloat16)
         for _, layer in adapter_layers(model):
@@ -179,7 +191,7 @@ class Ours(Side):
         return model
 
     def epoch(self) -> float:
-        return _seconds(lambda: [next(self.steps) for _ in range(self.an_epoch)])
+        return seconds(lambda: [next(self.steps) for _ in range(self.an_epoch)])
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.model.eval()(ids)[0]  # type: ignore[no-any-return]
@@ -196,7 +208,7 @@ class Ours(Side):
     def generate(self) -> float:
         if not hasattr(self, "plain"):
             self.plain = opened(self.folder, torch.bfloat16)
-        return _seconds(lambda: list(generate(self.plain, _prompt()[0].tolist(), (), NEW_TOKENS)))
+        return seconds(lambda: list(generate(self.plain, _prompt()[0].tolist(), (), NEW_TOKENS)))
 
 
 def _encoded(example: Example) -> Encoded:
@@ -231,20 +243,20 @@ def _rate(model: Any, tokens: int) -> float:
                 rows[one.out_features] @ one.weight
 
     run()
-    return 16 * tokens * sum(one.weight.numel() for one in linears) / median(_seconds(run) for _ in range(9))
+    return 16 * tokens * sum(one.weight.numel() for one in linears) / median(seconds(run) for _ in range(9))
 
 
 def _prompt() -> Tensor:
     return torch.tensor([examples(1, 2)[0][0][:12]])
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     start = perf_counter()
     run()
     return perf_counter() - start
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     found = re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/{os.getpid()}/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -1,0 +1,108 @@
+"""A merge through files beside a copy of the same files, and beside PEFT's, each in a process of its own."""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.measure import Row
+from bench.real import ROUNDS, ask, side
+from bench.real_sides import resident, seconds
+from pipeline.merge import Merging, merge_into
+
+SHARD, RANK = "400MB", 16
+BASE, ADAPTER = "base", "adapter"
+
+
+def merge() -> Iterator[Row]:
+    """Every turn each of the three writes the files anew, from a base that the system has in memory."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        _make(folder)
+        files = sorted((folder / BASE).glob("*.safetensors"))
+        with side(Ours, folder) as ours, side(Copy, folder) as copy, side(Theirs, folder) as theirs:
+            sides = (ours, copy, theirs)
+            turns = [[ask(one, "write") for one in sides] for _ in range(ROUNDS + 1)][1:]
+            mine, least, other = (median(times) for times in zip(*turns, strict=True))
+            peak, theirs_peak = ask(ours, "peak"), ask(theirs, "peak")
+        what = f"merge of {sum(file.stat().st_size for file in files) / 1e9:.2f} GB in {len(files)} files, measured too"
+    yield Row(what, mine, f"cp -r, {least:.2f} s", mine / least, "at most 2 ×", mine <= 2 * least)
+    reference = f"PEFT: open, merge_and_unload, save, {other:.2f} s"
+    yield Row("the same", mine, reference, other / mine, "at least 1.5 ×", other >= 1.5 * mine)
+    what, reference = f"the same, {peak / 2**20:,.0f} MiB resident at the peak", f"PEFT, {theirs_peak / 2**20:,.0f} MiB"
+    yield Row(what, 0, reference, peak / theirs_peak, "at most 0.4 ×", peak <= 0.4 * theirs_peak)
+
+
+def _make(folder: Path) -> None:
+    """A base in bf16 in several files, and an adapter of PEFT's on all of its linears."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=20,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=32000,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / BASE, max_shard_size=SHARD)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules="all-linear"))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.02)
+    adapted.save_pretrained(folder / ADAPTER)
+
+
+class Writer:
+    """Writes a whole checkpoint into an empty folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base, self.adapter, self.out = folder / BASE, folder / ADAPTER, folder / type(self).__name__
+
+    def write(self) -> float:
+        """Seconds; what was written goes at once, so that the system has nothing left to do for it."""
+        taken = seconds(self.fill)
+        shutil.rmtree(self.out)
+        return taken
+
+    def fill(self) -> None:
+        raise NotImplementedError
+
+    def peak(self) -> int:
+        """Bytes, the libraries' own too."""
+        return resident("VmHWM")
+
+
+class Copy(Writer):
+    def fill(self) -> None:
+        subprocess.run(["cp", "-r", self.base, self.out], check=True)
+
+
+class Ours(Writer):
+    """As `lora merge --adapter`: written, and each update measured on what was written."""
+
+    def fill(self) -> None:
+        self.out.mkdir()
+        list(merge_into(self.out, Merging(self.base, self.adapter)))
+
+
+class Theirs(Writer):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        import peft
+        import transformers
+
+        self.models: Any = transformers.AutoModelForCausalLM
+        self.adapted: Any = peft.PeftModel
+
+    def fill(self) -> None:
+        model = self.models.from_pretrained(self.base, dtype=torch.bfloat16)
+        merged = self.adapted.from_pretrained(model, self.adapter).merge_and_unload()
+        merged.save_pretrained(self.out, max_shard_size=SHARD)
