@@ -79,7 +79,7 @@ def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
 def _measured(adapter: Path, found: Mapping[str, Any]) -> Iterator[str]:
     if (adapter / LOSS).exists():
         yield f"training loss at the end: {final_loss(read_steps(adapter / LOSS)):.4f} nats a token"
-    if not found:
+    if "forgetting" not in found:
         yield "not evaluated: run `lora evaluate` where it was trained"
         return
     forgetting = found["forgetting"]

@@ -8,8 +8,7 @@ from typing import Any
 
 from pipeline import artifact, bases, provenance
 from pipeline.adapters.combine import How, combine
-from pipeline.adapters.peft_format import load_adapter
-from pipeline.adapters.plan import refuse_other_embedding
+from pipeline.adapters.plan import fitted
 from pipeline.adapters.updates import updates_of, write_updates
 from pipeline.binding import CONFIG, WEIGHTS, quantization_of, read_config
 from pipeline.chat import TEMPLATE
@@ -48,8 +47,7 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
     model of the hub that lies in the local cache, that model's weights must be the base's. Raises UserError.
     """
     _refuse_other(out, "import", [source])
-    spec = load_adapter(skeleton(base, trust_remote_code), base, source)
-    refuse_other_embedding(source, places(base))
+    spec = fitted(skeleton(base, trust_remote_code), base, places(base), source)
     known = _refuse_other_base(source, base)
     with artifact.writing(out) as folder:
         for name in (CONFIG, WEIGHTS):

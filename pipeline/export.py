@@ -9,7 +9,7 @@ from pipeline import artifact
 from pipeline.adapters.updates import updates_of, write_updates
 from pipeline.binding import CONFIG, WEIGHTS, read_config
 from pipeline.card import CARD, card, has_card
-from pipeline.collection import copy_tokenizer
+from pipeline.collection import copy_template, copy_tokenizer
 from pipeline.errors import UserError
 from pipeline.merge import Merging, merge_to
 from pipeline.models.skeleton import skeleton
@@ -60,6 +60,7 @@ def merged(out: Path, merging: Merging) -> Generator[Event, None, dict[str, Any]
     """
 
     def finish(folder: Path, certificate: dict[str, Any]) -> None:
+        copy_template(merging.adapter, folder)
         _say_ends(folder)
         (folder / CARD).write_text(card(merging.adapter, certificate), encoding="utf-8")
 

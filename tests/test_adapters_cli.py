@@ -22,13 +22,17 @@ ONE, OTHER = AdapterSpec(2, 3.0, ("q_proj", "fc1")), AdapterSpec(3, 2.0, ("q_pro
 Q_PROJ = "model.decoder.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+def two_adapters(tmp_path: Path) -> Path:
     """A base, and on it the adapters `one` and `other`, as from elsewhere."""
     base = checkpoint(tmp_path / "base")
     adapter(tmp_path / "one", base, ONE)
     adapter(tmp_path / "other", base, OTHER, seed=2)
     return tmp_path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return two_adapters(tmp_path)
 
 
 def edit_config(folder: Path, **values: Any) -> None:

@@ -14,9 +14,9 @@ from pipeline.artifact import read_json, read_manifest
 from pipeline.bases import base_fingerprint
 from pipeline.engine import load
 from tests.conftest import Lora
-from tests.models import adapter, checkpoint
+from tests.models import checkpoint
 from tests.support import folder_bytes, refusal
-from tests.test_adapters_cli import CONFIG, ONE, OTHER, WEIGHTS, edit_config, edit_tensors
+from tests.test_adapters_cli import CONFIG, WEIGHTS, edit_config, edit_tensors, two_adapters
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IDS = torch.randint(3, 70, (4, 9), generator=torch.Generator().manual_seed(3))
@@ -24,11 +24,7 @@ IDS = torch.randint(3, 70, (4, 9), generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A base, and on it the adapters `one` and `other`, as from elsewhere."""
-    base = checkpoint(tmp_path / "base")
-    adapter(tmp_path / "one", base, ONE)
-    adapter(tmp_path / "other", base, OTHER, seed=2)
-    return tmp_path
+    return two_adapters(tmp_path)
 
 
 def imported(cli: Lora, root: Path, *more: str, source: str = "one") -> tuple[int, str, str]:

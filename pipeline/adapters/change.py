@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline import artifact
 from pipeline.adapters.attach import PREFIX, ROWS
+from pipeline.adapters.edits import squared_norm
 from pipeline.adapters.peft_config import read_spec
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.binding import WEIGHTS
@@ -36,6 +37,10 @@ class LowRank:
     def delta(self) -> Tensor:
         """(O, I), in fp32."""
         return self.scale * (self.b.float() @ self.a.float())
+
+    def squared_norm(self) -> float:
+        """‖s·BA‖²."""
+        return squared_norm(self.b, self.a, self.scale)
 
     def tensors(self, module: str) -> dict[str, Tensor]:
         """By PEFT's key; the scale is the config's to say."""

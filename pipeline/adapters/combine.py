@@ -47,16 +47,9 @@ def combine(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float],
         parts = [Part(one[name], weight) for one, weight in zip(adapters, weights, strict=True) if name in one]
         exact = concatenated(parts)
         updates[name] = _WAYS[how.method](parts, how, name)
-        off += squared_norm(concatenated([Part(updates[name], 1.0), Part(exact, -1.0)]))
-        size += squared_norm(exact)
+        off += concatenated([Part(updates[name], 1.0), Part(exact, -1.0)]).squared_norm()
+        size += exact.squared_norm()
     return Combined(updates, math.sqrt(max(off, 0.0) / size) if size else 0.0)
-
-
-def refuse_unlike(name: str, updates: Sequence[LowRank]) -> None:
-    """Raises UserError unless they are of one matrix's shape."""
-    shapes = sorted({(update.b.shape[0], update.a.shape[1]) for update in updates})
-    if len(shapes) > 1:
-        raise UserError(f"{name} is {' and '.join(f'{o} × {i}' for o, i in shapes)}: the adapters are of two models.")
 
 
 def concatenated(parts: Sequence[Part]) -> LowRank:
@@ -64,12 +57,6 @@ def concatenated(parts: Sequence[Part]) -> LowRank:
     a = torch.cat([update.a.float() for update, _ in parts])
     b = torch.cat([weight * update.scale * update.b.float() for update, weight in parts], dim=1)
     return LowRank(a, b, 1.0, parts[0].update.embedding)
-
-
-def squared_norm(update: LowRank) -> float:
-    """‖s·BA‖² without the (O, I) product: trace of BᵀB·AAᵀ."""
-    a, b = update.a.double(), update.b.double()
-    return update.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def _linear(parts: Sequence[Part], _how: How, name: str) -> LowRank:

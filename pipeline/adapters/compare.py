@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.change import Change, LowRank
-from pipeline.adapters.combine import Part, concatenated, refuse_unlike, squared_norm
+from pipeline.adapters.combine import Part, concatenated
+from pipeline.errors import UserError
 
 
 class Beside(NamedTuple):
@@ -34,14 +35,14 @@ def settings_that_differ(one: Change, other: Change) -> dict[str, tuple[Any, Any
 
 
 def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterator[Beside]:
-    """Every module that either changes."""
+    """Every module that either changes. Raises UserError where they are of two models."""
     for name in dict.fromkeys((*one, *other)):
         first, second = one.get(name), other.get(name)
         if first is None or second is None:
             sizes = [0.0 if update is None else norm(update) for update in (first, second)]
             yield Beside(name, sizes[0], sizes[1], max(sizes), None, None)
             continue
-        refuse_unlike(name, (first, second))
+        _refuse_unlike(name, first, second)
         difference = norm(concatenated([Part(first, 1.0), Part(second, -1.0)]))
         shared = overlap(first.b, second.b), overlap(first.a.T, second.a.T)
         yield Beside(name, norm(first), norm(second), difference, *shared)
@@ -72,7 +73,13 @@ def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
 
 def norm(update: LowRank) -> float:
     """‖s·BA‖."""
-    return math.sqrt(max(squared_norm(update), 0.0))
+    return math.sqrt(max(update.squared_norm(), 0.0))
+
+
+def _refuse_unlike(name: str, *updates: LowRank) -> None:
+    shapes = sorted({(update.b.shape[0], update.a.shape[1]) for update in updates})
+    if len(shapes) > 1:
+        raise UserError(f"{name} is {' and '.join(f'{o} × {i}' for o, i in shapes)}: the adapters are of two models.")
 
 
 def overlap(one: Tensor, other: Tensor) -> float | None:

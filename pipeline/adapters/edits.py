@@ -24,6 +24,12 @@ def merged_rows(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     return weight.to(wide, copy=True).addmm_(b.to(wide), a.to(wide), alpha=scale).to(weight.dtype)
 
 
+def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
+    """‖s·BA‖² for B (O, R) and A (R, I), without the (O, I) product: trace of BᵀB·AAᵀ."""
+    b, a = b.double(), a.double()
+    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+
+
 class Edit(Protocol):
     """Rows of a tensor → the same rows of the merged one, in the same precision."""
 
@@ -50,8 +56,7 @@ class AddLowRank:
 
     def size(self, rows: slice) -> float:
         """⟨s·left·right, s·left·right⟩ over those rows."""
-        left, right = self.left[rows].double(), self.right.double()
-        return self.scale**2 * float(((left.T @ left) * (right @ right.T)).sum())
+        return squared_norm(self.left[rows], self.right, self.scale)
 
     def parts(self) -> tuple[Tensor | float, ...]:
         return self.left, self.right, self.scale

@@ -34,8 +34,7 @@ def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: s
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     tied = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
     rounded = _rounded(model, quantization_of(adapter))
-    edits = edits_of(model, load_adapter(model, base, adapter))
-    refuse_other_embedding(adapter, stored)
+    edits = edits_of(model, fitted(model, base, stored, adapter))
     names = {name: stored_name(name, stored) or name for name in {*edits, *tied, *rounded}}
     absent = [name for name in tied if names[name] not in stored]
     for name in edits.keys() | rounded:
@@ -56,6 +55,16 @@ def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: s
         {names[name]: way for name, way in rounded.items()},
         dtype,
     )
+
+
+def fitted(model: CausalLM, base: Path, stored: Mapping[str, Place], adapter: Path) -> AdapterSpec:
+    """Put the adapter on `model`, the skeleton of `base`, whose tensors are `stored`.
+
+    Raises UserError as `load_adapter` does, and for an embedding that came with the adapter and is not the base's.
+    """
+    spec = load_adapter(model, base, adapter)
+    _refuse_other_embedding(adapter, stored)
+    return spec
 
 
 def _rounded(model: CausalLM, kind: Kept) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -102,7 +111,7 @@ def _refuse_unlike(
         raise UserError(f"{base}: {name} has shape {list(stored[name].info.shape)}, config.json says {list(shape)}.")
 
 
-def refuse_other_embedding(adapter: Path, stored: Mapping[str, Place]) -> None:
+def _refuse_other_embedding(adapter: Path, stored: Mapping[str, Place]) -> None:
     """PEFT writes the base's whole embedding beside its LoRA: here only the files have one to compare it with."""
     for key, value in read_tensors(adapter).items():
         if key.endswith(COPY):

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -64,10 +66,17 @@ class Merge:
     def write(self, out: Path) -> Iterator[str]:
         """Fill `out` with a whole checkpoint, naming each file as it is done. Raises UserError where disk is short."""
         self._refuse_little_space(out)
-        jobs = [(file.name, job) for file in self.files for job in rewrite(file, out / file.name, self._tensors(file))]
-        for number, _ in enumerate(side_by_side(lambda job: job[1](), jobs), start=1):
-            if number == len(jobs) or jobs[number][0] != jobs[number - 1][0]:
-                yield jobs[number - 1][0]
+        fills = [
+            [(file.name, fill) for fill in rewrite(file, out / file.name, self._tensors(file))] for file in self.files
+        ]
+        jobs = [
+            job for turn in zip_longest(*fills) for job in turn if job
+        ]  # in turns: a file takes one writer at a time
+        left = Counter(name for name, _ in jobs)
+        for (name, _), _none in zip(jobs, side_by_side(lambda job: job[1](), jobs), strict=True):
+            left[name] -= 1
+            if not left[name]:
+                yield name
         carry_over(self.base, out)
         self._say_what_changed(out)
 

@@ -12,8 +12,7 @@ from pipeline.adapters.change import LowRank
 from pipeline.adapters.edits import AddLowRank, SetRows
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, transposed
 from pipeline.adapters.peft_config import config_of
-from pipeline.adapters.peft_format import load_adapter
-from pipeline.adapters.plan import edits_of, refuse_other_embedding, stored_name
+from pipeline.adapters.plan import edits_of, fitted, stored_name
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.stream import read_rows
 from pipeline.artifact import write_json
@@ -35,10 +34,9 @@ def updates_of(base: Path, adapter: Path, trust_remote_code: bool = False) -> Up
     other is what they differ by from the base's. Raises UserError for what is of no low rank, or does not fit.
     """
     model, stored = skeleton(base, trust_remote_code), places(base)
-    edits = edits_of(model, load_adapter(model, base, adapter))
-    refuse_other_embedding(adapter, stored)
+    spec = fitted(model, base, stored, adapter)
     found: Updates = {}
-    for parameter, edit in edits.items():
+    for parameter, edit in edits_of(model, spec).items():
         name = parameter.removesuffix(".weight")
         if isinstance(edit, AddLowRank):
             layer = model.get_submodule(name)
