@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import BY_ROWS, PREFIX, adapter_layers, tensors
-from pipeline.adapters.change import COPY, read_tensors
+from pipeline.adapters.change import COPY
 from pipeline.adapters.edits import AddLowRank, Edit, Replace, SetRows, same
 from pipeline.adapters.lora import factors
 from pipeline.adapters.peft_format import load_adapter, other_embedding
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.stream import Merge, read_blocks
-from pipeline.binding import quantization_of
+from pipeline.binding import WEIGHTS, quantization_of
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
+from pipeline.models.files import load_tensors
 from pipeline.models.linears import is_conv1d
 from pipeline.models.quantized import quantizable, rounded
 from pipeline.models.skeleton import skeleton
@@ -113,7 +114,7 @@ def _refuse_unlike(
 
 def _refuse_other_embedding(adapter: Path, stored: Mapping[str, Place]) -> None:
     """PEFT writes the base's whole embedding beside its LoRA: here only the files have one to compare it with."""
-    for key, value in read_tensors(adapter).items():
+    for key, value in load_tensors(adapter / WEIGHTS).items():  # finite: `load_adapter` has read them
         if key.endswith(COPY):
             name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
             found = stored_name(name, stored)
