@@ -31,7 +31,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "python": platform.python_version(),
         **{library: found(library, "run `make install`") for library in LIBRARIES},
         **{library: found(library, "only .gguf bases need it, `lora-workbench[gguf]`") for library in GGUF},
-        QLORA: found(QLORA, "only bases in 4 or 8 bits need it, `lora-workbench[qlora]`"),
+        QLORA: found(QLORA, "bases in 8 bits need it, in 4 they are quicker with it, `lora-workbench[qlora]`"),
         "git": shutil.which("git") or "not found: manifests will name no commit",
         **_devices(),
         "cpu threads": str(torch.get_num_threads()),

@@ -273,7 +273,6 @@ def test_pitfall_7_what_vllm_cannot_take_is_refused_with_what_to_do(cli: Lora, b
 def test_pitfall_8_an_adapter_of_a_base_in_four_bits_is_merged_to_answer_as_it_was_trained(
     cli: Lora, project: Path
 ) -> None:
-    pytest.importorskip("bitsandbytes")
     assert finetune(cli, project, "quantization=nf4-dq")[0] == 0
     code, _, err = cli("merge", "--set", "merge.max_logit_difference=1e-5", cwd=project)
     assert code == 0, err
@@ -374,7 +373,6 @@ def test_pitfall_19_blocks_that_run_again_over_frozen_embeddings_give_the_same_g
     for checkpointing in ("none", how):
         model = toy("llama", num_hidden_layers=4)
         if kind != "none":
-            pytest.importorskip("bitsandbytes")
             quantize(model, kind, None, CPU)
         assert not with_lora(model).embeddings.weight.requires_grad
         found.append(step_of(model, checkpointing))

@@ -1,6 +1,10 @@
 """A base in few bits: what bitsandbytes itself makes of it, in the calculator's bytes, from training to the merge."""
 
 import copy
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -8,17 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipeline import provenance
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.artifact import read_json, seal
 from pipeline.bases import base_fingerprint
 from pipeline.calc.families import architecture
 from pipeline.calc.precision import precision
+from pipeline.models import quantized
 from pipeline.models.exact import exact
 from pipeline.models.quantized import Quantization, QuantizedLinear, quantizable, quantize
+from tests.conftest import Lora
 from tests.merged import merged_model
 from tests.real import toy, with_lora
-from tests.support import BRIEF, make
+from tests.support import BRIEF, folder_bytes, make, refusal
 from tests.test_merge_streamed import load_weights, merged_through_files
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -90,17 +97,63 @@ def test_a_merge_through_files_is_onto_the_weights_that_were_trained_on(
     assert all(not torch.equal(kept[f"{name}.weight"], stored.get_parameter(f"{name}.weight")) for name in linears)
 
 
-def test_a_run_on_four_bits_learns_is_asked_as_it_was_trained_and_says_what_a_merge_changes(
-    project: Path,
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_few_bits_is_merged_to_the_last_bit_and_says_what_a_merge_changes(
+    kind: Quantization, project: Path
 ) -> None:
-    few = [*BRIEF, "finetune_lora.quantization=nf4-dq", "merge.max_logit_difference=1e-4"]
+    few = [*BRIEF, f"finetune_lora.quantization={kind}"]
     make(project, ["finetune_lora", "merge"], few)
     certificate = read_json(project / "artifacts/lora_merged/certificate.json", "")
-    assert certificate["trained_on"] == "nf4-dq"
-    assert certificate["max_logit_difference"] < 1e-5
+    assert certificate["trained_on"] == kind
+    assert certificate["max_logit_difference"] == 0, "small linears are folded before their product, in few bits too"
     assert certificate["merged_on_stored_weights"]["max_logit_difference"] > 0.01
     assert certificate["quantization_alone"]["max_logit_difference"] > 0.01
     assert certificate["same_first_choices"] == certificate["prompts_checked"]
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """bitsandbytes is not installed."""
+
+    def version(name: str) -> str:
+        if name == "bitsandbytes":
+            raise PackageNotFoundError(name)
+        return metadata.version(name)
+
+    caches = (quantized._bitsandbytes, provenance.versions)
+    for each in caches:
+        each.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(provenance, "version", version)
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
+def test_without_bitsandbytes_a_run_on_four_bits_writes_the_same_but_its_version(
+    kind: str, project: Path, request: pytest.FixtureRequest
+) -> None:
+    few = [*BRIEF, f"finetune_lora.quantization={kind}"]
+    folder, merged = project / "artifacts/lora_adapter", project / "artifacts/lora_merged/model.safetensors"
+    there = make(project, ["finetune_lora"], few)
+    make(project, ["merge"], few)
+    written, wide = folder_bytes(folder), merged.read_bytes()
+    request.getfixturevalue("without")
+    here = make(project, ["finetune_lora"], few)
+    make(project, ["merge"], few)
+    assert "bitsandbytes" not in here["versions"] and there["versions"].pop("bitsandbytes")
+    assert here == there
+    again = folder_bytes(folder)
+    assert again.pop("manifest.json") != written.pop("manifest.json")
+    assert again == written
+    assert merged.read_bytes() == wide
+
+
+@pytest.mark.usefixtures("without")
+def test_without_bitsandbytes_eight_bits_are_refused_with_what_goes_without(cli: Lora, project: Path) -> None:
+    said = refusal(cli("finetune", "lora", "--set", "finetune_lora.quantization=int8", cwd=project))
+    assert "A base in 8 bits needs bitsandbytes" in said and "nf4-dq, which goes without" in said
 
 
 @torch.no_grad()

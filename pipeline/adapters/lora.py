@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.linears import is_conv1d
+from pipeline.models.quantized import QuantizedLinear
 
 INIT_STD = 0.01  # of A; B starts at zero, so that training starts from the base (the document's §4.1)
 FOLD_BELOW = 2**16  # weights; see LoRALinear
@@ -20,6 +21,11 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def weight_in(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """W for a product in `dtype`: made in it where it is kept in few bits, else as it is."""
+    return base.weight_in(dtype) if isinstance(base, QuantizedLinear) else weight_of(base)
 
 
 class LoRALinear(nn.Module):
@@ -39,7 +45,7 @@ class LoRALinear(nn.Module):
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
         self.lora_A = nn.Parameter(like.new_empty(rank, inputs).normal_(std=INIT_STD))
         self.lora_B = nn.Parameter(like.new_zeros(outputs, rank))
-        self.folds = isinstance(base, nn.Linear) and weight.numel() < FOLD_BELOW
+        self.folds = isinstance(base, nn.Linear | QuantizedLinear) and weight.numel() < FOLD_BELOW
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor
@@ -48,7 +54,7 @@ class LoRALinear(nn.Module):
             return out
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if self.folds:
-            weight = torch.addmm(weight_of(self.base), B, A, alpha=self.scale)
+            weight = torch.addmm(weight_in(self.base, x.dtype), B, A, alpha=self.scale)
             return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
         rows = x.flatten(0, -2)  # (N, I)
         out = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)  # no second (N, O)
