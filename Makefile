@@ -43,8 +43,8 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@$(MAKE) --no-print-directory $(SMOLLM2)
 	@ln -f $(SMOLLM2) smollm2-plain/ && ln -f $(SMOLLM2) smollm2-qlora/
 	@cd smollm2-plain && dvc repro && lora report
-	@cd smollm2-qlora && dvc repro && lora report
-	@cd smollm2 && dvc repro && lora report
+	@cd smollm2-qlora && dvc repro evaluate && lora report
+	@cd smollm2 && dvc repro evaluate && lora report
 
 check-smollm2: install-dev         ## whether it shows what it is meant to
 	@pytest -n 2 tests/test_smollm2.py
@@ -77,5 +77,6 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@touch $(VENV)/.installed $(VENV)/.installed-real $@
 
 clean:                  ## remove results and run state; keeps the environment
-	rm -rf artifacts/base artifacts/expanded artifacts/full_finetuned artifacts/layer_frozen \
-	  artifacts/lora_adapter artifacts/lora_merged runs .lora-cache dvc.lock
+	rm -rf artifacts/base artifacts/expanded artifacts/from_scratch artifacts/full_finetuned artifacts/layer_frozen \
+	  artifacts/lora_adapter artifacts/lora_merged artifacts/prefix artifacts/prompt artifacts/sweep runs .lora-cache \
+	  dvc.lock

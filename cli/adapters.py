@@ -43,10 +43,11 @@ def show(
         return
 
     def cells(one: Adapter) -> tuple[str, ...]:
+        half = one.trained_rank not in (None, one.rank)
         return (
             str(one.path.relative_to(folder)),
             one.method,
-            str(one.rank),
+            "–" if one.rank is None else f"{one.rank}{f', {one.trained_rank} trained' * half}",
             " ".join(target.removesuffix("_proj") for target in one.targets),
             Path(one.base or "?").name,
             f"{one.size / 1000:,.0f} kB",
@@ -115,6 +116,8 @@ def diff(
     for name, difference in trained:
         how_far = "not the same of it in both" if difference is None else f"‖one−other‖ {difference:.3f}"
         stdout.print(f"{name}, its values: {how_far}", markup=False, soft_wrap=True)
+    if first.spec.dora or second.spec.dora:
+        stdout.print("Of DoRA this is s·BA alone; the lengths that it gives each output are not in it.", soft_wrap=True)
     stdout.print("outputs, inputs: share of directions in common, from 0 to 1 (Hu et al. 2021, §7.2).", soft_wrap=True)
 
 

@@ -104,6 +104,7 @@ def calc(
         chunk=chunk,
         casts=casts,
         context=None if context is None else context * 2**20,
+        virtual_tokens=virtual_tokens,
     )
     checked(asked, run)
     refuse_impossible(opened.shapes, asked, run)

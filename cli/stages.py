@@ -61,6 +61,23 @@ def expand_vocab(
     _run("expand_vocab", work, params, overrides, force)
 
 
+@app.command()
+def scratch(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Train random weights of the base's shape on old and new data together → artifacts/from_scratch."""
+
+    def work(job: "Job") -> "Making":
+        from pipeline.stages.scratch import scratch
+
+        return scratch(job)
+
+    _run("scratch", work, params, overrides, force, checkpoint_every)
+
+
 @finetune.command()
 def full(
     params: ParamsOption = DEFAULT_PARAMS,
@@ -119,6 +136,51 @@ def lora(
         return finetune(job, shard)
 
     _run("finetune_lora", work, params, overrides, force, checkpoint_every)
+
+
+@finetune.command()
+def prefix(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Train keys and values of virtual tokens in every block → artifacts/prefix, in PEFT's format."""
+    _run("finetune_prefix", _finetune, params, overrides, force, checkpoint_every)
+
+
+@finetune.command()
+def prompt(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Train embeddings of virtual tokens → artifacts/prompt, in PEFT's format."""
+    _run("finetune_prompt", _finetune, params, overrides, force, checkpoint_every)
+
+
+@finetune.command()
+def sweep(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Train an adapter for each combination of finetune_sweep.grid, all in one pass → artifacts/sweep."""
+    from cli.sweep import show
+    from pipeline.sweep import variants
+
+    project = project_of(params, overrides)
+    variants(project.params.finetune_lora, project.params.finetune_sweep)  # what is wrong is said first
+
+    def work(job: "Job") -> "Making":
+        from pipeline.stages.sweep import sweep
+
+        return sweep(job)
+
+    _run("finetune_sweep", work, params, overrides, force, checkpoint_every)
+    show(project.artifact("finetune_sweep"))
 
 
 def _finetune(job: "Job") -> "Making":
@@ -189,7 +251,7 @@ def _run(
     if world().alone:
         events = run(project, STAGES[name], work, force=force, checkpoint_every=checkpoint_every)
     else:
-        if not name.startswith("finetune_"):
+        if not name.startswith("finetune_") or name == "finetune_sweep":
             raise UserError(f"{name} runs in one process. Call it without torchrun.")
         from pipeline.training.together import together
 
@@ -210,6 +272,10 @@ def _summary(folder: Path, manifest: dict[str, object]) -> str:
         parts.append(f"{parameters['total']:,} parameters")
         if parameters["trainable"]:
             parts.append(f"{parameters['trainable']:,} trained")
+        if "stored" in parameters:  # PiSSA's adapter takes its beginning away again, which needs twice its rank
+            parts.append(f"{parameters['stored']:,} in the adapter's file")
+    if isinstance(manifest.get("adapters"), dict):
+        parts.append(f"{len(list(folder.glob(f'*/{LOSS}')))} adapters")
     steps = read_steps(folder / LOSS)
     if steps:
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")

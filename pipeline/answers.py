@@ -111,10 +111,14 @@ class Answers:
         ids = engine.encode(loaded, _prompt(loaded, request))
         if len(ids) > LONGEST_ATTENTION:
             raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {LONGEST_ATTENTION}.")
-        weights = attention.of_layer(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)
+        weights = attention.of_layer(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)[0, head]
+        tokens = [loaded.tokenizer.word(id_) for id_ in ids]
+        if virtual := loaded.model.virtual:
+            tokens = [f"[{virtual.count} virtual]", *tokens]
+            weights = attention.with_virtual_as_one(weights, len(ids))
         return {
-            "tokens": [loaded.tokenizer.word(id_) for id_ in ids],
-            "weights": finite(weights[0, head]).tolist(),
+            "tokens": tokens,
+            "weights": finite(weights).tolist(),
             "layers": shape.layers,
             "heads": shape.heads,
         }

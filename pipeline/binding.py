@@ -11,13 +11,35 @@ from pipeline.errors import UserError
 from pipeline.params import Kept
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL = "config.json"  # what a whole model has in its place
+VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # PEFT's types that change no weight
 DEFAULT_BASE = STAGES["expand_vocab"].path
 Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: base_fingerprint, or one that remembers
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises UserError if there is none."""
+    """adapter_config.json. Raises UserError if there is none, saying what the folder is where that can be seen."""
+    if not (folder / CONFIG).exists():
+        if (folder / MODEL).is_file():
+            raise UserError(
+                f"{folder} is a whole model, not an adapter: it goes on no base, and there is nothing to merge. "
+                f"Use it as it is: `lora prompt --base {folder}`."
+            )
+        if inside := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
+            raise UserError(f"{folder} holds adapters and is none itself. Name one of them, such as {inside[0]}.")
     return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
+
+
+def refuse_virtual(folder: Path) -> None:
+    """Raises UserError where what is asked of the adapter needs changes of weights, and it has none."""
+    config = read_config(folder)
+    kind = VIRTUAL.get(str(config.get("peft_type")))
+    if kind:
+        raise UserError(
+            f"{folder} is a {kind} of {config.get('num_virtual_tokens')} virtual tokens: it changes no weight, so that "
+            "there is nothing to merge, combine or compare, and vLLM serves none. Use it on its base: "
+            "`lora prompt --adapter`, or PEFT."
+        )
 
 
 def base_of(adapter: Path | None, here: Path = Path()) -> Path:
@@ -78,8 +100,8 @@ def refuse_foreign(base_folder: Path, folder: Path, fingerprint: Fingerprint = b
 
 
 def _refuse_edited(manifest: dict[str, Any], config: dict[str, Any], place: Path) -> None:
-    trained = manifest.get("params", {})
-    for key, name in (("r", "rank"), ("lora_alpha", "alpha")):
+    trained = manifest.get("params", {}) | manifest.get("stored", {})  # PiSSA's is stored with twice its rank
+    for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("num_virtual_tokens", "virtual_tokens")):
         if name in trained and config.get(key) != trained[name]:
             raise UserError(
                 f"{place}: {key} was edited: it says {config.get(key)!r}, the adapter was trained with "

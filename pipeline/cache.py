@@ -101,7 +101,10 @@ class Cache:
 
 def _copy(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
-        if not _linked(path, target / path.name):
+        if path.is_dir():
+            (target / path.name).mkdir()
+            _copy(path, target / path.name)
+        elif not _linked(path, target / path.name):
             shutil.copyfile(path, target / path.name)
 
 

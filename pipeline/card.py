@@ -5,13 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifact
-from pipeline.binding import read_config
+from pipeline.binding import VIRTUAL, read_config
 from pipeline.inventory import measured
 from pipeline.metrics import LOSS, final_loss, read_steps
 
 CARD = "README.md"
 TAGS = "tags: [lora, lora-workbench]"  # by them a card is known as one of these
-TRAINED = ("epochs", "batch_size", "learning_rate", "precision", "quantization", "train_embeddings", "retain_weight")
+TRAINED = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "loraplus_ratio",
+    "init_lora_weights",
+    "precision",
+    "quantization",
+    "train_embeddings",
+    "retain_weight",
+)
 
 
 def card(adapter: Path, certificate: Mapping[str, Any] | None = None) -> str:
@@ -58,15 +68,25 @@ def _method(adapter: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         weights = ", ".join(f"{weight:g}" for weight in params["weights"])
         yield f"combined by {params['method']} from {len(params['weights'])} adapters with weights {weights}"
         yield f"{manifest['error']:.2%} off their exact sum"
-    targets = config.get("target_modules")
-    yield f"LoRA, rank {config.get('r')}, alpha {config.get('lora_alpha')}{', rsLoRA' * bool(config.get('use_rslora'))}"
-    yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets or ()))}"
+    yield _adapter(config)
+    if "stored" in manifest:
+        yield f"trained with rank {params['rank']} and saved for the base as it was, which takes twice the rank"
+    if targets := config.get("target_modules"):
+        yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets))}"
     for key in TRAINED:
         if key in params:
             yield f"{key.replace('_', ' ')}: {params[key]}"
     counted = manifest.get("parameters", {})
     if "trainable" in counted:
         yield f"{counted['trainable']:,} of {counted['total']:,} parameters trained"
+
+
+def _adapter(config: Mapping[str, Any]) -> str:
+    if kind := VIRTUAL.get(str(config.get("peft_type"))):
+        return f"{kind} tuning, {config.get('num_virtual_tokens')} virtual tokens"
+    rslora = ", rsLoRA" * bool(config.get("use_rslora"))
+    kind = "DoRA" if config.get("use_dora") else "LoRA"
+    return f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}{rslora}"
 
 
 def _data(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from pipeline import artifact, bases, provenance
 from pipeline.adapters.combine import How, combine
+from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.plan import fitted
 from pipeline.adapters.updates import updates_of, write_updates
-from pipeline.binding import CONFIG, WEIGHTS, quantization_of, read_config
+from pipeline.adapters.virtual import VirtualSpec
+from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, quantization_of, read_config, refuse_virtual
 from pipeline.chat import TEMPLATE
 from pipeline.errors import UserError
 from pipeline.models.skeleton import skeleton
@@ -25,6 +27,8 @@ def combine_adapters(
 
     Rows that were trained one by one become updates of embedding and head. Raises UserError.
     """
+    for source in sources:
+        refuse_virtual(source)
     kinds = {quantization_of(source) for source in sources}
     if len(kinds) > 1:
         raise UserError(f"The adapters were trained on bases in different bits: {', '.join(sorted(kinds))}.")
@@ -47,7 +51,7 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
     model of the hub that lies in the local cache, that model's weights must be the base's. Raises UserError.
     """
     _refuse_other(out, "import", [source])
-    spec = fitted(skeleton(base, trust_remote_code), base, places(base), source)
+    params = _fitting(source, base, trust_remote_code) | {"quantization": quantization_of(source)}
     known = _refuse_other_base(source, base)
     with artifact.writing(out) as folder:
         for name in (CONFIG, WEIGHTS):
@@ -61,10 +65,19 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
             "base": config.get("base_model_name_or_path"),
             "sha256": {name: artifact.file_digest(source / name) for name in (CONFIG, WEIGHTS)},
         }
-        params = {"rank": spec.rank, "alpha": config["lora_alpha"], "quantization": quantization_of(source)}
         manifest = _manifest("import", "pipeline.collection", base, params)
         artifact.seal(folder, manifest | {"inputs": {}, "seed": None, "source": origin})
     return known
+
+
+def _fitting(source: Path, base: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """What the manifest is to say of the adapter, which fits its base. Raises UserError."""
+    model, config = skeleton(base, trust_remote_code), read_config(source)
+    if config.get("peft_type") in VIRTUAL:
+        spec = load_adapter(model, base, source)
+        assert isinstance(spec, VirtualSpec)
+        return {"virtual_tokens": spec.tokens}
+    return {"rank": fitted(model, base, places(base), source).rank, "alpha": config["lora_alpha"]}
 
 
 def _refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:

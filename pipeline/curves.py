@@ -1,43 +1,71 @@
 """Which runs there are to look at: the last of each stage that trains, artifacts/, and what the cache kept."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import artifact
-from pipeline.dag import ARTIFACTS, RUNS, STAGES, Stage, cache_folder
+from pipeline.dag import ARTIFACTS, RUNS, STAGES, Project, Stage, cache_folder
 from pipeline.errors import UserError
+from pipeline.legible import in_order
 from pipeline.metrics import LOSS, TELEMETRY
 from pipeline.params import Params
+from pipeline.sweep import DIVERGED, ends
 
-TRAINING = ("finetune_full", "finetune_freeze", "finetune_lora", "pretrain")  # as a reader wants to see them
+TRAINING = (  # as a reader wants to see them
+    *("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt", "finetune_sweep"),
+    *("scratch", "pretrain"),
+)
 SHORT_KEY = 8  # characters of a digest that tell two runs apart to a reader
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run log and what is known of it. `folder` is the run folder of a stage's last run, which may be going on.
+class LogFiles:
+    """One curve: its log, and its telemetry where that is kept. `name` is its adapter's in a sweep, else empty."""
 
-    `params` is the section it ran with (as JSON has it), `when` the log's last change in seconds since the epoch.
+    name: str
+    loss: Path
+    telemetry: Path | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was trained in one pass: one curve, or those of a sweep's adapters. `place` is the folder of their logs.
+
+    `folder` is the run folder of a stage's last run, which may be going on; `params` are what it ran with (as JSON has
+    them), `when` is the logs' last change in seconds since the epoch.
     """
 
     stage: str
     label: str
-    loss: Path
-    telemetry: Path | None
+    place: Path
+    curves: tuple[LogFiles, ...]
     folder: Path | None
     params: Mapping[str, Any]
     when: float
 
+    @property
+    def sweeps(self) -> bool:
+        return STAGES[self.stage].kind == "adapters"
+
+    def called(self, curve: str) -> str:
+        """What to call one of its curves beside other runs'."""
+        return f"{self.label}, {curve}" if curve else self.label
+
 
 @dataclass(frozen=True)
 class _Made:
-    """A finished artifact's log, and the parts of its manifest that tell it from another."""
+    """A finished artifact's logs, and the parts of its manifest that tell it from another.
 
-    loss: Path
-    digest: str
+    `digests`: curve → sha256 of its log; None for an adapter that diverged, of which the artifact has none.
+    """
+
+    place: Path
+    curves: tuple[LogFiles, ...]
+    digests: Mapping[str, str | None]
     manifest: Mapping[str, Any]
     when: float
 
@@ -45,18 +73,30 @@ class _Made:
 def discover(root: Path, params: Params | None) -> list[Run]:
     """Every run of the stages that train, stage by stage, the last one first, then from new to old.
 
-    A run whose log is the same, byte for byte, as one before it is left out. Labels say what of the params differs
-    from `params`; None where params.yaml cannot be read. Reads whole logs to compare them: not for the UI's thread.
+    A run whose logs are the same, byte for byte, as those of one before it is left out. Labels say what of the params
+    differs from `params`; None where params.yaml cannot be read. Reads whole logs to compare them: not for the UI's
+    thread.
     """
     return [run for name in TRAINING for run in _named_apart(_runs(root, STAGES[name], params))]
 
 
 def stamp(root: Path, params: Path) -> tuple[int, ...]:
-    """What is another when `discover` may find other runs: a dozen calls of os.stat."""
-    logs = [(root / RUNS / name / LOSS) for name in TRAINING]
+    """What is another when `discover` may find other runs: calls of os.stat, a dozen and one for each adapter."""
     kept = cache_folder(root)
+    logs = [number for name in TRAINING for number in _identities(root / RUNS / name, STAGES[name])]
     others = [params, *(root / STAGES[name].path for name in TRAINING), *(kept / name for name in TRAINING)]
-    return (*(_stat(path)[0] for path in logs), *(number for path in others for number in _stat(path)))
+    return (*logs, *(number for path in others for number in _stat(path)))
+
+
+def _identities(folder: Path, stage: Stage) -> list[int]:
+    """What tells the logs in a run folder from others: inodes, and the names of a sweep's adapters."""
+    if stage.kind != "adapters":
+        return [_stat(folder / LOSS)[0]]
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+    return [number for name in names for number in (hash(name), _stat(folder / name / LOSS)[0])]
 
 
 def _stat(path: Path) -> tuple[int, int]:
@@ -68,37 +108,77 @@ def _stat(path: Path) -> tuple[int, int]:
     return info.st_ino, info.st_mtime_ns
 
 
+def _logs(folder: Path, stage: Stage, telemetry: bool = True) -> tuple[LogFiles, ...]:
+    """The curves of a stage whose logs lie in `folder`; of a sweep one for each adapter that is there."""
+    places = [folder]
+    if stage.kind == "adapters":
+        places = sorted((log.parent for log in folder.glob(f"[!.]*/{LOSS}")), key=lambda place: in_order(place.name))
+    return tuple(
+        LogFiles("" if at == folder else at.name, at / LOSS, at / TELEMETRY if telemetry else None) for at in places
+    )
+
+
 def _runs(root: Path, stage: Stage, params: Params | None) -> Iterator[Run]:
-    now = json.loads(json.dumps(asdict(getattr(params, stage.name)))) if params else {}
+    now = json.loads(json.dumps(Project(root, params).stage_params(stage))) if params else {}
     made = list(_made(root, stage))
     reference = made[0].manifest if made else {}
-    seen: set[str] = set()
+    seen: list[Mapping[str, str | None]] = []
+
+    def run(place: Path, curves: tuple[LogFiles, ...], folder: Path | None, manifest: Mapping[str, Any]) -> Run:
+        difference = _difference(manifest, reference, now)
+        label = f"{_named(stage, curves)}{',' if difference and stage.kind == 'adapters' else ''}{difference}"
+        when = max(_changed(curve.loss) for curve in curves)
+        return Run(stage.name, label, place, curves, folder, _params(manifest), when)
+
     folder = root / RUNS / stage.name
-    if digest := _digest(folder / LOSS):
-        seen.add(digest)
-        manifest = next((known.manifest for known in made if known.digest == digest), {"params": now})
-        label = f"{stage.name}{_difference(manifest, reference, now)}"
-        when = _changed(folder / LOSS)
-        yield Run(stage.name, label, folder / LOSS, folder / TELEMETRY, folder, _params(manifest), when)
+    curves = _logs(folder, stage)
+    digests = {curve.name: digest for curve in curves if (digest := _digest(curve.loss))}
+    if digests:
+        seen.append(digests)
+        manifest = next((known.manifest for known in made if _same(known.digests, digests)), {"params": now})
+        yield run(folder, curves, folder, manifest)
     for known in made:
-        if known.digest not in seen:
-            seen.add(known.digest)
-            label = f"{stage.name}{_difference(known.manifest, reference, now)}"
-            yield Run(stage.name, label, known.loss, None, None, _params(known.manifest), known.when)
+        if not any(_same(known.digests, other) for other in seen):
+            seen.append(known.digests)
+            yield run(known.place, known.curves, None, known.manifest)
+
+
+def _named(stage: Stage, curves: tuple[LogFiles, ...]) -> str:
+    if stage.kind != "adapters":
+        return stage.name
+    return f"{stage.name}  {len(curves)} adapter{'s' if len(curves) > 1 else ''}"
+
+
+def _same(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> bool:
+    """Whether two runs have the same curves, as far as both have kept them."""
+    return one.keys() == other.keys() and all(None in (a, other[name]) or a == other[name] for name, a in one.items())
 
 
 def _made(root: Path, stage: Stage) -> Iterator[_Made]:
     """What is in artifacts/, then what the cache holds, newest first."""
-    entries = (cache_folder(root) / stage.name).glob("[!.]*")
-    kept = sorted(entries, key=lambda entry: _changed(entry / LOSS), reverse=True)
-    for folder in (root / ARTIFACTS / stage.output, *kept):
-        try:
-            manifest = artifact.read_manifest(folder)
-        except UserError:
-            continue
-        digest = manifest["files"].get(LOSS)
-        if isinstance(digest, str) and (folder / LOSS).is_file():
-            yield _Made(folder / LOSS, digest, manifest, _changed(folder / LOSS))
+    entries = [entry for entry in (cache_folder(root) / stage.name).glob("[!.]*") if entry.is_dir()]
+    found = [made for entry in entries if (made := _made_in(entry, stage))]
+    last = _made_in(root / ARTIFACTS / stage.output, stage)
+    yield from [last] if last else []
+    yield from sorted(found, key=lambda made: made.when, reverse=True)
+
+
+def _made_in(folder: Path, stage: Stage) -> _Made | None:
+    """The artifact in `folder`, or None where there is none with a log."""
+    try:
+        manifest = artifact.read_manifest(folder)
+    except UserError:
+        return None
+    digests: dict[str, str | None] = {}
+    curves = _logs(folder, stage, telemetry=False)
+    for curve in curves:
+        digest = manifest["files"].get(str(curve.loss.relative_to(folder)))
+        if not isinstance(digest, str) or not curve.loss.is_file():
+            return None
+        digests[curve.name] = digest
+    diverged = [name for name, end in ends(folder).items() if end == DIVERGED]
+    when = max((_changed(curve.loss) for curve in curves), default=0.0)
+    return _Made(folder, curves, {**dict.fromkeys(diverged), **digests}, manifest, when) if curves else None
 
 
 def _params(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +189,7 @@ def _params(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _difference(manifest: Mapping[str, Any], reference: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What to say of a run beside its stage's name: the params that are not today's, else other inputs or code."""
     params = _params(manifest)
-    parts = [f" {key} {_short(value)}" for key, value in params.items() if now and now.get(key) != value]
+    parts = [f" {key} {_short(value)}" for key, value in params.items() if now.get(key, value) != value]
     if not parts:
         parts = [f" other {part}" for part in ("inputs", "code") if _differs(part, manifest, reference)]
     return ",".join(parts)
@@ -120,6 +200,8 @@ def _differs(part: str, manifest: Mapping[str, Any], reference: Mapping[str, Any
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " × ".join(f"{key} {_short(item)}" for key, item in value.items()) or "none"
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -129,7 +211,7 @@ def _named_apart(runs: Iterator[Run]) -> Iterator[Run]:
     for run in runs:
         label = run.label
         if label in taken:
-            label = f"{label} ({run.loss.parent.name[:SHORT_KEY]})"
+            label = f"{label} ({run.place.name[:SHORT_KEY]})"
         taken.add(label)
         yield replace(run, label=label)
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,16 @@ class Stage:
     name: str
     module: str
     output: str  # a folder below artifacts/
-    kind: str  # checkpoint, adapter or evaluation
+    kind: str  # checkpoint, adapter, adapters (a folder of them) or evaluation
     method: str
     needs: tuple[str, ...] = ()  # stages whose outputs it reads
-    data: tuple[str, ...] = ()  # keys of its section that name files
+    data: tuple[str, ...] = ()  # keys of its settings that name files
+    settings: str = ""  # the section that says how it trains, if that is another stage's
+
+    @property
+    def section(self) -> str:
+        """The section of params.yaml that says how it trains."""
+        return self.settings or self.name
 
     @property
     def path(self) -> str:
@@ -48,6 +54,15 @@ STAGES: Mapping[str, Stage] = {
             needs=("pretrain",),
             data=("data", "audit_data"),
         ),
+        Stage(
+            "scratch",
+            "pipeline.stages.scratch",
+            "from_scratch",
+            "checkpoint",
+            "scratch",
+            needs=("expand_vocab",),
+            data=("data",),
+        ),
         *(
             Stage(
                 f"finetune_{method}",
@@ -62,7 +77,19 @@ STAGES: Mapping[str, Stage] = {
                 ("full", "full_finetuned", "checkpoint"),
                 ("freeze", "layer_frozen", "checkpoint"),
                 ("lora", "lora_adapter", "adapter"),
+                ("prefix", "prefix", "adapter"),
+                ("prompt", "prompt", "adapter"),
             )
+        ),
+        Stage(
+            "finetune_sweep",
+            "pipeline.stages.sweep",
+            "sweep",
+            "adapters",
+            "sweep",
+            needs=("expand_vocab",),
+            data=("data", "retain"),
+            settings="finetune_lora",
         ),
         Stage(
             "merge",
@@ -79,7 +106,10 @@ STAGES: Mapping[str, Stage] = {
             "evaluation",
             "evaluation",
             "evaluate",
-            needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora", "merge"),
+            needs=(
+                *("pretrain", "expand_vocab", "scratch", "finetune_full", "finetune_freeze", "finetune_lora", "merge"),
+                *("finetune_prefix", "finetune_prompt"),
+            ),
             data=("old_data", "new_data", "prompts"),
         ),
     )
@@ -89,10 +119,13 @@ STAGES: Mapping[str, Stage] = {
 VARIANTS: Mapping[str, tuple[str, str | None]] = {
     "base": ("pretrain", None),
     "expanded": ("expand_vocab", None),
+    "scratch": ("scratch", None),
     "full": ("finetune_full", None),
     "freeze": ("finetune_freeze", None),
     "lora": ("expand_vocab", "finetune_lora"),
     "merged": ("merge", None),
+    "prefix": ("expand_vocab", "finetune_prefix"),
+    "prompt": ("expand_vocab", "finetune_prompt"),
 }
 
 
@@ -104,8 +137,21 @@ class Project:
     params: Params
 
     def section(self, stage: Stage) -> Section:
+        """The section of the stage's name."""
         section: Section = getattr(self.params, stage.name)
         return section
+
+    def settings(self, stage: Stage) -> Section:
+        """The section that says how it trains: its own, or another stage's, of which it makes variants."""
+        section: Section = getattr(self.params, stage.section)
+        return section
+
+    def stage_params(self, stage: Stage) -> dict[str, Any]:
+        """All of params.yaml that decides what the stage makes: the values of a sweep stand for its settings'."""
+        own = asdict(self.section(stage))
+        return {
+            key: value for key, value in asdict(self.settings(stage)).items() if key not in own.get("grid", ())
+        } | own
 
     def artifact(self, stage: str) -> Path:
         return self.root / STAGES[stage].path
@@ -115,7 +161,7 @@ class Project:
 
     def data_files(self, stage: Stage) -> list[str]:
         """The data files a stage reads, as params.yaml names them; an imported base reads none."""
-        section = self.section(stage)
+        section = self.settings(stage)
         if isinstance(section, Pretrain) and section.imports:
             return []
         values: list[Any] = [getattr(section, key) for key in stage.data]

@@ -41,7 +41,7 @@ def code_file() -> str:
 
 def files(project: Project, stage: Stage) -> dict[str, str]:
     """Key of the stage's section, such as data[0] → the file that it names; what is left empty is left out."""
-    section = project.section(stage)
+    section = project.settings(stage)
     if isinstance(section, Pretrain) and section.imports:
         return {"base": section.base} if named(section.base, project.root).is_local else {}
     found: dict[str, str] = {}
@@ -62,7 +62,7 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
     deps += [*(STAGES[need].path for need in stage.needs), *([code] if code else [])]
     return {
         "cmd": command(stage),
-        "params": [stage.name, *([] if code else [{CODE_FILE: [stage.name]}])],
+        "params": [*filter(None, (stage.name, stage.settings)), *([] if code else [{CODE_FILE: [stage.name]}])],
         **({"deps": deps} if deps else {}),
         **_outputs(stage),
     }
@@ -70,7 +70,7 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
 
 def _dependency(stage: Stage, place: str, name: str) -> str:
     """A file by its key, so that DVC follows params.yaml; DVC does not know what ~ is."""
-    return str(Path(name).expanduser()) if name.startswith("~") else f"${{{stage.name}.{place}}}"
+    return str(Path(name).expanduser()) if name.startswith("~") else f"${{{stage.section}.{place}}}"
 
 
 def _outputs(stage: Stage) -> dict[str, Any]:
@@ -83,8 +83,13 @@ def _outputs(stage: Stage) -> dict[str, Any]:
 
 
 def _plots() -> list[Any]:
-    """The trained variants' losses in one picture, and the comparison as evaluate drew it."""
-    curves = {f"{stage.path}/{LOSS}": "loss" for stage in STAGES.values() if stage.name.startswith("finetune_")}
+    """The trained variants' losses in one picture, and the comparison as evaluate drew it.
+
+    A sweep's are not among them: DVC takes no folder of logs, and its adapters have the names that the grid gives.
+    """
+    single = (stage for stage in STAGES.values() if stage.kind != "adapters")
+    trained = [stage for stage in single if stage.name == "scratch" or stage.name.startswith("finetune_")]
+    curves = {f"{stage.path}/{LOSS}": "loss" for stage in trained}
     axes = {"title": "Training loss", "x": "step", "x_label": "step", "y_label": "loss (nats a token)"}
     return [{"training_loss": {**axes, "y": curves}}, f"{STAGES['evaluate'].path}/{PARTS[0]}"]
 

@@ -22,16 +22,21 @@ class Encoded:
         return sum(self.trained[1:])
 
 
-def encoder(tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None) -> Callable[[Example], Encoded]:
+def encoder(
+    tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None, virtual: int = 0
+) -> Callable[[Example], Encoded]:
     """`encode` with its settings, as `Corpus.build` takes it."""
-    return lambda example: encode(example, tokenizer, max_length, positions)
+    return lambda example: encode(example, tokenizer, max_length, positions, virtual)
 
 
-def encode(example: Example, tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None) -> Encoded:
+def encode(
+    example: Example, tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None, virtual: int = 0
+) -> Encoded:
     """An example's tokens: of a text all are learned, of a prompt its completion, of a conversation the answers.
 
     Each ends with the token that ends it, learned as well. `max_length` above 0 cuts what is longer; what is then
-    longer than the model's `positions` is refused. Raises UserError with the example's place.
+    longer than the model's `positions`, of which `virtual` tokens take some, is refused. Raises UserError with the
+    example's place.
     """
     _refuse_unknown(example, tokenizer)
     if example.messages:
@@ -42,10 +47,11 @@ def encode(example: Example, tokenizer: Tokenizer, max_length: int = 0, position
         ids = _ended(tokenizer.encode(example.text), tokenizer)
         trained = (True,) * len(ids)
     kept = min(len(ids), max_length or len(ids))
-    if positions is not None and kept > positions:
+    if positions is not None and kept > positions - virtual:
+        less, lower = (f" less {virtual} virtual tokens", " lower virtual_tokens,") if virtual else ("", "")
         raise UserError(
-            f"{example.place}: {kept} tokens with the end token, more than the model's {positions} positions. "
-            "Shorten it, cut it with max_length, or raise pretrain.max_positions of a MiniGPT."
+            f"{example.place}: {kept} tokens with the end token, more than the model's {positions} positions{less}. "
+            f"Shorten it, cut it with max_length,{lower} or raise pretrain.max_positions of a MiniGPT."
         )
     return Encoded(ids[:kept], trained[:kept], len(ids) - kept)
 

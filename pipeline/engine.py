@@ -73,8 +73,8 @@ def encode(loaded: Loaded, text: str) -> tuple[int, ...]:
             f"{loaded.name} does not know: {', '.join(unknown)}. It is a word-level model: use words of its training "
             f"data, or add them with expand_vocab."
         )
-    if len(ids) > loaded.model.shape.positions:
-        raise UserError(f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.shape.positions}.")
+    if len(ids) > loaded.model.room:
+        raise UserError(f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.room}.")
     return ids
 
 

@@ -68,7 +68,7 @@ def _stream(
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.new_cache()
     new = torch.tensor([list(prompt)], device=model.device)  # (1, T): all of the prompt first, then one token a turn
-    for _ in range(min(limit, model.shape.positions - len(prompt))):
+    for _ in range(min(limit, model.room - len(prompt))):
         logits = (
             model.logits(model.hidden(new, cache=cache)[0, -1]).float().cpu()
         )  # (V,); drawn there: a seed means the same anywhere

@@ -9,9 +9,10 @@ from typing import Any
 
 from pipeline import artifact
 from pipeline.bases import base_fingerprint
-from pipeline.binding import CONFIG, Fingerprint, base_of, refuse_foreign
+from pipeline.binding import CONFIG, VIRTUAL, Fingerprint, base_of, refuse_foreign
 from pipeline.dag import STAGES, VARIANTS
 from pipeline.errors import UserError
+from pipeline.legible import in_order
 from pipeline.metrics import LOSS, final_loss, read_steps
 from pipeline.signature import signature
 from pipeline.tensors import read_header
@@ -24,11 +25,15 @@ VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter folder. `problem` says why it would be refused; None in a field means: not known."""
+    """One adapter folder. `problem` says why it would be refused; None in a field means: not known.
+
+    `rank` is that of its files; PiSSA's trained with half of it, `trained_rank`.
+    """
 
     path: Path
     method: str
     rank: int | None
+    trained_rank: int | None
     targets: tuple[str, ...]
     base: str | None
     size: int
@@ -55,6 +60,11 @@ class Model:
     final_loss: float | None
     when: float | None
 
+    @property
+    def scales(self) -> bool:
+        """Whether it is an adapter whose change can be had in part: virtual tokens are read or not."""
+        return self.kind == "adapter" and self.method.upper() not in VIRTUAL
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -76,6 +86,7 @@ def _adapter(folder: Path, root: Path) -> Adapter:
         path=folder,
         method=model.method,
         rank=model.rank,
+        trained_rank=_trained_rank(folder),
         targets=model.targets,
         base=model.base,
         size=model.size,
@@ -83,6 +94,11 @@ def _adapter(folder: Path, root: Path) -> Adapter:
         forgetting=_forgetting(artifact.digest(folder), [root]),
         problem=_problem(folder),
     )
+
+
+def _trained_rank(folder: Path) -> int | None:
+    rank = (_json(folder / artifact.MANIFEST).get("params") or {}).get("rank")
+    return rank if isinstance(rank, int) else None
 
 
 def _problem(folder: Path) -> str | None:
@@ -100,7 +116,7 @@ def _problem(folder: Path) -> str | None:
 def model_folders(root: Path) -> Iterator[Path]:
     """Every folder below `root`, itself included, with an adapter or a checkpoint; hidden ones are passed over."""
     for place, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=in_order)
         weights = any(name.endswith(".safetensors") for name in files)
         if CONFIG in files or ("config.json" in files and (weights or artifact.MANIFEST in files)):
             yield Path(place)
@@ -110,14 +126,15 @@ def describe(folder: Path) -> Model:
     """What the files in `folder` say of it. What is missing or broken is not known: `check` gives the reason."""
     config, manifest = _json(folder / CONFIG), _json(folder / artifact.MANIFEST)
     adapter = (folder / CONFIG).exists()
-    method = config.get("peft_type") if adapter else manifest.get("method") or _architecture(folder)
+    kind = "dora" if config.get("use_dora") else config.get("peft_type")
+    method = kind if adapter else manifest.get("method") or _architecture(folder)
     rank, base = config.get("r"), config.get("base_model_name_or_path")
     return Model(
         path=folder,
         kind="adapter" if adapter else _kind(manifest.get("method")),
         method=str(method or "?").lower(),
         rank=rank if isinstance(rank, int) else None,
-        targets=_targets(config.get("target_modules")) if adapter else (),
+        targets=_targets(config) if adapter else (),
         base=base if isinstance(base, str) else None,
         parameters=_parameters(folder, {} if adapter else manifest),
         size=sum(size for name, _, size, _ in signature(folder) if name.endswith(".safetensors")),
@@ -143,7 +160,11 @@ def _architecture(folder: Path) -> Any:
     return _json(folder / "config.json").get("model_type")
 
 
-def _targets(value: Any) -> tuple[str, ...]:
+def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the adapter stands on: names of layers, or how many virtual tokens are read before all else."""
+    if config.get("peft_type") in VIRTUAL:
+        return (f"{config.get('num_virtual_tokens')} virtual tokens",)
+    value = config.get("target_modules")
     return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
 
 

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-COLORS = {"full": "#D55E00", "freeze": "#E69F00", "lora": "#0072B2"}
-OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#999999")
-SIGNS = "●▲■◆▼○△□◇▽"
+COLORS = {
+    **{"full": "#D55E00", "freeze": "#E69F00", "lora": "#0072B2"},
+    **{"prefix": "#009E73", "prompt": "#CC79A7", "scratch": "#56B4E9"},
+}
+OTHERS = ("#999999", "#009E73", "#CC79A7")
+SIGNS = "●▲■◈◆▼○△□◇▽◀▶◁▷"
 
 
 @dataclass(frozen=True)
@@ -13,10 +16,14 @@ class Look:
     sign: str
 
 
-METHODS = {f"finetune_{name}": Look(color, sign) for (name, color), sign in zip(COLORS.items(), SIGNS, strict=False)}
+STAGES = (*(f"finetune_{name}" for name in COLORS if name != "scratch"), "scratch")
+METHODS = {
+    stage: Look(color, sign) for stage, color, sign in zip(STAGES, COLORS.values(), SIGNS[: len(STAGES)], strict=True)
+}
+METHODS["finetune_sweep"] = Look("#F0E442", "★")  # of its best adapter; the others are dimmer
 
 
 def other(number: int) -> Look:
-    """The look of the `number`th run that is none of the three methods' last: 20 that differ, then again."""
+    """The look of the `number`th run that is no method's last: 20 that differ, then again."""
     signs = SIGNS[len(COLORS) :]
-    return Look(OTHERS[number % len(OTHERS)], signs[number % len(signs)])
+    return Look(OTHERS[number % len(OTHERS)], signs[(number + number // len(OTHERS)) % len(signs)])

@@ -42,11 +42,21 @@ PRETRAINED: dict[str, Any] = {
     "finetune_lora.alpha": 16.0,
     "finetune_lora.target_modules": ["attention"],  # whatever the family calls them
     "finetune_lora.train_embeddings": "new_rows",
+    "finetune_prefix.learning_rate": 1e-2,
+    "finetune_prompt.learning_rate": 3e-2,
     "merge.max_logit_difference": 1.0,  # a 16-bit base rounds what is added to it; the certificate says how far
+}
+PRETRAINED |= {  # its shape with random weights: that the stage runs, not that it learns
+    f"scratch.{key}": value for key, value in {"epochs": 1, "window": 0, "schedule": "linear", "clip_norm": 1.0}.items()
 }
 PRETRAINED |= {
     f"finetune_{method}.{key}": value
-    for method in ("full", "freeze", "lora")
+    for method in ("prefix", "prompt")
+    for key, value in {"precision": "bf16", "virtual_tokens": 20}.items()
+}
+PRETRAINED |= {
+    f"finetune_{method}.{key}": value
+    for method in ("full", "freeze", "lora", "prefix", "prompt")
     for key, value in {"epochs": 3, "window": 0, "schedule": "linear", "clip_norm": 1.0}.items()
 }
 
@@ -138,8 +148,8 @@ def _missing(text: str, project: Project) -> dict[str, Any]:
     for stage in STAGES.values():
         for place in dvc_file.files(project, stage):
             name = place.partition("[")[0]
-            if name not in (tree.get(stage.name) or {}):
-                found[f"{stage.name}.{name}"] = getattr(project.section(stage), name)
+            if name not in (tree.get(stage.section) or {}):
+                found[f"{stage.section}.{name}"] = getattr(project.settings(stage), name)
     return found
 
 

@@ -4,61 +4,29 @@ Precedence: the defaults below < params.yaml < `--set section.key=value`.
 Every problem is a UserError that names key, rule, value and next step.
 """
 
-import difflib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 
+from pipeline import schema
 from pipeline.errors import UserError
-
-
-@dataclass(frozen=True)
-class AtLeast:
-    bound: float
-
-    def broken_by(self, value: float) -> str | None:
-        return None if value >= self.bound else f"must be at least {self.bound:g}"
-
-
-@dataclass(frozen=True)
-class MoreThan:
-    bound: float
-
-    def broken_by(self, value: float) -> str | None:
-        return None if value > self.bound else f"must be more than {self.bound:g}"
-
-
-@dataclass(frozen=True)
-class Below:
-    bound: int
-
-    def broken_by(self, value: float) -> str | None:
-        return None if value < self.bound else f"must be below {self.bound}"
-
-
-@dataclass(frozen=True)
-class MayBeEmpty:
-    """A text or a list that may be left out."""
-
-    def broken_by(self, _value: Any) -> str | None:
-        return None
-
+from pipeline.schema import AtLeast, Below, MayBeEmpty, MoreThan, ValuesOf
 
 Count = Annotated[int, AtLeast(1), Below(2**31)]
 Seed = Annotated[int, AtLeast(0), Below(2**63)]
 Rate = Annotated[float, MoreThan(0)]
-
-
 File = Annotated[str, MayBeEmpty()]
 Names = Annotated[tuple[str, ...], MayBeEmpty()]
 Share = Annotated[float, AtLeast(0), Below(1)]
 Steps = Annotated[int, AtLeast(0), Below(2**31)]
+Ranks = Annotated[Mapping[str, Count], MayBeEmpty()]  # by a pattern of modules' names
+Scales = Annotated[Mapping[str, Rate], MayBeEmpty()]
 Precision = Literal["fp32", "bf16", "fp16"]
 Kept = Literal["none", "int8", "nf4", "nf4-dq"]  # in how few bits; as the calculator calls them
+Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # how A and B begin: `adapters/init.py`
 
 
 @dataclass(frozen=True)
@@ -81,6 +49,11 @@ class Training:
     eval_share: Share = 0.0  # of the examples, held out by their hash
     eval_every: Steps = 0  # steps between evaluations; 0: an epoch
     patience: Steps = 0  # evaluations without a better loss before training stops at the best; 0: never
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The data files, one after the other."""
+        return (self.data,)
 
 
 @dataclass(frozen=True)
@@ -125,6 +98,21 @@ class ExpandVocab:
 
 
 @dataclass(frozen=True)
+class Scratch(Training):
+    """A model of the base's shape with random weights learns old and new sentences together (§1, §7).
+
+    60 epochs of both files are 1,200 steps: as many as pretraining and full fine-tuning take one after the other.
+    """
+
+    data: tuple[str, ...] = ("data/pretrain.de.txt", "data/finetune.de.txt")  # type: ignore[assignment] # see `files`
+    epochs: Count = 60
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.data
+
+
+@dataclass(frozen=True)
 class FinetuneFull(Training):
     """Every parameter trains."""
 
@@ -145,6 +133,14 @@ class FinetuneLora(Training):
     rank: Count = 4
     alpha: Rate = 1.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    rank_pattern: Ranks = field(default_factory=dict)  # another rank for modules whose name ends so, as in PEFT
+    alpha_pattern: Scales = field(default_factory=dict)
+    dora: bool = False  # each output's length trains apart from its direction (Liu et al. 2024)
+    rslora: bool = False  # the scale is alpha / √rank (Kalajdzievski 2023)
+    init_lora_weights: Init = "document"
+    loraplus_ratio: Rate = (
+        1.0  # learning rate of B / that of A (Hayou et al. 2024); learning_rate is A's and all else's
+    )
     train_embeddings: Literal["all", "new_rows", "none"] = "all"
     adapter_precision: Precision = "fp32"
     quantization: Kept = "none"  # of the frozen linears of the blocks
@@ -162,6 +158,50 @@ class FinetuneLora(Training):
                 "finetune_lora.adapter_precision must be fp32 or bf16: gradients of fp16 weights cannot be unscaled. "
                 "An fp16 base takes fp32 adapters. Edit params.yaml."
             )
+
+
+SWEPT = (  # what adapters that train together can differ in
+    *("seed", "learning_rate", "schedule", "warmup_steps", "clip_norm", "loraplus_ratio"),
+    *("rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "rslora", "dora", "init_lora_weights"),
+    "retain_weight",
+)
+
+
+Grid = Annotated[
+    Mapping[str, tuple[Any, ...]],
+    MayBeEmpty(),
+    ValuesOf(FinetuneLora, SWEPT, "adapters that train together can differ in"),
+]
+
+
+@dataclass(frozen=True)
+class FinetuneSweep:
+    """Adapters that train together: one for each combination of these values of finetune_lora's keys."""
+
+    grid: Grid = field(default_factory=lambda: {"rank": (1, 2, 4, 8)})
+
+
+@dataclass(frozen=True)
+class FinetuneVirtual(Training):
+    """Virtual tokens before every sequence train, and nothing else (§7)."""
+
+    virtual_tokens: Count = 20
+    adapter_precision: Literal["fp32", "bf16"] = "fp32"
+    quantization: Kept = "none"  # of the frozen linears of the blocks
+
+
+@dataclass(frozen=True)
+class FinetunePrefix(FinetuneVirtual):
+    """Their keys and values in every block (Li & Liang 2021)."""
+
+    learning_rate: Rate = 1e-2
+
+
+@dataclass(frozen=True)
+class FinetunePrompt(FinetuneVirtual):
+    """Their embeddings (Lester et al. 2021)."""
+
+    learning_rate: Rate = 3e-2
 
 
 @dataclass(frozen=True)
@@ -183,7 +223,8 @@ class Evaluate:
     prompt_words: Count = 2  # words of a new sentence given before its completion is compared
 
 
-Section = Pretrain | ExpandVocab | FinetuneFull | FinetuneFreeze | FinetuneLora | Merge | Evaluate
+Finetune = FinetuneFull | FinetuneFreeze | FinetuneLora | FinetuneVirtual | FinetuneSweep
+Section = Pretrain | ExpandVocab | Scratch | Finetune | Merge | Evaluate
 
 
 @dataclass(frozen=True)
@@ -192,9 +233,13 @@ class Params:
 
     pretrain: Pretrain = field(default_factory=Pretrain)
     expand_vocab: ExpandVocab = field(default_factory=ExpandVocab)
+    scratch: Scratch = field(default_factory=Scratch)
     finetune_full: FinetuneFull = field(default_factory=FinetuneFull)
     finetune_freeze: FinetuneFreeze = field(default_factory=FinetuneFreeze)
     finetune_lora: FinetuneLora = field(default_factory=FinetuneLora)
+    finetune_prefix: FinetunePrefix = field(default_factory=FinetunePrefix)
+    finetune_prompt: FinetunePrompt = field(default_factory=FinetunePrompt)
+    finetune_sweep: FinetuneSweep = field(default_factory=FinetuneSweep)
     merge: Merge = field(default_factory=Merge)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
@@ -219,9 +264,9 @@ def parse(text: str, path: Path, overrides: Sequence[str] = ()) -> Params:
     tree = _tree(text, path)
     for override in overrides:
         _apply(tree, override)
-    _refuse_unknown(tree, Params, "", path.name)
+    schema.refuse_unknown(tree, Params, "", path.name)
     sections = {
-        name: _section(kind, tree.get(name), name, path.name)
+        name: schema.section(kind, tree.get(name), name, path.name)
         for name, kind in get_type_hints(Params).items()
         if name in tree
     }
@@ -266,81 +311,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     branch[key] = value
 
 
-def _refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
-    known = [f.name for f in fields(kind)]
-    for key in tree:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(known)}."
-            raise UserError(f"{source}: unknown key {prefix}{key}. {hint}")
-
-
 def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
     """Raises UserError if `key` of section `name` must not be `value`, the others being as they are."""
     hints = get_type_hints(type(section), include_extras=True)
-    replace(section, **{key: _checked(hints[key], value, f"{name}.{key}", source)})
+    replace(section, **{key: schema.checked(hints[key], value, f"{name}.{key}", source)})
 
 
 def rule(section: Section, key: str) -> str:
     """What a value of `key` must be, in words: a whole number, at least 1, below 2147483648."""
-    hint = get_type_hints(type(section), include_extras=True)[key]
-    rules: tuple[Any, ...] = ()
-    if get_origin(hint) is Annotated:
-        hint, *rest = get_args(hint)
-        rules = tuple(rest)
-    broken = (rule_.broken_by(math.nan) for rule_ in rules)
-    said = ", ".join([_converted(hint, None)[1], *(text.removeprefix("must be ") for text in broken if text)])
-    return f"{said}, or empty" if MayBeEmpty() in rules else said
-
-
-def _section(kind: type, tree: Any, name: str, source: str) -> Any:
-    if not isinstance(tree, dict):
-        raise UserError(f"{source}: {name} must be a section of key: value lines, got {tree!r}.")
-    _refuse_unknown(tree, kind, f"{name}.", source)
-    hints = get_type_hints(kind, include_extras=True)
-    values = {key: _checked(hints[key], value, f"{name}.{key}", source) for key, value in tree.items()}
-    return kind(**values)
-
-
-def _checked(hint: Any, value: Any, key: str, source: str) -> Any:
-    """`value` as the schema's type, or a UserError."""
-    rules: tuple[Any, ...] = ()
-    if get_origin(hint) is Annotated:
-        hint, *rest = get_args(hint)
-        rules = tuple(rest)
-    if value in (None, "", []) and MayBeEmpty() in rules:
-        return () if get_origin(hint) is tuple else ""
-    typed, expected = _converted(hint, value)
-    problem = f"must be {expected}" if typed is None else next(filter(None, (r.broken_by(typed) for r in rules)), None)
-    if problem:
-        raise UserError(f"{key} {problem}, got {value!r}. Edit {source}.")
-    return typed
-
-
-def _converted(hint: Any, value: Any) -> tuple[Any, str]:
-    """(the value as `hint`, or None if it is not one; what was expected, in words)."""
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        return (value if value in choices else None), "one of " + ", ".join(choices)
-    if get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        good = isinstance(items, list) and items and all(isinstance(i, str) and i for i in items)
-        return (tuple(items) if good else None), "a name or a list of names"
-    if hint is bool:
-        return (value if isinstance(value, bool) else None), "true or false"
-    if hint is int:
-        return (value if isinstance(value, int) and not isinstance(value, bool) else None), "a whole number"
-    if hint is float:
-        return _number(value), "a finite number"
-    return (value if isinstance(value, str) and value else None), "a text"
-
-
-def _number(value: Any) -> float | None:
-    """A float; `1e-4`, which PyYAML reads as a string, is the number that its writer meant."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+    return schema.said(get_type_hints(type(section), include_extras=True)[key])

@@ -53,7 +53,7 @@ def _set(text: str, section: str, name: str, value: Any) -> str:
         raise UserError("the params file holds no sections. Mend it by hand.")
     branch = _child(root, section)
     if branch is None:
-        return f"{text.rstrip()}\n\n{section}:\n  {name}: {_dumped(value)}\n"
+        return f"{text.rstrip()}\n\n{section}:\n  {name}: {dumped(value)}\n"
     if not isinstance(branch, yaml.MappingNode) or not branch.value:
         raise UserError(f"section {section} of the params file is empty. Write `{name}:` there by hand.")
     leaf = _child(branch, name)
@@ -64,7 +64,7 @@ def _set(text: str, section: str, name: str, value: Any) -> str:
     last = text.find("\n", _end(branch.value[-1][1]))
     last = len(text) if last < 0 else last
     indent = " " * branch.value[0][0].start_mark.column
-    return f"{text[:last]}\n{indent}{name}: {_dumped(value)}{text[last:]}"
+    return f"{text[:last]}\n{indent}{name}: {dumped(value)}{text[last:]}"
 
 
 def _child(node: yaml.MappingNode, name: str) -> yaml.Node | None:
@@ -74,11 +74,14 @@ def _child(node: yaml.MappingNode, name: str) -> yaml.Node | None:
 def _replaced(text: str, node: yaml.Node, value: Any) -> str:
     """`text` with `node`'s characters exchanged; a comment after them keeps its column."""
     start, end = node.start_mark.index, _end(node)
-    block = isinstance(node, yaml.SequenceNode) and not node.flow_style
-    if block and isinstance(value, list | tuple) and value:
-        new = f"\n{' ' * node.start_mark.column}".join(f"- {_dumped(item)}" for item in value)
+    block = isinstance(node, yaml.CollectionNode) and not node.flow_style
+    if block and isinstance(node, yaml.SequenceNode) and isinstance(value, list | tuple) and value:
+        new = f"\n{' ' * node.start_mark.column}".join(f"- {dumped(item)}" for item in value)
+    elif block and isinstance(node, yaml.MappingNode) and isinstance(value, Mapping) and value:
+        lines = (dumped({key: item})[1:-1] for key, item in value.items())
+        new = f"\n{' ' * node.start_mark.column}".join(lines)
     else:
-        new = _dumped(value)
+        new = dumped(value)
     if start == end:  # `key:` with nothing after it: the mark is at the colon
         new = f" {new}"
     rest = text[end:]
@@ -97,9 +100,9 @@ def _end(node: yaml.Node) -> int:
     return index
 
 
-def _dumped(value: Any) -> str:
+def dumped(value: Any) -> str:
     """`value` on one line: a text with a line break of Unicode's in it is escaped."""
     plain = list(value) if isinstance(value, tuple) else value
     readable = not any(mark in str(value) for mark in "\x85\u2028\u2029")
-    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=readable, width=float("inf"))
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=readable, width=float("inf"), sort_keys=False)
     return text.removesuffix("...\n").strip(" \n")

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
-from pipeline.looks import SIGNS
-
-MARKERS = dict(zip(SIGNS, "o^sDvo^sDv", strict=True))
-HOLLOW = SIGNS[5:]
+MARKERS = dict(zip("●▲■◈◆▼○△□◇▽◀▶◁▷★☆", "o^sPDvo^sDv<><>**", strict=True))
+HOLLOW = "○△□◇▽◁▷☆"
 DASHES = ("-", "--", "-.", ":")
 WIDTH, HEIGHT, PANEL = 8.0, 4.2, 1.8  # inches; PANEL: each further panel
 
@@ -44,30 +42,35 @@ def draw(picture: Mapping[str, Any]) -> bytes:
 
 
 def _draw_panel(axis: Any, panel: Mapping[str, Any]) -> None:
-    for number, curve in enumerate(panel["curves"]):
-        x, mean, color, marker = curve["x"], curve["mean"], curve["color"], MARKERS[curve["sign"]]
-        raw = [value for pair in zip(curve["low"], curve["high"], strict=True) for value in pair]
-        axis.plot([value for value in x for _ in range(2)], raw, color=color, alpha=0.3, linewidth=0.6)
-        axis.plot(
-            *(x, mean, DASHES[number % len(DASHES)]),
-            color=color,
-            label=curve["label"],
-            marker=marker,
-            markerfacecolor="white" if curve["sign"] in HOLLOW else color,
-            markevery=(0.05 + 0.03 * number, 0.15),
-            linewidth=1.6,
-        )
-        if curve["held_out"]["x"]:
-            label = f"{curve['label']}, held out"
-            axis.plot(curve["held_out"]["x"], curve["held_out"]["y"], ":", marker="x", color=color, label=label)
-        if curve["flat"]:
-            axis.plot(
-                *curve["flat"], marker="|", markersize=16, markeredgewidth=2, color=color
-            )  # the legend says of what
+    for curve in (curve for curve in panel["curves"] if curve["dim"]):
+        axis.plot(curve["x"], curve["mean"], color=curve["color"], alpha=0.5, linewidth=0.8)
+    for number, curve in enumerate(curve for curve in panel["curves"] if not curve["dim"]):
+        _draw_curve(axis, curve, number)
     axis.set(ylabel=panel["title"], yscale="log" if panel["log"] else "linear")
     if panel["y"]:
         axis.set(ylim=panel["y"])
     axis.grid(alpha=0.3)
+
+
+def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
+    """Raw and smoothed values, evaluations, and a stroke where it is flat: the legend says of what."""
+    x, mean, color, marker = curve["x"], curve["mean"], curve["color"], MARKERS[curve["sign"]]
+    raw = [value for pair in zip(curve["low"], curve["high"], strict=True) for value in pair]
+    axis.plot([value for value in x for _ in range(2)], raw, color=color, alpha=0.3, linewidth=0.6)
+    axis.plot(
+        *(x, mean, DASHES[number % len(DASHES)]),
+        color=color,
+        label=curve["label"],
+        marker=marker,
+        markerfacecolor="white" if curve["sign"] in HOLLOW else color,
+        markevery=(0.05 + 0.03 * number, 0.15),
+        linewidth=1.6,
+    )
+    if curve["held_out"]["x"]:
+        label = f"{curve['label']}, held out"
+        axis.plot(curve["held_out"]["x"], curve["held_out"]["y"], ":", marker="x", color=color, label=label)
+    if curve["flat"]:
+        axis.plot(*curve["flat"], marker="|", markersize=16, markeredgewidth=2, color=color)
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ def code_files(module: str) -> list[Path]:
         path = _file_of(name)
         if path is not None and path not in found:
             found.add(path)
-            waiting += [*_imports(path), *name.rpartition(".")[:1]]  # a package's __init__ runs before its modules
+            package, _, _ = name.rpartition(".")  # its __init__ runs before its modules
+            waiting += [*_imports(path.read_bytes()), package]
     return sorted(found)
 
 
@@ -34,14 +35,15 @@ def _file_of(module: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _imports(path: Path) -> list[str]:
+@cache  # by content: a run asks twice, a process that makes several stages many times
+def _imports(source: bytes) -> tuple[str, ...]:
     """What a file imports of the project, inside functions too.
 
     Read from its bytecode: `ast.parse` raises SystemError in CPython 3.11 where another thread parses at the same
     time, as `inspect.signature` does.
     """
     names, imports_in = list[str](), ModuleFinder().scan_opcodes
-    waiting = [compile(path.read_bytes(), str(path), "exec")]
+    waiting = [compile(source, "<source>", "exec")]
     while waiting:
         code = waiting.pop()
         waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
@@ -49,7 +51,7 @@ def _imports(path: Path) -> list[str]:
             if kind == "absolute_import":
                 members, module = found
                 names += [module, *(f"{module}.{member}" for member in members or ())]
-    return [name for name in names if name.split(".")[0] == "pipeline"]
+    return tuple(name for name in names if name.split(".")[0] == "pipeline")
 
 
 def code_digest(module: str) -> str:

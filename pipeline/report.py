@@ -10,18 +10,24 @@ from pipeline.params import Evaluate
 
 NAMES = {
     "base": "Base",
+    "scratch": "Training from scratch",
     "expanded": "Expanded base",
     "full": "Full fine-tuning",
     "freeze": "Layer freezing",
     "lora": "LoRA",
     "merged": "LoRA, merged",
+    "prefix": "Prefix tuning",
+    "prompt": "Prompt tuning",
 }
-STYLES = {"full": "-", "freeze": "--", "lora": "-."}
+STYLES = {
+    **{"scratch": ":", "full": "-", "freeze": "--", "lora": "-."},
+    **{"prefix": (0, (1, 1)), "prompt": (0, (5, 1, 1, 1, 1, 1))},
+}
 SUMMARY_COLUMNS = ("trained", "share", "new", "done", "old", "rise", "KL", "kept", "weights")
 
 
 def draw_comparison(path: Path, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]) -> None:
-    """Left the three loss curves, right the trainable parameters (the document's Figure 2)."""
+    """Left the loss curves, right the trainable parameters (the document's Figure 2)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -29,12 +35,15 @@ def draw_comparison(path: Path, curves: Mapping[str, Sequence[Step]], metrics: M
     left, right = figure.subplots(1, 2)
     for method, steps in curves.items():
         epochs = sorted({step.epoch for step in steps})
-        left.plot(epochs, epoch_means(steps), STYLES[method], color=COLORS[method], label=NAMES[method], linewidth=1.8)
+        look = {"linestyle": STYLES[method], "color": COLORS[method], "linewidth": 1.8}
+        left.plot(epochs, epoch_means(steps), label=NAMES[method], **look)
     left.set(xlabel="epoch", ylabel="training loss (nats a token)", title="Training loss", yscale="log")
     left.grid(alpha=0.3)
     left.legend()
     counts = [metrics[method]["trainable"] for method in curves]
-    bars = right.bar([NAMES[method] for method in curves], counts, color=[COLORS[method] for method in curves])
+    bars = right.bar(
+        [NAMES[method].replace(" ", "\n", 1) for method in curves], counts, color=[COLORS[method] for method in curves]
+    )
     labels = [f"{metrics[m]['trainable']:,}\n{metrics[m]['trainable_percent']:.1f}%" for m in curves]
     right.bar_label(bars, labels, padding=2)
     right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts)))
@@ -94,7 +103,10 @@ def _findings(metrics: Mapping[str, Any], settings: Evaluate) -> str:
         "the next-token predictions there, in nats. *Kept*: next-token first choices on the "
         "same sentences that are still the base's. *Weights*: what must be stored for this variant; the adapter's are "
         "stored beside one copy of the expanded base.\n",
-        *(_curve_line(method, metrics[method]) for method in COLORS),
+        f"*{NAMES['scratch']}* begins with random weights and learns old and new sentences together. It never was the "
+        "base, so that nothing in it was forgotten: its rise, KL and kept say how far a model that was made anew is "
+        "from the base.\n",
+        *(_curve_line(method, numbers) for method, numbers in metrics.items() if method in STYLES),
         "",
     ]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline import engine
 from pipeline.adapters.peft_format import load_adapter
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.strength import Strength
 from pipeline.bases import base_fingerprint
 from pipeline.binding import quantization_of
@@ -59,11 +60,18 @@ class Resident:
     strength: Strength | None = None
 
     def at(self, s: float) -> Loaded:
-        """Scaled to strength `s`, until the next call: 0 is the base itself, 1 the adapter as it was trained."""
-        if self.strength is None:
+        """Scaled to strength `s`, until the next call: 0 is the base itself, 1 the adapter as it was trained.
+
+        Raises UserError for virtual tokens at another strength: they are read or not.
+        """
+        if self.loaded.adapter is None:
             return self.loaded
         if s == 0:
             return replace(self.loaded, model=self.base.loaded.model)
+        if self.strength is None:
+            if s != 1:
+                raise UserError(f"{self.loaded.name} is virtual tokens, which no strength scales. Ask at 1, or at 0.")
+            return self.loaded
         self.strength.set(s)
         return self.loaded
 
@@ -130,4 +138,5 @@ def _adapted(base: Base, folder: Path, adapter: Path, name: str) -> Resident:
     model, files = view(base.loaded.model), signature(adapter)
     spec = load_adapter(model, folder, adapter, lambda _: base.fingerprint)
     loaded = Loaded(name, model.eval(), base.loaded.tokenizer, folder, adapter)
-    return Resident(loaded, base, files, Strength(model, base.loaded.model, spec))
+    scales = Strength(model, base.loaded.model, spec) if isinstance(spec, AdapterSpec) else None
+    return Resident(loaded, base, files, scales)

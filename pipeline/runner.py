@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +38,10 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's work gets: its project, the folder to fill, the folder of its run, and its cache key."""
+    """What a stage's work gets: its project, the folder to fill, the folder of its run, and its cache key.
+
+    `known` is all that decides what it makes: the first part of the manifest.
+    """
 
     project: Project
     stage: Stage
@@ -46,6 +49,7 @@ class Job:
     run: Path
     key: str
     checkpoint_every: int
+    known: Facts = field(default_factory=dict)
 
     def artifact(self, stage: str) -> Path:
         """Another stage's output, once it is what its manifest says and was made from what lies beside it.
@@ -109,7 +113,7 @@ def _made(project: Project, stage: Stage, work: Work, force: bool, checkpoint_ev
         yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})")
         return
     with artifact.writing(target) as out:
-        facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every))
+        facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, facts_known))
         _refuse_changed(facts_known["inputs"], _inputs(project, stage), stage)
         artifact.seal(out, {**facts_known, "commit": provenance.commit(stage.module), **facts})
     yield from _store(cache, stage, key, target)
@@ -134,7 +138,7 @@ def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
 
 def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
     """All that decides the artifact's bytes: also the first part of its manifest. Raises UserError."""
-    section = asdict(project.section(stage))
+    section = project.stage_params(stage)
     besides = ["bitsandbytes"] if section.get("quantization", "none") != "none" else []
     return {
         "kind": stage.kind,

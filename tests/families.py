@@ -85,9 +85,13 @@ PROMPTS = {
 PARAMS: dict[str, dict[str, Any]] = {
     "pretrain": {"base": "base"},
     "expand_vocab": {"data": [], "tokens": [NEW], "special_tokens": [TOOL], "audit_data": "data/old.jsonl"},
+    "scratch": {"data": ["data/texts.jsonl", "data/all.jsonl"]},
     "finetune_full": {"data": "data/texts.jsonl"},
     "finetune_freeze": {"data": "data/asked.jsonl"},
     "finetune_lora": {"data": "data/all.jsonl", "rank": 4, "alpha": 8, "target_modules": ["all-linear"]},
+    "finetune_prefix": {"data": "data/asked.jsonl", "virtual_tokens": 5},
+    "finetune_prompt": {"data": "data/texts.jsonl", "virtual_tokens": 5},
+    "finetune_sweep": {"grid": {"rank": [2, 4]}},
     "merge": {"prompts": "data/prompts.yaml"},
     "evaluate": {"old_data": "data/old.jsonl", "new_data": "data/asked.jsonl", "prompts": "data/prompts.yaml"},
 }
@@ -139,7 +143,8 @@ def new_project(root: Path, family: Family, dtype: torch.dtype = torch.float32) 
         (root / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     (root / "data/prompts.yaml").write_text(yaml.safe_dump(PROMPTS), encoding="utf-8")
     trained = {
-        name: {**section, **TRAINING} if name.startswith("finetune") else section for name, section in PARAMS.items()
+        name: {**section, **TRAINING} if "data" in section and name.startswith(("scratch", "finetune")) else section
+        for name, section in PARAMS.items()
     }
     (root / "params.yaml").write_text(yaml.safe_dump(trained), encoding="utf-8")
     return root

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapters.attach import BY_ROWS, LOW_RANK
-from pipeline.adapters.edits import blocks, merged_rows
-from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, weight_of
+from pipeline.adapters.edits import SetLengths, blocks
+from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, weight_of
+from pipeline.adapters.plan import edit_of
 from pipeline.adapters.rows import EmbeddingRows, HeadRows
 from pipeline.models.causal import CausalLM
 from pipeline.models.quantized import QuantizedLinear
@@ -54,9 +55,12 @@ def _with_rows(module: EmbeddingRows | HeadRows) -> nn.Module:
 
 def merged(layer: LoRALinear | LoRAEmbedding, turned: bool) -> nn.Module:
     """The layer as a new plain one of the base's kind; `layer` is untouched (the document's §4.4)."""
-    base, (left, right) = layer.base, factors(layer)
+    base = layer.base
     whole = base.weight_in(torch.float32) if isinstance(base, QuantizedLinear) else weight_of(base).detach()
-    weight = torch.cat([merged_rows(whole[rows], left[rows], right, layer.scale) for rows in blocks(*whole.shape)])
+    parts = [(rows, whole[rows]) for rows in blocks(*whole.shape)]
+    edit = edit_of(layer)
+    edit = edit.measured(parts) if isinstance(edit, SetLengths) else edit
+    weight = torch.cat([edit(part, rows) for rows, part in parts])
     if isinstance(layer.base, QuantizedLinear):
         return unquantized(layer.base, weight, turned)
     plain = copy.copy(layer.base)  # a new module; what it holds is replaced, not written to

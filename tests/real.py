@@ -18,7 +18,7 @@ from pipeline.models.opened import Opened, from_config
 from pipeline.params import Training
 from pipeline.runner import Event
 from pipeline.training.batches import Batches
-from pipeline.training.loop import Task, steps
+from pipeline.training.loop import Task, optimizer_of, steps
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.sequences import Listed
 from tests.families import FAMILIES
@@ -90,7 +90,7 @@ def with_lora(
 
 def trained(model: CausalLM, batches: Batches, settings: Training, **task: Any) -> tuple[list[Step], FlatAdam]:
     """Every step of the loop; the model is then as training leaves it."""
-    optimizer = FlatAdam(model, settings.learning_rate, scaled=settings.precision == "fp16")
+    optimizer = optimizer_of(model, settings)
     return list(steps_of(model, batches, settings, optimizer, **task)), optimizer
 
 

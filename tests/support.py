@@ -16,6 +16,8 @@ from pipeline.stages.expand_vocab import expand_vocab
 from pipeline.stages.finetune import finetune
 from pipeline.stages.merge import merge
 from pipeline.stages.pretrain import pretrain
+from pipeline.stages.scratch import scratch
+from pipeline.stages.sweep import sweep
 
 T = TypeVar("T")
 
@@ -25,22 +27,36 @@ LORA = str(Path(sys.executable).parent / "lora")
 WORK: dict[str, Work] = {
     "pretrain": pretrain,
     "expand_vocab": expand_vocab,
+    "scratch": scratch,
     "finetune_full": finetune,
     "finetune_freeze": finetune,
     "finetune_lora": finetune,
+    "finetune_prefix": finetune,
+    "finetune_prompt": finetune,
+    "finetune_sweep": sweep,
     "merge": merge,
     "evaluate": evaluate,
 }
 COMMAND = {
     "pretrain": ["pretrain"],
     "expand_vocab": ["expand-vocab"],
+    "scratch": ["scratch"],
     "finetune_full": ["finetune", "full"],
     "finetune_freeze": ["finetune", "freeze"],
     "finetune_lora": ["finetune", "lora"],
+    "finetune_prefix": ["finetune", "prefix"],
+    "finetune_prompt": ["finetune", "prompt"],
+    "finetune_sweep": ["finetune", "sweep"],
     "merge": ["merge"],
     "evaluate": ["evaluate"],
 }
-BRIEF = ("pretrain.epochs=2", *(f"finetune_{method}.epochs=2" for method in ("full", "freeze", "lora")))
+METHODS = ("full", "freeze", "lora", "prefix", "prompt")
+BRIEF = (
+    "pretrain.epochs=2",
+    "scratch.epochs=2",
+    *(f"finetune_{method}.epochs=2" for method in METHODS),
+    "finetune_sweep.grid={rank: [1, 2]}",
+)
 
 
 def new_project(folder: Path) -> Path:

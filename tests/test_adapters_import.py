@@ -133,7 +133,7 @@ def of_another_rank(folder: Path) -> None:
 
 
 def not_understood(folder: Path) -> None:
-    edit_config(folder, use_dora=True)
+    edit_config(folder, lora_bias=True)
 
 
 DAMAGE: dict[Callable[[Path], None], str] = {
@@ -142,7 +142,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
     without_one: "does not fit: missing base_model.model.model.decoder.layers.0",
     not_finite: "is not finite",
     of_another_rank: "has shape [2, 64], expected [5, 64]",
-    not_understood: "use_dora is True",
+    not_understood: "lora_bias is True",
 }
 
 

@@ -223,7 +223,8 @@ BAD = [
         ["--model", "llama-3.2-1b", "--trace", "--batch", "2147483647", "--sequence", "131072"],
         "--trace cannot build or run",
     ),
-    (["--trace", "--rank-pattern", "q_proj=16"], "rank patterns"),
+    (["--trace", "--embeddings", "new_rows", "--new-rows", "3"], "without new rows"),
+    (["--trace", "--dora"], "has this project's DoRA, not PEFT's: give --optimizer adam-flat"),
     (["--gpu", ""], "gpu '' is not known. Known: rtx4060"),
     (["--trace", "--precision", "nf4"], "does not train on nf4 yet"),
 ]

@@ -144,6 +144,20 @@ def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, l
 
 
 @pytest.mark.parametrize("method", [
+    Method(rank=4, dora=True),
+    Method(rank=4, pissa=True),
+    Method(rank=4, targets=("all-linear",), dora=True, pissa=True, embeddings="all"),
+    Method(rank=4, rank_pattern=(("v_proj", 16),)),
+], ids=["dora", "pissa", "both", "patterns"])  # fmt: skip
+@pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 20)])
+def test_minigpts_own_step_with_refinements_of_lora(batch: int, sequence: int, layers: int, method: Method) -> None:
+    config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
+    run = Run(batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
+    formula = predict(architecture(config, "minigpt"), method, run).peak
+    assert formula == pytest.approx(traced_peak(config, method, run), rel=0.015)
+
+
+@pytest.mark.parametrize("method", [
     Method(targets=("layers.11.self_attn.q_proj",)),
     Method(targets=("layers.6.mlp.up_proj",)),
     Method("freeze", train_embeddings=False),
@@ -306,10 +320,17 @@ def test_training_nothing_is_refused() -> None:
 
 
 def test_training_quantized_weights_is_refused() -> None:
-    for method in (FULL, FREEZE, Method(embeddings="all")):
+    for method in (FULL, FREEZE):
         with pytest.raises(UserError, match="nf4 weights cannot be trained"):
             predict(QWEN, method, Run(precision="nf4"))
     assert predict(QWEN, LORA, qlora(Run())).weights < predict(QWEN, LORA, Run()).weights
+
+
+def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
+    """They are not quantized: the same gradients and optimizer's state."""
+    method = Method(embeddings="all")
+    few, plain = predict(QWEN, method, qlora(Run())), predict(QWEN, method, Run())
+    assert (few.optimizer, few.gradients) == (plain.optimizer, plain.gradients) and few.weights < plain.weights
 
 
 # questions

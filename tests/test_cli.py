@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.dag import VARIANTS
 from pipeline.legible import visible
 from pipeline.subwords import SubwordTokenizer
 from tests.bases import toy_checkpoint
@@ -73,6 +74,8 @@ def test_the_stages_run_one_after_the_other_and_print_what_they_made(cli: Lora, 
         shown[stage] = out
     assert shown["pretrain"].startswith("artifacts/base  109,568 parameters  109,568 trained  loss ")
     assert "after 12 steps" in shown["finetune_lora"]
+    summary = "artifacts/sweep  112,768 parameters  28,416 trained  2 adapters"
+    assert shown["finetune_sweep"].startswith(f"{summary}\nadapter  trained")
     assert "report: " in shown["evaluate"]
     code, out, _ = cli("report", cwd=root)
     assert out in shown["evaluate"]
@@ -122,7 +125,7 @@ def test_compare_sets_all_variants_side_by_side(cli: Lora, finished: Path) -> No
     code, out, _ = cli("compare", "der wind", "--json", cwd=finished)
     answers = json.loads(out)
     assert code == 0
-    assert list(answers) == ["base", "expanded", "full", "freeze", "lora", "merged"]
+    assert list(answers) == list(VARIANTS)
     assert answers["base"]["unknown_words"] == ["wind"]
     assert answers["lora"]["top_k"][0]["token"] == answers["merged"]["top_k"][0]["token"] == "weht"
     code, out, _ = cli("compare", "der wind", cwd=finished)
@@ -133,22 +136,32 @@ def test_compare_sets_all_variants_side_by_side(cli: Lora, finished: Path) -> No
 def test_adapters_are_listed_with_what_was_measured(cli: Lora, finished: Path) -> None:
     metrics = json.loads((finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
     code, out, _ = cli("adapters", "--json", cwd=finished)
-    (adapter,) = json.loads(out)
+    adapter, prefix, prompt, *swept = json.loads(out)
     assert code == 0
+    assert [(one["path"], one["rank"], one["problem"]) for one in swept] == [
+        (f"artifacts/sweep/rank-{rank}", rank, None) for rank in (1, 2, 4, 8)
+    ]
+    assert [(one["method"], one["rank"], one["targets"]) for one in (prefix, prompt)] == [
+        ("prefix_tuning", None, ["8 virtual tokens"]),
+        ("prompt_tuning", None, ["8 virtual tokens"]),
+    ]
     assert (adapter["method"], adapter["rank"], adapter["base"]) == ("lora", 4, "artifacts/expanded")
     assert adapter["targets"] == ["k_proj", "out_proj", "q_proj", "v_proj"]
     assert adapter["final_loss"] == pytest.approx(metrics["lora"]["final_loss"])
     assert adapter["forgetting"] == metrics["lora"]["forgetting"]["loss_rise"]
     assert adapter["problem"] is None
     code, out, _ = cli("adapters", cwd=finished)
-    assert "lora_adapter  lora       4  k out q v  expanded" in out
+    rows = {line.split()[0]: line.split()[1:8] for line in out.splitlines() if line}
+    assert rows["lora_adapter"] == ["lora", "4", "k", "out", "q", "v", "expanded"]
+    assert rows["sweep/rank-8"] == ["lora", "8", "k", "out", "q", "v", "expanded"]
     assert out.rstrip().endswith("whole")
 
 
 def test_an_adapter_that_was_not_evaluated_has_no_forgetting(cli: Lora, project: Path) -> None:
     assert cli("finetune", "lora", *sets("finetune_lora.epochs=1"), cwd=project)[0] == 0
-    (adapter,) = json.loads(cli("adapters", "--json", cwd=project)[1])
-    assert adapter["forgetting"] is None
+    found = {one["path"]: one["forgetting"] for one in json.loads(cli("adapters", "--json", cwd=project)[1])}
+    assert found["artifacts/lora_adapter"] is None and found["artifacts/sweep/rank-1"] is None
+    assert found["artifacts/prefix"] is not None
 
 
 def test_verify_says_what_it_checked_or_why_it_refuses(cli: Lora, project: Path) -> None:
@@ -189,7 +202,7 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
         (["prompt", "der", "--temperature", "1", "--top-p", "0"], 1, "sampling needs"),
         (["prompt", "der", "--top-k", "0"], 2, "Invalid value for '--top-k'"),
         (["prompt", "der", "--base", "artifacts/lora_adapter"], 1, "It is an adapter: give it with --adapter"),
-        (["prompt", "der", "--adapter", "artifacts/base"], 1, "adapter_config.json: No such file"),
+        (["prompt", "der", "--adapter", "artifacts/base"], 1, "artifacts/base is a whole model, not an adapter"),
         (["prompt", "der", "--base", "nowhere"], 1, "nowhere is not a model folder"),
         (["prompt"], 2, "Missing argument 'TEXT'"),
         (["prompt", "der", "--top-p", "0.5"], 2, "need --temperature above 0"),
@@ -249,7 +262,7 @@ def test_one_broken_adapter_does_not_hide_the_others(cli: Lora, project: Path) -
     (broken / "loss.csv").write_text("x" * 200_000 + "\n" + "y" * 200_000 + "\n", encoding="utf-8")
     code, out, _ = cli("adapters", "--json", cwd=project)
     found = json.loads(out)
-    assert (code, len(found)) == (0, 2)
+    assert (code, len(found)) == (0, 6)
     assert "was added after" in found[0]["problem"]
     assert cli("adapters", cwd=project)[0] == 0
 
@@ -347,9 +360,18 @@ def test_the_report_has_a_line_a_model_on_80_columns(finished: Path, tmp_path: P
         numbers |= {"trainable_percent": 100.0, "old_loss": 12.345, "new_loss": 12.345}
     (tmp_path / "artifacts/evaluation/metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     for root in (finished, tmp_path):
-        rows = lora("report", cwd=root, COLUMNS="80", TERMINAL_WIDTH="80").stdout.splitlines()[:7]
+        rows = lora("report", cwd=root, COLUMNS="80", TERMINAL_WIDTH="80").stdout.splitlines()[:8]
         assert all(len(row) <= 80 for row in rows)
-        assert [row.split()[0] for row in rows] == ["model", "base", "expanded", "full", "freeze", "lora", "merged"]
+        assert [row.split()[0] for row in rows] == [
+            "model",
+            "base",
+            "expanded",
+            "scratch",
+            "full",
+            "freeze",
+            "lora",
+            "merged",
+        ]
         assert rows[0].split()[1:] == ["trained", "share", "new", "done", "old", "rise", "KL", "kept", "weights"]
     assert "134.5M" in rows[1] and "538 MB" in rows[1]
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifact import file_digest, write_json
-from pipeline.curves import Run, discover, stamp
+from pipeline.curves import TRAINING, LogFiles, Run, discover, stamp
 from pipeline.looks import METHODS, SIGNS, other
 from pipeline.params import load
-from tests.support import ROOT, make
+from pipeline.pictures import MARKERS
+from pipeline.sweep import ends
+from tests.support import BRIEF, ROOT, make
+from tui.shown import POINTED
 
 BASE = {"rank": 4, "alpha": 1.0}
 
@@ -51,7 +54,7 @@ def test_an_empty_project_has_no_runs(root: Path) -> None:
 
 def test_a_finished_pipeline_shows_each_training_once(brief: Path) -> None:
     runs = found(brief)
-    assert [run.stage for run in runs] == ["finetune_full", "finetune_freeze", "finetune_lora", "pretrain"]
+    assert [run.stage for run in runs] == list(TRAINING)
     assert all(run.folder == brief / "runs" / run.stage for run in runs)
 
 
@@ -65,14 +68,15 @@ def test_an_earlier_run_is_named_by_the_params_that_differ_from_now(project: Pat
 def test_without_a_run_folder_the_artifact_is_shown(root: Path, keep: Keep) -> None:
     folder = keep("artifacts/lora_adapter", "1")
     (run,) = found(root)
-    assert (run.stage, run.loss, run.telemetry, run.folder) == ("finetune_lora", folder / "loss.csv", None, None)
+    assert (run.stage, run.place, run.folder) == ("finetune_lora", folder, None)
+    assert run.curves == (LogFiles("", folder / "loss.csv", None),)
 
 
 def test_runs_with_the_same_log_are_shown_once(root: Path, keep: Keep) -> None:
     keep("artifacts/lora_adapter", "1")
     keep(".lora-cache/finetune_lora/aaaa", "1")
     keep(".lora-cache/finetune_lora/bbbb", "2")
-    assert [run.loss.parent.name for run in found(root)] == ["lora_adapter", "bbbb"]
+    assert [run.place.name for run in found(root)] == ["lora_adapter", "bbbb"]
 
 
 def test_earlier_runs_stand_from_new_to_old(root: Path, keep: Keep) -> None:
@@ -102,7 +106,63 @@ def test_broken_manifests_and_missing_params_are_survived(root: Path, keep: Keep
     assert [run.label for run in discover(root, None)] == ["pretrain"]
 
 
-def test_the_stamp_changes_when_there_is_another_run(root: Path, keep: Keep) -> None:
+def test_a_sweep_is_one_run_with_a_curve_for_each_adapter(brief: Path) -> None:
+    run = next(run for run in found(brief) if run.stage == "finetune_sweep")
+    folder = brief / "runs/finetune_sweep"
+    assert (run.place, run.folder) == (folder, folder)
+    assert run.label.startswith("finetune_sweep  2 adapters, ")  # then that its params are not those of params.yaml
+    assert run.curves == tuple(
+        LogFiles(name, folder / name / "loss.csv", folder / name / "telemetry.csv") for name in ("rank-1", "rank-2")
+    )
+
+
+def test_an_earlier_sweep_says_its_grid_and_one_that_was_kept_too_is_shown_once(project: Path) -> None:
+    other = ["finetune_lora.epochs=2", "finetune_sweep.grid={rank: [1], seed: [0, 1, 2]}"]
+    make(project, ["finetune_sweep"], other)
+    runs = [run for run in discover(project, load(project / "params.yaml", other)) if run.stage == "finetune_sweep"]
+    assert [run.label for run in runs] == ["finetune_sweep  3 adapters", "finetune_sweep  2 adapters, grid rank 1+2"]
+    assert [run.folder is None for run in runs] == [False, True]
+    shutil.rmtree(project / "runs/finetune_sweep")
+    assert [run.label for run in discover(project, load(project / "params.yaml", other)) if run.sweeps] == [
+        run.label for run in runs
+    ]
+
+
+def test_a_sweep_of_which_an_adapter_diverged_is_the_artifact_that_came_of_it(project: Path) -> None:
+    """The artifact has no folder of that adapter: its log is the run's alone."""
+    given = [*BRIEF, "finetune_sweep.grid={learning_rate: [1e-3, 1e9]}"]
+    make(project, ["finetune_sweep"], given)
+    assert [path.name for path in (project / "artifacts/sweep").iterdir() if path.is_dir()] == ["lr-0.001"]
+    run, *others = [run for run in discover(project, load(project / "params.yaml", given)) if run.sweeps]
+    assert [curve.name for curve in run.curves] == ["lr-0.001", "lr-1e+09"]
+    assert run.folder and len(others) == 1 and "grid rank 1+2" in others[0].label
+    assert ends(run.place) == {"lr-1e+09": "diverged"}
+    shutil.rmtree(project / "runs/finetune_sweep")
+    run = next(run for run in discover(project, load(project / "params.yaml", given)) if run.sweeps)
+    assert [curve.name for curve in run.curves] == ["lr-0.001"]
+    assert ends(run.place) == {"lr-0.001": "done", "lr-1e+09": "diverged"}
+
+
+def test_adapters_stand_in_the_order_of_their_numbers(root: Path) -> None:
+    names = ["lr-1e-05", "lr-0.001", "rank-2", "rank-2_seed-1", "rank-16"]
+    for name in reversed(names):
+        (root / "runs/finetune_sweep" / name).mkdir(parents=True)
+        (root / f"runs/finetune_sweep/{name}/loss.csv").write_text("step\n", encoding="utf-8")
+    assert [curve.name for curve in found(root)[0].curves] == names
+
+
+def test_the_stamp_changes_with_every_adapter_of_a_sweep(root: Path) -> None:
+    seen = {stamp(root, root / "params.yaml")}
+    for number, name in enumerate(("rank-1", "rank-2"), 2):
+        (root / "runs/finetune_sweep" / name).mkdir(parents=True)
+        (root / f"runs/finetune_sweep/{name}/loss.csv").write_text("step\n", encoding="utf-8")
+        seen.add(stamp(root, root / "params.yaml"))
+        assert len(seen) == number
+    (root / "runs/finetune_sweep/rank-2").rename(root / "runs/finetune_sweep/rank-3")  # the same inodes
+    assert stamp(root, root / "params.yaml") not in seen
+
+
+def test_the_stamp_changes_when_when_there_is_another_run(root: Path, keep: Keep) -> None:
     before = stamp(root, root / "params.yaml")
     assert stamp(root, root / "params.yaml") == before
     keep("artifacts/lora_adapter", "1")
@@ -113,7 +173,11 @@ def test_the_stamp_changes_when_there_is_another_run(root: Path, keep: Keep) -> 
     assert stamp(root, root / "params.yaml") != after
 
 
-def test_twenty_runs_beside_the_three_methods_look_different() -> None:
+def test_twenty_runs_beside_the_methods_look_different() -> None:
     looks = {*METHODS.values(), *map(other, range(20))}
-    assert len(looks) == 23
+    assert len(looks) == len(METHODS) + 20
     assert len(set(SIGNS)) == len(SIGNS)
+
+
+def test_every_sign_has_a_marker_in_an_exported_picture() -> None:
+    assert {*SIGNS, *(look.sign for look in METHODS.values()), POINTED.sign} <= MARKERS.keys()

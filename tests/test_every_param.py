@@ -12,7 +12,7 @@ from pipeline.dag import STAGES
 from pipeline.errors import UserError
 from pipeline.params import Params
 from tests.bases import toy_checkpoint
-from tests.support import BRIEF, folder_bytes, make
+from tests.support import BRIEF, METHODS, folder_bytes, make
 
 OTHER = {
     "seed": "1",
@@ -45,6 +45,7 @@ OTHER = {
     "expand_vocab.special_tokens": "[<euro>]",
     "expand_vocab.noise_std": "0.1",
     "expand_vocab.audit_data": "data/fact_correction.de.txt",
+    "scratch.data": "data/finetune.de.txt",
     "finetune_full.data": "data/fact_correction.de.txt",
     "finetune_freeze.data": "data/fact_correction.de.txt",
     "finetune_freeze.last_blocks": "2",
@@ -53,12 +54,23 @@ OTHER = {
     "finetune_lora.rank": "2",
     "finetune_lora.alpha": "2",
     "finetune_lora.target_modules": "[v_proj]",
+    "finetune_lora.rank_pattern": "{v_proj: 2}",
+    "finetune_lora.alpha_pattern": "{v_proj: 2}",
+    "finetune_lora.dora": "true",
+    "finetune_lora.rslora": "true",
+    "finetune_lora.init_lora_weights": "kaiming",
+    "finetune_lora.loraplus_ratio": "16",
     "finetune_lora.train_embeddings": "new_rows",
     "finetune_lora.adapter_precision": "bf16",
     "finetune_lora.quantization": "nf4",
     "finetune_lora.retain": "other.txt",
     "finetune_lora.retain_weight": "3",
     "finetune_lora.retain_batch": "1",
+    **{f"finetune_{kind}.data": "data/fact_correction.de.txt" for kind in ("prefix", "prompt")},
+    "virtual_tokens": "3",
+    "adapter_precision": "bf16",
+    "quantization": "nf4",
+    "finetune_sweep.grid": "{rank: [2]}",
     "merge.prompts": "other.yaml",
     "merge.max_logit_difference": "1e-12",
     "evaluate.old_data": "other.txt",
@@ -145,7 +157,7 @@ def test_a_field_that_would_count_for_nothing_is_refused(project: Path, key: str
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
-@pytest.mark.parametrize("stage", ["pretrain", "finetune_full", "finetune_freeze", "finetune_lora"])
+@pytest.mark.parametrize("stage", ["pretrain", "scratch", *(f"finetune_{method}" for method in METHODS)])
 def test_checkpointing_changes_no_byte_that_is_made_and_the_memory_that_is_measured(
     project: Path, stage: str, how: str
 ) -> None:

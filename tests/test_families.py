@@ -21,8 +21,9 @@ from pipeline.tensors import shapes
 from tests.families import FAMILIES, GENERATION, OTHERS, VOCABULARY, new_project
 from tests.support import ROOT, WORK, folder_bytes, make, make_one
 
-TRAINED = {"finetune_full": "full_finetuned", "finetune_freeze": "layer_frozen", "finetune_lora": "lora_adapter"}
-CHECKPOINTS = ("base", "expanded", "full_finetuned", "layer_frozen", "lora_merged")
+ADAPTERS = {"finetune_lora": "lora_adapter", "finetune_prefix": "prefix", "finetune_prompt": "prompt"}
+TRAINED = {"finetune_full": "full_finetuned", "finetune_freeze": "layer_frozen", **ADAPTERS}
+CHECKPOINTS = ("base", "expanded", "from_scratch", "full_finetuned", "layer_frozen", "lora_merged")
 IDS = torch.tensor([[5, 9, 70, 17, 3, 64, VOCABULARY + 1, 33, 12, 1, 40, VOCABULARY]])
 Made = Callable[[str], Path]
 

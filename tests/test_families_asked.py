@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import engine
 from pipeline.answers import Answers
+from pipeline.dag import VARIANTS
 from pipeline.generate import Sampling, generate
 from pipeline.models.base import load_base
 from pipeline.models.opened import Opened
@@ -80,7 +81,7 @@ def test_prompt_compare_and_verify_answer(family: Made, name: str, cli: Lora) ->
     assert json.loads(out)["top_k"] == [vars(choice) for choice in engine.top_k(loaded, PROMPT, 5)]
     code, out, err = cli("compare", PROMPT, "--json", cwd=root)
     assert (code, err) == (0, "")
-    assert list(json.loads(out)) == ["base", "expanded", "full", "freeze", "lora", "merged"]
+    assert list(json.loads(out)) == list(VARIANTS)
     code, out, err = cli("adapters", "verify", "artifacts/lora_adapter", cwd=root)
     assert (code, err) == (0, "")
     assert "files, names, shapes and base are those it was trained with" in out

@@ -125,7 +125,7 @@ def test_code_that_comes_with_a_base_goes_through_every_stage_once_it_is_trusted
         make(own, ["pretrain"])
     assert not (tmp_path / "modules").exists() and not (own / "artifacts/base").exists()
     make(own, list(WORK), ["pretrain.trust_remote_code=true", "finetune_full.precision=bf16"])
-    for name in ("base", "expanded", "full_finetuned", "layer_frozen", "lora_merged"):
+    for name in ("base", "expanded", "from_scratch", "full_finetuned", "layer_frozen", "lora_merged"):
         assert (own / "artifacts" / name / "own.py").read_text(encoding="utf-8") == CODE
         model = AutoModelForCausalLM.from_pretrained(own / "artifacts" / name, trust_remote_code=True)
         assert type(model.model.layers[0].mlp).__name__ == "OwnMLP"

@@ -18,7 +18,7 @@ from pipeline.attention import of_layer, probabilities
 from pipeline.errors import UserError
 from pipeline.generate import Sampling, generate, stream
 from pipeline.models.base import load_base
-from pipeline.models.minigpt import Attention
+from pipeline.models.self_attention import Attention
 from tests.models import adapter, checkpoint, minigpt
 from tests.support import make
 

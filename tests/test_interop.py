@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from pipeline.adapters.attach import tensors
 from pipeline.adapters.peft_format import load_adapter, save_adapter
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.models.opened import Opened
 from tests.real import ROWS, stock, toy
 
@@ -39,6 +40,8 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: Opened) -> dict[str,
         "r": draw(RANKS),
         "lora_alpha": draw(ALPHAS),
         "use_rslora": draw(st.booleans()),
+        "use_dora": draw(st.booleans()),
+        "init_lora_weights": draw(st.sampled_from((True, False, "gaussian"))),
         "target_modules": draw(st.sampled_from((some, pattern, *whole))),
         "rank_pattern": draw(st.dictionaries(st.sampled_from((one, *some[1:])), RANKS, max_size=2)),
         "alpha_pattern": draw(st.dictionaries(st.sampled_from(some), ALPHAS, max_size=2)),
@@ -58,7 +61,7 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: Opened) -> dict[str,
     ]
     if not model.shape.tied:
         ends.append({"trainable_token_indices": {embedding: rows, head: rows[:1]}})
-    if isinstance(chosen["target_modules"], list):
+    if isinstance(chosen["target_modules"], list) and not chosen["use_dora"]:  # ours is of linears alone
         ends += [{"target_modules": [*some, embedding]}, {"target_modules": [*some, embedding, head]}]
     return {**chosen, **draw(st.sampled_from(ends))}
 
@@ -78,6 +81,7 @@ def test_an_adapter_goes_from_peft_to_here_and_back_with_the_same_logits(family:
             theirs.save_pretrained(first)
             ours = copy.deepcopy(base)
             spec = load_adapter(ours, Path("base"), first)
+            assert isinstance(spec, AdapterSpec)
             assert_same(ours, theirs)
             second.mkdir()
             save_adapter(second, ours, spec, "base")

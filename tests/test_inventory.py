@@ -13,6 +13,7 @@ from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.inventory import Model, check, describe, find_base, model_folders
 from pipeline.signature import signature
+from tests.conftest import Lora
 
 
 def models(root: Path) -> dict[str, Model]:
@@ -23,10 +24,15 @@ def test_every_model_of_the_pipeline_is_found_by_kind_and_method(brief: Path) ->
     assert {name: (model.kind, model.method) for name, model in models(brief).items()} == {
         "base": ("base", "pretrain"),
         "expanded": ("base", "expand_vocab"),
+        "from_scratch": ("checkpoint", "scratch"),
         "full_finetuned": ("checkpoint", "full"),
         "layer_frozen": ("checkpoint", "freeze"),
         "lora_adapter": ("adapter", "lora"),
         "lora_merged": ("merged", "merge"),
+        "prefix": ("adapter", "prefix_tuning"),
+        "prompt": ("adapter", "prompt_tuning"),
+        "rank-1": ("adapter", "lora"),
+        "rank-2": ("adapter", "lora"),
     }
 
 
@@ -119,3 +125,35 @@ def test_a_manifest_of_another_shape_is_refused_and_never_an_error(project: Path
     assert check(models(project)["lora_adapter"], project).state == (
         "verified" if section == "parameters" else "refused"
     )
+
+
+def test_adapters_of_a_sweep_are_bound_to_the_base_beside_it_and_answer_like_any_other(
+    brief: Path, tmp_path: Path, cli: Lora
+) -> None:
+    """They lie one folder deeper; also where the project is not the current folder."""
+    folder = brief / "artifacts/sweep"
+    found = [model for model in map(describe, model_folders(folder)) if model.kind == "adapter"]
+    assert [(model.path.name, model.rank) for model in found] == [("rank-1", 1), ("rank-2", 2)]
+    for model in found:
+        assert find_base(model.path, tmp_path) == brief / "artifacts/expanded"
+        assert check(model, tmp_path).state == "verified"
+    one, other = (str(model.path) for model in found)
+    for command in (
+        ["prompt", "der hund", "--adapter", one],
+        ["adapters", "verify", one],
+        ["adapters", "diff", one, other],
+        ["adapters", "card", one],
+        ["merge", "--adapter", one, "--out", "merged"],
+        ["export", one, "--as", "peft", "--out", "exported"],
+    ):
+        code, out, err = cli(*command, cwd=tmp_path)
+        assert code == 0 and out, (command, err)
+    table = cli("adapters", cwd=brief)[1].splitlines()
+    names = ["lora_adapter", "prefix", "prompt", "sweep/rank-1", "sweep/rank-2"]
+    assert [row.split()[0] for row in table] == ["adapter", *names]
+
+
+def test_folders_are_found_in_the_order_of_their_numbers(brief: Path, tmp_path: Path) -> None:
+    for name in ("rank-16", "rank-2", "rank-2_seed-1"):
+        shutil.copytree(brief / "artifacts/sweep/rank-1", tmp_path / name)
+    assert [path.name for path in model_folders(tmp_path)] == ["rank-2", "rank-2_seed-1", "rank-16"]

@@ -18,9 +18,12 @@ from tests.support import BRIEF, COMMAND, LORA, folder_bytes, lora, make_one
 
 TRAINING = {
     "pretrain": ("base", "pretrain.epochs=20"),
+    "scratch": ("from_scratch", "scratch.epochs=15"),
     "finetune_full": ("full_finetuned", "finetune_full.epochs=50"),
     "finetune_freeze": ("layer_frozen", "finetune_freeze.epochs=50"),
     "finetune_lora": ("lora_adapter", "finetune_lora.epochs=50"),
+    "finetune_prefix": ("prefix", "finetune_prefix.epochs=50"),
+    "finetune_prompt": ("prompt", "finetune_prompt.epochs=50"),
 }
 EVERY = 20  # steps between checkpoints
 

@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 from pipeline.generate import Sampling, distribution, generate
 from pipeline.models.base import Base, count, load_base, save_base
 from pipeline.models.causal import set_row_count
-from pipeline.models.minigpt import KVCache, MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.self_attention import KVCache
 from pipeline.tokenizer import WordTokenizer
 
 TOKENIZER = WordTokenizer.of_words([f"w{i}" for i in range(71)])
@@ -40,7 +41,7 @@ def test_transformers_opens_the_checkpoint_with_our_logits(tmp_path: Path, tied:
 
 
 def test_the_trained_checkpoint_opens_in_transformers_with_our_logits(finished: Path) -> None:
-    for name in ("base", "expanded", "full_finetuned", "layer_frozen", "lora_merged"):
+    for name in ("base", "expanded", "from_scratch", "full_finetuned", "layer_frozen", "lora_merged"):
         folder = finished / "artifacts" / name
         ours, _ = load_base(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval()

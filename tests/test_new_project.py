@@ -112,6 +112,7 @@ def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Pa
     settings = load(tmp_path / "project/params.yaml")
     assert settings.pretrain.base == base
     assert (settings.finetune_full.window, settings.finetune_lora.precision) == (0, "bf16"), "as a real model wants it"
+    assert (settings.scratch.window, settings.scratch.epochs) == (0, 1)
 
 
 def test_what_would_be_written_otherwise_is_said(cli: Lora, tmp_path: Path) -> None:

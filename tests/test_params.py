@@ -80,6 +80,19 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
             "finetune_lora:\n  train_embeddings: some\n",
             "train_embeddings must be one of all, new_rows, none, got 'some'",
         ),
+        ("finetune_lora:\n  rank_pattern: q_proj\n", "rank_pattern must be a mapping of patterns of names, such as"),
+        ("finetune_lora:\n  rank_pattern: {q_proj: 0}\n", "rank_pattern.q_proj must be at least 1, got 0. Edit params"),
+        ("finetune_lora:\n  rank_pattern: {q_proj: 2.5}\n", "rank_pattern.q_proj must be a whole number, got 2.5"),
+        ("finetune_lora:\n  rank_pattern: {q_proj: }\n", "rank_pattern.q_proj must be a whole number, got None"),
+        ("finetune_lora:\n  rank_pattern: {(q_proj: 2}\n", "rank_pattern: '(q_proj' is no pattern of names: missing )"),
+        ("finetune_lora:\n  rank_pattern: {1: 2}\n", "rank_pattern: 1 is no pattern of names: it is no text"),
+        ("finetune_lora:\n  rank_pattern: {q_proj: 1, q_proj: 2}\n", "key 'q_proj' twice"),
+        ("finetune_lora:\n  alpha_pattern: {q_proj: 0}\n", "alpha_pattern.q_proj must be more than 0, got 0"),
+        ("finetune_lora:\n  alpha_pattern: {q_proj: a}\n", "alpha_pattern.q_proj must be a finite number, got 'a'"),
+        (
+            "finetune_lora:\n  init_lora_weights: olora\n",
+            "must be one of document, gaussian, kaiming, orthogonal, pissa",
+        ),
         ("finetune_lora:\n  target_modules: []\n", "target_modules must be a name or a list of names, got []"),
         ("finetune_freeze:\n  train_embeddings: maybe\n", "train_embeddings must be true or false, got 'maybe'"),
         ("finetune_full:\n  data: 7\n", "finetune_full.data must be a text, got 7"),
@@ -134,7 +147,21 @@ def test_any_text_is_params_or_one_error(tmp_path_factory: pytest.TempPathFactor
         assert str(error)
 
 
+@pytest.mark.parametrize("text", ["{q_proj: 8, '.*[01].v_proj': 1e-1}", "\n    q_proj: 8\n    .*[01].v_proj: 0.1"])
+def test_a_mapping_is_read_in_its_order_from_the_file_and_from_the_command_line(tmp_path: Path, text: str) -> None:
+    expected = [("q_proj", 8.0), (".*[01].v_proj", 0.1)]
+    read = load(written(tmp_path, f"finetune_lora:\n  alpha_pattern: {text}\n")).finetune_lora
+    assert list(read.alpha_pattern.items()) == expected
+    if "\n" not in text:
+        given = load(ROOT / "params.yaml", [f"finetune_lora.alpha_pattern={text}"]).finetune_lora
+        assert list(given.alpha_pattern.items()) == expected
+    for nothing in ("{}", "", "[]"):
+        assert load(ROOT / "params.yaml", [f"finetune_lora.rank_pattern={nothing}"]).finetune_lora.rank_pattern == {}
+
+
 def test_a_rule_says_what_may_be_left_empty() -> None:
     assert rule(FinetuneLora(), "retain") == "a text, or empty"
     assert rule(FinetuneLora(), "rank") == "a whole number, at least 1, below 2147483648"
     assert rule(FinetuneLora(), "target_modules") == "a name or a list of names"
+    patterns = "a mapping of patterns of names, such as {q_proj: 8}, to a whole number, at least 1"
+    assert rule(FinetuneLora(), "rank_pattern") == f"{patterns}, below 2147483648, or empty"

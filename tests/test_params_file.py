@@ -27,6 +27,7 @@ KEYS = [f"{section}.{key}" for section, branch in yaml.safe_load(TEXT).items() f
         ("finetune_lora.learning_rate", 1e-5, "  learning_rate: 1.0e-05"),
         ("finetune_lora.train_embeddings", "new_rows", "  train_embeddings: new_rows # embeddings and head"),
         ("finetune_lora.target_modules", ("q_proj",), "  target_modules: [q_proj]                           # names"),
+        ("finetune_lora.rank_pattern", {"v": 8, ".*0.q": 2}, "  rank_pattern: {v: 8, .*0.q: 2} # other ranks"),
         ("pretrain.tie_embeddings", True, "  tie_embeddings: true     # one matrix"),
     ],
 )  # fmt: skip
@@ -53,6 +54,13 @@ def test_a_block_list_stays_one() -> None:
     new = changed(TEXT, {"expand_vocab.data": ("data/a.txt", "data/b.txt")})
     assert "    - data/a.txt\n    - data/b.txt\n  tokens: []               # new words" in new
     assert yaml.safe_load(new)["expand_vocab"]["data"] == ["data/a.txt", "data/b.txt"]
+
+
+def test_a_block_mapping_stays_one_in_the_order_that_is_given() -> None:
+    text = "finetune_lora:\n  rank_pattern:\n    v_proj: 8   # more\n    q_proj: 2\n  rank: 4\n"
+    new = changed(text, {"finetune_lora.rank_pattern": {"z": 3, "*a": 1}})
+    assert new == "finetune_lora:\n  rank_pattern:\n    z: 3\n    '*a': 1\n  rank: 4\n"
+    assert yaml.safe_load(changed(text, {"finetune_lora.rank_pattern": {}}))["finetune_lora"]["rank_pattern"] == {}
 
 
 @pytest.mark.parametrize("value", ["", (), [], "a", ("a", "b")])

@@ -111,6 +111,18 @@ def test_a_run_on_few_bits_is_merged_to_the_last_bit_and_says_what_a_merge_chang
     assert certificate["same_first_choices"] == certificate["prompts_checked"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_minigpt_in_sixteen_bits_trains_on_few_bits_with_the_memory_that_is_predicted(
+    kind: Quantization, project: Path
+) -> None:
+    """Its table of positions is a buffer, which follows the weights; embeddings and head train in full."""
+    settings = ("precision=bf16", f"quantization={kind}", "train_embeddings=all")
+    make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{one}" for one in settings)])
+    last = (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+    predicted, measured = map(int, last.split(",")[-2:])
+    assert 0.8 < predicted / measured < 1, "beside it, the weights of one linear are made anew at a time"
+
+
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """bitsandbytes is not installed."""

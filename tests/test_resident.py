@@ -25,11 +25,15 @@ KINDS = {  # what train_embeddings makes of embeddings and head
     "none": AdapterSpec(3, 6.0, TARGETS),
     "all": AdapterSpec(3, 6.0, TARGETS, saved=ENDS),
     "new_rows": AdapterSpec(3, 6.0, TARGETS, rows=dict.fromkeys(ENDS, (60, 5, 41))),
+    "dora": AdapterSpec(3, 6.0, TARGETS, dora=True),
 }
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[*((kind, tied, 64) for kind in KINDS for tied in (False, True)), ("all", False, 256)], ids=str)
+@pytest.fixture(
+    params=[*((kind, tied, 64) for kind in KINDS for tied in (False, True)), ("all", False, 256), ("dora", False, 256)],
+    ids=str,
+)
 def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
     """A base and an adapter of each kind; layers of 256 × 256 are too large to be folded."""
     kind, tied, width = request.param

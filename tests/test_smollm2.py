@@ -10,13 +10,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import artifact
-from pipeline.metrics import read_steps
+from pipeline.metrics import final_loss, read_steps
 from pipeline.models.base import load_base
 from tests.support import ROOT, lora
 
 PROJECT = ROOT / "smollm2"
 MADE = PROJECT / "artifacts"
 QLORA = ROOT / "smollm2-qlora/artifacts"
+PLAIN = ROOT / "smollm2-plain/artifacts"
 pytestmark = pytest.mark.skipif(
     not (MADE / "evaluation/metrics.json").is_file(), reason="no smollm2/: `make smollm2` makes it"
 )
@@ -103,6 +104,13 @@ def test_memory_was_predicted() -> None:
         predicted, measured = map(int, path.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:])
         assert measured == pytest.approx(predicted, rel=0.03), path
     assert Path(PROJECT / "runs").is_dir()
+
+
+def test_an_adapter_of_a_sweep_learned_what_the_one_alone_did() -> None:
+    rows = read("sweep/sweep.json", PLAIN)
+    alone = final_loss(read_steps(PLAIN / "lora_adapter/loss.csv"))
+    assert {name: row["state"] for name, row in rows.items()} == {"seed-0": "done", "seed-1": "done"}
+    assert rows["seed-0"]["final_loss"] == pytest.approx(alone, rel=0.2, abs=0.02)  # sums of 16 bits in another order
 
 
 def test_qlora_corrects_too_and_keeps_what_the_base_in_four_bits_says() -> None:

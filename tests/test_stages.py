@@ -21,7 +21,7 @@ from pipeline.models.base import load_base
 from pipeline.params import load
 from pipeline.runner import run
 from pipeline.stages.finetune import finetune
-from tests.support import BRIEF, ROOT, make, make_one
+from tests.support import BRIEF, METHODS, ROOT, WORK, make, make_one
 
 
 def read(path: Path) -> Any:
@@ -54,7 +54,13 @@ def test_every_method_flattens_within_50_epochs_and_full_completes_all_8_sentenc
 
 def test_losses_and_kept_answers_are_those_that_transformers_computes(finished: Path, metrics: Any) -> None:
     """Every whole sentence with its end token, on the checkpoints as transformers opens them."""
-    folders = {"base": "base", "expanded": "expanded", "full": "full_finetuned", "merged": "lora_merged"}
+    folders = {
+        "base": "base",
+        "scratch": "from_scratch",
+        "expanded": "expanded",
+        "full": "full_finetuned",
+        "merged": "lora_merged",
+    }
     answers: dict[str, torch.Tensor] = {}
     for name, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(finished / "artifacts" / folder).eval()
@@ -77,7 +83,12 @@ def test_losses_and_kept_answers_are_those_that_transformers_computes(finished: 
 
 
 def test_completed_sentences_are_those_that_transformers_completes(finished: Path, metrics: Any) -> None:
-    for name, folder in {"expanded": "expanded", "freeze": "layer_frozen", "merged": "lora_merged"}.items():
+    for name, folder in {
+        "scratch": "from_scratch",
+        "expanded": "expanded",
+        "freeze": "layer_frozen",
+        "merged": "lora_merged",
+    }.items():
         model = AutoModelForCausalLM.from_pretrained(finished / "artifacts" / folder).eval()
         tokenizer = AutoTokenizer.from_pretrained(finished / "artifacts" / folder)
         done = 0
@@ -237,12 +248,12 @@ def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None
     overrides = [
         *BRIEF,
         "expand_vocab.data=data/pretrain.de.txt",
-        *(f"finetune_{method}.data=data/pretrain.de.txt" for method in ("full", "freeze", "lora")),
+        "scratch.data=data/pretrain.de.txt",
+        *(f"finetune_{method}.data=data/pretrain.de.txt" for method in METHODS),
         "finetune_lora.train_embeddings=new_rows",
         "evaluate.new_data=data/pretrain.de.txt",
     ]
-    stages = ["expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora", "merge", "evaluate"]
-    make(project, stages, overrides)
+    make(project, [name for name in WORK if name != "pretrain"], overrides)
     assert load_base(project / "artifacts/expanded").model.shape.rows == 74
 
 
@@ -265,7 +276,12 @@ def test_predictions_hold_every_prompt_of_every_variant(finished: Path) -> None:
 
 def test_the_report_states_the_numbers_that_were_measured(finished: Path, metrics: Any) -> None:
     report = (finished / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
-    for method, name in (("full", "Full fine-tuning"), ("freeze", "Layer freezing"), ("lora", "LoRA")):
+    for method, name in (
+        ("scratch", "Training from scratch"),
+        ("full", "Full fine-tuning"),
+        ("freeze", "Layer freezing"),
+        ("lora", "LoRA"),
+    ):
         numbers = metrics[method]
         assert f"| {name} | {numbers['trainable']:,} | {numbers['trainable_percent']:.1f}% |" in report
         assert f"flat from epoch {numbers['flat_from_epoch']}" in report
@@ -287,7 +303,8 @@ def test_the_picture_is_a_png_with_two_panels_of_ink(finished: Path) -> None:
 
 
 def test_a_manifest_says_how_its_artifact_was_made_and_nothing_that_differs(finished: Path) -> None:
-    for name in ("base", "expanded", "full_finetuned", "layer_frozen", "lora_adapter", "lora_merged", "evaluation"):
+    for stage in STAGES.values():
+        name = stage.output
         text = (finished / "artifacts" / name / "manifest.json").read_text(encoding="utf-8")
         manifest = json.loads(text)
         assert {"kind", "method", "params", "seed", "inputs", "versions", "commit", "code", "files"} <= set(manifest)

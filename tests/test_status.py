@@ -72,7 +72,7 @@ def test_an_artifact_that_vanished_under_others_is_missing_and_they_wait(project
 
 def test_running_it_makes_it_current_again(project: Path) -> None:
     save(project / "params.yaml", {"finetune_lora.rank": 2})
-    make(project, ["finetune_lora", "merge", "evaluate"], BRIEF)
+    make(project, ["finetune_lora", "finetune_sweep", "merge", "evaluate"], BRIEF)
     assert set(states(project).values()) == {"current"}
 
 

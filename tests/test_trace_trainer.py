@@ -40,6 +40,36 @@ def test_other_models_and_methods_fit_within_three_percent(name: str, method: Me
     assert formula == pytest.approx(traced_peak(config, method, run), rel=0.03)
 
 
+REFINED = {
+    "dora": Method(targets=("all-linear",), dora=True),
+    "pissa": Method(targets=("all-linear",), pissa=True),
+    "dora from pissa": Method(targets=("all-linear",), dora=True, pissa=True),
+    "patterns": Method(targets=("all-linear",), rank_pattern=(("q_proj", 64), (r".*[0-2]\.mlp\..*", 2)), rslora=True),
+}
+
+
+@pytest.mark.parametrize("adapter", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("name", REFINED)
+def test_refinements_of_lora_fit_within_three_percent(name: str, checkpointing: str, adapter: str) -> None:
+    config = shortened("smollm2-135m", 6)
+    run = replace(SHORT, checkpointing=checkpointing, adapter_precision=adapter)
+    formula = predict(architecture(config, name), REFINED[name], run).peak
+    assert formula == pytest.approx(traced_peak(config, REFINED[name], run), rel=0.03)
+
+
+def test_dora_and_pissa_need_more_than_lora_and_the_formula_says_how_much() -> None:
+    """Where activations, not logits, are the peak, the difference itself is predicted."""
+    config = shortened("smollm2-135m", 12)
+    run = replace(SHORT, precision="fp32", label_share=0.01)
+    shapes, plain = architecture(config, "twelve"), Method(targets=("all-linear",))
+    base = predict(shapes, plain, run).peak, traced_peak(config, plain, run)
+    for name in ("dora", "pissa"):
+        more = predict(shapes, REFINED[name], run).peak - base[0], traced_peak(config, REFINED[name], run) - base[1]
+        assert more[0] == pytest.approx(more[1], rel=0.1), name
+        assert more[1] > 0.01 * base[1]
+
+
 def test_our_step_needs_less_than_the_libraries() -> None:
     """Labels alone, in chunks, norms that keep their input, LoRA added in place."""
     config = entry("qwen3-8b")["config"]

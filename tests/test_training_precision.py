@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.metrics import Step, epoch_means, read_steps
 from pipeline.models.base import Base, load_base
-from pipeline.params import Params, Training, load
+from pipeline.params import Kept, Params, Training, load
 from pipeline.training import optimizer as optimizers
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import LARGEST_SCALE, FlatAdam
@@ -185,11 +185,11 @@ def test_a_base_whose_own_code_is_trusted_is_trusted_where_its_weights_are_writt
 ) -> None:
     asked: list[bool] = []
 
-    def spy(folder: Path, precision: str | None = None, trust_remote_code: bool = False) -> Base:
+    def spy(folder: Path, precision: str | None, trust_remote_code: bool, quantization: Kept = "none") -> Base:
         asked.append(trust_remote_code)
-        return load_base(folder, precision, trust_remote_code)
+        return load_base(folder, precision, trust_remote_code, quantization)
 
-    monkeypatch.setattr("pipeline.training.task.load_base", spy)
+    monkeypatch.setattr("pipeline.stages.finetune.load_base", spy)
     trusted = ["pretrain.trust_remote_code=true", "finetune_freeze.precision=bf16", "finetune_freeze.epochs=1"]
     make(expanded, ["finetune_freeze"], trusted)
-    assert asked == [True]
+    assert asked == [True, True]

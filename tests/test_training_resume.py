@@ -104,8 +104,17 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
             "patience": 0,
             "epochs": 2,
         },
+        {
+            "dora": "true",
+            "init_lora_weights": "pissa",
+            "loraplus_ratio": 4,
+            "rank_pattern": "{v_proj: 2}",
+            "adapter_precision": "bf16",
+            "patience": 0,
+            "epochs": 3,
+        },
     ],
-    ids=["fp32 adapters", "bf16 adapters, new rows", "fp16"],
+    ids=["fp32 adapters", "bf16 adapters, new rows", "fp16", "refinements"],
 )
 def test_pitfall_20_resume_gives_the_bytes_of_an_unbroken_run_wherever_it_was_killed(
     project: Path, changes: dict[str, object]

@@ -36,6 +36,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "adapter alone": {},
     "embeddings and head in full": {"saved": ("embed_tokens", "lm_head")},
     "new rows": {"rows": {"embed_tokens": (90, 91, 92), "lm_head": (90, 91, 92)}},
+    "dora": {"dora": True},
 }
 
 

@@ -15,7 +15,7 @@ from tui.inference import Inference
 from tui.library import Entry, Library, Stamp
 from tui.sampling import Sampling
 
-MOST = 8  # models that stay loaded, and that are asked side by side
+MOST = 9  # models that stay loaded, and that are asked side by side
 
 
 def trusts(params: Path, base: Path) -> bool:
@@ -108,5 +108,5 @@ class Asker:
         """What a head of the model attends to over `text`. Raises UserError."""
         await self.load(entry)
         fields: dict[str, Any] = {"model": str(entry.model.path), "text": text, "chat": chat}
-        scaled = {"strength": strength} if entry.model.kind == "adapter" else {}
+        scaled = {"strength": strength} if entry.model.scales else {}
         return await self.inference.ask("attention", layer=layer, head=head, **fields, **scaled)

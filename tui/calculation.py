@@ -148,6 +148,7 @@ def _run(asked: Asked, model: Architecture) -> Run:
         checkpointing=asked.checkpointing or None,
         optimizer=asked.optimizer,
         loss=asked.loss,
+        virtual_tokens=_whole(asked, "virtual_tokens"),
     )
 
 

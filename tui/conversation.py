@@ -33,8 +33,8 @@ class Conversation:
         return self.exchanges[-1] if self.exchanges else None
 
     def begin(self, prompt: str, entries: Sequence[Entry], strength: float) -> Exchange:
-        """The exchange that `answers` fills: `strength` is of the adapters among `entries`."""
-        answers = [Answer(e.label, strength if e.model.kind == "adapter" else None, ended="waiting") for e in entries]
+        """The exchange that `answers` fills: `strength` is of the adapters among `entries` that scale."""
+        answers = [Answer(e.label, strength if e.model.scales else None, ended="waiting") for e in entries]
         self._entries = list(entries)
         self.exchanges.append(Exchange(prompt, self.sampling, answers))
         return self.exchanges[-1]

@@ -27,6 +27,7 @@ def _curve(label: str, curve: Curve) -> dict[str, Any]:
         "label": label,
         "color": curve.color,
         "sign": curve.sign,
+        "dim": curve.dim,
         "flat": (mark.x, mark.mean) if mark else None,
         "x": [column.x for column in columns],
         "low": [column.low for column in columns],

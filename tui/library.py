@@ -11,9 +11,11 @@ from pipeline.binding import CONFIG
 from pipeline.dag import STAGES, VARIANTS
 from pipeline.errors import UserError
 from pipeline.inventory import Model, Verdict, check, describe, find_base, model_folders
+from pipeline.legible import in_order
 from pipeline.signature import Signature, signature
 
-ORDER = ("pretrain", "expand_vocab", "full", "freeze", "adapter", "merge")  # side by side, from left to right
+# Side by side, from left to right.
+ORDER = ("pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
 MAX_JSON = 1_000_000  # bytes of a manifest or config that are shown
 Stamp = tuple[Signature, ...]
 
@@ -28,10 +30,10 @@ class Entry:
     shown: str = ""  # its path as it is shown: in the project, or whole
 
     @property
-    def place(self) -> tuple[int, str]:
-        """Where it stands beside others: base, expanded, full, freeze, adapters, merged, then all else by name."""
+    def place(self) -> tuple[int, list[str | float]]:
+        """Where it stands beside others: in the order of the comparison, then all else by name."""
         kind = "adapter" if self.model.kind == "adapter" else self.model.method
-        return (ORDER.index(kind) if kind in ORDER else len(ORDER), self.label)
+        return (ORDER.index(kind) if kind in ORDER else len(ORDER), in_order(self.label))
 
 
 class Library:

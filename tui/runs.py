@@ -11,7 +11,7 @@ from tui.watch import Watched
 
 
 class Runs:
-    """Keyed by the path of their logs, newest of a stage first."""
+    """Keyed by the place of their logs, newest of a stage first."""
 
     def __init__(self, root: Path, params: Path, smoothing: float) -> None:
         self.root, self.params, self.smoothing = root, params, smoothing
@@ -42,9 +42,9 @@ class Runs:
         runs = await asyncio.to_thread(_discovered, self.root, self.params)
         known, self.watched = self.watched, {}
         for run in runs:
-            watched = known.get(str(run.loss)) or Watched(run, self.smoothing)
-            watched.run = run
-            self.watched[str(run.loss)] = watched
+            watched = known.get(str(run.place)) or Watched(run, self.smoothing)
+            watched.renew(run)
+            self.watched[str(run.place)] = watched
         self.stamp = now
         self._give_looks()
         return True
@@ -60,14 +60,14 @@ class Runs:
                 self.looks[key] = next((o for n in range(20) if (o := other(n)) not in taken), other(len(taken)))
 
     def show_default(self) -> None:
-        """The last run of each fine-tuning; pretraining while it is running, or where there is nothing else."""
+        """The last run of each fine-tuning; of pretraining and scratch while one runs, or if nothing else is there."""
         if self._chosen:
             self.shown &= self.watched.keys()
             return
         last: dict[str, str] = {}
         for key, watched in self.watched.items():
             last.setdefault(watched.run.stage, key)
-        methods = {key for stage, key in last.items() if stage in METHODS}
+        methods = {key for stage, key in last.items() if stage.startswith("finetune_")}
         live = {key for key in last.values() if self.watched[key].alive}
         self._followed = live or self._followed & self.watched.keys()  # what has died or ended stays until another runs
         self.shown = self._followed if self._followed - methods else methods or set(last.values())

@@ -170,6 +170,14 @@ class Log:
         epoch = flat_from(means)
         return (epoch, self._epochs[epoch][0]) if epoch in self._epochs else None
 
+    def settled(self, going_on: bool) -> float | None:
+        """Mean loss of the last epoch; while the run is going on, of the last that is whole, once there is one."""
+        epochs = reversed(self._epochs.values())
+        last = next(epochs, None)
+        if going_on:
+            last = next(epochs, last)
+        return last[1] / last[2] if last else None
+
     def at(self, step: float) -> int | None:
         """The index of the point nearest to `step`; None if there is no point."""
         if not self.steps:

@@ -7,24 +7,27 @@ import torch
 from torch import nn
 
 from pipeline.adapters import lora
+from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear
 from pipeline.adapters.rows import EmbeddingRows, HeadRows
 from pipeline.adapters.spec import AdapterSpec, lies_in
 from pipeline.adapters.targets import resolve, targeted
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
+from pipeline.params import Init
 from pipeline.targets import ends
 
 PREFIX = "base_model.model."
+MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 LOW_RANK = LoRALinear | LoRAEmbedding
 BY_ROWS = EmbeddingRows | HeadRows
 
 
-def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None) -> None:
+def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document") -> None:
     """Freeze `model` and give it the adapter's trainable parts, in place: A and B in `dtype`, or each in its layer's.
 
-    Raises UserError on a bad target.
+    Raises UserError on a bad target, and where `init` does not fit a rank.
     """
     names = targeted(model, spec)
     embedding, head = model.ends
@@ -38,18 +41,29 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None)
             "Leave it out of target_modules, or set train_embeddings to none."
         )
     model.requires_grad_(False)
-    add_lora(model, names, spec, dtype)
+    add_lora(model, names, spec, dtype, init)
     _train_in_full(model, spec.saved)
     if spec.rows:
         _attach_rows(model, spec.rows)
 
 
-def add_lora(model: nn.Module, names: Iterable[str], spec: AdapterSpec, dtype: torch.dtype | None = None) -> None:
+def add_lora(
+    model: nn.Module,
+    names: Iterable[str],
+    spec: AdapterSpec,
+    dtype: torch.dtype | None = None,
+    init: Init = "document",
+) -> None:
     """Wrap the linears and embeddings called `names`, in place; A and B in `dtype`, or each in its layer's own."""
     for name in names:
-        base = model.get_submodule(name)
-        kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
-        model.set_submodule(name, kind(base, spec.rank_of(name), spec.scale_of(name), dtype))
+        base, rank, scale = model.get_submodule(name), spec.rank_of(name), spec.scale_of(name)
+        if isinstance(base, nn.Embedding):
+            if spec.dora:
+                raise UserError(f"target_modules: DoRA is for linears; {name} is an embedding. Leave it out.")
+            model.set_submodule(name, LoRAEmbedding(base, rank, scale, dtype))
+        else:
+            kind = DoRALinear if spec.dora else LoRALinear
+            model.set_submodule(name, kind(base, rank, scale, dtype, init))
 
 
 def _train_in_full(model: CausalLM, saved: tuple[str, ...]) -> None:
@@ -101,6 +115,8 @@ def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
         if isinstance(module, LoRALinear):
             found[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
             found[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
+            if isinstance(module, DoRALinear):
+                found[f"{PREFIX}{name}{MAGNITUDE}"] = module.magnitude
         elif isinstance(module, LoRAEmbedding):
             found[f"{PREFIX}{name}.lora_embedding_A"] = module.lora_A
             found[f"{PREFIX}{name}.lora_embedding_B"] = module.lora_B

@@ -12,9 +12,9 @@ from pipeline.adapters.attach import PREFIX, ROWS
 from pipeline.adapters.edits import squared_norm
 from pipeline.adapters.peft_config import read_spec
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.binding import WEIGHTS
+from pipeline.adapters.tensor_files import read_tensors
+from pipeline.binding import WEIGHTS, refuse_virtual
 from pipeline.errors import UserError
-from pipeline.models.files import load_tensors
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 COPY = ".base_layer.weight"  # of the base's own weight, as PEFT writes it beside an embedding's LoRA
@@ -59,7 +59,9 @@ class Change:
 
 
 def read_change(folder: Path) -> Change:
-    """Raises UserError for an adapter that was changed since it was made, is damaged, or is not understood."""
+    """Raises UserError for an adapter that was changed since it was made, is damaged, is not understood, or changes no
+    weight."""
+    refuse_virtual(folder)
     if (folder / artifact.MANIFEST).exists():
         artifact.verify(folder)
     spec, place = read_spec(folder), str(folder / WEIGHTS)
@@ -71,17 +73,6 @@ def read_change(folder: Path) -> Change:
             low_rank[name] = _pair(found.pop(key), found.pop(name + second, None), name, spec, place, first != _A)
     rows = {key.removesuffix(ROWS): found.pop(key) for key in [key for key in found if key.endswith(ROWS)]}
     return Change(spec, low_rank, {name: (_ids(name, spec, place), value) for name, value in rows.items()}, found)
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors. Raises UserError if they cannot be read or are not finite."""
-    found = load_tensors(folder / WEIGHTS)
-    for key, tensor in found.items():
-        if not tensor.float().isfinite().all():  # 8 bits have no isfinite
-            raise UserError(
-                f"{folder / WEIGHTS}: {key} is not finite. Train the adapter again with a lower learning_rate."
-            )
-    return found
 
 
 def _pair(a: Tensor, b: Tensor | None, name: str, spec: AdapterSpec, place: str, embedding: bool) -> LowRank:

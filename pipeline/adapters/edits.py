@@ -1,12 +1,13 @@
 """What a merge does to one stored tensor, some rows at a time."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+LEAST = 2.0**-126  # fp32's smallest normal number: the length of a row of zeros, which has no direction
 BLOCK = 2**18  # numbers of W that are alive in fp32 at once: they stay in a core's cache
 
 
@@ -17,11 +18,16 @@ def blocks(rows: int, columns: int, most: int | None = None) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size * every))
 
 
-@torch.no_grad()
 def merged_rows(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     """weight (n, I) + s·b·a for b (n, R) and a (R, I): summed in fp32 and rounded once, to the weight's precision."""
+    return _summed(weight, b, a, scale).to(weight.dtype)
+
+
+@torch.no_grad()
+def _summed(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(wide, copy=True).addmm_(b.to(wide), a.to(wide), alpha=scale).to(weight.dtype)
+    found: Tensor = weight.to(wide, copy=True).addmm_(b.to(wide), a.to(wide), alpha=scale)
+    return found
 
 
 def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
@@ -50,16 +56,58 @@ class AddLowRank:
     def __call__(self, weight: Tensor, rows: slice) -> Tensor:
         return merged_rows(weight, self.left[rows], self.right, self.scale)
 
-    def along(self, change: Tensor, rows: slice) -> float:
-        """⟨change, s·left·right⟩ over those rows, without the product of left and right."""
-        return self.scale * float(((change @ self.right.float().T) * self.left[rows].float()).sum())
+    def against(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
+        """⟨new − old, update⟩ and ⟨update, update⟩ for update = s·left·right, over those rows, without its product."""
+        along = ((new - old) @ self.right.float().T) * self.left[rows].float()
+        return self.scale * float(along.sum()), squared_norm(self.left[rows], self.right, self.scale)
 
-    def size(self, rows: slice) -> float:
-        """⟨s·left·right, s·left·right⟩ over those rows."""
-        return squared_norm(self.left[rows], self.right, self.scale)
+    def measured(self, _blocks: Iterable[tuple[slice, Tensor]]) -> "AddLowRank":
+        return self
 
     def parts(self) -> tuple[Tensor | float, ...]:
         return self.left, self.right, self.scale
+
+
+@dataclass(frozen=True)
+class SetLengths:
+    """m/‖V‖·V for V = W + s·left·right: an output's weights get the length m (O,).
+
+    They are a row, or a column of a matrix that is `turned`, which has to be measured as a whole before.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    magnitude: Tensor
+    turned: bool = False
+    lengths: Tensor | None = None
+
+    def measured(self, blocks: Iterable[tuple[slice, Tensor]]) -> "SetLengths":
+        """With ‖V‖ of every column, from all of the blocks that make up W."""
+        if not self.turned:
+            return self
+        squares = torch.zeros_like(self.magnitude)
+        for rows, block in blocks:
+            squares += self._sum(block, rows).square().sum(0)
+        return replace(self, lengths=squares.sqrt().clamp_(min=LEAST))
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        found = self._sum(weight, rows)
+        if self.lengths is not None:
+            return (found * (self.magnitude / self.lengths)).to(weight.dtype)
+        ratio: Tensor = self.magnitude[rows] / torch.linalg.vector_norm(found, dim=1).clamp_(min=LEAST)
+        return (found * ratio[:, None]).to(weight.dtype)
+
+    def _sum(self, weight: Tensor, rows: slice) -> Tensor:
+        return _summed(weight, self.left[rows], self.right, self.scale)
+
+    def against(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
+        """⟨new − old, update⟩ and ⟨update, update⟩ over those rows."""
+        update = self(old, rows) - old
+        return float(((new - old) * update).sum()), float(update.square().sum())
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        return self.left, self.right, self.scale, self.magnitude
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.adapters.init import DOCUMENT_STD, begin, principal
 from pipeline.models.linears import is_conv1d
 from pipeline.models.quantized import QuantizedLinear
+from pipeline.params import Init
 
-INIT_STD = 0.01  # of A; B starts at zero, so that training starts from the base (the document's §4.1)
 FOLD_BELOW = 2**16  # weights; see LoRALinear
 
 
@@ -23,6 +24,11 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
+def upright(base: nn.Module) -> Tensor:
+    """A linear's weight as (O, I), a view of it."""
+    return weight_of(base).T if transposed(base) else weight_of(base)
+
+
 def weight_in(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """W for a product in `dtype`: made in it where it is kept in few bits, else as it is."""
     return base.weight_in(dtype) if isinstance(base, QuantizedLinear) else weight_of(base)
@@ -33,26 +39,51 @@ class LoRALinear(nn.Module):
 
     W is (O, I), lora_A (R, I), lora_B (O, R). A small W is folded first, (W + s·BA)x, because there the
     number of operations costs more than their size; a large one never forms the (O, I) product.
+    With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the paper takes s·B₀A₀ out of W, here W stays as it is.
     A and B may have another dtype than W: they are cast to x's, which is far smaller than x cast to theirs.
     """
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None) -> None:
+    first_A: Tensor
+    minus_first_B: Tensor
+
+    def __init__(
+        self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None, init: Init = "document"
+    ) -> None:
+        """Raises UserError where `init` does not fit the rank."""
         super().__init__()
         self.base, self.scale = base, scale
         self.enabled = True  # off: the base alone
         weight = weight_of(base)
         outputs, inputs = reversed(weight.shape) if transposed(base) else weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
-        self.lora_A = nn.Parameter(like.new_empty(rank, inputs).normal_(std=INIT_STD))
-        self.lora_B = nn.Parameter(like.new_zeros(outputs, rank))
+        A, B = like.new_empty(rank, inputs), like.new_empty(outputs, rank)
+        begin(A, B, init)
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         self.folds = isinstance(base, nn.Linear | QuantizedLinear) and weight.numel() < FOLD_BELOW
+        self.moved = init == "pissa"  # A and B begin elsewhere than at BA = 0: where, is taken away again
+        if self.moved:
+            self._begin_at(*principal(upright(base), rank, scale))
+
+    @torch.no_grad()
+    def _begin_at(self, A: Tensor, B: Tensor) -> None:
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        self.register_buffer("first_A", self.lora_A.detach().clone(), persistent=False)
+        self.register_buffer("minus_first_B", -self.lora_B.detach(), persistent=False)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R) of the update s·BA; with PiSSA BA − B₀A₀, in one product of rank 2R."""
+        if not self.moved:
+            return self.lora_A, self.lora_B
+        return torch.cat((self.lora_A, self.first_A)), torch.cat((self.lora_B, self.minus_first_B), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor
         if not self.enabled:
             out = self.base(x)
             return out
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        A, B = self.pair()
+        A, B = A.to(x.dtype), B.to(x.dtype)
         if self.folds:
             weight = torch.addmm(weight_in(self.base, x.dtype), B, A, alpha=self.scale)
             return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
@@ -71,7 +102,7 @@ class LoRAEmbedding(nn.Module):
         rows, width = weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
         self.lora_A = nn.Parameter(like.new_zeros(rank, rows))
-        self.lora_B = nn.Parameter(like.new_empty(width, rank).normal_(std=INIT_STD))
+        self.lora_B = nn.Parameter(like.new_empty(width, rank).normal_(std=DOCUMENT_STD))
 
     def forward(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)
@@ -89,5 +120,6 @@ def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:
 
 def factors(layer: LoRALinear | LoRAEmbedding) -> tuple[Tensor, Tensor]:
     """Two whose product, scaled, is added to the base's weight as it is stored: (n, R) and (R, m)."""
-    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    pair = layer.pair() if isinstance(layer, LoRALinear) else (layer.lora_A, layer.lora_B)
+    a, b = (factor.detach() for factor in pair)
     return (a.T, b.T) if transposed(layer.base) else (b, a)

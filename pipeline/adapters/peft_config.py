@@ -11,10 +11,10 @@ from pipeline.binding import CONFIG, read_config
 from pipeline.errors import UserError
 
 # PEFT's options that change what an adapter computes, each with the only value that is understood here ...
-_PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False}
+_PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "lora_bias": False}
 # ... those that are read, and those that decide nothing once an adapter is trained. Any other must be empty.
 _READ = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
 }
@@ -46,6 +46,7 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "r": spec.rank,
         "lora_alpha": _whole(spec.alpha),
         "use_rslora": spec.rslora,
+        "use_dora": spec.dora,
         "rank_pattern": dict(spec.ranks),
         "alpha_pattern": {name: _whole(alpha) for name, alpha in spec.alphas.items()},
         "lora_dropout": 0.0,
@@ -85,6 +86,7 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
         ranks={key: config.number("rank_pattern", n, whole=True) for key, n in config.pattern("rank_pattern").items()},
         alphas={key: config.number("alpha_pattern", n) for key, n in config.pattern("alpha_pattern").items()},
         rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
         excluded=config.names("exclude_modules", may_be_pattern=True),
         layers=config.layers(),
         lists=tuple(config.names("layers_pattern")),

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from pipeline import artifact
 from pipeline.adapters.attach import PREFIX, adapter_layers, attach, separate, tensors
-from pipeline.adapters.change import COPY, read_tensors
+from pipeline.adapters.change import COPY
+from pipeline.adapters.lora import LoRALinear
 from pipeline.adapters.peft_config import config_of, read_spec
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import targeted
+from pipeline.adapters.tensor_files import read_tensors
+from pipeline.adapters.virtual import VirtualSpec, load_virtual
 from pipeline.bases import base_fingerprint
-from pipeline.binding import CONFIG, WEIGHTS, Fingerprint, read_config, refuse_foreign
+from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, Fingerprint, read_config, refuse_foreign
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import save_tensors
@@ -25,14 +28,27 @@ _FIRST = (".lora_A.weight", ".lora_embedding_A")  # what every adapter has one o
 
 def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: str) -> None:
     """adapter_config.json and adapter_model.safetensors."""
-    save_tensors(folder / WEIGHTS, dict(tensors(model, spec)))
-    conv1d = any(is_conv1d(layer.base) for _, layer in adapter_layers(model))
-    artifact.write_json(folder / CONFIG, config_of(spec, base_name, conv1d))
+    layers = dict(adapter_layers(model))
+    pairs = {
+        f"{name}.lora_{which}.weight": one
+        for name, layer in layers.items()
+        if isinstance(layer, LoRALinear)
+        for which, one in zip("AB", layer.pair(), strict=True)
+    }
+    save_tensors(folder / WEIGHTS, {**tensors(model, spec), **{PREFIX + key: one for key, one in pairs.items()}})
+    conv1d = any(is_conv1d(layer.base) for layer in layers.values())
+    artifact.write_json(folder / CONFIG, config_of(stored(model, spec), base_name, conv1d))
+
+
+def stored(model: CausalLM, spec: AdapterSpec) -> AdapterSpec:
+    """What the files say of the adapter that `spec` trains: BA − B₀A₀, PiSSA's update of the base, has rank 2R."""
+    moved = any(isinstance(layer, LoRALinear) and layer.moved for _, layer in adapter_layers(model))
+    return spec.doubled() if moved else spec
 
 
 def load_adapter(
     model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint
-) -> AdapterSpec:
+) -> AdapterSpec | VirtualSpec:
     """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`, or is its skeleton.
 
     Parameters are replaced by the adapter's; none is written to, so a model that shares its tensors keeps them.
@@ -40,6 +56,13 @@ def load_adapter(
     than its config and this model call for, or such that are not finite; `model` is then of no more use.
     """
     refuse_foreign(base_folder, folder, fingerprint)
+    if read_config(folder).get("peft_type") in VIRTUAL:
+        return load_virtual(model, folder)
+    return _load_changes(model, base_folder, folder)
+
+
+def _load_changes(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
+    """What changes weights: all but virtual tokens."""
     spec = read_spec(folder, model.ends[0])
     _refuse_unfit(model, spec, folder, base_folder)
     values = _without_copies(read_tensors(folder), model, folder)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from pipeline.adapters.attach import BY_ROWS, PREFIX, adapter_layers, tensors
 from pipeline.adapters.change import COPY
-from pipeline.adapters.edits import AddLowRank, Edit, Replace, SetRows, same
-from pipeline.adapters.lora import factors
+from pipeline.adapters.dora import DoRALinear
+from pipeline.adapters.edits import AddLowRank, Edit, Replace, SetLengths, SetRows, same
+from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, transposed
 from pipeline.adapters.peft_format import load_adapter, other_embedding
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.stream import Merge, read_blocks
-from pipeline.binding import WEIGHTS, quantization_of
+from pipeline.binding import WEIGHTS, quantization_of, refuse_virtual
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import load_tensors
@@ -61,9 +62,12 @@ def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: s
 def fitted(model: CausalLM, base: Path, stored: Mapping[str, Place], adapter: Path) -> AdapterSpec:
     """Put the adapter on `model`, the skeleton of `base`, whose tensors are `stored`.
 
-    Raises UserError as `load_adapter` does, and for an embedding that came with the adapter and is not the base's.
+    Raises UserError as `load_adapter` does, for virtual tokens, which change no weight, and for an embedding that came
+    with the adapter and is not the base's.
     """
+    refuse_virtual(adapter)
     spec = load_adapter(model, base, adapter)
+    assert isinstance(spec, AdapterSpec)
     _refuse_other_embedding(adapter, stored)
     return spec
 
@@ -79,7 +83,7 @@ def edits_of(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
     """By parameter's full name in the plain model."""
     found: dict[str, Edit] = {}
     for name, layer in adapter_layers(model):
-        found[f"{name}.weight"] = AddLowRank(*factors(layer), layer.scale)
+        found[f"{name}.weight"] = edit_of(layer)
     for name, module in model.named_modules():
         if isinstance(module, BY_ROWS):
             own = name.rsplit(".", 1)[-1]
@@ -90,6 +94,13 @@ def edits_of(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
         if (name := key.removeprefix(PREFIX)) in plain:  # trained in full
             found[name] = Replace(parameter.detach())
     return found
+
+
+def edit_of(layer: LoRALinear | LoRAEmbedding) -> Edit:
+    """What a merge does to the layer's weight, as it is stored."""
+    if isinstance(layer, DoRALinear):
+        return SetLengths(*factors(layer), layer.scale, layer.magnitude.detach(), transposed(layer.base))
+    return AddLowRank(*factors(layer), layer.scale)
 
 
 def stored_name(name: str, stored: Mapping[str, Place]) -> str | None:

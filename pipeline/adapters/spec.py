@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from pipeline.targets import ends
@@ -27,6 +27,7 @@ class AdapterSpec:
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
+    dora: bool = False
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] = ()  # none: all
     lists: tuple[str, ...] = ()  # names of the lists whose numbers `layers` are; none: any
@@ -39,6 +40,13 @@ class AdapterSpec:
         """By what its BA is multiplied: alpha/R, or alpha/√R (Kalajdzievski 2023)."""
         rank = self.rank_of(module)
         return _by_pattern(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def doubled(self) -> "AdapterSpec":
+        """Twice every rank, with every scale as it is."""
+        by = math.sqrt(2) if self.rslora else 2
+        ranks = {name: 2 * rank for name, rank in self.ranks.items()}
+        alphas = {name: by * alpha for name, alpha in self.alphas.items()}
+        return replace(self, rank=2 * self.rank, alpha=by * self.alpha, ranks=ranks, alphas=alphas)
 
     def leaves_out(self, module: str) -> bool:
         """Whether a module that `targets` means gets no LoRA all the same."""
@@ -58,9 +66,13 @@ class AdapterSpec:
         return next((int(match[1]) for match in found if match), None)
 
 
+def matches(pattern: str, module: str) -> bool:
+    """Whether the module with this full name is meant by a pattern of ranks or alphas: as in PEFT, by its end."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
 def _by_pattern(values: Mapping[str, Number], module: str, default: Number) -> Number:
-    found = (value for pattern, value in values.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(found, default)
+    return next((value for pattern, value in values.items() if matches(pattern, module)), default)
 
 
 def lies_in(module: str, names: Iterable[str]) -> bool:

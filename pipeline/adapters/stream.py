@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.adapters.edits import AddLowRank, Edit, blocks
+from pipeline.adapters.edits import AddLowRank, Edit, SetLengths, blocks
 from pipeline.artifact import MANIFEST, read_json, write_json
 from pipeline.bases import INDEX
 from pipeline.errors import UserError
@@ -26,6 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 CONFIG = "config.json"
 SAMPLES = 2
+Update = AddLowRank | SetLengths
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What is not carried over: weights in other forms, which would not be merged, and records of how the base was made.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
@@ -106,6 +107,8 @@ class Merge:
     def _pieces(self, name: str, dtype: str) -> Iterator[Bytes]:
         """Added to in the wider of the two precisions, and narrowed once."""
         edit, target = self.edits.get(name), DTYPES.get(dtype)
+        if isinstance(edit, SetLengths):
+            edit = edit.measured(self.blocks(name))
         for rows, block in self.blocks(name):
             wide = block if target is None else block.to(torch.promote_types(block.dtype, target))
             new = edit(wide, rows) if edit else wide
@@ -194,7 +197,7 @@ def as_bytes(tensor: Tensor) -> Bytes:
 
 
 class Ratio(NamedTuple):
-    """⟨W' − W, s·BA⟩ / ⟨s·BA, s·BA⟩: 1 if merged once, 0 if lost, 2 if merged twice; None where BA is zero.
+    """⟨W' − W, Δ⟩ / ⟨Δ, Δ⟩ for the update Δ, LoRA's s·BA: 1 if merged once, 0 if lost, 2 if twice; None where Δ is 0.
 
     `rounding`: how far from 1 rounding W' to its precision can bring it.
     """
@@ -205,14 +208,18 @@ class Ratio(NamedTuple):
 
 @torch.no_grad()
 def ratios(merge: Merge, out: Path) -> dict[str, Ratio]:
-    """Of every matrix that LoRA changed, measured on the file that was written, by the module's stored name.
+    """Of every matrix that LoRA or DoRA changed, measured on the file that was written, by the module's stored name.
 
     What goes wrong with a merge goes wrong with a matrix, not with a row: of a large one `SAMPLES` blocks of rows or
     more are read again, spread over it. All of them would take as long as the merge itself.
     """
     written = places(out)
-    edits = {name: edit for name, edit in merge.edits.items() if isinstance(edit, AddLowRank)}
-    found = side_by_side(lambda name: _ratio(merge.blocks(name, SAMPLES), written[name], edits[name]), edits)
+    edits = {name: edit for name, edit in merge.edits.items() if isinstance(edit, Update)}
+
+    def ratio_of(name: str) -> Ratio:
+        return _ratio(merge.blocks(name, SAMPLES), written[name], edits[name].measured(merge.blocks(name)))
+
+    found = side_by_side(ratio_of, edits)
     return {name.removesuffix(".weight"): ratio for name, ratio in zip(edits, found, strict=True)}
 
 
@@ -233,11 +240,11 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _ratio(before: Iterator[tuple[slice, Tensor]], after: Place, update: AddLowRank) -> Ratio:
+def _ratio(before: Iterator[tuple[slice, Tensor]], after: Place, update: Update) -> Ratio:
     along = weight = size = 0.0
     for (rows, old), (_, new) in zip(before, read_blocks(after, SAMPLES), strict=True):
-        along += update.along(new.float() - old.float(), rows)
+        here, own = update.against(old.float(), new.float(), rows)
+        along, size = along + here, size + own
         weight += float(torch.linalg.vector_norm(old, dtype=torch.float32)) ** 2
-        size += update.size(rows)
     eps = torch.finfo(DTYPES[after.info.dtype]).eps
     return Ratio(along / size if size else None, eps * (weight / max(size, 1e-60)) ** 0.5)

@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import PREFIX, ROWS, adapter_layers, tensors
+from pipeline.adapters.attach import MAGNITUDE, PREFIX, ROWS, adapter_layers, tensors
+from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.models.causal import CausalLM
 
-LORA = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+LORA = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE)
 
 
 class Strength:
     """W + s·(W′ − W) for every W that an adapter changed in `model`; s = 1 is the adapter to the last bit.
 
-    LoRA's update is linear in its scale. What was trained in full or row by row is computed anew from `base` for each
-    s: no tensor is written to.
+    LoRA's update is linear in its scale; DoRA's is not, and has a strength of its own. What was trained in full or row
+    by row is computed anew from `base` for each s: no tensor is written to.
     """
 
     def __init__(self, model: CausalLM, base: CausalLM, spec: AdapterSpec) -> None:
@@ -27,7 +28,10 @@ class Strength:
 
     def set(self, s: float) -> None:
         for layer, scale in self._lora:
-            layer.scale = s * scale
+            if isinstance(layer, DoRALinear):
+                layer.strength = s
+            else:
+                layer.scale = s * scale
         for parameter, before, after in self._trained:
             parameter.data = after if s == 1 else torch.lerp(before, after, s)
 

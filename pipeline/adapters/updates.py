@@ -9,7 +9,7 @@ import torch
 
 from pipeline.adapters.attach import short_targets
 from pipeline.adapters.change import LowRank
-from pipeline.adapters.edits import AddLowRank, SetRows
+from pipeline.adapters.edits import AddLowRank, SetLengths, SetRows
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, transposed
 from pipeline.adapters.peft_config import config_of
 from pipeline.adapters.plan import edits_of, fitted, stored_name
@@ -46,6 +46,11 @@ def updates_of(base: Path, adapter: Path, trust_remote_code: bool = False) -> Up
         elif isinstance(edit, SetRows):
             place = _place(parameter, model, stored, base)
             found[name] = _picking(edit, place, embedding=name == model.embedding_name)
+        elif isinstance(edit, SetLengths):
+            raise UserError(
+                f"{adapter}: {name} was trained with DoRA, which changes the length of whole rows: no update of "
+                "low rank. Merge the adapter instead: lora merge --adapter, or lora export --as merged."
+            )
         else:
             raise UserError(
                 f"{adapter}: {name} was trained in full (modules_to_save), which is no update of low rank. Merge the "

@@ -86,7 +86,7 @@ def side_by_side(model: Architecture, method: Method, run: Run) -> dict[str, tup
     columns = {"full": (replace(method, kind="full"), plain), "freeze": (freeze, plain)}
     lora = adapter.kind == "lora"
     columns["LoRA" if lora else adapter.kind] = (adapter, run)
-    if adapter.embeddings != "all" and not model.style.ours:
+    if not model.style.ours:
         columns["QLoRA" if lora else f"{adapter.kind} NF4"] = (adapter, qlora(run))
     # those that are beside the one that is asked for may be impossible
     return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items() if possible(model, m, r)}

@@ -30,13 +30,17 @@ def run_of(
     precision: str | None = None,
     checkpointing: str | None = None,
     context: int | None = None,
+    virtual_tokens: int = 0,
     **more: Any,
 ) -> Run:
-    """A step of this model; `context` in bytes. MiniGPT trains in fp32, keeps every tensor, and runs on the CPU."""
-    ours = model.style.ours
+    """A step of this model; `context` in bytes. MiniGPT trains in fp32, keeps every tensor, and runs on the CPU.
+
+    The longest sequence by default, after the `virtual_tokens` of prompt tuning, which take places of their own.
+    """
+    ours, room = model.style.ours, model.context - (virtual_tokens if kind == "prompt" else 0)
     fallback = QLORA if kind == "qlora" else "fp32" if ours else "bf16"
     return Run(
-        sequence=min(2048, model.context) if sequence is None else sequence,
+        sequence=max(1, min(2048, room)) if sequence is None else sequence,
         precision=precision or fallback,
         checkpointing=checkpointing or ("none" if ours else "full"),
         context=(0 if ours else CONTEXT) if context is None else context,

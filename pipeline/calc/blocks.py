@@ -95,7 +95,7 @@ class Blocks:
     def _prefixed(self, x: Value) -> Value:
         virtual, width = self.p.method.virtual_tokens, self.m.kv_heads * self.m.head_size
         added = self.p.added(virtual * width)
-        return self.t.op(x, elements=x.elements + self.p.run.batch * virtual * width, weights=[added])
+        return self.t.op(x, elements=x.elements + self.p.run.virtual_places * virtual * width, weights=[added])
 
     def _fused(self, q: Value, k: Value, v: Value) -> Value:
         """Flash attention: no scores; saves q, k, v, its output, and a log-sum-exp a head and token in fp32."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from pipeline.calc.parameters import ranks, trained_parts
+from pipeline.calc.parameters import magnitudes, projections, ranks, trained_parts
 from pipeline.calc.precision import precision
 from pipeline.calc.settings import OPTIMIZERS, Method, Run, checked
 from pipeline.calc.shapes import Architecture
@@ -40,16 +40,15 @@ def predict(model: Architecture, method: Method, run: Run) -> Memory:
     checked(method, run)
     refuse_impossible(model, method, run)
     tape = step(model, method, run)
-    adapter, base = trained_split(model, method)
-    widths = (precision(run.adapter_precision).compute, run.width)
-    trained = adapter * widths[0] + base * widths[1]
-    state = OPTIMIZERS[run.optimizer]
     flat = model.style.ours or run.trainer  # gradients are one vector that stays
+    trains = _trained(model, method, run, flat)
+    trained = sum(count * width for count, width in trains)
+    state = OPTIMIZERS[run.optimizer]
     memory = Memory(
         weights=weight_bytes(model, run.precision),
-        adapter=adapter * widths[0],
+        adapter=sum(count * width for count, width in trains[:2]) + (_beside(model, method, trains) if flat else 0),
         gradients=tape.at_peak.get("gradients", 0) + (trained if flat else 0),
-        optimizer=round(adapter * state(widths[0]) + base * state(widths[1])),
+        optimizer=round(sum(count * state(width) for count, width in trains)),
         activations=tape.at_peak.get("activations", 0),
         logits=tape.at_peak.get("logits", 0),
         overhead=run.context,
@@ -59,6 +58,20 @@ def predict(model: Architecture, method: Method, run: Run) -> Memory:
         updating = replace(memory, gradients=trained, activations=0, logits=0, where="optimizer's update")
         return replace(updating, optimizer=memory.optimizer + trained)
     return memory
+
+
+def _trained(model: Architecture, method: Method, run: Run, flat: bool) -> list[tuple[int, int]]:
+    """(numbers, bytes of each): of the adapter but DoRA's magnitudes, of those, of the base. Ours are fp32 always."""
+    adapter, base = trained_split(model, method)
+    width, lengths = precision(run.adapter_precision).compute, magnitudes(model, method)
+    return [(adapter - lengths, width), (lengths, 4 if flat else width), (base, run.width)]
+
+
+def _beside(model: Architecture, method: Method, trains: list[tuple[int, int]]) -> int:
+    """Bytes that our layers keep: DoRA's ‖W‖² in fp32, PiSSA's A and B as they began."""
+    (_, width), (lengths, _), _ = trains
+    matrices = sum(p.parameters for p in projections(model, method)) - lengths if method.pissa else 0
+    return 4 * lengths + matrices * width
 
 
 def step(model: Architecture, method: Method, run: Run) -> Tape:
@@ -106,10 +119,10 @@ def possible(model: Architecture, method: Method, run: Run) -> bool:
 def refuse_impossible(model: Architecture, method: Method, run: Run) -> None:
     """Raises UserError where this model cannot run this method in this way."""
     _, base = trained_split(model, method)  # refuses targets and blocks that the model does not have
-    if precision(run.precision).quantized and base:
+    if precision(run.precision).quantized and base and method.kind != "lora":  # embeddings and head are not quantized
         raise UserError(
             f"{run.precision} weights cannot be trained: {method.kind} changes the base itself. "
-            "Use --method lora without --embeddings all, or a 16- or 32-bit precision."
+            "Use --method lora, or a 16- or 32-bit precision."
         )
     if method.kind == "freeze" and not (method.last_blocks or method.train_embeddings):
         raise UserError("freeze leaves nothing to train. Raise last-blocks, or train the embeddings.")

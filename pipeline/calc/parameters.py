@@ -95,6 +95,11 @@ def lora_parameters(linear: Linear, rank: int, method: Method) -> int:
     return linear.lora(rank) + (linear.outputs * linear.experts if method.dora else 0)
 
 
+def magnitudes(model: Architecture, method: Method) -> int:
+    """DoRA's, all of them."""
+    return sum(p.count * p.outputs * p.experts for p in projections(model, method)) if method.dora else 0
+
+
 def trained_parts(model: Architecture, method: Method) -> dict[str, int]:
     """Trainable parameters by part; zero entries are left out. Raises UserError for what the model cannot have."""
     return {name: count for name, count in _parts(model, method).items() if count}
@@ -107,7 +112,7 @@ def _parts(model: Architecture, method: Method) -> dict[str, int]:
         width = 2 * len(model.blocks) * model.kv_heads * model.head_size
         return {"prefix": method.virtual_tokens * width}
     if method.kind == "prompt":
-        return {"prompt": method.virtual_tokens * model.hidden}
+        return {"prompt": method.virtual_tokens * model.embedding_width}
     if method.kind == "freeze":
         return _frozen_parts(model, method)
     matrices = sum(projection.parameters for projection in projections(model, method))

@@ -17,7 +17,7 @@ class Parts:
         self.model, self.method, self.run, self.style = model, method, run, model.style
         self.tape, self._ranks = Tape(), ranks
         virtual = method.virtual_tokens if method.kind == "prompt" else 0
-        self.n, self.w = run.batch * (run.sequence + virtual), run.width  # tokens of the step, bytes of a number
+        self.n, self.w = run.tokens + virtual * run.virtual_places, run.width  # tokens of the step, bytes of a number
         self.adapter = precision(run.adapter_precision).compute
         self._quantized = precision(run.precision).quantized
         self.flat = model.style.ours or run.trainer
@@ -44,7 +44,7 @@ class Parts:
     def linear(self, x: Value, linear: Linear) -> Value:
         """Wx + b, and s·BAx where it has an adapter. A frozen W saves nothing; a trained W or A saves x."""
         rank = self._ranks.get(self.where + linear.name, 0)
-        if rank and linear.weights < FOLD_BELOW and not self.method.dora:
+        if rank and linear.weights < FOLD_BELOW and (self.flat or not self.method.dora):
             return self._folded(x, linear, rank)
         y = self._product(x, linear, self.n)
         if not rank:
@@ -53,6 +53,8 @@ class Parts:
 
     def with_low_rank(self, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """y + s·BAx, for `rows` tokens."""
+        if self.method.dora and self.flat:
+            return self._of_length(self._added_in_place(y, x, linear, rank, rows), linear)
         if self.run.trainer and not self.method.dora:
             return self._added_in_place(y, x, linear, rank, rows)
         b = self._low_rank(x, linear, rank, rows)
@@ -92,17 +94,32 @@ class Parts:
         return t.op(b) if of_inputs else b
 
     def _added_in_place(self, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
-        """The same, added into y itself."""
+        """The same, added into y itself; PiSSA's factors have what they began with below them."""
         t, sizes = self.tape, (linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs)
-        A, B = ([t.leaf(size, self.w)] if self.adapter != self.w else [] for size in sizes)
-        a = t.op(x, elements=rows * rank, saves=[x, *A], weights=[self.added(sizes[0])])
+        copied, twice = self.adapter != self.w or self.method.pissa, 2 if self.method.pissa else 1
+        A, B = ([t.leaf(twice * size, self.w)] if copied else [] for size in sizes)
+        a = t.op(x, elements=rows * twice * rank, saves=[x, *A], weights=[self.added(sizes[0])])
         return t.op(y, a, view=True, alias=True, saves=[a, *B], weights=[self.added(sizes[1])])
 
     def _folded(self, x: Value, linear: Linear, rank: int) -> Value:
-        lora = [self.added(rank * linear.inputs), self.added(rank * linear.outputs)]
-        w = self.tape.op(elements=linear.weights, width=self.w, weights=lora)
+        t, sizes = self.tape, (rank * linear.inputs, rank * linear.outputs)
+        factors = [t.leaf(2 * size, self.w) for size in sizes] if self.method.pissa else []
+        w = t.op(elements=linear.weights, width=self.w, weights=[self.added(size) for size in sizes], saves=factors)
+        if self.method.dora:  # each row with its length, in fp32
+            w = self._of_length(w, linear)
         saves = [x, w] if x.node else [x]
-        return self.tape.op(x, w, elements=self.n * linear.outputs, saves=saves)
+        return t.op(x, w, elements=self.n * linear.outputs, saves=saves)
+
+    def _of_length(self, y: Value, linear: Linear) -> Value:
+        """Our DoRA: m/norm · y in fp32, rounded once. m/norm and the norm, a number an output, are kept with y."""
+        t, fp32 = self.tape, 4 * y.elements
+        kept = [y, *(t.leaf(linear.outputs, 4) for _ in range(2))]
+        y = t.op(y, width=4, saves=kept, weights=[self.length(linear)], back=fp32)
+        return self.cast(y, self.w)
+
+    def length(self, linear: Linear) -> Weight:
+        """DoRA's magnitude: fp32, whatever A and B are."""
+        return Weight(linear.outputs * 4, placed=self.flat)
 
     def _with_magnitude(self, y: Value, b: Value, linear: Linear) -> Value:
         """DoRA (Liu et al. 2024): (m/norm − 1)·Wx + m/norm·s·BAx, with the norm of W + s·BA, as PEFT computes it."""

@@ -45,6 +45,9 @@ class Method:
     last_blocks: int = 1
     train_embeddings: bool = True  # with freezing
     virtual_tokens: int = 20
+    pissa: bool = (
+        False  # our trainer keeps A and B as they began beside those that train: PEFT changes the base instead
+    )
 
     @property
     def scale(self) -> float:
@@ -68,12 +71,18 @@ class Run:
     chunk: int = 1024  # labels a chunk of the chunked loss
     casts: str = "weights"  # to join a 16-bit x and 32-bit A: ours casts A, PEFT x
     context: int = 0  # bytes of CUDA context and kernels, outside the allocator
+    sequences: int = 0  # that lie in the rows; 0: one a row
     span: int = 0  # of sequences end to end in one row: tokens that a token's own sequence has, on average
     scores: int = 0  # that "short" attention keeps a head and layer; 0: S² a sequence
 
     @property
     def tokens(self) -> int:
         return self.batch * self.sequence
+
+    @property
+    def virtual_places(self) -> int:
+        """How often virtual tokens stand before a sequence."""
+        return self.sequences or self.batch
 
     @property
     def labels(self) -> int:

@@ -54,6 +54,8 @@ class _Step:
         x = p.norm(x, model.hidden) if model.final_norm else x
         x = p.linear(x, model.outside[0]) if model.embedding_width != model.hidden else x
         tables.clear()
+        if self.method.kind == "prompt" and p.flat:  # our models leave out what virtual tokens give
+            x = t.op(x, elements=self.run_.tokens * model.embedding_width)
         return self._loss(x)
 
     def _embed(self) -> Value:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from pipeline.models import short_attention
+from pipeline.models.virtual import Prefix, with_prefix
 
 NAME = "lora_segments"
 
@@ -54,16 +55,24 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    prefix: Prefix | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """softmax(QKᵀ·scaling + causal mask)·V, (B, T, H, K), for query (B, H, T, K), key and value (B, G, S, K).
 
     segments: lengths, T in all, of the sequences in the one row; None: every row is one sequence, and with more keys
-    than queries (a cache) query t stands at S - T + t. Raises ValueError for a mask: rows here have no padding.
+    than queries (a cache) query t stands at S - T + t. prefix: keys and values of each block that every sequence sees
+    before its own. Raises ValueError for a mask: rows here have no padding.
     """
     if attention_mask is not None:
         raise ValueError("this attention takes no mask: pack sequences end to end and pass their lengths as segments")
-    longest = key.shape[2] if segments is None else max(segments)
+    lengths = [query.shape[2]] if segments is None else list(segments)
+    spans = [key.shape[2]] if segments is None else lengths  # of keys
+    if prefix is not None:
+        before = prefix(module.layer_idx)  # type: ignore[arg-type]
+        key, value = with_prefix(before, key, value, spans)
+        spans = [before[0].shape[2] + span for span in spans]
+    longest = max(spans)
     window = None if sliding_window is None or sliding_window >= longest else sliding_window
     rule = Rule(query.shape[3] ** -0.5 if scaling is None else scaling, window, softcap, s_aux, dropout)
     if segments is not None and (query.shape[0] != 1 or sum(segments) != query.shape[2]):
@@ -71,7 +80,7 @@ def attend(
     for layer, found in _watching:
         if getattr(module, "layer_idx", None) == layer:
             found.append(_weights(query, key, rule))
-    return _attended(query, key, value, rule, segments, module.training).contiguous(), None
+    return _attended(query, key, value, rule, lengths, spans, module.training).contiguous(), None
 
 
 _watching: list[tuple[int, list[Tensor]]] = []
@@ -88,16 +97,17 @@ def watched(layer: int) -> Iterator[list[Tensor]]:
         _watching.remove(entry)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, rule: Rule, segments: Sequence[int] | None, training: bool) -> Tensor:
-    lengths = [q.shape[2]] if segments is None else list(segments)
-    square = q.shape[2] == k.shape[2]
-    if training and square and _short(q, rule, max(lengths)):
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, lengths: list[int], spans: list[int], training: bool
+) -> Tensor:
+    """`lengths` of the sequences' queries, `spans` of the keys that each has."""
+    if training and lengths == spans and _short(q, rule, max(lengths)):
         return short_attention.packed(q, k, v, lengths, rule.scale)
-    if segments is None:
+    if len(lengths) == 1:
         return _row(q, k, v, rule).transpose(1, 2)
     if _varlen(q, rule):
-        return _flash(q, k, v, lengths, rule)
-    queries, keys, values = (x.split_with_sizes(lengths, 2) for x in (q, k, v))
+        return _flash(q, k, v, lengths, spans, rule)
+    queries, keys, values = (x.split_with_sizes(n, 2) for x, n in ((q, lengths), (k, spans), (v, spans)))
     alone = zip(queries, keys, values, strict=True)
     return torch.cat([_row(*one, rule).transpose(1, 2) for one in alone], 1)  # (1, T, H, K)
 
@@ -115,14 +125,14 @@ def _varlen(q: Tensor, rule: Rule) -> bool:
     return q.shape[3] <= 256 and q.shape[3] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], rule: Rule) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32)
+    starts, firsts = (torch.tensor([0, *sizes]).cumsum(0).to(q.device, torch.int32) for sizes in (lengths, spans))
     window = (-1 if rule.window is None else rule.window - 1, 0)
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H, K) and (T, G, K)
-    most, shared = max(lengths), q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, starts, starts, most, most, scale=rule.scale, window_size=window, enable_gqa=shared)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H, K) and (S, G, K)
+    most, shared = (max(lengths), max(spans)), q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, starts, firsts, *most, scale=rule.scale, window_size=window, enable_gqa=shared)
     assert isinstance(out, Tensor)
     return out[None]
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.virtual import Prefix, VirtualTokens, prefix_of
+
 Checkpointing = Literal["none", "selective", "full"]
 
 
@@ -32,11 +34,31 @@ class CausalLM(nn.Module):
 
     embedding_name: str  # full names of the two ends
     head_name: str
+    virtual: VirtualTokens | None  # read before every sequence
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("virtual", None)
 
     @cached_property
     def packs(self) -> bool:
         """Whether sequences that lie end to end give what each gives alone: tried once, on this very model."""
         return _packs(self)
+
+    @cached_property
+    def takes_prefix(self) -> bool:
+        """Whether attention joins a prefix to its keys without a cache: tried once, on this very model."""
+        return _takes_prefix(self)
+
+    def begin_with(self, virtual: VirtualTokens) -> None:
+        """Read these virtual tokens before every sequence, from now on."""
+        self.virtual = virtual
+        self.__dict__.pop("packs", None)
+
+    @property
+    def room(self) -> int:
+        """Tokens that a sequence may have: positions that no virtual token takes."""
+        return self.shape.positions - (self.virtual.count if self.virtual is not None else 0)
 
     @property
     def shape(self) -> Shape:
@@ -58,6 +80,23 @@ class CausalLM(nn.Module):
         """(B, T, D). `positions` (B, T) default to those after the cache.
 
         `segments` are the lengths of sequences that lie end to end in one row (1, N), each to be read as if alone.
+        Virtual tokens are read before each sequence and left out of `ids`, `positions` and what is returned.
+        """
+        if self.virtual is None:
+            return self.plain(ids, positions, segments, cache)
+        return self.virtual.read(self, ids, positions, segments, cache)
+
+    def plain(
+        self,
+        read: Tensor,
+        positions: Tensor | None = None,
+        segments: Sequence[int] | None = None,
+        cache: Any = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """The same without virtual tokens: `read` is ids (B, T), or embeddings (B, T, D) in their place.
+
+        `prefix` gives keys and values that every sequence sees before its own; not together with a cache.
         """
         raise NotImplementedError
 
@@ -65,8 +104,25 @@ class CausalLM(nn.Module):
         """(..., D) → (..., V)."""
         raise NotImplementedError
 
+    @property
+    def joined(self) -> int:
+        """Tokens up to which sequences of one length are quicker end to end in a row than in a row each."""
+        return 0
+
     def new_cache(self) -> Any:
         """Keys and values of tokens seen so far: none yet."""
+        raise NotImplementedError
+
+    def seen(self, cache: Any) -> int:
+        """Tokens in the cache."""
+        raise NotImplementedError
+
+    def remember(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None:
+        """Add keys and values (B, G, n, K) to what a block has seen."""
+        raise NotImplementedError
+
+    def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What each block keeps of ids (B, T), (B, G, T, K) each, whatever it would forget later."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -126,6 +182,19 @@ def _packs(model: CausalLM) -> bool:
     except Exception:  # whatever a body raises that takes no segments
         return False
     return bool(torch.allclose(packed.float(), torch.cat(apart, dim=1).float(), rtol=0.02, atol=0.02))
+
+
+@torch.no_grad()
+def _takes_prefix(model: CausalLM) -> bool:
+    """Two tokens after a prefix that is the keys and values of two others, against all four."""
+    ids = (torch.arange(4)[None] + 1).to(model.device)
+    try:
+        whole = model.plain(ids)[:, 2:]
+        prefix = prefix_of(model.keys_and_values(ids[:, :2]), len(model.blocks))
+        after = model.plain(ids[:, 2:], torch.tensor([[2, 3]], device=model.device), prefix=prefix.of_block)
+    except Exception:  # whatever a body raises that takes no prefix
+        return False
+    return bool(torch.allclose(after.float(), whole.float(), rtol=0.02, atol=0.02))
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ from pipeline.artifact import write_json
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM, Checkpointing, Shape, checkpointed
 from pipeline.models.files import CONFIG, WEIGHTS, save_tensors
+from pipeline.models.self_attention import JOINED, Attention, KVCache
+from pipeline.models.virtual import Prefix
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
 EMBEDDING_STD = 0.3
@@ -119,69 +121,25 @@ _FIXED: dict[str, Any] = {
 }
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far: per layer two tensors (B, H, S, K)."""
-
-    def __init__(self) -> None:
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __len__(self) -> int:
-        return self._layers[0][0].shape[2] if self._layers else 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self._layers:
-            old_k, old_v = self._layers[layer]
-            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
-        self._layers[layer] = (k, v)
-        return k, v
-
-
-class Attention(nn.Module):
-    """softmax(QKᵀ/√K + causal mask) V, per head, then the output projection (the document's §2.1)."""
-
-    def __init__(self, config: MiniGPTConfig, layer: int) -> None:
-        super().__init__()
-        self.layer, self.n_heads, self.head_size = layer, config.heads, config.head_size
-        self.k_proj = nn.Linear(config.d_model, config.d_model)
-        self.v_proj = nn.Linear(config.d_model, config.d_model)
-        self.q_proj = nn.Linear(config.d_model, config.d_model)
-        self.out_proj = nn.Linear(config.d_model, config.d_model)
-
-    def forward(self, x: Tensor, cache: KVCache | None, segments: Sequence[int] | None) -> Tensor:
-        B, T, D = x.shape
-        H, K = self.n_heads, self.head_size
-        q = self.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
-        k = self.k_proj(x).view(B, T, H, K).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, H, K).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, H, S, K)
-        S = k.shape[2]
-        if segments is not None:
-            parts = zip(*(one.split(list(segments), dim=2) for one in (q, k, v)), strict=True)
-            each = [F.scaled_dot_product_attention(a, b, c, is_causal=True) for a, b, c in parts]
-            y = torch.cat(each, dim=2)
-        elif S == T:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # new token t sees the S - T cached tokens and the new ones up to itself
-            seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, D))
-        return out
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)): pre-LayerNorm."""
 
     def __init__(self, config: MiniGPTConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config.d_model, config.heads, layer)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.fc1 = nn.Linear(config.d_model, config.feed_forward)
         self.fc2 = nn.Linear(config.feed_forward, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x: Tensor, cache: KVCache | None, segments: Sequence[int] | None = None) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x), cache, segments)
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None,
+        segments: Sequence[int] | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), cache, segments, prefix)
         out: Tensor = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
         return out
 
@@ -217,14 +175,20 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=EMBEDDING_STD)
 
     def forward(
-        self, ids: Tensor, positions: Tensor, cache: KVCache | None, segments: Sequence[int] | None = None
+        self,
+        read: Tensor,
+        positions: Tensor,
+        cache: KVCache | None,
+        segments: Sequence[int] | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
-        x = self.embed_tokens(ids) + self.embed_positions(positions)
+        """`read`: ids, or embeddings (B, T, D) in their place."""
+        x = (read if read.is_floating_point() else self.embed_tokens(read)) + self.embed_positions(positions)
         for number, layer in enumerate(self.layers):
             if self.training and checkpointed(self.checkpointing, number):
-                x = checkpoint(layer, x, cache, segments, use_reentrant=False)
+                x = checkpoint(layer, x, cache, segments, prefix, use_reentrant=False)
             else:
-                x = layer(x, cache, segments)
+                x = layer(x, cache, segments, prefix)
         out: Tensor = self.final_layer_norm(x)
         return out
 
@@ -257,13 +221,18 @@ class MiniGPT(CausalLM):
     def blocks(self) -> nn.ModuleList:
         return self.body.layers
 
-    def hidden(
-        self, ids: Tensor, positions: Tensor | None = None, segments: Sequence[int] | None = None, cache: Any = None
+    def plain(
+        self,
+        read: Tensor,
+        positions: Tensor | None = None,
+        segments: Sequence[int] | None = None,
+        cache: Any = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         if positions is None:
             past = len(cache) if cache is not None else 0
-            positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand_as(ids)
-        out: Tensor = self.body(ids, positions, cache, segments)
+            positions = torch.arange(past, past + read.shape[1], device=read.device).expand(read.shape[:2])
+        out: Tensor = self.body(read, positions, cache, segments, prefix)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -273,8 +242,23 @@ class MiniGPT(CausalLM):
     def new_cache(self) -> KVCache:
         return KVCache()
 
+    def seen(self, cache: KVCache) -> int:
+        return len(cache)
+
+    def remember(self, cache: KVCache, block: int, keys: Tensor, values: Tensor) -> None:
+        cache.extend(block, keys, values)
+
+    def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        cache = KVCache()
+        self.plain(ids, cache=cache)
+        return [cache[number] for number in range(len(self.blocks))]
+
     def describe(self) -> dict[str, Any]:
         return self.config.to_opt()
+
+    @property
+    def joined(self) -> int:
+        return JOINED
 
     def set_rows(self, rows: int, tied: bool) -> None:
         self.config = replace(self.config, vocab_size=rows, tie_embeddings=tied)

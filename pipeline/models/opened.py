@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.models import attend
 from pipeline.models.causal import CausalLM, Checkpointing, Shape, checkpointed
 from pipeline.models.exact import exact
+from pipeline.models.virtual import Prefix
 from pipeline.pretrained import generation_of, open_whole, quiet, reported, save_whole
 
 AGREEMENT = 1e-3  # of the largest logit, in fp32
@@ -83,19 +84,24 @@ class Opened(CausalLM):
         lists = [m for m in self.body.modules() if isinstance(m, nn.ModuleList)]
         return next(m for m in lists if len(m) == self.config.num_hidden_layers)
 
-    def hidden(
-        self, ids: Tensor, positions: Tensor | None = None, segments: Sequence[int] | None = None, cache: Any = None
+    def plain(
+        self,
+        read: Tensor,
+        positions: Tensor | None = None,
+        segments: Sequence[int] | None = None,
+        cache: Any = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         options: dict[str, Any] = {"use_cache": cache is not None}
+        options["inputs_embeds" if read.is_floating_point() else "input_ids"] = read
         if cache is not None:
             options["cache" if "cache" in self._takes else "past_key_values"] = cache
         if "position_ids" in self._takes:  # others tell a token's place by its distance alone
             past = cache.get_seq_length() if cache is not None else 0
-            places = torch.arange(past, past + ids.shape[1], device=ids.device).expand_as(ids)
+            places = torch.arange(past, past + read.shape[1], device=read.device).expand(read.shape[:2])
             options["position_ids"] = places if positions is None else positions
-        if segments is not None:
-            options["segments"] = segments
-        out: Tensor = self.body(input_ids=ids, **options).last_hidden_state
+        options |= {key: given for key, given in (("segments", segments), ("prefix", prefix)) if given is not None}
+        out: Tensor = self.body(**options).last_hidden_state
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -108,6 +114,19 @@ class Opened(CausalLM):
         from transformers import DynamicCache
 
         return DynamicCache(config=self.config)
+
+    def seen(self, cache: Any) -> int:
+        return int(cache.get_seq_length())
+
+    def remember(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None:
+        cache.update(keys, values, block)
+
+    def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()  # told of no config, it keeps also what a sliding window leaves behind
+        self.plain(ids, cache=cache)
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = {**self._whole[0].config.to_dict(), **self._stored}

@@ -145,8 +145,8 @@ def quantize(model: CausalLM, kind: Quantization, dtype: torch.dtype | None, dev
         layer = QuantizedLinear(model.get_submodule(name), kind, device)
         layer.dtype = dtype or layer.dtype
         model.set_submodule(name, layer)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    for tensor in model.state_dict(keep_vars=True).values():  # all that is stored: MiniGPT's table of positions too
+        tensor.data = tensor.data.to(dtype or tensor.dtype)
 
 
 @cache
@@ -165,6 +165,6 @@ def _needed() -> Any:
     if functional is None:
         raise UserError(
             "A base in 8 bits needs bitsandbytes. Install it with `pip install 'lora-workbench[qlora]'`, or set "
-            "finetune_lora.quantization to nf4-dq, which goes without, or to none."
+            "quantization to nf4-dq, which goes without, or to none."
         )
     return functional

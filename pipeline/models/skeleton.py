@@ -1,4 +1,4 @@
-"""A model's modules without its weights: names, shapes and what is tied, in no memory worth the name."""
+"""A checkpoint's model as it is before anything is learned: its modules alone, or with weights of its own kind."""
 
 from pathlib import Path
 
@@ -11,11 +11,17 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
-    """The model of the checkpoint in `folder`, all of it on the meta device. Raises UserError."""
-    config = read_config(folder)
+    """The model of the checkpoint in `folder`, all of it on the meta device: names, shapes and what is tied, in no
+    memory worth the name. Raises UserError."""
     with torch.device("meta"):
-        if MiniGPTConfig.describes(config):
-            return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
-        from pipeline.models.opened import without_weights  # MiniGPT needs none of transformers
+        return untrained(folder, trust_remote_code)
 
-        return without_weights(folder, trust_remote_code)
+
+def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
+    """The same in fp32, with the weights that its family begins with, drawn by torch's generator. Raises UserError."""
+    config = read_config(folder)
+    if MiniGPTConfig.describes(config):
+        return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
+    from pipeline.models.opened import without_weights  # MiniGPT needs none of transformers
+
+    return without_weights(folder, trust_remote_code)

@@ -1,4 +1,4 @@
-"""evaluate: base, expanded, full, freeze, LoRA and merged side by side: what was learned, what was forgotten (§9.3)."""
+"""evaluate: the variants of pipeline/dag.py side by side: what was learned, what was forgotten (§9.3)."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.report import draw_comparison, write_report
 from pipeline.runner import Event, Facts, Job, Progress
 
 METRICS, PREDICTIONS, REPORT, PICTURE = "metrics.json", "predictions.json", "report.md", "finetuning_comparison.png"
-TRAINED = ("finetune_full", "finetune_freeze", "finetune_lora")
+TRAINED = ("scratch", "finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
 
 
 def evaluate(job: Job) -> Generator[Event, None, Facts]:

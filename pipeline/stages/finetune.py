@@ -1,26 +1,30 @@
-"""finetune_full, finetune_freeze, finetune_lora: three ways to teach the same sentences (the document's §9)."""
+"""finetune_full, _freeze, _lora, _prefix, _prompt: five ways to teach the same sentences (the document's §7 and §9)."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
 
 from pipeline.adapters.attach import adapter_layers, attach, short_targets
-from pipeline.adapters.peft_format import save_adapter
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.peft_format import save_adapter, stored
+from pipeline.adapters.spec import AdapterSpec, matches
 from pipeline.adapters.targets import resolve
 from pipeline.artifact import read_manifest
 from pipeline.bases import base_fingerprint
+from pipeline.binding import WEIGHTS
 from pipeline.calc.settings import FULL, Method
 from pipeline.errors import UserError
 from pipeline.models.base import DTYPES, Base, count, load_base, stored_precision
 from pipeline.models.causal import CausalLM
 from pipeline.models.skeleton import skeleton
-from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora
+from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
 from pipeline.runner import Event, Facts, Job, Note
+from pipeline.tensors import shapes
 from pipeline.training.loop import Task, train
 from pipeline.training.retain import Retain, retain_of
 from pipeline.training.task import data_of, save_checkpoint, save_curve
+from pipeline.training.virtual import train_virtual
 
 
 def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Facts]:
@@ -29,11 +33,13 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
     `sharded` as in `Task`. Raises UserError, and what `train` does.
     """
     settings = job.project.section(job.stage)
-    assert isinstance(settings, FinetuneFull | FinetuneFreeze | FinetuneLora)
+    assert isinstance(settings, FinetuneFull | FinetuneFreeze | FinetuneLora | FinetuneVirtual)
     folder = job.artifact("expand_vocab")
     trust = job.project.params.pretrain.trust_remote_code
-    kept = settings.quantization if isinstance(settings, FinetuneLora) else "none"
+    kept = settings.quantization if isinstance(settings, FinetuneLora | FinetuneVirtual) else "none"
     base = load_base(folder, settings.precision, trust, kept)
+    if isinstance(settings, FinetuneVirtual):
+        return (yield from train_virtual(job, settings, base, folder))
     model = base.model
     batches, evaluation = yield from data_of(job, settings, base)
     torch.manual_seed(settings.seed)
@@ -41,8 +47,8 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
     if isinstance(settings, FinetuneLora):
         spec = lora_spec(model, settings, new_rows(folder))
         texts = yield from retain_of(job, settings, base)  # completed, where they are to be, by the base as it is
-        attach(model, spec, DTYPES[settings.adapter_precision])
-        yield from _note_wide_rank(model, spec)
+        attach(model, spec, DTYPES[settings.adapter_precision], settings.init_lora_weights)
+        yield from _note_wide_rank(model)
         retain = None if texts is None else Retain(model, texts, settings)
     elif isinstance(settings, FinetuneFreeze):
         freeze(model, settings)
@@ -50,10 +56,11 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
     task = Task(model, batches, settings, method_of(settings, spec), evaluation, retain, sharded if spec else False)
     optimizer = yield from train(job, task)
     if spec is None:
-        stored = stored_precision(folder) == settings.precision
-        return save_checkpoint(job, base, optimizer, trained_from=None if stored else folder)
+        stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
+        return save_checkpoint(job, base, optimizer, trained_from=stored)
     total = count(skeleton(folder, trust))["total"]  # what is kept in few bits is no parameter
-    return _save_adapter(job, base, spec, folder) | {"parameters": {"total": total, "trainable": trainable}}
+    save_curve(job)
+    return save_files(job.out, base, spec, folder, {"total": total, "trainable": trainable})
 
 
 def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: AdapterSpec | None) -> Method:
@@ -65,7 +72,9 @@ def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: Adap
     rows = max((len(ids) for ids in spec.rows.values()), default=0)
     ends = "all" if spec.saved else "new_rows" if rows else "none"
     targets = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
-    return Method("lora", spec.rank, spec.alpha, targets, embeddings=ends, new_rows=rows)
+    ranks = tuple(spec.ranks.items())
+    pissa = settings.init_lora_weights == "pissa"
+    return Method("lora", spec.rank, spec.alpha, targets, ranks, spec.rslora, spec.dora, ends, rows, pissa=pissa)
 
 
 def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
@@ -86,23 +95,49 @@ def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
 
 
 def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
-    """The settings, resolved against this model."""
+    """The settings, resolved against this model. Raises UserError for a target or pattern that means no layer."""
     rows = model.ends[: 1 if model.shape.tied else 2]
+    names = resolve(model, settings.target_modules)
+    for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+        _refuse_patterns(key, list(patterns), names)
     return AdapterSpec(
         rank=settings.rank,
         alpha=settings.alpha,
-        targets=short_targets(model, resolve(model, settings.target_modules)),
+        targets=short_targets(model, names),
+        ranks=settings.rank_pattern,
+        alphas=settings.alpha_pattern,
+        rslora=settings.rslora,
+        dora=settings.dora,
         saved=model.ends if settings.train_embeddings == "all" else (),
         rows=dict.fromkeys(rows, new) if settings.train_embeddings == "new_rows" and new else {},
     )
 
 
-def _note_wide_rank(model: CausalLM, spec: AdapterSpec) -> Iterator[Event]:
+def _refuse_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """One that means nothing would count for nothing; of two that mean one layer, PEFT takes another than is written
+    first once it has sorted them."""
+    for name in names:
+        meant = [pattern for pattern in patterns if matches(pattern, name)]
+        if len(meant) > 1:
+            raise UserError(
+                f"finetune_lora.{key}: {meant[0]!r} and {meant[1]!r} both mean {name}. Keep one of them for it, or "
+                "write patterns that tell layers apart, such as layers.0.self_attn.q_proj."
+            )
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+            raise UserError(
+                f"finetune_lora.{key}: {pattern!r} means none of the layers that get LoRA, which are called {adapted}. "
+                "Mend the pattern, or name the layer in finetune_lora.target_modules."
+            )
+
+
+def _note_wide_rank(model: CausalLM) -> Iterator[Event]:
     """A rank above a matrix's smaller side costs parameters and expresses nothing more (§2.4)."""
     for name, layer in adapter_layers(model):
-        widest = min(layer.lora_A.shape[1], layer.lora_B.shape[0])
-        if spec.rank > widest:
-            yield Note(f"finetune_lora.rank {spec.rank} is more than {name} can use: its rank is at most {widest}")
+        rank, widest = len(layer.lora_A), min(layer.lora_A.shape[1], layer.lora_B.shape[0])
+        if rank > widest:
+            yield Note(f"finetune_lora.rank {rank} is more than {name} can use: its rank is at most {widest}")
             return
 
 
@@ -112,9 +147,16 @@ def new_rows(expanded: Path) -> tuple[int, ...]:
     return tuple(range(start, stop))
 
 
-def _save_adapter(job: Job, base: Base, spec: AdapterSpec, folder: Path) -> Facts:
+def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path, parameters: dict[str, int]) -> Facts:
+    """Write the adapter and its tokenizer to `out`; returns what a manifest says of them, `folder` being the base's.
+
+    Of PiSSA also what the files hold, which is not what trained.
+    """
     model, tokenizer = base
-    save_adapter(job.out, model, spec, f"artifacts/{folder.name}")
-    tokenizer.save(job.out, model.shape.positions)
-    save_curve(job)
-    return {"base": base_fingerprint(folder)}
+    save_adapter(out, model, spec, f"artifacts/{folder.name}")
+    tokenizer.save(out, model.shape.positions)
+    facts: Facts = {"base": base_fingerprint(folder), "parameters": parameters}
+    if (kept := stored(model, spec)) is not spec:
+        held = sum(prod(shape) for shape in shapes(out / WEIGHTS).values())
+        facts |= {"stored": {"rank": kept.rank, "alpha": kept.alpha}, "parameters": {**parameters, "stored": held}}
+    return facts

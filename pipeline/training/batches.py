@@ -125,6 +125,15 @@ class Batches:
         """This process's share of the batches of step `step`, counted from 0 over all epochs."""
         return [shared(self._windows, rows) for rows in self._numbers(step)]
 
+    def rows(self, step: int) -> list[list[int]]:
+        """The numbers of the windows in each batch of a step."""
+        return self._numbers(step)
+
+    @property
+    def source(self) -> Windows:
+        """All the windows, by number."""
+        return self._windows
+
     def places(self, step: int) -> list[str]:
         """Where the examples of a step stand in their files, each once."""
         rows = (row for rows in self._numbers(step) for row in rows)

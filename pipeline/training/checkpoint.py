@@ -1,6 +1,7 @@
 """Resume checkpoints: safetensors and JSON in a folder that appears whole, bound to a cache key."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -16,11 +17,15 @@ STATE = "state.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The optimizer's state after `step` steps, in which `tokens` were learned from."""
+    """The optimizer's state after `step` steps, in which `tokens` were learned from.
+
+    `logs`: how many lines each log of the run folder has then, by name; one of `step` lines where it is left out.
+    """
 
     step: int
     tokens: int
     state: dict[str, Tensor]
+    logs: Mapping[str, int] = field(default_factory=dict)
 
 
 def save(run: Path, key: str, checkpoint: Checkpoint) -> None:
@@ -28,7 +33,8 @@ def save(run: Path, key: str, checkpoint: Checkpoint) -> None:
     target = run / f"checkpoint-{checkpoint.step:09d}"
     with artifact.writing(target) as folder:
         save_tensors(folder / STATE, checkpoint.state)
-        meta = {"key": key, "step": checkpoint.step, "tokens": checkpoint.tokens}
+        logs = checkpoint.logs or {LOSS: checkpoint.step}
+        meta = {"key": key, "step": checkpoint.step, "tokens": checkpoint.tokens, "logs": logs}
         artifact.seal(folder, meta)
     discard_checkpoints(run, keep=target)
 
@@ -42,10 +48,11 @@ def load(run: Path, key: str) -> tuple[Checkpoint | None, str | None]:
             if meta["key"] != key:
                 reason = "it was made with other params, data or code"
                 continue
-            if len(read_steps(run / LOSS)) < meta["step"]:
-                reason = f"{run / LOSS} does not reach step {meta['step']}"
+            short = [name for name, lines in meta["logs"].items() if len(read_steps(run / name)) < lines]
+            if short:
+                reason = f"{run / short[0]} does not reach step {meta['logs'][short[0]]}"
                 continue
-            return Checkpoint(meta["step"], meta["tokens"], load_tensors(folder / STATE)), None
+            return Checkpoint(meta["step"], meta["tokens"], load_tensors(folder / STATE), meta["logs"]), None
         except (UserError, KeyError) as error:
             reason = str(error)
     return None, reason

@@ -4,6 +4,7 @@ import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import torch
 
@@ -11,10 +12,10 @@ from pipeline.calc.settings import Method
 from pipeline.device import device_for
 from pipeline.errors import Interrupted, UserError
 from pipeline.metrics import Peak, RunLog, Step, in_units
-from pipeline.models.causal import CausalLM
+from pipeline.models.causal import CausalLM, Checkpointing
 from pipeline.models.fused import quicken
 from pipeline.models.opened import Opened
-from pipeline.params import Training
+from pipeline.params import FinetuneLora, Training
 from pipeline.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
 from pipeline.training.allocator import keep_freed_memory
@@ -36,11 +37,14 @@ from pipeline.training.distributed import (
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.forecast import forecast
 from pipeline.training.live import LiveBytes
+from pipeline.training.many_adam import ManyAdam
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.retain import Retain
 from pipeline.training.schedule import rate
 from pipeline.training.signals import HeldSignals
 from pipeline.training.step import Gradient, gradient, readable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
     name, (device, sharded) = job.stage.name, _placed(task)
     if not task.model.packs:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
-    optimizer = FlatAdam(task.model, task.settings.learning_rate, scaled=task.settings.precision == "fp16")
+    optimizer = optimizer_of(task.model, task.settings)
     done, tokens = yield from _resumed(job, task, optimizer)
     largest = task.batches.largest(range(done + 1, min(done + 1 + len(task.batches), task.total)) or [done])
     predicted, live = 0 if sharded else _predicted(task, largest), LiveBytes()
@@ -129,7 +133,7 @@ def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
     task.model.train()
     records = steps(task, optimizer, done, tokens)
     if not sharded:  # a share's bytes come and go out of torch's sight
-        records = _watched(live, largest - done, task.model, optimizer, records)
+        records = watched(live, largest - done, task.model, optimizer, records)
     with log, HeldSignals() as signals:
         try:
             for record in records:
@@ -155,18 +159,29 @@ def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
     return optimizer
 
 
+def optimizer_of(model: CausalLM, settings: Training) -> FlatAdam:
+    ratio = settings.loraplus_ratio if isinstance(settings, FinetuneLora) else 1.0
+    return FlatAdam(model, settings.learning_rate, settings.precision == "fp16", ratio)
+
+
 def _placed(task: Task) -> tuple[torch.device, bool]:
     """The model is where it trains, and as it trains best there; whether its weights are shared out."""
-    model, device = task.model, device_for(task.model)
-    model.checkpoint_blocks(task.settings.checkpointing)
-    if device.type == "cpu" and isinstance(model, Opened):
-        quicken(model)
-        keep_freed_memory()
+    model, device = task.model, prepared(task.model, task.settings.checkpointing)
     sharded = needs_shards(model, device) if task.sharded is None else task.sharded
     if sharded:
         shard(model, device)
     model.to(device)
     return device, sharded
+
+
+def prepared(model: CausalLM, checkpointing: Checkpointing) -> torch.device:
+    """Where the model is to train; as it is best for that place, but not there yet."""
+    device = device_for(model)
+    model.checkpoint_blocks(checkpointing)
+    if device.type == "cpu" and isinstance(model, Opened):
+        quicken(model)
+        keep_freed_memory()
+    return device
 
 
 def _resumed(job: Job, task: Task, optimizer: FlatAdam) -> Generator[Event, None, tuple[int, int]]:
@@ -231,9 +246,9 @@ def _ended(job: Job, task: Task, optimizer: FlatAdam, done: int, live: LiveBytes
         yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step")
 
 
-def _watched(
-    live: LiveBytes, which: int, model: CausalLM, optimizer: FlatAdam, records: Iterator[Step]
-) -> Iterator[Step]:
+def watched(
+    live: LiveBytes, which: int, model: CausalLM, optimizer: FlatAdam | ManyAdam, records: Iterator[T]
+) -> Iterator[T]:
     """The same records; record number `which`, after the first, which makes the optimizer's state, is counted."""
     yield from islice(records, max(1, which))
     live.watch([*model.parameters(), *model.buffers(), *optimizer.tensors()])

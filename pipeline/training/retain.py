@@ -32,7 +32,11 @@ class Retain:
         self.weight = settings.retain_weight
         self._model = model
         self._batches = Batches(texts, settings.retain_batch, settings.seed)
-        added = {id(p) for name, p in model.named_parameters() if name.endswith((".lora_A", ".lora_B", ".rows"))}
+        added = {
+            id(p)
+            for name, p in model.named_parameters()
+            if name.endswith((".lora_A", ".lora_B", ".magnitude", ".rows"))
+        }
         full = [p for p in model.parameters() if p.requires_grad and id(p) not in added]
         self._originals = [(p, p.detach().clone()) for p in full]
 

@@ -1,7 +1,6 @@
 """What every training stage does before and after the loop: settings → sequences, trained model → checkpoint."""
 
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from shutil import copyfile
 
 import torch
@@ -12,47 +11,57 @@ from pipeline.data import Example, in_evaluation, iter_examples
 from pipeline.encode import encoder
 from pipeline.errors import UserError
 from pipeline.metrics import LOSS
-from pipeline.models.base import Base, count, load_base, save_base
+from pipeline.models.base import Base, count, save_base
+from pipeline.models.causal import CausalLM
 from pipeline.params import Training
 from pipeline.runner import Event, Facts, Job, Note
-from pipeline.training.batches import Batches
+from pipeline.training.batches import Batches, Windows
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.sequences import sequences
 
 
 def examples_of(job: Job, settings: Training) -> Iterator[Example]:
-    return iter_examples(job.path(settings.data), settings.data)
+    """Those of each data file, in order."""
+    return (example for name in settings.files for example in iter_examples(job.path(name), name))
 
 
 def data_of(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
-    """The batches, and the evaluation where examples are held out for it; notes what was cut or left out.
+    """The batches, and the evaluation where examples are held out for it. Raises UserError as `windows_of`."""
+    learned, held_out = yield from windows_of(job, settings, base)
+    batches = Batches(learned, settings.batch_size, settings.seed, settings.accumulate)
+    if held_out is None:
+        return batches, None
+    return batches, Evaluation(held_out, settings.batch_size, settings.eval_every or len(batches), settings.patience)
+
+
+def windows_of(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Windows, Windows | None]]:
+    """What is learned, and what is held out to evaluate on; notes what was cut or left out.
 
     Raises UserError for an example that cannot be learned from, and where nothing is left to learn.
     """
     learned = yield from _corpus(job, settings, base, held_out=False)
-    refuse_nothing(learned, settings.data)
-    batches = Batches(sequences(learned, settings.window), settings.batch_size, settings.seed, settings.accumulate)
+    named = ", ".join(settings.files)
+    refuse_nothing(learned, named)
     share = settings.eval_share
     if not share:
         _refuse_unused(job, settings)
-        return batches, None
+        return sequences(learned, settings.window), None
     held_out = yield from _corpus(job, settings, base, held_out=True)
     if not len(held_out):
         raise UserError(
-            f"{job.stage.name}.eval_share {share:g} of {settings.data} holds out no example: they are chosen by their "
+            f"{job.stage.section}.eval_share {share:g} of {named} holds out no example: they are chosen by their "
             "hash. Raise it, or set it to 0."
         )
-    every = settings.eval_every or len(batches)
-    return batches, Evaluation(sequences(held_out, settings.window), settings.batch_size, every, settings.patience)
+    return sequences(learned, settings.window), sequences(held_out, settings.window)
 
 
 def _refuse_unused(job: Job, settings: Training) -> None:
     for key in ("eval_every", "patience"):
         if getattr(settings, key):
             raise UserError(
-                f"{job.stage.name}.{key} is {getattr(settings, key)}, but nothing is held out to evaluate on. "
-                f"Set {job.stage.name}.eval_share above 0."
+                f"{job.stage.section}.{key} is {getattr(settings, key)}, but nothing is held out to evaluate on. "
+                f"Set {job.stage.section}.eval_share above 0."
             )
 
 
@@ -60,7 +69,9 @@ def _corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generat
     folder = job.run / "tokens" / ("evaluation" if held_out else "training")
     folder.mkdir(parents=True, exist_ok=True)
     examples = (e for e in examples_of(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
-    corpus = Corpus.build(examples, encoder(base.tokenizer, settings.max_length, base.model.shape.positions), folder)
+    virtual = base.model.shape.positions - base.model.room
+    encodes = encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual)
+    corpus = Corpus.build(examples, encodes, folder)
     found = corpus.statistics
     if found.truncated:
         left_out = f", {found.unlabelled} of them left out: their labels were cut off" if found.unlabelled else ""
@@ -77,7 +88,7 @@ def save_curve(job: Job) -> None:
 
 
 @torch.no_grad()
-def save_checkpoint(job: Job, base: Base, optimizer: FlatAdam, trained_from: Path | None = None) -> Facts:
+def save_checkpoint(job: Job, base: Base, optimizer: FlatAdam, trained_from: CausalLM | None = None) -> Facts:
     """The trained model and its loss curve; returns what the manifest says of them.
 
     What a model that trained in other bits than it is stored in has learned, in full precision, is added to the one
@@ -88,7 +99,7 @@ def save_checkpoint(job: Job, base: Base, optimizer: FlatAdam, trained_from: Pat
     if trained_from is not None:
         names = {id(p): name for name, p in model.named_parameters()}
         trained = {names[id(p)]: (p.dtype, weights.cpu()) for p, weights in optimizer.trained()}
-        model = load_base(trained_from, None, job.project.params.pretrain.trust_remote_code).model
+        model = trained_from
         for name, (dtype, weights) in trained.items():
             stored = model.get_parameter(name)
             stored.copy_(stored.float() + (weights - stored.to(dtype).float()))

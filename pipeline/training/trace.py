@@ -63,9 +63,11 @@ def _refuse(config: Mapping[str, Any], method: Method, run: Run) -> None:
         raise UserError("--trace: this project does not adapt experts yet. Leave them out: --targets attention.")
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
         raise UserError(f"--trace runs in {', '.join(DTYPES)}; this project does not train on {run.precision} yet.")
-    special = method.dora or method.rank_pattern or method.embeddings == "new_rows"
-    if method.kind not in ("full", "freeze", "lora") or special:
-        raise UserError("--trace covers full, freeze and LoRA without DoRA, new rows or rank patterns.")
+    ours = run.trainer or architecture(config, "the config").style.ours
+    if method.dora and not ours:
+        raise UserError("--trace has this project's DoRA, not PEFT's: give --optimizer adam-flat.")
+    if method.kind not in ("full", "freeze", "lora") or method.embeddings == "new_rows":
+        raise UserError("--trace covers full, freeze, LoRA and DoRA without new rows.")
     if method.kind == "lora" and config.get("model_type") == "gpt2":
         raise UserError("--trace: GPT-2's Conv1D layers get no LoRA in this project yet. Use --method full or freeze.")
     if config.get("model_type") == "gpt3":
@@ -151,7 +153,9 @@ def _make_trainable(model: CausalLM, method: Method, dtype: torch.dtype) -> None
         return
     model.requires_grad_(False)
     if method.kind == "lora":
-        add_lora(model, resolve(model, method.targets), AdapterSpec(method.rank, method.alpha, ()), dtype)
+        ranks = dict(method.rank_pattern)
+        spec = AdapterSpec(method.rank, method.alpha, (), ranks=ranks, rslora=method.rslora, dora=method.dora)
+        add_lora(model, resolve(model, method.targets), spec, dtype, "pissa" if method.pissa else "document")
         trains = method.embeddings == "all"
     else:
         for block in list(model.blocks)[len(model.blocks) - method.last_blocks :]:

@@ -4,13 +4,15 @@ import fcntl
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
 from pipeline.metrics import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS
+from pipeline.sweep import tell_ends
 
 HEADER = ",".join(COLUMNS) + "\n"
-START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0}
+START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0, "scratch": 3.5}
 
 
 def lines(start: float, first: int, last: int) -> str:
@@ -53,6 +55,32 @@ def write_run(
     (folder / "telemetry.csv").write_text(text, encoding="utf-8")
     journal(folder, state, steps, total, message)
     return folder
+
+
+def write_sweep(
+    root: Path,
+    losses: Mapping[str, float],
+    ends: Mapping[str, tuple[str, int]] | None = None,
+    state: str = "done",
+    steps: int = 300,
+) -> Path:
+    """A sweep's run folder: name → the loss its curve falls from; and of those that ended early, how and when."""
+    ends = ends or {}
+    folder = root / "runs/finetune_sweep"
+    for name, start in losses.items():
+        last = ends[name][1] if name in ends else steps
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "loss.csv").write_text(HEADER + lines(start, 1, last), encoding="utf-8")
+        rows = [f"{n},{n * 0.5:.6f},32.0,347078656,cpu,0,2036736\n" for n in range(1, last + 1)]
+        text = ",".join(TELEMETRY_COLUMNS) + "\n" + "".join(rows)
+        (folder / name / "telemetry.csv").write_text(text, encoding="utf-8")
+    write_ends(folder, ends)
+    journal(folder, state, steps)
+    return folder
+
+
+def write_ends(folder: Path, ends: Mapping[str, tuple[str, int]]) -> None:
+    tell_ends(folder, {name: {"state": end, "steps": last} for name, (end, last) in ends.items()})
 
 
 def journal(folder: Path, state: str, done: int, total: int = 300, message: str = "") -> None:

@@ -13,6 +13,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from pipeline import artifact
+from pipeline.dag import VARIANTS
 from pipeline.params_file import save
 from tests.tui.engines import DEATH, FakeInference
 from tests.tui.support import until
@@ -29,6 +30,9 @@ from tui.widgets.model_table import ModelTable
 from tui.widgets.prompt_input import PromptInput
 from tui.widgets.slider import Slider
 from tui.widgets.top_k import TopK
+
+USUAL = ["base", "expanded", "scratch", "full", "freeze", "lora", "prefix", "prompt", "merged"]
+MODELS = [*USUAL[:-1], "sweep/rank-1", "sweep/rank-2", "merged"]
 
 
 class Session:
@@ -98,7 +102,9 @@ class Session:
 
 
 @asynccontextmanager
-async def opened(root: Path, count: int = 6, size: tuple[int, int] = (80, 24), **engine: Any) -> AsyncIterator[Session]:
+async def opened(
+    root: Path, count: int = len(MODELS), size: tuple[int, int] = (80, 24), **engine: Any
+) -> AsyncIterator[Session]:
     app = Workbench(root / "params.yaml")
     async with app.run_test(size=size) as pilot:
         app.inference = fake = FakeInference(**engine)
@@ -120,7 +126,7 @@ async def test_an_empty_project_says_what_to_do(empty: Path) -> None:
 
 async def test_all_models_are_listed_in_the_order_of_the_pipeline(brief: Path) -> None:
     async with opened(brief) as s:
-        assert s.names() == ["base", "expanded", "full", "freeze", "lora", "merged"]
+        assert s.names() == MODELS
         assert all("✓ verified" in row for row in s.rows())
 
 
@@ -142,9 +148,10 @@ async def test_sorting_cycles_through_columns_and_turns_around(brief: Path) -> N
         await s.press("S")
         assert s.names() == sorted(s.names(), reverse=True)
         await s.press("s", "s")
-        assert s.names()[0] == "lora"  # the only one with a rank; unknown ones stay last
+        ranked = ["sweep/rank-1", "sweep/rank-2", "lora"]
+        assert s.names()[:3] == ranked  # those with a rank; unknown ones stay last
         await s.press("S")
-        assert s.names()[0] == "lora"
+        assert s.names()[:3] == ranked[::-1]
         for _ in range(4):
             await s.press("s")
         assert s.names()[0] == "base"  # the pipeline's order again
@@ -152,7 +159,7 @@ async def test_sorting_cycles_through_columns_and_turns_around(brief: Path) -> N
 
 async def test_a_click_on_the_header_sorts_and_on_the_mark_selects(brief: Path) -> None:
     async with opened(brief) as s:
-        await s.pilot.click(ModelTable, offset=(14, 0))
+        await s.pilot.click(ModelTable, offset=(18, 0))
         await s.pilot.pause()
         assert "▲" in str(s.table.ordered_columns[2].label)
         await s.pilot.click(ModelTable, offset=(0, 2))
@@ -163,9 +170,10 @@ async def test_a_click_on_the_header_sorts_and_on_the_mark_selects(brief: Path) 
 async def test_the_filter_looks_in_all_columns_and_escape_clears_it(brief: Path) -> None:
     async with opened(brief) as s:
         await s.press("slash", *"adapter")
-        assert s.names() == ["lora"]  # its kind, which is not among the columns shown
+        names = ["lora", "prefix", "prompt", "sweep/rank-1", "sweep/rank-2"]
+        assert s.names() == names  # their kind, which is not among the columns shown
         await s.press("escape")
-        assert (len(s.names()), s.table.has_focus) == (6, True)
+        assert (len(s.names()), s.table.has_focus) == (len(MODELS), True)
 
 
 async def test_space_selects_and_takes_away_and_u_selects_the_usual_set(brief: Path) -> None:
@@ -175,7 +183,7 @@ async def test_space_selects_and_takes_away_and_u_selects_the_usual_set(brief: P
         await s.press("space")
         assert s.screen.selected == []
         await s.press("u")
-        assert [entry.label for entry in s.screen.chosen()] == ["base", "expanded", "full", "freeze", "lora", "merged"]
+        assert [entry.label for entry in s.screen.chosen()] == USUAL
         await s.press("u")
         assert s.screen.selected == []
 
@@ -200,12 +208,16 @@ async def test_side_by_side_differences_are_signed_and_count_from_the_first(brie
         await s.press("u")
         await s.ask("die katze")
         await s.answered()
-        lines = s.text(TopK).splitlines()
-        assert lines[0].split() == ["next", "base", "expanded", "full", "freeze", "lora", "merged"]
-        assert next(line for line in lines if line.startswith("tisch")).split() == [
-            *("tisch", "50.0", "50.0", "=", "50.0", "=", "50.0", "=", "75.0", "+25.0", "50.0", "="),
-        ]
-        assert next(line for line in lines if line.startswith("sofa")).count("-25.0") == 1
+
+        def row(name: str) -> list[str]:
+            """Over all blocks: not all models have room beside one another."""
+            found = [line.split() for line in s.text(TopK).splitlines() if line.startswith(name)]
+            return [cell for _, *cells in found for cell in cells if "█" not in cell]
+
+        assert row("next") == USUAL
+        cells = {"base": ["50.0"], "lora": ["75.0", "+25.0"]}
+        assert row("tisch") == [cell for name in USUAL for cell in cells.get(name, ["50.0", "="])]
+        assert row("sofa").count("-25.0") == 1
         assert s.screen.talk.newest is not None
         assert {answer.text for answer in s.screen.talk.newest.answers} == {" tisch und stuhl"}
 
@@ -263,7 +275,7 @@ async def test_interrupt_stops_at_once_and_keeps_what_came(brief: Path) -> None:
         await until(s.pilot, lambda: newest.answers[0].text == " tisch")
         await s.press("escape")
         await s.answered()
-        assert [answer.ended for answer in newest.answers] == ["interrupted"] * 6
+        assert [answer.ended for answer in newest.answers] == ["interrupted"] * len(VARIANTS)
         assert (newest.answers[0].text, s.engine.cancelled) == (" tisch", 1)
         s.engine.go_on.set()
         await s.ask("der wind")
@@ -291,10 +303,10 @@ async def test_an_engine_that_dies_is_said_and_the_next_prompt_loads_again(brief
         newest = s.screen.talk.newest
         assert newest is not None
         assert (DEATH in s.said(), s.screen.query_one(EngineBar).state) == (True, "died")
-        assert [answer.error for answer in newest.answers] == ["the engine ended"] * 6
+        assert [answer.error for answer in newest.answers] == ["the engine ended"] * len(VARIANTS)
         await s.ask("die katze")
         await s.answered()
-        assert len(s.engine.done("load")) == 12
+        assert len(s.engine.done("load")) == 2 * len(VARIANTS)
         assert s.screen.query_one(EngineBar).state == "ready"
         assert len(s.screen.talk.exchanges) == 2
 
@@ -305,13 +317,14 @@ async def test_models_stay_loaded_while_their_files_stay(project: Path) -> None:
         for _ in range(2):
             await s.ask("die katze")
             await s.answered()
-        assert len(s.engine.done("load")) == 6
+        assert len(s.engine.done("load")) == len(VARIANTS)
         base = project / "artifacts/full_finetuned/config.json"
         base.write_text(base.read_text(encoding="utf-8") + "\n", encoding="utf-8")
         await s.ask("die katze")
         await s.answered()
         assert s.screen.talk.newest is not None
-        assert "was changed after the artifact was made" in s.screen.talk.newest.answers[2].error
+        errors = {answer.name: answer.error for answer in s.screen.talk.newest.answers}
+        assert "was changed after the artifact was made" in errors["full"]
 
 
 async def test_a_word_that_models_do_not_know_is_said_in_each_column(brief: Path) -> None:
@@ -320,7 +333,7 @@ async def test_a_word_that_models_do_not_know_is_said_in_each_column(brief: Path
         await s.ask("wortlos")
         await s.answered()
         assert s.screen.talk.newest is not None
-        assert [answer.error for answer in s.screen.talk.newest.answers] == ["it does not know: wortlos."] * 6
+        assert [answer.error for answer in s.screen.talk.newest.answers] == ["it does not know: wortlos."] * len(USUAL)
         assert s.engine.done("generate") == []
 
 
@@ -533,7 +546,7 @@ async def test_a_model_deleted_while_selected_is_taken_out_with_a_word(project: 
         await s.press("space")
         shutil.rmtree(project / "artifacts/lora_adapter")
         await until(s.pilot, lambda: "lora is gone, and no longer selected" in s.said())
-        assert (s.screen.selected, len(s.names())) == ([], 5)
+        assert (s.screen.selected, len(s.names())) == ([], len(MODELS) - 1)
         await until(s.pilot, lambda: s.screen.details is not None and s.screen.details.entry.label != "lora")
 
 
@@ -545,9 +558,8 @@ async def test_a_model_deleted_between_selecting_and_asking_says_so_in_its_colum
         await s.ask("die katze")
         await s.answered()
         assert s.screen.talk.newest is not None
-        errors = [answer.error for answer in s.screen.talk.newest.answers]
-        assert "does not exist any more" in errors[3]
-        assert [bool(error) for error in errors] == [False, False, False, True, False, False]
+        errors = {answer.name: answer.error for answer in s.screen.talk.newest.answers if answer.error}
+        assert list(errors) == ["freeze"] and "does not exist any more" in errors["freeze"]
 
 
 async def test_a_refused_adapter_says_why_in_full_and_is_never_asked(project: Path) -> None:
@@ -556,7 +568,7 @@ async def test_a_refused_adapter_says_why_in_full_and_is_never_asked(project: Pa
     async with opened(project) as s:
         await s.point("lora")
         reason = "r was edited: it says 8, the adapter was trained with 4"
-        assert "✗ refused" in s.rows()[4]
+        assert "✗ refused" in s.rows()[s.names().index("lora")]
         assert reason in s.details()
         await s.ask("die katze")
         await s.answered()
@@ -568,23 +580,23 @@ async def test_a_refused_adapter_says_why_in_full_and_is_never_asked(project: Pa
 async def test_v_checks_again_and_new_models_appear_by_themselves(project: Path) -> None:
     async with opened(project) as s:
         shutil.copytree(project / "artifacts/lora_adapter", project / "artifacts/second")
-        await s.checked(7)
+        await s.checked(len(MODELS) + 1)
         assert "second" in s.names()
         await s.press("v")
-        await s.checked(7)
+        await s.checked(len(MODELS) + 1)
         assert "checked again" in s.said()
 
 
-async def test_forty_adapters_are_listed_and_at_most_eight_stay_loaded(project: Path) -> None:
+async def test_forty_adapters_are_listed_and_at_most_nine_stay_loaded(project: Path) -> None:
     for number in range(40):
         shutil.copytree(project / "artifacts/lora_adapter", project / f"artifacts/many/a{number:02d}")
-    async with opened(project, 46) as s:
+    async with opened(project, 40 + len(MODELS)) as s:
         await s.press("slash", *"many")
         assert len(s.names()) == 40
         await s.press("enter")
-        for _ in range(9):
+        for _ in range(10):
             await s.press("space", "down")
-        assert "8 models at most" in s.said()
+        assert "9 models at most" in s.said()
         await s.ask("die katze")
         await s.answered()
         await s.press("escape")
@@ -593,7 +605,7 @@ async def test_forty_adapters_are_listed_and_at_most_eight_stay_loaded(project: 
         s.screen.selected = []
         await s.ask("die katze")
         await s.answered()
-        assert (len(s.engine.done("load")), len(s.engine.done("unload"))) == (9, 1)
+        assert (len(s.engine.done("load")), len(s.engine.done("unload"))) == (10, 1)
 
 
 async def test_a_folder_is_added_remembered_and_taken_away(project: Path, tmp_path: Path) -> None:
@@ -610,11 +622,11 @@ async def test_a_folder_is_added_remembered_and_taken_away(project: Path, tmp_pa
         await name(s, tmp_path / "nowhere")
         await until(s.pilot, lambda: "nowhere is not a folder" in s.said())
         await name(s, other)
-        await s.checked(7)
+        await s.checked(len(MODELS) + 1)
         assert "others/mine" in s.names()
-    async with opened(project, 7) as s:
+    async with opened(project, len(MODELS) + 1) as s:
         await name(s, other)
-        await s.checked(6)
+        await s.checked(len(MODELS))
 
 
 async def test_a_remembered_folder_that_is_gone_is_said(project: Path) -> None:
@@ -665,3 +677,20 @@ async def test_quitting_in_the_middle_of_an_answer_is_no_error(brief: Path) -> N
         await s.press("q")
         assert s.app.return_code == 0
     assert not s.engine.running
+
+
+async def test_adapters_of_a_sweep_are_prompted_and_compared_beside_others(brief: Path) -> None:
+    async with opened(brief, size=(120, 40)) as s:
+        await s.press("slash", *"sweep/")
+        assert s.names() == ["sweep/rank-1", "sweep/rank-2"]
+        await s.press("enter", "space", "down", "space")
+        await s.press("escape")
+        await s.point("lora")
+        await s.press("space")
+        await s.ask("die katze")
+        await s.answered()
+        assert s.text(TopK).splitlines()[0].split() == ["next", "lora", "sweep/rank-1", "sweep/rank-2"]
+        asked = [(load["base"], load["adapter"]) for load in s.engine.done("load")]
+        folder = brief / "artifacts"
+        adapters = ("lora_adapter", "sweep/rank-1", "sweep/rank-2")
+        assert asked == [(folder / "expanded", folder / adapter) for adapter in adapters]

@@ -89,6 +89,7 @@ async def test_the_numbers_are_those_of_the_library(empty: Path, values: dict[st
             checkpointing=asked.checkpointing or None,
             optimizer=asked.optimizer,
             loss=asked.loss,
+            virtual_tokens=int(asked.virtual_tokens),
         )
         expected = answer(model, method, run)
         found = screen.result

@@ -96,14 +96,16 @@ async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
 
 async def test_the_three_methods_are_shown_first(root: Path) -> None:
     write_run(root, "pretrain")
+    write_run(root, "scratch")
     async with curves(root) as (_, screen):
         assert shown(screen) == {"finetune_full", "finetune_freeze", "finetune_lora"}
 
 
-async def test_a_running_pretraining_is_shown_instead(root: Path) -> None:
-    with hold(write_run(root, "pretrain", 20, "running")):
+@pytest.mark.parametrize("stage", ["pretrain", "scratch"])
+async def test_a_running_training_from_random_weights_is_shown_instead(root: Path, stage: str) -> None:
+    with hold(write_run(root, stage, 20, "running")):
         async with curves(root) as (_, screen):
-            assert shown(screen) == {"pretrain"}
+            assert shown(screen) == {stage}
 
 
 async def test_space_enter_and_a_click_switch_a_run(root: Path) -> None:
@@ -270,8 +272,7 @@ async def test_a_high_terminal_shows_both_panels(root: Path) -> None:
 async def test_evaluations_are_drawn_beside_the_loss_of_the_runs_that_have_them(root: Path) -> None:
     write_measured(root, every=30)
     async with curves(root) as (pilot, screen):
-        drawn = {key: screen._curve(key, watched, "loss", (1, 300), 152) for key, watched in screen.runs.drawn()}
-        found = {screen.runs.watched[key].run.stage: curve.held_out for key, curve in drawn.items()}
+        found = {line.watched.run.stage: line.curve("loss", (1, 300), 152).held_out for line in screen._lines()}
         assert [column.x for column in found["finetune_lora"]] == list(range(30, 301, 30))
         assert not found["finetune_full"] and not found["finetune_freeze"]
         assert "× on held-out examples" in title(screen)
@@ -304,10 +305,10 @@ async def test_divergence_has_a_panel_where_a_run_that_is_shown_measured_it(root
     async with curves(root) as (pilot, screen):
         await pilot.press("d")
         assert panels(screen) == ["loss", "divergence"]
-        series = screen.runs.watched[str(folder / "loss.csv")].log.series["divergence"]
+        series = screen.runs.watched[str(folder)].log.series["divergence"]
         assert [step.divergence for step in read_steps(folder / "loss.csv")] == list(series.y)
         assert "divergence 0.01987" in listed(screen)
-        screen.runs.toggle(str(folder / "loss.csv"))
+        screen.runs.toggle(str(folder))
         screen.redraw()
         assert panels(screen) == ["loss"]
 
@@ -315,7 +316,7 @@ async def test_divergence_has_a_panel_where_a_run_that_is_shown_measured_it(root
 async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_waits(root: Path) -> None:
     log = root / "runs/finetune_lora/loss.csv"
     async with curves(root) as (pilot, screen):
-        watched = screen.runs.watched[str(log)]
+        watched = screen.runs.watched[str(log.parent)]
         plain = log.read_text(encoding="utf-8")
         text = measured(plain, 300)
         log.write_text(text[: -len("0.01986524") - 4], encoding="utf-8")  # within the last evaluation

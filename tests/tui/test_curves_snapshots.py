@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
-from tests.tui.runs import write_measured, write_methods
+from tests.tui.runs import write_measured, write_methods, write_sweep
 from tests.tui.test_curves import settled
 from tui.app import Workbench
 from tui.screens.curves import CurvesScreen
+from tui.widgets.run_list import RunList
 
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = [(80, 24), (120, 40)]
@@ -59,3 +60,21 @@ def test_log_cursor_and_a_panel(snap_compare: Any, empty: Path, theme: str) -> N
     app = Workbench(empty / "params.yaml")
     app.state.theme = theme
     assert snap_compare(app, terminal_size=(120, 40), run_before=logarithmic)
+
+
+async def listed(pilot: Pilot[Any]) -> None:
+    """The sweep's adapters are listed, and the highlight is on the second."""
+    await to_curves(pilot)
+    pilot.app.screen.set_focus(pilot.app.screen.query_one(RunList))
+    await pilot.press("down", "down", "down", "enter")
+    await pilot.pause()
+    await pilot.press("down", "down")
+    await pilot.pause()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sweep(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
+    write_methods(empty)
+    losses = {f"rank-{rank}_lr-{rate}": 2.0 + rank + rate * 1e3 for rank in (2, 4) for rate in (0.001, 0.002)}
+    write_sweep(empty, losses, {"rank-2_lr-0.002": ("stopped early", 180), "rank-4_lr-0.002": ("diverged", 40)})
+    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=listed)

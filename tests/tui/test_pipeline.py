@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from textual.widgets import Input, Static
 
 from pipeline import artifact
 from pipeline.dag import STAGES
-from pipeline.params import load
+from pipeline.params import FinetuneFull, Params, load
 from pipeline.params_file import save
-from tests.support import make
+from pipeline.status import StageState, Status
+from tests.support import METHODS, make
 from tests.tui.support import until
 from tui import processes
 from tui.app import Workbench
@@ -50,13 +52,18 @@ def lines(screen: PipelineScreen) -> list[str]:
     return [str(stages.get_option(name).prompt) for name in STAGES]
 
 
+def line(screen: PipelineScreen, stage: str) -> str:
+    return lines(screen)[list(STAGES).index(stage)]
+
+
 def said(screen: PipelineScreen) -> str:
     return "\n".join(text for _, _, text in screen.workbench.said)
 
 
 def brief_params(root: Path) -> None:
     """The file says what the fixture was made with."""
-    save(root / "params.yaml", {f"{name}.epochs": 2 for name in STAGES if name.startswith(("pre", "fine"))})
+    epochs = {f"{name}.epochs": 2 for name in STAGES if hasattr(getattr(Params(), name), "epochs")}
+    save(root / "params.yaml", {**epochs, "finetune_sweep.grid": {"rank": [1, 2]}})
 
 
 def printed(screen: PipelineScreen, text: str) -> bool:
@@ -80,10 +87,30 @@ async def typed(pilot: Pilot[None], screen: PipelineScreen, key: str, text: str)
 
 async def test_an_empty_project_says_what_is_missing_and_what_to_press(empty: Path) -> None:
     async with opened(empty) as (_, screen):
-        assert lines(screen)[0] == "○ pretrain         not made yet"
-        assert lines(screen)[5] == "○ merge            not made yet: needs expand_vocab, finetune_lora"
+        assert line(screen, "pretrain") == "○ pretrain         not made yet"
+        assert line(screen, "merge") == "○ merge            not made yet: needs expand_vocab, finetune_lora"
         assert "press r" in str(screen.query_one("#said", Static).content)
         assert "Nothing was evaluated yet" in str(screen.query_one("#changes", Static).content)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("size", [(80, 24), (80, 20), (60, 16)], ids=str)
+async def test_stages_side_by_side_leave_the_panes_their_rows_and_the_list_scrolls(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], more: int
+) -> None:
+    for name in ("finetune_another", "finetune_a_third", "finetune_a_fourth")[:more]:
+        monkeypatch.setitem(STAGES, name, replace(STAGES["finetune_full"], name=name))
+        monkeypatch.setattr(Params, name, FinetuneFull(), raising=False)
+    monkeypatch.setattr(Status, "of", lambda *_: {n: StageState(s, "missing", (), None) for n, s in STAGES.items()})
+    async with opened(empty, size) as (pilot, screen):
+        picture, stages, panes = screen.query_one(DagPicture), screen.query_one(StageList), screen.query_one("#panes")
+        assert picture.display == (size[1] >= 20)
+        assert not picture.display or (picture.region.width <= 80 and picture.region.height == 7 + more)
+        assert panes.region.height >= 6 and panes.region.bottom == size[1] - 1
+        for number in (len(STAGES) - more - 1, 0):  # evaluate, then the first
+            stages.highlighted = number
+            await pilot.pause()
+            assert stages.scroll_offset.y <= number < stages.scroll_offset.y + stages.size.height
 
 
 async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_seen(project: Path) -> None:
@@ -91,8 +118,8 @@ async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_se
     async with opened(project) as (pilot, screen):
         await until(pilot, lambda: all("up to date" in line for line in lines(screen)))
         save(project / "params.yaml", {"finetune_lora.rank": 2})
-        await until(pilot, lambda: "changed: rank 4 → 2" in lines(screen)[4])
-        assert lines(screen)[5] == "◌ merge            will run again: after finetune_lora"
+        await until(pilot, lambda: "changed: rank 4 → 2" in line(screen, "finetune_lora"))
+        assert line(screen, "merge") == "◌ merge            will run again: after finetune_lora"
         picture = screen.query_one(DagPicture)
         assert "● finetune_lora" in str(picture.render())
 
@@ -127,6 +154,8 @@ async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: 
         ("expand_vocab", "data", "[data/finetune.de.txt]", ("data/finetune.de.txt",)),
         ("expand_vocab", "data", "", ()),
         ("expand_vocab", "tokens", "euro, [INST], [/INST]", ("euro", "[INST]", "[/INST]")),
+        ("finetune_lora", "rank_pattern", "v_proj: 8, '.*[01].q_proj': 2", {"v_proj": 8, ".*[01].q_proj": 2}),
+        ("finetune_lora", "alpha_pattern", "{v_proj: 1e-1}", {"v_proj": 0.1}),
         ("finetune_lora", "retain", "data/keep.txt", "data/keep.txt"),
         ("finetune_lora", "checkpointing", "selective", "selective"),
         ("pretrain", "base", "org/model@main", "org/model@main"),
@@ -170,6 +199,33 @@ def seen(form: ParamForm, field: ParamInput) -> bool:
     return form.query_one(VerticalScroll).region.contains_region(field.region)
 
 
+async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Path) -> None:
+    async with opened(empty) as (pilot, screen):
+        await choose(pilot, screen, "finetune_sweep")
+        grid = field(screen, "grid")
+        grid.focus()
+        await pilot.pause()
+        rule = screen.query_one("#rule", Static)
+        assert grid.value == "rank: [1, 2, 4, 8]"
+        assert "Enter writes it" not in str(rule.content), "nothing was typed"
+        for text, problem in (
+            ("rank: 4", "finetune_sweep.grid.rank must be a list of values, such as [1, 2], got 4"),
+            ("rank: [0]", "finetune_sweep.grid.rank must be at least 1, got 0"),
+            ("rnk: [1]", "finetune_sweep.grid.rnk: adapters that train together can differ in seed, "),
+            ("rank: [1, 2", "finetune_sweep.grid must be a mapping of keys to lists of values"),
+        ):
+            await typed(pilot, screen, "grid", text)
+            assert problem in str(rule.content)
+            await pilot.press("enter")
+        assert not screen.workbench.said
+        await typed(pilot, screen, "grid", "rank: [2, 4], learning_rate: [1e-3, 0.002]")
+        await pilot.press("enter")
+        await until(pilot, lambda: screen.workbench.said)
+        assert "finetune_sweep.grid: rank: [2, 4], learning_rate: [0.001, 0.002] is in params.yaml" in said(screen)
+        assert load(empty / "params.yaml").finetune_sweep.grid == {"rank": (2, 4), "learning_rate": (0.001, 0.002)}
+        await until(pilot, lambda: not grid.has_class("-edited"))
+
+
 @pytest.mark.parametrize("keys", [("tab", "shift+tab"), ("down", "up")])
 async def test_every_param_is_reached_by_keys_and_seen_while_it_is_edited(empty: Path, keys: tuple[str, str]) -> None:
     """Of the longest form, on the smallest terminal, also while a message below it takes its lines."""
@@ -209,8 +265,8 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
         async with app.run_test(size=(80, 24)) as pilot:
             screen = app.screen
             assert isinstance(screen, PipelineScreen)
-            await until(pilot, lambda: "expand_vocab     up to date" in lines(screen)[1])
-            assert lines(screen)[2] == "· finetune_full    …" and not screen.states
+            await until(pilot, lambda: "expand_vocab     up to date" in line(screen, "expand_vocab"))
+            assert line(screen, "finetune_full") == "· finetune_full    …" and not screen.states
             assert field(screen, "base").value == "minigpt"
             await choose(pilot, screen, "finetune_lora")
             assert field(screen, "rank").value == "4"
@@ -223,14 +279,14 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
 async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: Path) -> None:
     save(empty / "params.yaml", {"pretrain.base": "./models/mine"})
     async with opened(empty) as (pilot, screen):
-        await until(pilot, lambda: "not made yet: pretrain.base must be minigpt" in lines(screen)[0])
+        await until(pilot, lambda: "not made yet: pretrain.base must be minigpt" in line(screen, "pretrain"))
         (empty / "models/mine").mkdir(parents=True)
         (empty / "models/mine/notes.txt").touch()
-        await until(pilot, lambda: "it has no config.json" in lines(screen)[0])
+        await until(pilot, lambda: "it has no config.json" in line(screen, "pretrain"))
         (empty / "models/mine/config.json").write_text("{}", encoding="utf-8")
-        await until(pilot, lambda: "has no model.safetensors" in lines(screen)[0])
+        await until(pilot, lambda: "has no model.safetensors" in line(screen, "pretrain"))
         (empty / "models/mine/model.safetensors").touch()
-        await until(pilot, lambda: lines(screen)[0] == "○ pretrain         not made yet")
+        await until(pilot, lambda: line(screen, "pretrain") == "○ pretrain         not made yet")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +361,7 @@ async def test_a_full_disk_while_saving_is_one_toast(empty: Path, monkeypatch: p
 
 async def test_stages_are_chosen_by_key_and_mouse_and_panes_by_key(empty: Path) -> None:
     async with opened(empty) as (pilot, screen):
-        await pilot.press("down", "down")
+        await pilot.press("down", "down", "down")
         await until(pilot, lambda: screen.chosen == "finetune_full")
         place = screen.query_one(DagPicture)._layout.places["merge"]
         await pilot.click(DagPicture, offset=(place.column + 2, place.row))
@@ -380,8 +436,8 @@ async def test_a_failed_stage_shows_why_and_is_chosen(project: Path, dvc: Callab
     async with opened(project) as (pilot, screen):
         save(project / "params.yaml", {"finetune_freeze.last_blocks": 9})
         await pilot.press("r")
-        await until(pilot, lambda: "✗ finetune_freeze" in lines(screen)[3], 30)
-        assert "failed: finetune_freeze.last_blocks must be at most 2" in lines(screen)[3]
+        await until(pilot, lambda: "✗ finetune_freeze" in line(screen, "finetune_freeze"), 30)
+        assert "failed: finetune_freeze.last_blocks must be at most 2" in line(screen, "finetune_freeze")
         await until(pilot, lambda: screen.chosen == "finetune_freeze")
         assert "last_blocks must be at most 2" in str(screen.query_one("#said", Static).content)
         assert "finetune_freeze failed" in said(screen)
@@ -403,14 +459,16 @@ async def test_a_stage_that_prints_100_mb_leaves_the_screen_alive(project: Path,
 async def test_a_run_elsewhere_is_followed(project: Path) -> None:
     brief_params(project)
     async with opened(project) as (pilot, screen):
-        await until(pilot, lambda: "up to date" in lines(screen)[4])
+        await until(pilot, lambda: "up to date" in line(screen, "finetune_lora"))
         save(project / "params.yaml", {"finetune_lora.epochs": 300})
         lora = str(Path(sys.executable).parent / "lora")
         process = subprocess.Popen([lora, "finetune", "lora"], cwd=project, stderr=subprocess.DEVNULL)
-        await until(pilot, lambda: "% " in lines(screen)[4] and "left" in lines(screen)[4], 30)
-        assert "/1,800" in lines(screen)[4]
+        await until(
+            pilot, lambda: "% " in line(screen, "finetune_lora") and "left" in line(screen, "finetune_lora"), 30
+        )
+        assert "/1,800" in line(screen, "finetune_lora")
         await until(pilot, lambda: process.poll() is not None, 60)
-        await until(pilot, lambda: lines(screen)[4] == "✓ finetune_lora    up to date")
+        await until(pilot, lambda: line(screen, "finetune_lora") == "✓ finetune_lora    up to date")
         assert "measured at the peak" in str(await _said_of(pilot, screen, "finetune_lora"))
 
 
@@ -422,9 +480,9 @@ async def _said_of(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> st
 async def test_an_artifact_that_vanishes_is_missing(project: Path) -> None:
     brief_params(project)
     async with opened(project) as (pilot, screen):
-        await until(pilot, lambda: "up to date" in lines(screen)[5])
+        await until(pilot, lambda: "up to date" in line(screen, "merge"))
         shutil.rmtree(project / "artifacts/lora_merged")
-        await until(pilot, lambda: lines(screen)[5] == "○ merge            not made yet")
+        await until(pilot, lambda: line(screen, "merge") == "○ merge            not made yet")
 
 
 async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
@@ -442,7 +500,7 @@ async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
 
 
 def _trained() -> list[str]:
-    return ["pretrain", "finetune_full", "finetune_freeze", "finetune_lora"]
+    return ["pretrain", "scratch", *(f"finetune_{method}" for method in METHODS)]
 
 
 def pilot_text(widget: Static) -> str:

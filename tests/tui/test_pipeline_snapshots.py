@@ -23,9 +23,11 @@ FAILED = Journal("failed", 1, 0.0, message="finetune_freeze.last_blocks must be 
 STATES: dict[str, tuple[State, tuple[str, ...], Journal | None]] = {
     "pretrain": ("current", (), None),
     "expand_vocab": ("current", (), None),
+    "scratch": ("died", ("its process ended without a word",), None),
     "finetune_full": ("changed", ("epochs 50 → 80", "data/finetune.de.txt changed"), None),
     "finetune_freeze": ("failed", (FAILED.message,), FAILED),
     "finetune_lora": ("running", (), RUNNING),
+    "finetune_sweep": ("stopped", ("finetune_sweep: stopped after step 120 of 300",), None),
     "merge": ("waits", ("after finetune_lora",), None),
     "evaluate": ("missing", (), None),
 }
@@ -56,7 +58,7 @@ def test_empty(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
 def test_a_stage_in_each_state(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[Any]) -> None:
         screen = await looked(pilot)
-        await pilot.press("down", "down", "down", "l")
+        await pilot.press(*["down"] * list(STAGES).index("finetune_freeze"), "l")
         await until(pilot, lambda: screen.chosen == "finetune_freeze")
 
     assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=before)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.dag import STAGES
 from pipeline.params import load
 from tests.models import checkpoint
 from tests.support import LORA, git, new_project
@@ -72,11 +73,11 @@ def test_from_an_empty_project_a_run_is_started_watched_resized_stopped_and_resu
 
 def lengthen(terminal: Terminal, clone: Path) -> None:
     """Type another number of epochs into finetune_lora's params."""
-    terminal.keys("Down", "Down", "Down", "Down")
+    terminal.keys(*["Down"] * list(STAGES).index("finetune_lora"))
     terminal.see("Params of finetune_lora", "target_modules")
     terminal.keys("Enter")
     terminal.see("rank: a whole number")
-    terminal.keys(*["Down"] * 7, *["Tab"] * 4)
+    terminal.keys(*["Down"] * 13, *["Tab"] * 4)
     terminal.see("epochs: a whole number")
     terminal.keys("End", "BSpace", "BSpace")
     terminal.see("epochs must be a whole number")
@@ -125,7 +126,7 @@ def test_lora_is_prompted_beside_base_again_after_a_kill_and_swapped_for_another
         row = terminal.drawn("pretrain")
         terminal.keys("Escape")
         terminal.redrawn("pretrain", row)  # its cursor has the table's focus
-        terminal.keys(*["Down"] * 5, "Space")
+        terminal.keys(*["Down"] * 8, "Space")
         terminal.see("● second")
         ask_again(terminal)
         screen = terminal.see("next     second", "98.1", "second  der wind weht", "engine ready")

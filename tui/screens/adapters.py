@@ -130,7 +130,7 @@ class AdaptersScreen(BrowseScreen):
             self.action_browse()
 
     def selection_changed(self) -> None:
-        self.slider.disabled = all(entry.model.kind != "adapter" for entry in self.chosen())
+        self.slider.disabled = not any(entry.model.scales for entry in self.chosen())
 
     # asking
 
@@ -205,7 +205,12 @@ class AdaptersScreen(BrowseScreen):
 
     def action_strength(self, steps: int) -> None:
         if self.slider.disabled:
-            self.workbench.say("Strength scales an adapter's change. Select an adapter.", "warning")
+            self.workbench.say(
+                "Strength scales a change of weights, and virtual tokens change none. Select another adapter."
+                if any(entry.model.kind == "adapter" for entry in self.chosen())
+                else "Strength scales an adapter's change. Select an adapter.",
+                "warning",
+            )
         else:
             self.slider.value += steps * STEP
 
@@ -283,7 +288,7 @@ class AdaptersScreen(BrowseScreen):
                 self._engine_is("ready")
 
     def action_spectrum(self) -> None:
-        if self.details and self.details.entry.model.kind == "adapter":
+        if self.details and self.details.entry.model.scales:
             self._measure(self.details)
 
     @work(exclusive=True, group="spectrum")
@@ -306,5 +311,5 @@ class AdaptersScreen(BrowseScreen):
 
     def details_read(self, details: Details) -> None:
         """Measure the spectrum too, if that costs nobody anything."""
-        if details.entry.model.kind == "adapter" and self.engine.running and not self._asking():
+        if details.entry.model.scales and self.engine.running and not self._asking():
             self._measure(details)

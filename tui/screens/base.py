@@ -12,6 +12,8 @@ from textual.widgets import Footer
 from tui.app import Workbench
 from tui.widgets.tab_bar import TabBar
 
+TALL = 20  # rows from which on there is room for more than what one works with
+
 
 class WorkbenchScreen(Screen[None]):
     """A screen of the workbench: give it a NAME and a `body`."""
@@ -25,7 +27,7 @@ class WorkbenchScreen(Screen[None]):
 
     VERTICAL_BREAKPOINTS = [  # noqa: RUF012
         (0, "-short"),
-        (20, "-tall"),
+        (TALL, "-tall"),
     ]
 
     @property

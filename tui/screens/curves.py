@@ -2,12 +2,11 @@
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, process_time
 from typing import ClassVar, Literal
 
-from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
@@ -19,11 +18,10 @@ from tui import export
 from tui.runs import Runs
 from tui.screens.base import WorkbenchScreen
 from tui.series import QUANTITIES
-from tui.shown import TITLES, curve, legend, reading, values
-from tui.watch import Watched
-from tui.widgets.curve import Curve, Range, View
+from tui.shown import TITLES, Line, Window, has, lines, mode, rows, values
+from tui.widgets.curve import Range, View, range_of
 from tui.widgets.loss_chart import LossChart
-from tui.widgets.run_list import Row, RunList
+from tui.widgets.run_list import RunList
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
 SMOOTHING = 0.9  # at first
@@ -31,17 +29,6 @@ SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 POLL = 0.5  # seconds between two looks at the files
 SHARE, LATEST = 0.03, 2.0  # of a core for a live picture; where that is little, seconds until it is drawn anyway
 PRINTED = 600  # columns of an exported picture
-
-
-@dataclass(frozen=True)
-class Window:
-    """What is looked at. `x` None: all steps; `y` None: all values. Following: `x` moves on with the newest step."""
-
-    x: Range | None = None
-    y: Range | None = None
-    log: bool = False
-    following: bool = True
-    cursor: float | None = None
 
 
 class CurvesScreen(WorkbenchScreen):
@@ -77,6 +64,8 @@ class CurvesScreen(WorkbenchScreen):
         self.window = Window()
         self.runs = Runs(self.workbench.root, self.workbench.params_path, SMOOTHING)
         self._panels: dict[str, bool] = {}  # as the user has switched them; else shown where there is room
+        self._opened: set[str] = set()  # sweeps whose adapters are listed
+        self._pointed = ""  # the one of these that the highlight is on
         self._reading = False
         self._drawn_at = self._spent = 0.0  # seconds of the clock and of this process, at the last picture
 
@@ -137,64 +126,35 @@ class CurvesScreen(WorkbenchScreen):
         self._drawn_at, self._spent = monotonic(), process_time()
         self.set_class(not self.runs.watched, "-empty")
         self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
-        drawn, x = self.runs.drawn(), self._x()
+        shown, x = self._lines(), self._x()
         for chart in self.query(LossChart):
             name = str(chart.id)
             chart.display = name == "loss" or self._panel_shown(name)
             if chart.display:
                 loss = name == "loss"
                 view = View(x, self.window.y if loss else None, loss and self.window.log, self.window.cursor)
-                chart.draw([self._curve(key, watched, name, x, chart.columns) for key, watched in drawn], view)
-        self._mode()
+                chart.draw([line.curve(name, x, chart.columns) for line in shown], view)
+        self.query_one("#mode", Static).update(mode(self.window, self.runs.smoothing, shown))
         self._list()
         self.refresh_bindings()
 
-    def _curve(self, key: str, watched: Watched, name: str, x: Range, columns: int) -> Curve:
-        return curve(watched, self.runs.looks[key], name, x, columns)
+    def _lines(self) -> list[Line]:
+        return lines(self.runs.drawn(), self.runs.looks, self._pointed)
 
     def _x(self) -> Range:
-        """The steps shown: all, those of the window, or as many as in the window up to the newest."""
-        steps = [w.log.steps for _, w in self.runs.drawn() if w.log.steps]
-        first, last = (min(s[0] for s in steps), max(s[-1] for s in steps)) if steps else (0.0, 1.0)
-        if self.window.x is None:
-            return (first, last) if first < last else (first - 1, last + 1)
-        if not self.window.following:
-            return self.window.x
-        return last - (self.window.x[1] - self.window.x[0]), last
+        return self.window.steps(self.runs.drawn())
 
     def _panel_shown(self, name: str) -> bool:
-        return self._panels.get(name, self.has_class("-tall")) and self._has(name)
-
-    def _has(self, name: str) -> bool:
-        """Whether a run that is shown has any of it: divergence is measured only where it is asked for."""
-        return name != "divergence" or any(watched.log.series[name].y for _, watched in self.runs.drawn())
+        return self._panels.get(name, self.has_class("-tall")) and has(self.runs.drawn(), name)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "panel":
-            return self._has(str(parameters[0]))
+            return has(self.runs.drawn(), str(parameters[0]))
         return super().check_action(action, parameters)
 
-    def _mode(self) -> None:
-        """One line: following or frozen, the scale, the smoothing; with the cursor, what each run has there."""
-        window = self.window
-        parts = ["following" if window.following else "frozen: f follows again"]
-        parts += ["log" if window.log else "linear", f"smoothing {self.runs.smoothing:g}"]
-        if window.log and any(min(w.log.series["loss"].y, default=1) <= 0 for _, w in self.runs.drawn()):
-            parts.append("values of 0 or less have no place on a log axis")
-        line = Text(" · ".join(parts))
-        if window.cursor is not None:
-            line.append(f"\nstep {window.cursor:,.0f}:", "bold")
-            for key, watched in self.runs.drawn():
-                line.append(f"  {self.runs.looks[key].sign} {reading(watched, window.cursor)}")
-        self.query_one("#mode", Static).update(line)
-
     def _list(self) -> None:
-        rows = []
-        for key, watched in self.runs.watched.items():
-            on, look = key in self.runs.shown, self.runs.looks[key]
-            facts = watched.facts() if on else [watched.state]
-            rows.append(Row(key, on, look.sign, look.color, watched.run.label, facts))
-        self.query_one(RunList).show(rows)
+        runs = self.runs
+        self.query_one(RunList).show(list(rows(runs.watched, runs.looks, runs.shown, self._opened)))
 
     # What the user does
 
@@ -204,6 +164,23 @@ class CurvesScreen(WorkbenchScreen):
         self.redraw()
         self._drawn_at = 0.0  # what is switched on is read and drawn at once
         self._poll()
+
+    @on(RunList.Opened)
+    def _open(self, event: RunList.Opened) -> None:
+        """A sweep whose adapters are listed is shown too: of others nothing is read."""
+        self._opened ^= {event.key}
+        if event.key in self._opened and event.key not in self.runs.shown:
+            self._toggle(RunList.Toggled(event.key))
+        else:
+            self.redraw()
+
+    @on(RunList.Pointed)
+    def _point(self, event: RunList.Pointed) -> None:
+        row = self.query_one(RunList).pointed
+        pointed = event.key if row is not None and row.of else ""
+        if pointed != self._pointed:
+            self._pointed = pointed
+            self.redraw()
 
     @on(LossChart.Moved)
     def _moved(self, event: LossChart.Moved) -> None:
@@ -277,7 +254,7 @@ class CurvesScreen(WorkbenchScreen):
         from tui.screens.export import ExportScreen
 
         drawn = self.runs.drawn()
-        if not any(watched.log.steps for _, watched in drawn):
+        if not any(log.steps for _, watched in drawn for log in watched.logs):
             hint = "switch a run on in the list below" if self.runs.watched else "there are no runs yet"
             self.workbench.say(f"There is nothing to export: {hint}.", "warning")
             return
@@ -292,7 +269,8 @@ class CurvesScreen(WorkbenchScreen):
     async def _export(self, path: Path) -> None:
         try:
             if path.suffix.lower() == ".csv":
-                logs = [(watched.run.label, watched.log) for _, watched in self.runs.drawn()]
+                drawn = [watched for _, watched in self.runs.drawn()]
+                logs = [(one.run.called(name), trace.log) for one in drawn for name, trace in one.traces.items()]
                 pieces = export.csv_lines(logs)
             else:
                 pieces = iter([await export.drawn(self._picture(path.suffix[1:].lower()))])
@@ -304,12 +282,13 @@ class CurvesScreen(WorkbenchScreen):
 
     def _picture(self, kind: str) -> dict[str, object]:
         """What is on the screen, in more columns."""
-        drawn, x, panels = self.runs.drawn(), self._x(), []
+        shown, x, panels = lines(self.runs.drawn(), self.runs.looks), self._x(), []
         for chart in self.query(LossChart):
             if chart.display:
                 name, log = str(chart.id), chart.id == "loss" and self.window.log
-                curves = [self._curve(key, watched, name, x, PRINTED) for key, watched in drawn]
+                curves = [line.curve(name, x, PRINTED) for line in shown]
                 y = self.window.y if name == "loss" else None
-                labels = [legend(watched) for _, watched in drawn]
-                panels.append(export.panel(TITLES[name], labels, curves, values(y, log), log))
+                if y is None and not log and any(curve.stray for curve in curves):
+                    y = range_of(curves)
+                panels.append(export.panel(TITLES[name], [line.label for line in shown], curves, values(y, log), log))
         return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}

@@ -7,6 +7,7 @@ from typing import ClassVar
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
+from textual.events import Resize
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
@@ -16,15 +17,16 @@ from pipeline.errors import UserError
 from pipeline.metrics_diff import Change, since_commit
 from pipeline.status import StageState, Status, project_signature
 from tui.processes import Running
-from tui.screens.base import WorkbenchScreen
+from tui.screens.base import TALL, WorkbenchScreen
 from tui.widgets.dag_picture import DagPicture
 from tui.widgets.log_view import LogView
 from tui.widgets.metrics_table import table
-from tui.widgets.param_form import ParamForm
+from tui.widgets.param_form import ParamForm, written
 from tui.widgets.stage_list import StageList
 
 TICK = 0.4  # seconds between two looks at the files
 PANES = {"params": "Params", "log": "Log", "metrics": "Metrics"}
+AROUND, PANE, LINES = 2, 8, 3  # rows of the bar and the keys; the least of a pane, and of the list
 
 
 class PipelineScreen(WorkbenchScreen):
@@ -73,6 +75,12 @@ class PipelineScreen(WorkbenchScreen):
         self.give_focus(self.query_one(StageList))
         self.set_interval(TICK, self.tick)
         self.tick()
+
+    def on_resize(self, event: Resize) -> None:
+        """The list gets what picture and panes leave of the rows, and scrolls where it has more lines."""
+        picture = self.query_one(DagPicture)
+        shown = picture.get_content_height() + 1 if event.size.height >= TALL else 0
+        self.query_one(StageList).styles.max_height = max(LINES, event.size.height - AROUND - shown - PANE)
 
     # Looking
 
@@ -230,9 +238,8 @@ class PipelineScreen(WorkbenchScreen):
         except (UserError, OSError) as error:
             self.workbench.fail(error)
             return
-        value = ", ".join(event.value) if isinstance(event.value, list) else event.value
-        value = "nothing" if value == "" else value
-        self.workbench.say(f"{event.key}: {value} is in {self.workbench.params_path.name}.")
+        value = ", ".join(event.value) if isinstance(event.value, list) else written(event.value)
+        self.workbench.say(f"{event.key}: {value or 'nothing'} is in {self.workbench.params_path.name}.")
         self.tick()
 
     def action_leave(self) -> None:

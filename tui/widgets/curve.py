@@ -11,13 +11,18 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's columns, its colour as #rrggbb, its sign, the step from which it is flat, and its evaluations."""
+    """One run's columns, its colour as #rrggbb, its sign, the step from which it is flat, and its evaluations.
+
+    One that is `dim` is a line alone; a `stray` one does not decide which values are shown.
+    """
 
     columns: Sequence[Column]
     color: str
     sign: str
     flat: float | None = None
     held_out: Sequence[Column] = ()
+    dim: bool = False
+    stray: bool = False
 
     def mark(self) -> Column | None:
         """Where to say that it is flat, if that is in view."""
@@ -60,7 +65,9 @@ def _logarithms(columns: Sequence[Column]) -> list[Column]:
 
 def range_of(curves: Iterable[Curve]) -> Range:
     """From the least to the greatest value of all and a little more; 0 to 1 if there is none."""
-    columns = [column for curve in curves for column in (*curve.columns, *curve.held_out)]
+    every = list(curves)
+    decisive = [curve for curve in every if not curve.stray] or every
+    columns = [column for curve in decisive for column in (*curve.columns, *curve.held_out)]
     values = [value for c in columns for value in (c.low, c.high, c.mean) if isfinite(value)]
     if not values:
         return 0.0, 1.0

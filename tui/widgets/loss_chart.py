@@ -34,6 +34,7 @@ from tui.widgets.curve import (
 )
 
 SIGN_EVERY = 18  # cells between two signs on a line
+BAND, DIM = 0.4, 0.55  # of a line's colour in its raw band, and in a dim line
 FLAT = "»"  # stands on a line where it becomes flat
 HELD_OUT, HELD_OUT_EVERY = "×", 3  # stands at an evaluation, on a dashed line; least cells between two
 
@@ -166,8 +167,12 @@ class LossChart(Widget, can_focus=True):
             background = self.background_colors[1]
             colors = [readable(Color.parse(curve.color), background) for curve in curves]
             for curve, color in zip(curves, colors, strict=True):
-                self._draw_band(curve, background.blend(color, 0.4).hex)
+                if not curve.dim:
+                    self._draw_band(curve, background.blend(color, BAND).hex)
             for number, (curve, color) in enumerate(zip(curves, colors, strict=True)):
+                if curve.dim:
+                    self._trace(curve, background.blend(color, DIM).hex)
+                    continue
                 self._draw_line(curve, color.hex, number)
                 self._draw_held_out(curve, color.hex, number)
             self._entitle(any(curve.held_out for curve in curves))
@@ -184,11 +189,15 @@ class LossChart(Widget, can_focus=True):
         """The smoothed line with its sign every so many cells, each curve's at other places, and where it is flat."""
         if not curve.columns:
             return
-        self._plot.plot([c.x for c in curve.columns], [c.mean for c in curve.columns], color, HiResMode.BRAILLE)
+        self._trace(curve, color)
         signs = self._spread(curve.columns, 0.5 + number * 0.37) or [curve.columns[-1]]
         self._mark(signs, curve.sign, f"bold {color}")
         if at := curve.mark():
             self._mark([at], FLAT, f"bold reverse {color}")
+
+    def _trace(self, curve: Curve, color: str) -> None:
+        if curve.columns:
+            self._plot.plot([c.x for c in curve.columns], [c.mean for c in curve.columns], color, HiResMode.BRAILLE)
 
     def _draw_held_out(self, curve: Curve, color: str, number: int) -> None:
         """A dashed line through the evaluations, with their mark on them and the run's sign between them."""

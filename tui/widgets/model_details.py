@@ -49,8 +49,9 @@ def described(details: Details) -> Text:
     if entry.verdict and entry.verdict.reason:
         text.append(f"{entry.verdict.reason}\n", f"not bold {STYLES.get(state(entry), '')}")
     text.append(f"{entry.shown}\n", "not bold dim")
-    if entry.model.kind == "adapter":
+    if entry.model.scales:
         text.append_text(_spectrum(details.spectrum))
+    if entry.model.kind == "adapter":
         text.append_text(_section("adapter", _told(details.config)))
     facts = {"commit": _short(manifest.get("commit")), **_flat(manifest.get("parameters"), "parameters ")}
     text.append_text(_section("manifest", {key: value for key, value in facts.items() if value}))

@@ -13,6 +13,7 @@ from textual.message import Message
 from textual.widgets import DataTable
 
 from pipeline.inventory import REFUSED, UNBOUND, VERIFIED
+from pipeline.legible import in_order
 from tui.library import Entry
 
 CHECKING = "checking…"
@@ -48,7 +49,7 @@ def _size(entry: Entry) -> str:
 
 
 def short_targets(targets: Sequence[str]) -> str:
-    return " ".join(target.removesuffix("_proj") for target in targets) or "–"
+    return " ".join(target.removesuffix("_proj").removesuffix(" tokens") for target in targets) or "–"
 
 
 def _forgetting(entry: Entry) -> float | None:
@@ -61,9 +62,9 @@ def _when(entry: Entry) -> str:
 
 
 COLUMNS = (
-    Column("name", lambda e: e.label, lambda e: e.label),
+    Column("name", lambda e: e.label, lambda e: in_order(e.label)),
     Column("kind", lambda e: e.model.kind, lambda e: e.model.kind, wide=True),
-    Column("method", lambda e: e.model.method, lambda e: e.model.method),
+    Column("method", lambda e: e.model.method.removesuffix("_tuning"), lambda e: e.model.method),
     Column("rank", lambda e: _number(e.model.rank, "d"), lambda e: e.model.rank, right=True),
     Column("targets", lambda e: short_targets(e.model.targets), lambda e: e.model.targets or None, wide=True),
     Column("base", lambda e: Path(e.model.base or "–").name, lambda e: e.model.base, wide=True),

@@ -1,6 +1,7 @@
 """The params of one stage, each in a field of its own: checked while one types, written on Enter."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -15,6 +16,9 @@ from textual.widgets import Input, Label, Static
 
 from pipeline.errors import UserError
 from pipeline.params import Section, Training, check, rule
+from pipeline.params_file import dumped
+
+SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 
 
 class ParamInput(Input):
@@ -26,14 +30,15 @@ class ParamInput(Input):
 
     @property
     def edited(self) -> bool:
-        saved = list(self.saved) if isinstance(self.saved, tuple) else self.saved
-        return bool(self.typed != saved)
+        return bool(self.typed != plain(self.saved))
 
     @property
     def typed(self) -> Any:
-        """What the text means in the file; names of a list may be written with commas alone."""
+        """What the text means in the file; a list and a mapping may be written without brackets and braces."""
         if isinstance(self.saved, tuple):
             return names(self.value)
+        if isinstance(self.saved, Mapping):
+            return pairs(self.value)
         kind = type(self.saved)
         try:  # int and float, not YAML's: there 023 is 19, and 1:30 is 90
             return yaml.safe_load(self.value) if kind is bool else kind(self.value.strip())
@@ -50,7 +55,16 @@ class ParamInput(Input):
         self.value = written(self.saved)
 
 
+def plain(value: Any) -> Any:
+    """As YAML has it: lists, also in a mapping, where the params have tuples."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
 def written(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return dumped(plain(value))[1:-1]
     if isinstance(value, tuple):
         return ", ".join(
             name if _listed(f"{name}, x") == [name, "x"] else json.dumps(name, ensure_ascii=False) for name in value
@@ -66,6 +80,25 @@ def names(text: str) -> list[str]:
     if not found or not all(isinstance(name, str) for name in found):
         found = [name.strip() for name in text.split(",")]
     return [name for name in found if name]
+
+
+def pairs(text: str) -> Any:
+    """`v_proj: 8, fc1: 2` or `rank: [1, 2]` as a mapping; a text that is none as it is."""
+    braced = text if text.strip().startswith("{") else f"{{{text}}}"
+    try:
+        found = yaml.safe_load(braced)
+    except (yaml.YAMLError, ValueError):
+        return text
+    return _numbers(found) if isinstance(found, dict) else text
+
+
+def _numbers(value: Any) -> Any:
+    """1e-3 is a number to who writes it; PyYAML takes it for a text."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and SCIENTIFIC.fullmatch(value) else value
 
 
 def _listed(text: str) -> list[Any]:

@@ -1,0 +1,20 @@
+"""An adapter's numbers, from its file."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.binding import WEIGHTS
+from pipeline.errors import UserError
+from pipeline.models.files import load_tensors
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors. Raises UserError if they cannot be read or are not finite."""
+    found = load_tensors(folder / WEIGHTS)
+    for key, tensor in found.items():
+        if not tensor.float().isfinite().all():  # 8 bits have no isfinite
+            raise UserError(
+                f"{folder / WEIGHTS}: {key} is not finite. Train the adapter again with a lower learning_rate."
+            )
+    return found

@@ -1,0 +1,125 @@
+"""Tokens that no word stands for, before every sequence: what prompt and prefix tuning train (the document's §7).
+
+n virtual tokens take the positions 0 to n-1, a sequence's own tokens those from n on. G is the number of key and value
+heads, L of blocks.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.models.causal import CausalLM
+
+Prefix = Callable[[int], tuple[Tensor, Tensor]]  # number of a block → keys and values (1, G, n, K) before all others
+
+
+class VirtualTokens(nn.Module):
+    """n virtual tokens, in the layout in which PEFT stores them, `prompt_embeddings` (n, …)."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.prompt_embeddings = nn.Parameter(values)
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return self.prompt_embeddings.shape[0]
+
+    def read(
+        self, model: "CausalLM", ids: Tensor, positions: Tensor | None, segments: Sequence[int] | None, cache: Any
+    ) -> Tensor:
+        """`CausalLM.hidden` with the virtual tokens before each sequence; their own outputs are left out."""
+        if cache is not None and model.seen(cache):  # they are in it already
+            return model.plain(ids, None if positions is None else positions + self.count, segments, cache)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return self.begin(model, ids, positions + self.count, segments, cache)
+
+    def begin(
+        self, model: "CausalLM", ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+    ) -> Tensor:
+        """The same where nothing was read before; `positions` are those after the virtual tokens."""
+        raise NotImplementedError
+
+
+class PromptTokens(VirtualTokens):
+    """Prompt tuning (Lester et al. 2021, §2): rows (n, D) beside those that the embedding gives out."""
+
+    kind = "prompt"
+
+    def begin(
+        self, model: "CausalLM", ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+    ) -> Tensor:
+        n, lengths = self.count, [ids.shape[1]] if segments is None else list(segments)
+        x: Tensor = model.embeddings(ids)  # (B, T, D)
+        first = torch.arange(n, device=ids.device)
+        x = before_each(self.prompt_embeddings.to(x.dtype)[None], x, lengths)  # (B, T + n a sequence, D)
+        places = before_each(first[None], positions, lengths)
+        longer = None if segments is None else [n + length for length in lengths]
+        out = model.plain(x, places, longer, cache)
+        own = out.split([size for length in lengths for size in (n, length)], 1)[1::2]  # type: ignore[no-untyped-call]
+        return own[0] if len(own) == 1 else torch.cat(own, 1)
+
+
+class PrefixTokens(VirtualTokens):
+    """Prefix tuning (Li & Liang 2021, §4.2): keys and values in every block, (n, L·2·G·K)."""
+
+    kind = "prefix"
+
+    def __init__(self, values: Tensor, layers: int, groups: int) -> None:
+        super().__init__(values)
+        self.layers, self.groups = layers, groups
+
+    def of_block(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of block `number`, (1, G, n, K) each."""
+        both = self.prompt_embeddings.view(self.count, self.layers, 2, self.groups, -1)[:, number]  # (n, 2, G, K)
+        keys, values = both.permute(1, 2, 0, 3)
+        return keys[None], values[None]
+
+    def begin(
+        self, model: "CausalLM", ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+    ) -> Tensor:
+        if cache is None and model.takes_prefix:
+            return model.plain(ids, positions, segments, prefix=self.of_block)
+        cache = model.new_cache() if cache is None else cache
+        dtype = next(model.embeddings.parameters()).dtype
+        for number in range(self.layers):
+            keys, values = (x.to(dtype).expand(ids.shape[0], -1, -1, -1) for x in self.of_block(number))
+            model.remember(cache, number, keys, values)
+        return model.plain(ids, positions, segments, cache)
+
+
+def before_each(first: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`first` (1, n, …) before each of the sequences of `lengths` that lie end to end in x (B, T, …)."""
+    rows = first.expand(x.shape[0], *first.shape[1:])
+    return torch.cat([part for one in x.split_with_sizes(list(lengths), 1) for part in (rows, one)], 1)
+
+
+def with_prefix(prefix: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Keys and values (B, G, T, K) with a prefix's, (1, G, n, K) each, before each sequence of `lengths`."""
+    old = (x.to(keys.dtype).transpose(1, 2) for x in prefix)
+    new = (x.transpose(1, 2) for x in (keys, values))
+    return [before_each(*pair, lengths).transpose(1, 2) for pair in zip(old, new, strict=True)]
+
+
+def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixTokens:
+    """The prefix that is the keys and values (1, G, n, K) of some tokens, a pair a block.
+
+    Raises UserError for a model whose blocks do not all keep such a pair.
+    """
+    shapes = {tuple(x.shape) for pair in read for x in pair}
+    if len(read) != layers or len(shapes) != 1:
+        raise UserError(
+            "Prefix tuning needs keys and values of one shape in every block, which this model has not. "
+            "Use prompt tuning: lora finetune prompt."
+        )
+    ((_, groups, n, _),) = shapes
+    both = torch.stack([torch.stack(pair) for pair in read])  # (L, 2, 1, G, n, K)
+    return PrefixTokens(both[:, :, 0].permute(3, 0, 1, 2, 4).reshape(n, -1).clone(), layers, groups)

@@ -1,0 +1,165 @@
+"""What a value of params.yaml must be: rules that a dataclass's types are annotated with, and their check.
+
+Every problem is a UserError that names key, rule, value and next step.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    bound: float
+
+    def broken_by(self, value: float) -> str | None:
+        return None if value >= self.bound else f"must be at least {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class MoreThan:
+    bound: float
+
+    def broken_by(self, value: float) -> str | None:
+        return None if value > self.bound else f"must be more than {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Below:
+    bound: int
+
+    def broken_by(self, value: float) -> str | None:
+        return None if value < self.bound else f"must be below {self.bound}"
+
+
+@dataclass(frozen=True)
+class ValuesOf:
+    """A mapping of some of a section's keys to lists of values; `rule` says before them why these alone."""
+
+    kind: type
+    keys: tuple[str, ...]
+    rule: str
+
+    def broken_by(self, _value: Any) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class MayBeEmpty:
+    """A text, a list or a mapping that may be left out."""
+
+    def broken_by(self, _value: Any) -> str | None:
+        return None
+
+
+def refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
+    known = [f.name for f in fields(kind)]
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(known)}."
+            raise UserError(f"{source}: unknown key {prefix}{key}. {hint}")
+
+
+def said(hint: Any) -> str:
+    hint, rules = _split(hint)
+    broken = (rule_.broken_by(math.nan) for rule_ in rules)
+    said = ", ".join([_converted(hint, None)[1], *(text.removeprefix("must be ") for text in broken if text)])
+    return f"{said}, or empty" if MayBeEmpty() in rules else said
+
+
+def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """(the type, the rules that it is annotated with)."""
+    if get_origin(hint) is not Annotated:
+        return hint, ()
+    hint, *rules = get_args(hint)
+    return hint, tuple(rules)
+
+
+def section(kind: type, tree: Any, name: str, source: str) -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: {name} must be a section of key: value lines, got {tree!r}.")
+    refuse_unknown(tree, kind, f"{name}.", source)
+    hints = get_type_hints(kind, include_extras=True)
+    values = {key: checked(hints[key], value, f"{name}.{key}", source) for key, value in tree.items()}
+    return kind(**values)
+
+
+def checked(hint: Any, value: Any, key: str, source: str) -> Any:
+    """`value` as the schema's type, or a UserError."""
+    hint, rules = _split(hint)
+    if value in (None, "", [], {}) and MayBeEmpty() in rules:
+        return {tuple: (), Mapping: {}}.get(get_origin(hint), "")
+    if get_origin(hint) is Mapping and isinstance(value, dict):
+        of = next((rule for rule in rules if isinstance(rule, ValuesOf)), None)
+        if of is not None:
+            return _checked_values(of, value, key, source)
+        return _checked_patterns(get_args(hint)[1], value, key, source)
+    typed, expected = _converted(hint, value)
+    problem = f"must be {expected}" if typed is None else next(filter(None, (r.broken_by(typed) for r in rules)), None)
+    if problem:
+        raise UserError(f"{key} {problem}, got {value!r}. Edit {source}.")
+    return typed
+
+
+def _checked_patterns(hint: Any, values: dict[Any, Any], key: str, source: str) -> dict[str, Any]:
+    """Each value as the schema's type, each key a regular expression, or a UserError."""
+    for pattern in values:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            said = f"{error}" if isinstance(error, re.error) else "it is no text"
+            raise UserError(f"{key}: {pattern!r} is no pattern of names: {said}. Edit {source}.") from None
+    return {pattern: checked(hint, value, f"{key}.{pattern}", source) for pattern, value in values.items()}
+
+
+def _checked_values(of: ValuesOf, values: dict[Any, Any], key: str, source: str) -> dict[str, tuple[Any, ...]]:
+    """Lists of values of a section's keys, each as its schema has it, or a UserError."""
+    hints = get_type_hints(of.kind, include_extras=True)
+    for name, wanted in values.items():
+        if name not in of.keys:
+            raise UserError(f"{key}.{name}: {of.rule} {', '.join(of.keys)} alone. Edit {source}.")
+        if not isinstance(wanted, list) or not wanted:
+            raise UserError(f"{key}.{name} must be a list of values, such as [1, 2], got {wanted!r}. Edit {source}.")
+    return {
+        name: tuple(checked(hints[name], value, f"{key}.{name}", source) for value in wanted)
+        for name, wanted in values.items()
+    }
+
+
+def _converted(hint: Any, value: Any) -> tuple[Any, str]:
+    """(the value as `hint`, or None if it is not one; what was expected, in words)."""
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return (value if value in choices else None), "one of " + ", ".join(choices)
+    if get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        good = isinstance(items, list) and items and all(isinstance(i, str) and i for i in items)
+        return (tuple(items) if good else None), "a name or a list of names"
+    if get_origin(hint) is Mapping and get_origin(get_args(hint)[1]) is tuple:
+        return None, "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}"
+    if get_origin(hint) is Mapping:  # a mapping itself is checked value by value
+        return None, f"a mapping of patterns of names, such as {{q_proj: 8}}, to {said(get_args(hint)[1])}"
+    if hint is bool:
+        return (value if isinstance(value, bool) else None), "true or false"
+    if hint is int:
+        return (value if isinstance(value, int) and not isinstance(value, bool) else None), "a whole number"
+    if hint is float:
+        return _number(value), "a finite number"
+    return (value if isinstance(value, str) and value else None), "a text"
+
+
+def _number(value: Any) -> float | None:
+    """A float; `1e-4`, which PyYAML reads as a string, is the number that its writer meant."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,119 @@
+"""finetune_sweep: every combination of a grid as an adapter of its own, trained in one pass on one frozen base."""
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from shutil import copyfile
+from typing import Any
+
+import torch
+
+from pipeline import artifact, provenance
+from pipeline.adapters.attach import attach
+from pipeline.adapters.many import attach_many, only, trained_by
+from pipeline.adapters.spec import AdapterSpec
+from pipeline.errors import UserError
+from pipeline.metrics import LOSS, final_loss, read_steps
+from pipeline.models.base import DTYPES, Base, count, load_base
+from pipeline.models.skeleton import skeleton
+from pipeline.params import FinetuneLora
+from pipeline.runner import Event, Facts, Job
+from pipeline.stages.finetune import lora_spec, new_rows, save_files
+from pipeline.sweep import DIVERGED, DONE, STOPPED, TABLE, variants
+from pipeline.training.batches import Batches, Windows
+from pipeline.training.many import Standing
+from pipeline.training.many_evaluation import ManyEvaluation
+from pipeline.training.many_run import train_many
+from pipeline.training.many_step import ManyTask, Variant
+from pipeline.training.retain import retain_of
+from pipeline.training.task import windows_of
+
+
+def sweep(job: Job) -> Generator[Event, None, Facts]:
+    """The grid of finetune_sweep → an adapter folder for each combination, and sweep.json with how each ended.
+
+    Raises UserError, and what `train_many` does.
+    """
+    params = job.project.params
+    settings, wanted = params.finetune_lora, variants(params.finetune_lora, params.finetune_sweep)
+    if settings.precision == "fp16":
+        raise UserError(
+            "finetune_lora.precision fp16 trains one adapter at a time. Set it to bf16 or fp32 for a sweep."
+        )
+    folder = job.artifact("expand_vocab")
+    base = load_base(folder, settings.precision, params.pretrain.trust_remote_code, settings.quantization)
+    learned, held_out = yield from windows_of(job, settings, base)
+    strongest = max(own.retain_weight for own in wanted.values())
+    texts = yield from retain_of(job, replace(settings, retain_weight=strongest), base)
+    specs = {}
+    for name, own in wanted.items():
+        with _named(name):
+            specs[name] = lora_spec(base.model, own, new_rows(folder))
+    share = attach_many(base.model, [_attaching(base, specs[name], name, own) for name, own in wanted.items()])
+    together = tuple(_variant(name, own, learned, texts) for name, own in wanted.items())
+    every = settings.eval_every or len(together[0].batches)
+    evaluation = None
+    if held_out is not None:
+        evaluation = ManyEvaluation(held_out, settings.batch_size, every, settings.patience, len(wanted))
+    standing = yield from train_many(job, ManyTask(base.model, share, together, evaluation))
+    return _saved(job, base, wanted, specs, standing)
+
+
+@contextmanager
+def _named(adapter: str) -> Iterator[None]:
+    """What is wrong with one of the adapters is said with its name: its value may be the grid's."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"finetune_sweep, {adapter}: {error}") from None
+
+
+def _attaching(base: Base, spec: AdapterSpec, name: str, own: FinetuneLora) -> Callable[[], None]:
+    """Puts the adapter on the base just as where it trains alone."""
+
+    def attach_one() -> None:
+        torch.manual_seed(own.seed)
+        with _named(name):
+            attach(base.model, spec, DTYPES[own.adapter_precision], own.init_lora_weights)
+
+    return attach_one
+
+
+def _variant(name: str, own: FinetuneLora, learned: Windows, texts: Windows | None) -> Variant:
+    batches = Batches(learned, own.batch_size, own.seed, own.accumulate)
+    retained = Batches(texts, own.retain_batch, own.seed) if texts is not None and own.retains else None
+    return Variant(name, own, batches, retained)
+
+
+def _saved(
+    job: Job, base: Base, wanted: Mapping[str, FinetuneLora], specs: Mapping[str, AdapterSpec], standing: Standing
+) -> Facts:
+    """Each adapter that learned something finite in a folder of its own, sealed as finetune_lora seals its one."""
+    folder = job.project.artifact("expand_vocab")
+    total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
+    commit = provenance.commit(job.stage.module)
+    rows: dict[str, Any] = {}
+    for number, (name, own) in enumerate(wanted.items()):
+        steps = read_steps(job.run / name / LOSS)
+        held_out = [step.eval_loss for step in steps if step.eval_loss is not None]
+        trained = trained_by(base.model, number)
+        diverged = bool(standing.diverged[number])
+        rows[name] = {
+            "state": DIVERGED if diverged else STOPPED if standing.stopped[number] else DONE,
+            "trainable": trained,
+            "steps": len(steps),
+            "final_loss": final_loss(steps),
+            "eval_loss": min(held_out) if own.patience and held_out else held_out[-1] if held_out else None,
+        }
+        if diverged:
+            continue
+        out = job.out / name
+        out.mkdir()
+        with only(base.model, number):
+            facts = save_files(out, base, specs[name], folder, {"total": total, "trainable": trained})
+        copyfile(job.run / name / LOSS, out / LOSS)
+        made = {"kind": "adapter", "method": "lora", "seed": own.seed, "params": asdict(own)}
+        artifact.seal(out, {**job.known, **made, "commit": commit, **facts})
+    artifact.write_json(job.out / TABLE, rows)
+    trained = sum(row["trainable"] for row in rows.values())
+    return {"adapters": rows, "parameters": {"total": total, "trainable": trained}}

@@ -1,0 +1,69 @@
+"""The loss of many adapters on examples that are held out, in one pass, and which of them have no hope left."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.adapters.many import Share
+from pipeline.models.causal import CausalLM
+from pipeline.training.batches import Windows
+from pipeline.training.joint import Reader, losses_of
+from pipeline.training.many_adam import ManyAdam
+
+
+class ManyEvaluation:
+    """As `Evaluation`, with a best loss, and with `patience` the weights that had it, for each of N adapters."""
+
+    def __init__(self, windows: Windows, batch_size: int, every: int, patience: int, adapters: int) -> None:
+        """`patience` as `Evaluation` has it, of each of so many adapters."""
+        self._windows, self._size, self._every, self._patience = windows, batch_size, every, patience
+        self._best = torch.full((adapters,), torch.inf, dtype=torch.float64)
+        self._waited = torch.zeros(adapters, dtype=torch.int64)
+        self._weights: Tensor | None = None  # (N, P)
+        self._reader: Reader | None = None
+
+    def due(self, step: int, last: int) -> bool:
+        return step % self._every == 0 or step == last
+
+    def after_step(self, model: CausalLM, share: Share, optimizer: ManyAdam, live: Sequence[int]) -> dict[int, float]:
+        """The loss of each adapter of `live` now, in nats a token."""
+        losses = self._losses(model, share, live)
+        better = [n for n in live if losses[n] < self._best[n]]
+        self._waited[[n for n in live if n not in better]] += 1
+        self._waited[better] = 0
+        self._best[better] = torch.tensor([losses[n] for n in better], dtype=torch.float64)
+        if self._patience:
+            now = optimizer.weights
+            self._weights = now.clone() if self._weights is None else self._weights.to(now.device)  # a resume's: CPU
+            self._weights[better] = now[better]
+        return losses
+
+    def hopeless(self, number: int) -> bool:
+        """Whether `patience` evaluations in a row brought nothing better."""
+        return bool(self._patience) and int(self._waited[number]) >= self._patience
+
+    def restore_best(self, optimizer: ManyAdam) -> None:
+        if self._weights is not None:
+            optimizer.set_weights(self._weights)
+
+    @torch.no_grad()
+    def _losses(self, model: CausalLM, share: Share, live: Sequence[int]) -> dict[int, float]:
+        sums, tokens = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
+        self._reader = self._reader or Reader(model, share, self._windows)
+        for start in range(0, len(self._windows), self._size):
+            rows = range(start, min(start + self._size, len(self._windows)))
+            for joint in self._reader.joints(dict.fromkeys(live, rows)):
+                here = [n for n in live if joint.labels[n]]
+                for n, loss in zip(here, losses_of(model, share, joint).tolist(), strict=True):
+                    sums[n] += loss * joint.labels[n]
+                    tokens[n] += joint.labels[n]
+        return {n: sums[n] / tokens[n] for n in live}
+
+    def state(self) -> dict[str, Tensor]:
+        best = {} if self._weights is None else {"best_weights": self._weights}
+        return {"best_loss": self._best, "waited": self._waited, **best}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._best, self._waited = state["best_loss"].clone(), state["waited"].clone()
+        self._weights = state.get("best_weights")

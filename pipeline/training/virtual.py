@@ -1,0 +1,41 @@
+"""Prompt and prefix tuning as a run: virtual tokens before every sequence train, nothing else (the document's §7)."""
+
+from collections.abc import Generator
+from pathlib import Path
+
+from pipeline.adapters.virtual import VirtualSpec, in_precision, save_virtual, start
+from pipeline.bases import base_fingerprint
+from pipeline.calc.settings import Method
+from pipeline.errors import UserError
+from pipeline.models.base import DTYPES, Base, count
+from pipeline.models.skeleton import skeleton
+from pipeline.params import FinetuneVirtual
+from pipeline.runner import Event, Facts, Job
+from pipeline.training.loop import Task, train
+from pipeline.training.task import data_of, save_curve
+
+
+def train_virtual(job: Job, settings: FinetuneVirtual, base: Base, folder: Path) -> Generator[Event, None, Facts]:
+    """The base's virtual tokens, trained and saved in PEFT's format; `folder` is where the base came from.
+
+    Raises UserError, and what `train` does.
+    """
+    model, tokenizer = base
+    spec = VirtualSpec(job.stage.method, settings.virtual_tokens)
+    start(model, spec, len(tokenizer), settings.seed)
+    assert model.virtual is not None
+    in_precision(model.virtual, DTYPES[settings.adapter_precision])
+    if spec.kind == "prefix" and settings.checkpointing != "none" and not model.takes_prefix:
+        raise UserError(
+            f"{job.stage.name}.checkpointing must be none for this model, got {settings.checkpointing}: its blocks "
+            "take a prefix from a cache alone, which is gone when they run again. Edit params.yaml."
+        )
+    batches, evaluation = yield from data_of(job, settings, base)
+    trainable = count(model)["trainable"]
+    method = Method(spec.kind, virtual_tokens=spec.tokens)
+    yield from train(job, Task(model, batches, settings, method, evaluation, sharded=False))
+    save_virtual(job.out, model, f"artifacts/{folder.name}")
+    tokenizer.save(job.out, model.room)
+    save_curve(job)
+    total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
+    return {"base": base_fingerprint(folder), "parameters": {"total": total, "trainable": trainable}}
