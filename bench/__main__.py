@@ -9,13 +9,19 @@ from bench.curves import curves
 from bench.engine import engine
 from bench.memory import memory
 from bench.merge import merge
+from bench.methods import methods
+from bench.methods_real import methods_real
 from bench.quantized import quantized
 from bench.real import real
 from bench.several import several
+from bench.sweep import sweep
 from bench.terminal import terminal
 from bench.training import training
 
-MEASURES = (commands, terminal, calculator, curves, engine, memory, training, real, quantized, merge, several)
+MEASURES = (
+    *(commands, terminal, calculator, curves, engine, memory, training, methods, sweep),
+    *(real, methods_real, quantized, merge, several),
+)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The Curves screen: redraw of three long runs, and memory while one is followed for an hour."""
+"""The Curves screen: redraw of three long runs and of a sweep, and memory while one is followed for an hour."""
 
 import asyncio
 import math
@@ -6,15 +6,14 @@ import random
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 
 from textual.app import App, ComposeResult
 from textual.widget import Widget
 
-from bench.measure import Row
-from pipeline.looks import METHODS
+from bench.measure import Row, in_turns
+from pipeline.looks import METHODS, Look, other
 from pipeline.metrics import COLUMNS
 from tui.follow import Tail
 from tui.series import Log, parse_step
@@ -23,25 +22,31 @@ from tui.widgets.curve import Curve, View
 from tui.widgets.loss_chart import LossChart
 
 POINTS, ROUNDS, GOAL = 100_000, 21, 0.050
+SHOWN = ("finetune_full", "finetune_freeze", "finetune_lora")
+ADAPTERS, STEPS = 32, 3_000  # of a sweep
 APPENDS = 1_000
 DATA = 8 * (len(COLUMNS) + 3) * POINTS  # bytes: a number a column, and three smoothed
 
 
 def curves() -> Iterator[Row]:
-    """Decimate and draw 3 × 100,000 points at 200 × 60; then 100,000 lines appended in pieces and followed."""
-    seconds = asyncio.run(_redraw())
+    """Decimate and draw 3 × 100,000 points at 200 × 60, and 32 adapters of a sweep; then 100,000 lines appended in
+    pieces and followed."""
+    times = asyncio.run(_redraw())
+    seconds, swept, alone = (times[name] for name in ("three", "sweep", "runs"))
     what = f"redraw of 3 × {POINTS:,} points"
     yield Row(what, seconds, "", None, f"under {GOAL * 1e3:.0f} ms", seconds < GOAL)
+    what, ratio = f"redraw of a sweep of {ADAPTERS} × {STEPS:,} points", swept / alone
+    yield Row(what, swept, f"{ADAPTERS} single runs", ratio, "at most 1 ×", ratio <= 1)
     seconds, grown = _followed()
     ratio = grown / DATA
     what = f"{POINTS:,} lines followed"
     yield Row(what, seconds, f"memory: their {DATA / 1e6:.0f} MB of numbers", ratio, "under 1.5 ×", ratio < 1.5)
 
 
-def rows(seed: int) -> list[LogRow]:
+def rows(seed: int, points: int = POINTS) -> list[LogRow]:
     """A loss that falls, with noise."""
     noise = random.Random(seed)
-    losses = [(2 + seed) * math.exp(-i / 30_000) + 0.3 * noise.random() for i in range(POINTS)]
+    losses = [(2 + seed) * math.exp(-i * 3.3 / points) + 0.3 * noise.random() for i in range(points)]
     return [(i + 1, i // 1000 + 1, loss, 1e-3, noise.random(), 16 * i) for i, loss in enumerate(losses)]
 
 
@@ -50,31 +55,39 @@ class _Chart(App[None]):
         yield LossChart("loss", "loss")
 
 
-async def _redraw() -> float:
+async def _redraw() -> dict[str, float]:
     """Median seconds from the numbers to the lines of the terminal."""
-    logs = [Log(0.9) for _ in METHODS]
-    for seed, log in enumerate(logs):
-        log.extend(rows(seed))
-    times = []
+    three, many = _logs(len(SHOWN), POINTS), _logs(ADAPTERS, STEPS)
+    looks = [METHODS[name] for name in SHOWN]
     async with _Chart().run_test(size=(200, 60)) as pilot:
         chart = pilot.app.query_one(LossChart)
-        for _ in range(ROUNDS):
-            await pilot.pause()
-            start = time.perf_counter()
-            chart.draw([_curve(log, method, chart.columns) for log, method in zip(logs, METHODS, strict=True)], _VIEW)
+
+        def draw(logs: Sequence[Log], looks: Sequence[Look], points: int, dim: int = 0) -> None:
+            view = View((1, points))
+            columns = [log.series["loss"].visible(*view.x, chart.columns) for log in logs]
+            parts = zip(columns, looks, range(len(logs)), strict=True)
+            chart.draw([Curve(c, look.color, look.sign, dim=number < dim) for c, look, number in parts], view)
             for widget in chart.walk_children(Widget):
                 widget.render()
                 widget.render_lines(widget.size.region)
-            times.append(time.perf_counter() - start)
-    return median(times)
+
+        await pilot.pause()
+        sweep = [METHODS["finetune_sweep"]] * ADAPTERS
+        return in_turns(
+            {
+                "three": lambda: draw(three, looks, POINTS),
+                "sweep": lambda: draw(many, sweep, STEPS, dim=ADAPTERS - 1),
+                "runs": lambda: draw(many, [*map(other, range(ADAPTERS))], STEPS),
+            },
+            ROUNDS,
+        )
 
 
-_VIEW = View((1, POINTS))
-
-
-def _curve(log: Log, method: str, columns: int) -> Curve:
-    look = METHODS[method]
-    return Curve(log.series["loss"].visible(*_VIEW.x, columns), look.color, look.sign)
+def _logs(count: int, points: int) -> list[Log]:
+    logs = [Log(0.9) for _ in range(count)]
+    for seed, log in enumerate(logs):
+        log.extend(rows(seed, points))
+    return logs
 
 
 def _followed() -> tuple[float, int]:

@@ -9,7 +9,7 @@ import torch
 
 from bench.measure import Row
 from bench.real import ROUNDS, ask, base, side
-from bench.real_sides import BATCH, Example, Ours, Theirs
+from bench.real_sides import BATCH, Example, Ours, Theirs, equally_long
 from pipeline.models.quantized import quantize
 
 STEPS, LENGTH = 2, 64
@@ -28,15 +28,9 @@ def quantized() -> Iterator[Row]:
     yield Row(what, 0, reference, less / grown, "at most 0.7 ×", less / grown <= 0.7)
 
 
-def _examples() -> list[Example]:
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(500, 5000, (STEPS * BATCH, LENGTH + 1), generator=generator).tolist()
-    return [(ids, ids) for ids in drawn]
-
-
 class Ours4(Ours):
     def taught(self) -> list[Example]:
-        return _examples()
+        return equally_long(STEPS * BATCH, LENGTH)
 
     def frozen(self, folder: Path) -> Any:
         model = super().frozen(folder)
@@ -46,7 +40,7 @@ class Ours4(Ours):
 
 class Theirs4(Theirs):
     def taught(self) -> list[Example]:
-        return _examples()
+        return equally_long(STEPS * BATCH, LENGTH)
 
     def frozen(self, folder: Path) -> Any:
         """Without PEFT's prepare_model_for_kbit_training, which would make embeddings and head fp32."""

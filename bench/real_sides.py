@@ -52,6 +52,13 @@ def examples(count: int, seed: int) -> list[Example]:
     return found
 
 
+def equally_long(count: int, length: int) -> list[Example]:
+    """Learned whole: nothing is padded and no label left out on either side."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(500, 5000, (count, length + 1), generator=generator).tolist()
+    return [(ids, ids) for ids in drawn]
+
+
 def serve(pipe: Connection, side: Callable[[Path], object], folder: Path, threads: int) -> None:
     """A side's process: answers (seconds or a loss or bytes) to the names of what it can do, until None."""
     torch.set_num_threads(threads)
@@ -179,16 +186,19 @@ class Ours(Side):
     def adapted(self, model: Any) -> Any:
         keep_freed_memory()
         quicken(model)
-        attach(model, AdapterSpec(RANK, 2 * RANK, TARGETS), torch.bfloat16)
-        for _, layer in adapter_layers(model):
-            nn.init.kaiming_uniform_(layer.lora_A, math.sqrt(5))  # as PEFT begins
-        windows = Listed([whole(_encoded(one)) for one in self.train], [""] * len(self.train))
+        self.attach(model)
+        windows = Listed([whole(encoded(one)) for one in self.train], [""] * len(self.train))
         settings = Training(
             epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, clip_norm=CLIP, precision="bf16"
         )
         task = Task(model.train(), InOrder(windows, BATCH, 0), settings, Method())
         self.steps, self.an_epoch = steps(task, FlatAdam(model, LEARNING_RATE)), len(task.batches)
         return model
+
+    def attach(self, model: Any) -> None:
+        attach(model, AdapterSpec(RANK, 2 * RANK, TARGETS), torch.bfloat16)
+        for _, layer in adapter_layers(model):
+            nn.init.kaiming_uniform_(layer.lora_A, math.sqrt(5))  # as PEFT begins
 
     def epoch(self) -> float:
         return seconds(lambda: [next(self.steps) for _ in range(self.an_epoch)])
@@ -211,7 +221,7 @@ class Ours(Side):
         return seconds(lambda: list(generate(self.plain, _prompt()[0].tolist(), (), NEW_TOKENS)))
 
 
-def _encoded(example: Example) -> Encoded:
+def encoded(example: Example) -> Encoded:
     ids, labels = example
     return Encoded(tuple(ids), tuple(label != -100 for label in labels))
 

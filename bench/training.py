@@ -31,14 +31,12 @@ GOALS = {"full": 1.0, "freeze": 1.0, "lora": 2.0}
 def training() -> Iterator[Row]:
     """Steps of 4 windows of 4 tokens, the pipeline's own; one thread each, which is the faster for both."""
     torch.set_num_threads(1)
-    tokenizer = WordTokenizer.of_words([f"w{i}" for i in range(96)])
     with tempfile.TemporaryDirectory() as folder:
-        model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id))
-        save_base(Path(folder), Base(model, tokenizer))
+        minigpt(Path(folder))
         runs = {}
         for method in GOALS:
-            runs[method] = _ours(Path(folder), method)
-            runs[f"{method} reference"] = _reference(Path(folder), method)
+            runs[method] = ours_of(Path(folder), method)
+            runs[f"{method} reference"] = reference_of(Path(folder), method)
         times = in_turns(runs, ROUNDS)
     for method, goal in GOALS.items():
         ours, theirs = times[method] / STEPS, times[f"{method} reference"] / STEPS
@@ -48,19 +46,26 @@ def training() -> Iterator[Row]:
         yield Row(f"training step, {method}", ours, f"{name}, {theirs * 1e3:.2f} ms", ratio, wanted, ratio >= goal)
 
 
-def _batches() -> Batches:
+def minigpt(folder: Path) -> None:
+    """A MiniGPT of the pipeline's size with random weights."""
+    tokenizer = WordTokenizer.of_words([f"w{i}" for i in range(96)])
+    model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id))
+    save_base(folder, Base(model, tokenizer))
+
+
+def batches(seed: int = 0) -> Batches:
     ids = torch.randint(3, 99, (8, 7), generator=torch.Generator().manual_seed(0)).tolist()
     cut = [window for row in ids for window in windows(tuple(row), 4)]
-    return Batches(Listed(cut, [""] * len(cut)), 4, 0)
+    return Batches(Listed(cut, [""] * len(cut)), 4, seed)
 
 
-def _ours(folder: Path, method: str) -> Callable[[], None]:
+def ours_of(folder: Path, method: str) -> Callable[[], None]:
     model, _ = load_base(folder)
     if method == "lora":
         attach(model, lora_spec(model, FinetuneLora(), ()))
     elif method == "freeze":
         freeze(model, FinetuneFreeze())
-    task = Task(model, _batches(), Training(epochs=10**9), FULL)
+    task = Task(model, batches(), Training(epochs=10**9), FULL)
     records = steps(task, FlatAdam(model, 1e-3))
 
     def run() -> None:
@@ -70,7 +75,7 @@ def _ours(folder: Path, method: str) -> Callable[[], None]:
     return run
 
 
-def _reference(folder: Path, method: str) -> Callable[[], None]:
+def reference_of(folder: Path, method: str) -> Callable[[], None]:
     """The loop as the libraries' documentation writes it, with the loss read every step, as ours is."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
     if method == "lora":
@@ -81,11 +86,11 @@ def _reference(folder: Path, method: str) -> Callable[[], None]:
     else:
         _freeze_like_ours(model, method)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    batches = _batches()
+    found = batches()
 
     def run() -> None:
         for step in range(STEPS):
-            (batch,) = batches[step]
+            (batch,) = found[step]
             optimizer.zero_grad()
             logits = model(input_ids=batch.ids, position_ids=batch.positions).logits
             loss = F.cross_entropy(logits.flatten(0, 1), batch.labels)

@@ -8,7 +8,7 @@ from typing import Any
 
 from textual.pilot import Pilot
 
-from pipeline.dag import STAGES
+from pipeline.dag import STAGES, VARIANTS
 from tui.app import Workbench
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +28,7 @@ async def until(pilot: Pilot[None], holds: Callable[[Any], object]) -> None:
 
 async def pipeline(pilot: Pilot[None]) -> None:
     await until(pilot, lambda screen: len(screen.states) == len(STAGES))
-    await pilot.press("down", "down", "down", "down")
+    await pilot.press(*["down"] * list(STAGES).index("finetune_lora"))
     await until(pilot, lambda screen: screen.chosen == "finetune_lora")
 
 
@@ -45,7 +45,9 @@ async def calculator(pilot: Pilot[None]) -> None:
 
 async def adapters(pilot: Pilot[None]) -> None:
     await pilot.press("4")
-    await until(pilot, lambda screen: len(screen.entries) >= 6 and all(entry.verdict for entry in screen.entries))
+    await until(
+        pilot, lambda screen: len(screen.entries) >= len(VARIANTS) and all(entry.verdict for entry in screen.entries)
+    )
     await pilot.press("u", "p", *"der", "space", *"wind", "enter")
     await until(pilot, answered)
     await pilot.pause(1)
@@ -54,7 +56,7 @@ async def adapters(pilot: Pilot[None]) -> None:
 def answered(screen: Any) -> bool:
     """Whether every model has said all that it says."""
     answers = screen.talk.newest.answers if screen.talk.newest else []
-    return len(answers) == len(screen.entries) and all(a.error or a.ended in ("end", "length") for a in answers)
+    return len(answers) == len(VARIANTS) and all(a.error or a.ended in ("end", "length") for a in answers)
 
 
 async def main() -> None:
