@@ -113,8 +113,8 @@ def _checked_patterns(hint: Any, values: dict[Any, Any], key: str, source: str) 
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            said = f"{error}" if isinstance(error, re.error) else "it is no text"
-            raise UserError(f"{key}: {pattern!r} is no pattern of names: {said}. Edit {source}.") from None
+            why = f"{error}" if isinstance(error, re.error) else "it is no text"
+            raise UserError(f"{key}: {pattern!r} is no pattern of names: {why}. Edit {source}.") from None
     return {pattern: checked(hint, value, f"{key}.{pattern}", source) for pattern, value in values.items()}
 
 

@@ -123,11 +123,7 @@ class Batches:
 
     def __getitem__(self, step: int) -> list[Batch]:
         """This process's share of the batches of step `step`, counted from 0 over all epochs."""
-        return [shared(self._windows, rows) for rows in self._numbers(step)]
-
-    def rows(self, step: int) -> list[list[int]]:
-        """The numbers of the windows in each batch of a step."""
-        return self._numbers(step)
+        return [shared(self._windows, rows) for rows in self.rows(step)]
 
     @property
     def source(self) -> Windows:
@@ -136,17 +132,18 @@ class Batches:
 
     def places(self, step: int) -> list[str]:
         """Where the examples of a step stand in their files, each once."""
-        rows = (row for rows in self._numbers(step) for row in rows)
+        rows = (row for rows in self.rows(step) for row in rows)
         return list(dict.fromkeys(self._windows.place(row) for row in rows))
 
     def largest(self, steps: Iterable[int]) -> int:
         """The step, of these, whose largest batch has the most tokens; the first of equals."""
-        return max(steps, key=lambda step: max(map(self._tokens, self._numbers(step))))
+        return max(steps, key=lambda step: max(map(self._tokens, self.rows(step))))
 
     def _tokens(self, rows: Sequence[int]) -> int:
         return sum(map(self._windows.tokens, rows))
 
-    def _numbers(self, step: int) -> list[list[int]]:
+    def rows(self, step: int) -> list[list[int]]:
+        """The numbers of the windows in each batch of a step."""
         epoch, index = divmod(step, len(self))
         if self._epoch != epoch:
             self._epoch, self._rows = epoch, self._shuffled(epoch)

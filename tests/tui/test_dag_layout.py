@@ -30,28 +30,6 @@ def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None
     ]
 
 
-WIDER = {
-    "pretrain": (),
-    "expand_vocab": ("pretrain",),
-    "scratch": ("expand_vocab",),
-    **{f"finetune_{name}": ("expand_vocab",) for name in ("full", "freeze", "lora", "prefix", "prompt", "sweep")},
-    "merge": ("finetune_lora",),
-    "evaluate": ("scratch", "merge", *(f"finetune_{name}" for name in ("full", "freeze", "lora", "prefix", "prompt"))),
-}
-
-
-def test_seven_stages_side_by_side_and_one_that_leads_nowhere_fit_80_columns() -> None:
-    assert drawn(layout(WIDER, LABEL)) == [
-        "                             ┌▶ * scratch ───────────────────┐",
-        "                             ├▶ * finetune_full ─────────────┤",
-        "                             ├▶ * finetune_freeze ───────────┤",
-        "* pretrain ─▶ * expand_vocab ┼▶ * finetune_lora ───▶ * merge ┼▶ * evaluate",
-        "                             ├▶ * finetune_prefix ───────────┤",
-        "                             ├▶ * finetune_prompt ───────────┘",
-        "                             └▶ * finetune_sweep",
-    ]
-
-
 def test_one_node_and_a_chain() -> None:
     assert drawn(layout({"a": ()}, LABEL)) == ["* a"]
     assert drawn(layout({"a": (), "b": ("a",), "c": ("a", "b")}, LABEL)) == ["* a ─▶ * b ─▶ * c"]
