@@ -293,6 +293,12 @@ def test_what_fits_no_layer_is_refused_by_the_name_of_its_adapter(mini: Path, gr
         swept(mini, grid)
 
 
+def test_a_rank_that_is_wider_than_a_matrix_is_noted_once(mini: Path) -> None:
+    _, events = swept(mini, {"rank": [2, 65], "seed": [0, 1]}, ["finetune_lora.epochs=1"])
+    notes = [event.text for event in events if isinstance(event, Note) and "more than" in event.text]
+    assert len(notes) == 1 and "finetune_lora.rank 65 is more than" in notes[0]
+
+
 def test_names_say_what_differs_and_fit_a_folder() -> None:
     grid = {
         "rank": (1,),

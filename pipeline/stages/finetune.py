@@ -48,7 +48,7 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
         spec = lora_spec(model, settings, new_rows(folder))
         texts = yield from retain_of(job, settings, base)  # completed, where they are to be, by the base as it is
         attach(model, spec, DTYPES[settings.adapter_precision], settings.init_lora_weights)
-        yield from _note_wide_rank(model)
+        yield from note_wide_rank(model)
         retain = None if texts is None else Retain(model, texts, settings)
     elif isinstance(settings, FinetuneFreeze):
         freeze(model, settings)
@@ -132,7 +132,7 @@ def _refuse_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) ->
             )
 
 
-def _note_wide_rank(model: CausalLM) -> Iterator[Event]:
+def note_wide_rank(model: CausalLM) -> Iterator[Event]:
     """A rank above a matrix's smaller side costs parameters and expresses nothing more (§2.4)."""
     for name, layer in adapter_layers(model):
         rank, widest = len(layer.lora_A), min(layer.lora_A.shape[1], layer.lora_B.shape[0])

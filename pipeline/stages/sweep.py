@@ -18,7 +18,7 @@ from pipeline.models.base import DTYPES, Base, count, load_base
 from pipeline.models.skeleton import skeleton
 from pipeline.params import FinetuneLora
 from pipeline.runner import Event, Facts, Job
-from pipeline.stages.finetune import lora_spec, new_rows, save_files
+from pipeline.stages.finetune import lora_spec, new_rows, note_wide_rank, save_files
 from pipeline.sweep import DIVERGED, DONE, STOPPED, TABLE, variants
 from pipeline.training.batches import Batches, Windows
 from pipeline.training.many import Standing
@@ -49,7 +49,10 @@ def sweep(job: Job) -> Generator[Event, None, Facts]:
     for name, own in wanted.items():
         with _named(name):
             specs[name] = lora_spec(base.model, own, new_rows(folder))
-    share = attach_many(base.model, [_attaching(base, specs[name], name, own) for name, own in wanted.items()])
+    notes: list[Event] = []
+    ways = [_attaching(base, specs[name], name, own, notes) for name, own in wanted.items()]
+    share = attach_many(base.model, ways)
+    yield from dict.fromkeys(notes)
     together = tuple(_variant(name, own, learned, texts) for name, own in wanted.items())
     every = settings.eval_every or len(together[0].batches)
     evaluation = None
@@ -68,13 +71,14 @@ def _named(adapter: str) -> Iterator[None]:
         raise UserError(f"finetune_sweep, {adapter}: {error}") from None
 
 
-def _attaching(base: Base, spec: AdapterSpec, name: str, own: FinetuneLora) -> Callable[[], None]:
-    """Puts the adapter on the base just as where it trains alone."""
+def _attaching(base: Base, spec: AdapterSpec, name: str, own: FinetuneLora, notes: list[Event]) -> Callable[[], None]:
+    """Puts the adapter on the base just as where it trains alone; what is to be noted then goes to `notes`."""
 
     def attach_one() -> None:
         torch.manual_seed(own.seed)
         with _named(name):
             attach(base.model, spec, DTYPES[own.adapter_precision], own.init_lora_weights)
+        notes.extend(note_wide_rank(base.model))
 
     return attach_one
 
