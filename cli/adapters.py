@@ -46,9 +46,9 @@ def show(
         half = one.trained_rank not in (None, one.rank)
         return (
             str(one.path.relative_to(folder)),
-            one.method,
+            one.method.removesuffix("_tuning"),
             "–" if one.rank is None else f"{one.rank}{f', {one.trained_rank} trained' * half}",
-            " ".join(target.removesuffix("_proj") for target in one.targets),
+            " ".join(target.removesuffix("_proj").removesuffix(" tokens") for target in one.targets),
             Path(one.base or "?").name,
             f"{one.size / 1000:,.0f} kB",
             "–" if one.final_loss is None else f"{one.final_loss:.3f}",
