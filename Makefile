@@ -78,5 +78,5 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 
 clean:                  ## remove results and run state; keeps the environment
 	rm -rf artifacts/base artifacts/expanded artifacts/from_scratch artifacts/full_finetuned artifacts/layer_frozen \
-	  artifacts/lora_adapter artifacts/lora_merged artifacts/prefix artifacts/prompt artifacts/sweep runs .lora-cache \
-	  dvc.lock
+	  artifacts/lora_adapter artifacts/lora_merged artifacts/prefix artifacts/prompt artifacts/sweep artifacts/studies \
+	  artifacts/figures artifacts/claims runs .lora-cache dvc.lock

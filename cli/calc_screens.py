@@ -29,23 +29,14 @@ def models(out: Output) -> None:
 
 def document(out: Output) -> None:
     """`--document`."""
-    from pipeline.calc.document import claims
+    from cli.claims import show
+    from pipeline.ledger.check import calculated
 
-    found = claims()
-    columns = ("section", "what", "document", "exact", "agrees", "why")
-    if out.rows(columns, [(c.section, c.what, c.document, c.exact, c.agrees, c.why) for c in found]):
-        return
-    reasons: dict[str, int] = {}
-    rows = []
-    for claim in found:
-        mark = "" if claim.agrees else f"≠ {reasons.setdefault(claim.why, len(reasons) + 1)}"
-        rows.append((f"§{claim.section}", claim.what, claim.document, claim.exact, mark))
-    stdout.print(table(("", "what", "document", "exact", ""), rows, right=("document", "exact")))
-    stdout.print()
-    for reason, number in reasons.items():
-        stdout.print(f"{number}  {reason}.", markup=False)
-    wrong = sum(not claim.agrees for claim in found)
-    stdout.print(f"\n{len(found)} numbers, {len(found) - wrong} hold (rounded ones within 5%), {wrong} do not.")
+    found = calculated()
+    columns = ("section", "quote", "document", "measured", "verdict", "why")
+    shown = [(r["section"], r["quote"], *r["shown"].values(), r["verdict"], r["why"]) for r in found]
+    if not out.rows(columns, shown):
+        show(found)
 
 
 def sweep(out: Output, question: Question, key: str, values: list[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli import adapters, ask, cache, calc, data, doctor, export, new, stages
+from cli import adapters, ask, cache, calc, claims, data, doctor, export, figures, new, spectrum, stages, study
 from cli.options import group
 from pipeline.errors import Interrupted, UserError
 from pipeline.world import world
@@ -17,8 +17,11 @@ app = group(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for part in (new.app, stages.app, calc.app, ask.app, adapters.app, export.app, data.app, cache.app, doctor.app):
-    app.add_typer(part)
+for part in (
+    *(new, stages, study, figures, claims, spectrum),
+    *(calc, ask, adapters, export, data, cache, doctor),
+):
+    app.add_typer(part.app)
 
 
 def _version(wanted: bool) -> None:

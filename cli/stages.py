@@ -44,7 +44,7 @@ def pretrain(
 
         return pretrain(job)
 
-    _run("pretrain", work, params, overrides, force, checkpoint_every)
+    run_stage("pretrain", work, params, overrides, force, checkpoint_every)
 
 
 @app.command("expand-vocab")
@@ -58,7 +58,7 @@ def expand_vocab(
 
         return expand_vocab(job)
 
-    _run("expand_vocab", work, params, overrides, force)
+    run_stage("expand_vocab", work, params, overrides, force)
 
 
 @app.command()
@@ -75,7 +75,7 @@ def scratch(
 
         return scratch(job)
 
-    _run("scratch", work, params, overrides, force, checkpoint_every)
+    run_stage("scratch", work, params, overrides, force, checkpoint_every)
 
 
 @finetune.command()
@@ -86,7 +86,7 @@ def full(
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
     """Train every parameter → artifacts/full_finetuned."""
-    _run("finetune_full", _finetune, params, overrides, force, checkpoint_every)
+    run_stage("finetune_full", _finetune, params, overrides, force, checkpoint_every)
 
 
 @finetune.command()
@@ -97,7 +97,7 @@ def freeze(
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
     """Train the last blocks, embeddings and head → artifacts/layer_frozen."""
-    _run("finetune_freeze", _finetune, params, overrides, force, checkpoint_every)
+    run_stage("finetune_freeze", _finetune, params, overrides, force, checkpoint_every)
 
 
 @finetune.command()
@@ -135,7 +135,7 @@ def lora(
 
         return finetune(job, shard)
 
-    _run("finetune_lora", work, params, overrides, force, checkpoint_every)
+    run_stage("finetune_lora", work, params, overrides, force, checkpoint_every)
 
 
 @finetune.command()
@@ -146,7 +146,7 @@ def prefix(
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
     """Train keys and values of virtual tokens in every block → artifacts/prefix, in PEFT's format."""
-    _run("finetune_prefix", _finetune, params, overrides, force, checkpoint_every)
+    run_stage("finetune_prefix", _finetune, params, overrides, force, checkpoint_every)
 
 
 @finetune.command()
@@ -157,7 +157,7 @@ def prompt(
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
     """Train embeddings of virtual tokens → artifacts/prompt, in PEFT's format."""
-    _run("finetune_prompt", _finetune, params, overrides, force, checkpoint_every)
+    run_stage("finetune_prompt", _finetune, params, overrides, force, checkpoint_every)
 
 
 @finetune.command()
@@ -179,7 +179,7 @@ def sweep(
 
         return sweep(job)
 
-    _run("finetune_sweep", work, params, overrides, force, checkpoint_every)
+    run_stage("finetune_sweep", work, params, overrides, force, checkpoint_every)
     show(project.artifact("finetune_sweep"))
 
 
@@ -221,7 +221,7 @@ def merge(
 
         return merge(job)
 
-    _run("merge", work, params, overrides, force)
+    run_stage("merge", work, params, overrides, force)
 
 
 @app.command()
@@ -233,13 +233,14 @@ def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None,
 
         return evaluate(job)
 
-    _run("evaluate", work, params, overrides, force)
+    run_stage("evaluate", work, params, overrides, force)
     report(params)
 
 
-def _run(
+def run_stage(
     name: str, work: "Work", params: Path, overrides: list[str] | None, force: bool, checkpoint_every: int = 100
 ) -> None:
+    """Run a stage, show how it goes, and say in a line what came of it."""
     from cli.console import stdout
     from cli.progress import follow
     from pipeline.dag import STAGES
@@ -301,3 +302,6 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     stdout.print(
         f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours."
     )
+    whole = folder.parent / "claims/report.md"
+    if whole.exists():
+        stdout.print(f"what the document claims, and what was measured: {whole}")

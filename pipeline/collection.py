@@ -32,13 +32,13 @@ def combine_adapters(
     kinds = {quantization_of(source) for source in sources}
     if len(kinds) > 1:
         raise UserError(f"The adapters were trained on bases in different bits: {', '.join(sorted(kinds))}.")
-    _refuse_other(out, "combine", sources)
+    refuse_other(out, "combine", sources)
     updates, error = combine([updates_of(base, source, trust_remote_code) for source in sources], weights, how)
     with artifact.writing(out) as folder:
         spec = write_updates(folder, dict(updates), skeleton(base, trust_remote_code), str(base))
         copy_tokenizer(base, folder)
         params = {**asdict(how), "weights": list(weights), "rank": spec.rank, "alpha": spec.alpha}
-        manifest = _manifest("combine", "pipeline.collection", base, params | {"quantization": kinds.pop()})
+        manifest = manifest_of("combine", "pipeline.collection", base, params | {"quantization": kinds.pop()})
         inputs = {f"{number} {one.resolve().name}": artifact.digest(one) for number, one in enumerate(sources, start=1)}
         artifact.seal(folder, manifest | {"inputs": inputs, "seed": how.seed, "error": error})
     return error
@@ -50,7 +50,7 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
     Its tensors must fit the base, and an embedding that PEFT wrote beside them must be the base's. Where it names a
     model of the hub that lies in the local cache, that model's weights must be the base's. Raises UserError.
     """
-    _refuse_other(out, "import", [source])
+    refuse_other(out, "import", [source])
     params = _fitting(source, base, trust_remote_code) | {"quantization": quantization_of(source)}
     known = _refuse_other_base(source, base)
     with artifact.writing(out) as folder:
@@ -65,7 +65,7 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
             "base": config.get("base_model_name_or_path"),
             "sha256": {name: artifact.file_digest(source / name) for name in (CONFIG, WEIGHTS)},
         }
-        manifest = _manifest("import", "pipeline.collection", base, params)
+        manifest = manifest_of("import", "pipeline.collection", base, params)
         artifact.seal(folder, manifest | {"inputs": {}, "seed": None, "source": origin})
     return known
 
@@ -80,13 +80,14 @@ def _fitting(source: Path, base: Path, trust_remote_code: bool) -> dict[str, Any
     return {"rank": fitted(model, base, places(base), source).rank, "alpha": config["lora_alpha"]}
 
 
-def _refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:
+def refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:
     """Raises UserError if `out` is read, or holds something that `method` did not make."""
     made = (out / artifact.MANIFEST).exists() and artifact.read_manifest(out).get("method") == method
     artifact.refuse_other(out, made, sources)
 
 
-def _manifest(method: str, module: str, base: Path, params: dict[str, Any]) -> dict[str, Any]:
+def manifest_of(method: str, module: str, base: Path, params: dict[str, Any]) -> dict[str, Any]:
+    """What is said of an adapter that no stage made, but its inputs and its seed."""
     return {
         "kind": "adapter",
         "method": method,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import Params, Pretrain, Section
+from pipeline.params import Params, Section
 
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 
@@ -24,11 +24,13 @@ class Stage:
     name: str
     module: str
     output: str  # a folder below artifacts/
-    kind: str  # checkpoint, adapter, adapters (a folder of them) or evaluation
+    kind: str  # checkpoint, adapter, adapters (a folder of them), evaluation, study, figures or claims
     method: str
     needs: tuple[str, ...] = ()  # stages whose outputs it reads
-    data: tuple[str, ...] = ()  # keys of its settings that name files
+    data: tuple[str, ...] = ()  # keys of its settings that name files, or section.key of other sections
     settings: str = ""  # the section that says how it trains, if that is another stage's
+    besides: tuple[str, ...] = ()  # further sections that decide what it makes
+    documents: bool = False  # whether it asks what the document does of MiniGPT, and means nothing on another base
 
     @property
     def section(self) -> str:
@@ -36,12 +38,37 @@ class Stage:
         return self.settings or self.name
 
     @property
+    def measures(self) -> bool:
+        """Whether it measures statements, after all that the pipeline makes, and makes no model."""
+        return self.kind in ("study", "figures", "claims")
+
+    @property
     def path(self) -> str:
         """Its output as users name it, such as artifacts/base."""
         return f"{ARTIFACTS}/{self.output}"
 
 
-STAGES: Mapping[str, Stage] = {
+def _study(
+    name: str,
+    data: tuple[str, ...],
+    needs: tuple[str, ...] = ("pretrain", "expand_vocab"),
+    besides: tuple[str, ...] = (),
+    documents: bool = True,
+) -> Stage:
+    """A study of the document's statements: §2 to §10 as they are measured."""
+    stage, output = f"study_{name}", f"studies/{name}"
+    return Stage(stage, f"pipeline.studies.{name}", output, "study", name, needs, data, "", besides, documents)
+
+
+MADE_FROM_EXPANDED = (
+    "scratch",
+    "finetune_full",
+    "finetune_freeze",
+    "finetune_lora",
+    "finetune_prefix",
+    "finetune_prompt",
+)
+MEASURED: Mapping[str, Stage] = {  # all that the claims are held against
     stage.name: stage
     for stage in (
         Stage("pretrain", "pipeline.stages.pretrain", "base", "checkpoint", "pretrain", data=("data",)),
@@ -112,7 +139,49 @@ STAGES: Mapping[str, Stage] = {
             ),
             data=("old_data", "new_data", "prompts"),
         ),
+        _study("fact_correction", ("data", "retain", "prompts", "document")),
+        _study(
+            "knowledge_correction",
+            ("data", "retain", "prompts", "old_data"),
+            besides=("finetune_lora",),
+            documents=False,
+        ),
+        _study("trajectory", ("data", "document")),
+        _study("methods", ("old_data", "new_data", "finetune_lora.retain"), besides=MADE_FROM_EXPANDED),
+        _study("rank", ("old_data", "new_data")),
+        _study("spectrum", ("old_data", "new_data")),
+        _study("intrinsic_dimension", ("data", "document")),
+        _study("quantization", ("data", "document", "pretrain.data"), needs=("pretrain",), besides=("pretrain",)),
+        _study("forgetting", ("old_data", "new_data", "finetune_lora.retain"), besides=MADE_FROM_EXPANDED[1:]),
+        Stage(
+            "figures",
+            "pipeline.figures.figures",
+            "figures",
+            "figures",
+            "figures",
+            needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
+            data=("study_trajectory.data", "study_trajectory.document"),
+            besides=("study_trajectory",),
+            documents=True,
+        ),
     )
+}
+
+STAGES: Mapping[str, Stage] = {
+    **MEASURED,
+    "claims": Stage(
+        "claims",
+        "pipeline.claims_stage",
+        "claims",
+        "claims",
+        "claims",
+        needs=tuple(MEASURED),
+        data=(
+            *("data", "pretrain.data", "finetune_lora.data", "finetune_lora.retain"),
+            *("study_fact_correction.data", "study_knowledge_correction.data"),
+        ),
+        documents=True,
+    ),
 }
 
 # What `compare` and `evaluate` set side by side: name → (stage that made the model, stage that made its adapter).
@@ -150,8 +219,26 @@ class Project:
         """All of params.yaml that decides what the stage makes: the values of a sweep stand for its settings'."""
         own = asdict(self.section(stage))
         return {
-            key: value for key, value in asdict(self.settings(stage)).items() if key not in own.get("grid", ())
-        } | own
+            **{key: value for key, value in asdict(self.settings(stage)).items() if key not in own.get("grid", ())},
+            **own,
+            **{f"{name}.{key}": v for name in stage.besides for key, v in asdict(getattr(self.params, name)).items()},
+        }
+
+    def setting(self, stage: Stage, key: str) -> Any:
+        """The value of a key of its settings, or of section.key."""
+        section, _, name = key.rpartition(".")
+        return getattr(getattr(self.params, section or stage.section), name)
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """Those that mean something for its base and have data, by name, in the DAG's order."""
+        imports = self.params.pretrain.imports
+        return {
+            name: stage for name, stage in STAGES.items() if self._has_data(stage) and not (stage.documents and imports)
+        }
+
+    def _has_data(self, stage: Stage) -> bool:
+        return stage.kind != "study" or bool(getattr(self.section(stage), "data", True))
 
     def artifact(self, stage: str) -> Path:
         return self.root / STAGES[stage].path
@@ -161,13 +248,16 @@ class Project:
 
     def data_files(self, stage: Stage) -> list[str]:
         """The data files a stage reads, as params.yaml names them; an imported base reads none."""
-        section = self.settings(stage)
-        if isinstance(section, Pretrain) and section.imports:
+        if stage.name == "pretrain" and self.params.pretrain.imports:
             return []
-        values: list[Any] = [getattr(section, key) for key in stage.data]
+        values: list[Any] = [self.setting(stage, key) for key in stage.data]
         return [name for value in values for name in ((value,) if isinstance(value, str) else value) if name]
+
+    def needs(self, stage: Stage) -> list[str]:
+        """The stages whose outputs it reads, of those that the project has."""
+        return [need for need in stage.needs if need in self.stages]
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Name → path of all that a stage reads: other stages' outputs, then data files."""
-        outputs = {STAGES[need].path: self.artifact(need) for need in stage.needs}
+        outputs = {STAGES[need].path: self.artifact(need) for need in self.needs(stage)}
         return outputs | {name: self.root / name for name in self.data_files(stage)}

@@ -11,7 +11,6 @@ from pipeline import provenance
 from pipeline.bases import named
 from pipeline.dag import STAGES, Project, Stage
 from pipeline.metrics import LOSS
-from pipeline.params import Pretrain
 
 CODE_FILE = "code.yaml"
 PARTS = ("finetuning_comparison.png", "manifest.json", "predictions.json", "report.md")  # of evaluation, for DVC
@@ -29,7 +28,7 @@ def render(project: Project, code: str | None = None) -> str:
     `code`: a folder of code for DVC to watch, relative to the project's; None where the code is installed
     elsewhere: then `CODE_FILE` stands for it.
     """
-    stages = {name: _stage(project, stage, code) for name, stage in STAGES.items()}
+    stages = {name: _stage(project, stage, code) for name, stage in project.stages.items()}
     blocks = [_dumped({"stages": stages}), _dumped({"plots": _plots()})]
     return "\n".join(blocks)
 
@@ -40,13 +39,13 @@ def code_file() -> str:
 
 
 def files(project: Project, stage: Stage) -> dict[str, str]:
-    """Key of the stage's section, such as data[0] → the file that it names; what is left empty is left out."""
-    section = project.settings(stage)
-    if isinstance(section, Pretrain) and section.imports:
-        return {"base": section.base} if named(section.base, project.root).is_local else {}
+    """Key of its section, such as data[0], or section.key → the file that it names; what is left empty is left out."""
+    base = project.params.pretrain
+    if stage.name == "pretrain" and base.imports:
+        return {"base": base.base} if named(base.base, project.root).is_local else {}
     found: dict[str, str] = {}
     for key in stage.data:
-        value = getattr(section, key)
+        value = project.setting(stage, key)
         names = {key: value} if isinstance(value, str) else {f"{key}[{i}]": name for i, name in enumerate(value)}
         found |= {place: name for place, name in names.items() if name and name not in found.values()}
     return found
@@ -54,15 +53,20 @@ def files(project: Project, stage: Stage) -> dict[str, str]:
 
 def command(stage: Stage) -> str:
     """finetune_lora is `lora finetune lora`, expand_vocab `lora expand-vocab`."""
+    if stage.kind == "study":
+        return f"lora study {stage.method}"
     return "lora " + stage.name.replace("finetune_", "finetune ").replace("_", "-")
 
 
 def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
     deps = [_dependency(stage, place, name) for place, name in files(project, stage).items()]
-    deps += [*(STAGES[need].path for need in stage.needs), *([code] if code else [])]
+    deps += [*(STAGES[need].path for need in project.needs(stage)), *([code] if code else [])]
     return {
         "cmd": command(stage),
-        "params": [*filter(None, (stage.name, stage.settings)), *([] if code else [{CODE_FILE: [stage.name]}])],
+        "params": [
+            *filter(None, (stage.name, stage.settings, *stage.besides)),
+            *([] if code else [{CODE_FILE: [stage.name]}]),
+        ],
         **({"deps": deps} if deps else {}),
         **_outputs(stage),
     }
@@ -70,7 +74,9 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
 
 def _dependency(stage: Stage, place: str, name: str) -> str:
     """A file by its key, so that DVC follows params.yaml; DVC does not know what ~ is."""
-    return str(Path(name).expanduser()) if name.startswith("~") else f"${{{stage.section}.{place}}}"
+    if name.startswith("~"):
+        return str(Path(name).expanduser())
+    return f"${{{place}}}" if "." in place else f"${{{stage.section}.{place}}}"
 
 
 def _outputs(stage: Stage) -> dict[str, Any]:

@@ -21,7 +21,7 @@ CHUNK = 256  # tokens whose logits are alive at once: all of an evaluation's wou
 
 @dataclass(frozen=True)
 class Scored:
-    """Every next-token prediction on some examples: cross-entropies in nats (N,) and first choices (N,).
+    """Every next-token prediction on some examples: cross-entropies in nats (N,), first choices and labels (N,).
 
     `divergence` is the mean KL(base‖model) in nats a token. Hidden states and what makes logits of them are kept for
     the models that are compared with this one: far less than the logits themselves.
@@ -29,6 +29,7 @@ class Scored:
 
     losses: Tensor
     choices: Tensor
+    labels: Tensor
     divergence: float
     ids: list[tuple[int, ...]] = field(repr=False)
     hidden: list[Tensor] = field(repr=False)
@@ -42,6 +43,11 @@ class Scored:
     def perplexity(self) -> float:
         return math.exp(self.loss)
 
+    @property
+    def accuracy(self) -> float:
+        """Share of first choices that are right."""
+        return float((self.choices == self.labels).double().mean())
+
 
 @torch.no_grad()
 def score(loaded: Loaded, examples: Sequence[Example], base: Scored | None = None) -> Scored:
@@ -49,7 +55,8 @@ def score(loaded: Loaded, examples: Sequence[Example], base: Scored | None = Non
 
     Raises UserError where `base` read the examples as other tokens: its predictions are then not comparable.
     """
-    model, losses, choices, far = loaded.model, list[Tensor](), list[Tensor](), list[Tensor]()
+    model, far = loaded.model, list[Tensor]()
+    losses, choices, labels = list[Tensor](), list[Tensor](), list[Tensor]()
     encoded = [encode(example, loaded.tokenizer, 0, model.shape.positions) for example in examples]
     for number, (example, one) in enumerate(zip(examples, encoded, strict=True)):
         if base is not None and base.ids[number] != one.ids:
@@ -65,13 +72,13 @@ def score(loaded: Loaded, examples: Sequence[Example], base: Scored | None = Non
             chosen = wanted[rows]
             losses.append(F.nll_loss(log_q[chosen], ids[1:][rows][chosen], reduction="none").cpu())
             choices.append(log_q[chosen].argmax(dim=-1).cpu())
+            labels.append(ids[1:][rows][chosen].cpu())
             if base is not None:
                 log_p = base.logits(base.hidden[number][rows]).float().log_softmax(-1)  # its vocabulary may be smaller
                 far.append((log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1).cpu())
     divergence = float(torch.cat(far).mean()) if far else 0.0
-    return Scored(
-        torch.cat(losses), torch.cat(choices), divergence, [one.ids for one in encoded], all_hidden, model.logits
-    )
+    predicted = torch.cat(losses), torch.cat(choices), torch.cat(labels)
+    return Scored(*predicted, divergence, [one.ids for one in encoded], all_hidden, model.logits)
 
 
 def _chunks(length: int) -> Iterator[slice]:
@@ -124,7 +131,5 @@ def _asked(loaded: Loaded, example: Example, given: int) -> tuple[str, str]:
         return example.prompt, example.completion
     words = example.text.split()
     if given >= len(words):
-        raise UserError(
-            f"evaluate.prompt_words is {given}, but {example.place} has {len(words)} words: nothing is left to say."
-        )
+        raise UserError(f"prompt_words is {given}, but {example.place} has {len(words)} words: nothing is left to say.")
     return " ".join(words[:given]), " ".join(words[given:])

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline import dvc_file, params_file, provenance
 from pipeline.bases import MINIGPT, resolve
-from pipeline.dag import STAGES, Project
+from pipeline.dag import Project
 from pipeline.errors import UserError
 from pipeline.params import parse
 
@@ -44,6 +44,7 @@ PRETRAINED: dict[str, Any] = {
     "finetune_lora.train_embeddings": "new_rows",
     "finetune_prefix.learning_rate": 1e-2,
     "finetune_prompt.learning_rate": 3e-2,
+    "study_knowledge_correction.data": "",  # a fact of one's own, where there is one
     "merge.max_logit_difference": 1.0,  # a 16-bit base rounds what is added to it; the certificate says how far
 }
 PRETRAINED |= {  # its shape with random weights: that the stage runs, not that it learns
@@ -145,11 +146,12 @@ def _missing(text: str, project: Project) -> dict[str, Any]:
     """`section.key` → default value of all that DVC would look for in vain."""
     tree = yaml.safe_load(text)
     found: dict[str, Any] = {}
-    for stage in STAGES.values():
+    for stage in project.stages.values():
         for place in dvc_file.files(project, stage):
             name = place.partition("[")[0]
-            if name not in (tree.get(stage.section) or {}):
-                found[f"{stage.section}.{name}"] = getattr(project.settings(stage), name)
+            section, key = name.split(".") if "." in name else (stage.section, name)
+            if key not in (tree.get(section) or {}):
+                found[f"{section}.{key}"] = project.setting(stage, name)
     return found
 
 
@@ -162,11 +164,13 @@ def _seen_from(folder: Path, base: str) -> str:
 def _data(project: Project, beside: Path) -> dict[str, Path]:
     """Name → file beside the params that it is copied from, of each data file. Raises UserError."""
     found: dict[str, Path] = {}
-    for stage in STAGES.values():
+    for stage in project.stages.values():
         for place, name in dvc_file.files(project, stage).items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             if place != "base" and inside and (beside / name).is_file():
                 found[name] = beside / name
+            elif stage.measures and inside and not (project.root / name).is_file() and (DEFAULTS / name).is_file():
+                found[name] = DEFAULTS / name  # the document's own, which comes with the program
             elif place != "base" and not (project.root / name).is_file():
                 raise UserError(
                     f"{stage.name}.{place} names {name}, which is not a file in {beside}. "

@@ -13,15 +13,22 @@ import yaml
 
 from pipeline import schema
 from pipeline.errors import UserError
-from pipeline.schema import AtLeast, Below, MayBeEmpty, MoreThan, ValuesOf
+from pipeline.schema import AtLeast, Count, File, MayBeEmpty, Names, Rate, Seed, Share, Steps, ValuesOf
+from pipeline.study_params import (
+    Claims,
+    Figures,
+    Study,
+    StudyFactCorrection,
+    StudyForgetting,
+    StudyIntrinsicDimension,
+    StudyKnowledgeCorrection,
+    StudyMethods,
+    StudyQuantization,
+    StudyRank,
+    StudySpectrum,
+    StudyTrajectory,
+)
 
-Count = Annotated[int, AtLeast(1), Below(2**31)]
-Seed = Annotated[int, AtLeast(0), Below(2**63)]
-Rate = Annotated[float, MoreThan(0)]
-File = Annotated[str, MayBeEmpty()]
-Names = Annotated[tuple[str, ...], MayBeEmpty()]
-Share = Annotated[float, AtLeast(0), Below(1)]
-Steps = Annotated[int, AtLeast(0), Below(2**31)]
 Ranks = Annotated[Mapping[str, Count], MayBeEmpty()]  # by a pattern of modules' names
 Scales = Annotated[Mapping[str, Rate], MayBeEmpty()]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -224,7 +231,7 @@ class Evaluate:
 
 
 Finetune = FinetuneFull | FinetuneFreeze | FinetuneLora | FinetuneVirtual | FinetuneSweep
-Section = Pretrain | ExpandVocab | Scratch | Finetune | Merge | Evaluate
+Section = Pretrain | ExpandVocab | Scratch | Finetune | Merge | Evaluate | Study | Figures | Claims
 
 
 @dataclass(frozen=True)
@@ -242,6 +249,17 @@ class Params:
     finetune_sweep: FinetuneSweep = field(default_factory=FinetuneSweep)
     merge: Merge = field(default_factory=Merge)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    study_fact_correction: StudyFactCorrection = field(default_factory=StudyFactCorrection)
+    study_knowledge_correction: StudyKnowledgeCorrection = field(default_factory=StudyKnowledgeCorrection)
+    study_trajectory: StudyTrajectory = field(default_factory=StudyTrajectory)
+    study_methods: StudyMethods = field(default_factory=StudyMethods)
+    study_rank: StudyRank = field(default_factory=StudyRank)
+    study_spectrum: StudySpectrum = field(default_factory=StudySpectrum)
+    study_intrinsic_dimension: StudyIntrinsicDimension = field(default_factory=StudyIntrinsicDimension)
+    study_quantization: StudyQuantization = field(default_factory=StudyQuantization)
+    study_forgetting: StudyForgetting = field(default_factory=StudyForgetting)
+    figures: Figures = field(default_factory=Figures)
+    claims: Claims = field(default_factory=Claims)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Params:

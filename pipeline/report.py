@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.looks import COLORS
-from pipeline.metrics import Step, epoch_means
+from pipeline.metrics import Step, epoch_means, flat_from
 from pipeline.params import Evaluate
 
 NAMES = {
@@ -23,31 +23,52 @@ STYLES = {
     **{"scratch": ":", "full": "-", "freeze": "--", "lora": "-."},
     **{"prefix": (0, (1, 1)), "prompt": (0, (5, 1, 1, 1, 1, 1))},
 }
+HATCHES = {"scratch": "..", "full": "", "freeze": "//", "lora": "xx", "prefix": "||", "prompt": "\\\\"}
 SUMMARY_COLUMNS = ("trained", "share", "new", "done", "old", "rise", "KL", "kept", "weights")
 
 
 def draw_comparison(path: Path, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]) -> None:
-    """Left the loss curves, right the trainable parameters (the document's Figure 2)."""
+    """The document's Figure 2, of all methods, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
+    compare(figure, curves, metrics)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+
+
+def compare(figure: Any, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]) -> None:
+    """Left the loss curves, with a stroke from where each is flat; right the trainable parameters."""
     left, right = figure.subplots(1, 2)
     for method, steps in curves.items():
-        epochs = sorted({step.epoch for step in steps})
-        look = {"linestyle": STYLES[method], "color": COLORS[method], "linewidth": 1.8}
-        left.plot(epochs, epoch_means(steps), label=NAMES[method], **look)
+        _draw_curve(left, method, steps)
     left.set(xlabel="epoch", ylabel="training loss (nats a token)", title="Training loss", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")  # no powers: their digits are too small in print
     left.grid(alpha=0.3)
-    left.legend()
+    left.legend(labelspacing=0.25)
     counts = [metrics[method]["trainable"] for method in curves]
     bars = right.bar(
-        [NAMES[method].replace(" ", "\n", 1) for method in curves], counts, color=[COLORS[method] for method in curves]
+        [NAMES[method].replace(" ", "\n") for method in curves],
+        counts,
+        color=[COLORS[method] for method in curves],
+        hatch=[HATCHES[method] for method in curves],
+        edgecolor="white",
+        linewidth=0,
     )
     labels = [f"{metrics[m]['trainable']:,}\n{metrics[m]['trainable_percent']:.1f}%" for m in curves]
     right.bar_label(bars, labels, padding=2)
+    right.yaxis.set_major_formatter("{x:,.0f}")
     right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts)))
-    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+
+
+def _draw_curve(axis: Any, method: str, steps: Sequence[Step]) -> None:
+    """An epoch's mean each; a stroke stands at the first from which it is flat."""
+    means, flat = epoch_means(steps), flat_from(steps)
+    epochs = sorted({step.epoch for step in steps})
+    label = f"{NAMES[method]}, flat from {flat}" if flat else NAMES[method]
+    axis.plot(epochs, means, label=label, linestyle=STYLES[method], color=COLORS[method], linewidth=1.8)
+    if flat:
+        axis.plot(epochs[flat - 1], means[flat - 1], "|", color=COLORS[method], markersize=14, markeredgewidth=2)
 
 
 def write_report(path: Path, metrics: Mapping[str, Any], predictions: Mapping[str, Any], settings: Evaluate) -> None:

@@ -57,6 +57,23 @@ class MayBeEmpty:
         return None
 
 
+@dataclass(frozen=True)
+class MayRepeat:
+    """A list in which a value may stand twice: numbers of a matrix, not settings to try."""
+
+    def broken_by(self, _value: Any) -> str | None:
+        return None
+
+
+Count = Annotated[int, AtLeast(1), Below(2**31)]
+Seed = Annotated[int, AtLeast(0), Below(2**63)]
+Rate = Annotated[float, MoreThan(0)]
+File = Annotated[str, MayBeEmpty()]
+Names = Annotated[tuple[str, ...], MayBeEmpty()]
+Share = Annotated[float, AtLeast(0), Below(1)]
+Steps = Annotated[int, AtLeast(0), Below(2**31)]
+
+
 def refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
     known = [f.name for f in fields(kind)]
     for key in tree:
@@ -100,10 +117,23 @@ def checked(hint: Any, value: Any, key: str, source: str) -> Any:
         if of is not None:
             return _checked_values(of, value, key, source)
         return _checked_patterns(get_args(hint)[1], value, key, source)
+    if get_origin(hint) is tuple and (of := get_args(hint)[0]) is not str:
+        return _checked_list(of, value, key, source, MayRepeat() in rules)
     typed, expected = _converted(hint, value)
     problem = f"must be {expected}" if typed is None else next(filter(None, (r.broken_by(typed) for r in rules)), None)
     if problem:
         raise UserError(f"{key} {problem}, got {value!r}. Edit {source}.")
+    return typed
+
+
+def _checked_list(hint: Any, values: Any, key: str, source: str, repeats: bool = False) -> tuple[Any, ...]:
+    """Each value as the schema's type, none of them twice unless it `repeats`, or a UserError."""
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{key} must be a list of values, such as [0, 1], got {values!r}. Edit {source}.")
+    typed = tuple(checked(hint, value, key, source) for value in values)
+    twice = next((value for n, value in enumerate(typed) if value in typed[:n]), None)
+    if twice is not None and not repeats:
+        raise UserError(f"{key} has {twice!r} twice. Leave one of them out of {source}.")
     return typed
 
 
@@ -137,6 +167,8 @@ def _converted(hint: Any, value: Any) -> tuple[Any, str]:
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         return (value if value in choices else None), "one of " + ", ".join(choices)
+    if get_origin(hint) is tuple and get_args(hint)[0] is not str:  # a list itself is checked value by value
+        return None, f"a list, of each of which: {said(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
         good = isinstance(items, list) and items and all(isinstance(i, str) and i for i in items)

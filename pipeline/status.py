@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import artifact, bases, journal, provenance
-from pipeline.dag import STAGES, Project, Stage
+from pipeline.dag import Project, Stage
 from pipeline.errors import UserError
 from pipeline.journal import Journal
 from pipeline.runner import Digests, known
@@ -44,7 +44,7 @@ class Status:
 
         digests = Digests(self._digest, code_of)
         found: dict[str, StageState] = {}
-        for stage in STAGES.values():
+        for stage in project.stages.values():
             found[stage.name] = self._state(project, stage, digests, found)
             each(found[stage.name])
         return found
@@ -61,7 +61,7 @@ class Status:
             return StageState(stage, "failed" if run.state == "failed" else "stopped", (*said, *reasons), run)
         if state != "current" and run and run.state == "running":
             return StageState(stage, "died", ("its process ended without a word", *reasons), run)
-        late = [need for need in stage.needs if before[need].state != "current"]
+        late = [need for need in project.needs(stage) if before[need].state != "current"]
         gone = any(not project.artifact(need).is_dir() for need in late)
         if late and (state == "current" or (state == "changed" and gone)):
             return StageState(stage, "waits", (f"after {', '.join(late)}",), run)
@@ -70,7 +70,7 @@ class Status:
     def _compared(self, project: Project, stage: Stage, digests: Digests) -> tuple[State, tuple[str, ...]]:
         folder = project.artifact(stage.name)
         if not (folder / artifact.MANIFEST).is_file():
-            lacks = [need for need in stage.needs if not project.artifact(need).is_dir()]
+            lacks = [need for need in project.needs(stage) if not project.artifact(need).is_dir()]
             reason = f"needs {', '.join(lacks)}" if lacks else _base_problem(project, stage)
             return "missing", (reason,) if reason else ()
         broken = self._verified(folder)
@@ -142,8 +142,8 @@ def _short(value: Any) -> str:
 
 def project_signature(project: Project) -> tuple[Signature, ...]:
     """Changes when anything does that a state depends on."""
-    data = {project.root / name for stage in STAGES.values() for name in project.data_files(stage)}
-    runs = [project.run_folder(name) / journal.JOURNAL for name in STAGES]
-    artifacts = [project.artifact(name) for name in STAGES]
+    data = {project.root / name for stage in project.stages.values() for name in project.data_files(stage)}
+    runs = [project.run_folder(name) / journal.JOURNAL for name in project.stages]
+    artifacts = [project.artifact(name) for name in project.stages]
     base = bases.watched(project.params.pretrain.base, project.root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))

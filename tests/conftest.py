@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from cli.main import main
 from tests.models import checkpoint
-from tests.support import BRIEF, ROOT, WORK, git, make, new_project
+from tests.support import BRIEF, PIPELINE, ROOT, WORK, git, make, new_project
 
 # The same examples each time, so that a run can be repeated; `--hypothesis-profile=search` looks for new ones.
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
@@ -42,7 +42,7 @@ def unchanged(root: Path) -> Iterator[Path]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The whole pipeline with the repository's params. Read it; a test that writes to it is an error at the end."""
     root = new_project(tmp_path_factory.mktemp("finished"))
-    make(root, list(WORK))
+    make(root, PIPELINE)
     yield from unchanged(root)
 
 
@@ -50,7 +50,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The whole pipeline, two epochs each. Read it; a test that writes to it is an error at the end."""
     root = new_project(tmp_path_factory.mktemp("brief"))
-    make(root, list(WORK), BRIEF)
+    make(root, PIPELINE, BRIEF)
+    yield from unchanged(root)
+
+
+@pytest.fixture(scope="session")
+def studied(brief: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`brief`, and all that measures it, with one seed. Read it; a test that writes to it is an error at the end."""
+    root = tmp_path_factory.mktemp("studied") / "project"
+    shutil.copytree(brief, root)
+    make(root, [name for name in WORK if name not in PIPELINE], BRIEF)
     yield from unchanged(root)
 
 
@@ -116,7 +125,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def project(name: str) -> Path:
         root = families.new_project(tmp_path_factory.mktemp(name) / "project", families.FAMILIES[name])
-        make(root, list(WORK))
+        make(root, PIPELINE)
         return root
 
     return project

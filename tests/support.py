@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,14 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 LORA = str(Path(sys.executable).parent / "lora")
 
+
+def _measuring(name: str) -> Work:
+    """A study's work, which its module has by the study's name."""
+    stage = STAGES[name]
+    work: Work = getattr(import_module(stage.module), stage.method)
+    return work
+
+
 WORK: dict[str, Work] = {
     "pretrain": pretrain,
     "expand_vocab": expand_vocab,
@@ -37,6 +46,8 @@ WORK: dict[str, Work] = {
     "merge": merge,
     "evaluate": evaluate,
 }
+PIPELINE = list(WORK)  # what makes models, and evaluate; what measures statements takes as long again
+WORK |= {name: _measuring(name) for name, stage in STAGES.items() if stage.measures}
 COMMAND = {
     "pretrain": ["pretrain"],
     "expand_vocab": ["expand-vocab"],
@@ -49,6 +60,9 @@ COMMAND = {
     "finetune_sweep": ["finetune", "sweep"],
     "merge": ["merge"],
     "evaluate": ["evaluate"],
+    **{name: ["study", stage.method] for name, stage in STAGES.items() if stage.kind == "study"},
+    "figures": ["figures"],
+    "claims": ["claims"],
 }
 METHODS = ("full", "freeze", "lora", "prefix", "prompt")
 BRIEF = (
@@ -56,6 +70,12 @@ BRIEF = (
     "scratch.epochs=2",
     *(f"finetune_{method}.epochs=2" for method in METHODS),
     "finetune_sweep.grid={rank: [1, 2]}",
+    *(f"{name}.seeds=[0]" for name, stage in STAGES.items() if stage.kind == "study"),
+    *("study_fact_correction.epochs=2", "study_knowledge_correction.epochs=2", "study_trajectory.steps=[0, 2]"),
+    *("study_fact_correction.alphas=[1.0, 4.0]", "study_fact_correction.learning_rates=[2e-3]"),
+    *("study_rank.ranks=[1, 2]", "study_rank.alphas=[1.0]", "study_rank.learning_rates=[1e-3, 3e-3]"),
+    "study_forgetting.every=1",
+    *("study_spectrum.extracted=[1, 64]", "study_intrinsic_dimension.dimensions=[64]"),
 )
 
 

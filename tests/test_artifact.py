@@ -12,7 +12,7 @@ from pipeline import artifact
 from pipeline.cache import Cache
 from pipeline.errors import UserError
 from pipeline.runner import Note
-from tests.support import BRIEF, WORK, folder_bytes, make_one
+from tests.support import BRIEF, PIPELINE, folder_bytes, make_one
 
 
 def names(folder: Path) -> list[str]:
@@ -135,11 +135,11 @@ def test_pruning_keeps_the_newest_of_each_stage(project: Path) -> None:
     cache = Cache(project / ".lora-cache")
     for rank in (1, 2, 3):
         notes(project, f"finetune_lora.rank={rank}")
-    assert len(cache.entries()) == len(WORK) + 3
+    assert len(cache.entries()) == len(PIPELINE) + 3
     newest = next(entry.key for entry in cache.entries() if entry.stage == "finetune_lora")
     assert cache.prune(older_than_days=1) == []
     assert {entry.stage for entry in cache.prune(keep=1)} == {"finetune_lora"}
-    assert len(cache.entries()) == len(WORK)
+    assert len(cache.entries()) == len(PIPELINE)
     assert newest in {entry.key for entry in cache.entries()}
     cache.prune()
     assert cache.entries() == []

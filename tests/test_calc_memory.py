@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from bench.memory import CORNERS, shortened, worst
 from pipeline.calc.answer import answer, side_by_side, swept
-from pipeline.calc.document import claims
 from pipeline.calc.explain import explain
 from pipeline.calc.families import architecture
 from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
@@ -418,17 +417,6 @@ def test_a_sweep_changes_one_thing() -> None:
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
     assert Method(rank=16, alpha=8, rslora=True).scale == 2
     assert Method(rank=16, alpha=8).scale == 0.5
-
-
-def test_every_number_of_the_document_has_a_verdict_and_each_difference_a_reason() -> None:
-    found = claims()
-    assert {claim.section for claim in found} == {"1", "2.4", "3", "8", "10.1"}
-    assert all(claim.why for claim in found if not claim.agrees)
-    verdicts = {(c.section, c.what): c for c in found}
-    assert verdicts["3", "Qwen3-8B, LoRA parameters"].exact == "7.668 million"
-    assert not verdicts["1", "weights, gradients and Adam's two averages"].agrees
-    assert verdicts["3", "MiniGPT, LoRA parameters"].agrees
-    assert verdicts["10.1", "Qwen3-8B in NF4"].exact == "6.397 GB"
 
 
 @given(models, methods, runs)

@@ -19,7 +19,7 @@ from pipeline.legible import visible
 from pipeline.subwords import SubwordTokenizer
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora
-from tests.support import BRIEF, COMMAND, LORA, lora
+from tests.support import BRIEF, COMMAND, LORA, PIPELINE, lora
 
 
 def sets(*values: str) -> list[str]:
@@ -39,7 +39,7 @@ def test_help_and_version_never_import_torch(tmp_path: Path) -> None:
 
 def test_a_cache_hit_never_imports_torch(project: Path) -> None:
     code = "import sys; from cli.main import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
-    for stage, arguments in COMMAND.items():
+    for stage, arguments in ((stage, COMMAND[stage]) for stage in PIPELINE):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments, *sets(*BRIEF)],
             cwd=project,
@@ -68,7 +68,7 @@ def test_the_stages_run_one_after_the_other_and_print_what_they_made(cli: Lora, 
 
     root = new_project(tmp_path / "p")
     shown = {}
-    for stage, arguments in COMMAND.items():
+    for stage, arguments in ((stage, COMMAND[stage]) for stage in PIPELINE):
         code, out, err = cli(*arguments, *sets(*BRIEF), cwd=root)
         assert (code, re.sub(r".* of tensors (predicted|measured) .*\n", "", err)) == (0, ""), err
         shown[stage] = out
@@ -378,7 +378,7 @@ def test_the_report_has_a_line_a_model_on_80_columns(finished: Path, tmp_path: P
 
 def test_cache_shows_and_prunes(cli: Lora, project: Path) -> None:
     entries = json.loads(cli("cache", "--json", cwd=project)[1])
-    assert {entry["stage"] for entry in entries} == set(COMMAND)
+    assert {entry["stage"] for entry in entries} == set(PIPELINE)
     assert f"{len(entries)} kept" in cli("cache", cwd=project)[1]
     assert "0 removed" in cli("cache", "prune", "--keep", "1", cwd=project)[1]
     assert f"{len(entries)} removed" in cli("cache", "prune", cwd=project)[1]

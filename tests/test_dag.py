@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.dag import STAGES, Project
 from pipeline.dvc_file import command, render
 from pipeline.params import load
+from pipeline.params_file import save
 from pipeline.provenance import code_files
-from tests.support import COMMAND, METHODS, ROOT, git
+from tests.support import BRIEF, COMMAND, METHODS, ROOT, git
 
 DVC = str(Path(sys.executable).parent / "dvc")
 
@@ -84,9 +86,11 @@ def dvc(folder: Path, *arguments: str) -> str:
 def test_two_fresh_clones_give_the_same_lock_and_a_changed_rank_reruns_what_depends_on_it(
     origin: Path, tmp_path: Path
 ) -> None:
+    brief = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in BRIEF)}
     locks = []
     for name in ("one", "two"):
         git(tmp_path, "clone", "-q", str(origin), name)
+        save(tmp_path / name / "params.yaml", brief)
         dvc(tmp_path / name, "repro")
         locks.append((tmp_path / name / "dvc.lock").read_bytes())
     assert locks[0] == locks[1]
@@ -95,11 +99,11 @@ def test_two_fresh_clones_give_the_same_lock_and_a_changed_rank_reruns_what_depe
 
     git(clone, "add", "-A")
     git(clone, "commit", "-qm", "lock")
-    params = clone / "params.yaml"
-    params.write_text(params.read_text(encoding="utf-8").replace("  rank: 4", "  rank: 2"), encoding="utf-8")
+    save(clone / "params.yaml", {"finetune_lora.rank": 2})
     assert "finetune_lora.rank" in dvc(clone, "params", "diff")
     ran = dvc(clone, "repro")
-    concerned = ("finetune_lora", "finetune_sweep", "merge", "evaluate")
+    studies = (f"study_{name}" for name in ("knowledge_correction", "methods", "forgetting"))
+    concerned = ("finetune_lora", "finetune_sweep", "merge", "evaluate", *studies, "figures", "claims")
     for stage in STAGES:
         assert (f"Running stage '{stage}'" in ran) == (stage in concerned), ran
 

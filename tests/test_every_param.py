@@ -1,5 +1,6 @@
 """No setting that nothing reads: each field of params.yaml, changed, changes an artifact, a report, or is refused."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields
@@ -78,6 +79,36 @@ OTHER = {
     "evaluate.prompts": "other.yaml",
     "evaluate.top_k": "2",
     "evaluate.prompt_words": "1",
+    "study_fact_correction.data": "data/knowledge_correction.de.txt",
+    **{f"study_{name}_correction.retain": "other.txt" for name in ("fact", "knowledge")},
+    **{f"study_{name}_correction.prompts": "more.yaml" for name in ("fact", "knowledge")},
+    **{f"study_{name}.document": "document.yaml" for name in ("fact_correction", "trajectory")},
+    **{f"study_{name}_correction.{key}": "2" for name in ("fact", "knowledge") for key in ("rank", "retain_weight")},
+    **{"study_fact_correction.alphas": "[2.0]", "study_fact_correction.learning_rates": "[1e-3]"},
+    **{"study_fact_correction.windows": "[3]", "study_fact_correction.top_k": "2"},
+    "study_knowledge_correction.data": "data/fact_correction.de.txt",
+    "study_knowledge_correction.groups": "[knowledge_correction, fact_correction]",
+    "study_knowledge_correction.old_data": "other.txt",
+    "study_trajectory.data": "data/knowledge_correction.de.txt",
+    **{"study_trajectory.steps": "[0, 1]", "study_trajectory.windows": "[3]"},
+    **{f"study_{name}.old_data": "other.txt" for name in ("methods", "rank", "forgetting")},
+    **{f"study_{name}.new_data": "data/fact_correction.de.txt" for name in ("methods", "rank", "forgetting")},
+    **{"study_methods.prompt_words": "9", "study_rank.prompt_words": "1"},
+    **{"study_rank.ranks": "[3]", "study_rank.alphas": "[2.0]", "study_rank.learning_rates": "[2e-3]"},
+    "study_forgetting.every": "2",
+    **{f"{name}.seeds": "[1]" for name, stage in STAGES.items() if stage.kind == "study"},
+    "claims.data": "claims.yaml",
+    **{"study_spectrum.old_data": "other.txt", "study_spectrum.new_data": "data/fact_correction.de.txt"},
+    **{"study_spectrum.ranks": "[8, 16]", "study_spectrum.extracted": "[2]"},
+    "study_intrinsic_dimension.data": "data/fact_correction.de.txt",
+    **{"study_intrinsic_dimension.document": "document.yaml"},
+    **{"study_intrinsic_dimension.dimensions": "[32]", "study_intrinsic_dimension.share": "0.5"},
+    **{"study_quantization.data": "other.txt", "study_quantization.document": "document.yaml"},
+    "study_quantization.group": "16",
+    "figures.reach": "1",
+    "figures.weight": "[1, 0, 0, 1]",
+    "figures.change": "[1, 0, 0, 1]",
+    "figures.module": "layers.0.fc1",
 }
 KEYS = [f"{section.name}.{field.name}" for section in fields(Params) for field in fields(section.default_factory)]  # type: ignore[arg-type]
 
@@ -98,13 +129,18 @@ REFUSED = {  # alone, or always: it would count for nothing
     "pretrain.trust_remote_code": "pretrain.trust_remote_code is for a base that is imported",
     "pretrain.precision": "pretrain.precision is for a base that is imported",
     "expand_vocab.special_tokens": "expand_vocab.special_tokens are for a base that splits words",
+    "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
     "finetune_lora.retain_weight": "no file is. Name one in finetune_lora.retain",
 }
 ONLY_REFUSED = {"pretrain.trust_remote_code", "pretrain.precision"}  # tests/test_bases.py has code that is trusted
+MEASURING = [key for key in KEYS if STAGES[key.partition(".")[0]].measures and key not in REFUSED]
 CHANGING = [
     key
     for key in KEYS
-    if key not in ONLY_REFUSED and not key.endswith(".checkpointing") and key != "merge.max_logit_difference"
+    if key not in ONLY_REFUSED
+    and not STAGES[key.partition(".")[0]].measures
+    and not key.endswith(".checkpointing")
+    and key != "merge.max_logit_difference"
 ]  # the others have tests of their own
 
 
@@ -119,6 +155,17 @@ def test_every_field_has_another_value_to_try() -> None:
 def prepared(project: Path) -> Path:
     (project / "other.yaml").write_text("g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8")
     (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
+    said = (project / "data/document.yaml").read_text(encoding="utf-8")
+    for number, other in (("800}", "900}"), ("GB: 32}", "GB: 33}"), ("sofa: 0.94", "sofa: 0.5"), ("0.61", "0.5")):
+        assert number in said
+        said = said.replace(number, other)
+    (project / "document.yaml").write_text(said, encoding="utf-8")
+    asked = (project / "data/prompts.yaml").read_text(encoding="utf-8")
+    for group in ("fact_correction:", "knowledge_correction:"):
+        asked = re.sub(f"({group}.*?must_keep:\n)", r"\1    - {prompt: der hund, answer: läuft}\n", asked, flags=re.S)
+    (project / "more.yaml").write_text(asked, encoding="utf-8")
+    claims = (project / "data/claims.yaml").read_text(encoding="utf-8")
+    (project / "claims.yaml").write_text(claims.replace("says: 64\n", "says: 65\n", 1), encoding="utf-8")
     return project
 
 
@@ -145,6 +192,15 @@ def test_a_changed_field_changes_what_its_stage_makes(project: Path, key: str) -
     prepared(project)
     before = made(project, stage, beside)
     assert made(project, stage, [*beside, f"{key}={of(OTHER, key)}"]) != before
+
+
+@pytest.mark.parametrize("key", MEASURING)
+def test_a_changed_field_changes_what_is_measured(studied: Path, tmp_path: Path, key: str) -> None:
+    root, stage = tmp_path / "project", STAGES[key.partition(".")[0]]
+    shutil.copytree(studied, root, ignore=shutil.ignore_patterns(".lora-cache"))
+    before = folder_bytes(root / stage.path)
+    del before["manifest.json"]
+    assert made(prepared(root), stage.name, [f"{key}={of(OTHER, key)}"]) != before
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if of(REFUSED, key)])

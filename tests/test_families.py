@@ -19,7 +19,7 @@ from pipeline.params import load
 from pipeline.runner import Progress, run
 from pipeline.tensors import shapes
 from tests.families import FAMILIES, GENERATION, OTHERS, VOCABULARY, new_project
-from tests.support import ROOT, WORK, folder_bytes, make, make_one
+from tests.support import PIPELINE, ROOT, WORK, folder_bytes, make, make_one
 
 ADAPTERS = {"finetune_lora": "lora_adapter", "finetune_prefix": "prefix", "finetune_prompt": "prompt"}
 TRAINED = {"finetune_full": "full_finetuned", "finetune_freeze": "layer_frozen", **ADAPTERS}
@@ -187,7 +187,7 @@ def test_blocks_that_run_again_in_backward_give_the_same_adapter(family: Made, n
 def test_in_16_bits_every_stage_gives_what_transformers_and_peft_give(name: str, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p", FAMILIES[name], torch.bfloat16)
     half = [f"{stage}.precision=bf16" for stage in TRAINED]
-    make(root, list(WORK), [*half, "finetune_lora.adapter_precision=bf16", "merge.max_logit_difference=2"])
+    make(root, PIPELINE, [*half, "finetune_lora.adapter_precision=bf16", "merge.max_logit_difference=2"])
     artifacts = root / "artifacts"
     for checkpoint in CHECKPOINTS[1:]:
         weights = load_file(artifacts / checkpoint / "model.safetensors").values()
@@ -210,7 +210,7 @@ def test_trained_in_16_bits_a_base_of_32_gives_its_weights_in_32(family: Made, n
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_with_a_bias_in_the_head_or_attention_of_their_own_go_through_too(name: str, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p", OTHERS[name])
-    make(root, list(WORK))
+    make(root, PIPELINE)
     base, adapter, merged = (root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged"))
     assert ("base_model.model.lm_head.bias" in shapes(adapter / "adapter_model.safetensors")) is (name == "phi")
     tuned = ours(base, adapter)
@@ -224,9 +224,9 @@ from pathlib import Path
 from pipeline import engine
 from pipeline.dag import Project
 from pipeline.params import load
-from tests.support import WORK, make
+from tests.support import PIPELINE, WORK, make
 for root in map(Path, sys.argv[1:]):
-    make(root, list(WORK))
+    make(root, PIPELINE)
     for loaded in engine.variants(Project(root, load(root / "params.yaml"))):
         engine.complete(loaded, "The currency of Bulgaria is the")
 """

@@ -17,7 +17,7 @@ from pipeline.tensors import fingerprint
 from tests.bases import edit_config
 from tests.conftest import Lora
 from tests.families import FAMILIES, NEW, TOOL, VOCABULARY, new_project
-from tests.support import WORK, folder_bytes, make, make_one
+from tests.support import PIPELINE, folder_bytes, make, make_one
 
 Made = Callable[[str], Path]
 PROMPT = "The currency of Bulgaria is the"
@@ -124,7 +124,7 @@ def test_code_that_comes_with_a_base_goes_through_every_stage_once_it_is_trusted
     with pytest.raises(UserError, match=r"code that comes with it.*set pretrain\.trust_remote_code: true"):
         make(own, ["pretrain"])
     assert not (tmp_path / "modules").exists() and not (own / "artifacts/base").exists()
-    make(own, list(WORK), ["pretrain.trust_remote_code=true", "finetune_full.precision=bf16"])
+    make(own, PIPELINE, ["pretrain.trust_remote_code=true", "finetune_full.precision=bf16"])
     for name in ("base", "expanded", "from_scratch", "full_finetuned", "layer_frozen", "lora_merged"):
         assert (own / "artifacts" / name / "own.py").read_text(encoding="utf-8") == CODE
         model = AutoModelForCausalLM.from_pretrained(own / "artifacts" / name, trust_remote_code=True)

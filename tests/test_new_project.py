@@ -1,6 +1,7 @@
 """`lora new`: a project in a folder of its own, which DVC runs wherever it lies."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,13 @@ def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Pa
     assert (settings.scratch.window, settings.scratch.epochs) == (0, 1)
 
 
+def test_what_the_documents_studies_read_comes_with_the_program(cli: Lora, tmp_path: Path) -> None:
+    source = params_of(tmp_path / "from", "finetune_lora:\n  data: a.txt\n", "a.txt")
+    assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
+    for name in ("document.yaml", "claims.yaml", "fact_correction.de.txt"):
+        assert (tmp_path / "project/data" / name).read_bytes() == (ROOT / "data" / name).read_bytes()
+
+
 def test_what_would_be_written_otherwise_is_said(cli: Lora, tmp_path: Path) -> None:
     source = params_of(tmp_path / "from", "finetune_lora:\n  data: a.txt\n", "a.txt", "b.txt")
     asked = ("new", "project", "--params", str(source))
@@ -160,6 +168,7 @@ def test_an_installed_package_begins_with_the_params_that_came_with_it(
     force = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for line in ('"params.yaml" = "lora_workbench_defaults/params.yaml"', '"data" = "lora_workbench_defaults/data"'):
         assert line in force
+    shutil.copytree(ROOT / "data", tmp_path / "lora_workbench_defaults/data")
     installed = params_of(tmp_path / "lora_workbench_defaults", "merge:\n  prompts: data/prompts.yaml\n")
     installed.rename(installed.parent / "params.yaml")
     (installed.parent / "data/pretrain.de.txt").write_text("installed", encoding="utf-8")

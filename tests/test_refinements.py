@@ -1,7 +1,6 @@
 """LoRA's refinements as params of finetune_lora: trained, saved for PEFT, resumed, merged, refused, counted."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,18 @@ from pipeline import inventory
 from pipeline.binding import refuse_foreign
 from pipeline.calc.families import architecture
 from pipeline.calc.parameters import trainable
-from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
 from pipeline.params import load
-from pipeline.runner import Progress, run
 from pipeline.stages.finetune import lora_spec, method_of, new_rows
-from tests.support import BRIEF, WORK, folder_bytes, make, make_one
+from tests.support import BRIEF, make
 from tests.test_peft import assert_same_logits
 
 ADAPTER = "artifacts/lora_adapter"
 CHOICES: dict[str, tuple[str, ...]] = {
-    "rslora": ("rslora=true",),
     "patterns": ("rank_pattern={v_proj: 3, layers.0.self_attn.q_proj: 7}", "alpha_pattern={k_proj: 8}"),
     "rslora and patterns": ("rslora=true", "rank_pattern={v_proj: 9}", "alpha_pattern={'.*1.*v_proj': 3.5}"),
-    "gaussian": ("init_lora_weights=gaussian",),
-    "kaiming": ("init_lora_weights=kaiming",),
-    "orthogonal": ("init_lora_weights=orthogonal",),
     "pissa": ("init_lora_weights=pissa", "rslora=true", "rank_pattern={v_proj: 3}"),
-    "loraplus": ("loraplus_ratio=16", "clip_norm=0.5"),
-    "dora": ("dora=true",),
     "dora on all linears": ("dora=true", "target_modules=all-linear", "train_embeddings=new_rows", "rslora=true"),
     "dora from pissa": ("dora=true", "init_lora_weights=pissa", "rank_pattern={v_proj: 2}"),
     "dora in four bits": ("dora=true", "quantization=nf4-dq"),
@@ -73,23 +64,6 @@ def calculated(project: Path, overrides: list[str]) -> int:
     settings = load(project / "params.yaml", overrides).finetune_lora
     spec = lora_spec(model, settings, new_rows(project / "artifacts/expanded"))
     return trainable(architecture(model.describe(), "MiniGPT"), method_of(settings, spec))
-
-
-@pytest.mark.parametrize("name", ["pissa", "orthogonal", "loraplus", "dora", "dora from pissa"])
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(project: Path, name: str) -> None:
-    """PiSSA's beginning is computed again from the base."""
-    overrides = given(*CHOICES[name])
-    make(project, ["finetune_lora"], overrides)
-    wanted = folder_bytes(project / ADAPTER)
-    for folder in (".lora-cache", "runs/finetune_lora", ADAPTER):
-        shutil.rmtree(project / folder)
-    params = load(project / "params.yaml", overrides)
-    events = run(Project(project, params), STAGES["finetune_lora"], WORK["finetune_lora"], checkpoint_every=2)
-    next(event for event in events if isinstance(event, Progress) and event.done == 5)
-    events.close()
-    _, events_after = make_one(project, "finetune_lora", overrides)
-    assert any("resumed after step 4" in getattr(event, "text", "") for event in events_after)
-    assert folder_bytes(project / ADAPTER) == wanted
 
 
 def test_pissa_says_what_trained_and_what_its_file_holds(project: Path) -> None:

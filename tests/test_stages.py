@@ -21,7 +21,7 @@ from pipeline.models.base import load_base
 from pipeline.params import load
 from pipeline.runner import run
 from pipeline.stages.finetune import finetune
-from tests.support import BRIEF, METHODS, ROOT, WORK, make, make_one
+from tests.support import BRIEF, METHODS, PIPELINE, ROOT, make, make_one
 
 
 def read(path: Path) -> Any:
@@ -253,7 +253,7 @@ def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None
         "finetune_lora.train_embeddings=new_rows",
         "evaluate.new_data=data/pretrain.de.txt",
     ]
-    make(project, [name for name in WORK if name != "pretrain"], overrides)
+    make(project, [name for name in PIPELINE if name != "pretrain"], overrides)
     assert load_base(project / "artifacts/expanded").model.shape.rows == 74
 
 

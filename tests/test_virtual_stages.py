@@ -1,7 +1,5 @@
 """finetune_prefix and finetune_prompt as any stage: resumed, bound, counted, loaded beside others; merge is refused."""
 
-import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.artifact import read_json, read_manifest
-from pipeline.calc.families import architecture
-from pipeline.calc.parameters import trainable
-from pipeline.calc.settings import Method
 from pipeline.card import card
 from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
@@ -22,8 +17,7 @@ from pipeline.inventory import adapters, describe
 from pipeline.models.base import load_base
 from pipeline.resident import Residents
 from tests.conftest import Lora
-from tests.forked import Forked
-from tests.support import BRIEF, COMMAND, LORA, METHODS, folder_bytes, make, refusal
+from tests.support import BRIEF, METHODS, folder_bytes, make, refusal
 
 IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(3))
 each_kind = pytest.mark.parametrize("kind", ["prefix", "prompt"])
@@ -54,38 +48,12 @@ def test_what_the_stage_made_opens_in_peft_and_has_learned(finished: Path, kind:
 
 
 @each_kind
-def test_the_manifest_counts_what_the_calculator_counts(brief: Path, kind: str) -> None:
-    base, adapter = parts(brief, kind)
-    shapes = architecture(read_json(base / "config.json", ""), "base")
-    n = read_manifest(adapter)["params"]["virtual_tokens"]
-    assert read_manifest(adapter)["parameters"]["trainable"] == trainable(shapes, Method(kind, virtual_tokens=n))
-    assert read_manifest(adapter)["parameters"]["total"] == shapes.total
-
-
-@each_kind
 def test_nothing_of_the_base_is_in_the_adapter_or_changed(project: Path, kind: str) -> None:
     base, adapter = parts(project, kind)
     before = folder_bytes(base)
     make(project, [f"finetune_{kind}"], [*BRIEF, f"finetune_{kind}.seed=4"])
     assert folder_bytes(base) == before
     assert list(load_file(adapter / "adapter_model.safetensors")) == ["prompt_embeddings"]
-
-
-@each_kind
-def test_killed_while_a_checkpoint_is_written_it_ends_with_the_bytes_of_an_unbroken_run(
-    project: Path, kind: str
-) -> None:
-    _, adapter = parts(project, kind)
-    expected = folder_bytes(adapter)
-    epochs = ["--set", f"finetune_{kind}.epochs=2"]
-    command = [LORA, *COMMAND[f"finetune_{kind}"], *epochs, "--force", "--checkpoint-every", "3"]
-    code, _ = Forked(command, project, dies=("pipeline.training.checkpoint.save", 3)).end()
-    assert code == -signal.SIGKILL
-    shutil.rmtree(adapter)
-    code, said = Forked(command, project).end()
-    assert code == 0
-    assert "resumed after step 6" in said
-    assert folder_bytes(adapter) == expected
 
 
 @each_kind

@@ -65,7 +65,10 @@ def read_change(folder: Path) -> Change:
     if (folder / artifact.MANIFEST).exists():
         artifact.verify(folder)
     spec, place = read_spec(folder), str(folder / WEIGHTS)
-    found = {key.removeprefix(PREFIX): value for key, value in sorted(read_tensors(folder).items(), key=_in_order)}
+    found = {
+        key.removeprefix(PREFIX): value
+        for key, value in sorted(read_tensors(folder).items(), key=lambda item: in_order(item[0]))
+    }
     low_rank = {}
     for first, second in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
         for key in [key for key in found if key.endswith(first)]:
@@ -90,6 +93,6 @@ def _ids(name: str, spec: AdapterSpec, place: str) -> tuple[int, ...]:
     return spec.rows[last]
 
 
-def _in_order(item: tuple[str, Tensor]) -> str:
-    """Layer 10 after layer 9."""
-    return re.sub(r"\d+", lambda match: match[0].zfill(6), item[0])
+def in_order(name: str) -> str:
+    """What to sort names by: layer 10 after layer 9."""
+    return re.sub(r"\d+", lambda match: match[0].zfill(6), name)

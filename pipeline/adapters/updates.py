@@ -3,11 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from pipeline.adapters.attach import short_targets
+from pipeline.adapters.attach import PREFIX, short_targets
 from pipeline.adapters.change import LowRank
 from pipeline.adapters.edits import AddLowRank, SetLengths, SetRows
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, transposed
@@ -75,11 +77,18 @@ def _picking(edit: SetRows, place: Place, embedding: bool) -> LowRank:
     return LowRank(picks, change.T, 1.0, embedding=True) if embedding else LowRank(change, picks.T, 1.0)
 
 
-def write_updates(folder: Path, updates: Updates, model: CausalLM, base_name: str) -> AdapterSpec:
-    """adapter_config.json and adapter_model.safetensors for a model of these modules."""
-    spec = spec_of(updates, model)
+def write_updates(
+    folder: Path, updates: Updates, model: CausalLM, base_name: str, saved: Mapping[str, Tensor] | None = None
+) -> AdapterSpec:
+    """adapter_config.json and adapter_model.safetensors for a model of these modules.
+
+    `saved`: parameters of modules that come in full, by their full name.
+    """
+    modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in saved or {}})
+    spec = replace(spec_of(updates, model), saved=tuple(modules))
     turned = any(is_conv1d(model.get_submodule(name)) for name in updates)
-    save_tensors(folder / WEIGHTS, {key: t for name, one in updates.items() for key, t in one.tensors(name).items()})
+    pairs = {key: t for name, one in updates.items() for key, t in one.tensors(name).items()}
+    save_tensors(folder / WEIGHTS, pairs | {PREFIX + name: t for name, t in (saved or {}).items()})
     write_json(folder / CONFIG, config_of(spec, base_name, turned))
     return spec
 

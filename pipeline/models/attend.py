@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from pipeline.models import short_attention
 from pipeline.models.virtual import Prefix, with_prefix
@@ -38,6 +37,8 @@ class Rule:
 
 def register() -> str:
     """The name to give to transformers as `attn_implementation`. A model that gets it is passed no masks."""
+    from transformers import AttentionInterface  # two seconds, which MiniGPT does without
+
     AttentionInterface.register(NAME, attend)
     return NAME
 

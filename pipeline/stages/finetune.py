@@ -21,10 +21,11 @@ from pipeline.models.skeleton import skeleton
 from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
 from pipeline.runner import Event, Facts, Job, Note
 from pipeline.tensors import shapes
-from pipeline.training.loop import Task, train
+from pipeline.training.loop import Learner, Task, train
+from pipeline.training.optimizer import FlatAdam
 from pipeline.training.retain import Retain, retain_of
 from pipeline.training.task import data_of, save_checkpoint, save_curve
-from pipeline.training.virtual import train_virtual
+from pipeline.training.virtual import virtual_learner
 
 
 def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Facts]:
@@ -32,6 +33,12 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
 
     `sharded` as in `Task`. Raises UserError, and what `train` does.
     """
+    learner = yield from learner_of(job, sharded)
+    return learner.save((yield from train(job, learner.task)))
+
+
+def learner_of(job: Job, sharded: bool | None = None) -> Generator[Event, None, Learner]:
+    """The expanded base, made trainable as the stage's method says, and its data. Raises UserError."""
     settings = job.project.section(job.stage)
     assert isinstance(settings, FinetuneFull | FinetuneFreeze | FinetuneLora | FinetuneVirtual)
     folder = job.artifact("expand_vocab")
@@ -39,7 +46,7 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
     kept = settings.quantization if isinstance(settings, FinetuneLora | FinetuneVirtual) else "none"
     base = load_base(folder, settings.precision, trust, kept)
     if isinstance(settings, FinetuneVirtual):
-        return (yield from train_virtual(job, settings, base, folder))
+        return (yield from virtual_learner(job, settings, base, folder))
     model = base.model
     batches, evaluation = yield from data_of(job, settings, base)
     torch.manual_seed(settings.seed)
@@ -54,13 +61,16 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
         freeze(model, settings)
     trainable = count(model)["trainable"]
     task = Task(model, batches, settings, method_of(settings, spec), evaluation, retain, sharded if spec else False)
-    optimizer = yield from train(job, task)
-    if spec is None:
-        stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
-        return save_checkpoint(job, base, optimizer, trained_from=stored)
-    total = count(skeleton(folder, trust))["total"]  # what is kept in few bits is no parameter
-    save_curve(job)
-    return save_files(job.out, base, spec, folder, {"total": total, "trainable": trainable})
+
+    def save(optimizer: FlatAdam) -> Facts:
+        if spec is None:
+            stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
+            return save_checkpoint(job, base, optimizer, trained_from=stored)
+        total = count(skeleton(folder, trust))["total"]  # what is kept in few bits is no parameter
+        save_curve(job)
+        return save_files(job.out, base, spec, folder, {"total": total, "trainable": trainable})
+
+    return Learner(base, task, save)
 
 
 def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: AdapterSpec | None) -> Method:

@@ -1,10 +1,10 @@
 """The training loop: a generator of plain records, and the generator that logs, checkpoints and resumes it."""
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -12,11 +12,12 @@ from pipeline.calc.settings import Method
 from pipeline.device import device_for
 from pipeline.errors import Interrupted, UserError
 from pipeline.metrics import Peak, RunLog, Step, in_units
+from pipeline.models.base import Base
 from pipeline.models.causal import CausalLM, Checkpointing
 from pipeline.models.fused import quicken
 from pipeline.models.opened import Opened
 from pipeline.params import FinetuneLora, Training
-from pipeline.runner import Event, Job, Note, Progress, discard_checkpoints
+from pipeline.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches
@@ -66,6 +67,14 @@ class Task:
     def total(self) -> int:
         """Steps, if nothing ends it before."""
         return self.settings.epochs * len(self.batches)
+
+
+class Learner(NamedTuple):
+    """A model that is about to learn something, and what saves it then: it fills the job's folder."""
+
+    base: Base
+    task: Task
+    save: Callable[[FlatAdam], Facts]
 
 
 class Diverged(Exception):

@@ -11,14 +11,15 @@ from pipeline.models.base import DTYPES, Base, count
 from pipeline.models.skeleton import skeleton
 from pipeline.params import FinetuneVirtual
 from pipeline.runner import Event, Facts, Job
-from pipeline.training.loop import Task, train
+from pipeline.training.loop import Learner, Task
+from pipeline.training.optimizer import FlatAdam
 from pipeline.training.task import data_of, save_curve
 
 
-def train_virtual(job: Job, settings: FinetuneVirtual, base: Base, folder: Path) -> Generator[Event, None, Facts]:
-    """The base's virtual tokens, trained and saved in PEFT's format; `folder` is where the base came from.
+def virtual_learner(job: Job, settings: FinetuneVirtual, base: Base, folder: Path) -> Generator[Event, None, Learner]:
+    """The base with virtual tokens, to be trained and saved in PEFT's format; `folder` is where the base came from.
 
-    Raises UserError, and what `train` does.
+    Raises UserError.
     """
     model, tokenizer = base
     spec = VirtualSpec(job.stage.method, settings.virtual_tokens)
@@ -33,9 +34,12 @@ def train_virtual(job: Job, settings: FinetuneVirtual, base: Base, folder: Path)
     batches, evaluation = yield from data_of(job, settings, base)
     trainable = count(model)["trainable"]
     method = Method(spec.kind, virtual_tokens=spec.tokens)
-    yield from train(job, Task(model, batches, settings, method, evaluation, sharded=False))
-    save_virtual(job.out, model, f"artifacts/{folder.name}")
-    tokenizer.save(job.out, model.room)
-    save_curve(job)
-    total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
-    return {"base": base_fingerprint(folder), "parameters": {"total": total, "trainable": trainable}}
+
+    def save(_: FlatAdam) -> Facts:
+        save_virtual(job.out, model, f"artifacts/{folder.name}")
+        tokenizer.save(job.out, model.room)
+        save_curve(job)
+        total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
+        return {"base": base_fingerprint(folder), "parameters": {"total": total, "trainable": trainable}}
+
+    return Learner(base, Task(model, batches, settings, method, evaluation, sharded=False), save)

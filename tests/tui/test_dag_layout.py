@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from pipeline.dag import STAGES
 from tui.dag_layout import Layout, layout
+from tui.widgets.dag_picture import pictured
 
 LABEL = 3
 
@@ -14,12 +15,13 @@ def drawn(found: Layout) -> list[str]:
     for (row, column), character in found.lines.items():
         cells[row][column] = character
     for name, place in found.places.items():
-        cells[place.row][place.column : place.column + len(name) + LABEL] = f"* {name} "
+        label = f"* {name} " if place.width > len(name) else "* "
+        cells[place.row][place.column : place.column + len(label)] = label
     return ["".join(row).rstrip() for row in cells]
 
 
 def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None:
-    assert drawn(layout({name: stage.needs for name, stage in STAGES.items()}, LABEL)) == [
+    assert drawn(pictured(STAGES)) == [
         "                             ┌▶ * scratch ───────────────────┐",
         "                             ├▶ * finetune_full ─────────────┤",
         "                             ├▶ * finetune_freeze ───────────┤",
@@ -27,6 +29,7 @@ def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None
         "                             ├▶ * finetune_prefix ───────────┤",
         "                             ├▶ * finetune_prompt ───────────┘",
         "                             └▶ * finetune_sweep",
+        "studies * * * * * * * * * ─▶ * figures ─▶ * claims",
     ]
 
 

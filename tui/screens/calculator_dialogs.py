@@ -12,9 +12,11 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from pipeline.calc.document import claims
 from pipeline.calc.explain import explain
+from pipeline.ledger.check import MARKS, calculated, summary, titled
 from tui.calculation import Result
+
+COLORS = {"holds": "green", "differs": "bold red", "depends": "yellow"}
 
 
 class Reader(ModalScreen[None]):
@@ -33,17 +35,15 @@ class Reader(ModalScreen[None]):
 
 
 def document_table() -> Reader:
-    """Every number of the document, the exact one, and why they differ where they do."""
-    found = claims()
-    wrong = sum(not claim.agrees for claim in found)
-    rows = Table("", "what", "document", "exact", "", box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    for claim in found:
-        mark = Text("✓ holds", "green") if claim.agrees else Text("✗ differs", "bold red")
-        rows.add_row(f"§{claim.section}", Text(claim.what), claim.document, claim.exact, mark)
-        if not claim.agrees:
-            rows.add_row("", Text(claim.why, "dim italic"))
-    head = f"{len(found)} numbers, {len(found) - wrong} hold (rounded ones within 5%), {wrong} do not.\n"
-    return Reader(Text(head, "bold"), rows)
+    """The claims that the calculator decides: what the document says, what is exact, and why where they differ."""
+    found = calculated()
+    rows = Table("", "claim", "document", "exact", "", box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    for row in found:
+        shown, mark = row["shown"], Text(MARKS[row["verdict"]], COLORS[row["verdict"]])
+        rows.add_row(titled(row["section"]), Text(row["quote"]), Text(shown["says"]), Text(shown["measured"]), mark)
+        if row["verdict"] != "holds":
+            rows.add_row("", Text(row["why"], "dim italic"))
+    return Reader(Text(f"{summary(found)}. `lora claims` has all of the document's.\n", "bold"), rows)
 
 
 def formulas(result: Result) -> Reader:

@@ -26,7 +26,7 @@ from tui.widgets.stage_list import StageList
 
 TICK = 0.4  # seconds between two looks at the files
 PANES = {"params": "Params", "log": "Log", "metrics": "Metrics"}
-AROUND, PANE, LINES = 2, 8, 3  # rows of the bar and the keys; the least of a pane, and of the list
+AROUND, PANE, LEAST, LINES = 2, 8, 6, 3  # rows of the bar and the keys; of a pane, at least; of the list
 
 
 class PipelineScreen(WorkbenchScreen):
@@ -79,7 +79,9 @@ class PipelineScreen(WorkbenchScreen):
     def on_resize(self, event: Resize) -> None:
         """The list gets what picture and panes leave of the rows, and scrolls where it has more lines."""
         picture = self.query_one(DagPicture)
-        shown = picture.get_content_height() + 1 if event.size.height >= TALL else 0
+        rows = picture.get_content_height() + 1
+        picture.display = event.size.height >= max(TALL, AROUND + rows + LINES + LEAST)
+        shown = rows if picture.display else 0
         self.query_one(StageList).styles.max_height = max(LINES, event.size.height - AROUND - shown - PANE)
 
     # Looking
@@ -136,7 +138,13 @@ class PipelineScreen(WorkbenchScreen):
         """Params are there at once."""
         if self.query(DagPicture) and self.project is None:
             self.project = project
+            self._show_stages(project)
             await self._show_stage()
+
+    def _show_stages(self, project: Project) -> None:
+        """Those that mean something for the project's base."""
+        self.query_one(StageList).keep(project.stages)
+        self.query_one(DagPicture).stages = project.stages
 
     def _show_one(self, state: StageState) -> None:
         if self.query(DagPicture) and not self.states:
@@ -159,6 +167,8 @@ class PipelineScreen(WorkbenchScreen):
         banner = self.query_one("#problem", Static)
         banner.display = bool(problem)
         banner.update(f"✗ {problem}\nWhat stands below is as before it broke." if project else f"✗ {problem}")
+        if project:
+            self._show_stages(project)
         self.query_one(DagPicture).states = states
         self.query_one(StageList).show(states)
         await self._show_stage()
@@ -216,7 +226,7 @@ class PipelineScreen(WorkbenchScreen):
 
     @on(DagPicture.Chosen)
     def _clicked(self, event: DagPicture.Chosen) -> None:
-        self.query_one(StageList).highlighted = list(STAGES).index(event.stage)
+        self.query_one(StageList).choose(event.stage)
 
     @on(OptionList.OptionSelected)
     def _entered(self) -> None:
@@ -238,7 +248,7 @@ class PipelineScreen(WorkbenchScreen):
         except (UserError, OSError) as error:
             self.workbench.fail(error)
             return
-        value = ", ".join(event.value) if isinstance(event.value, list) else written(event.value)
+        value = ", ".join(map(str, event.value)) if isinstance(event.value, list) else written(event.value)
         self.workbench.say(f"{event.key}: {value or 'nothing'} is in {self.workbench.params_path.name}.")
         self.tick()
 
@@ -268,7 +278,8 @@ class PipelineScreen(WorkbenchScreen):
     def action_run_stage(self, force: bool = False) -> None:
         """The chosen stage alone, once all that it reads is there."""
         root = self.workbench.root
-        missing = [need for need in STAGES[self.chosen].needs if not (root / STAGES[need].path).is_dir()]
+        needs = self.project.needs(STAGES[self.chosen]) if self.project else []
+        missing = [need for need in needs if not (root / STAGES[need].path).is_dir()]
         if missing:
             self.workbench.say(f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning")
             return
@@ -296,7 +307,7 @@ class PipelineScreen(WorkbenchScreen):
         bad = [state for state in own if state.state in ("failed", "died")]
         if bad:
             self.workbench.say(f"{bad[0].stage.name} {bad[0].state}: {', '.join(bad[0].reasons)}", "error")
-            self.query_one(StageList).highlighted = list(STAGES).index(bad[0].stage.name)
+            self.query_one(StageList).choose(bad[0].stage.name)
         elif any(state.state == "stopped" for state in own):
             self.workbench.say("Stopped. Run it again to go on from the checkpoint.")
         elif all(state.state == "current" for state in self.states.values()):

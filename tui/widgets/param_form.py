@@ -36,14 +36,11 @@ class ParamInput(Input):
     def typed(self) -> Any:
         """What the text means in the file; a list and a mapping may be written without brackets and braces."""
         if isinstance(self.saved, tuple):
-            return names(self.value)
+            kind = type(self.saved[0]) if self.saved else str
+            return [_as(kind, name) for name in names(self.value)]
         if isinstance(self.saved, Mapping):
             return pairs(self.value)
-        kind = type(self.saved)
-        try:  # int and float, not YAML's: there 023 is 19, and 1:30 is 90
-            return yaml.safe_load(self.value) if kind is bool else kind(self.value.strip())
-        except (yaml.YAMLError, ValueError):
-            return self.value
+        return _as(type(self.saved), self.value)
 
     def renew(self, value: Any) -> None:
         """The file says something else; what is being typed stays."""
@@ -62,9 +59,19 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _as(kind: type, text: str) -> Any:
+    """The text as a value of `kind`, or as it is: int and float, not YAML's, where 023 is 19 and 1:30 is 90."""
+    try:
+        return yaml.safe_load(text) if kind is bool else kind(text.strip())
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
 def written(value: Any) -> str:
     if isinstance(value, Mapping):
         return dumped(plain(value))[1:-1]
+    if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
+        return ", ".join(map(str, value))
     if isinstance(value, tuple):
         return ", ".join(
             name if _listed(f"{name}, x") == [name, "x"] else json.dumps(name, ensure_ascii=False) for name in value

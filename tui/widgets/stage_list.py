@@ -1,6 +1,6 @@
 """A line for each stage: its state, why, and while it runs how far it is."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich.text import Text
@@ -28,6 +28,19 @@ class StageList(OptionList):
     def __init__(self, **options: Any) -> None:
         super().__init__(*(Option(_line(name, None), id=name) for name in STAGES), compact=True, **options)
         self._shown: dict[str, Text] = {}
+
+    def keep(self, stages: Collection[str]) -> None:
+        """Only these, in their order: the others mean nothing for the project's base."""
+        if [option.id for option in self.options] == list(stages):
+            return
+        chosen = self.highlighted_option
+        self.set_options(Option(self._shown.get(name, _line(name, None)), id=name) for name in stages)
+        if chosen is not None and chosen.id in stages:
+            self.choose(str(chosen.id))
+
+    def choose(self, stage: str) -> None:
+        """Highlight a stage."""
+        self.highlighted = self.get_option_index(stage)
 
     def show(self, states: Mapping[str, StageState]) -> None:
         """Redraw the lines that are new."""

@@ -1,0 +1,96 @@
+"""`lora claims`: the document's claims, each beside what was measured; a stage, the last."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, group, project_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from pipeline.dag import Project
+    from pipeline.ledger.check import Row
+
+app = group()
+COLOURS = {"holds": "green", "differs": "bold red", "depends": "yellow", "not run": "dim"}
+
+
+@app.command()
+def claims(
+    section: Annotated[
+        str | None, typer.Option("--section", help="Those of a section and what is below it: 3, or 2 for 2.1 to 2.4.")
+    ] = None,
+    verdict: Annotated[
+        str | None, typer.Option("--verdict", help="Those with a verdict: holds, differs, depends or 'not run'.")
+    ] = None,
+    params: ParamsOption = DEFAULT_PARAMS,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold every claim of the document against what was measured → artifacts/claims."""
+    from cli.console import print_json
+    from pipeline.claims_stage import verdicts
+    from pipeline.ledger.check import chosen
+
+    project = project_of(params)
+    rows = verdicts(project)
+    found = chosen(rows, section, verdict)
+    if as_json:
+        print_json(found)
+    else:
+        show(found)
+    _keep(project)
+
+
+def _keep(project: "Project") -> None:
+    """Run the stage, where all that it reads is there and up to date; what hinders it is said."""
+    from cli.console import stderr
+    from cli.progress import follow
+    from pipeline.claims_stage import claims
+    from pipeline.dag import STAGES
+    from pipeline.errors import UserError
+    from pipeline.runner import run
+
+    stage = STAGES["claims"]
+    if stage.name not in project.stages:
+        return
+    try:
+        for name, path in project.inputs(stage).items():
+            if not path.exists():
+                raise UserError(f"{name} is not there. Run `dvc repro` for all.")
+        follow(run(project, stage, claims), stage.name)
+    except UserError as error:
+        stderr.print(f"{stage.path} is not written: {error}", markup=False, soft_wrap=True)
+
+
+def show(rows: "Sequence[Row]") -> None:
+    """One table: quote and reason, what the document says, what was measured, the verdict; a heading each section."""
+    from cli.console import stdout
+    from pipeline.ledger.check import summary
+
+    stdout.print(listed(rows))
+    stdout.print(f"\n{summary(rows)}.")
+
+
+def listed(rows: "Sequence[Row]") -> "RenderableType":
+    """The rows as a table."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    from pipeline.ledger.check import MARKS, titled
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    for name, width in (("claim, and why", None), ("document", 14), ("measured", 19), ("verdict", 10)):
+        table.add_column(name, overflow="fold", max_width=width)
+    section = ""
+    for row in rows:
+        if row["section"] != section:
+            section = row["section"]
+            table.add_row(Text(titled(section), "bold underline"))
+        claim = Group(Text(row["quote"]), Padding(Text(row["why"], "dim"), (0, 0, 0, 2)))
+        shown, mark = row["shown"], Text(MARKS[row["verdict"]], COLOURS[row["verdict"]])
+        table.add_row(claim, Text(shown["says"]), Text(shown["measured"]), mark)
+    return table

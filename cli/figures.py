@@ -1,0 +1,57 @@
+"""`lora figures`: the document's figures, drawn from what was trained and measured."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOption, SetOption, group, project_of
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pipeline.runner import Event, Facts, Job
+
+app = group()
+STAGE = "figures"
+
+
+@app.command()
+def figures(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Draw the document's figures from our own runs → artifacts/figures: PNG, SVG, their numbers, a report."""
+    from cli.stages import run_stage
+    from pipeline.errors import UserError
+
+    project = project_of(params, overrides)
+    if STAGE not in project.stages:
+        raise UserError(
+            f"The figures are the document's, of MiniGPT; pretrain.base is {project.params.pretrain.base}. "
+            "Set pretrain.base to minigpt to draw them."
+        )
+
+    def work(job: "Job") -> "Generator[Event, None, Facts]":
+        from pipeline.figures.figures import figures
+
+        return figures(job)
+
+    run_stage(STAGE, work, params, overrides, force, checkpoint_every)
+    show(project.artifact(STAGE), project.stages[STAGE].path)
+
+
+def show(folder: Path, path: str) -> None:
+    """Each figure, what it shows, and its files; where the rest is: `path` is the folder's as users name it."""
+    from cli.console import stdout, table
+    from pipeline.artifact import read_manifest
+
+    found = read_manifest(folder)["figures"].items()
+    rows = [(f"{name} ({about['place']})", about["shows"], _files(name, about["files"])) for name, about in found]
+    stdout.print(table(("figure", "what it shows", "files"), rows))
+    stdout.print(f"\nIn words: {path}/report.md", markup=False, soft_wrap=True)
+
+
+def _files(name: str, files: list[str]) -> str:
+    """A figure's files, its own name left out of them."""
+    return " ".join(file.removeprefix(name) for file in files)

@@ -1,0 +1,106 @@
+"""`lora study NAME`: one of the document's statements, measured; a stage like the others."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOption, SetOption, group
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pipeline.dag import Project
+    from pipeline.runner import Event, Facts, Job
+
+app = group()
+TIME = "time.csv"  # in a run's folder: seconds differ from run to run, and so are no part of what a study finds
+TIMES = {"seconds": ".2f", "ms_a_step": ".2f"}
+STUDIES = {
+    "fact_correction": "§6  V-only against all projections, what else trains, and what retaining keeps",
+    "knowledge_correction": "§6  the recipe for a single fact, step by step, on any base",
+    "trajectory": "§2.3  from tisch to sofa, step by step",
+    "methods": "§7, §9.3  every method on the same data: share, memory, time, learned, forgotten",
+    "rank": "§2.4, §5  what rank, alpha and learning rate change",
+    "spectrum": "§2.2  how few directions hold what fine-tuning changes, and the LoRA extracted from it",
+    "intrinsic_dimension": "§2.2  full fine-tuning in random subspaces, and the least that is enough",
+    "quantization": "§10.1  what a base in fewer bits still knows, from fp32 to ternary",
+    "forgetting": "§9.3  new knowledge gained against old lost, epoch by epoch",
+}
+
+
+def _names(incomplete: str) -> list[tuple[str, str]]:
+    return [(name, about) for name, about in STUDIES.items() if name.startswith(incomplete)]
+
+
+NameArgument = Annotated[str | None, typer.Argument(help="Which one; all are listed without.", autocompletion=_names)]
+
+
+@app.command()
+def study(
+    name: NameArgument = None,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """Measure one of the document's statements → artifacts/studies/NAME: tables, a picture, a paragraph."""
+    from cli.console import stdout, table
+    from cli.options import project_of
+    from cli.stages import run_stage
+    from pipeline.errors import UserError
+
+    if name is None:
+        stdout.print(table(("study", "what it measures"), list(STUDIES.items())))
+        return
+    known = name.replace("-", "_")
+    if known not in STUDIES:
+        raise UserError(f"{name} is no study. Name one of {', '.join(STUDIES)}.")
+    project, stage = project_of(params, overrides), f"study_{known}"
+    if stage not in project.stages:
+        raise UserError(_why_not(project, known))
+
+    def work(job: "Job") -> "Generator[Event, None, Facts]":
+        done: Generator[Event, None, Facts] = getattr(import_module(job.stage.module), known)(job)
+        return done
+
+    run_stage(stage, work, params, overrides, force, checkpoint_every)
+    show(project.artifact(stage), project.run_folder(stage))
+    stdout.print(f"\nIn words: {project.stages[stage].path}/report.md", markup=False, soft_wrap=True)
+
+
+def _why_not(project: "Project", study: str) -> str:
+    """What the project lacks for a study."""
+    from pipeline.dag import STAGES
+
+    if not STAGES[f"study_{study}"].documents:
+        return f"study_{study}.data names no file. Write sentences that state the fact, and name them there."
+    general = [stage.method for stage in STAGES.values() if stage.kind == "study" and not stage.documents]
+    return (
+        f"The study {study} asks what the document asks of MiniGPT; pretrain.base is {project.params.pretrain.base}. "
+        f"On any base there is {', '.join(general)}."
+    )
+
+
+def _repeated_once(rows: list[list[str]]) -> list[list[str]]:
+    """A first cell that is that of the row above is left empty."""
+    return [["" if n and row[0] == rows[n - 1][0] else row[0], *row[1:]] for n, row in enumerate(rows)]
+
+
+def show(folder: Path, run: Path) -> None:
+    """A study's tables, and what its run says of this machine."""
+    from cli.console import stdout, table
+    from pipeline.artifact import read_manifest
+    from pipeline.tables import Table, read_table
+
+    found = [
+        Table(name, rows=read_table(folder / f"{name}.csv"), **about)
+        for name, about in read_manifest(folder)["tables"].items()
+    ]
+    if (run / TIME).is_file():
+        found.append(Table("time", "Time on this machine", read_table(run / TIME), TIMES))
+    for one in found:
+        stdout.print(f"\n{one.title}", markup=False)
+        right = [head for head, number in one.heads.items() if number]
+        stdout.print(table(list(one.heads), _repeated_once(one.shown()), right=right))

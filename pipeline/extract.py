@@ -1,0 +1,237 @@
+"""What fine-tuning changed, as spectra, and as the LoRA that comes nearest to it (the document's §2.2).
+
+A checkpoint is read some rows of a tensor at a time; of a LoRA that is extracted its own factors are in memory, and
+embedding and head where they come in full.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline import artifact
+from pipeline.adapters.change import LowRank, read_change
+from pipeline.adapters.deltas import Delta, between, in_other_form, of_adapter, place_of, stored
+from pipeline.adapters.plan import stored_name
+from pipeline.adapters.singular import Singular, factors
+from pipeline.adapters.spectrum import MOST, Measured, measure, measure_update
+from pipeline.adapters.stream import read_blocks
+from pipeline.adapters.targets import adaptable
+from pipeline.adapters.updates import write_updates
+from pipeline.bases import weight_files
+from pipeline.binding import CONFIG, refuse_foreign
+from pipeline.collection import copy_tokenizer, manifest_of, refuse_other
+from pipeline.data import Example
+from pipeline.engine import load
+from pipeline.errors import UserError
+from pipeline.measure import score
+from pipeline.models.causal import CausalLM
+from pipeline.models.linears import is_conv1d
+from pipeline.models.skeleton import skeleton
+from pipeline.runner import Event, Progress
+from pipeline.shards import Place
+from pipeline.tensors import fingerprint
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Of every tensor what was changed; `unsaid`: of what nothing can be said, and why."""
+
+    tensors: list[Measured]
+    unsaid: list[str] = field(default_factory=list)
+
+
+def spectra_of(base: Path, tuned: Path) -> Generator[Event, None, Spectra]:
+    """Of two checkpoints of one shape, or of an adapter's updates beside the weights of its base. Raises UserError."""
+    _refuse_adapter(base)
+    if (tuned / CONFIG).is_file():
+        return (yield from _of_adapter(base, tuned))
+    deltas = between(base, tuned)
+    found = []
+    for number, delta in enumerate(deltas, start=1):
+        found.append(measure(delta)[0])
+        yield Progress(number, len(deltas), delta.name)
+    return Spectra(found, _unsaid(base, tuned))
+
+
+def _unsaid(base: Path, tuned: Path) -> list[str]:
+    return [f"{name}, which holds no plain numbers" for name in in_other_form(base, tuned)]
+
+
+def _refuse_adapter(base: Path) -> None:
+    if (base / CONFIG).is_file():
+        raise UserError(f"{base} is an adapter. Name the model first, then what was made of it.")
+
+
+def _of_adapter(base: Path, tuned: Path) -> Generator[Event, None, Spectra]:
+    old = stored(base)
+    change = read_change(tuned)
+    refuse_foreign(base, tuned)
+    others = of_adapter(base, change)
+    found, total = [], len(change.low_rank) + len(others)
+    for name, update in change.low_rank.items():
+        place = place_of(f"{name}.weight", old, base)
+        if sorted(place.info.shape) != sorted((update.b.shape[0], update.a.shape[1])):
+            raise UserError(
+                f"{name} is {list(place.info.shape)} in {base}, the adapter's update is {update.b.shape[0]} × "
+                f"{update.a.shape[1]}. Name the model that it was trained on."
+            )
+        found.append(measure_update(f"{name}.weight", update, partial(read_blocks, place)))
+        yield Progress(len(found), total, name)
+    for delta in others:
+        found.append(measure(delta)[0])
+        yield Progress(len(found), total, delta.name)
+    lengths = ["what DoRA does to the lengths of outputs, these being its s·BA alone"] if change.spec.dora else []
+    return Spectra(found, lengths)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The spectra, and of what changed: matrices that became low-rank, tensors that come in full, and what is left out.
+
+    `held`: the share of all that changed, ‖·‖² over all tensors, that the adapter holds.
+    """
+
+    spectra: Spectra
+    rank: int
+    low_rank: list[str]
+    whole: list[str]
+    left_out: list[str]
+    held: float
+
+
+def extract(
+    base: Path, tuned: Path, out: Path, rank: int, ends: bool = True, trust_remote_code: bool = False
+) -> Generator[Event, None, Extracted]:
+    """Write to `out` the LoRA that is nearest to the change of each linear of the blocks; returns what it holds.
+
+    `ends`: embedding and head come in full where they changed. Raises UserError.
+    """
+    _refuse_adapter(base)
+    if (tuned / CONFIG).is_file():
+        raise UserError(f"{tuned} is an adapter already. Leave out --rank and --out, or name a whole model.")
+    deltas = between(base, tuned)
+    refuse_other(out, "extract", [base, tuned])
+    model = skeleton(base, trust_remote_code)
+    parts = _Parts(model, base, tuned, rank, ends)
+    for number, delta in enumerate(deltas, start=1):
+        parts.add(delta)
+        yield Progress(number, len(deltas), delta.name)
+    found = parts.found(_unsaid(base, tuned))
+    _refuse_nothing(found, base, tuned)
+    _write(out, parts, base, tuned, ends)
+    return found
+
+
+def _refuse_nothing(found: Extracted, base: Path, tuned: Path) -> None:
+    if not any(one.change for one in found.spectra.tensors):
+        raise UserError(f"{tuned} and {base} have equal weights: there is nothing to extract.")
+    if not found.low_rank:
+        raise UserError(
+            f"{tuned} and {base} differ in {', '.join([*found.whole, *found.left_out][:3])}, and in no linear of a "
+            "block: LoRA has nothing to hold."
+        )
+
+
+class _Parts:
+    """What becomes of each tensor's change."""
+
+    def __init__(self, model: CausalLM, base: Path, tuned: Path, rank: int, ends: bool) -> None:
+        self.model, self.rank = model, rank
+        self._places, old = stored(tuned), stored(base)
+        ours = [name for name, module in model.named_modules() if adaptable(module) and name != model.head_name]
+        self._linears = {stored_name(f"{name}.weight", old): name for name in ours}
+        self._ends = _parameters_of_ends(model, old) if ends else {}
+        self._measured: list[Measured] = []
+        self._held = 0.0
+        self._whole, self._left_out = list[str](), list[str]()
+        self.updates: dict[str, LowRank] = {}
+
+    def add(self, delta: Delta) -> None:
+        measured, found = measure(delta, max(MOST, self.rank))
+        self._measured.append(measured)
+        if not measured.change:
+            return
+        module = self._linears.get(delta.name)
+        if module is not None and found is not None:
+            self.updates[module] = update = self._nearest(delta, found, module)
+            self._held += update.squared_norm()
+        elif delta.name in self._ends:
+            self._whole.append(delta.name)
+            self._held += measured.change**2
+        else:
+            self._left_out.append(delta.name)
+
+    def _nearest(self, delta: Delta, found: Singular, module: str) -> LowRank:
+        left, right = factors(delta.change, delta.shape[0], found, min(self.rank, *delta.shape))
+        turned = is_conv1d(self.model.get_submodule(module))
+        return LowRank(left.T.contiguous(), right.T.contiguous(), 1.0) if turned else LowRank(right, left, 1.0)
+
+    def saved(self) -> dict[str, Tensor]:
+        """What comes in full, by parameter: a module whole, also those of its tensors that did not change."""
+        modules = {name.rpartition(".")[0] for key in self._whole for name in self._ends[key]}
+        names = [(key, name) for key, names in self._ends.items() for name in names]
+        return {name: _read(self._places[key]) for key, name in names if name.rpartition(".")[0] in modules}
+
+    def found(self, spectra: list[str]) -> Extracted:
+        """Once all are added."""
+        total = sum(one.change**2 for one in self._measured)
+        rank = max((update.rank for update in self.updates.values()), default=0)
+        held = self._held / total if total else 0.0
+        return Extracted(Spectra(self._measured, spectra), rank, list(self.updates), self._whole, self._left_out, held)
+
+
+def _parameters_of_ends(model: CausalLM, places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """Stored name → full names of the parameters of embedding and head that it holds: of a tied pair, both."""
+    found: dict[str, list[str]] = {}
+    for module in (model.embedding_name, model.head_name):
+        for own, _ in model.get_submodule(module).named_parameters():
+            key = stored_name(f"{module}.{own}", places)
+            if key is None and model.shape.tied and own == "weight":
+                key = stored_name(f"{model.embedding_name}.weight", places)
+            if key is not None:
+                found.setdefault(key, []).append(f"{module}.{own}")
+    return found
+
+
+def _read(place: Place) -> Tensor:
+    return torch.cat([block for _, block in read_blocks(place)]).view(place.info.shape)
+
+
+def _write(out: Path, parts: _Parts, base: Path, tuned: Path, ends: bool) -> None:
+    with artifact.writing(out) as folder:
+        updates = {name: parts.updates[name] for name, _ in parts.model.named_modules() if name in parts.updates}
+        spec = write_updates(folder, updates, parts.model, str(base), parts.saved())
+        copy_tokenizer(base, folder)
+        params = {"rank": spec.rank, "alpha": spec.alpha, "embeddings": "all" if ends else "none"}
+        inputs = {tuned.resolve().name: fingerprint(weight_files(tuned))}
+        manifest = manifest_of("extract", "pipeline.extract", base, params)
+        artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})
+
+
+class Quality(NamedTuple):
+    """Mean cross-entropy in nats a token, and the shares of next-token first choices that are right, and the tuned
+    model's."""
+
+    loss: float
+    right: float
+    as_tuned: float
+
+
+def quality(
+    base: Path, tuned: Path, adapter: Path, examples: Sequence[Example], trust_remote_code: bool = False
+) -> dict[str, Quality]:
+    """How base, tuned model and base + adapter predict the examples; one model is in memory at a time."""
+    found = {}
+    for name, folders in {"base": (base, None), "tuned": (tuned, None), "base + LoRA": (base, adapter)}.items():
+        scored = score(load(*folders, trust_remote_code=trust_remote_code), examples)
+        found[name] = (scored.loss, scored.accuracy, scored.choices)
+    wanted = found["tuned"][2]
+    return {
+        name: Quality(loss, right, float((choices == wanted).double().mean()))
+        for name, (loss, right, choices) in found.items()
+    }

@@ -1,0 +1,1 @@
+"""The ledger: what the document claims, how each claim is measured, and the verdict that follows."""

@@ -1,0 +1,67 @@
+"""What a model says next, for the studies that ask prompts of many models."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from pipeline.data import Prompt, read_prompts
+from pipeline.engine import Choice, Loaded, encode, likeliest
+from pipeline.errors import UserError
+from pipeline.generate import finite
+from pipeline.models.causal import read
+from pipeline.runner import Job
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """The probabilities of the next token after each prompt, (V,)."""
+
+    loaded: Loaded
+    by_prompt: dict[str, Tensor]
+
+    def probability(self, prompt: str, word: str) -> float:
+        """Of a word that is one token."""
+        return float(self.by_prompt[prompt][self.loaded.tokenizer.continuation(prompt, word)[0]])
+
+    def first(self, prompt: str) -> str:
+        """The likeliest word."""
+        return self.top(prompt, 1)[0].token
+
+    def top(self, prompt: str, k: int) -> list[Choice]:
+        return likeliest(self.loaded, self.by_prompt[prompt], k)
+
+
+@torch.no_grad()
+def ask(loaded: Loaded, prompts: Sequence[str]) -> Spoken:
+    """All prompts read together. Raises UserError for one that cannot be asked."""
+    model = loaded.model
+    hidden = read(model, [encode(loaded, prompt) for prompt in prompts])
+    found = [finite(model.logits(each[-1]).float().cpu()).softmax(0) for each in hidden]
+    return Spoken(loaded, dict(zip(prompts, found, strict=True)))
+
+
+def prompts_of(job: Job, name: str, group: str) -> list[Prompt]:
+    """Those of one group of a prompts file. Raises UserError where it has none."""
+    found = [prompt for prompt in read_prompts(job.path(name), name) if prompt.group == group]
+    if not found:
+        raise UserError(
+            f"{name} has no group {group}, of which {job.stage.name} asks. Write one, or name another file."
+        )
+    return found
+
+
+def document(path: Path, name: str, section: str) -> Any:
+    """A section of the document's tables. Raises UserError where the file has none."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = tree[section]
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}. Name the document's tables.") from None
+    except (yaml.YAMLError, ValueError, TypeError, KeyError):
+        raise UserError(f"{name} has no section {section}. Restore the file: it holds the document's tables.") from None
+    return found
