@@ -12,9 +12,10 @@ import yaml
 from pipeline import dvc_file, new_project
 from pipeline.dag import STAGES, Project
 from pipeline.params import load
+from pipeline.params_file import save
 from tests import families
 from tests.conftest import Lora
-from tests.support import ROOT, folder_bytes, git
+from tests.support import BRIEF, ROOT, folder_bytes, git
 
 
 def dvc(folder: Path, *arguments: str) -> str:
@@ -199,8 +200,7 @@ def test_dvc_runs_a_new_project_in_a_folder_of_its_own(cli: Lora, tmp_path: Path
     assert cli("new", "project", cwd=tmp_path)[0] == 0
     folder = tmp_path / "project"
     params = folder / "params.yaml"
-    brief = params.read_text(encoding="utf-8").replace("epochs: 50", "epochs: 2").replace("epochs: 60", "epochs: 2")
-    params.write_text(brief, encoding="utf-8")
+    save(params, {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in BRIEF)})
     assert (dvc(folder, "repro")).count("Running stage") == len(STAGES)
     assert (folder / "artifacts/evaluation/report.md").is_file()
     assert "Data and pipelines are up to date" in dvc(folder, "repro")
