@@ -12,7 +12,7 @@ from pipeline.status import StageState
 from tui.widgets.dag_picture import SIGNS, WORDS
 from tui.words import duration
 
-WIDTH = max(map(len, STAGES))
+WIDTH = max(len(name) for name, stage in STAGES.items() if not stage.measures)  # studies have longer names, and no bar
 BAR = 8  # cells of a progress bar
 
 
