@@ -68,6 +68,14 @@ MADE_FROM_EXPANDED = (
     "finetune_prefix",
     "finetune_prompt",
 )
+TUNED = MADE_FROM_EXPANDED[1:]
+
+
+def _taught(sections: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys that name what these stages learn from."""
+    return (*(f"{section}.data" for section in sections), "finetune_lora.retain")
+
+
 MEASURED: Mapping[str, Stage] = {  # all that the claims are held against
     stage.name: stage
     for stage in (
@@ -147,12 +155,12 @@ MEASURED: Mapping[str, Stage] = {  # all that the claims are held against
             documents=False,
         ),
         _study("trajectory", ("data", "document")),
-        _study("methods", ("old_data", "new_data", "finetune_lora.retain"), besides=MADE_FROM_EXPANDED),
+        _study("methods", ("old_data", "new_data", *_taught(MADE_FROM_EXPANDED)), besides=MADE_FROM_EXPANDED),
         _study("rank", ("old_data", "new_data")),
         _study("spectrum", ("old_data", "new_data")),
         _study("intrinsic_dimension", ("data", "document")),
         _study("quantization", ("data", "document", "pretrain.data"), needs=("pretrain",), besides=("pretrain",)),
-        _study("forgetting", ("old_data", "new_data", "finetune_lora.retain"), besides=MADE_FROM_EXPANDED[1:]),
+        _study("forgetting", ("old_data", "new_data", *_taught(TUNED)), besides=TUNED),
         Stage(
             "figures",
             "pipeline.figures.figures",
@@ -255,7 +263,8 @@ class Project:
 
     def needs(self, stage: Stage) -> list[str]:
         """The stages whose outputs it reads, of those that the project has."""
-        return [need for need in stage.needs if need in self.stages]
+        stages = self.stages
+        return [need for need in stage.needs if need in stages]
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Name → path of all that a stage reads: other stages' outputs, then data files."""

@@ -32,6 +32,15 @@ class Spread(NamedTuple):
         return cls(math.fsum(found) / len(found), min(found), max(found))
 
 
+def mean(cell: "Cell") -> float:
+    """A cell's number, of a spread the mean. Raises TypeError for a cell that holds none."""
+    if isinstance(cell, Spread):
+        return cell.mean
+    if not isinstance(cell, int | float):
+        raise TypeError(f"{cell!r} is no number")
+    return float(cell)
+
+
 Value = str | int | float | bool | None
 Cell = Value | Spread
 Row = Mapping[str, Cell]

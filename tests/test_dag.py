@@ -26,6 +26,17 @@ def test_dvc_knows_all_that_a_stage_reads_runs_and_writes() -> None:
     assert lines == render(Project(ROOT, load(ROOT / "params.yaml")), "pipeline").splitlines()
 
 
+def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_reads() -> None:
+    """Else a changed file would leave the study as it was."""
+    given = ["finetune_full.data=data/retain.de.txt", "scratch.data=[data/euro.en.jsonl]"]
+    project = Project(ROOT, load(ROOT / "params.yaml", given))
+    for study, files in (
+        ("methods", {"data/retain.de.txt", "data/euro.en.jsonl"}),
+        ("forgetting", {"data/retain.de.txt"}),
+    ):
+        assert files <= set(project.data_files(STAGES[f"study_{study}"]))
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_the_command_that_the_program_has(name: str) -> None:
     assert command(STAGES[name]) == " ".join(["lora", *COMMAND[name]])

@@ -25,7 +25,7 @@ from pipeline.figures.network import Module, draw_network, heights
 from pipeline.figures.style import WIDE
 from pipeline.models.causal import CausalLM
 from pipeline.runner import Job
-from pipeline.tables import Row, Table, shown
+from pipeline.tables import Row, Table, mean, shown
 
 NAME = "finetuning_subspace"
 TENTH, MOST = 0.1, 0.9
@@ -164,7 +164,7 @@ def _shows(concentration: Table) -> str:
 def _caption(concentration: Table, modules: Table, trained: Trained, model: CausalLM) -> str:
     rows = _by_part(concentration)
     weights, each, normal = rows["weights"], rows["neurons"], rows["normal"]
-    most = max(modules.rows, key=lambda row: float(str(row["share_of_change"])))
+    most = max(modules.rows, key=lambda row: mean(row["share_of_change"]))
     ends = [name for name in model.ends if trained.rows(name, model.shape.rows)]
     besides = (
         f" Of {' and '.join(ends)} it trains rows in full besides: not everything of the base is frozen."

@@ -8,7 +8,7 @@ from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.knowledge import FORMATS, Ruler, ruler
 from pipeline.studies.runs import Run, forget, looked_at
 from pipeline.studies.taught import METHODS
-from pipeline.tables import Row, Spread, Table, shown
+from pipeline.tables import Row, Spread, Table, mean, shown
 from pipeline.training.loop import Task
 
 TRADED = {  # method → how its curve is drawn
@@ -88,11 +88,11 @@ def _at_the_same(curves: Mapping[str, Sequence[Curve]]) -> Table:
 def _text(trade: Table) -> str:
     there = [row for row in trade.rows if row["rise_there"] is not None]
     never = [str(row["method"]) for row in trade.rows if row["rise_there"] is None]
-    ranked = sorted(there, key=lambda row: _mean(row, "rise_there"))
+    ranked = sorted(there, key=lambda row: mean(row["rise_there"]))
     said = ", ".join(f"{row['method']} {shown(row['rise_there'], '.2f')}" for row in ranked)
     if not ranked:
         return f"No method brings the loss on the new sentences down to {SAME:g} nats a token with every seed."
-    later = ", ".join(f"{row['method']} {_mean(row, 'old_rise') - _mean(row, 'rise_there'):+.2f}" for row in ranked)
+    later = ", ".join(f"{row['method']} {mean(row['old_rise']) - mean(row['rise_there']):+.2f}" for row in ranked)
     return "\n\n".join(
         [
             f"Where each method has brought the loss on the new sentences down to {SAME:g} nats a token, the loss on "
@@ -103,18 +103,12 @@ def _text(trade: Table) -> str:
     )
 
 
-def _mean(row: Row, name: str) -> float:
-    cell = row[name]
-    assert isinstance(cell, Spread)
-    return cell.mean
-
-
 def _draw(figure: Figure, epochs: Table) -> None:
     """To the left is what was gained, upwards what was lost."""
     axis = figure.subplots()
     for name, line in TRADED.items():
         rows = [row for row in epochs.rows if row["method"] == name]
-        x, y = ([_mean(row, quantity) for row in rows] for quantity in ("new_loss", "old_rise"))
+        x, y = ([mean(row[quantity]) for row in rows] for quantity in ("new_loss", "old_rise"))
         axis.plot(x, y, line, color=COLORS[METHODS[name].look], label=name, marker=".", markevery=5)
     axis.set(xlabel="new loss (nats a token), falling to the left", ylabel="old loss rises by (nats a token)")
     axis.set_xscale("log")

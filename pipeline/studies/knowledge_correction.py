@@ -20,7 +20,7 @@ from pipeline.stages.evaluate import weight_bytes
 from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.runs import PARTS, Run, adapters, forget, made, silently, together
 from pipeline.study_params import StudyKnowledgeCorrection
-from pipeline.tables import Cell, Row, Spread, Table, shown
+from pipeline.tables import Cell, Row, Spread, Table, mean, shown
 
 V_PROJ = ("v_proj",)
 MOST = 12  # prompts in the picture
@@ -180,7 +180,7 @@ def _text(summary: Table, stored: float) -> str:
     return (
         f"{summary.title}: {told}. The divergence is from the base on other sentences, in nats a token. An adapter "
         f"takes {stored:.1%} of the base's bytes; merged, its logits differ from those beside the base by "
-        f"{max(float(str(row['merge_differs_by'])) for row in summary.rows[1:]):.0e} at most."
+        f"{max(mean(row['merge_differs_by']) for row in summary.rows[1:]):.0e} at most."
     )
 
 
@@ -196,7 +196,7 @@ def _draw(figure: Figure, prompts: Table) -> None:
     rows = prompts.rows[:MOST]
     for number, name in enumerate(names):
         cells = [row[name] for row in rows]
-        values = [cell.mean if isinstance(cell, Spread) else float(str(cell)) for cell in cells]
+        values = list(map(mean, cells))
         places = [place + 0.16 * (number - len(names) / 2 + 0.5) for place in range(len(values))]
         axis.barh(
             places,

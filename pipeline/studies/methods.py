@@ -19,7 +19,7 @@ from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.knowledge import FORMATS, IN_WORDS, ruler, spreads
 from pipeline.studies.runs import forget, made
 from pipeline.studies.taught import METHODS
-from pipeline.tables import Row, Spread, Table, shown
+from pipeline.tables import Row, Spread, Table, mean, shown
 
 TIME = "time"  # a table in the run's folder: it differs from run to run
 LARGE = "qwen3-8b"
@@ -117,8 +117,8 @@ def _large() -> Table:
 
 
 def _text(cost: Table, knowledge: Table) -> str:
-    learned = [row for row in knowledge.rows if row["method"] != NEVER_THE_BASE and _mean(row, "new_done") > MOST]
-    least = min(learned, key=lambda row: _mean(row, "old_rise"), default=None)
+    learned = [row for row in knowledge.rows if row["method"] != NEVER_THE_BASE and mean(row["new_done"]) > MOST]
+    least = min(learned, key=lambda row: mean(row["old_rise"]), default=None)
     both = [(row["measured_kB"], row["predicted_kB"]) for row in cost.rows]
     off = max(abs(m / p - 1) for m, p in both if isinstance(m, float) and isinstance(p, float))
     shares = ", ".join(f"{row['method']} {shown(row['share'], '.1%')}" for row in cost.rows)
@@ -135,12 +135,6 @@ def _text(cost: Table, knowledge: Table) -> str:
             "How long each takes stands in the run's folder: it differs from run to run.",
         ]
     )
-
-
-def _mean(row: Row, name: str) -> float:
-    cell = row[name]
-    assert isinstance(cell, Spread)
-    return cell.mean
 
 
 def _draw(figure: Figure, knowledge: Table) -> None:

@@ -13,7 +13,7 @@ from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.knowledge import FORMATS, IN_WORDS, Knowledge, ruler, spreads
 from pipeline.studies.runs import DOCUMENT, Run, adapters, forget, made, together
 from pipeline.study_params import StudyRank
-from pipeline.tables import Row, Spread, Table
+from pipeline.tables import Row, Spread, Table, mean
 
 NEAR = 0.05  # nats a token: as good as the best
 Tuned = Mapping[str, Sequence[tuple[FinetuneLora, Knowledge]]]  # by the run's name
@@ -102,8 +102,8 @@ def _rates(settings: StudyRank, tuned: Tuned, whole: Whole) -> Table:
 
 
 def _text(ranks: Table, alphas: Table, rates: Table) -> str:
-    even = {row["rank"]: _mean(row, "new_loss") for row in ranks.rows if row["alpha"] == "r"}
-    full = next(_mean(row, "new_loss") for row in ranks.rows if row["alpha"] == "full")
+    even = {row["rank"]: mean(row["new_loss"]) for row in ranks.rows if row["alpha"] == "r"}
+    full = next(mean(row["new_loss"]) for row in ranks.rows if row["alpha"] == "full")
     best = min(even.values())
     enough = next(r for r, loss in even.items() if loss <= best + NEAR)
     said = ", ".join(f"{loss:.3f} at r = {r}" for r, loss in even.items())
@@ -113,7 +113,7 @@ def _text(ranks: Table, alphas: Table, rates: Table) -> str:
             f"With alpha = r the new loss is {said}; full fine-tuning has {full:.3f}. The least rank within {NEAR:g} "
             f"nats of the best is {enough}.",
             f"Alpha at rank {DOCUMENT.rank}: "
-            + ", ".join(f"{row['alpha']:g} → {_mean(row, 'new_loss'):.3f}" for row in alphas.rows)
+            + ", ".join(f"{row['alpha']:g} → {mean(row['new_loss']):.3f}" for row in alphas.rows)
             + ".",
             _tolerance(rates),
         ]
@@ -125,16 +125,10 @@ def _tolerance(rates: Table) -> str:
     said = []
     for method, name in (("full", "full fine-tuning"), ("lora", "LoRA")):
         rows = [row for row in rates.rows if row["method"] == method]
-        losses = {float(str(row["learning_rate"])): _mean(row, "new_loss") for row in rows}
+        losses = {mean(row["learning_rate"]): mean(row["new_loss"]) for row in rows}
         good = [rate for rate, loss in losses.items() if loss <= min(losses.values()) + NEAR]
         said.append(f"{name} is within {NEAR:g} nats of its best from {min(good):g} to {max(good):g}")
     return "Learning rate: " + ", ".join(said) + "."
-
-
-def _mean(row: Row, name: str) -> float:
-    cell = row[name]
-    assert isinstance(cell, Spread)
-    return cell.mean
 
 
 def _draw(figure: Figure, ranks: Table, alphas: Table, rates: Table) -> None:
@@ -142,7 +136,7 @@ def _draw(figure: Figure, ranks: Table, alphas: Table, rates: Table) -> None:
     for alpha, color, marker in (("r", COLORS["lora"], "o"), ("1", COLORS["prompt"], "s")):
         _line(left, [row for row in ranks.rows if row["alpha"] == alpha], "rank", f"alpha = {alpha}", color, marker)
     full = next(row for row in ranks.rows if row["alpha"] == "full")
-    left.axhline(_mean(full, "new_loss"), color=COLORS["full"], linestyle="--", label="full fine-tuning")
+    left.axhline(mean(full["new_loss"]), color=COLORS["full"], linestyle="--", label="full fine-tuning")
     _line(middle, alphas.rows, "alpha", f"r = {DOCUMENT.rank}", COLORS["lora"], "o")
     for method, marker in (("full", "s"), ("lora", "o")):
         _line(right, [r for r in rates.rows if r["method"] == method], "learning_rate", method, COLORS[method], marker)
