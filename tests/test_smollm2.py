@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline import artifact
 from pipeline.metrics import final_loss, read_steps
 from pipeline.models.base import load_base
+from pipeline.tables import mean, read_table
 from tests.support import ROOT, lora
 
 PROJECT = ROOT / "smollm2"
@@ -47,6 +48,18 @@ def test_the_euro_comes_first_as_trained_and_in_phrasings_that_were_not(variant:
         assert prompt["corrected_first"], prompt["prompt"]
     held_out = [p["corrected_probability"] for p in answers(variant, "held_out")]
     assert min(held_out) >= 0.9
+
+
+def test_the_study_of_the_recipe_corrects_either_way_and_only_what_retains_keeps_the_rest() -> None:
+    rows = {row["adapter"]: row for row in read_table(MADE / "studies/knowledge_correction/summary.csv")}
+    keep = mean(rows["none"]["kept"])
+    for targets in ("v_proj", "all targets"):
+        plain, kept = rows[targets], rows[f"{targets}, retain"]
+        assert mean(kept["corrected"]) >= 9, "trained, and the eight other phrasings"
+        assert mean(plain["corrected"]) >= 9
+        assert mean(plain["kept"]) < keep / 2
+        assert mean(kept["kept"]) >= 0.75 * keep
+        assert mean(kept["divergence"]) < mean(plain["divergence"]) / 10
 
 
 def test_the_base_did_not_know_it() -> None:
