@@ -33,7 +33,8 @@ def load_base(
     quantization: Kept = "none",
 ) -> Base:
     """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own; its blocks' linears in
-    fewer bits still with `quantization`.
+    fewer bits still with `quantization`. From here on the process has as many threads as suit it: what is computed
+    before training does not depend on their number either.
 
     Raises UserError; never loads in part.
     """
@@ -50,8 +51,9 @@ def load_base(
     rows, known = model.shape.rows, len(tokenizer)
     if known > rows or (known < rows and isinstance(model, MiniGPT)):
         raise UserError(f"{folder}: the tokenizer has {known} words, the model {rows} rows.")
+    device = device_for(model)
     if quantization != "none":
-        quantize(model, quantization, wanted, device_for(model))
+        quantize(model, quantization, wanted, device)
     return Base(model.eval(), tokenizer)
 
 

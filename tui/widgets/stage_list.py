@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich.text import Text
+from textual.geometry import Region
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
@@ -28,6 +29,7 @@ class StageList(OptionList):
     def __init__(self, **options: Any) -> None:
         super().__init__(*(Option(_line(name, None), id=name) for name in STAGES), compact=True, **options)
         self._shown: dict[str, Text] = {}
+        self._states: dict[str, str] = {}
 
     def keep(self, stages: Collection[str]) -> None:
         """Only these, in their order: the others mean nothing for the project's base."""
@@ -43,12 +45,16 @@ class StageList(OptionList):
         self.highlighted = self.get_option_index(stage)
 
     def show(self, states: Mapping[str, StageState]) -> None:
-        """Redraw the lines that are new."""
+        """Redraw the lines that are new; a stage that has begun to run scrolls into view, the cursor stays."""
         for name, state in states.items():
             line = _line(name, state)
             if self._shown.get(name) != line:
                 self._shown[name] = line
                 self.replace_option_prompt(name, line)
+            if state.state == "running" and self._states.get(name) != "running":
+                line_of = Region(0, self.get_option_index(name), 1, 1)
+                self.call_after_refresh(self.scroll_to_region, line_of, animate=False)
+            self._states[name] = state.state
 
 
 def _line(name: str, state: StageState | None) -> Text:
