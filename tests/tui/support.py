@@ -8,7 +8,7 @@ from typing import Any
 from textual.pilot import Pilot
 
 
-async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 15) -> None:
+async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 60) -> None:
     """Wait until something holds, as a user would who looks at the screen."""
     end = time.monotonic() + seconds
     while not holds():
