@@ -37,7 +37,7 @@ def _near(one: str, other: str) -> bool:
     numbers = [NUMBER.findall(text) for text in (one, other)]
     if NUMBER.sub("#", one) != NUMBER.sub("#", other):
         return False
-    spread = max((_value(number) for number in sum(numbers, []) if "±" in number), default=0.0)
+    spread = max((_value(number) for found in numbers for number in found if "±" in number), default=0.0)
     for a, b in zip(*numbers, strict=True):
         x, y = _value(a), _value(b)
         apart = max(spread, 8 if a.endswith("%") or "±" in a else 0.15)
