@@ -192,7 +192,7 @@ class Ours(Side):
             epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, clip_norm=CLIP, precision="bf16"
         )
         task = Task(model.train(), InOrder(windows, BATCH, 0), settings, Method())
-        self.steps, self.an_epoch = steps(task, FlatAdam(model, LEARNING_RATE)), len(task.batches)
+        self.steps, self.an_epoch = steps(task, FlatAdam(model)), len(task.batches)
         return model
 
     def attach(self, model: Any) -> None:

@@ -66,7 +66,7 @@ def ours_of(folder: Path, method: str) -> Callable[[], None]:
     elif method == "freeze":
         freeze(model, FinetuneFreeze())
     task = Task(model, batches(), Training(epochs=10**9), FULL)
-    records = steps(task, FlatAdam(model, 1e-3))
+    records = steps(task, FlatAdam(model))
 
     def run() -> None:
         for _ in range(STEPS):

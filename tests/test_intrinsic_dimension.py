@@ -101,7 +101,7 @@ def test_in_as_many_dimensions_as_there_are_weights_it_is_full_fine_tuning() -> 
     """A permutation with signs: Adam treats every number alike, whatever its place and its sign."""
     plain, inner = model(), model()
     wanted = losses(plain, optimizer_of(plain, SETTINGS))
-    found = losses(inner, SubspaceAdam(inner, SETTINGS.learning_rate, OneHot(size_of(inner), size_of(inner), 5)))
+    found = losses(inner, SubspaceAdam(inner, OneHot(size_of(inner), size_of(inner), 5)))
     assert found == pytest.approx(wanted, rel=1e-3)
     assert wanted[-1] < 0.9 * wanted[0]
     ids = torch.arange(2, 20)[None]  # of its keys' biases, which change no answer, only rounding's noise moves
@@ -111,7 +111,7 @@ def test_in_as_many_dimensions_as_there_are_weights_it_is_full_fine_tuning() -> 
 def test_the_change_stays_in_the_subspace_and_every_weight_moves_as_far_as_without_it() -> None:
     before, after = model(), model()
     projection = OneHot(size_of(after), 7, 3)
-    optimizer = SubspaceAdam(after, 1e-3, projection)
+    optimizer = SubspaceAdam(after, projection)
     next(steps(task(after), optimizer))
     change = torch.cat(
         [(a - b).detach().flatten() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
@@ -127,7 +127,7 @@ def test_more_dimensions_learn_more_and_a_dense_projection_learns_as_much() -> N
         found = []
         for seed in range(4):
             inner = model()
-            optimizer = SubspaceAdam(inner, 1e-2, kind(size_of(inner), small, seed))
+            optimizer = SubspaceAdam(inner, kind(size_of(inner), small, seed))
             found.append(sum(losses(inner, optimizer)[-4:]) / 4)
         return sum(found) / len(found)
 

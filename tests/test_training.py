@@ -41,7 +41,7 @@ def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
     examples = read_examples(ROOT / "data/finetune.de.txt", "f")
     batches = Batches(listed([w for e in examples for w in windows(encode(e, tokenizer).ids, 4)]), 4, 0)
     adam = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=settings.learning_rate)
-    for record in steps(Task(ours, batches, settings, FULL), FlatAdam(ours, settings.learning_rate)):
+    for record in steps(Task(ours, batches, settings, FULL), FlatAdam(ours)):
         (batch,) = batches[record.step - 1]
         assert batch.segments is None, "windows of one length stack"
         adam.zero_grad()
@@ -141,7 +141,7 @@ def test_frozen_rows_and_rows_that_are_not_read_get_no_gradient(brief: Path) -> 
     model.embeddings.requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = Batches(listed([Window(0, (5, 6, 9), (6, 7, IGNORED)), Window(0, (5,), (6,))]), 2, 0)
-    for _ in steps(Task(model, batches, Training(epochs=3), FULL), FlatAdam(model, 1e-2)):
+    for _ in steps(Task(model, batches, Training(epochs=3), FULL), FlatAdam(model)):
         pass
     after = model.state_dict()
     name = "model.decoder.embed_tokens.weight"

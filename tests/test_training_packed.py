@@ -54,7 +54,7 @@ def one_at_a_time(model: Opened, lengths: Sequence[int]) -> tuple[float, dict[st
 
 def assert_same_gradient(model: Opened, batches: list[Batch], lengths: Sequence[int]) -> None:
     loss, expected = one_at_a_time(model, lengths)
-    found = gradient(model.train(), batches, FlatAdam(model, 1e-3), None, 0)
+    found = gradient(model.train(), batches, FlatAdam(model), None, 0)
     ours = gradients(model)
     assert found.loss == pytest.approx(loss, rel=1e-5)
     assert found.norm == pytest.approx(float(torch.cat([g.flatten() for g in expected.values()]).norm()), rel=1e-4)
@@ -128,7 +128,7 @@ def test_logits_are_made_at_labels_alone_and_a_chunk_at_a_time(name: str) -> Non
     model.config.max_position_embeddings = 64
     batch = collate(windows_of(lengths, half))
     assert batch.tokens > losses.CHUNK
-    optimizer = FlatAdam(model.train(), 1e-3)
+    optimizer = FlatAdam(model.train())
     with rows_of(model.head) as rows:
         gradient(model, [batch], optimizer, None, 0)
     assert sum(rows) == batch.tokens < batch.ids.numel()
@@ -197,7 +197,7 @@ def test_pitfall_17_accumulation_is_weighted_by_tokens() -> None:
 
 def test_pitfall_17_a_mean_of_means_would_be_another_number() -> None:
     model, batches = toy("llama"), Batches(listed(windows_of(UNLIKE)), 2, 0, 2)
-    optimizer = FlatAdam(model.train(), 1e-3)
+    optimizer = FlatAdam(model.train())
     for step in range(len(batches)):
         with torch.no_grad():
             parts = [(float(loss_of(model, batch)), batch.tokens) for batch in batches[step]]

@@ -95,7 +95,7 @@ def test_clipping_warm_up_and_decay_are_those_of_plain_pytorch(clip: float) -> N
     theirs, found = stock(model), windows_of(LENGTHS)
     adam = torch.optim.Adam(theirs.parameters(), lr=1.0)
     clipped = 0
-    for record in steps_of(model, order, settings, FlatAdam(model, settings.learning_rate)):
+    for record in steps_of(model, order, settings, FlatAdam(model)):
         (batch,) = order[record.step - 1]
         adam.zero_grad()
         loss = torch.stack([loss_alone(theirs, found[n]) for n in batch.numbers]).sum() / batch.tokens
@@ -115,7 +115,7 @@ def test_clipping_warm_up_and_decay_are_those_of_plain_pytorch(clip: float) -> N
 def test_a_clipped_gradient_has_the_norm_asked_for_and_its_direction(largest: float, seed: int) -> None:
     torch.manual_seed(seed)
     model = nn.Linear(5, 3)
-    optimizer = FlatAdam(model, 1e-3)
+    optimizer = FlatAdam(model)
     torch.autograd.backward(model(torch.randn(4, 5)).square().sum())
     before = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
     norm = optimizer.gather().item()
@@ -131,7 +131,7 @@ def test_a_clipped_gradient_has_the_norm_asked_for_and_its_direction(largest: fl
 def step_of(model: Opened, how: How) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients and peak of live bytes of one step."""
     model.checkpoint_blocks(how)
-    optimizer = FlatAdam(model.train(), 1e-3)
+    optimizer = FlatAdam(model.train())
     batch = collate(windows_of((40, 33, 28, 50, 47, 12)))
     live = LiveBytes()
     live.watch([*model.parameters(), *optimizer.tensors()])

@@ -78,7 +78,7 @@ def one_batch(found: Listed) -> Batch:
 def test_an_adapter_of_zeros_is_exactly_its_base_and_is_pulled_nowhere(spec: str, dtype: torch.dtype) -> None:
     model = adapted(dtype=dtype, **SPECS[spec])
     retain = Retain(model.train(), texts(), settings())
-    optimizer = FlatAdam(model, 1e-3)
+    optimizer = FlatAdam(model)
     divergence = retain.divergence(one_batch(texts()))
     rounding = 1e-9 if spec == "new rows" else 0  # of a product of three rows beside that of all
     assert abs(divergence.item()) <= rounding
@@ -142,7 +142,7 @@ def test_a_model_that_cannot_read_end_to_end_retains_one_text_at_a_time() -> Non
                 if name.endswith("lora_B"):
                     p.normal_(std=0.3)
         retain = Retain(model.train(), texts(), settings())
-        results.append(gradient(model, [one_batch(texts((3, 5)))], FlatAdam(model, 1e-3), retain, 0))
+        results.append(gradient(model, [one_batch(texts((3, 5)))], FlatAdam(model), retain, 0))
     assert results[0].divergence == pytest.approx(results[1].divergence, rel=1e-4)
     assert results[0].norm == pytest.approx(results[1].norm, rel=1e-4)
     assert results[0].divergence and results[0].divergence > 1e-4

@@ -18,7 +18,8 @@ def begin(A: Tensor, B: Tensor, init: Init) -> None:
 
     For pissa see `principal`, which needs the weight. Raises UserError for an odd rank where it must be even.
     """
-    _BEGINNINGS[init](A, B)
+    if not A.is_meta:  # which holds no numbers
+        _BEGINNINGS[init](A, B)
 
 
 def _gaussian(A: Tensor, B: Tensor) -> None:

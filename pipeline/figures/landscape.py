@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def landscape(model: CausalLM, batches: Sequence[Batch], reach: float) -> Landsc
     at = float(parameter.detach().flatten()[number])
     thetas = [at + reach * step / (POINTS // 2) for step in range(-POINTS // 2, POINTS // 2 + 1)]
     losses = _along(model, batches, parameter, number, thetas)
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(number), parameter.shape))
+    index = tuple(int(i) for i in np.unravel_index(number, parameter.shape))
     return Landscape(name, index, at, float(loss.detach()), gradient, thetas, losses)
 
 

@@ -151,12 +151,13 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, positions: int, d_model: int) -> None:
         super().__init__()
-        position = torch.arange(positions, dtype=torch.float64)[:, None]
-        rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10_000) / d_model))
-        table = torch.zeros(positions + OPT_OFFSET, d_model)
-        table[OPT_OFFSET:, 0::2] = torch.sin(position * rate)
-        table[OPT_OFFSET:, 1::2] = torch.cos(position * rate)
-        self.register_buffer("weight", table)
+        with torch.device("cpu"):  # for arithmetic on the meta device torch imports its compiler
+            position = torch.arange(positions, dtype=torch.float64)[:, None]
+            rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10_000) / d_model))
+            table = torch.zeros(positions + OPT_OFFSET, d_model)
+            table[OPT_OFFSET:, 0::2] = torch.sin(position * rate)
+            table[OPT_OFFSET:, 1::2] = torch.cos(position * rate)
+        self.register_buffer("weight", table.to(torch.get_default_device()))
 
     def forward(self, positions: Tensor) -> Tensor:
         return F.embedding(positions + OPT_OFFSET, self.weight)

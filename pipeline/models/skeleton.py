@@ -1,8 +1,10 @@
 """A checkpoint's model as it is before anything is learned: its modules alone, or with weights of its own kind."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pipeline.models.base import read_config
 from pipeline.models.causal import CausalLM
@@ -13,8 +15,18 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
     """The model of the checkpoint in `folder`, all of it on the meta device: names, shapes and what is tied, in no
     memory worth the name. Raises UserError."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return untrained(folder, trust_remote_code)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Modules begin without their weights being drawn: on the meta device torch would import its compiler for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:

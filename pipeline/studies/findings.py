@@ -63,7 +63,8 @@ def save(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Drawn
 
-    with matplotlib.rc_context({**(style or {}), "svg.hashsalt": path.name, "svg.fonttype": "none"}):
+    ours = {"svg.hashsalt": path.name, "svg.fonttype": "none", "axes.formatter.min_exponent": 4}  # 0.3, not 3 × 10⁻¹
+    with matplotlib.rc_context({**(style or {}), **ours}):
         figure = Drawn(figsize=size, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         draw(figure)

@@ -112,6 +112,6 @@ def _draw(figure: Figure, epochs: Table) -> None:
         axis.plot(x, y, line, color=COLORS[METHODS[name].look], label=name, marker=".", markevery=5)
     axis.set(xlabel="new loss (nats a token), falling to the left", ylabel="old loss rises by (nats a token)")
     axis.set_xscale("log")
-    axis.axvline(SAME, color="black", linewidth=0.6)
+    axis.axvline(SAME, color="black", linewidth=0.6, label=f"new loss {SAME:g}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

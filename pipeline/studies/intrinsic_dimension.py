@@ -82,7 +82,7 @@ def _begin(
         model.load_state_dict(untrained(folder).state_dict())
     if whole:
         return optimizer_of(model, settings)
-    return SubspaceAdam(model, settings.learning_rate, OneHot(count(model)["trainable"], size, seed))
+    return SubspaceAdam(model, OneHot(count(model)["trainable"], size, seed))
 
 
 def _dimensions(settings: StudyIntrinsicDimension, found: Answers, large: int) -> Table:

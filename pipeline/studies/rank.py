@@ -140,8 +140,15 @@ def _draw(figure: Figure, ranks: Table, alphas: Table, rates: Table) -> None:
     _line(middle, alphas.rows, "alpha", f"r = {DOCUMENT.rank}", COLORS["lora"], "o")
     for method, marker in (("full", "s"), ("lora", "o")):
         _line(right, [r for r in rates.rows if r["method"] == method], "learning_rate", method, COLORS[method], marker)
-    for axis, name in ((left, "rank"), (middle, "alpha"), (right, "learning rate")):
-        axis.set(xlabel=name, xscale="log", yscale="log")
+    for axis, name, rows in (
+        (left, "rank", ranks.rows),
+        (middle, "alpha", alphas.rows),
+        (right, "learning_rate", rates.rows),
+    ):
+        axis.set(xlabel=name.replace("_", " "), xscale="log", yscale="log")
+        measured = sorted({mean(row[name]) for row in rows if row[name] is not None})
+        axis.set_xticks(measured, [f"{value:g}" for value in measured])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     left.set_ylabel("new loss (nats a token)")

@@ -170,7 +170,7 @@ def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
 
 def optimizer_of(model: CausalLM, settings: Training) -> FlatAdam:
     ratio = settings.loraplus_ratio if isinstance(settings, FinetuneLora) else 1.0
-    return FlatAdam(model, settings.learning_rate, settings.precision == "fp16", ratio)
+    return FlatAdam(model, settings.precision == "fp16", ratio)
 
 
 def _placed(task: Task) -> tuple[torch.device, bool]:

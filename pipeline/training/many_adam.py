@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.adam import NAMES, Moments, moments_before, update
+
 
 class ManyAdam:
     """Adam (Kingma & Ba 2015) on weights (N, P): row n is all that adapter n trains, in fp32.
@@ -22,9 +24,9 @@ class ManyAdam:
         self._places = [slice(*ends_) for ends_ in pairwise(ends)]
         self.weights = torch.cat([p.detach().flatten(1).float() for p in self._parameters], 1)
         self._ratios = self._spread(ratios)
-        self._update = nn.Parameter(torch.zeros_like(self.weights))
-        self._update.grad = torch.zeros_like(self.weights)
-        self._adam = torch.optim.Adam([self._update], lr=1.0, fused=True)
+        self._update = torch.zeros_like(self.weights)
+        self.gradient = torch.zeros_like(self.weights)  # (N, P), once gathered
+        self._moments = Moments()
         self._wide = all(p.dtype == torch.float32 for p in self._parameters)
         for p, place in zip(self._parameters, self._places, strict=True):
             if p.dtype == torch.float32:
@@ -44,13 +46,7 @@ class ManyAdam:
 
     @property
     def steps(self) -> int:
-        return int(self._adam.state[self._update].get("step", 0))
-
-    @property
-    def gradient(self) -> Tensor:
-        """(N, P), once gathered."""
-        assert self._update.grad is not None
-        return self._update.grad
+        return int(self._moments.get("step", 0))
 
     def gather(self) -> Tensor:
         """The norm (N,) of each adapter's gradient, as backward left it; to be called once before `step`."""
@@ -69,7 +65,8 @@ class ManyAdam:
     @torch.no_grad()
     def step(self, rates: Sequence[float]) -> None:
         """Update at the adapters' learning rates from the gathered gradients."""
-        self._adam.step()
+        self._moments = self._moments or moments_before(self.weights)
+        update(self._update, self.gradient, self._moments, [(slice(None), 1.0)])
         by = self.weights.new_tensor(rates)[:, None]
         self.weights.addcmul_(self._update, by if self._ratios is None else by * self._ratios)
         self._update.zero_()
@@ -91,14 +88,13 @@ class ManyAdam:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        state = self._adam.state[self._update].values()
-        return [self.weights, self._update, self.gradient, *([] if self._ratios is None else [self._ratios]), *state]
+        ratios = [] if self._ratios is None else [self._ratios]
+        return [self.weights, self._update, self.gradient, *ratios, *self._moments.values()]
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs to go on as if nothing had happened."""
-        return {"weights": self.weights, **self._adam.state[self._update]}
+        return {"weights": self.weights, **self._moments}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.set_weights(state["weights"])
-        names = ("step", "exp_avg", "exp_avg_sq")
-        self._adam.state[self._update] = {n: state[n].to(self.weights.device) for n in names if n in state}
+        self._moments = {name: state[name].to(self.weights.device) for name in NAMES if name in state}

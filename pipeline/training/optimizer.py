@@ -6,6 +6,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.adam import NAMES, Moments, moments_before, update
 from pipeline.training.distributed import spread, sum_up
 
 LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000  # of an fp16 loss; steps without an overflow until it doubles
@@ -17,13 +18,12 @@ class FlatAdam:
     Small models spend their step on calls, not on arithmetic: one vector makes the update, the gradient's
     norm and the checkpoint one call each, whatever the number of parameters. The vector is fp32: 16-bit parameters are
     copies of it, since an update is often smaller than the distance to the next 16-bit number.
-    LoRA+ (Hayou et al. 2024): each B's learning rate is `ratio` times that of all else. Adam then runs on parts of
-    the vector, and its moments are parts of one vector each, as without.
+    LoRA+ (Hayou et al. 2024): each B's learning rate is `ratio` times that of all else.
     With `scaled` the loss is multiplied before backward, so that small gradients survive fp16; an overflow halves the
     factor and skips the step (Micikevicius et al. 2018, §3.2).
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float, scaled: bool = False, ratio: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, scaled: bool = False, ratio: float = 1.0) -> None:
         faster = {id(p) for name, p in model.named_parameters() if ratio != 1 and name.endswith(".lora_B")}
         found = (p for p in model.parameters() if p.requires_grad)
         trainable = sorted(found, key=lambda p: (str(p.dtype), id(p) in faster))
@@ -32,8 +32,7 @@ class FlatAdam:
         self.weights.grad = torch.zeros_like(self.weights)
         self._copies = list(self._lay_out(trainable))
         self._parts = list(self._of_one_rate([ratio if id(p) in faster else 1.0 for p in trainable]))
-        self._adam = torch.optim.Adam([{"params": [part]} for _, part, _ in self._parts], lr=learning_rate, fused=True)
-        self._moments = dict[str, Tensor]()
+        self._moments = Moments()
         self._scaled = scaled
         self._scale = torch.tensor([LARGEST_SCALE if scaled else 1.0, 0.0])  # factor, steps since it changed
 
@@ -55,19 +54,13 @@ class FlatAdam:
                 p.data, p.grad = weights[view].view_as(p), grad[view].view_as(p)
                 offset = view.stop
 
-    def _of_one_rate(self, ratios: list[float]) -> Iterator[tuple[slice, nn.Parameter, float]]:
-        """(place in the vector, that part of it, by what the learning rate is multiplied): all of it where one is."""
-        assert self.weights.grad is not None
-        if len(set(ratios)) == 1:
-            yield slice(None), self.weights, ratios[0]
-            return
+    def _of_one_rate(self, ratios: list[float]) -> Iterator[tuple[slice, float]]:
+        """(place in the vector, by what the learning rate is multiplied there)."""
         start = 0
         for times, members in groupby(zip(self._parameters, ratios, strict=True), key=lambda pair: pair[1]):
             place = slice(start, start + sum(p.numel() for p, _ in members))
             start = place.stop
-            part = nn.Parameter(self.weights.data[place])
-            part.grad = self.weights.grad[place]
-            yield place, part, times
+            yield place, times
 
     @property
     def scale(self) -> float:
@@ -77,7 +70,7 @@ class FlatAdam:
     @property
     def steps(self) -> int:
         """How many have been taken, those of the run before a resume too."""
-        return int(self._state().get("step", 0))
+        return int(self._moments.get("step", 0))
 
     def gather(self) -> Tensor:
         """The norm of the gradient that backward left, in all processes; to be called once before `step`."""
@@ -99,12 +92,10 @@ class FlatAdam:
 
     def step(self, learning_rate: float) -> None:
         """Update from the gathered gradient and clear it."""
-        for group, (_, _, times) in zip(self._adam.param_groups, self._parts, strict=True):
-            group["lr"] = learning_rate * times
-        if len(self._parts) > 1 and not self._state():
-            zeros = torch.zeros_like(self.weights.data)
-            self._set_state({"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()})
-        self._adam.step()
+        assert self.weights.grad is not None
+        self._moments = self._moments or moments_before(self.weights.data)
+        rates = ((place, learning_rate * times) for place, times in self._parts)
+        update(self.weights.data, self.weights.grad, self._moments, rates)
         self._publish()
         self.clear()
         if self._scaled:
@@ -130,39 +121,18 @@ class FlatAdam:
         """All that it holds: weights, gradient, 16-bit copies and, after the first step, both moments."""
         assert self.weights.grad is not None
         copies = [tensor for _, weights, grad in self._copies for tensor in (weights, grad)]
-        return [self.weights, self.weights.grad, *copies, *self._state().values()]
+        return [self.weights, self.weights.grad, *copies, *self._moments.values()]
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs to go on as if nothing had happened."""
         scale = {"loss_scale": self._scale} if self._scaled else {}
-        return {"weights": self.weights.detach(), **scale, **self._state()}
-
-    def _state(self) -> dict[str, Tensor]:
-        """Adam's step and moments; none before the first step."""
-        if len(self._parts) == 1:
-            found: dict[str, Tensor] = self._adam.state[self.weights]
-            return found
-        if not self._moments:
-            return {}
-        step: Tensor = self._adam.state[self._parts[0][1]]["step"]
-        return {"step": step, **self._moments}
-
-    def _set_state(self, state: dict[str, Tensor]) -> None:
-        if len(self._parts) == 1:
-            self._adam.state[self.weights] = state
-            return
-        self._moments = {name: tensor for name, tensor in state.items() if name != "step"}
-        for place, part, _ in self._parts if state else ():
-            moments = {name: tensor[place] for name, tensor in self._moments.items()}
-            self._adam.state[part] = {"step": state["step"].to(part.device, copy=True), **moments}
+        return {"weights": self.weights.detach(), **scale, **self._moments}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.set_weights(state["weights"])
         if "loss_scale" in state:
             self._scale.copy_(state["loss_scale"])
-        self._set_state(
-            {name: state[name].to(self.weights.device) for name in ("step", "exp_avg", "exp_avg_sq") if name in state}
-        )
+        self._moments = {name: state[name].to(self.weights.device) for name in NAMES if name in state}
 
     @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:

@@ -8,10 +8,11 @@ import math
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
+from pipeline.training.adam import moments_before, update
 from pipeline.training.optimizer import FlatAdam
 
 
@@ -54,20 +55,18 @@ class OneHot:
 class SubspaceAdam(FlatAdam):
     """Adam on θ_d. Its rate is √(D/d) times the one that is given, so that each weight moves as far as without P."""
 
-    def __init__(self, model: CausalLM, learning_rate: float, projection: Projection) -> None:
-        super().__init__(model, learning_rate)
+    def __init__(self, model: CausalLM, projection: Projection) -> None:
+        super().__init__(model)
         self._projection = projection
         self._first = self.weights.detach().clone()  # θ₀
-        self._inner = nn.Parameter(self._first.new_zeros(projection.small))
-        self._steps_of_inner = torch.optim.Adam([self._inner], lr=learning_rate, fused=True)
+        self._inner = self._first.new_zeros(projection.small)
+        self._moments_of_inner = moments_before(self._inner)
         self._stretch = math.sqrt(len(self._first) / projection.small)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         assert self.weights.grad is not None
-        self._inner.grad = self._projection.down(self.weights.grad)
-        for group in self._steps_of_inner.param_groups:
-            group["lr"] = learning_rate * self._stretch
-        self._steps_of_inner.step()
-        self.set_weights(self._first + self._projection.up(self._inner.detach()))
+        gradient = self._projection.down(self.weights.grad)
+        update(self._inner, gradient, self._moments_of_inner, [(slice(None), learning_rate * self._stretch)])
+        self.set_weights(self._first + self._projection.up(self._inner))
         self.clear()

@@ -82,7 +82,7 @@ def _trainer_step(model: CausalLM, method: Method, run: Run) -> Callable[[], Non
     if isinstance(model, Opened):
         quicken(model, checked=False)
     model.checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
-    optimizer = FlatAdam(model.train(), 1e-3)
+    optimizer = FlatAdam(model.train())
     ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
     at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
     batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)
