@@ -73,12 +73,13 @@ def test_what_is_known_to_differ_is_found(ledger: dict[str, Row], name: str) -> 
     assert ledger[name]["measured"] == pytest.approx(DIFFER[name], rel=2e-3)
 
 
-def test_lora_changes_old_predictions_when_embeddings_and_head_train(ledger: dict[str, Row]) -> None:
-    row = ledger["predictions-retained"]
-    assert row["verdict"] == "differs" and row["measured"] < 0.9
+def test_lora_changes_old_predictions_when_embeddings_and_head_train(ledger: dict[str, Row], studied: Path) -> None:
+    row = rows_of(studied)["predictions-retained"]
+    assert row["measured"]["embeddings and head train too"] < 0.9
     assert "embeddings and head train as well, 16,768 parameters" in row["why"]
-    assert ledger["share-freeze"]["verdict"] == "differs"
-    assert ledger["share-freeze"]["measured"]["MiniGPT"] > 0.5
+    assert ledger["two-prompts-retained"]["verdict"] == "holds"
+    assert ledger["share-freeze"]["verdict"] == "depends", "on how many blocks of how many"
+    assert ledger["share-freeze"]["measured"]["MiniGPT, 1 of 2 blocks"] > 0.5
     assert "5.66 GiB" in ledger["qwen-nf4"]["why"], "what the issue calls 5.7 GiB"
 
 
@@ -195,7 +196,7 @@ def test_sections_and_verdicts_are_chosen(cli: Lora, ran: Path) -> None:
     rows = json.loads(out)
     assert code == 0 and len(rows) >= 5
     assert {(row["section"], row["verdict"]) for row in rows} == {("3", "differs")}
-    keys = {"id", "section", "quote", "says", "rule", "measured", "verdict", "why", "shown"}
+    keys = {"id", "section", "quote", "says", "rule", "tolerance", "measured", "verdict", "why", "shown"}
     assert all(row.keys() == keys for row in rows)
     everything = json.loads(cli("claims", "--json", cwd=ran)[1])
     assert {row["section"] for row in json.loads(cli("claims", "--section", "2", "--json", cwd=ran)[1])} == {

@@ -29,8 +29,10 @@ class Checked:
 
     @property
     def says(self) -> str:
-        """What the document says, as it is shown."""
-        number = f"{RULES[self.claim.rule].sign} {' to '.join(map(str, self.claim.says))}".strip()
+        """What the document says and how far from it still holds, as it is shown."""
+        says, tolerance = self.claim.says, self.claim.tolerance
+        around = tolerance.around(says[0]) if tolerance else ""
+        number = " ".join(filter(None, (RULES[self.claim.rule].sign, " to ".join(map(str, says)), around)))
         return f"{self.claim.words} ({number})" if self.claim.words else number
 
     @property
@@ -49,6 +51,7 @@ class Checked:
         return {
             **{"id": claim.id, "section": claim.section, "quote": claim.quote},
             **{"says": says if len(says) > 1 else says[0], "rule": claim.rule, "measured": _plain(measured)},
+            "tolerance": claim.tolerance and claim.tolerance.written,
             **{"verdict": self.verdict, "why": self.why, "shown": {"says": self.says, "measured": self.found}},
         }
 

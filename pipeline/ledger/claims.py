@@ -44,6 +44,15 @@ class Tolerance:
 
     amount: float
     relative: bool
+    written: str = ""
+
+    def around(self, said: Quantity) -> str:
+        """How far a measured number may be, as it is shown: in the document's unit, or in points."""
+        if not self.relative:
+            return f"± {self.written}"
+        return (
+            f"± {quantity.in_unit(self.amount * abs(float(said.value)), 'points' if said.unit == '%' else said.unit)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ def _tolerance(written: Any, rule: str) -> Tolerance | None:
     found = quantity.read(written)
     if isinstance(found.value, str | bool) or found.value <= 0 or rule != "equal":
         raise UserError(f"tolerance belongs to rule equal and is such as 5%, 15 points or 0.5, got {written!r}")
-    return Tolerance(found.value, relative=found.unit == "%")
+    return Tolerance(found.value, found.unit == "%", str(written))
 
 
 def _seeds(written: Any) -> bool:

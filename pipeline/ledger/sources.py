@@ -41,7 +41,7 @@ class Sources:
     @cached_property
     def functions(self) -> Mapping[str, Function]:
         """Name → function, all of them."""
-        of_project = (self.artifact, self.study, self.column, self.row_of_least, self.lines, self.words)
+        of_project = (self.artifact, self.study, self.column, self.row_of_least, self.lines, self.words, self.lengths)
         of_files = (self.tensor_shape, self.size, self.losses, self.epoch_losses)
         return {**PLAIN, **CALCULATOR, **{each.__name__: each for each in (*of_project, *of_files)}}
 
@@ -80,6 +80,10 @@ class Sources:
         """Each word of a data file once, in order; without those of another, if that is named."""
         known = {word for line in (self.lines(without) if without else []) for word in line.split()}
         return [word for word in dict.fromkeys(" ".join(self.lines(key)).split()) if word not in known]
+
+    def lengths(self, key: str) -> list[int]:
+        """How many words each sentence of a data file has."""
+        return [len(line.split()) for line in self.lines(key)]
 
     def tensor_shape(self, path: str, name: str) -> list[int]:
         """The shape of the one tensor in a safetensors file below artifacts/ whose name ends so."""
@@ -213,10 +217,17 @@ def _length(value: Any) -> int:
     return len(value)
 
 
+def _values(found: Any) -> list[Any]:
+    """Of a JSON object."""
+    if not isinstance(found, Mapping):
+        raise UserError(f"values needs an object, got {found!r}")
+    return list(found.values())
+
+
 PLAIN: Mapping[str, Function] = {
-    **{"min": _least, "max": _greatest, "sqrt": _root, "log2": _log2, "len": _length, "find": find},
+    **{"min": _least, "max": _greatest, "sqrt": _root, "log2": _log2, "len": _length, "find": find, "values": _values},
     "abs": lambda value: abs(number(value)),
-    "round": lambda value, digits=0: round(number(value), int(number(digits))),
+    "round": lambda value, digits=0: round(number(value), int(number(digits)) or None),
 }
 CALCULATOR: Mapping[str, Function] = {
     **{"calc": calc, "model": model},
