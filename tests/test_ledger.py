@@ -67,6 +67,7 @@ def test_parts_of_json_and_functions_are_reached() -> None:
     assert value("find(rows, name='k').size", rows=[{"name": "q", "size": 1}, {"name": "k", "size": 2}]) == 2
     assert value("max(1, min(many)) + abs(-1) + round(1.26, 1)", many=[3, 2]) == 2 + 1 + 1.3
     assert value("len('abc') + len(many) + sqrt(4) + log2(8)", many=[3, 2]) == 3 + 2 + 2 + 3
+    assert value("min(values(many)) + many[round(0.6)]", many={"a": 3, 1: 2}) == 2 + 2
     assert value("'x' in a and 'y' not in a", a=["x"]) is True
     assert value("calc(model='minigpt', rank=4).parameters.trainable") == 4096
     seeds = Spread(0.5, 0.4, 0.7)
@@ -280,6 +281,24 @@ def judged(folder: Path, *entries: Mapping[str, Any], sources: Sources | None = 
 def test_a_verdict_follows_from_rule_and_measure(tmp_path: Path, changes: Mapping[str, Any], verdict: str) -> None:
     (found,) = judged(tmp_path, claim(**changes))
     assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"says": "16 GB", "tolerance": "5%"}, "16 GB ± 0.8 GB"),
+        ({"says": "24%", "tolerance": "50%"}, "24% ± 12 points"),
+        ({"says": "98%", "tolerance": "15 points"}, "98% ± 15 points"),
+        ({"says": 4, "tolerance": 0.5, "words": "about four"}, "about four (4 ± 0.5)"),
+        ({"says": ["5 ×", "10 ×"], "rule": "between"}, "5 × to 10 ×"),
+        ({"says": "1%", "rule": "at_most"}, "≤ 1%"),
+    ],
+)
+def test_how_far_from_what_is_said_still_holds_is_shown(tmp_path: Path, changes: Mapping[str, Any], shown: str) -> None:
+    (found,) = judged(tmp_path, claim(**changes))
+    row = found.row()
+    assert found.says == row["shown"]["says"] == shown
+    assert row["tolerance"] == (str(changes["tolerance"]) if "tolerance" in changes else None)
 
 
 @given(said=st.floats(-1e6, 1e6), measured=st.floats(-1e6, 1e6), share=st.floats(0.001, 0.5))

@@ -1,12 +1,12 @@
 """What a study found: tables as CSV, a picture, and a paragraph that says it in words."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.runner import Facts, Job
-from pipeline.tables import Table
+from pipeline.tables import Table, read_table
 
 REPORT = "report.md"
 DIGITS = 5  # of a place, as a share of the picture
@@ -26,16 +26,19 @@ class Findings:
 def publish(job: Job, found: Findings, draw: Callable[[Figure], None], size: tuple[float, float] = (9, 4)) -> Facts:
     """Write everything to `job.out`; returns what the manifest says: the words, and each table's title and form.
 
+    The report shows the tables as the files have them, as all do that read them later.
+
     `draw` fills a figure of `size` inches, which becomes NAME.png.
     """
     name = job.stage.method
     for table in found.tables:
         table.write(job.out)
+    read = [replace(table, rows=read_table(job.out / f"{table.name}.csv")) for table in found.tables]
     save(job.out / name, draw, size)
     parts = [
         f"# {found.title} ({found.section})\n",
         found.text.strip() + "\n",
-        *(f"**{table.title}**\n\n{table.markdown()}" for table in found.tables),
+        *(f"**{table.title}**\n\n{table.markdown()}" for table in read),
         f"![{found.title}]({name}.png)\n",
     ]
     (job.out / REPORT).write_text("\n".join(parts), encoding="utf-8")

@@ -136,6 +136,13 @@ def _text(settings: StudyIntrinsicDimension, dimensions: Table, least: Table, la
     ours, random, theirs = least.rows
     before, after = (shown(dimensions.rows[at]["right"], ".0%") for at in (0, -1))
     share = f"{settings.share:.0%}"
+    low = min(settings.dimensions)
+    base, scratch = (
+        shown(next(r["right"] for r in dimensions.rows if (r["begins"], r["dimensions"]) == (begins, low)), ".0%")
+        for begins in (BASE, RANDOM)
+    )
+    paper = theirs["least"]
+    assert isinstance(paper, Spread)
     return "\n\n".join(
         [
             f"*Right*: share of the {labels} next tokens of `{settings.data}` that are the first choice. Before "
@@ -143,9 +150,9 @@ def _text(settings: StudyIntrinsicDimension, dimensions: Table, least: Table, la
             "alone, by a random isometry with one entry a row, for as many steps.",
             f"From the base: {_series(dimensions, BASE)}. So {share} of what full fine-tuning reaches takes "
             f"{_takes(ours)}. From random weights: {_series(dimensions, RANDOM)}; {share} takes {_takes(random)}.",
-            f"The paper's {theirs['model']} takes {shown(theirs['least'], '.0f')} of {shown(theirs['parameters'])} "
-            f"({shown(theirs['share'], '.5%')}). That few dimensions are enough is found here too; how much of it is "
-            "due to pretraining, the two beginnings say.",
+            f"The paper's {theirs['model']} takes {paper.low:.0f} to {paper.high:.0f} of "
+            f"{shown(theirs['parameters'])}. That few dimensions are enough is found here too. What pretraining adds: "
+            f"in {low:,} dimensions the base comes to {base}, random weights to {scratch}.",
         ]
     )
 
