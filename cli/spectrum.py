@@ -42,7 +42,7 @@ def spectrum(
     if out is None or rank is None:
         if data is not None:
             raise UserError("--data compares the extracted LoRA: name --rank and --out too.")
-        _show(follow(spectra_of(base, tuned), "spectrum"), as_json, as_csv)
+        _show(follow(spectra_of(base, tuned, trust_remote_code), "spectrum"), as_json, as_csv)
         return
     examples = read_examples(data, str(data)) if data else []
     found = follow(extract(base, tuned, out, rank, embeddings == "all", trust_remote_code), "spectrum")

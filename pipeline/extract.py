@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline import artifact
 from pipeline.adapters.change import LowRank, read_change
-from pipeline.adapters.deltas import Delta, between, in_other_form, of_adapter, place_of, stored
+from pipeline.adapters.deltas import Delta, Differences, between, of_adapter, place_of, stored
 from pipeline.adapters.plan import stored_name
 from pipeline.adapters.singular import Singular, factors
 from pipeline.adapters.spectrum import MOST, Measured, measure, measure_update
@@ -45,21 +45,17 @@ class Spectra:
     unsaid: list[str] = field(default_factory=list)
 
 
-def spectra_of(base: Path, tuned: Path) -> Generator[Event, None, Spectra]:
+def spectra_of(base: Path, tuned: Path, trust_remote_code: bool = False) -> Generator[Event, None, Spectra]:
     """Of two checkpoints of one shape, or of an adapter's updates beside the weights of its base. Raises UserError."""
     _refuse_adapter(base)
     if (tuned / CONFIG).is_file():
-        return (yield from _of_adapter(base, tuned))
-    deltas = between(base, tuned)
+        return (yield from _of_adapter(base, tuned, trust_remote_code))
+    differences = between(base, tuned, trust_remote_code)
     found = []
-    for number, delta in enumerate(deltas, start=1):
+    for number, delta in enumerate(differences.deltas, start=1):
         found.append(measure(delta)[0])
-        yield Progress(number, len(deltas), delta.name)
-    return Spectra(found, _unsaid(base, tuned))
-
-
-def _unsaid(base: Path, tuned: Path) -> list[str]:
-    return [f"{name}, which holds no plain numbers" for name in in_other_form(base, tuned)]
+        yield Progress(number, len(differences.deltas), delta.name)
+    return Spectra(found, differences.unsaid)
 
 
 def _refuse_adapter(base: Path) -> None:
@@ -67,14 +63,14 @@ def _refuse_adapter(base: Path) -> None:
         raise UserError(f"{base} is an adapter. Name the model first, then what was made of it.")
 
 
-def _of_adapter(base: Path, tuned: Path) -> Generator[Event, None, Spectra]:
+def _of_adapter(base: Path, tuned: Path, trust_remote_code: bool) -> Generator[Event, None, Spectra]:
     old = stored(base)
     change = read_change(tuned)
     refuse_foreign(base, tuned)
-    others = of_adapter(base, change)
+    others = of_adapter(base, change, trust_remote_code)
     found, total = [], len(change.low_rank) + len(others)
     for name, update in change.low_rank.items():
-        place = place_of(f"{name}.weight", old, base)
+        place = place_of(f"{name}.weight", old, base, trust_remote_code)
         if sorted(place.info.shape) != sorted((update.b.shape[0], update.a.shape[1])):
             raise UserError(
                 f"{name} is {list(place.info.shape)} in {base}, the adapter's update is {update.b.shape[0]} × "
@@ -114,14 +110,14 @@ def extract(
     _refuse_adapter(base)
     if (tuned / CONFIG).is_file():
         raise UserError(f"{tuned} is an adapter already. Leave out --rank and --out, or name a whole model.")
-    deltas = between(base, tuned)
+    differences = between(base, tuned, trust_remote_code)
     refuse_other(out, "extract", [base, tuned])
     model = skeleton(base, trust_remote_code)
-    parts = _Parts(model, base, tuned, rank, ends)
-    for number, delta in enumerate(deltas, start=1):
+    parts = _Parts(model, differences, rank, ends)
+    for number, delta in enumerate(differences.deltas, start=1):
         parts.add(delta)
-        yield Progress(number, len(deltas), delta.name)
-    found = parts.found(_unsaid(base, tuned))
+        yield Progress(number, len(differences.deltas), delta.name)
+    found = parts.found()
     _refuse_nothing(found, base, tuned)
     _write(out, parts, base, tuned, ends)
     return found
@@ -140,12 +136,12 @@ def _refuse_nothing(found: Extracted, base: Path, tuned: Path) -> None:
 class _Parts:
     """What becomes of each tensor's change."""
 
-    def __init__(self, model: CausalLM, base: Path, tuned: Path, rank: int, ends: bool) -> None:
+    def __init__(self, model: CausalLM, differences: Differences, rank: int, ends: bool) -> None:
         self.model, self.rank = model, rank
-        self._places, old = stored(tuned), stored(base)
+        self._places, self._unsaid = differences.tuned, differences.unsaid
         ours = [name for name, module in model.named_modules() if adaptable(module) and name != model.head_name]
-        self._linears = {stored_name(f"{name}.weight", old): name for name in ours}
-        self._ends = _parameters_of_ends(model, old) if ends else {}
+        self._linears = {stored_name(f"{name}.weight", self._places): name for name in ours}
+        self._ends = _parameters_of_ends(model, self._places) if ends else {}
         self._measured: list[Measured] = []
         self._held = 0.0
         self._whole, self._left_out = list[str](), list[str]()
@@ -177,22 +173,24 @@ class _Parts:
         names = [(key, name) for key, names in self._ends.items() for name in names]
         return {name: _read(self._places[key]) for key, name in names if name.rpartition(".")[0] in modules}
 
-    def found(self, spectra: list[str]) -> Extracted:
+    def found(self) -> Extracted:
         """Once all are added."""
         total = sum(one.change**2 for one in self._measured)
         rank = max((update.rank for update in self.updates.values()), default=0)
         held = self._held / total if total else 0.0
-        return Extracted(Spectra(self._measured, spectra), rank, list(self.updates), self._whole, self._left_out, held)
+        spectra = Spectra(self._measured, self._unsaid)
+        return Extracted(spectra, rank, list(self.updates), self._whole, self._left_out, held)
 
 
 def _parameters_of_ends(model: CausalLM, places: Mapping[str, Place]) -> dict[str, list[str]]:
     """Stored name → full names of the parameters of embedding and head that it holds: of a tied pair, both."""
     found: dict[str, list[str]] = {}
-    for module in (model.embedding_name, model.head_name):
+    ends = (model.embedding_name, model.head_name)
+    for module in ends:
         for own, _ in model.get_submodule(module).named_parameters():
-            key = stored_name(f"{module}.{own}", places)
-            if key is None and model.shape.tied and own == "weight":
-                key = stored_name(f"{model.embedding_name}.weight", places)
+            twins = [f"{end}.weight" for end in ends] if model.shape.tied and own == "weight" else []
+            keys = (stored_name(name, places) for name in (f"{module}.{own}", *twins))
+            key = next((key for key in keys if key is not None), None)
             if key is not None:
                 found.setdefault(key, []).append(f"{module}.{own}")
     return found

@@ -76,8 +76,8 @@ def _spectra(
     base: Path, tuned: Sequence[Path], updates: Mapping[str, Sequence[Updates]]
 ) -> Iterator[tuple[str, list[list[Measured]]]]:
     """Of each change; and of matrices of normal numbers, of the same shapes."""
-    yield FULL, [[measure(delta)[0] for delta in between(base, folder) if delta.is_matrix] for folder in tuned]
-    weights = {delta.name.removesuffix(".weight"): delta for delta in between(base, base)}
+    yield FULL, [[measure(delta)[0] for delta in between(base, folder).deltas if delta.is_matrix] for folder in tuned]
+    weights = {delta.name.removesuffix(".weight"): delta for delta in between(base, base).deltas}
     for name, of in updates.items():
         yield name, [[measure_update(m, one, weights[m].weight) for m, one in adapter.items()] for adapter in of]
     generator = torch.Generator().manual_seed(0)
