@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.adapters.spectrum import Measured
+from pipeline.studies.spectrum import _spectra
+from pipeline.studies.spectrum_tables import energy
 from pipeline.tables import Cell, Spread, read_table
 from tests.conftest import Lora
+from tests.models import checkpoint
 from tests.support import make
 
 STUDY = "artifacts/studies/spectrum"
@@ -53,6 +57,30 @@ def test_a_random_matrix_is_as_flat_as_numpys(studied: Path) -> None:
     values = np.linalg.svd(np.random.default_rng(0).normal(size=(64, 64)), compute_uv=False) ** 2
     assert isinstance(row["rank_8"], Spread)
     assert row["rank_8"].mean == pytest.approx(values[:8].sum() / values.sum(), rel=0.05)
+
+
+def test_a_wide_matrix_counts_with_all_of_its_rank(tmp_path: Path) -> None:
+    """Over 1,024 columns the command knows 64 values, of which no number may hold 90%."""
+    wide = {"d_model": 128, "layers": 1, "feed_forward": 1100}
+    base, tuned = (checkpoint(tmp_path / name, seed, **wide) for seed, name in enumerate(("base", "tuned")))
+    table = energy(dict(_spectra(base, [tuned], {})))
+    row = next(row for row in table.rows if (row["change"], row["matrices"]) == ("full", "feed-forward"))
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, tuned))
+    ranks = []
+    for name in (name for name in old if "fc" in name and name.endswith("weight")):
+        values = np.linalg.svd((new[name].double() - old[name].double()).numpy(), compute_uv=False) ** 2
+        ranks.append(int((values.cumsum() < 0.9 * values.sum()).sum()) + 1)
+    assert isinstance(row["rank_of_90"], Spread) and min(ranks) > 64
+    assert row["rank_of_90"].mean == pytest.approx(fmean(ranks))
+
+
+def test_what_is_not_known_is_not_zero() -> None:
+    """A matrix that did not change has no spectrum."""
+    same = Measured("0.fc1.weight", (4, 4), 1.0, 0.0)
+    changed = Measured("0.fc2.weight", (4, 4), 1.0, 5.0, (4.0, 3.0, 0.0, 0.0))
+    by = {row["change"]: row for row in energy({"one": [[same, changed]], "none": [[same]]}).rows}
+    assert by["one"]["rank_1"] == Spread.of([0.64]) and by["one"]["relative"] == Spread.of([2.5])
+    assert by["none"]["rank_1"] is by["none"]["rank_of_90"] is None
 
 
 def test_two_runs_share_more_directions_than_chance_and_chance_is_that_of_random_subspaces(studied: Path) -> None:

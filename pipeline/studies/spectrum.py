@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline import engine
 from pipeline.adapters.attach import switched_off
 from pipeline.adapters.change import LowRank, read_change
-from pipeline.adapters.deltas import between
+from pipeline.adapters.deltas import Delta, between
 from pipeline.adapters.singular import Read
 from pipeline.adapters.spectrum import Measured, directions, in_blocks, measure, measure_update, overlaps
 from pipeline.extract import Extracted, extract
@@ -76,7 +76,7 @@ def _spectra(
     base: Path, tuned: Sequence[Path], updates: Mapping[str, Sequence[Updates]]
 ) -> Iterator[tuple[str, list[list[Measured]]]]:
     """Of each change; and of matrices of normal numbers, of the same shapes."""
-    yield FULL, [[measure(delta)[0] for delta in between(base, folder).deltas if delta.is_matrix] for folder in tuned]
+    yield FULL, [[_measured(delta) for delta in between(base, folder).deltas if delta.is_matrix] for folder in tuned]
     weights = {delta.name.removesuffix(".weight"): delta for delta in between(base, base).deltas}
     for name, of in updates.items():
         yield name, [[measure_update(m, one, weights[m].weight) for m, one in adapter.items()] for adapter in of]
@@ -84,8 +84,13 @@ def _spectra(
     matrices = [delta for delta in weights.values() if delta.is_matrix]
     yield (
         RANDOM,
-        [[measure(replace(delta, change=_normal(delta.shape, generator)))[0] for delta in matrices] for _ in tuned],
+        [[_measured(replace(delta, change=_normal(delta.shape, generator))) for delta in matrices] for _ in tuned],
     )
+
+
+def _measured(delta: Delta) -> Measured:
+    """With every singular value: the rank of 90% may lie beyond those that a command looks for."""
+    return measure(delta, min(delta.shape))[0]
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator) -> Read:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from torch import Tensor
 
@@ -56,8 +57,10 @@ def _row(of: Sequence[Sequence[Measured]], relative: bool) -> Row:
     }
 
 
-def _mean(by_seed: Sequence[Sequence[float | None]]) -> Spread:
-    return Spread.of(sum(one or 0.0 for one in seed) / len(seed) for seed in by_seed)
+def _mean(by_seed: Sequence[Sequence[float | None]]) -> Spread | None:
+    """Over what is known; None where of a seed nothing is."""
+    known = [[one for one in seed if one is not None] for seed in by_seed]
+    return Spread.of(fmean(seed) for seed in known) if all(known) else None
 
 
 def _last(name: str) -> str:
