@@ -33,10 +33,14 @@ def spectrum(
     from cli.progress import follow
     from pipeline.data import read_examples
     from pipeline.errors import UserError
-    from pipeline.extract import extract, quality, spectra_of
+    from pipeline.extract import extract, quality, refuse_other_tokens, spectra_of
 
     if as_json and as_csv:
         raise UserError("--json and --csv exclude each other.")
+    if as_csv and data is not None:
+        raise UserError(
+            "--csv has one row a tensor, and none for what --data measures: take --json, or leave out --csv."
+        )
     if (rank is None) != (out is None):
         raise UserError("A LoRA is extracted with --rank and --out together: name the other one too.")
     if out is None or rank is None:
@@ -45,12 +49,18 @@ def spectrum(
         _show(follow(spectra_of(base, tuned, trust_remote_code), "spectrum"), as_json, as_csv)
         return
     examples = read_examples(data, str(data)) if data else []
+    if examples:
+        refuse_other_tokens(base, tuned, examples)
     found = follow(extract(base, tuned, out, rank, embeddings == "all", trust_remote_code), "spectrum")
-    answers = quality(base, tuned, out, examples, trust_remote_code) if examples else {}
-    said = {name: one._asdict() for name, one in answers.items()}
-    _show(found.spectra, as_json, as_csv, extracted=_facts(found, out), quality=said)
+    if not as_json:  # before the models are loaded, which may fail
+        _show(found.spectra, as_json, as_csv)
     if not (as_json or as_csv):
         _say_extracted(found, out)
+    answers = quality(base, tuned, out, examples, trust_remote_code) if examples else {}
+    if as_json:
+        said = {name: one._asdict() for name, one in answers.items()}
+        _show(found.spectra, as_json, as_csv, extracted=_facts(found, out), quality=said)
+    else:
         _say_quality(answers)
 
 

@@ -7,6 +7,7 @@ embedding and head where they come in full.
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from pipeline.bases import weight_files
 from pipeline.binding import CONFIG, refuse_foreign
 from pipeline.collection import copy_tokenizer, manifest_of, refuse_other
 from pipeline.data import Example
+from pipeline.encode import encode
 from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.measure import score
@@ -35,6 +37,7 @@ from pipeline.models.skeleton import skeleton
 from pipeline.runner import Event, Progress
 from pipeline.shards import Place
 from pipeline.tensors import fingerprint
+from pipeline.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,20 @@ class Quality(NamedTuple):
     loss: float
     right: float
     as_tuned: float
+
+
+def refuse_other_tokens(base: Path, tuned: Path, examples: Sequence[Example]) -> None:
+    """Raises UserError where the two read an example otherwise: their first choices are then not comparable."""
+    tokenizers = [load_tokenizer(folder) for folder in (base, tuned)]
+    for example in examples:
+        read = [encode(example, tokenizer) for tokenizer in tokenizers]
+        mine, theirs = (list(zip(found.ids, found.trained, strict=True)) for found in read)
+        if mine != theirs:
+            at = next(n for n, (one, other) in enumerate(zip_longest(mine, theirs), start=1) if one != other)
+            raise UserError(
+                f"{example.place}: {base} and {tuned} must read it as the same tokens, but differ in token {at} of "
+                f"{len(mine)} and {len(theirs)}. Give both one tokenizer and chat template, or leave out --data."
+            )
 
 
 def quality(

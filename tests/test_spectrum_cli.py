@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.engine import load
+from pipeline.errors import UserError
 from pipeline.tensors import shapes
+from pipeline.tokenizer import WordTokenizer
 from tests.conftest import Lora
 from tests.models import WORDS, adapter, checkpoint
+from tests.subword import folder_with
 from tests.support import LORA, lora, refusal
 from tests.test_peft import IDS, theirs
 from tests.test_spectrum import tuned_from
@@ -88,6 +91,17 @@ def test_the_extracted_adapter_is_verified_asked_and_opened_by_peft(cli: Lora, r
         assert "was trained on another base" in refusal(cli(*command, cwd=root))
 
 
+def test_the_table_is_shown_before_models_are_asked(cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("No room.")
+
+    monkeypatch.setattr("pipeline.extract.quality", fail)
+    arguments = ["base", "tuned", "--rank", "2", "--out", "lora", "--data", "some.txt"]
+    code, out, err = cli("spectrum", *arguments, cwd=root)
+    assert (code, err) == (1, "error: No room.\n")
+    assert "0.self_attn.q_proj" in out and "12 matrices at rank 2" in out
+
+
 def test_what_is_left_out_is_said_and_embeddings_only_where_they_are_wanted(cli: Lora, root: Path) -> None:
     asked = ["spectrum", "base", "tuned", "--rank", "2", "--out", "lora"]
     _, out, _ = cli(*asked, cwd=root)
@@ -144,6 +158,15 @@ def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_bes
         ("base tuned --out x", "--rank and --out together"),
         ("base tuned --data some.txt", "name --rank and --out too"),
         ("base tuned --json --csv", "exclude each other"),
+        ("base tuned --rank 2 --out x --data some.txt --csv", "take --json"),
+        (
+            "base others --rank 2 --out x --data some.txt",
+            "some.txt:1: base and others must read it as the same tokens, but differ in token 1 of 6 and 6",
+        ),
+        (
+            "base longer --rank 2 --out x --data some.txt",
+            "some.txt:1: base and longer must read it as the same tokens, but differ in token 1 of 6 and 15",
+        ),
         ("base base --rank 2 --out x", "nothing to extract"),
         ("base adapter --rank 2 --out x", "is an adapter already"),
         ("base tuned --rank 2 --out tuned", "Name another folder"),
@@ -161,6 +184,10 @@ def test_each_wrong_request_is_one_message(cli: Lora, root: Path, arguments: str
     shutil.copytree(root / "base", root / "endless")
     endless = load_file(root / "base/model.safetensors") | {"lm_head.weight": torch.full((74, 64), torch.inf)}
     save_file(endless, root / "endless/model.safetensors")
+    for name in ("others", "longer"):
+        shutil.copytree(root / "tuned", root / name)
+    WordTokenizer.of_words(WORDS[::-1]).save(root / "others", 32)
+    folder_with(root / "longer")
     assert reason in refusal(cli("spectrum", *arguments.split(), cwd=root))
     assert not (root / "x").exists()
 
