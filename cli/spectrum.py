@@ -148,8 +148,6 @@ def _cells(one: "Measured") -> tuple[str, ...]:
 
 def _besides(spectra: "Spectra", changed: list["Measured"]) -> list[str]:
     """What the table has not: vectors, what is estimated, and what nothing is said of."""
-    from pipeline.adapters.spectrum import MOST
-
     lines = []
     vectors = [one for one in changed if not one.values]
     if vectors:
@@ -157,11 +155,12 @@ def _besides(spectra: "Spectra", changed: list["Measured"]) -> list[str]:
         how_far = f", by {_percent(min(shares))} to {_percent(max(shares))}" if shares else ""
         tensors = f"{len(vectors)} other tensor{'s' * (len(vectors) > 1)}, norms and biases for the most part,"
         lines.append(f"{tensors} changed too{how_far}: no low rank carries them.")
-    errors = [one.error for one in changed if not one.whole]
-    if errors:
+    wide = [one for one in changed if not one.whole]
+    if wide:
+        which = f"{len(wide)} wide matri{'ces' if len(wide) > 1 else 'x'} the {len(wide[0].values)} largest values"
         lines.append(
-            f"Of {len(errors)} wide matrices the {MOST} largest values come from a random subspace, each at most "
-            f"{max(errors):.1%} of the first from a true one; no share is too high."
+            f"Of {which} come from a random subspace, each at most {max(one.error for one in wide):.1%} of the first "
+            "from a true one; no share is too high."
         )
     same = [one.name for one in spectra.tensors if not one.change]
     if same and changed:

@@ -41,6 +41,13 @@ def mean(cell: "Cell") -> float:
     return float(cell)
 
 
+def spread(cell: "Cell") -> Spread:
+    """A cell that is one. Raises TypeError for any other."""
+    if not isinstance(cell, Spread):
+        raise TypeError(f"{cell!r} is no spread")
+    return cell
+
+
 Value = str | int | float | bool | None
 Cell = Value | Spread
 Row = Mapping[str, Cell]

@@ -93,6 +93,15 @@ def test_the_gram_matrices_are_those_of_what_each_linear_reads(studied: Path) ->
     assert all(not base.model.get_submodule(name)._forward_pre_hooks for name in names[1:])
 
 
+def test_nf4_uses_its_levels_more_evenly_than_int4_on_normal_numbers_and_neither_equally(studied: Path) -> None:
+    rows = rows_of(studied, "codes")
+    nf4, even = (rows[name]["entropy"] for name in ("NF4", "INT4 nearest"))
+    assert isinstance(nf4, float) and isinstance(even, float)
+    assert even < nf4 < 4 and {row["best"] for row in rows.values()} == {4}
+    report = (studied / STUDY / "report.md").read_text(encoding="utf-8")
+    assert f"on normal numbers NF4's have {nf4:.2f}, INT4's {even:.2f}." in report
+
+
 def test_sizes_are_the_calculators_beside_the_documents(studied: Path, cli: Lora) -> None:
     quoted = yaml.safe_load((ROOT / "data/document.yaml").read_text(encoding="utf-8"))["quantization"]
     rows = rows_of(studied, "sizes")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.models import rounding
 from pipeline.models.rounding import Rounded
-from pipeline.studies.precisions import precisions
+from pipeline.studies.precisions import entropy, four_bit_codes, precisions
 
 WAYS = {one.name: one.way for one in precisions(group=32)}
 GROUPED: dict[str, Callable[[Tensor, Tensor, int, int], Rounded]] = {
@@ -188,3 +188,25 @@ def test_the_order_of_errors_is_that_of_the_documents_table() -> None:
     plain = ["FP32", "FP16", "BF16", "INT8", "FP8 E4M3", "NF4", "3-bit nearest", "2-bit nearest", "ternary"]
     errors = [error(weight, WAYS[name](weight, gram).weight) for name in plain]
     assert errors[0] == 0 and errors == sorted(errors)
+
+
+def test_entropy_is_the_logarithm_of_levels_that_are_used_equally_often() -> None:
+    assert entropy(torch.arange(16).repeat(5)) == pytest.approx(4)
+    assert entropy(torch.zeros(9)) == 0
+    assert entropy(torch.tensor([3, 3, 7, 9])) == pytest.approx(1.5)
+
+
+def test_four_bit_codes_are_those_of_what_is_left_of_a_weight() -> None:
+    """Counted from the levels themselves: what was rounded, by its block's scale."""
+    weight = drawn(128, 128)
+    levels = {
+        "NF4": rounding.normal_float(weight).weight.view(-1, 64) / weight.view(-1, 64).abs().amax(1, keepdim=True),
+        "INT4 nearest": rounding.nearest(weight, 4, 32).weight.view(-1, 32),
+    }
+    low, high = weight.view(-1, 32).aminmax(dim=1, keepdim=True)
+    step = ((high - low) / 15).half().float()
+    levels["INT4 nearest"] = (levels["INT4 nearest"] / step).round() + (-low / step).round()
+    for name, codes in four_bit_codes(weight, 32).items():
+        shares = np.unique(levels[name].numpy().round(4), return_counts=True)[1] / weight.numel()
+        assert len(shares) == 16
+        assert entropy(codes) == pytest.approx(-(shares * np.log2(shares)).sum())

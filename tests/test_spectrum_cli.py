@@ -115,6 +115,15 @@ def test_what_is_left_out_is_said_and_embeddings_only_where_they_are_wanted(cli:
     assert "12 matrices at rank 64" in out
 
 
+def test_of_wide_matrices_as_many_values_are_named_as_were_looked_for(cli: Lora, root: Path) -> None:
+    base = checkpoint(root / "wide", d_model=160, layers=1, feed_forward=1100)
+    tuned_from(base, root / "tuned_wide", 3)
+    _, out, _ = cli("spectrum", "wide", "tuned_wide", cwd=root)
+    assert "Of 1 wide matrix the 64 largest values come" in out
+    _, out, _ = cli("spectrum", "wide", "tuned_wide", "--rank", "100", "--out", "lora", cwd=root)
+    assert "Of 1 wide matrix the 100 largest values come" in out
+
+
 def test_an_adapter_is_set_beside_its_bases_weights(cli: Lora, root: Path) -> None:
     code, out, err = cli("spectrum", "base", "adapter", cwd=root)
     assert (code, err) == (0, "")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean
@@ -120,3 +121,9 @@ def test_the_extracted_lora_knows_what_that_of_the_command_knows(studied: Path, 
     assert holds(rows[("tuned",)]["new_loss"], said["quality"]["tuned"]["loss"])
     losses = [cell.mean for rank in ("0", "2", "64", "tuned") if isinstance(cell := rows[(rank,)]["new_loss"], Spread)]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True)
+
+
+def test_the_text_says_what_it_speaks_of(studied: Path) -> None:
+    text = " ".join((studied / STUDY / "report.md").read_text(encoding="utf-8").split())
+    assert re.search(r"Of what LoRA learned, rank 2 holds \S+( ±\d+)? with r = 8 and \S+( ±\d+)? with r = 64\.", text)
+    assert text.index("φ(i, j), from 0 to 1, is the share of") < text.index("φ(1, 1) and φ(8, 8) of the inputs: ")

@@ -80,9 +80,12 @@ class Grid(NamedTuple):
         scale = _not_zero(((high - low) / most).half().float())
         return cls(scale, (-low / scale).round(), most)
 
+    def codes(self, weight: Tensor) -> Tensor:
+        """Of each weight's nearest step, from 0 to 2^bits − 1."""
+        return ((weight / self.scale).round() + self.zero).clamp(0, self.most)
+
     def nearest(self, weight: Tensor) -> Tensor:
-        codes = ((weight / self.scale).round() + self.zero).clamp(0, self.most)
-        return (codes - self.zero) * self.scale
+        return (self.codes(weight) - self.zero) * self.scale
 
 
 def grouped_bits(bits: int, group: int) -> float:
@@ -103,17 +106,17 @@ def gptq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:
     With U from G⁻¹ = UᵀU, upper triangular, rounding column i by e changes the best of the rest by −e·Uᵢⱼ/Uᵢᵢ
     (Frantar et al. 2023, §3.3). A group's grid is that of its weights when the first of them is reached.
     """
-    group = min(group, weight.shape[1])
+    columns = weight.shape[1]
+    group = min(group, columns)
     left, found = weight.double().clone(), torch.empty_like(weight, dtype=torch.float32)
     upper = _inverse_root(gram.double())
-    grid = Grid.of(left[:, :group].float(), bits)
-    for column in range(weight.shape[1]):
-        if column % group == 0:
-            grid = Grid.of(left[:, column : column + group].float(), bits)
-        rounded = grid.nearest(left[:, column : column + 1].float())
-        found[:, column] = rounded[:, 0]
-        error = (left[:, column] - rounded[:, 0]) / upper[column, column]
-        left[:, column:] -= torch.outer(error, upper[column, column:])
+    for start in range(0, columns, group):
+        grid = Grid.of(left[:, start : start + group].float(), bits)
+        for column in range(start, min(start + group, columns)):
+            rounded = grid.nearest(left[:, column : column + 1].float())
+            found[:, column] = rounded[:, 0]
+            error = (left[:, column] - rounded[:, 0]) / upper[column, column]
+            left[:, column:] -= torch.outer(error, upper[column, column:])
     return Rounded(found, grouped_bits(bits, group))
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.models import rounding
-from pipeline.models.rounding import Rounded
+from pipeline.models import nf4, rounding
+from pipeline.models.rounding import Grid, Rounded
 
 Way = Callable[[Tensor, Tensor], Rounded]  # W (O, I) and XᵀX (I, I) of its inputs
 
@@ -42,6 +42,19 @@ def precisions(group: int) -> list[Precision]:
         Precision("2-bit GPTQ", None, "2bit", _gptq(2, group)),
         Precision("ternary", "1-bit (BitNet)", "1.58bit", lambda w, _: rounding.ternary(w)),
     ]
+
+
+def four_bit_codes(weight: Tensor, group: int) -> dict[str, Tensor]:
+    """Which of its 16 levels each number gets, by precision: NF4 in its own blocks, INT4 in groups of a row."""
+    even = [Grid.of(part, 4).codes(part) for part in torch.split(weight, group, dim=1)]
+    return {"NF4": nf4.quantize(weight).codes, "INT4 nearest": torch.cat(even, dim=1)}
+
+
+def entropy(codes: Tensor) -> float:
+    """Of how often each code is used, in bits: their number's logarithm where all are used equally often."""
+    counts = torch.bincount(codes.flatten().int())
+    shares = counts[counts > 0].double() / codes.numel()
+    return -float((shares * shares.log2()).sum())
 
 
 def _nearest(bits: int, group: int) -> Way:

@@ -6,6 +6,7 @@ Inputs are not rounded: what a tensor core, LLM.int8() or BitNet does to them is
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from pipeline.models.rounding import Rounded
 from pipeline.runner import Event, Facts, Job, Progress
 from pipeline.stages.pretrain import pretrain
 from pipeline.studies.findings import Figure, Findings, publish
-from pipeline.studies.precisions import Precision, precisions
+from pipeline.studies.precisions import Precision, entropy, four_bit_codes, precisions
 from pipeline.studies.runs import Run, forget, made
 from pipeline.studies.spoken import document
 from pipeline.study_params import StudyQuantization
-from pipeline.tables import Row, Spread, Table, shown
+from pipeline.tables import Row, Spread, Table, shown, spread
 
 LARGE = "qwen3-8b"
 LITTLE = 0.001  # of perplexity
@@ -47,7 +48,7 @@ class Kept:
 
 
 def quantization(job: Job) -> Generator[Event, None, Facts]:
-    """Every precision on each seed's base → two tables and a picture. Raises UserError."""
+    """Every precision on each seed's base → three tables and a picture. Raises UserError."""
     settings = job.project.params.study_quantization
     examples = read_examples(job.path(settings.data), settings.data)
     claimed = document(job.path(settings.document), settings.document, "quantization")
@@ -56,7 +57,7 @@ def quantization(job: Job) -> Generator[Event, None, Facts]:
     for number, folder in enumerate(bases, 1):
         found.append(_in_every(engine.load(folder), examples, ways))
         yield Progress(number, len(bases), "in every precision")
-    tables = _precisions(ways, found), _sizes(ways, claimed)
+    tables = _precisions(ways, found), _codes(settings.group), _sizes(ways, claimed)
     text = _text(settings, *tables, kurtosis(engine.load(bases[0])))
     forget(job)
     return publish(
@@ -136,7 +137,7 @@ def _kept(
 
 
 def _precisions(ways: Sequence[Precision], found: Sequence[Sequence[Kept]]) -> Table:
-    normal = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    normal = _normal(256)
     rows: list[Row] = []
     for precision, of in zip(ways, zip(*found, strict=True), strict=True):
         left = precision.way(normal, normal.T @ normal).weight
@@ -153,6 +154,19 @@ def _precisions(ways: Sequence[Precision], found: Sequence[Sequence[Kept]]) -> T
         )
     forms = {"bits": ".2f", "error": ".2%", "of_normal": ".2%", "output_error": ".2%", "perplexity": ".3f"}
     return Table("precisions", "The base, its blocks' linears rounded", rows, {**forms, "kept": ".0%"}, ("of_normal",))
+
+
+def _normal(size: int) -> Tensor:
+    return torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _codes(group: int) -> Table:
+    """How evenly normal numbers use the 16 levels of four bits: what NF4's optimum is of (Dettmers et al. 2023, §3)."""
+    rows: list[Row] = [
+        {"precision": name, "entropy": entropy(found), "best": log2(16)}
+        for name, found in four_bit_codes(_normal(1024), group).items()
+    ]
+    return Table("codes", "The 16 codes of four bits on normal numbers, in bits", rows, {"entropy": ".2f", "best": "g"})
 
 
 def _sizes(ways: Sequence[Precision], claimed: Mapping[str, Any]) -> Table:
@@ -185,13 +199,14 @@ def kurtosis(base: Loaded) -> float:
     return float(torch.stack(found).mean())
 
 
-def _text(settings: StudyQuantization, kept: Table, sizes: Table, fourth: float) -> str:
+def _text(settings: StudyQuantization, kept: Table, used: Table, sizes: Table, fourth: float) -> str:
     by_name = {str(row["precision"]): row for row in kept.rows}
-    whole = [name for name, row in by_name.items() if _cell(row, "kept").low == 1]
+    whole = [name for name, row in by_name.items() if spread(row["kept"]).low == 1]
     lost = {name: row for name, row in by_name.items() if name not in whole}
-    first = _cell(by_name["FP32"], "perplexity").mean
-    rises = {name: _cell(row, "perplexity").mean / first - 1 for name, row in by_name.items()}
+    first = spread(by_name["FP32"]["perplexity"]).mean
+    rises = {name: spread(row["perplexity"]).mean / first - 1 for name, row in by_name.items()}
     dearer = {name: rise for name, rise in rises.items() if rise >= LITTLE}
+    bits = {str(row["precision"]): shown(row["entropy"], ".2f") for row in used.rows}
     gib = {str(row["precision"]): row["calculator_GiB"] for row in sizes.rows}
     return "\n\n".join(
         [
@@ -209,6 +224,8 @@ def _text(settings: StudyQuantization, kept: Table, sizes: Table, fourth: float)
             f"(3 is normal, 1.8 even): on them NF4 errs by {shown(by_name['NF4']['error'], '.1%')}, INT4's even steps "
             f"by {shown(by_name['INT4 nearest']['error'], '.1%')}; on a matrix of normal numbers "
             f"{shown(by_name['NF4']['of_normal'], '.1%')} and {shown(by_name['INT4 nearest']['of_normal'], '.1%')}.",
+            "Optimal in information are 16 levels that are used equally often, which is 4 bits of entropy: on normal "
+            f"numbers NF4's have {bits['NF4']}, INT4's {bits['INT4 nearest']}.",
             f"Qwen3-8B takes {shown(gib['FP32'], '.1f')} GiB in FP32, {shown(gib['BF16'], '.1f')} in BF16, "
             f"{shown(gib['INT8'], '.1f')} in INT8 and {shown(gib['NF4 double'], '.1f')} in NF4 with double "
             "quantization: embeddings and head stay in 16 bits, and scales take room.",
@@ -226,25 +243,19 @@ def _calibrated(rows: Mapping[str, Row]) -> str:
     return f"Output errors where inputs were looked at, and where each weight was rounded alone: {', '.join(said)}."
 
 
-def _cell(row: Row, name: str) -> Spread:
-    cell = row[name]
-    assert isinstance(cell, Spread)
-    return cell
-
-
 def _draw(figure: Figure, kept: Table) -> None:
     left, right = figure.subplots(1, 2)
     names = [str(row["precision"]) for row in kept.rows]
     places = range(len(names))
     for name, color, marker in (("error", COLORS["freeze"], "s"), ("output_error", COLORS["lora"], "o")):
-        cells = {place: cell for place, row in enumerate(kept.rows) if (cell := _cell(row, name)).low}  # FP32 has none
+        cells = {place: cell for place, row in enumerate(kept.rows) if (cell := spread(row[name])).low}  # FP32 has none
         ends = [[c.mean - c.low for c in cells.values()], [c.high - c.mean for c in cells.values()]]
         look = {"color": color, "marker": marker, "linestyle": "", "label": name.replace("_", " ")}
         left.errorbar([c.mean for c in cells.values()], list(cells), xerr=ends, **look)
     left.set(xscale="log", xlabel="relative error")
     left.set_yticks(places, names, fontsize=8)
     left.legend(fontsize=8)
-    choices, perplexity = ([_cell(row, name) for row in kept.rows] for name in ("kept", "perplexity"))
+    choices, perplexity = ([spread(row[name]) for row in kept.rows] for name in ("kept", "perplexity"))
     right.barh(
         places,
         [c.mean for c in choices],

@@ -10,7 +10,7 @@ from pipeline.adapters.spectrum import Measured
 from pipeline.looks import COLORS
 from pipeline.studies.findings import Figure
 from pipeline.studies.knowledge import FORMATS, Knowledge, spreads
-from pipeline.tables import Row, Spread, Table, shown
+from pipeline.tables import Row, Spread, Table, shown, spread
 
 SHOWN = (1, 2, 4, 8, 16)  # ranks whose share of a change is shown
 HIDDEN = ("rank_2", "rank_16", "stable_rank", "effective_rank")  # for who reads the file: a terminal is narrow
@@ -118,8 +118,12 @@ def _concentrated(energy: Table) -> str:
         for (change, kind), row in by.items()
         if change == FULL and kind in ("attention", "feed-forward")
     ]
-    lora = [f"{shown(row['rank_2'], '.0%')} of {name}" for (name, _), row in by.items() if name not in (FULL, RANDOM)]
-    return f"{' '.join(full)} Of what LoRA learned rank 2 holds {' and '.join(lora)}."
+    lora = [
+        f"{shown(row['rank_2'], '.0%')} with {name.removeprefix('LoRA, ')}"
+        for (name, _), row in by.items()
+        if name not in (FULL, RANDOM)
+    ]
+    return f"{' '.join(full)} Of what LoRA learned, rank 2 holds {' and '.join(lora)}."
 
 
 def _shared(subspaces: Table) -> str:
@@ -127,7 +131,10 @@ def _shared(subspaces: Table) -> str:
     rows = [row for row in subspaces.rows if row["side"] == "inputs"]
     whole = f"phi_{SQUARE}_{SQUARE}"
     said = "; ".join(f"{row['pair']}: {shown(row['phi_1_1'], '.0%')} and {shown(row[whole], '.0%')}" for row in rows)
-    return f"φ(1, 1) and φ({SQUARE}, {SQUARE}) of the inputs: {said}."
+    return (
+        "φ(i, j), from 0 to 1, is the share of the first i directions of one that lies in the space of the first j of "
+        f"the other (the LoRA paper's §7.2). φ(1, 1) and φ({SQUARE}, {SQUARE}) of the inputs: {said}."
+    )
 
 
 def _enough(extracted: Table) -> str:
@@ -151,10 +158,10 @@ def draw(figure: Figure, energy: Table, _subspaces: Table, grid: Table, extracte
     middle.set(xticks=range(1, SQUARE + 1), yticks=range(1, SQUARE + 1))
     figure.colorbar(image, ax=middle)
     *ranks, tuned = extracted.rows
-    cells = [_cell(row, "new_loss") for row in ranks]
+    cells = [spread(row["new_loss"]) for row in ranks]
     bars = [[c.mean - c.low for c in cells], [c.high - c.mean for c in cells]]
     right.errorbar(range(len(ranks)), [c.mean for c in cells], yerr=bars, color=COLORS["lora"], marker="o")
-    right.axhline(_cell(tuned, "new_loss").mean, color=COLORS["full"], linestyle="--", label="full fine-tuning")
+    right.axhline(spread(tuned["new_loss"]).mean, color=COLORS["full"], linestyle="--", label="full fine-tuning")
     right.set(xlabel="rank of the extracted LoRA", ylabel="new loss (nats a token)", yscale="log")
     right.set_xticks(range(len(ranks)), [str(row["rank"]) for row in ranks])
     right.grid(alpha=0.3)
@@ -167,7 +174,7 @@ def _draw_energy(axis: Figure, energy: Table) -> None:
     for row in energy.rows:
         change, kind = str(row["change"]), str(row["matrices"])
         if kind in looks:
-            shares = [_cell(row, f"rank_{rank}").mean for rank in SHOWN]
+            shares = [spread(row[f"rank_{rank}"]).mean for rank in SHOWN]
             color = colors.get(change, COLORS["lora"])
             marker = "o" if change in colors else "s"
             axis.plot(SHOWN, shares, looks[kind], marker=marker, color=color, label=f"{change}, {kind}")
@@ -176,9 +183,3 @@ def _draw_energy(axis: Figure, energy: Table) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-
-
-def _cell(row: Row, name: str) -> Spread:
-    cell = row[name]
-    assert isinstance(cell, Spread)
-    return cell
