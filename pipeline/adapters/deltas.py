@@ -1,7 +1,7 @@
 """What differs between a base and what was made of it: ΔW = W' − W of every tensor, read some rows at a time."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,10 +123,12 @@ def _matched(old: Places, new: Places) -> dict[str, str]:
     return found
 
 
-def _alone(names: Iterable[str], other: Path) -> list[str]:
+def _alone(names: Collection[str], other: Path) -> list[str]:
     """What one folder has and the `other` has not, in a line."""
-    first, *more = sorted(names, key=in_order) or [""]
-    return [f"{first}{f' and {len(more)} more' if more else ''}, which {other} has not"] if first else []
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"{min(names, key=in_order)}{more}, which {other} has not"]
 
 
 def _refuse_other_model(base: Path, tuned: Path, pairs: Mapping[str, tuple[Place, Place]]) -> None:
