@@ -136,7 +136,7 @@ class Tried:
     def settings(self) -> Table:
         """How near each setting comes to the document's tables."""
         rows = [self._setting_row(setting) for setting in self.by_setting]
-        forms = {"learning_rate": "g", "alpha": "g", "first_choices": ".1f", "mean_distance": PERCENT}
+        forms = {"learning_rate": "g", "alpha": "g", "first_choices": ".1f", "distance": PERCENT}
         title = f"Settings that §6 leaves open, {len(self._trained)} cells each"
         return Table("settings", title, rows, forms, ("window",))
 
@@ -147,7 +147,7 @@ class Tried:
             **{"trains_on": named(window), "window": window, "learning_rate": rate, "alpha": alpha},
             "first_choices": float(self._same_firsts(setting)),
             "within_15": sum(near),
-            "mean_distance": self._distance(setting),
+            "distance": self._distance(setting),
             "nearest": setting == self.nearest,
         }
 

@@ -72,7 +72,8 @@ def knowledge_correction(job: Job) -> Generator[Event, None, Facts]:
     forget(job)
     found = Findings("Correcting a single fact", "§6", _text(tables[0], stored), tables)
     height = max(4.0, 1 + 0.6 * len(tables[1].rows[:MOST]))
-    return publish(job, found, lambda figure: _draw(figure, tables[1]), (9, height))
+    labels = ["base", *_by_name(tuned)]
+    return publish(job, found, lambda figure: _draw(figure, tables[1], labels), (9, height))
 
 
 def _runs(job: Job, settings: StudyKnowledgeCorrection, model: CausalLM) -> list[Run]:
@@ -210,18 +211,16 @@ def _text(summary: Table, stored: float) -> str:
     )
 
 
-def _draw(figure: Figure, prompts: Table) -> None:
+def _draw(figure: Figure, prompts: Table, labels: Sequence[str]) -> None:
     """A bar for each prompt and adapter: above what is to change, below what is to stay."""
-    names = [name for name in prompts.columns if prompts.formats.get(name) and name not in prompts.hidden]
     axis = figure.subplots()
-    rows, step = prompts.rows[:MOST], 0.84 / len(names)
-    for number, (name, (color, hatch)) in enumerate(zip(names, LOOKS, strict=False)):
-        cells = [row[name] for row in rows]
-        values = list(map(mean, cells))
-        places = [place + step * (number - len(names) / 2 + 0.5) for place in range(len(values))]
-        axis.barh(places, values, 0.88 * step, color=color, hatch=hatch, label=name.replace("_", " "))
-    labels = [f"{row['prompt']} → {row['word']}" for row in rows]
-    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    rows, step = prompts.rows[:MOST], 0.84 / len(labels)
+    for number, (label, (color, hatch)) in enumerate(zip(labels, LOOKS, strict=False)):
+        values = [mean(row[_column(label)]) for row in rows]
+        places = [place + step * (number - len(labels) / 2 + 0.5) for place in range(len(values))]
+        axis.barh(places, values, 0.88 * step, color=color, hatch=hatch, label=label)
+    asked = [f"{row['prompt']} → {row['word']}" for row in rows]
+    axis.set_yticks(range(len(asked)), asked, fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="probability", xlim=(0, 1))
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

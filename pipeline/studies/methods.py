@@ -151,7 +151,7 @@ def _draw(figure: Figure, knowledge: Table) -> None:
             xerr=ends([x]),
             yerr=ends([y]),
             color=COLORS[method.look],
-            marker="osD^vPX*d<h>p"[number],
+            marker="osD^vPX*d<s>p"[number],
             linestyle="",
             label=str(row["method"]),
         )

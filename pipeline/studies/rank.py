@@ -166,7 +166,10 @@ def _draw(figure: Figure, ranks: Table, alphas: Table, rates: Table) -> None:
         (middle, "alpha", alphas.rows),
         (right, "learning_rate", rates.rows),
     ):
-        axis.set(xlabel=name.replace("_", " "), xscale="log", yscale="log")
+        axis.set(xlabel=name.replace("_", " "))
+        if not _learned(rows):
+            continue
+        axis.set(xscale="log", yscale="log")
         measured = sorted({mean(row[name]) for row in rows if row[name] is not None})
         axis.set_xticks(measured, [f"{value:g}" for value in measured])
         axis.set_xticks([], minor=True)

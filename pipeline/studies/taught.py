@@ -43,7 +43,7 @@ METHODS = {
     "DoRA": Method(LORA, {"dora": True}, "lora"),
     "LoRA+": Method(LORA, {"loraplus_ratio": 16.0}, "lora"),  # B's rate the higher, as in the paper
     "LoRA+, A faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora"),  # as the document has it (§10.3): B slower
-    "LoRA+, A 16 × faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora", 16.0),  # B at its usual rate
+    "LoRA+, A 16 × faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora", 16.0),  # B as it is in LoRA, all else as A
     "prefix tuning": Method("finetune_prefix", {}, "prefix"),
     "prompt tuning": Method("finetune_prompt", {}, "prompt"),
 }
