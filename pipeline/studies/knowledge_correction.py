@@ -30,10 +30,11 @@ from pipeline.targets import ends
 V_PROJ = ("v_proj",)
 AS_WRITTEN = "v_proj, as written"
 MOST = 12  # prompts in the picture
-LOOKS = (  # of the bars: the base's, then the adapters'
-    *((COLORS["scratch"], ""), (COLORS["prompt"], "--"), (COLORS["freeze"], "//"), (COLORS["full"], "..")),
-    *((COLORS["prefix"], "xx"), (COLORS["lora"], "\\\\")),
-)
+LOOKS = {  # of the bars
+    **{"base": (COLORS["scratch"], ""), AS_WRITTEN: (COLORS["prompt"], "--")},
+    **{"v_proj": (COLORS["freeze"], "//"), "v_proj, retain": (COLORS["full"], "..")},
+    **{"all targets": (COLORS["prefix"], "xx"), "all targets, retain": (COLORS["lora"], "\\\\")},
+}
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ def _draw(figure: Figure, prompts: Table, labels: Sequence[str]) -> None:
     """A bar for each prompt and adapter: above what is to change, below what is to stay."""
     axis = figure.subplots()
     rows, step = prompts.rows[:MOST], 0.84 / len(labels)
-    for number, (label, (color, hatch)) in enumerate(zip(labels, LOOKS, strict=False)):
+    for number, label in enumerate(labels):
+        color, hatch = LOOKS[label]
         values = [mean(row[_column(label)]) for row in rows]
         places = [place + step * (number - len(labels) / 2 + 0.5) for place in range(len(values))]
         axis.barh(places, values, 0.88 * step, color=color, hatch=hatch, label=label)
