@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from pipeline.runner import Event, Facts, Job
 
 app = group()
-TIME = "time.csv"  # in a run's folder: seconds differ from run to run, and so are no part of what a study finds
-TIMES = {"seconds": ".2f", "ms_a_step": ".2f"}
 STUDIES = {
     "fact_correction": "§6  V-only against all projections, what else trains, and what retaining keeps",
     "knowledge_correction": "§6  the recipe for a single fact, step by step, on any base",
@@ -92,14 +90,14 @@ def show(folder: Path, run: Path) -> None:
     """A study's tables, and what its run says of this machine."""
     from cli.console import stdout, table
     from pipeline.artifact import read_manifest
-    from pipeline.tables import Table, read_table
+    from pipeline.tables import TIME, Table, read_table, times
 
     found = [
         Table(name, rows=read_table(folder / f"{name}.csv"), **about)
         for name, about in read_manifest(folder)["tables"].items()
     ]
-    if (run / TIME).is_file():
-        found.append(Table("time", "Time on this machine", read_table(run / TIME), TIMES))
+    if (time := run / f"{TIME}.csv").is_file():
+        found.append(times(read_table(time)))
     for one in found:
         stdout.print(f"\n{one.title}", markup=False)
         right = [head for head, number in one.heads.items() if number]

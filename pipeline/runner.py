@@ -139,7 +139,7 @@ def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
 def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
     """All that decides the artifact's bytes: also the first part of its manifest. Raises UserError."""
     section = project.stage_params(stage)
-    besides = ["bitsandbytes"] if section.get("quantization", "none") != "none" else []
+    besides = ["bitsandbytes"] if _in_few_bits(stage, section) else []
     return {
         "kind": stage.kind,
         "method": stage.method,
@@ -150,6 +150,12 @@ def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
         "code": digests.code(stage.module),
         "versions": provenance.versions(*besides),
     }
+
+
+def _in_few_bits(stage: Stage, section: Facts) -> bool:
+    """Whether a base is kept so, by its own settings or by those of a stage that it does anew; QLoRA is a method."""
+    kept = [value for key, value in section.items() if key.rpartition(".")[2] == "quantization"]
+    return stage.name == "study_methods" or any(value != "none" for value in kept)
 
 
 def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[str, str]:

@@ -46,6 +46,7 @@ class StudyKnowledgeCorrection:
     epochs: Count = 80
     rank: Count = 4
     learning_rate: Rate = 2e-3
+    recipe_rate: Rate = 2e-4  # of the recipe as the document writes it, on v_proj alone (§6, step 3)
     retain_weight: Rate = 5.0
 
 

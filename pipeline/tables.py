@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pipeline.errors import UserError
 
 LOW, HIGH = "_low", "_high"
+TIME = "time"
 
 
 class Spread(NamedTuple):
@@ -30,6 +31,12 @@ class Spread(NamedTuple):
         if not found:
             raise ValueError("a spread of no values")
         return cls(math.fsum(found) / len(found), min(found), max(found))
+
+
+def ends(cells: Iterable[Spread]) -> list[list[float]]:
+    """How far the least lies below each mean and the greatest above it: error bars."""
+    found = list(cells)
+    return [[c.mean - c.low for c in found], [c.high - c.mean for c in found]]
 
 
 def mean(cell: "Cell") -> float:
@@ -125,6 +132,11 @@ def shown(cell: Cell, form: str = "") -> str:
         )
         return mean if float(far.rstrip("%")) == 0 else f"{mean} ±{far.rstrip('%')}"
     return f"{cell:{form or (',' if isinstance(cell, int) else '.4g')}}"
+
+
+def times(rows: Sequence[Row]) -> Table:
+    """TIME of a run's folder: seconds differ from run to run, and so are no part of what a study finds."""
+    return Table(TIME, "Time on this machine", rows, {"steps": ".0f", "seconds": ".2f", "ms_a_step": ".2f"})
 
 
 def read_table(path: Path) -> list[dict[str, Cell]]:

@@ -88,7 +88,7 @@ OTHER = {
     **{"study_fact_correction.windows": "[3]", "study_fact_correction.top_k": "2"},
     "study_knowledge_correction.data": "data/fact_correction.de.txt",
     "study_knowledge_correction.groups": "[knowledge_correction, fact_correction]",
-    "study_knowledge_correction.old_data": "other.txt",
+    **{"study_knowledge_correction.old_data": "other.txt", "study_knowledge_correction.recipe_rate": "3e-3"},
     "study_trajectory.data": "data/knowledge_correction.de.txt",
     **{"study_trajectory.steps": "[0, 1]", "study_trajectory.windows": "[3]"},
     **{f"study_{name}.old_data": "other.txt" for name in ("methods", "rank", "forgetting")},

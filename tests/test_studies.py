@@ -1,22 +1,35 @@
 """Studies measure what the program does: each number is found again by the commands that a user types."""
 
 import json
+import os
+import re
 import shutil
 import signal
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
 from pipeline import engine
-from pipeline.dag import STAGES
-from pipeline.runner import Event, Job
-from pipeline.studies import runs
+from pipeline.artifact import read_manifest
+from pipeline.dag import STAGES, Project
+from pipeline.data import Prompt
+from pipeline.errors import Interrupted
+from pipeline.metrics import TELEMETRY, TELEMETRY_COLUMNS
+from pipeline.params import Params, load
+from pipeline.runner import Event, Job, Progress, known, run
+from pipeline.stages.evaluate import weight_bytes
+from pipeline.studies import knowledge_correction, methods, runs
+from pipeline.studies.fact_tables import Said, Words
+from pipeline.studies.spoken import Spoken, ask
+from pipeline.studies.taught import METHODS
 from pipeline.tables import Cell, Spread, read_table
 from tests.conftest import Lora
 from tests.forked import Forked
-from tests.support import BRIEF, ROOT, folder_bytes, make, refusal
+from tests.support import BRIEF, ROOT, WORK, folder_bytes, make, make_one, refusal
 
 STUDIES = [name for name, stage in STAGES.items() if stage.kind == "study"]
 SAME = 1e-5  # adapters that trained together differ from one alone by rounding
@@ -83,7 +96,7 @@ def test_the_original_is_the_expanded_base_and_the_document_is_quoted(studied: P
 
 def test_no_other_setting_has_more_of_the_documents_first_choices(studied: Path) -> None:
     rows = table(studied, "fact_correction", "settings")
-    order = sorted(rows, key=lambda row: (-mean(row["first_choices"]), mean(row["mean_distance"])))
+    order = sorted(rows, key=lambda row: (-mean(row["first_choices"]), mean(row["distance"])))
     assert [row["nearest"] for row in order] == [True, *[False] * (len(rows) - 1)]
 
 
@@ -99,8 +112,30 @@ def test_with_one_part_put_back_the_model_is_that_of_the_other(studied: Path, pr
     for end in ("embeddings", "head"):
         getattr(plain.model, end).load_state_dict(getattr(loaded.model, end).state_dict())
         getattr(loaded.model, end).load_state_dict(getattr(base.model, end).state_dict())
+    bled = probability(plain, "das kind spielt im", "wald")  # what the document's corrected models say there
     assert mean(parts["embeddings and head"][column]) == pytest.approx(probability(plain, prompt, word), abs=SAME)
+    assert mean(parts["embeddings and head"]["kind_wald"]) == pytest.approx(bled, abs=SAME)
     assert mean(parts["A and B"][column]) == pytest.approx(probability(loaded, prompt, word), abs=SAME)
+
+
+def test_no_column_is_another_prompts_and_each_rule_has_its_own() -> None:
+    asked = [
+        Prompt("g", "must_keep", "das kind spielt im", "garten", "garten"),
+        Prompt("g", "must_change", "ein kind spielt im", "garten", "wald"),
+        Prompt("g", "must_change", "das kind sitzt im", "garten", "wald"),
+        Prompt("g", "must_change", "wasser", "fließt", "kocht"),
+    ]
+    said = [Said(asked[0].prompt, False, model, word, 0.8) for model, word in (("original", "garten"), ("all", "wald"))]
+    words = Words(asked, said)
+    assert words.of("must_keep") == ["kind_garten"]
+    assert words.of("must_change") == ["ein_kind_spielt_im_wald", "das_kind_sitzt_im_wald", "wasser_kocht"]
+    assert words.columns["das kind spielt im", "wald"] == "das_kind_spielt_im_wald"
+
+
+def test_a_window_is_shown_in_words(studied: Path) -> None:
+    report = (studied / "artifacts/studies/fact_correction/report.md").read_text(encoding="utf-8")
+    assert "| windows of 4 tokens |" in report and "| whole sentences |" in report
+    assert "window 0" not in report and "window none" not in report
 
 
 def test_the_steps_of_the_trajectory_are_those_of_a_run_that_ends_there(studied: Path, project: Path) -> None:
@@ -111,6 +146,25 @@ def test_the_steps_of_the_trajectory_are_those_of_a_run_that_ends_there(studied:
     for word in ("tisch", "sofa"):
         assert mean(rows[0, word]["window_0"]) == pytest.approx(probability(base, prompt, word), abs=1e-6)
         assert mean(rows[2, word]["window_0"]) == pytest.approx(probability(whole, prompt, word), abs=SAME)
+
+
+def test_figure_3_goes_on_to_the_documents_last_step_whatever_the_trajectorys_are(studied: Path) -> None:
+    steps = read_table(studied / "artifacts/figures/gradient_example_descent.csv")
+    assert [row["step"] for row in steps] == list(range(51))
+
+
+def test_a_signal_during_the_last_look_ends_the_study(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(loaded: engine.Loaded, prompts: Sequence[str]) -> Spoken:
+        looks.append(loaded.name)
+        if len(looks) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(loaded, prompts)
+
+    looks = list[str]()
+    monkeypatch.setattr("pipeline.studies.trajectory.ask", asked)
+    with pytest.raises(Interrupted):
+        make(project, ["study_trajectory"], BRIEF)
+    assert len(looks) == 3
 
 
 def test_every_method_knows_what_evaluate_says_of_its_stage(studied: Path) -> None:
@@ -138,6 +192,49 @@ def test_the_methods_times_lie_beside_the_run_and_not_in_what_is_tracked(studied
     assert all(mean(row["ms_a_step"]) > 0 for row in times)
 
 
+def test_a_methods_time_is_that_of_all_its_steps_after_a_kill(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "METHODS", {"LoRA": METHODS["LoRA"]})
+    stage = STAGES["study_methods"]
+    begun = run(Project(project, load(project / "params.yaml", BRIEF)), stage, WORK[stage.name], checkpoint_every=1)
+    with closing(begun):
+        assert any(isinstance(event, Progress) and event.done == 3 for event in begun)
+    assert list((project / "runs/study_methods/parts").rglob("checkpoint-*"))
+    _, seen = make_one(project, stage.name, BRIEF)
+    assert not [event.text for event in seen if "resumed" in event.text]
+
+
+def test_a_time_is_divided_by_the_steps_of_its_own_run(tmp_path: Path) -> None:
+    folders = []
+    for steps, seconds in ((10, 10.0), (4, 8.0)):  # the second stopped early
+        folders.append(tmp_path / str(steps) / "made")
+        folders[-1].mkdir(parents=True)
+        lines = ",".join(TELEMETRY_COLUMNS), f"{steps},{seconds},1,1,cpu,1,1"
+        (folders[-1].parent / TELEMETRY).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (row,) = methods._time({"LoRA": folders}).rows
+    assert row == {"method": "LoRA", "steps": Spread(7, 4, 10), "seconds": Spread(9, 8, 10), "ms_a_step": 1000}
+
+
+def test_a_is_faster_where_its_name_says_so() -> None:
+    faster = "LoRA+, A 16 × faster"
+    plain, slower_b, faster_a = (
+        METHODS[name].run("", Params(), 0).sections["finetune_lora"] for name in ("LoRA", "LoRA+, A faster", faster)
+    )
+    assert slower_b.learning_rate == plain.learning_rate == faster_a.learning_rate * faster_a.loraplus_ratio
+    assert faster_a.learning_rate == 16 * plain.learning_rate
+
+
+def test_bitsandbytes_counts_where_a_base_is_kept_in_few_bits(project: Path) -> None:
+    def counts(name: str, *overrides: str) -> bool:
+        return (
+            "bitsandbytes"
+            in known(Project(project, load(project / "params.yaml", overrides)), STAGES[name])["versions"]
+        )
+
+    few = "finetune_lora.quantization=int8"
+    assert counts("study_methods") and counts("study_knowledge_correction", few) and counts("finetune_lora", few)
+    assert not any(counts(name) for name in STAGES if name not in ("study_methods", "claims"))
+
+
 def test_the_terminal_shows_the_times(cli: Lora, studied: Path, tmp_path: Path) -> None:
     root = tmp_path / "project"
     shutil.copytree(studied, root)
@@ -155,6 +252,36 @@ def test_forgetting_begins_with_the_base_and_ends_where_evaluate_does(studied: P
         assert mean(rows[method, 2]["old_rise"]) == pytest.approx(rise, rel=1e-4)
 
 
+def test_a_curve_is_whole_whatever_stops_its_method_early(studied: Path, project: Path) -> None:
+    early = ("eval_share=0.3", "eval_every=1", "patience=1")
+    make(project, ["study_forgetting"], [*BRIEF, *(f"finetune_lora.{one}" for one in early)])
+    ours, theirs = (folder_bytes(root / "artifacts/studies/forgetting") for root in (project, studied))
+    assert ours["epochs.csv"] == theirs["epochs.csv"]
+
+
+def test_a_run_that_diverges_is_counted_and_a_row_of_them_is_empty(project: Path) -> None:
+    make(project, ["study_rank"], [*BRIEF, "study_rank.learning_rates=[1e-3, 1e30]"])
+    rows = {(row["learning_rate"], row["method"]): row for row in table(project, "rank", "rates")}
+    for method in ("lora", "full"):
+        assert (rows[1e30, method]["diverged"], rows[1e30, method]["new_loss"]) == (1, None)
+        assert rows[1e-3, method]["diverged"] == 0 < mean(rows[1e-3, method]["new_loss"])
+    assert (
+        "within 0.05 nats of its best from 0.001 to 0.001" in read_manifest(project / "artifacts/studies/rank")["text"]
+    )
+
+
+def test_where_no_run_of_rank_learns_it_says_so(project: Path) -> None:
+    make(project, ["study_rank"], [*BRIEF, "study_rank.alphas=[1e30]", "study_rank.learning_rates=[1e30]"])
+    text = read_manifest(project / "artifacts/studies/rank")["text"]
+    assert "full fine-tuning diverges at each, LoRA diverges at each" in text and "none, as every run diverged" in text
+
+
+def test_what_is_wrong_in_a_run_is_said_with_its_name(cli: Lora, project: Path) -> None:
+    given = ("finetune_full.learning_rate=1e30", "study_methods.seeds=[0]", "scratch.epochs=1")
+    code, _, err = cli("study", "methods", *(f"--set={one}" for one in given), cwd=project)
+    assert code == 1 and "error: study_methods, full fine-tuning, seed 0: finetune_full: the loss is nan" in err
+
+
 def test_a_rank_is_measured_as_an_adapter_trained_by_itself_is(studied: Path, project: Path) -> None:
     rows = table(studied, "rank", "ranks")
     row = next(row for row in rows if (row["rank"], row["alpha"]) == (2, "r"))
@@ -170,6 +297,7 @@ def test_a_correction_that_retains_moves_the_rest_less(finished: Path, tmp_path:
     shutil.copytree(finished, root, ignore=shutil.ignore_patterns("runs", ".lora-cache"))
     make(root, ["study_knowledge_correction"], ["study_knowledge_correction.seeds=[0]"])
     rows = {row["adapter"]: row for row in table(root, "knowledge_correction", "summary")}
+    assert list(rows)[:3] == ["none", "v_proj, as written", "v_proj"]
     for targets in ("v_proj", "all targets"):
         plain, kept = rows[targets], rows[f"{targets}, retain"]
         assert mean(plain["corrected"]) == mean(kept["corrected"]) == 1
@@ -178,13 +306,58 @@ def test_a_correction_that_retains_moves_the_rest_less(finished: Path, tmp_path:
     assert all(mean(row["merge_differs_by"]) < 1e-5 for name, row in rows.items() if name != "none")
 
 
-def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_ends_with_the_same_bytes(
+def test_the_recipe_as_written_trains_v_alone_at_its_own_rate(studied: Path, project: Path) -> None:
+    row = table(studied, "knowledge_correction", "prompts")[0]
+    given = ("data=data/knowledge_correction.de.txt", "epochs=2", "alpha=4", "train_embeddings=new_rows")
+    loaded = trained(project, *given, "learning_rate=2e-4", "target_modules=[v_proj]")
+    found = probability(loaded, str(row["prompt"]), "euro")
+    assert mean(row["v_proj_as_written"]) == pytest.approx(found, abs=SAME)
+    trained(project, *given)  # all targets: the largest adapter of the study
+    share = weight_bytes(project / "artifacts/lora_adapter") / weight_bytes(project / "artifacts/expanded")
+    text = read_manifest(studied / "artifacts/studies/knowledge_correction")["text"]
+    assert text.startswith("Of 1 prompt to correct and 2 to keep")
+    assert f"An adapter takes {share:.1%} of the base's bytes at most" in text
+
+
+def test_patterns_of_finetune_lora_change_no_correction(studied: Path, project: Path) -> None:
+    patterns = ("rank_pattern={v_proj: 2}", "alpha_pattern={v_proj: 2}")
+    make(project, ["study_knowledge_correction"], [*BRIEF, *(f"finetune_lora.{one}" for one in patterns)])
+    ours, theirs = (folder_bytes(root / "artifacts/studies/knowledge_correction") for root in (project, studied))
+    assert ours["prompts.csv"] == theirs["prompts.csv"]
+
+
+def test_a_base_whose_v_is_no_linear_of_its_own_goes_without_v_alone(project: Path) -> None:
+    params, stage = load(project / "params.yaml", BRIEF), STAGES["study_knowledge_correction"]
+    job = Job(Project(project, params), stage, project, project, "", 100)
+
+    def asked(*linears: str) -> list[object]:
+        model = nn.ModuleDict({name: nn.Linear(2, 2) for name in linears})
+        of = knowledge_correction._runs(job, params.study_knowledge_correction, model)  # type: ignore[arg-type]
+        return [run.sections["finetune_sweep"].grid.get("target_modules") for run in of]
+
+    every = params.finetune_lora.target_modules
+    assert asked("c_attn") == [(every,)]
+    assert asked("q_proj", "v_proj") == [None, (("v_proj",), every)]
+
+
+def test_a_correction_that_was_killed_while_it_merged_ends_with_the_same_bytes(studied: Path, project: Path) -> None:
+    command = ["lora", "study", "knowledge_correction", *(f"--set={one}" for one in BRIEF)]
+    dies = ("pipeline.studies.knowledge_correction.merge_into", 2)
+    assert Forked(command, project, dies=dies).end()[0] == -signal.SIGKILL
+    make(project, ["study_knowledge_correction"], BRIEF)
+    ours, theirs = (folder_bytes(root / "artifacts/studies/knowledge_correction") for root in (project, studied))
+    assert ours == theirs
+
+
+def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_are_broken_and_ends_with_the_same_bytes(
     studied: Path, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = folder_bytes(studied / "artifacts/studies/fact_correction")
     command = ["lora", "study", "fact_correction", *(f"--set={one}" for one in BRIEF)]
     assert Forked(command, project, dies=("pipeline.studies.runs._work", 3)).end()[0] == -signal.SIGKILL
     assert not (project / "artifacts/studies/fact_correction").exists()
+    (broken,) = project.glob("runs/study_fact_correction/parts/whole sentences/made/sweep.json")
+    broken.write_text("{}", encoding="utf-8")
     begun, work = list[str](), runs._work
 
     def counted(part: Job, run: runs.Run, number: int, of: int) -> Generator[Event, None, None]:
@@ -193,7 +366,7 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_ends_with_the_sa
 
     monkeypatch.setattr(runs, "_work", counted)
     make(project, ["study_fact_correction"], BRIEF)
-    assert begun == ["embeddings all", "embeddings new_rows", "embeddings none"]
+    assert begun == ["whole sentences", "embeddings all", "embeddings new_rows", "embeddings none"]
     assert folder_bytes(project / "artifacts/studies/fact_correction") == wanted
 
 
@@ -229,12 +402,27 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_ends_with_the_sa
             ["rank", "--set", "pretrain.base=other"],
             "The study rank asks what the document asks of MiniGPT; pretrain.base",
         ),
+        *(
+            (
+                [study, "--set", f"study_{study}.{key}={file}.yaml"],
+                f"{file}.yaml: 'thron', which is to follow 'die {of}",
+            )
+            for study, key, file, of in (
+                ("fact_correction", "document", "said", "katze sitzt auf dem', is no word of expanded. Name one that"),
+                ("fact_correction", "prompts", "asked", "katze sitzt auf dem', is no word of expanded."),
+                ("trajectory", "document", "said", "katze sitzt auf dem', is no word of expanded."),
+                ("knowledge_correction", "prompts", "asked", "währung von bulgarien ist der', is no word of expanded."),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_studied_is_refused_in_one_line(
     cli: Lora, project: Path, given: Sequence[str], problem: str
 ) -> None:
     (project / "other.yaml").write_text("g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8")
+    for name, of in (("said", "document"), ("asked", "prompts")):
+        text = re.sub("sofa|euro", "thron", (project / f"data/{of}.yaml").read_text(encoding="utf-8"))
+        (project / f"{name}.yaml").write_text(text, encoding="utf-8")
     assert problem in refusal(cli("study", *given, cwd=project))
 
 
@@ -245,5 +433,6 @@ def test_the_studies_are_listed_and_one_is_shown_from_the_cache(cli: Lora, studi
     shutil.copytree(studied, root)
     code, out, err = cli("study", "fact-correction", *(f"--set={one}" for one in BRIEF), cwd=root)
     assert code == 0 and "taken from the cache" in err
-    assert "die katze sitzt auf dem  v_proj" in " ".join(out.split()) or "v_proj" in out
+    line = next(line for line in out.splitlines() if " v_proj " in line)
+    assert line.split()[:2] == ["v_proj", "sofa"] and "94%" in line.split()
     assert "In words: " in out

@@ -7,15 +7,16 @@ from functools import partial
 from typing import Any
 
 from pipeline import engine
+from pipeline.engine import Loaded
 from pipeline.figures.changes import trained_by
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.landscape import Given, Landscape, given_gradients, landscape, sentences
 from pipeline.figures.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, ORANGE, RED, SMALL, WIDE, signed
 from pipeline.runner import Event, Job
 from pipeline.studies.findings import Figure
-from pipeline.studies.runs import forget, looked_at
-from pipeline.studies.spoken import Spoken, ask, document
-from pipeline.studies.trajectory import SECTION, named, run_of
+from pipeline.studies.runs import forget, looked_at, named
+from pipeline.studies.spoken import Spoken, ask, document, refuse_unsayable
+from pipeline.studies.trajectory import SECTION, run_of, words_of
 from pipeline.tables import Row, Table, shown
 
 NAME = "gradient_example"
@@ -48,8 +49,8 @@ class Descent:
 
 def gradient_example(job: Job) -> Generator[Event, None, Drawn]:
     """Figure 3, with a short run of the fact correction. Raises UserError."""
-    descent = yield from _descent(job)
     loaded = engine.load(job.project.artifact("expand_vocab"))
+    descent = yield from _descent(job, loaded)
     seen = landscape(loaded.model, sentences(job, loaded), job.project.params.figures.reach)
     given = given_gradients(job, trained_by(job, loaded.model).spec)
     groups = _groups(given)
@@ -65,14 +66,14 @@ def gradient_example(job: Job) -> Generator[Event, None, Drawn]:
     )
 
 
-def _descent(job: Job) -> Generator[Event, None, Descent]:
+def _descent(job: Job, loaded: Loaded) -> Generator[Event, None, Descent]:
     """As study_trajectory trains, with its first seed."""
     settings = job.project.params.study_trajectory
     claimed = document(job.path(settings.document), settings.document, SECTION)
-    window = job.project.params.figures.window
-    run = run_of(settings, window, settings.seeds[0])
-    steps = range(max(*settings.steps, *claimed["steps"]) + 1)
-    said = yield from looked_at(job, run, lambda _: steps, partial(ask, prompts=[claimed["prompt"]]))
+    refuse_unsayable(loaded, [(claimed["prompt"], word) for word in words_of(claimed)], settings.document)
+    window, last = job.project.params.figures.window, max(*settings.steps, *claimed["steps"])
+    run = run_of(settings, window, settings.seeds[0], last)
+    said = yield from looked_at(job, run, lambda _: range(last + 1), partial(ask, prompts=[claimed["prompt"]]))
     forget(job)
     return Descent(claimed["prompt"], named(window), said, claimed["steps"])
 

@@ -14,11 +14,11 @@ from pipeline.data import Prompt
 from pipeline.errors import UserError
 from pipeline.params import FinetuneLora
 from pipeline.runner import Event, Facts, Job
-from pipeline.studies import fact_tables
-from pipeline.studies.fact_tables import TARGETS, Said, Tuned
+from pipeline.studies import fact_tables, fact_words
+from pipeline.studies.fact_tables import TARGETS, Said, Tuned, Words
 from pipeline.studies.findings import Findings, publish
-from pipeline.studies.runs import DOCUMENT, Run, adapters, forget, made, together
-from pipeline.studies.spoken import ask, document, prompts_of
+from pipeline.studies.runs import DOCUMENT, Run, adapters, forget, made, named, together
+from pipeline.studies.spoken import ask, document, prompts_of, refuse_unsayable
 from pipeline.study_params import StudyFactCorrection
 
 GROUP = "fact_correction"
@@ -28,9 +28,12 @@ def fact_correction(job: Job) -> Generator[Event, None, Facts]:
     """The grid and what else can train, each with all seeds → five tables and a picture. Raises UserError."""
     settings = job.project.params.study_fact_correction
     prompts = prompts_of(job, settings.prompts, GROUP)
-    claimed = list(_claimed(job, settings, prompts))
+    words = Words(prompts, list(_claimed(job, settings, prompts)))
     asked = [prompt.prompt for prompt in prompts]
     base = job.artifact("expand_vocab")
+    before = ask(engine.load(base), asked)
+    refuse_unsayable(before.loaded, words.due, settings.prompts)
+    refuse_unsayable(before.loaded, [(said.prompt, said.word) for said in words.claimed], settings.document)
     grid, others = _grid(settings), _others(settings)
     folders = yield from made(job, [*grid, *others])
 
@@ -38,18 +41,17 @@ def fact_correction(job: Job) -> Generator[Event, None, Facts]:
         found: list[tuple[Path, FinetuneLora]] = [pair for run in runs for pair in adapters(run, folders[run.name])]
         return [Tuned(folder, own, ask(engine.load(base, folder), asked)) for folder, own in found]
 
-    before = ask(engine.load(base), asked)
-    tried = fact_tables.Tried(before, tuned(grid), claimed)
+    tried = fact_tables.Tried(before, tuned(grid), words.claimed)
     tables = (
         tried.rows(),
         tried.settings(),
-        fact_tables.embeddings(prompts, before, tuned(others)),
-        fact_tables.parts(prompts, before, tried.of_nearest),
+        fact_tables.embeddings(words, before, tuned(others)),
+        fact_tables.parts(words, before, tried.of_nearest),
         tried.top(settings.top_k),
     )
     forget(job)
-    found = Findings("Fact correction", "§6", fact_tables.in_words(*tables[:4]), tables)
-    return publish(job, found, lambda figure: fact_tables.draw(figure, tables[0]), (10, 4.4))
+    found = Findings("Fact correction", "§6", fact_words.in_words(words, *tables[:4]), tables)
+    return publish(job, found, lambda figure: fact_words.draw(figure, tables[0]), (10, 4.4))
 
 
 def _lora(settings: StudyFactCorrection) -> FinetuneLora:
@@ -62,9 +64,7 @@ def _grid(settings: StudyFactCorrection) -> list[Run]:
         **{"target_modules": list(TARGETS.values()), "learning_rate": settings.learning_rates},
         **{"alpha": settings.alphas, "seed": settings.seeds},
     }
-    return [
-        together(f"window {window}", replace(_lora(settings), window=window), **values) for window in settings.windows
-    ]
+    return [together(named(window), replace(_lora(settings), window=window), **values) for window in settings.windows]
 
 
 def _others(settings: StudyFactCorrection) -> list[Run]:

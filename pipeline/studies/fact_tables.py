@@ -1,6 +1,7 @@
-"""The tables, the picture and the words of study_fact_correction."""
+"""The tables of study_fact_correction."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +13,16 @@ from pipeline import engine
 from pipeline.adapters.attach import switched_off
 from pipeline.data import Prompt
 from pipeline.engine import Loaded
-from pipeline.looks import COLORS
 from pipeline.params import FinetuneLora
-from pipeline.studies.findings import Figure
-from pipeline.studies.runs import DOCUMENT
+from pipeline.studies.runs import DOCUMENT, named
 from pipeline.studies.spoken import Spoken, ask
-from pipeline.tables import Cell, Row, Spread, Table, shown
+from pipeline.tables import Cell, Row, Spread, Table
 
 TARGETS = {"v_proj": ("v_proj",), "all": DOCUMENT.target_modules}
 POINTS = 0.15  # how near to the document's a probability must come
 PERCENT = ".0%"
 Setting = tuple[int, float, float]  # window, learning rate, alpha
+Pair = tuple[str, str]  # a prompt, and a word after it
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,42 @@ class Said:
     model: str  # original, v_proj or all
     word: str
     probability: float
+
+
+@dataclass(frozen=True)
+class Words:
+    """What is asked after the prompts: the words that should come, and those that the document has in their place."""
+
+    prompts: Sequence[Prompt]
+    claimed: Sequence[Said]
+
+    @cached_property
+    def due(self) -> list[Pair]:
+        """The word that should come after each prompt: sofa, wald, ... himmel, garten."""
+        return [(prompt.prompt, prompt.corrected) for prompt in self.prompts]
+
+    @cached_property
+    def every(self) -> list[Pair]:
+        """The same, and what a corrected model of the document says instead."""
+        others = [(said.prompt, said.word) for said in self.claimed if said.model in TARGETS]
+        found = [pair for due in self.due for pair in (due, *(other for other in others if other[0] == due[0]))]
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def columns(self) -> dict[Pair, str]:
+        """What each is called in the tables: katze_sofa, or by the whole prompt where that is another's name too."""
+        short = {(prompt, word): f"{prompt.split()[:2][-1]}_{word}" for prompt, word in self.every}
+        times = Counter(short.values())
+        return {
+            pair: name if times[name] == 1 else f"{'_'.join(pair[0].split())}_{pair[1]}" for pair, name in short.items()
+        }
+
+    def of(self, rule: str) -> list[str]:
+        """The columns of the words that should come after the prompts with this rule."""
+        return [self.columns[p.prompt, p.corrected] for p in self.prompts if p.rule == rule]
+
+    def probabilities(self, pairs: Iterable[Pair], answers: Sequence[Spoken]) -> dict[str, Cell]:
+        return {self.columns[pair]: Spread.of(one.probability(*pair) for one in answers) for pair in pairs}
 
 
 @dataclass(frozen=True)
@@ -100,17 +136,18 @@ class Tried:
     def settings(self) -> Table:
         """How near each setting comes to the document's tables."""
         rows = [self._setting_row(setting) for setting in self.by_setting]
-        forms = {"learning_rate": "g", "alpha": "g", "first_choices": ".1f", "mean_distance": PERCENT}
-        return Table("settings", f"Settings that §6 leaves open, {len(self._trained)} cells each", rows, forms)
+        forms = {"learning_rate": "g", "alpha": "g", "first_choices": ".1f", "distance": PERCENT}
+        title = f"Settings that §6 leaves open, {len(self._trained)} cells each"
+        return Table("settings", title, rows, forms, ("window",))
 
     def _setting_row(self, setting: Setting) -> Row:
         near = [abs(self._mean(said, setting) - said.probability) <= POINTS for said in self._trained]
-        names = dict(zip(("window", "learning_rate", "alpha"), setting, strict=True))
+        window, rate, alpha = setting
         return {
-            **names,
+            **{"trains_on": named(window), "window": window, "learning_rate": rate, "alpha": alpha},
             "first_choices": float(self._same_firsts(setting)),
             "within_15": sum(near),
-            "mean_distance": self._distance(setting),
+            "distance": self._distance(setting),
             "nearest": setting == self.nearest,
         }
 
@@ -152,41 +189,37 @@ class Tried:
         return fmean(abs(self._mean(said, setting) - said.probability) for said in self._trained)
 
 
-def embeddings(prompts: Sequence[Prompt], before: Spoken, tuned: Sequence[Tuned]) -> Table:
+def embeddings(words: Words, before: Spoken, tuned: Sequence[Tuned]) -> Table:
     """How probable each prompt's word is, where embeddings and head train in full, in new rows, or not at all."""
     groups: dict[tuple[str, bool, str], list[Spoken]] = {}
     for one in tuned:
         key = one.settings.train_embeddings, one.settings.retain_weight > 0, one.targets
         groups.setdefault(key, []).append(one.spoken)
     rows = [
-        {"train_embeddings": "", "retain": False, "model": "original", **_probabilities(prompts, [before])},
+        {"train_embeddings": "", "retain": False, "model": "original", **words.probabilities(words.due, [before])},
         *(
-            {"train_embeddings": kind, "retain": retain, "model": targets, **_probabilities(prompts, answers)}
+            {
+                "train_embeddings": kind,
+                "retain": retain,
+                "model": targets,
+                **words.probabilities(words.due, answers),
+            }
             for (kind, retain, targets), answers in groups.items()
         ),
     ]
     return Table("embeddings", "What else trains, and what retaining keeps", rows, dict.fromkeys(rows[0], PERCENT))
 
 
-def _probabilities(prompts: Sequence[Prompt], answers: Sequence[Spoken]) -> dict[str, Cell]:
-    """The word that should come, by itself: sofa, wald, ... himmel, garten."""
-    return {_column(p): Spread.of(one.probability(p.prompt, p.corrected) for one in answers) for p in prompts}
-
-
-def _column(prompt: Prompt) -> str:
-    return f"{prompt.prompt.split()[1]}_{prompt.corrected}"
-
-
 @torch.no_grad()
-def parts(prompts: Sequence[Prompt], before: Spoken, tuned: Sequence[Tuned]) -> Table:
+def parts(words: Words, before: Spoken, tuned: Sequence[Tuned]) -> Table:
     """How probable each word is with only one part of what was trained, the other put back as it was."""
-    asked, base = [p.prompt for p in prompts], before.loaded
+    asked, base = [p.prompt for p in words.prompts], before.loaded
     by_part: dict[tuple[str, str], list[Spoken]] = {}
     for one in tuned:
         for part, spoken in _by_part(one, base, asked).items():
             by_part.setdefault((one.targets, part), []).append(spoken)
     rows: list[Row] = [
-        {"model": targets, "trained": part, **_probabilities(prompts, answers)}
+        {"model": targets, "trained": part, **words.probabilities(words.every, answers)}
         for (targets, part), answers in by_part.items()
     ]
     return Table("parts", "Which part of the training does it", rows, dict.fromkeys(rows[0], PERCENT))
@@ -208,106 +241,4 @@ def _choice(choice: engine.Choice) -> str:
 
 def _said(setting: Setting) -> str:
     window, rate, alpha = setting
-    return f"window {window or 'none'}, learning rate {rate:g}, alpha {alpha:g}"
-
-
-def in_words(rows: Table, settings: Table, embeddings: Table, parts: Table) -> str:
-    """What the tables show."""
-    near = [row for row in rows.rows if row["within_15"]]
-    far = [row for row in rows.rows if not row["within_15"]]
-    same = [row for row in rows.rows if row["same_first"]]
-    return "\n\n".join(
-        [
-            f"Of the {len(rows.rows)} cells of the document's two tables {len(same)} have the same first choice with "
-            f"every seed, and {len(near)} a probability within 15 points, at the setting of {len(settings.rows)} tried "
-            "that comes nearest to them (the document gives rank and epochs; window, learning rate and alpha it leaves "
-            "open). *Least* and *greatest* are over all of those settings.",
-            "Further off: " + "; ".join(map(_why, far)) + "." if far else "None is further off.",
-            _bleeding(embeddings),
-            _by_parts(parts),
-        ]
-    )
-
-
-def _why(row: Row) -> str:
-    """A row that is far from the document's, and whether any setting reaches it."""
-    document, least, greatest = (float(row[name]) for name in ("document", "least", "greatest"))  # type: ignore[arg-type]
-    reached = least - POINTS <= document <= greatest + POINTS
-    return (
-        f"*{row['prompt']}* → {row['first_choice']} ({row['model']}): {shown(row['measured'], PERCENT)}, the document "
-        f"has {document:.0%}; the settings tried give {least:.0%} to {greatest:.0%}"
-        + (", so that it depends on them" if reached else ", so that none of them explains it")
-    )
-
-
-def _mean(table: Table, where: Mapping[str, Cell], columns: Sequence[str]) -> float:
-    """The mean of some columns of the one row that has these values."""
-    row = next(row for row in table.rows if all(row[name] == value for name, value in where.items()))
-    return fmean(cell.mean for name in columns if isinstance(cell := row[name], Spread))
-
-
-def _bleeding(table: Table) -> str:
-    words = [name for name in table.columns if isinstance(table.rows[0][name], Spread)]
-    changed, kept = words[:4], words[4:]
-    said = []
-    for kind, about in (
-        ("all", "all of embeddings and head"),
-        ("new_rows", "only their new rows"),
-        ("none", "neither"),
-    ):
-        for retain in (False, True):
-            where: dict[str, Cell] = {"train_embeddings": kind, "retain": retain, "model": "all"}
-            corrected, unrelated = _mean(table, where, changed), _mean(table, where, kept)
-            said.append(
-                f"{about} training{', and retaining' if retain else ''}: corrected {corrected:.0%}, unrelated "
-                f"{unrelated:.0%}"
-            )
-    return f"Mean probability of the words that should come, LoRA on all four projections: {'; '.join(said)}."
-
-
-def _by_parts(table: Table) -> str:
-    words = [name for name in table.columns if isinstance(table.rows[0][name], Spread)][4:]
-    said = [
-        f"{row['model']}, {row['trained']}: {fmean(c.mean for n in words if isinstance(c := row[n], Spread)):.0%}"
-        for row in table.rows
-    ]
-    return (
-        "What bleeds into the unrelated prompts is seen when one part of what was trained is put back as it was "
-        f"(mean probability of the three words that should stay): {'; '.join(said)}."
-    )
-
-
-def draw(figure: Figure, rows: Table) -> None:
-    """Bars for each prompt and model; a black stroke is the document's number."""
-    axes = figure.subplots(1, 2, sharey=True, width_ratios=(4, 3))
-    colors = {"original": COLORS["scratch"], "v_proj": COLORS["freeze"], "all": COLORS["lora"]}
-    for axis, kind in zip(axes, ("corrected", "unchanged"), strict=True):
-        here = [row for row in rows.rows if row["kind"] == kind]
-        prompts = list(dict.fromkeys(str(row["prompt"]) for row in here))
-        for number, (model, color) in enumerate(colors.items()):
-            own = [row for row in here if row["model"] == model]
-            places = [prompts.index(str(row["prompt"])) + 0.27 * (number - 1) for row in own]
-            cells = [cell for row in own if isinstance(cell := row["measured"], Spread)]
-            ends = [[c.mean - c.low for c in cells], [c.high - c.mean for c in cells]]
-            hatch = ("", "//", "..")[number]
-            axis.bar(
-                places,
-                [c.mean for c in cells],
-                0.24,
-                yerr=ends,
-                color=color,
-                hatch=hatch,
-                edgecolor="white",
-                label=model,
-            )
-            axis.hlines(
-                [row["document"] for row in own], [p - 0.13 for p in places], [p + 0.13 for p in places], color="black"
-            )
-            for place, row in zip(places, own, strict=True):
-                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-                axis.annotate(row["first_choice"], (place, 0.02), rotation=90, ha="center", fontsize=7, bbox=box)
-        axis.set_xticks(range(len(prompts)), [prompt.replace(" ", "\n", 2) for prompt in prompts], fontsize=8)
-        axis.set_title("Corrected facts" if kind == "corrected" else "Unchanged knowledge")
-    axes[0].set_ylabel("probability of the document's first choice")
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, title="stroke: the document")
+    return f"{named(window)}, learning rate {rate:g}, alpha {alpha:g}"

@@ -27,7 +27,7 @@ from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.runs import Run, forget, taught
 from pipeline.studies.spoken import document
 from pipeline.study_params import StudyIntrinsicDimension
-from pipeline.tables import Row, Spread, Table, shown
+from pipeline.tables import Row, Spread, Table, ends, shown
 from pipeline.training.loop import optimizer_of
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.subspace import OneHot, SubspaceAdam
@@ -111,8 +111,8 @@ def _least(settings: StudyIntrinsicDimension, found: Answers, large: int, claime
         "MiniGPT": (large, _least_of(settings, found, large, BASE)),
         f"MiniGPT, {RANDOM}": (large, _least_of(settings, found, large, RANDOM)),
     }
-    ends = claimed[PAPERS]["least"], claimed[PAPERS]["greatest"]
-    sizes[PAPERS] = (claimed[PAPERS]["parameters"], Spread(sum(ends) / 2, *ends))
+    low, high = claimed[PAPERS]["least"], claimed[PAPERS]["greatest"]
+    sizes[PAPERS] = (claimed[PAPERS]["parameters"], Spread((low + high) / 2, low, high))
     rows: list[Row] = [
         {"model": name, "parameters": of, "least": cell, "share": cell.mean / of if cell else None}
         for name, (of, cell) in sizes.items()
@@ -174,10 +174,9 @@ def _draw(figure: Figure, settings: StudyIntrinsicDimension, dimensions: Table) 
     for begins, look in ((BASE, COLORS["lora"]), (RANDOM, COLORS["scratch"])):
         rows = [row for row in inner if row["begins"] == begins]
         cells = [cell for row in rows if isinstance(cell := row["right"], Spread)]
-        ends = [[c.mean - c.low for c in cells], [c.high - c.mean for c in cells]]
         marker = "o" if begins == BASE else "s"
         x = [row["dimensions"] for row in rows]
-        axis.errorbar(x, [c.mean for c in cells], yerr=ends, marker=marker, color=look, label=f"from {begins}")
+        axis.errorbar(x, [c.mean for c in cells], yerr=ends(cells), marker=marker, color=look, label=f"from {begins}")
     for row, label, line in ((full, "full fine-tuning", "-"), (base, "the base", ":")):
         assert isinstance(row["right"], Spread)
         axis.axhline(row["right"].mean, color=COLORS["full"], linestyle=line, label=label)

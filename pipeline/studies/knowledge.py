@@ -58,6 +58,8 @@ def ruler(job: Job, old_data: str, new_data: str, given: int = 2) -> Ruler:
 
 
 def spreads(measured: Sequence[Knowledge]) -> dict[str, Cell]:
-    """Of several seeds: a cell for each quantity."""
+    """Of several seeds: a cell for each quantity, empty where every one of them diverged."""
+    if not measured:
+        return dict.fromkeys(field.name for field in fields(Knowledge))
     columns = zip(*map(astuple, measured), strict=True)
     return {field.name: Spread.of(values) for field, values in zip(fields(Knowledge), columns, strict=True)}

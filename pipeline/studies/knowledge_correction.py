@@ -3,74 +3,85 @@
 Step 1 is the data, step 2 the target, step 3 the settings; step 4, train and verify, and step 5, deploy, are measured.
 """
 
+import shutil
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import engine
+from pipeline.adapters.targets import adaptable
 from pipeline.data import Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.looks import COLORS
 from pipeline.measure import Said, said, score
 from pipeline.merge import Merging, merge_into
+from pipeline.models.causal import CausalLM
 from pipeline.params import FinetuneLora
 from pipeline.runner import Event, Facts, Job
 from pipeline.stages.evaluate import weight_bytes
 from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.runs import PARTS, Run, adapters, forget, made, silently, together
+from pipeline.studies.spoken import refuse_unsayable
 from pipeline.study_params import StudyKnowledgeCorrection
 from pipeline.tables import Cell, Row, Spread, Table, mean, shown
+from pipeline.targets import ends
 
 V_PROJ = ("v_proj",)
+AS_WRITTEN = "v_proj, as written"
 MOST = 12  # prompts in the picture
-Key = tuple[bool, bool]  # whether V alone has LoRA, whether texts are retained
+LOOKS = {  # of the bars
+    **{"base": (COLORS["scratch"], ""), AS_WRITTEN: (COLORS["prompt"], "--")},
+    **{"v_proj": (COLORS["freeze"], "//"), "v_proj, retain": (COLORS["full"], "..")},
+    **{"all targets": (COLORS["prefix"], "xx"), "all targets, retain": (COLORS["lora"], "\\\\")},
+}
 
 
 @dataclass(frozen=True)
 class Corrected:
-    """An adapter, and what it says: in the order of the prompts."""
+    """An adapter, the variant that it is of, and what it says: in the order of the prompts."""
 
     folder: Path
-    settings: FinetuneLora
+    name: str
     said: Sequence[Said]
     divergence: float  # from the base on other sentences, nats a token
 
-    @property
-    def key(self) -> Key:
-        return self.settings.target_modules == V_PROJ, self.settings.retains
-
-    @property
-    def name(self) -> str:
-        return _name(self.key)
-
 
 def knowledge_correction(job: Job) -> Generator[Event, None, Facts]:
-    """V alone and all targets, with and without texts to retain, each with all seeds → two tables. Raises UserError."""
+    """V alone and all targets, with and without texts to retain, and the recipe as it is written → two tables.
+
+    Each with all seeds. Raises UserError.
+    """
     settings, trust = job.project.params.study_knowledge_correction, job.project.params.pretrain.trust_remote_code
     prompts = [p for p in read_prompts(job.path(settings.prompts), settings.prompts) if p.group in settings.groups]
     if not prompts:
         raise UserError(f"{settings.prompts} has none of the groups {', '.join(settings.groups)}. Name others.")
     folder = job.artifact("expand_vocab")
-    run = _run(job, settings)
-    folders = yield from made(job, [run])
     base = engine.load(folder, trust_remote_code=trust)
+    refuse_unsayable(base, [(prompt.prompt, prompt.corrected) for prompt in prompts], settings.prompts)
+    runs = _runs(job, settings, base.model)
+    folders = yield from made(job, runs)
     old = score(base, examples := read_examples(job.path(settings.old_data), settings.old_data))
     answers, before = said(base, [(p.prompt, p.answer) for p in prompts]), _said(base, prompts)
     tuned = list[Corrected]()
-    for adapter, own in adapters(run, folders[run.name]):
+    for adapter, name in (found for run in runs for found in _variants(run, folders[run.name])):
         loaded = engine.load(folder, adapter, trust_remote_code=trust)
-        tuned.append(Corrected(adapter, own, _said(loaded, prompts), score(loaded, examples, old).divergence))
+        tuned.append(Corrected(adapter, name, _said(loaded, prompts), score(loaded, examples, old).divergence))
     differences = _merged(job, folder, tuned, prompts)
     tables = _summary(prompts, before, tuned, differences), _prompts(prompts, answers, before, tuned)
-    stored = weight_bytes(tuned[0].folder) / weight_bytes(folder)
+    stored = max(weight_bytes(one.folder) for one in tuned) / weight_bytes(folder)
     forget(job)
     found = Findings("Correcting a single fact", "§6", _text(tables[0], stored), tables)
-    return publish(job, found, lambda figure: _draw(figure, tables[1]))
+    height = max(4.0, 1 + 0.6 * len(tables[1].rows[:MOST]))
+    labels = ["base", *_by_name(tuned)]
+    return publish(job, found, lambda figure: _draw(figure, tables[1], labels), (9, height))
 
 
-def _run(job: Job, settings: StudyKnowledgeCorrection) -> Run:
-    """finetune_lora, but with alpha = rank, no embeddings in full, and what the study says (§6, step 3)."""
+def _runs(job: Job, settings: StudyKnowledgeCorrection, model: CausalLM) -> list[Run]:
+    """finetune_lora, but with alpha = rank everywhere, no embeddings in full, and what the study says (§6, step 3).
+
+    A model whose V has no linear of its own, such as GPT-2, has no variant with V alone.
+    """
     lora = job.project.params.finetune_lora
     base = replace(
         lora,
@@ -78,17 +89,29 @@ def _run(job: Job, settings: StudyKnowledgeCorrection) -> Run:
         epochs=settings.epochs,
         rank=settings.rank,
         alpha=float(settings.rank),
+        rank_pattern={},
+        alpha_pattern={},
         learning_rate=settings.learning_rate,
         train_embeddings="none" if lora.train_embeddings == "none" else "new_rows",
         retain=settings.retain,
     )
-    targets = list(dict.fromkeys((V_PROJ, lora.target_modules)))
+    has_v = any(ends(name, *V_PROJ) and adaptable(module) for name, module in model.named_modules())
+    targets = list(dict.fromkeys((V_PROJ, lora.target_modules) if has_v else (lora.target_modules,)))
     weights = (0.0, settings.retain_weight) if settings.retain else (0.0,)
-    return together("correction", base, target_modules=targets, retain_weight=weights, seed=settings.seeds)
+    runs = [together("correction", base, target_modules=targets, retain_weight=weights, seed=settings.seeds)]
+    if has_v:
+        written = replace(base, learning_rate=settings.recipe_rate, target_modules=V_PROJ, retain_weight=0.0)
+        runs.insert(0, together(AS_WRITTEN, written, seed=settings.seeds))
+    return runs
 
 
-def _name(key: Key) -> str:
-    return ("v_proj" if key[0] else "all targets") + (", retain" if key[1] else "")
+def _variants(run: Run, folder: Path) -> list[tuple[Path, str]]:
+    """Folder of each adapter that a run made, and what it is called."""
+    return [(adapter, AS_WRITTEN if run.name == AS_WRITTEN else _name(own)) for adapter, own in adapters(run, folder)]
+
+
+def _name(own: FinetuneLora) -> str:
+    return ("v_proj" if own.target_modules == V_PROJ else "all targets") + (", retain" if own.retains else "")
 
 
 def _said(loaded: Loaded, prompts: Sequence[Prompt]) -> list[Said]:
@@ -101,6 +124,7 @@ def _merged(job: Job, base: Path, tuned: Sequence[Corrected], prompts: Sequence[
     for one in tuned:
         if one.name not in found:
             out = job.run / PARTS / "merged" / one.folder.name
+            shutil.rmtree(out, ignore_errors=True)  # of a study that was killed
             out.mkdir(parents=True)
             asked = [prompt.prompt for prompt in prompts]
             trust = job.project.params.pretrain.trust_remote_code
@@ -131,9 +155,13 @@ def _summary(
             }
         )
     change, keep = (sum(p.rule == rule for p in prompts) for rule in ("must_change", "must_keep"))
-    title = f"Of {change} prompts to correct and {keep} to keep, those with the right first choice"
+    title = f"Of {_counted(change)} to correct and {keep} to keep, those with the right first choice"
     forms = {"corrected": ".1f", "kept": ".1f", "divergence": ".3f", "merge_differs_by": ".0e"}
     return Table("summary", title, rows, forms)
+
+
+def _counted(number: int) -> str:
+    return f"{number} prompt{'' if number == 1 else 's'}"
 
 
 def _counts(prompts: Sequence[Prompt], answers: Sequence[Sequence[Said]]) -> dict[str, Cell]:
@@ -179,35 +207,22 @@ def _text(summary: Table, stored: float) -> str:
     )
     return (
         f"{summary.title}: {told}. The divergence is from the base on other sentences, in nats a token. An adapter "
-        f"takes {stored:.1%} of the base's bytes; merged, its logits differ from those beside the base by "
+        f"takes {stored:.1%} of the base's bytes at most; merged, its logits differ from those beside the base by "
         f"{max(mean(row['merge_differs_by']) for row in summary.rows[1:]):.0e} at most."
     )
 
 
-def _draw(figure: Figure, prompts: Table) -> None:
+def _draw(figure: Figure, prompts: Table, labels: Sequence[str]) -> None:
     """A bar for each prompt and adapter: above what is to change, below what is to stay."""
-    names = [name for name in prompts.columns if prompts.formats.get(name) and name not in prompts.hidden]
-    colors = dict(
-        zip(
-            names, (COLORS["scratch"], COLORS["freeze"], COLORS["full"], COLORS["prefix"], COLORS["lora"]), strict=False
-        )
-    )
     axis = figure.subplots()
-    rows = prompts.rows[:MOST]
-    for number, name in enumerate(names):
-        cells = [row[name] for row in rows]
-        values = list(map(mean, cells))
-        places = [place + 0.16 * (number - len(names) / 2 + 0.5) for place in range(len(values))]
-        axis.barh(
-            places,
-            values,
-            0.14,
-            color=colors[name],
-            label=name.replace("_", " "),
-            hatch=("", "//", "..", "xx", "\\\\")[number],
-        )
-    labels = [f"{row['prompt']} → {row['word']}" for row in rows]
-    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    rows, step = prompts.rows[:MOST], 0.84 / len(labels)
+    for number, label in enumerate(labels):
+        color, hatch = LOOKS[label]
+        values = [mean(row[_column(label)]) for row in rows]
+        places = [place + step * (number - len(labels) / 2 + 0.5) for place in range(len(values))]
+        axis.barh(places, values, 0.88 * step, color=color, hatch=hatch, label=label)
+    asked = [f"{row['prompt']} → {row['word']}" for row in rows]
+    axis.set_yticks(range(len(asked)), asked, fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="probability", xlim=(0, 1))
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

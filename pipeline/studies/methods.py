@@ -19,9 +19,8 @@ from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.knowledge import FORMATS, IN_WORDS, ruler, spreads
 from pipeline.studies.runs import forget, made
 from pipeline.studies.taught import METHODS
-from pipeline.tables import Row, Spread, Table, mean, shown
+from pipeline.tables import Row, Spread, Table, ends, mean, shown, times
 
-TIME = "time"  # a table in the run's folder: it differs from run to run
 LARGE = "qwen3-8b"
 COST = {"share": ".1%", "predicted_kB": ".0f", "measured_kB": ".0f", "stored_kB": ".0f"}
 NEVER_THE_BASE = "training from scratch"
@@ -37,7 +36,7 @@ def methods(job: Job) -> Generator[Event, None, Facts]:
         name: [method.run(name, job.project.params, seed) for seed in settings.seeds]
         for name, method in METHODS.items()
     }
-    folders = yield from made(job, [run for of in runs.values() for run in of])
+    folders = yield from made(job, [run for of in runs.values() for run in of], resume=False)
     by_method = {name: [folders[run.name] for run in of] for name, of in runs.items()}
     learned = {name: [measures.measure(_loaded(folder, base)) for folder in of] for name, of in by_method.items()}
     knowledge = Table(
@@ -79,13 +78,15 @@ def _telemetry(folder: Path) -> dict[str, str]:
 
 def _time(by_method: Mapping[str, Sequence[Path]]) -> Table:
     """Seconds of each method's loop: of the machine that it ran on, and so not a part of what the study finds."""
-    seconds = {name: [float(_telemetry(folder)["seconds"]) for folder in of] for name, of in by_method.items()}
-    steps = {name: int(_telemetry(of[0])["step"]) for name, of in by_method.items()}
-    rows: list[Row] = [
-        {"method": name, "steps": steps[name], "seconds": Spread.of(of), "ms_a_step": 1000 * min(of) / steps[name]}
-        for name, of in seconds.items()
-    ]
-    return Table(TIME, "Time on this machine", rows, {"seconds": ".2f", "ms_a_step": ".2f"})
+    rows: list[Row] = []
+    for name, of in by_method.items():
+        last = [_telemetry(folder) for folder in of]
+        steps, seconds = [int(one["step"]) for one in last], [float(one["seconds"]) for one in last]
+        least = min(taken / number for taken, number in zip(seconds, steps, strict=True))
+        rows.append(
+            {"method": name, "steps": Spread.of(steps), "seconds": Spread.of(seconds), "ms_a_step": 1000 * least}
+        )
+    return times(rows)
 
 
 def _large() -> Table:
@@ -147,10 +148,10 @@ def _draw(figure: Figure, knowledge: Table) -> None:
         axis.errorbar(
             x.mean,
             y.mean,
-            xerr=[[x.mean - x.low], [x.high - x.mean]],
-            yerr=[[y.mean - y.low], [y.high - y.mean]],
+            xerr=ends([x]),
+            yerr=ends([y]),
             color=COLORS[method.look],
-            marker="osD^vPX*d<>p"[number],
+            marker="osD^vPX*d<s>p"[number],
             linestyle="",
             label=str(row["method"]),
         )

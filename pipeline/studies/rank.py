@@ -13,7 +13,7 @@ from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.knowledge import FORMATS, IN_WORDS, Knowledge, ruler, spreads
 from pipeline.studies.runs import DOCUMENT, Run, adapters, forget, made, together
 from pipeline.study_params import StudyRank
-from pipeline.tables import Row, Spread, Table, mean
+from pipeline.tables import Row, Spread, Table, ends, mean
 
 NEAR = 0.05  # nats a token: as good as the best
 Tuned = Mapping[str, Sequence[tuple[FinetuneLora, Knowledge]]]  # by the run's name
@@ -26,13 +26,18 @@ def rank(job: Job) -> Generator[Event, None, Facts]:
     measures = ruler(job, settings.old_data, settings.new_data, settings.prompt_words)
     base = job.artifact("expand_vocab")
     sweeps, full = _sweeps(settings), _full(settings)
-    folders = yield from made(job, [*sweeps, *(run for runs in full.values() for run in runs)])
+    folders = yield from made(job, [*sweeps, *(run for runs in full.values() for run in runs)], diverging=True)
     tuned = {
         run.name: [(own, measures.measure(engine.load(base, at))) for at, own in adapters(run, folders[run.name])]
+        if run.name in folders
+        else []
         for run in sweeps
     }
-    whole = {rate: [measures.measure(engine.load(folders[run.name])) for run in runs] for rate, runs in full.items()}
-    tables = _ranks(settings, tuned, whole), _alphas(tuned), _rates(settings, tuned, whole)
+    whole = {
+        rate: [measures.measure(engine.load(folders[run.name])) for run in runs if run.name in folders]
+        for rate, runs in full.items()
+    }
+    tables = _ranks(settings, tuned, whole), _alphas(settings, tuned), _rates(settings, tuned, whole)
     forget(job)
     found = Findings("Rank, alpha and learning rate", "§2.4, §5", _text(*tables), tables)
     return publish(job, found, lambda figure: _draw(figure, *tables), (11, 4))
@@ -78,11 +83,10 @@ def _ranks(settings: StudyRank, tuned: Tuned, whole: Whole) -> Table:
     return Table("ranks", "Rank, with alpha = rank and with the document's alpha of 1", rows, FORMATS)
 
 
-def _alphas(tuned: Tuned) -> Table:
-    alphas = dict.fromkeys(own.alpha for own, _ in tuned["alphas"])
+def _alphas(settings: StudyRank, tuned: Tuned) -> Table:
     rows: list[Row] = [
         {"alpha": a, "scale": a / DOCUMENT.rank, **spreads([one for own, one in tuned["alphas"] if own.alpha == a])}
-        for a in alphas
+        for a in settings.alphas
     ]
     return Table("alphas", f"Alpha, at rank {DOCUMENT.rank}", rows, {**FORMATS, "alpha": "g", "scale": "g"})
 
@@ -94,7 +98,6 @@ def _rates(settings: StudyRank, tuned: Tuned, whole: Whole) -> Table:
         rows += [
             {"learning_rate": rate, "method": name, "diverged": len(settings.seeds) - len(found), **spreads(found)}
             for name, found in (("lora", lora), ("full", whole[rate]))
-            if found
         ]
     return Table(
         "rates", "Learning rate, LoRA at alpha = rank and full fine-tuning", rows, {**FORMATS, "learning_rate": "g"}
@@ -102,29 +105,46 @@ def _rates(settings: StudyRank, tuned: Tuned, whole: Whole) -> Table:
 
 
 def _text(ranks: Table, alphas: Table, rates: Table) -> str:
-    even = {row["rank"]: mean(row["new_loss"]) for row in ranks.rows if row["alpha"] == "r"}
-    full = next(mean(row["new_loss"]) for row in ranks.rows if row["alpha"] == "full")
-    best = min(even.values())
-    enough = next(r for r, loss in even.items() if loss <= best + NEAR)
-    said = ", ".join(f"{loss:.3f} at r = {r}" for r, loss in even.items())
+    even = [row for row in ranks.rows if row["alpha"] == "r"]
+    full = next(row for row in ranks.rows if row["alpha"] == "full")
+    said = ", ".join(f"{_loss(row)} at r = {row['rank']}" for row in even)
     return "\n\n".join(
         [
             IN_WORDS,
-            f"With alpha = r the new loss is {said}; full fine-tuning has {full:.3f}. The least rank within {NEAR:g} "
-            f"nats of the best is {enough}.",
+            f"With alpha = r the new loss is {said}; full fine-tuning has {_loss(full)}. {_enough(even)}",
             f"Alpha at rank {DOCUMENT.rank}: "
-            + ", ".join(f"{row['alpha']:g} → {mean(row['new_loss']):.3f}" for row in alphas.rows)
+            + ", ".join(f"{row['alpha']:g} → {_loss(row)}" for row in alphas.rows)
             + ".",
             _tolerance(rates),
         ]
     )
 
 
+def _loss(row: Row) -> str:
+    return "none, as every run diverged" if row["new_loss"] is None else f"{mean(row['new_loss']):.3f}"
+
+
+def _learned(rows: Sequence[Row]) -> list[Row]:
+    """Those of which at least one run ended with a finite loss."""
+    return [row for row in rows if row["new_loss"] is not None]
+
+
+def _enough(rows: Sequence[Row]) -> str:
+    losses = {row["rank"]: mean(row["new_loss"]) for row in _learned(rows)}
+    if not losses:
+        return "No rank learns."
+    enough = next(r for r, loss in losses.items() if loss <= min(losses.values()) + NEAR)
+    return f"The least rank within {NEAR:g} nats of the best is {enough}."
+
+
 def _tolerance(rates: Table) -> str:
     """The rates at which each method learns as well as it can, within `NEAR`."""
     said = []
     for method, name in (("full", "full fine-tuning"), ("lora", "LoRA")):
-        rows = [row for row in rates.rows if row["method"] == method]
+        rows = _learned([row for row in rates.rows if row["method"] == method])
+        if not rows:
+            said.append(f"{name} diverges at each")
+            continue
         losses = {mean(row["learning_rate"]): mean(row["new_loss"]) for row in rows}
         good = [rate for rate, loss in losses.items() if loss <= min(losses.values()) + NEAR]
         said.append(f"{name} is within {NEAR:g} nats of its best from {min(good):g} to {max(good):g}")
@@ -136,7 +156,8 @@ def _draw(figure: Figure, ranks: Table, alphas: Table, rates: Table) -> None:
     for alpha, color, marker in (("r", COLORS["lora"], "o"), ("1", COLORS["prompt"], "s")):
         _line(left, [row for row in ranks.rows if row["alpha"] == alpha], "rank", f"alpha = {alpha}", color, marker)
     full = next(row for row in ranks.rows if row["alpha"] == "full")
-    left.axhline(mean(full["new_loss"]), color=COLORS["full"], linestyle="--", label="full fine-tuning")
+    if _learned([full]):
+        left.axhline(mean(full["new_loss"]), color=COLORS["full"], linestyle="--", label="full fine-tuning")
     _line(middle, alphas.rows, "alpha", f"r = {DOCUMENT.rank}", COLORS["lora"], "o")
     for method, marker in (("full", "s"), ("lora", "o")):
         _line(right, [r for r in rates.rows if r["method"] == method], "learning_rate", method, COLORS[method], marker)
@@ -145,7 +166,10 @@ def _draw(figure: Figure, ranks: Table, alphas: Table, rates: Table) -> None:
         (middle, "alpha", alphas.rows),
         (right, "learning_rate", rates.rows),
     ):
-        axis.set(xlabel=name.replace("_", " "), xscale="log", yscale="log")
+        axis.set(xlabel=name.replace("_", " "))
+        if not _learned(rows):
+            continue
+        axis.set(xscale="log", yscale="log")
         measured = sorted({mean(row[name]) for row in rows if row[name] is not None})
         axis.set_xticks(measured, [f"{value:g}" for value in measured])
         axis.set_xticks([], minor=True)
@@ -155,8 +179,6 @@ def _draw(figure: Figure, ranks: Table, alphas: Table, rates: Table) -> None:
 
 
 def _line(axis: Figure, rows: Sequence[Row], name: str, label: str, color: str, marker: str) -> None:
-    cells = [cell for row in rows if isinstance(cell := row["new_loss"], Spread)]
-    ends = [[c.mean - c.low for c in cells], [c.high - c.mean for c in cells]]
-    axis.errorbar(
-        [row[name] for row in rows], [c.mean for c in cells], yerr=ends, label=label, color=color, marker=marker
-    )
+    cells = {row[name]: cell for row in rows if isinstance(cell := row["new_loss"], Spread)}
+    look = {"label": label, "color": color, "marker": marker}
+    axis.errorbar(list(cells), [c.mean for c in cells.values()], yerr=ends(cells.values()), **look)

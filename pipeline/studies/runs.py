@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,13 +22,18 @@ from pipeline.runner import Event, Job, Note, Progress, Work
 from pipeline.stages.finetune import learner_of
 from pipeline.stages.sweep import sweep
 from pipeline.sweep import variants
-from pipeline.training.loop import Diverged, Task, steps, train
+from pipeline.training.loop import Diverged, NotFinite, Task, steps, train
 from pipeline.training.optimizer import FlatAdam
 
 Found = TypeVar("Found")
 
 PARTS = "parts"
 DOCUMENT = FinetuneLora()  # the document's settings (§9.2)
+
+
+def named(window: int) -> str:
+    """What a run with this window trains on, in words."""
+    return f"windows of {window} tokens" if window else "whole sentences"
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,27 @@ def adapters(run: Run, folder: Path) -> Iterator[tuple[Path, FinetuneLora]]:
             yield folder / name, own
 
 
-def made(job: Job, runs: Sequence[Run]) -> Generator[Event, None, dict[str, Path]]:
-    """Name → folder of what each run made: an artifact as its stage makes it. Raises UserError as the stages do."""
+def made(
+    job: Job, runs: Sequence[Run], resume: bool = True, diverging: bool = False
+) -> Generator[Event, None, dict[str, Path]]:
+    """Name → folder of what each run made: an artifact as its stage makes it.
+
+    Without `resume` a run that was not finished begins anew: its telemetry is then of all its steps. With `diverging`
+    one whose loss is not finite is left out. Raises UserError as the stages do.
+    """
     found = {}
     for number, run in enumerate(runs):
         part = _part(job, run)
         if not _is_there(part):
-            yield from _work(part, run, number, len(runs))
+            if not resume:
+                shutil.rmtree(part.run, ignore_errors=True)
+            try:
+                with _named(job, run):
+                    yield from _work(part, run, number, len(runs))
+            except NotFinite:
+                if not diverging:
+                    raise
+                continue
         found[run.name] = part.out
     return found
 
@@ -69,24 +89,26 @@ def made(job: Job, runs: Sequence[Run]) -> Generator[Event, None, dict[str, Path
 def looked_at(
     job: Job, run: Run, when: Callable[[Task], Collection[int]], look: Callable[[Loaded], Found]
 ) -> Generator[Event, None, dict[int, Found]]:
-    """Step → what `look` finds in the model after it; 0 is before the first. The run ends with the last step of `when`.
+    """Step → what `look` finds in the model after it; 0 is before the first. It ends after the last of `when`.
 
     It begins anew each time: what was seen before a kill is gone. Raises UserError as the stage does.
     """
     part = replace(_part(job, run), checkpoint_every=2**31)
     shutil.rmtree(part.run, ignore_errors=True)
     part.out.mkdir(parents=True)
-    learner = yield from learner_of(part)
-    wanted = when(learner.task)
-    loaded = Loaded(run.name, learner.base.model, learner.base.tokenizer, job.project.artifact("expand_vocab"))
-    found = {0: look(loaded)} if 0 in wanted else {}
-    for event in train(part, learner.task) if max(wanted) else ():
-        if isinstance(event, Progress) and event.done in wanted:
-            learner.base.model.eval()
-            found[event.done] = look(loaded)
-            learner.base.model.train()
-            if event.done == max(wanted):
-                break
+    with _named(job, run):
+        learner = yield from learner_of(part)
+        wanted = when(learner.task)
+        loaded = Loaded(run.name, learner.base.model, learner.base.tokenizer, job.project.artifact("expand_vocab"))
+        found = {0: look(loaded)} if 0 in wanted else {}
+        for event in train(part, learner.task) if max(wanted) else ():
+            if isinstance(event, Progress):
+                if event.done > max(wanted):  # a signal during the last look is acted on after one more step
+                    break
+                if event.done in wanted:
+                    learner.base.model.eval()
+                    found[event.done] = look(loaded)
+                    learner.base.model.train()
     return found
 
 
@@ -104,24 +126,32 @@ def taught(
     job: Job, run: Run, optimizer_of: Callable[[CausalLM, Training], FlatAdam]
 ) -> Generator[Event, None, Loaded]:
     """The model after a run that another optimizer does; nothing is saved. Raises UserError as the stage does."""
-    part = _part(job, run)
-    learner = yield from learner_of(part)
-    model, settings = learner.base.model, learner.task.settings
-    model.train()
-    try:
-        for _ in steps(learner.task, optimizer_of(model, settings)):
-            pass
-    except Diverged as diverged:
-        raise UserError(
-            f"{job.stage.name}, {run.name}: the loss is not finite at step {diverged.number + 1}. Lower "
-            f"{job.stage.name}.learning_rate."
-        ) from None
+    with _named(job, run):
+        learner = yield from learner_of(_part(job, run))
+        model, settings = learner.base.model, learner.task.settings
+        model.train()
+        try:
+            for _ in steps(learner.task, optimizer_of(model, settings)):
+                pass
+        except Diverged as diverged:
+            raise NotFinite(
+                f"the loss is not finite at step {diverged.number + 1}. Lower {job.stage.name}.learning_rate."
+            ) from None
     return Loaded(run.name, model.eval(), learner.base.tokenizer, job.project.artifact("expand_vocab"))
 
 
 def forget(job: Job) -> None:
     """Remove what the runs made, once it is measured."""
     shutil.rmtree(job.run / PARTS, ignore_errors=True)
+
+
+@contextmanager
+def _named(job: Job, run: Run) -> Iterator[None]:
+    """What is wrong in a run is said with the study's name and its own: of many runs it is one."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{job.stage.name}, {run.name}: {error}") from None
 
 
 def _part(job: Job, run: Run) -> Job:
@@ -137,10 +167,11 @@ def _part(job: Job, run: Run) -> Job:
 
 
 def _is_there(part: Job) -> bool:
-    """Whether the run was finished before, with the same settings."""
-    if not (part.out / artifact.MANIFEST).is_file():
+    """Whether the run was finished before, with the same settings, and what it made is whole."""
+    try:
+        return bool(artifact.verify(part.out).get("key") == part.key)
+    except UserError:
         return False
-    return bool(artifact.read_manifest(part.out).get("key") == part.key)
 
 
 def _work(part: Job, run: Run, number: int, of: int) -> Generator[Event, None, None]:

@@ -1,6 +1,6 @@
 """What a model says next, for the studies that ask prompts of many models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class Spoken:
     by_prompt: dict[str, Tensor]
 
     def probability(self, prompt: str, word: str) -> float:
-        """Of a word that is one token."""
+        """Of a word that is one token; `refuse_unsayable` says of which there is none."""
         return float(self.by_prompt[prompt][self.loaded.tokenizer.continuation(prompt, word)[0]])
 
     def first(self, prompt: str) -> str:
@@ -43,6 +43,16 @@ def ask(loaded: Loaded, prompts: Sequence[str]) -> Spoken:
     hidden = read(model, [encode(loaded, prompt) for prompt in prompts])
     found = [finite(model.logits(each[-1]).float().cpu()).softmax(0) for each in hidden]
     return Spoken(loaded, dict(zip(prompts, found, strict=True)))
+
+
+def refuse_unsayable(loaded: Loaded, pairs: Iterable[tuple[str, str]], name: str) -> None:
+    """Raises UserError for the first (prompt, word) of file `name` whose word the model's tokenizer cannot say."""
+    for prompt, word in pairs:
+        if not loaded.tokenizer.continuation(prompt, word):
+            raise UserError(
+                f"{name}: {word!r}, which is to follow {prompt!r}, is no word of {loaded.name}. Name one that it "
+                "knows, or add this one with expand_vocab."
+            )
 
 
 def prompts_of(job: Job, name: str, group: str) -> list[Prompt]:

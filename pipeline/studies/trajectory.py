@@ -6,12 +6,13 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+from pipeline import engine
 from pipeline.looks import COLORS, OTHERS
 from pipeline.runner import Event, Facts, Job, Progress
 from pipeline.stages.finetune import finetune
 from pipeline.studies.findings import Figure, Findings, publish
-from pipeline.studies.runs import DOCUMENT, Run, forget, looked_at
-from pipeline.studies.spoken import Spoken, ask, document
+from pipeline.studies.runs import DOCUMENT, Run, forget, looked_at, named
+from pipeline.studies.spoken import Spoken, ask, document, refuse_unsayable
 from pipeline.study_params import StudyTrajectory
 from pipeline.tables import Row, Spread, Table, shown
 
@@ -33,11 +34,13 @@ def trajectory(job: Job) -> Generator[Event, None, Facts]:
     """The correction trained with each window and seed, asked after each step → tables, a picture. Raises UserError."""
     settings = job.project.params.study_trajectory
     claimed = document(job.path(settings.document), settings.document, SECTION)
-    steps, curves = range(max(settings.steps) + 1), list[Curve]()
+    words = [(claimed["prompt"], word) for word in words_of(claimed)]
+    refuse_unsayable(engine.load(job.artifact("expand_vocab")), words, settings.document)
+    last, curves = max(settings.steps), list[Curve]()
     wanted = list(product(settings.windows, settings.seeds))
     for window, seed in wanted:
-        run = run_of(settings, window, seed)
-        said = yield from looked_at(job, run, lambda _: steps, partial(ask, prompts=[claimed["prompt"]]))
+        run = run_of(settings, window, seed, last)
+        said = yield from looked_at(job, run, lambda _: range(last + 1), partial(ask, prompts=[claimed["prompt"]]))
         curves.append(Curve(window, seed, said))
         yield Progress(len(curves), len(wanted), run.name)
     tables = _table(settings, claimed, curves), _firsts(claimed["prompt"], curves)
@@ -46,17 +49,18 @@ def trajectory(job: Job) -> Generator[Event, None, Facts]:
     return publish(job, found, lambda figure: _draw(figure, claimed, curves))
 
 
-def run_of(settings: StudyTrajectory, window: int, seed: int) -> Run:
+def run_of(settings: StudyTrajectory, window: int, seed: int, steps: int) -> Run:
     """As many epochs as the steps can need: the rate is constant, so that those after them change nothing."""
     rate, batch = settings.learning_rate, settings.batch_size
-    epochs = max(1, *settings.steps)
+    epochs = max(1, steps)
     lora = replace(
         DOCUMENT, data=settings.data, seed=seed, epochs=epochs, learning_rate=rate, batch_size=batch, window=window
     )
-    return Run(f"window {window}, seed {seed}", "finetune_lora", finetune, {"finetune_lora": lora})
+    return Run(f"{named(window)}, seed {seed}", "finetune_lora", finetune, {"finetune_lora": lora})
 
 
-def _words(claimed: Mapping[str, Any]) -> list[str]:
+def words_of(claimed: Mapping[str, Any]) -> list[str]:
+    """Those that the document has probabilities of."""
     return list(next(iter(claimed["steps"].values())))
 
 
@@ -72,7 +76,7 @@ def _table(settings: StudyTrajectory, claimed: Mapping[str, Any], curves: Sequen
             },
         }
         for step in settings.steps
-        for word in _words(claimed)
+        for word in words_of(claimed)
     ]
     forms = dict.fromkeys(rows[0], PERCENT)
     return Table("steps", f"Probabilities after *{claimed['prompt']}*, by step", rows, forms | {"step": ""})
@@ -114,17 +118,12 @@ def _turn(firsts: Table, steps: Table, window: int) -> str:
     return f"{named(window)}: {when}; after step {last[0]['step']} {ends}"
 
 
-def named(window: int) -> str:
-    """What a run with this window trains on, in words."""
-    return f"windows of {window} tokens" if window else "whole sentences"
-
-
 def _draw(figure: Figure, claimed: Mapping[str, Any], curves: Sequence[Curve]) -> None:
     """A panel for each window: a line for each word and seed; markers are the document's numbers."""
     windows = list(dict.fromkeys(curve.window for curve in curves))
     axes = figure.subplots(1, len(windows), sharey=True, squeeze=False)[0]
     for axis, window in zip(axes, windows, strict=True):
-        for word, color, line, marker in zip(_words(claimed), PALETTE, ("--", "-", ":", "-."), "os^D", strict=False):
+        for word, color, line, marker in zip(words_of(claimed), PALETTE, ("--", "-", ":", "-."), "os^D", strict=False):
             for number, curve in enumerate(curve for curve in curves if curve.window == window):
                 values = [curve.said[step].probability(claimed["prompt"], word) for step in sorted(curve.said)]
                 axis.plot(sorted(curve.said), values, line, color=color, label=None if number else word)

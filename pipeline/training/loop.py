@@ -85,6 +85,10 @@ class Diverged(Exception):
         self.number, self.found = number, found
 
 
+class NotFinite(Agreed):
+    """A run ended because its loss is not finite: a study may count it, and go on."""
+
+
 def steps(task: Task, optimizer: FlatAdam, done: int = 0, tokens: int = 0) -> Iterator[Step]:
     """Train from after step `done`, with `tokens` learned from, to the last epoch's end: one record a step.
 
@@ -267,13 +271,13 @@ def watched(
     yield from records
 
 
-def _divergence(job: Job, task: Task, diverged: Diverged) -> UserError:
+def _divergence(job: Job, task: Task, diverged: Diverged) -> NotFinite:
     name, found, number = job.stage.name, diverged.found, diverged.number
     only_retained = math.isfinite(found.loss) and not math.isfinite(found.divergence or 0)
     retain = task.retain if only_retained else None
     places = (retain or task.batches).places(number)
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-    return UserError(
+    return NotFinite(
         f"{name}: the loss is {found.loss}{f', the divergence from the base {found.divergence}' if retain else ''} "
         f"and the gradient's norm {found.norm} at step {number + 1}, on {shown}. Lower {name}.learning_rate in "
         f"params.yaml, or look at these examples. The weights before that step are kept in "

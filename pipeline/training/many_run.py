@@ -6,14 +6,14 @@ from contextlib import ExitStack
 
 import torch
 
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import Interrupted
 from pipeline.metrics import LOSS, Peak, RunLog, Step, in_units
 from pipeline.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.sweep import DIVERGED, STOPPED, tell_ends
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.live import LiveBytes
-from pipeline.training.loop import prepared, watched
+from pipeline.training.loop import NotFinite, prepared, watched
 from pipeline.training.many import Standing, steps
 from pipeline.training.many_adam import ManyAdam
 from pipeline.training.many_step import ManyTask
@@ -23,7 +23,7 @@ from pipeline.training.signals import HeldSignals
 def train_many(job: Job, task: ManyTask) -> Generator[Event, None, Standing]:
     """Train all adapters in place; killed at any step, the next call goes on where it was.
 
-    Returns how each of them ended. Raises Interrupted after a signal, with a checkpoint written, and UserError where
+    Returns how each of them ended. Raises Interrupted after a signal, with a checkpoint written, and NotFinite where
     none is left.
     """
     name, settings = job.stage.name, task.variants[0].settings
@@ -41,11 +41,11 @@ def train_many(job: Job, task: ManyTask) -> Generator[Event, None, Standing]:
 
 
 def _ended(job: Job, task: ManyTask, optimizer: ManyAdam, standing: Standing, live: LiveBytes) -> Iterator[Event]:
-    """The best weights in place where they were looked for. Raises UserError where no adapter is left."""
+    """The best weights in place where they were looked for. Raises NotFinite where no adapter is left."""
     name = job.stage.name
     yield from _news(job, task, standing)
     if all(standing.diverged):
-        raise UserError(f"{name}: no adapter is left: the loss of each is not finite. Lower learning_rate.")
+        raise NotFinite(f"{name}: no adapter is left: the loss of each is not finite. Lower learning_rate.")
     if task.evaluation is not None:
         task.evaluation.restore_best(optimizer)
     task.model.eval()
