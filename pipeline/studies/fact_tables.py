@@ -118,7 +118,7 @@ class Tried:
         forms = dict.fromkeys(("document", "measured", "least", "greatest"), PERCENT)
         rows = [self._row(said) for said in self.claimed]
         hidden = ("kind", "same_first")
-        return Table("rows", f"§6's two tables, at {_said(self.nearest)}", rows, forms, hidden)
+        return Table("rows", f"§6's two tables, trained on {_said(self.nearest)}", rows, forms, hidden)
 
     def _row(self, said: Said) -> Row:
         answers = self._answers(said.model, self.nearest)
