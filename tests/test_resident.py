@@ -168,12 +168,13 @@ def test_one_thread_serves_small_models_and_all_cores_a_large_one_or_what_the_us
     base, threads = checkpoint(tmp_path / "base"), list[int]()
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     Residents(CPU).load("a", base, None)
-    assert threads == [1]
+    assert set(threads) == {1}
     monkeypatch.setattr(device, "LARGE", 100_000)
     Residents(CPU).load("a", base, None)
+    assert threads[-1] == os.cpu_count()
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     Residents(CPU).load("a", base, None)
-    assert threads == [1, os.cpu_count(), 7]
+    assert threads[-1] == 7
 
 
 def test_a_saved_view_has_the_bytes_of_its_base(tmp_path: Path) -> None:
