@@ -17,15 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file
+from torch import nn
+from torch.testing import assert_close
 from transformers import OPTForCausalLM
 
 from pipeline import engine
+from pipeline.adapters.lora import LoRALinear
 from pipeline.dag import STAGES, Project
 from pipeline.data import read_examples
 from pipeline.errors import UserError
 from pipeline.figures.changes import held_by, held_if_normal, needed_for, needed_if_normal, trained_by
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.figures import MEASURED
+from pipeline.figures.formulas import Watched, formulas
 from pipeline.figures.geometry import Plane, best_of_rank, circle, farthest, share_of_rank
 from pipeline.figures.gradient import gradient_example
 from pipeline.figures.landscape import given_gradients
@@ -34,10 +38,10 @@ from pipeline.figures.style import FROZEN, GREEN, INK, LITTLE_TO_MUCH, PRINT, RE
 from pipeline.figures.subspace import finetuning_subspace
 from pipeline.measure import score
 from pipeline.metrics import read_steps
-from pipeline.params import load
+from pipeline.params import Init, load
 from pipeline.runner import Job
 from pipeline.studies.runs import silently
-from pipeline.tables import Cell, read_table
+from pipeline.tables import Cell, mean, read_table
 from tests.conftest import Lora
 from tests.support import BRIEF, folder_bytes, make, refusal
 
@@ -266,6 +270,45 @@ def test_gradients_exist_where_something_trains_and_nowhere_else(figured: Path) 
     groups = table(figured, "gradient_example_groups")
     assert sum(number(row["parameters_with_grad"]) for row in groups) == manifest["parameters"]["trainable"]
     assert sum(number(row["tensors"]) for row in groups) == len(rows)
+
+
+@pytest.mark.parametrize("init", ["document", "pissa"])
+def test_the_documents_gradients_are_autograds_of_the_unfolded_product(init: Init) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Linear(6, 5), torch.randn(2, 7, 6, requires_grad=True)
+    layer = LoRALinear(base, 2, 0.5, init=init)
+    nn.init.normal_(layer.lora_B)
+    watched = Watched(layer)
+    torch.autograd.backward((layer(x) ** 3).sum())
+    A, B = (p.detach().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    moved = layer.minus_first_B @ layer.first_A if init == "pissa" else torch.zeros(5, 6)
+    h = x.detach() @ (base.weight + 0.5 * moved).T + base.bias + 0.5 * (x.detach() @ A.T) @ B.T
+    torch.autograd.backward((h**3).sum())
+    assert A.grad is not None and B.grad is not None and x.grad is not None
+    assert_close(watched.of_A.float(), A.grad, rtol=1e-4, atol=1e-4)
+    assert_close(watched.of_B.float(), B.grad, rtol=1e-4, atol=1e-4)
+    row = watched.row("it")
+    assert mean(row["error_A"]) < 1e-5 and mean(row["error_B"]) < 1e-5
+    through = (3 * h.detach() ** 2) @ base.weight.detach()
+    assert mean(row["through_W"]) == pytest.approx(float(through.norm() / x.grad.norm()), rel=1e-4)
+    layer.lora_A.grad = 2 * A.grad
+    assert mean(watched.row("it")["error_A"]) == pytest.approx(1, rel=1e-4), "a factor that is missing is seen"
+
+
+def test_the_trained_adapter_has_a_row_for_each_matrix(figured: Path) -> None:
+    rows = table(figured, "gradient_example_formulas")
+    stored = load_file(figured / "artifacts/lora_adapter/adapter_model.safetensors")
+    names = [name.removeprefix("base_model.model.") for name in stored if name.endswith("lora_A.weight")]
+    assert {f"{row['module']}.lora_A.weight" for row in rows} == set(names)
+    assert max(number(row[key]) for row in rows for key in ("error_A", "error_B")) < 1e-5
+    assert min(number(row["through_W"]) for row in rows) > 0.5
+
+
+@pytest.mark.parametrize("setting", ["dora=true", "init_lora_weights=pissa", "quantization=nf4-dq"])
+def test_the_formulas_are_tried_on_any_adapter(figured: Path, tmp_path: Path, setting: str) -> None:
+    root = shutil.copytree(figured, tmp_path / "project", ignore=shutil.ignore_patterns("runs"))
+    make(root, ["finetune_lora"], [f"finetune_lora.{setting}", "finetune_lora.epochs=2"])
+    assert len(formulas(job_of(root)).rows) == 8
 
 
 def test_the_way_from_tisch_to_sofa_ends_where_the_trained_adapter_is(figured: Path, tmp_path: Path) -> None:

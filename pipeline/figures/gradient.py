@@ -10,6 +10,7 @@ from pipeline import engine
 from pipeline.engine import Loaded
 from pipeline.figures.changes import trained_by
 from pipeline.figures.drawn import Drawn
+from pipeline.figures.formulas import formulas
 from pipeline.figures.landscape import Given, Landscape, given_gradients, landscape, sentences
 from pipeline.figures.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, ORANGE, RED, SMALL, WIDE, signed
 from pipeline.runner import Event, Job
@@ -60,7 +61,7 @@ def gradient_example(job: Job) -> Generator[Event, None, Drawn]:
         "Gradients explained",
         _shows(seen, groups),
         _caption(seen, descent, groups),
-        (groups, _descent_table(descent), _tensors(given), _landscape(seen)),
+        (groups, _descent_table(descent), _tensors(given), _landscape(seen), formulas(job)),
         lambda figure: _draw(figure, seen, descent, groups),
         (WIDE, 2.9),
     )

@@ -105,8 +105,15 @@ class Sources:
         """Mean training loss of each epoch, from a loss.csv below artifacts/."""
         return epoch_means(read_steps(self._made(path)))
 
+    @cached_property
+    def _tables(self) -> dict[str, list[dict[str, Cell]]]:
+        """Those that were read: some hundred claims ask some thirty."""
+        return {}
+
     def _rows(self, table: str) -> list[dict[str, Cell]]:
-        return read_table(self._made(_file(table)))
+        if table not in self._tables:
+            self._tables[table] = read_table(self._made(_file(table)))
+        return self._tables[table]
 
     def _made(self, path: str) -> Path:
         """A file below artifacts/. Raises NotRun with the command that makes it."""
