@@ -8,7 +8,7 @@ import typer
 
 from cli import adapters, ask, cache, calc, claims, data, doctor, export, figures, new, spectrum, stages, study
 from cli.options import group
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.world import world
 
 app = group(
@@ -55,9 +55,13 @@ def main() -> None:
     except Interrupted as stop:
         _fail(f"{stop}. Run the same command to go on.", 128 + stop.signal_number)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        _fail("not enough memory. Lower the sizes in params.yaml.", 1)
+        _fail(
+            f"out of memory ({first_line(error)}). Take a smaller model or shorter texts (`lora calc --model` says "
+            "what a model needs), or run on the CPU with CUDA_VISIBLE_DEVICES= before the command.",
+            1,
+        )
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}. What was there before is unchanged.", 1)
 

@@ -24,8 +24,8 @@ LONGEST_ATTENTION = 512  # tokens; its square of numbers is sent
 class Answers:
     """Answers to requests, in the protocol of `pipeline.serve`. Each raises UserError for what it refuses."""
 
-    def __init__(self, on: torch.device) -> None:
-        self.models = Residents(on)
+    def __init__(self) -> None:
+        self.models = Residents()
         self._whole: Mapping[str, Callable[[Request], Answer]] = {
             "load": self._load,
             "unload": self._unload,
@@ -128,7 +128,7 @@ class Answers:
         return {"modules": [{**one._asdict(), "share_of_first": one.share_of_first} for one in found]}
 
     def _status(self, _: Request) -> Answer:
-        return {**device.facts(self.models.device), "loaded": self.models.names, "pid": os.getpid()}
+        return {**device.facts(device.best_device()), "loaded": self.models.names, "pid": os.getpid()}
 
     def _one(self, request: Request) -> Loaded:
         return self.models.get(request.text("model")).at(request.strength())

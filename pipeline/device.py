@@ -3,7 +3,7 @@
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() and not several else "cpu")
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
 LARGE = 10_000_000  # parameters; below it an accelerator, or a second thread, costs more than it gains
 
 
@@ -29,9 +31,32 @@ def device_for(model: nn.Module) -> torch.device:
     Products as small as MiniGPT's gain nothing from a second thread, and two runs side by side, whose threads spin for
     each other's cores, were measured to take seven times as long.
     """
-    large = sum(t.numel() for t in (*model.parameters(), *model.buffers())) >= LARGE  # few bits are kept in buffers
+    large = sum(t.numel() for t in _tensors(model)) >= LARGE
     torch.set_num_threads(_threads() if large else 1)
     return best_device() if large else torch.device("cpu")
+
+
+def placed(model: Model) -> Model:
+    """`model`, moved to where it is asked: `device_for` it, or the CPU where that device's free memory is too small.
+
+    Every model that answers goes through here; one that trains is moved by the training loop, which may share it out.
+    """
+    device = device_for(model)
+    return model.to(device if size(model) <= free(device) else "cpu")
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of its tensors."""
+    return sum(t.numel() * t.element_size() for t in _tensors(model))
+
+
+def free(device: torch.device) -> float:
+    """Bytes that can still be allocated there; infinite where the system may swap."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+def _tensors(model: nn.Module) -> tuple[torch.Tensor, ...]:
+    return (*model.parameters(), *model.buffers())  # quantized weights are buffers
 
 
 def _threads() -> int:

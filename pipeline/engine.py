@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.binding import quantization_of
 from pipeline.dag import VARIANTS, Project
+from pipeline.device import placed
 from pipeline.errors import UserError
 from pipeline.generate import GREEDY, Sampling, finite, generate
 from pipeline.models.base import load_base
@@ -46,10 +47,11 @@ def load(
 ) -> Loaded:
     """The checkpoint at `base` with the adapter at `adapter` on it.
 
-    The base is kept in as few bits as the adapter was trained on, or as `quantization` says.
-    Raises UserError; never the base in its place.
+    The base is kept in as few bits as the adapter was trained on, or as `quantization` says, on the device that suits
+    it. Raises UserError; never the base in its place.
     """
     model, tokenizer = load_base(base, None, trust_remote_code, quantization or quantization_of(adapter))
+    placed(model)
     if adapter is not None:
         load_adapter(model, base, adapter)
     return Loaded(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)

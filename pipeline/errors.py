@@ -11,3 +11,19 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as CUDA, MPS and the CPU say it
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on any device. Told by its words, so that torch need not be imported."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a message of one line."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -75,6 +75,7 @@ def score(loaded: Loaded, examples: Sequence[Example], base: Scored | None = Non
             labels.append(ids[1:][rows][chosen].cpu())
             if base is not None:
                 log_p = base.logits(base.hidden[number][rows]).float().log_softmax(-1)  # its vocabulary may be smaller
+                log_p = log_p.to(log_q.device)  # one of two large models may have found no room beside the other
                 far.append((log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1).cpu())
     divergence = float(torch.cat(far).mean()) if far else 0.0
     predicted = torch.cat(losses), torch.cat(choices), torch.cat(labels)

@@ -134,7 +134,8 @@ def difference(one: Loaded, other: Loaded, texts: Sequence[str]) -> Difference:
     farthest, divergences, same = list[Tensor](), list[Tensor](), 0
     with exact(one.model), exact(other.model):
         for first, second in zip(read(one.model, ids), read(other.model, ids), strict=True):
-            p, q = one.model.logits(first).float(), other.model.logits(second).float()
+            p = one.model.logits(first).float()
+            q = other.model.logits(second).float().to(p.device)
             log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
             farthest.append((p - q).abs().max())
             divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
 from torch import nn
 
 from pipeline import engine
@@ -34,10 +33,9 @@ def view(model: CausalLM) -> CausalLM:
 class Base:
     """A checkpoint in memory, as its files were at `signature`."""
 
-    def __init__(self, folder: Path, device: torch.device, trust_remote_code: bool, quantization: Kept) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool, quantization: Kept) -> None:
         self.folder, self.signature, self.trusted = folder, signature(folder), trust_remote_code
         self.loaded = engine.load(folder, trust_remote_code=trust_remote_code, quantization=quantization)
-        self.loaded.model.to(device)
 
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
@@ -87,8 +85,7 @@ class Resident:
 class Residents:
     """Models by name. A base stays while any of them uses it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self._bases: WeakValueDictionary[tuple[Path, Kept], Base] = WeakValueDictionary()
         self._models: dict[str, Resident] = {}
 
@@ -103,13 +100,12 @@ class Residents:
         folder, quantization = base.resolve(), quantization_of(adapter)
         known = self._bases.get((folder, quantization))
         resident = known is not None and known.signature == signature(folder)
-        there = known if known is not None and resident else Base(base, self.device, trust_remote_code, quantization)
+        there = known if known is not None and resident else Base(base, trust_remote_code, quantization)
         self._bases[folder, quantization] = there
         model = _on(there, base, name) if adapter is None else _adapted(there, base, adapter, name)
         there.refuse_changed()
         self._models[name] = model
-        if self.device.type == "cpu":
-            device_for(model.loaded.model)
+        device_for(model.loaded.model)  # as many threads as this one can use
         return model, resident
 
     def unload(self, name: str) -> None:

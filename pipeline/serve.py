@@ -20,14 +20,12 @@ from typing import Any, BinaryIO
 import torch
 
 from pipeline.answers import Answers
-from pipeline.device import best_device
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line, is_out_of_memory
 from pipeline.request import Request
 
 WAITING = 64  # requests; further ones are told that it is busy
 LONGEST = 2**20  # bytes of a request
 FAILED_DEVICE = 3  # exit code: after it nothing on the device is to be trusted
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _BROKEN = ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "MPS backend")
 
 
@@ -135,12 +133,10 @@ class Server:
 
 def device_failure(error: BaseException) -> str | None:
     """What to tell of an error after which the process must end, or None for any other error."""
-    text = str(error)
-    first = text.strip().splitlines()[0][:200] if text.strip() else type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in _NO_MEMORY):
-        return f"the memory ran out ({first}); load fewer or smaller models, or give a shorter prompt"
-    if any(sign in text for sign in _BROKEN):
-        return f"the device failed ({first})"
+    if is_out_of_memory(error):
+        return f"the memory ran out ({first_line(error)}); load fewer or smaller models, or give a shorter prompt"
+    if any(sign in str(error) for sign in _BROKEN):
+        return f"the device failed ({first_line(error)})"
     return None
 
 
@@ -159,7 +155,7 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(1)
     try:
-        Server(Answers(best_device()), sys.stdin.buffer, answers_to).run()
+        Server(Answers(), sys.stdin.buffer, answers_to).run()
     except KeyboardInterrupt:
         code = 130
     except BaseException:

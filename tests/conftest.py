@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 
 from cli.main import main
+from tests import standin
 from tests.models import checkpoint
 from tests.support import BRIEF, PIPELINE, ROOT, WORK, git, make, new_project
 
@@ -23,6 +24,7 @@ settings.load_profile("default")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tests run side by side on few cores
+STANDIN = standin.register()
 
 Lora = Callable[..., tuple[int, str, str]]
 

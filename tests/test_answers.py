@@ -20,7 +20,7 @@ Answer = dict[str, Any]
 
 @pytest.fixture
 def answers(endless: Path) -> Answers:
-    answers = Answers(torch.device("cpu"))
+    answers = Answers()
     answers.models.load("m", endless, None)
     return answers
 

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from pipeline.models import short_attention
-from pipeline.models.attend import attend, register
+from pipeline.models.attend import Rule, _flash, attend, register
 
 MODULE = nn.Module()
 SMALL: dict[str, Any] = {
@@ -234,3 +235,48 @@ def test_masks_and_wrong_lengths_are_refused() -> None:
         attend(MODULE, *inputs, torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match="add up"):
         attend(MODULE, *inputs, None, segments=[1, 2])
+
+
+def flash_by_hand(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, firsts: Tensor, longest_q: int, longest_k: int, **options: Any
+) -> Tensor:
+    """(T, H, K) of packed queries (T, H, K), keys and values (S, G, K), as flash attention documents its arguments.
+
+    Query i of t sees keys i + s - t - left to i + s - t + right of its sequence's s, both included; -1 is no bound.
+    """
+    left, right = options["window_size"]
+    shared = q.shape[1] // k.shape[1]
+    assert options["enable_gqa"] == (shared > 1)
+    queries, keys = (bounds.diff().tolist() for bounds in (starts, firsts))
+    assert (longest_q, longest_k) == (max(queries), max(keys)) and starts.dtype == firsts.dtype == torch.int32
+    out = torch.zeros_like(q)
+    for n, (t, s) in enumerate(zip(queries, keys, strict=True)):
+        own, before = slice(int(starts[n]), int(starts[n + 1])), int(firsts[n])
+        for i, h in ((i, h) for i in range(t) for h in range(q.shape[1])):
+            first = 0 if left < 0 else max(0, i + s - t - left)
+            last = s - 1 if right < 0 else min(s - 1, i + s - t + right)
+            seen = slice(before + first, before + last + 1)
+            weights = (k[seen, h // shared] @ q[own][i, h] * options["scale"]).softmax(0)
+            out[own][i, h] = weights @ v[seen, h // shared]
+    return out
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    prefix=st.integers(0, 3),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    window=st.none() | st.integers(1, 10),
+)
+def test_what_flash_attention_is_asked_for_on_a_gpu_is_the_mask_of_the_cpu(
+    lengths: list[int], prefix: int, heads: tuple[int, int], window: int | None
+) -> None:
+    """The kernel is written out by its documentation; the arguments are those that a GPU's gets."""
+    spans = [prefix + length for length in lengths]
+    q, k, v = (one.detach() for one in tensors(*heads, sum(lengths), sum(spans)))
+    rule = Rule(0.4, window)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(varlen, "varlen_attn", flash_by_hand)
+        found = _flash(q, k, v, lengths, spans, rule)
+    parts = zip(*(torch.split(x, sizes, 2) for x, sizes in ((q, lengths), (k, spans), (v, spans))), strict=True)
+    wanted = torch.cat([by_hand(a, b, c, rule.scale, window, None, None) for a, b, c in parts], 1)
+    assert_close(found, wanted, atol=1e-5, rtol=1e-5)

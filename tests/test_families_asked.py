@@ -90,7 +90,7 @@ def test_prompt_compare_and_verify_answer(family: Made, name: str, cli: Lora) ->
 @pytest.fixture(params=FAMILIES)
 def talk(request: pytest.FixtureRequest, family: Made) -> Talk:
     """A family's expanded base and its adapter in the inference process, and where its artifacts are."""
-    answers, artifacts = Answers(torch.device("cpu")), family(request.param) / "artifacts"
+    answers, artifacts = Answers(), family(request.param) / "artifacts"
     base = str(artifacts / "expanded")
     for name, adapter in (("base", None), ("tuned", str(artifacts / "lora_adapter"))):
         said = told(answers, "load", name=name, base=base, adapter=adapter)[-1]

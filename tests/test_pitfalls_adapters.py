@@ -351,7 +351,7 @@ def test_pitfall_10_a_merge_changes_neither_base_nor_adapter(cli: Lora, tmp_path
 
 def test_pitfall_10_adapters_that_are_switched_answer_to_the_last_bit_as_loaded_anew(tmp_path: Path) -> None:
     base = toy_in_bf16(tmp_path, "one", "two")
-    models, answers = Residents(CPU), {}
+    models, answers = Residents(), {}
     for name in ("base", "one", "two", "one", "base", "two"):
         models.load("model", base, None if name == "base" else tmp_path / name)
         answers[name] = logits(models.get("model").at(1).model)

@@ -153,7 +153,7 @@ def test_adapters_of_every_kind_share_one_base_and_do_not_disturb_each_other(bri
     base = brief / "artifacts/expanded"
     names = {"lora_adapter": "lora_adapter", "prefix": "prefix", "prompt": "prompt"}
     alone = {name: logits(load(base, brief / "artifacts" / folder)) for name, folder in names.items()}
-    models = Residents(torch.device("cpu"))
+    models = Residents()
     plain = models.load("base", base, None)[0]
     residents = {name: models.load(name, base, brief / "artifacts" / folder)[0] for name, folder in names.items()}
     for name, resident in residents.items():

@@ -16,7 +16,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write safetensors with PEFT's and transformers' one metadata entry. Raises UserError on a full disk."""
     try:
-        save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+        # Copied on the CPU: a checkpoint is also saved when the device has no byte left.
+        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        save_file(copies, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(f"cannot write {path}: {error}. Free some space or choose another folder.") from None
 

@@ -123,7 +123,7 @@ def gptq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:
 def _inverse_root(gram: Tensor) -> Tensor:
     """Upper triangular U with UᵀU = (G + damping)⁻¹. Inputs that are never there stand for themselves alone."""
     diagonal = gram.diagonal().mean().clamp(min=1e-30) * DAMPING
-    damped = gram + diagonal * torch.eye(len(gram), dtype=gram.dtype)
+    damped = gram + diagonal * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return upper

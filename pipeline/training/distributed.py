@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.device import free, size
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
 from pipeline.models.quantized import QuantizedLinear
@@ -102,17 +103,14 @@ def agree(problem: str = "") -> None:
         raise Agreed(found)
 
 
-def is_lost(error: RuntimeError) -> bool:
+def is_lost(error: Exception) -> bool:
     """Whether a process of the run is gone, or the way to it."""
     return dist.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl", "connection"))
 
 
 def needs_shards(model: CausalLM, device: torch.device) -> bool:
     """Whether the weights take more than this device, or another process's, has free."""
-    if not dist.is_initialized() or device.type != "cuda":
-        return False
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return bool(largest_of(int(size > torch.cuda.mem_get_info()[0])))
+    return dist.is_initialized() and bool(largest_of(int(size(model) > free(device))))
 
 
 def shard(model: CausalLM, device: torch.device) -> None:

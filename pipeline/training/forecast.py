@@ -1,15 +1,49 @@
 """What the calculator says of the run that is about to start."""
 
+from dataclasses import replace
+
+import torch
+
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
 from pipeline.errors import UserError
+from pipeline.metrics import in_units
 from pipeline.models.causal import CausalLM
 from pipeline.models.minigpt import MiniGPT
 from pipeline.models.short_attention import LONGEST, blocks
 from pipeline.params import FinetuneLora, FinetuneVirtual, Training
 from pipeline.training.batches import Batch
 from pipeline.training.losses import CHUNK
+
+
+def smaller(model: CausalLM, method: Method, settings: Training, batch: Batch, stage: str) -> str:
+    """What the calculator says of a step on `batch`, and of each setting that makes it smaller, quality first."""
+    now, one = forecast(model, method, settings, batch), longest(batch)
+    ways: list[tuple[str, Training, Batch]] = []
+    if settings.checkpointing != "full":
+        ways.append((f"{stage}.checkpointing=full", replace(settings, checkpointing="full"), batch))
+    if settings.batch_size > 1:
+        whole = settings.batch_size * settings.accumulate
+        ways.append((f"{stage}.batch_size=1 with accumulate={whole}", settings, one))
+    if isinstance(settings, FinetuneLora) and settings.quantization == "none":
+        kept = replace(settings, quantization="nf4-dq", precision="bf16")
+        ways.append((f"{stage}.quantization=nf4-dq", kept, batch))
+    found = [(words, forecast(model, method, changed, read)) for words, changed, read in ways]
+    if now is None:
+        return f"Lower {stage}.max_length{''.join(f' or set {words}' for words, _ in found)}."
+    less = [f"{in_units(size)} with {words}" for words, size in found if size and size < now]
+    return f"By the calculator it needs {in_units(now)}; {', '.join(less) or f'lower {stage}.max_length'}."
+
+
+def longest(batch: Batch) -> Batch:
+    """The longest sequence of `batch` as a batch of its own."""
+    apart = max(batch.apart(), key=lambda one: one.ids.numel())
+    if len(apart.ids) == 1:
+        return apart
+    row = torch.arange(apart.ids.shape[1])  # sequences of one length: the first stands for all
+    kept = slice(None, len(row)) if apart.at is None else (apart.at < len(row)).to(apart.labels.device)
+    return Batch(apart.ids[:1], apart.positions[:1], apart.labels[kept], None if apart.at is None else apart.at[kept])
 
 
 def forecast(model: CausalLM, method: Method, settings: Training, batch: Batch, retained: bool = False) -> int | None:

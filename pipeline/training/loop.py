@@ -10,7 +10,7 @@ import torch
 
 from pipeline.calc.settings import Method
 from pipeline.device import device_for
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.metrics import Peak, RunLog, Step, in_units
 from pipeline.models.base import Base
 from pipeline.models.causal import CausalLM, Checkpointing
@@ -36,7 +36,7 @@ from pipeline.training.distributed import (
     told_by_first,
 )
 from pipeline.training.evaluation import Evaluation
-from pipeline.training.forecast import forecast
+from pipeline.training.forecast import forecast, smaller
 from pipeline.training.live import LiveBytes
 from pipeline.training.many_adam import ManyAdam
 from pipeline.training.optimizer import FlatAdam
@@ -83,6 +83,10 @@ class Diverged(Exception):
     def __init__(self, number: int, found: Gradient) -> None:
         super().__init__(number)
         self.number, self.found = number, found
+
+
+class OutOfMemory(Agreed):
+    """A step needs more memory than there is."""
 
 
 class NotFinite(Agreed):
@@ -162,7 +166,9 @@ def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
             optimizer.clear()
             _save(job, task, log, optimizer, done, tokens)
             raise _divergence(job, task, diverged) from None
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise _too_large(job, task, log, optimizer, done, tokens, error) from None
             if not is_lost(error):
                 raise
             raise Lost.during(name, _kept(job, task, log, optimizer, done, tokens)) from None
@@ -222,6 +228,16 @@ def _kept(job: Job, task: Task, log: RunLog, optimizer: FlatAdam, done: int, tok
     optimizer.clear()
     _save(job, task, log, optimizer, done, tokens)
     return f"A checkpoint after step {done} of {task.total} is kept. "
+
+
+def _too_large(
+    job: Job, task: Task, log: RunLog, optimizer: FlatAdam, done: int, tokens: int, error: BaseException
+) -> OutOfMemory:
+    """What to lower, and a checkpoint of the last whole step: memory may have been another program's."""
+    batch = task.batches[min(done, task.total - 1)][0]
+    kept = _kept(job, task, log, optimizer, done, tokens)
+    tried = smaller(task.model, task.method, task.settings, batch, job.stage.name)
+    return OutOfMemory(f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {tried} {kept}")
 
 
 def _predicted(task: Task, number: int) -> int:

@@ -6,14 +6,14 @@ from contextlib import ExitStack
 
 import torch
 
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, first_line, is_out_of_memory
 from pipeline.metrics import LOSS, Peak, RunLog, Step, in_units
 from pipeline.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.sweep import DIVERGED, STOPPED, tell_ends
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.live import LiveBytes
-from pipeline.training.loop import NotFinite, prepared, watched
+from pipeline.training.loop import NotFinite, OutOfMemory, prepared, watched
 from pipeline.training.many import Standing, steps
 from pipeline.training.many_adam import ManyAdam
 from pipeline.training.many_step import ManyTask
@@ -68,17 +68,27 @@ def _logged(
         _tell_ends(job, task, standing)
         logs = [stack.enter_context(_log(job, task, standing, n, done)) for n in range(len(task.variants))]
         signals = stack.enter_context(HeldSignals())
-        for each in records:
-            for n, record in each.items():
-                logs[n].append(record, Peak(0, live.peak), task.model.device.type)
-                done = record.step
-            yield from _news(job, task, standing)
-            stop = signals.received or 0
-            if stop or done % job.checkpoint_every == 0:
+        try:
+            for each in records:
+                for n, record in each.items():
+                    logs[n].append(record, Peak(0, live.peak), task.model.device.type)
+                    done = record.step
+                yield from _news(job, task, standing)
+                stop = signals.received or 0
+                if stop or done % job.checkpoint_every == 0:
+                    _save(job, task, logs, optimizer, standing, done)
+                if stop:
+                    raise Interrupted(stop, f"{name}: stopped after step {done} of {task.total}")
+                yield Progress(done, task.total, _said(each))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if optimizer.steps == done:  # else it was while the step was evaluated, and the weights are those after it
                 _save(job, task, logs, optimizer, standing, done)
-            if stop:
-                raise Interrupted(stop, f"{name}: stopped after step {done} of {task.total}")
-            yield Progress(done, task.total, _said(each))
+            raise OutOfMemory(
+                f"{name}: out of memory in step {done + 1} ({first_line(error)}). Train fewer at once: shorten "
+                f"{name}.grid, or lower finetune_lora.batch_size. The last checkpoint is kept."
+            ) from None
         if signals.received:
             raise Interrupted(signals.received, f"{name}: stopped after the last step")
 

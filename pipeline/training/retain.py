@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import switched_off
 from pipeline.data import Example, Window, iter_examples
+from pipeline.device import placed
 from pipeline.encode import encode
 from pipeline.errors import UserError
 from pipeline.generate import generate
@@ -88,10 +89,12 @@ def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, 
     examples = list(iter_examples(job.path(settings.retain), settings.retain, prompts=True))
     if prompts := sum(map(_is_prompt, examples)):
         yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retain}")
+        placed(base.model)
     for example in examples:
         ids = _completed(example, base) if _is_prompt(example) else _read(example, settings, base)
         found.append(Window(0, ids, ids))  # every token is one on which answers are compared
         places.append(example.place)
+    base.model.to("cpu")  # the training loop moves it, or shares it out
     return Listed(found, places)
 
 

@@ -1,0 +1,138 @@
+"""A stand-in for an accelerator: a device whose tensors lie on the CPU, and which refuses, as a GPU does, to compute
+with tensors that were left there.
+
+What runs on it gives the CPU's numbers, so that tests see without a GPU whether everything was moved.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+NAME = "standin"
+MOVES = {"aten::copy_", "aten::_to_copy"}  # what may have tensors of two devices
+ran: set[str] = set()  # names of the operations that ran there
+
+
+class There(Tensor):
+    """A tensor on the device; `held` is the one on the CPU that has its numbers."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "There":
+        made: There = Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device(NAME, 0),
+        )
+        made.held = held.detach()
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return _run(func, *args, **(kwargs or {}))
+
+    def _data(self) -> Tensor:
+        return There(self.held)
+
+    def _set_data(self, value: Tensor) -> None:
+        assert isinstance(value, There)
+        vars(Tensor.__base__)["data"].__set__(self, value)
+        self.held = value.held
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    data = property(_data, _set_data)
+
+
+def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """The operation on the CPU's tensors; its results are on the device asked for, or else on its inputs' device."""
+    name = func._schema.name
+    tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+    there = [one for one in tensors if isinstance(one, There)]
+    left = [one for one in tensors if not isinstance(one, There) and one.dim()]  # numbers may be anywhere
+    if there and left and name not in MOVES:
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {NAME} and cpu")
+    asked = kwargs.get("device")
+    to_there = bool(there) if asked is None else torch.device(asked).type == NAME
+    if asked is not None:
+        kwargs = {**kwargs, "device": "cpu"}
+    args, kwargs = tree_map(lambda one: one.held if isinstance(one, There) else one, (args, kwargs))
+    found = func(*args, **kwargs)
+    if to_there:
+        ran.add(name)
+    same = {id(one.held): one for one in there}  # in-place operations give back what they got
+
+    def wrapped(one: Any) -> Any:
+        if not isinstance(one, Tensor) or isinstance(one, There):
+            return one
+        known = same.get(id(one))
+        return known if known is not None else There(one) if to_there else one
+
+    return tree_map(wrapped, found)
+
+
+class _Factories(TorchFunctionMode):
+    """These move what they make in a way that no Python backend sees."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == NAME:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(NAME)
+        if func is Tensor.new_tensor and isinstance(args[0], There):
+            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(NAME)
+        if func is Tensor.__getitem__ and isinstance(args[0], There) and isinstance(args[1], list):
+            return args[0][torch.tensor(args[1]).to(NAME)]
+        return func(*args, **kwargs)
+
+
+class _Module(_DummyBackendModule):
+    """What torch asks of `torch.standin`: away from `standin()` there is no accelerator."""
+
+    def __init__(self) -> None:
+        self.present = False
+
+    def is_available(self) -> bool:
+        return self.present
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+_module = _Module()
+
+
+def register() -> torch.library.Library:
+    """Make the device known, once a process and before its first backward: autograd counts devices then.
+
+    It is known for as long as what is returned is kept.
+    """
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_module)
+    library = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
+    library.fallback(_run, "PrivateUse1")  # type: ignore[no-untyped-call]
+    return library
+
+
+@contextmanager
+def standin() -> Iterator[torch.device]:
+    """The device, while entered; `ran` begins empty."""
+    ran.clear()
+    _module.present = True
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # a moved parameter stays the same one, as on a GPU
+    try:
+        with _Factories():
+            yield torch.device(NAME)
+    finally:
+        _module.present = False
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
