@@ -188,5 +188,6 @@ def import_(
 def card(path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")]) -> None:
     """Print an adapter's model card: method, data and its digest, what was learned, what was forgotten."""
     from pipeline.card import card as text
+    from pipeline.legible import printable
 
-    typer.echo(text(path), nl=False)
+    typer.echo(printable(text(path)), nl=False)

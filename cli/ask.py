@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pipeline.engine import Loaded
 
 app = group()
+MOST_COLUMNS = 8  # of candidates: a table with a column for each token of a vocabulary takes minutes to lay out
 
 
 def _utf8(text: str) -> str:
@@ -77,7 +78,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Ask every variant that the pipeline has made, side by side."""
-    from cli.console import print_json, stdout, table
+    from cli.console import print_json, stderr, stdout, table
     from pipeline.engine import continued, variants
     from pipeline.errors import UserError
 
@@ -96,8 +97,11 @@ def compare(
     if as_json:
         print_json(answers)
         return
-    columns = ("model", *(f"#{place}" for place in range(1, top_k + 1)), "completion")
-    stdout.print(table(columns, [(name, *_cells(answer, top_k)) for name, answer in answers.items()]))
+    shown = min(top_k, MOST_COLUMNS)
+    columns = ("model", *(f"#{place}" for place in range(1, shown + 1)), "completion")
+    stdout.print(table(columns, [(name, *_cells(answer, shown)) for name, answer in answers.items()]))
+    if shown < top_k:
+        stderr.print(f"The table shows {shown} candidates; --json has all.")
 
 
 def _cells(answer: dict[str, Any], k: int) -> list[str]:
@@ -105,7 +109,7 @@ def _cells(answer: dict[str, Any], k: int) -> list[str]:
         return [*[""] * k, f"does not know: {', '.join(answer['unknown_words'])}"]
     from pipeline.legible import visible
 
-    choices = [f"{visible(choice['token'])} {choice['probability']:.1%}" for choice in answer["top_k"]]
+    choices = [f"{visible(choice['token'])} {choice['probability']:.1%}" for choice in answer["top_k"][:k]]
     return [*choices, *[""] * (k - len(choices)), " ".join(answer["completion"].split())]
 
 

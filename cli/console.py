@@ -5,17 +5,43 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+from pipeline.legible import OBEYED, printable
+
+
+class _Printable:
+    """What it holds, but for what a terminal would obey: names of folders, params and answers come from others."""
+
+    def __init__(self, held: ConsoleRenderable) -> None:
+        self.held = held
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self.held, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+class _Hook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(one) for one in renderables]
+
+
+def _console(*, stderr: bool = False) -> Console:
+    made = Console(stderr=stderr, highlight=False)
+    made.push_render_hook(_Hook())
+    return made
+
+
+stdout, stderr = _console(), _console(stderr=True)
+_ESCAPED = {code: f"\\u{code:04x}" for code in OBEYED}
 
 
 def print_json(value: Any) -> None:
-    """One JSON document and nothing else."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """One JSON document and nothing else; what a terminal would obey is escaped in it, and nothing is lost."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False).translate(_ESCAPED) + "\n")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
@@ -28,7 +54,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         whole = number and needed <= stdout.width  # else digits go on below: a cut number would be a wrong one
         built.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=whole)
     for row in rows:
-        built.add_row(*map(Text, row))
+        built.add_row(*(Text(printable(cell)) for cell in row))
     return built
 
 

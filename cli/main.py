@@ -9,6 +9,7 @@ import typer
 from cli import adapters, ask, cache, calc, claims, data, doctor, export, figures, new, spectrum, stages, study
 from cli.options import group
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
+from pipeline.legible import printable
 from pipeline.world import world
 
 app = group(
@@ -67,6 +68,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    message = printable(message)
     sys.stderr.write(f"error: {message}\n" if code == 1 else f"{message}\n")
     raise SystemExit(code)
 

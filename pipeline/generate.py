@@ -104,5 +104,5 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         ordered[sampling.top_k :] = -torch.inf
     probabilities = ordered.softmax(0)
     before = probabilities.cumsum(0) - probabilities  # mass of the likelier tokens
-    probabilities[before >= sampling.top_p] = 0
+    probabilities[1:][before[1:] >= sampling.top_p] = 0  # the likeliest stays, however small top_p is
     return torch.zeros_like(probabilities).scatter(0, ids, probabilities / probabilities.sum())

@@ -133,6 +133,15 @@ def test_compare_sets_all_variants_side_by_side(cli: Lora, finished: Path) -> No
     assert all(len(line) <= 100 for line in out.splitlines())
 
 
+def test_compare_shows_a_table_of_any_top_k_and_as_json_the_whole_vocabulary(cli: Lora, project: Path) -> None:
+    code, out, err = cli("compare", "katze", "--top-k", "99999", cwd=project)
+    assert code == 0 and "#8" in out and "#9" not in out
+    assert err == "The table shows 8 candidates; --json has all.\n"
+    whole = json.loads(cli("compare", "katze", "--top-k", "99999", "--json", cwd=project)[1])
+    assert len(whole["lora"]["top_k"]) == 99
+    assert sum(choice["probability"] for choice in whole["lora"]["top_k"]) == pytest.approx(1, abs=1e-4)
+
+
 def test_adapters_are_listed_with_what_was_measured(cli: Lora, finished: Path) -> None:
     metrics = json.loads((finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
     code, out, _ = cli("adapters", "--json", cwd=finished)

@@ -126,6 +126,12 @@ def test_generation_stops_at_the_last_position() -> None:
     assert len(list(generate(model, (5, 6, 7), {2}, 100))) == 32 - 3
 
 
+@pytest.mark.parametrize("p", [1e-320, 1e-45, 1e-9])
+def test_the_likeliest_token_is_left_however_small_top_p_is(p: float) -> None:
+    found = distribution(torch.tensor([0.5, 2.0, 1.0]), Sampling(1.0, top_p=p))
+    assert found.tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_sampling_out_of_range_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match="sampling needs"):

@@ -7,18 +7,22 @@ import shlex
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rich.segment import Segment
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.color import Color
 from textual.dom import DOMNode
+from textual.filter import LineFilter
 from textual.screen import Screen
 
 from pipeline.errors import UserError
+from pipeline.legible import OBEYED
 from tui.processes import Runner
 from tui.settings import Config, State, config_path, load_config, state_path
 
@@ -27,6 +31,26 @@ if TYPE_CHECKING:
 
 Severity = Literal["information", "warning", "error"]
 SCREENS = {"pipeline": "Pipeline", "curves": "Curves", "calculator": "Calculator", "adapters": "Adapters"}
+
+
+class _Printable(LineFilter):
+    """Takes control characters out of what is drawn: names of folders, logs and answers come from others.
+
+    They take no room in a line, so that its width stays; on the command line, which has room, each becomes a sign.
+    """
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:  # noqa: ARG002 (it is called so)
+        return [
+            segment if segment.control or segment.text.isprintable() else Segment(_drawn(segment.text), segment.style)
+            for segment in segments
+        ]
+
+
+def _drawn(text: str) -> str:
+    return "".join(c for c in text if ord(c) not in OBEYED)
+
+
+PRINTABLE = _Printable()
 
 
 class Workbench(App[None]):
@@ -74,6 +98,10 @@ class Workbench(App[None]):
             self.runner.stop()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGHUP)
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Textual's own, and one through which nothing passes that a terminal would obey."""
+        return [*super().get_line_filters(), PRINTABLE]
 
     def _first_theme(self) -> str:
         """The one in the config, the one chosen last, or one that suits the terminal's background."""

@@ -1,0 +1,103 @@
+"""What others wrote (names of folders, params, answers of a model) never reaches a terminal as something it obeys."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cli.console import print_json, stdout, table
+from pipeline.legible import OBEYED, printable
+from pipeline.models.base import Base, load_base, save_base
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.tokenizer import WordTokenizer
+from tests.conftest import Lora
+from tests.tui.support import until
+from tui.app import Workbench
+
+LINK = "\x1b]8;;https://example.org\x07evil\x9b31m\u202e"  # a link that is never closed, red, and text turned round
+
+
+def obeyed(text: str) -> set[str]:
+    return {c for c in text if ord(c) in OBEYED}
+
+
+@given(st.text())
+def test_only_what_a_terminal_obeys_is_changed(text: str) -> None:
+    shown = printable(text)
+    assert not obeyed(shown) and len(shown) == len(text)
+    assert all(a == b for a, b in zip(text, shown, strict=True) if ord(a) not in OBEYED)
+    assert printable("a\n\tb ü 世界 🤗") == "a\n\tb ü 世界 🤗"
+
+
+def test_every_way_to_the_command_lines_output_is_covered(capsys: pytest.CaptureFixture[str]) -> None:
+    stdout.print(LINK, markup=False)
+    stdout.print(table(("name", "value"), [(LINK, "1")]))
+    print_json({"name": LINK})
+    out = capsys.readouterr().out
+    assert not obeyed(out) and out.count("evil") == 3
+    assert json.loads(out[out.index("{") :]) == {"name": LINK}
+
+
+def adapter_called(root: Path, name: str) -> Path:
+    return Path(shutil.copytree(root / "artifacts/lora_adapter", root / "artifacts" / name))
+
+
+def test_names_of_folders_and_files_are_shown_and_not_obeyed(cli: Lora, project: Path) -> None:
+    adapter_called(project, "x\x1b[31m\x9b1m")
+    code, out, _ = cli("adapters", cwd=project)
+    assert code == 0 and not obeyed(out) and "x␛[31m" in out.replace("\n", "")
+    for words in (
+        ["pretrain", "--params", LINK.replace("/", "")],
+        ["prompt", "der", "--base", "no\x1b[31m"],
+        ["adapters", "card", "no\x1b[31m"],
+        ["pretrain", "--set", "pretrain.base=\x1b[31m"],
+    ):
+        code, out, err = cli(*words, cwd=project)
+        assert code == 1 and not obeyed(out + err), words
+
+
+def test_the_answer_of_a_model_is_shown_and_not_obeyed(cli: Lora, tmp_path: Path, project: Path) -> None:
+    """Of one whose every word after another is an escape sequence."""
+    words = ["w", "\x1b[31mred\x1b]8;;x\x07"]
+    tokenizer = WordTokenizer.of_words(words)
+    model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id))
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.zero_()
+    norm: Any = model.body.get_submodule("final_layer_norm")
+    norm.bias.fill_(1)
+    model.lm_head.weight[tokenizer.id_of_token(words[1])].fill_(1)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_base(base, Base(model, tokenizer))
+    code, out, _ = cli("prompt", "w", "--base", str(base), cwd=tmp_path)
+    assert code == 0 and not obeyed(out) and "␛[31mred" in out
+    code, out, _ = cli("prompt", "w", "--base", str(base), "--json", cwd=tmp_path)
+    assert not obeyed(out) and words[1] in json.loads(out)["completion"]
+    shutil.rmtree(project / "artifacts/base")
+    shutil.copytree(base, project / "artifacts/base")
+    code, out, _ = cli("compare", "w", cwd=project)
+    assert code == 0 and not obeyed(out)
+    assert load_base(base).tokenizer.word(tokenizer.id_of_token(words[1]) or 0) == words[1]
+
+
+async def test_the_terminal_ui_draws_nothing_that_a_terminal_obeys(project: Path) -> None:
+    adapter_called(project, "x\x1b[31m")
+    app = Workbench(project / "params.yaml")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("4")
+        await until(pilot, lambda: "x[31m" in drawn(app))
+        assert not obeyed(drawn(app))
+        app.say(f"a message {LINK}")
+        await pilot.press("f8")
+        await until(pilot, lambda: "evil" in drawn(app))
+        assert not obeyed(drawn(app))
+
+
+def drawn(app: Workbench) -> str:
+    """All text that is on the screen."""
+    return "".join(segment.text for strip in app.screen._compositor.render_strips() for segment in strip)
