@@ -59,8 +59,8 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         _fail(
-            f"out of memory ({first_line(error)}). Take a smaller model or shorter texts (`lora calc --model` says "
-            "what a model needs), or run on the CPU with CUDA_VISIBLE_DEVICES= before the command.",
+            f"out of memory ({first_line(error)}). Use a smaller model, shorter texts or smaller params (rank, "
+            "batch_size): `lora calc` says what they need. CUDA_VISIBLE_DEVICES= before the command runs it on the CPU.",
             1,
         )
     except OSError as error:

@@ -261,6 +261,16 @@ def test_training_out_of_memory_says_what_to_lower_and_goes_on_from_the_last_who
     assert losses(project, stage) == [pytest.approx(each, abs=1e-5) for each in losses(brief, stage)]
 
 
+@on_accelerator
+def test_a_model_that_finds_no_room_to_train_is_one_message(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
+
+    monkeypatch.setattr("pipeline.training.loop.prepared", full)
+    with pytest.raises(UserError, match=r"finetune_lora: out of memory in step 1 .*16\.00 GiB.*checkpointing=full"):
+        make(project, ["finetune_lora"], BRIEF, force=True)
+
+
 def test_the_advice_is_the_calculators() -> None:
     model = with_lora(toy("llama"), torch.float32)
     prepared(model, "none")

@@ -131,6 +131,10 @@ def train(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
         optimizer = yield from _trained(job, task)
     except UserError as error:  # the others are not where they could be told: they see that this one is gone
         raise error if isinstance(error, Agreed) else Agreed(str(error)) from None
+    except (RuntimeError, MemoryError) as error:  # before the first step: the model alone was too large
+        if not is_out_of_memory(error):
+            raise
+        raise _too_large(job, task, error) from None
     if not first():
         raise Helped
     return optimizer
@@ -168,7 +172,7 @@ def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
             raise _divergence(job, task, diverged) from None
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise _too_large(job, task, log, optimizer, done, tokens, error) from None
+                raise _too_large(job, task, error, done, _kept(job, task, log, optimizer, done, tokens)) from None
             if not is_lost(error):
                 raise
             raise Lost.during(name, _kept(job, task, log, optimizer, done, tokens)) from None
@@ -230,14 +234,13 @@ def _kept(job: Job, task: Task, log: RunLog, optimizer: FlatAdam, done: int, tok
     return f"A checkpoint after step {done} of {task.total} is kept. "
 
 
-def _too_large(
-    job: Job, task: Task, log: RunLog, optimizer: FlatAdam, done: int, tokens: int, error: BaseException
-) -> OutOfMemory:
-    """What to lower, and a checkpoint of the last whole step: memory may have been another program's."""
+def _too_large(job: Job, task: Task, error: BaseException, done: int = 0, kept: str = "") -> OutOfMemory:
+    """What to lower, and what was kept: the memory may have been another program's."""
     batch = task.batches[min(done, task.total - 1)][0]
-    kept = _kept(job, task, log, optimizer, done, tokens)
-    tried = smaller(task.model, task.method, task.settings, batch, job.stage.name)
-    return OutOfMemory(f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {tried} {kept}")
+    less = smaller(task.model, task.method, task.settings, batch, job.stage.name)
+    return OutOfMemory(
+        f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {less} {kept}".rstrip()
+    )
 
 
 def _predicted(task: Task, number: int) -> int:
