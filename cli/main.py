@@ -60,7 +60,7 @@ def main() -> None:
             raise
         _fail(
             f"out of memory ({first_line(error)}). Use a smaller model, shorter texts or smaller params (rank, "
-            "batch_size): `lora calc` says what they need. CUDA_VISIBLE_DEVICES= before the command runs it on the CPU.",
+            "batch_size): `lora calc` says what they need. CUDA_VISIBLE_DEVICES= before a command runs it on the CPU.",
             1,
         )
     except OSError as error:
