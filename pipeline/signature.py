@@ -1,19 +1,44 @@
 """Whether files may have changed since they were looked at, by what the file system says of them alone."""
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
-Signature = tuple[tuple[str, int, int, int], ...]
+
+class FileState(NamedTuple):
+    """A file's name in its folder, inode, size in bytes, and when its content and its inode last changed (ns).
+
+    No program can set the last one: it shows an edit that keeps the size and puts the first time back.
+    """
+
+    name: str
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+Signature = tuple[FileState, ...]
 
 
 def signature(path: Path) -> Signature:
-    """Name, inode, size in bytes and time of change (ns) of a file, or of every file below a folder; () if none."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    """The state of a file, or of every file below a folder, by name; () if there is none."""
+    if not path.is_dir():
+        return tuple(_states("", [path.name], str(path.parent)))
     found = []
-    for file in files:
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        inside = "" if folder == str(path) else f"{os.path.relpath(folder, path)}/"
+        found += _states(inside, names, folder)
+    return tuple(sorted(found))
+
+
+def _states(inside: str, names: list[str], folder: str) -> list[FileState]:
+    found = []
+    for name in names:
         try:
-            stat = file.stat()
+            stat = Path(folder, name).stat()
         except OSError:  # it went while it was looked at
             continue
-        if not file.is_dir() and "__pycache__" not in file.parts:
-            found.append((str(file.relative_to(path)), stat.st_ino, stat.st_size, stat.st_mtime_ns))
-    return tuple(found)
+        found.append(FileState(inside + name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return found
