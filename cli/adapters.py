@@ -36,7 +36,7 @@ def show(
     from pipeline.inventory import adapters as found_in
 
     store = DigestStore()
-    found = found_in(folder, store.contents)
+    found = found_in(folder, store.fingerprint, store.contents)
     store.save()
     if as_json:
         print_json([{**asdict(adapter), "path": str(adapter.path)} for adapter in found])

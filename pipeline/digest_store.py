@@ -22,8 +22,11 @@ Entry = tuple[str, dict[str, str]]  # a signature's digest, and what was compute
 
 
 def cache_home() -> Path:
-    """The user's folder for what can be computed again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """The user's folder for what can be computed again; for a user without a home, one that cannot be written."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 class DigestStore:

@@ -78,13 +78,21 @@ class Verdict:
     forgetting: float | None = None  # rise of the old sentences' loss, in nats a token
 
 
-def adapters(root: Path, contents: Contents = artifact.contents) -> list[Adapter]:
+def adapters(
+    root: Path, fingerprint: Fingerprint = base_fingerprint, contents: Contents = artifact.contents
+) -> list[Adapter]:
     """Every adapter below `root`, by path."""
     measurements = measured([root])
-    return [_adapter(folder, measurements, contents) for folder in model_folders(root) if (folder / CONFIG).exists()]
+    return [
+        _adapter(folder, root, measurements, fingerprint, contents)
+        for folder in model_folders(root)
+        if (folder / CONFIG).exists()
+    ]
 
 
-def _adapter(folder: Path, measurements: Measurements, contents: Contents) -> Adapter:
+def _adapter(
+    folder: Path, root: Path, measurements: Measurements, fingerprint: Fingerprint, contents: Contents
+) -> Adapter:
     model = describe(folder)
     return Adapter(
         path=folder,
@@ -96,7 +104,7 @@ def _adapter(folder: Path, measurements: Measurements, contents: Contents) -> Ad
         size=model.size,
         final_loss=model.final_loss,
         forgetting=_forgetting(artifact.contents_digest(contents(folder)), measurements),
-        problem=_problem(folder, contents),
+        problem=_problem(model, root, fingerprint, contents),
     )
 
 
@@ -105,16 +113,26 @@ def _trained_rank(folder: Path) -> int | None:
     return rank if isinstance(rank, int) else None
 
 
-def _problem(folder: Path, contents: Contents) -> str | None:
-    """Why the folder's files are not those of its manifest."""
+def _problem(model: Model, root: Path, fingerprint: Fingerprint, contents: Contents) -> str | None:
+    """Why it would be refused. A base that is not found says nothing of the adapter: --base may name it."""
     try:
-        artifact.read_json(folder / CONFIG, "Make the adapter again")
-        if not (folder / artifact.MANIFEST).exists():
+        artifact.read_json(model.path / CONFIG, "Make the adapter again")
+        if not (model.path / artifact.MANIFEST).exists():
             return UNSEALED
-        artifact.verify(folder, contents)
+        if not _has_base(model.path, root):
+            artifact.verify(model.path, contents)
+            return None
     except UserError as error:
         return str(error)
-    return None
+    return check(model, root, fingerprint=fingerprint, contents=contents).reason
+
+
+def _has_base(adapter: Path, root: Path) -> bool:
+    try:
+        find_base(adapter, root)
+    except UserError:
+        return False
+    return True
 
 
 def model_folders(root: Path) -> Iterator[Path]:
@@ -195,6 +213,22 @@ def _final_loss(path: Path) -> float | None:
 def _when(files: Signature) -> float | None:
     times = {file.name: file.modified / 1e9 for file in files}
     return times.get(artifact.MANIFEST, max(times.values(), default=None))
+
+
+def newest_model(root: Path = Path()) -> tuple[Path, Path | None]:
+    """Folders of base and adapter of the pipeline's model that was trained last in a project.
+
+    Where none is trained, its expanded base, or the base if it has no other.
+    """
+    folders = {name: [root / STAGES[stage].path for stage in pair if stage] for name, pair in VARIANTS.items()}
+    there = {name: found for name, found in folders.items() if all(map(Path.is_dir, found))}
+    trained = [found for name, found in there.items() if STAGES[VARIANTS[name][0]].method not in BASES or found[1:]]
+    base, *adapter = max(
+        reversed(trained),  # of two made at the same time, the later in the pipeline
+        key=lambda found: _when(signature(found[-1])) or 0.0,
+        default=there.get("expanded") or there.get("base") or folders["expanded"],
+    )
+    return base, adapter[0] if adapter else None
 
 
 def find_base(adapter: Path, root: Path) -> Path:

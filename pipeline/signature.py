@@ -1,6 +1,8 @@
 """Whether files may have changed since they were looked at, by what the file system says of them alone."""
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,22 +25,26 @@ Signature = tuple[FileState, ...]
 
 def signature(path: Path) -> Signature:
     """The state of a file, or of every file below a folder, by name; () if there is none."""
-    if not path.is_dir():
-        return tuple(_states("", [path.name], str(path.parent)))
-    found = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if name != "__pycache__"]
-        inside = "" if folder == str(path) else f"{os.path.relpath(folder, path)}/"
-        found += _states(inside, names, folder)
-    return tuple(sorted(found))
+    if path.is_dir():
+        return tuple(sorted(_states(str(path), "")))
+    try:
+        return (_state(path.name, path.stat()),)
+    except OSError:
+        return ()
 
 
-def _states(inside: str, names: list[str], folder: str) -> list[FileState]:
-    found = []
-    for name in names:
-        try:
-            stat = Path(folder, name).stat()
-        except OSError:  # it went while it was looked at
-            continue
-        found.append(FileState(inside + name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    return found
+def _states(folder: str, inside: str) -> Iterator[FileState]:
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:  # it went while it was looked at
+        return
+    for entry in entries:
+        if not entry.is_dir():
+            with suppress(OSError):
+                yield _state(inside + entry.name, entry.stat())
+        elif entry.name != "__pycache__" and not entry.is_symlink():
+            yield from _states(entry.path, f"{inside}{entry.name}/")
+
+
+def _state(name: str, stat: os.stat_result) -> FileState:
+    return FileState(name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)

@@ -173,6 +173,16 @@ def test_it_lies_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert cache_home() == tmp_path / ".cache"
 
 
+def test_a_user_without_a_home_keeps_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(digest_store, "cache_home", cache_home)
+    assert kept(folder) == kept(folder) == artifact.contents(folder)
+
+
 def test_the_list_of_adapters_hashes_each_once_in_all_calls(
     cli: Lora, tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

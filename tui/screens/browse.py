@@ -113,6 +113,7 @@ class BrowseScreen(WorkbenchScreen):
             self.selected.remove(gone)
             self.workbench.say(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
         self.entries = list(event.entries)
+        self._verdicts.clear()  # of an earlier scan; those that still hold are in these entries
         self.set_class(not self.entries, "-none")
         self.nothing.update(NONE)
         self.redraw()
