@@ -31,10 +31,13 @@ def show(
     from dataclasses import asdict
 
     from cli.console import print_json, stdout, table
+    from pipeline.digest_store import DigestStore
     from pipeline.inventory import Adapter
     from pipeline.inventory import adapters as found_in
 
-    found = found_in(folder)
+    store = DigestStore()
+    found = found_in(folder, store.fingerprint, store.contents)
+    store.save()
     if as_json:
         print_json([{**asdict(adapter), "path": str(adapter.path)} for adapter in found])
         return

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import DEFAULT_PARAMS, BaseOption, JsonOption, ParamsOption, TrustOption, group, project_of
+from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, TrustOption, group, project_of
 
 if TYPE_CHECKING:
     from pipeline.engine import Loaded
@@ -22,6 +22,14 @@ def _utf8(text: str) -> str:
     return text
 
 
+PromptBase = Annotated[
+    Path | None,
+    typer.Option(
+        "--base",
+        help="The model folder to ask, or to put --adapter on; default: the adapter's own base, or without "
+        "--adapter the newest model that was trained here, artifacts/expanded if there is none.",
+    ),
+]
 Text = Annotated[str, typer.Argument(metavar="TEXT", callback=_utf8, help="The beginning of a sentence.")]
 TopK = Annotated[int, typer.Option("--top-k", min=1, help="Candidates for the next token to show.")]
 Chat = Annotated[bool, typer.Option("--chat", help="TEXT is a user's turn, in the model's chat template.")]
@@ -31,7 +39,7 @@ MaxTokens = Annotated[int, typer.Option(min=0, help="Longest completion, in toke
 @app.command()
 def prompt(
     text: Text,
-    base: BaseOption = None,
+    base: PromptBase = None,
     adapter: Annotated[Path | None, typer.Option(help="An adapter folder.")] = None,
     top_k: TopK = 5,
     max_tokens: MaxTokens = 20,
@@ -43,18 +51,21 @@ def prompt(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask one model: the likeliest next tokens and a completion."""
+    """Ask one model, by default the newest that was trained here: the likeliest next tokens and a completion."""
     from rich.text import Text as Line
 
     from cli.console import bar, print_json, stdout, table
     from pipeline.binding import base_of
     from pipeline.engine import continued, load
     from pipeline.generate import Sampling
+    from pipeline.inventory import newest_model
     from pipeline.legible import visible
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
         raise typer.BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
-    loaded = load(base or base_of(adapter), adapter, trust_remote_code=trust_remote_code)
+    chosen = base is None and adapter is None
+    base, adapter = newest_model() if chosen else (base or base_of(adapter), adapter)
+    loaded = load(base, adapter, trust_remote_code=trust_remote_code)
     asked = _asked(loaded, text, chat)
     said = continued(loaded, asked, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
     answer = _answer(loaded, text, asked, top_k, said)
@@ -62,6 +73,7 @@ def prompt(
     if as_json:
         print_json(answer)
         return
+    _name(loaded, chosen)
     rows = [(visible(c["token"]), f"{c['probability']:.1%}", bar(c["probability"])) for c in answer["top_k"]]
     stdout.print(table(("next", "probability", ""), rows, right=("probability",)))
     before, after = (f"{text}\n→ ", said.strip()) if chat else (text, said.rstrip())
@@ -79,11 +91,14 @@ def compare(
 ) -> None:
     """Ask every variant that the pipeline has made, side by side."""
     from cli.console import print_json, stderr, stdout, table
+    from cli.outdated import outdated, warn
+    from pipeline.dag import VARIANTS
     from pipeline.engine import continued, variants
     from pipeline.errors import UserError
 
+    project = project_of(params)
     answers: dict[str, dict[str, Any]] = {}
-    for loaded in variants(project_of(params)):
+    for loaded in variants(project):
         asked = _asked(loaded, text, chat)
         if unknown := loaded.tokenizer.unknown_words(text):
             answers[loaded.name] = {"prompt": text, "unknown_words": unknown}
@@ -94,14 +109,25 @@ def compare(
     if all("unknown_words" in answer for answer in answers.values()):
         words = ", ".join(next(reversed(answers.values()))["unknown_words"])
         raise UserError(f"No variant knows: {words}. Use words of the training data, or add them with expand_vocab.")
+    made_by = {name: VARIANTS[name][1] or VARIANTS[name][0] for name in answers}
+    old = outdated(project, list(made_by.values()))
+    for name, answer in answers.items():
+        answer["outdated"] = list(old.get(made_by[name], ()))
+    if marked := [name for name in answers if answers[name]["outdated"]]:
+        reasons = dict.fromkeys(reason for name in marked for reason in answers[name]["outdated"])
+        warn(f"{', '.join(marked)} {'is' if len(marked) == 1 else 'are'}", list(reasons), old)
     if as_json:
         print_json(answers)
         return
     shown = min(top_k, MOST_COLUMNS)
     columns = ("model", *(f"#{place}" for place in range(1, shown + 1)), "completion")
-    stdout.print(table(columns, [(name, *_cells(answer, shown)) for name, answer in answers.items()]))
+    stdout.print(table(columns, [(_marked(name, answer), *_cells(answer, shown)) for name, answer in answers.items()]))
     if shown < top_k:
         stderr.print(f"The table shows {shown} candidates; --json has all.")
+
+
+def _marked(name: str, answer: dict[str, Any]) -> str:
+    return f"{name} (outdated)" if answer["outdated"] else name
 
 
 def _cells(answer: dict[str, Any], k: int) -> list[str]:
@@ -131,6 +157,15 @@ def _answer(loaded: "Loaded", text: str, asked: str, k: int, said: str) -> dict[
         "top_k": [vars(choice) for choice in engine.top_k(loaded, asked, k)],
         "completion": said.strip(),
     }
+
+
+def _name(loaded: "Loaded", chosen: bool) -> None:
+    """Says which model answers, and how to ask another where it was not named."""
+    from cli.console import stderr
+
+    model = f"{loaded.adapter} on {loaded.base}" if loaded.adapter else str(loaded.base)
+    how = ", the newest trained model here; name another with --base or --adapter" * chosen
+    stderr.print(f"model: {model}{how}", markup=False, soft_wrap=True)
 
 
 def _note_unbound(adapter: Path | None) -> None:

@@ -287,11 +287,14 @@ def _summary(folder: Path, manifest: dict[str, object]) -> str:
 def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     """Show the last comparison, and where the report is."""
     from cli.console import stdout, table
+    from cli.outdated import outdated, warn
     from pipeline.artifact import read_json
+    from pipeline.dag import STAGES
     from pipeline.errors import UserError
     from pipeline.report import SUMMARY_COLUMNS, summary_row
 
-    folder = project_of(params).artifact("evaluate")
+    project = project_of(params)
+    folder = project.artifact("evaluate")
     metrics = read_json(folder / "metrics.json", "Run `make repro`, or `lora evaluate`")
     try:
         rows = [(name, *summary_row(numbers)) for name, numbers in metrics.items()]
@@ -305,3 +308,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     whole = folder.parent / "claims/report.md"
     if whole.exists():
         stdout.print(f"what the document claims, and what was measured: {whole}")
+    for name in ("evaluate", *["claims"] * whole.exists()):
+        old = outdated(project, [name])
+        if name in old:
+            warn(f"{STAGES[name].path} is", old[name], old)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,15 +140,16 @@ def digest(path: Path) -> str:
         return file_digest(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist. Run the stage that makes it, or `dvc repro` for all of them.")
-    return _digest(contents(path))
+    return contents_digest(contents(path))
 
 
 def sealed_digest(manifest: Mapping[str, Any]) -> str:
     """`digest` of the folder that a manifest stands in, as it was when it was made."""
-    return _digest(manifest["files"])
+    return contents_digest(manifest["files"])
 
 
-def _digest(files: Mapping[str, str]) -> str:
+def contents_digest(files: Mapping[str, str]) -> str:
+    """`digest` of a folder with these contents."""
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
@@ -166,7 +167,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, contents: Callable[[Path], Mapping[str, str]] = contents) -> dict[str, Any]:
     """The manifest, once every file has the sha256 it names. Raises UserError with the first that has not."""
     manifest = read_manifest(folder)
     found, sealed = contents(folder), manifest["files"]

@@ -15,6 +15,7 @@ MODEL = "config.json"  # what a whole model has in its place
 VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # PEFT's types that change no weight
 DEFAULT_BASE = STAGES["expand_vocab"].path
 Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: base_fingerprint, or one that remembers
+Contents = Callable[[Path], Mapping[str, str]]  # of any folder: artifact.contents, or one that remembers
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -79,7 +80,12 @@ def quantization_of(adapter: Path | None) -> Kept:
     return said
 
 
-def refuse_foreign(base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint) -> None:
+def refuse_foreign(
+    base_folder: Path,
+    folder: Path,
+    fingerprint: Fingerprint = base_fingerprint,
+    contents: Contents = artifact.contents,
+) -> None:
     """Raises UserError if the adapter's manifest does not bind these files to this base.
 
     An adapter made elsewhere has no manifest: its names and shapes are all that can be checked.
@@ -88,7 +94,7 @@ def refuse_foreign(base_folder: Path, folder: Path, fingerprint: Fingerprint = b
         return
     manifest = artifact.read_manifest(folder)
     _refuse_edited(manifest, read_config(folder), folder / CONFIG)
-    artifact.verify(folder)
+    artifact.verify(folder, contents)
     trained_on, found = manifest.get("base", {}), fingerprint(base_folder)
     for part, digest in found.items():
         if trained_on.get(part) != digest:

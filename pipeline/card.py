@@ -27,7 +27,7 @@ TRAINED = (
 def card(adapter: Path, certificate: Mapping[str, Any] | None = None) -> str:
     """In Markdown, as the hub wants it; with a merge's `certificate`, of the merged model. Raises UserError."""
     manifest = artifact.verify(adapter) if (adapter / artifact.MANIFEST).exists() else {}
-    found = measured(artifact.sealed_digest(manifest), [adapter.resolve().parent]) if manifest else {}
+    found = measured([adapter.resolve().parent]).get(artifact.sealed_digest(manifest), {}) if manifest else {}
     parts = [
         "\n".join(_front(adapter, merged=certificate is not None)),
         f"# {adapter.resolve().name}{', merged' if certificate is not None else ''}",

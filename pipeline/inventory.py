@@ -2,24 +2,27 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline import artifact
 from pipeline.bases import base_fingerprint
-from pipeline.binding import CONFIG, VIRTUAL, Fingerprint, base_of, refuse_foreign
+from pipeline.binding import CONFIG, VIRTUAL, Contents, Fingerprint, base_of, refuse_foreign
 from pipeline.dag import STAGES, VARIANTS
 from pipeline.errors import UserError
 from pipeline.legible import in_order
 from pipeline.metrics import LOSS, final_loss, read_steps
-from pipeline.signature import signature
+from pipeline.signature import Signature, signature
 from pipeline.tensors import read_header
 
 UNSEALED = "no manifest: base not known"
 NOT_CHECKED = "It has no manifest: names and shapes are checked when it is loaded, nothing else can be."
 BASES = ("pretrain", "expand_vocab")  # methods whose checkpoints others are trained from
+Measurements = Mapping[str, Mapping[str, Any]]  # sha256 of an artifact → what an evaluation measured of it
 VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
 
 
@@ -75,12 +78,21 @@ class Verdict:
     forgetting: float | None = None  # rise of the old sentences' loss, in nats a token
 
 
-def adapters(root: Path) -> list[Adapter]:
+def adapters(
+    root: Path, fingerprint: Fingerprint = base_fingerprint, contents: Contents = artifact.contents
+) -> list[Adapter]:
     """Every adapter below `root`, by path."""
-    return [_adapter(folder, root) for folder in model_folders(root) if (folder / CONFIG).exists()]
+    measurements = measured([root])
+    return [
+        _adapter(folder, root, measurements, fingerprint, contents)
+        for folder in model_folders(root)
+        if (folder / CONFIG).exists()
+    ]
 
 
-def _adapter(folder: Path, root: Path) -> Adapter:
+def _adapter(
+    folder: Path, root: Path, measurements: Measurements, fingerprint: Fingerprint, contents: Contents
+) -> Adapter:
     model = describe(folder)
     return Adapter(
         path=folder,
@@ -91,8 +103,8 @@ def _adapter(folder: Path, root: Path) -> Adapter:
         base=model.base,
         size=model.size,
         final_loss=model.final_loss,
-        forgetting=_forgetting(artifact.digest(folder), [root]),
-        problem=_problem(folder),
+        forgetting=_forgetting(artifact.contents_digest(contents(folder)), measurements),
+        problem=_problem(model, root, fingerprint, contents),
     )
 
 
@@ -101,16 +113,26 @@ def _trained_rank(folder: Path) -> int | None:
     return rank if isinstance(rank, int) else None
 
 
-def _problem(folder: Path) -> str | None:
-    """Why the folder's files are not those of its manifest."""
+def _problem(model: Model, root: Path, fingerprint: Fingerprint, contents: Contents) -> str | None:
+    """Why it would be refused. A base that is not found says nothing of the adapter: --base may name it."""
     try:
-        artifact.read_json(folder / CONFIG, "Make the adapter again")
-        if not (folder / artifact.MANIFEST).exists():
+        artifact.read_json(model.path / CONFIG, "Make the adapter again")
+        if not (model.path / artifact.MANIFEST).exists():
             return UNSEALED
-        artifact.verify(folder)
+        if not _has_base(model.path, root):
+            artifact.verify(model.path, contents)
+            return None
     except UserError as error:
         return str(error)
-    return None
+    return check(model, root, fingerprint=fingerprint, contents=contents).reason
+
+
+def _has_base(adapter: Path, root: Path) -> bool:
+    try:
+        find_base(adapter, root)
+    except UserError:
+        return False
+    return True
 
 
 def model_folders(root: Path) -> Iterator[Path]:
@@ -128,7 +150,7 @@ def describe(folder: Path) -> Model:
     adapter = (folder / CONFIG).exists()
     kind = "dora" if config.get("use_dora") else config.get("peft_type")
     method = kind if adapter else manifest.get("method") or _architecture(folder)
-    rank, base = config.get("r"), config.get("base_model_name_or_path")
+    rank, base, files = config.get("r"), config.get("base_model_name_or_path"), signature(folder)
     return Model(
         path=folder,
         kind="adapter" if adapter else _kind(manifest.get("method")),
@@ -137,9 +159,9 @@ def describe(folder: Path) -> Model:
         targets=_targets(config) if adapter else (),
         base=base if isinstance(base, str) else None,
         parameters=_parameters(folder, {} if adapter else manifest),
-        size=sum(size for name, _, size, _ in signature(folder) if name.endswith(".safetensors")),
+        size=sum(file.size for file in files if file.name.endswith(".safetensors")),
         final_loss=_final_loss(folder / LOSS),
-        when=_when(folder),
+        when=_when(files),
     )
 
 
@@ -188,9 +210,25 @@ def _final_loss(path: Path) -> float | None:
         return None
 
 
-def _when(folder: Path) -> float | None:
-    times = {name: modified / 1e9 for name, _, _, modified in signature(folder)}
+def _when(files: Signature) -> float | None:
+    times = {file.name: file.modified / 1e9 for file in files}
     return times.get(artifact.MANIFEST, max(times.values(), default=None))
+
+
+def newest_model(root: Path = Path()) -> tuple[Path, Path | None]:
+    """Folders of base and adapter of the pipeline's model that was trained last in a project.
+
+    Where none is trained, its expanded base, or the base if it has no other.
+    """
+    folders = {name: [root / STAGES[stage].path for stage in pair if stage] for name, pair in VARIANTS.items()}
+    there = {name: found for name, found in folders.items() if all(map(Path.is_dir, found))}
+    trained = [found for name, found in there.items() if STAGES[VARIANTS[name][0]].method not in BASES or found[1:]]
+    base, *adapter = max(
+        reversed(trained),  # of two made at the same time, the later in the pipeline
+        key=lambda found: _when(signature(found[-1])) or 0.0,
+        default=there.get("expanded") or there.get("base") or folders["expanded"],
+    )
+    return base, adapter[0] if adapter else None
 
 
 def find_base(adapter: Path, root: Path) -> Path:
@@ -204,21 +242,23 @@ def find_base(adapter: Path, root: Path) -> Path:
 def check(
     model: Model,
     root: Path,
-    evaluations: Iterable[Path] = (),
+    measurements: Measurements = MappingProxyType({}),
     fingerprint: Fingerprint = base_fingerprint,
+    contents: Contents = artifact.contents,
 ) -> Verdict:
-    """Whether the model's files, and an adapter's base, are those it was made with. Reads all of them.
+    """Whether the model's files, and an adapter's base, are those it was made with.
 
-    `evaluations` are folders in which an evaluation may lie that measured this very model.
+    Reads all of them, unless `fingerprint` and `contents` remember. `measurements` are those of `measured`.
     """
     try:
         if model.kind == "adapter":
-            refuse_foreign(find_base(model.path, root), model.path, fingerprint)
+            refuse_foreign(find_base(model.path, root), model.path, fingerprint, contents)
         if not (model.path / artifact.MANIFEST).exists():
             read_header(next(model.path.glob("*.safetensors"), model.path / "model.safetensors"))
             return Verdict(UNBOUND, NOT_CHECKED)
-        sealed = artifact.read_manifest if model.kind == "adapter" else artifact.verify  # an adapter was verified above
-        return Verdict(VERIFIED, None, _forgetting(artifact.sealed_digest(sealed(model.path)), evaluations))
+        adapter = model.kind == "adapter"  # verified above
+        manifest = artifact.read_manifest(model.path) if adapter else artifact.verify(model.path, contents)
+        return Verdict(VERIFIED, None, _forgetting(artifact.sealed_digest(manifest), measurements))
     except UserError as error:
         return Verdict(REFUSED, str(error))
     except OSError as error:
@@ -227,25 +267,22 @@ def check(
         return Verdict(REFUSED, f"{model.path / artifact.MANIFEST} is not a manifest of this project.")
 
 
-def _forgetting(digest: str, roots: Iterable[Path]) -> float | None:
+def _forgetting(digest: str, measurements: Measurements) -> float | None:
     """The rise of the old sentences' loss, if it was measured."""
     try:
-        return float(measured(digest, roots)["forgetting"]["loss_rise"])
+        return float(measurements[digest]["forgetting"]["loss_rise"])
     except (KeyError, TypeError, ValueError):  # some other tool's metrics
         return None
 
 
-def measured(digest: str, roots: Iterable[Path]) -> Mapping[str, Any]:
-    """What an evaluation in one of `roots` found for the artifact of that sha256; nothing if none did."""
+def measured(roots: Iterable[Path]) -> Measurements:
+    """What the evaluations in `roots` measured, by the artifact's sha256; of several, the first in order."""
+    found: dict[str, Mapping[str, Any]] = {}
     for manifest, metrics in (pair for root in roots for pair in _evaluations(root)):
         for variant, (base, adapter) in VARIANTS.items():
-            try:
-                if manifest["inputs"][STAGES[adapter or base].path] == digest:
-                    found: Mapping[str, Any] = metrics[variant]
-                    return found
-            except (KeyError, TypeError):
-                continue
-    return {}
+            with suppress(KeyError, TypeError):
+                found.setdefault(manifest["inputs"][STAGES[adapter or base].path], metrics[variant])
+    return found
 
 
 def _evaluations(root: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

@@ -58,17 +58,21 @@ class Job:
         """
         folder = self.project.artifact(stage)
         made_from = artifact.verify(folder)["inputs"]
-        for need in STAGES[stage].needs:
-            source = self.project.artifact(need)
-            if made_from.get(STAGES[need].path) != artifact.digest(source):
-                raise UserError(
-                    f"{STAGES[stage].path} was made from another {STAGES[need].path} than the one that is "
-                    f"there. Run {stage} again, or `dvc repro` for all that is out of date."
-                )
+        now = {STAGES[need].path: artifact.digest(self.project.artifact(need)) for need in STAGES[stage].needs}
+        for name in changed_inputs(made_from, now):
+            raise UserError(
+                f"{STAGES[stage].path} was made from another {name} than the one that is "
+                f"there. Run {stage} again, or `dvc repro` for all that is out of date."
+            )
         return folder
 
     def path(self, name: str) -> Path:
         return self.project.root / name
+
+
+def changed_inputs(made_from: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The names whose digest is not the one that a manifest's inputs give."""
+    return [name for name, digest in now.items() if made_from.get(name) != digest]
 
 
 Work = Callable[[Job], Generator[Event, None, Facts]]

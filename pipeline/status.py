@@ -4,16 +4,16 @@ The comparison is the cache's: a stage is up to date if running it would give th
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import artifact, bases, journal, provenance
-from pipeline.dag import Project, Stage
+from pipeline.dag import STAGES, Project, Stage
 from pipeline.errors import UserError
 from pipeline.journal import Journal
-from pipeline.runner import Digests, known
+from pipeline.runner import Digests, changed_inputs, known
 from pipeline.signature import Signature, signature
 
 State = Literal["missing", "current", "changed", "waits", "running", "failed", "stopped", "died"]
@@ -125,15 +125,41 @@ def differences(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
         before = manifest.get("params", {}).get(key)
         if before != value:
             yield f"{key} {_short(before)} → {_short(value)}"
-    for name, digest in now["inputs"].items():
-        if manifest.get("inputs", {}).get(name) != digest:
-            yield f"{name} changed"
+    for name in changed_inputs(manifest.get("inputs", {}), now["inputs"]):
+        yield f"{name} changed"
     if manifest.get("code") != now["code"]:
         yield "code changed"
     for library, version in now["versions"].items():
         before = manifest.get("versions", {}).get(library)
         if before != version:
             yield f"{library} {before} → {version}"
+
+
+def outdated(
+    project: Project, names: Iterable[str], digest: Callable[[Path], str] = artifact.digest
+) -> dict[str, tuple[str, ...]]:
+    """Which of these stages, and of those before them, were made from other files than lie there now: name → reasons.
+
+    In the DAG's order. Params, code and libraries do not count: results stay true of the models that they were made
+    from. Nor does what has no manifest, which came with the project.
+    """
+    asked, stages = set(names), project.stages
+    for stage in reversed(stages.values()):
+        asked |= set(project.needs(stage)) if stage.name in asked else set()
+    found: dict[str, tuple[str, ...]] = {}
+    for stage in (stage for name, stage in stages.items() if name in asked):
+        try:
+            made_from = artifact.read_manifest(project.artifact(stage.name))["inputs"]
+            there = {name: path for name, path in project.inputs(stage).items() if name in made_from and path.exists()}
+            changed = changed_inputs(made_from, {name: digest(path) for name, path in there.items()})
+        except (UserError, OSError, KeyError, TypeError, AttributeError):  # none, or not one of this project
+            continue
+        late = [STAGES[need].path for need in project.needs(stage) if need in found]
+        reasons = [f"{name} changed" for name in changed]
+        reasons += [f"{name} is out of date" for name in late if name not in changed]
+        if reasons:
+            found[stage.name] = tuple(reasons)
+    return found
 
 
 def _short(value: Any) -> str:

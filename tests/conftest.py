@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 
 from cli.main import main
+from pipeline import digest_store
 from tests import standin
 from tests.models import checkpoint
 from tests.support import BRIEF, PIPELINE, ROOT, WORK, git, make, new_project
@@ -38,6 +39,13 @@ def unchanged(root: Path) -> Iterator[Path]:
     before = files()
     yield root
     assert files() == before, "a test wrote to a project that is shared: give it `project`, a copy"
+
+
+@pytest.fixture(autouse=True)
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where digests are kept between processes: the developer's own are neither read nor written."""
+    monkeypatch.setattr(digest_store, "cache_home", lambda: tmp_path / ".cache")
+    return tmp_path / ".cache/lora-workbench/digests.json"
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,15 @@
 """Small checkpoints and adapters of random numbers, for tests that need no training."""
 
+import shutil
 from pathlib import Path
 
 import torch
 
+from pipeline import artifact
 from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.bases import base_fingerprint
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.causal import CausalLM
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
@@ -44,3 +47,13 @@ def adapter(folder: Path, base: Path, spec: AdapterSpec, seed: int = 1) -> Path:
             parameter.add_(torch.randn(parameter.shape, generator=generator) / 10)
     save_adapter(folder, model, spec, str(base))
     return folder
+
+
+def sealed_copies(root: Path, count: int) -> list[Path]:
+    """A base and `count` equal adapters on it in the artifacts of a project, each with a manifest that binds it."""
+    artifacts = root / "artifacts"
+    artifacts.mkdir(exist_ok=True)
+    base = checkpoint(artifacts / "base", d_model=16)
+    first = adapter(artifacts / "a-0", base, AdapterSpec(1, 1.0, ("q_proj",)))
+    artifact.seal(first, {"base": base_fingerprint(base)})
+    return [first, *(shutil.copytree(first, artifacts / f"a-{n}") for n in range(1, count))]

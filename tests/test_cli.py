@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.dag import VARIANTS
+from pipeline.dag import STAGES, VARIANTS
 from pipeline.legible import visible
 from pipeline.subwords import SubwordTokenizer
 from tests.bases import toy_checkpoint
@@ -106,11 +106,82 @@ def test_prompt_with_an_adapter_takes_the_base_that_it_names(cli: Lora, finished
 
 
 def test_prompt_shows_bars_and_a_completion(cli: Lora, finished: Path) -> None:
-    code, out, _ = cli("prompt", "Die Katze sitzt auf dem", cwd=finished)
-    assert code == 0
+    code, out, err = cli("prompt", "Die Katze sitzt auf dem", "--base", "artifacts/expanded", cwd=finished)
+    assert (code, err) == (0, "model: artifacts/expanded\n")
     first = next(line for line in out.splitlines() if line.startswith("tisch"))
     assert "█" * 19 in first
     assert out.splitlines()[-1] == "Die Katze sitzt auf dem tisch"
+
+
+def test_prompt_asks_the_model_that_was_trained_last_and_names_it(cli: Lora, project: Path) -> None:
+    """By when it was made; the base only where nothing is trained on it, or where it is named."""
+
+    def asked(*options: str) -> str:
+        code, out, err = cli("prompt", "die katze", *options, cwd=project)
+        assert (code, err.count("\n")) == (0, 1)
+        answer = json.loads(cli("prompt", "die katze", *options, "--json", cwd=project)[1])
+        assert out.splitlines()[-1].startswith(f"die katze {answer['completion']}".rstrip())
+        model = f"{answer['adapter']} on {answer['model']}" if answer["adapter"] else answer["model"]
+        chosen = "" if options else ", the newest trained model here; name another with --base or --adapter"
+        assert err == f"model: {model}{chosen}\n"
+        return str(model)
+
+    def made(folder: str, when: int) -> None:
+        os.utime(project / "artifacts" / folder / "manifest.json", (when, when))
+
+    for number, (base, adapter) in enumerate(VARIANTS.values()):
+        made(STAGES[adapter or base].output, number)
+    made("expanded", 200)
+    made("base", 300)
+    assert asked() == "artifacts/prompt on artifacts/expanded"
+    made("lora_adapter", 100)
+    assert asked() == "artifacts/lora_adapter on artifacts/expanded"
+    made("full_finetuned", 101)
+    assert asked() == "artifacts/full_finetuned"
+    assert asked("--base", "artifacts/base") == "artifacts/base"
+    assert asked("--base", "artifacts/expanded") == "artifacts/expanded"
+    assert asked("--adapter", "artifacts/prefix") == "artifacts/prefix on artifacts/expanded"
+    for folder in (project / "artifacts").iterdir():
+        if folder.name not in ("base", "expanded"):
+            shutil.rmtree(folder)
+    assert asked() == "artifacts/expanded"
+    shutil.rmtree(project / "artifacts/expanded")
+    code, out, _ = cli("prompt", "die katze", "--json", cwd=project)
+    assert (code, json.loads(out)["model"]) == (0, "artifacts/base")
+
+
+def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(cli: Lora, project: Path) -> None:
+    for command in (["report"], ["compare", "der wind"]):
+        code, out, err = cli(*command, cwd=project)
+        assert (code, err) == (0, "") and "outdated" not in out
+    assert cli("finetune", "lora", *sets(*BRIEF, "finetune_lora.rank=2"), cwd=project)[0] == 0
+    code, out, err = cli("report", cwd=project)
+    assert (code, err) == (
+        0,
+        "artifacts/evaluation is out of date: artifacts/lora_adapter changed, artifacts/lora_merged is out of date. "
+        "Run `lora merge`, then `lora evaluate`.\n",
+    )
+    merge = "merged is out of date: artifacts/lora_adapter changed. Run `lora merge`.\n"
+    code, out, err = cli("compare", "der wind", cwd=project)
+    assert (code, err) == (0, merge)
+    assert [line.split("  ")[0] for line in out.splitlines() if "outdated" in line] == ["merged (outdated)"]
+    code, out, err = cli("compare", "der wind", "--json", cwd=project)
+    marked = {name: answer["outdated"] for name, answer in json.loads(out).items()}
+    assert (code, err) == (0, merge)
+    assert marked == {name: ["artifacts/lora_adapter changed"] if name == "merged" else [] for name in VARIANTS}
+    assert cli("merge", *sets(*BRIEF), cwd=project)[0] == 0
+    assert cli("compare", "der wind", cwd=project)[2] == ""
+    assert cli("report", cwd=project)[2].endswith("artifacts/lora_merged changed. Run `lora evaluate`.\n")
+    assert cli("evaluate", *sets(*BRIEF), cwd=project)[0] == 0
+    assert cli("report", cwd=project)[2] == ""
+
+
+def test_the_list_says_so_where_the_base_is_another_than_an_adapter_was_trained_on(cli: Lora, project: Path) -> None:
+    assert cli("adapters", cwd=project)[1].count("whole") == 5
+    shutil.rmtree(project / "artifacts/expanded")
+    shutil.copytree(project / "artifacts/base", project / "artifacts/expanded")
+    found = json.loads(cli("adapters", "--json", cwd=project)[1])
+    assert len(found) == 5 and all("was trained on another base" in adapter["problem"] for adapter in found)
 
 
 def test_sampling_is_decided_by_its_seed(cli: Lora, finished: Path) -> None:
@@ -205,9 +276,10 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["prompt", "die möwe"], 1, "expanded does not know: möwe"),
+        (["prompt", "die möwe"], 1, "lora_merged does not know: möwe"),
+        (["prompt", "die möwe", "--base", "artifacts/expanded"], 1, "expanded does not know: möwe"),
         (["prompt", ""], 1, "The prompt is empty"),
-        (["prompt", "der " * 40], 1, "The prompt has 40 tokens; expanded takes 32"),
+        (["prompt", "der " * 40], 1, "The prompt has 40 tokens; lora_merged takes 32"),
         (["prompt", "der", "--temperature", "1", "--top-p", "0"], 1, "sampling needs"),
         (["prompt", "der", "--top-k", "0"], 2, "Invalid value for '--top-k'"),
         (["prompt", "der", "--base", "artifacts/lora_adapter"], 1, "It is an adapter: give it with --adapter"),
@@ -449,7 +521,12 @@ def test_a_read_only_folder_is_one_error(project: Path) -> None:
 
 def test_a_closed_pipe_ends_in_silence(finished: Path) -> None:
     done = subprocess.run(
-        f"{LORA} prompt der --top-k 74 | head -1", shell=True, cwd=finished, capture_output=True, text=True, check=False
+        f"{LORA} prompt der --top-k 74 --json | head -1",
+        shell=True,
+        cwd=finished,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stderr == ""
 

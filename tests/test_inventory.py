@@ -11,7 +11,7 @@ from pipeline import artifact, inventory
 from pipeline.dag import STAGES, VARIANTS
 from pipeline.engine import load
 from pipeline.errors import UserError
-from pipeline.inventory import Model, check, describe, find_base, model_folders
+from pipeline.inventory import Model, check, describe, find_base, measured, model_folders
 from pipeline.signature import signature
 from tests.conftest import Lora
 
@@ -38,9 +38,9 @@ def test_every_model_of_the_pipeline_is_found_by_kind_and_method(brief: Path) ->
 
 def test_each_is_verified_with_the_forgetting_that_the_evaluation_measured(brief: Path) -> None:
     metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
-    found = models(brief)
+    found, measurements = models(brief), measured([brief / "artifacts"])
     for variant, (base, adapter) in VARIANTS.items():
-        verdict = check(found[STAGES[adapter or base].output], brief, [brief / "artifacts"])
+        verdict = check(found[STAGES[adapter or base].output], brief, measurements)
         assert verdict == inventory.Verdict("verified", None, metrics[variant]["forgetting"]["loss_rise"])
 
 

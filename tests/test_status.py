@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.params_file import save
 from pipeline.runner import Event, Job, Note, Progress, run
-from pipeline.status import Status, project_signature
+from pipeline.status import Status, outdated, project_signature
 from tests.support import BRIEF, COMMAND, LORA, make, make_one
 
 
@@ -229,3 +229,48 @@ def test_a_lock_file_of_a_process_that_is_gone_is_not_alive(tmp_path: Path) -> N
     assert not journal.alive(tmp_path)
     (tmp_path / "lock").write_text(str(os.getpid()), encoding="utf-8")
     assert not journal.alive(tmp_path), "the process lives, but holds nothing"
+
+
+# What lies there was made from what lies there
+
+
+@pytest.fixture
+def retrained(project: Path) -> Path:
+    """LoRA trained again: the merge and the evaluation are of the adapter before."""
+    make(project, ["finetune_lora"], [*BRIEF, "finetune_lora.rank=2"])
+    return project
+
+
+def test_what_was_made_from_an_earlier_adapter_is_out_of_date_whatever_the_params_say(retrained: Path) -> None:
+    project = Project(retrained, load(retrained / "params.yaml"))  # not those that it was made with
+    adapter = "artifacts/lora_adapter changed"
+    assert outdated(project, ["evaluate"]) == {
+        "merge": (adapter,),
+        "evaluate": (adapter, "artifacts/lora_merged is out of date"),
+    }
+    assert outdated(project, ["merge", "finetune_full"]) == {"merge": (adapter,)}
+    assert outdated(project, ["finetune_lora"]) == {}
+
+
+def test_it_is_up_to_date_once_all_that_comes_after_is_made_again(retrained: Path) -> None:
+    assert outdated(project_of(retrained), ["evaluate"])
+    make(retrained, ["merge", "evaluate"], BRIEF)
+    assert outdated(project_of(retrained), STAGES) == {}
+
+
+def test_what_is_made_from_something_out_of_date_is_too(project: Path) -> None:
+    with (project / "data/pretrain.de.txt").open("a", encoding="utf-8") as file:
+        file.write("der hund schläft\n")
+    found = outdated(project_of(project), ["finetune_full"])
+    assert found == {
+        "pretrain": ("data/pretrain.de.txt changed",),
+        "expand_vocab": ("data/pretrain.de.txt changed", "artifacts/base is out of date"),
+        "finetune_full": ("artifacts/expanded is out of date",),
+    }
+
+
+def test_nothing_is_said_of_what_has_no_manifest_or_lost_what_it_was_made_from(project: Path) -> None:
+    shutil.rmtree(project / "artifacts/lora_adapter")
+    (project / "artifacts/expanded/manifest.json").write_text('{"files": {}, "inputs": []}', encoding="utf-8")
+    (project / "artifacts/evaluation/manifest.json").unlink()
+    assert outdated(project_of(project), STAGES) == {}

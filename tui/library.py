@@ -1,22 +1,25 @@
 """The models in some folders: what was read of each and what was found when it was checked, kept while files stay."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from pipeline import artifact
-from pipeline.bases import base_fingerprint
 from pipeline.binding import CONFIG
 from pipeline.dag import STAGES, VARIANTS
+from pipeline.digest_store import DigestStore
 from pipeline.errors import UserError
-from pipeline.inventory import Model, Verdict, check, describe, find_base, model_folders
+from pipeline.inventory import Measurements, Model, Verdict, check, describe, find_base, measured, model_folders
 from pipeline.legible import in_order
 from pipeline.signature import Signature, signature
 
 # Side by side, from left to right.
 ORDER = ("pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
 MAX_JSON = 1_000_000  # bytes of a manifest or config that are shown
+SAVE_EVERY = 5.0  # seconds of hashing that are lost at most when the program ends
 Stamp = tuple[Signature, ...]
 
 
@@ -36,6 +39,15 @@ class Entry:
         return (ORDER.index(kind) if kind in ORDER else len(ORDER), in_order(self.label))
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What the verdicts of many models depend on, looked at once for all: evaluations and bases."""
+
+    evaluations: tuple[Signature, ...]
+    measurements: Measurements
+    signature: Callable[[Path], Signature]
+
+
 class Library:
     """Finds and checks models. Every method reads files: call it from a thread, but `usual`."""
 
@@ -45,7 +57,7 @@ class Library:
         self._models: dict[Path, tuple[Signature, Model]] = {}
         self._places: dict[Path, int] = {}  # folder that models lie in → when it was modified (ns)
         self._verdicts: dict[Path, tuple[Stamp, Verdict]] = {}
-        self._fingerprints: dict[Path, tuple[Signature, Mapping[str, str]]] = {}
+        self._digests = DigestStore()
 
     def usual(self) -> dict[Path, str]:
         """Folder → name of the models that the pipeline makes."""
@@ -64,7 +76,7 @@ class Library:
     def scan(self) -> Iterator[Entry]:
         """Every model in the folders, with the verdict where it is known."""
         models: dict[Path, tuple[Signature, Model]] = {}
-        places = {folder: _modified(folder) for folder in self.folders}
+        places, around = {folder: _modified(folder) for folder in self.folders}, self._surroundings()
         for path in dict.fromkeys(found for folder in self.folders for found in model_folders(folder)):
             places.setdefault(path.parent, _modified(path.parent))
             now = signature(path)
@@ -72,7 +84,7 @@ class Library:
             model = known[1] if known and known[0] == now else describe(path)
             models[path] = now, model
             shown = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-            yield Entry(self.label(path), model, self._known(path, self.stamp(model)), str(shown))
+            yield Entry(self.label(path), model, self._known(path, self._stamp(model, around)), str(shown))
         self._models, self._places = models, places
 
     def changed(self) -> bool:
@@ -81,18 +93,32 @@ class Library:
             signature(path) != before for path, (before, _) in list(self._models.items())
         )
 
+    def check_all(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """Each entry that has no verdict, with one: for the list, where digests of an earlier process are enough."""
+        around, saved = self._surroundings(), monotonic()
+        try:
+            for entry in entries:
+                if entry.verdict is None:
+                    yield self._checked(entry, around, earlier=True)
+                if monotonic() - saved > SAVE_EVERY:
+                    self._digests.save()
+                    saved = monotonic()
+        finally:
+            self._digests.save()
+
     def check(self, entry: Entry) -> Entry:
-        """The entry with its verdict. Reads all of the model's bytes unless they are those that were checked before."""
-        model = entry.model
-        stamp = self.stamp(model)
-        verdict = self._known(model.path, stamp) or self._checked(model)
+        """The entry with its verdict, before it is loaded: reads all bytes that this process has not hashed yet."""
+        return self._checked(entry, self._surroundings(), earlier=False)
+
+    def _checked(self, entry: Entry, around: Surroundings, earlier: bool) -> Entry:
+        """Reasons name paths in the project short."""
+        model, stamp = entry.model, self._stamp(entry.model, around)  # before the files are read
+        fingerprint = partial(self._digests.fingerprint, earlier=earlier)
+        contents = partial(self._digests.contents, earlier=earlier)
+        verdict = check(model, self.root, around.measurements, fingerprint, contents)
+        verdict = replace(verdict, reason=verdict.reason and verdict.reason.replace(f"{self.root}/", ""))
         self._verdicts[model.path] = stamp, verdict
         return replace(entry, verdict=verdict)
-
-    def _checked(self, model: Model) -> Verdict:
-        """Reasons name paths in the project short."""
-        verdict = check(model, self.root, self.folders, self._fingerprint)
-        return replace(verdict, reason=verdict.reason and verdict.reason.replace(f"{self.root}/", ""))
 
     def _known(self, path: Path, stamp: Stamp) -> Verdict | None:
         known = self._verdicts.get(path)
@@ -101,15 +127,23 @@ class Library:
     def forget(self) -> None:
         """Check everything again the next time."""
         self._verdicts.clear()
-        self._fingerprints.clear()
+        self._digests.forget()
 
     def stamp(self, model: Model) -> Stamp:
         """What a verdict depends on: the model's files, its base's, and the evaluations'. ((),) if it is gone."""
+        return self._stamp(model, self._surroundings())
+
+    def _stamp(self, model: Model, around: Surroundings) -> Stamp:
         own = signature(model.path)
         if not own:
             return ((),)
+        base = self.base(model)
+        return (own, around.signature(base) if base and base != model.path else own, *around.evaluations)
+
+    def _surroundings(self) -> Surroundings:
         evaluations = [path.parent for folder in self.folders for path in folder.glob("*/metrics.json")]
-        return (own, signature(self.base(model) or model.path), *map(signature, evaluations))
+        signatures = tuple(map(signature, evaluations))  # before the files are read
+        return Surroundings(signatures, measured(self.folders), cache(signature))
 
     def base(self, model: Model) -> Path | None:
         """The folder that the model stands on: its own, or the base of an adapter if there is one."""
@@ -119,14 +153,6 @@ class Library:
             return find_base(model.path, self.root)
         except UserError:
             return None
-
-    def _fingerprint(self, base: Path) -> Mapping[str, str]:
-        """As base_fingerprint, once for all the adapters of a base."""
-        now = signature(base)
-        known = self._fingerprints.get(base)
-        found = known[1] if known and known[0] == now else base_fingerprint(base)
-        self._fingerprints[base] = now, found
-        return found
 
 
 def _modified(folder: Path) -> int:

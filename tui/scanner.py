@@ -33,10 +33,7 @@ class Scanner:
             entries.append(entry)
         if not stop.is_set():
             self._found(entries)
-        for entry in entries:
+        for checked in self._library.check_all(entries):
             if stop.is_set():
                 return
-            if entry.verdict is None:
-                checked = self._library.check(entry)
-                if not stop.is_set():
-                    self._checked(checked)
+            self._checked(checked)

@@ -104,6 +104,7 @@ def lora_tui(folder: Path, size: tuple[int, int] = (80, 24)) -> Iterator[Termina
         "PYTHONPATH": str(folder) if (folder / "tui").is_dir() else "",
         "XDG_CONFIG_HOME": str(folder / ".home"),
         "XDG_STATE_HOME": str(folder / ".home"),
+        "XDG_CACHE_HOME": str(folder / ".home"),
         "LANG": "C.UTF-8",
     }
     try:

@@ -1,24 +1,30 @@
 """The adapters screen: every key and action, and every fault, with an engine that answers at once."""
 
+import asyncio
 import errno
 import json
 import shutil
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from textual.events import Key
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from pipeline import artifact
+from pipeline import artifact, digest_store
 from pipeline.dag import VARIANTS
+from pipeline.digest_store import DigestStore
 from pipeline.params_file import save
+from tests.models import sealed_copies
 from tests.tui.engines import DEATH, FakeInference
 from tests.tui.support import until
 from tui.app import Workbench
 from tui.asker import trusts
+from tui.library import Entry, Library
 from tui.screens.adapters import AdaptersScreen
 from tui.screens.path import PathScreen
 from tui.screens.sampling import SamplingScreen
@@ -694,3 +700,83 @@ async def test_adapters_of_a_sweep_are_prompted_and_compared_beside_others(brief
         folder = brief / "artifacts"
         adapters = ("lora_adapter", "sweep/rank-1", "sweep/rank-2")
         assert asked == [(folder / "expanded", folder / adapter) for adapter in adapters]
+
+
+async def test_verdicts_redraw_cells_and_what_is_typed_meanwhile_comes_through(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys come from a thread, as a terminal's do: a screen that is busy drawing gets them all too late."""
+    tables: list[int] = []
+    clear = ModelTable.clear
+
+    def count(self: ModelTable, columns: bool = False) -> ModelTable:
+        tables.append(self.row_count)
+        return clear(self, columns)
+
+    monkeypatch.setattr(ModelTable, "clear", count)
+    models = 1 + len(sealed_copies(empty, 300))
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test(size=(120, 40)) as pilot:
+        app.inference = FakeInference()
+        s, loop = Session(pilot), asyncio.get_running_loop()
+        await pilot.press("4")
+        while not (isinstance(app.screen, AdaptersScreen) and s.table.row_count):
+            await asyncio.sleep(0.01)
+        assert not all(entry.verdict for entry in s.screen.entries)
+
+        def type_() -> None:
+            for key in ["p", *"die katze"]:
+                loop.call_soon_threadsafe(app.post_message, Key("space" if key == " " else key, key))
+                time.sleep(0.4 if key == "p" else 0.05)
+
+        await asyncio.to_thread(type_)
+        await s.checked(models)
+        await until(pilot, lambda: s.screen.query_one(PromptInput).value)
+        assert s.screen.query_one(PromptInput).value == "die katze"
+        assert sum("✓ verified" in row for row in s.rows()) == models - 1, "all adapters; the base has no manifest"
+        assert len(tables) <= 5
+
+
+async def test_digests_of_an_earlier_start_are_shown_and_never_loaded_by(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is hashed when it is asked for the first time, whatever the list says of it."""
+    monkeypatch.setattr(digest_store, "SETTLED", -1)
+    full = project / "artifacts/full_finetuned"
+    sealed = artifact.contents(full)
+    weights = bytearray((full / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (full / "model.safetensors").write_bytes(weights)
+    with monkeypatch.context() as forged:
+        forged.setattr(artifact, "contents", lambda _: sealed)
+        store = DigestStore()
+        store.contents(full)
+        store.save()
+    async with opened(project) as s:
+        assert "✓ verified" in s.rows()[s.names().index("full")]
+        await s.point("full")
+        await s.ask("die katze")
+        await s.answered()
+        assert "model.safetensors was changed" in s.completions()
+        assert not s.engine.done("load")
+        await s.press("b", "v")
+        await until(s.pilot, lambda: "✗ refused" in s.rows()[s.names().index("full")])
+
+
+def test_the_next_start_hashes_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest_store, "SETTLED", -1)
+    sealed_copies(tmp_path, 3)
+
+    def start() -> list[Entry]:
+        library = Library(tmp_path)
+        return list(library.check_all(library.scan()))
+
+    first = start()
+    assert [entry.verdict and entry.verdict.state for entry in first] == ["verified"] * 3 + ["no manifest"]
+
+    def refuse(path: Path) -> str:
+        raise AssertionError(f"{path} is hashed again")
+
+    monkeypatch.setattr(artifact, "file_digest", refuse)
+    monkeypatch.setattr(digest_store, "base_fingerprint", refuse)
+    assert start() == first

@@ -26,6 +26,7 @@ LOOKING = "looking for models…"
 NONE = "no models yet: press 1 then r, or type `make repro`\n\no looks in another folder"
 WHICH = "Look for models in which folder? One that was added before is taken away."
 EVERY = 1.0  # seconds between looks at whether files changed
+GATHER = 0.1  # seconds for which verdicts are gathered before they are drawn
 
 
 class Found(Message):
@@ -67,6 +68,7 @@ class BrowseScreen(WorkbenchScreen):
         self.table, self.model_details = ModelTable(), ModelDetails()  # kept: messages come while the screen closes
         self.nothing = Static(LOOKING, id="none", markup=False)
         self.entries: list[Entry] = []
+        self._verdicts: dict[Path, Entry] = {}  # those that are not drawn yet
         self.selected: list[Path] = []
         self.details: Details | None = None
 
@@ -111,6 +113,7 @@ class BrowseScreen(WorkbenchScreen):
             self.selected.remove(gone)
             self.workbench.say(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
         self.entries = list(event.entries)
+        self._verdicts.clear()  # of an earlier scan; those that still hold are in these entries
         self.set_class(not self.entries, "-none")
         self.nothing.update(NONE)
         self.redraw()
@@ -118,11 +121,17 @@ class BrowseScreen(WorkbenchScreen):
 
     @on(Checked)
     def note_verdict(self, event: Checked) -> None:
-        path = event.entry.model.path
-        self.entries = [event.entry if entry.model.path == path else entry for entry in self.entries]
+        """Verdicts of small models come faster than the table can be drawn, and keys must come through."""
+        if not self._verdicts:
+            self.set_timer(GATHER, self._show_verdicts)
+        self._verdicts[event.entry.model.path] = event.entry
+
+    def _show_verdicts(self) -> None:
+        verdicts, self._verdicts = self._verdicts, {}
+        self.entries = [verdicts.get(entry.model.path, entry) for entry in self.entries]
         self.redraw()
-        if self.details and self.details.entry.model.path == path:
-            self.details.entry = event.entry
+        if self.details and (entry := verdicts.get(self.details.entry.model.path)):
+            self.details.entry = entry
             self.model_details.show(self.details)
 
     def redraw(self) -> None:

@@ -19,6 +19,8 @@ from tui.library import Entry
 CHECKING = "checking…"
 SIGNS = {VERIFIED: "✓", UNBOUND: "?", REFUSED: "✗", CHECKING: " "}
 ALL_FROM = 110  # columns of the terminal from which all are shown
+MARK = "mark"  # the column's key
+Cell = tuple[str, str]  # text and style
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ class ModelTable(DataTable[Text]):
         self._needle = ""
         self._sorted: int | None = None  # column; None is the order of the pipeline
         self._descending = False
-        self._drawn: object = None
+        self._said: dict[Path, tuple[Entry, list[str]]] = {}  # an entry's texts, as long as it is the same
+        self._heads: dict[str, str] | None = None  # a column's key → its padded label, as drawn
+        self._drawn: dict[str, list[Cell]] = {}  # a row's path → its cells, as drawn
 
     @property
     def pointed(self) -> Path | None:
@@ -147,40 +151,60 @@ class ModelTable(DataTable[Text]):
         return [index for index, column in enumerate(COLUMNS) if wide or not column.wide]
 
     def _rows(self) -> list[Entry]:
-        rows = [e for e in self._entries if any(self._needle in column.text(e).casefold() for column in COLUMNS)]
+        rows = [e for e in self._entries if any(self._needle in text.casefold() for text in self._texts(e))]
         if self._sorted is None:
             return sorted(rows, key=lambda entry: entry.place, reverse=self._descending)
         value = COLUMNS[self._sorted].value
         known = sorted((e for e in rows if value(e) is not None), key=value, reverse=self._descending)
         return known + [e for e in rows if value(e) is None]
 
+    def _texts(self, entry: Entry) -> list[str]:
+        """What each of COLUMNS says of it."""
+        known = self._said.get(entry.model.path)
+        if known is None or known[0] is not entry:
+            known = self._said[entry.model.path] = entry, [column.text(entry) for column in COLUMNS]
+        return known[1]
+
     def _draw(self) -> None:
+        """Only the cells that changed, where rows, columns and widths stay: a whole table takes long to build."""
         rows, columns = self._rows(), self._columns()
-        drawn = rows, columns, self._selected, self._sorted, self._descending
-        if drawn == self._drawn:
-            return
-        self._drawn, at, row = drawn, self.pointed, self.cursor_row
-        self.clear(columns=True)
-        self.add_column("", width=2)
-        grid = [[self._label(index), *(COLUMNS[index].text(entry) for entry in rows)] for index in columns]
+        grid = [[self._label(index), *(self._texts(entry)[index] for entry in rows)] for index in columns]
         gap = 1 if len(columns) == len(COLUMNS) else 2
         padded = [_padded(texts, COLUMNS[index].right, gap) for index, texts in zip(columns, grid, strict=True)]
-        for index, texts in zip(columns, padded, strict=True):
-            self.add_column(Text(texts[0]), key=str(index))
-        for number, entry in enumerate(rows, 1):
-            self.add_row(*self._cells(entry, [texts[number] for texts in padded]), key=str(entry.model.path))
-        paths = [entry.model.path for entry in rows]
-        self.move_cursor(row=paths.index(at) if at in paths else min(row, len(rows) - 1), animate=False)
+        heads = {str(index): texts[0] for index, texts in zip(columns, padded, strict=True)}
+        cells = {
+            str(entry.model.path): self._cells(entry, [texts[number] for texts in padded])
+            for number, entry in enumerate(rows, 1)
+        }
+        if self._heads == heads and list(self._drawn) == list(cells):
+            for path, row in cells.items():
+                for column, before, now in zip((MARK, *heads), self._drawn[path], row, strict=True):
+                    if before != now:
+                        self.update_cell(path, column, Text(*now))
+            self._drawn = cells
+        else:
+            self._rebuild(heads, cells)
+
+    def _rebuild(self, heads: dict[str, str], cells: dict[str, list[Cell]]) -> None:
+        self._heads, self._drawn, at, row = heads, cells, self.pointed, self.cursor_row
+        self.clear(columns=True)
+        self.add_column("", width=2, key=MARK)
+        for key, text in heads.items():
+            self.add_column(Text(text), key=key)
+        for path, texts in cells.items():
+            self.add_row(*(Text(*cell) for cell in texts), key=path)
+        paths = list(cells)
+        self.move_cursor(row=paths.index(str(at)) if str(at) in cells else min(row, len(paths) - 1), animate=False)
         self.post_message(self.Pointed(self.pointed))
 
     def _label(self, index: int) -> str:
         sign = "" if self._sorted != index else "▼" if self._descending else "▲"
         return COLUMNS[index].label + sign
 
-    def _cells(self, entry: Entry, texts: Sequence[str]) -> list[Text]:
+    def _cells(self, entry: Entry, texts: Sequence[str]) -> list[Cell]:
         style = {REFUSED: "red", CHECKING: "dim"}.get(state(entry), "")
-        mark = Text("●" if entry.model.path in self._selected else " ", "bold")
-        return [mark, *(Text(text, style) for text in texts)]
+        mark = ("●" if entry.model.path in self._selected else " ", "bold")
+        return [mark, *((text, style) for text in texts)]
 
     def on_resize(self, _: Resize) -> None:
         self._draw()
@@ -191,7 +215,7 @@ class ModelTable(DataTable[Text]):
 
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
         event.stop()
-        if event.column_key.value is None:
+        if event.column_key.value in (None, MARK):
             return
         index = int(event.column_key.value)
         self._descending = not self._descending if index == self._sorted else False
