@@ -10,7 +10,7 @@ from pipeline.dag import STAGES
 from pipeline.errors import UserError
 from pipeline.params import Kept
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MODEL = "config.json"  # what a whole model has in its place
 VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # PEFT's types that change no weight
 DEFAULT_BASE = STAGES["expand_vocab"].path
@@ -28,6 +28,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         if inside := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
             raise UserError(f"{folder} holds adapters and is none itself. Name one of them, such as {inside[0]}.")
     return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Raises UserError for an adapter whose weights are a pickle alone, as PEFT wrote them before safetensors."""
+    if (folder / PICKLE).is_file() and not (folder / WEIGHTS).exists():
+        raise UserError(
+            f"{folder / PICKLE} is a pickle, which can run code and is never read. Convert it once: "
+            'python -c "import torch, safetensors.torch as s; '
+            f"s.save_file({{k: v.contiguous().clone() for k, v in torch.load('{folder / PICKLE}', map_location='cpu', "
+            f"weights_only=True).items()}}, '{folder / WEIGHTS}', {{'format': 'pt'}})\""
+        )
 
 
 def refuse_virtual(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline import artifact
 from pipeline.adapters.updates import updates_of, write_updates
-from pipeline.binding import CONFIG, WEIGHTS, read_config
+from pipeline.binding import CONFIG, WEIGHTS, read_config, refuse_pickle
 from pipeline.card import CARD, card, has_card
 from pipeline.collection import copy_template, copy_tokenizer
 from pipeline.errors import UserError
@@ -22,6 +22,7 @@ ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def for_peft(adapter: Path, out: Path) -> None:
     """The adapter, its tokenizer and a card: all that PEFT opens, and nothing of this project's. Raises UserError."""
     _refuse_other(out, adapter)
+    refuse_pickle(adapter)
     with artifact.writing(out) as folder:
         for name in (CONFIG, WEIGHTS):
             if not (adapter / name).is_file():

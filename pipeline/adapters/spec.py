@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TypeVar
 
 from pipeline.targets import ends
@@ -15,8 +16,9 @@ Number = TypeVar("Number", int, float)
 class AdapterSpec:
     """`targets` get LoRA, `saved` modules train in full, `rows` train row by row.
 
-    Names mean every module whose full name ends so; a text in place of a list is a pattern that the whole name
-    matches, or all-linear. `ranks` and `alphas` are by pattern: the first that a name ends with decides.
+    Names mean every module whose full name ends so, those of `saved` even within a word, as in PEFT: norm is also
+    input_layernorm. A text in place of a list is a pattern that the whole name matches, or all-linear. `ranks` and
+    `alphas` are by pattern: the first that a name ends with decides.
     """
 
     rank: int
@@ -59,6 +61,10 @@ class AdapterSpec:
         numbered = bool(self.layers) and module not in self.targets
         return excluded or (numbered and self._layer(module) not in self.layers)
 
+    def saves(self, module: str) -> bool:
+        """Whether the module with this full name trains in full."""
+        return any(module.endswith(name) for name in self.saved)
+
     def _layer(self, module: str) -> int | None:
         """The number of the block that a module is in: the first in its name."""
         patterns = [rf"(?:^|.*?\.){own}\." for own in self.lists] or [r".*?\.[^.]*\."]
@@ -77,5 +83,9 @@ def _by_pattern(values: Mapping[str, Number], module: str, default: Number) -> N
 
 def lies_in(module: str, names: Iterable[str]) -> bool:
     """Whether `names` mean the module with this full name, or one that it is in."""
-    parts = module.split(".")
-    return any(ends(".".join(parts[: i + 1]), name) for i in range(len(parts)) for name in names)
+    return any(ends(part, name) for part in ways_to(module) for name in names)
+
+
+def ways_to(module: str) -> list[str]:
+    """Full names of the module and of all that it is in: model, model.norm for model.norm."""
+    return list(accumulate(module.split("."), lambda outer, inner: f"{outer}.{inner}"))
