@@ -15,6 +15,7 @@ from pipeline.adapters.targets import resolve, targeted
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
 from pipeline.params import Init
+from pipeline.patterns import one_budget
 
 PREFIX = "base_model.model."
 MAGNITUDE = ".lora_magnitude_vector"
@@ -23,6 +24,7 @@ LOW_RANK = LoRALinear | LoRAEmbedding
 BY_ROWS = EmbeddingRows | HeadRows
 
 
+@one_budget()
 def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document") -> None:
     """Freeze `model` and give it the adapter's trainable parts, in place: A and B in `dtype`, or each in its layer's.
 

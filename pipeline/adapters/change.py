@@ -15,6 +15,7 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.tensor_files import read_tensors
 from pipeline.binding import WEIGHTS, refuse_virtual
 from pipeline.errors import UserError
+from pipeline.patterns import one_budget
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 COPY = ".base_layer.weight"  # of the base's own weight, as PEFT writes it beside an embedding's LoRA
@@ -58,6 +59,7 @@ class Change:
     whole: Mapping[str, Tensor]
 
 
+@one_budget()
 def read_change(folder: Path) -> Change:
     """Raises UserError for an adapter that was changed since it was made, is damaged, is not understood, or changes no
     weight."""

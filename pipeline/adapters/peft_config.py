@@ -1,6 +1,5 @@
 """adapter_config.json ↔ AdapterSpec: written as PEFT writes it, read field by field or refused."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.binding import CONFIG, VIRTUAL, read_config
 from pipeline.errors import UserError
+from pipeline.patterns import block_of, end_of, problem
 
 KIND = "LORA"
 # PEFT's options that change what an adapter computes, each with the only value that is understood here ...
@@ -95,7 +95,7 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
         dora=bool(config.get("use_dora")),
         excluded=config.names("exclude_modules", may_be_pattern=True),
         layers=config.layers(),
-        lists=tuple(config.names("layers_pattern")),
+        lists=config.lists(),
     )
 
 
@@ -140,7 +140,7 @@ class _Config:
         if isinstance(value, str):
             if not may_be_pattern:
                 return (value,)
-            return self._compiled(key, value)
+            return self._pattern(key, value)
         if not _all(value, str) or (needed and not value):
             raise self._wrong(key, "a list of names", self.get(key))
         return tuple(sorted(value))
@@ -149,14 +149,17 @@ class _Config:
         value = self.get(key) or {}
         if not isinstance(value, dict):
             raise self._wrong(key, "a mapping of names to numbers", value)
-        return {self._compiled(key, name): number for name, number in value.items()}
+        return {self._pattern(key, name, end_of(name)): number for name, number in value.items()}
 
-    def _compiled(self, key: str, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise self._wrong(key, f"a regular expression ({error})", pattern) from None
+    def _pattern(self, key: str, pattern: str, whole: str | None = None) -> str:
+        """The pattern, once it is one, and so is the `whole` that it is made part of."""
+        if why := problem(pattern) or problem(whole or pattern):
+            raise self._wrong(key, f"a regular expression ({why})", pattern)
         return pattern
+
+    def lists(self) -> tuple[str, ...]:
+        key = "layers_pattern"
+        return tuple(self._pattern(key, name, block_of(name)) for name in self.names(key))
 
     def layers(self) -> tuple[int, ...]:
         value = self.get("layers_to_transform")

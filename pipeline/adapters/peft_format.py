@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import save_tensors
 from pipeline.models.linears import is_conv1d
+from pipeline.patterns import one_budget
 from pipeline.tensors import refuse_difference
 
 _FIRST = (".lora_A.weight", ".lora_embedding_A")  # what every adapter has one of
@@ -47,6 +48,7 @@ def stored(model: CausalLM, spec: AdapterSpec) -> AdapterSpec:
     return spec.doubled() if moved else spec
 
 
+@one_budget()
 def load_adapter(
     model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint
 ) -> AdapterSpec | VirtualSpec:

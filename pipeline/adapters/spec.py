@@ -1,15 +1,16 @@
 """What an adapter changes, in PEFT's words."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeVar
 
+from pipeline.patterns import block_match, end_match, full_match
 from pipeline.targets import ends
 
 Number = TypeVar("Number", int, float)
+ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's layers_pattern where there is none: any list that lies in another module
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class AdapterSpec:
 
     def rank_of(self, module: str) -> int:
         """R of the module with this full name."""
-        return _by_pattern(self.ranks, module, self.rank)
+        return _by_pattern(self.ranks, module, self.rank, "rank_pattern")
 
     def scale_of(self, module: str) -> float:
         """By what its BA is multiplied: alpha/R, or alpha/√R (Kalajdzievski 2023)."""
         rank = self.rank_of(module)
-        return _by_pattern(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return _by_pattern(self.alphas, module, self.alpha, "alpha_pattern") / (
+            math.sqrt(rank) if self.rslora else rank
+        )
 
     def doubled(self) -> "AdapterSpec":
         """Twice every rank, with every scale as it is."""
@@ -53,7 +56,7 @@ class AdapterSpec:
     def leaves_out(self, module: str) -> bool:
         """Whether a module that `targets` means gets no LoRA all the same."""
         if isinstance(self.excluded, str):
-            excluded = re.fullmatch(self.excluded, module) is not None
+            excluded = full_match(self.excluded, module, "exclude_modules")
         else:
             excluded = any(ends(module, form) for form in self.excluded)
         if isinstance(self.targets, str):
@@ -67,18 +70,12 @@ class AdapterSpec:
 
     def _layer(self, module: str) -> int | None:
         """The number of the block that a module is in: the first in its name."""
-        patterns = [rf"(?:^|.*?\.){own}\." for own in self.lists] or [r".*?\.[^.]*\."]
-        found = (re.match(rf"{pattern}(\d+)\.", module) for pattern in patterns)
-        return next((int(match[1]) for match in found if match), None)
+        found = (block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,))
+        return next((number for number in found if number is not None), None)
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether the module with this full name is meant by a pattern of ranks or alphas: as in PEFT, by its end."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _by_pattern(values: Mapping[str, Number], module: str, default: Number) -> Number:
-    return next((value for pattern, value in values.items() if matches(pattern, module)), default)
+def _by_pattern(values: Mapping[str, Number], module: str, default: Number, key: str) -> Number:
+    return next((value for pattern, value in values.items() if end_match(pattern, module, key)), default)
 
 
 def lies_in(module: str, names: Iterable[str]) -> bool:
