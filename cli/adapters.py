@@ -91,9 +91,10 @@ def diff(
     """Compare two adapters: settings, the size of each update, and how far their subspaces overlap."""
     from cli.console import print_json, stdout, table
     from pipeline.adapters.change import read_change
-    from pipeline.adapters.compare import modules, settings_that_differ, values
+    from pipeline.adapters.compare import modules, refuse_other_model, settings_that_differ, values
 
     first, second = read_change(one), read_change(other)
+    refuse_other_model(first, second)
     settings, rows = settings_that_differ(first, second), list(modules(first.low_rank, second.low_rank))
     trained = list(values(first, second))
     if as_json:

@@ -51,12 +51,16 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Change:
-    """All of an adapter, by a module's full name, in the model's order; `whole` by a parameter's."""
+    """All of an adapter, by a module's full name, in the model's order; `whole` by a parameter's.
+
+    `base`: the sha256 of its base's tensors, where a manifest names it.
+    """
 
     spec: AdapterSpec
     low_rank: Mapping[str, LowRank]
     rows: Mapping[str, tuple[tuple[int, ...], Tensor]]
     whole: Mapping[str, Tensor]
+    base: str | None = None
 
 
 @one_budget()
@@ -64,8 +68,7 @@ def read_change(folder: Path) -> Change:
     """Raises UserError for an adapter that was changed since it was made, is damaged, is not understood, or changes no
     weight."""
     refuse_virtual(folder)
-    if (folder / artifact.MANIFEST).exists():
-        artifact.verify(folder)
+    manifest = artifact.verify(folder) if (folder / artifact.MANIFEST).exists() else {}
     place = str(folder / WEIGHTS)
     found = {
         key.removeprefix(PREFIX): value
@@ -80,7 +83,7 @@ def read_change(folder: Path) -> Change:
             name = key.removesuffix(first)
             low_rank[name] = _pair(found.pop(key), found.pop(name + second, None), name, spec, place, first != _A)
     rows = {name: (_ids(name, spec, place), found.pop(name + ROWS)) for name in by_rows}
-    return Change(spec, low_rank, rows, found)
+    return Change(spec, low_rank, rows, found, manifest.get("base", {}).get("tensors"))
 
 
 def _pair(a: Tensor, b: Tensor | None, name: str, spec: AdapterSpec, place: str, embedding: bool) -> LowRank:
