@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from cli.export import OutOption, export
-from cli.options import BaseOption, JsonOption, TrustOption, group
+from cli.options import BaseNameOption, BaseOption, JsonOption, TrustOption, group
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
@@ -186,8 +186,11 @@ def import_(
 
 
 @adapters.command()
-def card(path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")]) -> None:
+def card(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")],
+    base_name: BaseNameOption = None,
+) -> None:
     """Print an adapter's model card: method, data and its digest, what was learned, what was forgotten."""
     from pipeline.card import card as text
 
-    typer.echo(text(path), nl=False)
+    typer.echo(text(path, base_name=base_name), nl=False)
