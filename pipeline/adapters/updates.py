@@ -60,7 +60,8 @@ def updates_of(base: Path, adapter: Path, trust_remote_code: bool = False) -> Up
         else:
             raise UserError(
                 f"{adapter}: {name} was trained in full (modules_to_save), which is no update of low rank. Merge the "
-                "adapter instead, or train it with train_embeddings: new_rows."
+                "adapter instead, or set finetune_lora.train_embeddings to new_rows or none and train "
+                "it again."
             )
     return {name: found[name] for name, _ in model.named_modules() if name in found}
 
