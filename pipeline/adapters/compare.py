@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.adapters.change import Change, LowRank
 from pipeline.adapters.combine import Part, concatenated
+from pipeline.adapters.spec import lies_in
 from pipeline.errors import UserError
 from pipeline.patterns import full_match, one_budget
 from pipeline.targets import ALL_LINEAR, means
@@ -76,7 +77,7 @@ def _targets(change: Change, module: str) -> bool:
         meant = full_match(wanted, module, "target_modules")
     else:
         meant = any(means(want, module) for want in ((wanted,) if isinstance(wanted, str) else wanted))
-    return meant and not change.spec.leaves_out(module)
+    return meant and not change.spec.leaves_out(module) and not lies_in(module, change.spec.saved)
 
 
 def settings_that_differ(one: Change, other: Change) -> dict[str, tuple[Any, Any]]:
