@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from cli.export import OutOption, export
-from cli.options import BaseOption, JsonOption, TrustOption, group
+from cli.options import BaseNameOption, BaseOption, JsonOption, TrustOption, group
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
@@ -94,9 +94,10 @@ def diff(
     """Compare two adapters: settings, the size of each update, and how far their subspaces overlap."""
     from cli.console import print_json, stdout, table
     from pipeline.adapters.change import read_change
-    from pipeline.adapters.compare import modules, settings_that_differ, values
+    from pipeline.adapters.compare import modules, refuse_other_model, settings_that_differ, values
 
     first, second = read_change(one), read_change(other)
+    refuse_other_model(first, second)
     settings, rows = settings_that_differ(first, second), list(modules(first.low_rank, second.low_rank))
     trained = list(values(first, second))
     if as_json:
@@ -188,9 +189,12 @@ def import_(
 
 
 @adapters.command()
-def card(path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")]) -> None:
+def card(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")],
+    base_name: BaseNameOption = None,
+) -> None:
     """Print an adapter's model card: method, data and its digest, what was learned, what was forgotten."""
     from pipeline.card import card as text
     from pipeline.legible import printable
 
-    typer.echo(printable(text(path)), nl=False)
+    typer.echo(printable(text(path, base_name=base_name)), nl=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cli import calc_options as o
 from cli.options import JsonOption, group
 from pipeline.errors import UserError
+from pipeline.patterns import end_of, problem
 
 if TYPE_CHECKING:
     from cli.calc_output import Output, Question
@@ -141,10 +142,8 @@ def _pattern(text: str) -> tuple[str, int]:
     pattern, _, rank = text.rpartition("=")
     if not pattern or not re.fullmatch(r"[0-9]{1,9}", rank) or not int(rank):
         raise UserError(f"rank-pattern takes PATTERN=RANK, such as q_proj=16, got {text[:60]!r}.")
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
-        raise UserError(f"rank-pattern {pattern!r} is no regular expression: {error}.") from None
+    if why := problem(end_of(pattern)):
+        raise UserError(f"rank-pattern {pattern[:60]!r} is no regular expression: {why}.")
     return pattern, int(rank)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli.options import BaseOption, TrustOption, group
+from cli.options import BaseNameOption, BaseOption, TrustOption, group
 
 if TYPE_CHECKING:
     from pipeline.merge import Merging
@@ -25,6 +25,7 @@ def export(
     out: OutOption,
     form: Annotated[Literal["peft", "vllm", "merged"], typer.Option("--as", help="What to write.")],
     base: BaseOption = None,
+    base_name: BaseNameOption = None,
     precision: WidthOption = None,
     prompts: PromptsOption = None,
     trust_remote_code: TrustOption = False,
@@ -40,30 +41,29 @@ def export(
     if form == "peft" and (base or trust_remote_code):
         raise UserError("--as peft copies the adapter: it takes neither --base nor --trust-remote-code.")
     if form == "merged":
-        _merged(merging_of(path, base, precision, prompts, trust_remote_code), out)
+        _merged(merging_of(path, base, precision, prompts, trust_remote_code), out, base_name)
     elif form == "vllm":
         _note_bits(path)
         base = base or base_of(path)
-        rank = for_vllm(path, base, out, trust_remote_code)
+        rank = for_vllm(path, base, out, trust_remote_code, base_name)
         stdout.print(f"{out}  for vLLM. Serve it with:", markup=False, soft_wrap=True)
-        serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
-        stdout.print(serve, markup=False, soft_wrap=True)
+        modules = f"--max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
+        stdout.print(f"vllm serve {base_name or base} --enable-lora {modules}", markup=False, soft_wrap=True)
     else:
         _note_bits(path)
-        for_peft(path, out)
+        for_peft(path, out, base_name)
         stdout.print(f"{out}  for PEFT", markup=False, soft_wrap=True)
 
 
 def _note_bits(adapter: Path) -> None:
     from cli.console import stderr
     from pipeline.binding import quantization_of
+    from pipeline.card import bits
 
     kind = quantization_of(adapter)
     if kind != "none":
-        said = (
-            f"trained on its base in {kind}: on the base as it is stored it answers otherwise. Serve it on {kind}, or "
-        )
-        stderr.print(f"{adapter} was {said}export it --as merged.", markup=False, soft_wrap=True)
+        said = f"{adapter} was {bits(kind)}. Load the base in {kind}, or export the adapter with --as merged."
+        stderr.print(said, markup=False, soft_wrap=True)
 
 
 def merging_of(adapter: Path, base: Path | None, precision: str | None, prompts: Path | None, trust: bool) -> "Merging":
@@ -75,11 +75,11 @@ def merging_of(adapter: Path, base: Path | None, precision: str | None, prompts:
     return Merging(base or base_of(adapter), adapter, precision, texts, trust_remote_code=trust)
 
 
-def _merged(merging: "Merging", out: Path) -> None:
+def _merged(merging: "Merging", out: Path, base_name: str | None) -> None:
     from cli.progress import follow
     from pipeline.export import merged
 
-    say_merged(out, follow(merged(out, merging), "merge"))
+    say_merged(out, follow(merged(out, merging, base_name), "merge"))
 
 
 def merge_files(merging: "Merging", out: Path) -> None:

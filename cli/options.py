@@ -18,6 +18,10 @@ CheckpointOption = Annotated[int, typer.Option(min=1, help="Steps between resume
 BaseOption = Annotated[
     Path | None, typer.Option("--base", help="A model folder; default: the adapter's own base, or artifacts/expanded.")
 ]
+BaseNameOption = Annotated[
+    str | None,
+    typer.Option("--base-name", help="What the base is called; default: the hub id that it was imported from."),
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that came with the base.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")

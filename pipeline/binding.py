@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pipeline import artifact
 from pipeline.bases import base_fingerprint
@@ -10,7 +10,7 @@ from pipeline.dag import STAGES
 from pipeline.errors import UserError
 from pipeline.params import Kept
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MODEL = "config.json"  # what a whole model has in its place
 VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # PEFT's types that change no weight
 DEFAULT_BASE = STAGES["expand_vocab"].path
@@ -29,6 +29,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         if inside := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
             raise UserError(f"{folder} holds adapters and is none itself. Name one of them, such as {inside[0]}.")
     return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Raises UserError for an adapter whose weights are a pickle alone, as PEFT wrote them before safetensors."""
+    if (folder / PICKLE).is_file() and not (folder / WEIGHTS).exists():
+        raise UserError(
+            f"{folder / PICKLE} is a pickle, which can run code and is never read. Convert it once: "
+            'python -c "import torch, safetensors.torch as s; '
+            f"s.save_file({{k: v.contiguous().clone() for k, v in torch.load('{folder / PICKLE}', map_location='cpu', "
+            f"weights_only=True).items()}}, '{folder / WEIGHTS}', {{'format': 'pt'}})\""
+        )
 
 
 def refuse_virtual(folder: Path) -> None:
@@ -55,6 +66,33 @@ def base_of(adapter: Path | None, here: Path = Path()) -> Path:
         if isinstance(named, str) and (folder / named).is_dir():
             return folder / named
     raise UserError(f"{adapter} names {named!r} as its base, and there is no such folder. Name the base with --base.")
+
+
+class Origin(NamedTuple):
+    """The model of the hub that a base was imported from: its id and commit, and how many tokens were added since."""
+
+    hub_id: str
+    revision: str | None
+    added: int
+
+
+def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
+    """Where the adapter's base comes from, which may be given; None for one that is not of the hub, is not here, or was
+    made by expand_vocab from another than lies beside it."""
+    try:
+        base = base or base_of(adapter)
+        manifest, added = artifact.read_manifest(base), 0
+        if manifest.get("stage") == "expand_vocab":
+            start, stop = manifest["new_rows"]
+            imported = artifact.read_manifest(base.parent / STAGES["pretrain"].output)
+            if manifest["inputs"][STAGES["pretrain"].path] != artifact.sealed_digest(imported):
+                return None
+            manifest, added = imported, stop - start
+        if manifest.get("source") != "hub":
+            return None
+        return Origin(manifest["params"]["base"].partition("@")[0], manifest.get("revision"), added)
+    except (UserError, AttributeError, KeyError, TypeError, ValueError):  # no manifest, or none of this project
+        return None
 
 
 def common_base(adapters: Sequence[Path]) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifact
-from pipeline.binding import VIRTUAL, read_config
+from pipeline.binding import VIRTUAL, Origin, origin_of, quantization_of, read_config
 from pipeline.inventory import measured
 from pipeline.metrics import LOSS, final_loss, read_steps
 
@@ -24,17 +24,27 @@ TRAINED = (
 )
 
 
-def card(adapter: Path, certificate: Mapping[str, Any] | None = None) -> str:
-    """In Markdown, as the hub wants it; with a merge's `certificate`, of the merged model. Raises UserError."""
+def card(
+    adapter: Path,
+    certificate: Mapping[str, Any] | None = None,
+    base: Path | None = None,
+    base_name: str | None = None,
+) -> str:
+    """In Markdown, as the hub wants it; with a merge's `certificate`, of the merged model.
+
+    `base` is the adapter's own where it is not given; `base_name` what it is called, if not by the hub's id that it was
+    imported from. Raises UserError.
+    """
+    origin = origin_of(adapter, base)
     manifest = artifact.verify(adapter) if (adapter / artifact.MANIFEST).exists() else {}
     found = measured([adapter.resolve().parent]).get(artifact.sealed_digest(manifest), {}) if manifest else {}
     parts = [
-        "\n".join(_front(adapter, merged=certificate is not None)),
+        "\n".join(_front(adapter, base_name or (origin and origin.hub_id), merged=certificate is not None)),
         f"# {adapter.resolve().name}{', merged' if certificate is not None else ''}",
-        _section("Method", _method(adapter, manifest)),
+        _section("Method", _method(adapter, manifest, origin, merged=certificate is not None)),
         _section("Adapters" if manifest.get("method") == "combine" else "Data", _data(manifest)),
         _section("Learned and forgotten", _measured(adapter, found)),
-        _section("Merge", _merge(certificate or {})),
+        _section("Merge", _merge(certificate or {}, quantization_of(adapter))),
         _section("Made with", _made_with(manifest)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -51,8 +61,8 @@ def _section(title: str, lines: Iterator[str]) -> str:
     return f"## {title}\n\n{text}" if text else ""
 
 
-def _front(adapter: Path, merged: bool) -> Iterator[str]:
-    base = read_config(adapter).get("base_model_name_or_path")
+def _front(adapter: Path, base_name: str | None, merged: bool) -> Iterator[str]:
+    base = base_name or read_config(adapter).get("base_model_name_or_path")
     yield "---"
     if isinstance(base, str) and base:
         path = Path(base)  # one from the root is of no use elsewhere
@@ -62,7 +72,12 @@ def _front(adapter: Path, merged: bool) -> Iterator[str]:
     yield "---"
 
 
-def _method(adapter: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+def bits(kind: str) -> str:
+    """What one must know of an adapter that was trained on a base in few bits."""
+    return f"trained on its base in {kind}: on the base as it is stored it answers differently"
+
+
+def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, merged: bool) -> Iterator[str]:
     config, params = read_config(adapter), manifest.get("params", {})
     if manifest.get("method") == "combine":
         weights = ", ".join(f"{weight:g}" for weight in params["weights"])
@@ -73,8 +88,12 @@ def _method(adapter: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"trained with rank {params['rank']} and saved for the base as it was, which takes twice the rank"
     if targets := config.get("target_modules"):
         yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets))}"
+    if (kind := quantization_of(adapter)) != "none" and not merged:
+        yield f"{bits(kind)}. Load the base in {kind}, or merge the adapter into it"
+    if origin and origin.added:
+        yield f"on {origin.hub_id}, tokens added: {origin.added}"
     for key in TRAINED:
-        if key in params:
+        if key in params and (key != "retain_weight" or _retains(params)):
             yield f"{key.replace('_', ' ')}: {params[key]}"
     counted = manifest.get("parameters", {})
     if "trainable" in counted:
@@ -89,11 +108,18 @@ def _adapter(config: Mapping[str, Any]) -> str:
     return f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}{rslora}"
 
 
+def _retains(params: Mapping[str, Any]) -> bool:
+    """Whether texts were retained: a file may be named and have no weight."""
+    return bool(params.get("retain") and params.get("retain_weight"))
+
+
 def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
     combined = manifest.get("method") == "combine"  # of adapters, wherever they lie
+    params = manifest.get("params", {})
     for name, digest in manifest.get("inputs", {}).items():
-        if combined or not name.startswith("artifacts/"):
-            yield f"`{name}`, sha256 `{digest}`"
+        retained = name == params.get("retain") != params.get("data")
+        if (combined or not name.startswith("artifacts/")) and (_retains(params) or not retained):
+            yield f"`{name}`{', retained' * retained}, sha256 `{digest}`"
 
 
 def _measured(adapter: Path, found: Mapping[str, Any]) -> Iterator[str]:
@@ -111,7 +137,7 @@ def _measured(adapter: Path, found: Mapping[str, Any]) -> Iterator[str]:
     yield f"forgetting: {forgetting['answers_kept']:.1%} of the base's first choices kept"
 
 
-def _merge(certificate: Mapping[str, Any]) -> Iterator[str]:
+def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:
     ratios = [ratio for ratio in certificate.get("delta_ratios", {}).values() if ratio is not None]
     if ratios:
         yield f"{len(ratios)} matrices hold their update {min(ratios):.4f} to {max(ratios):.4f} times"
@@ -120,8 +146,8 @@ def _merge(certificate: Mapping[str, Any]) -> Iterator[str]:
             f"against base + adapter on {certificate['prompts_checked']} prompts: largest logit difference "
             f"{certificate['max_logit_difference']:.1e}, divergence {certificate['divergence']:.1e} nats a token"
         )
-    if "trained_on" in certificate:
-        yield f"merged onto the {certificate['trained_on']} weights that the adapter was trained on, dequantized"
+    if certificate and kind != "none":
+        yield f"merged into the {kind} weights that the adapter was trained on, dequantized"
 
 
 def _made_with(manifest: Mapping[str, Any]) -> Iterator[str]:

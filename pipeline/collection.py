@@ -73,7 +73,7 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
 def _fitting(source: Path, base: Path, trust_remote_code: bool) -> dict[str, Any]:
     """What the manifest is to say of the adapter, which fits its base. Raises UserError."""
     model, config = skeleton(base, trust_remote_code), read_config(source)
-    if config.get("peft_type") in VIRTUAL:
+    if str(config.get("peft_type")) in VIRTUAL:
         spec = load_adapter(model, base, source)
         assert isinstance(spec, VirtualSpec)
         return {"virtual_tokens": spec.tokens}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline import artifact
 from pipeline.adapters.updates import updates_of, write_updates
-from pipeline.binding import CONFIG, WEIGHTS, read_config
+from pipeline.binding import CONFIG, WEIGHTS, origin_of, read_config, refuse_pickle
 from pipeline.card import CARD, card, has_card
 from pipeline.collection import copy_template, copy_tokenizer
 from pipeline.errors import UserError
@@ -19,21 +19,29 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank ma
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def for_peft(adapter: Path, out: Path) -> None:
-    """The adapter, its tokenizer and a card: all that PEFT opens, and nothing of this project's. Raises UserError."""
+def for_peft(adapter: Path, out: Path, base_name: str | None = None) -> None:
+    """The adapter, its tokenizer and a card: all that PEFT opens, and nothing of this project's.
+
+    The base is called `base_name`, or by the hub's id that it was imported from. Raises UserError.
+    """
     _refuse_other(out, adapter)
+    refuse_pickle(adapter)
     with artifact.writing(out) as folder:
         for name in (CONFIG, WEIGHTS):
             if not (adapter / name).is_file():
                 raise UserError(f"{adapter} is not an adapter folder: it has no {name}.")
             shutil.copyfile(adapter / name, folder / name)
-        _finish(folder, adapter)
+        _name_base(folder, adapter, None, base_name)
+        _finish(folder, adapter, None, base_name)
 
 
-def for_vllm(adapter: Path, base: Path, out: Path, trust_remote_code: bool = False) -> int:
+def for_vllm(
+    adapter: Path, base: Path, out: Path, trust_remote_code: bool = False, base_name: str | None = None
+) -> int:
     """The adapter within vLLM's rules: low-rank updates alone, scaled by alpha/r.
 
-    Trained rows become updates of embedding and head. Returns the --max-lora-rank that it takes. Raises UserError.
+    Trained rows become updates of embedding and head. The base is called as `for_peft` calls it. Returns the
+    --max-lora-rank that it takes. Raises UserError.
     """
     _refuse_other(out, adapter)
     updates = updates_of(base, adapter, trust_remote_code)
@@ -45,7 +53,8 @@ def for_vllm(adapter: Path, base: Path, out: Path, trust_remote_code: bool = Fal
     named = read_config(adapter).get("base_model_name_or_path") or str(base)
     with artifact.writing(out) as folder:
         write_updates(folder, updates, skeleton(base, trust_remote_code), named)
-        _finish(folder, adapter)
+        _name_base(folder, adapter, base, base_name)
+        _finish(folder, adapter, base, base_name)
     return next(rank for rank in RANKS if rank >= widest)
 
 
@@ -53,7 +62,7 @@ def _refuse_other(out: Path, adapter: Path) -> None:
     artifact.refuse_other(out, has_card(out) and (out / CONFIG).exists(), (adapter,))
 
 
-def merged(out: Path, merging: Merging) -> Generator[Event, None, dict[str, Any]]:
+def merged(out: Path, merging: Merging, base_name: str | None = None) -> Generator[Event, None, dict[str, Any]]:
     """A checkpoint on its own, with what generation needs and a card; returns the merge's certificate.
 
     Raises UserError.
@@ -62,14 +71,30 @@ def merged(out: Path, merging: Merging) -> Generator[Event, None, dict[str, Any]
     def finish(folder: Path, certificate: dict[str, Any]) -> None:
         copy_template(merging.adapter, folder)
         _say_ends(folder)
-        (folder / CARD).write_text(card(merging.adapter, certificate), encoding="utf-8")
+        text = card(merging.adapter, certificate, merging.base, base_name)
+        (folder / CARD).write_text(text, encoding="utf-8")
 
     return (yield from merge_to(out, merging, finish))
 
 
-def _finish(folder: Path, adapter: Path) -> None:
+def _name_base(folder: Path, adapter: Path, base: Path | None, base_name: str | None) -> None:
+    """Call the base in adapter_config.json by a name that means it elsewhere too, where there is one.
+
+    With tokens added since, the hub's model is not the base any more.
+    """
+    origin = origin_of(adapter, base)
+    names: dict[str, str | None] = {}
+    if base_name:
+        names = {"base_model_name_or_path": base_name, "revision": None}
+    elif origin and not origin.added:
+        names = {"base_model_name_or_path": origin.hub_id, "revision": origin.revision}
+    if names:
+        artifact.write_json(folder / CONFIG, {**read_config(folder), **names})
+
+
+def _finish(folder: Path, adapter: Path, base: Path | None, base_name: str | None) -> None:
     copy_tokenizer(adapter, folder)
-    (folder / CARD).write_text(card(adapter), encoding="utf-8")
+    (folder / CARD).write_text(card(adapter, None, base, base_name), encoding="utf-8")
 
 
 def _say_ends(folder: Path) -> None:

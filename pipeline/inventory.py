@@ -184,7 +184,7 @@ def _architecture(folder: Path) -> Any:
 
 def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     """What the adapter stands on: names of layers, or how many virtual tokens are read before all else."""
-    if config.get("peft_type") in VIRTUAL:
+    if str(config.get("peft_type")) in VIRTUAL:
         return (f"{config.get('num_virtual_tokens')} virtual tokens",)
     value = config.get("target_modules")
     return tuple(map(str, value)) if isinstance(value, list) else (str(value),)

@@ -5,12 +5,12 @@ Every problem is a UserError that names key, rule, value and next step.
 
 import difflib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
+from pipeline.patterns import end_of, problem
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,8 @@ def _checked_list(hint: Any, values: Any, key: str, source: str, repeats: bool =
 def _checked_patterns(hint: Any, values: dict[Any, Any], key: str, source: str) -> dict[str, Any]:
     """Each value as the schema's type, each key a regular expression, or a UserError."""
     for pattern in values:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            why = f"{error}" if isinstance(error, re.error) else "it is no text"
-            raise UserError(f"{key}: {pattern!r} is no pattern of names: {why}. Edit {source}.") from None
+        if why := problem(pattern) or problem(end_of(pattern)) if isinstance(pattern, str) else "it is no text":
+            raise UserError(f"{key}: {pattern!r} is no pattern of names: {why}. Edit {source}.")
     return {pattern: checked(hint, value, f"{key}.{pattern}", source) for pattern, value in values.items()}
 
 

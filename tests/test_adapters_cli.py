@@ -1,7 +1,10 @@
 """`lora adapters diff` against dense updates, and `lora adapters card` against the files that it tells of."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from torch import Tensor
 
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.artifact import read_json
+from pipeline.collection import import_adapter
+from tests.bases import toy_checkpoint
 from tests.conftest import Lora
 from tests.models import adapter, checkpoint
 from tests.support import refusal
@@ -19,6 +24,7 @@ from tests.test_export import facts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ONE, OTHER = AdapterSpec(2, 3.0, ("q_proj", "fc1")), AdapterSpec(3, 2.0, ("q_proj",), rslora=True)
+ENDS = ("embed_tokens", "lm_head")
 Q_PROJ = "model.decoder.layers.0.self_attn.q_proj"
 
 
@@ -151,11 +157,82 @@ def test_what_was_trained_itself_is_compared_as_it_is(cli: Lora, root: Path) -> 
     assert [(row["name"], row["difference"]) for row in found] == [(name, None) for name in keys], "not the same of it"
 
 
-def test_adapters_of_two_models_are_not_compared(cli: Lora, root: Path) -> None:
-    adapter(root / "wide", checkpoint(root / "wide-base", d_model=32), ONE)
-    assert "256 × 32 and 256 × 64: the adapters are of two models" in refusal(
-        cli("adapters", "diff", "one", "wide", cwd=root)
+def wide(root: Path) -> None:
+    adapter(root / "else", checkpoint(root / "elsewhere", d_model=32), ONE)
+
+
+def deep(root: Path) -> None:
+    adapter(root / "else", checkpoint(root / "elsewhere", layers=3), ONE)
+
+
+def with_more_words(root: Path) -> None:
+    """The same blocks, and an embedding with a row more: as before and after expand_vocab."""
+    for name in ("one", "else"):
+        adapter(root / name, root / "base", AdapterSpec(2, 3.0, ("q_proj",), saved=ENDS))
+    edit_tensors(
+        root / "else", lambda found: {n: torch.cat((t, t[:1])) if "lm_head" in n else t for n, t in found.items()}
     )
+
+
+def wide_rows(root: Path) -> None:
+    rows = {"embed_tokens": (5, 41)}
+    for name, base, width in (("one", "base", 64), ("else", "elsewhere", 32)):
+        adapter(root / name, checkpoint(root / base, d_model=width), replace(ONE, targets=("lm_head",), rows=rows))
+
+
+def of_another_family(root: Path) -> None:
+    toy_checkpoint(root / "elsewhere", "gpt2")
+    adapter(root / "else", root / "elsewhere", AdapterSpec(2, 3.0, ("c_attn",)))
+
+
+def on_another_base(root: Path) -> None:
+    checkpoint(root / "elsewhere", seed=1)
+    for name, base in (("one", "base"), ("other", "elsewhere")):
+        import_adapter(root / name, root / base, root / f"bound-{name}")
+    shutil.rmtree(root / "one")
+    (root / "bound-one").rename(root / "one")
+    (root / "bound-other").rename(root / "else")
+
+
+OTHER_MODELS: dict[Callable[[Path], None], str] = {
+    wide: "fc1 is 256 × 32 and 256 × 64",
+    deep: "layers.2.fc1 is in one alone, and the target_modules of both mean it",
+    with_more_words: "lm_head.weight is 74 × 64 and 75 × 64",
+    wide_rows: "a row of model.decoder.embed_tokens is 32 and 64",
+    of_another_family: "the blocks are called ",
+    on_another_base: "their bases have sha256 ",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("other", OTHER_MODELS, ids=lambda other: other.__name__)
+def test_adapters_of_two_models_are_not_compared(cli: Lora, root: Path, other: Callable[[Path], None]) -> None:
+    other(root)
+    for pair in (("one", "else"), ("else", "one")):
+        said = refusal(cli("adapters", "diff", *pair, cwd=root))
+        assert OTHER_MODELS[other] in said and ": the adapters are of two models. Name two adapters of one." in said
+
+
+OF_ONE_MODEL = {
+    "other targets": AdapterSpec(2, 3.0, ("v_proj",)),
+    "a block": AdapterSpec(2, 3.0, ("q_proj", "fc1"), layers=(1,)),
+    "all linears": AdapterSpec(2, 3.0, "all-linear"),
+    "a pattern": AdapterSpec(2, 3.0, r".*\.0\..*(q_proj|fc2)"),
+    "all but some": AdapterSpec(2, 3.0, ("q_proj", "fc1"), excluded=("layers.0.fc1",)),
+    "embedding and head": AdapterSpec(2, 3.0, ENDS),
+    "rows": AdapterSpec(2, 3.0, ("q_proj",), rows={"embed_tokens": (5,)}),
+    "in full": AdapterSpec(2, 3.0, ("q_proj",), saved=ENDS),
+    "dora": AdapterSpec(5, 3.0, ("q_proj", "fc1"), dora=True),
+}
+
+
+def test_adapters_of_one_model_are_compared_whatever_they_train(cli: Lora, root: Path) -> None:
+    for name, spec in OF_ONE_MODEL.items():
+        adapter(root / name, root / "base", spec)
+    adapter(root / "saved", root / "base", AdapterSpec(2, 3.0, ("q_proj",), saved=("fc1",)))
+    edit_config(root / "saved", target_modules=["q_proj", "fc1"])  # which PEFT trains in full, and gives no LoRA
+    for pair in combinations((*OF_ONE_MODEL, "saved"), 2):
+        read_diff(cli, *pair, cwd=root)
 
 
 # Card

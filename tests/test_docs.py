@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from bench.published import published, table
 from pipeline.metrics import RunLog, Step
 from pipeline.params import load
 from pipeline.sweep import variants
+from tests.conftest import Lora
 from tests.support import ROOT
 
 
@@ -46,6 +48,16 @@ def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
         assert len({(own.loraplus_ratio, own.learning_rate, own.seed) for own in wanted}) == len(wanted) == 250
         embeddings.append((params.finetune_lora.train_embeddings, params.finetune_lora.init_lora_weights))
     assert embeddings == [("none", "document"), ("none", "kaiming"), ("new_rows", "document"), ("all", "document")]
+
+
+def test_the_commands_of_ship_it_run_in_a_project_as_the_pipeline_leaves_it(cli: Lora, project: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## Ship it\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    (lora .*)$", section, re.MULTILINE)]
+    assert len(commands) > 8
+    for _, *command in commands:
+        code, said, errors = cli(*command, cwd=project)
+        assert (code, bool(said)) == (0, True), f"{command}: {errors}"
 
 
 def test_a_table_of_loraplus_takes_for_each_ratio_the_rate_that_is_best_over_seeds(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests import test_peft
 from tests.conftest import Lora
 from tests.families import FAMILIES, GENERATION, new_project
 from tests.models import adapter
-from tests.support import folder_bytes, refusal
+from tests.support import folder_bytes, make, refusal
 from tests.test_families import assert_alike, ours, theirs
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -118,7 +118,7 @@ def many_rows(root: Path, count: int) -> Path:
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "in-full": (
         lambda root: made(root, spec=AdapterSpec(4, 8, ATTENTION, saved=("embed_tokens", "lm_head"))),
-        "was trained in full (modules_to_save)",
+        "set finetune_lora.train_embeddings to new_rows or none and train it again",
     ),
     "too-wide": (lambda root: many_rows(root, 513), "needs rank 513; vLLM takes 512 at most"),
 }
@@ -211,6 +211,8 @@ def facts(adapter: Path, evaluation: Path) -> list[str]:
     manifest, metrics = read_json(adapter / "manifest.json", ""), read_json(evaluation / "metrics.json", "")["lora"]
     forgetting, params = metrics["forgetting"], manifest["params"]
     data = {name: digest for name, digest in manifest["inputs"].items() if name.startswith("data/")}
+    if not params["retain_weight"]:
+        del data[params["retain"]]
     return [
         f"LoRA, rank {params['rank']}, alpha {params['alpha']:g}",
         *(f"learning rate: {params['learning_rate']}", f"epochs: {params['epochs']}"),
@@ -276,3 +278,99 @@ def test_options_of_a_merge_are_refused_without_one(cli: Lora, more: list[str], 
     source = made(tmp_path)
     assert "are of --as merged" in refusal(export(cli, "peft", source, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+# What the base is called, and what one must know of it
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def from_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Trains an adapter on a base of the hub's local cache, without the network."""
+
+    def trained(*overrides: str) -> Path:
+        root = new_project(tmp_path / "project", FAMILIES["llama"])
+        repository = tmp_path / "hub/models--org--toy"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/v1").write_text(COMMIT, encoding="utf-8")
+        (repository / "snapshots").mkdir()
+        (root / "base").rename(repository / "snapshots" / COMMIT)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        plain = ("pretrain.base=org/toy@v1", "expand_vocab.special_tokens=[]", "finetune_lora.train_embeddings=none")
+        make(root, ["pretrain", "expand_vocab", "finetune_lora"], [*plain, *overrides])
+        return root
+
+    return trained
+
+
+def base_names(cli: Lora, root: Path, *more: str) -> dict[str, tuple[str | None, ...]]:
+    """For each form: adapter_config.json's name and revision of the base, and the card's."""
+    found: dict[str, tuple[str | None, ...]] = {}
+    for form in FORMS:
+        exported(cli, form, root / "artifacts/lora_adapter", root / form, *more)
+        config, card = root / form / "adapter_config.json", (root / form / "README.md").read_text(encoding="utf-8")
+        named = read_json(config, "") if form != "merged" else {}
+        (of_card,) = re.findall("^base_model: (.*)$", card, flags=re.MULTILINE)
+        found[form] = (named.get("base_model_name_or_path"), named.get("revision"), of_card)
+    return found
+
+
+def test_a_base_of_the_hub_is_called_by_its_id(cli: Lora, from_hub: Callable[..., Path]) -> None:
+    root = from_hub("expand_vocab.tokens=[]")
+    assert base_names(cli, root) == {
+        "peft": ("org/toy", COMMIT, "org/toy"),
+        "vllm": ("org/toy", COMMIT, "org/toy"),
+        "merged": (None, None, "org/toy"),
+    }
+    code, card, _ = cli("adapters", "card", "artifacts/lora_adapter", cwd=root)
+    assert code == 0 and "base_model: org/toy\n" in card and "tokens added" not in card
+
+
+def test_with_tokens_added_the_hubs_model_is_no_longer_the_base(cli: Lora, from_hub: Callable[..., Path]) -> None:
+    """PEFT would put the adapter on a model without their rows; the card says what it comes from."""
+    root = from_hub("expand_vocab.tokens=[zloty, lev]")
+    found = base_names(cli, root)
+    assert found["peft"] == found["vllm"] == ("artifacts/expanded", None, "org/toy")
+    start, stop = read_json(root / "artifacts/expanded/manifest.json", "")["new_rows"]
+    assert f"- on org/toy, tokens added: {stop - start}\n" in (root / "peft/README.md").read_text(encoding="utf-8")
+
+
+def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Path) -> None:
+    shutil.copytree(brief / "artifacts", tmp_path / "artifacts")
+    code, card, _ = cli("adapters", "card", "artifacts/lora_adapter", "--base-name", "me/minigpt", cwd=tmp_path)
+    assert code == 0 and "base_model: me/minigpt\n" in card
+    for form in ("peft", "merged"):
+        exported(cli, form, tmp_path / "artifacts/lora_adapter", tmp_path / form, "--base-name", "me/minigpt")
+        assert "base_model: me/minigpt\n" in (tmp_path / form / "README.md").read_text(encoding="utf-8")
+    config = read_json(tmp_path / "peft/adapter_config.json", "")
+    assert config["base_model_name_or_path"] == "me/minigpt"
+    assert config == read_json(tmp_path / "artifacts/lora_adapter/adapter_config.json", "") | {
+        "base_model_name_or_path": "me/minigpt"
+    }
+    said = exported(cli, "vllm", made(tmp_path / "other"), tmp_path / "vllm", "--base-name", "me/llama")
+    assert "vllm serve me/llama " in said
+
+
+def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, from_hub: Callable[..., Path]) -> None:
+    root = from_hub("expand_vocab.tokens=[]", "finetune_lora.quantization=nf4-dq")
+    note = "trained on its base in nf4-dq: on the base as it is stored it answers differently"
+    for form in ("peft", "vllm"):
+        code, _, said = export(cli, form, root / "artifacts/lora_adapter", root / form)
+        assert code == 0
+        assert f"{note}. Load the base in nf4-dq, or export the adapter with --as merged." in said
+        assert f"- {note}. Load the base in nf4-dq" in (root / form / "README.md").read_text(encoding="utf-8")
+    code, _, said = export(cli, "merged", root / "artifacts/lora_adapter", root / "merged")
+    card = (root / "merged/README.md").read_text(encoding="utf-8")
+    assert code == 0 and note not in said + card
+    assert "merged into the nf4-dq weights that the adapter was trained on, dequantized" in card
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_retained_data_is_named_where_it_was_used(cli: Lora, from_hub: Callable[..., Path], weight: float) -> None:
+    root = from_hub("finetune_lora.retain=data/texts.jsonl", f"finetune_lora.retain_weight={weight}")
+    card = cli("adapters", "card", "artifacts/lora_adapter", cwd=root)[1]
+    assert "`data/all.jsonl`, sha256" in card
+    assert ("`data/texts.jsonl`, retained, sha256" in card) is ("retain weight: 2.0" in card) is (weight > 0)
+    assert ("texts.jsonl" in card) is ("retain weight" in card) is (weight > 0)

@@ -56,6 +56,7 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: Opened) -> dict[str,
         {},
         {"trainable_token_indices": rows},
         {"trainable_token_indices": {embedding: rows}},
+        {"trainable_token_indices": {embedding: rows, head: rows}},
         {"modules_to_save": [embedding, head]},
         {"modules_to_save": [head]},
     ]

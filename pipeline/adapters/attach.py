@@ -10,12 +10,12 @@ from pipeline.adapters import lora
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear
 from pipeline.adapters.rows import EmbeddingRows, HeadRows
-from pipeline.adapters.spec import AdapterSpec, lies_in
+from pipeline.adapters.spec import AdapterSpec, lies_in, ways_to
 from pipeline.adapters.targets import resolve, targeted
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
 from pipeline.params import Init
-from pipeline.targets import ends
+from pipeline.patterns import one_budget
 
 PREFIX = "base_model.model."
 MAGNITUDE = ".lora_magnitude_vector"
@@ -24,6 +24,7 @@ LOW_RANK = LoRALinear | LoRAEmbedding
 BY_ROWS = EmbeddingRows | HeadRows
 
 
+@one_budget()
 def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document") -> None:
     """Freeze `model` and give it the adapter's trainable parts, in place: A and B in `dtype`, or each in its layer's.
 
@@ -31,10 +32,10 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
     """
     names = targeted(model, spec)
     embedding, head = model.ends
-    trained = {*spec.saved, *spec.rows}
-    if model.shape.tied and embedding in trained and head not in spec.saved:
-        trained.add(head)
-    taken = {name for name in names if lies_in(name, trained)}
+    by_rows = {*spec.rows}
+    if model.shape.tied and (embedding in by_rows or spec.saves(model.embedding_name)):
+        by_rows.add(head)
+    taken = {name for name in names if lies_in(name, by_rows) or any(spec.saves(part) for part in ways_to(name))}
     if taken:
         raise UserError(
             f"target_modules: {min(taken)} is trained in full or row by row already (train_embeddings). "
@@ -42,7 +43,7 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
         )
     model.requires_grad_(False)
     add_lora(model, names, spec, dtype, init)
-    _train_in_full(model, spec.saved)
+    _train_in_full(model, spec)
     if spec.rows:
         _attach_rows(model, spec.rows)
 
@@ -66,25 +67,27 @@ def add_lora(
             model.set_submodule(name, kind(base, rank, scale, dtype, init))
 
 
-def _train_in_full(model: CausalLM, saved: tuple[str, ...]) -> None:
-    if model.shape.tied and len({*saved} & {*model.ends}) == 1:
+def _train_in_full(model: CausalLM, spec: AdapterSpec) -> None:
+    """Raises UserError for a name that means no module."""
+    if model.shape.tied and saves_one_end(model, spec):
         separate(model)
-    for name in saved:
-        for module in _called(model, name):
+    modules = list(model.named_modules())
+    for name in spec.saved:
+        if not any(full.endswith(name) for full, _ in modules):
+            raise UserError(f"modules_to_save: the model has no module called {name}.")
+    for full, module in modules:
+        if spec.saves(full):
             module.requires_grad_(True)
+
+
+def saves_one_end(model: CausalLM, spec: AdapterSpec) -> bool:
+    """Whether one of embedding and head trains in full and the other does not."""
+    return spec.saves(model.embedding_name) != spec.saves(model.head_name)
 
 
 def separate(model: CausalLM) -> None:
     """Give the head of a tied pair a weight of its own: as in PEFT, where one of the two is trained alone."""
     model.head.weight = nn.Parameter(lora.weight_of(model.head).detach().clone(), requires_grad=False)
-
-
-def _called(model: nn.Module, name: str) -> list[nn.Module]:
-    """Every module whose full name ends so. Raises UserError if there is none."""
-    found = [module for full, module in model.named_modules() if ends(full, name)]
-    if not found:
-        raise UserError(f"modules_to_save: the model has no module called {name}.")
-    return found
 
 
 def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
@@ -122,7 +125,7 @@ def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
             found[f"{PREFIX}{name}.lora_embedding_B"] = module.lora_B
         elif isinstance(module, BY_ROWS) and name.rsplit(".", 1)[-1] in spec.rows:
             found[f"{PREFIX}{name}{ROWS}"] = module.rows
-        elif any(ends(name, saved) for saved in spec.saved):
+        elif spec.saves(name):
             found |= {f"{PREFIX}{name}.{own}": p for own, p in module.named_parameters()}  # a bias too
     return found
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from pipeline import artifact
 from pipeline.adapters.attach import PREFIX, ROWS
 from pipeline.adapters.edits import squared_norm
-from pipeline.adapters.peft_config import read_spec
+from pipeline.adapters.peft_config import EMBEDDING, read_spec
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.tensor_files import read_tensors
 from pipeline.binding import WEIGHTS, refuse_virtual
 from pipeline.errors import UserError
+from pipeline.patterns import one_budget
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 COPY = ".base_layer.weight"  # of the base's own weight, as PEFT writes it beside an embedding's LoRA
@@ -50,32 +51,39 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Change:
-    """All of an adapter, by a module's full name, in the model's order; `whole` by a parameter's."""
+    """All of an adapter, by a module's full name, in the model's order; `whole` by a parameter's.
+
+    `base`: the sha256 of its base's tensors, where a manifest names it.
+    """
 
     spec: AdapterSpec
     low_rank: Mapping[str, LowRank]
     rows: Mapping[str, tuple[tuple[int, ...], Tensor]]
     whole: Mapping[str, Tensor]
+    base: str | None = None
 
 
+@one_budget()
 def read_change(folder: Path) -> Change:
     """Raises UserError for an adapter that was changed since it was made, is damaged, is not understood, or changes no
     weight."""
     refuse_virtual(folder)
-    if (folder / artifact.MANIFEST).exists():
-        artifact.verify(folder)
-    spec, place = read_spec(folder), str(folder / WEIGHTS)
+    manifest = artifact.verify(folder) if (folder / artifact.MANIFEST).exists() else {}
+    place = str(folder / WEIGHTS)
     found = {
         key.removeprefix(PREFIX): value
         for key, value in sorted(read_tensors(folder).items(), key=lambda item: in_order(item[0]))
     }
+    by_rows = [key.removesuffix(ROWS) for key in found if key.endswith(ROWS)]
+    # a list of rows without a name is the embedding's, which the file alone calls by its name
+    spec = read_spec(folder, by_rows[0].rsplit(".", 1)[-1] if by_rows else EMBEDDING)
     low_rank = {}
     for first, second in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
         for key in [key for key in found if key.endswith(first)]:
             name = key.removesuffix(first)
             low_rank[name] = _pair(found.pop(key), found.pop(name + second, None), name, spec, place, first != _A)
-    rows = {key.removesuffix(ROWS): found.pop(key) for key in [key for key in found if key.endswith(ROWS)]}
-    return Change(spec, low_rank, {name: (_ids(name, spec, place), value) for name, value in rows.items()}, found)
+    rows = {name: (_ids(name, spec, place), found.pop(name + ROWS)) for name in by_rows}
+    return Change(spec, low_rank, rows, found, manifest.get("base", {}).get("tensors"))
 
 
 def _pair(a: Tensor, b: Tensor | None, name: str, spec: AdapterSpec, place: str, embedding: bool) -> LowRank:
@@ -87,10 +95,10 @@ def _pair(a: Tensor, b: Tensor | None, name: str, spec: AdapterSpec, place: str,
 
 
 def _ids(name: str, spec: AdapterSpec, place: str) -> tuple[int, ...]:
-    last = name.rsplit(".", 1)[-1]
-    if last not in spec.rows:
-        raise UserError(f"{place}: {name} has rows that its config does not name. Make the adapter again.")
-    return spec.rows[last]
+    for end, ids in spec.rows.items():
+        if name.endswith(end):
+            return ids
+    raise UserError(f"{place}: {name} has rows that its config does not name. Make the adapter again.")
 
 
 def in_order(name: str) -> str:

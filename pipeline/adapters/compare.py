@@ -1,6 +1,7 @@
 """Two adapters side by side: what they say of themselves, how large each update is, and how far they share a space."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from pipeline.adapters.change import Change, LowRank
 from pipeline.adapters.combine import Part, concatenated
+from pipeline.adapters.spec import lies_in
 from pipeline.errors import UserError
+from pipeline.patterns import full_match, one_budget
+from pipeline.targets import ALL_LINEAR, means
 
 
 class Beside(NamedTuple):
@@ -28,6 +32,54 @@ class Beside(NamedTuple):
     inputs: float | None
 
 
+@one_budget()
+def refuse_other_model(one: Change, other: Change) -> None:
+    """Raises UserError for adapters that cannot be of one model.
+
+    That is so where their manifests name two bases; where a module or tensor has two shapes; where none of their
+    blocks have a name in common; and where only one has a module that the other's settings mean as well. Other
+    targets, layers, ranks or embeddings are no such proof.
+    """
+    if one.base and other.base and one.base != other.base:
+        raise _two_models(f"their bases have sha256 {one.base[:12]} and {other.base[:12]}")
+    first, second = _shapes(one), _shapes(other)
+    for name in sorted(first.keys() & second.keys()):
+        if first[name] != second[name]:
+            shapes = sorted(" × ".join(map(str, shape)) for shape in (first[name], second[name]))
+            raise _two_models(f"{name} is {' and '.join(shapes)}")
+    lists = [{name[: found.start()] for name in shapes if (found := _BLOCK.search(name))} for shapes in (first, second)]
+    if all(lists) and not lists[0] & lists[1]:
+        raise _two_models(f"the blocks are called {min(lists[0])} and {min(lists[1])}")
+    for mine, theirs in ((one, other), (other, one)):
+        for name in sorted(mine.low_rank.keys() - theirs.low_rank.keys()):
+            if _BLOCK.search(name) and _targets(theirs, name):
+                raise _two_models(f"{name} is in one alone, and the target_modules of both mean it")
+
+
+_BLOCK = re.compile(r"\.\d+\.")
+
+
+def _two_models(why: str) -> UserError:
+    return UserError(f"{why}: the adapters are of two models. Name two adapters of one.")
+
+
+def _shapes(change: Change) -> dict[str, tuple[int, ...]]:
+    """Of each linear or embedding that gets LoRA (O, I), of each row (D,), and of each tensor in full; by its name."""
+    low_rank = {name: (update.b.shape[0], update.a.shape[1]) for name, update in change.low_rank.items()}
+    rows = {f"a row of {name}": tuple(rows.shape[1:]) for name, (_, rows) in change.rows.items()}
+    return {**low_rank, **rows, **{name: tuple(tensor.shape) for name, tensor in change.whole.items()}}
+
+
+def _targets(change: Change, module: str) -> bool:
+    """Whether the adapter's settings give LoRA to a block's linear of this name, if its model has one."""
+    wanted = change.spec.targets
+    if isinstance(wanted, str) and wanted != ALL_LINEAR:
+        meant = full_match(wanted, module, "target_modules")
+    else:
+        meant = any(means(want, module) for want in ((wanted,) if isinstance(wanted, str) else wanted))
+    return meant and not change.spec.leaves_out(module) and not lies_in(module, change.spec.saved)
+
+
 def settings_that_differ(one: Change, other: Change) -> dict[str, tuple[Any, Any]]:
     """Of the two configs."""
     first, second = asdict(one.spec), asdict(other.spec)
@@ -35,14 +87,13 @@ def settings_that_differ(one: Change, other: Change) -> dict[str, tuple[Any, Any
 
 
 def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterator[Beside]:
-    """Every module that either changes. Raises UserError where they are of two models."""
+    """Every module that either changes; of one model, see `refuse_other_model`."""
     for name in dict.fromkeys((*one, *other)):
         first, second = one.get(name), other.get(name)
         if first is None or second is None:
             sizes = [0.0 if update is None else norm(update) for update in (first, second)]
             yield Beside(name, sizes[0], sizes[1], max(sizes), None, None)
             continue
-        _refuse_unlike(name, first, second)
         difference = norm(concatenated([Part(first, 1.0), Part(second, -1.0)]))
         shared = overlap(first.b, second.b), overlap(first.a.T, second.a.T)
         yield Beside(name, norm(first), norm(second), difference, *shared)
@@ -74,12 +125,6 @@ def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
 def norm(update: LowRank) -> float:
     """‖s·BA‖."""
     return math.sqrt(max(update.squared_norm(), 0.0))
-
-
-def _refuse_unlike(name: str, *updates: LowRank) -> None:
-    shapes = sorted({(update.b.shape[0], update.a.shape[1]) for update in updates})
-    if len(shapes) > 1:
-        raise UserError(f"{name} is {' and '.join(f'{o} × {i}' for o, i in shapes)}: the adapters are of two models.")
 
 
 def overlap(one: Tensor, other: Tensor) -> float | None:

@@ -1,19 +1,20 @@
 """adapter_config.json ↔ AdapterSpec: written as PEFT writes it, read field by field or refused."""
 
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.binding import CONFIG, read_config
+from pipeline.binding import CONFIG, VIRTUAL, read_config
 from pipeline.errors import UserError
+from pipeline.patterns import block_of, end_of, problem
 
+KIND = "LORA"
 # PEFT's options that change what an adapter computes, each with the only value that is understood here ...
-_PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "lora_bias": False}
+_PLAIN: dict[str, Any] = {"bias": "none", "lora_bias": False}
 # ... those that are read, and those that decide nothing once an adapter is trained. Any other must be empty.
 _READ = {
+    "peft_type",
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
@@ -30,14 +31,19 @@ _HARMLESS = {
     "qalora_group_size",
     "runtime_config",
     "fan_in_fan_out",  # of GPT-2's layers; PEFT sets it right itself, whatever the file says
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),  # of how A and B began: see _KEEPS_BASE
 }
 EMBEDDING = "embed_tokens"  # what PEFT's list of rows means in most models
-_KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # initialisations that leave the base's weights as they are
+# Initialisations that leave the base's weights as they are: EVA and MiCA begin at BA = 0 with an A or a B of their own.
+_KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# Far outside of what anybody trains, and far inside of what fp32 can multiply with.
+_RANKS, _ALPHAS = (1, 10**6), (1e-9, 1e9)
 
 
 def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, Any]:
     """adapter_config.json; `transposed` says whether the layers store their weights as GPT-2's do."""
     return {
+        "peft_type": KIND,
         **_PLAIN,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -89,7 +95,7 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
         dora=bool(config.get("use_dora")),
         excluded=config.names("exclude_modules", may_be_pattern=True),
         layers=config.layers(),
-        lists=tuple(config.names("layers_pattern")),
+        lists=config.lists(),
     )
 
 
@@ -104,23 +110,28 @@ class _Config:
         return self.values.get(key)
 
     def refuse_options(self) -> None:
+        kind = self.get("peft_type") or KIND
+        if kind != KIND:
+            raise UserError(
+                f"{self.place}: peft_type must be {KIND}, {' or '.join(VIRTUAL)}, got {_short(kind)}. Train one of "
+                "these, or convert the adapter with PEFT's save_as_lora if its method allows that."
+            )
+        if self.values.get("init_lora_weights", True) not in _KEEPS_BASE:
+            raise UserError(
+                f"{self.place}: init_lora_weights is {self.get('init_lora_weights')!r}, which also changes the base. "
+                "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
+            )
         for key, plain in _PLAIN.items():
             if (self.get(key) or plain) != plain:
                 raise UserError(f"{self.place}: {key} is {self.get(key)!r}; only {plain!r} is supported so far.")
         for key in sorted(self.values.keys() - _PLAIN.keys() - _READ - _HARMLESS):
             if self.get(key):
                 raise UserError(f"{self.place}: {key} is {self.get(key)!r}; it is not supported so far.")
-        if self.values.get("init_lora_weights", True) not in _KEEPS_BASE:
-            raise UserError(
-                f"{self.place}: init_lora_weights is {self.get('init_lora_weights')!r}, which also changes the base. "
-                "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
-            )
 
     def number(self, key: str, value: Any, whole: bool = False) -> Any:
-        kinds = int if whole else (int, float)
-        good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        if not good:
-            raise self._wrong(key, "a whole number from 1" if whole else "a positive number", value)
+        kinds, (least, most) = (int, _RANKS) if whole else ((int, float), _ALPHAS)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
+            raise self._wrong(key, f"a {'whole ' * whole}number from {least} to {most}", value)
         return value if whole else float(value)
 
     def names(self, key: str, needed: bool = False, may_be_pattern: bool = False) -> Any:
@@ -129,7 +140,7 @@ class _Config:
         if isinstance(value, str):
             if not may_be_pattern:
                 return (value,)
-            return self._compiled(key, value)
+            return self._pattern(key, value)
         if not _all(value, str) or (needed and not value):
             raise self._wrong(key, "a list of names", self.get(key))
         return tuple(sorted(value))
@@ -138,14 +149,17 @@ class _Config:
         value = self.get(key) or {}
         if not isinstance(value, dict):
             raise self._wrong(key, "a mapping of names to numbers", value)
-        return {self._compiled(key, name): number for name, number in value.items()}
+        return {self._pattern(key, name, end_of(name)): number for name, number in value.items()}
 
-    def _compiled(self, key: str, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise self._wrong(key, f"a regular expression ({error})", pattern) from None
+    def _pattern(self, key: str, pattern: str, whole: str | None = None) -> str:
+        """The pattern, once it is one, and so is the `whole` that it is made part of."""
+        if why := problem(pattern) or problem(whole or pattern):
+            raise self._wrong(key, f"a regular expression ({why})", pattern)
         return pattern
+
+    def lists(self) -> tuple[str, ...]:
+        key = "layers_pattern"
+        return tuple(self._pattern(key, name, block_of(name)) for name in self.names(key))
 
     def layers(self) -> tuple[int, ...]:
         value = self.get("layers_to_transform")
@@ -165,7 +179,12 @@ class _Config:
         return {name: tuple(ids) for name, ids in indices.items()}
 
     def _wrong(self, key: str, rule: str, value: Any) -> UserError:
-        return UserError(f"{self.place}: {key} must be {rule}, got {value!r}.")
+        return UserError(f"{self.place}: {key} must be {rule}, got {_short(value)}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _all(values: Any, kind: type) -> bool:

@@ -1,15 +1,16 @@
 """Adapters on disk in PEFT's format: written so that PEFT opens them, read so that nothing wrong gets in."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import artifact
-from pipeline.adapters.attach import PREFIX, adapter_layers, attach, separate, tensors
+from pipeline.adapters.attach import PREFIX, adapter_layers, attach, saves_one_end, separate, tensors
 from pipeline.adapters.change import COPY
-from pipeline.adapters.lora import LoRALinear
+from pipeline.adapters.lora import LoRALinear, transposed, weight_of
 from pipeline.adapters.peft_config import config_of, read_spec
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import targeted
@@ -21,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import save_tensors
 from pipeline.models.linears import is_conv1d
+from pipeline.patterns import one_budget
 from pipeline.tensors import refuse_difference
 
 _FIRST = (".lora_A.weight", ".lora_embedding_A")  # what every adapter has one of
@@ -46,6 +48,7 @@ def stored(model: CausalLM, spec: AdapterSpec) -> AdapterSpec:
     return spec.doubled() if moved else spec
 
 
+@one_budget()
 def load_adapter(
     model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint
 ) -> AdapterSpec | VirtualSpec:
@@ -56,16 +59,18 @@ def load_adapter(
     than its config and this model call for, or such that are not finite; `model` is then of no more use.
     """
     refuse_foreign(base_folder, folder, fingerprint)
-    if read_config(folder).get("peft_type") in VIRTUAL:
+    if str(read_config(folder).get("peft_type")) in VIRTUAL:
         return load_virtual(model, folder)
     return _load_changes(model, base_folder, folder)
 
 
 def _load_changes(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
     """What changes weights: all but virtual tokens."""
-    spec = read_spec(folder, model.ends[0])
-    _refuse_unfit(model, spec, folder, base_folder)
+    spec = _rows_by_ends(model, read_spec(folder, model.ends[0]), folder / CONFIG, base_folder)
+    names = targeted(model, spec)
+    _refuse_unfit(model, spec, names, folder, base_folder)
     values = _without_copies(read_tensors(folder), model, folder)
+    _refuse_wide(model, spec, names, values, folder / WEIGHTS)
     if model.shape.tied and _differ(model, values):
         separate(model)
     attach(model, spec, next((value.dtype for key, value in values.items() if key.endswith(_FIRST)), None))
@@ -120,18 +125,50 @@ def _differ(model: CausalLM, values: Mapping[str, Tensor]) -> bool:
     return all(one is not None for one in pair) and not torch.equal(*pair)  # type: ignore[arg-type]
 
 
-def _refuse_unfit(model: CausalLM, spec: AdapterSpec, folder: Path, base_folder: Path) -> None:
+def _rows_by_ends(model: CausalLM, spec: AdapterSpec, place: Path, base_folder: Path) -> AdapterSpec:
+    """`spec` with its rows by the last names of embedding and head; by the embedding's alone, if the two are tied.
+
+    Raises UserError for rows of another module, and for such as would untie a tied pair: PEFT trains them apart, but
+    merges both into the one matrix.
+    """
+    full = dict(zip((model.embedding_name, model.head_name), model.ends, strict=True))
+    rows: dict[str, tuple[int, ...]] = {}
+    for name, ids in spec.rows.items():
+        end = next((last for whole, last in full.items() if whole.endswith(name)), None)
+        if end is None:
+            known = " and ".join(model.ends)
+            raise UserError(f"{place}: trainable_token_indices may name {known} only, got {', '.join(spec.rows)}.")
+        rows[end] = ids
+    first, last = model.ends
+    if model.shape.tied and last in rows and rows.pop(last) != rows.get(first):
+        raise UserError(
+            f"{place}: trainable_token_indices must name {first}, or {first} and {last} with the same rows: in "
+            f"{base_folder} {first} and {last} are one tied matrix. Train the adapter so, or on a base with an untied "
+            "head."
+        )
+    return replace(spec, rows=rows)
+
+
+def _refuse_wide(
+    model: CausalLM, spec: AdapterSpec, names: list[str], values: Mapping[str, Tensor], place: Path
+) -> None:
+    """Raises UserError for a rank that no tensor of the file has, before memory for it is asked for."""
+    found = {key: tuple(value.shape) for key, value in values.items() if key.endswith(_FIRST)}
+    widest = max((shape[0] for shape in found.values() if shape), default=0)
+    for name in names:
+        if (rank := spec.rank_of(name)) > widest:
+            layer = model.get_submodule(name)
+            key = f"{PREFIX}{name}{_FIRST[isinstance(layer, nn.Embedding)]}"
+            inputs = weight_of(layer).shape[0 if transposed(layer) else 1]
+            refuse_difference({key: (rank, inputs)}, {key: found[key]} if key in found else {}, str(place))
+
+
+def _refuse_unfit(model: CausalLM, spec: AdapterSpec, names: list[str], folder: Path, base_folder: Path) -> None:
     """Rows that the model has not, and a wish to tie that is not followed here."""
     rows = [row for ids in spec.rows.values() for row in ids]
     if rows and max(rows) >= model.shape.rows:
         raise UserError(f"{folder}: trains row {max(rows)}; {base_folder} has {model.shape.rows} rows.")
-    ends = set(model.ends)
-    if not set(spec.rows) <= ends:
-        known = " and ".join(model.ends)
-        raise UserError(
-            f"{folder / CONFIG}: trainable_token_indices may name {known} only, got {', '.join(spec.rows)}."
-        )
-    one_alone = len({*spec.saved} & ends) == 1 or model.embedding_name in targeted(model, spec)
+    one_alone = saves_one_end(model, spec) or model.embedding_name in names
     if model.shape.tied and one_alone and read_config(folder).get("ensure_weight_tying"):
         raise UserError(
             f"{folder / CONFIG}: ensure_weight_tying with one of {' and '.join(model.ends)} is not supported. "

@@ -68,7 +68,7 @@ def fitted(model: CausalLM, base: Path, stored: Mapping[str, Place], adapter: Pa
     refuse_virtual(adapter)
     spec = load_adapter(model, base, adapter)
     assert isinstance(spec, AdapterSpec)
-    _refuse_other_embedding(adapter, stored)
+    _refuse_other_embedding(adapter, model, stored)
     return spec
 
 
@@ -111,6 +111,13 @@ def stored_name(name: str, stored: Mapping[str, Place]) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
+def place_of(name: str, model: CausalLM, stored: Mapping[str, Place]) -> Place | None:
+    """Where the files have a parameter: one of a tied pair may be stored for both."""
+    pair = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
+    alike = pair if name in pair else []
+    return next((stored[found] for one in (name, *alike) if (found := stored_name(one, stored))), None)
+
+
 def _refuse_unlike(
     name: str, shape: tuple[int, ...], stored: Mapping[str, Place], base: Path, may_be_absent: bool
 ) -> None:
@@ -123,13 +130,14 @@ def _refuse_unlike(
         raise UserError(f"{base}: {name} has shape {list(stored[name].info.shape)}, config.json says {list(shape)}.")
 
 
-def _refuse_other_embedding(adapter: Path, stored: Mapping[str, Place]) -> None:
-    """PEFT writes the base's whole embedding beside its LoRA: here only the files have one to compare it with."""
+def _refuse_other_embedding(adapter: Path, model: CausalLM, stored: Mapping[str, Place]) -> None:
+    """PEFT writes the base's whole embedding or head beside its LoRA: here only the files have one to compare it
+    with."""
     for key, value in load_tensors(adapter / WEIGHTS).items():  # finite: `load_adapter` has read them
         if key.endswith(COPY):
             name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
-            found = stored_name(name, stored)
-            if found is None or not _is_stored(value, stored[found]):
+            place = place_of(name, model, stored)
+            if place is None or not _is_stored(value, place):
                 raise other_embedding(adapter, name)
 
 

@@ -1,22 +1,25 @@
 """What an adapter changes, in PEFT's words."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TypeVar
 
+from pipeline.patterns import block_match, end_match, full_match
 from pipeline.targets import ends
 
 Number = TypeVar("Number", int, float)
+ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's layers_pattern where there is none: any list that lies in another module
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
     """`targets` get LoRA, `saved` modules train in full, `rows` train row by row.
 
-    Names mean every module whose full name ends so; a text in place of a list is a pattern that the whole name
-    matches, or all-linear. `ranks` and `alphas` are by pattern: the first that a name ends with decides.
+    Names mean every module whose full name ends so, those of `saved` even within a word, as in PEFT: norm is also
+    input_layernorm. A text in place of a list is a pattern that the whole name matches, or all-linear. `ranks` and
+    `alphas` are by pattern: the first that a name ends with decides.
     """
 
     rank: int
@@ -34,12 +37,14 @@ class AdapterSpec:
 
     def rank_of(self, module: str) -> int:
         """R of the module with this full name."""
-        return _by_pattern(self.ranks, module, self.rank)
+        return _by_pattern(self.ranks, module, self.rank, "rank_pattern")
 
     def scale_of(self, module: str) -> float:
         """By what its BA is multiplied: alpha/R, or alpha/√R (Kalajdzievski 2023)."""
         rank = self.rank_of(module)
-        return _by_pattern(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return _by_pattern(self.alphas, module, self.alpha, "alpha_pattern") / (
+            math.sqrt(rank) if self.rslora else rank
+        )
 
     def doubled(self) -> "AdapterSpec":
         """Twice every rank, with every scale as it is."""
@@ -51,7 +56,7 @@ class AdapterSpec:
     def leaves_out(self, module: str) -> bool:
         """Whether a module that `targets` means gets no LoRA all the same."""
         if isinstance(self.excluded, str):
-            excluded = re.fullmatch(self.excluded, module) is not None
+            excluded = full_match(self.excluded, module, "exclude_modules")
         else:
             excluded = any(ends(module, form) for form in self.excluded)
         if isinstance(self.targets, str):
@@ -59,23 +64,25 @@ class AdapterSpec:
         numbered = bool(self.layers) and module not in self.targets
         return excluded or (numbered and self._layer(module) not in self.layers)
 
+    def saves(self, module: str) -> bool:
+        """Whether the module with this full name trains in full."""
+        return any(module.endswith(name) for name in self.saved)
+
     def _layer(self, module: str) -> int | None:
         """The number of the block that a module is in: the first in its name."""
-        patterns = [rf"(?:^|.*?\.){own}\." for own in self.lists] or [r".*?\.[^.]*\."]
-        found = (re.match(rf"{pattern}(\d+)\.", module) for pattern in patterns)
-        return next((int(match[1]) for match in found if match), None)
+        found = (block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,))
+        return next((number for number in found if number is not None), None)
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether the module with this full name is meant by a pattern of ranks or alphas: as in PEFT, by its end."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _by_pattern(values: Mapping[str, Number], module: str, default: Number) -> Number:
-    return next((value for pattern, value in values.items() if matches(pattern, module)), default)
+def _by_pattern(values: Mapping[str, Number], module: str, default: Number, key: str) -> Number:
+    return next((value for pattern, value in values.items() if end_match(pattern, module, key)), default)
 
 
 def lies_in(module: str, names: Iterable[str]) -> bool:
     """Whether `names` mean the module with this full name, or one that it is in."""
-    parts = module.split(".")
-    return any(ends(".".join(parts[: i + 1]), name) for i in range(len(parts)) for name in names)
+    return any(ends(part, name) for part in ways_to(module) for name in names)
+
+
+def ways_to(module: str) -> list[str]:
+    """Full names of the module and of all that it is in: model, model.norm for model.norm."""
+    return list(accumulate(module.split("."), lambda outer, inner: f"{outer}.{inner}"))

@@ -1,6 +1,5 @@
 """Which layers of a model a `target_modules` setting means, and which an adapter's config."""
 
-import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -9,6 +8,7 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.errors import UserError
 from pipeline.models.linears import is_linear
 from pipeline.models.quantized import QuantizedLinear
+from pipeline.patterns import full_match
 from pipeline.targets import ALL_LINEAR, HEAD, chosen, ends
 
 
@@ -26,7 +26,7 @@ def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
     embedding = getattr(model, "embedding_name", "")
     layers = [name for name, module in model.named_modules() if adaptable(module) or name == embedding]
     if isinstance(spec.targets, str) and spec.targets != ALL_LINEAR:
-        meant = [name for name in layers if re.fullmatch(spec.targets, name)]
+        meant = [name for name in layers if full_match(spec.targets, name, "target_modules")]
     else:
         wanted = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
         if not any(ends(embedding, want) for want in wanted):  # no group has it

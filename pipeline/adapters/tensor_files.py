@@ -4,13 +4,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.binding import WEIGHTS
+from pipeline.binding import WEIGHTS, refuse_pickle
 from pipeline.errors import UserError
 from pipeline.models.files import load_tensors
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors. Raises UserError if they cannot be read or are not finite."""
+    refuse_pickle(folder)
     found = load_tensors(folder / WEIGHTS)
     for key, tensor in found.items():
         if not tensor.float().isfinite().all():  # 8 bits have no isfinite

@@ -14,7 +14,7 @@ from pipeline.adapters.change import LowRank
 from pipeline.adapters.edits import AddLowRank, SetLengths, SetRows
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, transposed
 from pipeline.adapters.peft_config import config_of
-from pipeline.adapters.plan import edits_of, fitted, stored_name
+from pipeline.adapters.plan import edits_of, fitted, place_of
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.stream import read_rows
 from pipeline.artifact import write_json
@@ -46,7 +46,11 @@ def updates_of(base: Path, adapter: Path, trust_remote_code: bool = False) -> Up
             b, a = (edit.right.T, edit.left.T) if transposed(layer.base) else (edit.left, edit.right)
             found[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding))
         elif isinstance(edit, SetRows):
-            place = _place(parameter, model, stored, base)
+            place = place_of(parameter, model, stored)
+            if place is None:
+                raise UserError(
+                    f"{base}: its files have no {parameter}. Save it anew in transformers with save_pretrained."
+                )
             found[name] = _picking(edit, place, embedding=name == model.embedding_name)
         elif isinstance(edit, SetLengths):
             raise UserError(
@@ -56,18 +60,10 @@ def updates_of(base: Path, adapter: Path, trust_remote_code: bool = False) -> Up
         else:
             raise UserError(
                 f"{adapter}: {name} was trained in full (modules_to_save), which is no update of low rank. Merge the "
-                "adapter instead, or train it with train_embeddings: new_rows."
+                "adapter instead, or set finetune_lora.train_embeddings to new_rows or none and train "
+                "it again."
             )
     return {name: found[name] for name, _ in model.named_modules() if name in found}
-
-
-def _place(parameter: str, model: CausalLM, stored: Mapping[str, Place], base: Path) -> Place:
-    """Of a tied pair one may be stored alone."""
-    ends = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
-    for name in (parameter, *ends):
-        if found := stored_name(name, stored):
-            return stored[found]
-    raise UserError(f"{base}: its files have no {parameter}. Save it anew in transformers with save_pretrained.")
 
 
 def _picking(edit: SetRows, place: Place, embedding: bool) -> LowRank:

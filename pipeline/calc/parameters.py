@@ -9,6 +9,7 @@ from functools import lru_cache
 from pipeline.calc.settings import Method
 from pipeline.calc.shapes import Architecture, Linear
 from pipeline.errors import UserError
+from pipeline.patterns import end_match, one_budget
 from pipeline.targets import GROUPS, chosen
 
 
@@ -30,6 +31,7 @@ class Projection:
 
 
 @lru_cache(maxsize=32)
+@one_budget()
 def ranks(model: Architecture, method: Method) -> Mapping[str, int]:
     """Full name → rank of every linear that gets LoRA. Raises UserError for a target that means nothing."""
     if method.kind != "lora":
@@ -63,7 +65,7 @@ _TODAY = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {
 def _rank(name: str, model: Architecture, method: Method) -> int:
     """The first pattern that matches decides, as in PEFT: `(.*\\.)?(pattern)$`. Gate and up have a rank each."""
     for key, rank in method.rank_pattern:
-        if re.match(rf"(.*\.)?({key})$", name):
+        if end_match(key, name, "rank_pattern"):
             return rank
     both = model.style.split_experts and name.endswith("experts.gate_up_proj")
     return 2 * method.rank if both else method.rank

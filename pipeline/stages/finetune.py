@@ -8,7 +8,7 @@ import torch
 
 from pipeline.adapters.attach import adapter_layers, attach, short_targets
 from pipeline.adapters.peft_format import save_adapter, stored
-from pipeline.adapters.spec import AdapterSpec, matches
+from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
 from pipeline.artifact import read_manifest
 from pipeline.bases import base_fingerprint
@@ -19,6 +19,7 @@ from pipeline.models.base import DTYPES, Base, count, load_base, stored_precisio
 from pipeline.models.causal import CausalLM
 from pipeline.models.skeleton import skeleton
 from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
+from pipeline.patterns import end_match, one_budget
 from pipeline.runner import Event, Facts, Job, Note
 from pipeline.tensors import shapes
 from pipeline.training.loop import Learner, Task, train
@@ -104,6 +105,7 @@ def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
         end.requires_grad_(settings.train_embeddings)
 
 
+@one_budget()
 def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
     """The settings, resolved against this model. Raises UserError for a target or pattern that means no layer."""
     rows = model.ends[: 1 if model.shape.tied else 2]
@@ -127,14 +129,14 @@ def _refuse_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) ->
     """One that means nothing would count for nothing; of two that mean one layer, PEFT takes another than is written
     first once it has sorted them."""
     for name in names:
-        meant = [pattern for pattern in patterns if matches(pattern, name)]
+        meant = [pattern for pattern in patterns if end_match(pattern, name, f"finetune_lora.{key}")]
         if len(meant) > 1:
             raise UserError(
                 f"finetune_lora.{key}: {meant[0]!r} and {meant[1]!r} both mean {name}. Keep one of them for it, or "
                 "write patterns that tell layers apart, such as layers.0.self_attn.q_proj."
             )
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
+        if not any(end_match(pattern, name, f"finetune_lora.{key}") for name in names):
             adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise UserError(
                 f"finetune_lora.{key}: {pattern!r} means none of the layers that get LoRA, which are called {adapted}. "
