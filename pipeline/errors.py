@@ -1,4 +1,8 @@
-"""The two ways a command ends early on purpose."""
+"""The two ways a command ends early on purpose, and what is said of a file that cannot be written."""
+
+import errno
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # no room, rather than something wrong with what is read
 
 
 class UserError(Exception):
@@ -11,3 +15,9 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def explain(error: OSError) -> str:
+    """`PATH: No space left on device. Free some space.`: without Python's [Errno 28]; not every error has a path."""
+    path = f"{error.filename}: " if error.filename else ""
+    return f"{path}{error.strerror or error}.{' Free some space.' if error.errno in FULL else ''}"

@@ -18,7 +18,7 @@ from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
 from textual.screen import Screen
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain
 from tui.processes import Runner
 from tui.settings import Config, State, config_path, load_config, state_path
 
@@ -104,7 +104,7 @@ class Workbench(App[None]):
     def fail(self, error: UserError | OSError) -> None:
         """Say what went wrong, as a user can understand it."""
         if isinstance(error, OSError):
-            self.say(f"{error.filename or 'file'}: {error.strerror or error}. Nothing was changed.", "error")
+            self.say(f"{explain(error)} Nothing was changed.", "error")
         else:
             self.say(str(error), "error")
 
