@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
+from textual.events import Event, Key, Paste
 from textual.screen import Screen
 
 from pipeline.errors import UserError, explain
 from tui.processes import Runner
 from tui.settings import Config, State, config_path, load_config, state_path
+from tui.typed import Typed
 
 if TYPE_CHECKING:
     from tui.inference import Inference
@@ -56,6 +58,7 @@ class Workbench(App[None]):
         self.inference: Inference | None = None  # the adapters screen makes it
         self.said: deque[tuple[datetime, Severity, str]] = deque(maxlen=1000)
         super().__init__()
+        self._typed = Typed(self, super().on_event)
 
     def on_mount(self) -> None:
         self.theme = self._first_theme()
@@ -63,6 +66,13 @@ class Workbench(App[None]):
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
         self.switch_mode("pipeline")
+
+    async def on_event(self, event: Event) -> None:
+        """Keys wait for the keys before them; all else goes its way."""
+        if isinstance(event, Key | Paste) and not event.is_forwarded:
+            self._typed.add(event)
+        else:
+            await super().on_event(event)
 
     async def on_unmount(self) -> None:
         if self.inference:

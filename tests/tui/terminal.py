@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
+
 BIN = Path(sys.executable).parent
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 
@@ -101,7 +103,7 @@ def lora_tui(folder: Path, size: tuple[int, int] = (80, 24)) -> Iterator[Termina
     terminal = Terminal(f"lora-{uuid.uuid4().hex[:8]}")
     environment = {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(folder) if (folder / "tui").is_dir() else "",
+        "PYTHONPATH": str(folder if (folder / "tui").is_dir() else ROOT),
         "XDG_CONFIG_HOME": str(folder / ".home"),
         "XDG_STATE_HOME": str(folder / ".home"),
         "LANG": "C.UTF-8",

@@ -73,7 +73,7 @@ def nice(step: float) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step * (1 - 1e-9))
 
 
-class _Canvas(Canvas):  # type: ignore[misc]
+class _Canvas(Canvas):
     """A canvas whose every line has a style: with NO_COLOR, Textual fails on the empty ones that have none."""
 
     def render_line(self, y: int) -> Strip:
