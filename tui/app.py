@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import os
-import shlex
 import signal
 import sys
 from collections import deque
@@ -204,30 +203,35 @@ def main() -> None:
         if not arguments.params.parent.is_dir():
             raise UserError(f"{arguments.params.parent} is not a folder. Name a params file with --params.")
         config = load_config(config_path())
+        if arguments.web:
+            _serve(arguments.params, arguments.port)
+            return
     except UserError as error:
         sys.exit(f"error: {error}")
-    if arguments.web:
-        _serve(arguments.params, arguments.port)
-    else:
-        app = Workbench(arguments.params, config)
-        app.run()
-        sys.exit(app.return_code or 0)
+    app = Workbench(arguments.params, config)
+    app.run()
+    sys.exit(app.return_code or 0)
 
 
 def _serve(params: Path, port: int) -> None:
     """The same app in a browser, on this machine alone: who reaches it can run the pipeline."""
     try:
-        from textual_serve.server import Server
+        from tui.web import serve
     except ImportError:
         sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
-    command = shlex.join([sys.executable, "-P", "-m", "tui", "--params", str(params)])
-    Server(command, host="localhost", port=port, title="lora").serve()
+    serve(params, port)
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
+    return int(text)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
     parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
-    parser.add_argument("--port", type=int, default=8000, help="port of --web")
+    parser.add_argument("--port", type=_port, default=8000, help="port of --web")
     parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
     return parser.parse_args()
