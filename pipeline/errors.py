@@ -18,6 +18,9 @@ class Interrupted(Exception):
 
 
 def explain(error: OSError) -> str:
-    """`PATH: No space left on device. Free some space.`: without Python's [Errno 28]; not every error has a path."""
-    path = f"{error.filename}: " if error.filename else ""
-    return f"{path}{error.strerror or error}.{' Free some space.' if error.errno in FULL else ''}"
+    """`No space left on device: PATH. Free some space.`: the reason first, since a list may cut the rest.
+
+    Not every error has a path.
+    """
+    path = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{path}.{' Free some space.' if error.errno in FULL else ''}"

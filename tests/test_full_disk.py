@@ -1,6 +1,7 @@
 """A full disk: an error of the system that names the file, never the fault of a base, and a reason that is kept."""
 
 import errno
+import re
 import resource
 import shutil
 import subprocess
@@ -99,10 +100,11 @@ def test_a_stage_that_dies_of_a_full_disk_is_failed_and_says_why(disk: Path) -> 
     filler.write_bytes(bytes(shutil.disk_usage(disk).free - 60_000))  # room for the logs, but not for the model
     done = lora("pretrain", *(word for one in BRIEF for word in ("--set", one)), cwd=root)
     assert done.returncode == 1
-    assert "No space left on device. Free some space. What was there before is unchanged." in done.stderr
+    assert "error: No space left on device" in done.stderr
+    assert "Free some space. What was there before is unchanged." in done.stderr
     state = Status().of(Project(root, load(root / "params.yaml")))["pretrain"]
     assert state.state == "failed"
-    assert "No space left on device. Free some space." in state.reasons[0]
+    assert re.fullmatch(r"No space left on device(: \S+)?\. Free some space\.", state.reasons[0])
 
 
 def test_a_pipeline_whose_lock_cannot_be_written_is_ended(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

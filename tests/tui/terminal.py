@@ -40,8 +40,7 @@ class Terminal:
     def keys(self, *names: str) -> None:
         """Press keys by tmux's names: r, Enter, Escape, C-c.
 
-        Wait for what a key does before another that counts on it: a program that stalls gives the keys of meanwhile to
-        what then has the focus, and reads Escape and the key after it as Alt and that key.
+        Wait for what Escape does: a program that stalls reads it and the key after it as Alt and that key.
         """
         for name in names:
             self._tmux("send-keys", "-t", "app", name)

@@ -120,7 +120,7 @@ async def test_what_was_said_can_be_read_again(empty: Path) -> None:
         await until(pilot, lambda: type(app.screen).__name__ == "MessagesScreen")
         text = _text(app.screen.query_one(Static).content)
         assert "rank must be at least 1, got [0]." in text
-        assert "/x/y: No space left on device" in text
+        assert "No space left on device: /x/y." in text
 
 
 async def test_a_state_that_cannot_be_written_is_said_and_nothing_else_happens(empty: Path, home: Path) -> None:
