@@ -8,7 +8,7 @@ import typer
 
 from cli import adapters, ask, cache, calc, claims, data, doctor, export, figures, new, spectrum, stages, study
 from cli.options import group
-from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
+from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.legible import printable
 from pipeline.world import world
 
@@ -64,7 +64,7 @@ def main() -> None:
             1,
         )
     except OSError as error:
-        _fail(f"{error.filename or 'file'}: {error.strerror or error}. What was there before is unchanged.", 1)
+        _fail(f"{explain(error)} What was there before is unchanged.", 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -18,7 +18,7 @@ from pipeline.base_check import refuse_quantized, refuse_unusable
 from pipeline.bases import base_fingerprint
 from pipeline.errors import UserError
 from pipeline.pretrained import clean, generation_of, open_whole, quiet, reason, reported, save_whole
-from pipeline.tensors import read_header
+from pipeline.tensors import read_header, written
 
 if TYPE_CHECKING:
     from torch import dtype
@@ -106,7 +106,9 @@ def _import_gguf(source: bases.Source, out: Path, precision: Precision, scratch:
         model = open_whole(scratch, name, False, hint, gguf_file=what, quantization_config=dequantized, dtype=dtype)
     with reported(name, False, hint):
         save_whole(model, out, model.generation_config.to_json_string())
-        AutoTokenizer.from_pretrained(scratch, gguf_file=what, local_files_only=True).save_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=what, local_files_only=True)
+        with written(out / "tokenizer.json"):
+            tokenizer.save_pretrained(out)
         _drop_invented(out / "tokenizer.json")
     return model
 
@@ -145,7 +147,8 @@ def _import_tokenizer(folder: Path, text: str, out: Path, trust_remote_code: boo
 
     with reported(_named(text), trust_remote_code, "Give the folder a tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        tokenizer.save_pretrained(out)
+        with written(out / "tokenizer.json"):
+            tokenizer.save_pretrained(out)
     if not (out / "tokenizer.json").is_file():
         raise UserError(
             f"pretrain.base: {text} has a tokenizer ({type(tokenizer).__name__}) that cannot be written as "

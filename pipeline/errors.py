@@ -1,4 +1,8 @@
-"""The two ways a command ends early on purpose."""
+"""The two ways a command ends early on purpose, and what is said where memory or disk run out."""
+
+import errno
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # no room, rather than something wrong with what is read
 
 
 class UserError(Exception):
@@ -27,3 +31,12 @@ def first_line(error: BaseException) -> str:
     """What an error says, short enough for a message of one line."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def explain(error: OSError) -> str:
+    """`No space left on device: PATH. Free some space.`: the reason first, since a list may cut the rest.
+
+    Not every error has a path.
+    """
+    path = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{path}.{' Free some space.' if error.errno in FULL else ''}"

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, explain
 
 JOURNAL, LOCK = "run.json", "lock"
 PAUSE = 0.2  # seconds between two writes of progress
 LAST = 20  # notes that are kept
+LONGEST = 500  # characters of a message on a full disk
 State = Literal["running", "done", "stopped", "failed"]
 
 
@@ -87,9 +88,23 @@ class Writer:
         """Write at once."""
         self._journal = replace(self._journal, **values)
         new = self._path.with_suffix(f".{os.getpid()}.tmp")
-        with suppress(OSError):
+        try:
             new.write_text(json.dumps(asdict(self._journal), ensure_ascii=False), encoding="utf-8")
             new.replace(self._path)
+        except OSError:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+                self._overwrite()
+
+    def _overwrite(self) -> None:
+        """On a full disk there is no room for a new file, but in the block that the old one has.
+
+        Without notes, so that one block is enough. Who reads it in this moment sees no journal.
+        """
+        short = replace(self._journal, notes=[], message=self._journal.message[:LONGEST])
+        with self._path.open("rb+", buffering=0) as file:
+            file.write(json.dumps(asdict(short), ensure_ascii=False).encode())
+            file.truncate()
 
     def note(self, text: str) -> None:
         self.change(notes=[*self._journal.notes, text][-LAST:])
@@ -114,6 +129,7 @@ def writing(folder: Path) -> Iterator[Writer]:
         writer.change(state="stopped", message=str(stop))
         raise
     except BaseException as error:
-        writer.change(state="failed", message=str(error) or type(error).__name__)
+        message = explain(error) if isinstance(error, OSError) else str(error)
+        writer.change(state="failed", message=message or type(error).__name__)
         raise
     writer.change(state="done")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_json, write_json
-from pipeline.errors import UserError
+from pipeline.errors import FULL, UserError
+from pipeline.tensors import written
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 CODE = "*.py"
@@ -42,11 +43,14 @@ def open_whole(folder: Path, name: str, trust_remote_code: bool = False, hint: s
 
 
 def save_whole(model: Any, folder: Path, generation: str | None) -> None:
-    """config.json, one model.safetensors, the model's own code, and `generation` as generation_config.json, if any."""
+    """config.json, one model.safetensors, the model's own code, and `generation` as generation_config.json, if any.
+
+    Raises OSError on a full disk.
+    """
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig()  # an old one may not pass today's rules: the file stays as it is
-    with quiet():
+    with quiet(), written(folder / WEIGHTS):
         model.save_pretrained(folder, max_shard_size=ONE_FILE)
     if generation is None:
         (folder / GENERATION).unlink(missing_ok=True)
@@ -97,12 +101,14 @@ def _listed(what: str, names: Any) -> list[str]:
 
 @contextmanager
 def reported(name: str, trusted: bool, hint: str = AGAIN) -> Iterator[None]:
-    """Whatever a library or a model's own code raises, as one UserError."""
+    """Whatever a library or a model's own code raises, as one UserError; a full disk is not the model's fault."""
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         because = reason(error)
         if "can't allocate memory" in because:
             raise

@@ -10,6 +10,7 @@ from pipeline import chat
 from pipeline.artifact import read_json, write_json
 from pipeline.chat import Messages, Rendered
 from pipeline.errors import UserError
+from pipeline.tensors import written
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 BROKEN = "\ufffd"  # what bytes that are no whole character decode to
@@ -65,7 +66,8 @@ class SubwordTokenizer:
         return cls(theirs, str(folder), _ends_of(folder))
 
     def save(self, folder: Path, max_length: int) -> None:
-        self._theirs.save_pretrained(folder)
+        with written(folder / "tokenizer.json"):
+            self._theirs.save_pretrained(folder)
         config = read_json(folder / CONFIG, "The tokenizer was not written")
         kept = {key: value for key, value in config.items() if key not in _LOCAL}
         kept["model_max_length"] = min(max_length, config.get("model_max_length") or max_length)

@@ -1,10 +1,12 @@
-"""Safetensors headers and fingerprints, read without torch."""
+"""Safetensors headers and fingerprints, read without torch, and errors of writing such files."""
 
 import hashlib
 import json
+import os
+import re
 import struct
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's standard library ends such a message
 MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -29,6 +32,19 @@ class TensorInfo:
     def size(self) -> int:
         """In bytes."""
         return self.stop - self.start
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """A full disk is an OSError about `path`, also where a library in Rust reports it as an error of its own kind."""
+    try:
+        yield
+    except Exception as error:
+        match = OS_ERROR.search(str(error))
+        if isinstance(error, OSError) or match is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import os
-import shlex
 import signal
 import sys
 from collections import deque
@@ -18,13 +17,15 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.color import Color
 from textual.dom import DOMNode
+from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
 from textual.screen import Screen
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain
 from pipeline.legible import OBEYED
 from tui.processes import Runner
 from tui.settings import Config, State, config_path, load_config, state_path
+from tui.typed import Typed
 
 if TYPE_CHECKING:
     from tui.inference import Inference
@@ -80,6 +81,7 @@ class Workbench(App[None]):
         self.inference: Inference | None = None  # the adapters screen makes it
         self.said: deque[tuple[datetime, Severity, str]] = deque(maxlen=1000)
         super().__init__()
+        self._typed = Typed(self, super().on_event)
 
     def on_mount(self) -> None:
         self.theme = self._first_theme()
@@ -87,6 +89,13 @@ class Workbench(App[None]):
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
         self.switch_mode("pipeline")
+
+    async def on_event(self, event: Event) -> None:
+        """Keys wait for the keys before them; all else goes its way."""
+        if isinstance(event, Key | Paste) and not event.is_forwarded:
+            self._typed.add(event)
+        else:
+            await super().on_event(event)
 
     async def on_unmount(self) -> None:
         if self.inference:
@@ -132,7 +141,7 @@ class Workbench(App[None]):
     def fail(self, error: UserError | OSError) -> None:
         """Say what went wrong, as a user can understand it."""
         if isinstance(error, OSError):
-            self.say(f"{error.filename or 'file'}: {error.strerror or error}. Nothing was changed.", "error")
+            self.say(f"{explain(error)} Nothing was changed.", "error")
         else:
             self.say(str(error), "error")
 
@@ -222,30 +231,35 @@ def main() -> None:
         if not arguments.params.parent.is_dir():
             raise UserError(f"{arguments.params.parent} is not a folder. Name a params file with --params.")
         config = load_config(config_path())
+        if arguments.web:
+            _serve(arguments.params, arguments.port)
+            return
     except UserError as error:
         sys.exit(f"error: {error}")
-    if arguments.web:
-        _serve(arguments.params, arguments.port)
-    else:
-        app = Workbench(arguments.params, config)
-        app.run()
-        sys.exit(app.return_code or 0)
+    app = Workbench(arguments.params, config)
+    app.run()
+    sys.exit(app.return_code or 0)
 
 
 def _serve(params: Path, port: int) -> None:
     """The same app in a browser, on this machine alone: who reaches it can run the pipeline."""
     try:
-        from textual_serve.server import Server
+        from tui.web import serve
     except ImportError:
         sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
-    command = shlex.join([sys.executable, "-P", "-m", "tui", "--params", str(params)])
-    Server(command, host="localhost", port=port, title="lora").serve()
+    serve(params, port)
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
+    return int(text)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
     parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
-    parser.add_argument("--port", type=int, default=8000, help="port of --web")
+    parser.add_argument("--port", type=_port, default=8000, help="port of --web")
     parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
     return parser.parse_args()

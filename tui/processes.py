@@ -43,7 +43,7 @@ class Runner:
         return self.runs / LOG
 
     def start(self, arguments: Sequence[str]) -> Running:
-        """`dvc ARGUMENTS`. Raises UserError if a pipeline runs here already, or if it cannot be started."""
+        """`dvc ARGUMENTS`. Raises UserError if a pipeline runs here already, OSError if it cannot be started."""
         if not (self.root / "dvc.yaml").is_file():
             raise UserError(f"{self.root} has no dvc.yaml: there is no pipeline to run. Open a clone of the project.")
         if self.running():
@@ -51,13 +51,25 @@ class Runner:
         if self.groups():
             raise UserError("A stage is running already, started elsewhere. Stop it first, or wait for it.")
         self.runs.mkdir(parents=True, exist_ok=True)
-        with (self.runs / LOCK).open("a+") as lock:
-            _lock(lock.fileno())
-            self._child, self._stops = self._spawned([str(BIN / "dvc"), *arguments], lock.fileno()), 0
-            running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time())
-            lock.truncate(0)
-            lock.write(json.dumps(vars(running)))
+        self._child, self._stops = None, 0
+        try:
+            with (self.runs / LOCK).open("a+") as lock:
+                _lock(lock.fileno())
+                self._child = self._spawned([str(BIN / "dvc"), *arguments], lock.fileno())
+                running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time())
+                lock.truncate(0)
+                lock.write(json.dumps(vars(running)))
+        except OSError as error:
+            self._discard()
+            raise OSError(error.errno, error.strerror, error.filename or str(self.runs / LOCK)) from None
         return running
+
+    def _discard(self) -> None:
+        """End a pipeline that could not be written down: no workbench would know of it, and it holds the lock."""
+        if self._child:
+            _signal(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+            self._child = None
 
     def _spawned(self, command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
         """The process, which holds the lock as long as it lives."""

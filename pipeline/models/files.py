@@ -8,19 +8,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.tensors import shapes
+from pipeline.tensors import shapes, written
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors with PEFT's and transformers' one metadata entry. Raises UserError on a full disk."""
-    try:
-        # Copied on the CPU: a checkpoint is also saved when the device has no byte left.
-        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    """Write safetensors with PEFT's and transformers' one metadata entry. Raises OSError on a full disk."""
+    # Copied on the CPU: a checkpoint is also saved when the device has no byte left.
+    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    with written(path):
         save_file(copies, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UserError(f"cannot write {path}: {error}. Free some space or choose another folder.") from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

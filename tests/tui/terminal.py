@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
+
 BIN = Path(sys.executable).parent
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 
@@ -38,8 +40,7 @@ class Terminal:
     def keys(self, *names: str) -> None:
         """Press keys by tmux's names: r, Enter, Escape, C-c.
 
-        Wait for what a key does before another that counts on it: a program that stalls gives the keys of meanwhile to
-        what then has the focus, and reads Escape and the key after it as Alt and that key.
+        Wait for what Escape does: a program that stalls reads it and the key after it as Alt and that key.
         """
         for name in names:
             self._tmux("send-keys", "-t", "app", name)
@@ -101,7 +102,7 @@ def lora_tui(folder: Path, size: tuple[int, int] = (80, 24)) -> Iterator[Termina
     terminal = Terminal(f"lora-{uuid.uuid4().hex[:8]}")
     environment = {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(folder) if (folder / "tui").is_dir() else "",
+        "PYTHONPATH": str(folder if (folder / "tui").is_dir() else ROOT),
         "XDG_CONFIG_HOME": str(folder / ".home"),
         "XDG_STATE_HOME": str(folder / ".home"),
         "XDG_CACHE_HOME": str(folder / ".home"),

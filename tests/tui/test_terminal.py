@@ -94,6 +94,25 @@ def chart(screen: str) -> list[str]:
     return re.findall("[⠀-⣿]+", screen)
 
 
+def test_what_is_typed_in_one_burst_is_handled_in_order(tmp_path: Path) -> None:
+    """As a slow line delivers it: keys of bindings (arrows, Enter, Tab, Ctrl+U) among letters."""
+    root = new_project(tmp_path / "project")
+    clear, down = "\x15", "\x1b[B"
+    with lora_tui(root, (120, 40)) as terminal:
+        terminal.see("○ pretrain         not made yet", "q Quit")
+        to_the_stage = down * list(STAGES).index("finetune_lora")
+        terminal.type(f"{to_the_stage}\r{clear}12\r{down}{clear}99{clear}24\r{down}")
+        terminal.see("finetune_lora.rank: 12 is in params.yaml", "finetune_lora.alpha: 24")
+        section = load(root / "params.yaml").finetune_lora
+        assert (section.rank, section.alpha) == (12, 24)
+        terminal.keys("Escape")
+        terminal.see("r Run all")
+        terminal.type("4")
+        terminal.see("engine not started")
+        terminal.type("t0.7\t5\t0.9\t3\t40\t7\r")
+        terminal.see("temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates")
+
+
 def test_qwen3_is_calculated_and_changed_by_keys(tmp_path: Path) -> None:
     with lora_tui(new_project(tmp_path / "project")) as terminal:
         terminal.see("q Quit")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from shutil import disk_usage
 from typing import ClassVar
 
 from textual import on, work
@@ -26,6 +27,7 @@ from tui.widgets.stage_list import StageList
 
 TICK = 0.4  # seconds between two looks at the files
 PANES = {"params": "Params", "log": "Log", "metrics": "Metrics"}
+ROOM = 2**20  # bytes; with fewer, a disk is full
 AROUND, PANE, LEAST, LINES = 2, 8, 6, 3  # rows of the bar and the keys; of a pane, at least; of the list
 
 
@@ -312,5 +314,7 @@ class PipelineScreen(WorkbenchScreen):
             self.workbench.say("Stopped. Run it again to go on from the checkpoint.")
         elif all(state.state == "current" for state in self.states.values()):
             self.workbench.say("All stages are up to date.")
+        elif disk_usage(self.workbench.root).free < ROOM:  # too full for the log and the journals to say so
+            self.workbench.say("The pipeline ended, and the disk is full. Free some space, then run it again.", "error")
         else:
             self.workbench.say("The pipeline ended; its log (l) says how.", "warning")

@@ -8,13 +8,16 @@ from typing import Any
 
 from textual.app import ComposeResult
 from textual.color import Color
+from textual.containers import Grid
 from textual.events import Click, MouseDown
 from textual.message import Message
+from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import Static
 from textual_hires_canvas import Canvas, HiResMode
 from textual_plot import PlotWidget
 from textual_plot.axis_formatter import AxisFormatter
+from textual_plot.plot_widget import Legend
 
 from tui.series import Column
 from tui.widgets.braille import cells
@@ -70,10 +73,24 @@ def nice(step: float) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step * (1 - 1e-9))
 
 
+class _Canvas(Canvas):
+    """A canvas whose every line has a style: with NO_COLOR, Textual fails on the empty ones that have none."""
+
+    def render_line(self, y: int) -> Strip:
+        strip: Strip = super().render_line(y)
+        return strip if strip.cell_length else Strip.blank(self.size.width, self.rich_style)
+
+
 class _Plot(PlotWidget):  # type: ignore[misc]
     """textual-plot's widget, without its own keys and legend, drawing all at once."""
 
     can_focus = False
+
+    def compose(self) -> ComposeResult:
+        with Grid():
+            for part in ("margin-top", "margin-left", "plot", "margin-bottom"):
+                yield _Canvas(1, 1, id=part)
+        yield Legend(id="legend")
 
     def _render_plot(self) -> None:
         with self.query_one("#plot", Canvas).batch_refresh():

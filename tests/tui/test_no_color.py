@@ -1,0 +1,89 @@
+"""NO_COLOR: every screen and every dialog is drawn, in shades of grey."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.color import Color
+from textual.screen import Screen
+
+from tests.tui.engines import FakeInference
+from tests.tui.runs import write_measured, write_methods
+from tests.tui.support import until
+from tui.app import SCREENS, Workbench
+from tui.sampling import Sampling
+from tui.screens.attention import AttentionScreen
+from tui.screens.calculator_dialogs import Confirm, document_table
+from tui.screens.export import ExportScreen
+from tui.screens.help import HelpScreen
+from tui.screens.messages import MessagesScreen
+from tui.screens.path import PathScreen
+from tui.screens.sampling import SamplingScreen
+from tui.widgets.loss_chart import LossChart
+
+BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a picture
+
+
+@pytest.fixture
+def watched(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs of several methods, one of them with held-out examples; colours are off."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    write_methods(empty)
+    write_measured(empty)
+    return empty
+
+
+def colors(app: Workbench) -> set[str]:
+    """The colours of the picture that are not grey."""
+    drawn = set(re.findall(r"fill[:=] ?\"?(#[0-9a-f]{6})", app.export_screenshot())) - BUTTONS
+    return {color for color in drawn if Color.parse(color).hsl[1] > 0.1}
+
+
+@pytest.mark.parametrize("size", [(60, 16), (80, 24), (160, 50)])
+async def test_every_screen_is_drawn_without_colors(watched: Path, size: tuple[int, int]) -> None:
+    app = Workbench(watched / "params.yaml")
+    app.inference = FakeInference()
+    async with app.run_test(size=size) as pilot:
+        for number, name in enumerate(SCREENS, 1):
+            await pilot.press(str(number))
+            await until(pilot, lambda name=name: getattr(app.screen, "NAME", "") == name)  # type: ignore[misc]
+            if name == "curves":
+                await until(pilot, lambda: any(chart.shown.x != (0, 1) for chart in app.screen.query(LossChart)))
+            assert not colors(app)
+            for key in ("tab", "tab", "down", "l", "m", "escape"):
+                await pilot.press(key)
+            assert not colors(app)
+
+
+async def _weights(layer: int, head: int) -> dict[str, Any]:
+    return FakeInference()._attention(layer, head)
+
+
+DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
+    "help": lambda _: HelpScreen(),
+    "messages": lambda _: MessagesScreen(),
+    "path": lambda _: PathScreen("Which folder?"),
+    "sampling": lambda _: SamplingScreen(Sampling(), True, True),
+    "confirm": lambda _: Confirm("params.yaml", {"finetune_lora.rank": (8, 16)}),
+    "claims": lambda _: document_table(),
+    "export": lambda app: ExportScreen(app.root, "loss"),
+    "attention": lambda _: AttentionScreen("lora", _weights),
+}
+
+
+@pytest.mark.parametrize("size", [(60, 16), (120, 40)])
+async def test_every_dialog_is_drawn_without_colors(watched: Path, size: tuple[int, int]) -> None:
+    app = Workbench(watched / "params.yaml")
+    async with app.run_test(size=size) as pilot:
+        app.say("a warning", "warning")
+        for make in DIALOGS.values():
+            app.push_screen(make(app))
+            await pilot.pause()
+            assert not colors(app)
+            await pilot.press("escape")
+        await pilot.press("3", "e")  # formulas, which need a calculation
+        assert not colors(app)
+        await pilot.press("escape", "ctrl+p")
+        assert not colors(app)

@@ -1,0 +1,98 @@
+"""Keys that come faster than they are handled: each means what it would mean had one waited."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.events import Key, Paste
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from pipeline.dag import STAGES
+from pipeline.params import load
+from tests.tui.engines import FakeInference
+from tests.tui.support import until
+from tui import typed
+from tui.app import Workbench
+from tui.screens.adapters import AdaptersScreen
+from tui.screens.pipeline import PipelineScreen
+from tui.widgets.param_form import ParamInput
+from tui.widgets.prompt_input import PromptInput
+from tui.widgets.stage_list import StageList
+
+
+def burst(pilot: Pilot[Any], *keys: str) -> None:
+    """All keys at once, as a slow line delivers them."""
+    for key in keys:
+        pilot.app.post_message(Key(key, key if len(key) == 1 else None))
+
+
+async def test_a_line_that_is_cleared_and_typed_again(empty: Path) -> None:
+    app = Workbench(empty / "params.yaml")
+    app.inference = FakeInference()
+    async with app.run_test() as pilot:
+        await pilot.press("4", "p")
+        await until(pilot, lambda: isinstance(app.focused, PromptInput))
+        field = app.focused
+        assert isinstance(field, Input)
+        burst(pilot, *"abc", "ctrl+u", *"def")
+        await until(pilot, lambda: field.value == "def", 5)
+        burst(pilot, *"gh", "home", *"x", "end", "backspace", *"yz")
+        await until(pilot, lambda: field.value == "xdefgyz", 5)
+
+
+async def test_a_param_is_written_from_keys_typed_ahead(empty: Path) -> None:
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test() as pilot:
+        await until(pilot, lambda: app.screen.query(ParamInput))
+        await pilot.pause()
+        down = ["down"] * list(STAGES).index("finetune_lora")
+        burst(pilot, *down, "enter", "ctrl+u", *"12", "enter", "down", "ctrl+u", *"24", "enter", "escape", "2")
+        await until(pilot, lambda: getattr(app.screen, "NAME", "") == "curves", 20)
+        section = load(empty / "params.yaml").finetune_lora
+        assert (section.rank, section.alpha) == (12, 24)
+
+
+async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) -> None:
+    app = Workbench(empty / "params.yaml")
+    app.inference = FakeInference()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("4")
+        await until(pilot, lambda: isinstance(app.screen, AdaptersScreen))
+        screen = app.screen
+        assert isinstance(screen, AdaptersScreen)
+        burst(pilot, "t", *"0.7", "tab", *"5", "tab", *"0.9", "tab", *"3", "tab", *"40", "tab", *"7", "enter", "1")
+        await until(pilot, lambda: isinstance(app.screen, PipelineScreen), 20)
+        assert str(screen.talk.sampling) == "temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates"
+
+
+async def test_a_paste_waits_for_the_keys_before_it(empty: Path) -> None:
+    app = Workbench(empty / "params.yaml")
+    app.inference = FakeInference()
+    async with app.run_test() as pilot:
+        await pilot.press("4", "p")
+        await until(pilot, lambda: isinstance(app.focused, PromptInput))
+        field = app.focused
+        assert isinstance(field, Input)
+        burst(pilot, *"abc", "ctrl+u")
+        app.post_message(Paste("pasted"))
+        burst(pilot, "home", "x")
+        await until(pilot, lambda: field.value == "xpasted", 5)
+
+
+async def test_a_widget_that_hangs_does_not_take_the_keyboard_with_it(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(typed, "PATIENCE", 0.05)
+    app = Workbench(empty / "params.yaml")
+    async with app.run_test() as pilot:
+        await until(pilot, lambda: app.screen.query(StageList))
+        go_on = asyncio.Event()
+        app.screen.query_one(StageList).call_later(go_on.wait)
+        burst(pilot, "m")  # lost in the queue of the list, which has the focus
+        await asyncio.sleep(0.02)
+        app.screen.set_focus(None)
+        burst(pilot, "2")
+        await until(pilot, lambda: getattr(app.screen, "NAME", "") == "curves", 10)
+        go_on.set()
