@@ -191,12 +191,18 @@ def state_of(pid: int) -> tuple[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "whole_group"),
-    [(signal.SIGKILL, False), (signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)],
-    ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group"],
+    ("number", "whole_group", "times"),
+    [
+        (signal.SIGKILL, False, 1),
+        (signal.SIGTERM, False, 1),
+        (signal.SIGINT, False, 1),
+        (signal.SIGINT, True, 1),
+        (signal.SIGINT, True, 2),  # the launcher does not wait for its workers any longer
+    ],
+    ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group", "SIGINT twice"],
 )
 def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
-    project: Path, number: signal.Signals, whole_group: bool
+    project: Path, number: signal.Signals, whole_group: bool, times: int
 ) -> None:
     slow, log = command("--devices", "2", epochs=1000), project / f"runs/{STAGE}/loss.csv"
     with subprocess.Popen(slow, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True) as running:
@@ -205,7 +211,9 @@ def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
             time.sleep(0.01)
         workers = children_of(running.pid)
         assert len(workers) == 2
-        (os.killpg if whole_group else os.kill)(running.pid, number)
+        for _ in range(times):
+            (os.killpg if whole_group else os.kill)(running.pid, number)
+            time.sleep(0.01)
         assert running.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
     wait_until_gone(workers)
     (kept,) = checkpoints(log.parent)
