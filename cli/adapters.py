@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from cli.export import OutOption, export
-from cli.options import BaseNameOption, BaseOption, JsonOption, TrustOption, group
+from cli.options import BaseNameOption, BaseOption, JsonOption, TrustOption, finite, group
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
@@ -16,13 +16,14 @@ adapters = group(help="List adapters; verify, compare, combine, import and expor
 app.add_typer(adapters, name="adapters")
 adapters.command()(export)
 
+FOLDER = Path("artifacts")
 COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "state")
 
 
 @adapters.callback()
 def show(
     context: typer.Context,
-    folder: Annotated[Path, typer.Option(help="Where to look.")] = Path("artifacts"),
+    folder: Annotated[Path, typer.Option(help="Where to look.")] = FOLDER,
     as_json: JsonOption = False,
 ) -> None:
     """List adapters: method, rank, targets, base, size, final loss, and the old sentences' rise in loss."""
@@ -32,9 +33,12 @@ def show(
 
     from cli.console import print_json, stdout, table
     from pipeline.digest_store import DigestStore
+    from pipeline.errors import UserError
     from pipeline.inventory import Adapter
     from pipeline.inventory import adapters as found_in
 
+    if folder != FOLDER and not folder.is_dir():
+        raise UserError(f"--folder must be a folder, got {folder}. Name one that has adapters in it.")
     store = DigestStore()
     found = found_in(folder, store.fingerprint, store.contents)
     store.save()
@@ -138,7 +142,9 @@ def combine(
     weights: Annotated[str | None, typer.Option(help="One each, such as 0.7,0.3; default: 1 each.")] = None,
     method: Annotated[Method, typer.Option(help="cat is exact; the others say how far off they are.")] = "cat",
     rank: Annotated[int, typer.Option(min=1, help="What svd, ties and dare are cut to.")] = 8,
-    density: Annotated[float, typer.Option(min=0.01, max=1, help="Share of numbers that ties and dare keep.")] = 0.5,
+    density: Annotated[
+        float, typer.Option(min=0.01, max=1, callback=finite, help="Share of numbers that ties and dare keep.")
+    ] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of what dare drops.")] = 0,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, group
+from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, finite, group
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache
@@ -39,7 +39,10 @@ def show(context: typer.Context, params: ParamsOption = DEFAULT_PARAMS, as_json:
 def prune(
     params: ParamsOption = DEFAULT_PARAMS,
     keep: Annotated[int, typer.Option(min=0, help="Keep so many of each stage, last used first.")] = 0,
-    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="Only what was not used for so long.")] = 0.0,
+    older_than: Annotated[
+        float,
+        typer.Option(min=0, callback=finite, metavar="DAYS", help="Only entries unused for at least DAYS days."),
+    ] = 0.0,
 ) -> None:
     """Remove what is kept; artifacts stay."""
     from cli.console import stdout
@@ -51,5 +54,8 @@ def prune(
 def _cache_of(params: Path) -> "Cache":
     from pipeline.cache import Cache
     from pipeline.dag import cache_folder
+    from pipeline.errors import UserError
 
+    if params != DEFAULT_PARAMS and not params.is_file():
+        raise UserError(f"{params} does not exist. Name the project's params file with --params.")
     return Cache(cache_folder(params.resolve().parent))

@@ -29,7 +29,7 @@ Sequence = Annotated[int | None, Option("--sequence", "--seq", help="Tokens a se
 Weights = Annotated[
     str | None, Option("--precision", help="Of the base: fp32, bf16, int8, nf4, nf4-dq, gptq-g64 ...; default: bf16.")
 ]
-AdapterPrecision = Annotated[str, Option("--adapter-precision", help="fp32, bf16 or fp16.")]
+AdapterPrecision = Annotated[str, Option("--adapter-precision", help="fp32 or bf16.")]
 Optimizer = Annotated[
     str, Option("--optimizer", help="adamw, adamw-fp32, adamw-8bit, paged-adamw, adam-flat (this trainer's), sgd ...")
 ]

@@ -47,6 +47,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ?, not a traceback
+    if not world().alone:
+        from pipeline.training.launch import end_with_launcher
+
+        end_with_launcher()
     try:
         app()
     except UserError as error:

@@ -1,5 +1,6 @@
 """Options that several commands share, and the project they name."""
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,13 @@ BaseNameOption = Annotated[
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that came with the base.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")
+
+
+def finite(value: float) -> float:
+    """A callback for options that take a float: no range excludes nan, and only some exclude inf."""
+    if not isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 def group(**settings: Any) -> typer.Typer:

@@ -23,7 +23,7 @@ def writing(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place, fsynced, when the block ends without error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
-    folder = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    folder = _beside(target, "tmp")
     folder.mkdir()
     try:
         yield folder
@@ -47,7 +47,7 @@ def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
 
 
 def _replace(folder: Path, target: Path) -> None:
-    old = target.parent / f".{target.name}.{os.getpid()}.old"
+    old = _beside(target, "old")
     if target.exists():
         target.rename(old)
     try:
@@ -60,13 +60,19 @@ def _replace(folder: Path, target: Path) -> None:
     _remove(old)
 
 
+def _beside(target: Path, kind: str) -> Path:
+    """A name beside `target` that says which process it belongs to: its id, which others get later, and its start."""
+    _, started = _state(os.getpid())
+    return target.parent / f".{target.name}.{os.getpid()}-{started}.{kind}"
+
+
 def _recover(target: Path) -> None:
     """After a killed process: put back what it was about to replace, drop what it had begun."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(tmp|old)")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)(?:-(\d*))?\.(tmp|old)")  # earlier versions: only the id
     for leftover in sorted(target.parent.glob(f".{target.name}.*")):
         match = pattern.fullmatch(leftover.name)
-        if match and not _alive(int(match[1])):
-            if match[2] == "old" and not target.exists():
+        if match and not _alive(int(match[1]), match[2] or ""):
+            if match[3] == "old" and not target.exists():
                 leftover.rename(target)
             else:
                 _remove(leftover)
@@ -80,14 +86,25 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: int, started: str) -> bool:
+    """Whether the process that had this id, and began at `started` if that is known, still runs; not of this one."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return pid != os.getpid()
+        pass
+    state, now = _state(pid)
+    return pid != os.getpid() and state not in ("Z", "X") and (not started or not now or now == started)
+
+
+def _state(pid: int) -> tuple[str, str]:
+    """(state, start in clock ticks since boot) of a process; empty where the system has no /proc, or hides it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]  # fields 3 and 22 of proc(5)
 
 
 def sync_tree(folder: Path) -> None:

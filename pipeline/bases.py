@@ -63,7 +63,7 @@ def named(base: str, root: Path) -> Source:
         return Source("hub", base, hub_id=match["id"], revision=match["revision"])
     raise UserError(
         f"pretrain.base must be minigpt, a checkpoint folder, a .gguf file or a hub id such as org/name, got {base!r}: "
-        f"{path or 'a file of that name'} does not exist. Edit params.yaml."
+        f"{path or 'a file of that name'} does not exist. Change pretrain.base."
     )
 
 
@@ -171,7 +171,9 @@ def _refuse_other_files(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise UserError(f"pretrain.base: {path}: {error.strerror}. Put the file there, or edit params.yaml.") from None
+        raise UserError(
+            f"pretrain.base: {path}: {error.strerror}. Put the file there, or change pretrain.base."
+        ) from None
     if magic != b"GGUF":
         hint = "A checkpoint is named by its folder" if path.suffix != ".gguf" else "Download it again"
         raise UserError(f"pretrain.base: {path} is not a GGUF file: it begins with {magic!r}. {hint}.")

@@ -2,12 +2,13 @@
 
 The key covers all that decides an artifact's bytes. Entries appear whole, by rename, are checked against
 their manifest when used, and are touched by one process at a time. Large files are one file under two names, so
-that a real model does not cost its size again: nothing here changes a file in place, and the check finds who did.
+that a real model does not cost its size again. They are read-only: an edit in place would change both.
 """
 
 import fcntl
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,11 @@ from pipeline import artifact
 from pipeline.errors import UserError
 
 LARGE = 64 * 2**20  # bytes from which a file is linked
+WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+class Damaged(Exception):
+    """An entry was not what its manifest says, and was removed; the message says what had changed."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +42,23 @@ class Cache:
     root: Path
 
     def restore(self, stage: str, key: str, target: Path) -> bool:
-        """Put a verified copy at `target`; False if there is none. A damaged entry is dropped."""
+        """Put a verified copy at `target`; False if there is none.
+
+        Raises Damaged, and OSError if the cache or the target cannot be written.
+        """
         entry = self.root / stage / key
         with self._lock():
             if not entry.is_dir():
                 return False
             try:
                 artifact.verify(entry)
-            except UserError:
+            except UserError as error:
                 shutil.rmtree(entry)
-                return False
+                raise Damaged(str(error)) from None
             with artifact.writing(target) as folder:
                 _copy(entry, folder)
-            (entry / artifact.MANIFEST).touch()
+            with suppress(OSError):  # another user's entry: the copy is made, only its last use is not noted
+                (entry / artifact.MANIFEST).touch()
         return True
 
     def store(self, stage: str, key: str, source: Path) -> None:
@@ -109,12 +119,20 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _linked(path: Path, target: Path) -> bool:
-    """Whether a large file could be given a second name: not on another file system, nor on one without links."""
-    if path.stat().st_size >= LARGE:
-        with suppress(OSError):
-            os.link(path.resolve(), target)
-            return True
-    return False
+    """Whether a large file was given a second name, and made read-only.
+
+    It cannot be on another file system or one without links; another user's file cannot be made read-only.
+    """
+    before = path.stat()
+    if before.st_size < LARGE:
+        return False
+    try:
+        os.link(path.resolve(), target)
+        target.chmod(stat.S_IMODE(before.st_mode) & ~WRITE)
+    except OSError:
+        target.unlink(missing_ok=True)  # else a copy would be written into the shared file
+        return False
+    return True
 
 
 def _size(folder: Path) -> int:

@@ -62,7 +62,12 @@ def _tensors(model: nn.Module) -> tuple[torch.Tensor, ...]:
 def _threads() -> int:
     """What the user says, else this process's share of the cores."""
     said = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, int(said) if said.isdigit() else (os.cpu_count() or 1) // world().local_size)
+    return max(1, int(said) if said.isdigit() else cores() // world().local_size)
+
+
+def cores() -> int:
+    """The cores that this process may run on: a container or `taskset` may leave it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def facts(device: torch.device) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _refuse_unknown(example: Example, tokenizer: Tokenizer) -> None:
     if unknown:
         raise UserError(
             f"{example.place}: not in the vocabulary: {', '.join(unknown)}. "
-            f"Add {example.file} to expand_vocab.data in params.yaml and run `lora expand-vocab`."
+            f"Add {example.file} to expand_vocab.data and run `lora expand-vocab`."
         )
 
 

@@ -148,5 +148,5 @@ def _refuse_difference(difference: float, limit: float) -> None:
     if not difference <= limit:
         raise UserError(
             f"merge refused: the merged model's logits differ from base + adapter by {difference:.1e}, more than "
-            f"merge.max_logit_difference {limit:.1e}. Raise it in params.yaml if that is acceptable."
+            f"merge.max_logit_difference {limit:.1e}. Raise it if that is acceptable."
         )

@@ -13,7 +13,21 @@ import yaml
 
 from pipeline import schema
 from pipeline.errors import UserError
-from pipeline.schema import AtLeast, Count, File, MayBeEmpty, Names, Rate, Seed, Share, Steps, ValuesOf
+from pipeline.schema import (
+    AdapterPrecision,
+    AtLeast,
+    Because,
+    Count,
+    File,
+    MayBeEmpty,
+    Names,
+    Origin,
+    Rate,
+    Seed,
+    Share,
+    Steps,
+    ValuesOf,
+)
 from pipeline.study_params import (
     Claims,
     Figures,
@@ -32,6 +46,9 @@ from pipeline.study_params import (
 Ranks = Annotated[Mapping[str, Count], MayBeEmpty()]  # by a pattern of modules' names
 Scales = Annotated[Mapping[str, Rate], MayBeEmpty()]
 Precision = Literal["fp32", "bf16", "fp16"]
+Trained = Annotated[
+    AdapterPrecision, Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters")
+]
 Kept = Literal["none", "int8", "nf4", "nf4-dq"]  # in how few bits; as the calculator calls them
 Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # how A and B begin: `adapters/init.py`
 
@@ -83,7 +100,7 @@ class Pretrain(Training):
         if self.d_model % (2 * self.heads):
             raise UserError(
                 f"pretrain.d_model must be a multiple of 2 × pretrain.heads = {2 * self.heads} "
-                f"(an even head size), got {self.d_model}. Edit params.yaml."
+                f"(an even head size), got {self.d_model}. Change d_model or heads."
             )
 
     @property
@@ -149,7 +166,7 @@ class FinetuneLora(Training):
         1.0  # learning rate of B / that of A (Hayou et al. 2024); learning_rate is A's and all else's
     )
     train_embeddings: Literal["all", "new_rows", "none"] = "all"
-    adapter_precision: Precision = "fp32"
+    adapter_precision: Trained = "fp32"
     quantization: Kept = "none"  # of the frozen linears of the blocks
     retain: File = ""  # texts on which answers are to stay the base's
     retain_weight: Annotated[float, AtLeast(0)] = 0.0  # of the divergence from the base in the loss
@@ -158,13 +175,6 @@ class FinetuneLora(Training):
     @property
     def retains(self) -> bool:
         return bool(self.retain) and self.retain_weight > 0
-
-    def __post_init__(self) -> None:
-        if self.adapter_precision == "fp16":
-            raise UserError(
-                "finetune_lora.adapter_precision must be fp32 or bf16: gradients of fp16 weights cannot be unscaled. "
-                "An fp16 base takes fp32 adapters. Edit params.yaml."
-            )
 
 
 SWEPT = (  # what adapters that train together can differ in
@@ -193,7 +203,7 @@ class FinetuneVirtual(Training):
     """Virtual tokens before every sequence train, and nothing else (§7)."""
 
     virtual_tokens: Count = 20
-    adapter_precision: Literal["fp32", "bf16"] = "fp32"
+    adapter_precision: Trained = "fp32"
     quantization: Kept = "none"  # of the frozen linears of the blocks
 
 
@@ -280,11 +290,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
 def parse(text: str, path: Path, overrides: Sequence[str] = ()) -> Params:
     """The same for a text that is, or is to be, in `path`. Raises UserError."""
     tree = _tree(text, path)
-    for override in overrides:
-        _apply(tree, override)
-    schema.refuse_unknown(tree, Params, "", path.name)
+    written = set(tree)
+    overridden = {_apply(tree, override) for override in overrides}
+    origin = Origin(path.name, frozenset({*overridden, *(tree.keys() - written)}))
+    schema.refuse_unknown(tree, Params, "", origin)
     sections = {
-        name: schema.section(kind, tree.get(name), name, path.name)
+        name: schema.section(kind, tree.get(name), name, origin)
         for name, kind in get_type_hints(Params).items()
         if name in tree
     }
@@ -314,7 +325,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Put the value into the tree; returns its section.key."""
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not (equals and dot and key):
@@ -327,12 +339,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not isinstance(branch, dict):
         raise UserError(f"--set {path.strip()}: {section} is not a section in the params file.")
     branch[key] = value
+    return f"{section}.{key}"
 
 
 def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
-    """Raises UserError if `key` of section `name` must not be `value`, the others being as they are."""
+    """Raises UserError if `key` of section `name` must not be `value`, the others as they are; `source` is its file."""
     hints = get_type_hints(type(section), include_extras=True)
-    replace(section, **{key: schema.checked(hints[key], value, f"{name}.{key}", source)})
+    replace(section, **{key: schema.checked(hints[key], value, f"{name}.{key}", Origin(source))})
 
 
 def rule(section: Section, key: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline import artifact, bases, journal, provenance
-from pipeline.cache import Cache
+from pipeline.cache import Cache, Damaged
 from pipeline.dag import STAGES, Project, Stage, cache_folder
 from pipeline.errors import UserError
 
@@ -107,14 +107,15 @@ def run(
     return artifact.read_manifest(project.artifact(stage.name))
 
 
-def _made(project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int) -> Iterator[Event]:
+def _made(
+    project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int
+) -> Generator[Event, None, None]:
     """The artifact in its place, from the cache or by work."""
     target, folder = project.artifact(stage.name), project.run_folder(stage.name)
     facts_known = known(project, stage)
     key = hashlib.sha256(json.dumps(facts_known, sort_keys=True).encode()).hexdigest()
     cache = Cache(cache_folder(project.root))
-    if not force and cache.restore(stage.name, key, target):
-        yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})")
+    if not force and (yield from _restored(cache, stage, key, target)):
         return
     with artifact.writing(target) as out:
         facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, facts_known))
@@ -181,6 +182,21 @@ def _refuse_changed(before: Mapping[str, str], after: Mapping[str, str], stage: 
     for name in before:
         if before[name] != after[name]:
             raise UserError(f"{name} changed while {stage.name} was running. Run {stage.name} again.")
+
+
+def _restored(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Event, None, bool]:
+    """Whether the artifact was in the cache. Without a cache that can be used, the stage does its work."""
+    try:
+        if not cache.restore(stage.name, key, target):
+            return False
+    except Damaged as damage:
+        yield Note(f"{stage.name}: a damaged result was removed from the cache: {damage}")
+        return False
+    except OSError as error:
+        yield Note(f"{stage.name}: the cache is not used ({error.filename or cache.root}: {error.strerror})")
+        return False
+    yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})")
+    return True
 
 
 def _store(cache: Cache, stage: Stage, key: str, target: Path) -> Iterator[Event]:

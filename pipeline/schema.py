@@ -65,6 +65,29 @@ class MayRepeat:
         return None
 
 
+@dataclass(frozen=True)
+class Because:
+    """Why no other value is allowed: an error says it."""
+
+    reason: str
+
+    def broken_by(self, _value: Any) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where values were written: in `file`, or with `--set` for the keys and sections in `overridden`."""
+
+    file: str
+    overridden: frozenset[str] = frozenset()
+
+    def of(self, key: str) -> str:
+        """What to edit to change `key`: section, section.key, or a key deeper in a mapping."""
+        return "--set" if ".".join(key.split(".")[:2]) in self.overridden else self.file
+
+
+AdapterPrecision = Literal["fp32", "bf16"]  # for training, and for the calculator, whose form writes params.yaml
 Count = Annotated[int, AtLeast(1), Below(2**31)]
 Seed = Annotated[int, AtLeast(0), Below(2**63)]
 Rate = Annotated[float, MoreThan(0)]
@@ -74,13 +97,13 @@ Share = Annotated[float, AtLeast(0), Below(1)]
 Steps = Annotated[int, AtLeast(0), Below(2**31)]
 
 
-def refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
+def refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, origin: Origin) -> None:
     known = [f.name for f in fields(kind)]
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(known)}."
-            raise UserError(f"{source}: unknown key {prefix}{key}. {hint}")
+            raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")
 
 
 def said(hint: Any) -> str:
@@ -98,16 +121,16 @@ def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return hint, tuple(rules)
 
 
-def section(kind: type, tree: Any, name: str, source: str) -> Any:
+def section(kind: type, tree: Any, name: str, origin: Origin) -> Any:
     if not isinstance(tree, dict):
-        raise UserError(f"{source}: {name} must be a section of key: value lines, got {tree!r}.")
-    refuse_unknown(tree, kind, f"{name}.", source)
+        raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {tree!r}.")
+    refuse_unknown(tree, kind, f"{name}.", origin)
     hints = get_type_hints(kind, include_extras=True)
-    values = {key: checked(hints[key], value, f"{name}.{key}", source) for key, value in tree.items()}
+    values = {key: checked(hints[key], value, f"{name}.{key}", origin) for key, value in tree.items()}
     return kind(**values)
 
 
-def checked(hint: Any, value: Any, key: str, source: str) -> Any:
+def checked(hint: Any, value: Any, key: str, origin: Origin) -> Any:
     """`value` as the schema's type, or a UserError."""
     hint, rules = _split(hint)
     if value in (None, "", [], {}) and MayBeEmpty() in rules:
@@ -115,46 +138,49 @@ def checked(hint: Any, value: Any, key: str, source: str) -> Any:
     if get_origin(hint) is Mapping and isinstance(value, dict):
         of = next((rule for rule in rules if isinstance(rule, ValuesOf)), None)
         if of is not None:
-            return _checked_values(of, value, key, source)
-        return _checked_patterns(get_args(hint)[1], value, key, source)
+            return _checked_values(of, value, key, origin)
+        return _checked_patterns(get_args(hint)[1], value, key, origin)
     if get_origin(hint) is tuple and (of := get_args(hint)[0]) is not str:
-        return _checked_list(of, value, key, source, MayRepeat() in rules)
+        return _checked_list(of, value, key, origin, MayRepeat() in rules)
     typed, expected = _converted(hint, value)
     problem = f"must be {expected}" if typed is None else next(filter(None, (r.broken_by(typed) for r in rules)), None)
     if problem:
-        raise UserError(f"{key} {problem}, got {value!r}. Edit {source}.")
+        because = "".join(f": {rule.reason}" for rule in rules if isinstance(rule, Because))
+        raise UserError(f"{key} {problem}, got {value!r}{because}. Edit {origin.of(key)}.")
     return typed
 
 
-def _checked_list(hint: Any, values: Any, key: str, source: str, repeats: bool = False) -> tuple[Any, ...]:
+def _checked_list(hint: Any, values: Any, key: str, origin: Origin, repeats: bool = False) -> tuple[Any, ...]:
     """Each value as the schema's type, none of them twice unless it `repeats`, or a UserError."""
     if not isinstance(values, list) or not values:
-        raise UserError(f"{key} must be a list of values, such as [0, 1], got {values!r}. Edit {source}.")
-    typed = tuple(checked(hint, value, key, source) for value in values)
+        raise UserError(f"{key} must be a list of values, such as [0, 1], got {values!r}. Edit {origin.of(key)}.")
+    typed = tuple(checked(hint, value, key, origin) for value in values)
     twice = next((value for n, value in enumerate(typed) if value in typed[:n]), None)
     if twice is not None and not repeats:
-        raise UserError(f"{key} has {twice!r} twice. Leave one of them out of {source}.")
+        raise UserError(f"{key} has {twice!r} twice. Leave one of them out of {origin.of(key)}.")
     return typed
 
 
-def _checked_patterns(hint: Any, values: dict[Any, Any], key: str, source: str) -> dict[str, Any]:
+def _checked_patterns(hint: Any, values: dict[Any, Any], key: str, origin: Origin) -> dict[str, Any]:
     """Each value as the schema's type, each key a regular expression, or a UserError."""
     for pattern in values:
         if why := problem(pattern) or problem(end_of(pattern)) if isinstance(pattern, str) else "it is no text":
-            raise UserError(f"{key}: {pattern!r} is no pattern of names: {why}. Edit {source}.")
-    return {pattern: checked(hint, value, f"{key}.{pattern}", source) for pattern, value in values.items()}
+            raise UserError(f"{key}: {pattern!r} is no pattern of names: {why}. Edit {origin.of(key)}.")
+    return {pattern: checked(hint, value, f"{key}.{pattern}", origin) for pattern, value in values.items()}
 
 
-def _checked_values(of: ValuesOf, values: dict[Any, Any], key: str, source: str) -> dict[str, tuple[Any, ...]]:
+def _checked_values(of: ValuesOf, values: dict[Any, Any], key: str, origin: Origin) -> dict[str, tuple[Any, ...]]:
     """Lists of values of a section's keys, each as its schema has it, or a UserError."""
     hints = get_type_hints(of.kind, include_extras=True)
     for name, wanted in values.items():
         if name not in of.keys:
-            raise UserError(f"{key}.{name}: {of.rule} {', '.join(of.keys)} alone. Edit {source}.")
+            raise UserError(f"{key}.{name}: {of.rule} {', '.join(of.keys)} alone. Edit {origin.of(key)}.")
         if not isinstance(wanted, list) or not wanted:
-            raise UserError(f"{key}.{name} must be a list of values, such as [1, 2], got {wanted!r}. Edit {source}.")
+            raise UserError(
+                f"{key}.{name} must be a list of values, such as [1, 2], got {wanted!r}. Edit {origin.of(key)}."
+            )
     return {
-        name: tuple(checked(hints[name], value, f"{key}.{name}", source) for value in wanted)
+        name: tuple(checked(hints[name], value, f"{key}.{name}", origin) for value in wanted)
         for name, wanted in values.items()
     }
 

@@ -144,7 +144,7 @@ class Figures:
             if len(numbers := getattr(self, key)) != 4:
                 raise UserError(
                     f"figures.{key} must be the 4 numbers of a 2 × 2 matrix, row by row, got {len(numbers)}. "
-                    "Edit params.yaml."
+                    "Write four."
                 )
 
 

@@ -1,7 +1,10 @@
 """Folders that exist whole or not at all, and the cache that keeps them."""
 
 import errno
+import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import artifact
-from pipeline.cache import Cache
+from pipeline.cache import Cache, Damaged
 from pipeline.errors import UserError
 from pipeline.runner import Note
 from tests.support import BRIEF, PIPELINE, folder_bytes, make_one
@@ -51,6 +54,65 @@ def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(tmp_p
     living.kill()
     living.wait()
     assert names(tmp_path) == sorted([f".x.{living.pid}.tmp", "x"])
+
+
+KILLED_BETWEEN_TWO_RENAMES = """
+import os, signal, sys
+from pathlib import Path
+from pipeline import artifact
+rename, calls = Path.rename, []
+def second_fails(path, target):
+    calls.append(path)
+    if len(calls) == 2:
+        if sys.argv[2] == "stop":
+            print(flush=True)
+        os.kill(os.getpid(), signal.SIGKILL if sys.argv[2] == "kill" else signal.SIGSTOP)
+    return rename(path, target)
+Path.rename = second_fails
+with artifact.writing(Path(sys.argv[1])) as folder:
+    (folder / "a.txt").write_text("two")
+"""
+
+
+def test_what_was_about_to_be_replaced_is_put_back_though_the_process_id_is_used_again(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "kill"]
+    killed = subprocess.Popen(command)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "x").exists()
+    other = subprocess.Popen(["sleep", "60"])
+    for left in tmp_path.glob(".x.*"):  # as if the system had given the number to another process
+        left.rename(left.with_name(left.name.replace(str(killed.pid), str(other.pid))))
+    with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
+        raise RuntimeError
+    other.kill()
+    other.wait()
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x/a.txt").read_text(encoding="utf-8") == "one"
+
+
+def test_a_writer_that_lives_is_left_alone_between_its_two_renames(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "stop"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline()
+        with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
+            raise RuntimeError
+        assert not (tmp_path / "x").exists(), "it is the writer's"
+        writer.send_signal(signal.SIGCONT)
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x/a.txt").read_text(encoding="utf-8") == "two"
+
+
+def test_the_leftovers_of_a_zombie_are_those_of_the_dead(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "kill"]
+    killed = subprocess.Popen(command)
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its parent does not know
+    with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
+        raise RuntimeError
+    killed.wait()
+    assert names(tmp_path) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +171,28 @@ def test_a_damaged_entry_is_dropped_and_made_again(project: Path) -> None:
     before = folder_bytes(project / "artifacts/lora_adapter")
     (entry,) = (project / ".lora-cache/finetune_lora").iterdir()
     (entry / "loss.csv").write_text("wrong", encoding="utf-8")
-    assert notes(project) == []
+    (said,) = notes(project)
+    assert said.startswith("finetune_lora: a damaged result was removed from the cache: ")
+    assert f"{entry.name}/loss.csv was changed" in said
     assert folder_bytes(project / "artifacts/lora_adapter") == before
     assert len(notes(project)) == 1
+
+
+@pytest.mark.parametrize("kind", ["a file", "a dangling link", "below a file"])
+def test_a_stage_does_without_a_cache_that_cannot_be_made(
+    project: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = folder_bytes(project / "artifacts/lora_adapter")
+    place = project / "elsewhere"
+    if kind == "a dangling link":
+        place.symlink_to(project / "nowhere/cache")
+    else:
+        place.write_text("not a folder", encoding="utf-8")
+    monkeypatch.setenv("LORA_CACHE", str(place / "cache" if kind == "below a file" else place))
+    looked, kept = notes(project)
+    assert looked.startswith(f"finetune_lora: the cache is not used ({place}")
+    assert kept.startswith("finetune_lora: done, but not kept in the cache (")
+    assert folder_bytes(project / "artifacts/lora_adapter") == before
 
 
 def test_pruning_clears_what_a_killed_process_had_begun(project: Path) -> None:
@@ -164,6 +245,9 @@ def test_a_large_file_is_kept_without_costing_its_size_again(large: Path, tmp_pa
     inodes = {name: {(folder / name).stat().st_ino for folder in (large, tmp_path / "back")} for name in before}
     assert [name for name, found in sorted(inodes.items()) if len(found) == 1] == ["model.safetensors"]
     assert (large / "model.safetensors").stat().st_nlink == 3
+    for folder in (large, tmp_path / "back", tmp_path / "cache/s/k"):
+        assert not (folder / "model.safetensors").stat().st_mode & 0o222, "an edit in place would change all three"
+        assert (folder / "config.json").stat().st_mode & stat.S_IWUSR
     cache.prune()
     assert folder_bytes(tmp_path / "back") == before
 
@@ -171,9 +255,24 @@ def test_a_large_file_is_kept_without_costing_its_size_again(large: Path, tmp_pa
 def test_a_linked_file_that_somebody_changes_in_place_is_not_taken_from_the_cache(large: Path, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     cache.store("s", "k", large)
+    (large / "model.safetensors").chmod(0o644)
     (large / "model.safetensors").write_bytes(b"y" * 1000)
-    assert not cache.restore("s", "k", tmp_path / "back")
+    with pytest.raises(Damaged, match=r"model\.safetensors was changed"):
+        cache.restore("s", "k", tmp_path / "back")
     assert cache.entries() == []
+    assert not cache.restore("s", "k", tmp_path / "back")
+
+
+def test_a_read_only_file_is_replaced_copied_and_removed_like_any_other(large: Path, tmp_path: Path) -> None:
+    Cache(tmp_path / "cache").store("s", "k", large)
+    with artifact.writing(tmp_path / "copy") as folder:
+        shutil.copyfile(large / "model.safetensors", folder / "model.safetensors")
+        (folder / "model.safetensors").write_bytes(b"z")  # a copy is nobody else's
+    fill(large, "new")
+    assert names(large) == ["a.txt", "manifest.json"]
+    assert Cache(tmp_path / "cache").restore("s", "k", large)
+    assert len(Cache(tmp_path / "cache").prune()) == 1
+    assert names(large) == ["config.json", "manifest.json", "model.safetensors"]
 
 
 def test_where_links_are_refused_large_files_are_copied(
@@ -188,6 +287,7 @@ def test_where_links_are_refused_large_files_are_copied(
     assert cache.restore("s", "k", tmp_path / "back")
     assert folder_bytes(tmp_path / "back") == folder_bytes(large)
     assert (large / "model.safetensors").stat().st_nlink == 1
+    assert (large / "model.safetensors").stat().st_mode & stat.S_IWUSR
 
 
 def test_a_large_file_that_is_itself_a_link_is_kept_as_a_file(large: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_base_is_named_by_text_and_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["miniGPT", "./org/model", "/nowhere/model", "../x", "a/b/c", "org/", "org/m@"])
 def test_a_base_that_names_nothing_is_refused_with_what_was_looked_for(base: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"pretrain\.base must be minigpt, .*does not exist\. Edit params\.yaml"):
+    with pytest.raises(UserError, match=r"pretrain\.base must be minigpt, .*does not exist\. Change pretrain\.base"):
         named(base, tmp_path)
 
 

@@ -182,7 +182,7 @@ BAD = [
     (["--embeddings", "some"], "embeddings must be one of"),
     (["--embeddings", "new_rows"], "needs --new-rows"),
     (["--casts", "both"], "casts must be one of"),
-    (["--adapter-precision", "nf4"], "adapter-precision must be one of fp32, bf16, fp16"),
+    (["--adapter-precision", "fp16"], "adapter-precision must be one of fp32, bf16, got 'fp16'"),
     (["--method", "full", "--precision", "nf4"], "nf4 weights cannot be trained"),
     (["--method", "freeze", "--last-blocks", "37"], "last-blocks must be at most 36"),
     (["--method", "freeze", "--last-blocks", "0", "--freeze-embeddings"], "leaves nothing to train"),

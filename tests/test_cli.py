@@ -8,18 +8,22 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cli.main import app
 from pipeline.dag import STAGES, VARIANTS
 from pipeline.legible import visible
 from pipeline.subwords import SubwordTokenizer
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora
-from tests.support import BRIEF, COMMAND, LORA, PIPELINE, lora
+from tests.support import BRIEF, COMMAND, LORA, PIPELINE, folder_bytes, lora
 
 
 def sets(*values: str) -> list[str]:
@@ -305,6 +309,12 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
         (["finetune"], 2, ""),
         (["adapters", "verify", "nowhere"], 1, "nowhere/adapter_config.json: No such file"),
         (["cache", "prune", "--keep", "-1"], 2, "Invalid value for '--keep'"),
+        (["cache", "--params", "nowhere/params.yaml"], 1, "nowhere/params.yaml does not exist"),
+        (["cache", "prune", "--params", "nowhere/params.yaml"], 1, "nowhere/params.yaml does not exist"),
+        (["adapters", "--folder", "nowhere"], 1, "--folder must be a folder, got nowhere"),
+        (["adapters", "--folder", "nowhere", "--json"], 1, "--folder must be a folder, got nowhere"),
+        (["adapters", "--folder", "params.yaml"], 1, "--folder must be a folder, got params.yaml"),
+        (["finetune", "freeze", "--set", "finetune_freeze.last_blocks=9"], 1, "must be at most 2, the model's blocks"),
     ],
 )
 def test_bad_input_is_one_message_and_an_exit_code(
@@ -318,6 +328,40 @@ def test_bad_input_is_one_message_and_an_exit_code(
         assert out == ""
         assert err.startswith("error: ")
         assert err.count("\n") == 1
+
+
+COMMANDS_WITH_FLOATS = {  # what each needs besides, so that it runs
+    "prompt": ["die katze"],
+    "calc": [],
+    "adapters combine": ["artifacts/lora_adapter", "artifacts/lora_adapter", "--out", "both", "--method", "ties"],
+    "cache prune": [],
+}
+
+
+def float_options(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """(command, option) of every option that takes a float."""
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from float_options(inner, (*path, name))
+    for option in command.params:
+        if "float" in option.type.name:
+            yield " ".join(path), option.opts[0]
+
+
+@pytest.mark.parametrize(("command", "option"), sorted(float_options(typer.main.get_command(app))))
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_no_command_takes_a_number_that_is_not_finite(
+    cli: Lora, project: Path, command: str, option: str, value: str
+) -> None:
+    before = folder_bytes(project)
+    code, out, err = cli(*command.split(), *COMMANDS_WITH_FLOATS[command], option, value, cwd=project)
+    assert code != 0 and out == ""
+    assert option.removeprefix("--") in err and value in err
+    assert folder_bytes(project) == before
+
+
+def test_a_fresh_project_has_no_adapters_and_that_is_no_error(cli: Lora, tmp_path: Path) -> None:
+    code, out, _ = cli("adapters", cwd=tmp_path)
+    assert code == 0 and out.startswith("No adapters in artifacts.")
 
 
 def test_evaluate_refuses_artifacts_that_do_not_belong_together(cli: Lora, project: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from pipeline.artifact import digest
 from pipeline.metrics import read_steps
 from pipeline.runner import checkpoints
+from pipeline.training import launch
 from tests.families import FAMILIES, TEXTS, new_project
 from tests.forked import Forked
 from tests.support import LORA, lora, make
@@ -167,19 +169,101 @@ def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(project
 
 def second_of(launcher: int) -> int:
     """The process of rank 1."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and children_of(launcher, folder):
-            variables = (folder / "environ").read_bytes().split(b"\0")
-            if b"RANK=1" in variables:
-                return int(folder.name)
+    for pid in children_of(launcher):
+        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return pid
     raise AssertionError("there is no second process")
 
 
-def children_of(parent: int, folder: Path) -> bool:
+def children_of(parent: int) -> list[int]:
+    numbers = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    return [pid for pid in numbers if state_of(pid)[1] == str(parent)]
+
+
+def state_of(pid: int) -> tuple[str, str]:
+    """(state, parent) of a process; Z is one that has ended, and so is one that is gone."""
     try:
-        return folder.joinpath("stat").read_text().rsplit(") ", 1)[1].split()[1] == str(parent)
-    except OSError:  # it is gone
-        return False
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    except OSError:
+        return "Z", ""
+    return state, parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "whole_group", "times"),
+    [
+        (signal.SIGKILL, False, 1),
+        (signal.SIGTERM, False, 1),
+        (signal.SIGINT, False, 1),
+        (signal.SIGINT, True, 1),
+        (signal.SIGINT, True, 2),  # the launcher does not wait for its workers any longer
+    ],
+    ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group", "SIGINT twice"],
+)
+def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
+    project: Path, number: signal.Signals, whole_group: bool, times: int
+) -> None:
+    slow, log = command("--devices", "2", epochs=1000), project / f"runs/{STAGE}/loss.csv"
+    with subprocess.Popen(slow, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True) as running:
+        while not log.exists() or len(read_steps(log)) < 3:
+            assert running.poll() is None
+            time.sleep(0.01)
+        workers = children_of(running.pid)
+        assert len(workers) == 2
+        for _ in range(times):
+            (os.killpg if whole_group else os.kill)(running.pid, number)
+            time.sleep(0.01)
+        assert running.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
+    wait_until_gone(workers)
+    (kept,) = checkpoints(log.parent)
+    step = int(kept.name.split("-")[1])
+    assert step == len(read_steps(log)), "the last step of all"
+    resumed = Forked(command(epochs=1000), project)
+    wait_for(lambda: len(read_steps(log)) > step, [resumed])
+    assert resumed.process.pid
+    os.kill(resumed.process.pid, signal.SIGTERM)
+    assert f"resumed after step {step}\n" in resumed.end()[1]
+
+
+@pytest.mark.slow
+def test_a_process_whose_launcher_dies_before_it_has_begun_ends_too(project: Path) -> None:
+    with subprocess.Popen(command("--devices", "2"), cwd=project, stderr=subprocess.DEVNULL) as running:
+        while len(workers := children_of(running.pid)) < 2:
+            assert running.poll() is None
+            time.sleep(0.001)
+        running.kill()
+    wait_until_gone(workers)
+
+
+def test_a_worker_that_does_not_handle_sigterm_is_killed() -> None:
+    """As one does whose main thread waits in a collective that hangs."""
+    code = (
+        "import signal, time; from pipeline.training import launch; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "launch.GRACE = 0.1; launch.end_with_launcher(); time.sleep(60)"
+    )
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    worker = subprocess.run([sys.executable, "-c", code], env={**os.environ, launch.LAUNCHER: str(gone.pid)})
+    assert worker.returncode == -signal.SIGKILL
+
+
+def wait_until_gone(processes: Sequence[int]) -> None:
+    limit = time.monotonic() + 20
+    while left := [pid for pid in processes if state_of(pid)[0] != "Z"]:
+        if time.monotonic() > limit:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"{len(left)} of {len(processes)} processes are left")
+        time.sleep(0.05)
+
+
+def test_more_devices_than_there_are_are_refused(project: Path) -> None:
+    available = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    answer = lora("finetune", "lora", "--devices", str(available + 1), cwd=project)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert answer.stderr.startswith(f"error: --devices must be at most {available}, the ")
+    assert answer.stderr.endswith(f"got {available + 1}. Lower it.\n") and answer.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_one_thread_serves_small_models_and_all_cores_a_large_one_or_what_the_us
     assert set(threads) == {1}
     monkeypatch.setattr(device, "LARGE", 100_000)
     Residents().load("a", base, None)
-    assert threads[-1] == os.cpu_count()
+    assert threads[-1] == len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     Residents().load("a", base, None)
     assert threads[-1] == 7

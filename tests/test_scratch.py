@@ -129,6 +129,26 @@ def test_what_is_held_out_is_held_out_of_every_file(project: Path) -> None:
     assert steps[-1].eval_loss is not None
     with pytest.raises(UserError, match=rf"1e-09 of {', '.join(names)} holds out no example"):
         make(project, ["scratch"], [*BRIEF, "scratch.eval_share=1e-9"])
+    reason = rf"scratch.eval_share 0.9999 of {', '.join(names)} holds out all {len(examples)} examples"
+    with pytest.raises(UserError, match=reason):
+        make(project, ["scratch"], [*BRIEF, "scratch.eval_share=0.9999"])
+
+
+def test_a_warm_up_that_lasts_as_long_as_the_training_is_refused(project: Path) -> None:
+    make(project, ["scratch"], BRIEF)
+    total = len(read_steps(project / FOLDER / "loss.csv"))
+    make(project, ["scratch"], [*BRIEF, f"scratch.warmup_steps={total - 1}"])
+    last = read_steps(project / FOLDER / "loss.csv")[-1]
+    assert last.learning_rate == load(project / "params.yaml").scratch.learning_rate, "it is reached"
+    for steps in (total, 1_000_000):
+        problem = (
+            rf"scratch.warmup_steps must be below {total}, the steps of the whole training, got {steps}. Lower it."
+        )
+        with pytest.raises(UserError, match=problem):
+            make(project, ["scratch"], [*BRIEF, f"scratch.warmup_steps={steps}"])
+    rows = "finetune_sweep, warmup_steps-1000000: finetune_lora.warmup_steps must be below "
+    with pytest.raises(UserError, match=rows):
+        make(project, ["finetune_sweep"], [*BRIEF, "finetune_sweep.grid={warmup_steps: [0, 1000000]}"])
 
 
 def test_a_problem_is_at_the_line_of_the_file_that_has_it(project: Path) -> None:
@@ -137,7 +157,7 @@ def test_a_problem_is_at_the_line_of_the_file_that_has_it(project: Path) -> None
     (project / "data/finetune.de.txt").write_text("der wind weht\nder hagel fällt\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"data/finetune.de.txt:2: not in the vocabulary: hagel"):
         make(project, ["scratch"], BRIEF)
-    with pytest.raises(UserError, match=r"scratch.data must be a name or a list of names, got \[\]. Edit params.yaml"):
+    with pytest.raises(UserError, match=r"scratch.data must be a name or a list of names, got \[\]. Edit --set"):
         make(project, ["scratch"], [*BRIEF, "scratch.data=[]"])
 
 

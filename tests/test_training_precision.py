@@ -98,9 +98,13 @@ def test_pitfall_18_fp16_the_scale_grows_again_after_many_steps(monkeypatch: pyt
 
 def test_pitfall_18_fp16_adapters_are_refused_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text("finetune_lora:\n  adapter_precision: fp16\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"adapter_precision must be fp32 or bf16: gradients of fp16 weights .* fp16 b"):
-        load(path)
+    for section in ("finetune_lora", "finetune_prefix", "finetune_prompt"):
+        path.write_text(f"{section}:\n  adapter_precision: fp16\n", encoding="utf-8")
+        problem = (
+            rf"{section}.adapter_precision must be one of fp32, bf16, got 'fp16': gradients of fp16 weights .* Edit"
+        )
+        with pytest.raises(UserError, match=problem):
+            load(path)
     assert Params().finetune_lora.adapter_precision == "fp32"
 
 

@@ -48,7 +48,7 @@ def start(model: CausalLM, spec: VirtualSpec, words: int, seed: int) -> None:
     if spec.tokens >= model.shape.positions:
         raise UserError(
             f"finetune_{spec.kind}.virtual_tokens must be below {model.shape.positions}, the model's positions, "
-            f"got {spec.tokens}. Edit params.yaml."
+            f"got {spec.tokens}. Lower it."
         )
     chosen = torch.randint(words, (1, spec.tokens), generator=torch.Generator().manual_seed(seed)).to(model.device)
     if spec.kind == "prompt":

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from pipeline.calc.precision import precision
 from pipeline.errors import UserError
+from pipeline.schema import AdapterPrecision
 
 CHOICES = {
     "method": ("full", "freeze", "lora", "prefix", "prompt"),
@@ -13,7 +15,7 @@ CHOICES = {
     "attention": ("sdpa", "eager", "short"),
     "loss": ("full", "labels", "chunked", "divergence"),
     "casts": ("weights", "inputs"),
-    "adapter-precision": ("fp32", "bf16", "fp16"),
+    "adapter-precision": get_args(AdapterPrecision),
 }
 
 OPTIMIZERS: dict[str, Callable[[int], float]] = {  # bytes of state a trained parameter of so many bytes

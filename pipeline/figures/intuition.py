@@ -51,7 +51,7 @@ def _meant(wanted: str, all_: dict[str, Changed]) -> str:
         meant = "no matrix" if not found else f"{found[0]} and {found[1]}"
         raise UserError(
             f"figures.module must be the end of one module's name, such as layers.0.self_attn.v_proj, got {wanted!r}, "
-            f"which means {meant}. Edit params.yaml."
+            f"which means {meant}. Name one."
         )
     return found[0]
 

@@ -77,8 +77,7 @@ def _knowledge(job: Job, loaded: Loaded, settings: Evaluate, old: Scored, before
     if any(loaded.tokenizer.unknown_words(example.text) for example in examples):
         if loaded.name != "base":
             raise UserError(
-                f"{settings.new_data} has words that {loaded.name} does not know. "
-                f"Add it to expand_vocab.data in params.yaml."
+                f"{settings.new_data} has words that {loaded.name} does not know. Add it to expand_vocab.data."
             )
         return found  # the base has no rows for the new words: there is nothing to measure
     new = score(loaded, examples)

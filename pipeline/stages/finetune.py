@@ -94,7 +94,7 @@ def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
     if settings.last_blocks > len(blocks):
         raise UserError(
             f"finetune_freeze.last_blocks must be at most {len(blocks)}, the model's blocks, "
-            f"got {settings.last_blocks}. Edit params.yaml."
+            f"got {settings.last_blocks}. Lower it."
         )
     if not settings.last_blocks and not settings.train_embeddings:
         raise UserError("finetune_freeze leaves nothing to train. Raise last_blocks or set train_embeddings: true.")

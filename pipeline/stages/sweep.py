@@ -26,6 +26,7 @@ from pipeline.training.many_evaluation import ManyEvaluation
 from pipeline.training.many_run import train_many
 from pipeline.training.many_step import ManyTask, Variant
 from pipeline.training.retain import retain_of
+from pipeline.training.schedule import refuse_long_warmup
 from pipeline.training.task import windows_of
 
 
@@ -54,6 +55,9 @@ def sweep(job: Job) -> Generator[Event, None, Facts]:
     share = attach_many(base.model, ways)
     yield from dict.fromkeys(notes)
     together = tuple(_variant(name, own, learned, texts) for name, own in wanted.items())
+    for each in together:
+        with _named(each.name):
+            refuse_long_warmup(each.settings, each.settings.epochs * len(each.batches), job.stage.section)
     every = settings.eval_every or len(together[0].batches)
     evaluation = None
     if held_out is not None:

@@ -298,7 +298,7 @@ def _divergence(job: Job, task: Task, diverged: Diverged) -> NotFinite:
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     return NotFinite(
         f"{name}: the loss is {found.loss}{f', the divergence from the base {found.divergence}' if retain else ''} "
-        f"and the gradient's norm {found.norm} at step {number + 1}, on {shown}. Lower {name}.learning_rate in "
-        f"params.yaml, or look at these examples. The weights before that step are kept in "
+        f"and the gradient's norm {found.norm} at step {number + 1}, on {shown}. Lower {name}.learning_rate, "
+        f"or look at these examples. The weights before that step are kept in "
         f"{job.run.parent.name}/{job.run.name}."
     )

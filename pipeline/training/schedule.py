@@ -2,6 +2,7 @@
 
 import math
 
+from pipeline.errors import UserError
 from pipeline.params import Training
 
 
@@ -19,3 +20,12 @@ def rate(settings: Training, step: int, total: int) -> float:
     if settings.schedule == "cosine":
         return settings.learning_rate * (1 + math.cos(math.pi * gone)) / 2
     return settings.learning_rate
+
+
+def refuse_long_warmup(settings: Training, total: int, section: str) -> None:
+    """Raises UserError if all `total` steps are warm-up: the rate would be reached at the last one, or never."""
+    if settings.warmup_steps >= total:
+        raise UserError(
+            f"{section}.warmup_steps must be below {total}, the steps of the whole training, "
+            f"got {settings.warmup_steps}. Lower it."
+        )

@@ -18,6 +18,7 @@ from pipeline.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches, Windows
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.optimizer import FlatAdam
+from pipeline.training.schedule import refuse_long_warmup
 from pipeline.training.sequences import sequences
 
 
@@ -30,6 +31,7 @@ def data_of(job: Job, settings: Training, base: Base) -> Generator[Event, None, 
     """The batches, and the evaluation where examples are held out for it. Raises UserError as `windows_of`."""
     learned, held_out = yield from windows_of(job, settings, base)
     batches = Batches(learned, settings.batch_size, settings.seed, settings.accumulate)
+    refuse_long_warmup(settings, settings.epochs * len(batches), job.stage.section)
     if held_out is None:
         return batches, None
     return batches, Evaluation(held_out, settings.batch_size, settings.eval_every or len(batches), settings.patience)
@@ -42,17 +44,21 @@ def windows_of(job: Job, settings: Training, base: Base) -> Generator[Event, Non
     """
     learned = yield from _corpus(job, settings, base, held_out=False)
     named = ", ".join(settings.files)
-    refuse_nothing(learned, named)
     share = settings.eval_share
     if not share:
+        refuse_nothing(learned, named)
         _refuse_unused(job, settings)
         return sequences(learned, settings.window), None
     held_out = yield from _corpus(job, settings, base, held_out=True)
-    if not len(held_out):
+    split = f"{job.stage.section}.eval_share {share:g} of {named} holds out"
+    if not len(learned) and len(held_out):
         raise UserError(
-            f"{job.stage.section}.eval_share {share:g} of {named} holds out no example: they are chosen by their "
-            "hash. Raise it, or set it to 0."
+            f"{split} all {len(held_out)} examples that have labels: they are chosen by their hash. Lower it, or set "
+            "it to 0."
         )
+    refuse_nothing(learned, named)
+    if not len(held_out):
+        raise UserError(f"{split} no example: they are chosen by their hash. Raise it, or set it to 0.")
     return sequences(learned, settings.window), sequences(held_out, settings.window)
 
 

@@ -29,7 +29,7 @@ def virtual_learner(job: Job, settings: FinetuneVirtual, base: Base, folder: Pat
     if spec.kind == "prefix" and settings.checkpointing != "none" and not model.takes_prefix:
         raise UserError(
             f"{job.stage.name}.checkpointing must be none for this model, got {settings.checkpointing}: its blocks "
-            "take a prefix from a cache alone, which is gone when they run again. Edit params.yaml."
+            "take a prefix from a cache alone, which is gone when they run again. Set it to none."
         )
     batches, evaluation = yield from data_of(job, settings, base)
     trainable = count(model)["trainable"]
