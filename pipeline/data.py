@@ -80,6 +80,7 @@ def read_examples(path: Path, name: str, prompts: bool = False) -> list[Example]
 def iter_examples(path: Path, name: str, prompts: bool = False) -> Iterator[Example]:
     """The examples of a file, a line each, in constant memory: `.txt` holds texts, `.jsonl` any of FORMS.
 
+    A text keeps all its white space but the newline that ends its line; that alone ends a line.
     With `prompts` a line may also be {"prompt"} alone, for the model itself to complete.
     Raises UserError with the file, the line and the reason.
     """
@@ -122,15 +123,17 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
 
 
 def _decoded(raw: bytes, name: str, number: int, start: int) -> str:
+    # An editor on Windows ends a line with \r\n, which no user sees as text. A \r anywhere else is text.
+    line = raw.removesuffix(b"\r\n" if raw.endswith(b"\r\n") else b"\n")
     try:
-        return raw.decode("utf-8" if start else "utf-8-sig").removesuffix("\n").removesuffix("\r")
+        return line.decode("utf-8" if start else "utf-8-sig")
     except UnicodeDecodeError as error:
         place = f"{name}:{number}: not UTF-8 (byte {start + error.start})"
         raise UserError(f"{place}. Save the file as UTF-8.") from None
 
 
 def _line(line: str, file: str, number: int) -> Example:
-    return Example(" ".join(line.split()), file, number)
+    return Example(line, file, number)
 
 
 def _record_with_prompts(line: str, file: str, number: int) -> Example:

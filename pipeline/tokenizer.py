@@ -219,4 +219,5 @@ class WordTokenizer:
 def split(text: str) -> list[str]:
     """Words as the tokenizer sees them: NFC, lower case, split at white space."""
     normal = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]).normalize_str(text)
-    return normal.split()
+    # Not str.split, for which the control characters U+001C to U+001F are white space too.
+    return [word for word, _ in pre_tokenizers.WhitespaceSplit().pre_tokenize_str(normal)]
