@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.artifact import digest, file_digest, read_json
+from pipeline.artifact import digest, file_digest, read_json, refuse_links_out
 from pipeline.errors import UserError
 from pipeline.tensors import fingerprint
 
@@ -125,11 +125,12 @@ def relevant_files(folder: Path) -> list[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a checkpoint folder, one or the shards that its index names. Raises UserError."""
+    refuse_links_out(folder)
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX, "Copy it anew").get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{folder / INDEX} names no weights. Copy it anew.")
-        return [_shard(folder, name) for name in sorted(set(names.values()))]
+        return sorted({_shard(folder, name) for name in names.values()})
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -151,7 +152,12 @@ def base_fingerprint(folder: Path) -> dict[str, str]:
 
 
 def _shard(folder: Path, name: object) -> Path:
-    path = folder / str(name)
+    if not isinstance(name, str) or Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+        raise UserError(
+            f"{folder / INDEX}: a shard must be the name of a .safetensors file in this folder, "
+            f"got {str(name)[:80]!r}. Copy the model anew."
+        )
+    path = folder / name
     if not path.is_file():
         raise UserError(f"{folder}: {name} is missing, which {INDEX} names. Copy it there.")
     return path

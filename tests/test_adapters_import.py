@@ -57,6 +57,18 @@ def test_verify_accepts_it_on_its_base_alone(cli: Lora, root: Path) -> None:
     assert "lora_alpha was edited" in refusal(cli("adapters", "verify", "mine", cwd=root))
 
 
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "chat_template.jinja"])
+def test_a_link_that_leaves_an_adapters_folder_is_not_followed(cli: Lora, root: Path, name: str) -> None:
+    outside = root / "outside"
+    if (root / "one" / name).exists():
+        (root / "one" / name).rename(outside)
+    else:
+        outside.write_text("private", encoding="utf-8")
+    (root / "one" / name).symlink_to(outside)
+    assert f"one/{name} is a link to a file outside its folder" in refusal(imported(cli, root, "--base", "base"))
+    assert not (root / "mine").exists()
+
+
 @pytest.fixture
 def hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A local hub cache in which org/toy has the base's weights, and adapter `one` names it; no network."""

@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline import bases
+from pipeline.artifact import file_digest
 from pipeline.base_import import import_base
 from pipeline.bases import base_fingerprint, identity, named, resolve
+from pipeline.calc.files import from_path
 from pipeline.errors import UserError
+from pipeline.models.base import load_base
+from pipeline.tokenizer import load_tokenizer
 from tests.bases import (
     FAMILIES,
     ROWS,
@@ -109,6 +113,56 @@ def test_a_folder_that_is_no_base_is_refused_before_it_is_opened(
     damage(tmp_path / "model")
     with pytest.raises(UserError, match=reason):
         resolve("model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside/x.safetensors", "/x.safetensors", "..", "", "a/x.safetensors", "x.bin", 1, None]
+)
+def test_a_shard_is_a_safetensors_file_of_its_folder(name: object, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    for outside in (tmp_path / "outside/x.safetensors", tmp_path / "model/x.bin", tmp_path / "model/a/x.safetensors"):
+        outside.parent.mkdir(exist_ok=True)
+        shutil.copyfile(tmp_path / "model/model.safetensors", outside)
+    index = {"weight_map": {"a": "model.safetensors", "b": name}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    said = refused("model", tmp_path)
+    assert "index.json: a shard must be the name of a .safetensors file in this folder, got" in said
+
+
+LINKED = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json")
+
+
+@pytest.mark.parametrize("name", [*LINKED, "sub/notes.txt", "additional_chat_templates"])
+def test_a_link_that_leaves_a_model_folder_is_not_followed(name: str, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    path, outside = tmp_path / "model" / name, tmp_path / "outside"
+    path.parent.mkdir(exist_ok=True)
+    if path.exists():
+        path.rename(outside)
+    elif "." in name:
+        outside.write_text("private", encoding="utf-8")
+    else:
+        outside.mkdir()
+    path.symlink_to(outside)
+    said = refused("model", tmp_path)
+    assert said.startswith(f"{path} is a link to a file outside its folder: {outside}. Replace it with a copy")
+    for load in (load_base, load_tokenizer, from_path):
+        with pytest.raises(UserError, match="is a link to a file outside its folder"):
+            load(tmp_path / "model")
+
+
+def test_links_within_a_folder_and_into_dvcs_cache_are_followed(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    (tmp_path / "model/all").mkdir()
+    weights, config = tmp_path / "model/model.safetensors", tmp_path / "model/config.json"
+    weights.rename(tmp_path / "model/all/weights")
+    weights.symlink_to("all/weights")
+    stored = tmp_path / ".dvc/cache/files/md5/ab" / ("0" * 30)
+    stored.parent.mkdir(parents=True)
+    config.rename(stored)
+    config.symlink_to(stored)
+    (tmp_path / "here").symlink_to("model")  # the user's own link to the folder
+    assert torch.equal(logits(opened(imported("here", tmp_path)[0])), logits(toy_model("llama")))
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
@@ -385,6 +439,24 @@ def test_a_model_that_the_hub_does_not_give_is_refused_with_all_that_was_looked_
     said = refused(base, tmp_path)
     assert f"{base} is not in the local hub cache, no folder of that name is in the project" in said
     assert "Download it elsewhere and name its folder" in said
+
+
+def test_the_links_of_a_cached_model_lead_to_its_own_blobs_alone(hub: Path, tmp_path: Path) -> None:
+    snapshot, blobs = hub / "snapshots" / HUB_COMMIT, hub / "blobs"
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        blob = file_digest(path)
+        path.rename(blobs / blob)
+        path.symlink_to(Path("../../blobs", blob))
+    (tmp_path / "link").symlink_to(snapshot)
+    for base in ("org/toy", str(snapshot), "link"):
+        assert torch.equal(logits(opened(imported(base, tmp_path)[0])), logits(toy_model("llama")))
+    shutil.copytree(hub, hub.parent / "models--org--other", symlinks=True)
+    config = snapshot / "config.json"
+    target = Path("../../../models--org--other/blobs", config.resolve().name)
+    config.unlink()
+    config.symlink_to(target)
+    assert "is a link to a file outside its folder" in refused("org/toy", tmp_path)
 
 
 def test_a_cache_that_holds_only_a_part_is_refused(hub: Path, tmp_path: Path) -> None:

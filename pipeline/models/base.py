@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.artifact import read_json
+from pipeline.artifact import read_json, refuse_links_out
 from pipeline.device import device_for
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
@@ -81,6 +81,7 @@ def save_base(folder: Path, base: Base) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises UserError if there is none."""
+    refuse_links_out(folder)
     adapter = (folder / "adapter_config.json").exists()
     hint = "It is an adapter: give it with --adapter" if adapter else "Make the models with `dvc repro`"
     if not (folder / CONFIG).exists():
