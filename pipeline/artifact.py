@@ -17,6 +17,8 @@ from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
 MORE_TEMPLATES = "additional_chat_templates"  # transformers reads this folder in a model folder
+LARGEST_TEXT = 100_000_000  # bytes; the largest tokenizer.json published has 35 MB, and takes ten times that to open
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}", re.DOTALL)
 
 
@@ -107,7 +109,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_links_out(folder: Path) -> None:
+def refuse_untrusted(folder: Path) -> None:
+    """Raises UserError for what no model or adapter folder needs and a malicious one may have: links to files outside
+    it, and texts so large that reading them takes all the memory."""
+    _refuse_links_out(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in _TEXTS and path.is_file() and (size := path.stat().st_size) > LARGEST_TEXT:
+            raise UserError(f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model anew.")
+
+
+def _refuse_links_out(folder: Path) -> None:
     """Raises UserError if a file in a model or adapter folder is a link to a file outside it.
 
     A folder from elsewhere could otherwise make any file of this machine a part of a base, which is then shared. Links

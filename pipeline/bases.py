@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.artifact import digest, file_digest, read_json, refuse_links_out
+from pipeline.artifact import digest, file_digest, read_json, refuse_untrusted
 from pipeline.errors import UserError
 from pipeline.tensors import fingerprint
 
@@ -132,7 +132,7 @@ def relevant_files(folder: Path) -> list[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a checkpoint folder, one or the shards that its index names. Raises UserError."""
-    refuse_links_out(folder)
+    refuse_untrusted(folder)
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX, "Copy it anew").get("weight_map")
         if not isinstance(names, dict) or not names:

@@ -19,7 +19,7 @@ Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: base_fing
 
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises UserError if there is none, saying what the folder is where that can be seen."""
-    artifact.refuse_links_out(folder)
+    artifact.refuse_untrusted(folder)
     if not (folder / CONFIG).exists():
         if (folder / MODEL).is_file():
             raise UserError(

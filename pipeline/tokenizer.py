@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pipeline import chat
-from pipeline.artifact import refuse_links_out, write_json
+from pipeline.artifact import refuse_untrusted, write_json
 from pipeline.chat import Messages, Rendered
 from pipeline.errors import UserError
 from pipeline.subwords import SubwordTokenizer
@@ -91,7 +91,7 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of the model in `folder`. Raises UserError."""
-    refuse_links_out(folder)
+    refuse_untrusted(folder)
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.bases import base_fingerprint, identity, named, resolve
 from pipeline.calc.files import from_path
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
+from pipeline.models.skeleton import skeleton
 from pipeline.tokenizer import load_tokenizer
 from tests.bases import (
     FAMILIES,
@@ -32,6 +34,7 @@ from tests.bases import (
     toy_model,
     toy_tokenizer,
 )
+from tests.models import checkpoint
 from tests.support import ROOT, folder_bytes
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -405,6 +408,51 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
     assert torch.equal(logits(opened(out, trust_remote_code=True)), 2 * logits(model))
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000, the weights have 21 tensors"),
+        ({"num_hidden_layers": 10**15}, "num_hidden_layers is"),
+        ({"vocab_size": 10**12}, "hidden_size × vocab_size is 32,000,000,000,000, more than its weights hold"),
+        ({"hidden_size": 10**7}, "hidden_size × vocab_size is"),
+        ({"intermediate_size": 10**9}, "hidden_size × intermediate_size is"),
+        ({"head_dim": 10**7}, "hidden_size × head_dim is"),
+        ({"head_dim": 10**5}, "it describes 76,829,856 parameters, the weights have 36,000"),
+        ({"text_config": {"n_layer": 10**6}}, "n_layer is"),
+        ({"model_type": "mixtral", "num_local_experts": 90_000}, "num_hidden_layers × num_local_experts is 180,000"),
+    ],
+)
+def test_a_config_that_describes_more_than_the_weights_is_refused_before_anything_is_built(
+    changes: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_checkpoint(tmp_path / "model")
+    edit_config(tmp_path / "model", **changes)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was opened"))
+    for opens in (
+        lambda: imported("model", tmp_path),
+        *(partial(use, tmp_path / "model") for use in (load_base, skeleton)),
+    ):
+        with pytest.raises(UserError, match=r"config\.json describes another model than its weights") as error:
+            opens()
+        assert reason in str(error.value)
+
+
+def test_a_minigpt_is_no_larger_than_its_weights_either(tmp_path: Path) -> None:
+    edit_config(checkpoint(tmp_path / "model"), num_hidden_layers=10**9)
+    with pytest.raises(UserError, match="num_hidden_layers is 1,000,000,000, the weights have"):
+        load_base(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "chat_template.jinja", "tokenizer.model"])
+def test_a_text_of_absurd_size_is_not_read(name: str, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    with (tmp_path / "model" / name).open("ab") as file:
+        file.truncate(3 * 2**30)  # no block of it is on the disk
+    assert f"{name} must have at most 100,000,000 bytes, got 3,221,225,472" in refused("model", tmp_path)
+    with pytest.raises(UserError, match="must have at most 100,000,000 bytes"):
+        load_tokenizer(tmp_path / "model")
+
+
 # The hub
 
 
@@ -552,12 +600,20 @@ def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
 def test_a_gguf_file_that_is_cut_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
     whole = (tmp_path / "toy.gguf").read_bytes()
-    for size in (100, len(whole) // 2, len(whole) - 5_000):
+    for size, reason in (100, "is truncated"), (len(whole) // 2, "cannot be opened"), (len(whole) - 5_000, "cannot be"):
         (tmp_path / "toy.gguf").write_bytes(whole[:size])
-        assert "toy.gguf cannot be opened" in refused("toy.gguf", tmp_path)
+        assert f"toy.gguf {reason}" in refused("toy.gguf", tmp_path)
     write_gguf(tmp_path / "mamba.gguf", toy_model("llama"), "plamo")
     said = refused("mamba.gguf", tmp_path)
     assert "plamo" in said and "Name a checkpoint folder of the same model instead" in said
+
+
+def test_a_gguf_file_that_describes_more_than_it_holds_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
+    whole, key = (tmp_path / "toy.gguf").read_bytes(), b"llama.block_count"
+    at = whole.index(key) + len(key) + 4
+    (tmp_path / "toy.gguf").write_bytes(whole[:at] + struct.pack("<I", 10**6) + whole[at + 4 :])
+    assert "num_hidden_layers is 1,000,000, the weights have 21 tensors" in refused("toy.gguf", tmp_path)
 
 
 def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(
