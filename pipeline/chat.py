@@ -1,22 +1,26 @@
 """Chat templates, as transformers renders them."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.rendering import RENDERER, TemplateError
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
-_MARKER = re.compile(r"\{%[-+]?\s*generation\b")
 
 Messages = Sequence[Mapping[str, object]]  # each with role and content
 
 
 class Rendered(str):
-    """Text that a chat template wrote: it holds its own beginning-of-text token, or is meant to have none."""
+    """Text that a chat template wrote: it holds its own beginning-of-text token, or is meant to have none.
+
+    `marks` are the characters [start, stop) that the template marks as the model's own, in order; most mark none.
+    """
+
+    marks: tuple[tuple[int, int], ...] = ()
 
 
 def has_template(folder: Path) -> bool:
@@ -48,23 +52,21 @@ def render_in(folder: Path, messages: Messages, reply: bool) -> Rendered:
 
 
 def render_with(theirs: Any, messages: Messages, reply: bool, name: str) -> Rendered:
-    """A conversation in a transformers tokenizer's template; with `reply`, up to where the model answers."""
+    """A conversation in a transformers tokenizer's template; with `reply`, up to where the model answers.
+
+    Raises UserError where the template fails, or is stopped because it takes too much.
+    """
     try:
-        turns = [dict(message) for message in messages]
-        return Rendered(theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply))
-    except Exception as error:  # whatever a template or the library raises
+        template = theirs.get_chat_template()
+    except ValueError as error:  # several, and none of them the default
         raise UserError(f"{name}: its chat template fails: {_short(error)}") from None
-
-
-def marked_by(theirs: Any, messages: Messages) -> tuple[bool, ...] | None:
-    """Which tokens of a rendered conversation the template marks as the model's own; None where it marks none."""
-    if not _MARKER.search(theirs.get_chat_template()):
-        return None
-    out = theirs.apply_chat_template(
-        [dict(message) for message in messages], return_dict=True, return_assistant_tokens_mask=True
-    )
-    mask = tuple(map(bool, out["assistant_masks"]))
-    return mask if any(mask) else None
+    try:
+        found = RENDERER.render(template, messages, reply, theirs.special_tokens_map)
+    except TemplateError as error:
+        raise UserError(f"{name}: its chat template {error}") from None
+    rendered = Rendered(found.text)
+    rendered.marks = found.marks
+    return rendered
 
 
 def no_template(name: str) -> UserError:

@@ -104,8 +104,8 @@ class _Turns:
 
     def marked(self) -> tuple[list[bool], bool] | None:
         """What the template marks itself, each run with the end token behind it, and whether the last has one."""
-        mask = self._tokenizer.marked(self._example.messages)
-        if mask is None or len(mask) != len(self.ids):
+        mask = self._in_marks()
+        if not any(mask):
             return None
         trained, ended = list(mask), False
         for stop in [i for i in range(1, len(mask) + 1) if mask[i - 1] and not (i < len(mask) and mask[i])]:
@@ -115,6 +115,16 @@ class _Turns:
                 trained[stop : end + 1] = [True] * (end + 1 - stop)
                 ended = True
         return trained, ended
+
+    def _in_marks(self) -> list[bool]:
+        """Whether each token shares a character with what the template marks; marks and tokens are in order."""
+        mask, marks = [], iter((*self._text.marks, (len(self._text), len(self._text))))
+        start, stop = next(marks)
+        for begin, end in self._spans:
+            while begin >= stop < len(self._text):
+                start, stop = next(marks)
+            mask.append(begin < stop and end > start)
+        return mask
 
     def _over_space(self, first: int) -> Iterator[int]:
         """Tokens from `first` on, up to and with the first that is not white space."""

@@ -194,9 +194,6 @@ class SubwordTokenizer:
             raise chat.no_template(self._name)
         return chat.render_with(self._theirs, messages, reply, self._name)
 
-    def marked(self, messages: Messages) -> tuple[bool, ...] | None:
-        return chat.marked_by(self._theirs, messages)
-
     def _knows(self, token: str) -> bool:
         """Whether it is one token, and not the one that stands for all that is unknown."""
         ids = self._ids(token)

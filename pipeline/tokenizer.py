@@ -79,9 +79,6 @@ class Tokenizer(Protocol):
     def render(self, messages: Messages, reply: bool) -> Rendered:
         """A conversation in the model's chat template; with `reply`, up to where it answers. Raises UserError."""
 
-    def marked(self, messages: Messages) -> tuple[bool, ...] | None:
-        """Which tokens of `spans(render(messages))` the template marks as the model's own; None where it marks none."""
-
     def expanded(self, tokens: Iterable[str], special: bool = False) -> "tuple[Tokenizer, list[str]]":
         """A new tokenizer that knows `tokens` too, and those that are new. Old ids stay."""
 
@@ -206,10 +203,7 @@ class WordTokenizer:
     def render(self, messages: Messages, reply: bool) -> Rendered:
         if self._folder is None:
             raise chat.no_template("the tokenizer")
-        return chat.render_in(self._folder, messages, reply)
-
-    def marked(self, messages: Messages) -> None:  # noqa: ARG002  # one template wrote the rules, another tokenizer
-        return None
+        return Rendered(chat.render_in(self._folder, messages, reply))  # without marks, which are of another tokenizer
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["WordTokenizer", list[str]]:  # noqa: ARG002
         """A new tokenizer with every unknown word of `tokens` (texts, whose words may repeat), and those words."""
