@@ -1,6 +1,7 @@
 """Chat templates, as transformers renders them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,8 @@ from pipeline.errors import UserError
 from pipeline.rendering import RENDERER, TemplateError
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+
+TURN = "messages[{}]"
 
 Messages = Sequence[Mapping[str, object]]  # each with role and content
 
@@ -36,10 +39,10 @@ def has_template(folder: Path) -> bool:
 
 def render(folder: Path, text: str) -> Rendered:
     """`text` as a user's turn, up to where the model answers. Raises UserError."""
-    return render_in(folder, [{"role": "user", "content": text}], reply=True)
+    return render_in(folder, [{"role": "user", "content": text}], reply=True, turn="the prompt")
 
 
-def render_in(folder: Path, messages: Messages, reply: bool) -> Rendered:
+def render_in(folder: Path, messages: Messages, reply: bool, turn: str = TURN) -> Rendered:
     """A conversation in the template of the model in `folder`. Raises UserError."""
     if not has_template(folder):
         raise no_template(str(folder))
@@ -48,14 +51,22 @@ def render_in(folder: Path, messages: Messages, reply: bool) -> Rendered:
         theirs = _tokenizer(folder, times)
     except Exception as error:  # whatever the library raises
         raise UserError(f"{folder}: its tokenizer does not open: {_short(error)}") from None
-    return render_with(theirs, messages, reply, str(folder))
+    return render_with(theirs, messages, reply, str(folder), turn)
 
 
-def render_with(theirs: Any, messages: Messages, reply: bool, name: str) -> Rendered:
+def render_with(theirs: Any, messages: Messages, reply: bool, name: str, turn: str = TURN) -> Rendered:
     """A conversation in a transformers tokenizer's template; with `reply`, up to where the model answers.
 
-    Raises UserError where the template fails, or is stopped because it takes too much.
+    Raises UserError where the template fails, or is stopped because it takes too much, and where the content of a turn
+    holds a special token: among those that the template writes it would be one of them, and begin or end a turn that
+    nobody took. `turn` is what the user calls a turn, by its number.
     """
+    for number, message in enumerate(messages):
+        if token := _special_in(theirs, str(message["content"])):
+            raise UserError(
+                f"{turn.format(number)} holds {token}, a special token of {name}, which would not be read as text: it "
+                "could begin or end a turn. Remove it, or write it in another way."
+            )
     try:
         template = theirs.get_chat_template()
     except ValueError as error:  # several, and none of them the default
@@ -67,6 +78,29 @@ def render_with(theirs: Any, messages: Messages, reply: bool, name: str) -> Rend
     rendered = Rendered(found.text)
     rendered.marks = found.marks
     return rendered
+
+
+def _special_in(theirs: Any, text: str) -> str | None:
+    """The first special token in a text, if any. Other added tokens are text that happens to be one token."""
+    as_written, normalized = _special(theirs)
+    found = as_written.search(text)
+    if found is None and normalized is not None:
+        found = normalized.search(theirs.backend_tokenizer.normalizer.normalize_str(text))
+    return found and found[0]
+
+
+@lru_cache(maxsize=8)
+def _special(theirs: Any) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
+    """What finds special tokens in a text, and what finds those that are looked for in normalized text."""
+    inner = theirs.backend_tokenizer
+    tokens = [token for token in inner.get_added_tokens_decoder().values() if token.special and token.content.strip()]
+    looked_for = [inner.normalizer.normalize_str(t.content) for t in tokens if t.normalized] if inner.normalizer else []
+    return _any_of([token.content for token in tokens]), _any_of(looked_for) if looked_for else None
+
+
+def _any_of(tokens: list[str]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nowhere
 
 
 def no_template(name: str) -> UserError:
