@@ -13,6 +13,7 @@ import yaml
 from pipeline.errors import UserError
 
 IGNORED = -100  # the label that cross-entropy skips
+LONGEST = 2**20  # bytes of a line: a tokenizer takes up to some 350 bytes of memory for each
 
 Rule = Literal["must_change", "must_keep", "must_learn"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -106,7 +107,8 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     blank = number = start = 0
     try:
         with path.open("rb") as file:
-            for at, raw in enumerate(file, 1):
+            for at, raw in enumerate(iter(lambda: file.readline(LONGEST + 3), b""), 1):  # 2 end it, 1 shows more
+                _refuse_long(raw, name, at)
                 line = _decoded(raw, name, at, start)
                 start += len(raw)
                 if not line.strip():
@@ -120,6 +122,14 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
         raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
     if not number:
         raise UserError(f"{name}: the file is empty. Write one example a line.")
+
+
+def _refuse_long(raw: bytes, name: str, number: int) -> None:
+    # The first max_length tokens cannot be had from the beginning of a text: what follows may change them.
+    if len(raw.removesuffix(b"\n").removesuffix(b"\r")) > LONGEST:
+        raise UserError(
+            f"{name}:{number}: a line must have at most {LONGEST:,} bytes, got more. Split its text into several lines."
+        )
 
 
 def _decoded(raw: bytes, name: str, number: int, start: int) -> str:

@@ -115,6 +115,23 @@ def test_a_broken_line_is_named_with_its_reason(tmp_path: Path, line: str, messa
         next(examples)
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\nb\n"])
+def test_a_line_has_at_most_a_mebibyte_and_a_longer_one_is_not_read(tmp_path: Path, end: bytes) -> None:
+    path = tmp_path / "d.txt"
+    path.write_bytes(b"a\n" + b"x" * 2**20 + end)
+    assert len(read_examples(path, "d")[1].text) == 2**20
+    path.write_bytes(b"a\n" + b"x" * (2**20 + 1) + end)
+    with pytest.raises(UserError, match=r"^d:2: a line must have at most 1,048,576 bytes, got more\. Split its text"):
+        read_examples(path, "d")
+    path.write_bytes(b"a\n" + b"x" * 2**20 + b"\r" * 9 + end)
+    with pytest.raises(UserError, match="d:2: a line must have"):
+        read_examples(path, "d")
+    with path.open("ab") as file:
+        file.truncate(64 * 2**30)  # no block of it is on the disk
+    with pytest.raises(UserError, match="d:2: a line must have"):
+        read_examples(path, "d")
+
+
 @pytest.mark.parametrize("name", ["d.json", "d.csv", "d"])
 def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("a\n", encoding="utf-8")
