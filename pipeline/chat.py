@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.rendering import RENDERER, TemplateError
+from pipeline.rendering import RENDERER, Conversation, TemplateError
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 TURN = "messages[{}]"
 
 Messages = Sequence[Mapping[str, object]]  # each with role and content
+Asked = Sequence[tuple[int, bool]]  # of how many first messages, and whether the model is to answer
 
 
 class Rendered(str):
@@ -24,6 +25,15 @@ class Rendered(str):
     """
 
     marks: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, written: Conversation) -> "Rendered":
+        rendered = cls(written.text)
+        rendered.marks = written.marks
+        return rendered
+
+
+Renderings = Sequence[Rendered | UserError]
 
 
 def has_template(folder: Path) -> bool:
@@ -39,11 +49,19 @@ def has_template(folder: Path) -> bool:
 
 def render(folder: Path, text: str) -> Rendered:
     """`text` as a user's turn, up to where the model answers. Raises UserError."""
-    return render_in(folder, [{"role": "user", "content": text}], reply=True, turn="the prompt")
+    return only(render_in(folder, [{"role": "user", "content": text}], [(1, True)], turn="the prompt"))
 
 
-def render_in(folder: Path, messages: Messages, reply: bool, turn: str = TURN) -> Rendered:
-    """A conversation in the template of the model in `folder`. Raises UserError."""
+def only(renderings: Renderings) -> Rendered:
+    """The one that there is. Raises UserError if it failed."""
+    (rendering,) = renderings
+    if isinstance(rendering, UserError):
+        raise rendering
+    return rendering
+
+
+def render_in(folder: Path, messages: Messages, asked: Asked, turn: str = TURN) -> Renderings:
+    """`render_with` in the template of the model in `folder`. Raises UserError."""
     if not has_template(folder):
         raise no_template(str(folder))
     times = tuple(_time(folder / name) for name in (TEMPLATE, CONFIG))
@@ -51,15 +69,16 @@ def render_in(folder: Path, messages: Messages, reply: bool, turn: str = TURN) -
         theirs = _tokenizer(folder, times)
     except Exception as error:  # whatever the library raises
         raise UserError(f"{folder}: its tokenizer does not open: {_short(error)}") from None
-    return render_with(theirs, messages, reply, str(folder), turn)
+    return render_with(theirs, messages, asked, str(folder), turn)
 
 
-def render_with(theirs: Any, messages: Messages, reply: bool, name: str, turn: str = TURN) -> Rendered:
-    """A conversation in a transformers tokenizer's template; with `reply`, up to where the model answers.
+def render_with(theirs: Any, messages: Messages, asked: Asked, name: str, turn: str = TURN) -> Renderings:
+    """For each (n, reply) the first n messages in a transformers tokenizer's template, or why the template fails; with
+    `reply`, up to where the model answers.
 
-    Raises UserError where the template fails, or is stopped because it takes too much, and where the content of a turn
-    holds a special token: among those that the template writes it would be one of them, and begin or end a turn that
-    nobody took. `turn` is what the user calls a turn, by its number.
+    Raises UserError where the template is stopped because it takes too much, and where the content of a turn holds a
+    special token: among those that the template writes it would be one of them, and begin or end a turn that nobody
+    took. `turn` is what the user calls a turn, by its number.
     """
     for number, message in enumerate(messages):
         if token := _special_in(theirs, str(message["content"])):
@@ -72,12 +91,14 @@ def render_with(theirs: Any, messages: Messages, reply: bool, name: str, turn: s
     except ValueError as error:  # several, and none of them the default
         raise UserError(f"{name}: its chat template fails: {_short(error)}") from None
     try:
-        found = RENDERER.render(template, messages, reply, theirs.special_tokens_map)
+        found = RENDERER.render(template, messages, asked, theirs.special_tokens_map)
     except TemplateError as error:
-        raise UserError(f"{name}: its chat template {error}") from None
-    rendered = Rendered(found.text)
-    rendered.marks = found.marks
-    return rendered
+        raise _failure(name, error) from None
+    return [_failure(name, one) if isinstance(one, TemplateError) else Rendered.of(one) for one in found]
+
+
+def _failure(name: str, error: TemplateError) -> UserError:
+    return UserError(f"{name}: its chat template {error}")
 
 
 def _special_in(theirs: Any, text: str) -> str | None:

@@ -10,7 +10,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from pipeline import chat
 from pipeline.artifact import refuse_untrusted, write_json
-from pipeline.chat import Messages, Rendered
+from pipeline.chat import Asked, Messages, Rendered, Renderings
 from pipeline.errors import UserError
 from pipeline.subwords import SubwordTokenizer
 
@@ -78,6 +78,9 @@ class Tokenizer(Protocol):
 
     def render(self, messages: Messages, reply: bool) -> Rendered:
         """A conversation in the model's chat template; with `reply`, up to where it answers. Raises UserError."""
+
+    def render_each(self, messages: Messages, asked: Asked) -> Renderings:
+        """`render` of the first n messages for each (n, reply) asked, in the time of one. Raises UserError."""
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> "tuple[Tokenizer, list[str]]":
         """A new tokenizer that knows `tokens` too, and those that are new. Old ids stay."""
@@ -201,9 +204,14 @@ class WordTokenizer:
         return self._folder is not None and chat.has_template(self._folder)
 
     def render(self, messages: Messages, reply: bool) -> Rendered:
+        return chat.only(self.render_each(messages, [(len(messages), reply)]))
+
+    def render_each(self, messages: Messages, asked: Asked) -> Renderings:
         if self._folder is None:
             raise chat.no_template("the tokenizer")
-        return Rendered(chat.render_in(self._folder, messages, reply))  # without marks, which are of another tokenizer
+        found = chat.render_in(self._folder, messages, asked)
+        # without marks: one template wrote the rules, another tokenizer reads
+        return [one if isinstance(one, UserError) else Rendered(one) for one in found]
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["WordTokenizer", list[str]]:  # noqa: ARG002
         """A new tokenizer with every unknown word of `tokens` (texts, whose words may repeat), and those words."""

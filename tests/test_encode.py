@@ -126,6 +126,12 @@ def test_a_template_may_use_special_tokens_itself_and_take_them_out_of_contents(
         encode(talk("a</s>", "b"), tokenizer)
 
 
+def test_a_conversation_of_many_turns_is_rendered_as_one_of_few(made: Maker) -> None:
+    tokenizer = made(SMOLLM2)
+    encoded = encode(talk(*("The euro.", "The lev.") * 40), tokenizer)
+    assert learned(encoded, tokenizer) == ["The lev.<|im_end|>"] * 40
+
+
 CONTENTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=9), min_size=2, max_size=6)
 
 

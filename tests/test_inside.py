@@ -173,7 +173,7 @@ def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "w1 <END>"}]
     assert 2 in fast(turns[0]["content"]).input_ids, "it is found in lower case"
     with pytest.raises(UserError, match=r"^messages\[0\] holds <end>"):
-        chat.render_with(fast, turns, False, "toy")
+        chat.render_with(fast, turns, [(1, False)], "toy")
 
 
 def test_a_model_without_a_template_does_not_chat(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from pipeline import rendering
 from pipeline.chat import render
 from pipeline.errors import UserError
-from pipeline.rendering import Renderer, TemplateError
+from pipeline.rendering import Conversation, Renderer, TemplateError
 from tests.conftest import Lora
 from tests.subword import INSTRUCTS, MARKED, MARKED_WITHOUT_END, PLAIN, SMOLLM2, THINKS, folder_with
 from tests.support import ROOT
@@ -24,6 +24,15 @@ from tests.support import ROOT
 TURNS = [{"role": "user", "content": "Hällo 🙂\u2028"}, {"role": "assistant", "content": "<think>x</think> A\n"}] * 2
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLES = "{% set n = namespace(x='a' * 999) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}"
+
+
+def written(
+    by: Renderer, template: str, messages: Any = TURNS, reply: bool = False, tokens: Any = None
+) -> Conversation:
+    (found,) = by.render(template, messages, [(len(messages), reply)], tokens or {})
+    if isinstance(found, TemplateError):
+        raise found
+    return found
 
 
 @pytest.fixture
@@ -39,7 +48,7 @@ def test_a_template_writes_what_transformers_writes(
     renderer: Renderer, tmp_path: Path, template: str, reply: bool
 ) -> None:
     theirs = AutoTokenizer.from_pretrained(folder_with(tmp_path, template, bos="<s>", eos="</s>"))
-    found = renderer.render(template, TURNS, reply, theirs.special_tokens_map)
+    found = written(renderer, template, TURNS, reply, theirs.special_tokens_map)
     assert found.text == theirs.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=reply)
     assert bool(found.marks) == ("generation %" in template)
 
@@ -61,26 +70,33 @@ def test_a_template_that_fails_or_takes_too_much_says_so_and_the_next_is_rendere
 ) -> None:
     for _ in range(2):
         with pytest.raises(TemplateError, match=said):
-            renderer.render(template, TURNS, False, {})
-        assert renderer.render("{{ messages | length }}", TURNS, False, {}).text == "4"
+            written(renderer, template)
+        assert written(renderer, "{{ messages | length }}").text == "4"
 
 
 def test_a_template_that_never_ends_is_stopped_with_its_process(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    renderer.render("", TURNS, False, {})
+    written(renderer, "")
     process = renderer._process
     monkeypatch.setattr(rendering, "SECONDS", 0.2)
     with pytest.raises(TemplateError, match=r"was stopped: it did not end within 0\.2 seconds"):
-        renderer.render(ENDLESS, TURNS, False, {})
+        written(renderer, ENDLESS)
     assert process is not None and process.poll() == -signal.SIGKILL
     monkeypatch.undo()
-    assert renderer.render("{{ 1 }}", TURNS, False, {}).text == "1"
+    assert written(renderer, "{{ 1 }}").text == "1"
+
+
+def test_several_beginnings_of_a_conversation_are_rendered_at_once_and_fail_one_by_one(renderer: Renderer) -> None:
+    template = "{% if messages | length == 2 %}{{ raise_exception('two') }}{% endif %}" + SMOLLM2
+    one, two, all_ = renderer.render(template, TURNS, [(1, True), (2, False), (4, False)], {})
+    assert isinstance(two, TemplateError) and str(two) == "fails: two"
+    assert (one, all_) == (written(renderer, template, TURNS[:1], True), written(renderer, template))
 
 
 def test_a_long_conversation_is_written_in_full(renderer: Renderer) -> None:
     turns: list[dict[str, Any]] = [{"role": "user", "content": "ü" * 3_000_000}]
-    assert renderer.render("{{ messages[0].content * 2 }}", turns, False, {}).text == "ü" * 6_000_000
+    assert written(renderer, "{{ messages[0].content * 2 }}", turns).text == "ü" * 6_000_000
 
 
 def test_the_command_and_a_prompt_name_the_template_that_was_stopped(
@@ -90,7 +106,7 @@ def test_the_command_and_a_prompt_name_the_template_that_was_stopped(
     (model / "config.json").write_text("{}", encoding="utf-8")
     line = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     (tmp_path / "d.jsonl").write_text(line, encoding="utf-8")
-    rendering.RENDERER.render("", TURNS, False, {})  # it is there
+    written(rendering.RENDERER, "")  # it is there
     monkeypatch.setattr(rendering, "SECONDS", 0.2)
     code, out, err = cli("data", "show", "d.jsonl", "--base", "model", cwd=tmp_path)
     said = " ".join(err.split())
@@ -114,7 +130,7 @@ def test_the_process_ends_with_its_parent_and_a_fork_starts_its_own() -> None:
     code = f"""
 import os, time
 from pipeline.rendering import RENDERER
-text = lambda: RENDERER.render("{{{{ 1 }}}}", {TURNS!r}, False, {{}}).text
+text = lambda: RENDERER.render("{{{{ 1 }}}}", {TURNS!r}, [(1, False)], {{}})[0].text
 assert text() == "1"
 mine = RENDERER._process.pid
 if os.fork() == 0:
@@ -139,7 +155,7 @@ time.sleep(60)
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="the system does not tell another process's limits")
 def test_a_process_whose_parent_was_killed_has_few_seconds_left(renderer: Renderer) -> None:
-    renderer.render("", TURNS, False, {})
+    written(renderer, "")
     assert renderer._process is not None
     assert resource.prlimit(renderer._process.pid, resource.RLIMIT_CPU)[0] <= 5 + rendering.SECONDS + 2
     os.kill(renderer._process.pid, 0)
