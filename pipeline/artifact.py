@@ -16,6 +16,10 @@ from typing import Any
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
+MORE_TEMPLATES = "additional_chat_templates"  # transformers reads this folder in a model folder
+LARGEST_TEXT = 100_000_000  # bytes; the largest tokenizer.json published has 35 MB, and takes ten times that to open
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}", re.DOTALL)
 
 
 @contextmanager
@@ -120,6 +124,43 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_untrusted(folder: Path) -> None:
+    """Raises UserError for what no model or adapter folder needs and a malicious one may have: links to files outside
+    it, and texts so large that reading them takes all the memory."""
+    _refuse_links_out(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in _TEXTS and path.is_file() and (size := path.stat().st_size) > LARGEST_TEXT:
+            raise UserError(f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model anew.")
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Raises UserError if a file in a model or adapter folder is a link to a file outside it.
+
+    A folder from elsewhere could otherwise make any file of this machine a part of a base, which is then shared. Links
+    into two stores are followed: from a snapshot of the hub's cache to the blobs beside it, and to DVC's cache, whose
+    files nobody can name without knowing their content.
+    """
+    here = folder.resolve()
+    allowed = [here]
+    if here.parent.name == "snapshots" and here.parent.parent.name.startswith("models--"):
+        allowed.append(here.parent.parent / "blobs")
+    for path in _links(folder):
+        target = path.resolve()
+        if not any(parent in target.parents for parent in allowed) and not _DVC_OBJECT.fullmatch(str(target)):
+            raise UserError(
+                f"{path} is a link to a file outside its folder: {target}. "
+                "Replace it with a copy of that file if you trust it."
+            )
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """The links below a folder that may be read as files; a link to a folder is not read, but for that of templates."""
+    for place, folders, files in os.walk(folder):
+        paths = [Path(place, name) for name in sorted((*files, *(name for name in folders if name == MORE_TEMPLATES)))]
+        yield from (path for path in paths if path.is_symlink())
+        folders[:] = [name for name in folders if not name.startswith(".")]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

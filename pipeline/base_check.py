@@ -1,16 +1,87 @@
 """What is refused of a base made by others: it is taken whole, or not at all."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import read_json
+from pipeline.calc import gguf
+from pipeline.calc.families import architecture
 from pipeline.errors import UserError
 from pipeline.pretrained import reported
+from pipeline.tensors import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SENTENCE = "The capital of France is Paris, and two and two are four."
+
+
+# What configs call their sizes.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+BESIDE_WIDTH = (  # each is a side of a matrix whose other side is the width
+    *("vocab_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "head_dim"),
+    *("num_attention_heads", "n_head", "num_key_value_heads", *EXPERTS),
+)
+MOST_EXPERTS = 100_000  # in all layers together; published models have up to some 25,000
+SLACK = 2**24  # parameters that may be missing: the library then names the tensors
+
+
+def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
+    """Raises UserError if config.json describes a model far larger than the weights in `files`.
+
+    It is read before the library builds anything: a million layers take minutes, a huge vocabulary all the memory.
+    """
+    config, source = read_json(folder / "config.json", "Copy it anew"), folder / "config.json"
+    infos = [info for path in files for info in read_header(path).values()]
+    stored = sum(prod(info.shape) for info in infos)
+    if config.get("quantization_config"):  # several parameters share a stored number: at least 2 bits each
+        stored = 4 * sum(info.size for info in infos)
+    for part in _parts(config):
+        _refuse_sizes(part, len(infos), 2 * stored + SLACK, source)
+    try:
+        total = architecture(config, str(source)).total
+    except (UserError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return  # an architecture that the calculator does not know, or values that the library will refuse
+    if total > 2 * stored + SLACK:
+        raise _implausible(source, f"it describes {total:,} parameters, the weights have {stored:,}")
+
+
+def refuse_implausible_gguf(path: Path) -> None:
+    """The same of a GGUF file's metadata. A parameter takes at least a bit."""
+    metadata, shapes = gguf.read_header(path)
+    _refuse_sizes(gguf.sizes(metadata, shapes), len(shapes), 8 * path.stat().st_size + SLACK, path)
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The config and those of the models within it."""
+    waiting = [config]
+    while waiting:
+        yield (part := waiting.pop())
+        waiting += [value for key, value in part.items() if isinstance(value, dict) and key.endswith("_config")]
+
+
+def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Path) -> None:
+    def given(keys: Sequence[str]) -> dict[str, int]:
+        return {key: config[key] for key in keys if type(config.get(key)) is int}
+
+    for key, count in given(LAYERS).items():
+        if count > tensors:
+            raise _implausible(source, f"{key} is {count:,}, the weights have {tensors:,} tensors")
+        for name, experts in given(EXPERTS).items():
+            if count * experts > MOST_EXPERTS:
+                raise _implausible(source, f"{key} × {name} is {count * experts:,}, more than {MOST_EXPERTS:,}")
+    for key, width in given(WIDTHS).items():
+        for name, count in given(BESIDE_WIDTH).items():
+            if width * count > most:
+                raise _implausible(source, f"{key} × {name} is {width * count:,}, more than its weights hold")
+
+
+def _implausible(source: Path, reason: str) -> UserError:
+    return UserError(f"{source} describes another model than its weights: {reason}. Copy the files of one model.")
 
 
 def refuse_quantized(folder: Path) -> None:

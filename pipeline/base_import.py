@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import bases
 from pipeline.artifact import read_json, write_json
-from pipeline.base_check import refuse_quantized, refuse_unusable
+from pipeline.base_check import refuse_implausible, refuse_implausible_gguf, refuse_quantized, refuse_unusable
 from pipeline.bases import base_fingerprint
 from pipeline.errors import UserError
 from pipeline.pretrained import clean, generation_of, open_whole, quiet, reason, reported, save_whole
-from pipeline.tensors import read_header, written
+from pipeline.tensors import written
 
 if TYPE_CHECKING:
     from torch import dtype
@@ -79,9 +79,8 @@ def _folder(source: bases.Source, trust_remote_code: bool) -> tuple[Path, str | 
 
 
 def _import_folder(folder: Path, text: str, out: Path, precision: Precision, trust_remote_code: bool) -> Any:
-    for path in bases.weight_files(folder):
-        read_header(path)  # a damaged file is refused with a reason that the library does not give
     refuse_quantized(folder)
+    refuse_implausible(folder, bases.weight_files(folder))  # and damaged files, with a reason that no library gives
     model = open_whole(folder, _named(text), trust_remote_code, dtype=_type(precision) or "auto")
     with reported(_named(text), trust_remote_code):
         save_whole(model, out, generation_of(folder))
@@ -95,6 +94,7 @@ def _import_gguf(source: bases.Source, out: Path, precision: Precision, scratch:
         raise UserError(
             f"{_named(source.text)} needs {', '.join(missing)} to be read. pip install 'lora-workbench[gguf]'"
         )
+    refuse_implausible_gguf(source.path)
     from transformers import AutoTokenizer, GgufConfig
 
     # Alone in a folder: configs that lie beside it are not its own.

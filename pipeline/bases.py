@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.artifact import digest, file_digest, read_json
+from pipeline.artifact import digest, file_digest, read_json, refuse_untrusted
 from pipeline.errors import UserError
 from pipeline.tensors import fingerprint
 
@@ -79,6 +79,13 @@ def _path(base: str, root: Path) -> Path | None:
     return path
 
 
+def shared_name(name: str) -> str:
+    """How a base or a data file is called in a manifest, which others get: an absolute path says where this machine
+    keeps it, so that its last part stands for it."""
+    path = Path(name)
+    return path.name or name if path.is_absolute() or name.startswith("~") else name
+
+
 def watched(base: str, root: Path) -> list[Path]:
     """The files by which a change of a local base is seen: itself, there or not, or those that lie in its folder."""
     path = None if base == MINIGPT else _path(base, root)
@@ -101,7 +108,7 @@ def resolve(base: str, root: Path) -> Source:
 
 
 def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str, str]:
-    """Its part of the cache's key: name → sha256 of its bytes; of the hub, which may be out of reach, what was asked.
+    """Its part of the cache's key: shared name → sha256; of the hub, which may be out of reach, what was asked.
 
     MiniGPT has none: its training is the key. Of a folder only those files count that an import reads.
     Raises UserError.
@@ -111,9 +118,9 @@ def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str
     if source.kind == HUB:
         return {source.text: f"hub:{source.hub_id}@{source.revision or 'main'}"}
     if source.kind == GGUF:
-        return {source.text: digest(source.path)}
+        return {shared_name(source.text): digest(source.path)}
     files = {path.name: digest(path) for path in relevant_files(source.path)}
-    return {source.text: hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    return {shared_name(source.text): hashlib.sha256(json.dumps(files).encode()).hexdigest()}
 
 
 def relevant_files(folder: Path) -> list[Path]:
@@ -125,11 +132,12 @@ def relevant_files(folder: Path) -> list[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a checkpoint folder, one or the shards that its index names. Raises UserError."""
+    refuse_untrusted(folder)
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX, "Copy it anew").get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{folder / INDEX} names no weights. Copy it anew.")
-        return [_shard(folder, name) for name in sorted(set(names.values()))]
+        return sorted({_shard(folder, name) for name in names.values()})
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -151,7 +159,12 @@ def base_fingerprint(folder: Path) -> dict[str, str]:
 
 
 def _shard(folder: Path, name: object) -> Path:
-    path = folder / str(name)
+    if not isinstance(name, str) or Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+        raise UserError(
+            f"{folder / INDEX}: a shard must be the name of a .safetensors file in this folder, "
+            f"got {str(name)[:80]!r}. Copy the model anew."
+        )
+    path = folder / name
     if not path.is_file():
         raise UserError(f"{folder}: {name} is missing, which {INDEX} names. Copy it there.")
     return path

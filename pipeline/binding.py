@@ -20,6 +20,7 @@ Contents = Callable[[Path], Mapping[str, str]]  # of any folder: artifact.conten
 
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises UserError if there is none, saying what the folder is where that can be seen."""
+    artifact.refuse_untrusted(folder)
     if not (folder / CONFIG).exists():
         if (folder / MODEL).is_file():
             raise UserError(

@@ -60,9 +60,10 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
         artifact.write_json(folder / CONFIG, {**config, "base_model_name_or_path": str(base)})
         copy_tokenizer(base, folder)
         copy_template(source, folder)
+        named = config.get("base_model_name_or_path")
         origin = {
             "name": source.resolve().name,
-            "base": config.get("base_model_name_or_path"),
+            "base": bases.shared_name(named) if isinstance(named, str) else named,
             "sha256": {name: artifact.file_digest(source / name) for name in (CONFIG, WEIGHTS)},
         }
         manifest = manifest_of("import", "pipeline.collection", base, params)

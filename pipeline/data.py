@@ -13,6 +13,7 @@ import yaml
 from pipeline.errors import UserError
 
 IGNORED = -100  # the label that cross-entropy skips
+LONGEST = 2**20  # bytes of a line: a tokenizer takes up to some 350 bytes of memory for each
 
 Rule = Literal["must_change", "must_keep", "must_learn"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -80,6 +81,7 @@ def read_examples(path: Path, name: str, prompts: bool = False) -> list[Example]
 def iter_examples(path: Path, name: str, prompts: bool = False) -> Iterator[Example]:
     """The examples of a file, a line each, in constant memory: `.txt` holds texts, `.jsonl` any of FORMS.
 
+    A text keeps all its white space but the newline that ends its line; that alone ends a line.
     With `prompts` a line may also be {"prompt"} alone, for the model itself to complete.
     Raises UserError with the file, the line and the reason.
     """
@@ -105,7 +107,8 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     blank = number = start = 0
     try:
         with path.open("rb") as file:
-            for at, raw in enumerate(file, 1):
+            for at, raw in enumerate(iter(lambda: file.readline(LONGEST + 3), b""), 1):  # 2 end it, 1 shows more
+                _refuse_long(raw, name, at)
                 line = _decoded(raw, name, at, start)
                 start += len(raw)
                 if not line.strip():
@@ -121,16 +124,26 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
         raise UserError(f"{name}: the file is empty. Write one example a line.")
 
 
+def _refuse_long(raw: bytes, name: str, number: int) -> None:
+    # The first max_length tokens cannot be had from the beginning of a text: what follows may change them.
+    if len(raw.removesuffix(b"\n").removesuffix(b"\r")) > LONGEST:
+        raise UserError(
+            f"{name}:{number}: a line must have at most {LONGEST:,} bytes, got more. Split its text into several lines."
+        )
+
+
 def _decoded(raw: bytes, name: str, number: int, start: int) -> str:
+    # An editor on Windows ends a line with \r\n, which no user sees as text. A \r anywhere else is text.
+    line = raw.removesuffix(b"\r\n" if raw.endswith(b"\r\n") else b"\n")
     try:
-        return raw.decode("utf-8" if start else "utf-8-sig").removesuffix("\n").removesuffix("\r")
+        return line.decode("utf-8" if start else "utf-8-sig")
     except UnicodeDecodeError as error:
         place = f"{name}:{number}: not UTF-8 (byte {start + error.start})"
         raise UserError(f"{place}. Save the file as UTF-8.") from None
 
 
 def _line(line: str, file: str, number: int) -> Example:
-    return Example(" ".join(line.split()), file, number)
+    return Example(line, file, number)
 
 
 def _record_with_prompts(line: str, file: str, number: int) -> Example:

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from pipeline.chat import only
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer
+
+TOGETHER = 16  # prompts that are rendered with their conversation; a long one's would take its size times their number
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,11 @@ class _Turns:
 
     def __init__(self, example: Example, tokenizer: Tokenizer) -> None:
         self._example, self._tokenizer = example, tokenizer
-        self._text = tokenizer.render(example.messages, reply=False)
+        self._answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        asked = [(turn, True) for turn in self._answers[:TOGETHER]]
+        whole, *prompts = tokenizer.render_each(example.messages, [(len(example.messages), False), *asked])
+        self._text = only([whole])
+        self._prompts = dict(zip(self._answers, prompts, strict=False))
         unknown = tokenizer.unknown_words(self._text)
         if unknown:
             raise UserError(f"{example.place}: the chat template writes words without a token: {', '.join(unknown)}.")
@@ -104,8 +111,8 @@ class _Turns:
 
     def marked(self) -> tuple[list[bool], bool] | None:
         """What the template marks itself, each run with the end token behind it, and whether the last has one."""
-        mask = self._tokenizer.marked(self._example.messages)
-        if mask is None or len(mask) != len(self.ids):
+        mask = self._in_marks()
+        if not any(mask):
             return None
         trained, ended = list(mask), False
         for stop in [i for i in range(1, len(mask) + 1) if mask[i - 1] and not (i < len(mask) and mask[i])]:
@@ -115,6 +122,16 @@ class _Turns:
                 trained[stop : end + 1] = [True] * (end + 1 - stop)
                 ended = True
         return trained, ended
+
+    def _in_marks(self) -> list[bool]:
+        """Whether each token shares a character with what the template marks; marks and tokens are in order."""
+        mask, marks = [], iter((*self._text.marks, (len(self._text), len(self._text))))
+        start, stop = next(marks)
+        for begin, end in self._spans:
+            while begin >= stop < len(self._text):
+                start, stop = next(marks)
+            mask.append(begin < stop and end > start)
+        return mask
 
     def _over_space(self, first: int) -> Iterator[int]:
         """Tokens from `first` on, up to and with the first that is not white space."""
@@ -139,9 +156,8 @@ class _Turns:
     def compared(self) -> tuple[list[bool], bool]:
         """Each answer is what the conversation adds to the prompt that it answers, up to the first end token."""
         trained, ended = [False] * len(self.ids), False
-        turns = [i for i, message in enumerate(self._example.messages) if message["role"] == "assistant"]
-        starts = [self._start(turn) for turn in turns]
-        for turn, start, limit in zip(turns, starts, [*starts[1:], len(self._text)], strict=True):
+        starts = [self._start(turn) for turn in self._answers]
+        for turn, start, limit in zip(self._answers, starts, [*starts[1:], len(self._text)], strict=True):
             stop, ended = self._stop(turn, start, limit)
             for i, (begin, end) in enumerate(self._spans):
                 if end > start and begin < stop:
@@ -150,7 +166,8 @@ class _Turns:
 
     def _start(self, turn: int) -> int:
         """Where an answer begins: as many characters as its prompt has."""
-        asked = self._tokenizer.render(self._example.messages[:turn], reply=True)
+        known = self._prompts.get(turn)
+        asked = only([known]) if known is not None else self._tokenizer.render(self._example.messages[:turn], True)
         if not self._text.startswith(asked):
             raise self._refusal(turn, "writes a prompt otherwise than the same turns in a conversation")
         return len(asked)

@@ -1,6 +1,7 @@
 """What a variant knows: losses, completions, kept answers, and how far it moved from the base."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -130,7 +131,8 @@ def _asked(loaded: Loaded, example: Example, given: int) -> tuple[str, str]:
         return loaded.tokenizer.render(asked, reply=True), answer["content"]
     if example.prompt is not None:
         return example.prompt, example.completion
-    words = example.text.split()
+    words = list(re.finditer(r"\S+", example.text))
     if given >= len(words):
         raise UserError(f"prompt_words is {given}, but {example.place} has {len(words)} words: nothing is left to say.")
-    return " ".join(words[:given]), " ".join(words[given:])
+    # The white space within the prompt is as in training; what stands between it and the rest is the model's to say.
+    return example.text[: words[given - 1].end() if given else 0], example.text[words[given].start() :]

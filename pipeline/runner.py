@@ -142,7 +142,10 @@ def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
 
 
 def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
-    """All that decides the artifact's bytes: also the first part of its manifest. Raises UserError."""
+    """All that decides the artifact's bytes: also the first part of its manifest. Raises UserError.
+
+    Files outside the project are called by their names alone: their sha256 says which they are, wherever they lie.
+    """
     section = project.stage_params(stage)
     besides = ["bitsandbytes"] if _in_few_bits(stage, section) else []
     return {
@@ -150,7 +153,7 @@ def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
         "method": stage.method,
         "stage": stage.name,
         "seed": section.get("seed"),
-        "params": section,
+        "params": {key: _without_paths(value) for key, value in section.items()},
         "inputs": _inputs(project, stage, digests),
         "code": digests.code(stage.module),
         "versions": provenance.versions(*besides),
@@ -163,13 +166,25 @@ def _in_few_bits(stage: Stage, section: Facts) -> bool:
     return stage.name == "study_methods" or any(value != "none" for value in kept)
 
 
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, str):
+        return bases.shared_name(value)
+    return [_without_paths(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[str, str]:
     """Digest of all that the stage reads. Raises UserError if something is missing."""
     for name in project.data_files(stage):
         if not (project.root / name).is_file():
             raise UserError(f"{name} is not a file. Name an existing one in section {stage.name} of the params.")
     base = _base(project, digests) if stage.name == "pretrain" else {}
-    return {**base, **{name: digests.path(path) for name, path in project.inputs(stage).items()}}
+    found = dict(base)
+    for name, path in project.inputs(stage).items():
+        shared, number = bases.shared_name(name), 2
+        while shared in found:  # files of one name from several folders
+            shared, number = f"{bases.shared_name(name)} {number}", number + 1
+        found[shared] = digests.path(path)
+    return found
 
 
 def _base(project: Project, digests: Digests) -> dict[str, str]:

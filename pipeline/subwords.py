@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import chat
 from pipeline.artifact import read_json, write_json
-from pipeline.chat import Messages, Rendered
+from pipeline.chat import Asked, Messages, Rendered, Renderings
 from pipeline.errors import UserError
 from pipeline.tensors import written
 
@@ -192,12 +192,12 @@ class SubwordTokenizer:
         return bool(self._theirs.chat_template)
 
     def render(self, messages: Messages, reply: bool) -> Rendered:
+        return chat.only(self.render_each(messages, [(len(messages), reply)]))
+
+    def render_each(self, messages: Messages, asked: Asked) -> Renderings:
         if not self.has_template:
             raise chat.no_template(self._name)
-        return chat.render_with(self._theirs, messages, reply, self._name)
-
-    def marked(self, messages: Messages) -> tuple[bool, ...] | None:
-        return chat.marked_by(self._theirs, messages)
+        return chat.render_with(self._theirs, messages, asked, self._name)
 
     def _knows(self, token: str) -> bool:
         """Whether it is one token, and not the one that stands for all that is unknown."""

@@ -9,8 +9,8 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pipeline import chat
-from pipeline.artifact import write_json
-from pipeline.chat import Messages, Rendered
+from pipeline.artifact import refuse_untrusted, write_json
+from pipeline.chat import Asked, Messages, Rendered, Renderings
 from pipeline.errors import UserError
 from pipeline.subwords import SubwordTokenizer
 
@@ -79,8 +79,8 @@ class Tokenizer(Protocol):
     def render(self, messages: Messages, reply: bool) -> Rendered:
         """A conversation in the model's chat template; with `reply`, up to where it answers. Raises UserError."""
 
-    def marked(self, messages: Messages) -> tuple[bool, ...] | None:
-        """Which tokens of `spans(render(messages))` the template marks as the model's own; None where it marks none."""
+    def render_each(self, messages: Messages, asked: Asked) -> Renderings:
+        """`render` of the first n messages for each (n, reply) asked, in the time of one. Raises UserError."""
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> "tuple[Tokenizer, list[str]]":
         """A new tokenizer that knows `tokens` too, and those that are new. Old ids stay."""
@@ -91,6 +91,7 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of the model in `folder`. Raises UserError."""
+    refuse_untrusted(folder)
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -203,12 +204,14 @@ class WordTokenizer:
         return self._folder is not None and chat.has_template(self._folder)
 
     def render(self, messages: Messages, reply: bool) -> Rendered:
+        return chat.only(self.render_each(messages, [(len(messages), reply)]))
+
+    def render_each(self, messages: Messages, asked: Asked) -> Renderings:
         if self._folder is None:
             raise chat.no_template("the tokenizer")
-        return chat.render_in(self._folder, messages, reply)
-
-    def marked(self, messages: Messages) -> None:  # noqa: ARG002  # one template wrote the rules, another tokenizer
-        return None
+        found = chat.render_in(self._folder, messages, asked)
+        # without marks: one template wrote the rules, another tokenizer reads
+        return [one if isinstance(one, UserError) else Rendered(one) for one in found]
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["WordTokenizer", list[str]]:  # noqa: ARG002
         """A new tokenizer with every unknown word of `tokens` (texts, whose words may repeat), and those words."""
@@ -219,4 +222,5 @@ class WordTokenizer:
 def split(text: str) -> list[str]:
     """Words as the tokenizer sees them: NFC, lower case, split at white space."""
     normal = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]).normalize_str(text)
-    return normal.split()
+    # Not str.split, for which the control characters U+001C to U+001F are white space too.
+    return [word for word, _ in pre_tokenizers.WhitespaceSplit().pre_tokenize_str(normal)]

@@ -1,6 +1,7 @@
 """`lora adapters import`: an adapter from elsewhere is bound to its base, or does not get in."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,8 @@ def test_an_imported_adapter_is_bound_to_its_base_and_remembers_where_it_came_fr
     manifest = read_manifest(root / "mine")
     assert manifest["base"] == base_fingerprint(root / "base")
     digests = {name: hashlib.sha256((root / "one" / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS)}
-    assert manifest["source"] == {"name": "one", "base": str(root / "base"), "sha256": digests}
+    assert manifest["source"] == {"name": "one", "base": "base", "sha256": digests}
+    assert str(root) not in json.dumps(manifest)
     assert (root / "mine" / WEIGHTS).read_bytes() == (root / "one" / WEIGHTS).read_bytes()
     config = read_json(root / "mine" / CONFIG, "")
     assert config == read_json(root / "one" / CONFIG, "") | {"base_model_name_or_path": "base"}
@@ -55,6 +57,18 @@ def test_verify_accepts_it_on_its_base_alone(cli: Lora, root: Path) -> None:
     assert "was trained on another base" in refusal(cli("adapters", "verify", "mine", "--base", "alike", cwd=root))
     edit_config(root / "mine", lora_alpha=4)
     assert "lora_alpha was edited" in refusal(cli("adapters", "verify", "mine", cwd=root))
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "chat_template.jinja"])
+def test_a_link_that_leaves_an_adapters_folder_is_not_followed(cli: Lora, root: Path, name: str) -> None:
+    outside = root / "outside"
+    if (root / "one" / name).exists():
+        (root / "one" / name).rename(outside)
+    else:
+        outside.write_text("private", encoding="utf-8")
+    (root / "one" / name).symlink_to(outside)
+    assert f"one/{name} is a link to a file outside its folder" in refusal(imported(cli, root, "--base", "base"))
+    assert not (root / "mine").exists()
 
 
 @pytest.fixture

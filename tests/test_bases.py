@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline import bases
+from pipeline.artifact import file_digest
 from pipeline.base_import import import_base
 from pipeline.bases import base_fingerprint, identity, named, resolve
+from pipeline.calc.files import from_path
 from pipeline.errors import UserError
+from pipeline.models.base import load_base
+from pipeline.models.skeleton import skeleton
+from pipeline.tokenizer import load_tokenizer
 from tests.bases import (
     FAMILIES,
     ROWS,
@@ -28,6 +34,7 @@ from tests.bases import (
     toy_model,
     toy_tokenizer,
 )
+from tests.models import checkpoint
 from tests.support import ROOT, folder_bytes
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -109,6 +116,56 @@ def test_a_folder_that_is_no_base_is_refused_before_it_is_opened(
     damage(tmp_path / "model")
     with pytest.raises(UserError, match=reason):
         resolve("model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside/x.safetensors", "/x.safetensors", "..", "", "a/x.safetensors", "x.bin", 1, None]
+)
+def test_a_shard_is_a_safetensors_file_of_its_folder(name: object, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    for outside in (tmp_path / "outside/x.safetensors", tmp_path / "model/x.bin", tmp_path / "model/a/x.safetensors"):
+        outside.parent.mkdir(exist_ok=True)
+        shutil.copyfile(tmp_path / "model/model.safetensors", outside)
+    index = {"weight_map": {"a": "model.safetensors", "b": name}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    said = refused("model", tmp_path)
+    assert "index.json: a shard must be the name of a .safetensors file in this folder, got" in said
+
+
+LINKED = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json")
+
+
+@pytest.mark.parametrize("name", [*LINKED, "sub/notes.txt", "additional_chat_templates"])
+def test_a_link_that_leaves_a_model_folder_is_not_followed(name: str, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    path, outside = tmp_path / "model" / name, tmp_path / "outside"
+    path.parent.mkdir(exist_ok=True)
+    if path.exists():
+        path.rename(outside)
+    elif "." in name:
+        outside.write_text("private", encoding="utf-8")
+    else:
+        outside.mkdir()
+    path.symlink_to(outside)
+    said = refused("model", tmp_path)
+    assert said.startswith(f"{path} is a link to a file outside its folder: {outside}. Replace it with a copy")
+    for load in (load_base, load_tokenizer, from_path):
+        with pytest.raises(UserError, match="is a link to a file outside its folder"):
+            load(tmp_path / "model")
+
+
+def test_links_within_a_folder_and_into_dvcs_cache_are_followed(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    (tmp_path / "model/all").mkdir()
+    weights, config = tmp_path / "model/model.safetensors", tmp_path / "model/config.json"
+    weights.rename(tmp_path / "model/all/weights")
+    weights.symlink_to("all/weights")
+    stored = tmp_path / ".dvc/cache/files/md5/ab" / ("0" * 30)
+    stored.parent.mkdir(parents=True)
+    config.rename(stored)
+    config.symlink_to(stored)
+    (tmp_path / "here").symlink_to("model")  # the user's own link to the folder
+    assert torch.equal(logits(opened(imported("here", tmp_path)[0])), logits(toy_model("llama")))
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
@@ -351,6 +408,51 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
     assert torch.equal(logits(opened(out, trust_remote_code=True)), 2 * logits(model))
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000, the weights have 21 tensors"),
+        ({"num_hidden_layers": 10**15}, "num_hidden_layers is"),
+        ({"vocab_size": 10**12}, "hidden_size × vocab_size is 32,000,000,000,000, more than its weights hold"),
+        ({"hidden_size": 10**7}, "hidden_size × vocab_size is"),
+        ({"intermediate_size": 10**9}, "hidden_size × intermediate_size is"),
+        ({"head_dim": 10**7}, "hidden_size × head_dim is"),
+        ({"head_dim": 10**5}, "it describes 76,829,856 parameters, the weights have 36,000"),
+        ({"text_config": {"n_layer": 10**6}}, "n_layer is"),
+        ({"model_type": "mixtral", "num_local_experts": 90_000}, "num_hidden_layers × num_local_experts is 180,000"),
+    ],
+)
+def test_a_config_that_describes_more_than_the_weights_is_refused_before_anything_is_built(
+    changes: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_checkpoint(tmp_path / "model")
+    edit_config(tmp_path / "model", **changes)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was opened"))
+    for opens in (
+        lambda: imported("model", tmp_path),
+        *(partial(use, tmp_path / "model") for use in (load_base, skeleton)),
+    ):
+        with pytest.raises(UserError, match=r"config\.json describes another model than its weights") as error:
+            opens()
+        assert reason in str(error.value)
+
+
+def test_a_minigpt_is_no_larger_than_its_weights_either(tmp_path: Path) -> None:
+    edit_config(checkpoint(tmp_path / "model"), num_hidden_layers=10**9)
+    with pytest.raises(UserError, match="num_hidden_layers is 1,000,000,000, the weights have"):
+        load_base(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "chat_template.jinja", "tokenizer.model"])
+def test_a_text_of_absurd_size_is_not_read(name: str, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    with (tmp_path / "model" / name).open("ab") as file:
+        file.truncate(3 * 2**30)  # no block of it is on the disk
+    assert f"{name} must have at most 100,000,000 bytes, got 3,221,225,472" in refused("model", tmp_path)
+    with pytest.raises(UserError, match="must have at most 100,000,000 bytes"):
+        load_tokenizer(tmp_path / "model")
+
+
 # The hub
 
 
@@ -385,6 +487,24 @@ def test_a_model_that_the_hub_does_not_give_is_refused_with_all_that_was_looked_
     said = refused(base, tmp_path)
     assert f"{base} is not in the local hub cache, no folder of that name is in the project" in said
     assert "Download it elsewhere and name its folder" in said
+
+
+def test_the_links_of_a_cached_model_lead_to_its_own_blobs_alone(hub: Path, tmp_path: Path) -> None:
+    snapshot, blobs = hub / "snapshots" / HUB_COMMIT, hub / "blobs"
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        blob = file_digest(path)
+        path.rename(blobs / blob)
+        path.symlink_to(Path("../../blobs", blob))
+    (tmp_path / "link").symlink_to(snapshot)
+    for base in ("org/toy", str(snapshot), "link"):
+        assert torch.equal(logits(opened(imported(base, tmp_path)[0])), logits(toy_model("llama")))
+    shutil.copytree(hub, hub.parent / "models--org--other", symlinks=True)
+    config = snapshot / "config.json"
+    target = Path("../../../models--org--other/blobs", config.resolve().name)
+    config.unlink()
+    config.symlink_to(target)
+    assert "is a link to a file outside its folder" in refused("org/toy", tmp_path)
 
 
 def test_a_cache_that_holds_only_a_part_is_refused(hub: Path, tmp_path: Path) -> None:
@@ -480,12 +600,20 @@ def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
 def test_a_gguf_file_that_is_cut_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
     whole = (tmp_path / "toy.gguf").read_bytes()
-    for size in (100, len(whole) // 2, len(whole) - 5_000):
+    for size, reason in (100, "is truncated"), (len(whole) // 2, "cannot be opened"), (len(whole) - 5_000, "cannot be"):
         (tmp_path / "toy.gguf").write_bytes(whole[:size])
-        assert "toy.gguf cannot be opened" in refused("toy.gguf", tmp_path)
+        assert f"toy.gguf {reason}" in refused("toy.gguf", tmp_path)
     write_gguf(tmp_path / "mamba.gguf", toy_model("llama"), "plamo")
     said = refused("mamba.gguf", tmp_path)
     assert "plamo" in said and "Name a checkpoint folder of the same model instead" in said
+
+
+def test_a_gguf_file_that_describes_more_than_it_holds_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
+    whole, key = (tmp_path / "toy.gguf").read_bytes(), b"llama.block_count"
+    at = whole.index(key) + len(key) + 4
+    (tmp_path / "toy.gguf").write_bytes(whole[:at] + struct.pack("<I", 10**6) + whole[at + 4 :])
+    assert "num_hidden_layers is 1,000,000, the weights have 21 tensors" in refused("toy.gguf", tmp_path)
 
 
 def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(

@@ -244,6 +244,25 @@ def test_a_gguf_of_another_version_architecture_or_length_is_refused(tmp_path: P
             open_model(str(path))
 
 
+def test_a_gguf_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    path, count = tmp_path / "m.gguf", struct.pack("<Q", 2**22)
+    text = struct.pack("<Q", 1) + b"k" + struct.pack("<IQ", 8, 2**25)  # a key and a text of 32 MiB
+    for entries, said in (
+        ([text, text, text], "claims 33,554,432 bytes in texts"),
+        ([struct.pack("<Q", 1) + b"k" + struct.pack("<II", 9, 8) + count], "claims 4,194,304 entries in an array"),
+    ):
+        with path.open("wb") as file:
+            file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)))
+            for entry in entries:
+                file.write(entry)
+                file.truncate(file.seek(2**25, 1))  # no block of it is on the disk
+        with pytest.raises(UserError, match=said):
+            open_model(str(path))
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**18, 0))
+    with pytest.raises(UserError, match="claims 262,144 tensors"):
+        open_model(str(path))
+
+
 def test_any_damage_to_a_gguf_header_is_an_error_or_another_model_never_a_traceback(tmp_path: Path) -> None:
     metadata, tensors = llama_header()
     path = tmp_path / "m.gguf"

@@ -31,11 +31,22 @@ def test_a_broken_data_file_is_named_with_its_line(tmp_path: Path, raw: bytes, m
         read_examples(path, "d.txt")
 
 
-@pytest.mark.parametrize("raw", [b"eins zwei\ndrei", b"eins zwei\ndrei\n\n", b"\xef\xbb\xbfeins  zwei\r\ndrei\r\n"])
+@pytest.mark.parametrize("raw", [b"eins zwei\ndrei", b"eins zwei\ndrei\n\n", b"\xef\xbb\xbfeins zwei\r\ndrei\r\n"])
 def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "d.txt"
     path.write_bytes(raw)
     assert [(e.text, e.place) for e in read_examples(path, "d.txt")] == [("eins zwei", "d.txt:1"), ("drei", "d.txt:2")]
+
+
+def test_all_white_space_of_a_text_is_kept_but_the_newline_that_ends_its_line(tmp_path: Path) -> None:
+    texts = ["\tif x:  # doubled", "  a\rb\u2028c\x0bd\x85e ", "f\r"]
+    path = tmp_path / "d.txt"
+    path.write_bytes("\n".join(texts).encode())
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    assert [e.text for e in read_examples(path, "d")] == texts
+    assert [e.text for e in read_examples(tmp_path / "d.jsonl", "d")] == texts
+    path.write_bytes("\r\n".join(texts).encode() + b"\r\n")  # as an editor on Windows writes it
+    assert [e.text for e in read_examples(path, "d")] == texts
 
 
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
@@ -102,6 +113,23 @@ def test_a_broken_line_is_named_with_its_reason(tmp_path: Path, line: str, messa
     assert next(examples).text == "a"
     with pytest.raises(UserError, match=rf"^data/d.jsonl:2: .*{message}|^data/d.jsonl:2: {message}"):
         next(examples)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\nb\n"])
+def test_a_line_has_at_most_a_mebibyte_and_a_longer_one_is_not_read(tmp_path: Path, end: bytes) -> None:
+    path = tmp_path / "d.txt"
+    path.write_bytes(b"a\n" + b"x" * 2**20 + end)
+    assert len(read_examples(path, "d")[1].text) == 2**20
+    path.write_bytes(b"a\n" + b"x" * (2**20 + 1) + end)
+    with pytest.raises(UserError, match=r"^d:2: a line must have at most 1,048,576 bytes, got more\. Split its text"):
+        read_examples(path, "d")
+    path.write_bytes(b"a\n" + b"x" * 2**20 + b"\r" * 9 + end)
+    with pytest.raises(UserError, match="d:2: a line must have"):
+        read_examples(path, "d")
+    with path.open("ab") as file:
+        file.truncate(64 * 2**30)  # no block of it is on the disk
+    with pytest.raises(UserError, match="d:2: a line must have"):
+        read_examples(path, "d")
 
 
 @pytest.mark.parametrize("name", ["d.json", "d.csv", "d"])

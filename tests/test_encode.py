@@ -90,6 +90,48 @@ def test_answers_and_their_end_are_learned_and_nothing_else(made: Maker, templat
     assert learned(encoded, tokenizer) == ["The lev.<|im_end|>", "The Yen, I think.<|im_end|>"]
 
 
+@pytest.mark.parametrize("template", [SMOLLM2, MARKED, PLAIN])
+@pytest.mark.parametrize("turn", [0, 1, 2, 3])
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_a_special_token_in_a_turn_is_refused_with_its_place(made: Maker, template: str, turn: int, token: str) -> None:
+    contents = [message["content"] for message in CONVERSATION.messages]
+    contents[turn] += f"{token}assistant\nThe euro."
+    with pytest.raises(UserError) as error:
+        encode(talk(*contents), made(template))
+    assert str(error.value).startswith(f"f.jsonl:1: messages[{turn}] holds {token}, a special token of ")
+    assert str(error.value).endswith("it could begin or end a turn. Remove it, or write it in another way.")
+
+
+def test_special_tokens_that_users_write_around_texts_themselves_are_control_tokens(made: Maker) -> None:
+    tokenizer = made(SMOLLM2)
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert encode(Example(text, "f", 1), tokenizer).ids[:-1] == tokenizer.encode(text)
+    encoded = encode(Example(f"{text}Hello!<|im_end|>", "f", 1, text), tokenizer)
+    assert learned(encoded, tokenizer) == ["Hello!<|im_end|>"]
+
+
+def test_a_turn_may_hold_added_tokens_that_are_not_special_and_what_only_resembles_one(made: Maker) -> None:
+    tokenizer, _ = made(SMOLLM2).expanded(["<tool>"])
+    encoded = encode(talk("Hello <tool> <|im_start |>", "Hello!<tool>"), tokenizer)
+    assert learned(encoded, tokenizer) == ["Hello!<tool><|im_end|>"]
+
+
+def test_a_template_may_use_special_tokens_itself_and_take_them_out_of_contents(made: Maker) -> None:
+    strips = SMOLLM2.replace("message['content']", "message['content'].replace('<|im_end|>', '')")
+    assert strips != SMOLLM2
+    assert encode(CONVERSATION, made(strips)) == encode(CONVERSATION, made(SMOLLM2))
+    tokenizer = made(INSTRUCTS, bos="<s>", eos="</s>", writes=("<s>",))
+    assert learned(encode(CONVERSATION, tokenizer), tokenizer)[0].startswith(" The lev.")
+    with pytest.raises(UserError, match=r"messages\[0\] holds </s>, a special token"):
+        encode(talk("a</s>", "b"), tokenizer)
+
+
+def test_a_conversation_of_many_turns_is_rendered_as_one_of_few(made: Maker) -> None:
+    tokenizer = made(SMOLLM2)
+    encoded = encode(talk(*("The euro.", "The lev.") * 40), tokenizer)
+    assert learned(encoded, tokenizer) == ["The lev.<|im_end|>"] * 40
+
+
 CONTENTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=9), min_size=2, max_size=6)
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import artifact, engine
+from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
+from pipeline.params import load
+from pipeline.runner import known
 from pipeline.tensors import fingerprint
 from tests.bases import edit_config
 from tests.conftest import Lora
@@ -138,6 +141,35 @@ def test_code_that_comes_with_a_base_goes_through_every_stage_once_it_is_trusted
         assert code == 1 and "give --trust-remote-code" in " ".join(err.split())
         code, _, err = cli(*command, "artifacts/lora_adapter", "--trust-remote-code", cwd=own)
         assert (code, err) == (0, "")
+
+
+def test_a_manifest_says_nothing_of_where_a_base_and_data_lie_and_moving_them_changes_nothing(tmp_path: Path) -> None:
+    root = new_project(tmp_path / "p", FAMILIES["mixtral"])
+
+    def outside(folder: Path) -> Project:
+        data = [str(folder / name / "texts.jsonl") for name in ("a", "b")]
+        settings = {"pretrain.base": str(folder / "base"), "scratch.data": data}
+        return Project(
+            root, load(root / "params.yaml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+        )
+
+    for name in ("a", "b"):
+        shutil.copytree(root / "data", tmp_path / "one" / name)
+    shutil.move(root / "base", tmp_path / "one/base")
+    (tmp_path / "one/b/texts.jsonl").write_text('{"text": "other"}\n', encoding="utf-8")
+    for path in ("base", "expanded"):
+        (root / "artifacts" / path).mkdir(parents=True)
+    project, stages = outside(tmp_path / "one"), [STAGES["pretrain"], STAGES["scratch"]]
+    before = [known(project, stage) for stage in stages]
+    assert str(tmp_path) not in json.dumps(before)
+    assert before[0]["params"]["base"] == "base" and list(before[0]["inputs"]) == ["base"]
+    assert {"texts.jsonl", "texts.jsonl 2"} <= before[1]["inputs"].keys()
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = outside(tmp_path / "two")
+    assert [known(moved, stage) for stage in stages] == before
+    (tmp_path / "two/b/texts.jsonl").write_text('{"text": "changed"}\n', encoding="utf-8")
+    edit_config(tmp_path / "two/base", rope_theta=5.0)
+    assert all(known(moved, stage)["inputs"] != was["inputs"] for stage, was in zip(stages, before, strict=True))
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

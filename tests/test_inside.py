@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline import chat, engine
 from pipeline.adapters.attach import adapter_layers
@@ -158,6 +159,21 @@ def test_a_template_that_changed_is_read_anew_and_a_broken_one_is_refused(tmp_pa
     (folder / "chat_template.jinja").write_text("{% if %}", encoding="utf-8")
     with pytest.raises(UserError, match="its chat template fails"):
         chat.render(folder, "w1")
+
+
+def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
+    folder = with_template(tmp_path / "chat", TURN)
+    with pytest.raises(UserError, match=rf"^the prompt holds <eos>, a special token of {folder}"):
+        chat.render(folder, "w1 <eos> w2")
+    inner = Tokenizer(models.WordLevel({"w1": 0, "<end>": 1}))
+    inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens([AddedToken("<End>", normalized=True, special=True)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner)
+    fast.chat_template = "{{ messages[0].content }}"
+    turns = [{"role": "user", "content": "w1 <END>"}]
+    assert 2 in fast(turns[0]["content"]).input_ids, "it is found in lower case"
+    with pytest.raises(UserError, match=r"^messages\[0\] holds <end>"):
+        chat.render_with(fast, turns, [(1, False)], "toy")
 
 
 def test_a_model_without_a_template_does_not_chat(tmp_path: Path) -> None:

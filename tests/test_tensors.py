@@ -57,6 +57,14 @@ def test_a_header_that_does_not_describe_its_file_is_refused(tmp_path: Path, hea
         shapes(path)
 
 
+def test_a_header_of_more_tensors_than_any_model_has_is_not_parsed(tmp_path: Path) -> None:
+    entry = ',"%06d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    header = ("{" + "".join(entry % number for number in range(400_000))[1:] + "}").encode()
+    (tmp_path / "h.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="its header must have at most 20,000,000 bytes, got"):
+        shapes(tmp_path / "h.safetensors")
+
+
 def test_a_difference_is_told_by_name() -> None:
     with pytest.raises(UserError, match="missing a; not expected c and 1 more; b has shape \\[1\\], expected \\[2\\]"):
         refuse_difference({"a": (1,), "b": (2,)}, {"b": (1,), "c": (1,), "d": (1,)}, "file")

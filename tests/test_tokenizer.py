@@ -38,7 +38,7 @@ def test_words_keep_the_order_in_which_they_first_appear() -> None:
     assert len(TOKENIZER) == 74
 
 
-@given(st.lists(st.text(alphabet="abcdeäöüßABC ", max_size=12), max_size=8))
+@given(st.lists(st.text(alphabet="abcdeäöüßABC \t\x1c\x85\u2028", max_size=12), max_size=8))
 def test_expanding_keeps_every_old_id_and_knows_every_new_word(texts: list[str]) -> None:
     expanded, new = TOKENIZER.expanded(texts)
     assert expanded.words()[: len(TOKENIZER)] == TOKENIZER.words()
@@ -46,6 +46,13 @@ def test_expanding_keeps_every_old_id_and_knows_every_new_word(texts: list[str])
     for text in texts:
         assert expanded.unknown_words(text) == []
         assert expanded.decode(expanded.encode(text)) == " ".join(split(text))
+
+
+def test_white_space_between_words_changes_no_token(tmp_path: Path) -> None:
+    path = tmp_path / "d.txt"
+    path.write_bytes("\tdie  katze\rsitzt\u2028 \r\n".encode())
+    (example,) = read_examples(path, "d")
+    assert encode(example, TOKENIZER) == encode(Example("die katze sitzt", "d", 1), TOKENIZER)
 
 
 def test_composed_and_decomposed_letters_are_one_word() -> None:

@@ -62,7 +62,7 @@ def _made(params: Params, root: Path) -> Iterator[Path]:
     base, expanded = (root / STAGES[stage].path for stage in ("pretrain", "expand_vocab"))
     try:
         imported = artifact.read_manifest(base)
-        if imported["params"]["base"] != params.pretrain.base:
+        if imported["params"]["base"] != bases.shared_name(params.pretrain.base):
             return
         made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
         if made_from.get(STAGES["pretrain"].path) == artifact.sealed_digest(imported):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_json
+from pipeline.artifact import read_json, refuse_untrusted
 from pipeline.calc import gguf
 from pipeline.calc.families import FAMILIES, architecture
 from pipeline.calc.headers import from_shapes
@@ -41,6 +41,7 @@ def _read(path: Path) -> Model:
 
 
 def _from_folder(folder: Path) -> Model:
+    refuse_untrusted(folder)
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} is an adapter. Give the model that it was trained on.")
     weights = sorted(folder.glob("*.safetensors"))

@@ -25,7 +25,11 @@ FAMILIES = {  # the format's name of an architecture → config.json's
 VERSIONS = (2, 3)
 _SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")
 _STRING, _ARRAY = 8, 9
-MOST = 2**20  # entries of a header, and bytes of a name; above it the file is not what it says
+# Above these a file is not what it says. Published ones have up to some 2,000 tensors, 100 entries, 300,000 words in an
+# array and 100 KB in a text.
+MOST = 2**17  # tensors or entries of a header
+MOST_TEXTS = 2**21  # in an array
+MOST_TEXT = 2**26  # bytes of all texts outside arrays
 
 
 class _Reader:
@@ -33,6 +37,7 @@ class _Reader:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
+        self._room = MOST_TEXT
 
     def unpack(self, form: str) -> Any:
         size = struct.calcsize(form)
@@ -48,11 +53,15 @@ class _Reader:
         return number
 
     def text(self) -> str:
-        length = self.count("bytes in a text", 2**26)
+        length = self.count("bytes in texts", self._room)
+        self._room -= length  # what is returned is kept
         data = self._file.read(length)
         if len(data) < length:
             raise UserError(f"{self._path} is truncated: its header ends too early. Download it again.")
         return data.decode("utf-8", errors="replace")
+
+    def skip_text(self) -> None:
+        self._file.seek(self.count("bytes in a text", MOST_TEXT), 1)
 
     def value(self, kind: int) -> Any:
         """A value of the type numbered `kind`; an array as `_array` gives it."""
@@ -67,13 +76,14 @@ class _Reader:
 
     def _array(self) -> Any:
         """An array of equal numbers (one a layer) as that number; of any other only that it is a list."""
-        kind, length = self.unpack("<I"), self.count("entries in an array", 2**26)
+        kind = self.unpack("<I")
+        length = self.count("entries in an array", MOST_TEXTS if kind == _STRING else 2**26)
         form = _SCALARS[kind] if kind < len(_SCALARS) else None
         if form is None and kind != _STRING:
             raise UserError(f"{self._path} is damaged: no array holds entries of the type {kind}.")
         if form is None:
             for _ in range(length):
-                self.text()
+                self.skip_text()
         elif length <= MOST_LAYERS:
             numbers = {self.unpack(form) for _ in range(length)}
             return numbers.pop() if len(numbers) == 1 else sorted(numbers)
@@ -128,15 +138,21 @@ def read_shapes(path: Path) -> Architecture:
 
 
 def _config(kind: str, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """config.json's names for what the file says of its shapes."""
+    """What config.json would be."""
+    found = sizes(metadata, shapes)
+    mixture = kind == "llama" and found.get("num_experts")
+    return {**found, "model_type": "mixtral" if mixture else FAMILIES[kind]}
+
+
+def sizes(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What the file says of its shapes, under config.json's names."""
+    kind = metadata.get("general.architecture")
 
     def get(key: str) -> Any:
         return metadata.get(f"{kind}.{key}")
 
     embedding = shapes.get("token_embd.weight") or (0,)
-    mixture = kind == "llama" and get("expert_count")
     config = {
-        "model_type": "mixtral" if mixture else FAMILIES[kind],
         "hidden_size": get("embedding_length"),
         "num_hidden_layers": get("block_count"),
         "intermediate_size": get("feed_forward_length"),

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.artifact import read_json
+from pipeline.artifact import read_json, refuse_untrusted
+from pipeline.base_check import refuse_implausible
+from pipeline.bases import weight_files
 from pipeline.device import device_for
 from pipeline.errors import UserError
 from pipeline.models.causal import CausalLM
@@ -39,6 +41,7 @@ def load_base(
     Raises UserError; never loads in part.
     """
     config = read_config(folder)
+    refuse_implausible(folder, weight_files(folder))
     tokenizer = load_tokenizer(folder)
     wanted = DTYPES[precision] if precision else None
     dtype = wanted if quantization == "none" else None
@@ -81,6 +84,7 @@ def save_base(folder: Path, base: Base) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises UserError if there is none."""
+    refuse_untrusted(folder)
     adapter = (folder / "adapter_config.json").exists()
     hint = "It is an adapter: give it with --adapter" if adapter else "Make the models with `dvc repro`"
     if not (folder / CONFIG).exists():

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from pipeline.base_check import refuse_implausible
+from pipeline.bases import weight_files
 from pipeline.models.base import read_config
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import CONFIG
@@ -32,6 +34,7 @@ class _Undrawn(TorchFunctionMode):
 def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
     """The same in fp32, with the weights that its family begins with, drawn by torch's generator. Raises UserError."""
     config = read_config(folder)
+    refuse_implausible(folder, weight_files(folder))
     if MiniGPTConfig.describes(config):
         return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
     from pipeline.models.opened import without_weights  # MiniGPT needs none of transformers
