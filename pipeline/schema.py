@@ -87,6 +87,7 @@ class Origin:
         return "--set" if ".".join(key.split(".")[:2]) in self.overridden else self.file
 
 
+LARGEST = 1e9  # of a float: what training computes with it must be a number in fp32 too
 AdapterPrecision = Literal["fp32", "bf16"]  # for training, and for the calculator, whose form writes params.yaml
 Count = Annotated[int, AtLeast(1), Below(2**31)]
 Seed = Annotated[int, AtLeast(0), Below(2**63)]
@@ -205,7 +206,10 @@ def _converted(hint: Any, value: Any) -> tuple[Any, str]:
     if hint is int:
         return (value if isinstance(value, int) and not isinstance(value, bool) else None), "a whole number"
     if hint is float:
-        return _number(value), "a finite number"
+        number = _number(value)
+        if number is not None and abs(number) > LARGEST:
+            return None, f"at most {LARGEST:g} in size"
+        return number, "a finite number"
     return (value if isinstance(value, str) and value else None), "a text"
 
 
