@@ -207,25 +207,25 @@ def main() -> int:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = new_project(Path(folder) / "project")
-        _write(root / "params.yaml", BRIEF)
+        write_params(root / "params.yaml", BRIEF)
         make(root, PIPELINE)
         spoil(root)
-        outcomes = list(_outcomes(root, asked.seed, asked.count))
-    for one in outcomes:
+        found = list(outcomes(root, asked.seed, asked.count))
+    for one in found:
         if asked.verbose or one.wrong:
             print(
                 f"{one.wrong or 'ok'}: lora {' '.join(map(repr, one.words))[:400]} -> {one.code}, {one.seconds:.1f} s"
             )
         if one.wrong:
             print(f"    {one.errors[-1500:]!r}")
-    failed = sum(one.wrong is not None for one in outcomes)
-    codes = dict(sorted(Counter(one.code for one in outcomes).items()))
-    slowest = max(one.seconds for one in outcomes)
-    print(f"{len(outcomes)} command lines, exit codes {codes}, slowest {slowest:.1f} s, {failed} wrong")
+    failed = sum(one.wrong is not None for one in found)
+    codes = dict(sorted(Counter(one.code for one in found).items()))
+    slowest = max(one.seconds for one in found)
+    print(f"{len(found)} command lines, exit codes {codes}, slowest {slowest:.1f} s, {failed} wrong")
     return min(failed, 99)
 
 
-def _write(path: Path, overrides: Sequence[str]) -> None:
+def write_params(path: Path, overrides: Sequence[str]) -> None:
     """Overrides into the params file itself: a command line that names none trains as briefly."""
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     for override in overrides:
@@ -235,7 +235,7 @@ def _write(path: Path, overrides: Sequence[str]) -> None:
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
 
 
-def _outcomes(root: Path, seed: int, count: int) -> Iterator[Outcome]:
+def outcomes(root: Path, seed: int, count: int) -> Iterator[Outcome]:
     random_ = random.Random(seed)
     every = list(commands())
     lines = [drawn(random_, every) for _ in range(count)]
