@@ -21,12 +21,12 @@ from pipeline.schema import (
     File,
     MayBeEmpty,
     Names,
-    Origin,
     Rate,
     Seed,
     Share,
     Steps,
     ValuesOf,
+    ValueSource,
 )
 from pipeline.study_params import (
     Claims,
@@ -292,7 +292,7 @@ def parse(text: str, path: Path, overrides: Sequence[str] = ()) -> Params:
     tree = _tree(text, path)
     written = set(tree)
     overridden = {_apply(tree, override) for override in overrides}
-    origin = Origin(path.name, frozenset({*overridden, *(tree.keys() - written)}))
+    origin = ValueSource(path.name, frozenset({*overridden, *(tree.keys() - written)}))
     schema.refuse_unknown(tree, Params, "", origin)
     sections = {
         name: schema.section(kind, tree.get(name), name, origin)
@@ -345,7 +345,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
 def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
     """Raises UserError if `key` of section `name` must not be `value`, the others as they are; `source` is its file."""
     hints = get_type_hints(type(section), include_extras=True)
-    replace(section, **{key: schema.checked(hints[key], value, f"{name}.{key}", Origin(source))})
+    replace(section, **{key: schema.checked(hints[key], value, f"{name}.{key}", ValueSource(source))})
 
 
 def rule(section: Section, key: str) -> str:

@@ -76,11 +76,15 @@ class Because:
 
 
 @dataclass(frozen=True)
-class Origin:
+class ValueSource:
     """Where values were written: in `file`, or with `--set` for the keys and sections in `overridden`."""
 
     file: str
     overridden: frozenset[str] = frozenset()
+
+    def edit(self, key: str) -> str:
+        """What to do about a wrong value of `key`."""
+        return "Change it in --set." if self.of(key) == "--set" else f"Edit {self.file}."
 
     def of(self, key: str) -> str:
         """What to edit to change `key`: section, section.key, or a key deeper in a mapping."""
@@ -98,7 +102,7 @@ Share = Annotated[float, AtLeast(0), Below(1)]
 Steps = Annotated[int, AtLeast(0), Below(2**31)]
 
 
-def refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, origin: Origin) -> None:
+def refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, origin: ValueSource) -> None:
     known = [f.name for f in fields(kind)]
     for key in tree:
         if key not in known:
@@ -122,7 +126,7 @@ def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return hint, tuple(rules)
 
 
-def section(kind: type, tree: Any, name: str, origin: Origin) -> Any:
+def section(kind: type, tree: Any, name: str, origin: ValueSource) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {tree!r}.")
     refuse_unknown(tree, kind, f"{name}.", origin)
@@ -131,7 +135,7 @@ def section(kind: type, tree: Any, name: str, origin: Origin) -> Any:
     return kind(**values)
 
 
-def checked(hint: Any, value: Any, key: str, origin: Origin) -> Any:
+def checked(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
     """`value` as the schema's type, or a UserError."""
     hint, rules = _split(hint)
     if value in (None, "", [], {}) and MayBeEmpty() in rules:
@@ -147,14 +151,14 @@ def checked(hint: Any, value: Any, key: str, origin: Origin) -> Any:
     problem = f"must be {expected}" if typed is None else next(filter(None, (r.broken_by(typed) for r in rules)), None)
     if problem:
         because = "".join(f": {rule.reason}" for rule in rules if isinstance(rule, Because))
-        raise UserError(f"{key} {problem}, got {value!r}{because}. Edit {origin.of(key)}.")
+        raise UserError(f"{key} {problem}, got {value!r}{because}. {origin.edit(key)}")
     return typed
 
 
-def _checked_list(hint: Any, values: Any, key: str, origin: Origin, repeats: bool = False) -> tuple[Any, ...]:
+def _checked_list(hint: Any, values: Any, key: str, origin: ValueSource, repeats: bool = False) -> tuple[Any, ...]:
     """Each value as the schema's type, none of them twice unless it `repeats`, or a UserError."""
     if not isinstance(values, list) or not values:
-        raise UserError(f"{key} must be a list of values, such as [0, 1], got {values!r}. Edit {origin.of(key)}.")
+        raise UserError(f"{key} must be a list of values, such as [0, 1], got {values!r}. {origin.edit(key)}")
     typed = tuple(checked(hint, value, key, origin) for value in values)
     twice = next((value for n, value in enumerate(typed) if value in typed[:n]), None)
     if twice is not None and not repeats:
@@ -162,23 +166,23 @@ def _checked_list(hint: Any, values: Any, key: str, origin: Origin, repeats: boo
     return typed
 
 
-def _checked_patterns(hint: Any, values: dict[Any, Any], key: str, origin: Origin) -> dict[str, Any]:
+def _checked_patterns(hint: Any, values: dict[Any, Any], key: str, origin: ValueSource) -> dict[str, Any]:
     """Each value as the schema's type, each key a regular expression, or a UserError."""
     for pattern in values:
         if why := problem(pattern) or problem(end_of(pattern)) if isinstance(pattern, str) else "it is no text":
-            raise UserError(f"{key}: {pattern!r} is no pattern of names: {why}. Edit {origin.of(key)}.")
+            raise UserError(f"{key}: {pattern!r} is no pattern of names: {why}. {origin.edit(key)}")
     return {pattern: checked(hint, value, f"{key}.{pattern}", origin) for pattern, value in values.items()}
 
 
-def _checked_values(of: ValuesOf, values: dict[Any, Any], key: str, origin: Origin) -> dict[str, tuple[Any, ...]]:
+def _checked_values(of: ValuesOf, values: dict[Any, Any], key: str, origin: ValueSource) -> dict[str, tuple[Any, ...]]:
     """Lists of values of a section's keys, each as its schema has it, or a UserError."""
     hints = get_type_hints(of.kind, include_extras=True)
     for name, wanted in values.items():
         if name not in of.keys:
-            raise UserError(f"{key}.{name}: {of.rule} {', '.join(of.keys)} alone. Edit {origin.of(key)}.")
+            raise UserError(f"{key}.{name}: {of.rule} {', '.join(of.keys)} alone. {origin.edit(key)}")
         if not isinstance(wanted, list) or not wanted:
             raise UserError(
-                f"{key}.{name} must be a list of values, such as [1, 2], got {wanted!r}. Edit {origin.of(key)}."
+                f"{key}.{name} must be a list of values, such as [1, 2], got {wanted!r}. {origin.edit(key)}"
             )
     return {
         name: tuple(checked(hints[name], value, f"{key}.{name}", origin) for value in wanted)

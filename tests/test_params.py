@@ -122,12 +122,15 @@ def test_bad_input_is_one_message_with_key_rule_and_value(tmp_path: Path, text: 
         ("finetune_lora.rank=[", "is not a YAML value"),
         ("nowhere.rank=8", "--set: unknown key nowhere"),
         ("finetune_lora.rang=8", "--set: unknown key finetune_lora.rang. Did you mean finetune_lora.rank?"),
-        ("finetune_lora.rank=0", "finetune_lora.rank must be at least 1, got 0. Edit --set."),
-        ("finetune_lora.rank_pattern={a.b: 0}", "rank_pattern.a.b must be at least 1, got 0. Edit --set."),
-        ("finetune_lora.rank_pattern={(: 2}", "is no pattern of names: .*. Edit --set."),
-        ("finetune_sweep.grid={rank: [4, 0]}", "finetune_sweep.grid.rank must be at least 1, got 0. Edit --set."),
-        ("finetune_sweep.grid={rank: 4}", "must be a list of values, such as .*, got 4. Edit --set."),
-        ("finetune_sweep.grid={batch_size: [4]}", "differ in .* alone. Edit --set."),
+        ("finetune_lora.rank=0", "finetune_lora.rank must be at least 1, got 0. Change it in --set."),
+        ("finetune_lora.rank_pattern={a.b: 0}", "rank_pattern.a.b must be at least 1, got 0. Change it in --set."),
+        ("finetune_lora.rank_pattern={(: 2}", "is no pattern of names: .*. Change it in --set."),
+        (
+            "finetune_sweep.grid={rank: [4, 0]}",
+            "finetune_sweep.grid.rank must be at least 1, got 0. Change it",
+        ),
+        ("finetune_sweep.grid={rank: 4}", "must be a list of values, such as .*, got 4. Change it in --set."),
+        ("finetune_sweep.grid={batch_size: [4]}", "differ in .* alone. Change it in --set."),
         ("study_rank.seeds=[1, 1]", "study_rank.seeds has 1 twice. Leave one of them out of --set."),
     ],
 )
@@ -139,11 +142,11 @@ def test_bad_overrides_are_refused(override: str, message: str) -> None:
 def test_an_error_names_the_place_that_its_value_came_from(tmp_path: Path) -> None:
     path = written(tmp_path, "finetune_lora:\n  rank: 0\n").rename(tmp_path / "other.yaml")
     for overrides, place in (
-        ([], "other.yaml"),
-        (["finetune_lora.rank=-1"], "--set"),
-        (["merge.prompts=x"], "other.yaml"),
+        ([], r"Edit other.yaml\."),
+        (["finetune_lora.rank=-1"], r"Change it in --set\."),
+        (["merge.prompts=x"], r"Edit other.yaml\."),
     ):
-        with pytest.raises(UserError, match=rf"finetune_lora.rank must be at least 1, got .*\. Edit {place}\."):
+        with pytest.raises(UserError, match=rf"finetune_lora.rank must be at least 1, got .*\. {place}"):
             load(path, overrides)
     assert load(path, ["finetune_lora.rank=8"]).finetune_lora.rank == 8
 

@@ -157,7 +157,7 @@ def test_a_problem_is_at_the_line_of_the_file_that_has_it(project: Path) -> None
     (project / "data/finetune.de.txt").write_text("der wind weht\nder hagel fällt\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"data/finetune.de.txt:2: not in the vocabulary: hagel"):
         make(project, ["scratch"], BRIEF)
-    with pytest.raises(UserError, match=r"scratch.data must be a name or a list of names, got \[\]. Edit --set"):
+    with pytest.raises(UserError, match=r"scratch.data must be a name or a list of names, got \[\]. Change it"):
         make(project, ["scratch"], [*BRIEF, "scratch.data=[]"])
 
 

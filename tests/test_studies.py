@@ -374,7 +374,10 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
     ("given", "problem"),
     [
         (["nosuch"], "nosuch is no study. Name one of fact_correction, "),
-        (["rank", "--set", "study_rank.ranks=[4, 0]"], "study_rank.ranks must be at least 1, got 0. Edit --set."),
+        (
+            ["rank", "--set", "study_rank.ranks=[4, 0]"],
+            "study_rank.ranks must be at least 1, got 0. Change it",
+        ),
         (["rank", "--set", "study_rank.ranks=4"], "study_rank.ranks must be a list of values, such as [0, 1], got 4"),
         (["rank", "--set", "study_rank.ranks=[]"], "study_rank.ranks must be a list of values, such as [0, 1], got []"),
         (["rank", "--set", "study_rank.seeds=[1, 1]"], "study_rank.seeds has 1 twice. Leave one of them out of --set"),
