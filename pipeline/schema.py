@@ -91,7 +91,7 @@ class ValueSource:
         return "--set" if ".".join(key.split(".")[:2]) in self.overridden else self.file
 
 
-LARGEST = 1e9  # of a float: what training computes with it must be a number in fp32 too
+LARGEST = 1e30  # of a float: products with it must still be numbers in fp32
 AdapterPrecision = Literal["fp32", "bf16"]  # for training, and for the calculator, whose form writes params.yaml
 Count = Annotated[int, AtLeast(1), Below(2**31)]
 Seed = Annotated[int, AtLeast(0), Below(2**63)]

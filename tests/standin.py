@@ -105,6 +105,9 @@ class _Module(_DummyBackendModule):
     def is_available(self) -> bool:
         return self.present
 
+    def device_count(self) -> int:
+        return int(self.present)
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 

@@ -140,7 +140,7 @@ def test_code_that_comes_with_a_base_goes_through_every_stage_once_it_is_trusted
         code, _, err = cli(*command, "artifacts/lora_adapter", cwd=own)
         assert code == 1 and "give --trust-remote-code" in " ".join(err.split())
         code, _, err = cli(*command, "artifacts/lora_adapter", "--trust-remote-code", cwd=own)
-        assert (code, err) == (0, "")
+        assert (code, err) == (0, "model: artifacts/lora_adapter on artifacts/expanded\n" * (command[0] == "prompt"))
 
 
 def test_a_manifest_says_nothing_of_where_a_base_and_data_lie_and_moving_them_changes_nothing(tmp_path: Path) -> None:

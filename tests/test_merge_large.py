@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.adapters.peft_config import config_of
@@ -43,8 +43,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def write_base(folder: Path) -> None:
     """Random weights in shards, never all in memory."""
-    LlamaConfig(**SHAPE, **HEADS, dtype="bfloat16").save_pretrained(folder)
-    shapes = {name: parameter.shape for name, parameter in skeleton(folder).named_parameters()}
+    config = LlamaConfig(**SHAPE, **HEADS, dtype="bfloat16")
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
     noise, starts = sixteen_bits(2**26), {name: 31 * number for number, name in enumerate(shapes)}
     names, places = list(shapes), dict[str, str]()
     for number in range(SHARDS):

@@ -75,8 +75,8 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
         ("finetune_lora:\n  alpha: 0\n", "finetune_lora.alpha must be more than 0, got 0"),
         ("finetune_lora:\n  alpha: .nan\n", "finetune_lora.alpha must be a finite number, got nan"),
         ("finetune_lora:\n  alpha: .inf\n", "finetune_lora.alpha must be a finite number, got inf"),
-        ("finetune_lora:\n  alpha: 1e300\n", "finetune_lora.alpha must be at most 1e+09 in size, got '1e300'"),
-        ("expand_vocab:\n  noise_std: 1.0e+10\n", "expand_vocab.noise_std must be at most 1e+09 in size"),
+        ("finetune_lora:\n  alpha: 1e300\n", "finetune_lora.alpha must be at most 1e+30 in size, got '1e300'"),
+        ("expand_vocab:\n  noise_std: 1.0e+31\n", "expand_vocab.noise_std must be at most 1e+30 in size"),
         ("finetune_lora:\n  learning_rate: fast\n", "learning_rate must be a finite number, got 'fast'"),
         (
             "finetune_lora:\n  train_embeddings: some\n",
@@ -156,7 +156,7 @@ def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
         load(tmp_path / "params.yaml")
 
 
-@given(st.floats(min_value=1e-12, max_value=1e9), st.integers(min_value=1, max_value=10**9))
+@given(st.floats(min_value=1e-12, max_value=1e12), st.integers(min_value=1, max_value=10**9))
 def test_every_number_that_python_writes_is_read_back(rate: float, rank: int) -> None:
     params = load(ROOT / "params.yaml", [f"finetune_lora.learning_rate={rate!r}", f"finetune_lora.rank={rank}"])
     assert (params.finetune_lora.learning_rate, params.finetune_lora.rank) == (rate, rank)

@@ -194,6 +194,7 @@ def test_the_evaluation_is_the_loss_of_the_examples_held_out_and_of_no_other(pro
     held = [example for example in found if in_evaluation(example, 0.3)]
     assert 2 < len(held) < len(found) / 2
     still = {"learning_rate": 1e-30, "epochs": 1, "accumulate": 1, "batch_size": 64, "retain_weight": 0, "patience": 0}
+    still["warmup_steps"] = 0
     run_stage(project, STAGE, given(precision="fp32", **still))
     (step,) = read_steps(project / FOLDER / "loss.csv")
     for part, expected in ((held, step.eval_loss), ([e for e in found if e not in held], step.loss)):

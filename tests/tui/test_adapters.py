@@ -18,6 +18,7 @@ from textual.widgets import Input
 from pipeline import artifact, digest_store
 from pipeline.dag import VARIANTS
 from pipeline.digest_store import DigestStore
+from pipeline.inventory import check
 from pipeline.params_file import save
 from tests.models import sealed_copies
 from tests.tui.engines import DEATH, FakeInference
@@ -713,7 +714,12 @@ async def test_verdicts_redraw_cells_and_what_is_typed_meanwhile_comes_through(
         tables.append(self.row_count)
         return clear(self, columns)
 
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.005)  # as of a larger adapter: else all verdicts may be there before the first key
+        return check(*arguments)
+
     monkeypatch.setattr(ModelTable, "clear", count)
+    monkeypatch.setattr("tui.library.check", slow)
     models = 1 + len(sealed_copies(empty, 300))
     app = Workbench(empty / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:

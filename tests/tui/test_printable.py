@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.console import print_json, stdout, table
 from pipeline.legible import OBEYED, printable
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
@@ -33,7 +32,10 @@ def test_only_what_a_terminal_obeys_is_changed(text: str) -> None:
     assert printable("a\n\tb ü 世界 🤗") == "a\n\tb ü 世界 🤗"
 
 
+@pytest.mark.usefixtures("cli")  # the consoles take their width from the environment that they are made in
 def test_every_way_to_the_command_lines_output_is_covered(capsys: pytest.CaptureFixture[str]) -> None:
+    from cli.console import print_json, stdout, table
+
     stdout.print(LINK, markup=False)
     stdout.print(table(("name", "value"), [(LINK, "1")]))
     print_json({"name": LINK})
