@@ -54,7 +54,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         whole = number and needed <= stdout.width  # else digits go on below: a cut number would be a wrong one
         built.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=whole)
     for row in rows:
-        built.add_row(*(Text(printable(cell)) for cell in row))
+        built.add_row(*(Text(printable(cell)) for cell in row))  # before widths are measured: a sign takes a column
     return built
 
 

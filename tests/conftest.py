@@ -25,7 +25,7 @@ settings.load_profile("default")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tests run side by side on few cores
-STANDIN = standin.register()
+STANDIN = standin.register()  # before any test computes: autograd counts devices at its first backward
 
 Lora = Callable[..., tuple[int, str, str]]
 

@@ -1,6 +1,8 @@
 """Keys that come faster than they are handled: each means what it would mean had one waited."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,20 @@ def burst(pilot: Pilot[Any], *keys: str) -> None:
         pilot.app.post_message(Key(key, key if len(key) == 1 else None))
 
 
-async def test_a_line_that_is_cleared_and_typed_again(empty: Path) -> None:
-    app = Workbench(empty / "params.yaml")
+@asynccontextmanager
+async def at_the_prompt(root: Path) -> AsyncIterator[tuple[Pilot[None], Input]]:
+    """The app with its focus in the prompt's field."""
+    app = Workbench(root / "params.yaml")
     app.inference = FakeInference()
     async with app.run_test() as pilot:
         await pilot.press("4", "p")
         await until(pilot, lambda: isinstance(app.focused, PromptInput))
-        field = app.focused
-        assert isinstance(field, Input)
+        assert isinstance(app.focused, Input)
+        yield pilot, app.focused
+
+
+async def test_a_line_that_is_cleared_and_typed_again(empty: Path) -> None:
+    async with at_the_prompt(empty) as (pilot, field):
         burst(pilot, *"abc", "ctrl+u", *"def")
         await until(pilot, lambda: field.value == "def", 5)
         burst(pilot, *"gh", "home", *"x", "end", "backspace", *"yz")
@@ -68,15 +76,9 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
 
 
 async def test_a_paste_waits_for_the_keys_before_it(empty: Path) -> None:
-    app = Workbench(empty / "params.yaml")
-    app.inference = FakeInference()
-    async with app.run_test() as pilot:
-        await pilot.press("4", "p")
-        await until(pilot, lambda: isinstance(app.focused, PromptInput))
-        field = app.focused
-        assert isinstance(field, Input)
+    async with at_the_prompt(empty) as (pilot, field):
         burst(pilot, *"abc", "ctrl+u")
-        app.post_message(Paste("pasted"))
+        pilot.app.post_message(Paste("pasted"))
         burst(pilot, "home", "x")
         await until(pilot, lambda: field.value == "xpasted", 5)
 
