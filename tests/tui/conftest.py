@@ -1,8 +1,12 @@
 """Fixtures: the app on a project, with the user's config and state in a temporary home."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from textual.pilot import Pilot
 
 from tests.support import new_project
 
@@ -26,3 +30,21 @@ def empty(tmp_path: Path) -> Path:
 def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar shows the same folder on every machine: for pictures."""
     monkeypatch.setattr("tui.app._short", lambda _: "~/project")
+
+
+@pytest.fixture
+def snap_compare(snap_compare: Callable[..., bool]) -> Callable[..., bool]:
+    """As the plugin's, of a picture that holds still: on a busy machine, a layout is still under way at first."""
+
+    def compare(app: object, run_before: Callable[[Pilot[Any]], Awaitable[None]], **how: Any) -> bool:
+        async def still(pilot: Pilot[Any]) -> None:
+            await run_before(pilot)
+            picture, before = pilot.app.export_screenshot(), ""
+            while picture != before:
+                await asyncio.sleep(0.1)
+                await pilot.pause()
+                picture, before = pilot.app.export_screenshot(), picture
+
+        return snap_compare(app, run_before=still, **how)
+
+    return compare

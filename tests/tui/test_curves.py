@@ -3,6 +3,7 @@
 import csv
 import errno
 import re
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from textual.widgets import Input, RadioButton, Static
 from pipeline.metrics import read_steps
 from tests.tui.runs import HEADER, hold, journal, lines, measured, write_measured, write_methods, write_run
 from tests.tui.support import until
-from tui import export
+from tui import export, runs
 from tui.app import Workbench
 from tui.screens.curves import CurvesScreen
 from tui.screens.export import ExportScreen
@@ -50,10 +51,8 @@ async def settled(pilot: Pilot[Any], screen: CurvesScreen) -> None:
 
 
 async def to_the_list(pilot: Pilot[Any], screen: CurvesScreen) -> None:
-    """By Tab, from the chart or from nowhere: which has the focus first depends on what was read first."""
-    for _ in range(3):
-        if not isinstance(screen.focused, RunList):
-            await pilot.press("tab")
+    while screen.focused is not None and not isinstance(screen.focused, RunList):
+        await pilot.press("tab")
     assert isinstance(screen.focused, RunList)
 
 
@@ -99,7 +98,30 @@ async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
         write_run(empty, "pretrain", 10)
         await settled(pilot, screen)
         assert screen.query_one("#charts").display
+        assert screen.focused is chart(screen)
         assert shown(screen) == {"pretrain"}
+
+
+async def test_until_the_first_look_is_done_nothing_is_said_and_the_chart_keeps_the_keys(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow disk, the layout is there before the runs: it took the chart for one that has none."""
+    look, seen = runs._discovered, threading.Event()
+    monkeypatch.setattr(runs, "_discovered", lambda *of: seen.wait(30) and look(*of))
+    app = Workbench(root / "params.yaml")
+    async with app.run_test() as pilot:
+        await pilot.press("2")
+        await until(pilot, lambda: isinstance(app.screen, CurvesScreen))
+        screen = app.screen
+        assert isinstance(screen, CurvesScreen)
+        screen.redraw()  # as when the terminal is resized
+        await pilot.pause()
+        assert screen.focused is chart(screen)
+        assert not screen.query_one("#nothing").display
+        seen.set()
+        await settled(pilot, screen)
+        assert screen.focused is chart(screen)
+        assert shown(screen)
 
 
 async def test_the_three_methods_are_shown_first(root: Path) -> None:
