@@ -129,7 +129,7 @@ async def test_a_killed_engine_is_said_and_the_next_prompt_starts_a_fresh_one(fi
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)  # so that it is in the middle of its answers
         await s.ask(PROMPT)
-        await until(s.pilot, s.screen._asking)
+        await until(s.pilot, lambda: engine._process is not None and engine._process._waiting)
         os.kill(pid, signal.SIGKILL)
         await until(s.pilot, lambda: s.screen.query_one(EngineBar).state == "died")
         assert "it was killed" in s.said()
