@@ -34,16 +34,17 @@ def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def snap_compare(snap_compare: Callable[..., bool]) -> Callable[..., bool]:
-    """As the plugin's, of a picture that holds still: on a busy machine, a layout is still under way at first."""
+    """The plugin's, but it waits until the picture no longer changes: on a busy machine the layout takes a moment."""
 
     def compare(app: object, run_before: Callable[[Pilot[Any]], Awaitable[None]], **how: Any) -> bool:
         async def still(pilot: Pilot[Any]) -> None:
             await run_before(pilot)
             picture, before = pilot.app.export_screenshot(), ""
-            while picture != before:
-                await asyncio.sleep(0.1)
-                await pilot.pause()
-                picture, before = pilot.app.export_screenshot(), picture
+            async with asyncio.timeout(60):
+                while picture != before:
+                    await asyncio.sleep(0.1)
+                    await pilot.pause()
+                    picture, before = pilot.app.export_screenshot(), picture
 
         return snap_compare(app, run_before=still, **how)
 

@@ -51,8 +51,9 @@ async def settled(pilot: Pilot[Any], screen: CurvesScreen) -> None:
 
 
 async def to_the_list(pilot: Pilot[Any], screen: CurvesScreen) -> None:
-    while screen.focused is not None and not isinstance(screen.focused, RunList):
-        await pilot.press("tab")
+    for _ in range(3):
+        if not isinstance(screen.focused, RunList):
+            await pilot.press("tab")
     assert isinstance(screen.focused, RunList)
 
 

@@ -122,13 +122,13 @@ class CurvesScreen(WorkbenchScreen):
     # What is drawn
 
     def redraw(self) -> None:
-        """Every chart, the line below and the list, from what was read; before the first look, nothing is known."""
+        """Every chart, the line below and the list, from what was read; nothing before the first look."""
         if self.runs.stamp is None:
             return
         self._drawn_at, self._spent = monotonic(), process_time()
         appeared = self.has_class("-empty") and bool(self.runs.watched)
         self.set_class(not self.runs.watched, "-empty")
-        if appeared and self.focused is None:
+        if appeared and self.focused is None:  # the chart lost the focus when it was hidden
             self.give_focus(self._chart)
         self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
         shown, x = self._lines(), self._x()
