@@ -7,7 +7,7 @@ from typing import Any
 
 from cli.console import print_json
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.sources import Model
+from pipeline.calc.shapes import Model
 from pipeline.errors import UserError
 
 

@@ -8,7 +8,7 @@ import typer
 from cli.options import BaseNameOption, BaseOption, TrustOption, group
 
 if TYPE_CHECKING:
-    from pipeline.merge import Merging
+    from pipeline.merge import Merging, Verify
 
 Width = Literal["fp32", "bf16", "fp16"]
 OutOption = Annotated[Path, typer.Option(help="The folder to write.")]
@@ -41,7 +41,7 @@ def export(
     if form == "peft" and (base or trust_remote_code):
         raise UserError("--as peft copies the adapter: it takes neither --base nor --trust-remote-code.")
     if form == "merged":
-        _merged(merging_of(path, base, precision, prompts, trust_remote_code), out, base_name)
+        _merged(out, *merging_of(path, base, precision, prompts, trust_remote_code), base_name)
     elif form == "vllm":
         _note_bits(path)
         base = base or base_of(path)
@@ -66,28 +66,36 @@ def _note_bits(adapter: Path) -> None:
         stderr.print(said, markup=False, soft_wrap=True)
 
 
-def merging_of(adapter: Path, base: Path | None, precision: str | None, prompts: Path | None, trust: bool) -> "Merging":
+def merging_of(
+    adapter: Path, base: Path | None, precision: str | None, prompts: Path | None, trust: bool
+) -> tuple["Merging", "Verify | None"]:
+    """What is merged, and the comparison of its answers where there are prompts."""
     from pipeline.binding import base_of
     from pipeline.data import read_prompts
     from pipeline.merge import Merging
 
-    texts = [prompt.prompt for prompt in read_prompts(prompts, str(prompts))] if prompts else []
-    return Merging(base or base_of(adapter), adapter, precision, texts, trust_remote_code=trust)
+    merging = Merging(base or base_of(adapter), adapter, precision, trust)
+    if prompts is None:
+        return merging, None
+    from pipeline.agreement import SameLogits
+
+    texts = [prompt.prompt for prompt in read_prompts(prompts, str(prompts))]
+    return merging, SameLogits(merging.base, adapter, texts, trust_remote_code=trust)
 
 
-def _merged(merging: "Merging", out: Path, base_name: str | None) -> None:
+def _merged(out: Path, merging: "Merging", verify: "Verify | None", base_name: str | None) -> None:
     from cli.progress import follow
     from pipeline.export import merged
 
-    say_merged(out, follow(merged(out, merging, base_name), "merge"))
+    say_merged(out, follow(merged(out, merging, verify, base_name), "merge"))
 
 
-def merge_files(merging: "Merging", out: Path) -> None:
+def merge_files(out: Path, merging: "Merging", verify: "Verify | None") -> None:
     """The merged checkpoint alone."""
     from cli.progress import follow
     from pipeline.merge import merge_to
 
-    say_merged(out, follow(merge_to(out, merging), "merge"))
+    say_merged(out, follow(merge_to(out, merging, verify), "merge"))
 
 
 def say_merged(out: Path, certificate: dict[str, Any]) -> None:

@@ -213,7 +213,7 @@ def merge(
             raise UserError("To merge any adapter, name it with --adapter and the folder to write with --out.")
         if overrides or force or params != DEFAULT_PARAMS:
             raise UserError("--params, --set and --force are of the pipeline's merge: leave out --adapter, or them.")
-        merge_files(merging_of(adapter, base, precision, prompts, trust_remote_code), out)
+        merge_files(out, *merging_of(adapter, base, precision, prompts, trust_remote_code))
         return
 
     def work(job: "Job") -> "Making":

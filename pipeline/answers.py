@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline import attention, chat, device, engine
-from pipeline.adapters.spectrum import spectra
+from pipeline.adapters.change import spectra
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.generate import Sampling, finite, stream

@@ -11,7 +11,7 @@ from pipeline.binding import CONFIG, WEIGHTS, origin_of, read_config, refuse_pic
 from pipeline.card import CARD, card, has_card
 from pipeline.collection import copy_template, copy_tokenizer
 from pipeline.errors import UserError
-from pipeline.merge import Merging, merge_to
+from pipeline.merge import Merging, Verify, merge_to
 from pipeline.models.skeleton import skeleton
 from pipeline.runner import Event
 
@@ -62,7 +62,9 @@ def _refuse_other(out: Path, adapter: Path) -> None:
     artifact.refuse_other(out, has_card(out) and (out / CONFIG).exists(), (adapter,))
 
 
-def merged(out: Path, merging: Merging, base_name: str | None = None) -> Generator[Event, None, dict[str, Any]]:
+def merged(
+    out: Path, merging: Merging, verify: Verify | None = None, base_name: str | None = None
+) -> Generator[Event, None, dict[str, Any]]:
     """A checkpoint on its own, with what generation needs and a card; returns the merge's certificate.
 
     Raises UserError.
@@ -74,7 +76,7 @@ def merged(out: Path, merging: Merging, base_name: str | None = None) -> Generat
         text = card(merging.adapter, certificate, merging.base, base_name)
         (folder / CARD).write_text(text, encoding="utf-8")
 
-    return (yield from merge_to(out, merging, finish))
+    return (yield from merge_to(out, merging, verify, finish))
 
 
 def _name_base(folder: Path, adapter: Path, base: Path | None, base_name: str | None) -> None:

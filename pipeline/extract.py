@@ -4,12 +4,10 @@ A checkpoint is read some rows of a tensor at a time; of a LoRA that is extracte
 embedding and head where they come in full.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +24,13 @@ from pipeline.adapters.updates import write_updates
 from pipeline.bases import weight_files
 from pipeline.binding import CONFIG, refuse_foreign
 from pipeline.collection import copy_tokenizer, manifest_of, refuse_other
-from pipeline.data import Example
-from pipeline.encode import encode
-from pipeline.engine import load
 from pipeline.errors import UserError
-from pipeline.measure import score
 from pipeline.models.causal import CausalLM
 from pipeline.models.linears import is_conv1d
 from pipeline.models.skeleton import skeleton
 from pipeline.runner import Event, Progress
 from pipeline.shards import Place
 from pipeline.tensors import fingerprint
-from pipeline.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -212,41 +205,3 @@ def _write(out: Path, parts: _Parts, base: Path, tuned: Path, ends: bool) -> Non
         inputs = {tuned.resolve().name: fingerprint(weight_files(tuned))}
         manifest = manifest_of("extract", "pipeline.extract", base, params)
         artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})
-
-
-class Quality(NamedTuple):
-    """Mean cross-entropy in nats a token, and the shares of next-token first choices that are right, and the tuned
-    model's."""
-
-    loss: float
-    right: float
-    as_tuned: float
-
-
-def refuse_other_tokens(base: Path, tuned: Path, examples: Sequence[Example]) -> None:
-    """Raises UserError where the two read an example otherwise: their first choices are then not comparable."""
-    tokenizers = [load_tokenizer(folder) for folder in (base, tuned)]
-    for example in examples:
-        read = [encode(example, tokenizer) for tokenizer in tokenizers]
-        mine, theirs = (list(zip(found.ids, found.trained, strict=True)) for found in read)
-        if mine != theirs:
-            at = next(n for n, (one, other) in enumerate(zip_longest(mine, theirs), start=1) if one != other)
-            raise UserError(
-                f"{example.place}: {base} and {tuned} must read it as the same tokens, but differ in token {at} of "
-                f"{len(mine)} and {len(theirs)}. Give both one tokenizer and chat template, or leave out --data."
-            )
-
-
-def quality(
-    base: Path, tuned: Path, adapter: Path, examples: Sequence[Example], trust_remote_code: bool = False
-) -> dict[str, Quality]:
-    """How base, tuned model and base + adapter predict the examples; one model is in memory at a time."""
-    found = {}
-    for name, folders in {"base": (base, None), "tuned": (tuned, None), "base + LoRA": (base, adapter)}.items():
-        scored = score(load(*folders, trust_remote_code=trust_remote_code), examples)
-        found[name] = (scored.loss, scored.accuracy, scored.choices)
-    wanted = found["tuned"][2]
-    return {
-        name: Quality(loss, right, float((choices == wanted).double().mean()))
-        for name, (loss, right, choices) in found.items()
-    }

@@ -14,7 +14,6 @@ import yaml
 from pipeline import schema
 from pipeline.errors import UserError
 from pipeline.schema import (
-    AdapterPrecision,
     AtLeast,
     Because,
     Count,
@@ -47,7 +46,8 @@ Ranks = Annotated[Mapping[str, Count], MayBeEmpty()]  # by a pattern of modules'
 Scales = Annotated[Mapping[str, Rate], MayBeEmpty()]
 Precision = Literal["fp32", "bf16", "fp16"]
 Trained = Annotated[
-    AdapterPrecision, Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters")
+    Literal["fp32", "bf16"],
+    Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters"),
 ]
 Kept = Literal["none", "int8", "nf4", "nf4-dq"]  # in how few bits; as the calculator calls them
 Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # how A and B begin: `adapters/init.py`

@@ -92,7 +92,6 @@ class ValueSource:
 
 
 LARGEST = 1e30  # of a float: products with it must still be numbers in fp32
-AdapterPrecision = Literal["fp32", "bf16"]  # for training, and for the calculator, whose form writes params.yaml
 Count = Annotated[int, AtLeast(1), Below(2**31)]
 Seed = Annotated[int, AtLeast(0), Below(2**63)]
 Rate = Annotated[float, MoreThan(0)]

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from pipeline import chat, engine
 from pipeline.adapters.attach import adapter_layers
+from pipeline.adapters.change import singular_values, spectra
 from pipeline.adapters.lora import factors
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.spectrum import singular_values, spectra
 from pipeline.attention import of_layer, probabilities
 from pipeline.errors import UserError
 from pipeline.generate import Sampling, generate, stream

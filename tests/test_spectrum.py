@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.adapters import singular as singular_module
-from pipeline.adapters.change import LowRank, read_change
+from pipeline.adapters.change import LowRank, directions, read_change, spectra
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.singular import Read, factors, singular
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.spectrum import Measured, directions, overlaps, spectra
+from pipeline.adapters.spectrum import Measured, overlaps
 from pipeline.artifact import verify
 from pipeline.engine import load
 from pipeline.errors import UserError

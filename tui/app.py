@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.segment import Segment
 from textual.app import App, SystemCommand
@@ -24,14 +24,14 @@ from textual.screen import Screen
 from pipeline.errors import UserError, explain
 from pipeline.legible import OBEYED
 from tui.processes import Runner
+from tui.registry import SCREENS
+from tui.screens.help import HelpScreen
+from tui.screens.messages import Message, MessagesScreen, Severity
 from tui.settings import Config, State, config_path, load_config, state_path
 from tui.typed import Typed
 
 if TYPE_CHECKING:
     from tui.inference import Inference
-
-Severity = Literal["information", "warning", "error"]
-SCREENS = {"pipeline": "Pipeline", "curves": "Curves", "calculator": "Calculator", "adapters": "Adapters"}
 
 
 class _Printable(LineFilter):
@@ -60,10 +60,11 @@ class Workbench(App[None]):
     CSS_PATH = "app.tcss"
     TITLE = "lora"
     ENABLE_COMMAND_PALETTE = True
+    MODES = {name: entry.load for name, entry in SCREENS.items()}  # noqa: RUF012  # as Textual declares it
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
-            Binding(f"{number},f{number + 1}", f"go('{name}')", label, id=f"app.{name}", show=False)
-            for number, (name, label) in enumerate(SCREENS.items(), 1)
+            Binding(f"{number},f{number + 1}", f"go('{name}')", entry.label, id=f"app.{name}", show=False)
+            for number, (name, entry) in enumerate(SCREENS.items(), 1)
         ),
         Binding("question_mark", "help", "Help", id="app.help", key_display="?"),
         Binding("f8", "messages", "Messages", id="app.messages", show=False),
@@ -79,7 +80,7 @@ class Workbench(App[None]):
         self.runner = Runner(self.root)
         self.state = State.load(state_path())
         self.inference: Inference | None = None  # the adapters screen makes it
-        self.said: deque[tuple[datetime, Severity, str]] = deque(maxlen=1000)
+        self.said: deque[Message] = deque(maxlen=1000)
         super().__init__()
         self._typed = Typed(self, super().on_event)
 
@@ -135,7 +136,7 @@ class Workbench(App[None]):
 
     def say(self, text: str, severity: Severity = "information") -> None:
         """A toast, and a line on the messages screen."""
-        self.said.append((datetime.now(), severity, text))
+        self.said.append(Message(datetime.now(), severity, text))
         self.notify(text, severity=severity, markup=False, timeout=8 if severity == "error" else 4)
 
     def fail(self, error: UserError | OSError) -> None:
@@ -149,16 +150,12 @@ class Workbench(App[None]):
         self.switch_mode(name)
 
     def action_help(self) -> None:
-        from tui.screens.help import HelpScreen
-
         if not isinstance(self.screen, HelpScreen):
-            self.push_screen(HelpScreen())
+            self.push_screen(HelpScreen(self.keys_of(self.screen)))
 
     def action_messages(self) -> None:
-        from tui.screens.messages import MessagesScreen
-
         if not isinstance(self.screen, MessagesScreen):
-            self.push_screen(MessagesScreen())
+            self.push_screen(MessagesScreen(self.said))
 
     def action_toggle_dark(self) -> None:
         self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
@@ -189,33 +186,6 @@ class Workbench(App[None]):
         """A key of the config that was another's: the other has none now."""
         lost = ", ".join(sorted(binding.id or binding.description for binding in clashed_bindings))
         self.say(f"{config_path().name}: keys of {node} clash, so that nothing is left for {lost}.", "warning")
-
-
-def _modes() -> dict[str, object]:
-    def pipeline() -> Screen[None]:
-        from tui.screens.pipeline import PipelineScreen
-
-        return PipelineScreen()
-
-    def curves() -> Screen[None]:
-        from tui.screens.curves import CurvesScreen
-
-        return CurvesScreen()
-
-    def calculator() -> Screen[None]:
-        from tui.screens.calculator import CalculatorScreen
-
-        return CalculatorScreen()
-
-    def adapters() -> Screen[None]:
-        from tui.screens.adapters import AdaptersScreen
-
-        return AdaptersScreen()
-
-    return {"pipeline": pipeline, "curves": curves, "calculator": calculator, "adapters": adapters}
-
-
-Workbench.MODES = _modes()  # type: ignore[assignment]  # each is imported when it is first shown
 
 
 def _short(path: Path) -> str:

@@ -4,12 +4,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pipeline import artifact
 from pipeline.adapters.attach import PREFIX, ROWS
-from pipeline.adapters.edits import squared_norm
 from pipeline.adapters.peft_config import EMBEDDING, read_spec
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.tensor_files import read_tensors
@@ -104,3 +105,51 @@ def _ids(name: str, spec: AdapterSpec, place: str) -> tuple[int, ...]:
 def in_order(name: str) -> str:
     """What to sort names by: layer 10 after layer 9."""
     return re.sub(r"\d+", lambda match: match[0].zfill(6), name)
+
+
+def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
+    """‖s·BA‖² for B (O, R) and A (R, I), without the (O, I) product: trace of BᵀB·AAᵀ."""
+    b, a = b.double(), a.double()
+    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+
+
+class Spectrum(NamedTuple):
+    """Singular values of one module's s·BA, largest first: as many as its rank, or as its smaller side."""
+
+    name: str
+    rank: int
+    values: tuple[float, ...]
+
+    @property
+    def share_of_first(self) -> float:
+        """How much of ‖s·BA‖² the largest one has; 0 where the update is zero."""
+        squares = [value**2 for value in self.values]
+        return squares[0] / sum(squares) if any(squares) else 0.0
+
+
+def spectra(folder: Path) -> list[Spectrum]:
+    """One spectrum a module, in the model's order. Raises UserError for a changed or damaged adapter."""
+    return [
+        Spectrum(name, update.rank, tuple((singular_values(update.a, update.b) * update.scale).tolist()))
+        for name, update in read_change(folder).low_rank.items()
+    ]
+
+
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Those of BA, largest first, A (R, I) and B (O, R), without the (O, I) product.
+
+    With B = QS and Aᵀ = PT, BA = Q(STᵀ)Pᵀ has the singular values of the small STᵀ.
+    """
+    s = torch.linalg.qr(b.double()).R  # (min(O, R), R)
+    t = torch.linalg.qr(a.double().T).R  # (min(I, R), R)
+    values: Tensor = torch.linalg.svdvals(s @ t.T)
+    return values
+
+
+def directions(update: LowRank) -> tuple[Tensor, Tensor]:
+    """Left (O, k) and right (I, k) singular vectors of s·BA, the strongest first, k its rank or its smaller side."""
+    q, s = torch.linalg.qr(update.b.double())
+    p, t = torch.linalg.qr(update.a.double().T)
+    left, _, right = torch.linalg.svd(s @ t.T)
+    count = min(update.rank, *left.shape, *right.shape)
+    return (q @ left)[:, :count], (p @ right.T)[:, :count]

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.edits import LEAST
 from pipeline.adapters.lora import LoRALinear, upright, weight_of
 from pipeline.models.quantized import QuantizedLinear
 from pipeline.params import Init
+
+LEAST = 2.0**-126  # fp32's smallest normal number: the length of a row of zeros, which has no direction
 
 
 class DoRALinear(LoRALinear):

@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-LEAST = 2.0**-126  # fp32's smallest normal number: the length of a row of zeros, which has no direction
+from pipeline.adapters.change import squared_norm
+from pipeline.adapters.dora import LEAST
+
 BLOCK = 2**18  # numbers of W that are alive in fp32 at once: they stay in a core's cache
 
 
@@ -28,12 +30,6 @@ def _summed(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     found: Tensor = weight.to(wide, copy=True).addmm_(b.to(wide), a.to(wide), alpha=scale)
     return found
-
-
-def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
-    """‖s·BA‖² for B (O, R) and A (R, I), without the (O, I) product: trace of BᵀB·AAᵀ."""
-    b, a = b.double(), a.double()
-    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
 
 
 class Edit(Protocol):

@@ -3,52 +3,17 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.adapters.change import LowRank, read_change
+from pipeline.adapters.change import LowRank, singular_values
 from pipeline.adapters.deltas import Delta, norm
 from pipeline.adapters.singular import Read, Singular, singular
 from pipeline.errors import UserError
 
 RANKS = (1, 2, 4, 8, 16, 64)  # of which is said how much of a change they hold
 MOST = 64  # singular values that are looked for in a wide matrix
-
-
-class Spectrum(NamedTuple):
-    """Singular values of one module's s·BA, largest first: as many as its rank, or as its smaller side."""
-
-    name: str
-    rank: int
-    values: tuple[float, ...]
-
-    @property
-    def share_of_first(self) -> float:
-        """How much of ‖s·BA‖² the largest one has; 0 where the update is zero."""
-        squares = [value**2 for value in self.values]
-        return squares[0] / sum(squares) if any(squares) else 0.0
-
-
-def spectra(folder: Path) -> list[Spectrum]:
-    """One spectrum a module, in the model's order. Raises UserError for a changed or damaged adapter."""
-    return [
-        Spectrum(name, update.rank, tuple((singular_values(update.a, update.b) * update.scale).tolist()))
-        for name, update in read_change(folder).low_rank.items()
-    ]
-
-
-def singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Those of BA, largest first, A (R, I) and B (O, R), without the (O, I) product.
-
-    With B = QS and Aᵀ = PT, BA = Q(STᵀ)Pᵀ has the singular values of the small STᵀ.
-    """
-    s = torch.linalg.qr(b.double()).R  # (min(O, R), R)
-    t = torch.linalg.qr(a.double().T).R  # (min(I, R), R)
-    values: Tensor = torch.linalg.svdvals(s @ t.T)
-    return values
 
 
 @dataclass(frozen=True)
@@ -136,15 +101,6 @@ def overlaps(one: Tensor, other: Tensor) -> Tensor:
     shared = (one.T @ other).square().cumsum(0).cumsum(1)
     sizes = torch.arange(1, max(shared.shape) + 1)
     return shared / torch.minimum(sizes[: len(shared), None], sizes[None, : shared.shape[1]])
-
-
-def directions(update: LowRank) -> tuple[Tensor, Tensor]:
-    """Left (O, k) and right (I, k) singular vectors of s·BA, the strongest first, k its rank or its smaller side."""
-    q, s = torch.linalg.qr(update.b.double())
-    p, t = torch.linalg.qr(update.a.double().T)
-    left, _, right = torch.linalg.svd(s @ t.T)
-    count = min(update.rank, *left.shape, *right.shape)
-    return (q @ left)[:, :count], (p @ right.T)[:, :count]
 
 
 def in_blocks(matrix: Tensor) -> Read:

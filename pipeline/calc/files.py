@@ -9,7 +9,7 @@ from pipeline.artifact import read_json, refuse_untrusted
 from pipeline.calc import gguf
 from pipeline.calc.families import FAMILIES, architecture
 from pipeline.calc.headers import from_shapes
-from pipeline.calc.sources import Model
+from pipeline.calc.shapes import Model
 from pipeline.errors import UserError
 from pipeline.tensors import read_header
 

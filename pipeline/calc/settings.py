@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
 
 from pipeline.calc.precision import precision
 from pipeline.errors import UserError
-from pipeline.schema import AdapterPrecision
 
 CHOICES = {
     "method": ("full", "freeze", "lora", "prefix", "prompt"),
@@ -15,7 +13,7 @@ CHOICES = {
     "attention": ("sdpa", "eager", "short"),
     "loss": ("full", "labels", "chunked", "divergence"),
     "casts": ("weights", "inputs"),
-    "adapter-precision": get_args(AdapterPrecision),
+    "adapter-precision": ("fp32", "bf16"),  # what training takes too: the calculator's form writes params.yaml
 }
 
 OPTIMIZERS: dict[str, Callable[[int], float]] = {  # bytes of state a trained parameter of so many bytes

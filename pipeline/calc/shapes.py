@@ -1,11 +1,11 @@
 """What a model is to the calculator: the shapes of its weights, and the style of block that computes with them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.targets import HEAD
 
@@ -172,3 +172,11 @@ class Architecture:
     def kv_bytes(self, batch: int, sequence: int, width: int = 2) -> int:
         """KV cache of `sequence` tokens: 2 · layers · kv_heads · head_size · tokens · batch · bytes."""
         return prod((2, len(self.blocks), self.kv_heads, self.head_size, sequence, batch, width))
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shapes, and the config that they come from where there is one (tracing builds the model from it)."""
+
+    shapes: Architecture
+    config: Mapping[str, Any] | None = None

@@ -1,25 +1,17 @@
 """From what a user names to shapes: a built-in name, a config.json, safetensors headers, a GGUF file, a hub id."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.calc.families import architecture
-from pipeline.calc.shapes import Architecture
+from pipeline.calc.shapes import Model
 from pipeline.errors import UserError
 
 BUILT_IN = Path(__file__).parent / "models"
-
-
-@dataclass(frozen=True)
-class Model:
-    """Shapes, and the config that they come from where there is one (tracing builds the model from it)."""
-
-    shapes: Architecture
-    config: Mapping[str, Any] | None = None
 
 
 def names() -> list[str]:

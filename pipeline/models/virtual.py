@@ -5,17 +5,34 @@ heads, L of blocks.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
-if TYPE_CHECKING:
-    from pipeline.models.causal import CausalLM
-
 Prefix = Callable[[int], tuple[Tensor, Tensor]]  # number of a block → keys and values (1, G, n, K) before all others
+
+
+class Reader(Protocol):
+    """What virtual tokens need of the model that reads them: of CausalLM, which knows them, its reading part."""
+
+    @property
+    def embeddings(self) -> nn.Module: ...
+    @property
+    def takes_prefix(self) -> bool: ...
+    def new_cache(self) -> Any: ...
+    def seen(self, cache: Any) -> int: ...
+    def remember(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None: ...
+    def plain(
+        self,
+        read: Tensor,
+        positions: Tensor | None = None,
+        segments: Sequence[int] | None = None,
+        cache: Any = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor: ...
 
 
 class VirtualTokens(nn.Module):
@@ -33,7 +50,7 @@ class VirtualTokens(nn.Module):
         return self.prompt_embeddings.shape[0]
 
     def read(
-        self, model: "CausalLM", ids: Tensor, positions: Tensor | None, segments: Sequence[int] | None, cache: Any
+        self, model: Reader, ids: Tensor, positions: Tensor | None, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         """`CausalLM.hidden` with the virtual tokens before each sequence; their own outputs are left out."""
         if cache is not None and model.seen(cache):  # they are in it already
@@ -43,7 +60,7 @@ class VirtualTokens(nn.Module):
         return self.begin(model, ids, positions + self.count, segments, cache)
 
     def begin(
-        self, model: "CausalLM", ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+        self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         """The same where nothing was read before; `positions` are those after the virtual tokens."""
         raise NotImplementedError
@@ -55,7 +72,7 @@ class PromptTokens(VirtualTokens):
     kind = "prompt"
 
     def begin(
-        self, model: "CausalLM", ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+        self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         n, lengths = self.count, [ids.shape[1]] if segments is None else list(segments)
         x: Tensor = model.embeddings(ids)  # (B, T, D)
@@ -84,7 +101,7 @@ class PrefixTokens(VirtualTokens):
         return keys[None], values[None]
 
     def begin(
-        self, model: "CausalLM", ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+        self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         if cache is None and model.takes_prefix:
             return model.plain(ids, positions, segments, prefix=self.of_block)

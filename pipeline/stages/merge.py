@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 
+from pipeline.agreement import SameLogits
 from pipeline.bases import base_fingerprint
 from pipeline.data import read_prompts
 from pipeline.merge import Merging, merge_into
@@ -15,8 +16,8 @@ def merge(job: Job) -> Generator[Event, None, Facts]:
     settings, trust = job.project.params.merge, job.project.params.pretrain.trust_remote_code
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
     prompts = [prompt.prompt for prompt in read_prompts(job.path(settings.prompts), settings.prompts)]
-    merging = Merging(base, adapter, None, prompts, settings.max_logit_difference, trust)
-    certificate = yield from merge_into(job.out, merging)
+    same = SameLogits(base, adapter, prompts, settings.max_logit_difference, trust)
+    certificate = yield from merge_into(job.out, Merging(base, adapter, None, trust), same)
     yield Progress(1, 1, f"largest logit difference {certificate['max_logit_difference']:.1e}")
     parameters = count(skeleton(job.out, trust)) | {"trainable": 0}
     return {"parameters": parameters, "fingerprint": base_fingerprint(job.out)}

@@ -20,13 +20,14 @@ from pipeline.params import FinetuneLora
 from pipeline.runner import Event, Facts, Job
 from pipeline.stages.finetune import lora_spec, new_rows, note_wide_rank, save_files
 from pipeline.sweep import DIVERGED, DONE, STOPPED, TABLE, variants
-from pipeline.training.batches import Batches, Windows
+from pipeline.training.batches import Batches
 from pipeline.training.many import Standing
 from pipeline.training.many_evaluation import ManyEvaluation
 from pipeline.training.many_run import train_many
 from pipeline.training.many_step import ManyTask, Variant
 from pipeline.training.retain import retain_of
 from pipeline.training.schedule import refuse_long_warmup
+from pipeline.training.sequences import Windows
 from pipeline.training.task import windows_of
 
 

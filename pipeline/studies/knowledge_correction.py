@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline import engine
 from pipeline.adapters.targets import adaptable
+from pipeline.agreement import SameLogits
 from pipeline.data import Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
@@ -128,7 +129,8 @@ def _merged(job: Job, base: Path, tuned: Sequence[Corrected], prompts: Sequence[
             out.mkdir(parents=True)
             asked = [prompt.prompt for prompt in prompts]
             trust = job.project.params.pretrain.trust_remote_code
-            certificate = silently(merge_into(out, Merging(base, one.folder, None, asked, trust_remote_code=trust)))
+            same = SameLogits(base, one.folder, asked, trust_remote_code=trust)
+            certificate = silently(merge_into(out, Merging(base, one.folder, None, trust), same))
             found[one.name] = certificate["max_logit_difference"]
     return found
 

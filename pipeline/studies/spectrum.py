@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pipeline import engine
 from pipeline.adapters.attach import switched_off
-from pipeline.adapters.change import LowRank, read_change
+from pipeline.adapters.change import LowRank, directions, read_change
 from pipeline.adapters.deltas import Delta, between
 from pipeline.adapters.singular import Read
-from pipeline.adapters.spectrum import Measured, directions, in_blocks, measure, measure_update, overlaps
+from pipeline.adapters.spectrum import Measured, in_blocks, measure, measure_update, overlaps
 from pipeline.extract import Extracted, extract
 from pipeline.params import FinetuneFull
 from pipeline.runner import Event, Facts, Job, Progress

@@ -6,25 +6,13 @@ So a resumed run, which starts in the middle of an epoch, sees what an unbroken 
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.data import IGNORED, Window
 from pipeline.training.distributed import mine
-
-
-class Windows(Protocol):
-    """What a stage trains on: sequences by number, made when they are asked for, and where each comes from."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, number: int) -> Window: ...
-    def tokens(self, number: int) -> int:
-        """Length, known without making it."""
-
-    def place(self, number: int) -> str:
-        """Such as data/mine.jsonl:7."""
+from pipeline.training.sequences import Windows
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from pipeline.models.causal import CausalLM
-from pipeline.training.batches import Batch, Windows, shared
+from pipeline.training.batches import Batch, shared
 from pipeline.training.distributed import summed
 from pipeline.training.optimizer import FlatAdam
+from pipeline.training.sequences import Windows
 from pipeline.training.step import loss_of, readable
 
 

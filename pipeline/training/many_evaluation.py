@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pipeline.adapters.many import Share
 from pipeline.models.causal import CausalLM
-from pipeline.training.batches import Windows
 from pipeline.training.joint import Reader, losses_of
 from pipeline.training.many_adam import ManyAdam
+from pipeline.training.sequences import Windows
 
 
 class ManyEvaluation:

@@ -16,9 +16,9 @@ from pipeline.models.base import Base
 from pipeline.models.causal import CausalLM
 from pipeline.params import FinetuneLora
 from pipeline.runner import Event, Job, Note
-from pipeline.training.batches import Batch, Batches, Windows
+from pipeline.training.batches import Batch, Batches
 from pipeline.training.losses import divergence, mean_of
-from pipeline.training.sequences import Listed
+from pipeline.training.sequences import Listed, Windows
 
 COMPLETION = 32  # tokens that the base adds to a prompt at most
 

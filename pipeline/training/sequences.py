@@ -1,11 +1,23 @@
 """What training reads: a corpus's examples whole, or cut into windows."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from pipeline.corpus import Corpus
 from pipeline.data import IGNORED, Window, windows
 from pipeline.encode import Encoded
-from pipeline.training.batches import Windows
+
+
+class Windows(Protocol):
+    """What a stage trains on: sequences by number, made when they are asked for, and where each comes from."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Window: ...
+    def tokens(self, number: int) -> int:
+        """Length, known without making it."""
+
+    def place(self, number: int) -> str:
+        """Such as data/mine.jsonl:7."""
 
 
 @dataclass(frozen=True)

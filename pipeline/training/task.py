@@ -15,11 +15,11 @@ from pipeline.models.base import Base, count, save_base
 from pipeline.models.causal import CausalLM
 from pipeline.params import Training
 from pipeline.runner import Event, Facts, Job, Note
-from pipeline.training.batches import Batches, Windows
+from pipeline.training.batches import Batches
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.schedule import refuse_long_warmup
-from pipeline.training.sequences import sequences
+from pipeline.training.sequences import Windows, sequences
 
 
 def examples_of(job: Job, settings: Training) -> Iterator[Example]:

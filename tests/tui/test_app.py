@@ -14,7 +14,8 @@ from textual.widgets import Footer, Static
 from pipeline.errors import UserError
 from tests.support import ROOT
 from tests.tui.support import until
-from tui.app import SCREENS, Workbench
+from tui.app import Workbench
+from tui.registry import SCREENS
 from tui.settings import Config, State, config_path, load_config, state_path
 from tui.widgets.tab_bar import TabBar
 

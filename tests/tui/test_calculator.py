@@ -17,7 +17,8 @@ from pipeline.calc.answer import answer
 from pipeline.calc.asked import CONTEXT, method_of, run_of
 from pipeline.calc.fit import changes, gpus, largest
 from pipeline.calc.settings import LORA, Method, Run
-from pipeline.calc.sources import Model, built_in, entry, names, open_model
+from pipeline.calc.shapes import Model
+from pipeline.calc.sources import built_in, entry, names, open_model
 from pipeline.params import load
 from pipeline.params_file import save
 from tests.bases import toy_checkpoint

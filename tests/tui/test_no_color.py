@@ -12,7 +12,8 @@ from textual.screen import Screen
 from tests.tui.engines import FakeInference
 from tests.tui.runs import write_measured, write_methods
 from tests.tui.support import until
-from tui.app import SCREENS, Workbench
+from tui.app import Workbench
+from tui.registry import SCREENS
 from tui.sampling import Sampling
 from tui.screens.attention import AttentionScreen
 from tui.screens.calculator_dialogs import Confirm, document_table
@@ -62,8 +63,8 @@ async def _weights(layer: int, head: int) -> dict[str, Any]:
 
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
-    "help": lambda _: HelpScreen(),
-    "messages": lambda _: MessagesScreen(),
+    "help": lambda app: HelpScreen(app.keys_of(app.screen)),
+    "messages": lambda app: MessagesScreen(app.said),
     "path": lambda _: PathScreen("Which folder?"),
     "sampling": lambda _: SamplingScreen(Sampling(), True, True),
     "confirm": lambda _: Confirm("params.yaml", {"finetune_lora.rank": (8, 16)}),

@@ -1,5 +1,6 @@
 """`?`: every key that does something here."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from rich.table import Table
@@ -9,18 +10,19 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from tui.app import Workbench
-
 
 class HelpScreen(ModalScreen[None]):
     """The keys of the screen below, as the user has mapped them."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "dismiss", "Close")]
 
+    def __init__(self, keys: Sequence[tuple[str, Binding]]) -> None:
+        super().__init__()
+        self._keys = keys
+
     def compose(self) -> ComposeResult:
-        assert isinstance(self.app, Workbench)
         keys = Table.grid(padding=(0, 2))
-        for names, binding in self.app.keys_of(self.app.screen_stack[-2]):
+        for names, binding in self._keys:
             keys.add_row(names, binding.description, binding.id or "")
         with VerticalScroll(classes="dialog"):
             yield Static("Keys here; the names on the right can be given other keys in the config file.\n")

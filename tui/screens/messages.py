@@ -1,6 +1,8 @@
 """`F8`: all that was said since the start."""
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import ClassVar, Literal, NamedTuple
 
 from rich.table import Table
 from textual.app import ComposeResult
@@ -9,9 +11,16 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from tui.app import Workbench
+Severity = Literal["information", "warning", "error"]
+STYLES: Mapping[Severity, str] = {"error": "bold red", "warning": "yellow", "information": ""}
 
-STYLES = {"error": "bold red", "warning": "yellow", "information": ""}
+
+class Message(NamedTuple):
+    """What was said, and when."""
+
+    when: datetime
+    severity: Severity
+    text: str
 
 
 class MessagesScreen(ModalScreen[None]):
@@ -19,10 +28,13 @@ class MessagesScreen(ModalScreen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,f8,q", "dismiss", "Close")]
 
+    def __init__(self, said: Sequence[Message]) -> None:
+        super().__init__()
+        self._said = said
+
     def compose(self) -> ComposeResult:
-        assert isinstance(self.app, Workbench)
         lines = Table.grid(padding=(0, 2))
-        for when, severity, text in self.app.said:
+        for when, severity, text in self._said:
             lines.add_row(f"{when:%H:%M:%S}", text, style=STYLES[severity])
         with VerticalScroll(classes="dialog"):
-            yield Static(lines if self.app.said else "Nothing was said yet.")
+            yield Static(lines if self._said else "Nothing was said yet.")

@@ -5,7 +5,7 @@ from textual.app import RenderResult
 from textual.events import Click
 from textual.widget import Widget
 
-from tui.app import SCREENS
+from tui.registry import SCREENS
 
 
 class TabBar(Widget):
@@ -22,8 +22,8 @@ class TabBar(Widget):
 
     def render(self) -> RenderResult:
         line = Text(no_wrap=True, overflow="ellipsis")
-        for number, (name, label) in enumerate(SCREENS.items(), 1):
-            line.append(f" {number} {label} ", "reverse bold" if name == self.current else "")
+        for number, (name, entry) in enumerate(SCREENS.items(), 1):
+            line.append(f" {number} {entry.label} ", "reverse bold" if name == self.current else "")
         room = self.size.width - line.cell_len - 2
         if room > 8:
             where = self.where if len(self.where) <= room else f"…{self.where[1 - room :]}"
@@ -32,8 +32,8 @@ class TabBar(Widget):
 
     def on_click(self, event: Click) -> None:
         start = 0
-        for number, (name, label) in enumerate(SCREENS.items(), 1):
-            start += len(f" {number} {label} ")
+        for number, (name, entry) in enumerate(SCREENS.items(), 1):
+            start += len(f" {number} {entry.label} ")
             if event.x < start:
                 self.app.switch_mode(name)
                 return

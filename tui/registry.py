@@ -1,0 +1,27 @@
+"""The screens, in the order of their keys: one line each. A screen is imported when it is first shown."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+
+from textual.screen import Screen
+
+
+class ScreenEntry(NamedTuple):
+    """A screen's label in the bar, and where its class is: module:class."""
+
+    label: str
+    source: str
+
+    def load(self) -> Screen[None]:
+        module, _, name = self.source.partition(":")
+        make: Callable[[], Screen[None]] = getattr(import_module(module), name)
+        return make()
+
+
+SCREENS = {
+    "pipeline": ScreenEntry("Pipeline", "tui.screens.pipeline:PipelineScreen"),
+    "curves": ScreenEntry("Curves", "tui.screens.curves:CurvesScreen"),
+    "calculator": ScreenEntry("Calculator", "tui.screens.calculator:CalculatorScreen"),
+    "adapters": ScreenEntry("Adapters", "tui.screens.adapters:AdaptersScreen"),
+}
