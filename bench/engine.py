@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from bench.measure import Row, in_turns
-from pipeline import artifact
 from pipeline.adapters.attach import attach
 from pipeline.adapters.peft_format import save_adapter
-from pipeline.bases import base_fingerprint
+from pipeline.files import artifact
+from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.params import FinetuneLora

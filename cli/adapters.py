@@ -32,8 +32,8 @@ def show(
     from dataclasses import asdict
 
     from cli.console import print_json, stdout, table
-    from pipeline.digest_store import DigestStore
     from pipeline.errors import UserError
+    from pipeline.files.digest_cache import DigestStore
     from pipeline.inventory import Adapter
     from pipeline.inventory import adapters as found_in
 
@@ -74,9 +74,9 @@ def verify(
 ) -> None:
     """Load an adapter on its base as `lora prompt` would, and say whether anything is wrong."""
     from cli.console import stdout
-    from pipeline.artifact import MANIFEST
     from pipeline.binding import base_of
     from pipeline.engine import load
+    from pipeline.files.artifact import MANIFEST
 
     base = base or base_of(path)
     load(base, path, trust_remote_code=trust_remote_code)
@@ -201,6 +201,6 @@ def card(
 ) -> None:
     """Print an adapter's model card: method, data and its digest, what was learned, what was forgotten."""
     from pipeline.card import card as text
-    from pipeline.legible import printable
+    from pipeline.files.text import printable
 
     typer.echo(printable(text(path, base_name=base_name)), nl=False)

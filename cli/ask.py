@@ -57,9 +57,9 @@ def prompt(
     from cli.console import bar, print_json, stdout, table
     from pipeline.binding import base_of
     from pipeline.engine import continued, load
+    from pipeline.files.text import visible
     from pipeline.generate import Sampling
     from pipeline.inventory import newest_model
-    from pipeline.legible import visible
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
         raise typer.BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
@@ -133,7 +133,7 @@ def _marked(name: str, answer: dict[str, Any]) -> str:
 def _cells(answer: dict[str, Any], k: int) -> list[str]:
     if "unknown_words" in answer:
         return [*[""] * k, f"does not know: {', '.join(answer['unknown_words'])}"]
-    from pipeline.legible import visible
+    from pipeline.files.text import visible
 
     choices = [f"{visible(choice['token'])} {choice['probability']:.1%}" for choice in answer["top_k"][:k]]
     return [*choices, *[""] * (k - len(choices)), " ".join(answer["completion"].split())]
@@ -171,7 +171,7 @@ def _name(loaded: "Loaded", chosen: bool) -> None:
 def _note_unbound(adapter: Path | None) -> None:
     """Says so where nothing binds an adapter to its base: it was made elsewhere."""
     from cli.console import stderr
-    from pipeline.artifact import MANIFEST
+    from pipeline.files.artifact import MANIFEST
 
     if adapter is not None and not (adapter / MANIFEST).exists():
         stderr.print(f"{adapter} has no {MANIFEST}: names and shapes fit, its base cannot be checked.", markup=False)

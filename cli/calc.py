@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cli import calc_options as o
 from cli.options import JsonOption, group
 from pipeline.errors import UserError
-from pipeline.patterns import end_of, problem
+from pipeline.files.patterns import end_of, problem
 
 if TYPE_CHECKING:
     from cli.calc_output import Output, Question

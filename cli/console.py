@@ -10,7 +10,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.legible import OBEYED, printable
+from pipeline.files.text import OBEYED, printable
 
 
 class _Printable:

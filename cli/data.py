@@ -89,7 +89,7 @@ def _default_base() -> Path:
 
 def _positions(base: Path) -> int | None:
     """How many tokens the model takes, where its config says."""
-    from pipeline.artifact import read_json
+    from pipeline.files.artifact import read_json
 
     config = read_json(base / "config.json", "A model folder needs its config")
     text = config.get("text_config")

@@ -44,7 +44,7 @@ def figures(
 def show(folder: Path, path: str) -> None:
     """Each figure, what it shows, and its files; where the rest is: `path` is the folder's as users name it."""
     from cli.console import stdout, table
-    from pipeline.artifact import read_manifest
+    from pipeline.files.artifact import read_manifest
 
     found = read_manifest(folder)["figures"].items()
     rows = [(f"{name} ({about['place']})", about["shows"], _files(name, about["files"])) for name, about in found]

@@ -9,7 +9,7 @@ import typer
 from cli import adapters, ask, cache, calc, claims, data, doctor, export, figures, new, spectrum, stages, study
 from cli.options import group
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
-from pipeline.legible import printable
+from pipeline.files.text import printable
 from pipeline.world import world
 
 app = group(

@@ -12,7 +12,7 @@ MOST = 3  # commands that are named one by one
 def outdated(project: "Project", names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """`status.outdated`, by digests that are kept: this is for people to look at."""
     from pipeline import status
-    from pipeline.digest_store import DigestStore
+    from pipeline.files.digest_cache import DigestStore
 
     store = DigestStore()
     found = status.outdated(project, names, store.digest)

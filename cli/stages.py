@@ -288,9 +288,9 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     """Show the last comparison, and where the report is."""
     from cli.console import stdout, table
     from cli.outdated import outdated, warn
-    from pipeline.artifact import read_json
     from pipeline.dag import STAGES
     from pipeline.errors import UserError
+    from pipeline.files.artifact import read_json
     from pipeline.report import SUMMARY_COLUMNS, summary_row
 
     project = project_of(params)

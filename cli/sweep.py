@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cli.console import stdout, table
-from pipeline.artifact import read_json
+from pipeline.files.artifact import read_json
 from pipeline.sweep import TABLE
 
 COLUMNS = ("trained", "steps", "loss", "held out")

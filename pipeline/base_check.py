@@ -5,12 +5,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import read_json
 from pipeline.calc import gguf
 from pipeline.calc.families import architecture
 from pipeline.errors import UserError
+from pipeline.files.artifact import read_json
+from pipeline.files.safetensors_header import read_header
 from pipeline.pretrained import reported
-from pipeline.tensors import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

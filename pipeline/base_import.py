@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline import bases
-from pipeline.artifact import read_json, write_json
 from pipeline.base_check import refuse_implausible, refuse_implausible_gguf, refuse_quantized, refuse_unusable
-from pipeline.bases import base_fingerprint
 from pipeline.errors import UserError
+from pipeline.files import base_model
+from pipeline.files.artifact import read_json, write_json
+from pipeline.files.base_model import base_fingerprint
+from pipeline.files.safetensors_header import written
 from pipeline.pretrained import clean, generation_of, open_whole, quiet, reason, reported, save_whole
-from pipeline.tensors import written
 
 if TYPE_CHECKING:
     from torch import dtype
@@ -29,7 +29,7 @@ GGUF_NEEDS = ("gguf", "sentencepiece", "google.protobuf", "accelerate")
 
 
 def import_base(
-    source: bases.Source, out: Path, precision: Precision = "auto", trust_remote_code: bool = False
+    source: base_model.Source, out: Path, precision: Precision = "auto", trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Fill `out` with a checkpoint of what `source` names; returns what is known of it for the manifest.
 
@@ -37,7 +37,7 @@ def import_base(
     Raises UserError where anything is missing, left over, damaged, not finite or not causal.
     """
     with quiet(), tempfile.TemporaryDirectory() as scratch:
-        if source.kind == bases.GGUF:
+        if source.kind == base_model.GGUF:
             revision = None
             model = _import_gguf(source, out, precision, Path(scratch))
         else:
@@ -60,13 +60,18 @@ def _named(text: str) -> str:
     return f"pretrain.base: {text}"
 
 
-def _folder(source: bases.Source, trust_remote_code: bool) -> tuple[Path, str | None]:
+def _folder(source: base_model.Source, trust_remote_code: bool) -> tuple[Path, str | None]:
     """Where a checkpoint's files are, and the hub's commit that they are of."""
-    if source.kind == bases.FOLDER:
+    if source.kind == base_model.FOLDER:
         return source.path, None
     from huggingface_hub import snapshot_download
 
-    wanted = [*bases.PLAIN, bases.INDEX, "model*.safetensors", *([bases.CODE] if trust_remote_code else [])]
+    wanted = [
+        *base_model.PLAIN,
+        base_model.INDEX,
+        "model*.safetensors",
+        *([base_model.CODE] if trust_remote_code else []),
+    ]
     try:
         folder = Path(snapshot_download(source.hub_id, revision=source.revision, allow_patterns=wanted))
     except Exception as error:  # the library's own, its HTTP client's and the system's have no common kind
@@ -74,13 +79,15 @@ def _folder(source: bases.Source, trust_remote_code: bool) -> tuple[Path, str | 
             f"pretrain.base: {source.text} is not in the local hub cache, no folder of that name is in the project, "
             f"and the hub does not give it ({reason(error)}). Download it elsewhere and name its folder."
         ) from None
-    bases.refuse_other_folders(folder)
+    base_model.refuse_other_folders(folder)
     return folder, folder.name
 
 
 def _import_folder(folder: Path, text: str, out: Path, precision: Precision, trust_remote_code: bool) -> Any:
     refuse_quantized(folder)
-    refuse_implausible(folder, bases.weight_files(folder))  # and damaged files, with a reason that no library gives
+    refuse_implausible(
+        folder, base_model.weight_files(folder)
+    )  # and damaged files, with a reason that no library gives
     model = open_whole(folder, _named(text), trust_remote_code, dtype=_type(precision) or "auto")
     with reported(_named(text), trust_remote_code):
         save_whole(model, out, generation_of(folder))
@@ -88,7 +95,7 @@ def _import_folder(folder: Path, text: str, out: Path, precision: Precision, tru
     return model
 
 
-def _import_gguf(source: bases.Source, out: Path, precision: Precision, scratch: Path) -> Any:
+def _import_gguf(source: base_model.Source, out: Path, precision: Precision, scratch: Path) -> Any:
     missing = [name.removeprefix("google.") for name in GGUF_NEEDS if not _installed(name)]
     if missing:
         raise UserError(
@@ -137,11 +144,11 @@ def _drop_invented(path: Path) -> None:
 def _import_tokenizer(folder: Path, text: str, out: Path, trust_remote_code: bool) -> None:
     """Its files as they are; where it has no tokenizer.json, what transformers makes of the older ones."""
     if (folder / "tokenizer.json").is_file():
-        for name in bases.TOKENIZER:
+        for name in base_model.TOKENIZER:
             for path in folder.glob(name):
                 shutil.copyfile(path, out / path.name)
         return
-    if not any(path for pattern in bases.VOCABULARY for path in folder.glob(pattern)):
+    if not any(path for pattern in base_model.VOCABULARY for path in folder.glob(pattern)):
         raise UserError(f"pretrain.base: {text} has no tokenizer: no tokenizer.json or older file. Copy it there.")
     from transformers import AutoTokenizer
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from pipeline import artifact
-from pipeline.bases import base_fingerprint
 from pipeline.dag import STAGES
 from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.files.base_model import base_fingerprint
 from pipeline.params import Kept
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import artifact
 from pipeline.errors import UserError
+from pipeline.files import artifact
 
 LARGE = 64 * 2**20  # bytes from which a file is linked
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact
 from pipeline.binding import VIRTUAL, Origin, origin_of, quantization_of, read_config
+from pipeline.files import artifact
 from pipeline.inventory import measured
 from pipeline.metrics import LOSS, final_loss, read_steps
 

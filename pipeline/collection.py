@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact, bases, provenance
+from pipeline import provenance
 from pipeline.adapters.combine import How, combine
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.plan import fitted
@@ -15,9 +15,10 @@ from pipeline.adapters.virtual import VirtualSpec
 from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, quantization_of, read_config, refuse_virtual
 from pipeline.chat import TEMPLATE
 from pipeline.errors import UserError
+from pipeline.files import artifact, base_model
+from pipeline.files.safetensors_header import fingerprint, read_header
+from pipeline.files.shards import places
 from pipeline.models.skeleton import skeleton
-from pipeline.shards import places
-from pipeline.tensors import fingerprint, read_header
 
 
 def combine_adapters(
@@ -63,7 +64,7 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
         named = config.get("base_model_name_or_path")
         origin = {
             "name": source.resolve().name,
-            "base": bases.shared_name(named) if isinstance(named, str) else named,
+            "base": base_model.shared_name(named) if isinstance(named, str) else named,
             "sha256": {name: artifact.file_digest(source / name) for name in (CONFIG, WEIGHTS)},
         }
         manifest = manifest_of("import", "pipeline.collection", base, params)
@@ -97,7 +98,7 @@ def manifest_of(method: str, module: str, base: Path, params: dict[str, Any]) ->
         "code": provenance.code_digest(module),
         "versions": provenance.versions(),
         "commit": provenance.commit(module),
-        "base": bases.base_fingerprint(base),
+        "base": base_model.base_fingerprint(base),
     }
 
 
@@ -111,10 +112,10 @@ def _refuse_other_base(source: Path, base: Path) -> bool:
     try:
         revision = read_config(source).get("revision")
         snapshot = Path(snapshot_download(named, revision=revision, local_files_only=True))
-        weights = bases.weight_files(snapshot)
+        weights = base_model.weight_files(snapshot)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, UserError, OSError):
         return False  # no name of the hub's, or not here
-    own = bases.weight_files(base)
+    own = base_model.weight_files(base)
     if _layout(weights) != _layout(own):
         return False  # the same model in another precision or under other names: its numbers cannot be compared
     if fingerprint(weights) != fingerprint(own):
@@ -139,5 +140,5 @@ def _layout(weights: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Its files, beside an adapter's."""
-    for path in sorted(path for pattern in bases.TOKENIZER for path in source.glob(pattern)):
+    for path in sorted(path for pattern in base_model.TOKENIZER for path in source.glob(pattern)):
         shutil.copyfile(path, folder / path.name)

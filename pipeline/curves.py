@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact
 from pipeline.dag import ARTIFACTS, RUNS, STAGES, Project, Stage, cache_folder
 from pipeline.errors import UserError
-from pipeline.legible import in_order
+from pipeline.files import artifact
+from pipeline.files.text import in_order
 from pipeline.metrics import LOSS, TELEMETRY
 from pipeline.params import Params
 from pipeline.sweep import DIVERGED, ends

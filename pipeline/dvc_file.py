@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from pipeline import provenance
-from pipeline.bases import named
 from pipeline.dag import STAGES, Project, Stage
+from pipeline.files.base_model import named
 from pipeline.metrics import LOSS
 
 CODE_FILE = "code.yaml"

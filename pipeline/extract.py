@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import artifact
 from pipeline.adapters.change import LowRank, read_change
 from pipeline.adapters.deltas import Delta, Differences, between, of_adapter, place_of, stored
 from pipeline.adapters.plan import stored_name
@@ -21,16 +20,17 @@ from pipeline.adapters.spectrum import MOST, Measured, measure, measure_update
 from pipeline.adapters.stream import read_blocks
 from pipeline.adapters.targets import adaptable
 from pipeline.adapters.updates import write_updates
-from pipeline.bases import weight_files
 from pipeline.binding import CONFIG, refuse_foreign
 from pipeline.collection import copy_tokenizer, manifest_of, refuse_other
 from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.files.base_model import weight_files
+from pipeline.files.safetensors_header import fingerprint
+from pipeline.files.shards import Place
 from pipeline.models.causal import CausalLM
 from pipeline.models.linears import is_conv1d
 from pipeline.models.skeleton import skeleton
 from pipeline.runner import Event, Progress
-from pipeline.shards import Place
-from pipeline.tensors import fingerprint
 
 
 @dataclass(frozen=True)

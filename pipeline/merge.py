@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact
 from pipeline.adapters.plan import planned
 from pipeline.adapters.stream import Merge, Ratio, one_thread, ratios
 from pipeline.errors import UserError
+from pipeline.files import artifact
 from pipeline.runner import Event, Note, Progress
 
 CERTIFICATE = "certificate.json"

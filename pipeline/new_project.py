@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from pipeline import dvc_file, params_file, provenance
-from pipeline.bases import MINIGPT, resolve
 from pipeline.dag import Project
 from pipeline.errors import UserError
+from pipeline.files.base_model import MINIGPT, resolve
 from pipeline.params import parse
 
 PARAMS = "params.yaml"

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_json, write_json
 from pipeline.errors import FULL, UserError
-from pipeline.tensors import written
+from pipeline.files.artifact import read_json, write_json
+from pipeline.files.safetensors_header import written
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 CODE = "*.py"

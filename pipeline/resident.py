@@ -14,14 +14,14 @@ from pipeline import engine
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.strength import Strength
-from pipeline.bases import base_fingerprint
 from pipeline.binding import quantization_of
 from pipeline.device import device_for
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
+from pipeline.files.base_model import base_fingerprint
+from pipeline.files.file_stamp import Signature, signature
 from pipeline.models.causal import CausalLM
 from pipeline.params import Kept
-from pipeline.signature import Signature, signature
 
 
 def view(model: CausalLM) -> CausalLM:

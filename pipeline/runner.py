@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline import artifact, bases, journal, provenance
+from pipeline import journal, provenance
 from pipeline.cache import Cache, Damaged
 from pipeline.dag import STAGES, Project, Stage, cache_folder
 from pipeline.errors import UserError
+from pipeline.files import artifact, base_model
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _in_few_bits(stage: Stage, section: Facts) -> bool:
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, str):
-        return bases.shared_name(value)
+        return base_model.shared_name(value)
     return [_without_paths(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
@@ -180,16 +181,16 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
     base = _base(project, digests) if stage.name == "pretrain" else {}
     found = dict(base)
     for name, path in project.inputs(stage).items():
-        shared, number = bases.shared_name(name), 2
+        shared, number = base_model.shared_name(name), 2
         while shared in found:  # files of one name from several folders
-            shared, number = f"{bases.shared_name(name)} {number}", number + 1
+            shared, number = f"{base_model.shared_name(name)} {number}", number + 1
         found[shared] = digests.path(path)
     return found
 
 
 def _base(project: Project, digests: Digests) -> dict[str, str]:
     """What is imported instead of trained, if anything is."""
-    return bases.identity(bases.resolve(project.params.pretrain.base, project.root), digests.path)
+    return base_model.identity(base_model.resolve(project.params.pretrain.base, project.root), digests.path)
 
 
 def _refuse_changed(before: Mapping[str, str], after: Mapping[str, str], stage: Stage) -> None:

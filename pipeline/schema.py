@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
-from pipeline.patterns import end_of, problem
+from pipeline.files.patterns import end_of, problem
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import artifact, bases, journal, provenance
+from pipeline import journal, provenance
 from pipeline.dag import STAGES, Project, Stage
 from pipeline.errors import UserError
+from pipeline.files import artifact, base_model
+from pipeline.files.file_stamp import Signature, signature
 from pipeline.journal import Journal
 from pipeline.runner import Digests, changed_inputs, known
-from pipeline.signature import Signature, signature
 
 State = Literal["missing", "current", "changed", "waits", "running", "failed", "stopped", "died"]
 
@@ -112,7 +113,7 @@ def _base_problem(project: Project, stage: Stage) -> str:
     if stage.name != "pretrain":
         return ""
     try:
-        bases.resolve(project.params.pretrain.base, project.root)
+        base_model.resolve(project.params.pretrain.base, project.root)
     except UserError as error:
         return str(error)
     return ""
@@ -171,5 +172,5 @@ def project_signature(project: Project) -> tuple[Signature, ...]:
     data = {project.root / name for stage in project.stages.values() for name in project.data_files(stage)}
     runs = [project.run_folder(name) / journal.JOURNAL for name in project.stages]
     artifacts = [project.artifact(name) for name in project.stages]
-    base = bases.watched(project.params.pretrain.base, project.root)
+    base = base_model.watched(project.params.pretrain.base, project.root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))

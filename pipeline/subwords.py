@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import chat
-from pipeline.artifact import read_json, write_json
 from pipeline.chat import Asked, Messages, Rendered, Renderings
 from pipeline.errors import UserError
-from pipeline.tensors import written
+from pipeline.files.artifact import read_json, write_json
+from pipeline.files.safetensors_header import written
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 BROKEN = "\ufffd"  # what bytes that are no whole character decode to

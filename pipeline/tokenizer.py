@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pipeline import chat
-from pipeline.artifact import refuse_untrusted, write_json
 from pipeline.chat import Asked, Messages, Rendered, Renderings
 from pipeline.errors import UserError
+from pipeline.files.artifact import refuse_untrusted, write_json
 from pipeline.subwords import SubwordTokenizer
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"

@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 
 from cli.main import main
-from pipeline import digest_store
+from pipeline.files import digest_cache
 from tests import standin
 from tests.models import checkpoint
 from tests.support import BRIEF, PIPELINE, ROOT, WORK, git, make, new_project
@@ -44,7 +44,7 @@ def unchanged(root: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where digests are kept between processes: the developer's own are neither read nor written."""
-    monkeypatch.setattr(digest_store, "cache_home", lambda: tmp_path / ".cache")
+    monkeypatch.setattr(digest_cache, "cache_home", lambda: tmp_path / ".cache")
     return tmp_path / ".cache/lora-workbench/digests.json"
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline import artifact
 from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.bases import base_fingerprint
+from pipeline.files import artifact
+from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.causal import CausalLM
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig

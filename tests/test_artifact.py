@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifact
 from pipeline.cache import Cache, Damaged
 from pipeline.errors import UserError
+from pipeline.files import artifact
 from pipeline.runner import Note
 from tests.support import BRIEF, PIPELINE, folder_bytes, make_one
 
@@ -59,7 +59,7 @@ def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(tmp_p
 KILLED_BETWEEN_TWO_RENAMES = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import artifact
+from pipeline.files import artifact
 rename, calls = Path.rename, []
 def second_fails(path, target):
     calls.append(path)
@@ -305,7 +305,7 @@ def test_many_processes_on_one_cache_never_corrupt_it(project: Path, tmp_path: P
     code = """
 import random, sys
 from pathlib import Path
-from pipeline import artifact
+from pipeline.files import artifact
 from pipeline.cache import Cache
 root, source, target = map(Path, sys.argv[1:4])
 cache = Cache(root)

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from pipeline import bases
-from pipeline.artifact import file_digest
 from pipeline.base_import import import_base
-from pipeline.bases import base_fingerprint, identity, named, resolve
 from pipeline.calc.files import from_path
 from pipeline.errors import UserError
+from pipeline.files import base_model
+from pipeline.files.artifact import file_digest
+from pipeline.files.base_model import base_fingerprint, identity, named, resolve
 from pipeline.models.base import load_base
 from pipeline.models.skeleton import skeleton
 from pipeline.tokenizer import load_tokenizer
@@ -640,7 +640,7 @@ def test_deciding_what_a_base_is_loads_no_heavy_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, pipeline.bases; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    code = "import sys, pipeline.files.base_model; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert bases.MINIGPT == "minigpt"
+    assert base_model.MINIGPT == "minigpt"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.main import app
 from pipeline.dag import STAGES, VARIANTS
-from pipeline.legible import visible
+from pipeline.files.text import visible
 from pipeline.subwords import SubwordTokenizer
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora

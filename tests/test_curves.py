@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import file_digest, write_json
 from pipeline.curves import TRAINING, LogFiles, Run, discover, stamp
+from pipeline.files.artifact import file_digest, write_json
 from pipeline.looks import METHODS, SIGNS, other
 from pipeline.params import load
 from pipeline.pictures import MARKERS

@@ -16,10 +16,10 @@ import torch
 
 from pipeline import device, engine, serve
 from pipeline.answers import Answers
-from pipeline.artifact import MANIFEST
 from pipeline.calc.settings import Method
 from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
+from pipeline.files.artifact import MANIFEST
 from pipeline.generate import generate
 from pipeline.metrics import in_units, read_steps
 from pipeline.models import quantized

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifact, digest_store
-from pipeline.bases import base_fingerprint
-from pipeline.digest_store import DigestStore, cache_home
+from pipeline.files import artifact, digest_cache
+from pipeline.files.base_model import base_fingerprint
+from pipeline.files.digest_cache import DigestStore, cache_home
 from tests.conftest import Lora
 from tests.models import sealed_copies
 from tests.support import refusal
@@ -28,7 +28,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return take(path)
 
     monkeypatch.setattr(artifact, "file_digest", file_digest)
-    monkeypatch.setattr(digest_store, "SETTLED", -1)
+    monkeypatch.setattr(digest_cache, "SETTLED", -1)
     return files
 
 
@@ -91,7 +91,7 @@ def test_files_that_just_changed_are_hashed_again(
     folder: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They may change once more within one tick of the file system's clock."""
-    monkeypatch.setattr(digest_store, "SETTLED", 3600 * 10**9)
+    monkeypatch.setattr(digest_cache, "SETTLED", 3600 * 10**9)
     kept(folder)
     kept(folder)
     assert len(hashed) == 4
@@ -136,7 +136,7 @@ def test_where_no_store_can_be_written_digests_are_computed(folder: Path, cached
 def test_the_store_is_bounded_and_keeps_what_was_used_last(
     tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digest_store, "MOST", 3)
+    monkeypatch.setattr(digest_cache, "MOST", 3)
     folders = [tmp_path / f"f{n}" for n in range(4)]
     for one in folders:
         one.mkdir()
@@ -179,7 +179,7 @@ def test_a_user_without_a_home_keeps_nothing(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    monkeypatch.setattr(digest_store, "cache_home", cache_home)
+    monkeypatch.setattr(digest_cache, "cache_home", cache_home)
     assert kept(folder) == kept(folder) == artifact.contents(folder)
 
 
@@ -226,7 +226,7 @@ def test_no_model_is_loaded_on_the_word_of_the_store(
     edit(adapter / WEIGHTS)
     with monkeypatch.context() as forged:
         forged.setattr(artifact, "contents", lambda _: sealed)
-        forged.setattr(digest_store, "base_fingerprint", lambda _: bound)
+        forged.setattr(digest_cache, "base_fingerprint", lambda _: bound)
         store = DigestStore()
         store.contents(adapter)
         store.fingerprint(base)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.artifact import digest
+from pipeline.files.artifact import digest
 from pipeline.metrics import read_steps
 from pipeline.runner import checkpoints
 from pipeline.training import launch

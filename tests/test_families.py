@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline import artifact, engine
+from pipeline import engine
 from pipeline.dag import STAGES, Project
+from pipeline.files import artifact
+from pipeline.files.safetensors_header import shapes
 from pipeline.params import load
 from pipeline.runner import Progress, run
-from pipeline.tensors import shapes
 from tests.families import FAMILIES, GENERATION, OTHERS, VOCABULARY, new_project
 from tests.support import PIPELINE, ROOT, WORK, folder_bytes, make, make_one
 

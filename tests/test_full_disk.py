@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import bases, journal
+from pipeline import journal
 from pipeline.base_import import import_base
 from pipeline.dag import Project
+from pipeline.files import base_model
 from pipeline.models.files import save_tensors
 from pipeline.params import load
 from pipeline.status import Status
@@ -76,7 +77,7 @@ def test_tensors_that_do_not_fit_are_an_os_error_about_their_file(tmp_path: Path
 @pytest.mark.parametrize("size", [100, 2_000, 20_000])  # config.json, tokenizer.json, the weights
 def test_an_import_that_does_not_fit_blames_no_base(tmp_path: Path, size: int) -> None:
     toy_checkpoint(tmp_path / "llama")
-    source = bases.resolve("llama", tmp_path)
+    source = base_model.resolve("llama", tmp_path)
     (tmp_path / "out").mkdir()
     with files_up_to(size), pytest.raises(OSError) as raised:
         import_base(source, tmp_path / "out")

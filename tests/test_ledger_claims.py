@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.artifact import MANIFEST
 from pipeline.claims_stage import CLAIMS, PAGE, claims, verdicts
 from pipeline.dag import MEASURED, STAGES, Project
 from pipeline.errors import UserError
+from pipeline.files.artifact import MANIFEST
 from pipeline.ledger.check import VERDICTS, Row, calculated
 from pipeline.ledger.claims import NEEDED, read_claims
 from pipeline.ledger.expression import parse

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.artifact import read_json
-from pipeline.bases import INDEX
+from pipeline.files.artifact import read_json
+from pipeline.files.base_model import INDEX
 from pipeline.models.base import load_base
 from tests.bases import logits, opened, toy_checkpoint
 from tests.conftest import Lora
@@ -131,9 +131,9 @@ def test_an_update_that_rounding_mostly_loses_is_said_to_be_lost(cli: Lora, tmp_
 
 DYING: dict[str, tuple[str, int]] = {  # at which call of what
     "as it begins": ("pipeline.adapters.stream.rewrite", 1),
-    "in a file": ("pipeline.shards._write", 3),
+    "in a file": ("pipeline.files.shards._write", 3),
     "before the certificate": ("pipeline.merge.ratios", 1),
-    "before the rename": ("pipeline.artifact.sync_tree", 1),
+    "before the rename": ("pipeline.files.artifact.sync_tree", 1),
     "between two renames": ("pathlib.Path.rename", 2),
 }
 

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.adapters.peft_config import config_of
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.artifact import write_json
-from pipeline.bases import INDEX
+from pipeline.files.artifact import write_json
+from pipeline.files.base_model import INDEX
 from pipeline.models.skeleton import skeleton
 from tests.merged import merged
 from tests.support import LORA

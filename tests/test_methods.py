@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pipeline import artifact
 from pipeline.dag import STAGES, Project
 from pipeline.data import in_evaluation, read_examples
 from pipeline.engine import load
+from pipeline.files import artifact
 from pipeline.inventory import check, describe
 from pipeline.measure import score
 from pipeline.metrics import LOSS, read_steps

@@ -13,10 +13,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from pipeline import patterns
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import targeted
 from pipeline.errors import UserError
+from pipeline.files import patterns
 from pipeline.models.base import load_base
 from tests.conftest import Lora
 from tests.models import adapter, checkpoint

@@ -15,10 +15,10 @@ from torch import nn
 from pipeline import provenance
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.artifact import read_json, seal
-from pipeline.bases import base_fingerprint
 from pipeline.calc.families import architecture
 from pipeline.calc.precision import precision
+from pipeline.files.artifact import read_json, seal
+from pipeline.files.base_model import base_fingerprint
 from pipeline.models import quantized
 from pipeline.models.exact import exact
 from pipeline.models.quantized import Quantization, QuantizedLinear, quantizable, quantize

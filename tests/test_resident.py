@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pipeline import device, engine, resident
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.bases import base_fingerprint
 from pipeline.errors import UserError
+from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import load_base, save_base
 from pipeline.models.causal import CausalLM
 from pipeline.resident import Residents

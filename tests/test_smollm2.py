@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import artifact
+from pipeline.files import artifact
 from pipeline.metrics import final_loss, read_steps
 from pipeline.models.base import load_base
 from pipeline.tables import mean, read_table

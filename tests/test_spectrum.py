@@ -21,10 +21,10 @@ from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.singular import Read, factors, singular
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.spectrum import Measured, overlaps
-from pipeline.artifact import verify
 from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.extract import Extracted, Spectra, extract, spectra_of
+from pipeline.files.artifact import verify
 from pipeline.models.causal import CausalLM
 from pipeline.models.opened import opened
 from tests.models import adapter, checkpoint

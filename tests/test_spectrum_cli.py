@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.engine import load
 from pipeline.errors import UserError
-from pipeline.tensors import shapes
+from pipeline.files.safetensors_header import shapes
 from pipeline.tokenizer import WordTokenizer
 from tests.conftest import Lora
 from tests.models import WORDS, adapter, checkpoint

@@ -79,7 +79,7 @@ def test_running_it_makes_it_current_again(project: Path) -> None:
 
 
 def test_hashing_happens_once_until_a_file_changes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import artifact
+    from pipeline.files import artifact
 
     status, hashed = Status(), list[str]()
     real = artifact.file_digest

@@ -14,10 +14,10 @@ import yaml
 from torch import nn
 
 from pipeline import engine
-from pipeline.artifact import read_manifest
 from pipeline.dag import STAGES, Project
 from pipeline.data import Prompt
 from pipeline.errors import Interrupted
+from pipeline.files.artifact import read_manifest
 from pipeline.metrics import TELEMETRY, TELEMETRY_COLUMNS
 from pipeline.params import Params, load
 from pipeline.runner import Event, Job, Progress, known, run

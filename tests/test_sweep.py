@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from pipeline import artifact
 from pipeline.adapters.lora import LoRALinear
 from pipeline.adapters.many import ManyLowRank, Share, Stacks, attach_many, layers
 from pipeline.adapters.products import update
 from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
+from pipeline.files import artifact
 from pipeline.inventory import adapters, check, describe
 from pipeline.metrics import Step, read_steps
 from pipeline.models.opened import Opened

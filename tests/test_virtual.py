@@ -295,7 +295,7 @@ def test_a_config_that_says_other_than_the_model_or_its_tensors_is_refused(
 
 
 def edit(folder: Path, **change: Any) -> None:
-    from pipeline.artifact import read_json, write_json
+    from pipeline.files.artifact import read_json, write_json
 
     path = folder / "adapter_config.json"
     write_json(path, read_json(path, "") | change)

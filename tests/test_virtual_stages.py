@@ -9,10 +9,10 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifact import read_json, read_manifest
 from pipeline.card import card
 from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
+from pipeline.files.artifact import read_json, read_manifest
 from pipeline.inventory import adapters, describe
 from pipeline.models.base import load_base
 from pipeline.resident import Residents

@@ -22,7 +22,7 @@ from textual.filter import LineFilter
 from textual.screen import Screen
 
 from pipeline.errors import UserError, explain
-from pipeline.legible import OBEYED
+from pipeline.files.text import OBEYED
 from tui.processes import Runner
 from tui.registry import SCREENS
 from tui.screens.help import HelpScreen

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from pipeline.legible import visible
+from pipeline.files.text import visible
 from tui.sampling import Sampling
 
 

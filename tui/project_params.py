@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline import artifact, bases
 from pipeline.calc.parameters import ranks
 from pipeline.calc.shapes import Architecture
 from pipeline.calc.sources import built_in, open_model
 from pipeline.dag import STAGES
 from pipeline.errors import UserError
+from pipeline.files import artifact, base_model
 from pipeline.params import Kept, Params, Precision
 from tui.calculation import Asked, Result
 
@@ -53,7 +53,7 @@ def _model(params: Params, root: Path) -> str:
         return "minigpt"
     for folder in _made(params, root):
         return str(folder)
-    source = bases.named(params.pretrain.base, root)
+    source = base_model.named(params.pretrain.base, root)
     return str(source.path) if source.is_local else source.hub_id
 
 
@@ -62,7 +62,7 @@ def _made(params: Params, root: Path) -> Iterator[Path]:
     base, expanded = (root / STAGES[stage].path for stage in ("pretrain", "expand_vocab"))
     try:
         imported = artifact.read_manifest(base)
-        if imported["params"]["base"] != bases.shared_name(params.pretrain.base):
+        if imported["params"]["base"] != base_model.shared_name(params.pretrain.base):
             return
         made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
         if made_from.get(STAGES["pretrain"].path) == artifact.sealed_digest(imported):

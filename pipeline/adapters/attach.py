@@ -13,9 +13,9 @@ from pipeline.adapters.rows import EmbeddingRows, HeadRows
 from pipeline.adapters.spec import AdapterSpec, lies_in, ways_to
 from pipeline.adapters.targets import resolve, targeted
 from pipeline.errors import UserError
+from pipeline.files.patterns import one_budget
 from pipeline.models.causal import CausalLM
 from pipeline.params import Init
-from pipeline.patterns import one_budget
 
 PREFIX = "base_model.model."
 MAGNITUDE = ".lora_magnitude_vector"

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline import artifact
 from pipeline.adapters.attach import PREFIX, ROWS
 from pipeline.adapters.peft_config import EMBEDDING, read_spec
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.tensor_files import read_tensors
 from pipeline.binding import WEIGHTS, refuse_virtual
 from pipeline.errors import UserError
-from pipeline.patterns import one_budget
+from pipeline.files import artifact
+from pipeline.files.patterns import one_budget
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 COPY = ".base_layer.weight"  # of the base's own weight, as PEFT writes it beside an embedding's LoRA

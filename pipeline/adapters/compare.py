@@ -13,7 +13,7 @@ from pipeline.adapters.change import Change, LowRank
 from pipeline.adapters.combine import Part, concatenated
 from pipeline.adapters.spec import lies_in
 from pipeline.errors import UserError
-from pipeline.patterns import full_match, one_budget
+from pipeline.files.patterns import full_match, one_budget
 from pipeline.targets import ALL_LINEAR, means
 
 

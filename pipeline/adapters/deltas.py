@@ -15,8 +15,8 @@ from pipeline.adapters.plan import stored_name
 from pipeline.adapters.singular import Read, Rows
 from pipeline.adapters.stream import DTYPES, read_blocks, read_rows
 from pipeline.errors import UserError
+from pipeline.files.shards import Place, places
 from pipeline.models.skeleton import skeleton
-from pipeline.shards import Place, places
 
 Places = dict[str, Place]  # by name
 

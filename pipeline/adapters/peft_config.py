@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.binding import CONFIG, VIRTUAL, read_config
 from pipeline.errors import UserError
-from pipeline.patterns import block_of, end_of, problem
+from pipeline.files.patterns import block_of, end_of, problem
 
 KIND = "LORA"
 # PEFT's options that change what an adapter computes, each with the only value that is understood here ...

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline import artifact
 from pipeline.adapters.attach import PREFIX, adapter_layers, attach, saves_one_end, separate, tensors
 from pipeline.adapters.change import COPY
 from pipeline.adapters.lora import LoRALinear, transposed, weight_of
@@ -16,14 +15,15 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import targeted
 from pipeline.adapters.tensor_files import read_tensors
 from pipeline.adapters.virtual import VirtualSpec, load_virtual
-from pipeline.bases import base_fingerprint
 from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, Fingerprint, read_config, refuse_foreign
 from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.files.base_model import base_fingerprint
+from pipeline.files.patterns import one_budget
+from pipeline.files.safetensors_header import refuse_difference
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import save_tensors
 from pipeline.models.linears import is_conv1d
-from pipeline.patterns import one_budget
-from pipeline.tensors import refuse_difference
 
 _FIRST = (".lora_A.weight", ".lora_embedding_A")  # what every adapter has one of
 

@@ -17,13 +17,13 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.stream import Merge, read_blocks
 from pipeline.binding import WEIGHTS, quantization_of, refuse_virtual
 from pipeline.errors import UserError
+from pipeline.files.shards import Place, places
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import load_tensors
 from pipeline.models.linears import is_conv1d
 from pipeline.models.quantized import quantizable, rounded
 from pipeline.models.skeleton import skeleton
 from pipeline.params import Kept
-from pipeline.shards import Place, places
 
 
 def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:

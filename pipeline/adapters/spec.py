@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeVar
 
-from pipeline.patterns import block_match, end_match, full_match
+from pipeline.files.patterns import block_match, end_match, full_match
 from pipeline.targets import ends
 
 Number = TypeVar("Number", int, float)

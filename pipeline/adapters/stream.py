@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.edits import AddLowRank, Edit, SetLengths, blocks
-from pipeline.artifact import MANIFEST, read_json, write_json
-from pipeline.bases import INDEX
 from pipeline.errors import UserError
+from pipeline.files.artifact import MANIFEST, read_json, write_json
+from pipeline.files.base_model import INDEX
+from pipeline.files.shards import Bytes, New, Place, in_file_order, places, rewrite
 from pipeline.metrics import in_units
-from pipeline.shards import Bytes, New, Place, in_file_order, places, rewrite
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -6,9 +6,9 @@ from torch import nn
 
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.errors import UserError
+from pipeline.files.patterns import full_match
 from pipeline.models.linears import is_linear
 from pipeline.models.quantized import QuantizedLinear
-from pipeline.patterns import full_match
 from pipeline.targets import ALL_LINEAR, HEAD, chosen, ends
 
 

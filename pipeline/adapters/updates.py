@@ -17,14 +17,14 @@ from pipeline.adapters.peft_config import config_of
 from pipeline.adapters.plan import edits_of, fitted, place_of
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.stream import read_rows
-from pipeline.artifact import write_json
 from pipeline.binding import CONFIG, WEIGHTS
 from pipeline.errors import UserError
+from pipeline.files.artifact import write_json
+from pipeline.files.shards import Place, places
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import save_tensors
 from pipeline.models.linears import is_conv1d
 from pipeline.models.skeleton import skeleton
-from pipeline.shards import Place, places
 
 Updates = dict[str, LowRank]  # by module's full name
 

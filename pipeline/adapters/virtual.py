@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import artifact
 from pipeline.adapters.tensor_files import read_tensors
 from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, read_config
 from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.files.safetensors_header import refuse_difference
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import save_tensors
 from pipeline.models.virtual import PrefixTokens, PromptTokens, VirtualTokens, prefix_of
-from pipeline.tensors import refuse_difference
 
 KEY = "prompt_embeddings"
 # PEFT's options with the only value that is understood here, those that decide nothing once an adapter is trained

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_json, refuse_untrusted
 from pipeline.calc import gguf
 from pipeline.calc.families import FAMILIES, architecture
 from pipeline.calc.headers import from_shapes
 from pipeline.calc.shapes import Model
 from pipeline.errors import UserError
-from pipeline.tensors import read_header
+from pipeline.files.artifact import read_json, refuse_untrusted
+from pipeline.files.safetensors_header import read_header
 
 LARGEST_CONFIG = 10_000_000  # bytes
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pipeline.calc.settings import Method
 from pipeline.calc.shapes import Architecture, Linear
 from pipeline.errors import UserError
-from pipeline.patterns import end_match, one_budget
+from pipeline.files.patterns import end_match, one_budget
 from pipeline.targets import GROUPS, chosen
 
 

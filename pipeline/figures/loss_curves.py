@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.artifact import read_manifest
 from pipeline.dag import STAGES
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.style import WIDE
+from pipeline.files.artifact import read_manifest
 from pipeline.metrics import LOSS, Step, epoch_means, final_loss, flat_from, read_steps
 from pipeline.report import NAMES, compare
 from pipeline.runner import Job

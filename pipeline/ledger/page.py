@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_manifest
 from pipeline.dag import STAGES, Project
+from pipeline.files.artifact import read_manifest
 from pipeline.ledger.check import VERDICTS, Row, summary, table_of, titled
 from pipeline.tables import Table, read_table
 

@@ -8,7 +8,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline import dvc_file
-from pipeline.artifact import read_json
 from pipeline.calc.answer import answer
 from pipeline.calc.asked import method_of, run_of
 from pipeline.calc.fit import gpu
@@ -19,10 +18,11 @@ from pipeline.calc.sources import names as models
 from pipeline.dag import ARTIFACTS, STAGES, Project
 from pipeline.data import read_examples
 from pipeline.errors import UserError
+from pipeline.files.artifact import read_json
+from pipeline.files.safetensors_header import read_header
 from pipeline.ledger.expression import Function, number
 from pipeline.metrics import epoch_means, read_steps
 from pipeline.tables import Cell, read_table
-from pipeline.tensors import read_header
 
 STUDIES, FIGURES = "studies", "figures"
 SHOWN = ("name", "hidden", "heads", "kv_heads", "head_size", "vocabulary", "context", "tied", "total")

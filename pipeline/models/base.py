@@ -5,17 +5,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.artifact import read_json, refuse_untrusted
 from pipeline.base_check import refuse_implausible
-from pipeline.bases import weight_files
 from pipeline.device import device_for
 from pipeline.errors import UserError
+from pipeline.files.artifact import read_json, refuse_untrusted
+from pipeline.files.base_model import weight_files
+from pipeline.files.safetensors_header import read_header, refuse_difference, shapes
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import CONFIG, WEIGHTS, load_tensors
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.quantized import quantize
 from pipeline.params import Kept
-from pipeline.tensors import read_header, refuse_difference, shapes
 from pipeline.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.tensors import shapes, written
+from pipeline.files.safetensors_header import shapes, written
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.artifact import write_json
 from pipeline.errors import UserError
+from pipeline.files.artifact import write_json
 from pipeline.models.causal import CausalLM, Checkpointing, Shape, checkpointed
 from pipeline.models.files import CONFIG, WEIGHTS, save_tensors
 from pipeline.models.self_attention import JOINED, Attention, KVCache

@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pipeline.base_check import refuse_implausible
-from pipeline.bases import weight_files
+from pipeline.files.base_model import weight_files
 from pipeline.models.base import read_config
 from pipeline.models.causal import CausalLM
 from pipeline.models.files import CONFIG

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import engine
-from pipeline.artifact import read_manifest, write_json
 from pipeline.dag import STAGES, VARIANTS, Project
 from pipeline.data import Example, Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
+from pipeline.files.artifact import read_manifest, write_json
 from pipeline.measure import Said, Scored, completes, said, score
 from pipeline.metrics import LOSS, final_loss, flat_from, read_steps
 from pipeline.params import Evaluate

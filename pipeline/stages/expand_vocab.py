@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.adapters.lora import weight_of
-from pipeline.artifact import write_json
-from pipeline.bases import base_fingerprint
 from pipeline.data import Example, read_examples
 from pipeline.errors import UserError
+from pipeline.files.artifact import write_json
+from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import Base, count, load_base, save_base
 from pipeline.models.causal import CausalLM, read, set_row_count
 from pipeline.params import ExpandVocab

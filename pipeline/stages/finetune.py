@@ -10,18 +10,18 @@ from pipeline.adapters.attach import adapter_layers, attach, short_targets
 from pipeline.adapters.peft_format import save_adapter, stored
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
-from pipeline.artifact import read_manifest
-from pipeline.bases import base_fingerprint
 from pipeline.binding import WEIGHTS
 from pipeline.calc.settings import FULL, Method
 from pipeline.errors import UserError
+from pipeline.files.artifact import read_manifest
+from pipeline.files.base_model import base_fingerprint
+from pipeline.files.patterns import end_match, one_budget
+from pipeline.files.safetensors_header import shapes
 from pipeline.models.base import DTYPES, Base, count, load_base, stored_precision
 from pipeline.models.causal import CausalLM
 from pipeline.models.skeleton import skeleton
 from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
-from pipeline.patterns import end_match, one_budget
 from pipeline.runner import Event, Facts, Job, Note
-from pipeline.tensors import shapes
 from pipeline.training.loop import Learner, Task, train
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.retain import Retain, retain_of

@@ -3,8 +3,8 @@
 from collections.abc import Generator
 
 from pipeline.agreement import SameLogits
-from pipeline.bases import base_fingerprint
 from pipeline.data import read_prompts
+from pipeline.files.base_model import base_fingerprint
 from pipeline.merge import Merging, merge_into
 from pipeline.models.base import count
 from pipeline.models.skeleton import skeleton

@@ -5,9 +5,9 @@ from collections.abc import Generator
 import torch
 
 from pipeline.base_import import import_base
-from pipeline.bases import resolve
 from pipeline.calc.settings import FULL
 from pipeline.errors import UserError
+from pipeline.files.base_model import resolve
 from pipeline.models.base import Base, load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.opened import Opened, refuse_unlike

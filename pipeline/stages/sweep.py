@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from pipeline import artifact, provenance
+from pipeline import provenance
 from pipeline.adapters.attach import attach
 from pipeline.adapters.many import attach_many, only, trained_by
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.errors import UserError
+from pipeline.files import artifact
 from pipeline.metrics import LOSS, final_loss, read_steps
 from pipeline.models.base import DTYPES, Base, count, load_base
 from pipeline.models.skeleton import skeleton

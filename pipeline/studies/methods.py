@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import engine
-from pipeline.artifact import read_manifest
 from pipeline.calc.answer import answer
 from pipeline.calc.asked import method_of, run_of
 from pipeline.calc.sources import built_in
 from pipeline.engine import Loaded
+from pipeline.files.artifact import read_manifest
 from pipeline.looks import COLORS
 from pipeline.metrics import TELEMETRY
 from pipeline.runner import Event, Facts, Job

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import artifact
 from pipeline.dag import STAGES, Project
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
+from pipeline.files import artifact
 from pipeline.models.causal import CausalLM
 from pipeline.params import FinetuneLora, FinetuneSweep, Training
 from pipeline.runner import Event, Job, Note, Progress, Work

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline import artifact
 from pipeline.errors import UserError
+from pipeline.files import artifact
 from pipeline.metrics import LOSS, read_steps
 from pipeline.models.files import load_tensors, save_tensors
 from pipeline.runner import checkpoints, discard_checkpoints

@@ -5,11 +5,11 @@ from shutil import copyfile
 
 import torch
 
-from pipeline.bases import base_fingerprint
 from pipeline.corpus import Corpus, refuse_nothing
 from pipeline.data import Example, in_evaluation, iter_examples
 from pipeline.encode import encoder
 from pipeline.errors import UserError
+from pipeline.files.base_model import base_fingerprint
 from pipeline.metrics import LOSS
 from pipeline.models.base import Base, count, save_base
 from pipeline.models.causal import CausalLM

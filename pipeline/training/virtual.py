@@ -4,9 +4,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 from pipeline.adapters.virtual import VirtualSpec, in_precision, save_virtual, start
-from pipeline.bases import base_fingerprint
 from pipeline.calc.settings import Method
 from pipeline.errors import UserError
+from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import DTYPES, Base, count
 from pipeline.models.skeleton import skeleton
 from pipeline.params import FinetuneVirtual

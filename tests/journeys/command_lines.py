@@ -25,9 +25,9 @@ import yaml
 from typer.main import get_command
 
 from cli.main import app
-from pipeline import artifact
 from pipeline.errors import UserError
-from pipeline.legible import OBEYED
+from pipeline.files import artifact
+from pipeline.files.text import OBEYED
 from tests.forked import Forked
 
 LONGEST = 20.0  # seconds

@@ -15,9 +15,9 @@ from textual.events import Key
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from pipeline import artifact, digest_store
 from pipeline.dag import VARIANTS
-from pipeline.digest_store import DigestStore
+from pipeline.files import artifact, digest_cache
+from pipeline.files.digest_cache import DigestStore
 from pipeline.inventory import check
 from pipeline.params_file import save
 from tests.models import sealed_copies
@@ -747,7 +747,7 @@ async def test_digests_of_an_earlier_start_are_shown_and_never_loaded_by(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint is hashed when it is asked for the first time, whatever the list says of it."""
-    monkeypatch.setattr(digest_store, "SETTLED", -1)
+    monkeypatch.setattr(digest_cache, "SETTLED", -1)
     full = project / "artifacts/full_finetuned"
     sealed = artifact.contents(full)
     weights = bytearray((full / "model.safetensors").read_bytes())
@@ -770,7 +770,7 @@ async def test_digests_of_an_earlier_start_are_shown_and_never_loaded_by(
 
 
 def test_the_next_start_hashes_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest_store, "SETTLED", -1)
+    monkeypatch.setattr(digest_cache, "SETTLED", -1)
     sealed_copies(tmp_path, 3)
 
     def start() -> list[Entry]:
@@ -784,5 +784,5 @@ def test_the_next_start_hashes_nothing_again(tmp_path: Path, monkeypatch: pytest
         raise AssertionError(f"{path} is hashed again")
 
     monkeypatch.setattr(artifact, "file_digest", refuse)
-    monkeypatch.setattr(digest_store, "base_fingerprint", refuse)
+    monkeypatch.setattr(digest_cache, "base_fingerprint", refuse)
     assert start() == first

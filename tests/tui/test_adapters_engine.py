@@ -14,7 +14,7 @@ from pipeline.chat import render
 from pipeline.dag import VARIANTS
 from pipeline.engine import complete, continued, load, top_k
 from pipeline.errors import UserError
-from pipeline.legible import visible
+from pipeline.files.text import visible
 from tests.bases import toy_checkpoint
 from tests.tui.support import until
 from tests.tui.test_adapters import Session

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
-from pipeline import artifact
-from pipeline.bases import base_fingerprint
+from pipeline.files import artifact
+from pipeline.files.base_model import base_fingerprint
 from tests.tui.engines import FakeInference
 from tests.tui.support import until
 from tui.app import Workbench

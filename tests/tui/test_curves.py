@@ -467,7 +467,7 @@ async def test_odd_logs_are_drawn(empty: Path, text: str) -> None:
 
 
 async def test_ten_long_runs_at_once(root: Path) -> None:
-    from pipeline.artifact import file_digest, write_json
+    from pipeline.files.artifact import file_digest, write_json
 
     for number in range(10):
         folder = root / f".lora-cache/finetune_lora/{number:08}"

@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.cells import cell_len
 
-from pipeline.legible import visible
+from pipeline.files.text import visible
 from tui.exchange import Answer, Exchange
 from tui.sampling import Sampling
 from tui.widgets.attention import BARS, bars, matrix, sentence, window

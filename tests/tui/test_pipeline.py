@@ -20,8 +20,8 @@ from textual.containers import VerticalScroll
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
-from pipeline import artifact
 from pipeline.dag import STAGES
+from pipeline.files import artifact
 from pipeline.params import FinetuneFull, Params, load
 from pipeline.params_file import save
 from pipeline.status import StageState, Status

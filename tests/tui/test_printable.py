@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.legible import OBEYED, printable
+from pipeline.files.text import OBEYED, printable
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.tokenizer import WordTokenizer

@@ -12,8 +12,8 @@ from textual.events import ScreenResume, ScreenSuspend
 from textual.message import Message
 from textual.widgets import Input, Static
 
-from pipeline.artifact import MANIFEST
 from pipeline.binding import CONFIG
+from pipeline.files.artifact import MANIFEST
 from tui.asker import MOST
 from tui.library import Entry, Library, documents
 from tui.scanner import Scanner

@@ -9,7 +9,7 @@ from textual.events import Click
 from textual.message import Message
 from textual.widget import Widget
 
-from pipeline.legible import visible
+from pipeline.files.text import visible
 from tui.widgets.bars import bar, fitted, shade
 
 NUMBERS, SHADES = 6, 2  # cells a weight takes in the matrix: " 0.45 ", "▓▓"

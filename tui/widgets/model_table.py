@@ -12,8 +12,8 @@ from textual.events import Click, Resize
 from textual.message import Message
 from textual.widgets import DataTable
 
+from pipeline.files.text import in_order
 from pipeline.inventory import REFUSED, UNBOUND, VERIFIED
-from pipeline.legible import in_order
 from tui.library import Entry
 
 CHECKING = "checking…"

@@ -7,7 +7,7 @@ from rich.text import Text
 from textual.app import RenderResult
 from textual.widget import Widget
 
-from pipeline.legible import visible
+from pipeline.files.text import visible
 from tui.exchange import Answer
 from tui.widgets.bars import bar, fitted
 

@@ -11,9 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pipeline.bases import weight_files
 from pipeline.errors import UserError
-from pipeline.tensors import BYTES, TensorInfo, read_header
+from pipeline.files.base_model import weight_files
+from pipeline.files.safetensors_header import BYTES, TensorInfo, read_header
 
 PIECE = 8 * 2**20  # bytes, where the system cannot copy by itself
 

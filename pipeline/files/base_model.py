@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.artifact import digest, file_digest, read_json, refuse_untrusted
 from pipeline.errors import UserError
-from pipeline.tensors import fingerprint
+from pipeline.files.artifact import digest, file_digest, read_json, refuse_untrusted
+from pipeline.files.safetensors_header import fingerprint
 
 MINIGPT, FOLDER, GGUF, HUB = "minigpt", "folder", "gguf", "hub"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline import artifact
-from pipeline.bases import base_fingerprint
-from pipeline.signature import Signature, signature
+from pipeline.files import artifact
+from pipeline.files.base_model import base_fingerprint
+from pipeline.files.file_stamp import Signature, signature
 
 FORMAT = 1  # of the file: one of another format is not read
 MOST = 50_000  # digests in the file, about 5 MB
