@@ -13,8 +13,8 @@ from textual.app import App, ComposeResult
 from textual.widget import Widget
 
 from bench.measure import Row, in_turns
-from pipeline.looks import METHODS, Look, other
-from pipeline.metrics import COLUMNS
+from pipeline.project.logs.run_log import COLUMNS
+from pipeline.project.palette import METHODS, Look, other
 from tui.follow import Tail
 from tui.series import Log, parse_step
 from tui.series import Row as LogRow

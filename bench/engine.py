@@ -16,7 +16,7 @@ from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from pipeline.params import FinetuneLora
+from pipeline.project.params.sections import FinetuneLora
 from pipeline.stages.finetune import lora_spec
 from pipeline.tokenizer import WordTokenizer
 from tui.inference import Inference

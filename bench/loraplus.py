@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from pipeline.metrics import LOSS, epoch_means, read_steps
-from pipeline.params import FinetuneLora
-from pipeline.sweep import TABLE
+from pipeline.project.logs.run_log import LOSS, epoch_means, read_steps
+from pipeline.project.params.grid import TABLE
+from pipeline.project.params.sections import FinetuneLora
 
 EARLY = 10  # epochs
 Losses = Sequence[tuple[float, float]]  # of each seed, in epoch 10 and in the last, nats a token

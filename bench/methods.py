@@ -23,7 +23,7 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.virtual import VirtualSpec, start
 from pipeline.calc.settings import FULL
 from pipeline.models.base import load_base
-from pipeline.params import FinetuneFull, FinetuneLora, FinetuneVirtual, Kept, Training
+from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneVirtual, Kept, Training
 from pipeline.stages.finetune import lora_spec
 from pipeline.training.live import LiveBytes
 from pipeline.training.loop import Task, optimizer_of, steps

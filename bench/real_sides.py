@@ -26,7 +26,7 @@ from pipeline.encode import Encoded
 from pipeline.generate import generate
 from pipeline.models.fused import quicken
 from pipeline.models.opened import opened
-from pipeline.params import Training
+from pipeline.project.params.sections import Training
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches
 from pipeline.training.loop import Task, steps

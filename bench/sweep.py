@@ -21,7 +21,7 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.models.base import load_base
 from pipeline.models.causal import CausalLM
 from pipeline.models.fused import quicken
-from pipeline.params import FinetuneLora
+from pipeline.project.params.sections import FinetuneLora
 from pipeline.stages.finetune import lora_spec
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches

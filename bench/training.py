@@ -16,7 +16,7 @@ from pipeline.calc.settings import FULL
 from pipeline.data import windows
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from pipeline.params import FinetuneFreeze, FinetuneLora, Training
+from pipeline.project.params.sections import FinetuneFreeze, FinetuneLora, Training
 from pipeline.stages.finetune import freeze, lora_spec
 from pipeline.tokenizer import WordTokenizer
 from pipeline.training.batches import Batches

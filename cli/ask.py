@@ -92,9 +92,9 @@ def compare(
     """Ask every variant that the pipeline has made, side by side."""
     from cli.console import print_json, stderr, stdout, table
     from cli.outdated import outdated, warn
-    from pipeline.dag import VARIANTS
     from pipeline.engine import continued, variants
     from pipeline.errors import UserError
+    from pipeline.project.stage_graph import VARIANTS
 
     project = project_of(params)
     answers: dict[str, dict[str, Any]] = {}

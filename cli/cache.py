@@ -9,7 +9,7 @@ import typer
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, finite, group
 
 if TYPE_CHECKING:
-    from pipeline.cache import Cache
+    from pipeline.project.cache import Cache
 
 app = group()
 cache = group(help="Show or prune finished results that are kept for reuse.", invoke_without_command=True)
@@ -52,9 +52,9 @@ def prune(
 
 
 def _cache_of(params: Path) -> "Cache":
-    from pipeline.cache import Cache
-    from pipeline.dag import cache_folder
     from pipeline.errors import UserError
+    from pipeline.project.cache import Cache
+    from pipeline.project.stage_graph import cache_folder
 
     if params != DEFAULT_PARAMS and not params.is_file():
         raise UserError(f"{params} does not exist. Name the project's params file with --params.")

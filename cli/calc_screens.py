@@ -14,7 +14,7 @@ from pipeline.calc.parameters import trainable
 from pipeline.calc.sources import built_in, names
 from pipeline.calc.words import capped, smallest, title_of
 from pipeline.errors import UserError
-from pipeline.metrics import in_units
+from pipeline.project.logs.run_log import in_units
 
 
 def models(out: Output) -> None:

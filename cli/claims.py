@@ -10,8 +10,8 @@ from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, group, project
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from pipeline.dag import Project
     from pipeline.ledger.check import Row
+    from pipeline.project.stage_graph import Project
 
 app = group()
 COLOURS = {"holds": "green", "differs": "bold red", "depends": "yellow", "not run": "dim"}
@@ -48,9 +48,9 @@ def _keep(project: "Project") -> None:
     from cli.console import stderr
     from cli.progress import follow
     from pipeline.claims_stage import claims
-    from pipeline.dag import STAGES
     from pipeline.errors import UserError
-    from pipeline.runner import run
+    from pipeline.project.runner import run
+    from pipeline.project.stage_graph import STAGES
 
     stage = STAGES["claims"]
     if stage.name not in project.stages:

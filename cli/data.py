@@ -74,8 +74,8 @@ def show(
 
 def _default_base() -> Path:
     """The newest checkpoint that the pipeline has made here. Raises UserError."""
-    from pipeline.dag import STAGES
     from pipeline.errors import UserError
+    from pipeline.project.stage_graph import STAGES
 
     folders = [Path(STAGES[stage].path) for stage in ("expand_vocab", "pretrain")]
     for folder in folders:

@@ -8,7 +8,7 @@ from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOpt
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from pipeline.runner import Event, Facts, Job
+    from pipeline.project.runner import Event, Facts, Job
 
 app = group()
 STAGE = "figures"

@@ -10,7 +10,7 @@ from cli import adapters, ask, cache, calc, claims, data, doctor, export, figure
 from cli.options import group
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
-from pipeline.world import world
+from pipeline.project.process_rank import world
 
 app = group(
     help="Adapt language models with LoRA: train, merge, evaluate, ask. Numbers come from params.yaml.",

@@ -23,7 +23,7 @@ def new(
 ) -> None:
     """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten."""
     from cli.console import stderr, stdout
-    from pipeline.new_project import create
+    from pipeline.project.new_project import create
 
     made = create(folder, params, base)
     for note in made.notes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.dag import Project
+    from pipeline.project.stage_graph import Project
 
 ParamsOption = Annotated[Path, typer.Option("--params", help="Params file; its paths are relative to its folder.")]
 SetOption = Annotated[
@@ -42,7 +42,7 @@ def group(**settings: Any) -> typer.Typer:
 
 def project_of(params: Path, overrides: list[str] | None = None) -> "Project":
     """The project that `--params` names, its values checked."""
-    from pipeline.dag import Project
-    from pipeline.params import load
+    from pipeline.project.params.sections import load
+    from pipeline.project.stage_graph import Project
 
     return Project(params.resolve().parent, load(params, overrides or ()))

@@ -6,7 +6,7 @@ from typing import TypeVar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cli.console import stderr
-from pipeline.runner import Event, Note
+from pipeline.project.runner import Event, Note
 
 Result = TypeVar("Result")
 

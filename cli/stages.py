@@ -21,7 +21,7 @@ from cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from pipeline.runner import Event, Facts, Job, Work
+    from pipeline.project.runner import Event, Facts, Job, Work
 
     Making = Generator[Event, None, Facts]
 
@@ -117,7 +117,7 @@ def lora(
     The same from torchrun: torchrun --nproc-per-node 2 -m cli.main finetune lora
     """
     from pipeline.errors import UserError
-    from pipeline.world import world
+    from pipeline.project.process_rank import world
 
     if shard and devices == 1 and world().alone:
         raise UserError("--shard shares the base among several devices. Say how many with --devices.")
@@ -169,7 +169,7 @@ def sweep(
 ) -> None:
     """Train an adapter for each combination of finetune_sweep.grid, all in one pass → artifacts/sweep."""
     from cli.sweep import show
-    from pipeline.sweep import variants
+    from pipeline.project.params.grid import variants
 
     project = project_of(params, overrides)
     variants(project.params.finetune_lora, project.params.finetune_sweep)  # what is wrong is said first
@@ -243,10 +243,10 @@ def run_stage(
     """Run a stage, show how it goes, and say in a line what came of it."""
     from cli.console import stdout
     from cli.progress import follow
-    from pipeline.dag import STAGES
     from pipeline.errors import UserError
-    from pipeline.runner import run
-    from pipeline.world import world
+    from pipeline.project.process_rank import world
+    from pipeline.project.runner import run
+    from pipeline.project.stage_graph import STAGES
 
     project = project_of(params, overrides)
     if world().alone:
@@ -265,7 +265,7 @@ def run_stage(
 
 def _summary(folder: Path, manifest: dict[str, object]) -> str:
     """One line: where the artifact is and what can be said of it at once."""
-    from pipeline.metrics import LOSS, final_loss, read_steps
+    from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 
     parts = [f"{folder.parent.name}/{folder.name}"]
     parameters = manifest.get("parameters")
@@ -288,9 +288,9 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     """Show the last comparison, and where the report is."""
     from cli.console import stdout, table
     from cli.outdated import outdated, warn
-    from pipeline.dag import STAGES
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
+    from pipeline.project.stage_graph import STAGES
     from pipeline.report import SUMMARY_COLUMNS, summary_row
 
     project = project_of(params)

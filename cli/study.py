@@ -11,8 +11,8 @@ from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOpt
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from pipeline.dag import Project
-    from pipeline.runner import Event, Facts, Job
+    from pipeline.project.runner import Event, Facts, Job
+    from pipeline.project.stage_graph import Project
 
 app = group()
 STUDIES = {
@@ -70,7 +70,7 @@ def study(
 
 def _why_not(project: "Project", study: str) -> str:
     """What the project lacks for a study."""
-    from pipeline.dag import STAGES
+    from pipeline.project.stage_graph import STAGES
 
     if not STAGES[f"study_{study}"].documents:
         return f"study_{study}.data names no file. Write sentences that state the fact, and name them there."

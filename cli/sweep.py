@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cli.console import stdout, table
 from pipeline.files.artifact import read_json
-from pipeline.sweep import TABLE
+from pipeline.project.params.grid import TABLE
 
 COLUMNS = ("trained", "steps", "loss", "held out")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from textual.pilot import Pilot
 
-from pipeline.dag import STAGES, VARIANTS
+from pipeline.project.stage_graph import STAGES, VARIANTS
 from tui.app import Workbench
 
 HERE = Path(__file__).resolve().parent

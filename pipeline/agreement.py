@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.measure import score
 from pipeline.models.causal import read
 from pipeline.models.exact import exact
-from pipeline.params import Kept
+from pipeline.project.params.sections import Kept
 from pipeline.tokenizer import load_tokenizer
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from pipeline.dag import STAGES
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
-from pipeline.params import Kept
+from pipeline.project.params.sections import Kept
+from pipeline.project.stage_graph import STAGES
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MODEL = "config.json"  # what a whole model has in its place

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.binding import VIRTUAL, Origin, origin_of, quantization_of, read_config
 from pipeline.files import artifact
 from pipeline.inventory import measured
-from pipeline.metrics import LOSS, final_loss, read_steps
+from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 
 CARD = "README.md"
 TAGS = "tags: [lora, lora-workbench]"  # by them a card is known as one of these

@@ -3,14 +3,14 @@
 import json
 from collections.abc import Generator
 
-from pipeline.dag import Project
 from pipeline.ledger.check import Row, check, summary
 from pipeline.ledger.claims import read_claims
 from pipeline.ledger.page import page
 from pipeline.ledger.sources import Sources
-from pipeline.new_project import DEFAULTS
-from pipeline.runner import Event, Facts, Job, Progress
-from pipeline.study_params import Claims
+from pipeline.project.new_project import DEFAULTS
+from pipeline.project.params.studies import Claims
+from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.project.stage_graph import Project
 
 STAGE, CLAIMS, PAGE = "claims", "claims.json", "report.md"
 

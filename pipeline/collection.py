@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import provenance
 from pipeline.adapters.combine import How, combine
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.plan import fitted
@@ -19,6 +18,7 @@ from pipeline.files import artifact, base_model
 from pipeline.files.safetensors_header import fingerprint, read_header
 from pipeline.files.shards import places
 from pipeline.models.skeleton import skeleton
+from pipeline.project import provenance
 
 
 def combine_adapters(

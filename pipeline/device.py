@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pipeline.metrics import peak_memory
-from pipeline.world import world
+from pipeline.project.logs.run_log import peak_memory
+from pipeline.project.process_rank import world
 
 
 def best_device() -> torch.device:

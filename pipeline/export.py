@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.merge import Merging, Verify, merge_to
 from pipeline.models.skeleton import skeleton
-from pipeline.runner import Event
+from pipeline.project.runner import Event
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")

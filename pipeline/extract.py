@@ -30,7 +30,7 @@ from pipeline.files.shards import Place
 from pipeline.models.causal import CausalLM
 from pipeline.models.linears import is_conv1d
 from pipeline.models.skeleton import skeleton
-from pipeline.runner import Event, Progress
+from pipeline.project.runner import Event, Progress
 
 
 @dataclass(frozen=True)

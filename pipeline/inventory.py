@@ -10,14 +10,14 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.binding import CONFIG, VIRTUAL, Contents, Fingerprint, base_of, refuse_foreign
-from pipeline.dag import STAGES, VARIANTS
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.file_stamp import Signature, signature
 from pipeline.files.safetensors_header import read_header
 from pipeline.files.text import in_order
-from pipeline.metrics import LOSS, final_loss, read_steps
+from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
+from pipeline.project.stage_graph import STAGES, VARIANTS
 
 UNSEALED = "no manifest: base not known"
 NOT_CHECKED = "It has no manifest: names and shapes are checked when it is loaded, nothing else can be."

@@ -9,7 +9,7 @@ from pipeline.adapters.plan import planned
 from pipeline.adapters.stream import Merge, Ratio, one_thread, ratios
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.runner import Event, Note, Progress
+from pipeline.project.runner import Event, Note, Progress
 
 CERTIFICATE = "certificate.json"
 MOSTLY = 0.9  # of an update: below it, not all that was learned is there

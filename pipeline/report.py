@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.looks import COLORS
-from pipeline.metrics import Step, epoch_means, flat_from
-from pipeline.params import Evaluate
+from pipeline.project.logs.run_log import Step, epoch_means, flat_from
+from pipeline.project.palette import COLORS
+from pipeline.project.params.sections import Evaluate
 
 NAMES = {
     "base": "Base",

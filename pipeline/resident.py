@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.file_stamp import Signature, signature
 from pipeline.models.causal import CausalLM
-from pipeline.params import Kept
+from pipeline.project.params.sections import Kept
 
 
 def view(model: CausalLM) -> CausalLM:

@@ -12,11 +12,11 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.calc.settings import FULL
 from pipeline.data import IGNORED, Window
-from pipeline.metrics import Step
 from pipeline.models.causal import CausalLM
 from pipeline.models.opened import Opened, from_config
-from pipeline.params import Training
-from pipeline.runner import Event
+from pipeline.project.logs.run_log import Step
+from pipeline.project.params.sections import Training
+from pipeline.project.runner import Event
 from pipeline.training.batches import Batches
 from pipeline.training.loop import Task, optimizer_of, steps
 from pipeline.training.optimizer import FlatAdam

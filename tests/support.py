@@ -9,9 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.dag import STAGES, Project
-from pipeline.params import load
-from pipeline.runner import Event, Work, run
+from pipeline.project.params.sections import load
+from pipeline.project.runner import Event, Work, run
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.expand_vocab import expand_vocab
 from pipeline.stages.finetune import finetune

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import Cache, Damaged
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.runner import Note
+from pipeline.project.cache import Cache, Damaged
+from pipeline.project.runner import Note
 from tests.support import BRIEF, PIPELINE, folder_bytes, make_one
 
 
@@ -229,7 +229,7 @@ def test_pruning_keeps_the_newest_of_each_stage(project: Path) -> None:
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An artifact with one file that counts as large, and one that does not."""
-    monkeypatch.setattr("pipeline.cache.LARGE", 1000)
+    monkeypatch.setattr("pipeline.project.cache.LARGE", 1000)
     with artifact.writing(tmp_path / "made") as folder:
         (folder / "model.safetensors").write_bytes(b"x" * 1000)
         (folder / "config.json").write_bytes(b"x" * 999)
@@ -306,7 +306,7 @@ def test_many_processes_on_one_cache_never_corrupt_it(project: Path, tmp_path: P
 import random, sys
 from pathlib import Path
 from pipeline.files import artifact
-from pipeline.cache import Cache
+from pipeline.project.cache import Cache
 root, source, target = map(Path, sys.argv[1:4])
 cache = Cache(root)
 for turn in range(60):

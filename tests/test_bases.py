@@ -640,7 +640,8 @@ def test_deciding_what_a_base_is_loads_no_heavy_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, pipeline.files.base_model; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    heavy = "[n for n in ('torch', 'transformers', 'numpy') if n in sys.modules]"
+    code = f"import sys, pipeline.files.base_model; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert base_model.MINIGPT == "minigpt"

@@ -18,8 +18,8 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.main import app
-from pipeline.dag import STAGES, VARIANTS
 from pipeline.files.text import visible
+from pipeline.project.stage_graph import STAGES, VARIANTS
 from pipeline.subwords import SubwordTokenizer
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora

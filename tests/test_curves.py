@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.curves import TRAINING, LogFiles, Run, discover, stamp
 from pipeline.files.artifact import file_digest, write_json
-from pipeline.looks import METHODS, SIGNS, other
-from pipeline.params import load
 from pipeline.pictures import MARKERS
-from pipeline.sweep import ends
+from pipeline.project.logs.runs import TRAINING, LogFiles, Run, discover, stamp
+from pipeline.project.palette import METHODS, SIGNS, other
+from pipeline.project.params.grid import ends
+from pipeline.project.params.sections import load
 from tests.support import BRIEF, ROOT, make
 from tui.shown import POINTED
 

@@ -1,4 +1,4 @@
-"""dvc.yaml says what pipeline/dag.py says, and DVC does with it what the README promises."""
+"""dvc.yaml says what pipeline/project/stage_graph.py says, and DVC does with it what the README promises."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.dag import STAGES, Project
-from pipeline.dvc_file import command, render
-from pipeline.params import load
-from pipeline.params_file import save
-from pipeline.provenance import code_files
+from pipeline.project.dvc_yaml import command, render
+from pipeline.project.params.edit import save
+from pipeline.project.params.sections import load
+from pipeline.project.provenance import code_files
+from pipeline.project.stage_graph import STAGES, Project
 from tests.support import BRIEF, COMMAND, METHODS, ROOT, git
 
 DVC = str(Path(sys.executable).parent / "dvc")
@@ -56,7 +56,7 @@ def test_code_files_are_found_while_another_thread_parses() -> None:
     """In a process of its own, which switches threads often."""
     code = """
 import gc, inspect, sys, threading, time
-from pipeline.provenance import code_files
+from pipeline.project.provenance import code_files
 done = threading.Event()
 def parse():
     while not done.is_set():

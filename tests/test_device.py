@@ -17,16 +17,16 @@ import torch
 from pipeline import device, engine, serve
 from pipeline.answers import Answers
 from pipeline.calc.settings import Method
-from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.generate import generate
-from pipeline.metrics import in_units, read_steps
 from pipeline.models import quantized
 from pipeline.models.base import load_base
-from pipeline.params import FinetuneLora, load
+from pipeline.project.logs.run_log import in_units, read_steps
+from pipeline.project.params.sections import FinetuneLora, load
+from pipeline.project.runner import checkpoints
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.request import Request
-from pipeline.runner import checkpoints
 from pipeline.training.batches import collate
 from pipeline.training.forecast import forecast, longest, smaller
 from pipeline.training.loop import prepared

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.files.artifact import digest
-from pipeline.metrics import read_steps
-from pipeline.runner import checkpoints
+from pipeline.project.logs.run_log import read_steps
+from pipeline.project.runner import checkpoints
 from pipeline.training import launch
 from tests.families import FAMILIES, TEXTS, new_project
 from tests.forked import Forked

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from bench import loraplus
 from bench.published import published, table
-from pipeline.metrics import RunLog, Step
-from pipeline.params import load
-from pipeline.sweep import variants
+from pipeline.project.logs.run_log import RunLog, Step
+from pipeline.project.params.grid import variants
+from pipeline.project.params.sections import load
 from tests.conftest import Lora
 from tests.support import ROOT
 

@@ -27,7 +27,7 @@ from pipeline.card import card
 from pipeline.errors import UserError
 from pipeline.models.exact import exact
 from pipeline.models.quantized import QuantizedLinear, quantize
-from pipeline.params import Kept
+from pipeline.project.params.sections import Kept
 from tests.merged import merged_model
 from tests.models import adapter, checkpoint
 from tests.real import ROWS, stock, toy

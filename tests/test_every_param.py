@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.dag import STAGES
 from pipeline.errors import UserError
-from pipeline.params import Params
+from pipeline.project.params.sections import Params
+from pipeline.project.stage_graph import STAGES
 from tests.bases import toy_checkpoint
 from tests.support import BRIEF, METHODS, folder_bytes, make
 

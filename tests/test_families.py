@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline import engine
-from pipeline.dag import STAGES, Project
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import shapes
-from pipeline.params import load
-from pipeline.runner import Progress, run
+from pipeline.project.params.sections import load
+from pipeline.project.runner import Progress, run
+from pipeline.project.stage_graph import STAGES, Project
 from tests.families import FAMILIES, GENERATION, OTHERS, VOCABULARY, new_project
 from tests.support import PIPELINE, ROOT, WORK, folder_bytes, make, make_one
 
@@ -223,8 +223,8 @@ SILENT = """
 import sys
 from pathlib import Path
 from pipeline import engine
-from pipeline.dag import Project
-from pipeline.params import load
+from pipeline.project.stage_graph import Project
+from pipeline.project.params.sections import load
 from tests.support import PIPELINE, WORK, make
 for root in map(Path, sys.argv[1:]):
     make(root, PIPELINE)

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import engine
 from pipeline.answers import Answers
-from pipeline.dag import VARIANTS
 from pipeline.generate import Sampling, generate
 from pipeline.models.base import load_base
 from pipeline.models.opened import Opened
+from pipeline.project.stage_graph import VARIANTS
 from pipeline.request import Request
 from tests.conftest import Lora
 from tests.families import END, FAMILIES, NEW, TOOL

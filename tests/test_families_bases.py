@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import engine
-from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import fingerprint
-from pipeline.params import load
-from pipeline.runner import known
+from pipeline.project.params.sections import load
+from pipeline.project.runner import known
+from pipeline.project.stage_graph import STAGES, Project
 from tests.bases import edit_config
 from tests.conftest import Lora
 from tests.families import FAMILIES, NEW, TOOL, VOCABULARY, new_project

@@ -23,7 +23,6 @@ from transformers import OPTForCausalLM
 
 from pipeline import engine
 from pipeline.adapters.lora import LoRALinear
-from pipeline.dag import STAGES, Project
 from pipeline.data import read_examples
 from pipeline.errors import UserError
 from pipeline.figures.changes import held_by, held_if_normal, needed_for, needed_if_normal, trained_by
@@ -37,9 +36,10 @@ from pipeline.figures.placement import placement
 from pipeline.figures.style import FROZEN, GREEN, INK, LITTLE_TO_MUCH, PRINT, RED, SMALL, on, ramp
 from pipeline.figures.subspace import finetuning_subspace
 from pipeline.measure import score
-from pipeline.metrics import read_steps
-from pipeline.params import Init, load
-from pipeline.runner import Job
+from pipeline.project.logs.run_log import read_steps
+from pipeline.project.params.sections import Init, load
+from pipeline.project.runner import Job
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.studies.runs import silently
 from pipeline.tables import Cell, mean, read_table
 from tests.conftest import Lora

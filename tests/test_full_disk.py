@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import journal
 from pipeline.base_import import import_base
-from pipeline.dag import Project
 from pipeline.files import base_model
 from pipeline.models.files import save_tensors
-from pipeline.params import load
-from pipeline.status import Status
+from pipeline.project.logs import run_state
+from pipeline.project.params.sections import load
+from pipeline.project.stage_graph import Project
+from pipeline.project.status import Status
 from tests.bases import toy_checkpoint
 from tests.support import BRIEF, lora, new_project
 from tui import processes
@@ -85,11 +85,11 @@ def test_an_import_that_does_not_fit_blames_no_base(tmp_path: Path, size: int) -
 
 
 def test_a_run_that_dies_of_a_full_disk_says_so_in_its_journal(disk: Path) -> None:
-    with pytest.raises(OSError), journal.writing(disk) as writer:
+    with pytest.raises(OSError), run_state.writing(disk) as writer:
         writer.note("a note")
         fill(disk)
         (disk / "log").write_bytes(bytes(4096))
-    run = journal.read(disk)
+    run = run_state.read(disk)
     assert run is not None
     assert (run.state, run.message) == ("failed", FULL_ERROR)
     assert [path.name for path in disk.glob("*.tmp")] == []

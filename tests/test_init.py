@@ -15,7 +15,7 @@ from pipeline.adapters.lora import LoRALinear, factors
 from pipeline.adapters.peft_format import load_adapter, save_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.errors import UserError
-from pipeline.params import Init
+from pipeline.project.params.sections import Init
 from tests.real import ROWS, stock, toy
 
 INITS: tuple[Init, ...] = get_args(Init)

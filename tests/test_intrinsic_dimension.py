@@ -15,7 +15,7 @@ from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.measure import score
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from pipeline.params import FinetuneFull
+from pipeline.project.params.sections import FinetuneFull
 from pipeline.tables import Cell, Spread, read_table
 from pipeline.training.batches import Batches
 from pipeline.training.loop import Task, optimizer_of, steps

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from pipeline import inventory
-from pipeline.dag import STAGES, VARIANTS
 from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.file_stamp import signature
 from pipeline.inventory import Model, check, describe, find_base, measured, model_folders
+from pipeline.project.stage_graph import STAGES, VARIANTS
 from tests.conftest import Lora
 
 

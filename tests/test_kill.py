@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runner import Note
+from pipeline.project.runner import Note
 from tests.forked import Forked
 from tests.support import BRIEF, COMMAND, LORA, folder_bytes, lora, make_one
 

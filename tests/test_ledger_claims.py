@@ -13,15 +13,15 @@ import pytest
 import yaml
 
 from pipeline.claims_stage import CLAIMS, PAGE, claims, verdicts
-from pipeline.dag import MEASURED, STAGES, Project
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.ledger.check import VERDICTS, Row, calculated
 from pipeline.ledger.claims import NEEDED, read_claims
 from pipeline.ledger.expression import parse
 from pipeline.ledger.sources import Sources
-from pipeline.params import load
-from pipeline.runner import run
+from pipeline.project.params.sections import load
+from pipeline.project.runner import run
+from pipeline.project.stage_graph import MEASURED, STAGES, Project
 from tests.conftest import Lora
 from tests.support import PIPELINE, ROOT, folder_bytes, lora, new_project, played, refusal
 

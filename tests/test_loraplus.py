@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.adapters.attach import tensors
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.models.opened import Opened
-from pipeline.params import FinetuneLora
+from pipeline.project.params.sections import FinetuneLora
 from pipeline.training.loop import optimizer_of
 from pipeline.training.optimizer import FlatAdam
 from tests.real import stock, toy, with_lora

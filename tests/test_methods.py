@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pipeline.dag import STAGES, Project
 from pipeline.data import in_evaluation, read_examples
 from pipeline.engine import load
 from pipeline.files import artifact
 from pipeline.inventory import check, describe
 from pipeline.measure import score
-from pipeline.metrics import LOSS, read_steps
-from pipeline.params import Kept
-from pipeline.params import load as load_params
-from pipeline.runner import run
+from pipeline.project.logs.run_log import LOSS, read_steps
+from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import load as load_params
+from pipeline.project.runner import run
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.sweep import sweep
 from tests import families
 from tests.conftest import Lora

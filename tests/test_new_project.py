@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import dvc_file, new_project
-from pipeline.dag import STAGES, Project
-from pipeline.params import load
-from pipeline.params_file import save
+from pipeline.project import dvc_yaml, new_project
+from pipeline.project.params.edit import save
+from pipeline.project.params.sections import load
+from pipeline.project.stage_graph import STAGES, Project
 from tests import families
 from tests.conftest import Lora
 from tests.support import BRIEF, ROOT, folder_bytes, git
@@ -183,14 +183,14 @@ def test_the_code_that_stages_run_is_one_more_of_their_params(tmp_path: Path, mo
     new_project.create(folder)
     found = yaml.safe_load((folder / "code.yaml").read_text(encoding="utf-8"))
     assert list(found) == list(STAGES)
-    monkeypatch.setattr("pipeline.provenance.code_digest", lambda module: f"another {module}")
+    monkeypatch.setattr("pipeline.project.provenance.code_digest", lambda module: f"another {module}")
     assert new_project.create(folder).added == ["code.yaml"]
 
 
 def test_empty_files_are_left_out_and_one_named_twice_is_watched_once(tmp_path: Path) -> None:
     text = "evaluate:\n  old_data: a.txt\n  new_data: a.txt\n"
     params = params_of(tmp_path, text, "a.txt")
-    stages = yaml.safe_load(dvc_file.render(Project(tmp_path, load(params))))["stages"]
+    stages = yaml.safe_load(dvc_yaml.render(Project(tmp_path, load(params))))["stages"]
     places = [dep for dep in stages["evaluate"]["deps"] if dep.startswith("$")]
     assert places == ["${evaluate.old_data}", "${evaluate.prompts}"]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.params import FinetuneLora, Params, load, rule
+from pipeline.project.params.sections import FinetuneLora, Params, load, rule
 from tests.support import ROOT
 
 

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.params import load, parse
-from pipeline.params_file import changed, save
+from pipeline.project.params.edit import changed, save
+from pipeline.project.params.sections import load, parse
 from tests.support import ROOT
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.engine import load
 from pipeline.models.causal import CausalLM
 from pipeline.models.quantized import QuantizedLinear, quantize
-from pipeline.params import Kept
+from pipeline.project.params.sections import Kept
 from pipeline.resident import Residents
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora

@@ -12,7 +12,7 @@ from pipeline import engine
 from pipeline.data import Example, read_examples
 from pipeline.measure import Scored, score
 from pipeline.models.quantized import quantizable
-from pipeline.params import Kept
+from pipeline.project.params.sections import Kept
 from pipeline.studies.quantization import calibrated
 from pipeline.tables import Cell, Spread, read_table
 from tests.conftest import Lora

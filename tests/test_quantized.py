@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline import provenance
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.calc.families import architecture
@@ -22,6 +21,7 @@ from pipeline.files.base_model import base_fingerprint
 from pipeline.models import quantized
 from pipeline.models.exact import exact
 from pipeline.models.quantized import Quantization, QuantizedLinear, quantizable, quantize
+from pipeline.project import provenance
 from tests.conftest import Lora
 from tests.merged import merged_model
 from tests.real import toy, with_lora

@@ -14,7 +14,7 @@ from pipeline.calc.families import architecture
 from pipeline.calc.parameters import trainable
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
-from pipeline.params import load
+from pipeline.project.params.sections import load
 from pipeline.stages.finetune import lora_spec, method_of, new_rows
 from tests.support import BRIEF, make
 from tests.test_peft import assert_same_logits

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.dag import STAGES, Project
 from pipeline.data import in_evaluation, read_examples
 from pipeline.errors import UserError
-from pipeline.metrics import read_steps
 from pipeline.models.base import load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from pipeline.params import load
-from pipeline.runner import Note, Progress, run
+from pipeline.project.logs.run_log import read_steps
+from pipeline.project.params.sections import load
+from pipeline.project.runner import Note, Progress, run
+from pipeline.project.stage_graph import STAGES, Project
 from tests.families import FAMILIES, new_project
 from tests.support import BRIEF, WORK, folder_bytes, make, make_one
 

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.dag import STAGES, VARIANTS, Project
 from pipeline.data import read_prompts
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
-from pipeline.params import load
-from pipeline.runner import run
+from pipeline.project.params.sections import load
+from pipeline.project.runner import run
+from pipeline.project.stage_graph import STAGES, VARIANTS, Project
 from pipeline.stages.finetune import finetune
 from tests.support import BRIEF, METHODS, PIPELINE, ROOT, make, make_one
 

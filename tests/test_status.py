@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import journal
-from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
-from pipeline.params import load
-from pipeline.params_file import save
-from pipeline.runner import Event, Job, Note, Progress, run
-from pipeline.status import Status, outdated, project_signature
+from pipeline.project.logs import run_state
+from pipeline.project.params.edit import save
+from pipeline.project.params.sections import load
+from pipeline.project.runner import Event, Job, Note, Progress, run
+from pipeline.project.stage_graph import STAGES, Project
+from pipeline.project.status import Status, outdated, project_signature
 from tests.support import BRIEF, COMMAND, LORA, make, make_one
 
 
@@ -153,9 +153,9 @@ def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(p
     command = [LORA, *COMMAND["finetune_lora"], "--force", "--set", "finetune_lora.epochs=20000"]
     save(project / "params.yaml", {"finetune_lora.epochs": 20000})
     process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_for(lambda: (now := journal.read(folder)) is not None and now.state == "running" and now.done > 1)
-    assert journal.alive(folder)
-    now = journal.read(folder)
+    wait_for(lambda: (now := run_state.read(folder)) is not None and now.state == "running" and now.done > 1)
+    assert run_state.alive(folder)
+    now = run_state.read(folder)
     assert now is not None
     assert (now.pid, now.total, now.first) == (process.pid, 120_000, 1)
     assert now.text.startswith("loss ")
@@ -168,14 +168,14 @@ def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(p
     assert "stopped after step" in stopped.reasons[0]
 
     process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_for(lambda: (now := journal.read(folder)) is not None and now.pid == process.pid and now.done > now.first)
-    now = journal.read(folder)
+    wait_for(lambda: (now := run_state.read(folder)) is not None and now.pid == process.pid and now.done > now.first)
+    now = run_state.read(folder)
     assert now is not None
     assert now.first > 1, "it went on from the checkpoint"
     assert any("resumed after step" in note for note in now.notes)
     process.kill()
     process.communicate()
-    assert not journal.alive(folder)
+    assert not run_state.alive(folder)
     assert status_of(project) == "died"
 
 
@@ -199,7 +199,7 @@ def test_a_failure_keeps_its_message(project: Path) -> None:
 
 def test_a_stage_taken_from_the_cache_is_done(project: Path) -> None:
     make_one(project, "merge", BRIEF)
-    now = journal.read(project / "runs/merge")
+    now = run_state.read(project / "runs/merge")
     assert now is not None
     assert now.state == "done"
     assert "taken from the cache" in now.notes[0]
@@ -208,7 +208,7 @@ def test_a_stage_taken_from_the_cache_is_done(project: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "running"}', '{"pid": 1, "unknown": 2}'])
 def test_a_damaged_journal_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text, encoding="utf-8")
-    assert journal.read(tmp_path) is None
+    assert run_state.read(tmp_path) is None
 
 
 def test_a_journal_that_cannot_be_written_stops_no_stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,11 +224,11 @@ def test_a_journal_that_cannot_be_written_stops_no_stage(project: Path, monkeypa
 
 
 def test_a_lock_file_of_a_process_that_is_gone_is_not_alive(tmp_path: Path) -> None:
-    assert not journal.alive(tmp_path)
+    assert not run_state.alive(tmp_path)
     (tmp_path / "lock").write_text("", encoding="utf-8")
-    assert not journal.alive(tmp_path)
+    assert not run_state.alive(tmp_path)
     (tmp_path / "lock").write_text(str(os.getpid()), encoding="utf-8")
-    assert not journal.alive(tmp_path), "the process lives, but holds nothing"
+    assert not run_state.alive(tmp_path), "the process lives, but holds nothing"
 
 
 # What lies there was made from what lies there

@@ -14,13 +14,13 @@ import yaml
 from torch import nn
 
 from pipeline import engine
-from pipeline.dag import STAGES, Project
 from pipeline.data import Prompt
 from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
-from pipeline.metrics import TELEMETRY, TELEMETRY_COLUMNS
-from pipeline.params import Params, load
-from pipeline.runner import Event, Job, Progress, known, run
+from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS
+from pipeline.project.params.sections import Params, load
+from pipeline.project.runner import Event, Job, Progress, known, run
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.evaluate import weight_bytes
 from pipeline.studies import knowledge_correction, methods, runs
 from pipeline.studies.fact_tables import Said, Words

@@ -17,16 +17,16 @@ from torch.testing import assert_close
 from pipeline.adapters.lora import LoRALinear
 from pipeline.adapters.many import ManyLowRank, Share, Stacks, attach_many, layers
 from pipeline.adapters.products import update
-from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.inventory import adapters, check, describe
-from pipeline.metrics import Step, read_steps
 from pipeline.models.opened import Opened
-from pipeline.params import FinetuneLora, FinetuneSweep, load
-from pipeline.runner import Note, run
+from pipeline.project.logs.run_log import Step, read_steps
+from pipeline.project.params.grid import variants
+from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, load
+from pipeline.project.runner import Note, run
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.sweep import sweep
-from pipeline.sweep import variants
 from pipeline.training.many_adam import ManyAdam
 from tests.families import FAMILIES
 from tests.families import new_project as family_project

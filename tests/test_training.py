@@ -16,10 +16,10 @@ from pipeline.calc.settings import FULL
 from pipeline.data import IGNORED, Window, read_examples, windows
 from pipeline.encode import encode
 from pipeline.errors import UserError
-from pipeline.metrics import COLUMNS, Step, epoch_means, flat_from, read_steps
 from pipeline.models.base import load_base
-from pipeline.params import Training
-from pipeline.runner import Note, Progress
+from pipeline.project.logs.run_log import COLUMNS, Step, epoch_means, flat_from, read_steps
+from pipeline.project.params.sections import Training
+from pipeline.project.runner import Note, Progress
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.loop import Task, steps
 from pipeline.training.optimizer import FlatAdam

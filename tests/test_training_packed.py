@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pipeline.metrics import Step
 from pipeline.models.opened import Opened, from_config
-from pipeline.params import Training
+from pipeline.project.logs.run_log import Step
+from pipeline.project.params.sections import Training
 from pipeline.training import losses
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.optimizer import FlatAdam

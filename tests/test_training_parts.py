@@ -19,7 +19,7 @@ from pipeline.encode import encode
 from pipeline.engine import Loaded
 from pipeline.measure import score
 from pipeline.models.opened import Opened
-from pipeline.params import Training
+from pipeline.project.params.sections import Training
 from pipeline.subwords import SubwordTokenizer
 from pipeline.training.batches import Batches, collate
 from pipeline.training.live import LiveBytes

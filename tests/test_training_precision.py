@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.metrics import Step, epoch_means, read_steps
 from pipeline.models.base import Base, load_base
-from pipeline.params import Kept, Params, Training, load
+from pipeline.project.logs.run_log import Step, epoch_means, read_steps
+from pipeline.project.params.sections import Kept, Params, Training, load
 from pipeline.training import optimizer as optimizers
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import LARGEST_SCALE, FlatAdam

@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.dag import STAGES, Project
 from pipeline.data import in_evaluation, iter_examples
 from pipeline.errors import UserError
-from pipeline.metrics import Step, read_steps
 from pipeline.models.base import load_base
 from pipeline.models.causal import CausalLM
-from pipeline.params import load
-from pipeline.runner import Progress, checkpoints, run
+from pipeline.project.logs.run_log import Step, read_steps
+from pipeline.project.params.sections import load
+from pipeline.project.runner import Progress, checkpoints, run
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.schedule import rate

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.attach import attach
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.dag import STAGES, Project
 from pipeline.data import Window
 from pipeline.errors import UserError
-from pipeline.metrics import read_steps
 from pipeline.models.base import load_base
 from pipeline.models.opened import Opened
-from pipeline.params import FinetuneLora, load
-from pipeline.runner import Job, Note
+from pipeline.project.logs.run_log import read_steps
+from pipeline.project.params.sections import FinetuneLora, load
+from pipeline.project.runner import Job, Note
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam

@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.dag import ARTIFACTS
 from pipeline.errors import UserError
 from pipeline.inventory import REFUSED
-from pipeline.params import load
+from pipeline.project.params.sections import load
+from pipeline.project.stage_graph import ARTIFACTS
 from tui.exchange import Answer
 from tui.inference import Inference
 from tui.library import Entry, Library, Stamp

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.metrics import COLUMNS, OPTIONAL
+from pipeline.project.logs.run_log import COLUMNS, OPTIONAL
 from tui.series import Log, Series
 from tui.widgets.curve import Curve, Range
 

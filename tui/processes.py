@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import journal
-from pipeline.dag import RUNS, STAGES
 from pipeline.errors import UserError
+from pipeline.project.logs import run_state
+from pipeline.project.stage_graph import RUNS, STAGES
 
 LOCK, LOG, OLD_LOG = "pipeline.lock", "pipeline.log", "pipeline.old.log"
 BIN = Path(sys.executable).parent
@@ -126,8 +126,8 @@ class Runner:
 
     def _stages(self) -> Iterable[int]:
         for name in STAGES:
-            run = journal.read(self.runs / name)
-            if run and journal.alive(self.runs / name):
+            run = run_state.read(self.runs / name)
+            if run and run_state.alive(self.runs / name):
                 try:
                     yield os.getpgid(run.pid)
                 except ProcessLookupError:

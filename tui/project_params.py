@@ -7,10 +7,10 @@ from typing import Any, get_args
 from pipeline.calc.parameters import ranks
 from pipeline.calc.shapes import Architecture
 from pipeline.calc.sources import built_in, open_model
-from pipeline.dag import STAGES
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
-from pipeline.params import Kept, Params, Precision
+from pipeline.project.params.sections import Kept, Params, Precision
+from pipeline.project.stage_graph import STAGES
 from tui.calculation import Asked, Result
 
 MINIGPT = "MiniGPT"

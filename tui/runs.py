@@ -3,10 +3,10 @@
 import asyncio
 from pathlib import Path
 
-from pipeline.curves import Run, discover, stamp
 from pipeline.errors import UserError
-from pipeline.looks import METHODS, Look, other
-from pipeline.params import load
+from pipeline.project.logs.runs import Run, discover, stamp
+from pipeline.project.palette import METHODS, Look, other
+from pipeline.project.params.sections import load
 from tui.watch import Watched
 
 

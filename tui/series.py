@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite, nan
 
-from pipeline.metrics import COLUMNS, OPTIONAL, Step, flat_from
+from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, Step, flat_from
 
 Row = tuple[float, ...]  # in the order of COLUMNS, then, where the log has them, OPTIONAL: NaN is none
 BLOCK = 32  # points of which least, greatest and sum are known beforehand: columns of hundreds need not look at each

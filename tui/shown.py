@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from pipeline.looks import Look
-from pipeline.sweep import DIVERGED
+from pipeline.project.palette import Look
+from pipeline.project.params.grid import DIVERGED
 from tui.series import HELD_OUT, QUANTITIES, Log
 from tui.trace import Trace
 from tui.watch import Watched

@@ -5,8 +5,8 @@ from collections import deque
 from dataclasses import dataclass
 from math import isfinite
 
-from pipeline.curves import LogFiles
-from pipeline.metrics import TELEMETRY_COLUMNS
+from pipeline.project.logs.run_log import TELEMETRY_COLUMNS
+from pipeline.project.logs.runs import LogFiles
 from tui.follow import Change, Tail
 from tui.series import HELD_OUT, Log, parse_step, step_parser
 

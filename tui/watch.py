@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from math import isfinite
 
-from pipeline import journal
-from pipeline.curves import Run
-from pipeline.journal import Journal
-from pipeline.metrics import in_units
-from pipeline.sweep import DIVERGED, STOPPED, TABLE, ends
+from pipeline.project.logs import run_state
+from pipeline.project.logs.run_log import in_units
+from pipeline.project.logs.run_state import Journal
+from pipeline.project.logs.runs import Run
+from pipeline.project.params.grid import DIVERGED, STOPPED, TABLE, ends
 from tui.follow import Change
 from tui.series import HELD_OUT, Log
 from tui.trace import Telemetry, Trace
@@ -65,8 +65,8 @@ class Watched:
         """Read the journal again, and how adapters ended; whether they say something new."""
         before = self.journal, self.alive
         folder = self.run.folder
-        self.journal = journal.read(folder) if folder else None
-        self.alive = bool(folder and self.journal and self.journal.state == "running" and journal.alive(folder))
+        self.journal = run_state.read(folder) if folder else None
+        self.alive = bool(folder and self.journal and self.journal.state == "running" and run_state.alive(folder))
         return self._look_at_ends() or before != (self.journal, self.alive)
 
     def _look_at_ends(self) -> bool:

@@ -15,7 +15,7 @@ from pipeline.adapters.targets import resolve, targeted
 from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
 from pipeline.models.causal import CausalLM
-from pipeline.params import Init
+from pipeline.project.params.sections import Init
 
 PREFIX = "base_model.model."
 MAGNITUDE = ".lora_magnitude_vector"

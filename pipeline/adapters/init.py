@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.params import Init
+from pipeline.project.params.sections import Init
 
 DOCUMENT_STD = 0.01
 Begin = Callable[[Tensor, Tensor], None]  # fills A (R, I) and B (O, R), in place

@@ -23,7 +23,7 @@ from pipeline.models.files import load_tensors
 from pipeline.models.linears import is_conv1d
 from pipeline.models.quantized import quantizable, rounded
 from pipeline.models.skeleton import skeleton
-from pipeline.params import Kept
+from pipeline.project.params.sections import Kept
 
 
 def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST, read_json, write_json
 from pipeline.files.base_model import INDEX
 from pipeline.files.shards import Bytes, New, Place, in_file_order, places, rewrite
-from pipeline.metrics import in_units
+from pipeline.project.logs.run_log import in_units
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

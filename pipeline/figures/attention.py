@@ -14,7 +14,7 @@ from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.style import EDGE, INK, SMALL, WIDE, on
-from pipeline.runner import Job
+from pipeline.project.runner import Job
 from pipeline.studies.findings import Figure
 from pipeline.studies.spoken import document
 from pipeline.tables import Row, Table

@@ -12,7 +12,7 @@ from pipeline.adapters.peft_config import read_spec
 from pipeline.adapters.spec import AdapterSpec, lies_in
 from pipeline.adapters.targets import targeted
 from pipeline.models.causal import CausalLM
-from pipeline.runner import Job
+from pipeline.project.runner import Job
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pipeline.figures.intuition import lora_intuition
 from pipeline.figures.loss_curves import loss_curves
 from pipeline.figures.placement import placement
 from pipeline.figures.subspace import finetuning_subspace
-from pipeline.runner import Event, Facts, Job, Progress
+from pipeline.project.runner import Event, Facts, Job, Progress
 
 MEASURED: tuple[Callable[[Job], Drawn], ...] = (
     *(finetuning_subspace, loss_curves, lora_intuition),  # Figures 1, 2 and 4

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline import engine
 from pipeline.adapters.lora import LoRALinear
 from pipeline.figures.landscape import mean_loss, sentences
-from pipeline.runner import Job
+from pipeline.project.runner import Job
 from pipeline.tables import Row, Table
 
 

@@ -13,7 +13,7 @@ from pipeline.figures.drawn import Drawn
 from pipeline.figures.formulas import formulas
 from pipeline.figures.landscape import Given, Landscape, given_gradients, landscape, sentences
 from pipeline.figures.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, ORANGE, RED, SMALL, WIDE, signed
-from pipeline.runner import Event, Job
+from pipeline.project.runner import Event, Job
 from pipeline.studies.findings import Figure
 from pipeline.studies.runs import forget, looked_at, named
 from pipeline.studies.spoken import Spoken, ask, document, refuse_unsayable

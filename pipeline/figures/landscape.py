@@ -15,7 +15,7 @@ from pipeline.data import read_examples
 from pipeline.encode import encode
 from pipeline.engine import Loaded
 from pipeline.models.causal import CausalLM
-from pipeline.runner import Job
+from pipeline.project.runner import Job
 from pipeline.training.batches import Batch, collate
 from pipeline.training.sequences import whole
 from pipeline.training.step import loss_of, readable

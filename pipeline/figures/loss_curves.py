@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.dag import STAGES
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.style import WIDE
 from pipeline.files.artifact import read_manifest
-from pipeline.metrics import LOSS, Step, epoch_means, final_loss, flat_from, read_steps
+from pipeline.project.logs.run_log import LOSS, Step, epoch_means, final_loss, flat_from, read_steps
+from pipeline.project.runner import Job
+from pipeline.project.stage_graph import STAGES
 from pipeline.report import NAMES, compare
-from pipeline.runner import Job
 from pipeline.tables import Row, Table, shown
 
 NAME = "loss_curves"

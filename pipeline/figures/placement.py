@@ -11,7 +11,7 @@ from pipeline.figures.drawn import Drawn
 from pipeline.figures.style import WIDE
 from pipeline.models.causal import CausalLM
 from pipeline.models.self_attention import Attention
-from pipeline.runner import Job
+from pipeline.project.runner import Job
 from pipeline.tables import Row, Table
 
 NAME = "placement"

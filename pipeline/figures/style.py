@@ -5,7 +5,7 @@ Where two colours are near each other in grey, a shape, a dash or a hatch tells 
 
 from typing import Any
 
-from pipeline.looks import COLORS
+from pipeline.project.palette import COLORS
 
 PRINT: dict[str, Any] = {
     **{"font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7, "legend.title_fontsize": 7},

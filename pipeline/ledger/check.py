@@ -8,8 +8,8 @@ from pipeline.errors import UserError
 from pipeline.ledger import quantity
 from pipeline.ledger.claims import ALONE, RULES, Claim, read_claims
 from pipeline.ledger.sources import NotRun, Sources
-from pipeline.new_project import DEFAULTS
-from pipeline.study_params import Claims
+from pipeline.project.new_project import DEFAULTS
+from pipeline.project.params.studies import Claims
 from pipeline.tables import Spread
 
 Verdict = Literal["holds", "differs", "depends", "not run"]

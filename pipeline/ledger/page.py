@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.dag import STAGES, Project
 from pipeline.files.artifact import read_manifest
 from pipeline.ledger.check import VERDICTS, Row, summary, table_of, titled
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.tables import Table, read_table
 
 HEAD = """\

@@ -7,7 +7,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline import dvc_file
 from pipeline.calc.answer import answer
 from pipeline.calc.asked import method_of, run_of
 from pipeline.calc.fit import gpu
@@ -15,13 +14,14 @@ from pipeline.calc.precision import precision
 from pipeline.calc.settings import Method, Run
 from pipeline.calc.sources import built_in, nearest
 from pipeline.calc.sources import names as models
-from pipeline.dag import ARTIFACTS, STAGES, Project
 from pipeline.data import read_examples
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
 from pipeline.files.safetensors_header import read_header
 from pipeline.ledger.expression import Function, number
-from pipeline.metrics import epoch_means, read_steps
+from pipeline.project import dvc_yaml
+from pipeline.project.logs.run_log import epoch_means, read_steps
+from pipeline.project.stage_graph import ARTIFACTS, STAGES, Project
 from pipeline.tables import Cell, read_table
 
 STUDIES, FIGURES = "studies", "figures"
@@ -123,7 +123,7 @@ class Sources:
         file = project.root / ARTIFACTS / pure
         if not file.is_file():
             made_by = (stage for stage in STAGES.values() if pure.is_relative_to(stage.output))
-            command = next(map(dvc_file.command, made_by), "dvc repro")
+            command = next(map(dvc_yaml.command, made_by), "dvc repro")
             raise NotRun(f"{ARTIFACTS}/{path} is not there: run `{command}`")
         return file
 

@@ -15,7 +15,7 @@ from pipeline.models.causal import CausalLM
 from pipeline.models.files import CONFIG, WEIGHTS, load_tensors
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.quantized import quantize
-from pipeline.params import Kept
+from pipeline.project.params.sections import Kept
 from pipeline.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

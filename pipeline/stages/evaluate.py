@@ -1,20 +1,20 @@
-"""evaluate: the variants of pipeline/dag.py side by side: what was learned, what was forgotten (§9.3)."""
+"""evaluate: the variants of the stage graph side by side: what was learned, what was forgotten (§9.3)."""
 
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from pipeline import engine
-from pipeline.dag import STAGES, VARIANTS, Project
 from pipeline.data import Example, Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest, write_json
 from pipeline.measure import Said, Scored, completes, said, score
-from pipeline.metrics import LOSS, final_loss, flat_from, read_steps
-from pipeline.params import Evaluate
+from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
+from pipeline.project.params.sections import Evaluate
+from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.project.stage_graph import STAGES, VARIANTS, Project
 from pipeline.report import draw_comparison, write_report
-from pipeline.runner import Event, Facts, Job, Progress
 
 METRICS, PREDICTIONS, REPORT, PICTURE = "metrics.json", "predictions.json", "report.md", "finetuning_comparison.png"
 TRAINED = ("scratch", "finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")

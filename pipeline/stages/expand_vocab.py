@@ -14,8 +14,8 @@ from pipeline.files.artifact import write_json
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import Base, count, load_base, save_base
 from pipeline.models.causal import CausalLM, read, set_row_count
-from pipeline.params import ExpandVocab
-from pipeline.runner import Event, Facts, Job, Note, Progress
+from pipeline.project.params.sections import ExpandVocab
+from pipeline.project.runner import Event, Facts, Job, Note, Progress
 from pipeline.tokenizer import Tokenizer, WordTokenizer
 
 AUDIT = "audit.json"

@@ -20,8 +20,8 @@ from pipeline.files.safetensors_header import shapes
 from pipeline.models.base import DTYPES, Base, count, load_base, stored_precision
 from pipeline.models.causal import CausalLM
 from pipeline.models.skeleton import skeleton
-from pipeline.params import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
-from pipeline.runner import Event, Facts, Job, Note
+from pipeline.project.params.sections import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
+from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.loop import Learner, Task, train
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.retain import Retain, retain_of

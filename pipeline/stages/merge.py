@@ -8,7 +8,7 @@ from pipeline.files.base_model import base_fingerprint
 from pipeline.merge import Merging, merge_into
 from pipeline.models.base import count
 from pipeline.models.skeleton import skeleton
-from pipeline.runner import Event, Facts, Job, Progress
+from pipeline.project.runner import Event, Facts, Job, Progress
 
 
 def merge(job: Job) -> Generator[Event, None, Facts]:

@@ -11,8 +11,8 @@ from pipeline.files.base_model import resolve
 from pipeline.models.base import Base, load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.opened import Opened, refuse_unlike
-from pipeline.params import Pretrain
-from pipeline.runner import Event, Facts, Job, Progress
+from pipeline.project.params.sections import Pretrain
+from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.tokenizer import WordTokenizer, split
 from pipeline.training.loop import Task, train
 from pipeline.training.task import data_of, examples_of, save_checkpoint

@@ -7,7 +7,7 @@ import torch
 from pipeline.calc.settings import FULL
 from pipeline.models.base import Base, load_base, stored_precision
 from pipeline.models.skeleton import untrained
-from pipeline.runner import Event, Facts, Job
+from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.loop import Task, train
 from pipeline.training.task import data_of, save_checkpoint
 

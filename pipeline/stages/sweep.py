@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from pipeline import provenance
 from pipeline.adapters.attach import attach
 from pipeline.adapters.many import attach_many, only, trained_by
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.metrics import LOSS, final_loss, read_steps
 from pipeline.models.base import DTYPES, Base, count, load_base
 from pipeline.models.skeleton import skeleton
-from pipeline.params import FinetuneLora
-from pipeline.runner import Event, Facts, Job
+from pipeline.project import provenance
+from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
+from pipeline.project.params.grid import DIVERGED, DONE, STOPPED, TABLE, variants
+from pipeline.project.params.sections import FinetuneLora
+from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.finetune import lora_spec, new_rows, note_wide_rank, save_files
-from pipeline.sweep import DIVERGED, DONE, STOPPED, TABLE, variants
 from pipeline.training.batches import Batches
 from pipeline.training.many import Standing
 from pipeline.training.many_evaluation import ManyEvaluation

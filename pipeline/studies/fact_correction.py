@@ -12,14 +12,14 @@ from typing import Any, Literal
 from pipeline import engine
 from pipeline.data import Prompt
 from pipeline.errors import UserError
-from pipeline.params import FinetuneLora
-from pipeline.runner import Event, Facts, Job
+from pipeline.project.params.sections import FinetuneLora
+from pipeline.project.params.studies import StudyFactCorrection
+from pipeline.project.runner import Event, Facts, Job
 from pipeline.studies import fact_tables, fact_words
 from pipeline.studies.fact_tables import TARGETS, Said, Tuned, Words
 from pipeline.studies.findings import Findings, publish
 from pipeline.studies.runs import DOCUMENT, Run, adapters, forget, made, named, together
 from pipeline.studies.spoken import ask, document, prompts_of, refuse_unsayable
-from pipeline.study_params import StudyFactCorrection
 
 GROUP = "fact_correction"
 

@@ -13,7 +13,7 @@ from pipeline import engine
 from pipeline.adapters.attach import switched_off
 from pipeline.data import Prompt
 from pipeline.engine import Loaded
-from pipeline.params import FinetuneLora
+from pipeline.project.params.sections import FinetuneLora
 from pipeline.studies.runs import DOCUMENT, named
 from pipeline.studies.spoken import Spoken, ask
 from pipeline.tables import Cell, Row, Spread, Table

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from pipeline.looks import COLORS
+from pipeline.project.palette import COLORS
 from pipeline.studies.fact_tables import PERCENT, POINTS, Words
 from pipeline.studies.findings import Figure
 from pipeline.tables import Row, Spread, Table, ends, shown

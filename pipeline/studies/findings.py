@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.runner import Facts, Job
+from pipeline.project.runner import Facts, Job
 from pipeline.tables import Table, read_table
 
 REPORT = "report.md"

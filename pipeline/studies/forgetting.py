@@ -2,8 +2,8 @@
 
 from collections.abc import Generator, Mapping, Sequence
 
-from pipeline.looks import COLORS
-from pipeline.runner import Event, Facts, Job, Progress
+from pipeline.project.palette import COLORS
+from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.knowledge import FORMATS, Ruler, ruler
 from pipeline.studies.runs import Run, forget, looked_at

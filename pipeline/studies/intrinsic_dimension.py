@@ -15,18 +15,18 @@ import torch
 
 from pipeline import engine
 from pipeline.data import read_examples
-from pipeline.looks import COLORS
 from pipeline.measure import Scored, score
 from pipeline.models.base import count
 from pipeline.models.causal import CausalLM
 from pipeline.models.skeleton import untrained
-from pipeline.params import FinetuneFull, Training
-from pipeline.runner import Event, Facts, Job, Progress
+from pipeline.project.palette import COLORS
+from pipeline.project.params.sections import FinetuneFull, Training
+from pipeline.project.params.studies import StudyIntrinsicDimension
+from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.finetune import finetune
 from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.runs import Run, forget, taught
 from pipeline.studies.spoken import document
-from pipeline.study_params import StudyIntrinsicDimension
 from pipeline.tables import Row, Spread, Table, ends, shown
 from pipeline.training.loop import optimizer_of
 from pipeline.training.optimizer import FlatAdam

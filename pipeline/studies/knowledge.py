@@ -7,7 +7,7 @@ from pipeline import engine
 from pipeline.data import Example, read_examples
 from pipeline.engine import Loaded
 from pipeline.measure import Scored, completes, score
-from pipeline.runner import Job
+from pipeline.project.runner import Job
 from pipeline.tables import Cell, Spread
 
 FORMATS = {"new_loss": ".3f", "new_done": ".1f", "old_rise": ".2f", "old_kept": ".0%"}

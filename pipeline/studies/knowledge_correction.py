@@ -14,17 +14,17 @@ from pipeline.agreement import SameLogits
 from pipeline.data import Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
-from pipeline.looks import COLORS
 from pipeline.measure import Said, said, score
 from pipeline.merge import Merging, merge_into
 from pipeline.models.causal import CausalLM
-from pipeline.params import FinetuneLora
-from pipeline.runner import Event, Facts, Job
+from pipeline.project.palette import COLORS
+from pipeline.project.params.sections import FinetuneLora
+from pipeline.project.params.studies import StudyKnowledgeCorrection
+from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.evaluate import weight_bytes
 from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.runs import PARTS, Run, adapters, forget, made, silently, together
 from pipeline.studies.spoken import refuse_unsayable
-from pipeline.study_params import StudyKnowledgeCorrection
 from pipeline.tables import Cell, Row, Spread, Table, mean, shown
 from pipeline.targets import ends
 

@@ -11,9 +11,9 @@ from pipeline.calc.asked import method_of, run_of
 from pipeline.calc.sources import built_in
 from pipeline.engine import Loaded
 from pipeline.files.artifact import read_manifest
-from pipeline.looks import COLORS
-from pipeline.metrics import TELEMETRY
-from pipeline.runner import Event, Facts, Job
+from pipeline.project.logs.run_log import TELEMETRY
+from pipeline.project.palette import COLORS
+from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.evaluate import weight_bytes
 from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.knowledge import FORMATS, IN_WORDS, ruler, spreads

@@ -18,18 +18,18 @@ from pipeline.calc.memory import weight_bytes
 from pipeline.calc.sources import built_in
 from pipeline.data import Example, read_examples
 from pipeline.engine import Loaded
-from pipeline.looks import COLORS
 from pipeline.measure import Scored, score
 from pipeline.models import rounding
 from pipeline.models.quantized import quantizable
 from pipeline.models.rounding import Rounded
-from pipeline.runner import Event, Facts, Job, Progress
+from pipeline.project.palette import COLORS
+from pipeline.project.params.studies import StudyQuantization
+from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.pretrain import pretrain
 from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.precisions import Precision, entropy, four_bit_codes, precisions
 from pipeline.studies.runs import Run, forget, made
 from pipeline.studies.spoken import document
-from pipeline.study_params import StudyQuantization
 from pipeline.tables import Row, Spread, Table, shown, spread
 
 LARGE = "qwen3-8b"

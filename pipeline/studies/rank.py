@@ -5,14 +5,14 @@ from dataclasses import replace
 from itertools import product
 
 from pipeline import engine
-from pipeline.looks import COLORS
-from pipeline.params import FinetuneFull, FinetuneLora
-from pipeline.runner import Event, Facts, Job
+from pipeline.project.palette import COLORS
+from pipeline.project.params.sections import FinetuneFull, FinetuneLora
+from pipeline.project.params.studies import StudyRank
+from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.finetune import finetune
 from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.knowledge import FORMATS, IN_WORDS, Knowledge, ruler, spreads
 from pipeline.studies.runs import DOCUMENT, Run, adapters, forget, made, together
-from pipeline.study_params import StudyRank
 from pipeline.tables import Row, Spread, Table, ends, mean
 
 NEAR = 0.05  # nats a token: as good as the best

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.dag import STAGES, Project
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.causal import CausalLM
-from pipeline.params import FinetuneLora, FinetuneSweep, Training
-from pipeline.runner import Event, Job, Note, Progress, Work
+from pipeline.project.params.grid import variants
+from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, Training
+from pipeline.project.runner import Event, Job, Note, Progress, Work
+from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.finetune import learner_of
 from pipeline.stages.sweep import sweep
-from pipeline.sweep import variants
 from pipeline.training.loop import Diverged, NotFinite, Task, steps, train
 from pipeline.training.optimizer import FlatAdam
 

@@ -19,15 +19,15 @@ from pipeline.adapters.deltas import Delta, between
 from pipeline.adapters.singular import Read
 from pipeline.adapters.spectrum import Measured, in_blocks, measure, measure_update, overlaps
 from pipeline.extract import Extracted, extract
-from pipeline.params import FinetuneFull
-from pipeline.runner import Event, Facts, Job, Progress
+from pipeline.project.params.sections import FinetuneFull
+from pipeline.project.params.studies import StudySpectrum
+from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.finetune import finetune
 from pipeline.studies import spectrum_tables
 from pipeline.studies.findings import Findings, publish
 from pipeline.studies.knowledge import Knowledge, Ruler, ruler
 from pipeline.studies.runs import DOCUMENT, PARTS, Run, adapters, forget, made, silently, together
 from pipeline.studies.spectrum_tables import FULL, RANDOM, SQUARE, Overlaps
-from pipeline.study_params import StudySpectrum
 
 Updates = Mapping[str, LowRank]  # of one adapter, by module
 

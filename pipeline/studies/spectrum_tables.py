@@ -7,7 +7,7 @@ from statistics import fmean
 from torch import Tensor
 
 from pipeline.adapters.spectrum import Measured
-from pipeline.looks import COLORS
+from pipeline.project.palette import COLORS
 from pipeline.studies.findings import Figure
 from pipeline.studies.knowledge import FORMATS, Knowledge, spreads
 from pipeline.tables import Row, Spread, Table, shown, spread

@@ -14,7 +14,7 @@ from pipeline.engine import Choice, Loaded, encode, likeliest
 from pipeline.errors import UserError
 from pipeline.generate import finite
 from pipeline.models.causal import read
-from pipeline.runner import Job
+from pipeline.project.runner import Job
 
 
 @dataclass(frozen=True)

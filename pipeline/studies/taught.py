@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.params import Params
+from pipeline.project.params.sections import Params
 from pipeline.stages.finetune import finetune
 from pipeline.stages.scratch import scratch
 from pipeline.studies.runs import Run

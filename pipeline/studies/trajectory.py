@@ -7,13 +7,13 @@ from itertools import product
 from typing import Any
 
 from pipeline import engine
-from pipeline.looks import COLORS, OTHERS
-from pipeline.runner import Event, Facts, Job, Progress
+from pipeline.project.palette import COLORS, OTHERS
+from pipeline.project.params.studies import StudyTrajectory
+from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.finetune import finetune
 from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.runs import DOCUMENT, Run, forget, looked_at, named
 from pipeline.studies.spoken import Spoken, ask, document, refuse_unsayable
-from pipeline.study_params import StudyTrajectory
 from pipeline.tables import Row, Spread, Table, shown
 
 SECTION = "trajectory"

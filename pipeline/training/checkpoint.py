@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.metrics import LOSS, read_steps
 from pipeline.models.files import load_tensors, save_tensors
-from pipeline.runner import checkpoints, discard_checkpoints
+from pipeline.project.logs.run_log import LOSS, read_steps
+from pipeline.project.runner import checkpoints, discard_checkpoints
 
 STATE = "state.safetensors"
 

@@ -8,11 +8,11 @@ from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
 from pipeline.errors import UserError
-from pipeline.metrics import in_units
 from pipeline.models.causal import CausalLM
 from pipeline.models.minigpt import MiniGPT
 from pipeline.models.short_attention import LONGEST, blocks
-from pipeline.params import FinetuneLora, FinetuneVirtual, Training
+from pipeline.project.logs.run_log import in_units
+from pipeline.project.params.sections import FinetuneLora, FinetuneVirtual, Training
 from pipeline.training.batches import Batch
 from pipeline.training.losses import CHUNK
 

@@ -11,13 +11,13 @@ import torch
 from pipeline.calc.settings import Method
 from pipeline.device import device_for
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
-from pipeline.metrics import Peak, RunLog, Step, in_units
 from pipeline.models.base import Base
 from pipeline.models.causal import CausalLM, Checkpointing
 from pipeline.models.fused import quicken
 from pipeline.models.opened import Opened
-from pipeline.params import FinetuneLora, Training
-from pipeline.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
+from pipeline.project.logs.run_log import Peak, RunLog, Step, in_units
+from pipeline.project.params.sections import FinetuneLora, Training
+from pipeline.project.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.metrics import Step
+from pipeline.project.logs.run_log import Step
 from pipeline.training.many_adam import ManyAdam
 from pipeline.training.many_step import Gradients, ManyTask, Variant, gradients
 from pipeline.training.schedule import rate

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 import torch
 
 from pipeline.errors import Interrupted, first_line, is_out_of_memory
-from pipeline.metrics import LOSS, Peak, RunLog, Step, in_units
-from pipeline.runner import Event, Job, Note, Progress, discard_checkpoints
-from pipeline.sweep import DIVERGED, STOPPED, tell_ends
+from pipeline.project.logs.run_log import LOSS, Peak, RunLog, Step, in_units
+from pipeline.project.params.grid import DIVERGED, STOPPED, tell_ends
+from pipeline.project.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.live import LiveBytes

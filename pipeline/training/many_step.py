@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.adapters.many import Share
 from pipeline.models.causal import CausalLM
-from pipeline.params import FinetuneLora
+from pipeline.project.params.sections import FinetuneLora
 from pipeline.training.batches import Batches
 from pipeline.training.joint import Losses, Reader, divergences_of, losses_of
 from pipeline.training.many_adam import ManyAdam

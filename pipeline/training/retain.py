@@ -14,8 +14,8 @@ from pipeline.errors import UserError
 from pipeline.generate import generate
 from pipeline.models.base import Base
 from pipeline.models.causal import CausalLM
-from pipeline.params import FinetuneLora
-from pipeline.runner import Event, Job, Note
+from pipeline.project.params.sections import FinetuneLora
+from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.losses import divergence, mean_of
 from pipeline.training.sequences import Listed, Windows

@@ -3,7 +3,7 @@
 import math
 
 from pipeline.errors import UserError
-from pipeline.params import Training
+from pipeline.project.params.sections import Training
 
 
 def rate(settings: Training, step: int, total: int) -> float:

@@ -10,11 +10,11 @@ from pipeline.data import Example, in_evaluation, iter_examples
 from pipeline.encode import encoder
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
-from pipeline.metrics import LOSS
 from pipeline.models.base import Base, count, save_base
 from pipeline.models.causal import CausalLM
-from pipeline.params import Training
-from pipeline.runner import Event, Facts, Job, Note
+from pipeline.project.logs.run_log import LOSS
+from pipeline.project.params.sections import Training
+from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.optimizer import FlatAdam

@@ -9,8 +9,8 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import DTYPES, Base, count
 from pipeline.models.skeleton import skeleton
-from pipeline.params import FinetuneVirtual
-from pipeline.runner import Event, Facts, Job
+from pipeline.project.params.sections import FinetuneVirtual
+from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.loop import Learner, Task
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.task import data_of, save_curve

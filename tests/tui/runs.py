@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.metrics import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS
-from pipeline.sweep import tell_ends
+from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS
+from pipeline.project.params.grid import tell_ends
 
 HEADER = ",".join(COLUMNS) + "\n"
 START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0, "scratch": 3.5}

@@ -15,11 +15,11 @@ from textual.events import Key
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from pipeline.dag import VARIANTS
 from pipeline.files import artifact, digest_cache
 from pipeline.files.digest_cache import DigestStore
 from pipeline.inventory import check
-from pipeline.params_file import save
+from pipeline.project.params.edit import save
+from pipeline.project.stage_graph import VARIANTS
 from tests.models import sealed_copies
 from tests.tui.engines import DEATH, FakeInference
 from tests.tui.support import until

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.chat import render
-from pipeline.dag import VARIANTS
 from pipeline.engine import complete, continued, load, top_k
 from pipeline.errors import UserError
 from pipeline.files.text import visible
+from pipeline.project.stage_graph import VARIANTS
 from tests.bases import toy_checkpoint
 from tests.tui.support import until
 from tests.tui.test_adapters import Session

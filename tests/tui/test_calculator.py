@@ -19,8 +19,8 @@ from pipeline.calc.fit import changes, gpus, largest
 from pipeline.calc.settings import LORA, Method, Run
 from pipeline.calc.shapes import Model
 from pipeline.calc.sources import built_in, entry, names, open_model
-from pipeline.params import load
-from pipeline.params_file import save
+from pipeline.project.params.edit import save
+from pipeline.project.params.sections import load
 from tests.bases import toy_checkpoint
 from tests.support import make
 from tests.tui.support import until

@@ -13,7 +13,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input, RadioButton, Static
 
-from pipeline.metrics import read_steps
+from pipeline.project.logs.run_log import read_steps
 from tests.tui.runs import HEADER, hold, journal, lines, measured, write_measured, write_methods, write_run
 from tests.tui.support import until
 from tui import export, runs

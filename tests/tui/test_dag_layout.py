@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.dag import STAGES
+from pipeline.project.stage_graph import STAGES
 from tui.dag_layout import Layout, layout
 from tui.widgets.dag_picture import pictured
 

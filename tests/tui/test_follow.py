@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.metrics import COLUMNS, RunLog, Step, read_steps
+from pipeline.project.logs.run_log import COLUMNS, RunLog, Step, read_steps
 from tui.follow import PIECE, Tail
 from tui.series import Log, Row, parse_step, step_parser
 

@@ -20,11 +20,11 @@ from textual.containers import VerticalScroll
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
-from pipeline.dag import STAGES
 from pipeline.files import artifact
-from pipeline.params import FinetuneFull, Params, load
-from pipeline.params_file import save
-from pipeline.status import StageState, Status
+from pipeline.project.params.edit import save
+from pipeline.project.params.sections import FinetuneFull, Params, load
+from pipeline.project.stage_graph import STAGES
+from pipeline.project.status import StageState, Status
 from tests.support import BRIEF, METHODS, PIPELINE, make
 from tests.tui.support import until
 from tui import processes

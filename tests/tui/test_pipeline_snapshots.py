@@ -8,9 +8,9 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
-from pipeline.dag import STAGES
-from pipeline.journal import Journal
-from pipeline.status import StageState, State, Status
+from pipeline.project.logs.run_state import Journal
+from pipeline.project.stage_graph import STAGES
+from pipeline.project.status import StageState, State, Status
 from tests.tui.support import until
 from tui.app import Workbench
 from tui.screens.pipeline import PipelineScreen

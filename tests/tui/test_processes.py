@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import journal
 from pipeline.errors import UserError
+from pipeline.project.logs import run_state
 from tests.support import COMMAND, LORA
 from tui import processes
 from tui.processes import Runner
@@ -122,7 +122,7 @@ def test_a_stage_that_was_started_elsewhere_is_stopped_with_its_checkpoint_kept(
     command = [LORA, *COMMAND["finetune_full"], "--force", "--set", "finetune_full.epochs=20000"]
     stage = subprocess.Popen(command, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True)
     folder = project / "runs/finetune_full"
-    until(lambda: (run := journal.read(folder)) and run.pid == stage.pid and run.done > 1)
+    until(lambda: (run := run_state.read(folder)) and run.pid == stage.pid and run.done > 1)
     with pytest.raises(UserError, match="started elsewhere"):
         starting(project)
     assert "with a checkpoint" in Runner(project).stop()

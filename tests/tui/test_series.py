@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.metrics import Step, flat_from
+from pipeline.project.logs.run_log import Step, flat_from
 from tui.series import Column, Log, Series
 
 VALUES = st.lists(st.floats(-1e100, 1e100), min_size=1, max_size=200)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.metrics import final_loss, read_steps
+from pipeline.project.logs.run_log import final_loss, read_steps
 from tests.tui.runs import HEADER, hold, journal, lines, measured, write_ends, write_methods, write_run, write_sweep
 from tests.tui.support import until
 from tests.tui.test_curves import ask_for, chart, curves, listed, mode, settled, shown

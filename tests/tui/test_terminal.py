@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dag import STAGES
-from pipeline.params import load
+from pipeline.project.params.sections import load
+from pipeline.project.stage_graph import STAGES
 from tests.models import checkpoint
 from tests.support import LORA, git, new_project
 from tests.tui.terminal import Terminal, lora_tui, needs_tmux

@@ -11,8 +11,8 @@ from textual.events import Key, Paste
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from pipeline.dag import STAGES
-from pipeline.params import load
+from pipeline.project.params.sections import load
+from pipeline.project.stage_graph import STAGES
 from tests.tui.engines import FakeInference
 from tests.tui.support import until
 from tui import typed

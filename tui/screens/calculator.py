@@ -13,12 +13,12 @@ from textual.widget import Widget
 from textual.widgets import Static
 from textual.worker import get_current_worker
 
-from pipeline import params_file
 from pipeline.calc.fit import changes, largest
 from pipeline.calc.shapes import Architecture
 from pipeline.calc.sources import hub_ids, open_model
 from pipeline.errors import UserError
-from pipeline.params import load
+from pipeline.project.params import edit
+from pipeline.project.params.sections import load
 from tui.calculation import Asked, FieldError, Result, calculate
 from tui.project_params import asked_for, differences, settings_of, trained_model
 from tui.screens.base import WorkbenchScreen
@@ -221,7 +221,7 @@ class CalculatorScreen(WorkbenchScreen):
             if not changed:
                 self.workbench.say(f"{path.name} says so already.")
             elif await self.app.push_screen_wait(Confirm(path.name, changed)):
-                params_file.save(path, {key: new for key, (_, new) in changed.items()})
+                edit.save(path, {key: new for key, (_, new) in changed.items()})
                 self.workbench.say(f"{path.name}: {', '.join(changed)} written.")
         except (UserError, OSError) as error:
             self.workbench.fail(error)

@@ -12,11 +12,11 @@ from textual.events import Resize
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
-from pipeline import params, params_file
-from pipeline.dag import STAGES, Project
 from pipeline.errors import UserError
-from pipeline.metrics_diff import Change, since_commit
-from pipeline.status import StageState, Status, project_signature
+from pipeline.project.logs.metrics_diff import Change, since_commit
+from pipeline.project.params import edit, sections
+from pipeline.project.stage_graph import STAGES, Project
+from pipeline.project.status import StageState, Status, project_signature
 from tui.processes import Running
 from tui.screens.base import TALL, WorkbenchScreen
 from tui.widgets.dag_picture import DagPicture
@@ -120,7 +120,7 @@ class PipelineScreen(WorkbenchScreen):
         project, problem = self.project, self.problem
         if project is None or self._seen is None or seen is None or seen[0] != self._seen[0]:
             try:
-                project, problem = Project(self.workbench.root, params.load(self.workbench.params_path)), ""
+                project, problem = Project(self.workbench.root, sections.load(self.workbench.params_path)), ""
             except (UserError, OSError) as error:
                 problem = str(error)
         states: dict[str, StageState] = {}
@@ -246,7 +246,7 @@ class PipelineScreen(WorkbenchScreen):
     @on(ParamForm.Saved)
     def _save(self, event: ParamForm.Saved) -> None:
         try:
-            params_file.save(self.workbench.params_path, {event.key: event.value})
+            edit.save(self.workbench.params_path, {event.key: event.value})
         except (UserError, OSError) as error:
             self.workbench.fail(error)
             return

@@ -8,7 +8,7 @@ from rich.text import Text
 from pipeline.calc.fit import LARGEST, Largest
 from pipeline.calc.parameters import document_count, notes, projections, why_they_differ
 from pipeline.calc.words import PROJECTION, capped, cells_of, gib, smallest, title_of
-from pipeline.metrics import in_units
+from pipeline.project.logs.run_log import in_units
 from tui.calculation import Result
 from tui.widgets.lines import Lines, cells
 

@@ -12,8 +12,8 @@ from textual.message import Message
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from pipeline.dag import STAGES, Stage
-from pipeline.status import StageState
+from pipeline.project.stage_graph import STAGES, Stage
+from pipeline.project.status import StageState
 from tui.dag_layout import Layout, Place, layout
 
 SIGNS = {

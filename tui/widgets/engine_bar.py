@@ -8,7 +8,7 @@ from textual.app import RenderResult
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from pipeline.metrics import in_units
+from pipeline.project.logs.run_log import in_units
 
 STATES = {  # state → (sign, style, what to do or know)
     "not started": ("○", "dim", "the first prompt starts it"),

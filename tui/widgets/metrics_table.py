@@ -3,7 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.metrics_diff import Change
+from pipeline.project.logs.metrics_diff import Change
 
 
 def table(changes: list[Change] | str) -> Table | Text:

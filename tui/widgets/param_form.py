@@ -15,8 +15,8 @@ from textual.message import Message
 from textual.widgets import Input, Label, Static
 
 from pipeline.errors import UserError
-from pipeline.params import Section, Training, check, rule
-from pipeline.params_file import dumped
+from pipeline.project.params.edit import dumped
+from pipeline.project.params.sections import Section, Training, check, rule
 
 SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 

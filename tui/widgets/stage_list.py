@@ -8,8 +8,8 @@ from textual.geometry import Region
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
-from pipeline.dag import STAGES
-from pipeline.status import StageState
+from pipeline.project.stage_graph import STAGES
+from pipeline.project.status import StageState
 from tui.widgets.dag_picture import SIGNS, WORDS
 from tui.words import duration
 

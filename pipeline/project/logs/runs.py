@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.dag import ARTIFACTS, RUNS, STAGES, Project, Stage, cache_folder
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.text import in_order
-from pipeline.metrics import LOSS, TELEMETRY
-from pipeline.params import Params
-from pipeline.sweep import DIVERGED, ends
+from pipeline.project.logs.run_log import LOSS, TELEMETRY
+from pipeline.project.params.grid import DIVERGED, ends
+from pipeline.project.params.sections import Params
+from pipeline.project.stage_graph import ARTIFACTS, RUNS, STAGES, Project, Stage, cache_folder
 
 TRAINING = (  # as a reader wants to see them
     *("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt", "finetune_sweep"),

@@ -1,4 +1,4 @@
-"""dvc.yaml as text, from what pipeline/dag.py and the params say of each stage."""
+"""dvc.yaml as text, from what pipeline/project/stage_graph.py and the params say of each stage."""
 
 import json
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from pipeline import provenance
-from pipeline.dag import STAGES, Project, Stage
 from pipeline.files.base_model import named
-from pipeline.metrics import LOSS
+from pipeline.project import provenance
+from pipeline.project.logs.run_log import LOSS
+from pipeline.project.stage_graph import STAGES, Project, Stage
 
 CODE_FILE = "code.yaml"
 PARTS = ("finetuning_comparison.png", "manifest.json", "predictions.json", "report.md")  # of evaluation, for DVC

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import Params, Section
+from pipeline.project.params.sections import Params, Section
 
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 

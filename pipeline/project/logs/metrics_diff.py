@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import provenance
 from pipeline.errors import UserError
+from pipeline.project import provenance
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.params import FinetuneLora, FinetuneSweep
+from pipeline.project.params.sections import FinetuneLora, FinetuneSweep
 
 TABLE = "sweep.json"  # name → how the adapter ended; in the run folder as far as that is known
 DONE, STOPPED, DIVERGED = "done", "stopped early", "diverged"

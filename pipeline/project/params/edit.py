@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.params import parse
+from pipeline.project.params.sections import parse
 
 
 def save(path: Path, values: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 from types import CodeType
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pipeline.errors import UserError
-from pipeline.schema import AtLeast, Count, File, MayRepeat, Rate, Seed, Share, Steps
+from pipeline.project.params.schema import AtLeast, Count, File, MayRepeat, Rate, Seed, Share, Steps
 
 Seeds = tuple[Seed, ...]
 Rates = tuple[Rate, ...]

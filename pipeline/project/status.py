@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import journal, provenance
-from pipeline.dag import STAGES, Project, Stage
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.files.file_stamp import Signature, signature
-from pipeline.journal import Journal
-from pipeline.runner import Digests, changed_inputs, known
+from pipeline.project import provenance
+from pipeline.project.logs import run_state
+from pipeline.project.logs.run_state import Journal
+from pipeline.project.runner import Digests, changed_inputs, known
+from pipeline.project.stage_graph import STAGES, Project, Stage
 
 State = Literal["missing", "current", "changed", "waits", "running", "failed", "stopped", "died"]
 
@@ -52,8 +53,8 @@ class Status:
 
     def _state(self, project: Project, stage: Stage, digests: Digests, before: Mapping[str, StageState]) -> StageState:
         folder = project.run_folder(stage.name)
-        run = journal.read(folder)
-        if journal.alive(folder):
+        run = run_state.read(folder)
+        if run_state.alive(folder):
             return StageState(stage, "running", (), run)
         state, found = self._compared(project, stage, digests)
         reasons = tuple(reason.replace(f"{project.root}/", "") for reason in found)
@@ -170,7 +171,7 @@ def _short(value: Any) -> str:
 def project_signature(project: Project) -> tuple[Signature, ...]:
     """Changes when anything does that a state depends on."""
     data = {project.root / name for stage in project.stages.values() for name in project.data_files(stage)}
-    runs = [project.run_folder(name) / journal.JOURNAL for name in project.stages]
+    runs = [project.run_folder(name) / run_state.JOURNAL for name in project.stages]
     artifacts = [project.artifact(name) for name in project.stages]
     base = base_model.watched(project.params.pretrain.base, project.root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 
-from pipeline import schema
 from pipeline.errors import UserError
-from pipeline.schema import (
+from pipeline.project.params import schema
+from pipeline.project.params.schema import (
     AtLeast,
     Because,
     Count,
@@ -27,7 +27,7 @@ from pipeline.schema import (
     ValuesOf,
     ValueSource,
 )
-from pipeline.study_params import (
+from pipeline.project.params.studies import (
     Claims,
     Figures,
     Study,

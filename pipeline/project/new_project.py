@@ -11,11 +11,13 @@ from typing import Any
 
 import yaml
 
-from pipeline import dvc_file, params_file, provenance
-from pipeline.dag import Project
 from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
-from pipeline.params import parse
+from pipeline.project import dvc_yaml as dvc_file
+from pipeline.project import provenance
+from pipeline.project.params import edit
+from pipeline.project.params.sections import parse
+from pipeline.project.stage_graph import Project
 
 PARAMS = "params.yaml"
 HERE = provenance.ROOT  # a clone of the repository, or where the packages are installed
@@ -125,8 +127,8 @@ def _fresh(folder: Path, source: Path, values: Mapping[str, Any]) -> str:
     """The params file's text as it is to be written, with these values and every key that dvc.yaml names."""
     text = _read(source)
     parse(text, source)
-    text = params_file.changed(text, values)
-    return params_file.changed(text, _missing(text, Project(folder, parse(text, source))))
+    text = edit.changed(text, values)
+    return edit.changed(text, _missing(text, Project(folder, parse(text, source))))
 
 
 def _standing(folder: Path, base: str | None) -> str:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline import journal, provenance
-from pipeline.cache import Cache, Damaged
-from pipeline.dag import STAGES, Project, Stage, cache_folder
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
+from pipeline.project import provenance
+from pipeline.project.cache import Cache, Damaged
+from pipeline.project.logs import run_state
+from pipeline.project.stage_graph import STAGES, Project, Stage, cache_folder
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def run(
     `work` fills `job.out` and returns the facts that only it knows (counts, fingerprints).
     """
     folder = project.run_folder(stage.name)
-    with (yield from _lock(folder, stage)), journal.writing(folder) as writer:
+    with (yield from _lock(folder, stage)), run_state.writing(folder) as writer:
         for event in _made(project, stage, work, force, checkpoint_every):
             if isinstance(event, Note):
                 writer.note(event.text)
@@ -129,7 +130,7 @@ def _made(
 def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
     """The run folder's lock, held until the file is closed or the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / journal.LOCK).open("a+")
+    file = (folder / run_state.LOCK).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
