@@ -12,13 +12,13 @@ import torch
 from bench.measure import Row, in_turns
 from pipeline.adapters.attach import attach
 from pipeline.adapters.peft_format import save_adapter
+from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.stages.finetune import lora_spec
-from pipeline.tokenizer import WordTokenizer
 from tui.inference import Inference
 
 ROUNDS = 50

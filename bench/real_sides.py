@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.calc.settings import Method
-from pipeline.encode import Encoded
+from pipeline.data.masking import Encoded
+from pipeline.data.windows import Listed, whole
 from pipeline.generate import generate
 from pipeline.models.fused import quicken
 from pipeline.models.opened import opened
@@ -31,7 +32,6 @@ from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches
 from pipeline.training.loop import Task, steps
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.sequences import Listed, whole
 
 BATCH, RANK, LEARNING_RATE, CLIP = 8, 8, 2e-4, 1.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

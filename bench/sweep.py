@@ -18,6 +18,7 @@ from bench.training import batches, minigpt, ours_of, reference_of
 from pipeline.adapters.attach import attach
 from pipeline.adapters.many import attach_many
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.data.windows import Listed, whole
 from pipeline.models.base import load_base
 from pipeline.models.causal import CausalLM
 from pipeline.models.fused import quicken
@@ -28,7 +29,6 @@ from pipeline.training.batches import Batches
 from pipeline.training.many import Standing, steps
 from pipeline.training.many_adam import ManyAdam
 from pipeline.training.many_step import ManyTask, Variant
-from pipeline.training.sequences import Listed, whole
 
 SMALL, LARGE = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 STEPS, TURNS = 50, 9

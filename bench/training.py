@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 from bench.measure import Row, in_turns
 from pipeline.adapters.attach import attach
 from pipeline.calc.settings import FULL
-from pipeline.data import windows
+from pipeline.data.examples import windows
+from pipeline.data.tokenizers.word import WordTokenizer
+from pipeline.data.windows import Listed
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneFreeze, FinetuneLora, Training
 from pipeline.stages.finetune import freeze, lora_spec
-from pipeline.tokenizer import WordTokenizer
 from pipeline.training.batches import Batches
 from pipeline.training.loop import Task, steps
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.sequences import Listed
 
 STEPS, ROUNDS = 50, 15
 GOALS = {"full": 1.0, "freeze": 1.0, "lora": 2.0}

@@ -141,7 +141,7 @@ def _cells(answer: dict[str, Any], k: int) -> list[str]:
 
 def _asked(loaded: "Loaded", text: str, chat: bool) -> str:
     """What the model reads. Raises UserError where it has no chat template."""
-    from pipeline.chat import render
+    from pipeline.data.tokenizers.chat_template import render
 
     return render(loaded.base, text) if chat else text
 

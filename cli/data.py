@@ -12,10 +12,10 @@ from cli.options import JsonOption, group
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from pipeline.corpus import Statistics
-    from pipeline.data import Example
-    from pipeline.encode import Encoded
-    from pipeline.tokenizer import Tokenizer
+    from pipeline.data.examples import Example
+    from pipeline.data.masking import Encoded
+    from pipeline.data.token_file import Statistics
+    from pipeline.data.tokenizers.word import Tokenizer
 
 app = group()
 data = group(help="Show what a data file teaches.", no_args_is_help=True)
@@ -45,10 +45,10 @@ def show(
     from tempfile import TemporaryDirectory
 
     from cli.console import print_json, stdout
-    from pipeline.corpus import Corpus
-    from pipeline.data import iter_examples
-    from pipeline.encode import encoder
-    from pipeline.tokenizer import load_tokenizer
+    from pipeline.data.examples import iter_examples
+    from pipeline.data.masking import encoder
+    from pipeline.data.token_file import Corpus
+    from pipeline.data.tokenizers.word import load_tokenizer
 
     base = base or _default_base()
     tokenizer = load_tokenizer(base)

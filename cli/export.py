@@ -71,7 +71,7 @@ def merging_of(
 ) -> tuple["Merging", "Verify | None"]:
     """What is merged, and the comparison of its answers where there are prompts."""
     from pipeline.binding import base_of
-    from pipeline.data import read_prompts
+    from pipeline.data.examples import read_prompts
     from pipeline.merge import Merging
 
     merging = Merging(base or base_of(adapter), adapter, precision, trust)

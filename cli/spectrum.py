@@ -33,7 +33,7 @@ def spectrum(
     """Singular values of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds."""
     from cli.progress import follow
     from pipeline.agreement import quality, refuse_other_tokens
-    from pipeline.data import read_examples
+    from pipeline.data.examples import read_examples
     from pipeline.errors import UserError
     from pipeline.extract import extract, spectra_of
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from pipeline.binding import quantization_of
-from pipeline.data import Example
-from pipeline.encode import encode
+from pipeline.data.examples import Example
+from pipeline.data.masking import encode
+from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
 from pipeline.measure import score
 from pipeline.models.causal import read
 from pipeline.models.exact import exact
 from pipeline.project.params.sections import Kept
-from pipeline.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

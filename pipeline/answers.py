@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import attention, chat, device, engine
+from pipeline import attention, device, engine
 from pipeline.adapters.change import spectra
+from pipeline.data.tokenizers import chat_template
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.generate import Sampling, finite, stream
@@ -54,7 +55,7 @@ class Answers:
             "name": name,
             "parameters": count(model)["total"],
             "seconds": time.perf_counter() - start,
-            "chat": chat.has_template(resident.loaded.base),
+            "chat": chat_template.has_template(resident.loaded.base),
             "layers": model.shape.layers,
             "heads": model.shape.heads,
             "resident": was_there,
@@ -136,4 +137,4 @@ class Answers:
 
 def _prompt(loaded: Loaded, request: Request) -> str:
     text = request.text("text")
-    return chat.render(loaded.base, text) if request.flag("chat") else text
+    return chat_template.render(loaded.base, text) if request.flag("chat") else text

@@ -12,7 +12,7 @@ from pipeline.adapters.plan import fitted
 from pipeline.adapters.updates import updates_of, write_updates
 from pipeline.adapters.virtual import VirtualSpec
 from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, quantization_of, read_config, refuse_virtual
-from pipeline.chat import TEMPLATE
+from pipeline.data.tokenizers.chat_template import TEMPLATE
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.files.safetensors_header import fingerprint, read_header

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data import Example
-from pipeline.encode import encode
+from pipeline.data.examples import Example
+from pipeline.data.masking import encode
 from pipeline.engine import Choice, Loaded, complete, likeliest
 from pipeline.engine import encode as encode_prompt
 from pipeline.errors import UserError

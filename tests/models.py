@@ -8,12 +8,12 @@ import torch
 from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import Base, load_base, save_base
 from pipeline.models.causal import CausalLM
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from pipeline.tokenizer import WordTokenizer
 
 WORDS = [f"w{i}" for i in range(71)]
 

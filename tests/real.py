@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.adapters.attach import attach
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.calc.settings import FULL
-from pipeline.data import IGNORED, Window
+from pipeline.data.examples import IGNORED, Window
+from pipeline.data.windows import Listed
 from pipeline.models.causal import CausalLM
 from pipeline.models.opened import Opened, from_config
 from pipeline.project.logs.run_log import Step
@@ -20,7 +21,6 @@ from pipeline.project.runner import Event
 from pipeline.training.batches import Batches
 from pipeline.training.loop import Task, optimizer_of, steps
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.sequences import Listed
 from tests.families import FAMILIES
 from tests.support import make_one
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from pipeline.subwords import SubwordTokenizer
+from pipeline.data.tokenizers.subword import SubwordTokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEXT = (

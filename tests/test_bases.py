@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 
 from pipeline.base_import import import_base
 from pipeline.calc.files import from_path
+from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files import base_model
 from pipeline.files.artifact import file_digest
 from pipeline.files.base_model import base_fingerprint, identity, named, resolve
 from pipeline.models.base import load_base
 from pipeline.models.skeleton import skeleton
-from pipeline.tokenizer import load_tokenizer
 from tests.bases import (
     FAMILIES,
     ROWS,

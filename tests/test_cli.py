@@ -18,9 +18,9 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.main import app
+from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.files.text import visible
 from pipeline.project.stage_graph import STAGES, VARIANTS
-from pipeline.subwords import SubwordTokenizer
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora
 from tests.support import BRIEF, COMMAND, LORA, PIPELINE, folder_bytes, lora

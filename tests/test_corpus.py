@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus import Corpus, refuse_nothing
-from pipeline.data import Example, iter_examples
-from pipeline.encode import Encoded
+from pipeline.data.examples import Example, iter_examples
+from pipeline.data.masking import Encoded
+from pipeline.data.token_file import Corpus, refuse_nothing
 from pipeline.errors import UserError
 
 TOKENS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), max_size=9)

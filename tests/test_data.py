@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data import Example, in_evaluation, iter_examples, read_examples, read_prompts, windows
+from pipeline.data.examples import Example, in_evaluation, iter_examples, read_examples, read_prompts, windows
 from pipeline.errors import UserError
 from tests.support import ROOT
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipeline.data import Example, Message, Role
-from pipeline.encode import Encoded, encode
+from pipeline.data.examples import Example, Message, Role
+from pipeline.data.masking import Encoded, encode
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
 from pipeline.errors import UserError
-from pipeline.subwords import SubwordTokenizer
-from pipeline.tokenizer import Tokenizer, WordTokenizer
 from tests.subword import INSTRUCTS, MARKED, MARKED_WITHOUT_END, PLAIN, SMOLLM2, THINKS, UNLIKE, tokenizer_with
 
 Maker = Callable[..., SubwordTokenizer]

@@ -23,7 +23,7 @@ from transformers import OPTForCausalLM
 
 from pipeline import engine
 from pipeline.adapters.lora import LoRALinear
-from pipeline.data import read_examples
+from pipeline.data.examples import read_examples
 from pipeline.errors import UserError
 from pipeline.figures.changes import held_by, held_if_normal, needed_for, needed_if_normal, trained_by
 from pipeline.figures.drawn import Drawn

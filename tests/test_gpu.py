@@ -14,7 +14,7 @@ from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
 from pipeline.calc.sources import entry
-from pipeline.data import Window
+from pipeline.data.examples import Window
 from pipeline.generate import generate
 from pipeline.models.base import load_base
 from pipeline.models.opened import Opened, from_config

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline import chat, engine
+from pipeline import engine
 from pipeline.adapters.attach import adapter_layers
 from pipeline.adapters.change import singular_values, spectra
 from pipeline.adapters.lora import factors
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.attention import of_layer, probabilities
+from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
 from pipeline.generate import Sampling, generate, stream
 from pipeline.models.base import load_base
@@ -142,8 +143,8 @@ TURN = "{{ bos_token }} {{ messages[0]['content'] }}{% if add_generation_prompt 
 def test_a_chat_prompt_is_what_transformers_renders_with_one_beginning_of_text(tmp_path: Path) -> None:
     folder = with_template(tmp_path / "chat", TURN)
     loaded = engine.load(folder)
-    assert chat.has_template(folder)
-    ids = engine.encode(loaded, chat.render(folder, "w1 w2"))
+    assert chat_template.has_template(folder)
+    ids = engine.encode(loaded, chat_template.render(folder, "w1 w2"))
     theirs = AutoTokenizer.from_pretrained(folder)
     turns = [{"role": "user", "content": "w1 w2"}]
     assert list(ids) == theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
@@ -153,18 +154,18 @@ def test_a_chat_prompt_is_what_transformers_renders_with_one_beginning_of_text(t
 
 def test_a_template_that_changed_is_read_anew_and_a_broken_one_is_refused(tmp_path: Path) -> None:
     folder = with_template(tmp_path / "chat", TURN)
-    chat.render(folder, "w1")
+    chat_template.render(folder, "w1")
     (folder / "chat_template.jinja").write_text("w7 w8", encoding="utf-8")
-    assert chat.render(folder, "w1") == "w7 w8"
+    assert chat_template.render(folder, "w1") == "w7 w8"
     (folder / "chat_template.jinja").write_text("{% if %}", encoding="utf-8")
     with pytest.raises(UserError, match="its chat template fails"):
-        chat.render(folder, "w1")
+        chat_template.render(folder, "w1")
 
 
 def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
     folder = with_template(tmp_path / "chat", TURN)
     with pytest.raises(UserError, match=rf"^the prompt holds <eos>, a special token of {folder}"):
-        chat.render(folder, "w1 <eos> w2")
+        chat_template.render(folder, "w1 <eos> w2")
     inner = Tokenizer(models.WordLevel({"w1": 0, "<end>": 1}))
     inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens([AddedToken("<End>", normalized=True, special=True)])
@@ -173,11 +174,11 @@ def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "w1 <END>"}]
     assert 2 in fast(turns[0]["content"]).input_ids, "it is found in lower case"
     with pytest.raises(UserError, match=r"^messages\[0\] holds <end>"):
-        chat.render_with(fast, turns, [(1, False)], "toy")
+        chat_template.render_with(fast, turns, [(1, False)], "toy")
 
 
 def test_a_model_without_a_template_does_not_chat(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "plain")
-    assert not chat.has_template(folder)
+    assert not chat_template.has_template(folder)
     with pytest.raises(UserError, match=r"has no chat template. Prompt it without chat"):
-        chat.render(folder, "w1")
+        chat_template.render(folder, "w1")

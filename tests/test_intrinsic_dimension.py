@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.calc.settings import FULL
-from pipeline.data import Window, read_examples
+from pipeline.data.examples import Window, read_examples
+from pipeline.data.windows import Listed
 from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.measure import score
@@ -20,7 +21,6 @@ from pipeline.tables import Cell, Spread, read_table
 from pipeline.training.batches import Batches
 from pipeline.training.loop import Task, optimizer_of, steps
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.sequences import Listed
 from pipeline.training.subspace import OneHot, Projection, SubspaceAdam
 from tests.conftest import Lora
 from tests.support import make, refusal

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from pipeline import measure
-from pipeline.data import Example
+from pipeline.data.examples import Example
 from pipeline.engine import Loaded
 from tests.subword import tokenizer_with
 

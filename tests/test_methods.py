@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pipeline.data import in_evaluation, read_examples
+from pipeline.data.examples import in_evaluation, read_examples
 from pipeline.engine import load
 from pipeline.files import artifact
 from pipeline.inventory import check, describe

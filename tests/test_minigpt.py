@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.errors import UserError
 from pipeline.generate import Sampling, distribution, generate
 from pipeline.models.base import Base, count, load_base, save_base
 from pipeline.models.causal import set_row_count
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.self_attention import KVCache
-from pipeline.tokenizer import WordTokenizer
 
 TOKENIZER = WordTokenizer.of_words([f"w{i}" for i in range(71)])
 CONFIG = MiniGPTConfig(vocab_size=74, pad_id=0, end_id=2)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus import Corpus, refuse_nothing
-from pipeline.data import Example, Message
-from pipeline.encode import encode, encoder
+from pipeline.data.examples import Example, Message
+from pipeline.data.masking import encode, encoder
+from pipeline.data.token_file import Corpus, refuse_nothing
 from pipeline.errors import UserError
 from tests.subword import INSTRUCTS, MARKED, MARKED_WITHOUT_END, SMOLLM2, THINKS, tokenizer_with
 

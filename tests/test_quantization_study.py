@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from pipeline import engine
-from pipeline.data import Example, read_examples
+from pipeline.data.examples import Example, read_examples
 from pipeline.measure import Scored, score
 from pipeline.models.quantized import quantizable
 from pipeline.project.params.sections import Kept

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline import rendering
-from pipeline.chat import render
+from pipeline.data.tokenizers import template_process
+from pipeline.data.tokenizers.chat_template import render
+from pipeline.data.tokenizers.template_process import Conversation, Renderer, TemplateError
 from pipeline.errors import UserError
-from pipeline.rendering import Conversation, Renderer, TemplateError
 from tests.conftest import Lora
 from tests.subword import INSTRUCTS, MARKED, MARKED_WITHOUT_END, PLAIN, SMOLLM2, THINKS, folder_with
 from tests.support import ROOT
@@ -79,7 +79,7 @@ def test_a_template_that_never_ends_is_stopped_with_its_process(
 ) -> None:
     written(renderer, "")
     process = renderer._process
-    monkeypatch.setattr(rendering, "SECONDS", 0.2)
+    monkeypatch.setattr(template_process, "SECONDS", 0.2)
     with pytest.raises(TemplateError, match=r"was stopped: it did not end within 0\.2 seconds"):
         written(renderer, ENDLESS)
     assert process is not None and process.poll() == -signal.SIGKILL
@@ -106,8 +106,8 @@ def test_the_command_and_a_prompt_name_the_template_that_was_stopped(
     (model / "config.json").write_text("{}", encoding="utf-8")
     line = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     (tmp_path / "d.jsonl").write_text(line, encoding="utf-8")
-    written(rendering.RENDERER, "")  # it is there
-    monkeypatch.setattr(rendering, "SECONDS", 0.2)
+    written(template_process.RENDERER, "")  # it is there
+    monkeypatch.setattr(template_process, "SECONDS", 0.2)
     code, out, err = cli("data", "show", "d.jsonl", "--base", "model", cwd=tmp_path)
     said = " ".join(err.split())
     assert (code, out) == (1, "")
@@ -129,7 +129,7 @@ def running(pid: int) -> bool:
 def test_the_process_ends_with_its_parent_and_a_fork_starts_its_own() -> None:
     code = f"""
 import os, time
-from pipeline.rendering import RENDERER
+from pipeline.data.tokenizers.template_process import RENDERER
 text = lambda: RENDERER.render("{{{{ 1 }}}}", {TURNS!r}, [(1, False)], {{}})[0].text
 assert text() == "1"
 mine = RENDERER._process.pid
@@ -157,5 +157,5 @@ time.sleep(60)
 def test_a_process_whose_parent_was_killed_has_few_seconds_left(renderer: Renderer) -> None:
     written(renderer, "")
     assert renderer._process is not None
-    assert resource.prlimit(renderer._process.pid, resource.RLIMIT_CPU)[0] <= 5 + rendering.SECONDS + 2
+    assert resource.prlimit(renderer._process.pid, resource.RLIMIT_CPU)[0] <= 5 + template_process.SECONDS + 2
     os.kill(renderer._process.pid, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import engine
-from pipeline.data import read_examples, read_prompts
+from pipeline.data.examples import read_examples, read_prompts
 from pipeline.measure import said, score
 from tests.support import make
 

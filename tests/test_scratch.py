@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.data import in_evaluation, read_examples
+from pipeline.data.examples import in_evaluation, read_examples
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig

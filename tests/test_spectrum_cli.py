@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.files.safetensors_header import shapes
-from pipeline.tokenizer import WordTokenizer
 from tests.conftest import Lora
 from tests.models import WORDS, adapter, checkpoint
 from tests.subword import folder_with

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.data import read_prompts
+from pipeline.data.examples import read_prompts
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
 from pipeline.project.params.sections import load

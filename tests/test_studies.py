@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from pipeline import engine
-from pipeline.data import Prompt
+from pipeline.data.examples import Prompt
 from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
 from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS

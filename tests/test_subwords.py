@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.subwords import SubwordTokenizer
-from pipeline.tokenizer import Tokenizer, WordTokenizer, load_tokenizer
 from tests.models import checkpoint
 from tests.subword import END, MARKED, SMOLLM2, START, folder_with, tokenizer_with
 from tests.support import folder_bytes

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipeline.data import Example, read_examples
-from pipeline.encode import encode
+from pipeline.data.examples import Example, read_examples
+from pipeline.data.masking import encode
+from pipeline.data.tokenizers.word import SPECIAL, WordTokenizer, split
 from pipeline.errors import UserError
-from pipeline.tokenizer import SPECIAL, WordTokenizer, split
 from tests.support import ROOT
 
 TEXTS = [e.text for e in read_examples(ROOT / "data/pretrain.de.txt", "p")]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from pipeline.calc.settings import FULL
-from pipeline.data import IGNORED, Window, read_examples, windows
-from pipeline.encode import encode
+from pipeline.data.examples import IGNORED, Window, read_examples, windows
+from pipeline.data.masking import encode
+from pipeline.data.windows import Listed
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
 from pipeline.project.logs.run_log import COLUMNS, Step, epoch_means, flat_from, read_steps
@@ -23,7 +24,6 @@ from pipeline.project.runner import Note, Progress
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.loop import Task, steps
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.sequences import Listed
 from tests.support import BRIEF, METHODS, ROOT, make, make_one
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from pipeline import measure
-from pipeline.data import Example
-from pipeline.encode import encode
+from pipeline.data.examples import Example
+from pipeline.data.masking import encode
+from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.engine import Loaded
 from pipeline.measure import score
 from pipeline.models.opened import Opened
 from pipeline.project.params.sections import Training
-from pipeline.subwords import SubwordTokenizer
 from pipeline.training.batches import Batches, collate
 from pipeline.training.live import LiveBytes
 from pipeline.training.optimizer import FlatAdam

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.data import in_evaluation, iter_examples
+from pipeline.data.examples import in_evaluation, iter_examples
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
 from pipeline.models.causal import CausalLM

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.attach import attach
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.data import Window
+from pipeline.data.examples import Window
+from pipeline.data.windows import Listed
 from pipeline.errors import UserError
 from pipeline.models.base import load_base
 from pipeline.models.opened import Opened
@@ -25,7 +26,6 @@ from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.retain import COMPLETION, Retain, retain_of
-from pipeline.training.sequences import Listed
 from pipeline.training.step import gradient
 from tests.families import FAMILIES, new_project
 from tests.real import listed, loss_alone, run_stage, stock, toy, trained, windows_of

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.virtual import VirtualSpec, save_virtual, start
 from pipeline.attention import of_layer, with_virtual_as_one
-from pipeline.data import IGNORED, Window
+from pipeline.data.examples import IGNORED, Window
 from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.generate import generate

@@ -11,13 +11,13 @@ from torch import Tensor
 from pipeline import engine
 from pipeline.adapters.attach import attach
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.data import read_examples
-from pipeline.encode import encode
+from pipeline.data.examples import read_examples
+from pipeline.data.masking import encode
+from pipeline.data.windows import whole
 from pipeline.engine import Loaded
 from pipeline.models.causal import CausalLM
 from pipeline.project.runner import Job
 from pipeline.training.batches import Batch, collate
-from pipeline.training.sequences import whole
 from pipeline.training.step import loss_of, readable
 
 POINTS = 160  # intervals of the landscape, half of them to each side

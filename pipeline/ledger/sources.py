@@ -14,7 +14,7 @@ from pipeline.calc.precision import precision
 from pipeline.calc.settings import Method, Run
 from pipeline.calc.sources import built_in, nearest
 from pipeline.calc.sources import names as models
-from pipeline.data import read_examples
+from pipeline.data.examples import read_examples
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
 from pipeline.files.safetensors_header import read_header

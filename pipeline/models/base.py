@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.base_check import refuse_implausible
+from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.device import device_for
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, refuse_untrusted
@@ -16,7 +17,6 @@ from pipeline.models.files import CONFIG, WEIGHTS, load_tensors
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.quantized import quantize
 from pipeline.project.params.sections import Kept
-from pipeline.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

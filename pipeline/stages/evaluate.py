@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import engine
-from pipeline.data import Example, Prompt, read_examples, read_prompts
+from pipeline.data.examples import Example, Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest, write_json

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.adapters.lora import weight_of
-from pipeline.data import Example, read_examples
+from pipeline.data.examples import Example, read_examples
+from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import base_fingerprint
@@ -16,7 +17,6 @@ from pipeline.models.base import Base, count, load_base, save_base
 from pipeline.models.causal import CausalLM, read, set_row_count
 from pipeline.project.params.sections import ExpandVocab
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
-from pipeline.tokenizer import Tokenizer, WordTokenizer
 
 AUDIT = "audit.json"
 

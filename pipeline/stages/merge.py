@@ -3,7 +3,7 @@
 from collections.abc import Generator
 
 from pipeline.agreement import SameLogits
-from pipeline.data import read_prompts
+from pipeline.data.examples import read_prompts
 from pipeline.files.base_model import base_fingerprint
 from pipeline.merge import Merging, merge_into
 from pipeline.models.base import count

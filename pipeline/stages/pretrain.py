@@ -6,6 +6,7 @@ import torch
 
 from pipeline.base_import import import_base
 from pipeline.calc.settings import FULL
+from pipeline.data.tokenizers.word import WordTokenizer, split
 from pipeline.errors import UserError
 from pipeline.files.base_model import resolve
 from pipeline.models.base import Base, load_base
@@ -13,7 +14,6 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.opened import Opened, refuse_unlike
 from pipeline.project.params.sections import Pretrain
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.tokenizer import WordTokenizer, split
 from pipeline.training.loop import Task, train
 from pipeline.training.task import data_of, examples_of, save_checkpoint
 

@@ -11,6 +11,7 @@ import torch
 from pipeline.adapters.attach import attach
 from pipeline.adapters.many import attach_many, only, trained_by
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.data.windows import Windows
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.base import DTYPES, Base, count, load_base
@@ -28,7 +29,6 @@ from pipeline.training.many_run import train_many
 from pipeline.training.many_step import ManyTask, Variant
 from pipeline.training.retain import retain_of
 from pipeline.training.schedule import refuse_long_warmup
-from pipeline.training.sequences import Windows
 from pipeline.training.task import windows_of
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import engine
-from pipeline.data import Prompt
+from pipeline.data.examples import Prompt
 from pipeline.errors import UserError
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.params.studies import StudyFactCorrection

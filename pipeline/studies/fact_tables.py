@@ -11,7 +11,7 @@ import torch
 
 from pipeline import engine
 from pipeline.adapters.attach import switched_off
-from pipeline.data import Prompt
+from pipeline.data.examples import Prompt
 from pipeline.engine import Loaded
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.studies.runs import DOCUMENT, named

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline import engine
-from pipeline.data import read_examples
+from pipeline.data.examples import read_examples
 from pipeline.measure import Scored, score
 from pipeline.models.base import count
 from pipeline.models.causal import CausalLM

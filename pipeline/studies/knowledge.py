@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 from pipeline import engine
-from pipeline.data import Example, read_examples
+from pipeline.data.examples import Example, read_examples
 from pipeline.engine import Loaded
 from pipeline.measure import Scored, completes, score
 from pipeline.project.runner import Job

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline import engine
 from pipeline.adapters.targets import adaptable
 from pipeline.agreement import SameLogits
-from pipeline.data import Prompt, read_examples, read_prompts
+from pipeline.data.examples import Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.measure import Said, said, score

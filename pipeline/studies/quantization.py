@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline import engine
 from pipeline.calc.memory import weight_bytes
 from pipeline.calc.sources import built_in
-from pipeline.data import Example, read_examples
+from pipeline.data.examples import Example, read_examples
 from pipeline.engine import Loaded
 from pipeline.measure import Scored, score
 from pipeline.models import rounding

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.data import Prompt, read_prompts
+from pipeline.data.examples import Prompt, read_prompts
 from pipeline.engine import Choice, Loaded, encode, likeliest
 from pipeline.errors import UserError
 from pipeline.generate import finite

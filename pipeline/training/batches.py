@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.data import IGNORED, Window
+from pipeline.data.examples import IGNORED, Window
+from pipeline.data.windows import Windows
 from pipeline.training.distributed import mine
-from pipeline.training.sequences import Windows
 
 
 @dataclass(frozen=True)

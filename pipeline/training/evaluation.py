@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pipeline.data.windows import Windows
 from pipeline.models.causal import CausalLM
 from pipeline.training.batches import Batch, shared
 from pipeline.training.distributed import summed
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.sequences import Windows
 from pipeline.training.step import loss_of, readable
 
 

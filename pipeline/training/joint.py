@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.adapters.many import Share
-from pipeline.data import IGNORED, Window
+from pipeline.data.examples import IGNORED, Window
+from pipeline.data.windows import Listed, Windows
 from pipeline.models.causal import CausalLM
 from pipeline.training.batches import Batch, collate
 from pipeline.training.losses import CHUNK, Head, cross_entropy, divergence, mean_of
-from pipeline.training.sequences import Listed, Windows
 
 LOGITS = 2**22  # at once; more are made adapter by adapter, CHUNK rows at a time
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.many import Share
+from pipeline.data.windows import Windows
 from pipeline.models.causal import CausalLM
 from pipeline.training.joint import Reader, losses_of
 from pipeline.training.many_adam import ManyAdam
-from pipeline.training.sequences import Windows
 
 
 class ManyEvaluation:

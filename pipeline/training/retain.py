@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import switched_off
-from pipeline.data import Example, Window, iter_examples
+from pipeline.data.examples import Example, Window, iter_examples
+from pipeline.data.masking import encode
+from pipeline.data.windows import Listed, Windows
 from pipeline.device import placed
-from pipeline.encode import encode
 from pipeline.errors import UserError
 from pipeline.generate import generate
 from pipeline.models.base import Base
@@ -18,7 +19,6 @@ from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.losses import divergence, mean_of
-from pipeline.training.sequences import Listed, Windows
 
 COMPLETION = 32  # tokens that the base adds to a prompt at most
 

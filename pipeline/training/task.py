@@ -5,9 +5,10 @@ from shutil import copyfile
 
 import torch
 
-from pipeline.corpus import Corpus, refuse_nothing
-from pipeline.data import Example, in_evaluation, iter_examples
-from pipeline.encode import encoder
+from pipeline.data.examples import Example, in_evaluation, iter_examples
+from pipeline.data.masking import encoder
+from pipeline.data.token_file import Corpus, refuse_nothing
+from pipeline.data.windows import Windows, sequences
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import Base, count, save_base
@@ -19,7 +20,6 @@ from pipeline.training.batches import Batches
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.schedule import refuse_long_warmup
-from pipeline.training.sequences import Windows, sequences
 
 
 def examples_of(job: Job, settings: Training) -> Iterator[Example]:

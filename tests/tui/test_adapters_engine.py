@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.chat import render
+from pipeline.data.tokenizers.chat_template import render
 from pipeline.engine import complete, continued, load, top_k
 from pipeline.errors import UserError
 from pipeline.files.text import visible

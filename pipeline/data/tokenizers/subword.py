@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline import chat
-from pipeline.chat import Asked, Messages, Rendered, Renderings
+from pipeline.data.tokenizers import chat_template
+from pipeline.data.tokenizers.chat_template import Asked, Messages, Rendered, Renderings
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.safetensors_header import written
@@ -192,12 +192,12 @@ class SubwordTokenizer:
         return bool(self._theirs.chat_template)
 
     def render(self, messages: Messages, reply: bool) -> Rendered:
-        return chat.only(self.render_each(messages, [(len(messages), reply)]))
+        return chat_template.only(self.render_each(messages, [(len(messages), reply)]))
 
     def render_each(self, messages: Messages, asked: Asked) -> Renderings:
         if not self.has_template:
-            raise chat.no_template(self._name)
-        return chat.render_with(self._theirs, messages, asked, self._name)
+            raise chat_template.no_template(self._name)
+        return chat_template.render_with(self._theirs, messages, asked, self._name)
 
     def _knows(self, token: str) -> bool:
         """Whether it is one token, and not the one that stands for all that is unknown."""

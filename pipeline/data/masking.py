@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipeline.chat import only
-from pipeline.data import Example
+from pipeline.data.examples import Example
+from pipeline.data.tokenizers.chat_template import only
+from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
-from pipeline.tokenizer import Tokenizer
 
 TOGETHER = 16  # prompts that are rendered with their conversation; a long one's would take its size times their number
 

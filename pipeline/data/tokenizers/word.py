@@ -8,11 +8,11 @@ from typing import Protocol
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from pipeline import chat
-from pipeline.chat import Asked, Messages, Rendered, Renderings
+from pipeline.data.tokenizers import chat_template
+from pipeline.data.tokenizers.chat_template import Asked, Messages, Rendered, Renderings
+from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import refuse_untrusted, write_json
-from pipeline.subwords import SubwordTokenizer
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 SPECIAL = (PAD, UNKNOWN, END)
@@ -201,15 +201,15 @@ class WordTokenizer:
 
     @property
     def has_template(self) -> bool:
-        return self._folder is not None and chat.has_template(self._folder)
+        return self._folder is not None and chat_template.has_template(self._folder)
 
     def render(self, messages: Messages, reply: bool) -> Rendered:
-        return chat.only(self.render_each(messages, [(len(messages), reply)]))
+        return chat_template.only(self.render_each(messages, [(len(messages), reply)]))
 
     def render_each(self, messages: Messages, asked: Asked) -> Renderings:
         if self._folder is None:
-            raise chat.no_template("the tokenizer")
-        found = chat.render_in(self._folder, messages, asked)
+            raise chat_template.no_template("the tokenizer")
+        found = chat_template.render_in(self._folder, messages, asked)
         # without marks: one template wrote the rules, another tokenizer reads
         return [one if isinstance(one, UserError) else Rendered(one) for one in found]
 

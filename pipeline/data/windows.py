@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.corpus import Corpus
-from pipeline.data import IGNORED, Window, windows
-from pipeline.encode import Encoded
+from pipeline.data.examples import IGNORED, Window, windows
+from pipeline.data.masking import Encoded
+from pipeline.data.token_file import Corpus
 
 
 class Windows(Protocol):

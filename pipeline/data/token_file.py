@@ -10,8 +10,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data import Example
-from pipeline.encode import Encoded
+from pipeline.data.examples import Example
+from pipeline.data.masking import Encoded
 from pipeline.errors import UserError
 
 FILE = "tokens.bin"

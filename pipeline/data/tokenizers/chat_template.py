@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.tokenizers.template_process import RENDERER, Conversation, TemplateError
 from pipeline.errors import UserError
-from pipeline.rendering import RENDERER, Conversation, TemplateError
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
