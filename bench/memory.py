@@ -7,10 +7,10 @@ from itertools import product
 from typing import Any
 
 from bench.measure import Row
-from pipeline.calc.families import architecture
+from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.sources import entry
+from pipeline.calc.sources.open_model import entry
 from pipeline.training.trace import traced_peak
 
 

@@ -5,11 +5,11 @@
 
 from dataclasses import dataclass, replace
 
-from pipeline.calc.families import architecture
+from pipeline.calc.architecture import Architecture
+from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import FULL, Method, Run
-from pipeline.calc.shapes import Architecture
-from pipeline.calc.sources import built_in
+from pipeline.calc.sources.open_model import built_in
 
 GB, GIB = 10**9, 2**30
 QV = ("q_proj", "v_proj")

@@ -54,10 +54,10 @@ def calc(
 ) -> None:
     """Parameters, memory and what fits, exact, from shapes alone: nothing is downloaded, no GPU is needed."""
     from cli.calc_output import Output, Question
-    from pipeline.calc.asked import method_of, run_of
     from pipeline.calc.memory import refuse_impossible
+    from pipeline.calc.options import method_of, run_of
     from pipeline.calc.settings import checked
-    from pipeline.calc.sources import open_model
+    from pipeline.calc.sources.open_model import open_model
 
     out = Output(as_json, as_csv)
     asked_for = {

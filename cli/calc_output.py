@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli.console import print_json
+from pipeline.calc.architecture import Model
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.shapes import Model
 from pipeline.errors import UserError
 
 

@@ -7,12 +7,12 @@ from rich.text import Text
 
 from cli.calc_output import Output, Question
 from cli.console import print_json, stdout, table
-from pipeline.calc.answer import swept
 from pipeline.calc.fit import LARGEST, changes, gpu, largest, of_size
+from pipeline.calc.format import capped, smallest, title_of
 from pipeline.calc.memory import PARTS, predict
 from pipeline.calc.parameters import trainable
-from pipeline.calc.sources import built_in, names
-from pipeline.calc.words import capped, smallest, title_of
+from pipeline.calc.report import swept
+from pipeline.calc.sources.open_model import built_in, names
 from pipeline.errors import UserError
 from pipeline.project.logs.run_log import in_units
 

@@ -5,8 +5,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.calc import gguf
-from pipeline.calc.families import architecture
+from pipeline.calc.families.registry import architecture
+from pipeline.calc.sources import gguf
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
 from pipeline.files.safetensors_header import read_header

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline.base_import import import_base
-from pipeline.calc.files import from_path
+from pipeline.calc.sources.files import from_path
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files import base_model

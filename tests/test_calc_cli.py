@@ -15,7 +15,7 @@ import pytest
 from pipeline.calc.fit import GIB
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import LORA, Method, Run
-from pipeline.calc.sources import built_in, entry, names
+from pipeline.calc.sources.open_model import built_in, entry, names
 from tests.conftest import Lora
 from tests.support import lora
 

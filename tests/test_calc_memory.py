@@ -9,17 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.memory import CORNERS, shortened, worst
-from pipeline.calc.answer import answer, side_by_side, swept
+from pipeline.calc.architecture import Architecture, Block
 from pipeline.calc.explain import explain
-from pipeline.calc.families import architecture
+from pipeline.calc.families.registry import architecture
 from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
 from pipeline.calc.memory import inference, predict, step, weight_bytes
 from pipeline.calc.parameters import projections, trainable
 from pipeline.calc.precision import PRECISIONS, precision
+from pipeline.calc.report import answer, side_by_side, swept
 from pipeline.calc.settings import FREEZE, FULL, LORA, OPTIMIZERS, Method, Run, qlora
-from pipeline.calc.shapes import Architecture, Block
-from pipeline.calc.sources import built_in, entry, names
-from pipeline.calc.tape import ROUNDING, Tape
+from pipeline.calc.simulator.tape import ROUNDING, Tape
+from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.errors import UserError
 from pipeline.training.trace import traced_peak
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
 from pipeline.calc.settings import FULL, LORA, Method
-from pipeline.calc.shapes import Architecture
-from pipeline.calc.sources import built_in, entry, names
+from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.errors import UserError
 
 NOT_IN_TRANSFORMERS = ("gpt-3-175b", "minigpt")

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.calc.families import FAMILIES, architecture
+from pipeline.calc.families.registry import FAMILIES, architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.parameters import trainable
 from pipeline.calc.settings import FULL, LORA, Method, Run
-from pipeline.calc.sources import built_in, entry, names, open_model
+from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.errors import UserError
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.calc.target_modules import ends
 from pipeline.engine import load
 from pipeline.files.artifact import read_json
-from pipeline.targets import ends
 from tests import test_peft
 from tests.conftest import Lora
 from tests.families import FAMILIES, GENERATION, new_project

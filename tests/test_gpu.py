@@ -10,10 +10,10 @@ import torch
 from pipeline.adapters.attach import add_lora
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
-from pipeline.calc.families import architecture
+from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.sources import entry
+from pipeline.calc.sources.open_model import entry
 from pipeline.data.examples import Window
 from pipeline.generate import generate
 from pipeline.models.base import load_base

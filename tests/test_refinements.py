@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pipeline import inventory
 from pipeline.binding import refuse_foreign
-from pipeline.calc.families import architecture
+from pipeline.calc.families.registry import architecture
 from pipeline.calc.parameters import trainable
 from pipeline.errors import UserError
 from pipeline.models.base import load_base

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from bench.memory import shortened
-from pipeline.calc.families import architecture
+from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.sources import entry
+from pipeline.calc.sources.open_model import entry
 from pipeline.training.trace import traced_peak
 
 STEP = Run(batch=1, sequence=2048, optimizer="adam-flat", loss="chunked", chunk=256, label_share=0.4)

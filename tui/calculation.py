@@ -4,14 +4,14 @@ import re
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from pipeline.calc.answer import side_by_side
-from pipeline.calc.asked import method_of, run_of
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import Gpu, gpu, of_size
+from pipeline.calc.format import title_of
 from pipeline.calc.memory import Memory, predict, refuse_impossible
+from pipeline.calc.options import method_of, run_of
 from pipeline.calc.parameters import trainable
+from pipeline.calc.report import side_by_side
 from pipeline.calc.settings import QLORA, Method, Run, checked
-from pipeline.calc.shapes import Architecture
-from pipeline.calc.words import title_of
 from pipeline.errors import UserError
 
 CUSTOM = "custom"  # a GPU of so many GiB

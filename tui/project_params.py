@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.parameters import ranks
-from pipeline.calc.shapes import Architecture
-from pipeline.calc.sources import built_in, open_model
+from pipeline.calc.sources.open_model import built_in, open_model
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project.params.sections import Kept, Params, Precision

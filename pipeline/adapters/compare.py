@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.adapters.change import Change, LowRank
 from pipeline.adapters.combine import Part, concatenated
 from pipeline.adapters.spec import lies_in
+from pipeline.calc.target_modules import ALL_LINEAR, means
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
-from pipeline.targets import ALL_LINEAR, means
 
 
 class Beside(NamedTuple):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeVar
 
+from pipeline.calc.target_modules import ends
 from pipeline.files.patterns import block_match, end_match, full_match
-from pipeline.targets import ends
 
 Number = TypeVar("Number", int, float)
 ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's layers_pattern where there is none: any list that lies in another module

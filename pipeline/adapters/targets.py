@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from pipeline.adapters.spec import AdapterSpec
+from pipeline.calc.target_modules import ALL_LINEAR, HEAD, chosen, ends
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match
 from pipeline.models.linears import is_linear
 from pipeline.models.quantized import QuantizedLinear
-from pipeline.targets import ALL_LINEAR, HEAD, chosen, ends
 
 
 def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:

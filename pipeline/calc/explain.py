@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.memory import Memory, trained_split
 from pipeline.calc.parameters import Projection, projections
 from pipeline.calc.precision import precision
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.shapes import Architecture
 
 GIB = 2**30
 

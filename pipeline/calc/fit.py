@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.memory import possible, predict
 from pipeline.calc.precision import precision
 from pipeline.calc.settings import Method, Run, qlora
-from pipeline.calc.shapes import Architecture
-from pipeline.calc.sources import nearest
+from pipeline.calc.sources.open_model import nearest
 from pipeline.errors import UserError
 
 GIB = 2**30

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, fields, replace
 
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.parameters import magnitudes, projections, ranks, trained_parts
 from pipeline.calc.precision import precision
 from pipeline.calc.settings import OPTIMIZERS, Method, Run, checked
-from pipeline.calc.shapes import Architecture
-from pipeline.calc.step import run_step
-from pipeline.calc.tape import Tape
+from pipeline.calc.simulator.step import run_step
+from pipeline.calc.simulator.tape import Tape
 from pipeline.errors import UserError
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from pipeline.calc.architecture import Architecture, Linear
 from pipeline.calc.settings import Method
-from pipeline.calc.shapes import Architecture, Linear
+from pipeline.calc.target_modules import GROUPS, chosen
 from pipeline.errors import UserError
 from pipeline.files.patterns import end_match, one_budget
-from pipeline.targets import GROUPS, chosen
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import engine
+from pipeline.calc.target_modules import ends
 from pipeline.errors import UserError
 from pipeline.figures.changes import Changed, changes, last_names, matrices
 from pipeline.figures.drawn import Drawn
@@ -14,7 +15,6 @@ from pipeline.models.causal import CausalLM
 from pipeline.project.runner import Job
 from pipeline.studies.findings import Figure
 from pipeline.tables import Row, Table, shown
-from pipeline.targets import ends
 
 NAME = "lora_intuition"
 EXAMPLE, MEASURED = "example", "measured"

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pipeline.calc.target_modules import HEAD
 from pipeline.figures.changes import held_if_normal, largest_first
 from pipeline.figures.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, ORANGE, RED, SMALL, ramp
 from pipeline.studies.findings import Figure
 from pipeline.tables import Table
-from pipeline.targets import HEAD
 
 ABREAST = ("q_proj", "k_proj", "v_proj")  # side by side, as they read the same input
 WIDEST, HEADS = 64, 4  # cells of a strip; rows of one that stands beside others

@@ -7,13 +7,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.calc.answer import answer
-from pipeline.calc.asked import method_of, run_of
 from pipeline.calc.fit import gpu
+from pipeline.calc.options import method_of, run_of
 from pipeline.calc.precision import precision
+from pipeline.calc.report import answer
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.sources import built_in, nearest
-from pipeline.calc.sources import names as models
+from pipeline.calc.sources.open_model import built_in, nearest
+from pipeline.calc.sources.open_model import names as models
 from pipeline.data.examples import read_examples
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json

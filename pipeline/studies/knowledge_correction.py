@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline import engine
 from pipeline.adapters.targets import adaptable
 from pipeline.agreement import SameLogits
+from pipeline.calc.target_modules import ends
 from pipeline.data.examples import Prompt, read_examples, read_prompts
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
@@ -26,7 +27,6 @@ from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.runs import PARTS, Run, adapters, forget, made, silently, together
 from pipeline.studies.spoken import refuse_unsayable
 from pipeline.tables import Cell, Row, Spread, Table, mean, shown
-from pipeline.targets import ends
 
 V_PROJ = ("v_proj",)
 AS_WRITTEN = "v_proj, as written"

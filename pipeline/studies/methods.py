@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import engine
-from pipeline.calc.answer import answer
-from pipeline.calc.asked import method_of, run_of
-from pipeline.calc.sources import built_in
+from pipeline.calc.options import method_of, run_of
+from pipeline.calc.report import answer
+from pipeline.calc.sources.open_model import built_in
 from pipeline.engine import Loaded
 from pipeline.files.artifact import read_manifest
 from pipeline.project.logs.run_log import TELEMETRY

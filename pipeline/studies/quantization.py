@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline import engine
 from pipeline.calc.memory import weight_bytes
-from pipeline.calc.sources import built_in
+from pipeline.calc.sources.open_model import built_in
 from pipeline.data.examples import Example, read_examples
 from pipeline.engine import Loaded
 from pipeline.measure import Scored, score

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from pipeline.calc.families import architecture
+from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
 from pipeline.errors import UserError

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pipeline.adapters.attach import add_lora
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
-from pipeline.calc.families import architecture
+from pipeline.calc.families.registry import architecture
 from pipeline.calc.parameters import projections
 from pipeline.calc.settings import Method, Run
 from pipeline.errors import UserError

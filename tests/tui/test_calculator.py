@@ -13,12 +13,12 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input, OptionList
 
-from pipeline.calc.answer import answer
-from pipeline.calc.asked import CONTEXT, method_of, run_of
+from pipeline.calc.architecture import Model
 from pipeline.calc.fit import changes, gpus, largest
+from pipeline.calc.options import CONTEXT, method_of, run_of
+from pipeline.calc.report import answer
 from pipeline.calc.settings import LORA, Method, Run
-from pipeline.calc.shapes import Model
-from pipeline.calc.sources import built_in, entry, names, open_model
+from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.project.params.edit import save
 from pipeline.project.params.sections import load
 from tests.bases import toy_checkpoint

@@ -13,9 +13,9 @@ from textual.widget import Widget
 from textual.widgets import Static
 from textual.worker import get_current_worker
 
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import changes, largest
-from pipeline.calc.shapes import Architecture
-from pipeline.calc.sources import hub_ids, open_model
+from pipeline.calc.sources.open_model import hub_ids, open_model
 from pipeline.errors import UserError
 from pipeline.project.params import edit
 from pipeline.project.params.sections import load

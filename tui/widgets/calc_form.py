@@ -12,12 +12,12 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Input, Label
 
-from pipeline.calc.asked import METHODS
 from pipeline.calc.fit import gpus
+from pipeline.calc.options import METHODS
 from pipeline.calc.precision import PRECISIONS
 from pipeline.calc.settings import CHOICES, OPTIMIZERS
-from pipeline.calc.sources import hub_ids
-from pipeline.targets import GROUPS
+from pipeline.calc.sources.open_model import hub_ids
+from pipeline.calc.target_modules import GROUPS
 from tui.calculation import CUSTOM, FIELDS, Asked, relevant
 from tui.widgets.choice import Choice
 from tui.widgets.entry import Entry, counting, doubling, through

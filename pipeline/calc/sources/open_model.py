@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.calc.families import architecture
-from pipeline.calc.shapes import Model
+from pipeline.calc.architecture import Model
+from pipeline.calc.families.registry import architecture
 from pipeline.errors import UserError
 
-BUILT_IN = Path(__file__).parent / "models"
+BUILT_IN = Path(__file__).parent.parent / "presets"
 
 
 def names() -> list[str]:
@@ -42,7 +42,7 @@ def open_model(name: str) -> Model:
     """The model that `name` means. Raises UserError with the nearest names, or with what is wrong in a file."""
     if name.lower() in names():
         return built_in(name.lower())
-    from pipeline.calc import files  # what reads files is not needed for a name
+    from pipeline.calc.sources import files  # what reads files is not needed for a name
 
     path = Path(name)
     if path.exists():

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
+from pipeline.calc.architecture import Architecture, Linear
 from pipeline.calc.precision import precision
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.shapes import Architecture, Linear
-from pipeline.calc.tape import Tape, Value, Weight
+from pipeline.calc.simulator.tape import Tape, Value, Weight
 
 FOLD_BELOW = 2**16  # weights; smaller linears fold their LoRA update into one matrix first, as our layers do
 

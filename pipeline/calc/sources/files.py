@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.calc import gguf
-from pipeline.calc.families import FAMILIES, architecture
-from pipeline.calc.headers import from_shapes
-from pipeline.calc.shapes import Model
+from pipeline.calc.architecture import Model
+from pipeline.calc.families.from_tensors import from_shapes
+from pipeline.calc.families.registry import FAMILIES, architecture
+from pipeline.calc.sources import gguf
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, refuse_untrusted
 from pipeline.files.safetensors_header import read_header

@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
-from pipeline.targets import HEAD
+from pipeline.calc.target_modules import HEAD
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from pipeline.calc.blocks import Blocks
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.parameters import lora_parameters
-from pipeline.calc.parts import Parts
 from pipeline.calc.settings import Method, Run
-from pipeline.calc.shapes import Architecture
-from pipeline.calc.tape import Tape, Value
+from pipeline.calc.simulator.block import Blocks
+from pipeline.calc.simulator.ops import Parts
+from pipeline.calc.simulator.tape import Tape, Value
 
 EACH_END = 2  # blocks at either end of a run of equal ones that are run one by one; those between are multiplied
 

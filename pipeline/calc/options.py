@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.settings import QLORA, Method, Run
-from pipeline.calc.shapes import Architecture
 
 METHODS = ("full", "freeze", "lora", "qlora", "prefix", "prompt")  # as they are asked for
 CONTEXT = 512 * 2**20  # bytes of CUDA context and kernels, assumed

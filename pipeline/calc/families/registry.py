@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.calc import decoders, layer_norm_models
-from pipeline.calc.config import Config
-from pipeline.calc.shapes import Architecture
+from pipeline.calc.architecture import Architecture
+from pipeline.calc.families import gpt_like, llama_like
+from pipeline.calc.families.config import Config
 from pipeline.errors import UserError
 
 
@@ -40,22 +40,22 @@ def _is_ours(values: Mapping[str, Any]) -> bool:
 
 
 FAMILIES: dict[str, Callable[[Config], Architecture]] = {
-    "gemma2": decoders.gemma2,
-    "gemma3_text": decoders.gemma3,
-    "gpt2": layer_norm_models.gpt2,
-    "gpt3": layer_norm_models.gpt3,
-    "gpt_neox": layer_norm_models.gpt_neox,
-    "gpt_oss": decoders.gpt_oss,
-    "llama": decoders.llama,
-    "minigpt": layer_norm_models.minigpt,
-    "mistral": decoders.mistral,
-    "mixtral": decoders.mixtral,
-    "olmo2": decoders.olmo2,
-    "opt": layer_norm_models.opt,
-    "phi3": decoders.phi3,
-    "qwen2": decoders.qwen2,
-    "qwen3": decoders.qwen3,
-    "qwen3_moe": decoders.qwen3_moe,
-    "roberta": layer_norm_models.roberta,
-    "smollm3": decoders.smollm3,
+    "gemma2": llama_like.gemma2,
+    "gemma3_text": llama_like.gemma3,
+    "gpt2": gpt_like.gpt2,
+    "gpt3": gpt_like.gpt3,
+    "gpt_neox": gpt_like.gpt_neox,
+    "gpt_oss": llama_like.gpt_oss,
+    "llama": llama_like.llama,
+    "minigpt": gpt_like.minigpt,
+    "mistral": llama_like.mistral,
+    "mixtral": llama_like.mixtral,
+    "olmo2": llama_like.olmo2,
+    "opt": gpt_like.opt,
+    "phi3": llama_like.phi3,
+    "qwen2": llama_like.qwen2,
+    "qwen3": llama_like.qwen3,
+    "qwen3_moe": llama_like.qwen3_moe,
+    "roberta": gpt_like.roberta,
+    "smollm3": llama_like.smollm3,
 }

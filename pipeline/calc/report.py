@@ -4,6 +4,7 @@ import re
 from dataclasses import asdict, replace
 from typing import Any
 
+from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import LARGEST, gpus
 from pipeline.calc.memory import Memory, inference, possible, predict, trained_split
 from pipeline.calc.parameters import (
@@ -16,7 +17,6 @@ from pipeline.calc.parameters import (
 )
 from pipeline.calc.precision import precision
 from pipeline.calc.settings import Method, Run, qlora
-from pipeline.calc.shapes import Architecture
 from pipeline.errors import UserError
 
 SWEEPS = ("rank", "sequence", "batch", "precision", "optimizer", "checkpointing", "loss", "method", "targets")

@@ -5,10 +5,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.calc.config import Config
-from pipeline.calc.shapes import Architecture, Block, Linear, Style
+from pipeline.calc.architecture import Architecture, Block, Linear, Style
+from pipeline.calc.families.config import Config
+from pipeline.calc.target_modules import means
 from pipeline.errors import UserError
-from pipeline.targets import means
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # name → (dtype, shape)
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from pipeline.calc.config import MOST_LAYERS, Config
-from pipeline.calc.shapes import Architecture, Block, Linear, Style
+from pipeline.calc.architecture import Architecture, Block, Linear, Style
+from pipeline.calc.families.config import MOST_LAYERS, Config
 from pipeline.errors import UserError
 
 

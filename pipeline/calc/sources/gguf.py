@@ -6,9 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.calc.config import MOST_LAYERS
-from pipeline.calc.families import architecture
-from pipeline.calc.shapes import Architecture
+from pipeline.calc.architecture import Architecture
+from pipeline.calc.families.config import MOST_LAYERS
+from pipeline.calc.families.registry import architecture
 from pipeline.errors import UserError
 
 FAMILIES = {  # the format's name of an architecture → config.json's

@@ -6,9 +6,9 @@ operation saves, every copy that a rotation or a change of layout makes.
 
 from collections.abc import Callable
 
-from pipeline.calc.parts import Parts
-from pipeline.calc.shapes import Block, Linear
-from pipeline.calc.tape import Value
+from pipeline.calc.architecture import Block, Linear
+from pipeline.calc.simulator.ops import Parts
+from pipeline.calc.simulator.tape import Value
 
 
 class Blocks:
