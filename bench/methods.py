@@ -22,7 +22,7 @@ from bench.training import batches, minigpt
 from pipeline.adapters.attach import attach
 from pipeline.adapters.virtual import VirtualSpec, start
 from pipeline.calc.settings import FULL
-from pipeline.models.base import load_base
+from pipeline.models.load import load_base
 from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneVirtual, Kept, Training
 from pipeline.stages.finetune import lora_spec
 from pipeline.training.live import LiveBytes

@@ -24,9 +24,9 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.calc.settings import Method
 from pipeline.data.masking import Encoded
 from pipeline.data.windows import Listed, whole
-from pipeline.generate import generate
-from pipeline.models.fused import quicken
-from pipeline.models.opened import opened
+from pipeline.models.generate import generate
+from pipeline.models.kernels.rms_norm import quicken
+from pipeline.models.transformers_model import opened
 from pipeline.project.params.sections import Training
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches

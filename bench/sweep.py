@@ -19,9 +19,9 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.many import attach_many
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.data.windows import Listed, whole
-from pipeline.models.base import load_base
-from pipeline.models.causal import CausalLM
-from pipeline.models.fused import quicken
+from pipeline.models.base import CausalLM
+from pipeline.models.kernels.rms_norm import quicken
+from pipeline.models.load import load_base
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.stages.finetune import lora_spec
 from pipeline.training.allocator import keep_freed_memory

@@ -58,8 +58,8 @@ def prompt(
     from pipeline.binding import base_of
     from pipeline.engine import continued, load
     from pipeline.files.text import visible
-    from pipeline.generate import Sampling
     from pipeline.inventory import newest_model
+    from pipeline.models.generate import Sampling
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
         raise typer.BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")

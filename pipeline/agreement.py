@@ -16,8 +16,8 @@ from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
 from pipeline.measure import score
-from pipeline.models.causal import read
-from pipeline.models.exact import exact
+from pipeline.models.base import read
+from pipeline.models.kernels.fp32_compute import exact
 from pipeline.project.params.sections import Kept
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import attention, device, engine
+from pipeline import attention, engine
 from pipeline.adapters.change import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
-from pipeline.generate import Sampling, finite, stream
-from pipeline.models.base import count
+from pipeline.models import device
+from pipeline.models.generate import Sampling, finite, stream
+from pipeline.models.load import count
 from pipeline.request import Request
 from pipeline.resident import Residents
 

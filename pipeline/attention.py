@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.attend import watched
-from pipeline.models.causal import CausalLM
-from pipeline.models.self_attention import Attention
-from pipeline.models.virtual import Prefix, with_prefix
+from pipeline.models.base import CausalLM
+from pipeline.models.kernels.packed_attention import watched
+from pipeline.models.minigpt.attention import Attention
+from pipeline.models.virtual_tokens import Prefix, with_prefix
 
 
 def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.files.safetensors_header import fingerprint, read_header
 from pipeline.files.shards import places
-from pipeline.models.skeleton import skeleton
+from pipeline.models.meta import skeleton
 from pipeline.project import provenance
 
 

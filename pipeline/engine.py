@@ -10,11 +10,11 @@ from torch import Tensor
 from pipeline.adapters.peft_format import load_adapter
 from pipeline.binding import quantization_of
 from pipeline.data.tokenizers.word import Tokenizer
-from pipeline.device import placed
 from pipeline.errors import UserError
-from pipeline.generate import GREEDY, Sampling, finite, generate
-from pipeline.models.base import load_base
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
+from pipeline.models.device import placed
+from pipeline.models.generate import GREEDY, Sampling, finite, generate
+from pipeline.models.load import load_base
 from pipeline.project.params.sections import Kept
 from pipeline.project.stage_graph import VARIANTS, Project
 

@@ -12,7 +12,7 @@ from pipeline.collection import copy_template, copy_tokenizer
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.merge import Merging, Verify, merge_to
-from pipeline.models.skeleton import skeleton
+from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be

@@ -27,9 +27,9 @@ from pipeline.files import artifact
 from pipeline.files.base_model import weight_files
 from pipeline.files.safetensors_header import fingerprint
 from pipeline.files.shards import Place
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_conv1d
-from pipeline.models.skeleton import skeleton
+from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event, Progress
 
 

@@ -14,8 +14,8 @@ from pipeline.data.masking import encode
 from pipeline.engine import Choice, Loaded, complete, likeliest
 from pipeline.engine import encode as encode_prompt
 from pipeline.errors import UserError
-from pipeline.generate import finite
-from pipeline.models.causal import read
+from pipeline.models.base import read
+from pipeline.models.generate import finite
 
 CHUNK = 256  # tokens whose logits are alive at once: all of an evaluation's would be many times the model
 

@@ -15,12 +15,12 @@ from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.strength import Strength
 from pipeline.binding import quantization_of
-from pipeline.device import device_for
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.file_stamp import Signature, signature
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
+from pipeline.models.device import device_for
 from pipeline.project.params.sections import Kept
 
 

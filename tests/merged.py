@@ -12,8 +12,8 @@ from pipeline.adapters.edits import SetLengths, blocks
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, weight_of
 from pipeline.adapters.plan import edit_of
 from pipeline.adapters.rows import EmbeddingRows, HeadRows
-from pipeline.models.causal import CausalLM
-from pipeline.models.quantized import QuantizedLinear
+from pipeline.models.base import CausalLM
+from pipeline.models.quantization.quantized_linear import QuantizedLinear
 
 
 def merged_model(model: CausalLM) -> CausalLM:

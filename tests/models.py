@@ -11,9 +11,9 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.base import Base, load_base, save_base
-from pipeline.models.causal import CausalLM
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.base import CausalLM
+from pipeline.models.load import Base, load_base, save_base
+from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 
 WORDS = [f"w{i}" for i in range(71)]
 

@@ -13,8 +13,8 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.calc.settings import FULL
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Listed
-from pipeline.models.causal import CausalLM
-from pipeline.models.opened import Opened, from_config
+from pipeline.models.base import CausalLM
+from pipeline.models.transformers_model import Opened, from_config
 from pipeline.project.logs.run_log import Step
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event

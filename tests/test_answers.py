@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import device
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.answers import Answers
 from pipeline.binding import WEIGHTS
 from pipeline.errors import UserError
+from pipeline.models import device
 from pipeline.request import Request
 from tests.models import adapter
 

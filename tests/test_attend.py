@@ -15,8 +15,8 @@ from torch.nn.attention import varlen
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
 
-from pipeline.models import short_attention
-from pipeline.models.attend import Rule, _flash, attend, register
+from pipeline.models.kernels import short_attention
+from pipeline.models.kernels.packed_attention import Rule, _flash, attend, register
 
 MODULE = nn.Module()
 SMALL: dict[str, Any] = {

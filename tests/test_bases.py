@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from pipeline.base_import import import_base
 from pipeline.calc.sources.files import from_path
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files import base_model
 from pipeline.files.artifact import file_digest
 from pipeline.files.base_model import base_fingerprint, identity, named, resolve
-from pipeline.models.base import load_base
-from pipeline.models.skeleton import skeleton
+from pipeline.models.importing.import_base import import_base
+from pipeline.models.load import load_base
+from pipeline.models.meta import skeleton
 from tests.bases import (
     FAMILIES,
     ROWS,
@@ -620,7 +620,9 @@ def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "toy.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("pipeline.base_import.find_spec", lambda name: None if name == "google.protobuf" else object())
+    monkeypatch.setattr(
+        "pipeline.models.importing.import_base.find_spec", lambda name: None if name == "google.protobuf" else object()
+    )
     assert "needs protobuf to be read. pip install 'lora-workbench[gguf]'" in refused("toy.gguf", tmp_path)
 
 

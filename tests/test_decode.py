@@ -10,9 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.generate import generate
-from pipeline.models.decode import one_at_a_time
-from pipeline.models.opened import Opened, from_config
+from pipeline.models.generate import generate
+from pipeline.models.kernels.decode import one_at_a_time
+from pipeline.models.transformers_model import Opened, from_config
 from tests.families import FAMILIES, OTHERS
 
 COMMON = {  # hidden 64: oneDNN packs these shapes as it packs large ones

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import device, engine, serve
+from pipeline import engine, serve
 from pipeline.answers import Answers
 from pipeline.calc.settings import Method
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
-from pipeline.generate import generate
-from pipeline.models import quantized
-from pipeline.models.base import load_base
+from pipeline.models import device
+from pipeline.models.generate import generate
+from pipeline.models.load import load_base
+from pipeline.models.quantization import quantized_linear
 from pipeline.project.logs.run_log import in_units, read_steps
 from pipeline.project.params.sections import FinetuneLora, load
 from pipeline.project.runner import checkpoints
@@ -109,7 +110,7 @@ SETTINGS = {
 def test_lora_trains_there_with_every_kind_of_setting(
     project: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantized, "_bitsandbytes", lambda: None)  # it knows no such device
+    monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: None)  # it knows no such device
     (project / "prompts.jsonl").write_text('{"prompt": "der hund"}\n{"prompt": "die katze sitzt"}\n')
     settings = [*BRIEF, *(f"finetune_lora.{setting}" for setting in SETTINGS[name])]
     make(project, ["finetune_lora"], settings, force=True)

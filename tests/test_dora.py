@@ -25,8 +25,8 @@ from pipeline.adapters.strength import Strength
 from pipeline.adapters.updates import updates_of
 from pipeline.card import card
 from pipeline.errors import UserError
-from pipeline.models.exact import exact
-from pipeline.models.quantized import QuantizedLinear, quantize
+from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Kept
 from tests.merged import merged_model
 from tests.models import adapter, checkpoint

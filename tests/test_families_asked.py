@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import engine
 from pipeline.answers import Answers
-from pipeline.generate import Sampling, generate
-from pipeline.models.base import load_base
-from pipeline.models.opened import Opened
+from pipeline.models.generate import Sampling, generate
+from pipeline.models.load import load_base
+from pipeline.models.transformers_model import Opened
 from pipeline.project.stage_graph import VARIANTS
 from pipeline.request import Request
 from tests.conftest import Lora

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.base_import import import_base
 from pipeline.files import base_model
-from pipeline.models.files import save_tensors
+from pipeline.models.importing.import_base import import_base
+from pipeline.models.save import save_tensors
 from pipeline.project.logs import run_state
 from pipeline.project.params.sections import load
 from pipeline.project.stage_graph import Project

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pipeline.models.fused import RMSNorm, quicken
+from pipeline.models.kernels.rms_norm import RMSNorm, quicken
 
 
 class ShiftedRMSNorm(LlamaRMSNorm):  # type: ignore[misc]

@@ -15,9 +15,9 @@ from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
 from pipeline.calc.sources.open_model import entry
 from pipeline.data.examples import Window
-from pipeline.generate import generate
-from pipeline.models.base import load_base
-from pipeline.models.opened import Opened, from_config
+from pipeline.models.generate import generate
+from pipeline.models.load import load_base
+from pipeline.models.transformers_model import Opened, from_config
 from pipeline.training.batches import Batch, collate
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of

@@ -18,9 +18,9 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.attention import of_layer, probabilities
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
-from pipeline.generate import Sampling, generate, stream
-from pipeline.models.base import load_base
-from pipeline.models.self_attention import Attention
+from pipeline.models.generate import Sampling, generate, stream
+from pipeline.models.load import load_base
+from pipeline.models.minigpt.attention import Attention
 from tests.models import adapter, checkpoint, minigpt
 from tests.support import make
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pipeline.adapters.attach import tensors
 from pipeline.adapters.peft_format import load_adapter, save_adapter
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.models.opened import Opened
+from pipeline.models.transformers_model import Opened
 from tests.real import ROWS, stock, toy
 
 NAMES = {

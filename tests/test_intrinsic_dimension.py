@@ -15,7 +15,7 @@ from pipeline.data.windows import Listed
 from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.measure import score
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneFull
 from pipeline.tables import Cell, Spread, read_table
 from pipeline.training.batches import Batches

@@ -14,7 +14,7 @@ from pipeline.adapters.rows import EmbeddingRows, HeadRows
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
 from pipeline.errors import UserError
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 
 
 def layer_of(out: int, inputs: int, rank: int, alpha: float, bias: bool = True, folds: bool = True) -> LoRALinear:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import tensors
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.models.opened import Opened
+from pipeline.models.transformers_model import Opened
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.training.loop import optimizer_of
 from pipeline.training.optimizer import FlatAdam

@@ -13,7 +13,7 @@ from pipeline.adapters.peft_format import load_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.files.artifact import read_json
 from pipeline.files.base_model import INDEX
-from pipeline.models.base import load_base
+from pipeline.models.load import load_base
 from tests.bases import logits, opened, toy_checkpoint
 from tests.conftest import Lora
 from tests.forked import Forked

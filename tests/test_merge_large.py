@@ -18,7 +18,7 @@ from pipeline.adapters.peft_config import config_of
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import INDEX
-from pipeline.models.skeleton import skeleton
+from pipeline.models.meta import skeleton
 from tests.merged import merged
 from tests.support import LORA
 

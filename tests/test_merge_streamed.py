@@ -18,7 +18,7 @@ from pipeline.adapters.plan import planned
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.stream import ratios
 from pipeline.engine import load
-from pipeline.models.opened import opened
+from pipeline.models.transformers_model import opened
 from tests.merged import merged_model
 from tests.models import adapter, checkpoint
 from tests.real import stock, toy

@@ -13,9 +13,9 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import resolve
 from pipeline.errors import UserError
-from pipeline.models import attend
-from pipeline.models.exact import exact
-from pipeline.models.opened import Opened, refuse_unlike
+from pipeline.models.kernels import packed_attention
+from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.transformers_model import Opened, refuse_unlike
 from tests.families import FAMILIES
 from tests.real import toy
 
@@ -75,7 +75,7 @@ def test_logits_that_are_made_otherwise_are_refused(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_another_attention_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = rough("qwen3", dtype)
-    seen = attend._row
-    monkeypatch.setattr(attend, "_row", lambda q, k, v, rule: seen(q * 1.02, k, v, rule))
+    seen = packed_attention._row
+    monkeypatch.setattr(packed_attention, "_row", lambda q, k, v, rule: seen(q * 1.02, k, v, rule))
     with pytest.raises(UserError, match="makes its logits otherwise"):
         refuse_unlike(model, "toy")

@@ -17,7 +17,7 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.targets import targeted
 from pipeline.errors import UserError
 from pipeline.files import patterns
-from pipeline.models.base import load_base
+from pipeline.models.load import load_base
 from tests.conftest import Lora
 from tests.models import adapter, checkpoint
 from tests.support import new_project, refusal

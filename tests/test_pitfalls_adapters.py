@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.peft_format import save_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.engine import load
-from pipeline.models.causal import CausalLM
-from pipeline.models.quantized import QuantizedLinear, quantize
+from pipeline.models.base import CausalLM
+from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Kept
 from pipeline.resident import Residents
 from tests.bases import toy_checkpoint

@@ -11,7 +11,7 @@ import yaml
 from pipeline import engine
 from pipeline.data.examples import Example, read_examples
 from pipeline.measure import Scored, score
-from pipeline.models.quantized import quantizable
+from pipeline.models.quantization.quantized_linear import quantizable
 from pipeline.project.params.sections import Kept
 from pipeline.studies.quantization import calibrated
 from pipeline.tables import Cell, Spread, read_table

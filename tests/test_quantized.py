@@ -18,9 +18,9 @@ from pipeline.calc.families.registry import architecture
 from pipeline.calc.precision import precision
 from pipeline.files.artifact import read_json, seal
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models import quantized
-from pipeline.models.exact import exact
-from pipeline.models.quantized import Quantization, QuantizedLinear, quantizable, quantize
+from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.quantization import quantized_linear
+from pipeline.models.quantization.quantized_linear import Quantization, QuantizedLinear, quantizable, quantize
 from pipeline.project import provenance
 from tests.conftest import Lora
 from tests.merged import merged_model
@@ -132,7 +132,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             raise PackageNotFoundError(name)
         return metadata.version(name)
 
-    caches = (quantized._bitsandbytes, provenance.versions)
+    caches = (quantized_linear._bitsandbytes, provenance.versions)
     for each in caches:
         each.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

@@ -13,7 +13,7 @@ from pipeline.binding import refuse_foreign
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.parameters import trainable
 from pipeline.errors import UserError
-from pipeline.models.base import load_base
+from pipeline.models.load import load_base
 from pipeline.project.params.sections import load
 from pipeline.stages.finetune import lora_spec, method_of, new_rows
 from tests.support import BRIEF, make

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import device, engine, resident
+from pipeline import engine, resident
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.base import load_base, save_base
-from pipeline.models.causal import CausalLM
+from pipeline.models import device
+from pipeline.models.base import CausalLM
+from pipeline.models.load import load_base, save_base
 from pipeline.resident import Residents
 from tests.merged import merged_model
 from tests.models import adapter, checkpoint

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.data.examples import in_evaluation, read_examples
 from pipeline.errors import UserError
-from pipeline.models.base import load_base
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.load import load_base
+from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.params.sections import load
 from pipeline.project.runner import Note, Progress, run

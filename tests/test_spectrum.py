@@ -25,8 +25,8 @@ from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.extract import Extracted, Spectra, extract, spectra_of
 from pipeline.files.artifact import verify
-from pipeline.models.causal import CausalLM
-from pipeline.models.opened import opened
+from pipeline.models.base import CausalLM
+from pipeline.models.transformers_model import opened
 from tests.models import adapter, checkpoint
 from tests.real import stock, toy
 from tests.support import folder_bytes, played

@@ -14,7 +14,7 @@ from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.peft_format import load_adapter, save_adapter
 from pipeline.adapters.spec import AdapterSpec
 from pipeline.errors import UserError
-from pipeline.models.opened import opened
+from pipeline.models.transformers_model import opened
 from tests.models import checkpoint
 from tests.real import toy
 from tests.test_interop import IDS

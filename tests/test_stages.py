@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.examples import read_prompts
 from pipeline.errors import UserError
-from pipeline.models.base import load_base
+from pipeline.models.load import load_base
 from pipeline.project.params.sections import load
 from pipeline.project.runner import run
 from pipeline.project.stage_graph import STAGES, VARIANTS, Project

@@ -20,7 +20,7 @@ from pipeline.adapters.products import update
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.inventory import adapters, check, describe
-from pipeline.models.opened import Opened
+from pipeline.models.transformers_model import Opened
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.params.grid import variants
 from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, load
@@ -373,7 +373,7 @@ def test_adam_on_rows_is_adam_on_each_row(starts: list[list[float]], data: st.Da
 
 def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
     """The columns of a lower rank, the layers of other targets: training must never wake them."""
-    from pipeline.models.base import load_base
+    from pipeline.models.load import load_base
     from pipeline.stages.finetune import lora_spec
     from pipeline.training.batches import Batches
     from pipeline.training.many import Standing, steps

@@ -17,7 +17,7 @@ from pipeline.data.examples import IGNORED, Window, read_examples, windows
 from pipeline.data.masking import encode
 from pipeline.data.windows import Listed
 from pipeline.errors import UserError
-from pipeline.models.base import load_base
+from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import COLUMNS, Step, epoch_means, flat_from, read_steps
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Note, Progress

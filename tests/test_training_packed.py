@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pipeline.models.opened import Opened, from_config
+from pipeline.models.transformers_model import Opened, from_config
 from pipeline.project.logs.run_log import Step
 from pipeline.project.params.sections import Training
 from pipeline.training import losses

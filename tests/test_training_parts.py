@@ -19,7 +19,7 @@ from pipeline.data.masking import encode
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.engine import Loaded
 from pipeline.measure import score
-from pipeline.models.opened import Opened
+from pipeline.models.transformers_model import Opened
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batches, collate
 from pipeline.training.live import LiveBytes

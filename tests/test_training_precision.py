@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models.base import Base, load_base
+from pipeline.models.load import Base, load_base
 from pipeline.project.logs.run_log import Step, epoch_means, read_steps
 from pipeline.project.params.sections import Kept, Params, Training, load
 from pipeline.training import optimizer as optimizers

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.examples import in_evaluation, iter_examples
 from pipeline.errors import UserError
-from pipeline.models.base import load_base
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
+from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.params.sections import load
 from pipeline.project.runner import Progress, checkpoints, run

@@ -16,8 +16,8 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.data.examples import Window
 from pipeline.data.windows import Listed
 from pipeline.errors import UserError
-from pipeline.models.base import load_base
-from pipeline.models.opened import Opened
+from pipeline.models.load import load_base
+from pipeline.models.transformers_model import Opened
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.params.sections import FinetuneLora, load
 from pipeline.project.runner import Job, Note

@@ -16,10 +16,10 @@ from pipeline.attention import of_layer, with_virtual_as_one
 from pipeline.data.examples import IGNORED, Window
 from pipeline.engine import load
 from pipeline.errors import UserError
-from pipeline.generate import generate
-from pipeline.models.base import load_base
-from pipeline.models.causal import CausalLM, read
-from pipeline.models.virtual import VirtualTokens
+from pipeline.models.base import CausalLM, read
+from pipeline.models.generate import generate
+from pipeline.models.load import load_base
+from pipeline.models.virtual_tokens import VirtualTokens
 from pipeline.training.batches import collate
 from pipeline.training.step import loss_of
 from tests import families

@@ -14,7 +14,7 @@ from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, read_manifest
 from pipeline.inventory import adapters, describe
-from pipeline.models.base import load_base
+from pipeline.models.load import load_base
 from pipeline.resident import Residents
 from tests.conftest import Lora
 from tests.support import BRIEF, METHODS, folder_bytes, make, refusal

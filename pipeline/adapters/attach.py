@@ -14,7 +14,7 @@ from pipeline.adapters.spec import AdapterSpec, lies_in, ways_to
 from pipeline.adapters.targets import resolve, targeted
 from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import Init
 
 PREFIX = "base_model.model."

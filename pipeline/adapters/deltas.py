@@ -16,7 +16,7 @@ from pipeline.adapters.singular import Read, Rows
 from pipeline.adapters.stream import DTYPES, read_blocks, read_rows
 from pipeline.errors import UserError
 from pipeline.files.shards import Place, places
-from pipeline.models.skeleton import skeleton
+from pipeline.models.meta import skeleton
 
 Places = dict[str, Place]  # by name
 

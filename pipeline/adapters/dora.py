@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.lora import LoRALinear, upright, weight_of
-from pipeline.models.quantized import QuantizedLinear
+from pipeline.models.quantization.quantized_linear import QuantizedLinear
 from pipeline.project.params.sections import Init
 
 LEAST = 2.0**-126  # fp32's smallest normal number: the length of a row of zeros, which has no direction

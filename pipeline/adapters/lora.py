@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.init import DOCUMENT_STD, begin, principal
 from pipeline.models.linears import is_conv1d
-from pipeline.models.quantized import QuantizedLinear
+from pipeline.models.quantization.quantized_linear import QuantizedLinear
 from pipeline.project.params.sections import Init
 
 FOLD_BELOW = 2**16  # weights; see LoRALinear

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from pipeline.adapters.lora import LoRALinear
 from pipeline.adapters.products import update
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 
 
 class Share:

@@ -21,9 +21,9 @@ from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.patterns import one_budget
 from pipeline.files.safetensors_header import refuse_difference
-from pipeline.models.causal import CausalLM
-from pipeline.models.files import save_tensors
+from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_conv1d
+from pipeline.models.save import save_tensors
 
 _FIRST = (".lora_A.weight", ".lora_embedding_A")  # what every adapter has one of
 

@@ -18,11 +18,11 @@ from pipeline.adapters.stream import Merge, read_blocks
 from pipeline.binding import WEIGHTS, quantization_of, refuse_virtual
 from pipeline.errors import UserError
 from pipeline.files.shards import Place, places
-from pipeline.models.causal import CausalLM
-from pipeline.models.files import load_tensors
+from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_conv1d
-from pipeline.models.quantized import quantizable, rounded
-from pipeline.models.skeleton import skeleton
+from pipeline.models.meta import skeleton
+from pipeline.models.quantization.quantized_linear import quantizable, rounded
+from pipeline.models.save import load_tensors
 from pipeline.project.params.sections import Kept
 
 

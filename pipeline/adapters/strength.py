@@ -6,7 +6,7 @@ from torch import Tensor
 from pipeline.adapters.attach import MAGNITUDE, PREFIX, ROWS, adapter_layers, tensors
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.spec import AdapterSpec
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 
 LORA = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE)
 

@@ -9,7 +9,7 @@ from pipeline.calc.target_modules import ALL_LINEAR, HEAD, chosen, ends
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match
 from pipeline.models.linears import is_linear
-from pipeline.models.quantized import QuantizedLinear
+from pipeline.models.quantization.quantized_linear import QuantizedLinear
 
 
 def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.binding import WEIGHTS, refuse_pickle
 from pipeline.errors import UserError
-from pipeline.models.files import load_tensors
+from pipeline.models.save import load_tensors
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

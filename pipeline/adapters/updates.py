@@ -21,10 +21,10 @@ from pipeline.binding import CONFIG, WEIGHTS
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.shards import Place, places
-from pipeline.models.causal import CausalLM
-from pipeline.models.files import save_tensors
+from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_conv1d
-from pipeline.models.skeleton import skeleton
+from pipeline.models.meta import skeleton
+from pipeline.models.save import save_tensors
 
 Updates = dict[str, LowRank]  # by module's full name
 

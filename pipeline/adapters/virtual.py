@@ -13,9 +13,9 @@ from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, read_config
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import refuse_difference
-from pipeline.models.causal import CausalLM
-from pipeline.models.files import save_tensors
-from pipeline.models.virtual import PrefixTokens, PromptTokens, VirtualTokens, prefix_of
+from pipeline.models.base import CausalLM
+from pipeline.models.save import save_tensors
+from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens, VirtualTokens, prefix_of
 
 KEY = "prompt_embeddings"
 # PEFT's options with the only value that is understood here, those that decide nothing once an adapter is trained

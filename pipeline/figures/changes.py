@@ -11,7 +11,7 @@ from pipeline import engine
 from pipeline.adapters.peft_config import read_spec
 from pipeline.adapters.spec import AdapterSpec, lies_in
 from pipeline.adapters.targets import targeted
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 
 

@@ -11,7 +11,7 @@ from pipeline.figures.changes import Changed, changes, last_names, matrices
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.geometry import Plane, circle, farthest, share_of_rank
 from pipeline.figures.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, RED, SMALL, WIDE
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 from pipeline.studies.findings import Figure
 from pipeline.tables import Row, Table, shown

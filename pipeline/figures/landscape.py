@@ -15,7 +15,7 @@ from pipeline.data.examples import read_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import whole
 from pipeline.engine import Loaded
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 from pipeline.training.batches import Batch, collate
 from pipeline.training.step import loss_of, readable

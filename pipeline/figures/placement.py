@@ -9,8 +9,8 @@ from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.figures.blocks import Part, draw_block
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.style import WIDE
-from pipeline.models.causal import CausalLM
-from pipeline.models.self_attention import Attention
+from pipeline.models.base import CausalLM
+from pipeline.models.minigpt.attention import Attention
 from pipeline.project.runner import Job
 from pipeline.tables import Row, Table
 

@@ -23,7 +23,7 @@ from pipeline.figures.changes import (
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.network import Module, draw_network, heights
 from pipeline.figures.style import WIDE
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 from pipeline.tables import Row, Table, mean, shown
 

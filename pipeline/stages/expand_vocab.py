@@ -13,8 +13,8 @@ from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.base import Base, count, load_base, save_base
-from pipeline.models.causal import CausalLM, read, set_row_count
+from pipeline.models.base import CausalLM, read, set_row_count
+from pipeline.models.load import Base, count, load_base, save_base
 from pipeline.project.params.sections import ExpandVocab
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
 

@@ -17,9 +17,9 @@ from pipeline.files.artifact import read_manifest
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.patterns import end_match, one_budget
 from pipeline.files.safetensors_header import shapes
-from pipeline.models.base import DTYPES, Base, count, load_base, stored_precision
-from pipeline.models.causal import CausalLM
-from pipeline.models.skeleton import skeleton
+from pipeline.models.base import CausalLM
+from pipeline.models.load import DTYPES, Base, count, load_base, stored_precision
+from pipeline.models.meta import skeleton
 from pipeline.project.params.sections import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.loop import Learner, Task, train

@@ -6,8 +6,8 @@ from pipeline.agreement import SameLogits
 from pipeline.data.examples import read_prompts
 from pipeline.files.base_model import base_fingerprint
 from pipeline.merge import Merging, merge_into
-from pipeline.models.base import count
-from pipeline.models.skeleton import skeleton
+from pipeline.models.load import count
+from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event, Facts, Job, Progress
 
 

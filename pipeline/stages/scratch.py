@@ -5,8 +5,8 @@ from collections.abc import Generator
 import torch
 
 from pipeline.calc.settings import FULL
-from pipeline.models.base import Base, load_base, stored_precision
-from pipeline.models.skeleton import untrained
+from pipeline.models.load import Base, load_base, stored_precision
+from pipeline.models.meta import untrained
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.loop import Task, train
 from pipeline.training.task import data_of, save_checkpoint

@@ -14,8 +14,8 @@ from pipeline.adapters.spec import AdapterSpec
 from pipeline.data.windows import Windows
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.models.base import DTYPES, Base, count, load_base
-from pipeline.models.skeleton import skeleton
+from pipeline.models.load import DTYPES, Base, count, load_base
+from pipeline.models.meta import skeleton
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 from pipeline.project.params.grid import DIVERGED, DONE, STOPPED, TABLE, variants

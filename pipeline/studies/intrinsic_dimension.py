@@ -16,9 +16,9 @@ import torch
 from pipeline import engine
 from pipeline.data.examples import read_examples
 from pipeline.measure import Scored, score
-from pipeline.models.base import count
-from pipeline.models.causal import CausalLM
-from pipeline.models.skeleton import untrained
+from pipeline.models.base import CausalLM
+from pipeline.models.load import count
+from pipeline.models.meta import untrained
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneFull, Training
 from pipeline.project.params.studies import StudyIntrinsicDimension

@@ -17,7 +17,7 @@ from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.measure import Said, said, score
 from pipeline.merge import Merging, merge_into
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.params.studies import StudyKnowledgeCorrection

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.models import nf4, rounding
+from pipeline.models import rounding
+from pipeline.models.quantization import nf4
 from pipeline.models.rounding import Grid, Rounded
 
 Way = Callable[[Tensor, Tensor], Rounded]  # W (O, I) and XᵀX (I, I) of its inputs

@@ -20,7 +20,7 @@ from pipeline.data.examples import Example, read_examples
 from pipeline.engine import Loaded
 from pipeline.measure import Scored, score
 from pipeline.models import rounding
-from pipeline.models.quantized import quantizable
+from pipeline.models.quantization.quantized_linear import quantizable
 from pipeline.models.rounding import Rounded
 from pipeline.project.palette import COLORS
 from pipeline.project.params.studies import StudyQuantization

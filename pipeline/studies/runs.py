@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.project.params.grid import variants
 from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, Training
 from pipeline.project.runner import Event, Job, Note, Progress, Work

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.models.files import load_tensors, save_tensors
+from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.runner import checkpoints, discard_checkpoints
 

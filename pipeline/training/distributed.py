@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.device import free, size
 from pipeline.errors import UserError
-from pipeline.models.causal import CausalLM
-from pipeline.models.quantized import QuantizedLinear
+from pipeline.models.base import CausalLM
+from pipeline.models.device import free, size
+from pipeline.models.quantization.quantized_linear import QuantizedLinear
 
 Item = TypeVar("Item")
 

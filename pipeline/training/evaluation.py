@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.windows import Windows
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch, shared
 from pipeline.training.distributed import summed
 from pipeline.training.optimizer import FlatAdam

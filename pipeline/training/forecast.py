@@ -8,9 +8,9 @@ from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
 from pipeline.errors import UserError
-from pipeline.models.causal import CausalLM
-from pipeline.models.minigpt import MiniGPT
-from pipeline.models.short_attention import LONGEST, blocks
+from pipeline.models.base import CausalLM
+from pipeline.models.kernels.short_attention import LONGEST, blocks
+from pipeline.models.minigpt.model import MiniGPT
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.sections import FinetuneLora, FinetuneVirtual, Training
 from pipeline.training.batches import Batch

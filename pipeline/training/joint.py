@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.adapters.many import Share
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Listed, Windows
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch, collate
 from pipeline.training.losses import CHUNK, Head, cross_entropy, divergence, mean_of
 

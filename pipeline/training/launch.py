@@ -45,7 +45,7 @@ def launch(devices: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from pipeline.device import cores
+    from pipeline.models.device import cores
 
     logging.disable(logging.CRITICAL)  # torchrun's own words: this process does nothing else
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // devices)))
@@ -82,7 +82,7 @@ def launch(devices: int, arguments: Sequence[str]) -> int:
 def _refuse_missing(devices: int) -> None:
     import torch
 
-    from pipeline.device import cores
+    from pipeline.models.device import cores
 
     gpus = torch.cuda.device_count()
     if devices > (gpus or cores()):

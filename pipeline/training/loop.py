@@ -9,12 +9,12 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from pipeline.calc.settings import Method
-from pipeline.device import device_for
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
-from pipeline.models.base import Base
-from pipeline.models.causal import CausalLM, Checkpointing
-from pipeline.models.fused import quicken
-from pipeline.models.opened import Opened
+from pipeline.models.base import CausalLM, Checkpointing
+from pipeline.models.device import device_for
+from pipeline.models.kernels.rms_norm import quicken
+from pipeline.models.load import Base
+from pipeline.models.transformers_model import Opened
 from pipeline.project.logs.run_log import Peak, RunLog, Step, in_units
 from pipeline.project.params.sections import FinetuneLora, Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, discard_checkpoints

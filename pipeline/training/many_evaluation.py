@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.adapters.many import Share
 from pipeline.data.windows import Windows
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.training.joint import Reader, losses_of
 from pipeline.training.many_adam import ManyAdam
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.many import Share
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.training.batches import Batches
 from pipeline.training.joint import Losses, Reader, divergences_of, losses_of

@@ -10,11 +10,11 @@ from pipeline.adapters.attach import switched_off
 from pipeline.data.examples import Example, Window, iter_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import Listed, Windows
-from pipeline.device import placed
 from pipeline.errors import UserError
-from pipeline.generate import generate
-from pipeline.models.base import Base
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
+from pipeline.models.device import placed
+from pipeline.models.generate import generate
+from pipeline.models.load import Base
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch
 from pipeline.training.distributed import summed
 from pipeline.training.losses import CHUNK, cross_entropy, mean_of

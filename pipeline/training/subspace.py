@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.training.adam import moments_before, update
 from pipeline.training.optimizer import FlatAdam
 

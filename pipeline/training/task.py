@@ -11,8 +11,8 @@ from pipeline.data.token_file import Corpus, refuse_nothing
 from pipeline.data.windows import Windows, sequences
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.base import Base, count, save_base
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
+from pipeline.models.load import Base, count, save_base
 from pipeline.project.logs.run_log import LOSS
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note

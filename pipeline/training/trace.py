@@ -20,11 +20,11 @@ from pipeline.calc.families.registry import architecture
 from pipeline.calc.parameters import projections
 from pipeline.calc.settings import Method, Run
 from pipeline.errors import UserError
-from pipeline.models import attend
-from pipeline.models.causal import CausalLM
-from pipeline.models.fused import quicken
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from pipeline.models.opened import Opened, from_config
+from pipeline.models.base import CausalLM
+from pipeline.models.kernels import packed_attention
+from pipeline.models.kernels.rms_norm import quicken
+from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.transformers_model import Opened, from_config
 from pipeline.training import losses
 from pipeline.training.batches import Batch
 from pipeline.training.live import LiveBytes
@@ -123,7 +123,7 @@ def _model(config: Mapping[str, Any], run: Run) -> CausalLM:
     AttentionInterface.register(FUSED, _fused_attention)
     model = from_config(config, DTYPES[run.precision])
     fused = run.attention == "sdpa" and not _eager_only(model.config)
-    implementation = attend.NAME if run.attention == "short" else FUSED if fused else "eager"
+    implementation = packed_attention.NAME if run.attention == "short" else FUSED if fused else "eager"
     model.use_attention(implementation)
     return model
 

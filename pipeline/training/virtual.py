@@ -7,8 +7,8 @@ from pipeline.adapters.virtual import VirtualSpec, in_precision, save_virtual, s
 from pipeline.calc.settings import Method
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.base import DTYPES, Base, count
-from pipeline.models.skeleton import skeleton
+from pipeline.models.load import DTYPES, Base, count
+from pipeline.models.meta import skeleton
 from pipeline.project.params.sections import FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.loop import Learner, Task

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.virtual import Prefix, with_prefix
+from pipeline.models.virtual_tokens import Prefix, with_prefix
 
 JOINED = 128  # tokens of one row up to which sequences in it share a product of attention, each seeing itself alone
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pipeline.calc.precision import NF4_BLOCK, NF4_BLOCK_2
 from pipeline.errors import UserError
-from pipeline.models import nf4
-from pipeline.models.causal import CausalLM
+from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_linear, outputs_first
+from pipeline.models.quantization import nf4
 
 Quantization = Literal["int8", "nf4", "nf4-dq"]  # as the calculator calls them
 DOUBLE = "nf4-dq"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.causal import CausalLM
-from pipeline.models.decode import one_at_a_time
+from pipeline.models.base import CausalLM
+from pipeline.models.kernels.decode import one_at_a_time
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.causal import CausalLM
-from pipeline.models.one_token import OneToken, fits
+from pipeline.models.base import CausalLM
+from pipeline.models.kernels.llama_decode import OneToken, fits
 
 AGREEMENT = 0.05  # of the hidden states' norm: bf16 rounds otherwise where sums are taken in another order
 

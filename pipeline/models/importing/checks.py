@@ -10,7 +10,7 @@ from pipeline.calc.sources import gguf
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
 from pipeline.files.safetensors_header import read_header
-from pipeline.pretrained import reported
+from pipeline.models.importing.transformers_io import reported
 
 if TYPE_CHECKING:
     from torch import Tensor

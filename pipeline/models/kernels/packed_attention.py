@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models import short_attention
-from pipeline.models.virtual import Prefix, with_prefix
+from pipeline.models.kernels import short_attention
+from pipeline.models.virtual_tokens import Prefix, with_prefix
 
 NAME = "lora_segments"
 

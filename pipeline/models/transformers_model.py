@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models import attend
-from pipeline.models.causal import CausalLM, Checkpointing, Shape, checkpointed
-from pipeline.models.exact import exact
-from pipeline.models.virtual import Prefix
-from pipeline.pretrained import generation_of, open_whole, quiet, reported, save_whole
+from pipeline.models.base import CausalLM, Checkpointing, Shape, checkpointed
+from pipeline.models.importing.transformers_io import generation_of, open_whole, quiet, reported, save_whole
+from pipeline.models.kernels import packed_attention
+from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.virtual_tokens import Prefix
 
 AGREEMENT = 1e-3  # of the largest logit, in fp32
 NOISE = (  # what makes training random, in the names of many configs
@@ -199,7 +199,7 @@ def _quiet_config(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str,
 
 def _with_attention(model: Opened) -> Opened:
     if model._whole[0].is_backend_compatible():
-        model.use_attention(attend.register())
+        model.use_attention(packed_attention.register())
     return model
 
 
@@ -208,7 +208,7 @@ def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> Opened:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.for_model(**{**config, **dict.fromkeys(NOISE, 0.0)})
-    whole = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attend.register())
+    whole = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=packed_attention.register())
     return Opened(whole)
 
 

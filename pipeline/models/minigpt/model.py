@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
-from pipeline.models.causal import CausalLM, Checkpointing, Shape, checkpointed
-from pipeline.models.files import CONFIG, WEIGHTS, save_tensors
-from pipeline.models.self_attention import JOINED, Attention, KVCache
-from pipeline.models.virtual import Prefix
+from pipeline.models.base import CausalLM, Checkpointing, Shape, checkpointed
+from pipeline.models.minigpt.attention import JOINED, Attention, KVCache
+from pipeline.models.save import CONFIG, WEIGHTS, save_tensors
+from pipeline.models.virtual_tokens import Prefix
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
 EMBEDDING_STD = 0.3

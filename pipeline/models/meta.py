@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from pipeline.base_check import refuse_implausible
 from pipeline.files.base_model import weight_files
-from pipeline.models.base import read_config
-from pipeline.models.causal import CausalLM
-from pipeline.models.files import CONFIG
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.base import CausalLM
+from pipeline.models.importing.checks import refuse_implausible
+from pipeline.models.load import read_config
+from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.save import CONFIG
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
@@ -37,6 +37,6 @@ def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
     refuse_implausible(folder, weight_files(folder))
     if MiniGPTConfig.describes(config):
         return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
-    from pipeline.models.opened import without_weights  # MiniGPT needs none of transformers
+    from pipeline.models.transformers_model import without_weights  # MiniGPT needs none of transformers
 
     return without_weights(folder, trust_remote_code)

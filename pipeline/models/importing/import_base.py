@@ -12,13 +12,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.base_check import refuse_implausible, refuse_implausible_gguf, refuse_quantized, refuse_unusable
 from pipeline.errors import UserError
 from pipeline.files import base_model
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.safetensors_header import written
-from pipeline.pretrained import clean, generation_of, open_whole, quiet, reason, reported, save_whole
+from pipeline.models.importing.checks import (
+    refuse_implausible,
+    refuse_implausible_gguf,
+    refuse_quantized,
+    refuse_unusable,
+)
+from pipeline.models.importing.transformers_io import (
+    clean,
+    generation_of,
+    open_whole,
+    quiet,
+    reason,
+    reported,
+    save_whole,
+)
 
 if TYPE_CHECKING:
     from torch import dtype

@@ -1,0 +1,101 @@
+"""A checkpoint folder as a model and its tokenizer, and back."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
+from pipeline.errors import UserError
+from pipeline.files.artifact import read_json, refuse_untrusted
+from pipeline.files.base_model import weight_files
+from pipeline.files.safetensors_header import read_header, refuse_difference, shapes
+from pipeline.models.base import CausalLM
+from pipeline.models.device import device_for
+from pipeline.models.importing.checks import refuse_implausible
+from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig, state
+from pipeline.models.quantization.quantized_linear import quantize
+from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
+from pipeline.project.params.sections import Kept
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Base(NamedTuple):
+    """A model with the tokenizer it was trained with."""
+
+    model: CausalLM
+    tokenizer: Tokenizer
+
+
+def load_base(
+    folder: Path,
+    precision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Kept = "none",
+) -> Base:
+    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own; its blocks' linears in
+    fewer bits still with `quantization`. From here on the process has as many threads as suit it: what is computed
+    before training does not depend on their number either.
+
+    Raises UserError; never loads in part.
+    """
+    config = read_config(folder)
+    refuse_implausible(folder, weight_files(folder))
+    tokenizer = load_tokenizer(folder)
+    wanted = DTYPES[precision] if precision else None
+    dtype = wanted if quantization == "none" else None
+    if MiniGPTConfig.describes(config):
+        model: CausalLM = _minigpt(folder, config, dtype)
+    else:
+        from pipeline.models.transformers_model import opened  # MiniGPT needs none of transformers
+
+        model = opened(folder, dtype, trust_remote_code)
+    rows, known = model.shape.rows, len(tokenizer)
+    if known > rows or (known < rows and isinstance(model, MiniGPT)):
+        raise UserError(f"{folder}: the tokenizer has {known} words, the model {rows} rows.")
+    device = device_for(model)
+    if quantization != "none":
+        quantize(model, quantization, wanted, device)
+    return Base(model.eval(), tokenizer)
+
+
+def _minigpt(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> MiniGPT:
+    model = MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG)))
+    expected = {name: tuple(tensor.shape) for name, tensor in state(model).items()}
+    refuse_difference(expected, shapes(folder / WEIGHTS), str(folder / WEIGHTS))
+    model.load_state_dict(load_tensors(folder / WEIGHTS), strict=not model.shape.tied)
+    return model.to(dtype or torch.float32)
+
+
+def stored_precision(folder: Path) -> str | None:
+    """In what the checkpoint's weights are stored: fp32, bf16 or fp16; None if in several."""
+    found = {info.dtype for info in read_header(folder / WEIGHTS).values()}
+    names = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+    return names.get(found.pop()) if len(found) == 1 else None
+
+
+def save_base(folder: Path, base: Base) -> None:
+    """config.json, model.safetensors and the tokenizer's files."""
+    model, tokenizer = base
+    model.save(folder)
+    tokenizer.save(folder, model.shape.positions)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises UserError if there is none."""
+    refuse_untrusted(folder)
+    adapter = (folder / "adapter_config.json").exists()
+    hint = "It is an adapter: give it with --adapter" if adapter else "Make the models with `dvc repro`"
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} is not a model folder: it has no {CONFIG}. {hint}.")
+    return read_json(folder / CONFIG, hint)
+
+
+def count(model: torch.nn.Module) -> dict[str, int]:
+    """Parameters in all and trainable; fixed sinusoids are not parameters."""
+    parameters = list(model.parameters())
+    return {
+        "total": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+    }
