@@ -20,7 +20,7 @@ from bench.measure import Row, in_turns
 from bench.methods_peft import peft_of
 from bench.training import batches, minigpt
 from pipeline.adapters.attach import attach
-from pipeline.adapters.virtual import VirtualSpec, start
+from pipeline.adapters.peft.virtual_tokens import VirtualSpec, start
 from pipeline.calc.settings import FULL
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneVirtual, Kept, Training

@@ -13,8 +13,8 @@ from bench.methods_peft import virtual_config
 from bench.real import ask, base, side
 from bench.real_sides import BATCH, RANK, TARGETS, Example, Ours, Theirs, equally_long
 from pipeline.adapters.attach import attach
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.virtual import VirtualSpec, in_precision, start
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.peft.virtual_tokens import VirtualSpec, in_precision, start
 
 METHODS = ("LoRA", "DoRA", "prefix", "prompt")
 TURNS, LENGTH, VIRTUAL, WORDS = 2, 32, 20, 5000

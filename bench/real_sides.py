@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.attach import adapter_layers, attach
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
 from pipeline.calc.settings import Method
 from pipeline.data.masking import Encoded
 from pipeline.data.windows import Listed, whole

@@ -16,8 +16,8 @@ from bench.real import ROUNDS, ask, base, side
 from bench.real_sides import BATCH, CLIP, LEARNING_RATE, RANK, TARGETS, InOrder, Ours, Theirs, encoded, seconds
 from bench.training import batches, minigpt, ours_of, reference_of
 from pipeline.adapters.attach import attach
-from pipeline.adapters.many import attach_many
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.batched import attach_many
+from pipeline.adapters.config import AdapterSpec
 from pipeline.data.windows import Listed, whole
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels.rms_norm import quicken

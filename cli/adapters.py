@@ -74,7 +74,7 @@ def verify(
 ) -> None:
     """Load an adapter on its base as `lora prompt` would, and say whether anything is wrong."""
     from cli.console import stdout
-    from pipeline.binding import base_of
+    from pipeline.adapters.folder import base_of
     from pipeline.engine import load
     from pipeline.files.artifact import MANIFEST
 
@@ -97,8 +97,8 @@ def diff(
 ) -> None:
     """Compare two adapters: settings, the size of each update, and how far their subspaces overlap."""
     from cli.console import print_json, stdout, table
-    from pipeline.adapters.change import read_change
     from pipeline.adapters.compare import modules, refuse_other_model, settings_that_differ, values
+    from pipeline.adapters.peft.updates import read_change
 
     first, second = read_change(one), read_change(other)
     refuse_other_model(first, second)
@@ -152,7 +152,7 @@ def combine(
     """Make one adapter of several: their weighted sum, exact (cat) or at a smaller rank."""
     from cli.console import stdout
     from pipeline.adapters.combine import How
-    from pipeline.binding import common_base
+    from pipeline.adapters.folder import common_base
     from pipeline.collection import combine_adapters
 
     numbers = _weights(weights, len(paths))
@@ -185,7 +185,7 @@ def import_(
 ) -> None:
     """Take in an adapter from elsewhere: it must fit its base, and is bound to it from then on."""
     from cli.console import stdout
-    from pipeline.binding import base_of
+    from pipeline.adapters.folder import base_of
     from pipeline.collection import import_adapter
 
     base = base or base_of(path)

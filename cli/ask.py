@@ -55,7 +55,7 @@ def prompt(
     from rich.text import Text as Line
 
     from cli.console import bar, print_json, stdout, table
-    from pipeline.binding import base_of
+    from pipeline.adapters.folder import base_of
     from pipeline.engine import continued, load
     from pipeline.files.text import visible
     from pipeline.inventory import newest_model

@@ -32,7 +32,7 @@ def export(
 ) -> None:
     """Write an adapter as those who serve it take it: for PEFT, within vLLM's rules, or merged into a checkpoint."""
     from cli.console import stdout
-    from pipeline.binding import base_of
+    from pipeline.adapters.folder import base_of
     from pipeline.errors import UserError
     from pipeline.export import for_peft, for_vllm
 
@@ -57,7 +57,7 @@ def export(
 
 def _note_bits(adapter: Path) -> None:
     from cli.console import stderr
-    from pipeline.binding import quantization_of
+    from pipeline.adapters.folder import quantization_of
     from pipeline.card import bits
 
     kind = quantization_of(adapter)
@@ -70,7 +70,7 @@ def merging_of(
     adapter: Path, base: Path | None, precision: str | None, prompts: Path | None, trust: bool
 ) -> tuple["Merging", "Verify | None"]:
     """What is merged, and the comparison of its answers where there are prompts."""
-    from pipeline.binding import base_of
+    from pipeline.adapters.folder import base_of
     from pipeline.data.examples import read_prompts
     from pipeline.merge import Merging
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.binding import quantization_of
+from pipeline.adapters.folder import quantization_of
 from pipeline.data.examples import Example
 from pipeline.data.masking import encode
 from pipeline.data.tokenizers.word import load_tokenizer

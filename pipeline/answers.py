@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline import attention, engine
-from pipeline.adapters.change import spectra
+from pipeline.adapters.peft.updates import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.engine import Loaded
 from pipeline.errors import UserError

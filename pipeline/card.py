@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.binding import VIRTUAL, Origin, origin_of, quantization_of, read_config
+from pipeline.adapters.folder import VIRTUAL, Origin, origin_of, quantization_of, read_config
 from pipeline.files import artifact
 from pipeline.inventory import measured
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps

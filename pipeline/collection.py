@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapters.combine import How, combine
-from pipeline.adapters.peft_format import load_adapter
+from pipeline.adapters.folder import CONFIG, VIRTUAL, WEIGHTS, quantization_of, read_config, refuse_virtual
+from pipeline.adapters.peft.io import load_adapter
+from pipeline.adapters.peft.virtual_tokens import VirtualSpec
 from pipeline.adapters.plan import fitted
 from pipeline.adapters.updates import updates_of, write_updates
-from pipeline.adapters.virtual import VirtualSpec
-from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, quantization_of, read_config, refuse_virtual
 from pipeline.data.tokenizers.chat_template import TEMPLATE
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model

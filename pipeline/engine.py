@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.adapters.peft_format import load_adapter
-from pipeline.binding import quantization_of
+from pipeline.adapters.folder import quantization_of
+from pipeline.adapters.peft.io import load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM

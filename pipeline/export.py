@@ -5,8 +5,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapters.folder import CONFIG, WEIGHTS, origin_of, read_config, refuse_pickle
 from pipeline.adapters.updates import updates_of, write_updates
-from pipeline.binding import CONFIG, WEIGHTS, origin_of, read_config, refuse_pickle
 from pipeline.card import CARD, card, has_card
 from pipeline.collection import copy_template, copy_tokenizer
 from pipeline.errors import UserError

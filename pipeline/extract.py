@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.adapters.change import LowRank, read_change
 from pipeline.adapters.deltas import Delta, Differences, between, of_adapter, place_of, stored
+from pipeline.adapters.folder import CONFIG, refuse_foreign
+from pipeline.adapters.low_rank import LowRank
+from pipeline.adapters.peft.updates import read_change
 from pipeline.adapters.plan import stored_name
 from pipeline.adapters.singular import Singular, factors
 from pipeline.adapters.spectrum import MOST, Measured, measure, measure_update
 from pipeline.adapters.stream import read_blocks
-from pipeline.adapters.targets import adaptable
+from pipeline.adapters.target_modules import adaptable
 from pipeline.adapters.updates import write_updates
-from pipeline.binding import CONFIG, refuse_foreign
 from pipeline.collection import copy_tokenizer, manifest_of, refuse_other
 from pipeline.errors import UserError
 from pipeline.files import artifact

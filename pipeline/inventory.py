@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.binding import CONFIG, VIRTUAL, Contents, Fingerprint, base_of, refuse_foreign
+from pipeline.adapters.folder import CONFIG, VIRTUAL, Contents, Fingerprint, base_of, refuse_foreign
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint

@@ -11,10 +11,10 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from pipeline import engine
-from pipeline.adapters.peft_format import load_adapter
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.strength import Strength
-from pipeline.binding import quantization_of
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.folder import quantization_of
+from pipeline.adapters.peft.io import load_adapter
+from pipeline.adapters.scale import Strength
 from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint

@@ -11,7 +11,7 @@ from pipeline.adapters.attach import BY_ROWS, LOW_RANK
 from pipeline.adapters.edits import SetLengths, blocks
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, weight_of
 from pipeline.adapters.plan import edit_of
-from pipeline.adapters.rows import EmbeddingRows, HeadRows
+from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.models.base import CausalLM
 from pipeline.models.quantization.quantized_linear import QuantizedLinear
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from pipeline.adapters.attach import attach, tensors
-from pipeline.adapters.peft_format import save_adapter
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.peft.io import save_adapter
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.adapters.attach import attach
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
 from pipeline.calc.settings import FULL
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Listed

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.folder import WEIGHTS
 from pipeline.answers import Answers
-from pipeline.binding import WEIGHTS
 from pipeline.errors import UserError
 from pipeline.models import device
 from pipeline.request import Request

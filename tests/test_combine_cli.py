@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.combine import Method
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
 from pipeline.collection import import_adapter
 from pipeline.engine import load
 from tests.conftest import Lora

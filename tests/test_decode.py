@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pipeline.adapters.attach import adapter_layers, attach
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
 from pipeline.models.generate import generate
 from pipeline.models.kernels.decode import one_at_a_time
 from pipeline.models.transformers_model import Opened, from_config

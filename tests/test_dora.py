@@ -15,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline import inventory
 from pipeline.adapters.attach import adapter_layers, attach, switched_off
-from pipeline.adapters.change import read_change
 from pipeline.adapters.compare import values
+from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.lora import upright
-from pipeline.adapters.peft_format import load_adapter, save_adapter
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.strength import Strength
+from pipeline.adapters.peft.io import load_adapter, save_adapter
+from pipeline.adapters.peft.updates import read_change
+from pipeline.adapters.scale import Strength
 from pipeline.adapters.updates import updates_of
 from pipeline.card import card
 from pipeline.errors import UserError

@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from pipeline.adapters.attach import attach
+from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.init import principal
 from pipeline.adapters.lora import LoRALinear, factors
-from pipeline.adapters.peft_format import load_adapter, save_adapter
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.peft.io import load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Init
 from tests.real import ROWS, stock, toy

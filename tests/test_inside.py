@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from pipeline import engine
 from pipeline.adapters.attach import adapter_layers
-from pipeline.adapters.change import singular_values, spectra
+from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import factors
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.low_rank import singular_values
+from pipeline.adapters.peft.updates import spectra
 from pipeline.attention import of_layer, probabilities
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError

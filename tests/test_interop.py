@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from pipeline.adapters.attach import tensors
-from pipeline.adapters.peft_format import load_adapter, save_adapter
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.peft.io import load_adapter, save_adapter
 from pipeline.models.transformers_model import Opened
 from tests.real import ROWS, stock, toy
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.adapters.attach import attach, short_targets
+from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.edits import merged_rows
 from pipeline.adapters.lora import LoRALinear, factors, weight_of
-from pipeline.adapters.rows import EmbeddingRows, HeadRows
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.targets import resolve
+from pipeline.adapters.target_modules import resolve
+from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.errors import UserError
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 

@@ -11,7 +11,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 
 from pipeline.adapters.attach import tensors
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
 from pipeline.models.transformers_model import Opened
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.training.loop import optimizer_of

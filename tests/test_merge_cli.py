@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.adapters.peft_format import load_adapter
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.peft.io import load_adapter
 from pipeline.files.artifact import read_json
 from pipeline.files.base_model import INDEX
 from pipeline.models.load import load_base

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from pipeline.adapters.peft_format import load_adapter
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.peft.io import load_adapter
 from pipeline.adapters.plan import planned
-from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.stream import ratios
 from pipeline.engine import load
 from pipeline.models.transformers_model import opened

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.peft_format import save_adapter
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.peft.io import save_adapter
 from pipeline.engine import load
 from pipeline.models.base import CausalLM
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize

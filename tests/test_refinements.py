@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import inventory
-from pipeline.binding import refuse_foreign
+from pipeline.adapters.folder import refuse_foreign
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.parameters import trainable
 from pipeline.errors import UserError

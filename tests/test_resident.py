@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline import engine, resident
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models import device

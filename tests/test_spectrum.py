@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.adapters import singular as singular_module
-from pipeline.adapters.change import LowRank, directions, read_change, spectra
-from pipeline.adapters.peft_format import load_adapter
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.low_rank import LowRank, directions
+from pipeline.adapters.peft.io import load_adapter
+from pipeline.adapters.peft.updates import read_change, spectra
 from pipeline.adapters.singular import Read, factors, singular
-from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.spectrum import Measured, overlaps
 from pipeline.engine import load
 from pipeline.errors import UserError

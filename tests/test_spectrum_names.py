@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.adapters.attach import attach, tensors
-from pipeline.adapters.peft_format import load_adapter, save_adapter
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.peft.io import load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.models.transformers_model import opened
 from tests.models import checkpoint

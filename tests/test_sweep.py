@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
+from pipeline.adapters.batched import ManyLowRank, Share, Stacks, attach_many, layers
+from pipeline.adapters.batched_matmul import update
 from pipeline.adapters.lora import LoRALinear
-from pipeline.adapters.many import ManyLowRank, Share, Stacks, attach_many, layers
-from pipeline.adapters.products import update
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.inventory import adapters, check, describe

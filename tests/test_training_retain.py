@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.attach import attach
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
 from pipeline.data.examples import Window
 from pipeline.data.windows import Listed
 from pipeline.errors import UserError

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.virtual import VirtualSpec, save_virtual, start
+from pipeline.adapters.peft.virtual_tokens import VirtualSpec, save_virtual, start
 from pipeline.attention import of_layer, with_virtual_as_one
 from pipeline.data.examples import IGNORED, Window
 from pipeline.engine import load

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from pipeline.adapters import lora
+from pipeline.adapters.config import AdapterSpec, lies_in, ways_to
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear
-from pipeline.adapters.rows import EmbeddingRows, HeadRows
-from pipeline.adapters.spec import AdapterSpec, lies_in, ways_to
-from pipeline.adapters.targets import resolve, targeted
+from pipeline.adapters.target_modules import resolve, targeted
+from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
 from pipeline.models.base import CausalLM

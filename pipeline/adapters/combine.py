@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.adapters.change import LowRank
+from pipeline.adapters.low_rank import LowRank
 from pipeline.errors import UserError
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import MAGNITUDE
-from pipeline.adapters.change import COPY, Change, in_order
+from pipeline.adapters.peft.tensors import COPY
+from pipeline.adapters.peft.updates import Change, in_order
 from pipeline.adapters.plan import stored_name
 from pipeline.adapters.singular import Read, Rows
 from pipeline.adapters.stream import DTYPES, read_blocks, read_rows

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.adapters.change import squared_norm
 from pipeline.adapters.dora import LEAST
+from pipeline.adapters.low_rank import squared_norm
 
 BLOCK = 2**18  # numbers of W that are alive in fp32 at once: they stay in a core's cache
 

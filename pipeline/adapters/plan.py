@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import BY_ROWS, PREFIX, adapter_layers, tensors
-from pipeline.adapters.change import COPY
+from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.edits import AddLowRank, Edit, Replace, SetLengths, SetRows, same
+from pipeline.adapters.folder import WEIGHTS, quantization_of, refuse_virtual
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, transposed
-from pipeline.adapters.peft_format import load_adapter, other_embedding
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.peft.io import load_adapter, other_embedding
+from pipeline.adapters.peft.tensors import COPY
 from pipeline.adapters.stream import Merge, read_blocks
-from pipeline.binding import WEIGHTS, quantization_of, refuse_virtual
 from pipeline.errors import UserError
 from pipeline.files.shards import Place, places
 from pipeline.models.base import CausalLM

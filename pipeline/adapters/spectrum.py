@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.adapters.change import LowRank, singular_values
 from pipeline.adapters.deltas import Delta, norm
+from pipeline.adapters.low_rank import LowRank, singular_values
 from pipeline.adapters.singular import Read, Singular, singular
 from pipeline.errors import UserError
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX, short_targets
-from pipeline.adapters.change import LowRank
+from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.edits import AddLowRank, SetLengths, SetRows
+from pipeline.adapters.folder import CONFIG, WEIGHTS
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, transposed
-from pipeline.adapters.peft_config import config_of
+from pipeline.adapters.low_rank import LowRank
+from pipeline.adapters.peft.config import config_of
+from pipeline.adapters.peft.updates import tensors_of
 from pipeline.adapters.plan import edits_of, fitted, place_of
-from pipeline.adapters.spec import AdapterSpec
 from pipeline.adapters.stream import read_rows
-from pipeline.binding import CONFIG, WEIGHTS
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.shards import Place, places
@@ -83,7 +84,7 @@ def write_updates(
     modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in saved or {}})
     spec = replace(spec_of(updates, model), saved=tuple(modules))
     turned = any(is_conv1d(model.get_submodule(name)) for name in updates)
-    pairs = {key: t for name, one in updates.items() for key, t in one.tensors(name).items()}
+    pairs = {key: t for name, one in updates.items() for key, t in tensors_of(name, one).items()}
     save_tensors(folder / WEIGHTS, pairs | {PREFIX + name: t for name, t in (saved or {}).items()})
     write_json(folder / CONFIG, config_of(spec, base_name, turned))
     return spec

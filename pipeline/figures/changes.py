@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline import engine
-from pipeline.adapters.peft_config import read_spec
-from pipeline.adapters.spec import AdapterSpec, lies_in
-from pipeline.adapters.targets import targeted
+from pipeline.adapters.config import AdapterSpec, lies_in
+from pipeline.adapters.peft.config import read_spec
+from pipeline.adapters.target_modules import targeted
 from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline import engine
 from pipeline.adapters.attach import attach
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
 from pipeline.data.examples import read_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import whole

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from pipeline.adapters.attach import adapter_layers, attach, short_targets
-from pipeline.adapters.peft_format import save_adapter, stored
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.targets import resolve
-from pipeline.binding import WEIGHTS
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.folder import WEIGHTS
+from pipeline.adapters.peft.io import save_adapter, stored
+from pipeline.adapters.target_modules import resolve
 from pipeline.calc.settings import FULL, Method
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest

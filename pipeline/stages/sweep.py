@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pipeline.adapters.attach import attach
-from pipeline.adapters.many import attach_many, only, trained_by
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.batched import attach_many, only, trained_by
+from pipeline.adapters.config import AdapterSpec
 from pipeline.data.windows import Windows
 from pipeline.errors import UserError
 from pipeline.files import artifact

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import engine
-from pipeline.adapters.targets import adaptable
+from pipeline.adapters.target_modules import adaptable
 from pipeline.agreement import SameLogits
 from pipeline.calc.target_modules import ends
 from pipeline.data.examples import Prompt, read_examples, read_prompts

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline import engine
 from pipeline.adapters.attach import switched_off
-from pipeline.adapters.change import LowRank, directions, read_change
 from pipeline.adapters.deltas import Delta, between
+from pipeline.adapters.low_rank import LowRank, directions
+from pipeline.adapters.peft.updates import read_change
 from pipeline.adapters.singular import Read
 from pipeline.adapters.spectrum import Measured, in_blocks, measure, measure_update, overlaps
 from pipeline.extract import Extracted, extract

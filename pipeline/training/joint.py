@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.adapters.many import Share
+from pipeline.adapters.batched import Share
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Listed, Windows
 from pipeline.models.base import CausalLM

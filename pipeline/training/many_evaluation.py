@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.adapters.many import Share
+from pipeline.adapters.batched import Share
 from pipeline.data.windows import Windows
 from pipeline.models.base import CausalLM
 from pipeline.training.joint import Reader, losses_of

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pipeline.adapters.many import Share
+from pipeline.adapters.batched import Share
 from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.training.batches import Batches

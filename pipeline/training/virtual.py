@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from pathlib import Path
 
-from pipeline.adapters.virtual import VirtualSpec, in_precision, save_virtual, start
+from pipeline.adapters.peft.virtual_tokens import VirtualSpec, in_precision, save_virtual, start
 from pipeline.calc.settings import Method
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint

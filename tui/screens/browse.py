@@ -12,7 +12,7 @@ from textual.events import ScreenResume, ScreenSuspend
 from textual.message import Message
 from textual.widgets import Input, Static
 
-from pipeline.binding import CONFIG
+from pipeline.adapters.folder import CONFIG
 from pipeline.files.artifact import MANIFEST
 from tui.asker import MOST
 from tui.library import Entry, Library, documents

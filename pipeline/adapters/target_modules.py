@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pipeline.adapters.spec import AdapterSpec
+from pipeline.adapters.config import AdapterSpec
 from pipeline.calc.target_modules import ALL_LINEAR, HEAD, chosen, ends
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.binding import CONFIG, VIRTUAL, read_config
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.folder import CONFIG, VIRTUAL, read_config
 from pipeline.errors import UserError
 from pipeline.files.patterns import block_of, end_of, problem
 

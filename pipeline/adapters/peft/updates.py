@@ -6,48 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX, ROWS
-from pipeline.adapters.peft_config import EMBEDDING, read_spec
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.tensor_files import read_tensors
-from pipeline.binding import WEIGHTS, refuse_virtual
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.folder import WEIGHTS, refuse_virtual
+from pipeline.adapters.low_rank import LowRank, singular_values
+from pipeline.adapters.peft.config import EMBEDDING, read_spec
+from pipeline.adapters.peft.tensors import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.patterns import one_budget
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-COPY = ".base_layer.weight"  # of the base's own weight, as PEFT writes it beside an embedding's LoRA
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """s·BA with A (R, I) and B (O, R); the inputs of an embedding are its rows."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    embedding: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def delta(self) -> Tensor:
-        """(O, I), in fp32."""
-        return self.scale * (self.b.float() @ self.a.float())
-
-    def squared_norm(self) -> float:
-        """‖s·BA‖²."""
-        return squared_norm(self.b, self.a, self.scale)
-
-    def tensors(self, module: str) -> dict[str, Tensor]:
-        """By PEFT's key; the scale is the config's to say."""
-        first, second = (_EMBEDDING_A, _EMBEDDING_B) if self.embedding else (_A, _B)
-        return {f"{PREFIX}{module}{first}": self.a, f"{PREFIX}{module}{second}": self.b}
+def tensors_of(module: str, update: LowRank) -> dict[str, Tensor]:
+    """A module's two factors by PEFT's key; the scale is the config's to say."""
+    first, second = (_EMBEDDING_A, _EMBEDDING_B) if update.embedding else (_A, _B)
+    return {f"{PREFIX}{module}{first}": update.a, f"{PREFIX}{module}{second}": update.b}
 
 
 @dataclass(frozen=True)
@@ -107,12 +85,6 @@ def in_order(name: str) -> str:
     return re.sub(r"\d+", lambda match: match[0].zfill(6), name)
 
 
-def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
-    """‖s·BA‖² for B (O, R) and A (R, I), without the (O, I) product: trace of BᵀB·AAᵀ."""
-    b, a = b.double(), a.double()
-    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
-
-
 class Spectrum(NamedTuple):
     """Singular values of one module's s·BA, largest first: as many as its rank, or as its smaller side."""
 
@@ -133,23 +105,3 @@ def spectra(folder: Path) -> list[Spectrum]:
         Spectrum(name, update.rank, tuple((singular_values(update.a, update.b) * update.scale).tolist()))
         for name, update in read_change(folder).low_rank.items()
     ]
-
-
-def singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Those of BA, largest first, A (R, I) and B (O, R), without the (O, I) product.
-
-    With B = QS and Aᵀ = PT, BA = Q(STᵀ)Pᵀ has the singular values of the small STᵀ.
-    """
-    s = torch.linalg.qr(b.double()).R  # (min(O, R), R)
-    t = torch.linalg.qr(a.double().T).R  # (min(I, R), R)
-    values: Tensor = torch.linalg.svdvals(s @ t.T)
-    return values
-
-
-def directions(update: LowRank) -> tuple[Tensor, Tensor]:
-    """Left (O, k) and right (I, k) singular vectors of s·BA, the strongest first, k its rank or its smaller side."""
-    q, s = torch.linalg.qr(update.b.double())
-    p, t = torch.linalg.qr(update.a.double().T)
-    left, _, right = torch.linalg.svd(s @ t.T)
-    count = min(update.rank, *left.shape, *right.shape)
-    return (q @ left)[:, :count], (p @ right.T)[:, :count]

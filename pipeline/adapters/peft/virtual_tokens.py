@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.adapters.tensor_files import read_tensors
-from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, read_config
+from pipeline.adapters.folder import CONFIG, VIRTUAL, WEIGHTS, read_config
+from pipeline.adapters.peft.tensors import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import refuse_difference

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.binding import WEIGHTS, refuse_pickle
+from pipeline.adapters.folder import WEIGHTS, refuse_pickle
 from pipeline.errors import UserError
 from pipeline.models.save import load_tensors
+
+COPY = ".base_layer.weight"  # of the base's own weight, as PEFT writes it beside an embedding's LoRA
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pipeline.adapters.batched_matmul import update
 from pipeline.adapters.lora import LoRALinear
-from pipeline.adapters.products import update
 from pipeline.models.base import CausalLM
 
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.attach import PREFIX, adapter_layers, attach, saves_one_end, separate, tensors
-from pipeline.adapters.change import COPY
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.folder import CONFIG, VIRTUAL, WEIGHTS, Fingerprint, read_config, refuse_foreign
 from pipeline.adapters.lora import LoRALinear, transposed, weight_of
-from pipeline.adapters.peft_config import config_of, read_spec
-from pipeline.adapters.spec import AdapterSpec
-from pipeline.adapters.targets import targeted
-from pipeline.adapters.tensor_files import read_tensors
-from pipeline.adapters.virtual import VirtualSpec, load_virtual
-from pipeline.binding import CONFIG, VIRTUAL, WEIGHTS, Fingerprint, read_config, refuse_foreign
+from pipeline.adapters.peft.config import config_of, read_spec
+from pipeline.adapters.peft.tensors import COPY, read_tensors
+from pipeline.adapters.peft.virtual_tokens import VirtualSpec, load_virtual
+from pipeline.adapters.target_modules import targeted
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
