@@ -11,7 +11,7 @@ from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import Method, Run
 from pipeline.calc.sources.open_model import entry
-from pipeline.training.trace import traced_peak
+from pipeline.training.memory.trace import traced_peak
 
 
 @dataclass(frozen=True)

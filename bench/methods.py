@@ -25,8 +25,8 @@ from pipeline.calc.settings import FULL
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneVirtual, Kept, Training
 from pipeline.stages.finetune import lora_spec
-from pipeline.training.live import LiveBytes
 from pipeline.training.loop import Task, optimizer_of, steps
+from pipeline.training.memory.live_bytes import LiveBytes
 
 STEPS, ROUNDS, VIRTUAL = 25, 9, 8
 LORA = FinetuneLora(epochs=10**9, learning_rate=1e-3)

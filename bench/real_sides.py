@@ -28,9 +28,9 @@ from pipeline.models.generate import generate
 from pipeline.models.kernels.rms_norm import quicken
 from pipeline.models.transformers_model import opened
 from pipeline.project.params.sections import Training
-from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches
 from pipeline.training.loop import Task, steps
+from pipeline.training.memory.allocator import keep_freed_memory
 from pipeline.training.optimizer import FlatAdam
 
 BATCH, RANK, LEARNING_RATE, CLIP = 8, 8, 2e-4, 1.0

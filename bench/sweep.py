@@ -24,11 +24,11 @@ from pipeline.models.kernels.rms_norm import quicken
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.stages.finetune import lora_spec
-from pipeline.training.allocator import keep_freed_memory
+from pipeline.training.batched.loop import Standing, steps
+from pipeline.training.batched.step import ManyTask, Variant
 from pipeline.training.batches import Batches
-from pipeline.training.many import Standing, steps
-from pipeline.training.many_adam import ManyAdam
-from pipeline.training.many_step import ManyTask, Variant
+from pipeline.training.memory.allocator import keep_freed_memory
+from pipeline.training.optimizer import ManyAdam
 
 SMALL, LARGE = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 STEPS, TURNS = 50, 9

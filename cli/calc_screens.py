@@ -94,7 +94,7 @@ def fit(out: Output, question: Question, budget: float | None, name: str | None)
 
 def trace(out: Output, question: Question) -> None:
     """`--trace`: the step that this project runs, under fake tensors, beside the formula."""
-    from pipeline.training.trace import traced_peak
+    from pipeline.training.memory.trace import traced_peak
 
     model = question.model
     if model.config is None:

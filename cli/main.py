@@ -48,7 +48,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ?, not a traceback
     if not world().alone:
-        from pipeline.training.launch import end_with_launcher
+        from pipeline.training.distributed.launch import end_with_launcher
 
         end_with_launcher()
     try:

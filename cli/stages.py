@@ -122,7 +122,7 @@ def lora(
     if shard and devices == 1 and world().alone:
         raise UserError("--shard shares the base among several devices. Say how many with --devices.")
     if devices > 1 and world().alone:
-        from pipeline.training.launch import launch
+        from pipeline.training.distributed.launch import launch
 
         project_of(params, overrides)  # what is wrong with them is said before anything starts
         given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
@@ -254,7 +254,7 @@ def run_stage(
     else:
         if not name.startswith("finetune_") or name == "finetune_sweep":
             raise UserError(f"{name} runs in one process. Call it without torchrun.")
-        from pipeline.training.together import together
+        from pipeline.training.distributed.run import together
 
         events = together(project, STAGES[name], work, force=force, checkpoint_every=checkpoint_every)
     manifest = follow(events, name)

@@ -29,8 +29,8 @@ from pipeline.project.runner import checkpoints
 from pipeline.project.stage_graph import STAGES, Project
 from pipeline.request import Request
 from pipeline.training.batches import collate
-from pipeline.training.forecast import forecast, longest, smaller
 from pipeline.training.loop import prepared
+from pipeline.training.memory.forecast import forecast, longest, smaller
 from tests import standin
 from tests.bases import FAMILIES, toy_checkpoint
 from tests.conftest import Lora

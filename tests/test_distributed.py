@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from pipeline.files.artifact import digest
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import checkpoints
-from pipeline.training import launch
+from pipeline.training.distributed import launch
 from tests.families import FAMILIES, TEXTS, new_project
 from tests.forked import Forked
 from tests.support import LORA, lora, make

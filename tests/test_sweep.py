@@ -27,7 +27,7 @@ from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, load
 from pipeline.project.runner import Note, run
 from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.sweep import sweep
-from pipeline.training.many_adam import ManyAdam
+from pipeline.training.optimizer import ManyAdam
 from tests.families import FAMILIES
 from tests.families import new_project as family_project
 from tests.forked import Forked
@@ -238,7 +238,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(mini: Path, step: int) -
     command += ["--checkpoint-every", "4", "--set", "finetune_lora.eval_share=0.3"]
     assert Forked(command, mini).end()[0] == 0
     expected = folder_bytes(mini / "artifacts" / "sweep")
-    dies = ("pipeline.training.many_adam.ManyAdam.step", step)
+    dies = ("pipeline.training.optimizer.ManyAdam.step", step)
     code, _ = Forked(command, mini, dies).end()
     assert code == -signal.SIGKILL
     assert folder_bytes(mini / "artifacts" / "sweep") == expected
@@ -375,9 +375,9 @@ def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
     """The columns of a lower rank, the layers of other targets: training must never wake them."""
     from pipeline.models.load import load_base
     from pipeline.stages.finetune import lora_spec
+    from pipeline.training.batched.loop import Standing, steps
+    from pipeline.training.batched.step import ManyTask, Variant
     from pipeline.training.batches import Batches
-    from pipeline.training.many import Standing, steps
-    from pipeline.training.many_step import ManyTask, Variant
     from tests.real import listed, windows_of
 
     model = load_base(mini / "artifacts" / "expanded").model

@@ -22,7 +22,7 @@ from pipeline.measure import score
 from pipeline.models.transformers_model import Opened
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batches, collate
-from pipeline.training.live import LiveBytes
+from pipeline.training.memory.live_bytes import LiveBytes
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.schedule import rate
 from pipeline.training.step import gradient

@@ -25,7 +25,7 @@ from pipeline.project.stage_graph import STAGES, Project
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retain import COMPLETION, Retain, retain_of
+from pipeline.training.retention import COMPLETION, Retain, retain_of
 from pipeline.training.step import gradient
 from tests.families import FAMILIES, new_project
 from tests.real import listed, loss_alone, run_stage, stock, toy, trained, windows_of

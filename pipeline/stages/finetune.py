@@ -22,11 +22,11 @@ from pipeline.models.load import DTYPES, Base, count, load_base, stored_precisio
 from pipeline.models.meta import skeleton
 from pipeline.project.params.sections import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job, Note
+from pipeline.stages.virtual_tokens import virtual_learner
+from pipeline.training.data import data_of, save_checkpoint, save_curve
 from pipeline.training.loop import Learner, Task, train
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retain import Retain, retain_of
-from pipeline.training.task import data_of, save_checkpoint, save_curve
-from pipeline.training.virtual import virtual_learner
+from pipeline.training.retention import Retain, retain_of
 
 
 def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Facts]:

@@ -14,8 +14,8 @@ from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import Opened, refuse_unlike
 from pipeline.project.params.sections import Pretrain
 from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.training.data import data_of, examples_of, save_checkpoint
 from pipeline.training.loop import Task, train
-from pipeline.training.task import data_of, examples_of, save_checkpoint
 
 
 def pretrain(job: Job) -> Generator[Event, None, Facts]:

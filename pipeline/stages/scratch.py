@@ -8,8 +8,8 @@ from pipeline.calc.settings import FULL
 from pipeline.models.load import Base, load_base, stored_precision
 from pipeline.models.meta import untrained
 from pipeline.project.runner import Event, Facts, Job
+from pipeline.training.data import data_of, save_checkpoint
 from pipeline.training.loop import Task, train
-from pipeline.training.task import data_of, save_checkpoint
 
 
 def scratch(job: Job) -> Generator[Event, None, Facts]:

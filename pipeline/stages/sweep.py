@@ -22,14 +22,14 @@ from pipeline.project.params.grid import DIVERGED, DONE, STOPPED, TABLE, variant
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.finetune import lora_spec, new_rows, note_wide_rank, save_files
+from pipeline.training.batched.evaluation import ManyEvaluation
+from pipeline.training.batched.loop import Standing
+from pipeline.training.batched.run import train_many
+from pipeline.training.batched.step import ManyTask, Variant
 from pipeline.training.batches import Batches
-from pipeline.training.many import Standing
-from pipeline.training.many_evaluation import ManyEvaluation
-from pipeline.training.many_run import train_many
-from pipeline.training.many_step import ManyTask, Variant
-from pipeline.training.retain import retain_of
+from pipeline.training.data import windows_of
+from pipeline.training.retention import retain_of
 from pipeline.training.schedule import refuse_long_warmup
-from pipeline.training.task import windows_of
 
 
 def sweep(job: Job) -> Generator[Event, None, Facts]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Windows
-from pipeline.training.distributed import mine
+from pipeline.training.distributed.collectives import mine
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
 """Resume checkpoints: safetensors and JSON in a folder that appears whole, bound to a cache key."""
 
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from torch import Tensor
 
@@ -56,3 +60,28 @@ def load(run: Path, key: str) -> tuple[Checkpoint | None, str | None]:
         except (UserError, KeyError) as error:
             reason = str(error)
     return None, reason
+
+
+class HeldSignals:
+    """Ctrl-C and SIGTERM, held back to a step boundary: a checkpoint is never half a step.
+
+    While entered, the first SIGINT or SIGTERM only sets `received`; the second acts as it always does.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "HeldSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._hold)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _hold(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._previous[number])

@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.data.windows import Windows
 from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch, shared
-from pipeline.training.distributed import summed
+from pipeline.training.distributed.collectives import summed
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of, readable
 

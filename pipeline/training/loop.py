@@ -19,10 +19,9 @@ from pipeline.project.logs.run_log import Peak, RunLog, Step, in_units
 from pipeline.project.params.sections import FinetuneLora, Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
-from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.batches import Batches
-from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.distributed import (
+from pipeline.training.checkpoint import Checkpoint, HeldSignals
+from pipeline.training.distributed.collectives import (
     Agreed,
     Helped,
     Lost,
@@ -36,13 +35,12 @@ from pipeline.training.distributed import (
     told_by_first,
 )
 from pipeline.training.evaluation import Evaluation
-from pipeline.training.forecast import forecast, smaller
-from pipeline.training.live import LiveBytes
-from pipeline.training.many_adam import ManyAdam
-from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retain import Retain
+from pipeline.training.memory.allocator import keep_freed_memory
+from pipeline.training.memory.forecast import forecast, smaller
+from pipeline.training.memory.live_bytes import LiveBytes
+from pipeline.training.optimizer import FlatAdam, ManyAdam
+from pipeline.training.retention import Retain
 from pipeline.training.schedule import rate
-from pipeline.training.signals import HeldSignals
 from pipeline.training.step import Gradient, gradient, readable
 
 T = TypeVar("T")

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch
-from pipeline.training.distributed import summed
+from pipeline.training.distributed.collectives import summed
 from pipeline.training.losses import CHUNK, cross_entropy, mean_of
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retain import Retain
+from pipeline.training.retention import Retain
 
 
 def loss_of(model: CausalLM, batch: Batch, chunk: int = CHUNK) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.training.adam import moments_before, update
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatAdam, moments_before, update
 
 
 class Projection(Protocol):

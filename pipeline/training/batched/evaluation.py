@@ -8,8 +8,8 @@ from torch import Tensor
 from pipeline.adapters.batched import Share
 from pipeline.data.windows import Windows
 from pipeline.models.base import CausalLM
-from pipeline.training.joint import Reader, losses_of
-from pipeline.training.many_adam import ManyAdam
+from pipeline.training.batched.batch import Reader, losses_of
+from pipeline.training.optimizer import ManyAdam
 
 
 class ManyEvaluation:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.project.logs.run_log import Step
-from pipeline.training.many_adam import ManyAdam
-from pipeline.training.many_step import Gradients, ManyTask, Variant, gradients
+from pipeline.training.batched.step import Gradients, ManyTask, Variant, gradients
+from pipeline.training.optimizer import ManyAdam
 from pipeline.training.schedule import rate
 
 

@@ -27,7 +27,7 @@ from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import Opened, from_config
 from pipeline.training import losses
 from pipeline.training.batches import Batch
-from pipeline.training.live import LiveBytes
+from pipeline.training.memory.live_bytes import LiveBytes
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of
 

@@ -11,9 +11,9 @@ from pipeline.models.load import DTYPES, Base, count
 from pipeline.models.meta import skeleton
 from pipeline.project.params.sections import FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job
+from pipeline.training.data import data_of, save_curve
 from pipeline.training.loop import Learner, Task
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.task import data_of, save_curve
 
 
 def virtual_learner(job: Job, settings: FinetuneVirtual, base: Base, folder: Path) -> Generator[Event, None, Learner]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from pipeline.adapters.batched import Share
 from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import FinetuneLora
+from pipeline.training.batched.batch import Losses, Reader, divergences_of, losses_of
+from pipeline.training.batched.evaluation import ManyEvaluation
 from pipeline.training.batches import Batches
-from pipeline.training.joint import Losses, Reader, divergences_of, losses_of
-from pipeline.training.many_adam import ManyAdam
-from pipeline.training.many_evaluation import ManyEvaluation
+from pipeline.training.optimizer import ManyAdam
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.project.process_rank import world
 from pipeline.project.runner import Event, Facts, Job, Work, run
 from pipeline.project.stage_graph import Project, Stage
-from pipeline.training.distributed import Agreed, Helped, Lost, agree, first, is_lost, told_by_first
+from pipeline.training.distributed.collectives import Agreed, Helped, Lost, agree, first, is_lost, told_by_first
 
 PATIENCE = timedelta(days=7)  # the first may wait for another run's lock; a process that is gone is noticed at once
 

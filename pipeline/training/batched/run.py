@@ -11,13 +11,12 @@ from pipeline.project.logs.run_log import LOSS, Peak, RunLog, Step, in_units
 from pipeline.project.params.grid import DIVERGED, STOPPED, tell_ends
 from pipeline.project.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
-from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.live import LiveBytes
+from pipeline.training.batched.loop import Standing, steps
+from pipeline.training.batched.step import ManyTask
+from pipeline.training.checkpoint import Checkpoint, HeldSignals
 from pipeline.training.loop import NotFinite, OutOfMemory, prepared, watched
-from pipeline.training.many import Standing, steps
-from pipeline.training.many_adam import ManyAdam
-from pipeline.training.many_step import ManyTask
-from pipeline.training.signals import HeldSignals
+from pipeline.training.memory.live_bytes import LiveBytes
+from pipeline.training.optimizer import ManyAdam
 
 
 def train_many(job: Job, task: ManyTask) -> Generator[Event, None, Standing]:
