@@ -34,8 +34,8 @@ def show(
     from cli.console import print_json, stdout, table
     from pipeline.errors import UserError
     from pipeline.files.digest_cache import DigestStore
-    from pipeline.inventory import Adapter
-    from pipeline.inventory import adapters as found_in
+    from pipeline.inference.catalog import Adapter
+    from pipeline.inference.catalog import adapters as found_in
 
     if folder != FOLDER and not folder.is_dir():
         raise UserError(f"--folder must be a folder, got {folder}. Name one that has adapters in it.")
@@ -75,8 +75,8 @@ def verify(
     """Load an adapter on its base as `lora prompt` would, and say whether anything is wrong."""
     from cli.console import stdout
     from pipeline.adapters.folder import base_of
-    from pipeline.engine import load
     from pipeline.files.artifact import MANIFEST
+    from pipeline.inference.engine import load
 
     base = base or base_of(path)
     load(base, path, trust_remote_code=trust_remote_code)

@@ -8,7 +8,7 @@ import typer
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, TrustOption, group, project_of
 
 if TYPE_CHECKING:
-    from pipeline.engine import Loaded
+    from pipeline.inference.engine import Loaded
 
 app = group()
 MOST_COLUMNS = 8  # of candidates: a table with a column for each token of a vocabulary takes minutes to lay out
@@ -56,9 +56,9 @@ def prompt(
 
     from cli.console import bar, print_json, stdout, table
     from pipeline.adapters.folder import base_of
-    from pipeline.engine import continued, load
     from pipeline.files.text import visible
-    from pipeline.inventory import newest_model
+    from pipeline.inference.catalog import newest_model
+    from pipeline.inference.engine import continued, load
     from pipeline.models.generate import Sampling
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
@@ -92,8 +92,8 @@ def compare(
     """Ask every variant that the pipeline has made, side by side."""
     from cli.console import print_json, stderr, stdout, table
     from cli.outdated import outdated, warn
-    from pipeline.engine import continued, variants
     from pipeline.errors import UserError
+    from pipeline.inference.engine import continued, variants
     from pipeline.project.stage_graph import VARIANTS
 
     project = project_of(params)
@@ -148,7 +148,7 @@ def _asked(loaded: "Loaded", text: str, chat: bool) -> str:
 
 def _answer(loaded: "Loaded", text: str, asked: str, k: int, said: str) -> dict[str, Any]:
     """`asked` is `text` as the model read it, `said` what it answered."""
-    from pipeline import engine
+    from pipeline.inference import engine
 
     return {
         "prompt": text,

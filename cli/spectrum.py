@@ -10,8 +10,8 @@ from cli.options import JsonOption, TrustOption, group
 
 if TYPE_CHECKING:
     from pipeline.adapters.spectrum import Measured
-    from pipeline.agreement import Quality
     from pipeline.extract import Extracted, Spectra
+    from pipeline.inference.agreement import Quality
 
 app = group()
 
@@ -32,10 +32,10 @@ def spectrum(
 ) -> None:
     """Singular values of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds."""
     from cli.progress import follow
-    from pipeline.agreement import quality, refuse_other_tokens
     from pipeline.data.examples import read_examples
     from pipeline.errors import UserError
     from pipeline.extract import extract, spectra_of
+    from pipeline.inference.agreement import quality, refuse_other_tokens
 
     if as_json and as_csv:
         raise UserError("--json and --csv exclude each other.")

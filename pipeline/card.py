@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.adapters.folder import VIRTUAL, Origin, origin_of, quantization_of, read_config
 from pipeline.files import artifact
-from pipeline.inventory import measured
+from pipeline.inference.catalog import measured
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 
 CARD = "README.md"

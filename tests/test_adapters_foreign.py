@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.engine import load
+from pipeline.inference.engine import load
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora
 from tests.models import checkpoint

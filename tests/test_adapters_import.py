@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from pipeline.engine import load
 from pipeline.files.artifact import read_json, read_manifest
 from pipeline.files.base_model import base_fingerprint
+from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.models import checkpoint
 from tests.support import folder_bytes, refusal

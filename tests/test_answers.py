@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import WEIGHTS
-from pipeline.answers import Answers
 from pipeline.errors import UserError
+from pipeline.inference.server.handlers import Answers
+from pipeline.inference.server.request import Request
 from pipeline.models import device
-from pipeline.request import Request
 from tests.models import adapter
 
 Answer = dict[str, Any]

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.adapters.combine import Method
 from pipeline.adapters.config import AdapterSpec
 from pipeline.collection import import_adapter
-from pipeline.engine import load
+from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.models import adapter, checkpoint
 from tests.support import folder_bytes, refusal

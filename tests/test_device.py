@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import engine, serve
-from pipeline.answers import Answers
 from pipeline.calc.settings import Method
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
+from pipeline.inference import engine
+from pipeline.inference.server import server
+from pipeline.inference.server.handlers import Answers
+from pipeline.inference.server.request import Request
 from pipeline.models import device
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
@@ -27,7 +29,6 @@ from pipeline.project.logs.run_log import in_units, read_steps
 from pipeline.project.params.sections import FinetuneLora, load
 from pipeline.project.runner import checkpoints
 from pipeline.project.stage_graph import STAGES, Project
-from pipeline.request import Request
 from pipeline.training.batches import collate
 from pipeline.training.loop import prepared
 from pipeline.training.memory.forecast import forecast, longest, smaller
@@ -308,4 +309,4 @@ def test_the_inference_process_knows_the_same_words(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     assert engine.load(base).model.device.type == "cpu"  # too small to gain anything elsewhere
     for words in ("CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"):
-        assert "the memory ran out" in (serve.device_failure(RuntimeError(words)) or "")
+        assert "the memory ran out" in (server.device_failure(RuntimeError(words)) or "")

@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline import inventory
 from pipeline.adapters.attach import adapter_layers, attach, switched_off
 from pipeline.adapters.compare import values
 from pipeline.adapters.config import AdapterSpec
@@ -25,6 +24,7 @@ from pipeline.adapters.scale import Strength
 from pipeline.adapters.updates import updates_of
 from pipeline.card import card
 from pipeline.errors import UserError
+from pipeline.inference import catalog
 from pipeline.models.kernels.fp32_compute import exact
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Kept
@@ -233,7 +233,7 @@ def test_it_is_no_update_of_low_rank_and_what_takes_one_says_what_to_do(tmp_path
 def test_it_is_listed_described_and_compared_as_what_it_is(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     one, other = (adapter(tmp_path / name, base, DORA, seed) for name, seed in (("one", 1), ("other", 2)))
-    assert [found.method for found in inventory.adapters(tmp_path)] == ["dora", "dora"]
+    assert [found.method for found in catalog.adapters(tmp_path)] == ["dora", "dora"]
     assert "DoRA, rank 3" in card(one)
     lengths = {name: size for name, size in values(read_change(one), read_change(other)) if "magnitude" in name}
     assert len(lengths) == 4 and all(size and size > 0 for size in lengths.values())

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.calc.target_modules import ends
-from pipeline.engine import load
 from pipeline.files.artifact import read_json
+from pipeline.inference.engine import load
 from tests import test_peft
 from tests.conftest import Lora
 from tests.families import FAMILIES, GENERATION, new_project

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline import engine
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import shapes
+from pipeline.inference import engine
 from pipeline.project.params.sections import load
 from pipeline.project.runner import Progress, run
 from pipeline.project.stage_graph import STAGES, Project
@@ -222,7 +222,7 @@ def test_models_with_a_bias_in_the_head_or_attention_of_their_own_go_through_too
 SILENT = """
 import sys
 from pathlib import Path
-from pipeline import engine
+from pipeline.inference import engine
 from pipeline.project.stage_graph import Project
 from pipeline.project.params.sections import load
 from tests.support import PIPELINE, WORK, make

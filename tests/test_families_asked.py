@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import engine
-from pipeline.answers import Answers
+from pipeline.inference import engine
+from pipeline.inference.server.handlers import Answers
+from pipeline.inference.server.request import Request
 from pipeline.models.generate import Sampling, generate
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import Opened
 from pipeline.project.stage_graph import VARIANTS
-from pipeline.request import Request
 from tests.conftest import Lora
 from tests.families import END, FAMILIES, NEW, TOOL
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import engine
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import fingerprint
+from pipeline.inference import engine
 from pipeline.project.params.sections import load
 from pipeline.project.runner import known
 from pipeline.project.stage_graph import STAGES, Project

@@ -21,7 +21,6 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import OPTForCausalLM
 
-from pipeline import engine
 from pipeline.adapters.lora import LoRALinear
 from pipeline.data.examples import read_examples
 from pipeline.errors import UserError
@@ -35,7 +34,8 @@ from pipeline.figures.landscape import given_gradients
 from pipeline.figures.placement import placement
 from pipeline.figures.style import FROZEN, GREEN, INK, LITTLE_TO_MUCH, PRINT, RED, SMALL, on, ramp
 from pipeline.figures.subspace import finetuning_subspace
-from pipeline.measure import score
+from pipeline.inference import engine
+from pipeline.inference.score import score
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.params.sections import Init, load
 from pipeline.project.runner import Job

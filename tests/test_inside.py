@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline import engine
 from pipeline.adapters.attach import adapter_layers
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import factors
 from pipeline.adapters.low_rank import singular_values
 from pipeline.adapters.peft.updates import spectra
-from pipeline.attention import of_layer, probabilities
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
+from pipeline.inference import engine
+from pipeline.inference.attention_weights import of_layer, probabilities
 from pipeline.models.generate import Sampling, generate, stream
 from pipeline.models.load import load_base
 from pipeline.models.minigpt.attention import Attention

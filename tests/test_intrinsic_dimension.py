@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.calc.settings import FULL
 from pipeline.data.examples import Window, read_examples
 from pipeline.data.windows import Listed
-from pipeline.engine import load
 from pipeline.errors import UserError
-from pipeline.measure import score
+from pipeline.inference.engine import load
+from pipeline.inference.score import score
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneFull
 from pipeline.tables import Cell, Spread, read_table

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import inventory
-from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.file_stamp import signature
-from pipeline.inventory import Model, check, describe, find_base, measured, model_folders
+from pipeline.inference import catalog
+from pipeline.inference.catalog import Model, check, describe, find_base, measured, model_folders
+from pipeline.inference.engine import load
 from pipeline.project.stage_graph import STAGES, VARIANTS
 from tests.conftest import Lora
 
@@ -42,7 +42,7 @@ def test_each_is_verified_with_the_forgetting_that_the_evaluation_measured(brief
     found, measurements = models(brief), measured([brief / "artifacts"])
     for variant, (base, adapter) in VARIANTS.items():
         verdict = check(found[STAGES[adapter or base].output], brief, measurements)
-        assert verdict == inventory.Verdict("verified", None, metrics[variant]["forgetting"]["loss_rise"])
+        assert verdict == catalog.Verdict("verified", None, metrics[variant]["forgetting"]["loss_rise"])
 
 
 def test_sizes_parameters_and_losses_are_those_of_the_files(brief: Path) -> None:

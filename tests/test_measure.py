@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from pipeline import measure
 from pipeline.data.examples import Example
-from pipeline.engine import Loaded
+from pipeline.inference import score
+from pipeline.inference.engine import Loaded
 from tests.subword import tokenizer_with
 
 
@@ -20,8 +20,8 @@ def test_the_words_that_are_given_keep_the_white_space_between_them(
         asked.append(prompt)
         return "return  1"
 
-    monkeypatch.setattr(measure, "complete", complete)
+    monkeypatch.setattr(score, "complete", complete)
     loaded = Loaded("", nn.Identity(), tokenizer_with(tmp_path), tmp_path)  # type: ignore[arg-type]
     example = Example("\tif  x:\u2028  return  1", "f", 1)
-    assert [measure.completes(loaded, example, given) for given in (2, 1, 0)] == [True, False, False]
+    assert [score.completes(loaded, example, given) for given in (2, 1, 0)] == [True, False, False]
     assert asked == ["\tif  x:", "\tif", ""]

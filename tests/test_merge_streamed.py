@@ -17,7 +17,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft.io import load_adapter
 from pipeline.adapters.plan import planned
 from pipeline.adapters.stream import ratios
-from pipeline.engine import load
+from pipeline.inference.engine import load
 from pipeline.models.transformers_model import opened
 from tests.merged import merged_model
 from tests.models import adapter, checkpoint

@@ -18,10 +18,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.examples import in_evaluation, read_examples
-from pipeline.engine import load
 from pipeline.files import artifact
-from pipeline.inventory import check, describe
-from pipeline.measure import score
+from pipeline.inference.catalog import check, describe
+from pipeline.inference.engine import load
+from pipeline.inference.score import score
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.params.sections import Kept
 from pipeline.project.params.sections import load as load_params

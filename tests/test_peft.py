@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.peft.io import load_adapter
-from pipeline.engine import load
 from pipeline.errors import UserError
+from pipeline.inference.engine import load
 from tests.support import BRIEF, make, new_project
 
 IDS = torch.randint(3, 99, (6, 12), generator=torch.Generator().manual_seed(3))

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft.io import save_adapter
-from pipeline.engine import load
+from pipeline.inference.engine import load
+from pipeline.inference.server.model_pool import Residents
 from pipeline.models.base import CausalLM
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Kept
-from pipeline.resident import Residents
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora
 from tests.models import adapter, checkpoint

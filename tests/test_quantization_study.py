@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from pipeline import engine
 from pipeline.data.examples import Example, read_examples
-from pipeline.measure import Scored, score
+from pipeline.inference import engine
+from pipeline.inference.score import Scored, score
 from pipeline.models.quantization.quantized_linear import quantizable
 from pipeline.project.params.sections import Kept
 from pipeline.studies.quantization import calibrated

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import inventory
 from pipeline.adapters.folder import refuse_foreign
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.parameters import trainable
 from pipeline.errors import UserError
+from pipeline.inference import catalog
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import load
 from pipeline.stages.finetune import lora_spec, method_of, new_rows
@@ -78,7 +78,7 @@ def test_pissa_says_what_trained_and_what_its_file_holds(project: Path) -> None:
     assert manifest["parameters"]["stored"] == sum(numbers.values())
     low_rank = sum(count for key, count in numbers.items() if "lora_" in key)
     assert sum(numbers.values()) - low_rank // 2 == plain["trainable"]
-    (found,) = (one for one in inventory.adapters(project) if one.path == project / ADAPTER)
+    (found,) = (one for one in catalog.adapters(project) if one.path == project / ADAPTER)
     assert (found.rank, found.trained_rank) == (6, 3)
 
 

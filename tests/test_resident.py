@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import engine, resident
 from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
+from pipeline.inference import engine
+from pipeline.inference.server import model_pool
+from pipeline.inference.server.model_pool import Residents
 from pipeline.models import device
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base, save_base
-from pipeline.resident import Residents
 from tests.merged import merged_model
 from tests.models import adapter, checkpoint
 
@@ -141,7 +142,7 @@ def test_a_base_that_changes_while_its_adapter_is_verified_is_refused(
         (folder / "model.safetensors").touch()
         return found
 
-    monkeypatch.setattr("pipeline.resident.base_fingerprint", changing)
+    monkeypatch.setattr("pipeline.inference.server.model_pool.base_fingerprint", changing)
     with pytest.raises(UserError, match="changed while it was loaded"):
         Residents().load("lora", base, project / "artifacts/lora_adapter")
 
@@ -180,5 +181,5 @@ def test_one_thread_serves_small_models_and_all_cores_a_large_one_or_what_the_us
 def test_a_saved_view_has_the_bytes_of_its_base(tmp_path: Path) -> None:
     base, copy = checkpoint(tmp_path / "base"), tmp_path / "copy"
     copy.mkdir()
-    save_base(copy, load_base(base)._replace(model=resident.view(load_base(base).model)))
+    save_base(copy, load_base(base)._replace(model=model_pool.view(load_base(base).model)))
     assert (copy / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import engine
 from pipeline.data.examples import read_examples, read_prompts
-from pipeline.measure import said, score
+from pipeline.inference import engine
+from pipeline.inference.score import said, score
 from tests.support import make
 
 CORRECTION = ("finetune_lora.data=data/knowledge_correction.de.txt", "finetune_lora.train_embeddings=new_rows")

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import engine
-from pipeline.attention import of_layer
-from pipeline.serve import FAILED_DEVICE, WAITING, device_failure
+from pipeline.inference import engine
+from pipeline.inference.attention_weights import of_layer
+from pipeline.inference.server.server import FAILED_DEVICE, WAITING, device_failure
 from tests.support import ROOT
 
 Answer = dict[str, Any]
@@ -28,7 +28,7 @@ class Talk:
     """A server, and what it has said."""
 
     def __init__(self, patch: str = "") -> None:
-        code = f"{patch}\nfrom pipeline.serve import main\nmain()"
+        code = f"{patch}\nfrom pipeline.inference.server.server import main\nmain()"
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
         self._lines: queue.Queue[bytes] = queue.Queue()
@@ -178,7 +178,8 @@ def test_the_end_of_stdin_ends_it_at_once_whatever_it_does(talk: Talk, endless: 
 def test_a_killed_parent_leaves_nothing_behind() -> None:
     code = (
         "import subprocess, sys\n"
-        "p = subprocess.Popen([sys.executable, '-m', 'pipeline.serve'], stdin=-1, stdout=-1, start_new_session=True)\n"
+        "command = [sys.executable, '-m', 'pipeline.inference.server.server']\n"
+        "p = subprocess.Popen(command, stdin=-1, stdout=-1, start_new_session=True)\n"
         'p.stdin.write(b\'{"id": 1, "do": "status"}\\n\'); p.stdin.flush(); p.stdout.readline()\n'
         "print(p.pid, flush=True); input()"
     )

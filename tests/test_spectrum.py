@@ -22,10 +22,10 @@ from pipeline.adapters.peft.io import load_adapter
 from pipeline.adapters.peft.updates import read_change, spectra
 from pipeline.adapters.singular import Read, factors, singular
 from pipeline.adapters.spectrum import Measured, overlaps
-from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.extract import Extracted, Spectra, extract, spectra_of
 from pipeline.files.artifact import verify
+from pipeline.inference.engine import load
 from pipeline.models.base import CausalLM
 from pipeline.models.transformers_model import opened
 from tests.models import adapter, checkpoint

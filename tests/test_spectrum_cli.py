@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.word import WordTokenizer
-from pipeline.engine import load
 from pipeline.errors import UserError
 from pipeline.files.safetensors_header import shapes
+from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.models import WORDS, adapter, checkpoint
 from tests.subword import folder_with
@@ -95,7 +95,7 @@ def test_the_table_is_shown_before_models_are_asked(cli: Lora, root: Path, monke
     def fail(*_: object) -> None:
         raise UserError("No room.")
 
-    monkeypatch.setattr("pipeline.agreement.quality", fail)
+    monkeypatch.setattr("pipeline.inference.agreement.quality", fail)
     arguments = ["base", "tuned", "--rank", "2", "--out", "lora", "--data", "some.txt"]
     code, out, err = cli("spectrum", *arguments, cwd=root)
     assert (code, err) == (1, "error: No room.\n")

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from torch import nn
 
-from pipeline import engine
 from pipeline.data.examples import Prompt
 from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
+from pipeline.inference import engine
 from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS
 from pipeline.project.params.sections import Params, load
 from pipeline.project.runner import Event, Job, Progress, known, run

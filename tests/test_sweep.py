@@ -19,7 +19,7 @@ from pipeline.adapters.batched_matmul import update
 from pipeline.adapters.lora import LoRALinear
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.inventory import adapters, check, describe
+from pipeline.inference.catalog import adapters, check, describe
 from pipeline.models.transformers_model import Opened
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.params.grid import variants

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from pipeline import measure
 from pipeline.data.examples import Example
 from pipeline.data.masking import encode
 from pipeline.data.tokenizers.subword import SubwordTokenizer
-from pipeline.engine import Loaded
-from pipeline.measure import score
+from pipeline.inference import score as measure
+from pipeline.inference.engine import Loaded
+from pipeline.inference.score import score
 from pipeline.models.transformers_model import Opened
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batches, collate

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, save_virtual, start
-from pipeline.attention import of_layer, with_virtual_as_one
 from pipeline.data.examples import IGNORED, Window
-from pipeline.engine import load
 from pipeline.errors import UserError
+from pipeline.inference.attention_weights import of_layer, with_virtual_as_one
+from pipeline.inference.engine import load
 from pipeline.models.base import CausalLM, read
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.card import card
-from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, read_manifest
-from pipeline.inventory import adapters, describe
+from pipeline.inference.catalog import adapters, describe
+from pipeline.inference.engine import Loaded, load
+from pipeline.inference.server.model_pool import Residents
 from pipeline.models.load import load_base
-from pipeline.resident import Residents
 from tests.conftest import Lora
 from tests.support import BRIEF, METHODS, folder_bytes, make, refusal
 

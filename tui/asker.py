@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.inventory import REFUSED
+from pipeline.inference.catalog import REFUSED
 from pipeline.project.params.sections import load
 from pipeline.project.stage_graph import ARTIFACTS
 from tui.exchange import Answer

@@ -1,4 +1,4 @@
-"""The client of the inference process (`pipeline.serve`): asks, streams, notices when it dies, starts a fresh one."""
+"""The client of the inference process (`pipeline/inference/server`): asks, streams, notices a death, starts a fresh one."""
 
 import asyncio
 import itertools
@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 Answer = dict[str, Any]
 
 # -P: a folder called `pipeline` in the user's project must not be imported in place of ours
-COMMAND = (sys.executable, "-P", "-m", "pipeline.serve")
+COMMAND = (sys.executable, "-P", "-m", "pipeline.inference.server.server")
 LAST = ("done", "cancelled")  # events that end a request; "error" is raised
 GATHERED = 256  # answers that wait for one reader; further ones stay in the pipe, which then holds the process up
 LONGEST_REQUEST = 2**20  # bytes in a line to the process, which takes no longer one

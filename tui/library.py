@@ -13,7 +13,7 @@ from pipeline.files import artifact
 from pipeline.files.digest_cache import DigestStore
 from pipeline.files.file_stamp import Signature, signature
 from pipeline.files.text import in_order
-from pipeline.inventory import Measurements, Model, Verdict, check, describe, find_base, measured, model_folders
+from pipeline.inference.catalog import Measurements, Model, Verdict, check, describe, find_base, measured, model_folders
 from pipeline.project.stage_graph import STAGES, VARIANTS
 
 # Side by side, from left to right.

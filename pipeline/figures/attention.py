@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import engine
-from pipeline.attention import of_layer
-from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.style import EDGE, INK, SMALL, WIDE, on
+from pipeline.inference import engine
+from pipeline.inference.attention_weights import of_layer
+from pipeline.inference.engine import Loaded
 from pipeline.project.runner import Job
 from pipeline.studies.findings import Figure
 from pipeline.studies.spoken import document

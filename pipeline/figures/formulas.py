@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import engine
 from pipeline.adapters.lora import LoRALinear
 from pipeline.figures.landscape import mean_loss, sentences
+from pipeline.inference import engine
 from pipeline.project.runner import Job
 from pipeline.tables import Row, Table
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline import engine
-from pipeline.engine import Loaded
 from pipeline.figures.changes import trained_by
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.formulas import formulas
 from pipeline.figures.landscape import Given, Landscape, given_gradients, landscape, sentences
 from pipeline.figures.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, ORANGE, RED, SMALL, WIDE, signed
+from pipeline.inference import engine
+from pipeline.inference.engine import Loaded
 from pipeline.project.runner import Event, Job
 from pipeline.studies.findings import Figure
 from pipeline.studies.runs import forget, looked_at, named

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import engine
 from pipeline.calc.target_modules import ends
 from pipeline.errors import UserError
 from pipeline.figures.changes import Changed, changes, last_names, matrices
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.geometry import Plane, circle, farthest, share_of_rank
 from pipeline.figures.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, RED, SMALL, WIDE
+from pipeline.inference import engine
 from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 from pipeline.studies.findings import Figure

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import engine
 from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.examples import read_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import whole
-from pipeline.engine import Loaded
+from pipeline.inference import engine
+from pipeline.inference.engine import Loaded
 from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 from pipeline.training.batches import Batch, collate

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from pipeline import engine
 from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.figures.blocks import Part, draw_block
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.style import WIDE
+from pipeline.inference import engine
 from pipeline.models.base import CausalLM
 from pipeline.models.minigpt.attention import Attention
 from pipeline.project.runner import Job

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline import engine
 from pipeline.figures.changes import (
     Changed,
     Trained,
@@ -23,6 +22,7 @@ from pipeline.figures.changes import (
 from pipeline.figures.drawn import Drawn
 from pipeline.figures.network import Module, draw_network, heights
 from pipeline.figures.style import WIDE
+from pipeline.inference import engine
 from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 from pipeline.tables import Row, Table, mean, shown

@@ -4,12 +4,12 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from pipeline import engine
 from pipeline.data.examples import Example, Prompt, read_examples, read_prompts
-from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest, write_json
-from pipeline.measure import Said, Scored, completes, said, score
+from pipeline.inference import engine
+from pipeline.inference.engine import Loaded
+from pipeline.inference.score import Said, Scored, completes, said, score
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.sections import Evaluate
 from pipeline.project.runner import Event, Facts, Job, Progress

@@ -2,9 +2,9 @@
 
 from collections.abc import Generator
 
-from pipeline.agreement import SameLogits
 from pipeline.data.examples import read_prompts
 from pipeline.files.base_model import base_fingerprint
+from pipeline.inference.agreement import SameLogits
 from pipeline.merge import Merging, merge_into
 from pipeline.models.load import count
 from pipeline.models.meta import skeleton

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import engine
 from pipeline.data.examples import Prompt
 from pipeline.errors import UserError
+from pipeline.inference import engine
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.params.studies import StudyFactCorrection
 from pipeline.project.runner import Event, Facts, Job

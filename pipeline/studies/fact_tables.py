@@ -9,10 +9,10 @@ from statistics import fmean
 
 import torch
 
-from pipeline import engine
 from pipeline.adapters.attach import switched_off
 from pipeline.data.examples import Prompt
-from pipeline.engine import Loaded
+from pipeline.inference import engine
+from pipeline.inference.engine import Loaded
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.studies.runs import DOCUMENT, named
 from pipeline.studies.spoken import Spoken, ask

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pipeline import engine
 from pipeline.data.examples import read_examples
-from pipeline.measure import Scored, score
+from pipeline.inference import engine
+from pipeline.inference.score import Scored, score
 from pipeline.models.base import CausalLM
 from pipeline.models.load import count
 from pipeline.models.meta import untrained

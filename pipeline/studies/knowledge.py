@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
-from pipeline import engine
 from pipeline.data.examples import Example, read_examples
-from pipeline.engine import Loaded
-from pipeline.measure import Scored, completes, score
+from pipeline.inference import engine
+from pipeline.inference.engine import Loaded
+from pipeline.inference.score import Scored, completes, score
 from pipeline.project.runner import Job
 from pipeline.tables import Cell, Spread
 

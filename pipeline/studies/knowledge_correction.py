@@ -8,14 +8,14 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline import engine
 from pipeline.adapters.target_modules import adaptable
-from pipeline.agreement import SameLogits
 from pipeline.calc.target_modules import ends
 from pipeline.data.examples import Prompt, read_examples, read_prompts
-from pipeline.engine import Loaded
 from pipeline.errors import UserError
-from pipeline.measure import Said, said, score
+from pipeline.inference import engine
+from pipeline.inference.agreement import SameLogits
+from pipeline.inference.engine import Loaded
+from pipeline.inference.score import Said, said, score
 from pipeline.merge import Merging, merge_into
 from pipeline.models.base import CausalLM
 from pipeline.project.palette import COLORS

@@ -5,12 +5,12 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import engine
 from pipeline.calc.options import method_of, run_of
 from pipeline.calc.report import answer
 from pipeline.calc.sources.open_model import built_in
-from pipeline.engine import Loaded
 from pipeline.files.artifact import read_manifest
+from pipeline.inference import engine
+from pipeline.inference.engine import Loaded
 from pipeline.project.logs.run_log import TELEMETRY
 from pipeline.project.palette import COLORS
 from pipeline.project.runner import Event, Facts, Job

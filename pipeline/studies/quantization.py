@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import engine
 from pipeline.calc.memory import weight_bytes
 from pipeline.calc.sources.open_model import built_in
 from pipeline.data.examples import Example, read_examples
-from pipeline.engine import Loaded
-from pipeline.measure import Scored, score
+from pipeline.inference import engine
+from pipeline.inference.engine import Loaded
+from pipeline.inference.score import Scored, score
 from pipeline.models import rounding
 from pipeline.models.quantization.quantized_linear import quantizable
 from pipeline.models.rounding import Rounded

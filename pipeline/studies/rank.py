@@ -4,7 +4,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-from pipeline import engine
+from pipeline.inference import engine
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneFull, FinetuneLora
 from pipeline.project.params.studies import StudyRank

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.files import artifact
+from pipeline.inference.engine import Loaded
 from pipeline.models.base import CausalLM
 from pipeline.project.params.grid import variants
 from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, Training

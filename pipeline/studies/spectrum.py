@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import engine
 from pipeline.adapters.attach import switched_off
 from pipeline.adapters.deltas import Delta, between
 from pipeline.adapters.low_rank import LowRank, directions
@@ -20,6 +19,7 @@ from pipeline.adapters.peft.updates import read_change
 from pipeline.adapters.singular import Read
 from pipeline.adapters.spectrum import Measured, in_blocks, measure, measure_update, overlaps
 from pipeline.extract import Extracted, extract
+from pipeline.inference import engine
 from pipeline.project.params.sections import FinetuneFull
 from pipeline.project.params.studies import StudySpectrum
 from pipeline.project.runner import Event, Facts, Job, Progress

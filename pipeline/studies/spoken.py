@@ -10,8 +10,8 @@ import yaml
 from torch import Tensor
 
 from pipeline.data.examples import Prompt, read_prompts
-from pipeline.engine import Choice, Loaded, encode, likeliest
 from pipeline.errors import UserError
+from pipeline.inference.engine import Choice, Loaded, encode, likeliest
 from pipeline.models.base import read
 from pipeline.models.generate import finite
 from pipeline.project.runner import Job

@@ -6,7 +6,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from pipeline import engine
+from pipeline.inference import engine
 from pipeline.project.palette import COLORS, OTHERS
 from pipeline.project.params.studies import StudyTrajectory
 from pipeline.project.runner import Event, Facts, Job, Progress

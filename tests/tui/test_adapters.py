@@ -17,7 +17,7 @@ from textual.widgets import Input
 
 from pipeline.files import artifact, digest_cache
 from pipeline.files.digest_cache import DigestStore
-from pipeline.inventory import check
+from pipeline.inference.catalog import check
 from pipeline.project.params.edit import save
 from pipeline.project.stage_graph import VARIANTS
 from tests.models import sealed_copies

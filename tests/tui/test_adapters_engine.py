@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.tokenizers.chat_template import render
-from pipeline.engine import complete, continued, load, top_k
 from pipeline.errors import UserError
 from pipeline.files.text import visible
+from pipeline.inference.engine import complete, continued, load, top_k
 from pipeline.project.stage_graph import VARIANTS
 from tests.bases import toy_checkpoint
 from tests.tui.support import until

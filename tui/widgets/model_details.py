@@ -9,7 +9,7 @@ from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.widgets import Static
 
-from pipeline.inventory import REFUSED
+from pipeline.inference.catalog import REFUSED
 from tui.library import Entry
 from tui.widgets.bars import levels
 from tui.widgets.model_table import state

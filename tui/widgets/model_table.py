@@ -13,7 +13,7 @@ from textual.message import Message
 from textual.widgets import DataTable
 
 from pipeline.files.text import in_order
-from pipeline.inventory import REFUSED, UNBOUND, VERIFIED
+from pipeline.inference.catalog import REFUSED, UNBOUND, VERIFIED
 from tui.library import Entry
 
 CHECKING = "checking…"

@@ -1,4 +1,4 @@
-"""The engine in a process of its own: JSON lines in, JSON lines out. `python -m pipeline.serve`.
+"""The engine in a process of its own: JSON lines in, JSON lines out. `python -m pipeline.inference.server.server`.
 
 A request is an object with an integer `id`, `do` and fields; every answer repeats the `id` and has an `event`. The
 last one to a request is "done", "error" (`message`, `kind`: user, memory or busy) or "cancelled"; only `generate`
@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from pipeline.answers import Answers
 from pipeline.errors import UserError, first_line, is_out_of_memory
-from pipeline.request import Request
+from pipeline.inference.server.handlers import Answers
+from pipeline.inference.server.request import Request
 
 WAITING = 64  # requests; further ones are told that it is busy
 LONGEST = 2**20  # bytes of a request

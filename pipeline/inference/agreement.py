@@ -13,9 +13,9 @@ from pipeline.adapters.folder import quantization_of
 from pipeline.data.examples import Example
 from pipeline.data.masking import encode
 from pipeline.data.tokenizers.word import load_tokenizer
-from pipeline.engine import Loaded, load
 from pipeline.errors import UserError
-from pipeline.measure import score
+from pipeline.inference.engine import Loaded, load
+from pipeline.inference.score import score
 from pipeline.models.base import read
 from pipeline.models.kernels.fp32_compute import exact
 from pipeline.project.params.sections import Kept

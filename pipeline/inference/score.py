@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pipeline.data.examples import Example
 from pipeline.data.masking import encode
-from pipeline.engine import Choice, Loaded, complete, likeliest
-from pipeline.engine import encode as encode_prompt
 from pipeline.errors import UserError
+from pipeline.inference.engine import Choice, Loaded, complete, likeliest
+from pipeline.inference.engine import encode as encode_prompt
 from pipeline.models.base import read
 from pipeline.models.generate import finite
 

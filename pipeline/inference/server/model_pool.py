@@ -10,15 +10,15 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from pipeline import engine
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import quantization_of
 from pipeline.adapters.peft.io import load_adapter
 from pipeline.adapters.scale import Strength
-from pipeline.engine import Loaded
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.file_stamp import Signature, signature
+from pipeline.inference import engine
+from pipeline.inference.engine import Loaded
 from pipeline.models.base import CausalLM
 from pipeline.models.device import device_for
 from pipeline.project.params.sections import Kept

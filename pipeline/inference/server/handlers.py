@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import attention, engine
 from pipeline.adapters.peft.updates import spectra
 from pipeline.data.tokenizers import chat_template
-from pipeline.engine import Loaded
 from pipeline.errors import UserError
+from pipeline.inference import attention_weights, engine
+from pipeline.inference.engine import Loaded
+from pipeline.inference.server.model_pool import Residents
+from pipeline.inference.server.request import Request
 from pipeline.models import device
 from pipeline.models.generate import Sampling, finite, stream
 from pipeline.models.load import count
-from pipeline.request import Request
-from pipeline.resident import Residents
 
 Answer = dict[str, Any]  # with "event"
 LONGEST_ATTENTION = 512  # tokens; its square of numbers is sent
 
 
 class Answers:
-    """Answers to requests, in the protocol of `pipeline.serve`. Each raises UserError for what it refuses."""
+    """Answers to requests, in the protocol of `server.py`. Each raises UserError for what it refuses."""
 
     def __init__(self) -> None:
         self.models = Residents()
@@ -113,11 +113,13 @@ class Answers:
         ids = engine.encode(loaded, _prompt(loaded, request))
         if len(ids) > LONGEST_ATTENTION:
             raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {LONGEST_ATTENTION}.")
-        weights = attention.of_layer(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)[0, head]
+        weights = attention_weights.of_layer(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)[
+            0, head
+        ]
         tokens = [loaded.tokenizer.word(id_) for id_ in ids]
         if virtual := loaded.model.virtual:
             tokens = [f"[{virtual.count} virtual]", *tokens]
-            weights = attention.with_virtual_as_one(weights, len(ids))
+            weights = attention_weights.with_virtual_as_one(weights, len(ids))
         return {
             "tokens": tokens,
             "weights": finite(weights).tolist(),
