@@ -13,7 +13,7 @@ import torch
 from bench.measure import Row
 from bench.real import ROUNDS, ask, side
 from bench.real_sides import resident, seconds
-from pipeline.merge import Merging, merge_into
+from pipeline.weights.merge import Merging, merge_into
 
 SHARD, RANK = "400MB", 16
 BASE, ADAPTER = "base", "adapter"

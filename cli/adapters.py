@@ -97,8 +97,8 @@ def diff(
 ) -> None:
     """Compare two adapters: settings, the size of each update, and how far their subspaces overlap."""
     from cli.console import print_json, stdout, table
-    from pipeline.adapters.compare import modules, refuse_other_model, settings_that_differ, values
     from pipeline.adapters.peft.updates import read_change
+    from pipeline.weights.compare import modules, refuse_other_model, settings_that_differ, values
 
     first, second = read_change(one), read_change(other)
     refuse_other_model(first, second)
@@ -151,9 +151,9 @@ def combine(
 ) -> None:
     """Make one adapter of several: their weighted sum, exact (cat) or at a smaller rank."""
     from cli.console import stdout
-    from pipeline.adapters.combine import How
     from pipeline.adapters.folder import common_base
-    from pipeline.collection import combine_adapters
+    from pipeline.weights.combine import How
+    from pipeline.weights.import_adapter import combine_adapters
 
     numbers = _weights(weights, len(paths))
     how = How(method, rank, density, seed)
@@ -186,7 +186,7 @@ def import_(
     """Take in an adapter from elsewhere: it must fit its base, and is bound to it from then on."""
     from cli.console import stdout
     from pipeline.adapters.folder import base_of
-    from pipeline.collection import import_adapter
+    from pipeline.weights.import_adapter import import_adapter
 
     base = base or base_of(path)
     known = import_adapter(path, base, out, trust_remote_code)

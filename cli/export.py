@@ -8,7 +8,7 @@ import typer
 from cli.options import BaseNameOption, BaseOption, TrustOption, group
 
 if TYPE_CHECKING:
-    from pipeline.merge import Merging, Verify
+    from pipeline.weights.merge import Merging, Verify
 
 Width = Literal["fp32", "bf16", "fp16"]
 OutOption = Annotated[Path, typer.Option(help="The folder to write.")]
@@ -72,7 +72,7 @@ def merging_of(
     """What is merged, and the comparison of its answers where there are prompts."""
     from pipeline.adapters.folder import base_of
     from pipeline.data.examples import read_prompts
-    from pipeline.merge import Merging
+    from pipeline.weights.merge import Merging
 
     merging = Merging(base or base_of(adapter), adapter, precision, trust)
     if prompts is None:
@@ -93,7 +93,7 @@ def _merged(out: Path, merging: "Merging", verify: "Verify | None", base_name: s
 def merge_files(out: Path, merging: "Merging", verify: "Verify | None") -> None:
     """The merged checkpoint alone."""
     from cli.progress import follow
-    from pipeline.merge import merge_to
+    from pipeline.weights.merge import merge_to
 
     say_merged(out, follow(merge_to(out, merging, verify), "merge"))
 

@@ -9,9 +9,9 @@ import typer
 from cli.options import JsonOption, TrustOption, group
 
 if TYPE_CHECKING:
-    from pipeline.adapters.spectrum import Measured
-    from pipeline.extract import Extracted, Spectra
     from pipeline.inference.agreement import Quality
+    from pipeline.weights.extract import Extracted, Spectra
+    from pipeline.weights.spectrum import Measured
 
 app = group()
 
@@ -34,8 +34,8 @@ def spectrum(
     from cli.progress import follow
     from pipeline.data.examples import read_examples
     from pipeline.errors import UserError
-    from pipeline.extract import extract, spectra_of
     from pipeline.inference.agreement import quality, refuse_other_tokens
+    from pipeline.weights.extract import extract, spectra_of
 
     if as_json and as_csv:
         raise UserError("--json and --csv exclude each other.")
@@ -79,7 +79,7 @@ def _show(spectra: "Spectra", as_json: bool, as_csv: bool, **more: Any) -> None:
 
 def _document(one: "Measured") -> dict[str, Any]:
     """One tensor, with up to 64 singular values."""
-    from pipeline.adapters.spectrum import MOST, RANKS
+    from pipeline.weights.spectrum import MOST, RANKS
 
     return {
         "name": one.name,
@@ -100,7 +100,7 @@ def _csv(spectra: "Spectra") -> None:
     import csv
     import sys
 
-    from pipeline.adapters.spectrum import RANKS
+    from pipeline.weights.spectrum import RANKS
 
     writer = csv.writer(sys.stdout, lineterminator="\n")
     energies = [f"energy_{rank}" for rank in RANKS]
@@ -116,7 +116,7 @@ def _csv(spectra: "Spectra") -> None:
 
 def _table(spectra: "Spectra") -> None:
     from cli.console import stdout, table
-    from pipeline.adapters.spectrum import RANKS
+    from pipeline.weights.spectrum import RANKS
 
     changed = [one for one in spectra.tensors if one.change]
     matrices = [one for one in changed if one.values]
@@ -136,7 +136,7 @@ _LEGEND = (
 
 
 def _cells(one: "Measured") -> tuple[str, ...]:
-    from pipeline.adapters.spectrum import RANKS
+    from pipeline.weights.spectrum import RANKS
 
     stable, least = one.stable_rank, one.rank_of(0.9)
     return (

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapters.folder import CONFIG, WEIGHTS, origin_of, read_config, refuse_pickle
-from pipeline.adapters.updates import updates_of, write_updates
 from pipeline.card import CARD, card, has_card
-from pipeline.collection import copy_template, copy_tokenizer
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.merge import Merging, Verify, merge_to
 from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event
+from pipeline.weights.as_low_rank import updates_of, write_updates
+from pipeline.weights.import_adapter import copy_template, copy_tokenizer
+from pipeline.weights.merge import Merging, Verify, merge_to
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")

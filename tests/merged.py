@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapters.attach import BY_ROWS, LOW_RANK
-from pipeline.adapters.edits import SetLengths, blocks
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, weight_of
-from pipeline.adapters.plan import edit_of
 from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.models.base import CausalLM
 from pipeline.models.quantization.quantized_linear import QuantizedLinear
+from pipeline.weights.edits import SetLengths, blocks
+from pipeline.weights.merge_plan import edit_of
 
 
 def merged_model(model: CausalLM) -> CausalLM:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.collection import import_adapter
 from pipeline.files.artifact import read_json
+from pipeline.weights.import_adapter import import_adapter
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora
 from tests.models import adapter, checkpoint

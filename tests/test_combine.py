@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from pipeline.adapters.combine import Combined, How, Method, combine
 from pipeline.adapters.low_rank import LowRank
 from pipeline.adapters.peft.updates import read_change
+from pipeline.weights.combine import Combined, How, Method, combine
 from tests.real import stock, toy
 from tests.test_interop import randomized
 

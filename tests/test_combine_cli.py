@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.adapters.combine import Method
 from pipeline.adapters.config import AdapterSpec
-from pipeline.collection import import_adapter
 from pipeline.inference.engine import load
+from pipeline.weights.combine import Method
+from pipeline.weights.import_adapter import import_adapter
 from tests.conftest import Lora
 from tests.models import adapter, checkpoint
 from tests.support import folder_bytes, refusal

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapters.attach import adapter_layers, attach, switched_off
-from pipeline.adapters.compare import values
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.lora import upright
 from pipeline.adapters.peft.io import load_adapter, save_adapter
 from pipeline.adapters.peft.updates import read_change
 from pipeline.adapters.scale import Strength
-from pipeline.adapters.updates import updates_of
 from pipeline.card import card
 from pipeline.errors import UserError
 from pipeline.inference import catalog
 from pipeline.models.kernels.fp32_compute import exact
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Kept
+from pipeline.weights.as_low_rank import updates_of
+from pipeline.weights.compare import values
 from tests.merged import merged_model
 from tests.models import adapter, checkpoint
 from tests.real import ROWS, stock, toy

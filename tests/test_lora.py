@@ -9,12 +9,12 @@ from torch import nn
 
 from pipeline.adapters.attach import attach, short_targets
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.edits import merged_rows
 from pipeline.adapters.lora import LoRALinear, factors, weight_of
 from pipeline.adapters.target_modules import resolve
 from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.errors import UserError
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.weights.edits import merged_rows
 
 
 def layer_of(out: int, inputs: int, rank: int, alpha: float, bias: bool = True, folds: bool = True) -> LoRALinear:

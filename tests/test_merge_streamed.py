@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft.io import load_adapter
-from pipeline.adapters.plan import planned
-from pipeline.adapters.stream import ratios
 from pipeline.inference.engine import load
 from pipeline.models.transformers_model import opened
+from pipeline.weights.merge_plan import planned
+from pipeline.weights.streaming import ratios
 from tests.merged import merged_model
 from tests.models import adapter, checkpoint
 from tests.real import stock, toy

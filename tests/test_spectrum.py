@@ -15,19 +15,19 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.adapters import singular as singular_module
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.low_rank import LowRank, directions
 from pipeline.adapters.peft.io import load_adapter
 from pipeline.adapters.peft.updates import read_change, spectra
-from pipeline.adapters.singular import Read, factors, singular
-from pipeline.adapters.spectrum import Measured, overlaps
 from pipeline.errors import UserError
-from pipeline.extract import Extracted, Spectra, extract, spectra_of
 from pipeline.files.artifact import verify
 from pipeline.inference.engine import load
 from pipeline.models.base import CausalLM
 from pipeline.models.transformers_model import opened
+from pipeline.weights import svd as singular_module
+from pipeline.weights.extract import Extracted, Spectra, extract, spectra_of
+from pipeline.weights.spectrum import Measured, overlaps
+from pipeline.weights.svd import Read, factors, singular
 from tests.models import adapter, checkpoint
 from tests.real import stock, toy
 from tests.support import folder_bytes, played

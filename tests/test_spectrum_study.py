@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.adapters.spectrum import Measured
 from pipeline.studies.spectrum import _spectra
 from pipeline.studies.spectrum_tables import energy
 from pipeline.tables import Cell, Spread, read_table
+from pipeline.weights.spectrum import Measured
 from tests.conftest import Lora
 from tests.models import checkpoint
 from tests.support import make

@@ -1,4 +1,4 @@
-"""The client of the inference process (`pipeline/inference/server`): asks, streams, notices a death, starts a fresh one."""
+"""The client of the inference process (`pipeline/inference/server`): asks, streams, notices when it dies, starts anew."""
 
 import asyncio
 import itertools

@@ -5,10 +5,10 @@ from collections.abc import Generator
 from pipeline.data.examples import read_prompts
 from pipeline.files.base_model import base_fingerprint
 from pipeline.inference.agreement import SameLogits
-from pipeline.merge import Merging, merge_into
 from pipeline.models.load import count
 from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.weights.merge import Merging, merge_into
 
 
 def merge(job: Job) -> Generator[Event, None, Facts]:

@@ -16,7 +16,6 @@ from pipeline.inference import engine
 from pipeline.inference.agreement import SameLogits
 from pipeline.inference.engine import Loaded
 from pipeline.inference.score import Said, said, score
-from pipeline.merge import Merging, merge_into
 from pipeline.models.base import CausalLM
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneLora
@@ -27,6 +26,7 @@ from pipeline.studies.findings import Figure, Findings, publish
 from pipeline.studies.runs import PARTS, Run, adapters, forget, made, silently, together
 from pipeline.studies.spoken import refuse_unsayable
 from pipeline.tables import Cell, Row, Spread, Table, mean, shown
+from pipeline.weights.merge import Merging, merge_into
 
 V_PROJ = ("v_proj",)
 AS_WRITTEN = "v_proj, as written"

@@ -13,12 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import switched_off
-from pipeline.adapters.deltas import Delta, between
 from pipeline.adapters.low_rank import LowRank, directions
 from pipeline.adapters.peft.updates import read_change
-from pipeline.adapters.singular import Read
-from pipeline.adapters.spectrum import Measured, in_blocks, measure, measure_update, overlaps
-from pipeline.extract import Extracted, extract
 from pipeline.inference import engine
 from pipeline.project.params.sections import FinetuneFull
 from pipeline.project.params.studies import StudySpectrum
@@ -29,6 +25,10 @@ from pipeline.studies.findings import Findings, publish
 from pipeline.studies.knowledge import Knowledge, Ruler, ruler
 from pipeline.studies.runs import DOCUMENT, PARTS, Run, adapters, forget, made, silently, together
 from pipeline.studies.spectrum_tables import FULL, RANDOM, SQUARE, Overlaps
+from pipeline.weights.diff import Delta, between
+from pipeline.weights.extract import Extracted, extract
+from pipeline.weights.spectrum import Measured, in_blocks, measure, measure_update, overlaps
+from pipeline.weights.svd import Read
 
 Updates = Mapping[str, LowRank]  # of one adapter, by module
 

@@ -6,11 +6,11 @@ from statistics import fmean
 
 from torch import Tensor
 
-from pipeline.adapters.spectrum import Measured
 from pipeline.project.palette import COLORS
 from pipeline.studies.findings import Figure
 from pipeline.studies.knowledge import FORMATS, Knowledge, spreads
 from pipeline.tables import Row, Spread, Table, shown, spread
+from pipeline.weights.spectrum import Measured
 
 SHOWN = (1, 2, 4, 8, 16)  # ranks whose share of a change is shown
 HIDDEN = ("rank_2", "rank_16", "stable_rank", "effective_rank")  # for who reads the file: a terminal is narrow

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.adapters.edits import AddLowRank, Edit, SetLengths, blocks
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST, read_json, write_json
 from pipeline.files.base_model import INDEX
 from pipeline.files.shards import Bytes, New, Place, in_file_order, places, rewrite
 from pipeline.project.logs.run_log import in_units
+from pipeline.weights.edits import AddLowRank, Edit, SetLengths, blocks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

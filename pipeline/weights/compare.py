@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.adapters.combine import Part, concatenated
 from pipeline.adapters.config import lies_in
 from pipeline.adapters.low_rank import LowRank
 from pipeline.adapters.peft.updates import Change
 from pipeline.calc.target_modules import ALL_LINEAR, means
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
+from pipeline.weights.combine import Part, concatenated
 
 
 class Beside(NamedTuple):

@@ -12,17 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.adapters.deltas import Delta, Differences, between, of_adapter, place_of, stored
 from pipeline.adapters.folder import CONFIG, refuse_foreign
 from pipeline.adapters.low_rank import LowRank
 from pipeline.adapters.peft.updates import read_change
-from pipeline.adapters.plan import stored_name
-from pipeline.adapters.singular import Singular, factors
-from pipeline.adapters.spectrum import MOST, Measured, measure, measure_update
-from pipeline.adapters.stream import read_blocks
 from pipeline.adapters.target_modules import adaptable
-from pipeline.adapters.updates import write_updates
-from pipeline.collection import copy_tokenizer, manifest_of, refuse_other
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import weight_files
@@ -32,6 +25,13 @@ from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_conv1d
 from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event, Progress
+from pipeline.weights.as_low_rank import write_updates
+from pipeline.weights.diff import Delta, Differences, between, of_adapter, place_of, stored
+from pipeline.weights.import_adapter import copy_tokenizer, manifest_of, refuse_other
+from pipeline.weights.merge_plan import stored_name
+from pipeline.weights.spectrum import MOST, Measured, measure, measure_update
+from pipeline.weights.streaming import read_blocks
+from pipeline.weights.svd import Singular, factors
 
 
 @dataclass(frozen=True)
@@ -204,5 +204,5 @@ def _write(out: Path, parts: _Parts, base: Path, tuned: Path, ends: bool) -> Non
         copy_tokenizer(base, folder)
         params = {"rank": spec.rank, "alpha": spec.alpha, "embeddings": "all" if ends else "none"}
         inputs = {tuned.resolve().name: fingerprint(weight_files(tuned))}
-        manifest = manifest_of("extract", "pipeline.extract", base, params)
+        manifest = manifest_of("extract", "pipeline.weights.extract", base, params)
         artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})

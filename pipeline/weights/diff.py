@@ -12,12 +12,12 @@ from torch import Tensor
 from pipeline.adapters.attach import MAGNITUDE
 from pipeline.adapters.peft.tensors import COPY
 from pipeline.adapters.peft.updates import Change, in_order
-from pipeline.adapters.plan import stored_name
-from pipeline.adapters.singular import Read, Rows
-from pipeline.adapters.stream import DTYPES, read_blocks, read_rows
 from pipeline.errors import UserError
 from pipeline.files.shards import Place, places
 from pipeline.models.meta import skeleton
+from pipeline.weights.merge_plan import stored_name
+from pipeline.weights.streaming import DTYPES, read_blocks, read_rows
+from pipeline.weights.svd import Read, Rows
 
 Places = dict[str, Place]  # by name
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.adapters.deltas import Delta, norm
 from pipeline.adapters.low_rank import LowRank, singular_values
-from pipeline.adapters.singular import Read, Singular, singular
 from pipeline.errors import UserError
+from pipeline.weights.diff import Delta, norm
+from pipeline.weights.svd import Read, Singular, singular
 
 RANKS = (1, 2, 4, 8, 16, 64)  # of which is said how much of a change they hold
 MOST = 64  # singular values that are looked for in a wide matrix

@@ -10,12 +10,10 @@ from torch import Tensor
 from pipeline.adapters.attach import BY_ROWS, PREFIX, adapter_layers, tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
-from pipeline.adapters.edits import AddLowRank, Edit, Replace, SetLengths, SetRows, same
 from pipeline.adapters.folder import WEIGHTS, quantization_of, refuse_virtual
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, transposed
 from pipeline.adapters.peft.io import load_adapter, other_embedding
 from pipeline.adapters.peft.tensors import COPY
-from pipeline.adapters.stream import Merge, read_blocks
 from pipeline.errors import UserError
 from pipeline.files.shards import Place, places
 from pipeline.models.base import CausalLM
@@ -24,6 +22,8 @@ from pipeline.models.meta import skeleton
 from pipeline.models.quantization.quantized_linear import quantizable, rounded
 from pipeline.models.save import load_tensors
 from pipeline.project.params.sections import Kept
+from pipeline.weights.edits import AddLowRank, Edit, Replace, SetLengths, SetRows, same
+from pipeline.weights.streaming import Merge, read_blocks
 
 
 def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.plan import planned
-from pipeline.adapters.stream import Merge, Ratio, one_thread, ratios
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.runner import Event, Note, Progress
+from pipeline.weights.merge_plan import planned
+from pipeline.weights.streaming import Merge, Ratio, one_thread, ratios
 
 CERTIFICATE = "certificate.json"
 MOSTLY = 0.9  # of an update: below it, not all that was learned is there

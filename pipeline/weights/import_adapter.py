@@ -6,12 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.combine import How, combine
 from pipeline.adapters.folder import CONFIG, VIRTUAL, WEIGHTS, quantization_of, read_config, refuse_virtual
 from pipeline.adapters.peft.io import load_adapter
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec
-from pipeline.adapters.plan import fitted
-from pipeline.adapters.updates import updates_of, write_updates
 from pipeline.data.tokenizers.chat_template import TEMPLATE
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
@@ -19,6 +16,9 @@ from pipeline.files.safetensors_header import fingerprint, read_header
 from pipeline.files.shards import places
 from pipeline.models.meta import skeleton
 from pipeline.project import provenance
+from pipeline.weights.as_low_rank import updates_of, write_updates
+from pipeline.weights.combine import How, combine
+from pipeline.weights.merge_plan import fitted
 
 
 def combine_adapters(
@@ -39,7 +39,9 @@ def combine_adapters(
         spec = write_updates(folder, dict(updates), skeleton(base, trust_remote_code), str(base))
         copy_tokenizer(base, folder)
         params = {**asdict(how), "weights": list(weights), "rank": spec.rank, "alpha": spec.alpha}
-        manifest = manifest_of("combine", "pipeline.collection", base, params | {"quantization": kinds.pop()})
+        manifest = manifest_of(
+            "combine", "pipeline.weights.import_adapter", base, params | {"quantization": kinds.pop()}
+        )
         inputs = {f"{number} {one.resolve().name}": artifact.digest(one) for number, one in enumerate(sources, start=1)}
         artifact.seal(folder, manifest | {"inputs": inputs, "seed": how.seed, "error": error})
     return error
@@ -67,7 +69,7 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
             "base": base_model.shared_name(named) if isinstance(named, str) else named,
             "sha256": {name: artifact.file_digest(source / name) for name in (CONFIG, WEIGHTS)},
         }
-        manifest = manifest_of("import", "pipeline.collection", base, params)
+        manifest = manifest_of("import", "pipeline.weights.import_adapter", base, params)
         artifact.seal(folder, manifest | {"inputs": {}, "seed": None, "source": origin})
     return known
 

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX, short_targets
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.edits import AddLowRank, SetLengths, SetRows
 from pipeline.adapters.folder import CONFIG, WEIGHTS
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, transposed
 from pipeline.adapters.low_rank import LowRank
 from pipeline.adapters.peft.config import config_of
 from pipeline.adapters.peft.updates import tensors_of
-from pipeline.adapters.plan import edits_of, fitted, place_of
-from pipeline.adapters.stream import read_rows
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.shards import Place, places
@@ -26,6 +23,9 @@ from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_conv1d
 from pipeline.models.meta import skeleton
 from pipeline.models.save import save_tensors
+from pipeline.weights.edits import AddLowRank, SetLengths, SetRows
+from pipeline.weights.merge_plan import edits_of, fitted, place_of
+from pipeline.weights.streaming import read_rows
 
 Updates = dict[str, LowRank]  # by module's full name
 
