@@ -200,7 +200,7 @@ def card(
     base_name: BaseNameOption = None,
 ) -> None:
     """Print an adapter's model card: method, data and its digest, what was learned, what was forgotten."""
-    from pipeline.card import card as text
+    from pipeline.export.model_card import card as text
     from pipeline.files.text import printable
 
     typer.echo(printable(text(path, base_name=base_name)), nl=False)

@@ -34,7 +34,7 @@ def export(
     from cli.console import stdout
     from pipeline.adapters.folder import base_of
     from pipeline.errors import UserError
-    from pipeline.export import for_peft, for_vllm
+    from pipeline.export.formats import for_peft, for_vllm
 
     if form != "merged" and (precision or prompts):
         raise UserError("--precision and --prompts are of --as merged.")
@@ -58,7 +58,7 @@ def export(
 def _note_bits(adapter: Path) -> None:
     from cli.console import stderr
     from pipeline.adapters.folder import quantization_of
-    from pipeline.card import bits
+    from pipeline.export.model_card import bits
 
     kind = quantization_of(adapter)
     if kind != "none":
@@ -85,7 +85,7 @@ def merging_of(
 
 def _merged(out: Path, merging: "Merging", verify: "Verify | None", base_name: str | None) -> None:
     from cli.progress import follow
-    from pipeline.export import merged
+    from pipeline.export.formats import merged
 
     say_merged(out, follow(merged(out, merging, verify, base_name), "merge"))
 

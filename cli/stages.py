@@ -291,7 +291,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
     from pipeline.project.stage_graph import STAGES
-    from pipeline.report import SUMMARY_COLUMNS, summary_row
+    from pipeline.stages.report import SUMMARY_COLUMNS, summary_row
 
     project = project_of(params)
     folder = project.artifact("evaluate")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.files.artifact import file_digest, write_json
-from pipeline.pictures import MARKERS
 from pipeline.project.logs.runs import TRAINING, LogFiles, Run, discover, stamp
 from pipeline.project.palette import METHODS, SIGNS, other
 from pipeline.project.params.grid import ends
 from pipeline.project.params.sections import load
+from pipeline.stages.charts import MARKERS
 from tests.support import BRIEF, ROOT, make
 from tui.shown import POINTED
 

@@ -20,8 +20,8 @@ from pipeline.adapters.lora import upright
 from pipeline.adapters.peft.io import load_adapter, save_adapter
 from pipeline.adapters.peft.updates import read_change
 from pipeline.adapters.scale import Strength
-from pipeline.card import card
 from pipeline.errors import UserError
+from pipeline.export.model_card import card
 from pipeline.inference import catalog
 from pipeline.models.kernels.fp32_compute import exact
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize

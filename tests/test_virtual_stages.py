@@ -9,8 +9,8 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.card import card
 from pipeline.errors import UserError
+from pipeline.export.model_card import card
 from pipeline.files.artifact import read_json, read_manifest
 from pipeline.inference.catalog import adapters, describe
 from pipeline.inference.engine import Loaded, load

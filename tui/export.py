@@ -17,7 +17,7 @@ FORMATS = ("svg", "png", "csv")
 
 
 def panel(title: str, labels: Sequence[str], curves: Sequence[Curve], y: Range | None, log: bool) -> dict[str, Any]:
-    """One panel for `pipeline.pictures`; `y` and the curves' values as they are, not as powers of ten."""
+    """One panel for `pipeline.stages.charts`; `y` and the curves' values as they are, not as powers of ten."""
     return {"title": title, "log": log, "y": y, "curves": list(map(_curve, labels, curves))}
 
 
@@ -41,7 +41,7 @@ async def drawn(picture: dict[str, Any]) -> bytes:
     """The picture's file. Raises UserError if the process that draws it fails."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pipeline.pictures"), stdin=pipe, stdout=pipe, stderr=pipe
+        *(sys.executable, "-m", "pipeline.stages.charts"), stdin=pipe, stdout=pipe, stderr=pipe
     )
     out, err = await process.communicate(json.dumps(picture).encode())
     if process.returncode:

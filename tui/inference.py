@@ -1,4 +1,4 @@
-"""The client of the inference process (`pipeline/inference/server`): asks, streams, notices when it dies, starts anew."""
+"""The client of the inference process (`pipeline/inference/server`): asks, streams, notices its death, starts anew."""
 
 import asyncio
 import itertools

@@ -9,7 +9,7 @@ from pipeline.files.artifact import read_manifest
 from pipeline.project.logs.run_log import LOSS, Step, epoch_means, final_loss, flat_from, read_steps
 from pipeline.project.runner import Job
 from pipeline.project.stage_graph import STAGES
-from pipeline.report import NAMES, compare
+from pipeline.stages.report import NAMES, compare
 from pipeline.tables import Row, Table, shown
 
 NAME = "loss_curves"

@@ -14,7 +14,7 @@ from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_step
 from pipeline.project.params.sections import Evaluate
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import STAGES, VARIANTS, Project
-from pipeline.report import draw_comparison, write_report
+from pipeline.stages.report import draw_comparison, write_report
 
 METRICS, PREDICTIONS, REPORT, PICTURE = "metrics.json", "predictions.json", "report.md", "finetuning_comparison.png"
 TRAINED = ("scratch", "finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")

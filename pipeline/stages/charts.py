@@ -1,4 +1,4 @@
-"""`python -m pipeline.pictures`: a picture of runs, described in JSON on stdin, as SVG or PNG on stdout.
+"""`python -m pipeline.stages.charts`: a picture of runs, described in JSON on stdin, as SVG or PNG on stdout.
 
 A process of its own: the screen that asks for it never loads matplotlib.
 """

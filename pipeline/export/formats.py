@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapters.folder import CONFIG, WEIGHTS, origin_of, read_config, refuse_pickle
-from pipeline.card import CARD, card, has_card
 from pipeline.errors import UserError
+from pipeline.export.model_card import CARD, card, has_card
 from pipeline.files import artifact
 from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event
