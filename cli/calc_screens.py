@@ -30,7 +30,7 @@ def models(out: Output) -> None:
 def document(out: Output) -> None:
     """`--document`."""
     from cli.claims import show
-    from pipeline.ledger.check import calculated
+    from pipeline.document.claims.check import calculated
 
     found = calculated()
     columns = ("section", "quote", "document", "measured", "verdict", "why")

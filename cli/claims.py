@@ -10,7 +10,7 @@ from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, group, project
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from pipeline.ledger.check import Row
+    from pipeline.document.claims.check import Row
     from pipeline.project.stage_graph import Project
 
 app = group()
@@ -30,8 +30,8 @@ def claims(
 ) -> None:
     """Hold every claim of the document against what was measured → artifacts/claims."""
     from cli.console import print_json
-    from pipeline.claims_stage import verdicts
-    from pipeline.ledger.check import chosen
+    from pipeline.document.claims.check import chosen
+    from pipeline.document.claims.stage import verdicts
 
     project = project_of(params)
     rows = verdicts(project)
@@ -47,7 +47,7 @@ def _keep(project: "Project") -> None:
     """Run the stage, where all that it reads is there and up to date; what hinders it is said."""
     from cli.console import stderr
     from cli.progress import follow
-    from pipeline.claims_stage import claims
+    from pipeline.document.claims.stage import claims
     from pipeline.errors import UserError
     from pipeline.project.runner import run
     from pipeline.project.stage_graph import STAGES
@@ -67,7 +67,7 @@ def _keep(project: "Project") -> None:
 def show(rows: "Sequence[Row]") -> None:
     """One table: quote and reason, what the document says, what was measured, the verdict; a heading each section."""
     from cli.console import stdout
-    from pipeline.ledger.check import summary
+    from pipeline.document.claims.check import summary
 
     stdout.print(listed(rows))
     stdout.print(f"\n{summary(rows)}.")
@@ -80,7 +80,7 @@ def listed(rows: "Sequence[Row]") -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.ledger.check import MARKS, titled
+    from pipeline.document.claims.check import MARKS, titled
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for name, width in (("claim, and why", None), ("document", 14), ("measured", 19), ("verdict", 10)):

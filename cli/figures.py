@@ -33,7 +33,7 @@ def figures(
         )
 
     def work(job: "Job") -> "Generator[Event, None, Facts]":
-        from pipeline.figures.figures import figures
+        from pipeline.document.figures.registry import figures
 
         return figures(job)
 

@@ -89,8 +89,8 @@ def _repeated_once(rows: list[list[str]]) -> list[list[str]]:
 def show(folder: Path, run: Path) -> None:
     """A study's tables, and what its run says of this machine."""
     from cli.console import stdout, table
+    from pipeline.document.tables import TIME, Table, read_table, times
     from pipeline.files.artifact import read_manifest
-    from pipeline.tables import TIME, Table, read_table, times
 
     found = [
         Table(name, rows=read_table(folder / f"{name}.csv"), **about)

@@ -23,25 +23,25 @@ from transformers import OPTForCausalLM
 
 from pipeline.adapters.lora import LoRALinear
 from pipeline.data.examples import read_examples
+from pipeline.document.figures.data.changes import held_by, held_if_normal, needed_for, needed_if_normal, trained_by
+from pipeline.document.figures.data.eckart_young import Plane, best_of_rank, circle, farthest, share_of_rank
+from pipeline.document.figures.data.formulas import Watched, formulas
+from pipeline.document.figures.data.landscape import given_gradients
+from pipeline.document.figures.draw.figure import Drawn
+from pipeline.document.figures.draw.style import FROZEN, GREEN, INK, LITTLE_TO_MUCH, PRINT, RED, SMALL, on, ramp
+from pipeline.document.figures.gradient import gradient_example
+from pipeline.document.figures.placement import placement
+from pipeline.document.figures.registry import MEASURED
+from pipeline.document.figures.subspace import finetuning_subspace
+from pipeline.document.studies.shared.runner import silently
+from pipeline.document.tables import Cell, mean, read_table
 from pipeline.errors import UserError
-from pipeline.figures.changes import held_by, held_if_normal, needed_for, needed_if_normal, trained_by
-from pipeline.figures.drawn import Drawn
-from pipeline.figures.figures import MEASURED
-from pipeline.figures.formulas import Watched, formulas
-from pipeline.figures.geometry import Plane, best_of_rank, circle, farthest, share_of_rank
-from pipeline.figures.gradient import gradient_example
-from pipeline.figures.landscape import given_gradients
-from pipeline.figures.placement import placement
-from pipeline.figures.style import FROZEN, GREEN, INK, LITTLE_TO_MUCH, PRINT, RED, SMALL, on, ramp
-from pipeline.figures.subspace import finetuning_subspace
 from pipeline.inference import engine
 from pipeline.inference.score import score
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.params.sections import Init, load
 from pipeline.project.runner import Job
 from pipeline.project.stage_graph import STAGES, Project
-from pipeline.studies.runs import silently
-from pipeline.tables import Cell, mean, read_table
 from tests.conftest import Lora
 from tests.support import BRIEF, folder_bytes, make, refusal
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from pipeline.calc.settings import FULL
 from pipeline.data.examples import Window, read_examples
 from pipeline.data.windows import Listed
+from pipeline.document.random_subspace import OneHot, Projection, SubspaceAdam
+from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.errors import UserError
 from pipeline.inference.engine import load
 from pipeline.inference.score import score
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneFull
-from pipeline.tables import Cell, Spread, read_table
 from pipeline.training.batches import Batches
 from pipeline.training.loop import Task, optimizer_of, steps
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.subspace import OneHot, Projection, SubspaceAdam
 from tests.conftest import Lora
 from tests.support import make, refusal
 

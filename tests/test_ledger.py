@@ -11,13 +11,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.document.claims import quantity
+from pipeline.document.claims.check import Checked, check, chosen, summary, table_of
+from pipeline.document.claims.claims import read_claims
+from pipeline.document.claims.expression import parse
+from pipeline.document.claims.sources import NotRun, Sources
+from pipeline.document.tables import Spread
 from pipeline.errors import UserError
-from pipeline.ledger import quantity
-from pipeline.ledger.check import Checked, check, chosen, summary, table_of
-from pipeline.ledger.claims import read_claims
-from pipeline.ledger.expression import parse
-from pipeline.ledger.sources import NotRun, Sources
-from pipeline.tables import Spread
 
 FUNCTIONS = Sources().functions
 
@@ -303,8 +303,8 @@ def test_how_far_from_what_is_said_still_holds_is_shown(tmp_path: Path, changes:
 
 @given(said=st.floats(-1e6, 1e6), measured=st.floats(-1e6, 1e6), share=st.floats(0.001, 0.5))
 def test_a_tolerance_is_a_share_of_what_is_said(said: float, measured: float, share: float) -> None:
-    from pipeline.ledger.check import _holds
-    from pipeline.ledger.claims import Claim, Tolerance
+    from pipeline.document.claims.check import _holds
+    from pipeline.document.claims.claims import Claim, Tolerance
 
     one = Claim("a", "1", "q", (quantity.Quantity(said),), "equal", {}, "w", tolerance=Tolerance(share, relative=True))
     distance, margin = abs(measured - said), share * abs(said)

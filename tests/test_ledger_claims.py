@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.claims_stage import CLAIMS, PAGE, claims, verdicts
+from pipeline.document.claims.check import VERDICTS, Row, calculated
+from pipeline.document.claims.claims import NEEDED, read_claims
+from pipeline.document.claims.expression import parse
+from pipeline.document.claims.sources import Sources
+from pipeline.document.claims.stage import CLAIMS, PAGE, claims, verdicts
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
-from pipeline.ledger.check import VERDICTS, Row, calculated
-from pipeline.ledger.claims import NEEDED, read_claims
-from pipeline.ledger.expression import parse
-from pipeline.ledger.sources import Sources
 from pipeline.project.params.sections import load
 from pipeline.project.runner import run
 from pipeline.project.stage_graph import MEASURED, STAGES, Project

@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from pipeline.data.examples import Example, read_examples
+from pipeline.document.studies.quantization import calibrated
+from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.inference import engine
 from pipeline.inference.score import Scored, score
 from pipeline.models.quantization.quantized_linear import quantizable
 from pipeline.project.params.sections import Kept
-from pipeline.studies.quantization import calibrated
-from pipeline.tables import Cell, Spread, read_table
 from tests.conftest import Lora
 from tests.support import BRIEF, ROOT, make, refusal
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.models import rounding
-from pipeline.models.rounding import Rounded
-from pipeline.studies.precisions import entropy, four_bit_codes, precisions
+from pipeline.document import rounding
+from pipeline.document.rounding import Rounded
+from pipeline.document.studies.shared.precisions import entropy, four_bit_codes, precisions
 
 WAYS = {one.name: one.way for one in precisions(group=32)}
 GROUPED: dict[str, Callable[[Tensor, Tensor, int, int], Rounded]] = {

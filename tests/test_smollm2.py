@@ -9,10 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.document.tables import mean, read_table
 from pipeline.files import artifact
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_steps
-from pipeline.tables import mean, read_table
 from tests.support import ROOT, lora
 
 PROJECT = ROOT / "smollm2"

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.studies.spectrum import _spectra
-from pipeline.studies.spectrum_tables import energy
-from pipeline.tables import Cell, Spread, read_table
+from pipeline.document.studies.spectrum import _spectra
+from pipeline.document.studies.spectrum_tables import energy
+from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.weights.spectrum import Measured
 from tests.conftest import Lora
 from tests.models import checkpoint

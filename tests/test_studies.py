@@ -14,6 +14,12 @@ import yaml
 from torch import nn
 
 from pipeline.data.examples import Prompt
+from pipeline.document.studies import knowledge_correction, methods
+from pipeline.document.studies.fact_tables import Said, Words
+from pipeline.document.studies.shared import runner
+from pipeline.document.studies.shared.method_runs import METHODS
+from pipeline.document.studies.shared.next_token import Spoken, ask
+from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
@@ -22,11 +28,6 @@ from pipeline.project.params.sections import Params, load
 from pipeline.project.runner import Event, Job, Progress, known, run
 from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.evaluate import weight_bytes
-from pipeline.studies import knowledge_correction, methods, runs
-from pipeline.studies.fact_tables import Said, Words
-from pipeline.studies.spoken import Spoken, ask
-from pipeline.studies.taught import METHODS
-from pipeline.tables import Cell, Spread, read_table
 from tests.conftest import Lora
 from tests.forked import Forked
 from tests.support import BRIEF, ROOT, WORK, folder_bytes, make, make_one, refusal
@@ -161,7 +162,7 @@ def test_a_signal_during_the_last_look_ends_the_study(project: Path, monkeypatch
         return ask(loaded, prompts)
 
     looks = list[str]()
-    monkeypatch.setattr("pipeline.studies.trajectory.ask", asked)
+    monkeypatch.setattr("pipeline.document.studies.trajectory.ask", asked)
     with pytest.raises(Interrupted):
         make(project, ["study_trajectory"], BRIEF)
     assert len(looks) == 3
@@ -342,7 +343,7 @@ def test_a_base_whose_v_is_no_linear_of_its_own_goes_without_v_alone(project: Pa
 
 def test_a_correction_that_was_killed_while_it_merged_ends_with_the_same_bytes(studied: Path, project: Path) -> None:
     command = ["lora", "study", "knowledge_correction", *(f"--set={one}" for one in BRIEF)]
-    dies = ("pipeline.studies.knowledge_correction.merge_into", 2)
+    dies = ("pipeline.document.studies.knowledge_correction.merge_into", 2)
     assert Forked(command, project, dies=dies).end()[0] == -signal.SIGKILL
     make(project, ["study_knowledge_correction"], BRIEF)
     ours, theirs = (folder_bytes(root / "artifacts/studies/knowledge_correction") for root in (project, studied))
@@ -354,17 +355,19 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
 ) -> None:
     wanted = folder_bytes(studied / "artifacts/studies/fact_correction")
     command = ["lora", "study", "fact_correction", *(f"--set={one}" for one in BRIEF)]
-    assert Forked(command, project, dies=("pipeline.studies.runs._work", 3)).end()[0] == -signal.SIGKILL
+    assert (
+        Forked(command, project, dies=("pipeline.document.studies.shared.runner._work", 3)).end()[0] == -signal.SIGKILL
+    )
     assert not (project / "artifacts/studies/fact_correction").exists()
     (broken,) = project.glob("runs/study_fact_correction/parts/whole sentences/made/sweep.json")
     broken.write_text("{}", encoding="utf-8")
-    begun, work = list[str](), runs._work
+    begun, work = list[str](), runner._work
 
-    def counted(part: Job, run: runs.Run, number: int, of: int) -> Generator[Event, None, None]:
+    def counted(part: Job, run: runner.Run, number: int, of: int) -> Generator[Event, None, None]:
         begun.append(run.name)
         return work(part, run, number, of)
 
-    monkeypatch.setattr(runs, "_work", counted)
+    monkeypatch.setattr(runner, "_work", counted)
     make(project, ["study_fact_correction"], BRIEF)
     assert begun == ["whole sentences", "embeddings all", "embeddings new_rows", "embeddings none"]
     assert folder_bytes(project / "artifacts/studies/fact_correction") == wanted

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.document.tables import Cell, Row, Spread, Table, read_table, shown
 from pipeline.errors import UserError
-from pipeline.tables import Cell, Row, Spread, Table, read_table, shown
 
 numbers = st.floats(-1e6, 1e6).map(lambda value: float(f"{value:.6g}"))
 texts = st.from_regex(r"[a-zäöü ,\"|]*[a-zäöü|]", fullmatch=True).filter(

@@ -57,7 +57,7 @@ def _study(
 ) -> Stage:
     """A study of the document's statements: §2 to §10 as they are measured."""
     stage, output = f"study_{name}", f"studies/{name}"
-    return Stage(stage, f"pipeline.studies.{name}", output, "study", name, needs, data, "", besides, documents)
+    return Stage(stage, f"pipeline.document.studies.{name}", output, "study", name, needs, data, "", besides, documents)
 
 
 MADE_FROM_EXPANDED = (
@@ -163,7 +163,7 @@ MEASURED: Mapping[str, Stage] = {  # all that the claims are held against
         _study("forgetting", ("old_data", "new_data", *_taught(TUNED)), besides=TUNED),
         Stage(
             "figures",
-            "pipeline.figures.figures",
+            "pipeline.document.figures.registry",
             "figures",
             "figures",
             "figures",
@@ -179,7 +179,7 @@ STAGES: Mapping[str, Stage] = {
     **MEASURED,
     "claims": Stage(
         "claims",
-        "pipeline.claims_stage",
+        "pipeline.document.claims.stage",
         "claims",
         "claims",
         "claims",

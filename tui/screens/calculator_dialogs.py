@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from pipeline.calc.explain import explain
-from pipeline.ledger.check import MARKS, calculated, summary, titled
+from pipeline.document.claims.check import MARKS, calculated, summary, titled
 from tui.calculation import Result
 
 COLORS = {"holds": "green", "differs": "bold red", "depends": "yellow"}

@@ -1,0 +1,31 @@
+"""figures: the document's Figures 1 to 5 and its walk through attention, from what the pipeline made."""
+
+from collections.abc import Callable, Generator
+
+from pipeline.document.figures.attention import attention
+from pipeline.document.figures.draw.figure import Drawn, write_report
+from pipeline.document.figures.gradient import gradient_example
+from pipeline.document.figures.intuition import lora_intuition
+from pipeline.document.figures.loss_curves import loss_curves
+from pipeline.document.figures.placement import placement
+from pipeline.document.figures.subspace import finetuning_subspace
+from pipeline.project.runner import Event, Facts, Job, Progress
+
+MEASURED: tuple[Callable[[Job], Drawn], ...] = (
+    *(finetuning_subspace, loss_curves, lora_intuition),  # Figures 1, 2 and 4
+    *(placement, attention),  # Figure 5, §2.1
+)
+THIRD = 2  # where Figure 3 stands among them: it alone trains
+
+
+def figures(job: Job) -> Generator[Event, None, Facts]:
+    """Every figure as PNG and SVG with its numbers as CSV, and a report. Raises UserError."""
+    for stage in job.stage.needs:
+        job.artifact(stage)
+    drawn = [make(job) for make in MEASURED]
+    drawn.insert(THIRD, (yield from gradient_example(job)))
+    for number, one in enumerate(drawn, 1):
+        one.write(job.out)
+        yield Progress(number, len(drawn), one.name)
+    write_report(job.out, drawn)
+    return {"figures": {one.name: one.facts() for one in drawn}}

@@ -1,0 +1,49 @@
+"""The methods of the document's §7 and §10 as runs of their own stages: what the studies set side by side."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.document.studies.shared.runner import Run
+from pipeline.project.params.sections import Params
+from pipeline.stages.finetune import finetune
+from pipeline.stages.scratch import scratch
+
+
+@dataclass(frozen=True)
+class Method:
+    """A stage, and what of its section is otherwise; `look`: the method whose colour it is drawn in.
+
+    `faster`: the learning rate is so many times the section's.
+    """
+
+    stage: str
+    changes: Mapping[str, Any]
+    look: str
+    faster: float = 1.0
+
+    def run(self, name: str, params: Params, seed: int, **more: Any) -> Run:
+        """Its training with one seed and `more` of its section, all else as the params say."""
+        own = getattr(params, self.stage)
+        changes = {"learning_rate": own.learning_rate * self.faster, **self.changes, **more}
+        section: Any = replace(own, seed=seed, **changes)
+        work = scratch if self.stage == "scratch" else finetune
+        return Run(f"{name}, seed {seed}", self.stage, work, {self.stage: section})
+
+
+LORA = "finetune_lora"
+METHODS = {
+    "training from scratch": Method("scratch", {}, "scratch"),
+    "full fine-tuning": Method("finetune_full", {}, "full"),
+    "layer freezing": Method("finetune_freeze", {}, "freeze"),
+    "LoRA": Method(LORA, {}, "lora"),
+    "LoRA, new rows": Method(LORA, {"train_embeddings": "new_rows"}, "lora"),
+    "LoRA, matrices alone": Method(LORA, {"train_embeddings": "none"}, "lora"),
+    "QLoRA": Method(LORA, {"quantization": "nf4-dq"}, "lora"),
+    "DoRA": Method(LORA, {"dora": True}, "lora"),
+    "LoRA+": Method(LORA, {"loraplus_ratio": 16.0}, "lora"),  # B's rate the higher, as in the paper
+    "LoRA+, A faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora"),  # as the document has it (§10.3): B slower
+    "LoRA+, A 16 × faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora", 16.0),  # B as it is in LoRA, all else as A
+    "prefix tuning": Method("finetune_prefix", {}, "prefix"),
+    "prompt tuning": Method("finetune_prompt", {}, "prompt"),
+}

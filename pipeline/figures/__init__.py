@@ -1,1 +1,0 @@
-"""The document's figures, each drawn from what the pipeline made and measured: one module a figure."""

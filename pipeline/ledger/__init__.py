@@ -1,1 +1,0 @@
-"""The ledger: what the document claims, how each claim is measured, and the verdict that follows."""
