@@ -15,8 +15,8 @@ from textual.screen import Screen
 from bench.commands import ROOT
 from bench.measure import Row
 from tui.app import Workbench
-from tui.screens.calculator import PAUSE
-from tui.widgets.entry import Entry
+from tui.screens.calculator.screen import PAUSE
+from tui.widgets.text_field import Entry
 
 GOAL = 0.03  # seconds
 TYPED = {  # model → field → keys in it

@@ -15,11 +15,11 @@ from textual.widget import Widget
 from bench.measure import Row, in_turns
 from pipeline.project.logs.run_log import COLUMNS
 from pipeline.project.palette import METHODS, Look, other
-from tui.follow import Tail
-from tui.series import Log, parse_step
-from tui.series import Row as LogRow
-from tui.widgets.curve import Curve, View
-from tui.widgets.loss_chart import LossChart
+from tui.screens.curves.series import Log, parse_step
+from tui.screens.curves.series import Row as LogRow
+from tui.services.csv_tail import Tail
+from tui.widgets.plot.curve import Curve, View
+from tui.widgets.plot.line_chart import LossChart
 
 POINTS, ROUNDS, GOAL = 100_000, 21, 0.050
 SHOWN = ("finetune_full", "finetune_freeze", "finetune_lora")

@@ -19,7 +19,7 @@ from pipeline.models.load import Base, load_base, save_base
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.stages.finetune import lora_spec
-from tui.inference import Inference
+from tui.services.engine_client import Inference
 
 ROUNDS = 50
 PROMPT = "w1 w2 w3 w4 w5"

@@ -14,7 +14,7 @@ from pipeline.project.params.grid import ends
 from pipeline.project.params.sections import load
 from pipeline.stages.charts import MARKERS
 from tests.support import BRIEF, ROOT, make
-from tui.shown import POINTED
+from tui.screens.curves.view_model import POINTED
 
 BASE = {"rank": 4, "alpha": 1.0}
 

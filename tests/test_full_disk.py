@@ -22,8 +22,8 @@ from pipeline.project.stage_graph import Project
 from pipeline.project.status import Status
 from tests.bases import toy_checkpoint
 from tests.support import BRIEF, lora, new_project
-from tui import processes
-from tui.processes import Runner
+from tui.services import pipeline_process
+from tui.services.pipeline_process import Runner
 
 FULL_ERROR = "No space left on device. Free some space."
 
@@ -113,7 +113,7 @@ def test_a_pipeline_whose_lock_cannot_be_written_is_ended(disk: Path, monkeypatc
     command.parent.mkdir()
     command.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
     command.chmod(0o755)
-    monkeypatch.setattr(processes, "BIN", command.parent)
+    monkeypatch.setattr(pipeline_process, "BIN", command.parent)
     (disk / "dvc.yaml").write_text("")
     (disk / "runs").mkdir()
     filler, runner = fill(disk), Runner(disk)

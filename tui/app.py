@@ -23,15 +23,15 @@ from textual.screen import Screen
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
-from tui.processes import Runner
+from tui.config import Config, State, config_path, load_config, state_path
+from tui.dialogs.help import HelpScreen
+from tui.dialogs.messages import Message, MessagesScreen, Severity
 from tui.registry import SCREENS
-from tui.screens.help import HelpScreen
-from tui.screens.messages import Message, MessagesScreen, Severity
-from tui.settings import Config, State, config_path, load_config, state_path
-from tui.typed import Typed
+from tui.services.key_queue import Typed
+from tui.services.pipeline_process import Runner
 
 if TYPE_CHECKING:
-    from tui.inference import Inference
+    from tui.services.engine_client import Inference
 
 
 class _Printable(LineFilter):
@@ -214,7 +214,7 @@ def main() -> None:
 def _serve(params: Path, port: int) -> None:
     """The same app in a browser, on this machine alone: who reaches it can run the pipeline."""
     try:
-        from tui.web import serve
+        from tui.services.web import serve
     except ImportError:
         sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
     serve(params, port)

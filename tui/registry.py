@@ -20,8 +20,8 @@ class ScreenEntry(NamedTuple):
 
 
 SCREENS = {
-    "pipeline": ScreenEntry("Pipeline", "tui.screens.pipeline:PipelineScreen"),
-    "curves": ScreenEntry("Curves", "tui.screens.curves:CurvesScreen"),
-    "calculator": ScreenEntry("Calculator", "tui.screens.calculator:CalculatorScreen"),
-    "adapters": ScreenEntry("Adapters", "tui.screens.adapters:AdaptersScreen"),
+    "pipeline": ScreenEntry("Pipeline", "tui.screens.pipeline.screen:PipelineScreen"),
+    "curves": ScreenEntry("Curves", "tui.screens.curves.screen:CurvesScreen"),
+    "calculator": ScreenEntry("Calculator", "tui.screens.calculator.screen:CalculatorScreen"),
+    "adapters": ScreenEntry("Adapters", "tui.screens.adapters.screen:AdaptersScreen"),
 }

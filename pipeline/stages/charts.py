@@ -16,7 +16,7 @@ WIDTH, HEIGHT, PANEL = 8.0, 4.2, 1.8  # inches; PANEL: each further panel
 
 
 def draw(picture: Mapping[str, Any]) -> bytes:
-    """The file's bytes. `picture` is what `tui.export.picture` makes of a screen."""
+    """The file's bytes. `picture` is what `tui.screens.curves.export.picture` makes of a screen."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG

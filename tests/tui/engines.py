@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from tui.inference import EngineDied, Inference
+from tui.services.engine_client import EngineDied, Inference
 
 TOKENS = (" tisch", " und", " stuhl")
 DEATH = "The inference process ended: it was killed. Prompt again: a fresh one starts."

@@ -24,19 +24,19 @@ from tests.models import sealed_copies
 from tests.tui.engines import DEATH, FakeInference
 from tests.tui.support import until
 from tui.app import Workbench
-from tui.asker import trusts
-from tui.library import Entry, Library
-from tui.screens.adapters import AdaptersScreen
-from tui.screens.path import PathScreen
-from tui.screens.sampling import SamplingScreen
-from tui.widgets.attention import AttentionView
-from tui.widgets.completions import Completions
-from tui.widgets.engine_bar import EngineBar
-from tui.widgets.model_details import ModelDetails, described
-from tui.widgets.model_table import ModelTable
+from tui.dialogs.path import PathScreen
+from tui.screens.adapters.sampling_dialog import SamplingScreen
+from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.adapters.session.catalog import Entry, Library
+from tui.screens.adapters.session.request_queue import trusts
+from tui.screens.adapters.widgets.attention_view import AttentionView
+from tui.screens.adapters.widgets.engine_bar import EngineBar
+from tui.screens.adapters.widgets.model_details import ModelDetails, described
+from tui.screens.adapters.widgets.model_table import ModelTable
+from tui.screens.adapters.widgets.streaming import Completions
+from tui.screens.adapters.widgets.top_k import TopK
 from tui.widgets.prompt_input import PromptInput
 from tui.widgets.slider import Slider
-from tui.widgets.top_k import TopK
 
 USUAL = ["base", "expanded", "scratch", "full", "freeze", "lora", "prefix", "prompt", "merged"]
 MODELS = [*USUAL[:-1], "sweep/rank-1", "sweep/rank-2", "merged"]
@@ -719,7 +719,7 @@ async def test_verdicts_redraw_cells_and_what_is_typed_meanwhile_comes_through(
         return check(*arguments)
 
     monkeypatch.setattr(ModelTable, "clear", count)
-    monkeypatch.setattr("tui.library.check", slow)
+    monkeypatch.setattr("tui.screens.adapters.session.catalog.check", slow)
     models = 1 + len(sealed_copies(empty, 300))
     app = Workbench(empty / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:

@@ -19,11 +19,11 @@ from tests.bases import toy_checkpoint
 from tests.tui.support import until
 from tests.tui.test_adapters import Session
 from tui.app import Workbench
-from tui.exchange import Answer
-from tui.screens.adapters import AdaptersScreen
-from tui.widgets.engine_bar import EngineBar
+from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.adapters.session.transcript import Answer
+from tui.screens.adapters.widgets.engine_bar import EngineBar
+from tui.screens.adapters.widgets.top_k import TopK
 from tui.widgets.slider import Slider
-from tui.widgets.top_k import TopK
 
 pytestmark = pytest.mark.slow
 PROMPT = "die katze sitzt auf dem"

@@ -15,7 +15,7 @@ from pipeline.files.base_model import base_fingerprint
 from tests.tui.engines import FakeInference
 from tests.tui.support import until
 from tui.app import Workbench
-from tui.screens.adapters import AdaptersScreen
+from tui.screens.adapters.screen import AdaptersScreen
 from tui.widgets.prompt_input import PromptInput
 
 pytestmark = pytest.mark.usefixtures("no_path")

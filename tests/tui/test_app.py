@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from tests.support import ROOT
 from tests.tui.support import until
 from tui.app import Workbench
+from tui.config import Config, State, config_path, load_config, state_path
 from tui.registry import SCREENS
-from tui.settings import Config, State, config_path, load_config, state_path
 from tui.widgets.tab_bar import TabBar
 
 LORA_TUI = str(Path(sys.executable).parent / "lora-tui")

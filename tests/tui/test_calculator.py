@@ -25,14 +25,14 @@ from tests.bases import toy_checkpoint
 from tests.support import make
 from tests.tui.support import until
 from tui.app import Workbench
-from tui.calculation import FIELDS, Asked, relevant
-from tui.project_params import asked_for, trained_model
-from tui.screens.calculator import CalculatorScreen
-from tui.screens.calculator_dialogs import Confirm, Reader
-from tui.widgets.calc_answer import Parameters, Pinned, Verdict
-from tui.widgets.calc_form import CalcForm
-from tui.widgets.lines import Lines
-from tui.widgets.memory_bars import MemoryBars
+from tui.screens.calculator.apply_to_params import asked_for, trained_model
+from tui.screens.calculator.dialogs import Confirm, Reader
+from tui.screens.calculator.form import CalcForm
+from tui.screens.calculator.memory_bars import MemoryBars
+from tui.screens.calculator.model import FIELDS, Asked, relevant
+from tui.screens.calculator.result import Parameters, Pinned, Verdict
+from tui.screens.calculator.screen import CalculatorScreen
+from tui.widgets.text_block import Lines
 
 GARBAGE = ("", " ", "x", "-1", "0", "1e400", "9" * 40, "ß[/]", "[red]", "1.5", "٣", "nan", "\\", "a,,b", "~nobody/x")
 TEXT = ("model", "rank", "alpha", "targets", "new_rows", "last_blocks", "virtual_tokens", "precision", "batch")
@@ -222,7 +222,7 @@ async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pyte
         asked.append(name)
         return built_in("gpt2")
 
-    monkeypatch.setattr("tui.screens.calculator.open_model", lambda n: fetched(n) if "/" in n else open_model(n))
+    monkeypatch.setattr("tui.screens.calculator.screen.open_model", lambda n: fetched(n) if "/" in n else open_model(n))
     async with calculator(empty) as (pilot, screen):
         asked.clear()
         await pilot.press("slash", *"some/model")
@@ -451,8 +451,8 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
     def found(name: str) -> Model:
         return built_in("qwen3-0.6b") if name == "some/model" else open_model(name)
 
-    monkeypatch.setattr("tui.screens.calculator.open_model", found)
-    monkeypatch.setattr("tui.project_params.open_model", found)
+    monkeypatch.setattr("tui.screens.calculator.screen.open_model", found)
+    monkeypatch.setattr("tui.screens.calculator.apply_to_params.open_model", found)
     async with calculator(empty) as (pilot, screen):
         await pilot.press("l")
         await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problem)

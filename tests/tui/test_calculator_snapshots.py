@@ -7,7 +7,7 @@ import pytest
 
 from tests.tui.support import until
 from tui.app import Workbench
-from tui.widgets.calc_answer import Pinned, Verdict
+from tui.screens.calculator.result import Pinned, Verdict
 
 PRESSED = {"first": [], "pinned": ["p", "right", "p"], "wrong": ["tab", "x", "escape"]}
 

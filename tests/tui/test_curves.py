@@ -16,13 +16,13 @@ from textual.widgets import Input, RadioButton, Static
 from pipeline.project.logs.run_log import read_steps
 from tests.tui.runs import HEADER, hold, journal, lines, measured, write_measured, write_methods, write_run
 from tests.tui.support import until
-from tui import export, runs
 from tui.app import Workbench
-from tui.screens.curves import CurvesScreen
-from tui.screens.export import ExportScreen
-from tui.series import QUANTITIES
-from tui.widgets.loss_chart import LossChart
-from tui.widgets.run_list import RunList
+from tui.screens.curves import export, runs
+from tui.screens.curves.export_dialog import ExportScreen
+from tui.screens.curves.run_list import RunList
+from tui.screens.curves.screen import CurvesScreen
+from tui.screens.curves.series import QUANTITIES
+from tui.widgets.plot.line_chart import LossChart
 
 
 @asynccontextmanager
@@ -594,7 +594,7 @@ async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypat
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tui.export.os.fsync", full)
+    monkeypatch.setattr("tui.screens.curves.export.os.fsync", full)
     (root / "all.csv").write_text("before", encoding="utf-8")
     before = sorted(path.name for path in root.iterdir())
     async with curves(root) as (pilot, screen):
@@ -607,7 +607,7 @@ async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypat
 
 
 async def test_a_picture_that_cannot_be_drawn_is_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tui.export.sys.executable", "/bin/false")
+    monkeypatch.setattr("tui.screens.curves.export.sys.executable", "/bin/false")
     async with curves(root) as (pilot, screen):
         await ask_for(pilot, "out.svg")
         await until(pilot, lambda: screen.workbench.said)

@@ -9,8 +9,8 @@ from textual.pilot import Pilot
 from tests.tui.runs import write_measured, write_methods, write_sweep
 from tests.tui.test_curves import settled
 from tui.app import Workbench
-from tui.screens.curves import CurvesScreen
-from tui.widgets.run_list import RunList
+from tui.screens.curves.run_list import RunList
+from tui.screens.curves.screen import CurvesScreen
 
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = [(80, 24), (120, 40)]

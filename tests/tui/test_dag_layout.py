@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.project.stage_graph import STAGES
-from tui.dag_layout import Layout, layout
-from tui.widgets.dag_picture import pictured
+from tui.screens.pipeline.dag_layout import Layout, layout
+from tui.screens.pipeline.dag_view import pictured
 
 LABEL = 3
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.project.logs.run_log import COLUMNS, RunLog, Step, read_steps
-from tui.follow import PIECE, Tail
-from tui.series import Log, Row, parse_step, step_parser
+from tui.screens.curves.series import Log, Row, parse_step, step_parser
+from tui.services.csv_tail import PIECE, Tail
 
 HEADER = ",".join(COLUMNS) + "\n"
 

@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.errors import UserError
 from tests.support import ROOT
-from tui import inference
-from tui.inference import EngineDied, Inference
+from tui.services import engine_client
+from tui.services.engine_client import EngineDied, Inference
 
 PATIENCE = 60
 LONG = {"model": "endless", "text": "w1", "limit": 16_000}
@@ -153,8 +153,8 @@ def held_up(engine: Inference) -> bool:
     """Whether as many answers wait in the client as may."""
     assert engine._process is not None
     (request,) = engine._process._waiting.values()
-    assert len(request.answers) <= inference.GATHERED
-    return len(request.answers) == inference.GATHERED
+    assert len(request.answers) <= engine_client.GATHERED
+    return len(request.answers) == engine_client.GATHERED
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ async def test_stop_ends_one_that_listens_to_nothing_and_tells_those_that_wait(o
     await asyncio.sleep(0)
     start = time.monotonic()
     await asyncio.gather(engine.stop(), engine.stop())
-    assert time.monotonic() - start < 4 * inference.PATIENCE
+    assert time.monotonic() - start < 4 * engine_client.PATIENCE
     with pytest.raises(EngineDied, match="it was stopped"):
         await waiting
     assert pid is not None
@@ -290,5 +290,5 @@ async def test_stop_in_the_middle_of_a_generation_is_prompt(engine: Inference, e
         await anext(answers)
         start = time.monotonic()
         await engine.stop()
-        assert time.monotonic() - start < inference.PATIENCE
+        assert time.monotonic() - start < engine_client.PATIENCE
     await engine.stop()

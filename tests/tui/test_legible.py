@@ -7,12 +7,12 @@ import pytest
 from rich.cells import cell_len
 
 from pipeline.files.text import visible
-from tui.exchange import Answer, Exchange
-from tui.sampling import Sampling
-from tui.widgets.attention import BARS, bars, matrix, sentence, window
+from tui.screens.adapters.session.sampling import Sampling
+from tui.screens.adapters.session.transcript import Answer, Exchange
+from tui.screens.adapters.widgets.attention_view import BARS, bars, matrix, sentence, window
+from tui.screens.adapters.widgets.streaming import written
+from tui.screens.adapters.widgets.top_k import CELL, table
 from tui.widgets.bars import fitted
-from tui.widgets.completions import written
-from tui.widgets.top_k import CELL, table
 
 TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", " ", "\ufffd", "é", "a" * 60, "🤗"]
 

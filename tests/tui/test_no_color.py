@@ -13,16 +13,16 @@ from tests.tui.engines import FakeInference
 from tests.tui.runs import write_measured, write_methods
 from tests.tui.support import until
 from tui.app import Workbench
+from tui.dialogs.help import HelpScreen
+from tui.dialogs.messages import MessagesScreen
+from tui.dialogs.path import PathScreen
 from tui.registry import SCREENS
-from tui.sampling import Sampling
-from tui.screens.attention import AttentionScreen
-from tui.screens.calculator_dialogs import Confirm, document_table
-from tui.screens.export import ExportScreen
-from tui.screens.help import HelpScreen
-from tui.screens.messages import MessagesScreen
-from tui.screens.path import PathScreen
-from tui.screens.sampling import SamplingScreen
-from tui.widgets.loss_chart import LossChart
+from tui.screens.adapters.attention_dialog import AttentionScreen
+from tui.screens.adapters.sampling_dialog import SamplingScreen
+from tui.screens.adapters.session.sampling import Sampling
+from tui.screens.calculator.dialogs import Confirm, document_table
+from tui.screens.curves.export_dialog import ExportScreen
+from tui.widgets.plot.line_chart import LossChart
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a picture
 

@@ -27,13 +27,13 @@ from pipeline.project.stage_graph import STAGES
 from pipeline.project.status import StageState, Status
 from tests.support import BRIEF, METHODS, PIPELINE, make
 from tests.tui.support import until
-from tui import processes
 from tui.app import Workbench
-from tui.screens.pipeline import PipelineScreen
-from tui.widgets.dag_picture import DagPicture
-from tui.widgets.log_view import LINES, LogView
-from tui.widgets.param_form import ParamForm, ParamInput, names, written
-from tui.widgets.stage_list import StageList
+from tui.screens.pipeline.dag_view import DagPicture
+from tui.screens.pipeline.log_panel import LINES, LogView
+from tui.screens.pipeline.params_panel import ParamForm, ParamInput, names, written
+from tui.screens.pipeline.screen import PipelineScreen
+from tui.screens.pipeline.stage_list import StageList
+from tui.services import pipeline_process
 
 Opened = tuple[Pilot[None], PipelineScreen]
 
@@ -409,7 +409,7 @@ def dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None
         (tmp_path / "bin/dvc").write_text(f"#!{sys.executable}\n{code}", encoding="utf-8")
         (tmp_path / "bin/dvc").chmod(0o755)
 
-    monkeypatch.setattr(processes, "BIN", tmp_path / "bin")
+    monkeypatch.setattr(pipeline_process, "BIN", tmp_path / "bin")
     return place
 
 

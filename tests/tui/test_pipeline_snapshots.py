@@ -13,7 +13,7 @@ from pipeline.project.stage_graph import STAGES
 from pipeline.project.status import StageState, State, Status
 from tests.tui.support import until
 from tui.app import Workbench
-from tui.screens.pipeline import PipelineScreen
+from tui.screens.pipeline.screen import PipelineScreen
 
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=str)

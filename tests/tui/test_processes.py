@@ -14,8 +14,8 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.project.logs import run_state
 from tests.support import COMMAND, LORA
-from tui import processes
-from tui.processes import Runner
+from tui.services import pipeline_process
+from tui.services.pipeline_process import Runner
 
 SLEEPER = "import os, sys, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
 STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLEEPER}"
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"#!{sys.executable}\nimport subprocess, sys\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()\n"
     )
     fake.chmod(0o755)
-    monkeypatch.setattr(processes, "BIN", tmp_path / "bin")
+    monkeypatch.setattr(pipeline_process, "BIN", tmp_path / "bin")
     (tmp_path / "dvc.yaml").write_text("")
     return tmp_path
 
@@ -91,9 +91,9 @@ def test_two_workbenches_share_one_pipeline(folder: Path) -> None:
 
 def test_it_goes_on_when_its_starter_dies_and_is_found_again(folder: Path) -> None:
     code = (
-        "import sys, os; from pathlib import Path; from tui import processes; from tui.processes import Runner; "
-        f"processes.BIN = Path({str(folder / 'bin')!r}); "
-        f"Runner(Path({str(folder)!r})).start([{SLEEPER!r}]); os.kill(os.getpid(), 9)"
+        "import sys, os; from pathlib import Path; from tui.services import pipeline_process; "
+        f"pipeline_process.BIN = Path({str(folder / 'bin')!r}); "
+        f"pipeline_process.Runner(Path({str(folder)!r})).start([{SLEEPER!r}]); os.kill(os.getpid(), 9)"
     )
     starter = subprocess.run([sys.executable, "-c", code], check=False)
     assert starter.returncode == -signal.SIGKILL

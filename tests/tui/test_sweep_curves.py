@@ -11,11 +11,11 @@ from pipeline.project.logs.run_log import final_loss, read_steps
 from tests.tui.runs import HEADER, hold, journal, lines, measured, write_ends, write_methods, write_run, write_sweep
 from tests.tui.support import until
 from tests.tui.test_curves import ask_for, chart, curves, listed, mode, settled, shown
-from tui import export
-from tui.screens.curves import CurvesScreen
-from tui.shown import POINTED
-from tui.widgets.curve import Curve, range_of
-from tui.widgets.run_list import RunList
+from tui.screens.curves import export
+from tui.screens.curves.run_list import RunList
+from tui.screens.curves.screen import CurvesScreen
+from tui.screens.curves.view_model import POINTED
+from tui.widgets.plot.curve import Curve, range_of
 
 FOUR = {"rank-1": 6.0, "rank-2": 5.0, "rank-4": 3.0, "rank-8": 4.0}  # the third is the best
 SIGN = "★"

@@ -15,13 +15,13 @@ from pipeline.project.params.sections import load
 from pipeline.project.stage_graph import STAGES
 from tests.tui.engines import FakeInference
 from tests.tui.support import until
-from tui import typed
 from tui.app import Workbench
-from tui.screens.adapters import AdaptersScreen
-from tui.screens.pipeline import PipelineScreen
-from tui.widgets.param_form import ParamInput
+from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.pipeline.params_panel import ParamInput
+from tui.screens.pipeline.screen import PipelineScreen
+from tui.screens.pipeline.stage_list import StageList
+from tui.services import key_queue
 from tui.widgets.prompt_input import PromptInput
-from tui.widgets.stage_list import StageList
 
 
 def burst(pilot: Pilot[Any], *keys: str) -> None:
@@ -86,7 +86,7 @@ async def test_a_paste_waits_for_the_keys_before_it(empty: Path) -> None:
 async def test_a_widget_that_hangs_does_not_take_the_keyboard_with_it(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(typed, "PATIENCE", 0.05)
+    monkeypatch.setattr(key_queue, "PATIENCE", 0.05)
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
         await until(pilot, lambda: app.screen.query(StageList))

@@ -1,0 +1,315 @@
+"""The adapters screen: what models there are, and what they answer."""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, ClassVar
+
+from textual import on, work
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.events import Resize, ScreenResume, ScreenSuspend
+from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from pipeline.errors import UserError
+from tui.dialogs.path import PathScreen
+from tui.screens.adapters.attention_dialog import AttentionScreen
+from tui.screens.adapters.browser import BrowseScreen
+from tui.screens.adapters.sampling_dialog import SamplingScreen
+from tui.screens.adapters.session.catalog import Stamp
+from tui.screens.adapters.session.chat_session import LOADING, Conversation, Latest
+from tui.screens.adapters.session.request_queue import Asker
+from tui.screens.adapters.session.transcript import transcript
+from tui.screens.adapters.widgets.answers import Answers
+from tui.screens.adapters.widgets.engine_bar import EngineBar
+from tui.screens.adapters.widgets.model_details import Details
+from tui.screens.adapters.widgets.model_table import ModelTable
+from tui.screens.curves.export import save
+from tui.services.engine_client import EngineDied, Inference
+from tui.widgets.prompt_input import PromptInput
+from tui.widgets.slider import STEP, Slider
+
+PROMPTS = 200  # that are remembered
+STATUS_EVERY = 2.0  # seconds
+FRAME = 0.05  # seconds between two drawings of an answer that streams in
+BROWSING = {"select", "filter", "sort", "reverse", "usual", "folder"}  # actions on the table
+PROMPTING = {"strength", "sampling", "attention", "copy", "save"}  # actions on the answers
+
+
+class AdaptersScreen(BrowseScreen):
+    """Below 110 columns one of two views, table or prompt; above both."""
+
+    NAME: ClassVar[str] = "adapters"
+    CSS_PATH = "adapters.tcss"
+    AUTO_FOCUS = "ModelTable"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("p", "prompt", "Prompt", id="adapters.prompt"),
+        Binding("b", "browse", "Models", id="adapters.browse", show=False),
+        Binding("left_square_bracket", "strength(-1)", "Strength", id="adapters.weaker", key_display="[ ]"),
+        Binding("right_square_bracket", "strength(1)", "Stronger", id="adapters.stronger", show=False),
+        Binding("t", "sampling", "Sampling", id="adapters.sampling"),
+        Binding("a", "attention", "Attention", id="adapters.attention"),
+        Binding("y", "copy", "Copy", id="adapters.copy"),
+        Binding("w", "save", "Save", id="adapters.save"),
+        Binding("m", "spectrum", "Measure the spectrum", id="adapters.spectrum", show=False),
+        Binding("x", "interrupt", "Interrupt", id="adapters.interrupt", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_class("-browse")
+        if self.workbench.inference is None:
+            self.workbench.inference = Inference(self.workbench.root)
+        self.engine = self.workbench.inference
+        self.talk = Conversation(Asker(self.engine, self.library, self.workbench.params_path))
+        # kept: answers come while the screen closes
+        self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
+        self.sampling = Static(id="sampling", markup=False)
+        self._probe = Latest(self._probe_once)
+        self._spectra: dict[Stamp, Any] = {}
+
+    def body(self) -> Iterable[Widget]:
+        yield self.models()
+        prompt = Vertical(self.prompt, self.slider, self.sampling, self.answers, id="prompt")
+        yield Horizontal(self.model_details, prompt, id="below")
+        yield self.bar
+
+    def on_mount(self) -> None:
+        self.prompt.remember(self.workbench.state.prompts)
+        self._status_timer = self.set_interval(STATUS_EVERY, self._tick, pause=True)
+        self._show_sampling()
+
+    @on(ScreenResume)
+    def _wake(self) -> None:
+        self._status_timer.resume()
+
+    @on(ScreenSuspend)
+    def _sleep(self) -> None:
+        self._status_timer.pause()
+
+    # what is shown, and where keys go
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        narrow, prompting = self.app.size.width < 110, self.has_class("-prompt")
+        if action == "interrupt":
+            return self._asking()
+        if action == "browse":
+            return prompting
+        if narrow and action in (BROWSING if prompting else PROMPTING):
+            return False
+        return super().check_action(action, parameters)
+
+    def on_resize(self, _: Resize) -> None:
+        self.refresh_bindings()
+
+    def _view(self, name: str) -> None:
+        self.set_class(name == "-browse", "-browse")
+        self.set_class(name == "-prompt", "-prompt")
+        self.refresh_bindings()
+
+    @on(ModelTable.Chosen)
+    def action_prompt(self) -> None:
+        self._view("-prompt")
+        self.give_focus(self.prompt)
+
+    def action_browse(self) -> None:
+        self._view("-browse")
+        self.give_focus(self.table)
+
+    def action_leave(self) -> None:
+        """Escape: stop an answer, else out of a field to what it belongs to, else back to the table."""
+        if self._asking():
+            self.action_interrupt()
+        elif self.prompt.has_focus:
+            self.give_focus(self.answers)
+        elif not self.clear_filter():
+            self.action_browse()
+
+    def selection_changed(self) -> None:
+        self.slider.disabled = not any(entry.model.scales for entry in self.chosen())
+
+    # asking
+
+    @on(Input.Submitted, "PromptInput")
+    def submit(self, event: Input.Submitted) -> None:
+        prompt, entries = event.value.strip(), self.chosen()
+        if not prompt:
+            self.workbench.say("The prompt is empty. Give at least one word.", "warning")
+        elif not entries:
+            self.workbench.say("There is no model to ask. Press b and select one.", "warning")
+        else:
+            self._remember(prompt)
+            self.give_focus(self.answers)
+            self._ask(prompt)
+
+    def _remember(self, prompt: str) -> None:
+        known = [known for known in self.workbench.state.prompts if known != prompt]
+        self.workbench.state.prompts = [*known, prompt][-PROMPTS:]
+        self.prompt.remember(self.workbench.state.prompts)
+        self.workbench.remember()
+
+    @work(exclusive=True, group="ask")
+    async def _ask(self, prompt: str) -> None:
+        self._engine_is("busy" if self.engine.running else "starting")
+        earlier = list(self.talk.exchanges)
+        exchange = self.talk.begin(prompt, self.chosen(), self.slider.value)
+        await self.answers.start(exchange, earlier)
+        try:
+            async with aclosing(self.talk.answers(exchange)) as changes:
+                drawn = 0.0
+                async for _ in changes:
+                    loading = any(answer.ended == LOADING for answer in exchange.answers)
+                    if loading or monotonic() - drawn >= FRAME:  # nothing more may come for as long as a load takes
+                        self._engine_is("loading" if loading else "busy")
+                        self.answers.show(exchange)
+                        drawn = monotonic()
+                    await asyncio.sleep(0)  # tokens may come faster than one is drawn, and a key must come through
+        except UserError as error:
+            self._failed(error)
+        else:
+            self._engine_is("ready")
+            self._status()
+            if self.talk.chat and not exchange.chat:
+                self.workbench.say("Not all of these have a chat template: they were prompted without it.", "warning")
+        finally:
+            self.answers.show(exchange)
+            self.call_later(self.refresh_bindings)
+
+    def _failed(self, error: UserError) -> None:
+        self._engine_is("died" if isinstance(error, EngineDied) else "ready")
+        self.workbench.fail(error)
+
+    def _asking(self) -> bool:
+        return any(worker.group == "ask" and worker.is_running for worker in self.workers)
+
+    def action_interrupt(self) -> None:
+        self.workers.cancel_group(self, "ask")
+        self._engine_is("ready" if self.engine.running else "not started")
+
+    # strength
+
+    @on(Slider.Changed)
+    def move(self) -> None:
+        if self.engine.running and self.talk.newest:
+            self.run_worker(self._probe.run(), group="probe")
+
+    async def _probe_once(self) -> None:
+        try:
+            self.answers.show_table(await self.talk.probe(self.slider.value))
+        except UserError as error:
+            self._failed(error)
+
+    def action_strength(self, steps: int) -> None:
+        if self.slider.disabled:
+            self.workbench.say(
+                "Strength scales a change of weights, and virtual tokens change none. Select another adapter."
+                if any(entry.model.kind == "adapter" for entry in self.chosen())
+                else "Strength scales an adapter's change. Select an adapter.",
+                "warning",
+            )
+        else:
+            self.slider.value += steps * STEP
+
+    # how they are asked
+
+    def _show_sampling(self) -> None:
+        chat = " · chat template" if self.talk.chat else ""
+        self.sampling.update(f"{self.talk.sampling}{chat}")
+
+    @work
+    async def action_sampling(self) -> None:
+        has_chat = self.talk.asker.has_chat(self.chosen())
+        chosen = await self.app.push_screen_wait(SamplingScreen(self.talk.sampling, self.talk.chat, has_chat))
+        if chosen:
+            self.talk.sampling, self.talk.chat = chosen
+            self._show_sampling()
+
+    def action_attention(self) -> None:
+        entries, exchange = self.chosen(), self.talk.newest
+        if not entries or exchange is None:
+            self.workbench.say("Attention is shown over a prompt. Ask one first.", "warning")
+            return
+        pointed = self.entry(self.table.pointed)
+        entry = pointed if pointed in entries else entries[0]
+        ask = partial(self.talk.asker.attention, entry, exchange.prompt, self.slider.value, exchange.chat)
+        self.app.push_screen(AttentionScreen(entry.label, ask))
+
+    # what was answered
+
+    def action_copy(self) -> None:
+        if self.talk.newest is None:
+            self.workbench.say("There is no answer to copy yet.", "warning")
+        else:
+            self.app.copy_to_clipboard(self.talk.newest.said())
+            self.workbench.say("The last answer is in the clipboard.")
+
+    @work
+    async def action_save(self) -> None:
+        if not self.talk.exchanges:
+            self.workbench.say("There is nothing to save yet.", "warning")
+            return
+        question = "Write the transcript to which file? .jsonl gives JSON lines, any other name Markdown."
+        named = await self.app.push_screen_wait(PathScreen(question, "transcript.md"))
+        if named is None:
+            return
+        path = self.workbench.root / Path(named).expanduser()
+        try:
+            save(path, [transcript(self.talk.exchanges, path.suffix).encode()])
+        except OSError as error:
+            self.workbench.fail(error)
+        else:
+            self.workbench.say(f"{path} has all {len(self.talk.exchanges)} prompts of this session.")
+
+    # what the engine says of itself and of adapters
+
+    def _engine_is(self, state: str) -> None:
+        self.bar.state = state
+        self.refresh_bindings()
+
+    def _tick(self) -> None:
+        bar = self.bar
+        if self.engine.running and not self._asking():
+            self._status()
+        elif not self.engine.running and bar.state in ("ready", "busy") and not self._asking():
+            self._engine_is("died")
+
+    @work(exclusive=True, group="status")
+    async def _status(self) -> None:
+        try:
+            self.bar.facts = await self.engine.ask("status")
+        except UserError:
+            self._engine_is("died")
+        else:
+            if not self._asking():
+                self._engine_is("ready")
+
+    def action_spectrum(self) -> None:
+        if self.details and self.details.entry.model.scales:
+            self._measure(self.details)
+
+    @work(exclusive=True, group="spectrum")
+    async def _measure(self, details: Details) -> None:
+        stamp = await asyncio.to_thread(self.library.stamp, details.entry.model)
+        details.spectrum = self._spectra.get(stamp, "measuring…")
+        self._show_spectrum(details)
+        if stamp in self._spectra:
+            return
+        try:
+            done = await self.engine.ask("spectrum", adapter=str(details.entry.model.path))
+            details.spectrum = self._spectra[stamp] = done["modules"]
+        except UserError as error:
+            details.spectrum = f"✗ {error}"
+        self._show_spectrum(details)
+
+    def _show_spectrum(self, details: Details) -> None:
+        if details is self.details:
+            self.model_details.show(details)
+
+    def details_read(self, details: Details) -> None:
+        """Measure the spectrum too, if that costs nobody anything."""
+        if details.entry.model.scales and self.engine.running and not self._asking():
+            self._measure(details)

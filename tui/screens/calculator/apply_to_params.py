@@ -1,0 +1,131 @@
+"""A configuration as a section of params.yaml, for the model that the project trains, and back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from pipeline.calc.architecture import Architecture
+from pipeline.calc.parameters import ranks
+from pipeline.calc.sources.open_model import built_in, open_model
+from pipeline.errors import UserError
+from pipeline.files import artifact, base_model
+from pipeline.project.params.sections import Kept, Params, Precision
+from pipeline.project.stage_graph import STAGES
+from tui.screens.calculator.model import Asked, Result
+
+MINIGPT = "MiniGPT"
+
+
+def asked_for(params: Params, root: Path) -> Asked:
+    """What `finetune_lora` trains, as the trainer does it: the project's model, one batch after the other.
+
+    Raises UserError if the base is nothing that there could be.
+    """
+    lora, imports = params.finetune_lora, params.pretrain.imports
+    longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]  # none: as long as suits the model
+    return Asked(
+        model=_model(params, root),
+        rank=str(lora.rank),
+        alpha=f"{lora.alpha:g}",
+        targets=", ".join(lora.target_modules),
+        embeddings=lora.train_embeddings,
+        new_rows=str(_new_rows(root)),
+        precision=lora.precision if lora.quantization == "none" else lora.quantization,
+        adapter_precision=lora.adapter_precision,
+        batch=str(lora.batch_size),
+        sequence=str(min(longest)) if longest else "",
+        checkpointing=lora.checkpointing,
+        optimizer="adam-flat",
+        loss="chunked" if imports else "full",
+    )
+
+
+def trained_model(params: Params, root: Path) -> tuple[str, Architecture]:
+    """The model that this project trains: as messages call it, and its shapes. Reads files. Raises UserError."""
+    if not params.pretrain.imports:
+        return MINIGPT, built_in("minigpt").shapes
+    return params.pretrain.base, open_model(_model(params, root)).shapes
+
+
+def _model(params: Params, root: Path) -> str:
+    """What the calculator opens for it: what the pipeline has made of the base, else the base."""
+    if not params.pretrain.imports:
+        return "minigpt"
+    for folder in _made(params, root):
+        return str(folder)
+    source = base_model.named(params.pretrain.base, root)
+    return str(source.path) if source.is_local else source.hub_id
+
+
+def _made(params: Params, root: Path) -> Iterator[Path]:
+    """The checkpoints that were made of this base, the expanded one first."""
+    base, expanded = (root / STAGES[stage].path for stage in ("pretrain", "expand_vocab"))
+    try:
+        imported = artifact.read_manifest(base)
+        if imported["params"]["base"] != base_model.shared_name(params.pretrain.base):
+            return
+        made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
+        if made_from.get(STAGES["pretrain"].path) == artifact.sealed_digest(imported):
+            yield expanded
+        yield base
+    except (UserError, KeyError, TypeError, AttributeError):  # another tool's folder
+        return
+
+
+def _new_rows(root: Path) -> int:
+    """How many rows expand_vocab added; 1 where that is not known."""
+    try:
+        start, stop = artifact.read_manifest(root / STAGES["expand_vocab"].path)["new_rows"]
+        return max(int(stop) - int(start), 1)
+    except (UserError, KeyError, TypeError, ValueError):
+        return 1
+
+
+def settings_of(asked: Asked, result: Result, params: Params, trained: tuple[str, Architecture]) -> dict[str, Any]:
+    """`section.key` → value of what this project would train so. Raises UserError for what it cannot train."""
+    method, run = result.method, result.run
+    if asked.method not in ("full", "freeze", "lora", "qlora"):
+        raise UserError(f"{asked.method} is not trainable here yet. Choose lora, qlora, freeze or full.")
+    kept = run.precision if run.precision in get_args(Kept) else "none"
+    precision = "bf16" if kept != "none" else run.precision  # as the calculator takes it, beside few bits
+    if precision not in get_args(Precision):
+        choices = "fp32, bf16, fp16, int8, nf4 or nf4-dq"
+        raise UserError(f"{run.precision} weights are not trainable here yet. Choose {choices}.")
+    values: dict[str, Any] = {
+        "batch_size": run.batch,
+        "precision": precision,
+        "checkpointing": run.checkpointing,
+    }
+    if method.kind == "freeze":
+        _refuse_blocks(method.last_blocks, params, trained)
+        values |= {"last_blocks": method.last_blocks, "train_embeddings": method.train_embeddings}
+    if method.kind == "lora":
+        name, model = trained
+        try:
+            ranks(model, method)
+        except UserError as error:
+            raise UserError(f"{name}, which this project trains, cannot have these targets. {error}") from None
+        values |= {"rank": method.rank, "alpha": method.alpha, "target_modules": list(method.targets)}
+        values |= {"train_embeddings": method.embeddings, "adapter_precision": run.adapter_precision}
+        values |= {"quantization": kept}
+    return {f"finetune_{method.kind}.{key}": value for key, value in values.items()}
+
+
+def _refuse_blocks(last_blocks: int, params: Params, trained: tuple[str, Architecture]) -> None:
+    name, model = trained
+    blocks = len(model.blocks) if params.pretrain.imports else params.pretrain.layers
+    if last_blocks > blocks:
+        key = "" if params.pretrain.imports else " (pretrain.layers)"
+        raise UserError(f"last-blocks must be at most {blocks}, the blocks of {name}{key}, got {last_blocks}.")
+
+
+def differences(params: Params, values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`section.key` → (value now, value then) of what is not so already."""
+    found = {}
+    for key, new in values.items():
+        section, _, name = key.partition(".")
+        old = getattr(getattr(params, section), name)
+        old = list(old) if isinstance(old, tuple) else old
+        if old != new:
+            found[key] = (old, new)
+    return found

@@ -1,0 +1,80 @@
+"""Above the calculator: the document's table, the formulas, and what is about to be written to params.yaml."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from pipeline.calc.explain import explain
+from pipeline.document.claims.check import MARKS, calculated, summary, titled
+from tui.screens.calculator.model import Result
+
+COLORS = {"holds": "green", "differs": "bold red", "depends": "yellow"}
+
+
+class Reader(ModalScreen[None]):
+    """A text to scroll in, closed by Escape or the key that opened it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,d,e", "dismiss", "Close")]
+
+    def __init__(self, *parts: RenderableType) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog"):
+            for part in self._parts:
+                yield Static(part)
+
+
+def document_table() -> Reader:
+    """The claims that the calculator decides: what the document says, what is exact, and why where they differ."""
+    found = calculated()
+    rows = Table("", "claim", "document", "exact", "", box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    for row in found:
+        shown, mark = row["shown"], Text(MARKS[row["verdict"]], COLORS[row["verdict"]])
+        rows.add_row(titled(row["section"]), Text(row["quote"]), Text(shown["says"]), Text(shown["measured"]), mark)
+        if row["verdict"] != "holds":
+            rows.add_row("", Text(row["why"], "dim italic"))
+    return Reader(Text(f"{summary(found)}. `lora claims` has all of the document's.\n", "bold"), rows)
+
+
+def formulas(result: Result) -> Reader:
+    """Each number's formula with the values put in."""
+    rows = Table.grid(padding=(0, 2))
+    for what, formula in explain(result.model, result.method, result.run, result.memory):
+        rows.add_row(Text(what, "bold"), Text(formula))
+    return Reader(Text(f"{result.title}\n", "bold"), rows)
+
+
+class Confirm(ModalScreen[bool]):
+    """Each change as `key: old → new`; Enter writes, Escape leaves."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "dismiss(True)", "Write"),
+        Binding("escape,q,n", "dismiss(False)", "Leave it"),
+    ]
+
+    def __init__(self, file: str, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        super().__init__()
+        self._file, self._changes = file, changes
+
+    def compose(self) -> ComposeResult:
+        lines = [f"{key}: {_said(old)} → {_said(new)}" for key, (old, new) in self._changes.items()]
+        with VerticalScroll(classes="dialog"):
+            yield Static(Text(f"Write to {self._file}:\n", "bold"))
+            yield Static(Text("\n".join(lines)), id="changes")
+            yield Static(Text("\nEnter writes, Escape leaves it as it is.", "dim"))
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

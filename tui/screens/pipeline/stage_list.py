@@ -1,0 +1,81 @@
+"""A line for each stage: its state, why, and while it runs how far it is."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rich.text import Text
+from textual.geometry import Region
+from textual.widgets import OptionList
+from textual.widgets.option_list import Option
+
+from pipeline.project.stage_graph import STAGES
+from pipeline.project.status import StageState
+from tui.screens.pipeline.dag_view import SIGNS, WORDS
+from tui.widgets.format import duration
+
+WIDTH = max(len(name) for name, stage in STAGES.items() if not stage.measures)  # studies have longer names, and no bar
+BAR = 8  # cells of a progress bar
+
+
+class StageList(OptionList):
+    """The stages in the DAG's order; option ids are their names."""
+
+    DEFAULT_CSS = """
+    StageList { height: auto; border: none; padding: 0; background: transparent; }
+    StageList { text-wrap: nowrap; text-overflow: ellipsis; }
+    StageList:focus { border: none; }
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(*(Option(_line(name, None), id=name) for name in STAGES), compact=True, **options)
+        self._shown: dict[str, Text] = {}
+        self._states: dict[str, str] = {}
+
+    def keep(self, stages: Collection[str]) -> None:
+        """Only these, in their order: the others mean nothing for the project's base."""
+        if [option.id for option in self.options] == list(stages):
+            return
+        chosen = self.highlighted_option
+        self.set_options(Option(self._shown.get(name, _line(name, None)), id=name) for name in stages)
+        if chosen is not None and chosen.id in stages:
+            self.choose(str(chosen.id))
+
+    def choose(self, stage: str) -> None:
+        """Highlight a stage."""
+        self.highlighted = self.get_option_index(stage)
+
+    def show(self, states: Mapping[str, StageState]) -> None:
+        """Redraw the lines that are new; a stage that has begun to run scrolls into view, the cursor stays."""
+        for name, state in states.items():
+            line = _line(name, state)
+            if self._shown.get(name) != line:
+                self._shown[name] = line
+                self.replace_option_prompt(name, line)
+            if state.state == "running" and self._states.get(name) != "running":
+                line_of = Region(0, self.get_option_index(name), 1, 1)
+                self.call_after_refresh(self.scroll_to_region, line_of, animate=False)
+            self._states[name] = state.state
+
+
+def _line(name: str, state: StageState | None) -> Text:
+    sign, style = SIGNS[state.state] if state else ("·", "dim")
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append(f"{sign} ", style).append(f"{name:{WIDTH}}  ")
+    return line.append(_about(state) if state else Text("…", "dim"))
+
+
+def _about(state: StageState) -> Text:
+    if state.state == "running":
+        return Text(_progress(state), SIGNS["running"][1])
+    word = Text(WORDS.get(state.state, state.state), SIGNS[state.state][1])
+    return word.append(f": {', '.join(state.reasons)}" if state.reasons else "", "default")
+
+
+def _progress(state: StageState) -> str:
+    run = state.run
+    if run is None or not run.total:
+        return "running: starting"
+    share = run.done / run.total
+    filled = round(share * BAR)
+    left = "" if run.eta is None else f"  {duration(run.eta)} left"
+    return f"{'━' * filled}{'╌' * (BAR - filled)} {share:4.0%}  {run.done:,}/{run.total:,}  {run.text}{left}"
