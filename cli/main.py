@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
-from cli import adapters, ask, cache, calc, claims, data, doctor, export, figures, new, spectrum, stages, study
+from cli import adapters, data, export, prompt, spectrum, stages
+from cli.calc import command
+from cli.document import claims, figures, study
 from cli.options import group
+from cli.project import cache, doctor, new, report
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
 from pipeline.project.process_rank import world
@@ -19,8 +22,8 @@ app = group(
     pretty_exceptions_enable=False,
 )
 for part in (
-    *(new, stages, study, figures, claims, spectrum),
-    *(calc, ask, adapters, export, data, cache, doctor),
+    *(new, stages, report, study, figures, claims, spectrum),
+    *(command, prompt, adapters, export, data, cache, doctor),
 ):
     app.add_typer(part.app)
 

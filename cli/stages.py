@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     Making = Generator[Event, None, Facts]
 
+SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
 app = group()
 finetune = group(help="Teach the expanded base new sentences.", no_args_is_help=True)
 app.add_typer(finetune, name="finetune")
@@ -168,7 +169,6 @@ def sweep(
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
     """Train an adapter for each combination of finetune_sweep.grid, all in one pass → artifacts/sweep."""
-    from cli.sweep import show
     from pipeline.project.params.grid import variants
 
     project = project_of(params, overrides)
@@ -180,7 +180,7 @@ def sweep(
         return sweep(job)
 
     run_stage("finetune_sweep", work, params, overrides, force, checkpoint_every)
-    show(project.artifact("finetune_sweep"))
+    _show_sweep(project.artifact("finetune_sweep"))
 
 
 def _finetune(job: "Job") -> "Making":
@@ -233,6 +233,8 @@ def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None,
 
         return evaluate(job)
 
+    from cli.project.report import report
+
     run_stage("evaluate", work, params, overrides, force)
     report(params)
 
@@ -263,6 +265,19 @@ def run_stage(
     stdout.print(_summary(project.artifact(name), manifest), markup=False, soft_wrap=True)
 
 
+def _show_sweep(folder: Path) -> None:
+    """The table of a sweep's adapters."""
+    from cli.console import stdout, table
+    from pipeline.files.artifact import read_json
+    from pipeline.project.params.grid import TABLE
+
+    rows = []
+    for name, end in read_json(folder / TABLE, "Run `lora finetune sweep`").items():
+        losses = ("" if end[key] is None else f"{end[key]:.4f}" for key in ("final_loss", "eval_loss"))
+        rows.append((name, f"{end['trainable']:,}", f"{end['steps']:,}", *losses, end["state"]))
+    stdout.print(table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS))
+
+
 def _summary(folder: Path, manifest: dict[str, object]) -> str:
     """One line: where the artifact is and what can be said of it at once."""
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
@@ -281,34 +296,3 @@ def _summary(folder: Path, manifest: dict[str, object]) -> str:
     if steps:
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
     return "  ".join(parts)
-
-
-@app.command()
-def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
-    """Show the last comparison, and where the report is."""
-    from cli.console import stdout, table
-    from cli.outdated import outdated, warn
-    from pipeline.errors import UserError
-    from pipeline.files.artifact import read_json
-    from pipeline.project.stage_graph import STAGES
-    from pipeline.stages.report import SUMMARY_COLUMNS, summary_row
-
-    project = project_of(params)
-    folder = project.artifact("evaluate")
-    metrics = read_json(folder / "metrics.json", "Run `make repro`, or `lora evaluate`")
-    try:
-        rows = [(name, *summary_row(numbers)) for name, numbers in metrics.items()]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
-    stdout.print(table(("model", *SUMMARY_COLUMNS), rows, right=SUMMARY_COLUMNS))
-    there = (folder / "report.md").exists()
-    stdout.print(
-        f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours."
-    )
-    whole = folder.parent / "claims/report.md"
-    if whole.exists():
-        stdout.print(f"what the document claims, and what was measured: {whole}")
-    for name in ("evaluate", *["claims"] * whole.exists()):
-        old = outdated(project, [name])
-        if name in old:
-            warn(f"{STAGES[name].path} is", old[name], old)

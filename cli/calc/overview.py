@@ -2,7 +2,7 @@
 
 from rich.text import Text
 
-from cli.calc_output import Output, Question
+from cli.calc.output import Output, Question
 from cli.console import print_json, stdout, table
 from pipeline.calc import report as calc
 from pipeline.calc.fit import Gpu, gpus

@@ -91,7 +91,7 @@ def compare(
 ) -> None:
     """Ask every variant that the pipeline has made, side by side."""
     from cli.console import print_json, stderr, stdout, table
-    from cli.outdated import outdated, warn
+    from cli.project.report import outdated, warn
     from pipeline.errors import UserError
     from pipeline.inference.engine import continued, variants
     from pipeline.project.stage_graph import VARIANTS

@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from cli import calc_options as o
+from cli.calc import options as o
 from cli.options import JsonOption, group
 from pipeline.errors import UserError
 from pipeline.files.patterns import end_of, problem
 
 if TYPE_CHECKING:
-    from cli.calc_output import Output, Question
+    from cli.calc.output import Output, Question
 
 app = group()
 
@@ -53,7 +53,7 @@ def calc(
     as_csv: o.Csv = False,
 ) -> None:
     """Parameters, memory and what fits, exact, from shapes alone: nothing is downloaded, no GPU is needed."""
-    from cli.calc_output import Output, Question
+    from cli.calc.output import Output, Question
     from pipeline.calc.memory import refuse_impossible
     from pipeline.calc.options import method_of, run_of
     from pipeline.calc.settings import checked
@@ -71,9 +71,9 @@ def calc(
     }
     question = _the_one(name for name, given in asked_for.items() if given)
     if question in ("--list", "--document"):
-        from cli import calc_screens
+        from cli.calc import render
 
-        (calc_screens.models if list_ else calc_screens.document)(out)
+        (render.models if list_ else render.document)(out)
         return
     opened = open_model(model)
     asked = method_of(
@@ -122,20 +122,20 @@ def _the_one(given: Iterable[str]) -> str:
 
 def _answer(out: "Output", asked: "Question", question: str, sweep: str, fit: float | None, gpu: str | None) -> None:
     if not question:
-        from cli.calc_overview import overview
+        from cli.calc.overview import overview
 
         overview(out, asked)
         return
-    from cli import calc_screens
+    from cli.calc import render
 
     if question == "--sweep":
-        calc_screens.sweep(out, asked, *_sweep(sweep))
+        render.sweep(out, asked, *_sweep(sweep))
     elif question == "--trace":
-        calc_screens.trace(out, asked)
+        render.trace(out, asked)
     elif question == "--explain":
-        calc_screens.explain(out, asked)
+        render.explain(out, asked)
     else:
-        calc_screens.fit(out, asked, fit, gpu)
+        render.fit(out, asked, fit, gpu)
 
 
 def _pattern(text: str) -> tuple[str, int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from cli.calc_output import Output, Question
+from cli.calc.output import Output, Question
 from cli.console import print_json, stdout, table
 from pipeline.calc.fit import LARGEST, changes, gpu, largest, of_size
 from pipeline.calc.format import capped, smallest, title_of
@@ -29,7 +29,7 @@ def models(out: Output) -> None:
 
 def document(out: Output) -> None:
     """`--document`."""
-    from cli.claims import show
+    from cli.document.claims import show
     from pipeline.document.claims.check import calculated
 
     found = calculated()

@@ -1,0 +1,64 @@
+"""`lora report`: the last comparison; what was made from files that have changed since, and how it is made again."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cli.options import DEFAULT_PARAMS, ParamsOption, group, project_of
+
+if TYPE_CHECKING:
+    from pipeline.project.stage_graph import Project
+
+app = group()
+MOST = 3  # commands that are named one by one
+
+
+@app.command()
+def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
+    """Show the last comparison, and where the report is."""
+    from cli.console import stdout, table
+    from pipeline.errors import UserError
+    from pipeline.files.artifact import read_json
+    from pipeline.project.stage_graph import STAGES
+    from pipeline.stages.report import SUMMARY_COLUMNS, summary_row
+
+    project = project_of(params)
+    folder = project.artifact("evaluate")
+    metrics = read_json(folder / "metrics.json", "Run `make repro`, or `lora evaluate`")
+    try:
+        rows = [(name, *summary_row(numbers)) for name, numbers in metrics.items()]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
+    stdout.print(table(("model", *SUMMARY_COLUMNS), rows, right=SUMMARY_COLUMNS))
+    there = (folder / "report.md").exists()
+    stdout.print(
+        f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours."
+    )
+    whole = folder.parent / "claims/report.md"
+    if whole.exists():
+        stdout.print(f"what the document claims, and what was measured: {whole}")
+    for name in ("evaluate", *["claims"] * whole.exists()):
+        old = outdated(project, [name])
+        if name in old:
+            warn(f"{STAGES[name].path} is", old[name], old)
+
+
+def outdated(project: "Project", names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`status.outdated`, by digests that are kept: this is for people to look at."""
+    from pipeline.files.digest_cache import DigestStore
+    from pipeline.project import status
+
+    store = DigestStore()
+    found = status.outdated(project, names, store.digest)
+    store.save()
+    return found
+
+
+def warn(subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:
+    """One line on stderr: what is out of date, why, and how it is made again from the first of `stages` on."""
+    from cli.console import stderr
+    from pipeline.project.dvc_yaml import command
+    from pipeline.project.stage_graph import STAGES
+
+    commands = [f"`{command(STAGES[name])}`" for name in stages]
+    again = ", then ".join(commands) if len(commands) <= MOST else "`dvc repro`"
+    stderr.print(f"{subject} out of date: {', '.join(reasons)}. Run {again}.", markup=False, soft_wrap=True)
