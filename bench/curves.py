@@ -17,7 +17,7 @@ from pipeline.project.logs.run_log import COLUMNS
 from pipeline.project.palette import METHODS, Look, other
 from tui.screens.curves.series import Log, parse_step
 from tui.screens.curves.series import Row as LogRow
-from tui.services.csv_tail import Tail
+from tui.services.csv_tail import CsvTail
 from tui.widgets.plot.curve import Curve, View
 from tui.widgets.plot.line_chart import LossChart
 
@@ -97,7 +97,7 @@ def _followed() -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "loss.csv"
         path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-        tail, log = Tail(path, parse_step), Log(0.9)
+        tail, log = CsvTail(path, parse_step), Log(0.9)
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
         for first in range(0, POINTS, size):

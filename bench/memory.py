@@ -9,7 +9,7 @@ from typing import Any
 from bench.measure import Row
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.calc.sources.open_model import entry
 from pipeline.training.memory.trace import traced_peak
 
@@ -26,13 +26,13 @@ class Corner:
     loss: str
     precision: str
 
-    def settings(self) -> tuple[dict[str, Any], Method, Run]:
+    def settings(self) -> tuple[dict[str, Any], FinetuningMethod, TrainingConfig]:
         """Models keep their real widths and vocabularies; of their blocks eight are enough for a trace to be quick."""
-        run = Run(
+        run = TrainingConfig(
             self.batch, self.sequence, self.precision, checkpointing=self.checkpointing, loss=self.loss, chunk=512
         )
         targets = ("all-linear",) if self.model.startswith("smollm") else ("attention",)
-        return shortened(self.model, 8), Method(self.method, targets=targets), run
+        return shortened(self.model, 8), FinetuningMethod(self.method, targets=targets), run
 
 
 SIZES = ((1, 2048), (4, 512))
@@ -73,7 +73,10 @@ def worst() -> list[Found]:
 def memory() -> Iterator[Row]:
     """How long the formula and the trace of one step take, and the grid's largest error."""
     known, config, times = architecture(entry("qwen3-8b")["config"], "qwen3-8b"), entry("qwen3-8b")["config"], []
-    for run in (lambda: predict(known, Method(), Run()), lambda: traced_peak(config, Method(), Run())):
+    for run in (
+        lambda: predict(known, FinetuningMethod(), TrainingConfig()),
+        lambda: traced_peak(config, FinetuningMethod(), TrainingConfig()),
+    ):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

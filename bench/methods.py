@@ -1,7 +1,7 @@
 """A training step of each method beside PEFT's on the same checkpoint: time, and what a step holds in memory.
 
 MiniGPT is so small that its tensors vanish in a process's resident memory. So its memory is the bytes of all tensors
-that are alive at a step's peak, weights and optimizer included, counted on both sides by `LiveBytes`.
+that are alive at a step's peak, weights and optimizer included, counted on both sides by `TensorMemoryMeter`.
 LoRA there holds more than PEFT's: each small linear's folded weight lives until backward (docs/decisions/0003), and the
 gradients, which are one vector, always.
 """
@@ -23,10 +23,10 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, start
 from pipeline.calc.settings import FULL
 from pipeline.models.load import load_base
-from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneVirtual, Kept, Training
+from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneVirtual, Quantization, Training
 from pipeline.stages.finetune import lora_spec
-from pipeline.training.loop import Task, optimizer_of, steps
-from pipeline.training.memory.live_bytes import LiveBytes
+from pipeline.training.loop import TrainingTask, optimizer_of, steps
+from pipeline.training.memory.live_bytes import TensorMemoryMeter
 
 STEPS, ROUNDS, VIRTUAL = 25, 9, 8
 LORA = FinetuneLora(epochs=10**9, learning_rate=1e-3)
@@ -56,7 +56,7 @@ class Side:
     def peak(self) -> int:
         """Bytes of tensors alive at a step's peak."""
         self.step()  # the first makes the optimizer's state
-        live = LiveBytes()
+        live = TensorMemoryMeter()
         live.watch(self.held())
         with live:
             self.step()
@@ -87,12 +87,12 @@ def methods() -> Iterator[Row]:
 
 def ours_of(folder: Path, method: str, settings: Any) -> Side:
     """The method as the pipeline's stage sets it up."""
-    kept: Kept = getattr(settings, "quantization", "none")
+    kept: Quantization = getattr(settings, "quantization", "none")
     model, tokenizer = load_base(folder, quantization=kept)
     if isinstance(settings, FinetuneLora):
         attach(model, lora_spec(model, settings, ()), init=settings.init_lora_weights)
     elif isinstance(settings, FinetuneVirtual):
         start(model, VirtualSpec(method, settings.virtual_tokens), len(tokenizer), settings.seed)
     optimizer = optimizer_of(model, settings)
-    records = steps(Task(model.train(), batches(), settings, FULL), optimizer)
+    records = steps(TrainingTask(model.train(), batches(), settings, FULL), optimizer)
     return Side(lambda: next(records), lambda: [*model.parameters(), *model.buffers(), *optimizer.tensors()])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import FULL, Method, Run
+from pipeline.calc.settings import FULL, FinetuningMethod, TrainingConfig
 from pipeline.calc.sources.open_model import built_in
 
 GB, GIB = 10**9, 2**30
@@ -21,8 +21,8 @@ class Published:
 
     case: str
     model: Architecture
-    method: Method
-    run: Run
+    method: FinetuningMethod
+    run: TrainingConfig
     peak: float
     unit: int = GIB
     in_backward: bool = False
@@ -46,10 +46,10 @@ def published() -> list[Published]:
 
 def _fms() -> list[Published]:
     """fms-acceleration's benchmark on an A100-80: peak allocated; packed to 4,096, checkpointing, FlashAttention 2."""
-    mistral, lora = built_in("mistral-7b-v0.1").shapes, Method(rank=16)
+    mistral, lora = built_in("mistral-7b-v0.1").shapes, FinetuningMethod(rank=16)
     found = []
     for batch, full, plain, quantized in ((4, 67.46, 23.89, 14.27), (8, 67.46, 34.13, 24.51)):
-        run = Run(batch, 4096, casts="inputs", optimizer="adamw-foreach")
+        run = TrainingConfig(batch, 4096, casts="inputs", optimizer="adamw-foreach")
         four = replace(run, precision="nf4-dq")
         name = f"fms-acceleration, Mistral 7B, {batch} × 4,096:"
         found += [
@@ -62,12 +62,12 @@ def _fms() -> list[Published]:
 
 def _peft() -> list[Published]:
     """PEFT's MetaMathQA benchmark on an L40S: peak reserved, which holds fragments and evaluation too."""
-    llama, run = built_in("llama-3.2-3b").shapes, Run(4, 768, checkpointing="none", casts="inputs")
+    llama, run = built_in("llama-3.2-3b").shapes, TrainingConfig(4, 768, checkpointing="none", casts="inputs")
     run = replace(run, optimizer="adamw-foreach")
     name = "PEFT's MetaMathQA, Llama 3.2 3B, 4 × 768:"
     return [
-        Published(f"{name} LoRA r32 q,v", llama, Method(rank=32, targets=QV), run, 20.76),
-        Published(f"{name} DoRA r32 q,v", llama, Method(rank=32, targets=QV, dora=True), run, 22.85),
+        Published(f"{name} LoRA r32 q,v", llama, FinetuningMethod(rank=32, targets=QV), run, 20.76),
+        Published(f"{name} DoRA r32 q,v", llama, FinetuningMethod(rank=32, targets=QV, dora=True), run, 22.85),
         Published(f"{name} full", llama, FULL, run, 36.20),
     ]
 
@@ -75,14 +75,14 @@ def _peft() -> list[Published]:
 def _torchtune() -> list[Published]:
     """torchtune's README: packed, compiled, checkpointing, bf16 throughout, chunked cross-entropy (8 chunks)."""
     big, small = built_in("llama-3.1-8b").shapes, built_in("llama-3.2-3b").shapes
-    run = Run(2, 2048, adapter_precision="bf16", loss="chunked", chunk=512)
+    run = TrainingConfig(2, 2048, adapter_precision="bf16", loss="chunked", chunk=512)
     paged, four = replace(run, optimizer="paged-adamw-8bit"), replace(run, precision="nf4-dq")
-    plain = Run(2, 4096, checkpointing="none")
+    plain = TrainingConfig(2, 4096, checkpointing="none")
     chunked = replace(plain, loss="chunked", chunk=1024)
     name, ablation = "torchtune, Llama 3.1 8B, 2 × 2,048:", "torchtune, Llama 3.2 3B full, 2 × 4,096:"
     return [
-        Published(f"{name} LoRA r8 q,v", big, Method(targets=QV), run, 16.2),
-        Published(f"{name} QLoRA r8 all-linear", big, Method(targets=("all-linear",)), four, 7.4),
+        Published(f"{name} LoRA r8 q,v", big, FinetuningMethod(targets=QV), run, 16.2),
+        Published(f"{name} QLoRA r8 all-linear", big, FinetuningMethod(targets=("all-linear",)), four, 7.4),
         Published(
             f"{name} full, paged 8-bit AdamW in backward",
             big,
@@ -101,9 +101,9 @@ def _torchtune() -> list[Published]:
 def _litgpt() -> list[Published]:
     """litgpt on an A100-40: peak allocated in GB; no checkpointing, bf16 throughout, chunks of 128."""
     seven, thirteen = built_in("llama-2-7b").shapes, built_in("llama-2-13b").shapes
-    run = Run(1, 1304, checkpointing="none", adapter_precision="bf16", loss="chunked", chunk=128)
+    run = TrainingConfig(1, 1304, checkpointing="none", adapter_precision="bf16", loss="chunked", chunk=128)
     run = replace(run, optimizer="adamw-foreach")
-    lora, name = Method(targets=QV), "litgpt, Llama 2"
+    lora, name = FinetuningMethod(targets=QV), "litgpt, Llama 2"
     inputs = (
         "1.9 GB are the inputs of every 4-bit linear, which bitsandbytes 0.41 saved for backward and today's does not; "
         "the rest is what the 16-bit row misses too, its dropout and its norms in it"
@@ -130,7 +130,7 @@ def _qwen() -> list[Published]:
         "vocab_size": 151936,
         "tie_word_embeddings": False,
     }
-    model, method = architecture(config, "Qwen-7B"), Method(rank=64, targets=("all-linear",))
+    model, method = architecture(config, "Qwen-7B"), FinetuningMethod(rank=64, targets=("all-linear",))
     lengths = (256, 512, 1024, 2048, 4096, 8192)
     plain = (20.1, 20.4, 21.5, 23.8, 29.7, 36.6)
     quantized = (11.5, 11.5, 12.3, 13.9, 16.9, 23.5)
@@ -141,7 +141,7 @@ def _qwen() -> list[Published]:
     found = []
     for name, precision, peaks in (("LoRA", "bf16", plain), ("Q-LoRA (GPTQ)", "gptq", quantized)):
         for length, peak in zip(lengths, peaks, strict=True):
-            run = Run(1, length, precision, casts="inputs", optimizer="adamw-foreach", context=512 * 2**20)
+            run = TrainingConfig(1, length, precision, casts="inputs", optimizer="adamw-foreach", context=512 * 2**20)
             case = f"Qwen-7B, 1 × {length:,}: {name} r64"
             found.append(Published(case, model, method, run, peak, GB, why=kept if precision == "gptq" else ""))
     return found

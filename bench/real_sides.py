@@ -21,15 +21,15 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.settings import Method
+from pipeline.calc.settings import FinetuningMethod
 from pipeline.data.masking import Encoded
-from pipeline.data.windows import Listed, whole
+from pipeline.data.windows import InMemoryDataset, as_window
 from pipeline.models.generate import generate
-from pipeline.models.kernels.rms_norm import quicken
+from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.transformers_model import opened
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batches
-from pipeline.training.loop import Task, steps
+from pipeline.training.loop import TrainingTask, steps
 from pipeline.training.memory.allocator import keep_freed_memory
 from pipeline.training.optimizer import FlatAdam
 
@@ -185,13 +185,13 @@ class Ours(Side):
 
     def adapted(self, model: Any) -> Any:
         keep_freed_memory()
-        quicken(model)
+        fuse_rms_norms(model)
         self.attach(model)
-        windows = Listed([whole(encoded(one)) for one in self.train], [""] * len(self.train))
+        windows = InMemoryDataset([as_window(encoded(one)) for one in self.train], [""] * len(self.train))
         settings = Training(
             epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, clip_norm=CLIP, precision="bf16"
         )
-        task = Task(model.train(), InOrder(windows, BATCH, 0), settings, Method())
+        task = TrainingTask(model.train(), InOrder(windows, BATCH, 0), settings, FinetuningMethod())
         self.steps, self.an_epoch = steps(task, FlatAdam(model)), len(task.batches)
         return model
 

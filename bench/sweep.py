@@ -18,17 +18,17 @@ from bench.training import batches, minigpt, ours_of, reference_of
 from pipeline.adapters.attach import attach
 from pipeline.adapters.batched import attach_many
 from pipeline.adapters.config import AdapterSpec
-from pipeline.data.windows import Listed, whole
+from pipeline.data.windows import InMemoryDataset, as_window
 from pipeline.models.base import CausalLM
-from pipeline.models.kernels.rms_norm import quicken
+from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.stages.finetune import lora_spec
-from pipeline.training.batched.loop import Standing, steps
-from pipeline.training.batched.step import ManyTask, Variant
+from pipeline.training.batched.loop import AdapterProgress, steps
+from pipeline.training.batched.step import BatchedTrainingTask, Variant
 from pipeline.training.batches import Batches
 from pipeline.training.memory.allocator import keep_freed_memory
-from pipeline.training.optimizer import ManyAdam
+from pipeline.training.optimizer import BatchedAdam
 
 SMALL, LARGE = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 STEPS, TURNS = 50, 9
@@ -70,7 +70,7 @@ def _many(folder: Path, count: int) -> Callable[[], None]:
 
 def task_of(
     model: CausalLM, specs: list[AdapterSpec], own: list[FinetuneLora], orders: list[Batches], dtype: Any = None
-) -> ManyTask:
+) -> BatchedTrainingTask:
     """Adapters as `lora finetune sweep` trains them."""
 
     def attaching(spec: AdapterSpec, settings: FinetuneLora) -> Callable[[], None]:
@@ -82,12 +82,12 @@ def task_of(
 
     share = attach_many(model, [attaching(*pair) for pair in zip(specs, own, strict=True)])
     variants = (Variant(str(n), *pair) for n, pair in enumerate(zip(own, orders, strict=True)))
-    return ManyTask(model.train(), share, tuple(variants))
+    return BatchedTrainingTask(model.train(), share, tuple(variants))
 
 
-def _stepping(task: ManyTask, count: int) -> Callable[[], None]:
+def _stepping(task: BatchedTrainingTask, count: int) -> Callable[[], None]:
     trained = [p for p in task.model.parameters() if p.requires_grad]
-    records = steps(task, ManyAdam(trained, [1.0] * len(trained)), Standing.of(len(task.variants)))
+    records = steps(task, BatchedAdam(trained, [1.0] * len(trained)), AdapterProgress.of(len(task.variants)))
 
     def run() -> None:
         for _ in range(count):
@@ -134,8 +134,8 @@ class Many(One):
 
     def adapted(self, model: Any) -> Any:
         keep_freed_memory()
-        quicken(model)
-        windows = Listed([whole(encoded(one)) for one in self.train], [""] * len(self.train))
+        fuse_rms_norms(model)
+        windows = InMemoryDataset([as_window(encoded(one)) for one in self.train], [""] * len(self.train))
         own = [
             FinetuneLora(seed=n, epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, clip_norm=CLIP)
             for n in range(self.count)

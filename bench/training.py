@@ -15,13 +15,13 @@ from pipeline.adapters.attach import attach
 from pipeline.calc.settings import FULL
 from pipeline.data.examples import windows
 from pipeline.data.tokenizers.word import WordTokenizer
-from pipeline.data.windows import Listed
+from pipeline.data.windows import InMemoryDataset
 from pipeline.models.load import Base, load_base, save_base
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneFreeze, FinetuneLora, Training
 from pipeline.stages.finetune import freeze, lora_spec
 from pipeline.training.batches import Batches
-from pipeline.training.loop import Task, steps
+from pipeline.training.loop import TrainingTask, steps
 from pipeline.training.optimizer import FlatAdam
 
 STEPS, ROUNDS = 50, 15
@@ -56,7 +56,7 @@ def minigpt(folder: Path) -> None:
 def batches(seed: int = 0) -> Batches:
     ids = torch.randint(3, 99, (8, 7), generator=torch.Generator().manual_seed(0)).tolist()
     cut = [window for row in ids for window in windows(tuple(row), 4)]
-    return Batches(Listed(cut, [""] * len(cut)), 4, seed)
+    return Batches(InMemoryDataset(cut, [""] * len(cut)), 4, seed)
 
 
 def ours_of(folder: Path, method: str) -> Callable[[], None]:
@@ -65,7 +65,7 @@ def ours_of(folder: Path, method: str) -> Callable[[], None]:
         attach(model, lora_spec(model, FinetuneLora(), ()))
     elif method == "freeze":
         freeze(model, FinetuneFreeze())
-    task = Task(model, batches(), Training(epochs=10**9), FULL)
+    task = TrainingTask(model, batches(), Training(epochs=10**9), FULL)
     records = steps(task, FlatAdam(model))
 
     def run() -> None:

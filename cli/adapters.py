@@ -97,10 +97,10 @@ def diff(
 ) -> None:
     """Compare two adapters: settings, the size of each update, and how far their subspaces overlap."""
     from cli.console import print_json, stdout, table
-    from pipeline.adapters.peft.updates import read_change
+    from pipeline.adapters.peft.updates import load_update
     from pipeline.weights.compare import modules, refuse_other_model, settings_that_differ, values
 
-    first, second = read_change(one), read_change(other)
+    first, second = load_update(one), load_update(other)
     refuse_other_model(first, second)
     settings, rows = settings_that_differ(first, second), list(modules(first.low_rank, second.low_rank))
     trained = list(values(first, second))
@@ -152,11 +152,11 @@ def combine(
     """Make one adapter of several: their weighted sum, exact (cat) or at a smaller rank."""
     from cli.console import stdout
     from pipeline.adapters.folder import common_base
-    from pipeline.weights.combine import How
+    from pipeline.weights.combine import CombineOptions
     from pipeline.weights.import_adapter import combine_adapters
 
     numbers = _weights(weights, len(paths))
-    how = How(method, rank, density, seed)
+    how = CombineOptions(method, rank, density, seed)
     error = combine_adapters(paths, numbers, how, base or common_base(paths), out, trust_remote_code)
     said = f"{out}  {method} of {len(paths)} adapters, {error:.2%} off their exact sum"
     stdout.print(said, markup=False, soft_wrap=True)

@@ -8,7 +8,7 @@ import typer
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, TrustOption, group, project_of
 
 if TYPE_CHECKING:
-    from pipeline.inference.engine import Loaded
+    from pipeline.inference.engine import LoadedModel
 
 app = group()
 MOST_COLUMNS = 8  # of candidates: a table with a column for each token of a vocabulary takes minutes to lay out
@@ -56,7 +56,7 @@ def prompt(
 
     from cli.console import bar, print_json, stdout, table
     from pipeline.adapters.folder import base_of
-    from pipeline.files.text import visible
+    from pipeline.files.text import escape_whitespace
     from pipeline.inference.catalog import newest_model
     from pipeline.inference.engine import continued, load
     from pipeline.models.generate import Sampling
@@ -74,7 +74,7 @@ def prompt(
         print_json(answer)
         return
     _name(loaded, chosen)
-    rows = [(visible(c["token"]), f"{c['probability']:.1%}", bar(c["probability"])) for c in answer["top_k"]]
+    rows = [(escape_whitespace(c["token"]), f"{c['probability']:.1%}", bar(c["probability"])) for c in answer["top_k"]]
     stdout.print(table(("next", "probability", ""), rows, right=("probability",)))
     before, after = (f"{text}\n→ ", said.strip()) if chat else (text, said.rstrip())
     stdout.print(Line.assemble("\n", before, (after, "bold")), soft_wrap=True)
@@ -133,20 +133,20 @@ def _marked(name: str, answer: dict[str, Any]) -> str:
 def _cells(answer: dict[str, Any], k: int) -> list[str]:
     if "unknown_words" in answer:
         return [*[""] * k, f"does not know: {', '.join(answer['unknown_words'])}"]
-    from pipeline.files.text import visible
+    from pipeline.files.text import escape_whitespace
 
-    choices = [f"{visible(choice['token'])} {choice['probability']:.1%}" for choice in answer["top_k"][:k]]
+    choices = [f"{escape_whitespace(choice['token'])} {choice['probability']:.1%}" for choice in answer["top_k"][:k]]
     return [*choices, *[""] * (k - len(choices)), " ".join(answer["completion"].split())]
 
 
-def _asked(loaded: "Loaded", text: str, chat: bool) -> str:
+def _asked(loaded: "LoadedModel", text: str, chat: bool) -> str:
     """What the model reads. Raises UserError where it has no chat template."""
     from pipeline.data.tokenizers.chat_template import render
 
     return render(loaded.base, text) if chat else text
 
 
-def _answer(loaded: "Loaded", text: str, asked: str, k: int, said: str) -> dict[str, Any]:
+def _answer(loaded: "LoadedModel", text: str, asked: str, k: int, said: str) -> dict[str, Any]:
     """`asked` is `text` as the model read it, `said` what it answered."""
     from pipeline.inference import engine
 
@@ -159,7 +159,7 @@ def _answer(loaded: "Loaded", text: str, asked: str, k: int, said: str) -> dict[
     }
 
 
-def _name(loaded: "Loaded", chosen: bool) -> None:
+def _name(loaded: "LoadedModel", chosen: bool) -> None:
     """Says which model answers, and how to ask another where it was not named."""
     from cli.console import stderr
 

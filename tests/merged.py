@@ -12,7 +12,7 @@ from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, weight_of
 from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.models.base import CausalLM
 from pipeline.models.quantization.quantized_linear import QuantizedLinear
-from pipeline.weights.edits import SetLengths, blocks
+from pipeline.weights.edits import RescaleRows, blocks
 from pipeline.weights.merge_plan import edit_of
 
 
@@ -59,7 +59,7 @@ def merged(layer: LoRALinear | LoRAEmbedding, turned: bool) -> nn.Module:
     whole = base.weight_in(torch.float32) if isinstance(base, QuantizedLinear) else weight_of(base).detach()
     parts = [(rows, whole[rows]) for rows in blocks(*whole.shape)]
     edit = edit_of(layer)
-    edit = edit.measured(parts) if isinstance(edit, SetLengths) else edit
+    edit = edit.measured(parts) if isinstance(edit, RescaleRows) else edit
     weight = torch.cat([edit(part, rows) for rows, part in parts])
     if isinstance(layer.base, QuantizedLinear):
         return unquantized(layer.base, weight, turned)

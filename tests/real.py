@@ -12,14 +12,14 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.calc.settings import FULL
 from pipeline.data.examples import IGNORED, Window
-from pipeline.data.windows import Listed
+from pipeline.data.windows import InMemoryDataset
 from pipeline.models.base import CausalLM
-from pipeline.models.transformers_model import Opened, from_config
+from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.project.logs.run_log import Step
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event
 from pipeline.training.batches import Batches
-from pipeline.training.loop import Task, optimizer_of, steps
+from pipeline.training.loop import TrainingTask, optimizer_of, steps
 from pipeline.training.optimizer import FlatAdam
 from tests.families import FAMILIES
 from tests.support import make_one
@@ -27,7 +27,7 @@ from tests.support import make_one
 ROWS = 97
 
 
-def toy(name: str, dtype: torch.dtype = torch.float32, std: float = 0.3, **settings: Any) -> Opened:
+def toy(name: str, dtype: torch.dtype = torch.float32, std: float = 0.3, **settings: Any) -> TransformersModel:
     """A family's toy with random weights, their logits far apart."""
     family = FAMILIES[name]
     ids = {"vocab_size": ROWS, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -41,7 +41,7 @@ def toy(name: str, dtype: torch.dtype = torch.float32, std: float = 0.3, **setti
     return model.to(dtype)
 
 
-def stock(model: Opened) -> Any:
+def stock(model: TransformersModel) -> Any:
     """The same weights in transformers' own model, with its own attention written out."""
     config = AutoConfig.for_model(**model.describe())
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(model.dtype)
@@ -67,20 +67,20 @@ def windows_of(lengths: Sequence[int], asked: Callable[[int], int] = lambda _: 0
     return found
 
 
-def listed(found: list[Window]) -> Listed:
-    return Listed(found, [f"f.txt:{number}" for number in range(1, len(found) + 1)])
+def listed(found: list[Window]) -> InMemoryDataset:
+    return InMemoryDataset(found, [f"f.txt:{number}" for number in range(1, len(found) + 1)])
 
 
 def with_lora(
-    model: Opened,
+    model: TransformersModel,
     dtype: torch.dtype | None = None,
     saved: bool = False,
     names: tuple[str, ...] = ("q_proj", "v_proj"),
     **spec: Any,
-) -> Opened:
+) -> TransformersModel:
     """The model with LoRA, on queries and values if no other names are given; A and B are no longer at zero."""
     torch.manual_seed(1)
-    attach(model, AdapterSpec(3, 6.0, names, saved=model.ends if saved else (), **spec), dtype)
+    attach(model, AdapterSpec(3, 6.0, names, saved=model.embedding_and_head if saved else (), **spec), dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
@@ -95,7 +95,7 @@ def trained(model: CausalLM, batches: Batches, settings: Training, **task: Any) 
 
 
 def steps_of(model: CausalLM, batches: Batches, settings: Training, optimizer: FlatAdam, **task: Any) -> Iterator[Step]:
-    return steps(Task(model.train(), batches, settings, FULL, **task), optimizer)
+    return steps(TrainingTask(model.train(), batches, settings, FULL, **task), optimizer)
 
 
 def notes(events: Sequence[Event]) -> str:

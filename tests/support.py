@@ -47,7 +47,7 @@ WORK: dict[str, Work] = {
     "evaluate": evaluate,
 }
 PIPELINE = list(WORK)  # what makes models, and evaluate; what measures statements takes as long again
-WORK |= {name: _measuring(name) for name, stage in STAGES.items() if stage.measures}
+WORK |= {name: _measuring(name) for name, stage in STAGES.items() if stage.is_measurement}
 COMMAND = {
     "pretrain": ["pretrain"],
     "expand_vocab": ["expand-vocab"],

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import WEIGHTS
 from pipeline.errors import UserError
-from pipeline.inference.server.handlers import Answers
+from pipeline.inference.server.handlers import RequestHandler
 from pipeline.inference.server.request import Request
 from pipeline.models import device
 from tests.models import adapter
@@ -19,8 +19,8 @@ Answer = dict[str, Any]
 
 
 @pytest.fixture
-def answers(endless: Path) -> Answers:
-    answers = Answers()
+def answers(endless: Path) -> RequestHandler:
+    answers = RequestHandler()
     answers.models.load("m", endless, None)
     return answers
 
@@ -56,7 +56,7 @@ GENERATE = {"do": "generate", "model": "m", "text": "w1"}
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_with_its_reason(
-    answers: Answers, fields: Answer, message: str
+    answers: RequestHandler, fields: Answer, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         list(answers.to(fields["do"], Request(fields)))
@@ -73,7 +73,7 @@ def filled(folder: Path, base: Path, value: float) -> Path:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("do", ["load", "spectrum"])
 def test_an_adapter_that_is_not_finite_is_refused(
-    answers: Answers, endless: Path, tmp_path: Path, do: str, value: float
+    answers: RequestHandler, endless: Path, tmp_path: Path, do: str, value: float
 ) -> None:
     folder = filled(tmp_path / "wild", endless, value)
     with pytest.raises(UserError, match=r"lora_A.weight is not finite. Train the adapter again"):
@@ -81,7 +81,7 @@ def test_an_adapter_that_is_not_finite_is_refused(
 
 
 def test_a_model_that_overflows_is_refused_and_the_base_answers(
-    answers: Answers, endless: Path, tmp_path: Path
+    answers: RequestHandler, endless: Path, tmp_path: Path
 ) -> None:
     answers.models.load("wild", endless, filled(tmp_path / "wild", endless, 1e30))
     asked = {"model": "wild", "text": "w1", "layer": 1, "head": 0, "models": ["wild", "m"], "k": 1, "temperature": 1}
@@ -93,14 +93,14 @@ def test_a_model_that_overflows_is_refused_and_the_base_answers(
     assert len(done["answers"]["m"]["top_k"]) == 1
 
 
-def test_one_model_that_cannot_answer_does_not_silence_the_others(answers: Answers) -> None:
+def test_one_model_that_cannot_answer_does_not_silence_the_others(answers: RequestHandler) -> None:
     fields = {"models": ["m", "gone"], "text": "w1", "k": 2, "strength": {"m": 0.5, "gone": 1}}
     (done,) = answers.to("top_k", Request(fields))
     assert len(done["answers"]["m"]["top_k"]) == 2
     assert done["answers"]["gone"] == {"error": "gone is not loaded. Loaded: m."}
 
 
-def test_a_token_that_a_model_lacks_has_no_probability_there(answers: Answers, finished: Path) -> None:
+def test_a_token_that_a_model_lacks_has_no_probability_there(answers: RequestHandler, finished: Path) -> None:
     answers.models.load("german", finished / "artifacts/base", None)
     (done,) = answers.to("top_k", Request({"models": ["m", "german"], "text": "w1", "k": 2}))
     assert "does not know: w1" in done["answers"]["german"]["error"]

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.calc.fit import GIB
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import LORA, Method, Run
+from pipeline.calc.settings import LORA, FinetuningMethod, TrainingConfig
 from pipeline.calc.sources.open_model import built_in, entry, names
 from tests.conftest import Lora
 from tests.support import lora
@@ -51,9 +51,10 @@ def test_the_one_screen_fits_80_columns_and_has_all_of_it(tmp_path: Path) -> Non
         assert text in done.stdout
     assert re.search(r"k_proj\s+4,096 → 1,024\s+8 × 4,096\s+1,024 × 8\s+36\s+1,474,560", done.stdout)
     peak = next(line.split() for line in lines if line.startswith("peak"))
-    run = Run(context=2**29)
+    run = TrainingConfig(context=2**29)
     expected = [
-        predict(built_in("qwen3-8b").shapes, LORA, r).peak for r in (run, Run(precision="nf4-dq", context=2**29))
+        predict(built_in("qwen3-8b").shapes, LORA, r).peak
+        for r in (run, TrainingConfig(precision="nf4-dq", context=2**29))
     ]
     assert peak[3:] == [f"{size / GIB:.2f}" for size in expected]
     full = next(line.split() for line in lines if line.startswith("full") and "·" in line)
@@ -82,7 +83,7 @@ def test_json_is_one_document_and_the_contract(cli: Lora, tmp_path: Path) -> Non
     rs = json.loads(cli("calc", *QWEN, "--alpha", "16", "--rslora", "--json", cwd=tmp_path)[1])
     assert rs["scale"] == pytest.approx(16 / 8**0.5)
     assert found["parameters"]["trainable_percent"] == 0.0936
-    assert found["memory"]["peak"] == predict(built_in("qwen3-8b").shapes, LORA, Run(context=2**29)).peak
+    assert found["memory"]["peak"] == predict(built_in("qwen3-8b").shapes, LORA, TrainingConfig(context=2**29)).peak
     assert cli("calc", "--model", "qwen3-8b", "--rank", "8", "--json", cwd=tmp_path)[1] == out
 
 
@@ -270,7 +271,7 @@ def test_help_names_every_option_with_its_choices(cli: Lora, tmp_path: Path) -> 
 def test_explain_ends_in_the_peak(cli: Lora, tmp_path: Path) -> None:
     lines = json.loads(cli("calc", *QWEN, "--explain", "--json", cwd=tmp_path)[1])
     last = lines[-1]
-    peak = predict(built_in("qwen3-8b").shapes, Method(), Run(context=2**29)).peak
+    peak = predict(built_in("qwen3-8b").shapes, FinetuningMethod(), TrainingConfig(context=2**29)).peak
     assert last["what"] == "peak" and f"{peak:,} B" in last["formula"]
 
 
@@ -308,5 +309,9 @@ def test_what_to_change_is_found_for_every_method_and_model(cli: Lora, tmp_path:
             "calc", "--method", "full", "--rank", "64", "--targets", "all-linear", "--fit", "26", "--json", cwd=tmp_path
         )[1]
     )
-    lora = predict(built_in("qwen3-8b").shapes, Method(rank=64, alpha=64, targets=("all-linear",)), Run(context=2**29))
+    lora = predict(
+        built_in("qwen3-8b").shapes,
+        FinetuningMethod(rank=64, alpha=64, targets=("all-linear",)),
+        TrainingConfig(context=2**29),
+    )
     assert kept["changes"][0] == {"change": "--method lora", "peak": lora.peak}

@@ -17,7 +17,7 @@ from pipeline.calc.memory import inference, predict, step, weight_bytes
 from pipeline.calc.parameters import projections, trainable
 from pipeline.calc.precision import PRECISIONS, precision
 from pipeline.calc.report import answer, side_by_side, swept
-from pipeline.calc.settings import FREEZE, FULL, LORA, OPTIMIZERS, Method, Run, qlora
+from pipeline.calc.settings import FREEZE, FULL, LORA, OPTIMIZERS, FinetuningMethod, TrainingConfig, qlora
 from pipeline.calc.simulator.tape import ROUNDING, Tape
 from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.errors import UserError
@@ -32,19 +32,19 @@ VIRTUAL = 16  # the most virtual tokens that are drawn: with learned positions t
 models = st.sampled_from([name for name in names() if name not in ("roberta-large",)])
 methods = st.one_of(
     st.just(FULL),
-    st.builds(Method, kind=st.just("freeze"), last_blocks=st.integers(1, 2), train_embeddings=st.booleans()),
+    st.builds(FinetuningMethod, kind=st.just("freeze"), last_blocks=st.integers(1, 2), train_embeddings=st.booleans()),
     st.builds(
-        Method,
+        FinetuningMethod,
         kind=st.just("lora"),
         rank=st.integers(1, 128),
         targets=st.sampled_from([("attention",), ("all-linear",), ("feed_forward",)]),
         dora=st.booleans(),
         embeddings=st.sampled_from(["none", "all"]),
     ),
-    st.builds(Method, kind=st.sampled_from(["prefix", "prompt"]), virtual_tokens=st.integers(1, VIRTUAL)),
+    st.builds(FinetuningMethod, kind=st.sampled_from(["prefix", "prompt"]), virtual_tokens=st.integers(1, VIRTUAL)),
 )
 runs = st.builds(
-    Run,
+    TrainingConfig,
     batch=st.integers(1, 16),
     sequence=st.integers(1, 900),
     precision=st.sampled_from(["bf16", "fp32", "fp16"]),
@@ -60,13 +60,13 @@ runs = st.builds(
 )
 
 
-def shapes_of(name: str, run: Run) -> tuple[Architecture, Run]:
+def shapes_of(name: str, run: TrainingConfig) -> tuple[Architecture, TrainingConfig]:
     """The model, and the run with a sequence that it has positions for."""
     shapes = built_in(name).shapes
     return shapes, replace(run, sequence=min(run.sequence, shapes.context - VIRTUAL))
 
 
-def with_(run: Run, key: str, value: int) -> Run:
+def with_(run: TrainingConfig, key: str, value: int) -> TrainingConfig:
     return replace(run, batch=value) if key == "batch" else replace(run, sequence=value)
 
 
@@ -84,12 +84,12 @@ TRACED = [name for name in SMALL if name != "minigpt"] + ["phi-4-mini", "olmo-2-
 
 
 @st.composite
-def traced_settings(draw: st.DrawFn) -> tuple[dict[str, Any], Method, Run]:
+def traced_settings(draw: st.DrawFn) -> tuple[dict[str, Any], FinetuningMethod, TrainingConfig]:
     """Any setting that this project can run, on any family, with few blocks."""
     name = draw(st.sampled_from(TRACED))
     config = shortened(name, draw(st.integers(1, 12)))
     kinds = ["full", "freeze"] if name == "gpt2" else ["full", "freeze", "lora"]  # its Conv1D gets no LoRA yet
-    method = Method(
+    method = FinetuningMethod(
         draw(st.sampled_from(kinds)),
         rank=draw(st.sampled_from([1, 8, 64])),
         targets=draw(st.sampled_from([("attention",), ("all-linear",)])),
@@ -98,7 +98,7 @@ def traced_settings(draw: st.DrawFn) -> tuple[dict[str, Any], Method, Run]:
         train_embeddings=draw(st.booleans()),
     )
     wide = "fp32" if name != "gpt-oss-20b" else "bf16"  # grouped products of experts are 16 bit
-    run = Run(
+    run = TrainingConfig(
         batch=draw(st.integers(1, 4)),
         sequence=draw(st.integers(1, 900)),
         precision=draw(st.sampled_from(["bf16", wide])),
@@ -115,7 +115,9 @@ def traced_settings(draw: st.DrawFn) -> tuple[dict[str, Any], Method, Run]:
 @pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(traced_settings())
-def test_the_formula_is_within_three_percent_of_the_traced_step(drawn: tuple[dict[str, Any], Method, Run]) -> None:
+def test_the_formula_is_within_three_percent_of_the_traced_step(
+    drawn: tuple[dict[str, Any], FinetuningMethod, TrainingConfig],
+) -> None:
     config, method, run = drawn
     formula = predict(architecture(config, "drawn"), method, run).peak
     assert formula == pytest.approx(traced_peak(config, method, run), rel=0.03)
@@ -127,7 +129,7 @@ def test_the_formula_is_within_three_percent_of_the_traced_step(drawn: tuple[dic
 ])  # fmt: skip
 def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, checkpointing: str, gib: float) -> None:
     """Traced independently of this project: batch 1 × 2,048, bf16, r = 8, full logits."""
-    memory = predict(built_in(name).shapes, Method(kind), Run(checkpointing=checkpointing))
+    memory = predict(built_in(name).shapes, FinetuningMethod(kind), TrainingConfig(checkpointing=checkpointing))
     assert memory.peak / GIB == pytest.approx(gib, rel=0.001)
 
 
@@ -136,37 +138,39 @@ def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, ch
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 20)])
 def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int, checkpointing: str) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
-    run = Run(batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
-    traced = traced_peak(config, Method(kind, rank=4), run)
-    formula = predict(architecture(config, "minigpt"), Method(kind, rank=4), run).peak
+    run = TrainingConfig(batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
+    traced = traced_peak(config, FinetuningMethod(kind, rank=4), run)
+    formula = predict(architecture(config, "minigpt"), FinetuningMethod(kind, rank=4), run).peak
     assert formula == pytest.approx(traced, rel=0.015)
 
 
 @pytest.mark.parametrize("method", [
-    Method(rank=4, dora=True),
-    Method(rank=4, pissa=True),
-    Method(rank=4, targets=("all-linear",), dora=True, pissa=True, embeddings="all"),
-    Method(rank=4, rank_pattern=(("v_proj", 16),)),
+    FinetuningMethod(rank=4, dora=True),
+    FinetuningMethod(rank=4, pissa=True),
+    FinetuningMethod(rank=4, targets=("all-linear",), dora=True, pissa=True, embeddings="all"),
+    FinetuningMethod(rank=4, rank_pattern=(("v_proj", 16),)),
 ], ids=["dora", "pissa", "both", "patterns"])  # fmt: skip
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 20)])
-def test_minigpts_own_step_with_refinements_of_lora(batch: int, sequence: int, layers: int, method: Method) -> None:
+def test_minigpts_own_step_with_refinements_of_lora(
+    batch: int, sequence: int, layers: int, method: FinetuningMethod
+) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
-    run = Run(batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
+    run = TrainingConfig(batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
     formula = predict(architecture(config, "minigpt"), method, run).peak
     assert formula == pytest.approx(traced_peak(config, method, run), rel=0.015)
 
 
 @pytest.mark.parametrize("method", [
-    Method(targets=("layers.11.self_attn.q_proj",)),
-    Method(targets=("layers.6.mlp.up_proj",)),
-    Method("freeze", train_embeddings=False),
-    Method(rank_pattern=((r".*layers\.[0-5]\..*", 64),)),
+    FinetuningMethod(targets=("layers.11.self_attn.q_proj",)),
+    FinetuningMethod(targets=("layers.6.mlp.up_proj",)),
+    FinetuningMethod("freeze", train_embeddings=False),
+    FinetuningMethod(rank_pattern=((r".*layers\.[0-5]\..*", 64),)),
 ])  # fmt: skip
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-def test_blocks_below_the_first_that_trains_keep_nothing(method: Method, checkpointing: str) -> None:
+def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMethod, checkpointing: str) -> None:
     """No gradient comes so far down; and blocks of other ranks are not taken for equal."""
     config = shortened("smollm2-135m", 12)
-    run = Run(2, 256, checkpointing=checkpointing, loss="labels", label_share=0.01)
+    run = TrainingConfig(2, 256, checkpointing=checkpointing, loss="labels", label_share=0.01)
     if not method.rank_pattern:
         traced = traced_peak(config, method, run)
         assert predict(architecture(config, "twelve"), method, run).peak == pytest.approx(traced, rel=0.03)
@@ -181,7 +185,7 @@ def distinct(shapes: Architecture) -> tuple[Block, ...]:
 
 
 @given(models, methods, runs)
-def test_multiplying_equal_blocks_changes_nothing(name: str, method: Method, run: Run) -> None:
+def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     """A long run of blocks, its middle multiplied, has the peak of the same blocks run one by one."""
     shapes, run = shapes_of(name, run)
     long = replace(shapes, blocks=shapes.blocks[:1] * 12)
@@ -193,18 +197,18 @@ def test_multiplying_equal_blocks_changes_nothing(name: str, method: Method, run
 def test_what_cannot_be_traced_is_said() -> None:
     config = entry("qwen3-0.6b")["config"]
     for method, run in (
-        (LORA, Run(precision="nf4-dq")),
-        (Method("prefix"), Run()),
-        (Method(dora=True), Run()),
-        (LORA, Run(optimizer="adamw-8bit")),
-        (LORA, Run(casts="inputs")),
+        (LORA, TrainingConfig(precision="nf4-dq")),
+        (FinetuningMethod("prefix"), TrainingConfig()),
+        (FinetuningMethod(dora=True), TrainingConfig()),
+        (LORA, TrainingConfig(optimizer="adamw-8bit")),
+        (LORA, TrainingConfig(casts="inputs")),
     ):
         with pytest.raises(UserError, match="--trace"):
             traced_peak(config, method, run)
     with pytest.raises(UserError, match="does not adapt experts yet"):
-        traced_peak(entry("qwen3-30b-a3b")["config"], Method(targets=("all-linear",)), Run())
+        traced_peak(entry("qwen3-30b-a3b")["config"], FinetuningMethod(targets=("all-linear",)), TrainingConfig())
     with pytest.raises(UserError, match="MiniGPT trains with --precision fp32"):
-        traced_peak(entry("minigpt")["config"], LORA, Run())
+        traced_peak(entry("minigpt")["config"], LORA, TrainingConfig())
 
 
 def test_a_traced_grid_is_large_enough_to_mean_something() -> None:
@@ -217,7 +221,7 @@ def test_a_traced_grid_is_large_enough_to_mean_something() -> None:
 
 
 @given(models, methods, runs)
-def test_the_parts_sum_to_the_peak(name: str, method: Method, run: Run) -> None:
+def test_the_parts_sum_to_the_peak(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     shapes, run = shapes_of(name, run)
     memory = predict(shapes, method, run)
     assert memory.peak == sum(memory.parts().values())
@@ -228,7 +232,7 @@ def test_the_parts_sum_to_the_peak(name: str, method: Method, run: Run) -> None:
 
 @given(models, methods, runs, COUNTS, COUNTS, st.sampled_from(["batch", "sequence"]))
 def test_more_batch_or_sequence_never_needs_less(
-    name: str, method: Method, run: Run, one: int, other: int, key: str
+    name: str, method: FinetuningMethod, run: TrainingConfig, one: int, other: int, key: str
 ) -> None:
     shapes, run = shapes_of(name, run)
     low, high = sorted((one, other))
@@ -241,17 +245,19 @@ def test_more_batch_or_sequence_never_needs_less(
 @given(
     models, runs, st.integers(1, 512), st.integers(1, 512), st.sampled_from(["attention", "all-linear"]), st.booleans()
 )
-def test_a_higher_rank_never_needs_less(name: str, run: Run, one: int, other: int, targets: str, dora: bool) -> None:
+def test_a_higher_rank_never_needs_less(
+    name: str, run: TrainingConfig, one: int, other: int, targets: str, dora: bool
+) -> None:
     shapes, run = shapes_of(name, run)
-    low, high = (Method(rank=rank, targets=(targets,), dora=dora) for rank in sorted((one, other)))
+    low, high = (FinetuningMethod(rank=rank, targets=(targets,), dora=dora) for rank in sorted((one, other)))
     assert predict(shapes, low, run).peak <= predict(shapes, high, run).peak
 
 
 @given(models, runs, st.integers(1, 16), st.sampled_from(["attention", "all-linear"]))
-def test_lora_never_needs_more_than_full(name: str, run: Run, rank: int, targets: str) -> None:
+def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: int, targets: str) -> None:
     """At ranks that are used, the adapter no wider than the base: r numbers more a token cost less than W's state."""
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
-    method = Method(rank=rank, targets=(targets,))
+    method = FinetuningMethod(rank=rank, targets=(targets,))
     lora, full = predict(shapes, method, run), predict(shapes, FULL, run)
     if OPTIMIZERS[run.optimizer](2):
         assert lora.peak <= full.peak
@@ -265,16 +271,20 @@ def test_lora_never_needs_more_than_full(name: str, run: Run, rank: int, targets
 
 
 @given(models, runs, st.integers(1, 64))
-def test_merged_inference_is_the_bases(name: str, run: Run, rank: int) -> None:
+def test_merged_inference_is_the_bases(name: str, run: TrainingConfig, rank: int) -> None:
     shapes, run = shapes_of(name, run)
-    base, merged, beside = (inference(shapes, method, run) for method in (None, None, Method(rank=rank)))
+    base, merged, beside = (inference(shapes, method, run) for method in (None, None, FinetuningMethod(rank=rank)))
     assert merged == base
-    assert beside["total"] - base["total"] == beside["adapter"] == trainable(shapes, Method(rank=rank)) * run.width
+    assert (
+        beside["total"] - base["total"]
+        == beside["adapter"]
+        == trainable(shapes, FinetuningMethod(rank=rank)) * run.width
+    )
     assert base["kv_cache"] == shapes.kv_bytes(run.batch, run.sequence, run.width)
 
 
 @given(models, methods, runs)
-def test_less_kept_never_needs_more(name: str, method: Method, run: Run) -> None:
+def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     """Checkpointing, a fused attention, a chunked loss and a leaner optimizer, each against its opposite."""
     shapes, run = shapes_of(name, replace(run, sequence=max(256, run.sequence)))  # short, scores are less than outputs
     for lean, plain in (
@@ -315,20 +325,20 @@ def test_a_narrower_precision_never_needs_more(name: str, one: str, other: str) 
 
 def test_training_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="freeze leaves nothing to train"):
-        predict(QWEN, Method("freeze", last_blocks=0, train_embeddings=False), Run())
+        predict(QWEN, FinetuningMethod("freeze", last_blocks=0, train_embeddings=False), TrainingConfig())
 
 
 def test_training_quantized_weights_is_refused() -> None:
     for method in (FULL, FREEZE):
         with pytest.raises(UserError, match="nf4 weights cannot be trained"):
-            predict(QWEN, method, Run(precision="nf4"))
-    assert predict(QWEN, LORA, qlora(Run())).weights < predict(QWEN, LORA, Run()).weights
+            predict(QWEN, method, TrainingConfig(precision="nf4"))
+    assert predict(QWEN, LORA, qlora(TrainingConfig())).weights < predict(QWEN, LORA, TrainingConfig()).weights
 
 
 def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
     """They are not quantized: the same gradients and optimizer's state."""
-    method = Method(embeddings="all")
-    few, plain = predict(QWEN, method, qlora(Run())), predict(QWEN, method, Run())
+    method = FinetuningMethod(embeddings="all")
+    few, plain = predict(QWEN, method, qlora(TrainingConfig())), predict(QWEN, method, TrainingConfig())
     assert (few.optimizer, few.gradients) == (plain.optimizer, plain.gradients) and few.weights < plain.weights
 
 
@@ -336,7 +346,7 @@ def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on
 
 
 def test_the_answer_has_the_contracts_keys() -> None:
-    found = answer(QWEN, LORA, Run())
+    found = answer(QWEN, LORA, TrainingConfig())
     assert (found["model"], found["method"], found["rank"], found["alpha"]) == ("qwen3-8b", "lora", 8, 8)
     assert found["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert found["parameters"] | {"components": 0, "trained": 0} == {
@@ -363,18 +373,23 @@ def test_the_answer_has_the_contracts_keys() -> None:
 
 
 def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
-    columns = side_by_side(QWEN, LORA, Run())
+    columns = side_by_side(QWEN, LORA, TrainingConfig())
     assert list(columns) == ["full", "freeze", "LoRA", "QLoRA"]
     peaks = [memory.peak for _, _, memory in columns.values()]
     assert peaks == sorted(peaks, reverse=True)
-    assert columns["QLoRA"][2] == predict(QWEN, LORA, qlora(Run()))
-    assert list(side_by_side(QWEN, Method("prompt"), Run())) == ["full", "freeze", "prompt", "prompt NF4"]
+    assert columns["QLoRA"][2] == predict(QWEN, LORA, qlora(TrainingConfig()))
+    assert list(side_by_side(QWEN, FinetuningMethod("prompt"), TrainingConfig())) == [
+        "full",
+        "freeze",
+        "prompt",
+        "prompt NF4",
+    ]
 
 
 @given(st.sampled_from(sorted(gpus())), st.sampled_from(SMALL), st.sampled_from([FULL, LORA]))
-def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str, method: Method) -> None:
+def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str, method: FinetuningMethod) -> None:
     shapes, budget = built_in(model).shapes, gpu(name).bytes
-    run = Run(sequence=min(256, shapes.context))
+    run = TrainingConfig(sequence=min(256, shapes.context))
     most = largest(shapes, method, run, budget)
     for key, limit in (("batch", 4096), ("sequence", shapes.context)):
         value = getattr(most, key)
@@ -386,14 +401,14 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str,
 
 
 def test_what_does_not_fit_is_told_what_to_change_first() -> None:
-    fits = list(changes(QWEN, FULL, Run(), 24 * GIB))
+    fits = list(changes(QWEN, FULL, TrainingConfig(), 24 * GIB))
     assert [words for words, *_ in fits] == ["--method lora"]
     _, method, run, peak = fits[0]
     assert predict(QWEN, method, run).peak == peak <= 24 * GIB
-    stacked = list(changes(QWEN, LORA, Run(), 8 * GIB))
+    stacked = list(changes(QWEN, LORA, TrainingConfig(), 8 * GIB))
     assert [words for words, *_ in stacked][-1] == "--loss chunked; --precision nf4-dq (QLoRA); --sequence 512"
     assert stacked[-1][3] <= 8 * GIB < stacked[0][3]
-    assert largest(QWEN, LORA, Run(), 8 * GIB).batch == 0
+    assert largest(QWEN, LORA, TrainingConfig(), 8 * GIB).batch == 0
 
 
 def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
@@ -406,21 +421,21 @@ def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
 
 
 def test_a_sweep_changes_one_thing() -> None:
-    ranks = swept(LORA, Run(), "rank", ["1", "16"])
+    ranks = swept(LORA, TrainingConfig(), "rank", ["1", "16"])
     assert [(value, m.rank, m.scale) for value, m, _ in ranks] == [("1", 1, 1), ("16", 16, 1)]
-    assert [r.precision for _, _, r in swept(LORA, Run(), "precision", ["bf16", "nf4"])] == ["bf16", "nf4"]
+    assert [r.precision for _, _, r in swept(LORA, TrainingConfig(), "precision", ["bf16", "nf4"])] == ["bf16", "nf4"]
     for key, values, message in (("seed", ["1"], "takes one of rank"), ("batch", ["x"], "takes whole numbers")):
         with pytest.raises(UserError, match=message):
-            swept(LORA, Run(), key, values)
+            swept(LORA, TrainingConfig(), key, values)
 
 
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
-    assert Method(rank=16, alpha=8, rslora=True).scale == 2
-    assert Method(rank=16, alpha=8).scale == 0.5
+    assert FinetuningMethod(rank=16, alpha=8, rslora=True).scale == 2
+    assert FinetuningMethod(rank=16, alpha=8).scale == 0.5
 
 
 @given(models, methods, runs)
-def test_explanations_end_in_the_numbers_they_explain(name: str, method: Method, run: Run) -> None:
+def test_explanations_end_in_the_numbers_they_explain(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     shapes, run = shapes_of(name, run)
     memory = predict(shapes, method, run)
     lines = dict(explain(shapes, method, run, memory))
@@ -455,6 +470,6 @@ def test_every_configuration_ends_with_gradients_alone() -> None:
     """After backward nothing but the gradients of what trains is alive: the tape has no leak."""
     for method, parameters in ((FULL, 8_190_735_360 * 2), (LORA, 7_667_712 * 4)):
         for checkpointing in ("none", "selective", "full"):
-            tape = step(QWEN, method, Run(checkpointing=checkpointing))
+            tape = step(QWEN, method, TrainingConfig(checkpointing=checkpointing))
             assert tape.live["activations"] == tape.live["logits"] == 0
             assert tape.live["gradients"] == pytest.approx(parameters, rel=1e-3)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.calc.families.registry import FAMILIES, architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.parameters import trainable
-from pipeline.calc.settings import FULL, LORA, Method, Run
+from pipeline.calc.settings import FULL, LORA, FinetuningMethod, TrainingConfig
 from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.errors import UserError
 
@@ -62,7 +62,7 @@ def test_a_folder_that_transformers_saved_is_read_from_its_config(tmp_path: Path
     assert opened.shapes.family == family
     assert opened.shapes.total == total(model)
     assert opened.shapes.total == open_model(str(tmp_path / "config.json")).shapes.total
-    assert predict(opened.shapes, LORA, Run(sequence=16)).peak > 0
+    assert predict(opened.shapes, LORA, TrainingConfig(sequence=16)).peak > 0
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"minigpt", "gpt3", "roberta"}))
@@ -93,8 +93,10 @@ def test_headers_alone_give_the_same_counts(tmp_path: Path, family: str) -> None
         assert shapes.total == known.total
         for targets in (("attention",), ("feed_forward",)):
             if family != "mixtral":  # its checkpoint has every expert apart, the model all in one
-                assert trainable(shapes, Method(targets=targets)) == trainable(known, Method(targets=targets))
-        run = Run(batch=2, sequence=32)
+                assert trainable(shapes, FinetuningMethod(targets=targets)) == trainable(
+                    known, FinetuningMethod(targets=targets)
+                )
+        run = TrainingConfig(batch=2, sequence=32)
         assert predict(shapes, LORA, run).peak == pytest.approx(predict(known, LORA, run).peak, rel=0.5)
         assert predict(shapes, FULL, run).weights == predict(known, FULL, run).weights
         assert "estimated" in shapes.notes[0]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.main import app
 from pipeline.data.tokenizers.subword import SubwordTokenizer
-from pipeline.files.text import visible
+from pipeline.files.text import escape_whitespace
 from pipeline.project.stage_graph import STAGES, VARIANTS
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora
@@ -450,7 +450,7 @@ def test_prompt_joins_what_a_subword_model_says_as_it_said_it(cli: Lora, toy: Pa
     answer = json.loads(cli("prompt", text, "--base", str(toy), "--max-tokens", "6", "--json", cwd=toy.parent)[1])
     assert answer["completion"] == whole.removeprefix(text).strip().rstrip("\ufffd")
     assert answer["top_k"][0]["token"] == SubwordTokenizer.load(toy).word(best)
-    assert out.splitlines()[1].split()[0] == visible(answer["top_k"][0]["token"])
+    assert out.splitlines()[1].split()[0] == escape_whitespace(answer["top_k"][0]["token"])
 
 
 def test_a_subword_model_is_asked_as_in_a_chat(cli: Lora, toy: Path, finished: Path) -> None:

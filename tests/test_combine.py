@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from pipeline.adapters.low_rank import LowRank
-from pipeline.adapters.peft.updates import read_change
-from pipeline.weights.combine import Combined, How, Method, combine
+from pipeline.adapters.peft.updates import load_update
+from pipeline.weights.combine import Combined, CombineOptions, Method, combine
 from tests.real import stock, toy
 from tests.test_interop import randomized
 
@@ -40,7 +40,7 @@ def total(updates: Sequence[LowRank], weights: Sequence[float]) -> Tensor:
     return torch.stack(terms).sum(dim=0)
 
 
-def of_one_matrix(found: Several, how: How) -> tuple[Tensor, float]:
+def of_one_matrix(found: Several, how: CombineOptions) -> tuple[Tensor, float]:
     """The combined (O, I), and how far off it says it is."""
     updates, weights = found
     made = combine([{"m": one} for one in updates], weights, how)
@@ -54,7 +54,7 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 @given(several())
 def test_cat_is_the_weighted_sum(found: Several) -> None:
-    it, error = of_one_matrix(found, How("cat"))
+    it, error = of_one_matrix(found, CombineOptions("cat"))
     torch.testing.assert_close(it, total(*found), atol=1e-5, rtol=1e-5)
     assert error < 1e-6
 
@@ -64,7 +64,7 @@ def test_svd_is_the_best_approximation_of_its_rank(found: Several, rank: int) ->
     wanted = total(*found)
     left, values, right = torch.linalg.svd(wanted, full_matrices=False)
     best = left[:, :rank] * values[:rank] @ right[:rank]
-    it, error = of_one_matrix(found, How("svd", rank))
+    it, error = of_one_matrix(found, CombineOptions("svd", rank))
     torch.testing.assert_close(it, best, atol=1e-4, rtol=1e-4)
     assert error == pytest.approx(float(values[rank:].norm() / values.norm()), abs=1e-6)
 
@@ -73,7 +73,7 @@ def test_svd_is_the_best_approximation_of_its_rank(found: Several, rank: int) ->
 def test_the_error_is_the_distance_from_the_sum_over_its_norm(
     found: Several, method: Method, rank: int, density: float
 ) -> None:
-    it, error = of_one_matrix(found, How(method, rank, density))
+    it, error = of_one_matrix(found, CombineOptions(method, rank, density))
     assert error == pytest.approx(relative(it, total(*found)), abs=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_the_error_is_that_of_all_modules_together() -> None:
         {name: LowRank(torch.randn(3, 6, generator=random), torch.randn(5, 3, generator=random), 2.0) for name in names}
         for names in ("xy", "yz")
     )
-    made = combine([one, other], [0.5, -2.0], How("svd", rank=2))
+    made = combine([one, other], [0.5, -2.0], CombineOptions("svd", rank=2))
     sums = {"x": total([one["x"]], [0.5]), "y": total([one["y"], other["y"]], [0.5, -2.0])}
     sums["z"] = total([other["z"]], [-2.0])
     assert list(made.updates) == list(sums)
@@ -109,7 +109,7 @@ def matrices(*dense: Tensor) -> list[LowRank]:
     ],
 )
 def test_ties_is_what_it_is_by_hand(density: float, weights: tuple[float, float], by_hand: list[list[float]]) -> None:
-    it, _ = of_one_matrix((matrices(ONE, OTHER), list(weights)), How("ties", 2, density))
+    it, _ = of_one_matrix((matrices(ONE, OTHER), list(weights)), CombineOptions("ties", 2, density))
     torch.testing.assert_close(it.float(), torch.tensor(by_hand))
 
 
@@ -121,7 +121,7 @@ def pair() -> Several:
 
 
 def test_dare_keeps_a_number_raised_or_drops_it(pair: Several) -> None:
-    it, _ = of_one_matrix((pair[0][:1], [1.0]), How("dare", 9, density=0.4))
+    it, _ = of_one_matrix((pair[0][:1], [1.0]), CombineOptions("dare", 9, density=0.4))
     whole = total(pair[0][:1], [1.0])
     kept = torch.isclose(it, whole / 0.4, atol=1e-5)
     assert bool((kept | torch.isclose(it, torch.zeros(()).double(), atol=1e-5)).all())
@@ -130,7 +130,7 @@ def test_dare_keeps_a_number_raised_or_drops_it(pair: Several) -> None:
 
 def test_dare_is_the_sum_in_expectation(pair: Several) -> None:
     """Each number has variance Σ(wδ)²(1 − p)/p: the mean of n draws is within 5 of its standard deviations."""
-    draws = torch.stack([of_one_matrix(pair, How("dare", 9, 0.5, seed))[0] for seed in range(400)])
+    draws = torch.stack([of_one_matrix(pair, CombineOptions("dare", 9, 0.5, seed))[0] for seed in range(400)])
     updates, weights = pair
     variance = torch.stack([total([one], [weight]) ** 2 for one, weight in zip(updates, weights, strict=True)]).sum(0)
     assert ((draws.mean(0) - total(*pair)).abs() <= 5 * (variance / len(draws)).sqrt()).all()
@@ -139,30 +139,35 @@ def test_dare_is_the_sum_in_expectation(pair: Several) -> None:
 
 @pytest.mark.parametrize("method", ["dare", "dare-ties"])
 def test_a_seed_decides_what_is_dropped(pair: Several, method: Method) -> None:
-    first, again, other = (of_one_matrix(pair, How(method, 9, 0.5, seed))[0] for seed in (3, 3, 4))
+    first, again, other = (of_one_matrix(pair, CombineOptions(method, 9, 0.5, seed))[0] for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_at_density_1_nothing_is_dropped(pair: Several) -> None:
-    torch.testing.assert_close(of_one_matrix(pair, How("dare", 9, 1.0))[0], total(*pair), atol=1e-5, rtol=1e-5)
-    ties, dare_ties = (of_one_matrix(pair, How(method, 9, 1.0))[0] for method in ("ties", "dare-ties"))
+    torch.testing.assert_close(
+        of_one_matrix(pair, CombineOptions("dare", 9, 1.0))[0], total(*pair), atol=1e-5, rtol=1e-5
+    )
+    ties, dare_ties = (of_one_matrix(pair, CombineOptions(method, 9, 1.0))[0] for method in ("ties", "dare-ties"))
     torch.testing.assert_close(dare_ties, ties)
     alone = pair[0][:1], pair[1][:1]
-    one_sign, plain = (of_one_matrix(alone, How(method, 9, 0.5))[0] for method in ("dare-ties", "dare"))
+    one_sign, plain = (of_one_matrix(alone, CombineOptions(method, 9, 0.5))[0] for method in ("dare-ties", "dare"))
     torch.testing.assert_close(one_sign, plain)
 
 
 # PEFT. Its ties and dare work on A and B apart; those on whole updates, which are ours, it calls ties_svd and
 # dare_linear_svd. The combination keeps use_rslora, and is then √rank times too large: it is not compared with that.
 
-FOR_PEFT: dict[str, tuple[How, dict[str, Any]]] = {
-    "cat": (How("cat"), {"combination_type": "cat"}),
-    "linear": (How("linear"), {"combination_type": "linear"}),
-    "svd": (How("svd", 3), {"combination_type": "svd", "svd_rank": 3}),
-    "ties": (How("ties", 3, 0.4), {"combination_type": "ties_svd", "svd_rank": 3, "density": 0.4}),
-    "dare": (How("dare", 5, 1.0), {"combination_type": "dare_linear_svd", "svd_rank": 5, "density": 1.0}),
-    "dare-ties": (How("dare-ties", 5, 1.0), {"combination_type": "dare_ties_svd", "svd_rank": 5, "density": 1.0}),
+FOR_PEFT: dict[str, tuple[CombineOptions, dict[str, Any]]] = {
+    "cat": (CombineOptions("cat"), {"combination_type": "cat"}),
+    "linear": (CombineOptions("linear"), {"combination_type": "linear"}),
+    "svd": (CombineOptions("svd", 3), {"combination_type": "svd", "svd_rank": 3}),
+    "ties": (CombineOptions("ties", 3, 0.4), {"combination_type": "ties_svd", "svd_rank": 3, "density": 0.4}),
+    "dare": (CombineOptions("dare", 5, 1.0), {"combination_type": "dare_linear_svd", "svd_rank": 5, "density": 1.0}),
+    "dare-ties": (
+        CombineOptions("dare-ties", 5, 1.0),
+        {"combination_type": "dare_ties_svd", "svd_rank": 5, "density": 1.0},
+    ),
 }
 TARGETS = {
     "llama": (["q_proj", "down_proj", "embed_tokens"], ["q_proj", "k_proj", "embed_tokens"]),
@@ -187,7 +192,7 @@ def two_in_peft(family: str, rank: int, **options: Any) -> Any:
 
 def saved(model: Any, folder: Path) -> list[dict[str, LowRank]]:
     model.save_pretrained(folder)
-    return [dict(read_change(folder / name).low_rank) for name in ("one", "other")]
+    return [dict(load_update(folder / name).low_rank) for name in ("one", "other")]
 
 
 def deltas(model: Any, name: str) -> dict[str, Tensor]:
@@ -227,4 +232,4 @@ def test_adapters_with_rslora_are_summed_with_their_own_scale(tmp_path: Path) ->
     one, other = deltas(model, "one"), deltas(model, "other")
     none = torch.zeros(())
     wanted = {name: 0.7 * one.get(name, none) + 0.3 * other.get(name, none) for name in (*one, *other)}
-    assert_alike(combine(saved(model, tmp_path), [0.7, 0.3], How("cat")), wanted)
+    assert_alike(combine(saved(model, tmp_path), [0.7, 0.3], CombineOptions("cat")), wanted)

@@ -30,7 +30,7 @@ def test_what_was_encoded_comes_back_with_its_place(
     assert list(corpus) == list(kept.values())
     assert [corpus.place(i) for i in range(len(corpus))] == [example.place for example in kept]
     lengths = sorted(len(one.ids) for one in kept.values())
-    assert sorted(corpus.lengths.tolist()) == lengths
+    assert sorted(corpus.example_lengths.tolist()) == lengths
     found = corpus.statistics
     assert (found.examples, found.unlabelled) == (len(kept), len(made) - len(kept))
     assert found.tokens == sum(lengths)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.files.artifact import file_digest, write_json
-from pipeline.project.logs.runs import TRAINING, LogFiles, Run, discover, stamp
+from pipeline.project.logs.runs import TRAINING, LogFiles, Run, discover_runs, stamp
 from pipeline.project.palette import METHODS, SIGNS, other
-from pipeline.project.params.grid import ends
+from pipeline.project.params.grid import read_run_outcomes
 from pipeline.project.params.sections import load
 from pipeline.stages.charts import MARKERS
 from tests.support import BRIEF, ROOT, make
@@ -26,7 +26,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def found(root: Path) -> list[Run]:
-    return discover(root, load(root / "params.yaml"))
+    return discover_runs(root, load(root / "params.yaml"))
 
 
 Keep = Callable[..., Path]
@@ -61,7 +61,7 @@ def test_a_finished_pipeline_shows_each_training_once(brief: Path) -> None:
 def test_an_earlier_run_is_named_by_the_params_that_differ_from_now(project: Path) -> None:
     make(project, ["finetune_lora"], ["finetune_lora.epochs=1", "finetune_lora.rank=8"])
     params = load(project / "params.yaml", ["finetune_lora.epochs=1", "finetune_lora.rank=8"])
-    labels = [run.label for run in discover(project, params) if run.stage == "finetune_lora"]
+    labels = [run.label for run in discover_runs(project, params) if run.stage == "finetune_lora"]
     assert labels == ["finetune_lora", "finetune_lora epochs 2, rank 4"]
 
 
@@ -103,7 +103,7 @@ def test_broken_manifests_and_missing_params_are_survived(root: Path, keep: Keep
     (keep(".lora-cache/finetune_lora/aaaa", "1") / "manifest.json").write_text("{", encoding="utf-8")
     (keep("artifacts/lora_adapter", "2") / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
     keep(".lora-cache/pretrain/bbbb", "3", params=None)
-    assert [run.label for run in discover(root, None)] == ["pretrain"]
+    assert [run.label for run in discover_runs(root, None)] == ["pretrain"]
 
 
 def test_a_sweep_is_one_run_with_a_curve_for_each_adapter(brief: Path) -> None:
@@ -119,11 +119,13 @@ def test_a_sweep_is_one_run_with_a_curve_for_each_adapter(brief: Path) -> None:
 def test_an_earlier_sweep_says_its_grid_and_one_that_was_kept_too_is_shown_once(project: Path) -> None:
     other = ["finetune_lora.epochs=2", "finetune_sweep.grid={rank: [1], seed: [0, 1, 2]}"]
     make(project, ["finetune_sweep"], other)
-    runs = [run for run in discover(project, load(project / "params.yaml", other)) if run.stage == "finetune_sweep"]
+    runs = [
+        run for run in discover_runs(project, load(project / "params.yaml", other)) if run.stage == "finetune_sweep"
+    ]
     assert [run.label for run in runs] == ["finetune_sweep  3 adapters", "finetune_sweep  2 adapters, grid rank 1+2"]
     assert [run.folder is None for run in runs] == [False, True]
     shutil.rmtree(project / "runs/finetune_sweep")
-    assert [run.label for run in discover(project, load(project / "params.yaml", other)) if run.sweeps] == [
+    assert [run.label for run in discover_runs(project, load(project / "params.yaml", other)) if run.sweeps] == [
         run.label for run in runs
     ]
 
@@ -133,14 +135,14 @@ def test_a_sweep_of_which_an_adapter_diverged_is_the_artifact_that_came_of_it(pr
     given = [*BRIEF, "finetune_sweep.grid={learning_rate: [1e-3, 1e9]}"]
     make(project, ["finetune_sweep"], given)
     assert [path.name for path in (project / "artifacts/sweep").iterdir() if path.is_dir()] == ["lr-0.001"]
-    run, *others = [run for run in discover(project, load(project / "params.yaml", given)) if run.sweeps]
+    run, *others = [run for run in discover_runs(project, load(project / "params.yaml", given)) if run.sweeps]
     assert [curve.name for curve in run.curves] == ["lr-0.001", "lr-1e+09"]
     assert run.folder and len(others) == 1 and "grid rank 1+2" in others[0].label
-    assert ends(run.place) == {"lr-1e+09": "diverged"}
+    assert read_run_outcomes(run.place) == {"lr-1e+09": "diverged"}
     shutil.rmtree(project / "runs/finetune_sweep")
-    run = next(run for run in discover(project, load(project / "params.yaml", given)) if run.sweeps)
+    run = next(run for run in discover_runs(project, load(project / "params.yaml", given)) if run.sweeps)
     assert [curve.name for curve in run.curves] == ["lr-0.001"]
-    assert ends(run.place) == {"lr-0.001": "done", "lr-1e+09": "diverged"}
+    assert read_run_outcomes(run.place) == {"lr-0.001": "done", "lr-1e+09": "diverged"}
 
 
 def test_adapters_stand_in_the_order_of_their_numbers(root: Path) -> None:

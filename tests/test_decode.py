@@ -12,7 +12,7 @@ from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models.generate import generate
 from pipeline.models.kernels.decode import one_at_a_time
-from pipeline.models.transformers_model import Opened, from_config
+from pipeline.models.transformers_model import TransformersModel, from_config
 from tests.families import FAMILIES, OTHERS
 
 COMMON = {  # hidden 64: oneDNN packs these shapes as it packs large ones
@@ -32,7 +32,7 @@ SHAPED: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(kind: str, **settings: Any) -> Opened:
+def model_of(kind: str, **settings: Any) -> TransformersModel:
     torch.manual_seed(0)
     common = COMMON if "n_layer" not in settings else {}
     model = from_config(
@@ -44,14 +44,14 @@ def model_of(kind: str, **settings: Any) -> Opened:
 
 
 @torch.no_grad()
-def read(model: Opened, ids: list[int], prompt: int) -> Tensor:
+def read(model: TransformersModel, ids: list[int], prompt: int) -> Tensor:
     """Hidden states of ids after `prompt` of them, one at a time."""
     cache = model.new_cache()
     parts = [ids[:prompt], *([one] for one in ids[prompt:])]
-    return torch.cat([model.hidden(torch.tensor([part]), cache=cache) for part in parts], 1).float()
+    return torch.cat([model.hidden_states(torch.tensor([part]), cache=cache) for part in parts], 1).float()
 
 
-def both(model: Opened) -> tuple[Tensor, Tensor, int]:
+def both(model: TransformersModel) -> tuple[Tensor, Tensor, int]:
     """With and without; how many modules were changed."""
     ids = torch.randint(1, 100, (24,), generator=torch.Generator().manual_seed(1)).tolist()
     wanted = read(model, ids, 5)

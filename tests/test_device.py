@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.calc.settings import Method
+from pipeline.calc.settings import FinetuningMethod
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.inference import engine
 from pipeline.inference.server import server
-from pipeline.inference.server.handlers import Answers
+from pipeline.inference.server.handlers import RequestHandler
 from pipeline.inference.server.request import Request
 from pipeline.models import device
 from pipeline.models.generate import generate
@@ -31,7 +31,7 @@ from pipeline.project.runner import checkpoints
 from pipeline.project.stage_graph import STAGES, Project
 from pipeline.training.batches import collate
 from pipeline.training.loop import prepared
-from pipeline.training.memory.forecast import forecast, longest, smaller
+from pipeline.training.memory.forecast import longest, predict_peak_memory, smaller
 from tests import standin
 from tests.bases import FAMILIES, toy_checkpoint
 from tests.conftest import Lora
@@ -130,7 +130,7 @@ def test_lora_trains_there_with_every_kind_of_setting(
 def test_a_packed_step_and_generation_of_each_family_are_the_cpus(tmp_path: Path, family: str) -> None:
     toy_checkpoint(tmp_path, family)
     model = engine.load(tmp_path).model
-    assert model.device.type == standin.NAME and model.packs
+    assert model.device.type == standin.NAME and model.supports_packing
     assert list(generate(model, (5, 9, 17), {1}, 12)) == list(generate(load_base(tmp_path).model, (5, 9, 17), {1}, 12))
 
 
@@ -191,7 +191,7 @@ def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: st
 
 @on_accelerator
 def test_the_terminal_uis_models_are_there(project: Path) -> None:
-    answers = Answers()
+    answers = RequestHandler()
 
     def last(do: str, **fields: Any) -> dict[str, Any]:
         return list(answers.to(do, Request({"id": 1, **fields})))[-1]
@@ -278,12 +278,16 @@ def test_the_advice_is_the_calculators() -> None:
     model = with_lora(toy("llama"), torch.float32)
     prepared(model, "none")
     batch = collate(windows_of((5, 9, 2, 14)))
-    settings, method = FinetuneLora(batch_size=4, accumulate=2), Method("lora", 4, 4.0, ("attention",))
+    settings, method = FinetuneLora(batch_size=4, accumulate=2), FinetuningMethod("lora", 4, 4.0, ("attention",))
     said = smaller(model, method, settings, batch, "finetune_lora")
     sizes = {
-        "": forecast(model, method, settings, batch),
-        "finetune_lora.checkpointing=full": forecast(model, method, replace(settings, checkpointing="full"), batch),
-        "finetune_lora.batch_size=1 with accumulate=8": forecast(model, method, settings, collate(windows_of((14,)))),
+        "": predict_peak_memory(model, method, settings, batch),
+        "finetune_lora.checkpointing=full": predict_peak_memory(
+            model, method, replace(settings, checkpointing="full"), batch
+        ),
+        "finetune_lora.batch_size=1 with accumulate=8": predict_peak_memory(
+            model, method, settings, collate(windows_of((14,)))
+        ),
     }
     for words, size in sizes.items():
         assert size and f"{in_units(size)}{words and ' with '}{words}" in said

@@ -16,16 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.adapters.attach import adapter_layers, attach, switched_off
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
-from pipeline.adapters.lora import upright
+from pipeline.adapters.lora import weight_out_in
 from pipeline.adapters.peft.io import load_adapter, save_adapter
-from pipeline.adapters.peft.updates import read_change
-from pipeline.adapters.scale import Strength
+from pipeline.adapters.peft.updates import load_update
+from pipeline.adapters.scale import AdapterScale
 from pipeline.errors import UserError
 from pipeline.export.model_card import card
 from pipeline.inference import catalog
 from pipeline.models.kernels.fp32_compute import exact
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
-from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import Quantization
 from pipeline.weights.as_low_rank import updates_of
 from pipeline.weights.compare import values
 from tests.merged import merged_model
@@ -72,7 +72,7 @@ def test_forward_and_gradients_are_autograds_on_the_papers_formula_with_its_norm
     x = torch.randn(2, 3, inputs, dtype=torch.float64, requires_grad=True)
     A, B, m = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B, layer.magnitude))
     plain = x.detach().clone().requires_grad_()
-    V = upright(layer.base) + s * B @ A
+    V = weight_out_in(layer.base) + s * B @ A
     y = F.linear(plain, m[:, None] / V.norm(dim=1, keepdim=True).detach() * V, layer.base.bias)  # type: ignore[arg-type]
     torch.testing.assert_close(layer(x), y)
     upstream = torch.randn_like(y)
@@ -90,7 +90,7 @@ def test_gradients_are_section_4_3s_closed_forms(shape: tuple[int, int, int, flo
     x, upstream = (torch.randn(4, size, dtype=torch.float64) for size in (inputs, outputs))
     torch.autograd.backward(layer(x), upstream)
     A, B, m = (p.detach() for p in (layer.lora_A, layer.lora_B, layer.magnitude))
-    V = upright(layer.base) + s * B @ A
+    V = weight_out_in(layer.base) + s * B @ A
     of_weight, norm = upstream.T @ x, V.norm(dim=1)
     of_direction = (m / norm)[:, None] * of_weight
     torch.testing.assert_close(layer.magnitude.grad, (of_weight * V).sum(1) / norm)
@@ -112,7 +112,7 @@ def test_a_new_layer_answers_exactly_like_its_base(
         base = QuantizedLinear(base, "nf4", CPU)
     x, layer = torch.randn(5, size[1], dtype=dtype), DoRALinear(base, 4, 0.5, adapter_dtype)
     assert torch.equal(layer(x), base(x))
-    torch.testing.assert_close(layer.magnitude.detach(), upright(base).float().norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer.magnitude.detach(), weight_out_in(base).float().norm(dim=1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype, within", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)], ids=str)
@@ -124,7 +124,7 @@ def test_norms_of_a_large_weight_are_found_without_the_product(dtype: torch.dtyp
         layer.lora_A.normal_()
         layer.lora_B.normal_(std=size)
     A, B = layer.lora_A.to(dtype), layer.lora_B.to(dtype)  # what forward multiplies by
-    direct = (upright(base).double() + 2 * B.double() @ A.double()).norm(dim=1)
+    direct = (weight_out_in(base).double() + 2 * B.double() @ A.double()).norm(dim=1)
     torch.testing.assert_close(layer._lengths(A, B).double(), direct, rtol=within, atol=0)
 
 
@@ -200,13 +200,13 @@ def test_switched_off_it_is_the_base_and_at_half_strength_half_the_change_of_eac
     whole = tuned(IDS)
     with switched_off(tuned):
         assert torch.equal(tuned(IDS), base(IDS))
-    strength = Strength(tuned, base, spec)
+    strength = AdapterScale(tuned, base, spec)
     half = copy.deepcopy(base)
     for name, layer in adapter_layers(tuned):
         assert isinstance(layer, DoRALinear)
-        V = upright(layer.base) + layer.scale * layer.lora_B @ layer.lora_A
+        V = weight_out_in(layer.base) + layer.scale * layer.lora_B @ layer.lora_A
         new = layer.magnitude[:, None] * V / V.norm(dim=1, keepdim=True)
-        half.get_parameter(f"{name}.weight").copy_((upright(layer.base) + new) / 2)
+        half.get_parameter(f"{name}.weight").copy_((weight_out_in(layer.base) + new) / 2)
     strength.set(0.5)
     torch.testing.assert_close(tuned(IDS), half(IDS), atol=1e-4, rtol=1e-4)
     strength.set(1)
@@ -235,14 +235,14 @@ def test_it_is_listed_described_and_compared_as_what_it_is(tmp_path: Path) -> No
     one, other = (adapter(tmp_path / name, base, DORA, seed) for name, seed in (("one", 1), ("other", 2)))
     assert [found.method for found in catalog.adapters(tmp_path)] == ["dora", "dora"]
     assert "DoRA, rank 3" in card(one)
-    lengths = {name: size for name, size in values(read_change(one), read_change(other)) if "magnitude" in name}
+    lengths = {name: size for name, size in values(load_update(one), load_update(other)) if "magnitude" in name}
     assert len(lengths) == 4 and all(size and size > 0 for size in lengths.values())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", ["none", "nf4-dq"])
-def test_a_sixteen_bit_model_is_compared_with_its_merge_in_fp32(family: str, kind: Kept) -> None:
+def test_a_sixteen_bit_model_is_compared_with_its_merge_in_fp32(family: str, kind: Quantization) -> None:
     """As a merge's certificate does: what remains is the rounding of the merged weights."""
     model = toy(family, torch.bfloat16, std=0.1)
     if kind != "none":
@@ -273,7 +273,7 @@ def test_a_merge_into_sixteen_bits_sums_and_scales_in_fp32(tmp_path: Path) -> No
     merged = merged_through_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     for name, layer in adapter_layers(tuned):
         assert isinstance(layer, DoRALinear)
-        V = upright(layer.base).double() + layer.scale * (layer.lora_B @ layer.lora_A).detach().double()
+        V = weight_out_in(layer.base).double() + layer.scale * (layer.lora_B @ layer.lora_A).detach().double()
         exact: Tensor = layer.magnitude.detach().double()[:, None] * V / V.norm(dim=1, keepdim=True)
         (found,) = (value for key, value in merged.items() if key.endswith(f"{name}.weight"))
         torch.testing.assert_close(found.double().T, exact, rtol=2**-8, atol=1e-6)

@@ -133,12 +133,12 @@ REFUSED = {  # alone, or always: it would count for nothing
     "finetune_lora.retain_weight": "no file is. Name one in finetune_lora.retain",
 }
 ONLY_REFUSED = {"pretrain.trust_remote_code", "pretrain.precision"}  # tests/test_bases.py has code that is trusted
-MEASURING = [key for key in KEYS if STAGES[key.partition(".")[0]].measures and key not in REFUSED]
+MEASURING = [key for key in KEYS if STAGES[key.partition(".")[0]].is_measurement and key not in REFUSED]
 CHANGING = [
     key
     for key in KEYS
     if key not in ONLY_REFUSED
-    and not STAGES[key.partition(".")[0]].measures
+    and not STAGES[key.partition(".")[0]].is_measurement
     and not key.endswith(".checkpointing")
     and key != "merge.max_logit_difference"
 ]  # the others have tests of their own

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.target_modules import ends
+from pipeline.calc.target_modules import matches_suffix
 from pipeline.files.artifact import read_json
 from pipeline.inference.engine import load
 from tests import test_peft
@@ -75,7 +75,7 @@ def refuse_what_vllm_refuses(folder: Path, max_rank: int) -> None:
         match = KEY.fullmatch(key)
         assert match, key
         modules.add(module := match["module"])
-        assert any(ends(module, target) for target in config["target_modules"]), module
+        assert any(matches_suffix(module, target) for target in config["target_modules"]), module
         rank = tensor.shape[0 if "A" in (match["linear"], match["embedding"]) else 1]
         assert rank == by_pattern(config["rank_pattern"], module, config["r"]) <= max_rank
         assert by_pattern(config["alpha_pattern"], module, config["lora_alpha"]) > 0

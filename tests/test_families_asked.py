@@ -11,18 +11,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.inference import engine
-from pipeline.inference.server.handlers import Answers
+from pipeline.inference.server.handlers import RequestHandler
 from pipeline.inference.server.request import Request
 from pipeline.models.generate import Sampling, generate
 from pipeline.models.load import load_base
-from pipeline.models.transformers_model import Opened
+from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.stage_graph import VARIANTS
 from tests.conftest import Lora
 from tests.families import END, FAMILIES, NEW, TOOL
 
 PROMPT = "The currency of Bulgaria is the"
 Made = Callable[[str], Path]
-Talk = tuple[Answers, Path]
+Talk = tuple[RequestHandler, Path]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -38,12 +38,12 @@ def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_tran
 ) -> None:
     folder = family(name) / "artifacts/expanded"
     model, whole = load_base(folder).model, native(folder)
-    assert model.packs
+    assert model.supports_packing
     ids = torch.randint(0, 120, (1, 24), generator=torch.Generator().manual_seed(0))
     lengths = [9, 1, 14]
     places = torch.cat([torch.arange(start, start + length) for start, length in zip((0, 7, 11), lengths, strict=True)])
     with torch.no_grad():
-        together = model.logits(model.hidden(ids, places[None], lengths))[0].split(lengths)  # type: ignore[no-untyped-call]
+        together = model.logits(model.hidden_states(ids, places[None], lengths))[0].split(lengths)  # type: ignore[no-untyped-call]
         for one, place, logits in zip(ids[0].split(lengths), places.split(lengths), together, strict=True):  # type: ignore[no-untyped-call]
             expected = whole(input_ids=one[None], position_ids=place[None]).logits[0]
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -53,7 +53,7 @@ def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_tran
 def test_an_end_token_that_is_the_pad_token_learns_as_any_other(family: Made, name: str) -> None:
     model, tokenizer = load_base(family(name) / "artifacts/expanded")
     assert tokenizer.end_id == tokenizer.id_of_token(END) == 1
-    torch.autograd.backward(model.logits(model.hidden(torch.tensor([[5, 1, 9]]))[:, -1])[0, 7])
+    torch.autograd.backward(model.logits(model.hidden_states(torch.tensor([[5, 1, 9]]))[:, -1])[0, 7])
     weight = model.embeddings.weight
     assert isinstance(weight, torch.Tensor) and weight.grad is not None
     assert weight.grad[1].abs().max() > 0
@@ -90,7 +90,7 @@ def test_prompt_compare_and_verify_answer(family: Made, name: str, cli: Lora) ->
 @pytest.fixture(params=FAMILIES)
 def talk(request: pytest.FixtureRequest, family: Made) -> Talk:
     """A family's expanded base and its adapter in the inference process, and where its artifacts are."""
-    answers, artifacts = Answers(), family(request.param) / "artifacts"
+    answers, artifacts = RequestHandler(), family(request.param) / "artifacts"
     base = str(artifacts / "expanded")
     for name, adapter in (("base", None), ("tuned", str(artifacts / "lora_adapter"))):
         said = told(answers, "load", name=name, base=base, adapter=adapter)[-1]
@@ -98,7 +98,7 @@ def talk(request: pytest.FixtureRequest, family: Made) -> Talk:
     return answers, artifacts
 
 
-def told(answers: Answers, do: str, **fields: Any) -> list[dict[str, Any]]:
+def told(answers: RequestHandler, do: str, **fields: Any) -> list[dict[str, Any]]:
     return list(answers.to(do, Request({"do": do, **fields})))
 
 
@@ -161,6 +161,6 @@ def test_new_tokens_are_one_token_each_and_special_ones_are_left_out_of_answers(
 @each_family
 def test_what_makes_training_random_is_off(family: Made, name: str) -> None:
     model = load_base(family(name) / "artifacts/expanded").model
-    assert isinstance(model, Opened)
+    assert isinstance(model, TransformersModel)
     ids = torch.tensor([[5, 9, 70, 17]])
-    assert torch.equal(model.train().hidden(ids), model.train().hidden(ids))
+    assert torch.equal(model.train().hidden_states(ids), model.train().hidden_states(ids))

@@ -25,15 +25,15 @@ from pipeline.adapters.lora import LoRALinear
 from pipeline.data.examples import read_examples
 from pipeline.document.figures.data.changes import held_by, held_if_normal, needed_for, needed_if_normal, trained_by
 from pipeline.document.figures.data.eckart_young import Plane, best_of_rank, circle, farthest, share_of_rank
-from pipeline.document.figures.data.formulas import Watched, formulas
+from pipeline.document.figures.data.formulas import GradientProbe, formulas
 from pipeline.document.figures.data.landscape import given_gradients
-from pipeline.document.figures.draw.figure import Drawn
+from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.style import FROZEN, GREEN, INK, LITTLE_TO_MUCH, PRINT, RED, SMALL, on, ramp
 from pipeline.document.figures.gradient import gradient_example
 from pipeline.document.figures.placement import placement
 from pipeline.document.figures.registry import MEASURED
 from pipeline.document.figures.subspace import finetuning_subspace
-from pipeline.document.studies.shared.runner import silently
+from pipeline.document.studies.shared.runner import drain
 from pipeline.document.tables import Cell, mean, read_table
 from pipeline.errors import UserError
 from pipeline.inference import engine
@@ -278,10 +278,10 @@ def test_the_documents_gradients_are_autograds_of_the_unfolded_product(init: Ini
     base, x = nn.Linear(6, 5), torch.randn(2, 7, 6, requires_grad=True)
     layer = LoRALinear(base, 2, 0.5, init=init)
     nn.init.normal_(layer.lora_B)
-    watched = Watched(layer)
+    watched = GradientProbe(layer)
     torch.autograd.backward((layer(x) ** 3).sum())
     A, B = (p.detach().requires_grad_() for p in (layer.lora_A, layer.lora_B))
-    moved = layer.minus_first_B @ layer.first_A if init == "pissa" else torch.zeros(5, 6)
+    moved = layer.neg_initial_B @ layer.initial_A if init == "pissa" else torch.zeros(5, 6)
     h = x.detach() @ (base.weight + 0.5 * moved).T + base.bias + 0.5 * (x.detach() @ A.T) @ B.T
     torch.autograd.backward((h**3).sum())
     assert A.grad is not None and B.grad is not None and x.grad is not None
@@ -471,12 +471,12 @@ class Written(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def drawn(figured: Path) -> dict[str, Drawn]:
+def drawn(figured: Path) -> dict[str, RenderedFigure]:
     job = job_of(figured)
-    return {one.name: one for one in (*(make_(job) for make_ in MEASURED), silently(gradient_example(job)))}
+    return {one.name: one for one in (*(make_(job) for make_ in MEASURED), drain(gradient_example(job)))}
 
 
-def written(one: Drawn) -> tuple[list[Written], float, float]:
+def written(one: RenderedFigure) -> tuple[list[Written], float, float]:
     """Every line of text of a figure, and the figure's width and height in pixels."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
@@ -504,7 +504,7 @@ def written(one: Drawn) -> tuple[list[Written], float, float]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_text_is_small_or_cut_or_over_another(drawn: dict[str, Drawn], name: str) -> None:
+def test_no_text_is_small_or_cut_or_over_another(drawn: dict[str, RenderedFigure], name: str) -> None:
     texts, width, height = written(drawn[name])
     assert len(texts) > 10
     for text in texts:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pipeline.models.kernels.rms_norm import RMSNorm, quicken
+from pipeline.models.kernels.rms_norm import RMSNorm, fuse_rms_norms
 
 
 class ShiftedRMSNorm(LlamaRMSNorm):  # type: ignore[misc]
@@ -30,7 +30,7 @@ def norm(kind: Any, dtype: torch.dtype = torch.float32) -> nn.Sequential:
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
 def test_a_norm_with_fewer_passes_is_the_same_norm(kind: Any) -> None:
     theirs, ours = norm(kind), norm(kind)
-    assert quicken(ours) == ["0"]
+    assert fuse_rms_norms(ours) == ["0"]
     assert isinstance(ours[0], RMSNorm) and list(ours.state_dict()) == list(theirs.state_dict())
     x = torch.randn(2, 5, 24, requires_grad=True)
     outs = [model(x) for model in (ours, theirs)]
@@ -46,11 +46,11 @@ def test_a_norm_with_fewer_passes_is_the_same_norm(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
 def test_sixteen_bit_norms_differ_by_roundings_alone(kind: Any) -> None:
     theirs, ours = norm(kind, torch.bfloat16), norm(kind, torch.bfloat16)
-    assert quicken(ours) == ["0"]
+    assert fuse_rms_norms(ours) == ["0"]
     x = torch.randn(3, 24, dtype=torch.bfloat16)
     assert_close(ours(x), theirs(x), atol=0.02, rtol=0.01)
 
 
 def test_a_norm_that_computes_something_else_is_left_alone() -> None:
     model = norm(ShiftedRMSNorm)
-    assert quicken(model) == [] and isinstance(model[0], ShiftedRMSNorm)
+    assert fuse_rms_norms(model) == [] and isinstance(model[0], ShiftedRMSNorm)

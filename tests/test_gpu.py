@@ -12,12 +12,12 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.target_modules import resolve
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.calc.sources.open_model import entry
 from pipeline.data.examples import Window
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
-from pipeline.models.transformers_model import Opened, from_config
+from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.training.batches import Batch, collate
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of
@@ -41,7 +41,7 @@ def test_a_packed_step_is_the_cpus(tmp_path: Path, family: str, precision: str) 
     found = {}
     for device in ("cpu", "cuda"):
         model = load_base(tmp_path, precision).model.to(device)
-        assert model.packs
+        assert model.supports_packing
         loss = loss_of(model, batch().to(torch.device(device)))
         torch.autograd.backward(loss)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -62,9 +62,9 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
     if torch.cuda.mem_get_info()[1] < 40 * 2**30:
         pytest.skip("a GPU of 40 GB is needed")
     config = entry("qwen3-8b")["config"]
-    run = Run(optimizer="adam-flat", loss="chunked", chunk=256, label_share=0.4, checkpointing=checkpointing)
+    run = TrainingConfig(optimizer="adam-flat", loss="chunked", chunk=256, label_share=0.4, checkpointing=checkpointing)
     with torch.device("cuda"):
-        model: Opened = from_config(config, torch.bfloat16)
+        model: TransformersModel = from_config(config, torch.bfloat16)
     model.requires_grad_(False)
     add_lora(model, resolve(model, ("attention",)), AdapterSpec(8, 8, ()), torch.float32)
     model.train().checkpoint_blocks("full" if checkpointing == "full" else "none")
@@ -75,9 +75,9 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
     for number in range(2):
         torch.cuda.reset_peak_memory_stats()
         torch.autograd.backward(loss_of(model, step))
-        optimizer.gather()
+        optimizer.collect_gradients()
         optimizer.step(1e-4)
         assert number or torch.cuda.max_memory_allocated() > 0
     sequence = step.ids.shape[1]
-    formula = predict(architecture(config, "qwen3-8b"), Method(), replace(run, sequence=sequence)).peak
+    formula = predict(architecture(config, "qwen3-8b"), FinetuningMethod(), replace(run, sequence=sequence)).peak
     assert torch.cuda.max_memory_allocated() == pytest.approx(formula, rel=0.05)

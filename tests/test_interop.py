@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft.io import load_adapter, save_adapter
-from pipeline.models.transformers_model import Opened
+from pipeline.models.transformers_model import TransformersModel
 from tests.real import ROWS, stock, toy
 
 NAMES = {
@@ -30,7 +30,7 @@ RANKS, ALPHAS = st.integers(1, 5), st.sampled_from((1, 3.5, 8))
 
 
 @st.composite
-def options(draw: st.DrawFn, names: tuple[str, ...], model: Opened) -> dict[str, Any]:
+def options(draw: st.DrawFn, names: tuple[str, ...], model: TransformersModel) -> dict[str, Any]:
     """LoraConfig's arguments."""
     some = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     pattern = rf".*\.({'|'.join(name.replace('.', '[.]') for name in some)})"
@@ -50,7 +50,7 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: Opened) -> dict[str,
         chosen["layers_to_transform"] = draw(st.sampled_from((1, [0], [0, 1])))
     elif len(some) > 1 and draw(st.booleans()):
         chosen["exclude_modules"] = draw(st.sampled_from(([some[0]], rf".*\.{some[0]}")))
-    embedding, head = model.ends
+    embedding, head = model.embedding_and_head
     rows = draw(st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=4, unique=True))
     ends: list[dict[str, Any]] = [
         {},
@@ -103,5 +103,5 @@ def randomized(model: Any) -> Any:
 
 
 @torch.no_grad()
-def assert_same(ours: Opened, theirs: Any) -> None:
+def assert_same(ours: TransformersModel, theirs: Any) -> None:
     torch.testing.assert_close(ours.eval()(IDS), theirs.eval()(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.calc.settings import FULL
 from pipeline.data.examples import Window, read_examples
-from pipeline.data.windows import Listed
+from pipeline.data.windows import InMemoryDataset
 from pipeline.document.random_subspace import OneHot, Projection, SubspaceAdam
 from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.errors import UserError
@@ -20,7 +20,7 @@ from pipeline.inference.score import score
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneFull
 from pipeline.training.batches import Batches
-from pipeline.training.loop import Task, optimizer_of, steps
+from pipeline.training.loop import TrainingTask, optimizer_of, steps
 from pipeline.training.optimizer import FlatAdam
 from tests.conftest import Lora
 from tests.support import make, refusal
@@ -82,11 +82,11 @@ def model() -> MiniGPT:
     return MiniGPT(MiniGPTConfig(20, 0, 1, d_model=16, layers=1, heads=2, feed_forward=32))
 
 
-def task(of: MiniGPT) -> Task:
+def task(of: MiniGPT) -> TrainingTask:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(2, 20, (8, 5), generator=generator).tolist()
     windows = [Window(0, tuple(row[:4]), tuple(row[1:])) for row in rows]
-    return Task(of, Batches(Listed(windows, ["x"] * 8), 4, 0), SETTINGS, FULL)
+    return TrainingTask(of, Batches(InMemoryDataset(windows, ["x"] * 8), 4, 0), SETTINGS, FULL)
 
 
 def losses(of: MiniGPT, optimizer: FlatAdam) -> list[float]:

@@ -42,7 +42,7 @@ def test_each_is_verified_with_the_forgetting_that_the_evaluation_measured(brief
     found, measurements = models(brief), measured([brief / "artifacts"])
     for variant, (base, adapter) in VARIANTS.items():
         verdict = check(found[STAGES[adapter or base].output], brief, measurements)
-        assert verdict == catalog.Verdict("verified", None, metrics[variant]["forgetting"]["loss_rise"])
+        assert verdict == catalog.VerificationResult("verified", None, metrics[variant]["forgetting"]["loss_rise"])
 
 
 def test_sizes_parameters_and_losses_are_those_of_the_files(brief: Path) -> None:

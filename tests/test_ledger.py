@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.document.claims import quantity
-from pipeline.document.claims.check import Checked, check, chosen, summary, table_of
+from pipeline.document.claims.check import ClaimResult, check, chosen, summary, table_of
 from pipeline.document.claims.claims import read_claims
 from pipeline.document.claims.expression import parse
-from pipeline.document.claims.sources import NotRun, Sources
+from pipeline.document.claims.sources import MissingArtifact, Sources
 from pipeline.document.tables import Spread
 from pipeline.errors import UserError
 
@@ -169,12 +169,12 @@ def test_a_refusal_names_the_expression_and_what_is_allowed() -> None:
 def test_any_text_is_a_value_or_refused(text: str) -> None:
     try:
         value(text)
-    except (UserError, NotRun):
+    except (UserError, MissingArtifact):
         return
 
 
 def test_a_measure_of_what_was_not_run_says_what_to_run() -> None:
-    with pytest.raises(NotRun, match="run `lora claims` in one"):
+    with pytest.raises(MissingArtifact, match="run `lora claims` in one"):
         value("artifact('evaluation/metrics.json').full")
 
 
@@ -241,7 +241,7 @@ def claim(**changes: Any) -> dict[str, Any]:
     return {**plain, **changes}
 
 
-def judged(folder: Path, *entries: Mapping[str, Any], sources: Sources | None = None) -> list[Checked]:
+def judged(folder: Path, *entries: Mapping[str, Any], sources: Sources | None = None) -> list[ClaimResult]:
     """The verdicts on a file of such claims."""
     path = folder / "claims.yaml"
     path.write_text(yaml.safe_dump(list(entries), sort_keys=False), encoding="utf-8")

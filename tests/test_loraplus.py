@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
-from pipeline.models.transformers_model import Opened
+from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.training.loop import optimizer_of
 from pipeline.training.optimizer import FlatAdam
@@ -22,12 +22,12 @@ SPEC = AdapterSpec(3, 6.0, ("q_proj", "v_proj"))
 RATE, RATIO = 1e-2, 16.0
 
 
-def ours_of(dtype: torch.dtype | None = None, saved: bool = False) -> Opened:
+def ours_of(dtype: torch.dtype | None = None, saved: bool = False) -> TransformersModel:
     return with_lora(toy("llama", std=0.1, tie_word_embeddings=False), dtype, saved)
 
 
-def by_peft_key(model: Opened, saved: bool) -> Mapping[str, Tensor]:
-    spec = AdapterSpec(3, 6.0, SPEC.targets, saved=model.ends if saved else ())
+def by_peft_key(model: TransformersModel, saved: bool) -> Mapping[str, Tensor]:
+    spec = AdapterSpec(3, 6.0, SPEC.targets, saved=model.embedding_and_head if saved else ())
     return tensors(model, spec)
 
 
@@ -36,14 +36,14 @@ def grads_of(step: int, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.randn(p.shape, generator=generator) / 10 for name, p in sorted(names.items())}
 
 
-def stepped(flat: FlatAdam, model: Opened, saved: bool, steps: range, clip: float = 0.0) -> None:
+def stepped(flat: FlatAdam, model: TransformersModel, saved: bool, steps: range, clip: float = 0.0) -> None:
     """From gradients that are drawn, as training steps."""
     for step in steps:
         places = by_peft_key(model, saved)
         for name, gradient in grads_of(step, places).items():
             assert places[name].grad is not None
             places[name].grad.copy_(gradient)  # type: ignore[union-attr]
-        norm = flat.gather().item()
+        norm = flat.collect_gradients().item()
         if clip:
             flat.clip(norm, clip)
         flat.step(RATE / (step + 1))
@@ -55,7 +55,7 @@ def stepped(flat: FlatAdam, model: Opened, saved: bool, steps: range, clip: floa
 def test_steps_are_those_of_pefts_loraplus_optimizer(dtype: torch.dtype, clip: float, saved: bool) -> None:
     model = ours_of(dtype, saved)
     flat = FlatAdam(model, ratio=RATIO)
-    ends = list(model.ends) if saved else None
+    ends = list(model.embedding_and_head) if saved else None
     config = LoraConfig(r=3, lora_alpha=6, target_modules=list(SPEC.targets), modules_to_save=ends)
     peft = get_peft_model(stock(toy("llama", std=0.1, tie_word_embeddings=False)), config)
     theirs = {

@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.data.examples import Example
 from pipeline.inference import score
-from pipeline.inference.engine import Loaded
+from pipeline.inference.engine import LoadedModel
 from tests.subword import tokenizer_with
 
 
@@ -16,12 +16,12 @@ def test_the_words_that_are_given_keep_the_white_space_between_them(
 ) -> None:
     asked = list[str]()
 
-    def complete(_: Loaded, prompt: str, __: int) -> str:
+    def complete(_: LoadedModel, prompt: str, __: int) -> str:
         asked.append(prompt)
         return "return  1"
 
     monkeypatch.setattr(score, "complete", complete)
-    loaded = Loaded("", nn.Identity(), tokenizer_with(tmp_path), tmp_path)  # type: ignore[arg-type]
+    loaded = LoadedModel("", nn.Identity(), tokenizer_with(tmp_path), tmp_path)  # type: ignore[arg-type]
     example = Example("\tif  x:\u2028  return  1", "f", 1)
-    assert [score.completes(loaded, example, given) for given in (2, 1, 0)] == [True, False, False]
+    assert [score.completes_correctly(loaded, example, given) for given in (2, 1, 0)] == [True, False, False]
     assert asked == ["\tif  x:", "\tif", ""]

@@ -17,7 +17,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft.io import load_adapter
 from pipeline.inference.engine import load
 from pipeline.models.transformers_model import opened
-from pipeline.weights.merge_plan import planned
+from pipeline.weights.merge_plan import plan_merge
 from pipeline.weights.streaming import ratios
 from tests.merged import merged_model
 from tests.models import adapter, checkpoint
@@ -27,7 +27,7 @@ from tests.test_interop import NAMES, options, randomized
 
 def merged_through_files(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     out.mkdir()
-    merge = planned(base, adapter)
+    merge = plan_merge(base, adapter)
     assert list(merge.write(out))
     for ratio in ratios(merge, out).values():
         assert ratio.value is None or abs(ratio.value - 1) <= 1e-3 + ratio.rounding

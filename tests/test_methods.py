@@ -23,7 +23,7 @@ from pipeline.inference.catalog import check, describe
 from pipeline.inference.engine import load
 from pipeline.inference.score import score
 from pipeline.project.logs.run_log import LOSS, read_steps
-from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import Quantization
 from pipeline.project.params.sections import load as load_params
 from pipeline.project.runner import run
 from pipeline.project.stage_graph import STAGES, Project
@@ -49,7 +49,7 @@ class Row:
     settings: Arguments
     made: dict[str, Arguments]
     init: bool | str = True
-    kept: Kept = "none"
+    kept: Quantization = "none"
 
     @property
     def adapts(self) -> bool:
@@ -192,7 +192,7 @@ def tokens(base: str) -> Tensor:
     return torch.randint(3, rows, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
-def stock(folder: Path, kept: Kept = "none") -> Any:
+def stock(folder: Path, kept: Quantization = "none") -> Any:
     """A checkpoint in transformers; its blocks' linears in few bits and back, by bitsandbytes' own functions."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     for name, module in model.named_modules():
@@ -201,7 +201,7 @@ def stock(folder: Path, kept: Kept = "none") -> Any:
     return model.eval()
 
 
-def after_few_bits(weight: Tensor, kept: Kept) -> Tensor:
+def after_few_bits(weight: Tensor, kept: Quantization) -> Tensor:
     """In blocks of 64, which go over the ends of rows, or row by row."""
     from bitsandbytes import functional
 
@@ -220,7 +220,7 @@ def theirs(model: Any, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ours(base: str, folder: Path, adapter: Path | None = None, kept: Kept | None = None) -> Tensor:
+def ours(base: str, folder: Path, adapter: Path | None = None, kept: Quantization | None = None) -> Tensor:
     logits: Tensor = load(folder, adapter, quantization=kept).model(tokens(base))
     return logits
 

@@ -15,14 +15,14 @@ from pipeline.adapters.target_modules import resolve
 from pipeline.errors import UserError
 from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.fp32_compute import exact
-from pipeline.models.transformers_model import Opened, refuse_unlike
+from pipeline.models.transformers_model import TransformersModel, refuse_unlike
 from tests.families import FAMILIES
 from tests.real import toy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def rough(name: str, dtype: torch.dtype) -> Opened:
+def rough(name: str, dtype: torch.dtype) -> TransformersModel:
     """Weights so large that two right ways to compute in 16 bits end far apart."""
     return toy(name, dtype, std=0.6).eval()
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft.io import save_adapter
 from pipeline.inference.engine import load
-from pipeline.inference.server.model_pool import Residents
+from pipeline.inference.server.model_pool import ModelPool
 from pipeline.models.base import CausalLM
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
-from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import Quantization
 from tests.bases import toy_checkpoint
 from tests.conftest import Lora
 from tests.models import adapter, checkpoint
@@ -351,7 +351,7 @@ def test_pitfall_10_a_merge_changes_neither_base_nor_adapter(cli: Lora, tmp_path
 
 def test_pitfall_10_adapters_that_are_switched_answer_to_the_last_bit_as_loaded_anew(tmp_path: Path) -> None:
     base = toy_in_bf16(tmp_path, "one", "two")
-    models, answers = Residents(), {}
+    models, answers = ModelPool(), {}
     for name in ("base", "one", "two", "one", "base", "two"):
         models.load("model", base, None if name == "base" else tmp_path / name)
         answers[name] = logits(models.get("model").at(1).model)
@@ -367,7 +367,7 @@ def test_pitfall_10_adapters_that_are_switched_answer_to_the_last_bit_as_loaded_
 @pytest.mark.parametrize("how", ["selective", "full"])
 @pytest.mark.parametrize("kind", ["none", "nf4-dq"])
 def test_pitfall_19_blocks_that_run_again_over_frozen_embeddings_give_the_same_gradients(
-    kind: Kept, how: Literal["selective", "full"]
+    kind: Quantization, how: Literal["selective", "full"]
 ) -> None:
     found = []
     for checkpointing in ("none", how):

@@ -12,9 +12,9 @@ from pipeline.data.examples import Example, read_examples
 from pipeline.document.studies.quantization import calibrated
 from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.inference import engine
-from pipeline.inference.score import Scored, score
+from pipeline.inference.score import EvalScores, score
 from pipeline.models.quantization.quantized_linear import quantizable
-from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import Quantization
 from tests.conftest import Lora
 from tests.support import BRIEF, ROOT, make, refusal
 
@@ -43,7 +43,7 @@ def sentences(root: Path) -> list[Example]:
     return read_examples(root / "data/pretrain.de.txt", "data/pretrain.de.txt")
 
 
-def scored(root: Path, quantization: Kept = "none") -> Scored:
+def scored(root: Path, quantization: Quantization = "none") -> EvalScores:
     return score(engine.load(root / "artifacts/base", quantization=quantization), sentences(root))
 
 
@@ -54,7 +54,7 @@ def test_fp32_is_the_base_itself(studied: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("NF4", "nf4"), ("NF4 double", "nf4-dq"), ("INT8", "int8")])
-def test_what_bitsandbytes_keeps_has_the_same_perplexity(studied: Path, name: str, kind: Kept) -> None:
+def test_what_bitsandbytes_keeps_has_the_same_perplexity(studied: Path, name: str, kind: Quantization) -> None:
     pytest.importorskip("bitsandbytes")
     row, found, base = rows_of(studied, "precisions")[name], scored(studied, kind), scored(studied)
     assert mean(row["perplexity"]) == pytest.approx(found.perplexity, rel=2e-5 if kind != "int8" else 1e-3)

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.inference import engine
 from pipeline.inference.server import model_pool
-from pipeline.inference.server.model_pool import Residents
+from pipeline.inference.server.model_pool import ModelPool
 from pipeline.models import device
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base, save_base
@@ -53,7 +53,7 @@ def logits(model: CausalLM) -> Tensor:
 
 def test_a_base_keeps_every_bit_whatever_is_loaded_on_it(folders: tuple[Path, Path]) -> None:
     base, changes = folders
-    models = Residents()
+    models = ModelPool()
     plain = models.load("base", base, None)[0].loaded.model
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     adapted, was_there = models.load("adapted", base, changes)
@@ -68,7 +68,7 @@ def test_a_base_keeps_every_bit_whatever_is_loaded_on_it(folders: tuple[Path, Pa
 
 def test_what_an_adapter_does_not_train_in_full_is_in_memory_once(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
-    models = Residents()
+    models = ModelPool()
     plain = models.load("base", base, None)[0].loaded.model
     view = models.load("a", base, adapter(tmp_path / "a", base, KINDS["all"]))[0].loaded.model
     shared = {p.data_ptr() for p in plain.parameters()} & {p.data_ptr() for p in view.parameters()}
@@ -78,7 +78,7 @@ def test_what_an_adapter_does_not_train_in_full_is_in_memory_once(tmp_path: Path
 
 def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(folders: tuple[Path, Path]) -> None:
     base, changes = folders
-    model, _ = Residents().load("a", base, changes)
+    model, _ = ModelPool().load("a", base, changes)
     for _ in range(2):
         assert torch.equal(logits(model.at(0).model), logits(engine.load(base).model))
         assert torch.equal(logits(model.at(1).model), logits(engine.load(base, changes).model))
@@ -88,7 +88,7 @@ def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(folders: tuple
 @pytest.mark.parametrize("s", [0.25, 0.5, 1.5, 2.0])
 def test_any_other_strength_is_w_plus_s_times_the_change_of_w(folders: tuple[Path, Path], s: float) -> None:
     base, changes = folders
-    model, _ = Residents().load("a", base, changes)
+    model, _ = ModelPool().load("a", base, changes)
     old, new = load_base(base).model, merged_model(engine.load(base, changes).model)
     with torch.no_grad():
         for w, changed in zip(old.parameters(), new.parameters(), strict=True):
@@ -99,7 +99,7 @@ def test_any_other_strength_is_w_plus_s_times_the_change_of_w(folders: tuple[Pat
 def test_a_base_whose_files_changed_is_loaded_anew_for_all_that_stand_on_it(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     changes = adapter(tmp_path / "a", base, KINDS["all"])
-    models = Residents()
+    models = ModelPool()
     models.load("base", base, None)
     models.load("a", base, changes)
     checkpoint(base, seed=7)
@@ -111,7 +111,7 @@ def test_a_base_whose_files_changed_is_loaded_anew_for_all_that_stand_on_it(tmp_
 def test_an_adapter_that_was_trained_again_answers_anew_and_one_that_is_gone_is_refused(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     changes = adapter(tmp_path / "a", base, KINDS["none"])
-    models = Residents()
+    models = ModelPool()
     first = models.load("a", base, changes)[0]
     assert models.get("a") is first
     adapter(changes, base, KINDS["none"], seed=2)
@@ -122,7 +122,7 @@ def test_an_adapter_that_was_trained_again_answers_anew_and_one_that_is_gone_is_
 
 
 def test_an_adapter_of_another_base_is_refused_and_the_others_stay(project: Path) -> None:
-    models = Residents()
+    models = ModelPool()
     base, changes = project / "artifacts/base", project / "artifacts/lora_adapter"
     models.load("base", base, None)
     with pytest.raises(UserError, match="was trained on another base: its tensors have sha256"):
@@ -144,13 +144,13 @@ def test_a_base_that_changes_while_its_adapter_is_verified_is_refused(
 
     monkeypatch.setattr("pipeline.inference.server.model_pool.base_fingerprint", changing)
     with pytest.raises(UserError, match="changed while it was loaded"):
-        Residents().load("lora", base, project / "artifacts/lora_adapter")
+        ModelPool().load("lora", base, project / "artifacts/lora_adapter")
 
 
 def test_a_base_stays_while_it_is_used_and_no_longer(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     changes = adapter(tmp_path / "a", base, KINDS["all"])
-    models = Residents()
+    models = ModelPool()
     assert [models.load(name, base, changes)[1] for name in ("a", "a", "b")] == [False, True, True]
     models.unload("a")
     assert models.load("c", base, None)[1]
@@ -168,13 +168,13 @@ def test_one_thread_serves_small_models_and_all_cores_a_large_one_or_what_the_us
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     base, threads = checkpoint(tmp_path / "base"), list[int]()
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    Residents().load("a", base, None)
+    ModelPool().load("a", base, None)
     assert set(threads) == {1}
     monkeypatch.setattr(device, "LARGE", 100_000)
-    Residents().load("a", base, None)
+    ModelPool().load("a", base, None)
     assert threads[-1] == len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    Residents().load("a", base, None)
+    ModelPool().load("a", base, None)
     assert threads[-1] == 7
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.examples import read_examples, read_prompts
 from pipeline.inference import engine
-from pipeline.inference.score import said, score
+from pipeline.inference.score import score, score_answers
 from tests.support import make
 
 CORRECTION = ("finetune_lora.data=data/knowledge_correction.de.txt", "finetune_lora.train_embeddings=new_rows")
@@ -19,7 +19,7 @@ def corrected(root: Path, weight: float) -> tuple[list[bool], list[bool], float]
     base = engine.load(root / "artifacts/expanded")
     tuned = engine.load(root / "artifacts/expanded", root / "artifacts/lora_adapter")
     prompts = [p for p in read_prompts(root / "data/prompts.yaml", "p") if p.group == "knowledge_correction"]
-    answers = said(tuned, [(p.prompt, p.corrected) for p in prompts])
+    answers = score_answers(tuned, [(p.prompt, p.corrected) for p in prompts])
     examples = read_examples(root / "data/pretrain.de.txt", "d")
     change, keep = (
         [answer.first for p, answer in zip(prompts, answers, strict=True) if p.rule == rule]

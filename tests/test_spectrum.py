@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.low_rank import LowRank, directions
 from pipeline.adapters.peft.io import load_adapter
-from pipeline.adapters.peft.updates import read_change, spectra
+from pipeline.adapters.peft.updates import load_update, spectra
 from pipeline.errors import UserError
 from pipeline.files.artifact import verify
 from pipeline.inference.engine import load
@@ -214,7 +214,7 @@ def test_an_adapters_spectra_are_its_own_beside_its_bases_weights(base: Path, tm
     for one in spectra(tuned):
         assert found[one.name].values == pytest.approx(one.values)
         assert found[one.name].before == pytest.approx(float(weights[f"{one.name}.weight"].norm()))
-    change = read_change(tuned)
+    change = load_update(tuned)
     ids, rows = change.rows["model.decoder.embed_tokens"]
     step = rows - weights["model.decoder.embed_tokens.weight"][list(ids)]
     assert found["model.decoder.embed_tokens"].values[:2] == pytest.approx(values_of(step).tolist(), rel=1e-5)

@@ -309,7 +309,7 @@ def test_a_manifest_says_how_its_artifact_was_made_and_nothing_that_differs(stud
         manifest = json.loads(text)
         assert {"kind", "method", "params", "seed", "inputs", "versions", "commit", "code", "files"} <= set(manifest)
         assert str(studied) not in text
-        if not stage.measures and name != "evaluation":
+        if not stage.is_measurement and name != "evaluation":
             assert manifest["parameters"]["total"] in (109_568, 112_768)
     adapter = read(studied / "artifacts/lora_adapter/manifest.json")
     expanded = read(studied / "artifacts/expanded/manifest.json")

@@ -28,7 +28,7 @@ def project_of(root: Path) -> Project:
 def states(root: Path, status: Status | None = None) -> dict[str, str]:
     """Of what makes models: `project` has none of what measures them."""
     found = (status or Status()).of(project_of(root))
-    return {name: state.state for name, state in found.items() if not state.stage.measures}
+    return {name: state.state for name, state in found.items() if not state.stage.is_measurement}
 
 
 def test_a_finished_pipeline_is_current_and_an_empty_one_missing(project: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.document.studies import knowledge_correction, methods
 from pipeline.document.studies.fact_tables import Said, Words
 from pipeline.document.studies.shared import runner
 from pipeline.document.studies.shared.method_runs import METHODS
-from pipeline.document.studies.shared.next_token import Spoken, ask
+from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask
 from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
@@ -45,13 +45,13 @@ def mean(cell: Cell) -> float:
     return cell.mean if isinstance(cell, Spread) else float(cell)  # type: ignore[arg-type]
 
 
-def trained(project: Path, *overrides: str) -> engine.Loaded:
+def trained(project: Path, *overrides: str) -> engine.LoadedModel:
     """The adapter that `lora finetune lora` makes with these settings."""
     make(project, ["finetune_lora"], [f"finetune_lora.{override}" for override in overrides])
     return engine.load(project / "artifacts/expanded", project / "artifacts/lora_adapter")
 
 
-def probability(loaded: engine.Loaded, prompt: str, word: str) -> float:
+def probability(loaded: engine.LoadedModel, prompt: str, word: str) -> float:
     (token,) = loaded.tokenizer.continuation(prompt, word)
     return float(engine.next_probabilities(loaded, prompt)[token])
 
@@ -155,7 +155,7 @@ def test_figure_3_goes_on_to_the_documents_last_step_whatever_the_trajectorys_ar
 
 
 def test_a_signal_during_the_last_look_ends_the_study(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked(loaded: engine.Loaded, prompts: Sequence[str]) -> Spoken:
+    def asked(loaded: engine.LoadedModel, prompts: Sequence[str]) -> NextTokenAnswers:
         looks.append(loaded.name)
         if len(looks) == 3:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -14,20 +14,20 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from pipeline.adapters.batched import ManyLowRank, Share, Stacks, attach_many, layers
-from pipeline.adapters.batched_matmul import update
+from pipeline.adapters.batched import AdapterRouting, BatchedLoRALinear, StackedParameters, attach_many, layers
+from pipeline.adapters.batched_matmul import batched_lora_forward
 from pipeline.adapters.lora import LoRALinear
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.inference.catalog import adapters, check, describe
-from pipeline.models.transformers_model import Opened
+from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.params.grid import variants
 from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, load
 from pipeline.project.runner import Note, run
 from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.sweep import sweep
-from pipeline.training.optimizer import ManyAdam
+from pipeline.training.optimizer import BatchedAdam
 from tests.families import FAMILIES
 from tests.families import new_project as family_project
 from tests.forked import Forked
@@ -158,13 +158,13 @@ def test_sequences_of_any_length_of_all_adapters_are_read_in_one_forward(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[int] = []
-    plain = Opened.plain
+    plain = TransformersModel.plain
 
-    def counted(self: Opened, read: Any, *rest: Any, **options: Any) -> Any:
+    def counted(self: TransformersModel, read: Any, *rest: Any, **options: Any) -> Any:
         reads.append(read.shape[1])
         return plain(self, read, *rest, **options)
 
-    monkeypatch.setattr(Opened, "plain", counted)
+    monkeypatch.setattr(TransformersModel, "plain", counted)
     found = []
     for ranks in ([2], [2, 4, 8]):
         reads.clear()
@@ -238,7 +238,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(mini: Path, step: int) -
     command += ["--checkpoint-every", "4", "--set", "finetune_lora.eval_share=0.3"]
     assert Forked(command, mini).end()[0] == 0
     expected = folder_bytes(mini / "artifacts" / "sweep")
-    dies = ("pipeline.training.optimizer.ManyAdam.step", step)
+    dies = ("pipeline.training.optimizer.BatchedAdam.step", step)
     code, _ = Forked(command, mini, dies).end()
     assert code == -signal.SIGKILL
     assert folder_bytes(mini / "artifacts" / "sweep") == expected
@@ -321,7 +321,7 @@ def test_the_gradient_of_many_updates_is_autograd_s() -> None:
     A, B = torch.randn(3, 2, 5).double(), torch.randn(3, 7, 2).double()
     x, scales = torch.randn(12, 5).double(), torch.tensor([0.5, 1.0, 3.0]).double()[:, None, None]
     wanted = torch.autograd.gradcheck(
-        lambda x, A, B: update(x, base, A, B, scales), [t.requires_grad_() for t in (x, A, B)]
+        lambda x, A, B: batched_lora_forward(x, base, A, B, scales), [t.requires_grad_() for t in (x, A, B)]
     )
     assert wanted
     plain = torch.cat(
@@ -330,7 +330,7 @@ def test_the_gradient_of_many_updates_is_autograd_s() -> None:
             for rows, a, b, s in zip(torch.split(x, 4), A, B, scales.flatten(), strict=True)
         ]
     )
-    assert_close(update(x, base, A, B, scales), plain)
+    assert_close(batched_lora_forward(x, base, A, B, scales), plain)
 
 
 def test_a_scale_that_16_bits_do_not_hold_is_the_same_in_a_sweep_of_16_bit_adapters() -> None:
@@ -339,9 +339,9 @@ def test_a_scale_that_16_bits_do_not_hold_is_the_same_in_a_sweep_of_16_bit_adapt
     parts = [LoRALinear(base, 2, scale, torch.bfloat16) for scale in (0.3, 3**-0.5)]
     for part in parts:
         nn.init.normal_(part.lora_B, std=10)
-    share, x = Share(2), torch.randn(2, 5, 8)
-    many = ManyLowRank(base, parts, share, Stacks())
-    with share.among((5, 5)):
+    share, x = AdapterRouting(2), torch.randn(2, 5, 8)
+    many = BatchedLoRALinear(base, parts, share, StackedParameters())
+    with share.route((5, 5)):
         assert_close(many(x), torch.stack([part(rows) for part, rows in zip(parts, x, strict=True)]))
 
 
@@ -352,7 +352,7 @@ def test_adam_on_rows_is_adam_on_each_row(starts: list[list[float]], data: st.Da
     ratios = data.draw(st.lists(st.floats(0.1, 10), min_size=len(starts), max_size=len(starts)))
     both = nn.Parameter(torch.tensor(starts))
     other = nn.Parameter(torch.tensor(starts)[:, :1].clone())
-    many = ManyAdam([both, other], [1.0, torch.tensor(ratios)])
+    many = BatchedAdam([both, other], [1.0, torch.tensor(ratios)])
     single = [[nn.Parameter(p[n].detach().clone()) for p in (both, other)] for n in range(len(starts))]
     adams = [
         torch.optim.Adam([{"params": [a], "lr": r}, {"params": [b], "lr": r * ratio}])
@@ -361,7 +361,7 @@ def test_adam_on_rows_is_adam_on_each_row(starts: list[list[float]], data: st.Da
     for step in range(4):
         gradients = [torch.randn(len(starts), width, generator=torch.Generator().manual_seed(step)) for width in (2, 1)]
         both.grad, other.grad = (g.clone() for g in gradients)
-        assert_close(many.gather(), torch.cat(gradients, 1).norm(dim=1))
+        assert_close(many.collect_gradients(), torch.cat(gradients, 1).norm(dim=1))
         many.step(rates)
         for n, adam in enumerate(adams):
             for p, g in zip(single[n], gradients, strict=True):
@@ -375,8 +375,8 @@ def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
     """The columns of a lower rank, the layers of other targets: training must never wake them."""
     from pipeline.models.load import load_base
     from pipeline.stages.finetune import lora_spec
-    from pipeline.training.batched.loop import Standing, steps
-    from pipeline.training.batched.step import ManyTask, Variant
+    from pipeline.training.batched.loop import AdapterProgress, steps
+    from pipeline.training.batched.step import BatchedTrainingTask, Variant
     from pipeline.training.batches import Batches
     from tests.real import listed, windows_of
 
@@ -385,9 +385,9 @@ def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
     ways = [lambda own=own: attach_one(model, lora_spec(model, own, ())) for own in own]
     share = attach_many(model, ways)
     data = listed(windows_of([4, 4, 4, 4, 4]))
-    task = ManyTask(model, share, tuple(Variant(str(n), s, Batches(data, 2, 0)) for n, s in enumerate(own)))
+    task = BatchedTrainingTask(model, share, tuple(Variant(str(n), s, Batches(data, 2, 0)) for n, s in enumerate(own)))
     trained = [p for p in model.parameters() if p.requires_grad]
-    list(steps(task, ManyAdam(trained, [1.0] * len(trained)), Standing.of(2)))
+    list(steps(task, BatchedAdam(trained, [1.0] * len(trained)), AdapterProgress.of(2)))
     for layer in layers(model):
         if "lora_A" in layer.trained:
             A, B = layer.trained["lora_A"], layer.trained["lora_B"]

@@ -7,11 +7,11 @@ import pytest
 from bench.memory import shortened
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.calc.sources.open_model import entry
 from pipeline.training.memory.trace import traced_peak
 
-STEP = Run(batch=1, sequence=2048, optimizer="adam-flat", loss="chunked", chunk=256, label_share=0.4)
+STEP = TrainingConfig(batch=1, sequence=2048, optimizer="adam-flat", loss="chunked", chunk=256, label_share=0.4)
 SHORT = replace(STEP, batch=4, sequence=256, attention="short", checkpointing="none")
 
 
@@ -19,21 +19,28 @@ SHORT = replace(STEP, batch=4, sequence=256, attention="short", checkpointing="n
 @pytest.mark.parametrize("run", [
     replace(STEP, checkpointing="none"), replace(STEP, checkpointing="selective"), STEP, SHORT
 ], ids=["none", "selective", "full", "short"])  # fmt: skip
-def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: Run, adapter: str) -> None:
+def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: TrainingConfig, adapter: str) -> None:
     """Exact shapes under fake tensors, LoRA r = 8 on q, k, v, o."""
     config, run = entry("qwen3-8b")["config"], replace(run, adapter_precision=adapter)
-    formula = predict(architecture(config, "qwen3-8b"), Method(), run).peak
-    assert formula == pytest.approx(traced_peak(config, Method(), run), rel=0.01)
+    formula = predict(architecture(config, "qwen3-8b"), FinetuningMethod(), run).peak
+    assert formula == pytest.approx(traced_peak(config, FinetuningMethod(), run), rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "smollm2-135m", "qwen2.5-0.5b", "mistral-7b-v0.1"])
 @pytest.mark.parametrize(
     "method",
-    [Method("full"), Method("freeze"), Method(targets=("all-linear",)), Method(embeddings="all")],
+    [
+        FinetuningMethod("full"),
+        FinetuningMethod("freeze"),
+        FinetuningMethod(targets=("all-linear",)),
+        FinetuningMethod(embeddings="all"),
+    ],
     ids=["full", "freeze", "all-linear", "embeddings"],
 )
-def test_other_models_and_methods_fit_within_three_percent(name: str, method: Method, checkpointing: str) -> None:
+def test_other_models_and_methods_fit_within_three_percent(
+    name: str, method: FinetuningMethod, checkpointing: str
+) -> None:
     precision = "fp32" if "smol" in name else "bf16"
     config, run = shortened(name, 6), replace(SHORT, precision=precision, checkpointing=checkpointing)
     formula = predict(architecture(config, name), method, run).peak
@@ -41,10 +48,12 @@ def test_other_models_and_methods_fit_within_three_percent(name: str, method: Me
 
 
 REFINED = {
-    "dora": Method(targets=("all-linear",), dora=True),
-    "pissa": Method(targets=("all-linear",), pissa=True),
-    "dora from pissa": Method(targets=("all-linear",), dora=True, pissa=True),
-    "patterns": Method(targets=("all-linear",), rank_pattern=(("q_proj", 64), (r".*[0-2]\.mlp\..*", 2)), rslora=True),
+    "dora": FinetuningMethod(targets=("all-linear",), dora=True),
+    "pissa": FinetuningMethod(targets=("all-linear",), pissa=True),
+    "dora from pissa": FinetuningMethod(targets=("all-linear",), dora=True, pissa=True),
+    "patterns": FinetuningMethod(
+        targets=("all-linear",), rank_pattern=(("q_proj", 64), (r".*[0-2]\.mlp\..*", 2)), rslora=True
+    ),
 }
 
 
@@ -62,7 +71,7 @@ def test_dora_and_pissa_need_more_than_lora_and_the_formula_says_how_much() -> N
     """Where activations, not logits, are the peak, the difference itself is predicted."""
     config = shortened("smollm2-135m", 12)
     run = replace(SHORT, precision="fp32", label_share=0.01)
-    shapes, plain = architecture(config, "twelve"), Method(targets=("all-linear",))
+    shapes, plain = architecture(config, "twelve"), FinetuningMethod(targets=("all-linear",))
     base = predict(shapes, plain, run).peak, traced_peak(config, plain, run)
     for name in ("dora", "pissa"):
         more = predict(shapes, REFINED[name], run).peak - base[0], traced_peak(config, REFINED[name], run) - base[1]
@@ -73,5 +82,7 @@ def test_dora_and_pissa_need_more_than_lora_and_the_formula_says_how_much() -> N
 def test_our_step_needs_less_than_the_libraries() -> None:
     """Labels alone, in chunks, norms that keep their input, LoRA added in place."""
     config = entry("qwen3-8b")["config"]
-    ours = traced_peak(config, Method(), replace(STEP, checkpointing="none"))
-    assert ours < 0.85 * traced_peak(config, Method(), Run(batch=1, sequence=2048, checkpointing="none"))
+    ours = traced_peak(config, FinetuningMethod(), replace(STEP, checkpointing="none"))
+    assert ours < 0.85 * traced_peak(
+        config, FinetuningMethod(), TrainingConfig(batch=1, sequence=2048, checkpointing="none")
+    )

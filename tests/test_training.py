@@ -15,20 +15,20 @@ from transformers import AutoModelForCausalLM
 from pipeline.calc.settings import FULL
 from pipeline.data.examples import IGNORED, Window, read_examples, windows
 from pipeline.data.masking import encode
-from pipeline.data.windows import Listed
+from pipeline.data.windows import InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import COLUMNS, Step, epoch_means, flat_from, read_steps
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Note, Progress
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.loop import Task, steps
+from pipeline.training.loop import TrainingTask, steps
 from pipeline.training.optimizer import FlatAdam
 from tests.support import BRIEF, METHODS, ROOT, make, make_one
 
 
-def listed(cut: list[Window]) -> Listed:
-    return Listed(cut, [f"f.txt:{number}" for number in range(1, len(cut) + 1)])
+def listed(cut: list[Window]) -> InMemoryDataset:
+    return InMemoryDataset(cut, [f"f.txt:{number}" for number in range(1, len(cut) + 1)])
 
 
 def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
@@ -41,7 +41,7 @@ def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
     examples = read_examples(ROOT / "data/finetune.de.txt", "f")
     batches = Batches(listed([w for e in examples for w in windows(encode(e, tokenizer).ids, 4)]), 4, 0)
     adam = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=settings.learning_rate)
-    for record in steps(Task(ours, batches, settings, FULL), FlatAdam(ours)):
+    for record in steps(TrainingTask(ours, batches, settings, FULL), FlatAdam(ours)):
         (batch,) = batches[record.step - 1]
         assert batch.segments is None, "windows of one length stack"
         adam.zero_grad()
@@ -107,7 +107,7 @@ def test_an_epoch_holds_every_window_once_without_a_token_more_than_its_labels_n
 @given(lengths)
 def test_a_batch_taken_apart_is_its_sequences_one_by_one(sizes: list[tuple[int, int, int]]) -> None:
     ((batch,),) = [Batches(listed(cut_of(sizes)), len(sizes), 0)[0]]
-    apart = batch.apart()
+    apart = batch.unpack()
     assert all(one.segments is None for one in apart)
     assert [s for one in apart for s in sequences_of(one)] == sequences_of(batch)
     assert tuple(n for one in apart for n in one.numbers) == batch.numbers
@@ -141,7 +141,7 @@ def test_frozen_rows_and_rows_that_are_not_read_get_no_gradient(brief: Path) -> 
     model.embeddings.requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = Batches(listed([Window(0, (5, 6, 9), (6, 7, IGNORED)), Window(0, (5,), (6,))]), 2, 0)
-    for _ in steps(Task(model, batches, Training(epochs=3), FULL), FlatAdam(model)):
+    for _ in steps(TrainingTask(model, batches, Training(epochs=3), FULL), FlatAdam(model)):
         pass
     after = model.state_dict()
     name = "model.decoder.embed_tokens.weight"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pipeline.models.transformers_model import Opened, from_config
+from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.project.logs.run_log import Step
 from pipeline.project.params.sections import Training
 from pipeline.training import losses
@@ -43,7 +43,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def one_at_a_time(model: Opened, lengths: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
+def one_at_a_time(model: TransformersModel, lengths: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the sequences, each alone, in stock transformers: a mean over labels."""
     theirs, found = stock(model), windows_of(lengths, half)
     labels = sum(length - half(length) for length in lengths)
@@ -52,7 +52,7 @@ def one_at_a_time(model: Opened, lengths: Sequence[int]) -> tuple[float, dict[st
     return loss.item(), gradients(theirs)
 
 
-def assert_same_gradient(model: Opened, batches: list[Batch], lengths: Sequence[int]) -> None:
+def assert_same_gradient(model: TransformersModel, batches: list[Batch], lengths: Sequence[int]) -> None:
     loss, expected = one_at_a_time(model, lengths)
     found = gradient(model.train(), batches, FlatAdam(model), None, 0)
     ours = gradients(model)
@@ -67,7 +67,7 @@ def assert_same_gradient(model: Opened, batches: list[Batch], lengths: Sequence[
 def test_pitfall_16_a_packed_batch_is_its_sequences_one_at_a_time(name: str) -> None:
     """Loss and every gradient; Gemma's windows, of 5 tokens, are shorter than most sequences."""
     model = toy(name)
-    assert model.packs
+    assert model.supports_packing
     batch = collate(windows_of(LENGTHS, half))
     assert batch.segments == LENGTHS and batch.ids.shape == (1, sum(LENGTHS))
     assert_same_gradient(model, [batch], LENGTHS)
@@ -85,7 +85,7 @@ def test_pitfall_16_a_token_changed_in_one_sequence_changes_no_number_of_another
     other = batch.ids.clone()
     other[0, 8] = (other[0, 8] + 1) % ROWS  # the first token of the third sequence, the longest but one
     with torch.no_grad():
-        before, after = (model.hidden(ids, batch.positions, batch.segments)[0] for ids in (batch.ids, other))
+        before, after = (model.hidden_states(ids, batch.positions, batch.segments)[0] for ids in (batch.ids, other))
     same = (before == after).all(dim=-1)
     assert [bool(part.all()) for part in torch.split(same, list(LENGTHS))] == [True, True, False, True, True, True]
 
@@ -95,16 +95,16 @@ def test_a_model_that_cannot_read_end_to_end_gets_one_sequence_at_a_time_with_th
     torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    assert not model.packs
+    assert not model.supports_packing
     batch = collate(windows_of(LENGTHS, half))
-    assert [part.ids.shape for part in batch.apart()] == [(1, length) for length in LENGTHS]
+    assert [part.ids.shape for part in batch.unpack()] == [(1, length) for length in LENGTHS]
     assert_same_gradient(model, [batch], LENGTHS)
 
 
 def test_sequences_of_one_length_stack_and_are_read_at_once_by_any_model() -> None:
     model = from_config(CONVOLVES, torch.float32)
     batch = collate(windows_of((6, 6, 6), half))
-    assert batch.segments is None and batch.apart() == [batch]
+    assert batch.segments is None and batch.unpack() == [batch]
     assert_same_gradient(model, [batch], (6, 6, 6))
 
 

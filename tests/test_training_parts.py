@@ -17,12 +17,12 @@ from pipeline.data.examples import Example
 from pipeline.data.masking import encode
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.inference import score as measure
-from pipeline.inference.engine import Loaded
+from pipeline.inference.engine import LoadedModel
 from pipeline.inference.score import score
-from pipeline.models.transformers_model import Opened
+from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batches, collate
-from pipeline.training.memory.live_bytes import LiveBytes
+from pipeline.training.memory.live_bytes import TensorMemoryMeter
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.schedule import rate
 from pipeline.training.step import gradient
@@ -118,7 +118,7 @@ def test_a_clipped_gradient_has_the_norm_asked_for_and_its_direction(largest: fl
     optimizer = FlatAdam(model)
     torch.autograd.backward(model(torch.randn(4, 5)).square().sum())
     before = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
-    norm = optimizer.gather().item()
+    norm = optimizer.collect_gradients().item()
     optimizer.clip(norm, largest)
     after = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert float(after.norm()) == pytest.approx(min(norm, largest), rel=1e-5)
@@ -128,12 +128,12 @@ def test_a_clipped_gradient_has_the_norm_asked_for_and_its_direction(largest: fl
 # Checkpointing
 
 
-def step_of(model: Opened, how: How) -> tuple[float, dict[str, Tensor], int]:
+def step_of(model: TransformersModel, how: How) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients and peak of live bytes of one step."""
     model.checkpoint_blocks(how)
     optimizer = FlatAdam(model.train())
     batch = collate(windows_of((40, 33, 28, 50, 47, 12)))
-    live = LiveBytes()
+    live = TensorMemoryMeter()
     live.watch([*model.parameters(), *optimizer.tensors()])
     with live:
         found = gradient(model, [batch], optimizer, None, 0)
@@ -148,7 +148,7 @@ def test_checkpointing_trades_memory_for_time_and_changes_no_number(name: str, a
     found = {}
     for how in ("none", "selective", "full"):
         model = toy(name, **layers)
-        assert model.packs
+        assert model.supports_packing
         if adapted and name != "gpt2":
             with_lora(model)
         found[how] = step_of(model, how)
@@ -184,7 +184,7 @@ def long(tokens: int) -> list[Example]:
     return [Example(" ".join([*TEXTS] * (tokens // 56)), "e.txt", 1)]
 
 
-def scored(tmp_path: Path, examples: list[Example], live: LiveBytes) -> tuple[int, float, float]:
+def scored(tmp_path: Path, examples: list[Example], live: TensorMemoryMeter) -> tuple[int, float, float]:
     """Tokens, loss and divergence of a wide model from another."""
     tokenizer().save_pretrained(tmp_path)
     words = SubwordTokenizer.load(tmp_path)
@@ -192,14 +192,14 @@ def scored(tmp_path: Path, examples: list[Example], live: LiveBytes) -> tuple[in
     model, other = (toy("llama", std=std, **shape).eval() for std in (0.1, 0.2))
     live.watch([*model.parameters(), *other.parameters()])
     with live:
-        first = score(Loaded("base", model, words, tmp_path), examples)
-        second = score(Loaded("other", other, words, tmp_path), examples, first)
+        first = score(LoadedModel("base", model, words, tmp_path), examples)
+        second = score(LoadedModel("other", other, words, tmp_path), examples, first)
     return len(first.losses), second.loss, second.divergence
 
 
 @pytest.mark.parametrize("texts", [short, long])
 def test_pitfall_23_evaluation_keeps_no_logits(tmp_path: Path, texts: Callable[[int], list[Example]]) -> None:
-    few, many = LiveBytes(), LiveBytes()
+    few, many = TensorMemoryMeter(), TensorMemoryMeter()
     fewer, *_ = scored(tmp_path, texts(600), few)
     tokens, *_ = scored(tmp_path, texts(5000), many)
     assert tokens > 3000 and fewer > 400
@@ -212,7 +212,7 @@ def test_pitfall_23_evaluation_in_chunks_is_the_plain_computation(
 ) -> None:
     monkeypatch.setattr(measure, "CHUNK", 7)
     examples = short(250)
-    tokens, loss, divergence = scored(tmp_path, examples, LiveBytes())
+    tokens, loss, divergence = scored(tmp_path, examples, TensorMemoryMeter())
     words = SubwordTokenizer.load(tmp_path)
     before, after = (stock(toy("llama", vocab_size=WIDE, std=std)) for std in (0.1, 0.2))
     losses, far = [], []

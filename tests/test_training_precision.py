@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.models.load import Base, load_base
 from pipeline.project.logs.run_log import Step, epoch_means, read_steps
-from pipeline.project.params.sections import Kept, Params, Training, load
+from pipeline.project.params.sections import Params, Quantization, Training, load
 from pipeline.training import optimizer as optimizers
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import LARGEST_SCALE, FlatAdam
@@ -84,7 +84,7 @@ def test_pitfall_18_fp16_small_gradients_survive_because_the_loss_is_scaled() ->
         optimizer = FlatAdam(parameter, scaled=scaled)
         loss = (parameter(torch.ones(1, 4).half()).float() * 2.0**-26).sum()
         torch.autograd.backward(loss * optimizer.scale)
-        return optimizer.gather().item()
+        return optimizer.collect_gradients().item()
 
     assert norm(scaled=False) == 0
     assert norm(scaled=True) == pytest.approx(2 * 2.0**-26, rel=1e-3)
@@ -132,7 +132,7 @@ def test_updates_too_small_for_16_bits_add_up_behind_them(dtype: torch.dtype) ->
     for _ in range(100):
         for module in (model, plain):
             torch.autograd.backward(module(torch.ones(1, 3, dtype=dtype)).sum())
-        flat.gather()
+        flat.collect_gradients()
         flat.step(1e-4)
         adam.step()
         adam.zero_grad()
@@ -189,7 +189,7 @@ def test_a_base_whose_own_code_is_trusted_is_trusted_where_its_weights_are_writt
 ) -> None:
     asked: list[bool] = []
 
-    def spy(folder: Path, precision: str | None, trust_remote_code: bool, quantization: Kept = "none") -> Base:
+    def spy(folder: Path, precision: str | None, trust_remote_code: bool, quantization: Quantization = "none") -> Base:
         asked.append(trust_remote_code)
         return load_base(folder, precision, trust_remote_code, quantization)
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.examples import Window
-from pipeline.data.windows import Listed
+from pipeline.data.windows import InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
-from pipeline.models.transformers_model import Opened
+from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.params.sections import FinetuneLora, load
 from pipeline.project.runner import Job, Note
@@ -25,7 +25,7 @@ from pipeline.project.stage_graph import STAGES, Project
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retention import COMPLETION, Retain, retain_of
+from pipeline.training.retention import COMPLETION, RetentionLoss, retain_of
 from pipeline.training.step import gradient
 from tests.families import FAMILIES, new_project
 from tests.real import listed, loss_alone, run_stage, stock, toy, trained, windows_of
@@ -40,19 +40,19 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
-def texts(lengths: tuple[int, ...] = LENGTHS) -> Listed:
+def texts(lengths: tuple[int, ...] = LENGTHS) -> InMemoryDataset:
     """Every token of a retained text is one on which answers are compared."""
     return listed([Window(0, w.ids, w.ids) for w in windows_of(lengths, seed=5)])
 
 
-def adapted(name: str = "qwen3", dtype: torch.dtype = torch.float32, **spec: Any) -> Opened:
+def adapted(name: str = "qwen3", dtype: torch.dtype = torch.float32, **spec: Any) -> TransformersModel:
     torch.manual_seed(1)
     model = toy(name, dtype, std=0.2, tie_word_embeddings=False)
     attach(model, AdapterSpec(3, 6.0, ("q_proj", "v_proj"), **spec), torch.float32)
     return model
 
 
-def far_from(base: Any, model: nn.Module, found: Listed) -> Tensor:
+def far_from(base: Any, model: nn.Module, found: InMemoryDataset) -> Tensor:
     """Mean KL(base‖model), a text at a time, from all logits of two models."""
     total, tokens = torch.zeros(()), 0
     for window in found.windows:
@@ -69,7 +69,7 @@ def settings(**changes: Any) -> FinetuneLora:
     return FinetuneLora(retain="t", **{"retain_weight": 3.0, "retain_batch": len(LENGTHS), **changes})
 
 
-def one_batch(found: Listed) -> Batch:
+def one_batch(found: InMemoryDataset) -> Batch:
     return collate(found.windows)
 
 
@@ -77,13 +77,13 @@ def one_batch(found: Listed) -> Batch:
 @pytest.mark.parametrize("spec", SPECS)
 def test_an_adapter_of_zeros_is_exactly_its_base_and_is_pulled_nowhere(spec: str, dtype: torch.dtype) -> None:
     model = adapted(dtype=dtype, **SPECS[spec])
-    retain = Retain(model.train(), texts(), settings())
+    retain = RetentionLoss(model.train(), texts(), settings())
     optimizer = FlatAdam(model)
     divergence = retain.divergence(one_batch(texts()))
     rounding = 1e-9 if spec == "new rows" else 0  # of a product of three rows beside that of all
     assert abs(divergence.item()) <= rounding
     torch.autograd.backward(divergence)
-    assert optimizer.gather().item() < (1e-5 if dtype == torch.float32 else 1e-3)
+    assert optimizer.collect_gradients().item() < (1e-5 if dtype == torch.float32 else 1e-3)
 
 
 @pytest.mark.parametrize("how", ["none", "full"])
@@ -96,7 +96,7 @@ def test_divergence_and_gradient_are_those_of_two_models_side_by_side(
     model, base, kept = adapted(**SPECS[spec]), stock(toy("qwen3", std=0.2)), texts(lengths)
     model.checkpoint_blocks(how)
     weighted = settings(retain_batch=len(lengths), epochs=3, learning_rate=2e-2)
-    retain = Retain(model, kept, weighted)
+    retain = RetentionLoss(model, kept, weighted)
     learned = windows_of((6, 9, 4), seed=2)
     batches = Batches(listed(learned), 3, 0)
     _, optimizer = trained(model, batches, weighted, retain=retain)
@@ -121,7 +121,7 @@ def test_divergence_and_gradient_are_those_of_two_models_side_by_side(
             assert_close(p.grad, wanted, rtol=2e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-8, msg=name)
 
 
-def _as_theirs(model: Opened) -> Any:
+def _as_theirs(model: TransformersModel) -> Any:
     """Called as transformers' models are."""
 
     class Answer:
@@ -133,7 +133,7 @@ def _as_theirs(model: Opened) -> Any:
 
 def test_a_model_that_cannot_read_end_to_end_retains_one_text_at_a_time() -> None:
     one, other = adapted("llama", saved=("lm_head",)), adapted("llama", saved=("lm_head",))
-    other.packs = False
+    other.supports_packing = False
     results = []
     for model in (one, other):
         torch.manual_seed(3)
@@ -141,7 +141,7 @@ def test_a_model_that_cannot_read_end_to_end_retains_one_text_at_a_time() -> Non
             for name, p in model.named_parameters():
                 if name.endswith("lora_B"):
                     p.normal_(std=0.3)
-        retain = Retain(model.train(), texts(), settings())
+        retain = RetentionLoss(model.train(), texts(), settings())
         results.append(gradient(model, [one_batch(texts((3, 5)))], FlatAdam(model), retain, 0))
     assert results[0].divergence == pytest.approx(results[1].divergence, rel=1e-4)
     assert results[0].norm == pytest.approx(results[1].norm, rel=1e-4)
@@ -151,7 +151,7 @@ def test_a_model_that_cannot_read_end_to_end_retains_one_text_at_a_time() -> Non
 def test_every_text_has_its_turn_and_a_step_has_the_same_ones_whenever_it_comes() -> None:
     found = texts((2, 3, 4, 5, 6, 7, 8))
     model = adapted()
-    one, other = (Retain(model, found, settings(retain_batch=3)) for _ in range(2))
+    one, other = (RetentionLoss(model, found, settings(retain_batch=3)) for _ in range(2))
     turns = [[batch.numbers for batch in one.batches(step)] for step in range(6)]
     assert [[batch.numbers for batch in other.batches(step)] for step in (5, 2, 0)] == [turns[5], turns[2], turns[0]]
     for epoch in (turns[:3], turns[3:]):
@@ -214,6 +214,6 @@ def test_a_weight_without_texts_is_refused(project: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_that_moved_to_a_gpu_still_has_its_base() -> None:
     model = adapted(saved=("embed_tokens", "lm_head"))
-    retain = Retain(model, texts(), settings())
+    retain = RetentionLoss(model, texts(), settings())
     model.cuda()
     assert retain.divergence(one_batch(texts()).to(torch.device("cuda"))).item() == pytest.approx(0, abs=1e-6)

@@ -16,7 +16,7 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.errors import UserError
 from pipeline.inference.attention_weights import of_layer, with_virtual_as_one
 from pipeline.inference.engine import load
-from pipeline.models.base import CausalLM, read
+from pipeline.models.base import CausalLM, packed_hidden_states
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
 from pipeline.models.virtual_tokens import VirtualTokens
@@ -147,7 +147,7 @@ def test_the_gradient_is_that_of_plain_autograd_through_pefts_model(
     expected = torch.stack([loss_alone(_Own(theirs), window) for window in windows]).sum() / labels
     expected.backward()  # type: ignore[no-untyped-call]
 
-    assert model.packs
+    assert model.supports_packing
     model.train().checkpoint_blocks(blocks)
     loss = loss_of(model, collate(windows))
     loss.backward()  # type: ignore[no-untyped-call]
@@ -177,9 +177,9 @@ class _Own:
 def test_sequences_end_to_end_give_what_each_gives_alone(bases: Bases, name: str, kind: str) -> None:
     model = ours(bases(name), kind)
     texts = [(5, 9, 70), (8,), (64, 20, 11, 5, 40)]
-    assert model.packs is (name != "bloom")
-    for text, hidden in zip(texts, read(model, texts), strict=True):
-        assert_close(hidden, model.hidden(torch.tensor([text]))[0], atol=2e-5, rtol=1e-4)
+    assert model.supports_packing is (name != "bloom")
+    for text, hidden in zip(texts, packed_hidden_states(model, texts), strict=True):
+        assert_close(hidden, model.hidden_states(torch.tensor([text]))[0], atol=2e-5, rtol=1e-4)
 
 
 @each_kind
@@ -210,17 +210,17 @@ def test_a_window_keeps_its_place_in_the_sentence_after_the_virtual_tokens(bases
     """Positions 3 to 5 of a sentence are N + 3 to N + 5 of what the model reads."""
     model = ours(bases("minigpt"), kind)
     places = torch.tensor([[3, 4, 5]])
-    found = model.hidden(IDS[:1, :3], places)
+    found = model.hidden_states(IDS[:1, :3], places)
     table = model.body.get_submodule("embed_positions").weight
     assert isinstance(table, Tensor)
     table[2 + N : 2 + N + 3] = table[2 + N + 3 : 2 + N + 6].clone()  # positions 0 to 2 are now as 3 to 5
-    assert_close(found, model.hidden(IDS[:1, :3]))
+    assert_close(found, model.hidden_states(IDS[:1, :3]))
 
 
 @each_kind
 def test_generation_ends_at_the_last_position(tmp_path: Path, kind: str) -> None:
     model = ours(checkpoint(tmp_path / "base", max_positions=12), kind)
-    assert model.room == 12 - N
+    assert model.max_length == 12 - N
     assert len(list(generate(model, (5, 9, 7), (), 50))) == 12 - N - 3
 
 

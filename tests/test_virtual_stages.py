@@ -13,8 +13,8 @@ from pipeline.errors import UserError
 from pipeline.export.model_card import card
 from pipeline.files.artifact import read_json, read_manifest
 from pipeline.inference.catalog import adapters, describe
-from pipeline.inference.engine import Loaded, load
-from pipeline.inference.server.model_pool import Residents
+from pipeline.inference.engine import LoadedModel, load
+from pipeline.inference.server.model_pool import ModelPool
 from pipeline.models.load import load_base
 from tests.conftest import Lora
 from tests.support import BRIEF, METHODS, folder_bytes, make, refusal
@@ -29,7 +29,7 @@ def parts(root: Path, kind: str) -> tuple[Path, Path]:
 
 
 @torch.no_grad()
-def logits(loaded: Loaded) -> torch.Tensor:
+def logits(loaded: LoadedModel) -> torch.Tensor:
     out: torch.Tensor = loaded.model(IDS)
     return out
 
@@ -153,7 +153,7 @@ def test_adapters_of_every_kind_share_one_base_and_do_not_disturb_each_other(bri
     base = brief / "artifacts/expanded"
     names = {"lora_adapter": "lora_adapter", "prefix": "prefix", "prompt": "prompt"}
     alone = {name: logits(load(base, brief / "artifacts" / folder)) for name, folder in names.items()}
-    models = Residents()
+    models = ModelPool()
     plain = models.load("base", base, None)[0]
     residents = {name: models.load(name, base, brief / "artifacts" / folder)[0] for name, folder in names.items()}
     for name, resident in residents.items():

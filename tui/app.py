@@ -119,7 +119,7 @@ class Workbench(App[None]):
         fallback = "textual-light" if light else "textual-dark"
         wanted = self.config.theme or self.state.theme or fallback
         if wanted not in self.available_themes:
-            self.say(f"There is no theme {wanted!r}; {fallback} is used.", "warning")
+            self.log_message(f"There is no theme {wanted!r}; {fallback} is used.", "warning")
             return fallback
         return wanted
 
@@ -132,9 +132,11 @@ class Workbench(App[None]):
         try:
             self.state.save(state_path())
         except OSError as error:
-            self.say(f"{state_path()}: {error.strerror}. Theme, folders and prompts are not remembered.", "warning")
+            self.log_message(
+                f"{state_path()}: {error.strerror}. Theme, folders and prompts are not remembered.", "warning"
+            )
 
-    def say(self, text: str, severity: Severity = "information") -> None:
+    def log_message(self, text: str, severity: Severity = "information") -> None:
         """A toast, and a line on the messages screen."""
         self.said.append(Message(datetime.now(), severity, text))
         self.notify(text, severity=severity, markup=False, timeout=8 if severity == "error" else 4)
@@ -142,9 +144,9 @@ class Workbench(App[None]):
     def fail(self, error: UserError | OSError) -> None:
         """Say what went wrong, as a user can understand it."""
         if isinstance(error, OSError):
-            self.say(f"{explain(error)} Nothing was changed.", "error")
+            self.log_message(f"{explain(error)} Nothing was changed.", "error")
         else:
-            self.say(str(error), "error")
+            self.log_message(str(error), "error")
 
     def action_go(self, name: str) -> None:
         self.switch_mode(name)
@@ -185,7 +187,7 @@ class Workbench(App[None]):
     def handle_bindings_clash(self, clashed_bindings: set[Binding], node: DOMNode) -> None:
         """A key of the config that was another's: the other has none now."""
         lost = ", ".join(sorted(binding.id or binding.description for binding in clashed_bindings))
-        self.say(f"{config_path().name}: keys of {node} clash, so that nothing is left for {lost}.", "warning")
+        self.log_message(f"{config_path().name}: keys of {node} clash, so that nothing is left for {lost}.", "warning")
 
 
 def _short(path: Path) -> str:

@@ -55,8 +55,8 @@ def calc(
     """Parameters, memory and what fits, exact, from shapes alone: nothing is downloaded, no GPU is needed."""
     from cli.calc.output import Output, Question
     from pipeline.calc.memory import refuse_impossible
-    from pipeline.calc.options import method_of, run_of
-    from pipeline.calc.settings import checked
+    from pipeline.calc.options import parse_method, parse_training_config
+    from pipeline.calc.settings import validate
     from pipeline.calc.sources.open_model import open_model
 
     out = Output(as_json, as_csv)
@@ -76,7 +76,7 @@ def calc(
         (render.models if list_ else render.document)(out)
         return
     opened = open_model(model)
-    asked = method_of(
+    asked = parse_method(
         method,
         rank,
         alpha,
@@ -90,7 +90,7 @@ def calc(
         train_embeddings=train_embeddings,
         virtual_tokens=virtual_tokens,
     )
-    run = run_of(
+    run = parse_training_config(
         opened.shapes,
         method,
         batch=batch,
@@ -107,7 +107,7 @@ def calc(
         context=None if context is None else context * 2**20,
         virtual_tokens=virtual_tokens,
     )
-    checked(asked, run)
+    validate(asked, run)
     refuse_impossible(opened.shapes, asked, run)
     _answer(out, Question(opened, asked, run), question, sweep or "", fit, gpu)
 

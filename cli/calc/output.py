@@ -7,7 +7,7 @@ from typing import Any
 
 from cli.console import print_json
 from pipeline.calc.architecture import Model
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.errors import UserError
 
 
@@ -38,5 +38,5 @@ class Question:
     """A model and one configuration of it."""
 
     model: Model
-    method: Method
-    run: Run
+    method: FinetuningMethod
+    run: TrainingConfig

@@ -9,7 +9,7 @@ from pipeline.calc.fit import Gpu, gpus
 from pipeline.calc.format import PROJECTION, SHADES, cells_of, gib, title_of
 from pipeline.calc.memory import PARTS, Memory, inference
 from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 
 
 def overview(out: Output, question: Question) -> None:
@@ -52,7 +52,7 @@ def _parameters(question: Question) -> None:
         stdout.print(f"by the document's rule (§3): {simplified:,}; {why}", style="dim", markup=False)
 
 
-Columns = dict[str, tuple[Method, Run, Memory]]
+Columns = dict[str, tuple[FinetuningMethod, TrainingConfig, Memory]]
 
 
 def _memory(columns: Columns) -> None:

@@ -72,9 +72,9 @@ def _why_not(project: "Project", study: str) -> str:
     """What the project lacks for a study."""
     from pipeline.project.stage_graph import STAGES
 
-    if not STAGES[f"study_{study}"].documents:
+    if not STAGES[f"study_{study}"].minigpt_only:
         return f"study_{study}.data names no file. Write sentences that state the fact, and name them there."
-    general = [stage.method for stage in STAGES.values() if stage.kind == "study" and not stage.documents]
+    general = [stage.method for stage in STAGES.values() if stage.kind == "study" and not stage.minigpt_only]
     return (
         f"The study {study} asks what the document asks of MiniGPT; pretrain.base is {project.params.pretrain.base}. "
         f"On any base there is {', '.join(general)}."

@@ -31,7 +31,7 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
     Raises UserError on a bad target, and where `init` does not fit a rank.
     """
     names = targeted(model, spec)
-    embedding, head = model.ends
+    embedding, head = model.embedding_and_head
     by_rows = {*spec.rows}
     if model.shape.tied and (embedding in by_rows or spec.saves(model.embedding_name)):
         by_rows.add(head)
@@ -92,7 +92,7 @@ def separate(model: CausalLM) -> None:
 
 def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
     embedding, head = model.embeddings, model.head
-    names = model.ends
+    names = model.embedding_and_head
     ids = {name: torch.tensor(indices, device=model.device) for name, indices in rows.items()}
     trained = {
         name: nn.Parameter(lora.weight_of(base).detach()[ids[name]].clone())

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.adapters.batched_matmul import update
+from pipeline.adapters.batched_matmul import batched_lora_forward
 from pipeline.adapters.lora import LoRALinear
 from pipeline.models.base import CausalLM
 
 
-class Share:
+class AdapterRouting:
     """Whose the rows of a forward are: `counts` to each adapter. With `off` the base's, whosever they are."""
 
     def __init__(self, adapters: int) -> None:
@@ -31,7 +31,7 @@ class Share:
         self.even = len({*counts} - {0}) == 1  # whether they all have as many
 
     @contextmanager
-    def among(self, counts: tuple[int, ...]) -> Iterator[None]:
+    def route(self, counts: tuple[int, ...]) -> Iterator[None]:
         """So many rows are each adapter's, while entered."""
         before = self.counts
         self._set(counts)
@@ -58,10 +58,12 @@ class Share:
         return stacked if len(self.live) == len(self.counts) else stacked[self.live]
 
 
-class Many(nn.Module):
+class BatchedLayer(nn.Module):
     """One layer of the base, and for each adapter the `part` that takes its place, or None where the base's stays."""
 
-    def __init__(self, base: nn.Module, parts: Sequence[nn.Module | None], share: Share, stacks: "Stacks") -> None:
+    def __init__(
+        self, base: nn.Module, parts: Sequence[nn.Module | None], share: AdapterRouting, stacks: "StackedParameters"
+    ) -> None:
         super().__init__()
         self.base, self.share = base, share
         self.parts = nn.ModuleList(nn.Identity() if part is None else part for part in parts)
@@ -95,7 +97,7 @@ class Many(nn.Module):
         through: Tensor = functional_call(part, own, (rows,))
         return through
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """The parts keep no numbers of what is stacked: there is one copy of them."""
         for part, shapes in zip(self.parts, self.shapes, strict=True):
             part.requires_grad_(False)
@@ -110,12 +112,14 @@ class Many(nn.Module):
         return part if shapes else self.base
 
 
-class ManyLowRank(Many):
+class BatchedLoRALinear(BatchedLayer):
     """A frozen linear plus an update for each adapter: y = Wx + b + sₙ·BₙAₙx for the rows of adapter n."""
 
     scales: Tensor
 
-    def __init__(self, base: nn.Module, parts: Sequence[LoRALinear | None], share: Share, stacks: "Stacks") -> None:
+    def __init__(
+        self, base: nn.Module, parts: Sequence[LoRALinear | None], share: AdapterRouting, stacks: "StackedParameters"
+    ) -> None:
         super().__init__(base, parts, share, stacks)
         self.numbers = [1.0 if part is None else part.scale for part in parts]
         scales = torch.tensor(self.numbers)  # fp32: 16 bits are another scale
@@ -126,7 +130,7 @@ class ManyLowRank(Many):
         if share.off or not share.even:
             return super().forward(x)
         A, B = (share.of_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B"))
-        return update(x, self.base, A, B, share.of_live(self.scales))
+        return batched_lora_forward(x, self.base, A, B, share.of_live(self.scales))
 
     def adapted(self, rows: Tensor) -> Tensor:
         counts = list(self.share.counts)
@@ -136,7 +140,7 @@ class ManyLowRank(Many):
         return torch.cat([torch.addmm(y, x @ a.T, b.T, alpha=s) for y, x, a, b, s in each])
 
 
-class ManyEmbedding(Many):
+class BatchedEmbedding(BatchedLayer):
     """An embedding of its own for each adapter: E (N, V, D)."""
 
     def adapted(self, rows: Tensor) -> Tensor:
@@ -147,7 +151,7 @@ class ManyEmbedding(Many):
         return tables.gather(1, rows.view(L, -1, 1).expand(-1, -1, D)).flatten(0, 1)
 
 
-class ManyHead(Many):
+class BatchedHead(BatchedLayer):
     """A head of its own for each adapter: W (N, V, D)."""
 
     def adapted(self, rows: Tensor) -> Tensor:
@@ -159,7 +163,7 @@ class ManyHead(Many):
         return (out if bias is None else out + self.share.of_live(bias)[:, None]).flatten(0, 1)
 
 
-class Stacks:
+class StackedParameters:
     """The trained tensors of N adapters, stacked: one parameter for what is one tensor in each of them, tied or not."""
 
     def __init__(self) -> None:
@@ -185,7 +189,7 @@ def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
     return out
 
 
-def attach_many(model: CausalLM, ways: Sequence[Callable[[], object]]) -> Share:
+def attach_many(model: CausalLM, ways: Sequence[Callable[[], object]]) -> AdapterRouting:
     """Give `model` an adapter for each of `ways`, which attach one to it as if it were alone; all are then trained at
     once."""
     own = dict(model.named_modules())
@@ -193,12 +197,12 @@ def attach_many(model: CausalLM, ways: Sequence[Callable[[], object]]) -> Share:
     for attach_one in ways:
         attach_one()
         found.append(_taken_off(model, own))
-    share, stacks = Share(len(ways)), Stacks()
+    share, stacks = AdapterRouting(len(ways)), StackedParameters()
     for name in dict.fromkeys(name for parts in found for name in parts):
         parts = [one.get(name) for one in found]
         model.set_submodule(name, _kind(parts)(own[name], parts, share, stacks))
     for layer in layers(model):
-        layer.let_go()
+        layer.release()
     return share
 
 
@@ -227,17 +231,17 @@ def _copied(module: nn.Module, copies: dict[int, nn.Parameter]) -> nn.Module:
     return new
 
 
-def _kind(parts: Sequence[nn.Module | None]) -> type[Many]:
+def _kind(parts: Sequence[nn.Module | None]) -> type[BatchedLayer]:
     kinds = {type(part) for part in parts if part is not None}
     if kinds == {LoRALinear} and not any(isinstance(part, LoRALinear) and part.moved for part in parts):
-        return ManyLowRank
+        return BatchedLoRALinear
     if None in parts or len(kinds) > 1:
-        return Many
-    return {nn.Embedding: ManyEmbedding, nn.Linear: ManyHead}.get(kinds.pop(), Many)
+        return BatchedLayer
+    return {nn.Embedding: BatchedEmbedding, nn.Linear: BatchedHead}.get(kinds.pop(), BatchedLayer)
 
 
-def layers(model: nn.Module) -> Iterator[Many]:
-    return (module for module in model.modules() if isinstance(module, Many))
+def layers(model: nn.Module) -> Iterator[BatchedLayer]:
+    return (module for module in model.modules() if isinstance(module, BatchedLayer))
 
 
 def trained_by(model: nn.Module, number: int) -> int:
@@ -249,7 +253,7 @@ def trained_by(model: nn.Module, number: int) -> int:
 @contextmanager
 def only(model: CausalLM, number: int) -> Iterator[None]:
     """`model` with adapter `number` alone on it, while entered: as it is where one adapter is trained."""
-    held = {name: module for name, module in model.named_modules() if isinstance(module, Many)}
+    held = {name: module for name, module in model.named_modules() if isinstance(module, BatchedLayer)}
     for name, layer in held.items():
         model.set_submodule(name, layer.alone(number))
     try:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def update(x: Tensor, base: nn.Module, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+def batched_lora_forward(x: Tensor, base: nn.Module, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
     """Wx + b + sₙ·BₙAₙx, (..., O), for rows (..., I), A (L, R, I), B (L, O, R), scales (L, 1, 1)."""
     if type(base) is nn.Linear and base.bias is not None:
         out: Tensor = _Update.apply(x, base.weight, base.bias, A, B, scales)  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeVar
 
-from pipeline.calc.target_modules import ends
+from pipeline.calc.target_modules import matches_suffix
 from pipeline.files.patterns import block_match, end_match, full_match
 
 Number = TypeVar("Number", int, float)
@@ -58,7 +58,7 @@ class AdapterSpec:
         if isinstance(self.excluded, str):
             excluded = full_match(self.excluded, module, "exclude_modules")
         else:
-            excluded = any(ends(module, form) for form in self.excluded)
+            excluded = any(matches_suffix(module, form) for form in self.excluded)
         if isinstance(self.targets, str):
             return excluded or lies_in(module, self.saved)
         numbered = bool(self.layers) and module not in self.targets
@@ -80,7 +80,7 @@ def _by_pattern(values: Mapping[str, Number], module: str, default: Number, key:
 
 def lies_in(module: str, names: Iterable[str]) -> bool:
     """Whether `names` mean the module with this full name, or one that it is in."""
-    return any(ends(part, name) for part in ways_to(module) for name in names)
+    return any(matches_suffix(part, name) for part in ways_to(module) for name in names)
 
 
 def ways_to(module: str) -> list[str]:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.lora import LoRALinear, upright, weight_of
+from pipeline.adapters.lora import LoRALinear, weight_of, weight_out_in
 from pipeline.models.quantization.quantized_linear import QuantizedLinear
 from pipeline.project.params.sections import Init
 
@@ -26,10 +26,10 @@ class DoRALinear(LoRALinear):
     ) -> None:
         super().__init__(base, rank, scale, dtype, init)
         self.strength = 1.0  # W + strength · (W' − W): the update is not linear in its scale
-        self.register_buffer("squares", lengths(upright(base)).square(), persistent=False)  # ‖W‖², (O,)
+        self.register_buffer("squares", row_norms(weight_out_in(base)).square(), persistent=False)  # ‖W‖², (O,)
         with torch.no_grad():
             A, B = (factor.to(weight_of(base).dtype) for factor in self.pair())
-            start = lengths(self._sum(A, B)) if self.folds else self._lengths(A, B)
+            start = row_norms(self._sum(A, B)) if self.folds else self._lengths(A, B)
         self.magnitude = nn.Parameter(start)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class DoRALinear(LoRALinear):
 
     def _folded(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         weight = self._sum(A, B)
-        ratio = self.magnitude / lengths(weight.detach())  # (O,)
+        ratio = self.magnitude / row_norms(weight.detach())  # (O,)
         return F.linear(x, (weight * ratio[:, None]).to(x.dtype), self.base.bias)  # type: ignore[arg-type]
 
     def _sum(self, A: Tensor, B: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class DoRALinear(LoRALinear):
     def _lengths(self, A: Tensor, B: Tensor) -> Tensor:
         """‖W + s·BA‖, (O,)."""
         base = self.base
-        weight = base.weight_in(A.dtype) if isinstance(base, QuantizedLinear) else upright(base).to(A.dtype)
+        weight = base.weight_in(A.dtype) if isinstance(base, QuantizedLinear) else weight_out_in(base).to(A.dtype)
         wide = self.squares.dtype
         across = ((weight @ A.T).to(wide) * B).sum(1)
         A, B = A.to(wide), B.to(wide)
@@ -69,7 +69,7 @@ class DoRALinear(LoRALinear):
         return (self.squares + 2 * self.scale * across + self.scale**2 * own).clamp_(min=0).sqrt_().clamp_(min=LEAST)
 
 
-def lengths(weight: Tensor) -> Tensor:
+def row_norms(weight: Tensor) -> Tensor:
     """‖row‖ of a weight (O, I), (O,), in fp32 or wider, LEAST at least."""
     found: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
     return found.clamp_(min=LEAST)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
-from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import Quantization
 from pipeline.project.stage_graph import STAGES
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -109,12 +109,12 @@ def common_base(adapters: Sequence[Path]) -> Path:
     return base
 
 
-def quantization_of(adapter: Path | None) -> Kept:
+def quantization_of(adapter: Path | None) -> Quantization:
     """In how few bits the adapter's base was kept while it trained. Only a manifest knows: PEFT's config is silent."""
     if adapter is None or not (adapter / artifact.MANIFEST).exists():
         return "none"
-    said: Kept = artifact.read_manifest(adapter).get("params", {}).get("quantization", "none")
-    if said not in get_args(Kept):
+    said: Quantization = artifact.read_manifest(adapter).get("params", {}).get("quantization", "none")
+    if said not in get_args(Quantization):
         raise UserError(f"{adapter / artifact.MANIFEST}: quantization is {said!r}. Train the adapter again.")
     return said
 

@@ -13,7 +13,7 @@ DOCUMENT_STD = 0.01
 Begin = Callable[[Tensor, Tensor], None]  # fills A (R, I) and B (O, R), in place
 
 
-def begin(A: Tensor, B: Tensor, init: Init) -> None:
+def initialize(A: Tensor, B: Tensor, init: Init) -> None:
     """Fill A (R, I) and B (O, R), in place, so that BA = 0: training starts from the base.
 
     For pissa see `principal`, which needs the weight. Raises UserError for an odd rank where it must be even.

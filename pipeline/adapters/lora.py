@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.init import DOCUMENT_STD, begin, principal
+from pipeline.adapters.init import DOCUMENT_STD, initialize, principal
 from pipeline.models.linears import is_conv1d
 from pipeline.models.quantization.quantized_linear import QuantizedLinear
 from pipeline.project.params.sections import Init
@@ -12,7 +12,7 @@ from pipeline.project.params.sections import Init
 FOLD_BELOW = 2**16  # weights; see LoRALinear
 
 
-def transposed(base: nn.Module) -> bool:
+def fan_in_fan_out(base: nn.Module) -> bool:
     """Whether the layer stores its weight as (I, O): Conv1D, and an embedding, whose inputs are its rows."""
     return is_conv1d(base) or isinstance(base, nn.Embedding)
 
@@ -24,9 +24,9 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
-def upright(base: nn.Module) -> Tensor:
+def weight_out_in(base: nn.Module) -> Tensor:
     """A linear's weight as (O, I), a view of it."""
-    return weight_of(base).T if transposed(base) else weight_of(base)
+    return weight_of(base).T if fan_in_fan_out(base) else weight_of(base)
 
 
 def weight_in(base: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -43,8 +43,8 @@ class LoRALinear(nn.Module):
     A and B may have another dtype than W: they are cast to x's, which is far smaller than x cast to theirs.
     """
 
-    first_A: Tensor
-    minus_first_B: Tensor
+    initial_A: Tensor
+    neg_initial_B: Tensor
 
     def __init__(
         self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None, init: Init = "document"
@@ -54,28 +54,28 @@ class LoRALinear(nn.Module):
         self.base, self.scale = base, scale
         self.enabled = True  # off: the base alone
         weight = weight_of(base)
-        outputs, inputs = reversed(weight.shape) if transposed(base) else weight.shape
+        outputs, inputs = reversed(weight.shape) if fan_in_fan_out(base) else weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
         A, B = like.new_empty(rank, inputs), like.new_empty(outputs, rank)
-        begin(A, B, init)
+        initialize(A, B, init)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         self.folds = isinstance(base, nn.Linear | QuantizedLinear) and weight.numel() < FOLD_BELOW
         self.moved = init == "pissa"  # A and B begin elsewhere than at BA = 0: where, is taken away again
         if self.moved:
-            self._begin_at(*principal(upright(base), rank, scale))
+            self._begin_at(*principal(weight_out_in(base), rank, scale))
 
     @torch.no_grad()
     def _begin_at(self, A: Tensor, B: Tensor) -> None:
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
-        self.register_buffer("first_A", self.lora_A.detach().clone(), persistent=False)
-        self.register_buffer("minus_first_B", -self.lora_B.detach(), persistent=False)
+        self.register_buffer("initial_A", self.lora_A.detach().clone(), persistent=False)
+        self.register_buffer("neg_initial_B", -self.lora_B.detach(), persistent=False)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R) of the update s·BA; with PiSSA BA − B₀A₀, in one product of rank 2R."""
         if not self.moved:
             return self.lora_A, self.lora_B
-        return torch.cat((self.lora_A, self.first_A)), torch.cat((self.lora_B, self.minus_first_B), dim=1)
+        return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.neg_initial_B), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor
@@ -122,4 +122,4 @@ def factors(layer: LoRALinear | LoRAEmbedding) -> tuple[Tensor, Tensor]:
     """Two whose product, scaled, is added to the base's weight as it is stored: (n, R) and (R, m)."""
     pair = layer.pair() if isinstance(layer, LoRALinear) else (layer.lora_A, layer.lora_B)
     a, b = (factor.detach() for factor in pair)
-    return (a.T, b.T) if transposed(layer.base) else (b, a)
+    return (a.T, b.T) if fan_in_fan_out(layer.base) else (b, a)

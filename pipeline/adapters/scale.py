@@ -11,7 +11,7 @@ from pipeline.models.base import CausalLM
 LORA = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE)
 
 
-class Strength:
+class AdapterScale:
     """W + s·(W′ − W) for every W that an adapter changed in `model`; s = 1 is the adapter to the last bit.
 
     LoRA's update is linear in its scale; DoRA's is not, and has a strength of its own. What was trained in full or row

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.target_modules import ALL_LINEAR, HEAD, chosen, ends
+from pipeline.calc.target_modules import ALL_LINEAR, HEAD, chosen, matches_suffix
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match
 from pipeline.models.linears import is_linear
@@ -29,7 +29,7 @@ def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
         meant = [name for name in layers if full_match(spec.targets, name, "target_modules")]
     else:
         wanted = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
-        if not any(ends(embedding, want) for want in wanted):  # no group has it
+        if not any(matches_suffix(embedding, want) for want in wanted):  # no group has it
             layers = [name for name in layers if name != embedding]
         meant = chosen(layers, wanted, getattr(model, "head_name", HEAD))
     found = [name for name in meant if not spec.leaves_out(name)]

@@ -54,7 +54,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Style:
+class BlockStyle:
     """How a block computes, as far as it decides which tensors a training step keeps."""
 
     norm: Literal["rms", "rms32", "layer"] = "rms"  # rms32: the weight is applied in fp32
@@ -105,7 +105,7 @@ class Architecture:
     head_bias: int = 0
     extra_norms: int = 0
     outside: tuple[Linear, ...] = ()  # linears outside the blocks, the head not counted
-    style: Style = field(default_factory=Style)
+    style: BlockStyle = field(default_factory=BlockStyle)
     layers: str = "model.layers"
     head_name: str = HEAD
     name: str = ""

@@ -6,12 +6,14 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.memory import Memory, trained_split
 from pipeline.calc.parameters import Projection, projections
 from pipeline.calc.precision import precision
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 
 GIB = 2**30
 
 
-def explain(model: Architecture, method: Method, run: Run, memory: Memory) -> Iterator[tuple[str, str]]:
+def explain(
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig, memory: Memory
+) -> Iterator[tuple[str, str]]:
     """(what, how it is computed), in the order of the screen."""
     yield "parameters", " + ".join(f"{name} {count:,}" for name, count in model.components().items())
     for p in projections(model, method):
@@ -35,14 +37,14 @@ def explain(model: Architecture, method: Method, run: Run, memory: Memory) -> It
     yield "peak", f"the sum, in phase “{memory.where}”" + _equals(memory.peak)
 
 
-def _pair(p: Projection, method: Method) -> str:
+def _pair(p: Projection, method: FinetuningMethod) -> str:
     each = f"A {p.rank} × {p.inputs:,} + B {p.outputs:,} × {p.rank}"
     each += f" + magnitude {p.outputs:,}" if method.dora else ""
     each = f"{p.experts} × ({each})" if p.experts > 1 else each
     return f"{each} = {p.parameters_each:,}; × {p.count} = {p.parameters:,}"
 
 
-def _weights(model: Architecture, run: Run) -> str:
+def _weights(model: Architecture, run: TrainingConfig) -> str:
     kind = precision(run.precision)
     if not kind.quantized:
         table = f" + {model.fixed_positions:,} × {kind.compute} B (table of positions)" if model.fixed_positions else ""
@@ -62,7 +64,7 @@ def _state(memory: Memory, trained: int) -> str:
     )
 
 
-def _activations(model: Architecture, run: Run) -> str:
+def _activations(model: Architecture, run: TrainingConfig) -> str:
     size = run.tokens * model.hidden * run.width
     kept = sum(run.checkpointed(index) for index in range(len(model.blocks)))
     each = f"{run.batch} × {run.sequence:,} × {model.hidden:,} × {run.width} B = {size / 2**20:,.1f} MiB"
@@ -75,7 +77,7 @@ def _activations(model: Architecture, run: Run) -> str:
     return f"{blocks} blocks keep every tensor that backward needs, counted operation by operation, in units of {each}"
 
 
-def _logits(model: Architecture, run: Run) -> str:
+def _logits(model: Architecture, run: TrainingConfig) -> str:
     rows = min(run.chunk, run.labels) if run.loss == "chunked" else run.labels
     size = rows * model.vocabulary
     return (

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.memory import possible, predict
 from pipeline.calc.precision import precision
-from pipeline.calc.settings import Method, Run, qlora
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig, qlora
 from pipeline.calc.sources.open_model import nearest
 from pipeline.errors import UserError
 
@@ -61,7 +61,7 @@ class Largest:
     precision: str | None
 
 
-def largest(model: Architecture, method: Method, run: Run, budget: int) -> Largest:
+def largest(model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int) -> Largest:
     """The largest batch, sequence and rank, and the least quantized precision, that need at most `budget` bytes."""
     context = min(LARGEST["sequence"], model.context)
     return Largest(
@@ -74,7 +74,7 @@ def largest(model: Architecture, method: Method, run: Run, budget: int) -> Large
     )
 
 
-def _fits(model: Architecture, method: Method, run: Run, budget: int) -> bool:
+def _fits(model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int) -> bool:
     return possible(model, method, run) and predict(model, method, run).peak <= budget
 
 
@@ -92,7 +92,9 @@ def _most(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def changes(model: Architecture, method: Method, run: Run, budget: int) -> Iterator[tuple[str, Method, Run, int]]:
+def changes(
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int
+) -> Iterator[tuple[str, FinetuningMethod, TrainingConfig, int]]:
     """What to change, one at a time and then one on top of the other, until it fits: (words, settings, peak).
 
     First each change alone, cheapest in quality and time first, and only those that fit; then, if none does, all that
@@ -117,10 +119,10 @@ def changes(model: Architecture, method: Method, run: Run, budget: int) -> Itera
             return
 
 
-Change = Callable[[Method, Run], tuple[Method, Run]]
+Change = Callable[[FinetuningMethod, TrainingConfig], tuple[FinetuningMethod, TrainingConfig]]
 
 
-def _adapters_only(method: Method, run: Run) -> tuple[Method, Run]:
+def _adapters_only(method: FinetuningMethod, run: TrainingConfig) -> tuple[FinetuningMethod, TrainingConfig]:
     return (method, run) if method.kind in ("lora", "prefix", "prompt") else (replace(method, kind="lora"), run)
 
 

@@ -3,7 +3,7 @@
 from pipeline.calc.fit import GIB, gpus
 from pipeline.calc.memory import PARTS
 from pipeline.calc.parameters import Projection
-from pipeline.calc.settings import Method
+from pipeline.calc.settings import FinetuningMethod
 
 MIB = 2**20
 SHADES = dict(zip(PARTS, ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black"), strict=True))
@@ -25,7 +25,7 @@ def cells_of(projection: Projection) -> tuple[str, ...]:
     )
 
 
-def title_of(method: Method) -> str:
+def title_of(method: FinetuningMethod) -> str:
     """The method in words."""
     if method.kind == "lora":
         name = "DoRA" if method.dora else "rsLoRA" if method.rslora else "LoRA"

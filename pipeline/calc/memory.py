@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.parameters import magnitudes, projections, ranks, trained_parts
 from pipeline.calc.precision import precision
-from pipeline.calc.settings import OPTIMIZERS, Method, Run, checked
+from pipeline.calc.settings import OPTIMIZERS, FinetuningMethod, TrainingConfig, validate
 from pipeline.calc.simulator.step import run_step
 from pipeline.calc.simulator.tape import Tape
 from pipeline.errors import UserError
@@ -35,9 +35,9 @@ class Memory:
 PARTS = tuple(field.name for field in fields(Memory) if field.name != "where")
 
 
-def predict(model: Architecture, method: Method, run: Run) -> Memory:
+def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Memory:
     """Memory of one training step. Raises UserError for settings that no run can have."""
-    checked(method, run)
+    validate(method, run)
     refuse_impossible(model, method, run)
     tape = step(model, method, run)
     flat = model.style.ours or run.trainer  # gradients are one vector that stays
@@ -60,21 +60,21 @@ def predict(model: Architecture, method: Method, run: Run) -> Memory:
     return memory
 
 
-def _trained(model: Architecture, method: Method, run: Run, flat: bool) -> list[tuple[int, int]]:
+def _trained(model: Architecture, method: FinetuningMethod, run: TrainingConfig, flat: bool) -> list[tuple[int, int]]:
     """(numbers, bytes of each): of the adapter but DoRA's magnitudes, of those, of the base. Ours are fp32 always."""
     adapter, base = trained_split(model, method)
     width, lengths = precision(run.adapter_precision).compute, magnitudes(model, method)
     return [(adapter - lengths, width), (lengths, 4 if flat else width), (base, run.width)]
 
 
-def _beside(model: Architecture, method: Method, trains: list[tuple[int, int]]) -> int:
+def _beside(model: Architecture, method: FinetuningMethod, trains: list[tuple[int, int]]) -> int:
     """Bytes that our layers keep: DoRA's ‖W‖² in fp32, PiSSA's A and B as they began."""
     (_, width), (lengths, _), _ = trains
     matrices = sum(p.parameters for p in projections(model, method)) - lengths if method.pissa else 0
     return 4 * lengths + matrices * width
 
 
-def step(model: Architecture, method: Method, run: Run) -> Tape:
+def step(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Tape:
     """The step on the tape: what it allocates beyond weights, adapter and optimizer."""
     return run_step(model, method, run, ranks(model, method))
 
@@ -85,14 +85,14 @@ def weight_bytes(model: Architecture, name: str) -> int:
     return kind.weights(model.quantizable, model.total) + model.fixed_positions * kind.compute
 
 
-def trained_split(model: Architecture, method: Method) -> tuple[int, int]:
+def trained_split(model: Architecture, method: FinetuningMethod) -> tuple[int, int]:
     """(parameters that are added to the base, stored and shipped; parameters of the base itself), all that trains."""
     parts = trained_parts(model, method)
     added = sum(count for part, count in parts.items() if part in ("matrices", "new rows", "prefix", "prompt"))
     return added, sum(parts.values()) - added
 
 
-def inference(model: Architecture, method: Method | None, run: Run) -> dict[str, int]:
+def inference(model: Architecture, method: FinetuningMethod | None, run: TrainingConfig) -> dict[str, int]:
     """Weights, adapter if it is not merged, and KV cache, in bytes, while `batch` sequences are generated.
 
     Merged, an adapter is in the weights: give no method.
@@ -107,7 +107,7 @@ def inference(model: Architecture, method: Method | None, run: Run) -> dict[str,
     return {**parts, "total": sum(parts.values())}
 
 
-def possible(model: Architecture, method: Method, run: Run) -> bool:
+def possible(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> bool:
     """Whether this model can run this method in this way."""
     try:
         refuse_impossible(model, method, run)
@@ -116,7 +116,7 @@ def possible(model: Architecture, method: Method, run: Run) -> bool:
     return True
 
 
-def refuse_impossible(model: Architecture, method: Method, run: Run) -> None:
+def refuse_impossible(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> None:
     """Raises UserError where this model cannot run this method in this way."""
     _, base = trained_split(model, method)  # refuses targets and blocks that the model does not have
     if precision(run.precision).quantized and base and method.kind != "lora":  # embeddings and head are not quantized

@@ -3,17 +3,17 @@
 from typing import Any
 
 from pipeline.calc.architecture import Architecture
-from pipeline.calc.settings import QLORA, Method, Run
+from pipeline.calc.settings import QLORA, FinetuningMethod, TrainingConfig
 
 METHODS = ("full", "freeze", "lora", "qlora", "prefix", "prompt")  # as they are asked for
 CONTEXT = 512 * 2**20  # bytes of CUDA context and kernels, assumed
 
 
-def method_of(kind: str, rank: int, alpha: float | None, targets: str, **more: Any) -> Method:
+def parse_method(kind: str, rank: int, alpha: float | None, targets: str, **more: Any) -> FinetuningMethod:
     """`qlora` is LoRA; alpha is the rank where there is none; `targets` are separated by commas; new rows train."""
     if more.get("new_rows") and more.get("embeddings") == "none":
         more["embeddings"] = "new_rows"
-    return Method(
+    return FinetuningMethod(
         kind="lora" if kind == "qlora" else kind,
         rank=rank,
         alpha=float(rank) if alpha is None else alpha,
@@ -22,7 +22,7 @@ def method_of(kind: str, rank: int, alpha: float | None, targets: str, **more: A
     )
 
 
-def run_of(
+def parse_training_config(
     model: Architecture,
     kind: str,
     *,
@@ -32,14 +32,14 @@ def run_of(
     context: int | None = None,
     virtual_tokens: int = 0,
     **more: Any,
-) -> Run:
+) -> TrainingConfig:
     """A step of this model; `context` in bytes. MiniGPT trains in fp32, keeps every tensor, and runs on the CPU.
 
     The longest sequence by default, after the `virtual_tokens` of prompt tuning, which take places of their own.
     """
     ours, room = model.style.ours, model.context - (virtual_tokens if kind == "prompt" else 0)
     fallback = QLORA if kind == "qlora" else "fp32" if ours else "bf16"
-    return Run(
+    return TrainingConfig(
         sequence=max(1, min(2048, room)) if sequence is None else sequence,
         precision=precision or fallback,
         checkpointing=checkpointing or ("none" if ours else "full"),

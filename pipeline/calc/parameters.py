@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.calc.architecture import Architecture, Linear
-from pipeline.calc.settings import Method
+from pipeline.calc.settings import FinetuningMethod
 from pipeline.calc.target_modules import GROUPS, chosen
 from pipeline.errors import UserError
 from pipeline.files.patterns import end_match, one_budget
@@ -32,7 +32,7 @@ class Projection:
 
 @lru_cache(maxsize=32)
 @one_budget()
-def ranks(model: Architecture, method: Method) -> Mapping[str, int]:
+def ranks(model: Architecture, method: FinetuningMethod) -> Mapping[str, int]:
     """Full name → rank of every linear that gets LoRA. Raises UserError for a target that means nothing."""
     if method.kind != "lora":
         return {}
@@ -62,7 +62,7 @@ def _of_experts(model: Architecture, targets: tuple[str, ...]) -> tuple[str, ...
 _TODAY = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj", "gate": "mlp.gate"}
 
 
-def _rank(name: str, model: Architecture, method: Method) -> int:
+def _rank(name: str, model: Architecture, method: FinetuningMethod) -> int:
     """The first pattern that matches decides, as in PEFT: `(.*\\.)?(pattern)$`. Gate and up have a rank each."""
     for key, rank in method.rank_pattern:
         if end_match(key, name, "rank_pattern"):
@@ -72,7 +72,7 @@ def _rank(name: str, model: Architecture, method: Method) -> int:
 
 
 @lru_cache(maxsize=32)
-def projections(model: Architecture, method: Method) -> tuple[Projection, ...]:
+def projections(model: Architecture, method: FinetuningMethod) -> tuple[Projection, ...]:
     """Every kind of linear that gets LoRA, in the model's order."""
     of, kinds = ranks(model, method), Counter[tuple[Linear, int]]()
     for name, linear in model.linears():
@@ -92,22 +92,22 @@ def projections(model: Architecture, method: Method) -> tuple[Projection, ...]:
     )
 
 
-def lora_parameters(linear: Linear, rank: int, method: Method) -> int:
+def lora_parameters(linear: Linear, rank: int, method: FinetuningMethod) -> int:
     """A and B, and DoRA's magnitude, one number an output (Liu et al. 2024)."""
     return linear.lora(rank) + (linear.outputs * linear.experts if method.dora else 0)
 
 
-def magnitudes(model: Architecture, method: Method) -> int:
+def magnitudes(model: Architecture, method: FinetuningMethod) -> int:
     """DoRA's, all of them."""
     return sum(p.count * p.outputs * p.experts for p in projections(model, method)) if method.dora else 0
 
 
-def trained_parts(model: Architecture, method: Method) -> dict[str, int]:
+def trained_parts(model: Architecture, method: FinetuningMethod) -> dict[str, int]:
     """Trainable parameters by part; zero entries are left out. Raises UserError for what the model cannot have."""
     return {name: count for name, count in _parts(model, method).items() if count}
 
 
-def _parts(model: Architecture, method: Method) -> dict[str, int]:
+def _parts(model: Architecture, method: FinetuningMethod) -> dict[str, int]:
     if method.kind == "full":
         return {"all": model.total}
     if method.kind == "prefix":
@@ -126,7 +126,7 @@ def _parts(model: Architecture, method: Method) -> dict[str, int]:
     return {"matrices": matrices}
 
 
-def _frozen_parts(model: Architecture, method: Method) -> dict[str, int]:
+def _frozen_parts(model: Architecture, method: FinetuningMethod) -> dict[str, int]:
     if method.last_blocks > len(model.blocks):
         raise UserError(
             f"last-blocks must be at most {len(model.blocks)}, the model's blocks, got {method.last_blocks}."
@@ -137,12 +137,12 @@ def _frozen_parts(model: Architecture, method: Method) -> dict[str, int]:
     return {"blocks": blocks, "embeddings": ends * model.embedding, "head": ends * model.head}
 
 
-def trainable(model: Architecture, method: Method) -> int:
+def trainable(model: Architecture, method: FinetuningMethod) -> int:
     """Parameters that train."""
     return sum(trained_parts(model, method).values())
 
 
-def document_count(model: Architecture, method: Method) -> int | None:
+def document_count(model: Architecture, method: FinetuningMethod) -> int | None:
     """The document's count (§3): every projection d_model × d_model, 2·r·d_model each.
 
     None where its rule does not apply: another method than plain LoRA on separate attention projections.
@@ -155,7 +155,7 @@ def document_count(model: Architecture, method: Method) -> int | None:
     return sum(p.count * 2 * method.rank * model.hidden for p in found)
 
 
-def why_they_differ(model: Architecture, method: Method) -> str:
+def why_they_differ(model: Architecture, method: FinetuningMethod) -> str:
     """One line on the exact count and the document's; empty where they agree."""
     document = document_count(model, method)
     if document is None or document == trainable(model, method):
@@ -165,7 +165,7 @@ def why_they_differ(model: Architecture, method: Method) -> str:
     return f"the document takes every projection as {model.hidden:,} × {model.hidden:,}; here {shapes}"
 
 
-def notes(model: Architecture, method: Method) -> list[str]:
+def notes(model: Architecture, method: FinetuningMethod) -> list[str]:
     """What the reader should know of these counts."""
     found = projections(model, method) if method.kind == "lora" else ()
     said = []

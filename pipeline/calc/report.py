@@ -16,13 +16,13 @@ from pipeline.calc.parameters import (
     why_they_differ,
 )
 from pipeline.calc.precision import precision
-from pipeline.calc.settings import Method, Run, qlora
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig, qlora
 from pipeline.errors import UserError
 
 SWEEPS = ("rank", "sequence", "batch", "precision", "optimizer", "checkpointing", "loss", "method", "targets")
 
 
-def answer(model: Architecture, method: Method, run: Run) -> dict[str, Any]:
+def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> dict[str, Any]:
     """Everything about one configuration, sizes in bytes. Raises UserError for settings that no run can have."""
     memory = predict(model, method, run)
     added, base = trained_split(model, method)
@@ -66,19 +66,21 @@ def answer(model: Architecture, method: Method, run: Run) -> dict[str, Any]:
     }
 
 
-def assumptions(run: Run) -> dict[str, Any]:
+def assumptions(run: TrainingConfig) -> dict[str, Any]:
     """How the step runs; `checkpointing` is true or false, or "selective"."""
     values = asdict(run)
     values["checkpointing"] = {"full": True, "none": False}.get(run.checkpointing, run.checkpointing)
     return values
 
 
-def target_names(model: Architecture, method: Method) -> list[str]:
+def target_names(model: Architecture, method: FinetuningMethod) -> list[str]:
     """Last names of the linears that get LoRA, in the model's order."""
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in ranks(model, method)))
 
 
-def side_by_side(model: Architecture, method: Method, run: Run) -> dict[str, tuple[Method, Run, Memory]]:
+def side_by_side(
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig
+) -> dict[str, tuple[FinetuningMethod, TrainingConfig, Memory]]:
     """Full fine-tuning, freezing, the adapter at the run's precision, and on NF4: the same step, four ways."""
     adapter = method if method.kind not in ("full", "freeze") else replace(method, kind="lora")
     plain = replace(run, precision="bf16") if precision(run.precision).quantized else run
@@ -92,14 +94,18 @@ def side_by_side(model: Architecture, method: Method, run: Run) -> dict[str, tup
     return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items() if possible(model, m, r)}
 
 
-def swept(method: Method, run: Run, key: str, values: list[str]) -> list[tuple[str, Method, Run]]:
+def swept(
+    method: FinetuningMethod, run: TrainingConfig, key: str, values: list[str]
+) -> list[tuple[str, FinetuningMethod, TrainingConfig]]:
     """The configuration once for each value of `key`. Raises UserError for a key or value that there is not."""
     if key not in SWEEPS:
         raise UserError(f"--sweep takes one of {', '.join(SWEEPS)}, got {key!r}.")
     return [(value, *_with(method, run, key, value)) for value in values]
 
 
-def _with(method: Method, run: Run, key: str, value: str) -> tuple[Method, Run]:
+def _with(
+    method: FinetuningMethod, run: TrainingConfig, key: str, value: str
+) -> tuple[FinetuningMethod, TrainingConfig]:
     changed: Any = value
     if key in LARGEST:
         if not re.fullmatch(r"-?[0-9]{1,12}", value):

@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, Callable[[int], float]] = {  # bytes of state a trained pa
 
 
 @dataclass(frozen=True)
-class Method:
+class FinetuningMethod:
     """What trains. `embeddings` (embedding and head) and `new_rows` belong to LoRA, `last_blocks` to freezing."""
 
     kind: str = "lora"
@@ -56,7 +56,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingConfig:
     """How a training step runs. `batch` sequences of `sequence` tokens; precisions by name."""
 
     batch: int = 1
@@ -104,7 +104,7 @@ class Run:
         return self.checkpointing == "full" or (self.checkpointing == "selective" and block % 2 == 0)
 
 
-def checked(method: Method, run: Run) -> None:
+def validate(method: FinetuningMethod, run: TrainingConfig) -> None:
     """Raises UserError for a value that no run can have."""
     for name, choices in {**CHOICES, "optimizer": tuple(OPTIMIZERS)}.items():
         field = {"method": "kind"}.get(name, name.replace("-", "_"))
@@ -132,12 +132,12 @@ def checked(method: Method, run: Run) -> None:
         raise UserError(f"alpha must be more than 0, got {method.alpha:g}.")
 
 
-FULL, FREEZE, LORA = Method("full"), Method("freeze"), Method("lora")
+FULL, FREEZE, LORA = FinetuningMethod("full"), FinetuningMethod("freeze"), FinetuningMethod("lora")
 
 
 QLORA = "nf4-dq"  # the precision of its base
 
 
-def qlora(run: Run) -> Run:
+def qlora(run: TrainingConfig) -> TrainingConfig:
     """The same step on a base in NF4 with double quantization (Dettmers et al. 2023)."""
     return replace(run, precision=QLORA)

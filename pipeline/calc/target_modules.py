@@ -43,12 +43,18 @@ def chosen(names: Iterable[str], wanted: Iterable[str], head: str = HEAD) -> lis
 def means(want: str, name: str, head: str = HEAD) -> bool:
     """Whether the target `want` means the linear with this full name."""
     if want == ALL_LINEAR:
-        return not any(ends(name, form) for form in (head, f"{HEAD}.decoder")) and ".experts." not in f".{name}"
+        return (
+            not any(matches_suffix(name, form) for form in (head, f"{HEAD}.decoder")) and ".experts." not in f".{name}"
+        )
     if want in GROUPS:
-        in_attention = any(ends(name, form) for form in GROUPS["attention"])
-        return in_attention if want == "attention" else not in_attention and any(ends(name, f) for f in GROUPS[want])
-    return any(ends(name, form) for form in (want, ALIASES.get(want, want)))
+        in_attention = any(matches_suffix(name, form) for form in GROUPS["attention"])
+        return (
+            in_attention
+            if want == "attention"
+            else not in_attention and any(matches_suffix(name, f) for f in GROUPS[want])
+        )
+    return any(matches_suffix(name, form) for form in (want, ALIASES.get(want, want)))
 
 
-def ends(name: str, form: str) -> bool:
+def matches_suffix(name: str, form: str) -> bool:
     return name == form or name.endswith(f".{form}")

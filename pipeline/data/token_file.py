@@ -100,7 +100,7 @@ class Corpus:
         return np.where(trained, stored, ~stored), trained
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def example_lengths(self) -> NDArray[np.int64]:
         """Tokens of each example."""
         starts: NDArray[np.int64] = np.array(self._starts, np.int64)
         return starts[1:] - starts[:-1]
@@ -111,7 +111,7 @@ class Corpus:
 
     @property
     def statistics(self) -> Statistics:
-        lengths = np.sort(self.lengths) if len(self) else np.zeros(1, np.int64)
+        lengths = np.sort(self.example_lengths) if len(self) else np.zeros(1, np.int64)
         return Statistics(
             examples=len(self),
             tokens=self._starts[-1],

@@ -8,7 +8,7 @@ from pipeline.data.masking import Encoded
 from pipeline.data.token_file import Corpus
 
 
-class Windows(Protocol):
+class Dataset(Protocol):
     """What a stage trains on: sequences by number, made when they are asked for, and where each comes from."""
 
     def __len__(self) -> int: ...
@@ -21,7 +21,7 @@ class Windows(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
+class ExampleDataset:
     """Every example as one sequence, made from the disk when it is asked for."""
 
     corpus: Corpus
@@ -30,17 +30,17 @@ class Whole:
         return len(self.corpus)
 
     def __getitem__(self, number: int) -> Window:
-        return whole(self.corpus[number])
+        return as_window(self.corpus[number])
 
     def tokens(self, number: int) -> int:
-        return int(self.corpus.lengths[number]) - 1
+        return int(self.corpus.example_lengths[number]) - 1
 
     def place(self, number: int) -> str:
         return self.corpus.place(number)
 
 
 @dataclass(frozen=True)
-class Listed:
+class InMemoryDataset:
     """Sequences in memory, and where each comes from."""
 
     windows: list[Window]
@@ -59,24 +59,24 @@ class Listed:
         return self.places[number]
 
 
-def whole(encoded: Encoded) -> Window:
+def as_window(encoded: Encoded) -> Window:
     """An example as one sequence: each token is to predict the next, where that is to be learned."""
     labels = (id_ if on else IGNORED for id_, on in zip(encoded.ids[1:], encoded.trained[1:], strict=True))
     return Window(0, encoded.ids[:-1], tuple(labels))
 
 
-def sequences(corpus: Corpus, window: int) -> Windows:
+def dataset_from(corpus: Corpus, window: int) -> Dataset:
     """The corpus's examples, or, with `window` above 0, every run of so many tokens in which something is learned."""
     if not window:
-        return Whole(corpus)
+        return ExampleDataset(corpus)
     found: list[Window] = []
     places: list[str] = []
     for number in range(len(corpus)):
         encoded = corpus[number]
-        labels = whole(encoded).labels
+        labels = as_window(encoded).labels
         for cut in windows(encoded.ids, window):
             wanted = labels[cut.start : cut.start + len(cut.ids)]
             if any(label != IGNORED for label in wanted):
                 found.append(Window(cut.start, cut.ids, wanted))
                 places.append(corpus.place(number))
-    return Listed(found, places)
+    return InMemoryDataset(found, places)

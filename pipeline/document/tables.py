@@ -33,7 +33,7 @@ class Spread(NamedTuple):
         return cls(math.fsum(found) / len(found), min(found), max(found))
 
 
-def ends(cells: Iterable[Spread]) -> list[list[float]]:
+def min_max(cells: Iterable[Spread]) -> list[list[float]]:
     """How far the least lies below each mean and the greatest above it: error bars."""
     found = list(cells)
     return [[c.mean - c.low for c in found], [c.high - c.mean for c in found]]

@@ -14,11 +14,11 @@ from pipeline.data.examples import Example
 from pipeline.data.masking import encode
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.inference.engine import Loaded, load
+from pipeline.inference.engine import LoadedModel, load
 from pipeline.inference.score import score
-from pipeline.models.base import read
+from pipeline.models.base import packed_hidden_states
 from pipeline.models.kernels.fp32_compute import exact
-from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import Quantization
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SameLogits:
             certificate["quantization_alone"] = alone._asdict()
         return certificate
 
-    def _load(self, folder: Path, adapter: Path | None = None, quantization: Kept | None = None) -> Loaded:
+    def _load(self, folder: Path, adapter: Path | None = None, quantization: Quantization | None = None) -> LoadedModel:
         return load(folder, adapter, trust_remote_code=self.trust_remote_code, quantization=quantization)
 
     def _refuse(self, difference: float) -> None:
@@ -72,12 +72,14 @@ class Difference(NamedTuple):
 
 
 @torch.no_grad()
-def difference(one: Loaded, other: Loaded, texts: Sequence[str]) -> Difference:
+def difference(one: LoadedModel, other: LoadedModel, texts: Sequence[str]) -> Difference:
     """Computed in fp32, so that what remains is the weights'."""
     ids = [one.tokenizer.encode(text)[: one.model.shape.positions] for text in texts]  # unknown words included
     farthest, divergences, same = list[Tensor](), list[Tensor](), 0
     with exact(one.model), exact(other.model):
-        for first, second in zip(read(one.model, ids), read(other.model, ids), strict=True):
+        for first, second in zip(
+            packed_hidden_states(one.model, ids), packed_hidden_states(other.model, ids), strict=True
+        ):
             p = one.model.logits(first).float()
             q = other.model.logits(second).float().to(p.device)
             log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)

@@ -40,14 +40,14 @@ def of_layer(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
     attention = getattr(model.blocks[layer], "self_attn", None)
     if not isinstance(attention, Attention):
         with watched(layer) as found:
-            model.hidden(ids)
+            model.hidden_states(ids)
         if not found:
             raise UserError(f"Layer {layer} attends in a way of its own, or not at all: it cannot be shown.")
         return found[-1]  # the first time a model may try out what it is able to
     inputs: list[tuple[Any, ...]] = []
     hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args))
     try:
-        model.hidden(ids)
+        model.hidden_states(ids)
     finally:
         hook.remove()
     x, _cache, _segments, prefix = inputs[-1]

@@ -15,7 +15,7 @@ from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.file_stamp import Signature, signature
 from pipeline.files.safetensors_header import read_header
-from pipeline.files.text import in_order
+from pipeline.files.text import natural_sort_key
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 from pipeline.project.stage_graph import STAGES, VARIANTS
 
@@ -70,7 +70,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerificationResult:
     """Whether a folder is what was made: verified, no manifest to compare with, or refused and why."""
 
     state: str
@@ -138,7 +138,7 @@ def _has_base(adapter: Path, root: Path) -> bool:
 def model_folders(root: Path) -> Iterator[Path]:
     """Every folder below `root`, itself included, with an adapter or a checkpoint; hidden ones are passed over."""
     for place, folders, files in os.walk(root):
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=in_order)
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_sort_key)
         weights = any(name.endswith(".safetensors") for name in files)
         if CONFIG in files or ("config.json" in files and (weights or artifact.MANIFEST in files)):
             yield Path(place)
@@ -245,7 +245,7 @@ def check(
     measurements: Measurements = MappingProxyType({}),
     fingerprint: Fingerprint = base_fingerprint,
     contents: Contents = artifact.contents,
-) -> Verdict:
+) -> VerificationResult:
     """Whether the model's files, and an adapter's base, are those it was made with.
 
     Reads all of them, unless `fingerprint` and `contents` remember. `measurements` are those of `measured`.
@@ -255,16 +255,16 @@ def check(
             refuse_foreign(find_base(model.path, root), model.path, fingerprint, contents)
         if not (model.path / artifact.MANIFEST).exists():
             read_header(next(model.path.glob("*.safetensors"), model.path / "model.safetensors"))
-            return Verdict(UNBOUND, NOT_CHECKED)
+            return VerificationResult(UNBOUND, NOT_CHECKED)
         adapter = model.kind == "adapter"  # verified above
         manifest = artifact.read_manifest(model.path) if adapter else artifact.verify(model.path, contents)
-        return Verdict(VERIFIED, None, _forgetting(artifact.sealed_digest(manifest), measurements))
+        return VerificationResult(VERIFIED, None, _forgetting(artifact.sealed_digest(manifest), measurements))
     except UserError as error:
-        return Verdict(REFUSED, str(error))
+        return VerificationResult(REFUSED, str(error))
     except OSError as error:
-        return Verdict(REFUSED, f"{error.filename or model.path}: {error.strerror}.")
+        return VerificationResult(REFUSED, f"{error.filename or model.path}: {error.strerror}.")
     except (AttributeError, KeyError, TypeError):  # a manifest whose sections are something else
-        return Verdict(REFUSED, f"{model.path / artifact.MANIFEST} is not a manifest of this project.")
+        return VerificationResult(REFUSED, f"{model.path / artifact.MANIFEST} is not a manifest of this project.")
 
 
 def _forgetting(digest: str, measurements: Measurements) -> float | None:

@@ -15,12 +15,12 @@ from pipeline.models.base import CausalLM
 from pipeline.models.device import placed
 from pipeline.models.generate import GREEDY, Sampling, finite, generate
 from pipeline.models.load import load_base
-from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import Quantization
 from pipeline.project.stage_graph import VARIANTS, Project
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready to be asked, and where it came from."""
 
     name: str
@@ -31,7 +31,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenProbability:
     """A candidate for the next token."""
 
     token: str
@@ -43,8 +43,8 @@ def load(
     adapter: Path | None = None,
     name: str = "",
     trust_remote_code: bool = False,
-    quantization: Kept | None = None,
-) -> Loaded:
+    quantization: Quantization | None = None,
+) -> LoadedModel:
     """The checkpoint at `base` with the adapter at `adapter` on it.
 
     The base is kept in as few bits as the adapter was trained on, or as `quantization` says, on the device that suits
@@ -54,10 +54,10 @@ def load(
     placed(model)
     if adapter is not None:
         load_adapter(model, base, adapter)
-    return Loaded(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
+    return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
 
 
-def variants(project: Project) -> Iterator[Loaded]:
+def variants(project: Project) -> Iterator[LoadedModel]:
     """Every model that the pipeline has made so far, in the order of the report."""
     for name, (base, adapter) in VARIANTS.items():
         folders = project.artifact(base), project.artifact(adapter) if adapter else None
@@ -65,7 +65,7 @@ def variants(project: Project) -> Iterator[Loaded]:
             yield load(*folders, name, project.params.pretrain.trust_remote_code)
 
 
-def encode(loaded: Loaded, text: str) -> tuple[int, ...]:
+def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:
     """The prompt's ids. Raises UserError if it is empty, too long, or has a word the model never saw."""
     unknown, ids = loaded.tokenizer.unknown_words(text), loaded.tokenizer.encode(text)
     if not ids:
@@ -75,37 +75,37 @@ def encode(loaded: Loaded, text: str) -> tuple[int, ...]:
             f"{loaded.name} does not know: {', '.join(unknown)}. It is a word-level model: use words of its training "
             f"data, or add them with expand_vocab."
         )
-    if len(ids) > loaded.model.room:
-        raise UserError(f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.room}.")
+    if len(ids) > loaded.model.max_length:
+        raise UserError(f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.max_length}.")
     return ids
 
 
 @torch.no_grad()
-def next_probabilities(loaded: Loaded, text: str) -> Tensor:
+def next_probabilities(loaded: LoadedModel, text: str) -> Tensor:
     """Probabilities of the next token, (V,), on the CPU. Raises UserError if the model overflows."""
     model = loaded.model
-    hidden = model.hidden(torch.tensor([encode(loaded, text)], device=model.device))
+    hidden = model.hidden_states(torch.tensor([encode(loaded, text)], device=model.device))
     return finite(model.logits(hidden[0, -1]).float().cpu()).softmax(0)
 
 
-def top_k(loaded: Loaded, text: str, k: int) -> list[Choice]:
+def top_k(loaded: LoadedModel, text: str, k: int) -> list[TokenProbability]:
     """The `k` likeliest next tokens, likeliest first."""
-    return likeliest(loaded, next_probabilities(loaded, text), k)
+    return top_tokens(loaded, next_probabilities(loaded, text), k)
 
 
-def likeliest(loaded: Loaded, probabilities: Tensor, k: int) -> list[Choice]:
+def top_tokens(loaded: LoadedModel, probabilities: Tensor, k: int) -> list[TokenProbability]:
     """The `k` likeliest of probabilities (V,), likeliest first."""
     values, ids = probabilities.topk(min(k, len(loaded.tokenizer)))
-    return [Choice(loaded.tokenizer.word(int(i)), float(v)) for v, i in zip(values, ids, strict=True)]
+    return [TokenProbability(loaded.tokenizer.word(int(i)), float(v)) for v, i in zip(values, ids, strict=True)]
 
 
-def continued(loaded: Loaded, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
+def continued(loaded: LoadedModel, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
     """What follows `text`, the white space before it too, until the model ends its sentence or `limit` tokens."""
     adds = loaded.tokenizer.stream()
     ids = generate(loaded.model, encode(loaded, text), loaded.tokenizer.end_ids, limit, sampling)
     return "".join(map(adds, ids))
 
 
-def complete(loaded: Loaded, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
+def complete(loaded: LoadedModel, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
     """The same without white space around it."""
     return continued(loaded, text, limit, sampling).strip()

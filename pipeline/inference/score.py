@@ -12,16 +12,16 @@ from torch import Tensor
 from pipeline.data.examples import Example
 from pipeline.data.masking import encode
 from pipeline.errors import UserError
-from pipeline.inference.engine import Choice, Loaded, complete, likeliest
+from pipeline.inference.engine import LoadedModel, TokenProbability, complete, top_tokens
 from pipeline.inference.engine import encode as encode_prompt
-from pipeline.models.base import read
+from pipeline.models.base import packed_hidden_states
 from pipeline.models.generate import finite
 
 CHUNK = 256  # tokens whose logits are alive at once: all of an evaluation's would be many times the model
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvalScores:
     """Every next-token prediction on some examples: cross-entropies in nats (N,), first choices and labels (N,).
 
     `divergence` is the mean KL(base‖model) in nats a token. Hidden states and what makes logits of them are kept for
@@ -51,7 +51,7 @@ class Scored:
 
 
 @torch.no_grad()
-def score(loaded: Loaded, examples: Sequence[Example], base: Scored | None = None) -> Scored:
+def score(loaded: LoadedModel, examples: Sequence[Example], base: EvalScores | None = None) -> EvalScores:
     """Each whole example with its end token, every token that is learned predicted from all before it.
 
     Raises UserError where `base` read the examples as other tokens: its predictions are then not comparable.
@@ -64,7 +64,7 @@ def score(loaded: Loaded, examples: Sequence[Example], base: Scored | None = Non
             raise UserError(
                 f"{example.place}: {loaded.name} reads it as other tokens than the base. Take the new tokens out of it."
             )
-    all_hidden = list(read(model, [one.ids[:-1] for one in encoded]))
+    all_hidden = list(packed_hidden_states(model, [one.ids[:-1] for one in encoded]))
     for number, (one, hidden) in enumerate(zip(encoded, all_hidden, strict=True)):
         ids = torch.tensor(one.ids, device=model.device)
         wanted = torch.tensor(one.trained[1:], device=model.device)
@@ -80,7 +80,7 @@ def score(loaded: Loaded, examples: Sequence[Example], base: Scored | None = Non
                 far.append((log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1).cpu())
     divergence = float(torch.cat(far).mean()) if far else 0.0
     predicted = torch.cat(losses), torch.cat(choices), torch.cat(labels)
-    return Scored(*predicted, divergence, [one.ids for one in encoded], all_hidden, model.logits)
+    return EvalScores(*predicted, divergence, [one.ids for one in encoded], all_hidden, model.logits)
 
 
 def _chunks(length: int) -> Iterator[slice]:
@@ -88,36 +88,36 @@ def _chunks(length: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Said:
+class AnswerScore:
     """How an answer follows a prompt: the probability of all its tokens together, None if the tokenizer cannot say it;
     whether the greedy completion begins so; and the likeliest next tokens."""
 
     probability: float | None
     first: bool
-    top: list[Choice]
+    top: list[TokenProbability]
 
 
 @torch.no_grad()
-def said(loaded: Loaded, pairs: Sequence[tuple[str, str]], k: int = 1) -> list[Said]:
+def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int = 1) -> list[AnswerScore]:
     """How each answer follows its prompt; all are read together. Raises UserError for a prompt that cannot be asked."""
     tokenizer, model = loaded.tokenizer, loaded.model
     asked = [encode_prompt(loaded, prompt) for prompt, _ in pairs]
     wanted = [tokenizer.continuation(prompt, answer) for prompt, answer in pairs]
     sequences = [(*ids, *answer[:-1]) for ids, answer in zip(asked, wanted, strict=True)]
     found = []
-    for ids, answer, hidden in zip(asked, wanted, read(model, sequences), strict=True):
+    for ids, answer, hidden in zip(asked, wanted, packed_hidden_states(model, sequences), strict=True):
         log_p = model.logits(hidden[len(ids) - 1 :]).float().log_softmax(-1).cpu()  # (tokens of the answer, V)
-        top = likeliest(loaded, finite(log_p[0]).exp(), k)
+        top = top_tokens(loaded, finite(log_p[0]).exp(), k)
         if not answer:
-            found.append(Said(None, False, top))
+            found.append(AnswerScore(None, False, top))
             continue
         tokens = torch.tensor(answer)
         each = log_p.gather(1, tokens[:, None])
-        found.append(Said(float(each.sum().exp()), bool((log_p.argmax(dim=-1) == tokens).all()), top))
+        found.append(AnswerScore(float(each.sum().exp()), bool((log_p.argmax(dim=-1) == tokens).all()), top))
     return found
 
 
-def completes(loaded: Loaded, example: Example, given: int) -> bool:
+def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bool:
     """Does the greedy completion of an example's prompt, or its first `given` words, give the rest, and end there?"""
     prompt, rest = _asked(loaded, example, given)
     tokenizer = loaded.tokenizer
@@ -125,7 +125,7 @@ def completes(loaded: Loaded, example: Example, given: int) -> bool:
     return tokenizer.normal(complete(loaded, prompt, limit)) == tokenizer.normal(rest)
 
 
-def _asked(loaded: Loaded, example: Example, given: int) -> tuple[str, str]:
+def _asked(loaded: LoadedModel, example: Example, given: int) -> tuple[str, str]:
     if example.messages:
         *asked, answer = example.messages
         return loaded.tokenizer.render(asked, reply=True), answer["content"]

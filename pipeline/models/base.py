@@ -41,22 +41,22 @@ class CausalLM(nn.Module):
         self.register_module("virtual", None)
 
     @cached_property
-    def packs(self) -> bool:
+    def supports_packing(self) -> bool:
         """Whether sequences that lie end to end give what each gives alone: tried once, on this very model."""
         return _packs(self)
 
     @cached_property
-    def takes_prefix(self) -> bool:
+    def supports_prefix(self) -> bool:
         """Whether attention joins a prefix to its keys without a cache: tried once, on this very model."""
-        return _takes_prefix(self)
+        return _supports_prefix(self)
 
     def begin_with(self, virtual: VirtualTokens) -> None:
         """Read these virtual tokens before every sequence, from now on."""
         self.virtual = virtual
-        self.__dict__.pop("packs", None)
+        self.__dict__.pop("supports_packing", None)
 
     @property
-    def room(self) -> int:
+    def max_length(self) -> int:
         """Tokens that a sequence may have: positions that no virtual token takes."""
         return self.shape.positions - (self.virtual.count if self.virtual is not None else 0)
 
@@ -74,7 +74,7 @@ class CausalLM(nn.Module):
         """The Transformer's blocks, in order."""
         raise NotImplementedError
 
-    def hidden(
+    def hidden_states(
         self, ids: Tensor, positions: Tensor | None = None, segments: Sequence[int] | None = None, cache: Any = None
     ) -> Tensor:
         """(B, T, D). `positions` (B, T) default to those after the cache.
@@ -105,7 +105,7 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     @property
-    def joined(self) -> int:
+    def pack_up_to(self) -> int:
         """Tokens up to which sequences of one length are quicker end to end in a row than in a row each."""
         return 0
 
@@ -113,11 +113,11 @@ class CausalLM(nn.Module):
         """Keys and values of tokens seen so far: none yet."""
         raise NotImplementedError
 
-    def seen(self, cache: Any) -> int:
+    def cache_length(self, cache: Any) -> int:
         """Tokens in the cache."""
         raise NotImplementedError
 
-    def remember(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None:
+    def append_to_cache(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None:
         """Add keys and values (B, G, n, K) to what a block has seen."""
         raise NotImplementedError
 
@@ -142,7 +142,7 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
-        return self.logits(self.hidden(ids, positions, cache=cache))
+        return self.logits(self.hidden_states(ids, positions, cache=cache))
 
     @property
     def embeddings(self) -> nn.Module:
@@ -153,7 +153,7 @@ class CausalLM(nn.Module):
         return self.get_submodule(self.head_name)
 
     @property
-    def ends(self) -> tuple[str, str]:
+    def embedding_and_head(self) -> tuple[str, str]:
         """Last names of embedding and head, as adapters name them."""
         return self.embedding_name.rsplit(".", 1)[-1], self.head_name.rsplit(".", 1)[-1]
 
@@ -177,15 +177,15 @@ def _packs(model: CausalLM) -> bool:
     first, second = torch.arange(3)[None] + 1, torch.arange(4)[None] + 2
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=model.device)
     try:
-        packed = model.hidden(torch.cat((first, second), dim=1).to(model.device), positions, [3, 4])
-        apart = [model.hidden(one.to(model.device)) for one in (first, second)]
+        packed = model.hidden_states(torch.cat((first, second), dim=1).to(model.device), positions, [3, 4])
+        apart = [model.hidden_states(one.to(model.device)) for one in (first, second)]
     except Exception:  # whatever a body raises that takes no segments
         return False
     return bool(torch.allclose(packed.float(), torch.cat(apart, dim=1).float(), rtol=0.02, atol=0.02))
 
 
 @torch.no_grad()
-def _takes_prefix(model: CausalLM) -> bool:
+def _supports_prefix(model: CausalLM) -> bool:
     """Two tokens after a prefix that is the keys and values of two others, against all four."""
     ids = (torch.arange(4)[None] + 1).to(model.device)
     try:
@@ -198,7 +198,7 @@ def _takes_prefix(model: CausalLM) -> bool:
 
 
 @torch.no_grad()
-def read(model: CausalLM, sequences: Sequence[Sequence[int]], together: int = 1024) -> Iterator[Tensor]:
+def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]], together: int = 1024) -> Iterator[Tensor]:
     """Hidden states (T, D) of each sequence of ids, in order.
 
     Up to `together` tokens are read end to end: a large model's weights are then read once for many short texts.
@@ -206,13 +206,13 @@ def read(model: CausalLM, sequences: Sequence[Sequence[int]], together: int = 10
     start = 0
     while start < len(sequences):
         stop, tokens = start + 1, len(sequences[start])
-        while model.packs and stop < len(sequences) and tokens + len(sequences[stop]) <= together:
+        while model.supports_packing and stop < len(sequences) and tokens + len(sequences[stop]) <= together:
             tokens += len(sequences[stop])
             stop += 1
         lengths = [len(one) for one in sequences[start:stop]]
         ids = torch.tensor([[id_ for one in sequences[start:stop] for id_ in one]], device=model.device)
         positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
-        hidden = model.hidden(ids, positions, lengths if len(lengths) > 1 else None)[0]
+        hidden = model.hidden_states(ids, positions, lengths if len(lengths) > 1 else None)[0]
         yield from hidden.split(lengths)  # type: ignore[no-untyped-call]
         start = stop
 

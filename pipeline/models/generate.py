@@ -36,7 +36,7 @@ GREEDY = Sampling()
 COLDEST = 1e-6  # below it logits would overflow, and the likeliest token is drawn anyway
 
 
-class Drawn(NamedTuple):
+class SampledToken(NamedTuple):
     """A token that was drawn, and its probability under the model before temperature and cuts."""
 
     id: int
@@ -53,7 +53,7 @@ def generate(
 @torch.no_grad()
 def stream(
     model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling = GREEDY
-) -> Iterator[Drawn]:
+) -> Iterator[SampledToken]:
     """Yields up to `limit` tokens after `prompt`, each as soon as it is drawn; one of `ends` is the last.
 
     Raises UserError if the model overflows.
@@ -64,16 +64,16 @@ def stream(
 
 def _stream(
     model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling
-) -> Iterator[Drawn]:
+) -> Iterator[SampledToken]:
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.new_cache()
     new = torch.tensor([list(prompt)], device=model.device)  # (1, T): all of the prompt first, then one token a turn
-    for _ in range(min(limit, model.room - len(prompt))):
+    for _ in range(min(limit, model.max_length - len(prompt))):
         logits = (
-            model.logits(model.hidden(new, cache=cache)[0, -1]).float().cpu()
+            model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()
         )  # (V,); drawn there: a seed means the same anywhere
         token = draw(finite(logits), sampling, generator)
-        yield Drawn(token, float(logits.softmax(0)[token]))
+        yield SampledToken(token, float(logits.softmax(0)[token]))
         if token in ends:
             return
         new = torch.tensor([[token]], device=model.device)

@@ -16,7 +16,7 @@ from pipeline.models.importing.checks import refuse_implausible
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig, state
 from pipeline.models.quantization.quantized_linear import quantize
 from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
-from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import Quantization
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,7 +32,7 @@ def load_base(
     folder: Path,
     precision: str | None = None,
     trust_remote_code: bool = False,
-    quantization: Kept = "none",
+    quantization: Quantization = "none",
 ) -> Base:
     """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own; its blocks' linears in
     fewer bits still with `quantization`. From here on the process has as many threads as suit it: what is computed

@@ -37,7 +37,7 @@ NOISE = (  # what makes training random, in the names of many configs
 )
 
 
-class Opened(CausalLM):
+class TransformersModel(CausalLM):
     """The transformers model's own children under their own names; its body makes hidden states, its head logits.
 
     Dropout is off, in training too: a run gives the same numbers whenever it is repeated or resumed.
@@ -115,10 +115,10 @@ class Opened(CausalLM):
 
         return DynamicCache(config=self.config)
 
-    def seen(self, cache: Any) -> int:
+    def cache_length(self, cache: Any) -> int:
         return int(cache.get_seq_length())
 
-    def remember(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None:
+    def append_to_cache(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None:
         cache.update(keys, values, block)
 
     def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -166,24 +166,24 @@ class Opened(CausalLM):
             save_whole(whole, folder, self._generation)
 
 
-def opened(folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Opened:
+def opened(folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> TransformersModel:
     """The checkpoint in `folder` on the CPU, in `dtype` or its own. Raises UserError as `open_whole`.
 
     A model that leaves attention to transformers' interface gets ours, which reads sequences end to end.
     """
     config, noise = _quiet_config(folder, trust_remote_code)
     whole = open_whole(folder, str(folder), trust_remote_code, config=config, dtype=dtype or "auto")
-    return _with_attention(Opened(whole, noise, generation_of(folder)))
+    return _with_attention(TransformersModel(whole, noise, generation_of(folder)))
 
 
-def without_weights(folder: Path, trust_remote_code: bool = False) -> Opened:
+def without_weights(folder: Path, trust_remote_code: bool = False) -> TransformersModel:
     """The same model with weights that nobody trained, on the device that torch makes tensors on. Raises UserError."""
     from transformers import AutoModelForCausalLM
 
     config, noise = _quiet_config(folder, trust_remote_code)
     with quiet(), reported(str(folder), trust_remote_code):
         whole = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    return _with_attention(Opened(whole.eval(), noise, generation_of(folder)))
+    return _with_attention(TransformersModel(whole.eval(), noise, generation_of(folder)))
 
 
 def _quiet_config(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
@@ -197,19 +197,19 @@ def _quiet_config(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str,
     return config, noise
 
 
-def _with_attention(model: Opened) -> Opened:
+def _with_attention(model: TransformersModel) -> TransformersModel:
     if model._whole[0].is_backend_compatible():
         model.use_attention(packed_attention.register())
     return model
 
 
-def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> Opened:
+def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> TransformersModel:
     """A model of that shape with random weights, or fake ones under fake tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.for_model(**{**config, **dict.fromkeys(NOISE, 0.0)})
     whole = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=packed_attention.register())
-    return Opened(whole)
+    return TransformersModel(whole)
 
 
 def _body_of(whole: Any) -> str:
@@ -225,7 +225,7 @@ def _body_of(whole: Any) -> str:
 
 
 @torch.no_grad()
-def refuse_unlike(model: Opened, source: str) -> None:
+def refuse_unlike(model: TransformersModel, source: str) -> None:
     """Raises UserError if body, head and our attention are not together the model that transformers runs."""
     ids = torch.arange(min(24, model.shape.rows, model.shape.positions), device=model.device)[None]
     whole = model._whole[0]

@@ -21,10 +21,10 @@ class Reader(Protocol):
     @property
     def embeddings(self) -> nn.Module: ...
     @property
-    def takes_prefix(self) -> bool: ...
+    def supports_prefix(self) -> bool: ...
     def new_cache(self) -> Any: ...
-    def seen(self, cache: Any) -> int: ...
-    def remember(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None: ...
+    def cache_length(self, cache: Any) -> int: ...
+    def append_to_cache(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None: ...
     def plain(
         self,
         read: Tensor,
@@ -53,7 +53,7 @@ class VirtualTokens(nn.Module):
         self, model: Reader, ids: Tensor, positions: Tensor | None, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         """`CausalLM.hidden` with the virtual tokens before each sequence; their own outputs are left out."""
-        if cache is not None and model.seen(cache):  # they are in it already
+        if cache is not None and model.cache_length(cache):  # they are in it already
             return model.plain(ids, None if positions is None else positions + self.count, segments, cache)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -103,13 +103,13 @@ class PrefixTokens(VirtualTokens):
     def begin(
         self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
-        if cache is None and model.takes_prefix:
+        if cache is None and model.supports_prefix:
             return model.plain(ids, positions, segments, prefix=self.of_block)
         cache = model.new_cache() if cache is None else cache
         dtype = next(model.embeddings.parameters()).dtype
         for number in range(self.layers):
             keys, values = (x.to(dtype).expand(ids.shape[0], -1, -1, -1) for x in self.of_block(number))
-            model.remember(cache, number, keys, values)
+            model.append_to_cache(cache, number, keys, values)
         return model.plain(ids, positions, segments, cache)
 
 

@@ -27,7 +27,7 @@ class Damaged(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """One cached artifact: its size in bytes and when it was last used (seconds since the epoch)."""
 
     stage: str
@@ -69,26 +69,26 @@ class Cache:
                 with artifact.writing(entry) as folder:
                     _copy(source, folder)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[CacheEntry]:
         """Everything cached, last used first."""
         if not self.root.is_dir():
             return []
         with self._lock():
             return self._entries()
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> list[CacheEntry]:
         found = [
-            Entry(path.parent.name, path.name, path, _size(path), _used(path))
+            CacheEntry(path.parent.name, path.name, path, _size(path), _used(path))
             for path in self.root.glob("*/*")
             if path.is_dir() and not path.name.startswith(".")
         ]
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
-    def prune(self, keep: int = 0, older_than_days: float = 0.0) -> list[Entry]:
+    def prune(self, keep: int = 0, older_than_days: float = 0.0) -> list[CacheEntry]:
         """Remove entries last used before `older_than_days` ago, but keep the newest `keep` of each stage."""
         limit = time.time() - older_than_days * 86_400
         kept: dict[str, int] = {}
-        removed: list[Entry] = []
+        removed: list[CacheEntry] = []
         if not self.root.is_dir():
             return removed
         with self._lock():

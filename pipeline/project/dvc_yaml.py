@@ -64,7 +64,7 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
     return {
         "cmd": command(stage),
         "params": [
-            *filter(None, (stage.name, stage.settings, *stage.besides)),
+            *filter(None, (stage.name, stage.settings_from, *stage.extra_sections)),
             *([] if code else [{CODE_FILE: [stage.name]}]),
         ],
         **({"deps": deps} if deps else {}),

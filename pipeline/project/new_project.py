@@ -171,7 +171,9 @@ def _data(project: Project, beside: Path) -> dict[str, Path]:
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             if place != "base" and inside and (beside / name).is_file():
                 found[name] = beside / name
-            elif stage.measures and inside and not (project.root / name).is_file() and (DEFAULTS / name).is_file():
+            elif (
+                stage.is_measurement and inside and not (project.root / name).is_file() and (DEFAULTS / name).is_file()
+            ):
                 found[name] = DEFAULTS / name  # the document's own, which comes with the program
             elif place != "base" and not (project.root / name).is_file():
                 raise UserError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessRank:
     """`rank` of `size` processes in all; `local_rank` of `local_size` on this machine."""
 
     rank: int
@@ -23,6 +23,8 @@ class World:
         return self.size == 1
 
 
-def world() -> World:
+def world() -> ProcessRank:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    return ProcessRank(
+        rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    )

@@ -28,17 +28,17 @@ class Stage:
     method: str
     needs: tuple[str, ...] = ()  # stages whose outputs it reads
     data: tuple[str, ...] = ()  # keys of its settings that name files, or section.key of other sections
-    settings: str = ""  # the section that says how it trains, if that is another stage's
-    besides: tuple[str, ...] = ()  # further sections that decide what it makes
-    documents: bool = False  # whether it asks what the document does of MiniGPT, and means nothing on another base
+    settings_from: str = ""  # the section that says how it trains, if that is another stage's
+    extra_sections: tuple[str, ...] = ()  # further sections that decide what it makes
+    minigpt_only: bool = False  # whether it asks what the document does of MiniGPT, and means nothing on another base
 
     @property
     def section(self) -> str:
         """The section of params.yaml that says how it trains."""
-        return self.settings or self.name
+        return self.settings_from or self.name
 
     @property
-    def measures(self) -> bool:
+    def is_measurement(self) -> bool:
         """Whether it measures statements, after all that the pipeline makes, and makes no model."""
         return self.kind in ("study", "figures", "claims")
 
@@ -52,12 +52,14 @@ def _study(
     name: str,
     data: tuple[str, ...],
     needs: tuple[str, ...] = ("pretrain", "expand_vocab"),
-    besides: tuple[str, ...] = (),
-    documents: bool = True,
+    extra_sections: tuple[str, ...] = (),
+    minigpt_only: bool = True,
 ) -> Stage:
     """A study of the document's statements: §2 to §10 as they are measured."""
     stage, output = f"study_{name}", f"studies/{name}"
-    return Stage(stage, f"pipeline.document.studies.{name}", output, "study", name, needs, data, "", besides, documents)
+    return Stage(
+        stage, f"pipeline.document.studies.{name}", output, "study", name, needs, data, "", extra_sections, minigpt_only
+    )
 
 
 MADE_FROM_EXPANDED = (
@@ -124,7 +126,7 @@ MEASURED: Mapping[str, Stage] = {  # all that the claims are held against
             "sweep",
             needs=("expand_vocab",),
             data=("data", "retain"),
-            settings="finetune_lora",
+            settings_from="finetune_lora",
         ),
         Stage(
             "merge",
@@ -151,16 +153,18 @@ MEASURED: Mapping[str, Stage] = {  # all that the claims are held against
         _study(
             "knowledge_correction",
             ("data", "retain", "prompts", "old_data"),
-            besides=("finetune_lora",),
-            documents=False,
+            extra_sections=("finetune_lora",),
+            minigpt_only=False,
         ),
         _study("trajectory", ("data", "document")),
-        _study("methods", ("old_data", "new_data", *_taught(MADE_FROM_EXPANDED)), besides=MADE_FROM_EXPANDED),
+        _study("methods", ("old_data", "new_data", *_taught(MADE_FROM_EXPANDED)), extra_sections=MADE_FROM_EXPANDED),
         _study("rank", ("old_data", "new_data")),
         _study("spectrum", ("old_data", "new_data")),
         _study("intrinsic_dimension", ("data", "document")),
-        _study("quantization", ("data", "document", "pretrain.data"), needs=("pretrain",), besides=("pretrain",)),
-        _study("forgetting", ("old_data", "new_data", *_taught(TUNED)), besides=TUNED),
+        _study(
+            "quantization", ("data", "document", "pretrain.data"), needs=("pretrain",), extra_sections=("pretrain",)
+        ),
+        _study("forgetting", ("old_data", "new_data", *_taught(TUNED)), extra_sections=TUNED),
         Stage(
             "figures",
             "pipeline.document.figures.registry",
@@ -169,8 +173,8 @@ MEASURED: Mapping[str, Stage] = {  # all that the claims are held against
             "figures",
             needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
             data=("study_trajectory.data", "study_trajectory.document"),
-            besides=("study_trajectory",),
-            documents=True,
+            extra_sections=("study_trajectory",),
+            minigpt_only=True,
         ),
     )
 }
@@ -188,7 +192,7 @@ STAGES: Mapping[str, Stage] = {
             *("data", "pretrain.data", "finetune_lora.data", "finetune_lora.retain"),
             *("study_fact_correction.data", "study_knowledge_correction.data"),
         ),
-        documents=True,
+        minigpt_only=True,
     ),
 }
 
@@ -229,7 +233,11 @@ class Project:
         return {
             **{key: value for key, value in asdict(self.settings(stage)).items() if key not in own.get("grid", ())},
             **own,
-            **{f"{name}.{key}": v for name in stage.besides for key, v in asdict(getattr(self.params, name)).items()},
+            **{
+                f"{name}.{key}": v
+                for name in stage.extra_sections
+                for key, v in asdict(getattr(self.params, name)).items()
+            },
         }
 
     def setting(self, stage: Stage, key: str) -> Any:
@@ -242,7 +250,9 @@ class Project:
         """Those that mean something for its base and have data, by name, in the DAG's order."""
         imports = self.params.pretrain.imports
         return {
-            name: stage for name, stage in STAGES.items() if self._has_data(stage) and not (stage.documents and imports)
+            name: stage
+            for name, stage in STAGES.items()
+            if self._has_data(stage) and not (stage.minigpt_only and imports)
         }
 
     def _has_data(self, stage: Stage) -> bool:

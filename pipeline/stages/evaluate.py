@@ -8,8 +8,8 @@ from pipeline.data.examples import Example, Prompt, read_examples, read_prompts
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest, write_json
 from pipeline.inference import engine
-from pipeline.inference.engine import Loaded
-from pipeline.inference.score import Said, Scored, completes, said, score
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.score import AnswerScore, EvalScores, completes_correctly, score, score_answers
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.sections import Evaluate
 from pipeline.project.runner import Event, Facts, Job, Progress
@@ -28,7 +28,7 @@ def evaluate(job: Job) -> Generator[Event, None, Facts]:
     prompts = read_prompts(job.path(settings.prompts), settings.prompts)
     metrics: dict[str, Any] = {}
     predictions: dict[str, Any] = {}
-    before: Scored | None = None
+    before: EvalScores | None = None
     for done, loaded in enumerate(engine.variants(job.project), 1):
         old = score(loaded, _old_examples(job, loaded, settings), before)
         before = before or old
@@ -49,7 +49,7 @@ def evaluate(job: Job) -> Generator[Event, None, Facts]:
     return {}
 
 
-def _old_examples(job: Job, loaded: Loaded, settings: Evaluate) -> list[Example]:
+def _old_examples(job: Job, loaded: LoadedModel, settings: Evaluate) -> list[Example]:
     """The sentences that the base was trained on, or others of its words."""
     examples = read_examples(job.path(settings.old_data), settings.old_data)
     for example in examples:
@@ -62,7 +62,9 @@ def _old_examples(job: Job, loaded: Loaded, settings: Evaluate) -> list[Example]
     return examples
 
 
-def _knowledge(job: Job, loaded: Loaded, settings: Evaluate, old: Scored, before: Scored) -> dict[str, Any]:
+def _knowledge(
+    job: Job, loaded: LoadedModel, settings: Evaluate, old: EvalScores, before: EvalScores
+) -> dict[str, Any]:
     """Old and new sentences; forgetting is measured against the pretrained base."""
     found: dict[str, Any] = {
         "old_loss": old.loss,
@@ -81,7 +83,7 @@ def _knowledge(job: Job, loaded: Loaded, settings: Evaluate, old: Scored, before
             )
         return found  # the base has no rows for the new words: there is nothing to measure
     new = score(loaded, examples)
-    completed = sum(completes(loaded, example, settings.prompt_words) for example in examples)
+    completed = sum(completes_correctly(loaded, example, settings.prompt_words) for example in examples)
     return found | {
         "new_loss": new.loss,
         "new_perplexity": new.perplexity,
@@ -90,16 +92,18 @@ def _knowledge(job: Job, loaded: Loaded, settings: Evaluate, old: Scored, before
     }
 
 
-def _predictions(loaded: Loaded, prompts: list[Prompt], settings: Evaluate) -> list[dict[str, Any]]:
+def _predictions(loaded: LoadedModel, prompts: list[Prompt], settings: Evaluate) -> list[dict[str, Any]]:
     """Each prompt's answers, in order; a prompt of which a word is unknown has none."""
     known = [p for p in prompts if not loaded.tokenizer.unknown_words(p.prompt)]
     pairs = [(p.prompt, words) for p in known for words in (p.answer, p.corrected)]
-    answers = said(loaded, pairs, settings.top_k)
+    answers = score_answers(loaded, pairs, settings.top_k)
     both = {id(p): pair for p, pair in zip(known, zip(answers[::2], answers[1::2], strict=True), strict=True)}
     return [_prediction(loaded, prompt, both.get(id(prompt)), settings) for prompt in prompts]
 
 
-def _prediction(loaded: Loaded, prompt: Prompt, both: tuple[Said, Said] | None, settings: Evaluate) -> dict[str, Any]:
+def _prediction(
+    loaded: LoadedModel, prompt: Prompt, both: tuple[AnswerScore, AnswerScore] | None, settings: Evaluate
+) -> dict[str, Any]:
     """What was expected, whether it comes first and how probable it is, and the top-k; None where a word is unknown."""
     asked: dict[str, Any] = vars(prompt)
     if both is None:

@@ -13,7 +13,7 @@ from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.base import CausalLM, read, set_row_count
+from pipeline.models.base import CausalLM, packed_hidden_states, set_row_count
 from pipeline.models.load import Base, count, load_base, save_base
 from pipeline.project.params.sections import ExpandVocab
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
@@ -120,5 +120,5 @@ def _drift(old: Base, new: Base, examples: list[Example]) -> float:
     V = len(old.tokenizer)
     ids = [old.tokenizer.encode(example.text) for example in examples]
     (_, before), (_, after) = _ends(old.model), _ends(new.model)
-    pairs = zip(read(old.model, ids), read(new.model, ids), strict=True)
+    pairs = zip(packed_hidden_states(old.model, ids), packed_hidden_states(new.model, ids), strict=True)
     return max(float((F.linear(b, after[:V]) - F.linear(a, before[:V])).abs().max()) for a, b in pairs)

@@ -11,7 +11,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import WEIGHTS
 from pipeline.adapters.peft.io import save_adapter, stored
 from pipeline.adapters.target_modules import resolve
-from pipeline.calc.settings import FULL, Method
+from pipeline.calc.settings import FULL, FinetuningMethod
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.base_model import base_fingerprint
@@ -24,9 +24,9 @@ from pipeline.project.params.sections import FinetuneFreeze, FinetuneFull, Finet
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.stages.virtual_tokens import virtual_learner
 from pipeline.training.data import data_of, save_checkpoint, save_curve
-from pipeline.training.loop import Learner, Task, train
+from pipeline.training.loop import TrainingSetup, TrainingTask, train
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retention import Retain, retain_of
+from pipeline.training.retention import RetentionLoss, retain_of
 
 
 def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Facts]:
@@ -34,11 +34,11 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
 
     `sharded` as in `Task`. Raises UserError, and what `train` does.
     """
-    learner = yield from learner_of(job, sharded)
+    learner = yield from prepare(job, sharded)
     return learner.save((yield from train(job, learner.task)))
 
 
-def learner_of(job: Job, sharded: bool | None = None) -> Generator[Event, None, Learner]:
+def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, TrainingSetup]:
     """The expanded base, made trainable as the stage's method says, and its data. Raises UserError."""
     settings = job.project.section(job.stage)
     assert isinstance(settings, FinetuneFull | FinetuneFreeze | FinetuneLora | FinetuneVirtual)
@@ -57,11 +57,13 @@ def learner_of(job: Job, sharded: bool | None = None) -> Generator[Event, None, 
         texts = yield from retain_of(job, settings, base)  # completed, where they are to be, by the base as it is
         attach(model, spec, DTYPES[settings.adapter_precision], settings.init_lora_weights)
         yield from note_wide_rank(model)
-        retain = None if texts is None else Retain(model, texts, settings)
+        retain = None if texts is None else RetentionLoss(model, texts, settings)
     elif isinstance(settings, FinetuneFreeze):
         freeze(model, settings)
     trainable = count(model)["trainable"]
-    task = Task(model, batches, settings, method_of(settings, spec), evaluation, retain, sharded if spec else False)
+    task = TrainingTask(
+        model, batches, settings, method_of(settings, spec), evaluation, retain, sharded if spec else False
+    )
 
     def save(optimizer: FlatAdam) -> Facts:
         if spec is None:
@@ -71,13 +73,13 @@ def learner_of(job: Job, sharded: bool | None = None) -> Generator[Event, None, 
         save_curve(job)
         return save_files(job.out, base, spec, folder, {"total": total, "trainable": trainable})
 
-    return Learner(base, task, save)
+    return TrainingSetup(base, task, save)
 
 
-def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: AdapterSpec | None) -> Method:
+def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: AdapterSpec | None) -> FinetuningMethod:
     """What trains, as the calculator says it."""
     if isinstance(settings, FinetuneFreeze):
-        return Method("freeze", last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings)
+        return FinetuningMethod("freeze", last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings)
     if spec is None or isinstance(settings, FinetuneFull):
         return FULL
     rows = max((len(ids) for ids in spec.rows.values()), default=0)
@@ -85,7 +87,9 @@ def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: Adap
     targets = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     ranks = tuple(spec.ranks.items())
     pissa = settings.init_lora_weights == "pissa"
-    return Method("lora", spec.rank, spec.alpha, targets, ranks, spec.rslora, spec.dora, ends, rows, pissa=pissa)
+    return FinetuningMethod(
+        "lora", spec.rank, spec.alpha, targets, ranks, spec.rslora, spec.dora, ends, rows, pissa=pissa
+    )
 
 
 def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
@@ -108,7 +112,7 @@ def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
 @one_budget()
 def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
     """The settings, resolved against this model. Raises UserError for a target or pattern that means no layer."""
-    rows = model.ends[: 1 if model.shape.tied else 2]
+    rows = model.embedding_and_head[: 1 if model.shape.tied else 2]
     names = resolve(model, settings.target_modules)
     for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
         _refuse_patterns(key, list(patterns), names)
@@ -120,7 +124,7 @@ def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> 
         alphas=settings.alpha_pattern,
         rslora=settings.rslora,
         dora=settings.dora,
-        saved=model.ends if settings.train_embeddings == "all" else (),
+        saved=model.embedding_and_head if settings.train_embeddings == "all" else (),
         rows=dict.fromkeys(rows, new) if settings.train_embeddings == "new_rows" and new else {},
     )
 

@@ -11,11 +11,11 @@ from pipeline.files.base_model import resolve
 from pipeline.models.importing.import_base import import_base
 from pipeline.models.load import Base, load_base
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
-from pipeline.models.transformers_model import Opened, refuse_unlike
+from pipeline.models.transformers_model import TransformersModel, refuse_unlike
 from pipeline.project.params.sections import Pretrain
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.training.data import data_of, examples_of, save_checkpoint
-from pipeline.training.loop import Task, train
+from pipeline.training.loop import TrainingTask, train
 
 
 def pretrain(job: Job) -> Generator[Event, None, Facts]:
@@ -26,7 +26,7 @@ def pretrain(job: Job) -> Generator[Event, None, Facts]:
     _refuse_unread(settings)
     base = _new(job, settings)
     batches, evaluation = yield from data_of(job, settings, base)
-    optimizer = yield from train(job, Task(base.model, batches, settings, FULL, evaluation))
+    optimizer = yield from train(job, TrainingTask(base.model, batches, settings, FULL, evaluation))
     return save_checkpoint(job, base, optimizer)
 
 
@@ -35,7 +35,7 @@ def _imported(job: Job, settings: Pretrain) -> Generator[Event, None, Facts]:
     trust = settings.trust_remote_code
     facts = import_base(resolve(settings.base, job.project.root), job.out, settings.dtype, trust)
     model = load_base(job.out, None, trust).model
-    if isinstance(model, Opened):
+    if isinstance(model, TransformersModel):
         refuse_unlike(model, settings.base)
     yield Progress(1, 1, facts["architecture"])
     return facts

@@ -11,7 +11,7 @@ import torch
 from pipeline.adapters.attach import attach
 from pipeline.adapters.batched import attach_many, only, trained_by
 from pipeline.adapters.config import AdapterSpec
-from pipeline.data.windows import Windows
+from pipeline.data.windows import Dataset
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.load import DTYPES, Base, count, load_base
@@ -22,12 +22,12 @@ from pipeline.project.params.grid import DIVERGED, DONE, STOPPED, TABLE, variant
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.finetune import lora_spec, new_rows, note_wide_rank, save_files
-from pipeline.training.batched.evaluation import ManyEvaluation
-from pipeline.training.batched.loop import Standing
-from pipeline.training.batched.run import train_many
-from pipeline.training.batched.step import ManyTask, Variant
+from pipeline.training.batched.evaluation import BatchedEvaluation
+from pipeline.training.batched.loop import AdapterProgress
+from pipeline.training.batched.run import train_batched
+from pipeline.training.batched.step import BatchedTrainingTask, Variant
 from pipeline.training.batches import Batches
-from pipeline.training.data import windows_of
+from pipeline.training.data import datasets_for
 from pipeline.training.retention import retain_of
 from pipeline.training.schedule import refuse_long_warmup
 
@@ -35,7 +35,7 @@ from pipeline.training.schedule import refuse_long_warmup
 def sweep(job: Job) -> Generator[Event, None, Facts]:
     """The grid of finetune_sweep → an adapter folder for each combination, and sweep.json with how each ended.
 
-    Raises UserError, and what `train_many` does.
+    Raises UserError, and what `train_batched` does.
     """
     params = job.project.params
     settings, wanted = params.finetune_lora, variants(params.finetune_lora, params.finetune_sweep)
@@ -45,7 +45,7 @@ def sweep(job: Job) -> Generator[Event, None, Facts]:
         )
     folder = job.artifact("expand_vocab")
     base = load_base(folder, settings.precision, params.pretrain.trust_remote_code, settings.quantization)
-    learned, held_out = yield from windows_of(job, settings, base)
+    learned, held_out = yield from datasets_for(job, settings, base)
     strongest = max(own.retain_weight for own in wanted.values())
     texts = yield from retain_of(job, replace(settings, retain_weight=strongest), base)
     specs = {}
@@ -63,8 +63,8 @@ def sweep(job: Job) -> Generator[Event, None, Facts]:
     every = settings.eval_every or len(together[0].batches)
     evaluation = None
     if held_out is not None:
-        evaluation = ManyEvaluation(held_out, settings.batch_size, every, settings.patience, len(wanted))
-    standing = yield from train_many(job, ManyTask(base.model, share, together, evaluation))
+        evaluation = BatchedEvaluation(held_out, settings.batch_size, every, settings.patience, len(wanted))
+    standing = yield from train_batched(job, BatchedTrainingTask(base.model, share, together, evaluation))
     return _saved(job, base, wanted, specs, standing)
 
 
@@ -89,14 +89,18 @@ def _attaching(base: Base, spec: AdapterSpec, name: str, own: FinetuneLora, note
     return attach_one
 
 
-def _variant(name: str, own: FinetuneLora, learned: Windows, texts: Windows | None) -> Variant:
+def _variant(name: str, own: FinetuneLora, learned: Dataset, texts: Dataset | None) -> Variant:
     batches = Batches(learned, own.batch_size, own.seed, own.accumulate)
     retained = Batches(texts, own.retain_batch, own.seed) if texts is not None and own.retains else None
     return Variant(name, own, batches, retained)
 
 
 def _saved(
-    job: Job, base: Base, wanted: Mapping[str, FinetuneLora], specs: Mapping[str, AdapterSpec], standing: Standing
+    job: Job,
+    base: Base,
+    wanted: Mapping[str, FinetuneLora],
+    specs: Mapping[str, AdapterSpec],
+    standing: AdapterProgress,
 ) -> Facts:
     """Each adapter that learned something finite in a folder of its own, sealed as finetune_lora seals its one."""
     folder = job.project.artifact("expand_vocab")

@@ -4,7 +4,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, in_precision, save_virtual, start
-from pipeline.calc.settings import Method
+from pipeline.calc.settings import FinetuningMethod
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.load import DTYPES, Base, count
@@ -12,11 +12,13 @@ from pipeline.models.meta import skeleton
 from pipeline.project.params.sections import FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.data import data_of, save_curve
-from pipeline.training.loop import Learner, Task
+from pipeline.training.loop import TrainingSetup, TrainingTask
 from pipeline.training.optimizer import FlatAdam
 
 
-def virtual_learner(job: Job, settings: FinetuneVirtual, base: Base, folder: Path) -> Generator[Event, None, Learner]:
+def virtual_learner(
+    job: Job, settings: FinetuneVirtual, base: Base, folder: Path
+) -> Generator[Event, None, TrainingSetup]:
     """The base with virtual tokens, to be trained and saved in PEFT's format; `folder` is where the base came from.
 
     Raises UserError.
@@ -26,20 +28,20 @@ def virtual_learner(job: Job, settings: FinetuneVirtual, base: Base, folder: Pat
     start(model, spec, len(tokenizer), settings.seed)
     assert model.virtual is not None
     in_precision(model.virtual, DTYPES[settings.adapter_precision])
-    if spec.kind == "prefix" and settings.checkpointing != "none" and not model.takes_prefix:
+    if spec.kind == "prefix" and settings.checkpointing != "none" and not model.supports_prefix:
         raise UserError(
             f"{job.stage.name}.checkpointing must be none for this model, got {settings.checkpointing}: its blocks "
             "take a prefix from a cache alone, which is gone when they run again. Set it to none."
         )
     batches, evaluation = yield from data_of(job, settings, base)
     trainable = count(model)["trainable"]
-    method = Method(spec.kind, virtual_tokens=spec.tokens)
+    method = FinetuningMethod(spec.kind, virtual_tokens=spec.tokens)
 
     def save(_: FlatAdam) -> Facts:
         save_virtual(job.out, model, f"artifacts/{folder.name}")
-        tokenizer.save(job.out, model.room)
+        tokenizer.save(job.out, model.max_length)
         save_curve(job)
         total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
         return {"base": base_fingerprint(folder), "parameters": {"total": total, "trainable": trainable}}
 
-    return Learner(base, Task(model, batches, settings, method, evaluation, sharded=False), save)
+    return TrainingSetup(base, TrainingTask(model, batches, settings, method, evaluation, sharded=False), save)

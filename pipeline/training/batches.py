@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data.examples import IGNORED, Window
-from pipeline.data.windows import Windows
-from pipeline.training.distributed.collectives import mine
+from pipeline.data.windows import Dataset
+from pipeline.training.distributed.collectives import shard_for_rank
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "labels")}
         return replace(self, **moved, at=None if self.at is None else self.at.to(device))
 
-    def apart(self) -> list["Batch"]:
+    def unpack(self) -> list["Batch"]:
         """Each sequence as a batch of its own, for a model that cannot read them end to end."""
         if self.segments is None:
             return [self]
@@ -57,9 +57,9 @@ class Batch:
         return [replace(one, idle=self.idle) for one in made]
 
 
-def shared(windows: Windows, numbers: Sequence[int]) -> Batch:
+def shared(windows: Dataset, numbers: Sequence[int]) -> Batch:
     """This process's share of the windows with these numbers: all of them, where it is alone."""
-    own = mine(numbers)
+    own = shard_for_rank(numbers)
     batch = collate([windows[number] for number in own or numbers[:1]], own or numbers[:1])
     return batch if own else replace(batch, idle=True)
 
@@ -101,7 +101,7 @@ def _trimmed(window: Window) -> Window:
 class Batches:
     """The batches of every epoch; `accumulate` of them make one step."""
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int, accumulate: int = 1) -> None:
+    def __init__(self, windows: Dataset, batch_size: int, seed: int, accumulate: int = 1) -> None:
         self._windows, self._size, self._seed, self._accumulate = windows, batch_size, seed, accumulate
         self._epoch, self._rows = 0, self._shuffled(0)
 
@@ -114,7 +114,7 @@ class Batches:
         return [shared(self._windows, rows) for rows in self.rows(step)]
 
     @property
-    def source(self) -> Windows:
+    def source(self) -> Dataset:
         """All the windows, by number."""
         return self._windows
 

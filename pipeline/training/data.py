@@ -8,7 +8,7 @@ import torch
 from pipeline.data.examples import Example, in_evaluation, iter_examples
 from pipeline.data.masking import encoder
 from pipeline.data.token_file import Corpus, refuse_nothing
-from pipeline.data.windows import Windows, sequences
+from pipeline.data.windows import Dataset, dataset_from
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import CausalLM
@@ -28,8 +28,8 @@ def examples_of(job: Job, settings: Training) -> Iterator[Example]:
 
 
 def data_of(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
-    """The batches, and the evaluation where examples are held out for it. Raises UserError as `windows_of`."""
-    learned, held_out = yield from windows_of(job, settings, base)
+    """The batches, and the evaluation where examples are held out for it. Raises UserError as `datasets_for`."""
+    learned, held_out = yield from datasets_for(job, settings, base)
     batches = Batches(learned, settings.batch_size, settings.seed, settings.accumulate)
     refuse_long_warmup(settings, settings.epochs * len(batches), job.stage.section)
     if held_out is None:
@@ -37,7 +37,7 @@ def data_of(job: Job, settings: Training, base: Base) -> Generator[Event, None, 
     return batches, Evaluation(held_out, settings.batch_size, settings.eval_every or len(batches), settings.patience)
 
 
-def windows_of(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Windows, Windows | None]]:
+def datasets_for(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Dataset, Dataset | None]]:
     """What is learned, and what is held out to evaluate on; notes what was cut or left out.
 
     Raises UserError for an example that cannot be learned from, and where nothing is left to learn.
@@ -48,7 +48,7 @@ def windows_of(job: Job, settings: Training, base: Base) -> Generator[Event, Non
     if not share:
         refuse_nothing(learned, named)
         _refuse_unused(job, settings)
-        return sequences(learned, settings.window), None
+        return dataset_from(learned, settings.window), None
     held_out = yield from _corpus(job, settings, base, held_out=True)
     split = f"{job.stage.section}.eval_share {share:g} of {named} holds out"
     if not len(learned) and len(held_out):
@@ -59,7 +59,7 @@ def windows_of(job: Job, settings: Training, base: Base) -> Generator[Event, Non
     refuse_nothing(learned, named)
     if not len(held_out):
         raise UserError(f"{split} no example: they are chosen by their hash. Raise it, or set it to 0.")
-    return sequences(learned, settings.window), sequences(held_out, settings.window)
+    return dataset_from(learned, settings.window), dataset_from(held_out, settings.window)
 
 
 def _refuse_unused(job: Job, settings: Training) -> None:
@@ -75,7 +75,7 @@ def _corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generat
     folder = job.run / "tokens" / ("evaluation" if held_out else "training")
     folder.mkdir(parents=True, exist_ok=True)
     examples = (e for e in examples_of(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
-    virtual = base.model.shape.positions - base.model.room
+    virtual = base.model.shape.positions - base.model.max_length
     encodes = encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual)
     corpus = Corpus.build(examples, encodes, folder)
     found = corpus.statistics

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.data.windows import Windows
+from pipeline.data.windows import Dataset
 from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch, shared
-from pipeline.training.distributed.collectives import summed
+from pipeline.training.distributed.collectives import all_reduce_numbers
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.step import loss_of, readable
+from pipeline.training.step import loss_of, to_model_device
 
 
 class Evaluation:
@@ -19,7 +19,7 @@ class Evaluation:
     What it remembers is a part of the checkpoint: a resumed run stops where an unbroken one does.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, every: int, patience: int) -> None:
+    def __init__(self, windows: Dataset, batch_size: int, every: int, patience: int) -> None:
         self._windows, self._size, self._every, self._patience = windows, batch_size, every, patience
         self._best, self._waited = float("inf"), 0
         self._weights: Tensor | None = None
@@ -38,7 +38,7 @@ class Evaluation:
         return loss
 
     @property
-    def hopeless(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether `patience` evaluations in a row brought nothing better."""
         return bool(self._patience) and self._waited >= self._patience
 
@@ -52,13 +52,13 @@ class Evaluation:
         for batch in self._batches(model):
             total += float(loss_of(model, batch)) * batch.tokens
             tokens += batch.tokens
-        total, labels = summed(total, tokens)
+        total, labels = all_reduce_numbers(total, tokens)
         return total / labels
 
     def _batches(self, model: CausalLM) -> Iterator[Batch]:
         for start in range(0, len(self._windows), self._size):
             numbers = range(start, min(start + self._size, len(self._windows)))
-            yield from readable(model, [shared(self._windows, numbers)])
+            yield from to_model_device(model, [shared(self._windows, numbers)])
 
     def state(self) -> dict[str, Tensor]:
         best = {} if self._weights is None else {"best_weights": self._weights}

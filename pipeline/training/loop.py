@@ -8,13 +8,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from pipeline.calc.settings import Method
+from pipeline.calc.settings import FinetuningMethod
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.models.base import CausalLM, Checkpointing
 from pipeline.models.device import device_for
-from pipeline.models.kernels.rms_norm import quicken
+from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import Base
-from pipeline.models.transformers_model import Opened
+from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import Peak, RunLog, Step, in_units
 from pipeline.project.params.sections import FinetuneLora, Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
@@ -22,32 +22,32 @@ from pipeline.training import checkpoint
 from pipeline.training.batches import Batches
 from pipeline.training.checkpoint import Checkpoint, HeldSignals
 from pipeline.training.distributed.collectives import (
-    Agreed,
-    Helped,
-    Lost,
-    agree,
-    first,
-    given_by_first,
+    CollectiveError,
+    ProcessLost,
+    WorkerFinished,
+    all_reduce_max,
+    broadcast_object,
+    broadcast_tensors,
     is_lost,
-    largest_of,
+    is_main_process,
     needs_shards,
+    raise_on_all_ranks,
     shard,
-    told_by_first,
 )
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.memory.allocator import keep_freed_memory
-from pipeline.training.memory.forecast import forecast, smaller
-from pipeline.training.memory.live_bytes import LiveBytes
-from pipeline.training.optimizer import FlatAdam, ManyAdam
-from pipeline.training.retention import Retain
+from pipeline.training.memory.forecast import predict_peak_memory, smaller
+from pipeline.training.memory.live_bytes import TensorMemoryMeter
+from pipeline.training.optimizer import BatchedAdam, FlatAdam
+from pipeline.training.retention import RetentionLoss
 from pipeline.training.schedule import rate
-from pipeline.training.step import Gradient, gradient, readable
+from pipeline.training.step import Gradient, gradient, to_model_device
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """What is trained, and on what. `method` says to the calculator what is trainable.
 
     `sharded`: whether several processes keep a share of the frozen weights each; None: where one device is too small.
@@ -56,9 +56,9 @@ class Task:
     model: CausalLM
     batches: Batches
     settings: Training
-    method: Method
+    method: FinetuningMethod
     evaluation: Evaluation | None = None
-    retain: Retain | None = None
+    retain: RetentionLoss | None = None
     sharded: bool | None = None
 
     @property
@@ -67,11 +67,11 @@ class Task:
         return self.settings.epochs * len(self.batches)
 
 
-class Learner(NamedTuple):
+class TrainingSetup(NamedTuple):
     """A model that is about to learn something, and what saves it then: it fills the job's folder."""
 
     base: Base
-    task: Task
+    task: TrainingTask
     save: Callable[[FlatAdam], Facts]
 
 
@@ -83,22 +83,22 @@ class Diverged(Exception):
         self.number, self.found = number, found
 
 
-class OutOfMemory(Agreed):
+class OutOfMemory(CollectiveError):
     """A step needs more memory than there is."""
 
 
-class NotFinite(Agreed):
+class NotFinite(CollectiveError):
     """A run ended because its loss is not finite: a study may count it, and go on."""
 
 
-def steps(task: Task, optimizer: FlatAdam, done: int = 0, tokens: int = 0) -> Iterator[Step]:
+def steps(task: TrainingTask, optimizer: FlatAdam, done: int = 0, tokens: int = 0) -> Iterator[Step]:
     """Train from after step `done`, with `tokens` learned from, to the last epoch's end: one record a step.
 
     Raises Diverged.
     """
     model, settings, evaluation = task.model, task.settings, task.evaluation
     for number in range(done, task.total):
-        if evaluation is not None and evaluation.hopeless:  # also where a resumed run begins
+        if evaluation is not None and evaluation.should_stop:  # also where a resumed run begins
             return
         batches = task.batches[number]
         found = gradient(model, batches, optimizer, task.retain, number)
@@ -116,7 +116,7 @@ def steps(task: Task, optimizer: FlatAdam, done: int = 0, tokens: int = 0) -> It
         yield Step(number + 1, epoch, found.loss, learning_rate, found.norm, tokens, held_out, found.divergence)
 
 
-def train(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
+def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
     """Train the model's trainable parameters in place; killed at any step, the next call goes on where it was.
 
     The calculator's prediction of the memory comes before the first step, what was measured after the last. Returns
@@ -124,28 +124,28 @@ def train(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
     Raises Interrupted after a signal, with a checkpoint written, UserError if the loss is not finite or another process
     of the run is gone, and Helped at the end of what is not the first process.
     """
-    agree()  # all processes have come so far
+    raise_on_all_ranks()  # all processes have come so far
     try:
         optimizer = yield from _trained(job, task)
     except UserError as error:  # the others are not where they could be told: they see that this one is gone
-        raise error if isinstance(error, Agreed) else Agreed(str(error)) from None
+        raise error if isinstance(error, CollectiveError) else CollectiveError(str(error)) from None
     except (RuntimeError, MemoryError) as error:  # before the first step: the model alone was too large
         if not is_out_of_memory(error):
             raise
         raise _too_large(job, task, error) from None
-    if not first():
-        raise Helped
+    if not is_main_process():
+        raise WorkerFinished
     return optimizer
 
 
-def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
+def _trained(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
     name, (device, sharded) = job.stage.name, _placed(task)
-    if not task.model.packs:
+    if not task.model.supports_packing:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
     optimizer = optimizer_of(task.model, task.settings)
     done, tokens = yield from _resumed(job, task, optimizer)
     largest = task.batches.largest(range(done + 1, min(done + 1 + len(task.batches), task.total)) or [done])
-    predicted, live = 0 if sharded else _predicted(task, largest), LiveBytes()
+    predicted, live = 0 if sharded else _predicted(task, largest), TensorMemoryMeter()
     if predicted:
         yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step")
     log = RunLog(job.run, done, tokens, evaluated=task.evaluation is not None, retained=task.retain is not None)
@@ -158,7 +158,7 @@ def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
             for record in records:
                 log.append(record, Peak(predicted, live.peak), device.type)
                 done, tokens = record.step, record.tokens
-                stop = largest_of(signals.received or 0)
+                stop = all_reduce_max(signals.received or 0)
                 if stop or record.step % job.checkpoint_every == 0:
                     _save(job, task, log, optimizer, record.step, record.tokens)
                 if stop:
@@ -173,7 +173,7 @@ def _trained(job: Job, task: Task) -> Generator[Event, None, FlatAdam]:
                 raise _too_large(job, task, error, done, _kept(job, task, log, optimizer, done, tokens)) from None
             if not is_lost(error):
                 raise
-            raise Lost.during(name, _kept(job, task, log, optimizer, done, tokens)) from None
+            raise ProcessLost.during(name, _kept(job, task, log, optimizer, done, tokens)) from None
         if signals.received:
             raise Interrupted(signals.received, f"{name}: stopped after the last step")
     yield from _ended(job, task, optimizer, done, live)
@@ -185,7 +185,7 @@ def optimizer_of(model: CausalLM, settings: Training) -> FlatAdam:
     return FlatAdam(model, settings.precision == "fp16", ratio)
 
 
-def _placed(task: Task) -> tuple[torch.device, bool]:
+def _placed(task: TrainingTask) -> tuple[torch.device, bool]:
     """The model is where it trains, and as it trains best there; whether its weights are shared out."""
     model, device = task.model, prepared(task.model, task.settings.checkpointing)
     sharded = needs_shards(model, device) if task.sharded is None else task.sharded
@@ -199,23 +199,23 @@ def prepared(model: CausalLM, checkpointing: Checkpointing) -> torch.device:
     """Where the model is to train; as it is best for that place, but not there yet."""
     device = device_for(model)
     model.checkpoint_blocks(checkpointing)
-    if device.type == "cpu" and isinstance(model, Opened):
-        quicken(model)
+    if device.type == "cpu" and isinstance(model, TransformersModel):
+        fuse_rms_norms(model)
         keep_freed_memory()
     return device
 
 
-def _resumed(job: Job, task: Task, optimizer: FlatAdam) -> Generator[Event, None, tuple[int, int]]:
+def _resumed(job: Job, task: TrainingTask, optimizer: FlatAdam) -> Generator[Event, None, tuple[int, int]]:
     """(Steps done, tokens learned from) of the checkpoint that the run goes on from."""
     found, refused = checkpoint.load(job.run, job.key)
-    start, refused = told_by_first((found and (found.step, found.tokens), refused))
-    optimizer.spread()
+    start, refused = broadcast_object((found and (found.step, found.tokens), refused))
+    optimizer.broadcast_weights()
     if refused:
         yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {refused}")
     if not start:
         discard_checkpoints(job.run)  # before their log is overwritten: without it they must never be used
         return 0, 0
-    state = given_by_first(found.state if found else {})
+    state = broadcast_tensors(found.state if found else {})
     optimizer.restore(state)
     if task.evaluation is not None:
         task.evaluation.restore(state)
@@ -223,7 +223,7 @@ def _resumed(job: Job, task: Task, optimizer: FlatAdam) -> Generator[Event, None
     return start
 
 
-def _kept(job: Job, task: Task, log: RunLog, optimizer: FlatAdam, done: int, tokens: int) -> str:
+def _kept(job: Job, task: TrainingTask, log: RunLog, optimizer: FlatAdam, done: int, tokens: int) -> str:
     """A checkpoint of the last whole step, where another process is gone; what to say of it."""
     if optimizer.steps != done:  # it was while the step was evaluated: the weights are those after it already
         return "The last periodic checkpoint stands. "
@@ -232,7 +232,7 @@ def _kept(job: Job, task: Task, log: RunLog, optimizer: FlatAdam, done: int, tok
     return f"A checkpoint after step {done} of {task.total} is kept. "
 
 
-def _too_large(job: Job, task: Task, error: BaseException, done: int = 0, kept: str = "") -> OutOfMemory:
+def _too_large(job: Job, task: TrainingTask, error: BaseException, done: int = 0, kept: str = "") -> OutOfMemory:
     """What to lower, and what was kept: the memory may have been another program's."""
     batch = task.batches[min(done, task.total - 1)][0]
     less = smaller(task.model, task.method, task.settings, batch, job.stage.name)
@@ -241,18 +241,20 @@ def _too_large(job: Job, task: Task, error: BaseException, done: int = 0, kept: 
     )
 
 
-def _predicted(task: Task, number: int) -> int:
+def _predicted(task: TrainingTask, number: int) -> int:
     """Bytes of tensors at the peak of step `number`; 0 where the calculator does not know the model."""
     model, method, settings = task.model, task.method, task.settings
-    found = [forecast(model, method, settings, batch) for batch in readable(model, task.batches[number])]
+    found = [
+        predict_peak_memory(model, method, settings, batch) for batch in to_model_device(model, task.batches[number])
+    ]
     if task.retain is not None:
-        kept = readable(model, task.retain.batches(number))
-        found += [forecast(model, method, settings, batch, retained=True) for batch in kept]
+        kept = to_model_device(model, task.retain.batches(number))
+        found += [predict_peak_memory(model, method, settings, batch, retained=True) for batch in kept]
     return max((size for size in found if size), default=0)
 
 
-def _save(job: Job, task: Task, log: RunLog, optimizer: FlatAdam, step: int, tokens: int) -> None:
-    if not first():
+def _save(job: Job, task: TrainingTask, log: RunLog, optimizer: FlatAdam, step: int, tokens: int) -> None:
+    if not is_main_process():
         return
     log.sync()
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
@@ -265,10 +267,10 @@ def _said(record: Step) -> str:
     return "  ".join(parts)
 
 
-def _ended(job: Job, task: Task, optimizer: FlatAdam, done: int, live: LiveBytes) -> Iterator[Event]:
+def _ended(job: Job, task: TrainingTask, optimizer: FlatAdam, done: int, live: TensorMemoryMeter) -> Iterator[Event]:
     name = job.stage.name
     if task.evaluation is not None:
-        if task.evaluation.hopeless:
+        if task.evaluation.should_stop:
             yield Note(f"{name}: stopped at step {done} of {task.total}: no better loss on what is held out")
         task.evaluation.restore_best(optimizer)
     task.model.eval()
@@ -277,7 +279,7 @@ def _ended(job: Job, task: Task, optimizer: FlatAdam, done: int, live: LiveBytes
 
 
 def watched(
-    live: LiveBytes, which: int, model: CausalLM, optimizer: FlatAdam | ManyAdam, records: Iterator[T]
+    live: TensorMemoryMeter, which: int, model: CausalLM, optimizer: FlatAdam | BatchedAdam, records: Iterator[T]
 ) -> Iterator[T]:
     """The same records; record number `which`, after the first, which makes the optimizer's state, is counted."""
     yield from islice(records, max(1, which))
@@ -288,7 +290,7 @@ def watched(
     yield from records
 
 
-def _divergence(job: Job, task: Task, diverged: Diverged) -> NotFinite:
+def _divergence(job: Job, task: TrainingTask, diverged: Diverged) -> NotFinite:
     name, found, number = job.stage.name, diverged.found, diverged.number
     only_retained = math.isfinite(found.loss) and not math.isfinite(found.divergence or 0)
     retain = task.retain if only_retained else None

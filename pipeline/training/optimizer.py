@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from pipeline.training.distributed.collectives import spread, sum_up
+from pipeline.training.distributed.collectives import all_reduce_, broadcast_
 
 LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000  # of an fp16 loss; steps without an overflow until it doubles
 NAMES = ("step", "exp_avg", "exp_avg_sq")
@@ -78,13 +78,13 @@ class FlatAdam:
         """How many have been taken, those of the run before a resume too."""
         return int(self._moments.get("step", 0))
 
-    def gather(self) -> Tensor:
+    def collect_gradients(self) -> Tensor:
         """The norm of the gradient that backward left, in all processes; to be called once before `step`."""
         grad = self.weights.grad
         assert grad is not None
         for place, _, of_copies in self._copies:
             grad[place].copy_(of_copies)
-        sum_up(grad)
+        all_reduce_(grad)
         if self._scaled:
             grad.div_(self.scale)
         norm: Tensor = grad.norm()
@@ -145,9 +145,9 @@ class FlatAdam:
         self.weights.copy_(weights)
         self._publish()
 
-    def spread(self) -> None:
+    def broadcast_weights(self) -> None:
         """Begin in every process with the first one's weights."""
-        spread(self.weights.data)
+        broadcast_(self.weights.data)
         self._publish()
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ class FlatAdam:
             start += p.numel()
 
 
-class ManyAdam:
+class BatchedAdam:
     """Adam (Kingma & Ba 2015) on weights (N, P): row n is all that adapter n trains, in fp32.
 
     What trains are stacked parameters (N, ...), views of it or, in 16 bits, copies. Adam's own step is taken at a rate
@@ -202,7 +202,7 @@ class ManyAdam:
     def steps(self) -> int:
         return int(self._moments.get("step", 0))
 
-    def gather(self) -> Tensor:
+    def collect_gradients(self) -> Tensor:
         """The norm (N,) of each adapter's gradient, as backward left it; to be called once before `step`."""
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         rows = [grad.view(len(grad), -1) for grad in found]

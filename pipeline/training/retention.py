@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.adapters.attach import switched_off
 from pipeline.data.examples import Example, Window, iter_examples
 from pipeline.data.masking import encode
-from pipeline.data.windows import Listed, Windows
+from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.device import placed
@@ -23,13 +23,13 @@ from pipeline.training.losses import divergence, mean_of
 COMPLETION = 32  # tokens that the base adds to a prompt at most
 
 
-class Retain:
+class RetentionLoss:
     """KL(base‖model) in nats a token, weighted. The base is the same model with its adapter off: no second copy.
 
     What trains in full beside the adapter (embeddings, head) is kept as it was, since nothing else has it.
     """
 
-    def __init__(self, model: CausalLM, texts: Windows, settings: FinetuneLora) -> None:
+    def __init__(self, model: CausalLM, texts: Dataset, settings: FinetuneLora) -> None:
         self.weight = settings.retain_weight
         self._model = model
         self._batches = Batches(texts, settings.retain_batch, settings.seed)
@@ -53,8 +53,8 @@ class Retain:
         """Mean over all tokens of the batch."""
         model = self._model
         with torch.no_grad(), self._off():
-            before = model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
-        after = model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)
+            before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
+        after = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
         head = [p for p in model.head.parameters() if p.requires_grad]
         return mean_of(divergence(model.logits, self._base_logits), after, before, trained=head)
 
@@ -76,7 +76,7 @@ class Retain:
                     p.data = data
 
 
-def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Windows | None]:
+def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Dataset | None]:
     """The texts to retain, a prompt alone completed by the base itself; None where none are asked for.
 
     Raises UserError for a weight without a file.
@@ -95,7 +95,7 @@ def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, 
         found.append(Window(0, ids, ids))  # every token is one on which answers are compared
         places.append(example.place)
     base.model.to("cpu")  # the training loop moves it, or shares it out
-    return Listed(found, places)
+    return InMemoryDataset(found, places)
 
 
 def _is_prompt(example: Example) -> bool:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch
-from pipeline.training.distributed.collectives import summed
+from pipeline.training.distributed.collectives import all_reduce_numbers
 from pipeline.training.losses import CHUNK, cross_entropy, mean_of
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retention import Retain
+from pipeline.training.retention import RetentionLoss
 
 
 def loss_of(model: CausalLM, batch: Batch, chunk: int = CHUNK) -> Tensor:
@@ -20,16 +20,16 @@ def loss_of(model: CausalLM, batch: Batch, chunk: int = CHUNK) -> Tensor:
 
     No logits where no label stands, and those of `chunk` labels at a time.
     """
-    rows = model.hidden(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
+    rows = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
     rows = rows if batch.at is None else rows.index_select(0, batch.at)
     head = [p for p in model.head.parameters() if p.requires_grad]
     return mean_of(cross_entropy(model.logits), rows, batch.labels, chunk, head)
 
 
-def readable(model: CausalLM, batches: Iterable[Batch]) -> Iterator[Batch]:
+def to_model_device(model: CausalLM, batches: Iterable[Batch]) -> Iterator[Batch]:
     """`batches` on the model's device, in the form that it reads."""
     for batch in batches:
-        for part in [batch] if model.packs else batch.apart():
+        for part in [batch] if model.supports_packing else batch.unpack():
             yield part.to(model.device)
 
 
@@ -48,7 +48,7 @@ class Gradient:
 
 
 def gradient(
-    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: Retain | None, number: int
+    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: RetentionLoss | None, number: int
 ) -> Gradient:
     """Backward through all `batches` of step `number`: each label has the same weight, whatever its batch.
 
@@ -61,24 +61,26 @@ def gradient(
 
 
 def _gradient(
-    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: Retain | None, number: int
+    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: RetentionLoss | None, number: int
 ) -> Gradient:
-    (labels,) = summed(sum(batch.tokens for batch in batches))
+    (labels,) = all_reduce_numbers(sum(batch.tokens for batch in batches))
     losses = []
-    for batch in readable(model, batches):
+    for batch in to_model_device(model, batches):
         loss = loss_of(model, batch) * (batch.tokens / labels)
         torch.autograd.backward(loss * optimizer.scale)
         losses.append(loss.detach())
     kept = [] if retain is None else list(_retained(model, retain, optimizer, number))
-    whole, apart = summed(_sum(losses), _sum(kept))  # before the gradient: where a process is gone, this says so
-    norm = optimizer.gather().item()
+    whole, apart = all_reduce_numbers(
+        _sum(losses), _sum(kept)
+    )  # before the gradient: where a process is gone, this says so
+    norm = optimizer.collect_gradients().item()
     return Gradient(whole, norm, int(labels), None if retain is None else apart)
 
 
-def _retained(model: CausalLM, retain: Retain, optimizer: FlatAdam, number: int) -> Iterator[Tensor]:
+def _retained(model: CausalLM, retain: RetentionLoss, optimizer: FlatAdam, number: int) -> Iterator[Tensor]:
     batches = retain.batches(number)
-    (tokens,) = summed(sum(batch.read for batch in batches))
-    for batch in readable(model, batches):
+    (tokens,) = all_reduce_numbers(sum(batch.read for batch in batches))
+    for batch in to_model_device(model, batches):
         divergence = retain.divergence(batch) * (batch.read / tokens)
         torch.autograd.backward(divergence * (retain.weight * optimizer.scale))
         yield divergence.detach()

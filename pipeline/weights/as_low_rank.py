@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.adapters.attach import PREFIX, short_targets
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import CONFIG, WEIGHTS
-from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, transposed
+from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, fan_in_fan_out
 from pipeline.adapters.low_rank import LowRank
 from pipeline.adapters.peft.config import config_of
 from pipeline.adapters.peft.updates import tensors_of
@@ -23,8 +23,8 @@ from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_conv1d
 from pipeline.models.meta import skeleton
 from pipeline.models.save import save_tensors
-from pipeline.weights.edits import AddLowRank, SetLengths, SetRows
-from pipeline.weights.merge_plan import edits_of, fitted, place_of
+from pipeline.weights.edits import AddLowRank, RescaleRows, SetRows
+from pipeline.weights.merge_plan import attach_to_meta_model, edits_of, place_of
 from pipeline.weights.streaming import read_rows
 
 Updates = dict[str, LowRank]  # by module's full name
@@ -37,14 +37,14 @@ def updates_of(base: Path, adapter: Path, trust_remote_code: bool = False) -> Up
     other is what they differ by from the base's. Raises UserError for what is of no low rank, or does not fit.
     """
     model, stored = skeleton(base, trust_remote_code), places(base)
-    spec = fitted(model, base, stored, adapter)
+    spec = attach_to_meta_model(model, base, stored, adapter)
     found: Updates = {}
     for parameter, edit in edits_of(model, spec).items():
         name = parameter.removesuffix(".weight")
         if isinstance(edit, AddLowRank):
             layer = model.get_submodule(name)
             assert isinstance(layer, LoRALinear | LoRAEmbedding)
-            b, a = (edit.right.T, edit.left.T) if transposed(layer.base) else (edit.left, edit.right)
+            b, a = (edit.right.T, edit.left.T) if fan_in_fan_out(layer.base) else (edit.left, edit.right)
             found[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding))
         elif isinstance(edit, SetRows):
             place = place_of(parameter, model, stored)
@@ -53,7 +53,7 @@ def updates_of(base: Path, adapter: Path, trust_remote_code: bool = False) -> Up
                     f"{base}: its files have no {parameter}. Save it anew in transformers with save_pretrained."
                 )
             found[name] = _picking(edit, place, embedding=name == model.embedding_name)
-        elif isinstance(edit, SetLengths):
+        elif isinstance(edit, RescaleRows):
             raise UserError(
                 f"{adapter}: {name} was trained with DoRA, which changes the length of whole rows: no update of "
                 "low rank. Merge the adapter instead: lora merge --adapter, or lora export --as merged."

@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class How:
+class CombineOptions:
     """`rank` is what svd, ties and dare are cut to; `density` the share of numbers that ties and dare keep."""
 
     method: Method = "cat"
@@ -39,7 +39,7 @@ class Combined(NamedTuple):
     error: float
 
 
-def combine(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float], how: How) -> Combined:
+def combine(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float], how: CombineOptions) -> Combined:
     """Σ wᵢ·sᵢ·BᵢAᵢ of each module, or what `how` makes of it. Raises UserError where a method does not fit."""
     torch.manual_seed(how.seed)  # of what DARE drops
     updates, off, size = {}, 0.0, 0.0
@@ -59,7 +59,7 @@ def concatenated(parts: Sequence[Part]) -> LowRank:
     return LowRank(a, b, 1.0, parts[0].update.embedding)
 
 
-def _linear(parts: Sequence[Part], _how: How, name: str) -> LowRank:
+def _linear(parts: Sequence[Part], _how: CombineOptions, name: str) -> LowRank:
     """As PEFT's linear: A and B are summed apart, which mixes every A with every B. Exact for one adapter alone."""
     ranks = {update.rank for update, _ in parts}
     if len(ranks) > 1:
@@ -73,7 +73,7 @@ def _linear(parts: Sequence[Part], _how: How, name: str) -> LowRank:
     return LowRank(a, b, 1.0, parts[0].update.embedding)
 
 
-def _cut(parts: Sequence[Part], how: How, _name: str) -> LowRank:
+def _cut(parts: Sequence[Part], how: CombineOptions, _name: str) -> LowRank:
     """The best approximation of that rank (Eckart and Young 1936), from the small factors alone.
 
     With B = QS and Aᵀ = PT, the singular vectors of BA are Q and P times those of STᵀ.
@@ -91,7 +91,9 @@ def _of_svd(left: Tensor, values: Tensor, right: Tensor, rank: int, embedding: b
     return LowRank((root[:, None] * right[:rank]).float(), (left[:, :rank] * root).float(), 1.0, embedding)
 
 
-def _dense(merge: Callable[[Tensor, Tensor, float], Tensor], parts: Sequence[Part], how: How, _name: str) -> LowRank:
+def _dense(
+    merge: Callable[[Tensor, Tensor, float], Tensor], parts: Sequence[Part], how: CombineOptions, _name: str
+) -> LowRank:
     """What needs the whole (O, I) update of each adapter, cut to a rank at the end."""
     deltas = torch.stack([update.delta() for update, _ in parts])
     weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
@@ -129,7 +131,7 @@ def _of_one_sign(deltas: Tensor, weights: Tensor) -> Tensor:
     return (weights * deltas * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
 
-_WAYS: Mapping[Method, Callable[[Sequence[Part], How, str], LowRank]] = {
+_WAYS: Mapping[Method, Callable[[Sequence[Part], CombineOptions, str], LowRank]] = {
     "linear": _linear,
     "cat": lambda parts, _how, _name: concatenated(parts),
     "svd": _cut,

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from pipeline.adapters.config import lies_in
 from pipeline.adapters.low_rank import LowRank
-from pipeline.adapters.peft.updates import Change
+from pipeline.adapters.peft.updates import LowRankUpdate
 from pipeline.calc.target_modules import ALL_LINEAR, means
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
 from pipeline.weights.combine import Part, concatenated
 
 
-class Beside(NamedTuple):
+class MatrixComparison(NamedTuple):
     """One module: ‖s·BA‖ of each (0 where it has none), ‖difference‖, and how far their spaces overlap.
 
     `outputs` and `inputs` are φ of Hu et al. 2021, §7.2, for the column and row spaces of the two updates: 0 if they
@@ -34,7 +34,7 @@ class Beside(NamedTuple):
 
 
 @one_budget()
-def refuse_other_model(one: Change, other: Change) -> None:
+def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
     """Raises UserError for adapters that cannot be of one model.
 
     That is so where their manifests name two bases; where a module or tensor has two shapes; where none of their
@@ -64,14 +64,14 @@ def _two_models(why: str) -> UserError:
     return UserError(f"{why}: the adapters are of two models. Name two adapters of one.")
 
 
-def _shapes(change: Change) -> dict[str, tuple[int, ...]]:
+def _shapes(change: LowRankUpdate) -> dict[str, tuple[int, ...]]:
     """Of each linear or embedding that gets LoRA (O, I), of each row (D,), and of each tensor in full; by its name."""
     low_rank = {name: (update.b.shape[0], update.a.shape[1]) for name, update in change.low_rank.items()}
     rows = {f"a row of {name}": tuple(rows.shape[1:]) for name, (_, rows) in change.rows.items()}
     return {**low_rank, **rows, **{name: tuple(tensor.shape) for name, tensor in change.whole.items()}}
 
 
-def _targets(change: Change, module: str) -> bool:
+def _targets(change: LowRankUpdate, module: str) -> bool:
     """Whether the adapter's settings give LoRA to a block's linear of this name, if its model has one."""
     wanted = change.spec.targets
     if isinstance(wanted, str) and wanted != ALL_LINEAR:
@@ -81,23 +81,23 @@ def _targets(change: Change, module: str) -> bool:
     return meant and not change.spec.leaves_out(module) and not lies_in(module, change.spec.saved)
 
 
-def settings_that_differ(one: Change, other: Change) -> dict[str, tuple[Any, Any]]:
+def settings_that_differ(one: LowRankUpdate, other: LowRankUpdate) -> dict[str, tuple[Any, Any]]:
     """Of the two configs."""
     first, second = asdict(one.spec), asdict(other.spec)
     return {key: (first[key], second[key]) for key in first if first[key] != second[key]}
 
 
-def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterator[Beside]:
+def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterator[MatrixComparison]:
     """Every module that either changes; of one model, see `refuse_other_model`."""
     for name in dict.fromkeys((*one, *other)):
         first, second = one.get(name), other.get(name)
         if first is None or second is None:
             sizes = [0.0 if update is None else norm(update) for update in (first, second)]
-            yield Beside(name, sizes[0], sizes[1], max(sizes), None, None)
+            yield MatrixComparison(name, sizes[0], sizes[1], max(sizes), None, None)
             continue
         difference = norm(concatenated([Part(first, 1.0), Part(second, -1.0)]))
         shared = overlap(first.b, second.b), overlap(first.a.T, second.a.T)
-        yield Beside(name, norm(first), norm(second), difference, *shared)
+        yield MatrixComparison(name, norm(first), norm(second), difference, *shared)
 
 
 class Values(NamedTuple):
@@ -107,7 +107,7 @@ class Values(NamedTuple):
     difference: float | None
 
 
-def values(one: Change, other: Change) -> Iterator[Values]:
+def values(one: LowRankUpdate, other: LowRankUpdate) -> Iterator[Values]:
     """Every parameter that either holds whole, and every module of which it holds rows."""
     for name in dict.fromkeys((*one.rows, *other.rows)):
         first, second = one.rows.get(name), other.rows.get(name)

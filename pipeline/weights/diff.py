@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import MAGNITUDE
 from pipeline.adapters.peft.tensors import COPY
-from pipeline.adapters.peft.updates import Change, in_order
+from pipeline.adapters.peft.updates import LowRankUpdate, natural_sort_key
 from pipeline.errors import UserError
 from pipeline.files.shards import Place, places
 from pipeline.models.meta import skeleton
@@ -48,7 +48,7 @@ class Differences:
     unsaid: list[str]
 
 
-def between(base: Path, tuned: Path, trust_remote_code: bool = False) -> Differences:
+def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -> Differences:
     """Of every tensor of two checkpoints, by its name in the base, layer 10 after layer 9.
 
     One may name the model's body and the other not, or store the head of a tied pair. Raises UserError if no matrix is
@@ -58,7 +58,7 @@ def between(base: Path, tuned: Path, trust_remote_code: bool = False) -> Differe
     if old.keys() != new.keys():
         old, new = _of_one_pair(old, new, _tied_if_known(base, trust_remote_code))
     others = _matched(old, new)
-    names = sorted(others, key=in_order)
+    names = sorted(others, key=natural_sort_key)
     pairs = {name: (old[name], new[others[name]]) for name in names}
     _refuse_other_model(base, tuned, pairs)
     plain = {name: pair for name, pair in pairs.items() if all(place.info.dtype in DTYPES for place in pair)}
@@ -129,7 +129,7 @@ def _alone(names: Collection[str], other: Path) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"{min(names, key=in_order)}{more}, which {other} has not"]
+    return [f"{min(names, key=natural_sort_key)}{more}, which {other} has not"]
 
 
 def _refuse_other_model(base: Path, tuned: Path, pairs: Mapping[str, tuple[Place, Place]]) -> None:
@@ -152,7 +152,7 @@ def _difference(old: Place, new: Place) -> Iterator[Rows]:
         yield rows, after.double() - before.double()
 
 
-def of_adapter(base: Path, change: Change, trust_remote_code: bool = False) -> list[Delta]:
+def of_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = False) -> list[Delta]:
     """Of all that an adapter trained itself, in full or by rows: its low-rank updates are in `change`.
 
     DoRA's lengths are none of the base's tensors. Raises UserError for a tensor that `base` has not.
@@ -173,7 +173,7 @@ def of_adapter(base: Path, change: Change, trust_remote_code: bool = False) -> l
     return found
 
 
-def _places_of_whole(change: Change, old: Places, base: Path, trust_remote_code: bool) -> Places:
+def _places_of_whole(change: LowRankUpdate, old: Places, base: Path, trust_remote_code: bool) -> Places:
     """Of what was trained in full. Of a tied pair, which is written twice, one has no place of its own, and counts only
     where it differs."""
     names = [name for name in change.whole if not name.endswith((MAGNITUDE, COPY))]

@@ -65,7 +65,7 @@ class AddLowRank:
 
 
 @dataclass(frozen=True)
-class SetLengths:
+class RescaleRows:
     """m/‖V‖·V for V = W + s·left·right: an output's weights get the length m (O,).
 
     They are a row, or a column of a matrix that is `turned`, which has to be measured as a whole before.
@@ -78,7 +78,7 @@ class SetLengths:
     turned: bool = False
     lengths: Tensor | None = None
 
-    def measured(self, blocks: Iterable[tuple[slice, Tensor]]) -> "SetLengths":
+    def measured(self, blocks: Iterable[tuple[slice, Tensor]]) -> "RescaleRows":
         """With ‖V‖ of every column, from all of the blocks that make up W."""
         if not self.turned:
             return self

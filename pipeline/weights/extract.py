@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.adapters.folder import CONFIG, refuse_foreign
 from pipeline.adapters.low_rank import LowRank
-from pipeline.adapters.peft.updates import read_change
+from pipeline.adapters.peft.updates import load_update
 from pipeline.adapters.target_modules import adaptable
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -26,7 +26,7 @@ from pipeline.models.linears import is_conv1d
 from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event, Progress
 from pipeline.weights.as_low_rank import write_updates
-from pipeline.weights.diff import Delta, Differences, between, of_adapter, place_of, stored
+from pipeline.weights.diff import Delta, Differences, diff_checkpoints, of_adapter, place_of, stored
 from pipeline.weights.import_adapter import copy_tokenizer, manifest_of, refuse_other
 from pipeline.weights.merge_plan import stored_name
 from pipeline.weights.spectrum import MOST, Measured, measure, measure_update
@@ -47,7 +47,7 @@ def spectra_of(base: Path, tuned: Path, trust_remote_code: bool = False) -> Gene
     _refuse_adapter(base)
     if (tuned / CONFIG).is_file():
         return (yield from _of_adapter(base, tuned, trust_remote_code))
-    differences = between(base, tuned, trust_remote_code)
+    differences = diff_checkpoints(base, tuned, trust_remote_code)
     found = []
     for number, delta in enumerate(differences.deltas, start=1):
         found.append(measure(delta)[0])
@@ -62,7 +62,7 @@ def _refuse_adapter(base: Path) -> None:
 
 def _of_adapter(base: Path, tuned: Path, trust_remote_code: bool) -> Generator[Event, None, Spectra]:
     old = stored(base)
-    change = read_change(tuned)
+    change = load_update(tuned)
     refuse_foreign(base, tuned)
     others = of_adapter(base, change, trust_remote_code)
     found, total = [], len(change.low_rank) + len(others)
@@ -107,7 +107,7 @@ def extract(
     _refuse_adapter(base)
     if (tuned / CONFIG).is_file():
         raise UserError(f"{tuned} is an adapter already. Leave out --rank and --out, or name a whole model.")
-    differences = between(base, tuned, trust_remote_code)
+    differences = diff_checkpoints(base, tuned, trust_remote_code)
     refuse_other(out, "extract", [base, tuned])
     model = skeleton(base, trust_remote_code)
     parts = _Parts(model, differences, rank, ends)

@@ -17,12 +17,17 @@ from pipeline.files.shards import places
 from pipeline.models.meta import skeleton
 from pipeline.project import provenance
 from pipeline.weights.as_low_rank import updates_of, write_updates
-from pipeline.weights.combine import How, combine
-from pipeline.weights.merge_plan import fitted
+from pipeline.weights.combine import CombineOptions, combine
+from pipeline.weights.merge_plan import attach_to_meta_model
 
 
 def combine_adapters(
-    sources: Sequence[Path], weights: Sequence[float], how: How, base: Path, out: Path, trust_remote_code: bool = False
+    sources: Sequence[Path],
+    weights: Sequence[float],
+    how: CombineOptions,
+    base: Path,
+    out: Path,
+    trust_remote_code: bool = False,
 ) -> float:
     """Write the combination of adapters of one base to `out`; returns how far it is from the exact sum.
 
@@ -81,7 +86,7 @@ def _fitting(source: Path, base: Path, trust_remote_code: bool) -> dict[str, Any
         spec = load_adapter(model, base, source)
         assert isinstance(spec, VirtualSpec)
         return {"virtual_tokens": spec.tokens}
-    return {"rank": fitted(model, base, places(base), source).rank, "alpha": config["lora_alpha"]}
+    return {"rank": attach_to_meta_model(model, base, places(base), source).rank, "alpha": config["lora_alpha"]}
 
 
 def refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.runner import Event, Note, Progress
-from pipeline.weights.merge_plan import planned
-from pipeline.weights.streaming import Merge, Ratio, one_thread, ratios
+from pipeline.weights.merge_plan import plan_merge
+from pipeline.weights.streaming import Merge, UpdateRatio, one_thread, ratios
 
 CERTIFICATE = "certificate.json"
 MOSTLY = 0.9  # of an update: below it, not all that was learned is there
@@ -55,7 +55,7 @@ def merge_into(out: Path, merging: Merging, verify: Verify | None = None) -> Gen
     """
     dtype = STORED[merging.precision] if merging.precision else None
     with one_thread():
-        merge = planned(merging.base, merging.adapter, merging.trust_remote_code, dtype)
+        merge = plan_merge(merging.base, merging.adapter, merging.trust_remote_code, dtype)
     yield from _written(merge, out)
     measured = ratios(merge, out)
     _refuse_ratios(measured)
@@ -72,7 +72,7 @@ def _written(merge: Merge, out: Path) -> Generator[Event, None, None]:
         yield Progress(number, len(merge.files), name)
 
 
-def _refuse_ratios(measured: dict[str, Ratio]) -> None:
+def _refuse_ratios(measured: dict[str, UpdateRatio]) -> None:
     for name, (ratio, rounding) in measured.items():
         if ratio is not None and not abs(ratio - 1) <= RATIO_TOLERANCE + rounding:
             raise UserError(
@@ -80,7 +80,7 @@ def _refuse_ratios(measured: dict[str, Ratio]) -> None:
             )
 
 
-def _note_lost(measured: dict[str, Ratio]) -> Iterator[Event]:
+def _note_lost(measured: dict[str, UpdateRatio]) -> Iterator[Event]:
     """An update smaller than half the step between two 16-bit numbers is rounded away."""
     kept = [ratio.value for ratio in measured.values() if ratio.value is not None]
     if kept and min(kept) < MOSTLY:

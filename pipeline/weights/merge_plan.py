@@ -11,7 +11,7 @@ from pipeline.adapters.attach import BY_ROWS, PREFIX, adapter_layers, tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.folder import WEIGHTS, quantization_of, refuse_virtual
-from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, transposed
+from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, fan_in_fan_out
 from pipeline.adapters.peft.io import load_adapter, other_embedding
 from pipeline.adapters.peft.tensors import COPY
 from pipeline.errors import UserError
@@ -19,14 +19,14 @@ from pipeline.files.shards import Place, places
 from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_conv1d
 from pipeline.models.meta import skeleton
-from pipeline.models.quantization.quantized_linear import quantizable, rounded
+from pipeline.models.quantization.quantized_linear import dequantized, quantizable
 from pipeline.models.save import load_tensors
-from pipeline.project.params.sections import Kept
-from pipeline.weights.edits import AddLowRank, Edit, Replace, SetLengths, SetRows, same
+from pipeline.project.params.sections import Quantization
+from pipeline.weights.edits import AddLowRank, Edit, Replace, RescaleRows, SetRows, same
 from pipeline.weights.streaming import Merge, read_blocks
 
 
-def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:
+def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:
     """The merge of `adapter` into the checkpoint at `base`, written in `dtype`: F32, BF16, F16, or each in its own.
 
     Raises UserError as `load_adapter` does.
@@ -36,7 +36,7 @@ def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: s
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     tied = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
     rounded = _rounded(model, quantization_of(adapter))
-    edits = edits_of(model, fitted(model, base, stored, adapter))
+    edits = edits_of(model, attach_to_meta_model(model, base, stored, adapter))
     names = {name: stored_name(name, stored) or name for name in {*edits, *tied, *rounded}}
     absent = [name for name in tied if names[name] not in stored]
     for name in edits.keys() | rounded:
@@ -59,7 +59,7 @@ def planned(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: s
     )
 
 
-def fitted(model: CausalLM, base: Path, stored: Mapping[str, Place], adapter: Path) -> AdapterSpec:
+def attach_to_meta_model(model: CausalLM, base: Path, stored: Mapping[str, Place], adapter: Path) -> AdapterSpec:
     """Put the adapter on `model`, the skeleton of `base`, whose tensors are `stored`.
 
     Raises UserError as `load_adapter` does, for virtual tokens, which change no weight, and for an embedding that came
@@ -72,11 +72,11 @@ def fitted(model: CausalLM, base: Path, stored: Mapping[str, Place], adapter: Pa
     return spec
 
 
-def _rounded(model: CausalLM, kind: Kept) -> dict[str, Callable[[Tensor], Tensor]]:
+def _rounded(model: CausalLM, kind: Quantization) -> dict[str, Callable[[Tensor], Tensor]]:
     if kind == "none":
         return {}
     linears = {name: model.get_submodule(name) for name in quantizable(model)}
-    return {f"{name}.weight": partial(rounded, kind=kind, turned=is_conv1d(one)) for name, one in linears.items()}
+    return {f"{name}.weight": partial(dequantized, kind=kind, turned=is_conv1d(one)) for name, one in linears.items()}
 
 
 def edits_of(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
@@ -87,7 +87,9 @@ def edits_of(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
     for name, module in model.named_modules():
         if isinstance(module, BY_ROWS):
             own = name.rsplit(".", 1)[-1]
-            ids = spec.rows[own if own in spec.rows else model.ends[0]]  # a tied head's are the embedding's
+            ids = spec.rows[
+                own if own in spec.rows else model.embedding_and_head[0]
+            ]  # a tied head's are the embedding's
             found[f"{name}.weight"] = SetRows(torch.tensor(ids), module.rows.detach())
     plain = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for key, parameter in tensors(model, spec).items():
@@ -99,7 +101,7 @@ def edits_of(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
 def edit_of(layer: LoRALinear | LoRAEmbedding) -> Edit:
     """What a merge does to the layer's weight, as it is stored."""
     if isinstance(layer, DoRALinear):
-        return SetLengths(*factors(layer), layer.scale, layer.magnitude.detach(), transposed(layer.base))
+        return RescaleRows(*factors(layer), layer.scale, layer.magnitude.detach(), fan_in_fan_out(layer.base))
     return AddLowRank(*factors(layer), layer.scale)
 
 

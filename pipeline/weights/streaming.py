@@ -20,13 +20,13 @@ from pipeline.files.artifact import MANIFEST, read_json, write_json
 from pipeline.files.base_model import INDEX
 from pipeline.files.shards import Bytes, New, Place, in_file_order, places, rewrite
 from pipeline.project.logs.run_log import in_units
-from pipeline.weights.edits import AddLowRank, Edit, SetLengths, blocks
+from pipeline.weights.edits import AddLowRank, Edit, RescaleRows, blocks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 CONFIG = "config.json"
 SAMPLES = 2
-Update = AddLowRank | SetLengths
+Update = AddLowRank | RescaleRows
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What is not carried over: weights in other forms, which would not be merged, and records of how the base was made.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
@@ -107,7 +107,7 @@ class Merge:
     def _pieces(self, name: str, dtype: str) -> Iterator[Bytes]:
         """Added to in the wider of the two precisions, and narrowed once."""
         edit, target = self.edits.get(name), DTYPES.get(dtype)
-        if isinstance(edit, SetLengths):
+        if isinstance(edit, RescaleRows):
             edit = edit.measured(self.blocks(name))
         for rows, block in self.blocks(name):
             wide = block if target is None else block.to(torch.promote_types(block.dtype, target))
@@ -196,7 +196,7 @@ def as_bytes(tensor: Tensor) -> Bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-class Ratio(NamedTuple):
+class UpdateRatio(NamedTuple):
     """⟨W' − W, Δ⟩ / ⟨Δ, Δ⟩ for the update Δ, LoRA's s·BA: 1 if merged once, 0 if lost, 2 if twice; None where Δ is 0.
 
     `rounding`: how far from 1 rounding W' to its precision can bring it.
@@ -207,7 +207,7 @@ class Ratio(NamedTuple):
 
 
 @torch.no_grad()
-def ratios(merge: Merge, out: Path) -> dict[str, Ratio]:
+def ratios(merge: Merge, out: Path) -> dict[str, UpdateRatio]:
     """Of every matrix that LoRA or DoRA changed, measured on the file that was written, by the module's stored name.
 
     What goes wrong with a merge goes wrong with a matrix, not with a row: of a large one `SAMPLES` blocks of rows or
@@ -216,7 +216,7 @@ def ratios(merge: Merge, out: Path) -> dict[str, Ratio]:
     written = places(out)
     edits = {name: edit for name, edit in merge.edits.items() if isinstance(edit, Update)}
 
-    def ratio_of(name: str) -> Ratio:
+    def ratio_of(name: str) -> UpdateRatio:
         return _ratio(merge.blocks(name, SAMPLES), written[name], edits[name].measured(merge.blocks(name)))
 
     found = side_by_side(ratio_of, edits)
@@ -240,11 +240,11 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _ratio(before: Iterator[tuple[slice, Tensor]], after: Place, update: Update) -> Ratio:
+def _ratio(before: Iterator[tuple[slice, Tensor]], after: Place, update: Update) -> UpdateRatio:
     along = weight = size = 0.0
     for (rows, old), (_, new) in zip(before, read_blocks(after, SAMPLES), strict=True):
         here, own = update.against(old.float(), new.float(), rows)
         along, size = along + here, size + own
         weight += float(torch.linalg.vector_norm(old, dtype=torch.float32)) ** 2
     eps = torch.finfo(DTYPES[after.info.dtype]).eps
-    return Ratio(along / size if size else None, eps * (weight / max(size, 1e-60)) ** 0.5)
+    return UpdateRatio(along / size if size else None, eps * (weight / max(size, 1e-60)) ** 0.5)

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.data.tokenizers.chat_template import render
 from pipeline.errors import UserError
-from pipeline.files.text import visible
+from pipeline.files.text import escape_whitespace
 from pipeline.inference.engine import complete, continued, load, top_k
 from pipeline.project.stage_graph import VARIANTS
 from tests.bases import toy_checkpoint
@@ -78,7 +78,7 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
         assert "does not know: The, currency" in found["base"].error and not found["toy"].error
         assert found["toy"].text == continued(loaded, "The currency")
         assert [token for token, _ in found["toy"].top_k] == [c.token for c in top_k(loaded, "The currency", 5)]
-        assert all(visible(token) in s.text(TopK) for token, _ in found["toy"].top_k)
+        assert all(escape_whitespace(token) in s.text(TopK) for token, _ in found["toy"].top_k)
 
         await s.press("b")
         await s.point("base")

@@ -15,9 +15,9 @@ from textual.widgets import Input, OptionList
 
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import changes, gpus, largest
-from pipeline.calc.options import CONTEXT, method_of, run_of
+from pipeline.calc.options import CONTEXT, parse_method, parse_training_config
 from pipeline.calc.report import answer
-from pipeline.calc.settings import LORA, Method, Run
+from pipeline.calc.settings import LORA, FinetuningMethod, TrainingConfig
 from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.project.params.edit import save
 from pipeline.project.params.sections import load
@@ -29,7 +29,7 @@ from tui.screens.calculator.apply_to_params import asked_for, trained_model
 from tui.screens.calculator.dialogs import Confirm, Reader
 from tui.screens.calculator.form import CalcForm
 from tui.screens.calculator.memory_bars import MemoryBars
-from tui.screens.calculator.model import FIELDS, Asked, relevant
+from tui.screens.calculator.model import FIELDS, CalculatorQuery, relevant
 from tui.screens.calculator.result import Parameters, Pinned, Verdict
 from tui.screens.calculator.screen import CalculatorScreen
 from tui.widgets.text_block import Lines
@@ -52,7 +52,7 @@ def shown(screen: CalculatorScreen, kind: type[Lines]) -> str:
 
 
 async def fill(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> None:
-    screen.form.fill(replace(Asked(), **values))
+    screen.form.fill(replace(CalculatorQuery(), **values))
     await pilot.pause()
 
 
@@ -71,8 +71,8 @@ async def fill(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> N
 async def test_the_numbers_are_those_of_the_library(empty: Path, values: dict[str, str]) -> None:
     async with calculator(empty) as (pilot, screen):
         await fill(pilot, screen, **values)
-        asked, model = replace(Asked(), **values), built_in(values["model"]).shapes
-        method = method_of(
+        asked, model = replace(CalculatorQuery(), **values), built_in(values["model"]).shapes
+        method = parse_method(
             asked.method,
             int(asked.rank),
             float(asked.alpha) if asked.alpha else None,
@@ -81,7 +81,7 @@ async def test_the_numbers_are_those_of_the_library(empty: Path, values: dict[st
             new_rows=int(asked.new_rows) if asked.embeddings == "new_rows" else 0,
             virtual_tokens=int(asked.virtual_tokens),
         )
-        run = run_of(
+        run = parse_training_config(
             model,
             asked.method,
             batch=int(asked.batch),
@@ -293,9 +293,9 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         await pilot.press("l")
         await pilot.pause()
         targets = ("q_proj", "k_proj", "v_proj", "o_proj")
-        method = Method("lora", 4, 1.0, targets, embeddings="all")
+        method = FinetuningMethod("lora", 4, 1.0, targets, embeddings="all")
         assert screen.result.method == method
-        assert screen.result.run == Run(4, 4, "fp32", checkpointing="none", optimizer="adam-flat")
+        assert screen.result.run == TrainingConfig(4, 4, "fp32", checkpointing="none", optimizer="adam-flat")
         assert screen.result.model is built_in("minigpt").shapes
         await pilot.press("2", "3")
         assert pilot.app.screen is screen and screen.form.asked.model == "minigpt"
@@ -406,7 +406,7 @@ async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path
         await pilot.press("l")
         await until(pilot, lambda: screen.result.model.name != "qwen3-8b")
         assert screen.result.model.total == open_model(str(toy / "models/toy")).shapes.total
-        assert screen.result.run == Run(
+        assert screen.result.run == TrainingConfig(
             *(4, 48, "bf16", "bf16", "adam-flat"), checkpointing="selective", loss="chunked", context=CONTEXT
         )
         assert screen.result.method.rank == 4 and not screen.problem
@@ -526,4 +526,4 @@ async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> 
 
 
 def test_the_default_configuration_is_the_documents() -> None:
-    assert method_of("lora", 8, None, "attention") == LORA
+    assert parse_method("lora", 8, None, "attention") == LORA

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.project.logs.run_log import COLUMNS, RunLog, Step, read_steps
 from tui.screens.curves.series import Log, Row, parse_step, step_parser
-from tui.services.csv_tail import PIECE, Tail
+from tui.services.csv_tail import PIECE, CsvTail
 
 HEADER = ",".join(COLUMNS) + "\n"
 
@@ -36,7 +36,7 @@ def append(path: Path, text: str) -> None:
 
 
 def test_only_what_is_new_is_given(log: Path) -> None:
-    tail = Tail(log, parse_step)
+    tail = CsvTail(log, parse_step)
     assert steps(tail.read().rows) == [1, 2]
     assert not tail.changed()
     append(log, line(3))
@@ -45,7 +45,7 @@ def test_only_what_is_new_is_given(log: Path) -> None:
 
 
 def test_a_half_written_line_is_read_when_it_is_whole(log: Path) -> None:
-    tail = Tail(log, parse_step)
+    tail = CsvTail(log, parse_step)
     append(log, "3,1,0.")
     assert steps(tail.read().rows) == [1, 2]
     append(log, "25,0.001,0.5,48\n")
@@ -55,7 +55,7 @@ def test_a_half_written_line_is_read_when_it_is_whole(log: Path) -> None:
 
 
 def test_each_header_says_what_the_columns_below_it_are(log: Path) -> None:
-    tail = Tail(log, parse_step, step_parser)
+    tail = CsvTail(log, parse_step, step_parser)
     assert tail.read().rows == [(1, 1, 1.0, 0.001, 0.5, 16), (2, 1, 1.0, 0.001, 0.5, 32)]
     text = HEADER.strip() + ",divergence\n" + line(1).strip() + ",0.25\n" + line(2).strip() + ",\n" + line(3)
     log.write_text(text, encoding="utf-8")
@@ -74,7 +74,7 @@ def test_the_columns_are_what_the_run_log_wrote(found: list[tuple[float | None, 
             for number, (eval_loss, divergence) in enumerate(found, 1):
                 run.append(Step(number, 1, 1.0, 0.1, 0.2, number, eval_loss, divergence))
         written, log = read_steps(Path(folder) / "loss.csv"), Log(0.9)
-        log.extend(Tail(Path(folder) / "loss.csv", parse_step, step_parser).read().rows)
+        log.extend(CsvTail(Path(folder) / "loss.csv", parse_step, step_parser).read().rows)
     for name in ("eval_loss", "divergence"):
         values = {step.step: value for step in written if (value := getattr(step, name)) is not None}
         assert dict(zip(log.series[name].x, log.series[name].y, strict=True)) == values
@@ -82,7 +82,7 @@ def test_the_columns_are_what_the_run_log_wrote(found: list[tuple[float | None, 
 
 
 def test_a_log_cut_back_starts_over_and_says_so(log: Path) -> None:
-    tail = Tail(log, parse_step)
+    tail = CsvTail(log, parse_step)
     append(log, line(3))
     tail.read()
     log.write_text(HEADER + line(1), encoding="utf-8")  # in place: the same inode
@@ -91,7 +91,7 @@ def test_a_log_cut_back_starts_over_and_says_so(log: Path) -> None:
 
 
 def test_a_log_rewritten_to_the_same_length_starts_over(log: Path) -> None:
-    tail = Tail(log, parse_step)
+    tail = CsvTail(log, parse_step)
     tail.read()
     log.write_text(HEADER + line(1) + line(2, loss=2.0), encoding="utf-8")
     piece = tail.read()
@@ -104,7 +104,7 @@ def test_a_resumed_run_that_writes_the_same_lines_again_is_no_restart(tmp_path: 
     with RunLog(tmp_path, 0, 0) as log:
         for step in record[:5]:
             log.append(step)
-    tail = Tail(tmp_path / "loss.csv", parse_step)
+    tail = CsvTail(tmp_path / "loss.csv", parse_step)
     seen = tail.read().rows
     with RunLog(tmp_path, 3, 3) as log:  # cut back to step 3, then on
         for step in record[3:]:
@@ -115,7 +115,7 @@ def test_a_resumed_run_that_writes_the_same_lines_again_is_no_restart(tmp_path: 
 
 
 def test_another_file_in_its_place_is_read_from_the_start(log: Path) -> None:
-    tail = Tail(log, parse_step)
+    tail = CsvTail(log, parse_step)
     tail.read()
     other = log.with_name("other.csv")
     other.write_text(HEADER + line(7) + line(8) + line(9), encoding="utf-8")
@@ -125,7 +125,7 @@ def test_another_file_in_its_place_is_read_from_the_start(log: Path) -> None:
 
 
 def test_a_vanished_file_is_an_empty_one(log: Path) -> None:
-    tail = Tail(log, parse_step)
+    tail = CsvTail(log, parse_step)
     tail.read()
     log.unlink()
     assert tail.changed()
@@ -137,19 +137,19 @@ def test_a_vanished_file_is_an_empty_one(log: Path) -> None:
 
 
 def test_a_folder_in_its_place_is_an_empty_file(tmp_path: Path) -> None:
-    assert Tail(tmp_path, parse_step).read().rows == []
+    assert CsvTail(tmp_path, parse_step).read().rows == []
 
 
 def test_foreign_lines_are_counted(log: Path) -> None:
     append(log, "hello\n,,,,,\n\xff\n1,2\n" + line(3))
-    tail = Tail(log, parse_step)
+    tail = CsvTail(log, parse_step)
     assert steps(tail.read().rows) == [1, 2, 3]
     assert tail.skipped == 4
 
 
 def test_a_line_longer_than_a_piece_is_skipped_whole(log: Path) -> None:
     append(log, "9," * PIECE + "\n" + line(3))
-    tail = Tail(log, parse_step)
+    tail = CsvTail(log, parse_step)
     found, more = [], True
     while more:
         piece = tail.read()
@@ -161,7 +161,7 @@ def test_a_line_longer_than_a_piece_is_skipped_whole(log: Path) -> None:
 
 def test_a_long_log_comes_in_pieces(log: Path) -> None:
     append(log, "".join(map(line, range(3, 20_001))))
-    tail = Tail(log, parse_step)
+    tail = CsvTail(log, parse_step)
     pieces = [tail.read()]
     while pieces[-1].more:
         pieces.append(tail.read())
@@ -175,7 +175,7 @@ def test_however_a_log_is_cut_up_its_rows_are_those_of_read_steps(
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "loss.csv"
     text = HEADER + "".join(map(line, range(1, 9)))
-    tail, rows, place = Tail(path, parse_step), [], 0
+    tail, rows, place = CsvTail(path, parse_step), [], 0
     for cut in [*cuts, len(text)]:
         append(path, text[place : place + cut])
         place += cut

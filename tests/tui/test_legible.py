@@ -6,13 +6,13 @@ import time
 import pytest
 from rich.cells import cell_len
 
-from pipeline.files.text import visible
+from pipeline.files.text import escape_whitespace
 from tui.screens.adapters.session.sampling import Sampling
 from tui.screens.adapters.session.transcript import Answer, Exchange
 from tui.screens.adapters.widgets.attention_view import BARS, bars, matrix, sentence, window
 from tui.screens.adapters.widgets.streaming import written
 from tui.screens.adapters.widgets.top_k import CELL, table
-from tui.widgets.bars import fitted
+from tui.widgets.bars import pad_or_truncate
 
 TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", " ", "\ufffd", "é", "a" * 60, "🤗"]
 
@@ -31,7 +31,7 @@ TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", "
     ],
 )
 def test_no_white_space_goes_unseen(token: str, shown: str) -> None:
-    assert visible(token) == shown
+    assert escape_whitespace(token) == shown
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
@@ -51,13 +51,13 @@ def test_the_columns_of_any_tokens_stand_below_one_another(width: int) -> None:
 @pytest.mark.parametrize("text", ["", "ab", "abcdef", "世界世界", "a世界世"])
 def test_a_fitted_text_has_its_width(text: str) -> None:
     for width in (1, 3, 4, 5, 20):
-        assert cell_len(fitted(text, width)) == width
+        assert cell_len(pad_or_truncate(text, width)) == width
 
 
 @pytest.mark.parametrize("count", [1, 3, 40, 200, 512])
 @pytest.mark.parametrize("width", [40, 76, 156])
 def test_attention_of_many_tokens_fits_any_width(count: int, width: int) -> None:
-    tokens = [visible(TOKENS[i % len(TOKENS)]) for i in range(count)]
+    tokens = [escape_whitespace(TOKENS[i % len(TOKENS)]) for i in range(count)]
     noise = random.Random(0)
     weights = [[noise.random() for _ in range(row + 1)] + [0.0] * (count - row - 1) for row in range(count)]
     weights = [[weight / sum(row) for weight in row] for row in weights]

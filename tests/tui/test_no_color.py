@@ -78,7 +78,7 @@ DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
 async def test_every_dialog_is_drawn_without_colors(watched: Path, size: tuple[int, int]) -> None:
     app = Workbench(watched / "params.yaml")
     async with app.run_test(size=size) as pilot:
-        app.say("a warning", "warning")
+        app.log_message("a warning", "warning")
         for make in DIALOGS.values():
             app.push_screen(make(app))
             await pilot.pause()

@@ -94,7 +94,7 @@ async def test_the_terminal_ui_draws_nothing_that_a_terminal_obeys(project: Path
         await pilot.press("4")
         await until(pilot, lambda: "x[31m" in drawn(app))
         assert not obeyed(drawn(app))
-        app.say(f"a message {LINK}")
+        app.log_message(f"a message {LINK}")
         await pilot.press("f8")
         await until(pilot, lambda: "evil" in drawn(app))
         assert not obeyed(drawn(app))

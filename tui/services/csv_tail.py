@@ -25,7 +25,7 @@ class Piece(Generic[T]):
     more: bool = False
 
 
-class Tail(Generic[T]):
+class CsvTail(Generic[T]):
     """Whole lines of a CSV as `parse` reads them; a line for which it raises ValueError is counted in `skipped`.
 
     Where logs differ in their columns, `below` gives the parser of the lines below a header.

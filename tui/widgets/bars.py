@@ -25,6 +25,6 @@ def shade(share: float) -> str:
     return SHADES[min(int(share * (len(SHADES) - 1) + 0.999), len(SHADES) - 1)] if share > 0 else SHADES[0]
 
 
-def fitted(text: str, width: int) -> str:
+def pad_or_truncate(text: str, width: int) -> str:
     """`text` in exactly `width` cells, of which a Chinese character takes two; what is cut ends with …"""
     return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"

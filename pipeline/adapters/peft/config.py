@@ -41,7 +41,7 @@ _RANKS, _ALPHAS = (1, 10**6), (1e-9, 1e9)
 
 
 def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, Any]:
-    """adapter_config.json; `transposed` says whether the layers store their weights as GPT-2's do."""
+    """adapter_config.json; `fan_in_fan_out` says whether the layers store their weights as GPT-2's do."""
     return {
         "peft_type": KIND,
         **_PLAIN,

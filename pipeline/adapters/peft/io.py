@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import PREFIX, adapter_layers, attach, saves_one_end, separate, tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import CONFIG, VIRTUAL, WEIGHTS, Fingerprint, read_config, refuse_foreign
-from pipeline.adapters.lora import LoRALinear, transposed, weight_of
+from pipeline.adapters.lora import LoRALinear, fan_in_fan_out, weight_of
 from pipeline.adapters.peft.config import config_of, read_spec
 from pipeline.adapters.peft.tensors import COPY, read_tensors
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, load_virtual
@@ -65,7 +65,7 @@ def load_adapter(
 
 def _load_changes(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
     """What changes weights: all but virtual tokens."""
-    spec = _rows_by_ends(model, read_spec(folder, model.ends[0]), folder / CONFIG, base_folder)
+    spec = _rows_by_ends(model, read_spec(folder, model.embedding_and_head[0]), folder / CONFIG, base_folder)
     names = targeted(model, spec)
     _refuse_unfit(model, spec, names, folder, base_folder)
     values = _without_copies(read_tensors(folder), model, folder)
@@ -130,15 +130,15 @@ def _rows_by_ends(model: CausalLM, spec: AdapterSpec, place: Path, base_folder: 
     Raises UserError for rows of another module, and for such as would untie a tied pair: PEFT trains them apart, but
     merges both into the one matrix.
     """
-    full = dict(zip((model.embedding_name, model.head_name), model.ends, strict=True))
+    full = dict(zip((model.embedding_name, model.head_name), model.embedding_and_head, strict=True))
     rows: dict[str, tuple[int, ...]] = {}
     for name, ids in spec.rows.items():
         end = next((last for whole, last in full.items() if whole.endswith(name)), None)
         if end is None:
-            known = " and ".join(model.ends)
+            known = " and ".join(model.embedding_and_head)
             raise UserError(f"{place}: trainable_token_indices may name {known} only, got {', '.join(spec.rows)}.")
         rows[end] = ids
-    first, last = model.ends
+    first, last = model.embedding_and_head
     if model.shape.tied and last in rows and rows.pop(last) != rows.get(first):
         raise UserError(
             f"{place}: trainable_token_indices must name {first}, or {first} and {last} with the same rows: in "
@@ -158,7 +158,7 @@ def _refuse_wide(
         if (rank := spec.rank_of(name)) > widest:
             layer = model.get_submodule(name)
             key = f"{PREFIX}{name}{_FIRST[isinstance(layer, nn.Embedding)]}"
-            inputs = weight_of(layer).shape[0 if transposed(layer) else 1]
+            inputs = weight_of(layer).shape[0 if fan_in_fan_out(layer) else 1]
             refuse_difference({key: (rank, inputs)}, {key: found[key]} if key in found else {}, str(place))
 
 
@@ -170,6 +170,6 @@ def _refuse_unfit(model: CausalLM, spec: AdapterSpec, names: list[str], folder: 
     one_alone = saves_one_end(model, spec) or model.embedding_name in names
     if model.shape.tied and one_alone and read_config(folder).get("ensure_weight_tying"):
         raise UserError(
-            f"{folder / CONFIG}: ensure_weight_tying with one of {' and '.join(model.ends)} is not supported. "
-            "Train it without, or on both."
+            f"{folder / CONFIG}: ensure_weight_tying with one of {' and '.join(model.embedding_and_head)} is not "
+            "supported. Train it without, or on both."
         )

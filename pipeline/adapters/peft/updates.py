@@ -29,7 +29,7 @@ def tensors_of(module: str, update: LowRank) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Change:
+class LowRankUpdate:
     """All of an adapter, by a module's full name, in the model's order; `whole` by a parameter's.
 
     `base`: the sha256 of its base's tensors, where a manifest names it.
@@ -43,7 +43,7 @@ class Change:
 
 
 @one_budget()
-def read_change(folder: Path) -> Change:
+def load_update(folder: Path) -> LowRankUpdate:
     """Raises UserError for an adapter that was changed since it was made, is damaged, is not understood, or changes no
     weight."""
     refuse_virtual(folder)
@@ -51,7 +51,7 @@ def read_change(folder: Path) -> Change:
     place = str(folder / WEIGHTS)
     found = {
         key.removeprefix(PREFIX): value
-        for key, value in sorted(read_tensors(folder).items(), key=lambda item: in_order(item[0]))
+        for key, value in sorted(read_tensors(folder).items(), key=lambda item: natural_sort_key(item[0]))
     }
     by_rows = [key.removesuffix(ROWS) for key in found if key.endswith(ROWS)]
     # a list of rows without a name is the embedding's, which the file alone calls by its name
@@ -62,7 +62,7 @@ def read_change(folder: Path) -> Change:
             name = key.removesuffix(first)
             low_rank[name] = _pair(found.pop(key), found.pop(name + second, None), name, spec, place, first != _A)
     rows = {name: (_ids(name, spec, place), found.pop(name + ROWS)) for name in by_rows}
-    return Change(spec, low_rank, rows, found, manifest.get("base", {}).get("tensors"))
+    return LowRankUpdate(spec, low_rank, rows, found, manifest.get("base", {}).get("tensors"))
 
 
 def _pair(a: Tensor, b: Tensor | None, name: str, spec: AdapterSpec, place: str, embedding: bool) -> LowRank:
@@ -80,7 +80,7 @@ def _ids(name: str, spec: AdapterSpec, place: str) -> tuple[int, ...]:
     raise UserError(f"{place}: {name} has rows that its config does not name. Make the adapter again.")
 
 
-def in_order(name: str) -> str:
+def natural_sort_key(name: str) -> str:
     """What to sort names by: layer 10 after layer 9."""
     return re.sub(r"\d+", lambda match: match[0].zfill(6), name)
 
@@ -103,5 +103,5 @@ def spectra(folder: Path) -> list[Spectrum]:
     """One spectrum a module, in the model's order. Raises UserError for a changed or damaged adapter."""
     return [
         Spectrum(name, update.rank, tuple((singular_values(update.a, update.b) * update.scale).tolist()))
-        for name, update in read_change(folder).low_rank.items()
+        for name, update in load_update(folder).low_rank.items()
     ]

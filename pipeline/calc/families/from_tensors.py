@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.calc.architecture import Architecture, Block, Linear, Style
+from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
 from pipeline.calc.families.config import Config
 from pipeline.calc.target_modules import means
 from pipeline.errors import UserError
@@ -53,7 +53,7 @@ def from_shapes(tensors: Shapes, config: Mapping[str, Any], source: str) -> Arch
         tied=not any(len(shape) > 1 for shape in head),
         positions=positions,
         head_bias=sum(_size(shape) for shape in head if len(shape) == 1),
-        style=Style(gated=len(first.feed_forward) != 2, unknown=True),
+        style=BlockStyle(gated=len(first.feed_forward) != 2, unknown=True),
         layers=prefix,
         source=source,
         notes=("shapes from headers: parameters are exact, activations are estimated as Llama's of these widths",),

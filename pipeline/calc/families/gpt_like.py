@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pipeline.calc.architecture import Architecture, Block, Linear, Style
+from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
 from pipeline.calc.families.config import MOST_LAYERS, Config
 from pipeline.errors import UserError
 
@@ -17,7 +17,7 @@ def gpt2(config: Config) -> Architecture:
         norms=4 * hidden,
     )
     activation = config.get("activation_function", "gelu_new")
-    style = Style(norm="layer", gated=False, rotary=0, activation=activation, softmax32=False)
+    style = BlockStyle(norm="layer", gated=False, rotary=0, activation=activation, softmax32=False)
     built = _model(config, block, hidden, heads, layers, context, context * hidden, True, style)
     return replace(built, layers="transformer.h")
 
@@ -42,7 +42,7 @@ def gpt_neox(config: Config) -> Architecture:
         norms=4 * hidden,
     )
     parallel = config.flag("use_parallel_residual", True)
-    style = Style(
+    style = BlockStyle(
         norm="layer",
         norms="parallel" if parallel else "before",
         gated=False,
@@ -64,7 +64,7 @@ def opt(config: Config) -> Architecture:
         norms=4 * hidden if affine else 0,
     )
     before = config.flag("do_layer_norm_before", True)
-    style = Style(
+    style = BlockStyle(
         norm="layer",
         norms="before" if before else "after",
         gated=False,
@@ -105,7 +105,7 @@ def roberta(config: Config) -> Architecture:
         (Linear("intermediate.dense", hidden, inner, True), Linear("output.dense", inner, hidden, True)),
         norms=4 * hidden,
     )
-    style = Style(norm="layer", norms="after", gated=False, rotary=0, activation=config.get("hidden_act", "gelu"))
+    style = BlockStyle(norm="layer", norms="after", gated=False, rotary=0, activation=config.get("hidden_act", "gelu"))
     heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
     context = config.size("max_position_embeddings", default=512)
     rows = (context + config.size("type_vocab_size", default=2)) * hidden
@@ -130,7 +130,7 @@ def _model(
     context: int,
     positions: int,
     tie: bool,
-    style: Style,
+    style: BlockStyle,
 ) -> Architecture:
     if hidden % heads:
         raise UserError(f"{config.source}: the width {hidden} is not a multiple of the {heads} heads.")

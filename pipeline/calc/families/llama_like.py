@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from pipeline.calc.architecture import Architecture, Block, Linear, Style
+from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
 from pipeline.calc.families.config import MOST_LAYERS, Config
 from pipeline.errors import UserError
 
@@ -24,7 +24,7 @@ class Defaults:
 LLAMA = Defaults(reads_bias=True, reads_mlp_bias=True)
 
 
-def decoder(config: Config, style: Style, default: Defaults = LLAMA) -> Architecture:
+def decoder(config: Config, style: BlockStyle, default: Defaults = LLAMA) -> Architecture:
     """Llama and all that differ from it by flags: RMSNorm, rotary positions, grouped queries, gated feed-forward."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers = config.size("num_hidden_layers", most=MOST_LAYERS)
@@ -79,34 +79,34 @@ def _feed_forward(config: Config, hidden: int, default: Defaults) -> tuple[Linea
 
 
 def llama(config: Config) -> Architecture:
-    return decoder(config, Style())
+    return decoder(config, BlockStyle())
 
 
 def smollm3(config: Config) -> Architecture:
-    return decoder(config, Style(), replace(LLAMA, tie=True))
+    return decoder(config, BlockStyle(), replace(LLAMA, tie=True))
 
 
 def mistral(config: Config) -> Architecture:
-    return decoder(config, Style(), Defaults(kv_heads=8))
+    return decoder(config, BlockStyle(), Defaults(kv_heads=8))
 
 
 def qwen2(config: Config) -> Architecture:
-    return decoder(config, Style(), Defaults(bias=True, out_bias=False))
+    return decoder(config, BlockStyle(), Defaults(bias=True, out_bias=False))
 
 
 def qwen3(config: Config) -> Architecture:
-    return decoder(config, Style(qk_norm="head"), Defaults(head_size=128, reads_bias=True))
+    return decoder(config, BlockStyle(qk_norm="head"), Defaults(head_size=128, reads_bias=True))
 
 
 def olmo2(config: Config) -> Architecture:
-    return decoder(config, Style(norm="rms32", norms="inside", qk_norm="width"), Defaults(reads_bias=True))
+    return decoder(config, BlockStyle(norm="rms32", norms="inside", qk_norm="width"), Defaults(reads_bias=True))
 
 
 GEMMA = Defaults(tie=True, head_size=256, kv_heads=4, reads_bias=True)
 
 
 def gemma2(config: Config) -> Architecture:
-    style = Style(
+    style = BlockStyle(
         norm="rms32",
         norms="both",
         activation="gelu",
@@ -118,7 +118,7 @@ def gemma2(config: Config) -> Architecture:
 
 
 def gemma3(config: Config) -> Architecture:
-    style = Style(norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True)
+    style = BlockStyle(norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True)
     return decoder(config, style, GEMMA)
 
 
@@ -126,11 +126,11 @@ def phi3(config: Config) -> Architecture:
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     inner = Config(rope if isinstance(rope, dict) else {}, config.source)
     rotary = config.share("partial_rotary_factor", inner.share("partial_rotary_factor", 1.0))
-    return decoder(config, Style(rotary=rotary, rejoins=True), Defaults(fused=True))
+    return decoder(config, BlockStyle(rotary=rotary, rejoins=True), Defaults(fused=True))
 
 
 def mixtral(config: Config) -> Architecture:
-    style = Style(top_k=config.size("num_experts_per_tok", default=2), split_experts=True)
+    style = BlockStyle(top_k=config.size("num_experts_per_tok", default=2), split_experts=True)
     built = decoder(config, style, Defaults())
     return _with_experts(
         built, config.size("num_local_experts", "num_experts", default=8), config.size("intermediate_size")
@@ -138,7 +138,7 @@ def mixtral(config: Config) -> Architecture:
 
 
 def qwen3_moe(config: Config) -> Architecture:
-    style = Style(qk_norm="head", top_k=config.size("num_experts_per_tok", default=8), split_experts=True)
+    style = BlockStyle(qk_norm="head", top_k=config.size("num_experts_per_tok", default=8), split_experts=True)
     built = decoder(config, style, Defaults(kv_heads=4, reads_bias=True))
     experts = config.size("num_experts", "num_local_experts", default=128)
     sparse = _with_experts(built, experts, config.size("moe_intermediate_size", default=768))
@@ -151,7 +151,7 @@ def qwen3_moe(config: Config) -> Architecture:
 
 
 def gpt_oss(config: Config) -> Architecture:
-    style = Style(norm="rms32", sinks=True, clamps=True, top_k=config.size("num_experts_per_tok", default=4))
+    style = BlockStyle(norm="rms32", sinks=True, clamps=True, top_k=config.size("num_experts_per_tok", default=4))
     built = decoder(config, style, Defaults(bias=True, head_size=64, kv_heads=8, reads_bias=True))
     experts = config.size("num_local_experts", "num_experts", default=128)
     sparse = _with_experts(built, experts, config.size("intermediate_size"), bias=True)

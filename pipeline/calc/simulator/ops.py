@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pipeline.calc.architecture import Architecture, Linear
 from pipeline.calc.precision import precision
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.calc.simulator.tape import Tape, Value, Weight
 
 FOLD_BELOW = 2**16  # weights; smaller linears fold their LoRA update into one matrix first, as our layers do
@@ -13,7 +13,9 @@ FOLD_BELOW = 2**16  # weights; smaller linears fold their LoRA update into one m
 class Parts:
     """Operations of one step. `where` and `trains` say which block is running and whether its weights train."""
 
-    def __init__(self, model: Architecture, method: Method, run: Run, ranks: Mapping[str, int]) -> None:
+    def __init__(
+        self, model: Architecture, method: FinetuningMethod, run: TrainingConfig, ranks: Mapping[str, int]
+    ) -> None:
         self.model, self.method, self.run, self.style = model, method, run, model.style
         self.tape, self._ranks = Tape(), ranks
         virtual = method.virtual_tokens if method.kind == "prompt" else 0

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.parameters import lora_parameters
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.calc.simulator.block import Blocks
 from pipeline.calc.simulator.ops import Parts
 from pipeline.calc.simulator.tape import Tape, Value
@@ -12,7 +12,7 @@ from pipeline.calc.simulator.tape import Tape, Value
 EACH_END = 2  # blocks at either end of a run of equal ones that are run one by one; those between are multiplied
 
 
-def run_step(model: Architecture, method: Method, run: Run, ranks: Mapping[str, int]) -> Tape:
+def run_step(model: Architecture, method: FinetuningMethod, run: TrainingConfig, ranks: Mapping[str, int]) -> Tape:
     """The tape after one step: what was alive at its peak, beyond weights and optimizer.
 
     `ranks`: full name of a linear → its LoRA rank; it has none where it is not named.
@@ -24,7 +24,9 @@ def run_step(model: Architecture, method: Method, run: Run, ranks: Mapping[str, 
 
 
 class _Step:
-    def __init__(self, model: Architecture, method: Method, run: Run, ranks: Mapping[str, int]) -> None:
+    def __init__(
+        self, model: Architecture, method: FinetuningMethod, run: TrainingConfig, ranks: Mapping[str, int]
+    ) -> None:
         self.model, self.method, self.run_, self.ranks = model, method, run, ranks
         self.p = Parts(model, method, run, ranks)
         self.t, self.blocks = self.p.tape, Blocks(self.p)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pipeline.document.claims import quantity
 from pipeline.document.claims.claims import ALONE, RULES, Claim, read_claims
-from pipeline.document.claims.sources import NotRun, Sources
+from pipeline.document.claims.sources import MissingArtifact, Sources
 from pipeline.document.tables import Spread
 from pipeline.errors import UserError
 from pipeline.project.new_project import DEFAULTS
@@ -19,7 +19,7 @@ MARKS: Mapping[str, str] = {"holds": "✓ holds", "differs": "✗ differs", "dep
 
 
 @dataclass(frozen=True)
-class Checked:
+class ClaimResult:
     """A claim and its verdict. `measured` is by condition; nothing where its sources were not run: `why` says how."""
 
     claim: Claim
@@ -56,7 +56,7 @@ class Checked:
         }
 
 
-def check(claims: Iterable[Claim], sources: Sources) -> Iterator[Checked]:
+def check(claims: Iterable[Claim], sources: Sources) -> Iterator[ClaimResult]:
     """The verdict on each claim; none where a project has other settings than the document, or damaged files.
 
     Raises UserError for a claim that needs no project and does not come to what its rule needs.
@@ -64,15 +64,15 @@ def check(claims: Iterable[Claim], sources: Sources) -> Iterator[Checked]:
     for claim in claims:
         try:
             yield _checked(claim, sources)
-        except NotRun as missing:
-            yield Checked(claim, "not run", {}, str(missing))
+        except MissingArtifact as missing:
+            yield ClaimResult(claim, "not run", {}, str(missing))
         except UserError as error:
             if claim.calculated:
                 raise UserError(f"claim {claim.id}: {error}. Edit the claim.") from None
-            yield Checked(claim, "not run", {}, f"it cannot be measured on what is there: {error}")
+            yield ClaimResult(claim, "not run", {}, f"it cannot be measured on what is there: {error}")
 
 
-def _checked(claim: Claim, sources: Sources) -> Checked:
+def _checked(claim: Claim, sources: Sources) -> ClaimResult:
     values: dict[str, Any] = {}
     for name, expression in claim.values.items():
         values[name] = expression.value(values, sources.functions)
@@ -80,7 +80,7 @@ def _checked(claim: Claim, sources: Sources) -> Checked:
     found = [_holds(claim, value) for whole in measured.values() for value in _seeds(claim, whole)]
     verdict: Verdict = "holds" if all(found) else "depends" if any(found) else "differs"
     given = {**values, "measured": measured.get(ALONE, measured), "says": claim.says[0].value}
-    return Checked(claim, verdict, measured, quantity.filled(claim.why, given))
+    return ClaimResult(claim, verdict, measured, quantity.filled(claim.why, given))
 
 
 def _seeds(claim: Claim, value: Any) -> Sequence[Any]:
@@ -115,7 +115,7 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
-Row = Mapping[str, Any]  # of `Checked.row`
+Row = Mapping[str, Any]  # of `ClaimResult.row`
 
 
 def calculated() -> list[Row]:

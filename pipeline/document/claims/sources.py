@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.calc.fit import gpu
-from pipeline.calc.options import method_of, run_of
+from pipeline.calc.options import parse_method, parse_training_config
 from pipeline.calc.precision import precision
 from pipeline.calc.report import answer
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.calc.sources.open_model import built_in, nearest
 from pipeline.calc.sources.open_model import names as models
 from pipeline.data.examples import read_examples
@@ -28,7 +28,7 @@ STUDIES, FIGURES = "studies", "figures"
 SHOWN = ("name", "hidden", "heads", "kv_heads", "head_size", "vocabulary", "context", "tied", "total")
 
 
-class NotRun(Exception):
+class MissingArtifact(Exception):
     """What a claim is measured on is not there; the message is what to do."""
 
 
@@ -124,16 +124,16 @@ class Sources:
         if not file.is_file():
             made_by = (stage for stage in STAGES.values() if pure.is_relative_to(stage.output))
             command = next(map(dvc_yaml.command, made_by), "dvc repro")
-            raise NotRun(f"{ARTIFACTS}/{path} is not there: run `{command}`")
+            raise MissingArtifact(f"{ARTIFACTS}/{path} is not there: run `{command}`")
         return file
 
     def _its(self) -> Project:
         """Raises NotRun where there is no project, or one of another model than the document's."""
         if self.project is None:
-            raise NotRun("it is measured on a project: run `lora claims` in one")
+            raise MissingArtifact("it is measured on a project: run `lora claims` in one")
         base = self.project.params.pretrain.base
         if self.project.params.pretrain.imports:
-            raise NotRun(f"it is about MiniGPT, and this project's base is {base}: make one with `lora new`")
+            raise MissingArtifact(f"it is about MiniGPT, and this project's base is {base}: make one with `lora new`")
         return self.project
 
 
@@ -141,15 +141,15 @@ class Sources:
 def calc(model: str = "qwen3-8b", method: str = "lora", rank: int = 8, **options: Any) -> Mapping[str, Any]:
     """What `lora calc --json` answers; options as on its command line, with _ for -. Raises UserError."""
     shapes = _built_in(model)
-    own = {field.name for field in fields(Method)} - {"kind", "rank", "alpha", "targets"}
-    step = {field.name for field in fields(Run)}
+    own = {field.name for field in fields(FinetuningMethod)} - {"kind", "rank", "alpha", "targets"}
+    step = {field.name for field in fields(TrainingConfig)}
     unknown = options.keys() - own - step - {"alpha", "targets"}
     if unknown:
         raise UserError(f"calc has no option {', '.join(sorted(unknown))}")
     more = {name: value for name, value in options.items() if name in own}
-    asked = method_of(method, rank, options.get("alpha"), options.get("targets", "attention"), **more)
+    asked = parse_method(method, rank, options.get("alpha"), options.get("targets", "attention"), **more)
     run = {name: value for name, value in options.items() if name in step}
-    return answer(shapes, asked, run_of(shapes, method, virtual_tokens=asked.virtual_tokens, **run))
+    return answer(shapes, asked, parse_training_config(shapes, method, virtual_tokens=asked.virtual_tokens, **run))
 
 
 def model(name: str) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.document.figures.draw.figure import Drawn
+from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.style import EDGE, INK, SMALL, WIDE, on
 from pipeline.document.studies.shared.next_token import document
 from pipeline.document.studies.shared.report import Figure
@@ -16,7 +16,7 @@ from pipeline.document.tables import Row, Table
 from pipeline.errors import UserError
 from pipeline.inference import engine
 from pipeline.inference.attention_weights import of_layer
-from pipeline.inference.engine import Loaded
+from pipeline.inference.engine import LoadedModel
 from pipeline.project.runner import Job
 
 NAME = SECTION = "attention"
@@ -55,10 +55,10 @@ class Walk:
         return float(np.abs(weights.double().numpy() - self.told).sum() / 2)
 
 
-def attention(job: Job) -> Drawn:
+def attention(job: Job) -> RenderedFigure:
     """§2.1's figure. Raises UserError where the document's sentence cannot be read."""
     walk = _walk(job)
-    return Drawn(
+    return RenderedFigure(
         NAME,
         "§2.1",
         f"What *{walk.words[walk.token]}* attends to",
@@ -86,7 +86,7 @@ def _walk(job: Job) -> Walk:
     return Walk(words, words.index(claimed["token"]), claimed["weights"], read)
 
 
-def _read(name: str, loaded: Loaded, ids: Sequence[int]) -> Read:
+def _read(name: str, loaded: LoadedModel, ids: Sequence[int]) -> Read:
     model = loaded.model
     seen = torch.tensor([ids], device=model.device)
     return Read(name, [of_layer(model, seen, layer)[0].float().cpu() for layer in range(len(model.blocks))])

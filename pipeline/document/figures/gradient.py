@@ -9,15 +9,15 @@ from typing import Any
 from pipeline.document.figures.data.changes import trained_by
 from pipeline.document.figures.data.formulas import formulas
 from pipeline.document.figures.data.landscape import Given, Landscape, given_gradients, landscape, sentences
-from pipeline.document.figures.draw.figure import Drawn
+from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, ORANGE, RED, SMALL, WIDE, signed
-from pipeline.document.studies.shared.next_token import Spoken, ask, document, refuse_unsayable
+from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask, document, refuse_unsayable
 from pipeline.document.studies.shared.report import Figure
-from pipeline.document.studies.shared.runner import forget, looked_at, named
+from pipeline.document.studies.shared.runner import delete_runs, evaluate_checkpoints, named
 from pipeline.document.studies.trajectory import SECTION, run_of, words_of
 from pipeline.document.tables import Row, Table, shown
 from pipeline.inference import engine
-from pipeline.inference.engine import Loaded
+from pipeline.inference.engine import LoadedModel
 from pipeline.project.runner import Event, Job
 
 NAME = "gradient_example"
@@ -31,7 +31,7 @@ class Descent:
 
     prompt: str
     trained_on: str
-    said: Mapping[int, Spoken]
+    said: Mapping[int, NextTokenAnswers]
     document: Mapping[int, Mapping[str, float]]
 
     @property
@@ -48,14 +48,14 @@ class Descent:
         return next((step for step in sorted(self.said) if self.said[step].first(self.prompt) != first), None)
 
 
-def gradient_example(job: Job) -> Generator[Event, None, Drawn]:
+def gradient_example(job: Job) -> Generator[Event, None, RenderedFigure]:
     """Figure 3, with a short run of the fact correction. Raises UserError."""
     loaded = engine.load(job.project.artifact("expand_vocab"))
     descent = yield from _descent(job, loaded)
     seen = landscape(loaded.model, sentences(job, loaded), job.project.params.figures.reach)
     given = given_gradients(job, trained_by(job, loaded.model).spec)
     groups = _groups(given)
-    return Drawn(
+    return RenderedFigure(
         NAME,
         "Figure 3, §2.3",
         "Gradients explained",
@@ -67,15 +67,17 @@ def gradient_example(job: Job) -> Generator[Event, None, Drawn]:
     )
 
 
-def _descent(job: Job, loaded: Loaded) -> Generator[Event, None, Descent]:
+def _descent(job: Job, loaded: LoadedModel) -> Generator[Event, None, Descent]:
     """As study_trajectory trains, with its first seed."""
     settings = job.project.params.study_trajectory
     claimed = document(job.path(settings.document), settings.document, SECTION)
     refuse_unsayable(loaded, [(claimed["prompt"], word) for word in words_of(claimed)], settings.document)
     window, last = job.project.params.figures.window, max(*settings.steps, *claimed["steps"])
     run = run_of(settings, window, settings.seeds[0], last)
-    said = yield from looked_at(job, run, lambda _: range(last + 1), partial(ask, prompts=[claimed["prompt"]]))
-    forget(job)
+    said = yield from evaluate_checkpoints(
+        job, run, lambda _: range(last + 1), partial(ask, prompts=[claimed["prompt"]])
+    )
+    delete_runs(job)
     return Descent(claimed["prompt"], named(window), said, claimed["steps"])
 
 

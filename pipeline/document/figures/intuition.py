@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.calc.target_modules import ends
+from pipeline.calc.target_modules import matches_suffix
 from pipeline.document.figures.data.changes import Changed, changes, last_names, matrices
 from pipeline.document.figures.data.eckart_young import Plane, circle, farthest, share_of_rank
-from pipeline.document.figures.draw.figure import Drawn
+from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, RED, SMALL, WIDE
 from pipeline.document.studies.shared.report import Figure
 from pipeline.document.tables import Row, Table, shown
@@ -23,7 +23,7 @@ BARS = 16  # singular values that are drawn
 FORMS = {"ratio": ".2f", "rank_1": ".0%", "rank_4": ".0%", "rank_8": ".0%"}
 
 
-def lora_intuition(job: Job) -> Drawn:
+def lora_intuition(job: Job) -> RenderedFigure:
     """Figure 4. Raises UserError where figures.module is no matrix, or was not changed."""
     settings = job.project.params.figures
     model = engine.load(job.project.artifact("expand_vocab")).model
@@ -33,7 +33,7 @@ def lora_intuition(job: Job) -> Drawn:
     measured = Plane.of(MEASURED, *_pair(all_[module]))
     planes = (example, measured)
     table = _table(example, module, all_, model)
-    return Drawn(
+    return RenderedFigure(
         NAME,
         "Figure 4, §2.3",
         "LoRA as a geometric correction in two dimensions",
@@ -46,7 +46,7 @@ def lora_intuition(job: Job) -> Drawn:
 
 
 def _meant(wanted: str, all_: dict[str, Changed]) -> str:
-    found = [name for name in all_ if ends(name, wanted)]
+    found = [name for name in all_ if matches_suffix(name, wanted)]
     if len(found) != 1:
         meant = "no matrix" if not found else f"{found[0]} and {found[1]}"
         raise UserError(

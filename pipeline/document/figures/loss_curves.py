@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.document.figures.draw.figure import Drawn
+from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.style import WIDE
 from pipeline.document.tables import Row, Table, shown
 from pipeline.files.artifact import read_manifest
@@ -17,13 +17,13 @@ COMPARED = ("finetune_full", "finetune_freeze", "finetune_lora")
 ENOUGH = 30  # epochs that the document says would have been enough
 
 
-def loss_curves(job: Job) -> Drawn:
+def loss_curves(job: Job) -> RenderedFigure:
     """Figure 2, from each run's loss.csv."""
     folders = {STAGES[stage].method: job.project.artifact(stage) for stage in COMPARED}
     curves = {method: read_steps(folder / LOSS) for method, folder in folders.items()}
     counts = {method: _counted(read_manifest(folder)["parameters"]) for method, folder in folders.items()}
     methods = _methods(curves, counts)
-    return Drawn(
+    return RenderedFigure(
         NAME,
         "Figure 2, §2.3",
         "Loss curves from MiniGPT fine-tuning",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.document.figures.draw.blocks import Part, draw_block
-from pipeline.document.figures.draw.figure import Drawn
+from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.style import WIDE
 from pipeline.document.tables import Row, Table
 from pipeline.inference import engine
@@ -29,13 +29,13 @@ class Sums:
         return self.trained / (self.frozen + self.trained)
 
 
-def placement(job: Job) -> Drawn:
+def placement(job: Job) -> RenderedFigure:
     """Figure 5. Raises UserError."""
     model = engine.load(job.project.artifact("expand_vocab"), job.project.artifact("finetune_lora")).model
     block = _adapted_block(model)
     parts, heads = parts_of(block), _heads(block)
     sums = Sums(sum(part.parameters for part in parts), sum(part.trained for part in parts))
-    return Drawn(
+    return RenderedFigure(
         NAME,
         "Figure 5, §6",
         "Where LoRA sits in a Transformer block",

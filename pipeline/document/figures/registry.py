@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator
 
 from pipeline.document.figures.attention import attention
-from pipeline.document.figures.draw.figure import Drawn, write_report
+from pipeline.document.figures.draw.figure import RenderedFigure, write_report
 from pipeline.document.figures.gradient import gradient_example
 from pipeline.document.figures.intuition import lora_intuition
 from pipeline.document.figures.loss_curves import loss_curves
@@ -11,7 +11,7 @@ from pipeline.document.figures.placement import placement
 from pipeline.document.figures.subspace import finetuning_subspace
 from pipeline.project.runner import Event, Facts, Job, Progress
 
-MEASURED: tuple[Callable[[Job], Drawn], ...] = (
+MEASURED: tuple[Callable[[Job], RenderedFigure], ...] = (
     *(finetuning_subspace, loss_curves, lora_intuition),  # Figures 1, 2 and 4
     *(placement, attention),  # Figure 5, §2.1
 )

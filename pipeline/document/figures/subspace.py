@@ -19,7 +19,7 @@ from pipeline.document.figures.data.changes import (
     neurons,
     trained_by,
 )
-from pipeline.document.figures.draw.figure import Drawn
+from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.network import Module, draw_network, heights
 from pipeline.document.figures.draw.style import WIDE
 from pipeline.document.tables import Row, Table, mean, shown
@@ -52,14 +52,14 @@ class Measured:
         return self.squares["weights"]
 
 
-def finetuning_subspace(job: Job) -> Drawn:
+def finetuning_subspace(job: Job) -> RenderedFigure:
     """Figure 1. Raises UserError."""
     model = engine.load(job.project.artifact("expand_vocab")).model
     measured, trained = Measured.of(changes(job), model), trained_by(job, model)
     modules = _modules(measured, trained, model)
     concentration = _concentration(measured)
     placed = [_placed(one, trained, model) for one in matrices(measured.changed)]
-    return Drawn(
+    return RenderedFigure(
         NAME,
         "Figure 1, §2",
         "From observation to strategy",
@@ -165,7 +165,7 @@ def _caption(concentration: Table, modules: Table, trained: Trained, model: Caus
     rows = _by_part(concentration)
     weights, each, normal = rows["weights"], rows["neurons"], rows["normal"]
     most = max(modules.rows, key=lambda row: mean(row["share_of_change"]))
-    ends = [name for name in model.ends if trained.rows(name, model.shape.rows)]
+    ends = [name for name in model.embedding_and_head if trained.rows(name, model.shape.rows)]
     besides = (
         f" Of {' and '.join(ends)} it trains rows in full besides: not everything of the base is frozen."
         if ends

@@ -13,8 +13,8 @@ from pipeline.data.examples import Prompt
 from pipeline.document.studies import fact_tables, fact_words
 from pipeline.document.studies.fact_tables import TARGETS, Said, Tuned, Words
 from pipeline.document.studies.shared.next_token import ask, document, prompts_of, refuse_unsayable
-from pipeline.document.studies.shared.report import Findings, publish
-from pipeline.document.studies.shared.runner import DOCUMENT, Run, adapters, forget, made, named, together
+from pipeline.document.studies.shared.report import Findings, write_report
+from pipeline.document.studies.shared.runner import DOCUMENT, Run, adapters, delete_runs, named, run_stage, together
 from pipeline.errors import UserError
 from pipeline.inference import engine
 from pipeline.project.params.sections import FinetuneLora
@@ -35,7 +35,7 @@ def fact_correction(job: Job) -> Generator[Event, None, Facts]:
     refuse_unsayable(before.loaded, words.due, settings.prompts)
     refuse_unsayable(before.loaded, [(said.prompt, said.word) for said in words.claimed], settings.document)
     grid, others = _grid(settings), _others(settings)
-    folders = yield from made(job, [*grid, *others])
+    folders = yield from run_stage(job, [*grid, *others])
 
     def tuned(runs: Sequence[Run]) -> list[Tuned]:
         found: list[tuple[Path, FinetuneLora]] = [pair for run in runs for pair in adapters(run, folders[run.name])]
@@ -49,9 +49,9 @@ def fact_correction(job: Job) -> Generator[Event, None, Facts]:
         fact_tables.parts(words, before, tried.of_nearest),
         tried.top(settings.top_k),
     )
-    forget(job)
+    delete_runs(job)
     found = Findings("Fact correction", "§6", fact_words.in_words(words, *tables[:4]), tables)
-    return publish(job, found, lambda figure: fact_words.draw(figure, tables[0]), (10, 4.4))
+    return write_report(job, found, lambda figure: fact_words.draw(figure, tables[0]), (10, 4.4))
 
 
 def _lora(settings: StudyFactCorrection) -> FinetuneLora:

@@ -11,11 +11,11 @@ import torch
 
 from pipeline.adapters.attach import switched_off
 from pipeline.data.examples import Prompt
-from pipeline.document.studies.shared.next_token import Spoken, ask
+from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask
 from pipeline.document.studies.shared.runner import DOCUMENT, named
 from pipeline.document.tables import Cell, Row, Spread, Table
 from pipeline.inference import engine
-from pipeline.inference.engine import Loaded
+from pipeline.inference.engine import LoadedModel
 from pipeline.project.params.sections import FinetuneLora
 
 TARGETS = {"v_proj": ("v_proj",), "all": DOCUMENT.target_modules}
@@ -68,7 +68,7 @@ class Words:
         """The columns of the words that should come after the prompts with this rule."""
         return [self.columns[p.prompt, p.corrected] for p in self.prompts if p.rule == rule]
 
-    def probabilities(self, pairs: Iterable[Pair], answers: Sequence[Spoken]) -> dict[str, Cell]:
+    def probabilities(self, pairs: Iterable[Pair], answers: Sequence[NextTokenAnswers]) -> dict[str, Cell]:
         return {self.columns[pair]: Spread.of(one.probability(*pair) for one in answers) for pair in pairs}
 
 
@@ -78,7 +78,7 @@ class Tuned:
 
     folder: Path
     settings: FinetuneLora
-    spoken: Spoken
+    spoken: NextTokenAnswers
 
     @property
     def targets(self) -> str:
@@ -93,7 +93,7 @@ class Tuned:
 class Tried:
     """The adapters of every setting that the document leaves open, beside what it claims."""
 
-    before: Spoken
+    before: NextTokenAnswers
     tuned: Sequence[Tuned]
     claimed: Sequence[Said]
 
@@ -169,7 +169,7 @@ class Tried:
     def _trained(self) -> list[Said]:
         return [said for said in self.claimed if said.model in TARGETS]
 
-    def _answers(self, model: str, setting: Setting) -> list[Spoken]:
+    def _answers(self, model: str, setting: Setting) -> list[NextTokenAnswers]:
         """One for each seed; the base's is the same for all."""
         if model not in TARGETS:
             return [self.before]
@@ -189,9 +189,9 @@ class Tried:
         return fmean(abs(self._mean(said, setting) - said.probability) for said in self._trained)
 
 
-def embeddings(words: Words, before: Spoken, tuned: Sequence[Tuned]) -> Table:
+def embeddings(words: Words, before: NextTokenAnswers, tuned: Sequence[Tuned]) -> Table:
     """How probable each prompt's word is, where embeddings and head train in full, in new rows, or not at all."""
-    groups: dict[tuple[str, bool, str], list[Spoken]] = {}
+    groups: dict[tuple[str, bool, str], list[NextTokenAnswers]] = {}
     for one in tuned:
         key = one.settings.train_embeddings, one.settings.retain_weight > 0, one.targets
         groups.setdefault(key, []).append(one.spoken)
@@ -211,10 +211,10 @@ def embeddings(words: Words, before: Spoken, tuned: Sequence[Tuned]) -> Table:
 
 
 @torch.no_grad()
-def parts(words: Words, before: Spoken, tuned: Sequence[Tuned]) -> Table:
+def parts(words: Words, before: NextTokenAnswers, tuned: Sequence[Tuned]) -> Table:
     """How probable each word is with only one part of what was trained, the other put back as it was."""
     asked, base = [p.prompt for p in words.prompts], before.loaded
-    by_part: dict[tuple[str, str], list[Spoken]] = {}
+    by_part: dict[tuple[str, str], list[NextTokenAnswers]] = {}
     for one in tuned:
         for part, spoken in _by_part(one, base, asked).items():
             by_part.setdefault((one.targets, part), []).append(spoken)
@@ -225,7 +225,7 @@ def parts(words: Words, before: Spoken, tuned: Sequence[Tuned]) -> Table:
     return Table("parts", "Which part of the training does it", rows, dict.fromkeys(rows[0], PERCENT))
 
 
-def _by_part(one: Tuned, base: Loaded, asked: Sequence[str]) -> Mapping[str, Spoken]:
+def _by_part(one: Tuned, base: LoadedModel, asked: Sequence[str]) -> Mapping[str, NextTokenAnswers]:
     loaded = engine.load(base.base, one.folder)
     found = {"both": one.spoken}
     with switched_off(loaded.model):
@@ -235,7 +235,7 @@ def _by_part(one: Tuned, base: Loaded, asked: Sequence[str]) -> Mapping[str, Spo
     return {**found, "A and B": ask(loaded, asked)}
 
 
-def _choice(choice: engine.Choice) -> str:
+def _choice(choice: engine.TokenProbability) -> str:
     return f"{choice.token} {choice.probability:.0%}"
 
 

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from pipeline.document.studies.fact_tables import PERCENT, POINTS, Words
 from pipeline.document.studies.shared.report import Figure
-from pipeline.document.tables import Row, Spread, Table, ends, shown
+from pipeline.document.tables import Row, Spread, Table, min_max, shown
 from pipeline.project.palette import COLORS
 
 
@@ -85,7 +85,7 @@ def draw(figure: Figure, rows: Table) -> None:
                 places,
                 [c.mean for c in cells],
                 0.24,
-                yerr=ends(cells),
+                yerr=min_max(cells),
                 color=color,
                 hatch=hatch,
                 edgecolor="white",

@@ -3,13 +3,13 @@
 from collections.abc import Generator, Mapping, Sequence
 
 from pipeline.document.studies.shared.method_runs import METHODS
-from pipeline.document.studies.shared.report import Figure, Findings, publish
-from pipeline.document.studies.shared.retention_score import FORMATS, Ruler, ruler
-from pipeline.document.studies.shared.runner import Run, forget, looked_at
+from pipeline.document.studies.shared.report import Figure, Findings, write_report
+from pipeline.document.studies.shared.retention_score import FORMATS, RetentionScorer, retention_scorer
+from pipeline.document.studies.shared.runner import Run, delete_runs, evaluate_checkpoints
 from pipeline.document.tables import Row, Spread, Table, mean, shown
 from pipeline.project.palette import COLORS
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.training.loop import Task
+from pipeline.training.loop import TrainingTask
 
 TRADED = {  # method → how its curve is drawn
     **{"full fine-tuning": "-", "layer freezing": "--"},
@@ -26,29 +26,29 @@ QUANTITIES = ("new_loss", "old_rise", "old_kept")
 def forgetting(job: Job) -> Generator[Event, None, Facts]:
     """Each method trained with each seed, measured every so many epochs → two tables, a picture. Raises UserError."""
     settings = job.project.params.study_forgetting
-    measures = ruler(job, settings.old_data, settings.new_data)
+    measures = retention_scorer(job, settings.old_data, settings.new_data)
     curves: dict[str, list[Curve]] = {name: [] for name in TRADED}
     wanted = [(name, seed) for name in TRADED for seed in settings.seeds]
     for number, (name, seed) in enumerate(wanted, 1):
         run = METHODS[name].run(name, job.project.params, seed, **WHOLE)
         curves[name].append((yield from _curve(job, run, settings.every, measures)))
         yield Progress(number, len(wanted), run.name)
-    forget(job)
+    delete_runs(job)
     tables = _at_the_same(curves), _epochs(curves)
     found = Findings("Gained and lost, epoch by epoch", "§9.3", _text(tables[0]), tables)
-    return publish(job, found, lambda figure: _draw(figure, tables[1]), (9, 4.5))
+    return write_report(job, found, lambda figure: _draw(figure, tables[1]), (9, 4.5))
 
 
-def _curve(job: Job, run: Run, every: int, measures: Ruler) -> Generator[Event, None, Curve]:
+def _curve(job: Job, run: Run, every: int, measures: RetentionScorer) -> Generator[Event, None, Curve]:
     """Before the first epoch, after every so many, and after the last."""
     an_epoch = 1
 
-    def due(task: Task) -> list[int]:
+    def due(task: TrainingTask) -> list[int]:
         nonlocal an_epoch
         an_epoch = len(task.batches)
         return sorted({*range(0, task.total + 1, every * an_epoch), task.total})
 
-    found = yield from looked_at(job, run, due, measures.losses)
+    found = yield from evaluate_checkpoints(job, run, due, measures.losses)
     return {step // an_epoch: losses for step, losses in found.items()}
 
 

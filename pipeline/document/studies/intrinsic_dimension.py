@@ -16,11 +16,11 @@ import torch
 from pipeline.data.examples import read_examples
 from pipeline.document.random_subspace import OneHot, SubspaceAdam
 from pipeline.document.studies.shared.next_token import document
-from pipeline.document.studies.shared.report import Figure, Findings, publish
-from pipeline.document.studies.shared.runner import Run, forget, taught
-from pipeline.document.tables import Row, Spread, Table, ends, shown
+from pipeline.document.studies.shared.report import Figure, Findings, write_report
+from pipeline.document.studies.shared.runner import Run, delete_runs, train_variant
+from pipeline.document.tables import Row, Spread, Table, min_max, shown
 from pipeline.inference import engine
-from pipeline.inference.score import Scored, score
+from pipeline.inference.score import EvalScores, score
 from pipeline.models.base import CausalLM
 from pipeline.models.load import count
 from pipeline.models.meta import untrained
@@ -35,7 +35,7 @@ from pipeline.training.optimizer import FlatAdam
 PAPERS = "RoBERTa-Large"
 BASE, RANDOM = "base", "random weights"
 SLACK = 1e-9  # of shares of a few tokens, which are equal or are not
-Answers = Mapping[tuple[str, int], Sequence[Scored]]  # by beginning and dimensions, of each seed
+Answers = Mapping[tuple[str, int], Sequence[EvalScores]]  # by beginning and dimensions, of each seed
 
 
 def intrinsic_dimension(job: Job) -> Generator[Event, None, Facts]:
@@ -49,20 +49,20 @@ def intrinsic_dimension(job: Job) -> Generator[Event, None, Facts]:
     folder = job.artifact("expand_vocab")
     base = engine.load(folder)
     large = count(base.model)["total"]
-    found: dict[tuple[str, int], list[Scored]] = {(BASE, 0): [score(base, examples)]}
+    found: dict[tuple[str, int], list[EvalScores]] = {(BASE, 0): [score(base, examples)]}
     sizes = [*product((BASE, RANDOM), sorted(settings.dimensions)), (BASE, large)]
     wanted = [(*each, seed) for each in sizes for seed in settings.seeds]
     for number, (begins, size, seed) in enumerate(wanted, 1):
         run = _run(settings, begins, size, seed, whole=size == large)
         begin = partial(_begin, folder, begins, size, seed, size == large)
-        loaded = yield from taught(job, run, begin)
+        loaded = yield from train_variant(job, run, begin)
         found.setdefault((begins, size), []).append(score(loaded, examples))
         yield Progress(number, len(wanted), run.name)
-    forget(job)
+    delete_runs(job)
     tables = _dimensions(settings, found, large), _least(settings, found, large, claimed)
     text = _text(settings, *tables, len(found[BASE, 0][0].labels))
     made = Findings("Intrinsic dimension", "§2.2", text, tables)
-    return publish(job, made, lambda figure: _draw(figure, settings, tables[0]), (7, 4))
+    return write_report(job, made, lambda figure: _draw(figure, settings, tables[0]), (7, 4))
 
 
 def _run(settings: StudyIntrinsicDimension, begins: str, size: int, seed: int, whole: bool) -> Run:
@@ -176,7 +176,9 @@ def _draw(figure: Figure, settings: StudyIntrinsicDimension, dimensions: Table) 
         cells = [cell for row in rows if isinstance(cell := row["right"], Spread)]
         marker = "o" if begins == BASE else "s"
         x = [row["dimensions"] for row in rows]
-        axis.errorbar(x, [c.mean for c in cells], yerr=ends(cells), marker=marker, color=look, label=f"from {begins}")
+        axis.errorbar(
+            x, [c.mean for c in cells], yerr=min_max(cells), marker=marker, color=look, label=f"from {begins}"
+        )
     for row, label, line in ((full, "full fine-tuning", "-"), (base, "the base", ":")):
         assert isinstance(row["right"], Spread)
         axis.axhline(row["right"].mean, color=COLORS["full"], linestyle=line, label=label)

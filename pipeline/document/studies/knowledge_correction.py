@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.adapters.target_modules import adaptable
-from pipeline.calc.target_modules import ends
+from pipeline.calc.target_modules import matches_suffix
 from pipeline.data.examples import Prompt, read_examples, read_prompts
 from pipeline.document.studies.shared.next_token import refuse_unsayable
-from pipeline.document.studies.shared.report import Figure, Findings, publish
-from pipeline.document.studies.shared.runner import PARTS, Run, adapters, forget, made, silently, together
+from pipeline.document.studies.shared.report import Figure, Findings, write_report
+from pipeline.document.studies.shared.runner import PARTS, Run, adapters, delete_runs, drain, run_stage, together
 from pipeline.document.tables import Cell, Row, Spread, Table, mean, shown
 from pipeline.errors import UserError
 from pipeline.inference import engine
 from pipeline.inference.agreement import SameLogits
-from pipeline.inference.engine import Loaded
-from pipeline.inference.score import Said, said, score
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.score import AnswerScore, score, score_answers
 from pipeline.models.base import CausalLM
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneLora
@@ -44,7 +44,7 @@ class Corrected:
 
     folder: Path
     name: str
-    said: Sequence[Said]
+    said: Sequence[AnswerScore]
     divergence: float  # from the base on other sentences, nats a token
 
 
@@ -61,9 +61,9 @@ def knowledge_correction(job: Job) -> Generator[Event, None, Facts]:
     base = engine.load(folder, trust_remote_code=trust)
     refuse_unsayable(base, [(prompt.prompt, prompt.corrected) for prompt in prompts], settings.prompts)
     runs = _runs(job, settings, base.model)
-    folders = yield from made(job, runs)
+    folders = yield from run_stage(job, runs)
     old = score(base, examples := read_examples(job.path(settings.old_data), settings.old_data))
-    answers, before = said(base, [(p.prompt, p.answer) for p in prompts]), _said(base, prompts)
+    answers, before = score_answers(base, [(p.prompt, p.answer) for p in prompts]), _said(base, prompts)
     tuned = list[Corrected]()
     for adapter, name in (found for run in runs for found in _variants(run, folders[run.name])):
         loaded = engine.load(folder, adapter, trust_remote_code=trust)
@@ -71,11 +71,11 @@ def knowledge_correction(job: Job) -> Generator[Event, None, Facts]:
     differences = _merged(job, folder, tuned, prompts)
     tables = _summary(prompts, before, tuned, differences), _prompts(prompts, answers, before, tuned)
     stored = max(weight_bytes(one.folder) for one in tuned) / weight_bytes(folder)
-    forget(job)
+    delete_runs(job)
     found = Findings("Correcting a single fact", "§6", _text(tables[0], stored), tables)
     height = max(4.0, 1 + 0.6 * len(tables[1].rows[:MOST]))
     labels = ["base", *_by_name(tuned)]
-    return publish(job, found, lambda figure: _draw(figure, tables[1], labels), (9, height))
+    return write_report(job, found, lambda figure: _draw(figure, tables[1], labels), (9, height))
 
 
 def _runs(job: Job, settings: StudyKnowledgeCorrection, model: CausalLM) -> list[Run]:
@@ -96,7 +96,7 @@ def _runs(job: Job, settings: StudyKnowledgeCorrection, model: CausalLM) -> list
         train_embeddings="none" if lora.train_embeddings == "none" else "new_rows",
         retain=settings.retain,
     )
-    has_v = any(ends(name, *V_PROJ) and adaptable(module) for name, module in model.named_modules())
+    has_v = any(matches_suffix(name, *V_PROJ) and adaptable(module) for name, module in model.named_modules())
     targets = list(dict.fromkeys((V_PROJ, lora.target_modules) if has_v else (lora.target_modules,)))
     weights = (0.0, settings.retain_weight) if settings.retain else (0.0,)
     runs = [together("correction", base, target_modules=targets, retain_weight=weights, seed=settings.seeds)]
@@ -115,8 +115,8 @@ def _name(own: FinetuneLora) -> str:
     return ("v_proj" if own.target_modules == V_PROJ else "all targets") + (", retain" if own.retains else "")
 
 
-def _said(loaded: Loaded, prompts: Sequence[Prompt]) -> list[Said]:
-    return said(loaded, [(prompt.prompt, prompt.corrected) for prompt in prompts])
+def _said(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[AnswerScore]:
+    return score_answers(loaded, [(prompt.prompt, prompt.corrected) for prompt in prompts])
 
 
 def _merged(job: Job, base: Path, tuned: Sequence[Corrected], prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -130,7 +130,7 @@ def _merged(job: Job, base: Path, tuned: Sequence[Corrected], prompts: Sequence[
             asked = [prompt.prompt for prompt in prompts]
             trust = job.project.params.pretrain.trust_remote_code
             same = SameLogits(base, one.folder, asked, trust_remote_code=trust)
-            certificate = silently(merge_into(out, Merging(base, one.folder, None, trust), same))
+            certificate = drain(merge_into(out, Merging(base, one.folder, None, trust), same))
             found[one.name] = certificate["max_logit_difference"]
     return found
 
@@ -143,7 +143,10 @@ def _by_name(tuned: Sequence[Corrected]) -> dict[str, list[Corrected]]:
 
 
 def _summary(
-    prompts: Sequence[Prompt], before: Sequence[Said], tuned: Sequence[Corrected], differences: Mapping[str, float]
+    prompts: Sequence[Prompt],
+    before: Sequence[AnswerScore],
+    tuned: Sequence[Corrected],
+    differences: Mapping[str, float],
 ) -> Table:
     """How many prompts have the corrected word first, how many that must keep theirs do, and how far the rest moved."""
     rows: list[Row] = [{"adapter": "none", **_counts(prompts, [before]), "divergence": 0.0, "merge_differs_by": None}]
@@ -166,7 +169,7 @@ def _counted(number: int) -> str:
     return f"{number} prompt{'' if number == 1 else 's'}"
 
 
-def _counts(prompts: Sequence[Prompt], answers: Sequence[Sequence[Said]]) -> dict[str, Cell]:
+def _counts(prompts: Sequence[Prompt], answers: Sequence[Sequence[AnswerScore]]) -> dict[str, Cell]:
     def count(rule: str) -> Spread:
         return Spread.of(
             float(sum(s.first for p, s in zip(prompts, one, strict=True) if p.rule == rule)) for one in answers
@@ -176,7 +179,7 @@ def _counts(prompts: Sequence[Prompt], answers: Sequence[Sequence[Said]]) -> dic
 
 
 def _prompts(
-    prompts: Sequence[Prompt], answers: Sequence[Said], before: Sequence[Said], tuned: Sequence[Corrected]
+    prompts: Sequence[Prompt], answers: Sequence[AnswerScore], before: Sequence[AnswerScore], tuned: Sequence[Corrected]
 ) -> Table:
     """The probability of the word that should come, the corrected one where it is to change."""
     by_name = _by_name(tuned)

@@ -5,17 +5,17 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.calc.options import method_of, run_of
+from pipeline.calc.options import parse_method, parse_training_config
 from pipeline.calc.report import answer
 from pipeline.calc.sources.open_model import built_in
 from pipeline.document.studies.shared.method_runs import METHODS
-from pipeline.document.studies.shared.report import Figure, Findings, publish
-from pipeline.document.studies.shared.retention_score import FORMATS, IN_WORDS, ruler, spreads
-from pipeline.document.studies.shared.runner import forget, made
-from pipeline.document.tables import Row, Spread, Table, ends, mean, shown, times
+from pipeline.document.studies.shared.report import Figure, Findings, write_report
+from pipeline.document.studies.shared.retention_score import FORMATS, IN_WORDS, retention_scorer, spreads
+from pipeline.document.studies.shared.runner import delete_runs, run_stage
+from pipeline.document.tables import Row, Spread, Table, mean, min_max, shown, times
 from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
-from pipeline.inference.engine import Loaded
+from pipeline.inference.engine import LoadedModel
 from pipeline.project.logs.run_log import TELEMETRY
 from pipeline.project.palette import COLORS
 from pipeline.project.runner import Event, Facts, Job
@@ -30,13 +30,13 @@ MOST = 7  # of 8 sentences
 def methods(job: Job) -> Generator[Event, None, Facts]:
     """Every method trained with each seed, by its own stage's code → two tables, one of times beside the run."""
     settings = job.project.params.study_methods
-    measures = ruler(job, settings.old_data, settings.new_data, settings.prompt_words)
+    measures = retention_scorer(job, settings.old_data, settings.new_data, settings.prompt_words)
     base = job.artifact("expand_vocab")
     runs = {
         name: [method.run(name, job.project.params, seed) for seed in settings.seeds]
         for name, method in METHODS.items()
     }
-    folders = yield from made(job, [run for of in runs.values() for run in of], resume=False)
+    folders = yield from run_stage(job, [run for of in runs.values() for run in of], resume=False)
     by_method = {name: [folders[run.name] for run in of] for name, of in runs.items()}
     learned = {name: [measures.measure(_loaded(folder, base)) for folder in of] for name, of in by_method.items()}
     knowledge = Table(
@@ -46,9 +46,9 @@ def methods(job: Job) -> Generator[Event, None, Facts]:
         "cost", "What trains, what it takes, what is stored", [_cost(n, of[0]) for n, of in by_method.items()], COST
     )
     _time(by_method).write(job.run)
-    forget(job)
+    delete_runs(job)
     found = Findings("Methods side by side", "§7, §9.3", _text(cost, knowledge), (cost, knowledge, _large()))
-    return publish(job, found, lambda figure: _draw(figure, knowledge), (9, 4.5))
+    return write_report(job, found, lambda figure: _draw(figure, knowledge), (9, 4.5))
 
 
 def _cost(name: str, folder: Path) -> Row:
@@ -66,7 +66,7 @@ def _cost(name: str, folder: Path) -> Row:
     }
 
 
-def _loaded(folder: Path, base: Path) -> Loaded:
+def _loaded(folder: Path, base: Path) -> LoadedModel:
     return engine.load(base, folder) if read_manifest(folder)["kind"] == "adapter" else engine.load(folder)
 
 
@@ -104,8 +104,8 @@ def _large() -> Table:
     }
     rows: list[Row] = []
     for name, (kind, rank, more) in asked.items():
-        run = run_of(model, kind, virtual_tokens=more.get("virtual_tokens", 0))
-        said = answer(model, method_of(kind, rank, None, "attention", **more), run)
+        run = parse_training_config(model, kind, virtual_tokens=more.get("virtual_tokens", 0))
+        said = answer(model, parse_method(kind, rank, None, "attention", **more), run)
         rows.append(
             {
                 "method": name,
@@ -148,8 +148,8 @@ def _draw(figure: Figure, knowledge: Table) -> None:
         axis.errorbar(
             x.mean,
             y.mean,
-            xerr=ends([x]),
-            yerr=ends([y]),
+            xerr=min_max([x]),
+            yerr=min_max([y]),
             color=COLORS[method.look],
             marker="osD^vPX*d<s>p"[number],
             linestyle="",

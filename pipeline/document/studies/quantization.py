@@ -20,12 +20,12 @@ from pipeline.document import rounding
 from pipeline.document.rounding import Rounded
 from pipeline.document.studies.shared.next_token import document
 from pipeline.document.studies.shared.precisions import Precision, entropy, four_bit_codes, precisions
-from pipeline.document.studies.shared.report import Figure, Findings, publish
-from pipeline.document.studies.shared.runner import Run, forget, made
+from pipeline.document.studies.shared.report import Figure, Findings, write_report
+from pipeline.document.studies.shared.runner import Run, delete_runs, run_stage
 from pipeline.document.tables import Row, Spread, Table, shown, spread
 from pipeline.inference import engine
-from pipeline.inference.engine import Loaded
-from pipeline.inference.score import Scored, score
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.score import EvalScores, score
 from pipeline.models.quantization.quantized_linear import quantizable
 from pipeline.project.palette import COLORS
 from pipeline.project.params.studies import StudyQuantization
@@ -37,7 +37,7 @@ LITTLE = 0.001  # of perplexity
 
 
 @dataclass(frozen=True)
-class Kept:
+class QuantizedQuality:
     """One base in one precision: bits a weight, ‖W − Q‖/‖W‖, ‖(W − Q)X‖/‖WX‖, perplexity, first choices kept."""
 
     bits: float
@@ -53,14 +53,14 @@ def quantization(job: Job) -> Generator[Event, None, Facts]:
     examples = read_examples(job.path(settings.data), settings.data)
     claimed = document(job.path(settings.document), settings.document, "quantization")
     bases = yield from _bases(job, settings)
-    ways, found = precisions(settings.group), list[list[Kept]]()
+    ways, found = precisions(settings.group), list[list[QuantizedQuality]]()
     for number, folder in enumerate(bases, 1):
         found.append(_in_every(engine.load(folder), examples, ways))
         yield Progress(number, len(bases), "in every precision")
     tables = _precisions(ways, found), _codes(settings.group), _sizes(ways, claimed)
     text = _text(settings, *tables, kurtosis(engine.load(bases[0])))
-    forget(job)
-    return publish(
+    delete_runs(job)
+    return write_report(
         job, Findings("A base in fewer bits", "§10.1", text, tables), lambda figure: _draw(figure, tables[0])
     )
 
@@ -74,12 +74,12 @@ def _bases(job: Job, settings: StudyQuantization) -> Generator[Event, None, list
         for seed in settings.seeds
         if seed != own
     }
-    folders = yield from made(job, list(runs.values()))
+    folders = yield from run_stage(job, list(runs.values()))
     return [job.artifact("pretrain") if seed == own else folders[runs[seed].name] for seed in settings.seeds]
 
 
 @torch.no_grad()
-def _in_every(base: Loaded, examples: Sequence[Example], ways: Sequence[Precision]) -> list[Kept]:
+def _in_every(base: LoadedModel, examples: Sequence[Example], ways: Sequence[Precision]) -> list[QuantizedQuality]:
     linears = {name: base.model.get_submodule(name) for name in quantizable(base.model)}
     before, grams = calibrated(base, examples, linears)
     weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}  # type: ignore[operator]
@@ -94,8 +94,8 @@ def _in_every(base: Loaded, examples: Sequence[Example], ways: Sequence[Precisio
 
 
 def calibrated(
-    base: Loaded, examples: Sequence[Example], linears: Mapping[str, nn.Module]
-) -> tuple[Scored, dict[str, Tensor]]:
+    base: LoadedModel, examples: Sequence[Example], linears: Mapping[str, nn.Module]
+) -> tuple[EvalScores, dict[str, Tensor]]:
     """What the base says of the examples, and XᵀX (I, I) of what each linear reads meanwhile."""
     grams: dict[str, Tensor] = {}
 
@@ -106,7 +106,7 @@ def calibrated(
 
         return add
 
-    _ = base.model.packs  # tried on ids of its own, which are not to be counted
+    _ = base.model.supports_packing  # tried on ids of its own, which are not to be counted
     hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
     try:
         return score(base, examples), grams
@@ -119,15 +119,15 @@ def _kept(
     weights: Mapping[str, Tensor],
     rounded: Mapping[str, Rounded],
     grams: Mapping[str, Tensor],
-    before: Scored,
-    after: Scored,
-) -> Kept:
+    before: EvalScores,
+    after: EvalScores,
+) -> QuantizedQuality:
     numbers = sum(weight.numel() for weight in weights.values())
     off = sum(float((weights[name] - one.weight).square().sum()) for name, one in rounded.items())
     size = sum(float(weight.square().sum()) for weight in weights.values())
     outputs = [rounding.output_error(weights[name], one.weight, grams[name]) for name, one in rounded.items()]
     whole = [rounding.output_error(weight, torch.zeros_like(weight), grams[name]) for name, weight in weights.items()]
-    return Kept(
+    return QuantizedQuality(
         sum(one.bits * one.weight.numel() for one in rounded.values()) / numbers,
         (off / size) ** 0.5,
         (sum(outputs) / sum(whole)) ** 0.5,
@@ -136,7 +136,7 @@ def _kept(
     )
 
 
-def _precisions(ways: Sequence[Precision], found: Sequence[Sequence[Kept]]) -> Table:
+def _precisions(ways: Sequence[Precision], found: Sequence[Sequence[QuantizedQuality]]) -> Table:
     normal = _normal(256)
     rows: list[Row] = []
     for precision, of in zip(ways, zip(*found, strict=True), strict=True):
@@ -189,7 +189,7 @@ def _sizes(ways: Sequence[Precision], claimed: Mapping[str, Any]) -> Table:
 
 
 @torch.no_grad()
-def kurtosis(base: Loaded) -> float:
+def kurtosis(base: LoadedModel) -> float:
     """E z⁴ of the blocks' weights, each matrix standardised: 3 for a normal distribution, 1.8 for an even one."""
     found = []
     for name in quantizable(base.model):

@@ -4,10 +4,10 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-from pipeline.document.studies.shared.report import Figure, Findings, publish
-from pipeline.document.studies.shared.retention_score import FORMATS, IN_WORDS, Knowledge, ruler, spreads
-from pipeline.document.studies.shared.runner import DOCUMENT, Run, adapters, forget, made, together
-from pipeline.document.tables import Row, Spread, Table, ends, mean
+from pipeline.document.studies.shared.report import Figure, Findings, write_report
+from pipeline.document.studies.shared.retention_score import FORMATS, IN_WORDS, Knowledge, retention_scorer, spreads
+from pipeline.document.studies.shared.runner import DOCUMENT, Run, adapters, delete_runs, run_stage, together
+from pipeline.document.tables import Row, Spread, Table, mean, min_max
 from pipeline.inference import engine
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneFull, FinetuneLora
@@ -23,10 +23,10 @@ Whole = Mapping[float, Sequence[Knowledge]]  # full fine-tuning by learning rate
 def rank(job: Job) -> Generator[Event, None, Facts]:
     """Adapters of every rank, alpha and rate, and full fine-tuning at every rate, with all seeds → three tables."""
     settings = job.project.params.study_rank
-    measures = ruler(job, settings.old_data, settings.new_data, settings.prompt_words)
+    measures = retention_scorer(job, settings.old_data, settings.new_data, settings.prompt_words)
     base = job.artifact("expand_vocab")
     sweeps, full = _sweeps(settings), _full(settings)
-    folders = yield from made(job, [*sweeps, *(run for runs in full.values() for run in runs)], diverging=True)
+    folders = yield from run_stage(job, [*sweeps, *(run for runs in full.values() for run in runs)], diverging=True)
     tuned = {
         run.name: [(own, measures.measure(engine.load(base, at))) for at, own in adapters(run, folders[run.name])]
         if run.name in folders
@@ -38,9 +38,9 @@ def rank(job: Job) -> Generator[Event, None, Facts]:
         for rate, runs in full.items()
     }
     tables = _ranks(settings, tuned, whole), _alphas(settings, tuned), _rates(settings, tuned, whole)
-    forget(job)
+    delete_runs(job)
     found = Findings("Rank, alpha and learning rate", "§2.4, §5", _text(*tables), tables)
-    return publish(job, found, lambda figure: _draw(figure, *tables), (11, 4))
+    return write_report(job, found, lambda figure: _draw(figure, *tables), (11, 4))
 
 
 def _sweeps(settings: StudyRank) -> list[Run]:
@@ -181,4 +181,4 @@ def _draw(figure: Figure, ranks: Table, alphas: Table, rates: Table) -> None:
 def _line(axis: Figure, rows: Sequence[Row], name: str, label: str, color: str, marker: str) -> None:
     cells = {row[name]: cell for row in rows if isinstance(cell := row["new_loss"], Spread)}
     look = {"label": label, "color": color, "marker": marker}
-    axis.errorbar(list(cells), [c.mean for c in cells.values()], yerr=ends(cells.values()), **look)
+    axis.errorbar(list(cells), [c.mean for c in cells.values()], yerr=min_max(cells.values()), **look)

@@ -14,18 +14,27 @@ from torch import Tensor
 
 from pipeline.adapters.attach import switched_off
 from pipeline.adapters.low_rank import LowRank, directions
-from pipeline.adapters.peft.updates import read_change
+from pipeline.adapters.peft.updates import load_update
 from pipeline.document.studies import spectrum_tables
-from pipeline.document.studies.shared.report import Findings, publish
-from pipeline.document.studies.shared.retention_score import Knowledge, Ruler, ruler
-from pipeline.document.studies.shared.runner import DOCUMENT, PARTS, Run, adapters, forget, made, silently, together
+from pipeline.document.studies.shared.report import Findings, write_report
+from pipeline.document.studies.shared.retention_score import Knowledge, RetentionScorer, retention_scorer
+from pipeline.document.studies.shared.runner import (
+    DOCUMENT,
+    PARTS,
+    Run,
+    adapters,
+    delete_runs,
+    drain,
+    run_stage,
+    together,
+)
 from pipeline.document.studies.spectrum_tables import FULL, RANDOM, SQUARE, Overlaps
 from pipeline.inference import engine
 from pipeline.project.params.sections import FinetuneFull
 from pipeline.project.params.studies import StudySpectrum
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.finetune import finetune
-from pipeline.weights.diff import Delta, between
+from pipeline.weights.diff import Delta, diff_checkpoints
 from pipeline.weights.extract import Extracted, extract
 from pipeline.weights.spectrum import Measured, in_blocks, measure, measure_update, overlaps
 from pipeline.weights.svd import Read
@@ -37,11 +46,11 @@ def spectrum(job: Job) -> Generator[Event, None, Facts]:
     """Full fine-tuning and LoRA of two ranks with each seed → four tables and a picture. Raises UserError."""
     settings = job.project.params.study_spectrum
     base = job.artifact("expand_vocab")
-    measures = ruler(job, settings.old_data, settings.new_data)
+    measures = retention_scorer(job, settings.old_data, settings.new_data)
     full, sweeps = _full(settings), _sweeps(settings)
-    folders = yield from made(job, [*full, *sweeps])
+    folders = yield from run_stage(job, [*full, *sweeps])
     tuned = [folders[run.name] for run in full]
-    updates = {run.name: [read_change(at).low_rank for at, _ in adapters(run, folders[run.name])] for run in sweeps}
+    updates = {run.name: [load_update(at).low_rank for at, _ in adapters(run, folders[run.name])] for run in sweeps}
     spectra = dict(_spectra(base, tuned, updates))
     knows = yield from _extracted(job, settings, base, tuned, measures)
     shared = _overlaps(updates)
@@ -51,9 +60,9 @@ def spectrum(job: Job) -> Generator[Event, None, Facts]:
         spectrum_tables.grid(shared[0]),
         spectrum_tables.quality(knows, [measures.measure(engine.load(folder)) for folder in tuned]),
     )
-    forget(job)
+    delete_runs(job)
     found = Findings("What fine-tuning changes", "§2.2", spectrum_tables.in_words(*tables), tables)
-    return publish(job, found, lambda figure: spectrum_tables.draw(figure, *tables), (12, 4))
+    return write_report(job, found, lambda figure: spectrum_tables.draw(figure, *tables), (12, 4))
 
 
 def _full(settings: StudySpectrum) -> list[Run]:
@@ -77,8 +86,11 @@ def _spectra(
     base: Path, tuned: Sequence[Path], updates: Mapping[str, Sequence[Updates]]
 ) -> Iterator[tuple[str, list[list[Measured]]]]:
     """Of each change; and of matrices of normal numbers, of the same shapes."""
-    yield FULL, [[_measured(delta) for delta in between(base, folder).deltas if delta.is_matrix] for folder in tuned]
-    weights = {delta.name.removesuffix(".weight"): delta for delta in between(base, base).deltas}
+    yield (
+        FULL,
+        [[_measured(delta) for delta in diff_checkpoints(base, folder).deltas if delta.is_matrix] for folder in tuned],
+    )
+    weights = {delta.name.removesuffix(".weight"): delta for delta in diff_checkpoints(base, base).deltas}
     for name, of in updates.items():
         yield name, [[measure_update(m, one, weights[m].weight) for m, one in adapter.items()] for adapter in of]
     generator = torch.Generator().manual_seed(0)
@@ -99,14 +111,14 @@ def _normal(shape: Sequence[int], generator: torch.Generator) -> Read:
 
 
 def _extracted(
-    job: Job, settings: StudySpectrum, base: Path, tuned: Sequence[Path], measures: Ruler
+    job: Job, settings: StudySpectrum, base: Path, tuned: Sequence[Path], measures: RetentionScorer
 ) -> Generator[Event, None, dict[int, list[tuple[float, Knowledge]]]]:
     """What each rank's LoRA holds of all that changed, and what it knows, by seed; 0: embeddings and head alone."""
     found: dict[int, list[tuple[float, Knowledge]]] = {rank: [] for rank in (0, *settings.extracted)}
     for number, folder in enumerate(tuned, 1):
         for rank in settings.extracted:
             out = job.run / PARTS / f"extracted-{rank}"
-            one = silently(extract(base, folder, out, rank))
+            one = drain(extract(base, folder, out, rank))
             loaded = engine.load(base, out)
             found[rank].append((one.held, measures.measure(loaded)))
         with switched_off(loaded.model):

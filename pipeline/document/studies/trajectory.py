@@ -6,9 +6,9 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from pipeline.document.studies.shared.next_token import Spoken, ask, document, refuse_unsayable
-from pipeline.document.studies.shared.report import Figure, Findings, publish
-from pipeline.document.studies.shared.runner import DOCUMENT, Run, forget, looked_at, named
+from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask, document, refuse_unsayable
+from pipeline.document.studies.shared.report import Figure, Findings, write_report
+from pipeline.document.studies.shared.runner import DOCUMENT, Run, delete_runs, evaluate_checkpoints, named
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.inference import engine
 from pipeline.project.palette import COLORS, OTHERS
@@ -27,7 +27,7 @@ class Curve:
 
     window: int
     seed: int
-    said: Mapping[int, Spoken]
+    said: Mapping[int, NextTokenAnswers]
 
 
 def trajectory(job: Job) -> Generator[Event, None, Facts]:
@@ -40,13 +40,15 @@ def trajectory(job: Job) -> Generator[Event, None, Facts]:
     wanted = list(product(settings.windows, settings.seeds))
     for window, seed in wanted:
         run = run_of(settings, window, seed, last)
-        said = yield from looked_at(job, run, lambda _: range(last + 1), partial(ask, prompts=[claimed["prompt"]]))
+        said = yield from evaluate_checkpoints(
+            job, run, lambda _: range(last + 1), partial(ask, prompts=[claimed["prompt"]])
+        )
         curves.append(Curve(window, seed, said))
         yield Progress(len(curves), len(wanted), run.name)
     tables = _table(settings, claimed, curves), _firsts(claimed["prompt"], curves)
-    forget(job)
+    delete_runs(job)
     found = Findings("From tisch to sofa, step by step", "§2.3", _text(settings, claimed, tables), tables)
-    return publish(job, found, lambda figure: _draw(figure, claimed, curves))
+    return write_report(job, found, lambda figure: _draw(figure, claimed, curves))
 
 
 def run_of(settings: StudyTrajectory, window: int, seed: int, steps: int) -> Run:

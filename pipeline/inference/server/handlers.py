@@ -12,8 +12,8 @@ from pipeline.adapters.peft.updates import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
 from pipeline.inference import attention_weights, engine
-from pipeline.inference.engine import Loaded
-from pipeline.inference.server.model_pool import Residents
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.server.model_pool import ModelPool
 from pipeline.inference.server.request import Request
 from pipeline.models import device
 from pipeline.models.generate import Sampling, finite, stream
@@ -23,11 +23,11 @@ Answer = dict[str, Any]  # with "event"
 LONGEST_ATTENTION = 512  # tokens; its square of numbers is sent
 
 
-class Answers:
+class RequestHandler:
     """Answers to requests, in the protocol of `server.py`. Each raises UserError for what it refuses."""
 
     def __init__(self) -> None:
-        self.models = Residents()
+        self.models = ModelPool()
         self._whole: Mapping[str, Callable[[Request], Answer]] = {
             "load": self._load,
             "unload": self._unload,
@@ -69,13 +69,13 @@ class Answers:
 
     def _top_k(self, request: Request) -> Answer:
         """Every model's likeliest tokens, and what each gives to the others'."""
-        k, answers = request.whole("k"), dict[str, Answer]()
-        asked: dict[str, tuple[Loaded, Tensor]] = {}
+        k, answers = request.integer("k"), dict[str, Answer]()
+        asked: dict[str, tuple[LoadedModel, Tensor]] = {}
         for name in request.names("models"):
             try:
                 loaded = self.models.get(name).at(request.strength(name))
                 asked[name] = loaded, engine.next_probabilities(loaded, _prompt(loaded, request))
-                choices = engine.likeliest(loaded, asked[name][1], k)
+                choices = engine.top_tokens(loaded, asked[name][1], k)
                 answers[name] = {"top_k": [{"token": c.token, "probability": c.probability} for c in choices]}
             except UserError as error:
                 answers[name] = {"error": str(error)}
@@ -89,14 +89,14 @@ class Answers:
         start, loaded = time.perf_counter(), self._one(request)
         sampling = Sampling(
             request.number("temperature", 0.0),
-            request.whole("top_k", 0),
+            request.integer("top_k", 0),
             request.number("top_p", 1.0),
-            request.whole("seed", 0),
+            request.integer("seed", 0),
         )
         prompt = engine.encode(loaded, _prompt(loaded, request))
         tokens, reason = 0, "length"
         ends, adds = loaded.tokenizer.end_ids, loaded.tokenizer.stream()
-        for drawn in stream(loaded.model, prompt, ends, request.whole("limit", 20), sampling):
+        for drawn in stream(loaded.model, prompt, ends, request.integer("limit", 20), sampling):
             if drawn.id in ends:
                 reason = "end"
             else:
@@ -107,7 +107,7 @@ class Answers:
     def _attention(self, request: Request) -> Answer:
         loaded = self._one(request)
         shape = loaded.model.shape
-        layer, head = request.whole("layer"), request.whole("head")
+        layer, head = request.integer("layer"), request.integer("head")
         if layer >= shape.layers or head >= shape.heads:
             raise UserError(f"{loaded.name} has layers 0 to {shape.layers - 1} and heads 0 to {shape.heads - 1}.")
         ids = engine.encode(loaded, _prompt(loaded, request))
@@ -134,10 +134,10 @@ class Answers:
     def _status(self, _: Request) -> Answer:
         return {**device.facts(device.best_device()), "loaded": self.models.names, "pid": os.getpid()}
 
-    def _one(self, request: Request) -> Loaded:
+    def _one(self, request: Request) -> LoadedModel:
         return self.models.get(request.text("model")).at(request.strength())
 
 
-def _prompt(loaded: Loaded, request: Request) -> str:
+def _prompt(loaded: LoadedModel, request: Request) -> str:
     text = request.text("text")
     return chat_template.render(loaded.base, text) if request.flag("chat") else text

@@ -13,15 +13,15 @@ from torch import nn
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import quantization_of
 from pipeline.adapters.peft.io import load_adapter
-from pipeline.adapters.scale import Strength
+from pipeline.adapters.scale import AdapterScale
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.file_stamp import Signature, signature
 from pipeline.inference import engine
-from pipeline.inference.engine import Loaded
+from pipeline.inference.engine import LoadedModel
 from pipeline.models.base import CausalLM
 from pipeline.models.device import device_for
-from pipeline.project.params.sections import Kept
+from pipeline.project.params.sections import Quantization
 
 
 def view(model: CausalLM) -> CausalLM:
@@ -33,7 +33,7 @@ def view(model: CausalLM) -> CausalLM:
 class Base:
     """A checkpoint in memory, as its files were at `signature`."""
 
-    def __init__(self, folder: Path, trust_remote_code: bool, quantization: Kept) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool, quantization: Quantization) -> None:
         self.folder, self.signature, self.trusted = folder, signature(folder), trust_remote_code
         self.loaded = engine.load(folder, trust_remote_code=trust_remote_code, quantization=quantization)
 
@@ -52,12 +52,12 @@ class Base:
 class Resident:
     """A model by the caller's name; with an adapter, at any strength of it."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     base: Base
     signature: Signature  # of the adapter's folder
-    strength: Strength | None = None
+    strength: AdapterScale | None = None
 
-    def at(self, s: float) -> Loaded:
+    def at(self, s: float) -> LoadedModel:
         """Scaled to strength `s`, until the next call: 0 is the base itself, 1 the adapter as it was trained.
 
         Raises UserError for virtual tokens at another strength: they are read or not.
@@ -82,11 +82,11 @@ class Resident:
         return signature(self.base.folder) == self.base.signature
 
 
-class Residents:
+class ModelPool:
     """Models by name. A base stays while any of them uses it."""
 
     def __init__(self) -> None:
-        self._bases: WeakValueDictionary[tuple[Path, Kept], Base] = WeakValueDictionary()
+        self._bases: WeakValueDictionary[tuple[Path, Quantization], Base] = WeakValueDictionary()
         self._models: dict[str, Resident] = {}
 
     @property
@@ -133,6 +133,6 @@ def _on(base: Base, folder: Path, name: str) -> Resident:
 def _adapted(base: Base, folder: Path, adapter: Path, name: str) -> Resident:
     model, files = view(base.loaded.model), signature(adapter)
     spec = load_adapter(model, folder, adapter, lambda _: base.fingerprint)
-    loaded = Loaded(name, model.eval(), base.loaded.tokenizer, folder, adapter)
-    scales = Strength(model, base.loaded.model, spec) if isinstance(spec, AdapterSpec) else None
+    loaded = LoadedModel(name, model.eval(), base.loaded.tokenizer, folder, adapter)
+    scales = AdapterScale(model, base.loaded.model, spec) if isinstance(spec, AdapterSpec) else None
     return Resident(loaded, base, files, scales)

@@ -40,7 +40,7 @@ class Request:
             raise UserError(f"{key} must be a list of names, got {value!r}.")
         return value
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
         """A whole number from 0."""
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pipeline.errors import UserError, first_line, is_out_of_memory
-from pipeline.inference.server.handlers import Answers
+from pipeline.inference.server.handlers import RequestHandler
 from pipeline.inference.server.request import Request
 
 WAITING = 64  # requests; further ones are told that it is busy
@@ -41,7 +41,7 @@ class Job:
 class Server:
     """One thread reads and cancels, the calling one works; both answer."""
 
-    def __init__(self, answers: Answers, read: BinaryIO, write: BinaryIO) -> None:
+    def __init__(self, answers: RequestHandler, read: BinaryIO, write: BinaryIO) -> None:
         self._answers, self._from, self._to = answers, read, write
         self._queue: queue.Queue[Job] = queue.Queue(WAITING)
         self._jobs: dict[int, Job] = {}
@@ -155,7 +155,7 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(1)
     try:
-        Server(Answers(), sys.stdin.buffer, answers_to).run()
+        Server(RequestHandler(), sys.stdin.buffer, answers_to).run()
     except KeyboardInterrupt:
         code = 130
     except BaseException:

@@ -68,8 +68,8 @@ def _quick_blocks(model: nn.Module) -> dict[nn.Module, OneToken]:
 def _agree(model: CausalLM, quick: Mapping[nn.Module, OneToken]) -> bool:
     def probed() -> Tensor:
         cache = model.new_cache()
-        model.hidden(torch.arange(4)[None], cache=cache)
-        return model.hidden(torch.tensor([[4]]), cache=cache).float()
+        model.hidden_states(torch.arange(4)[None], cache=cache)
+        return model.hidden_states(torch.tensor([[4]]), cache=cache).float()
 
     wanted = probed()
     try:

@@ -49,7 +49,7 @@ class _Normed(torch.autograd.Function):
         return of_x, of_weight, None, None
 
 
-def quicken(model: nn.Module, checked: bool = True) -> list[str]:
+def fuse_rms_norms(model: nn.Module, checked: bool = True) -> list[str]:
     """Replaces, in place, the norms that compute what ours does, and returns their names; others stay as they are.
 
     Fake tensors have no numbers to compare: not `checked`, every norm of that name is replaced.

@@ -243,10 +243,10 @@ class MiniGPT(CausalLM):
     def new_cache(self) -> KVCache:
         return KVCache()
 
-    def seen(self, cache: KVCache) -> int:
+    def cache_length(self, cache: KVCache) -> int:
         return len(cache)
 
-    def remember(self, cache: KVCache, block: int, keys: Tensor, values: Tensor) -> None:
+    def append_to_cache(self, cache: KVCache, block: int, keys: Tensor, values: Tensor) -> None:
         cache.extend(block, keys, values)
 
     def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -258,7 +258,7 @@ class MiniGPT(CausalLM):
         return self.config.to_opt()
 
     @property
-    def joined(self) -> int:
+    def pack_up_to(self) -> int:
         return JOINED
 
     def set_rows(self, rows: int, tied: bool) -> None:

@@ -122,7 +122,7 @@ def _quantized(kept: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dty
     return nf4.Quantized(codes, double, NF4_BLOCK, torch.Size(shape), dtype)
 
 
-def rounded(weight: Tensor, kind: Quantization, turned: bool = False) -> Tensor:
+def dequantized(weight: Tensor, kind: Quantization, turned: bool = False) -> Tensor:
     """A weight (O, I), or (I, O) where it is `turned`, after a way to few bits and back."""
     upright = weight.T.contiguous() if turned else weight
     rows, columns = upright.shape

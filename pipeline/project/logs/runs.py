@@ -9,9 +9,9 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.text import in_order
+from pipeline.files.text import natural_sort_key
 from pipeline.project.logs.run_log import LOSS, TELEMETRY
-from pipeline.project.params.grid import DIVERGED, ends
+from pipeline.project.params.grid import DIVERGED, read_run_outcomes
 from pipeline.project.params.sections import Params
 from pipeline.project.stage_graph import ARTIFACTS, RUNS, STAGES, Project, Stage, cache_folder
 
@@ -70,7 +70,7 @@ class _Made:
     when: float
 
 
-def discover(root: Path, params: Params | None) -> list[Run]:
+def discover_runs(root: Path, params: Params | None) -> list[Run]:
     """Every run of the stages that train, stage by stage, the last one first, then from new to old.
 
     A run whose logs are the same, byte for byte, as those of one before it is left out. Labels say what of the params
@@ -81,7 +81,7 @@ def discover(root: Path, params: Params | None) -> list[Run]:
 
 
 def stamp(root: Path, params: Path) -> tuple[int, ...]:
-    """What is another when `discover` may find other runs: calls of os.stat, a dozen and one for each adapter."""
+    """What is another when `discover_runs` may find other runs: calls of os.stat, a dozen and one for each adapter."""
     kept = cache_folder(root)
     logs = [number for name in TRAINING for number in _identities(root / RUNS / name, STAGES[name])]
     others = [params, *(root / STAGES[name].path for name in TRAINING), *(kept / name for name in TRAINING)]
@@ -112,7 +112,9 @@ def _logs(folder: Path, stage: Stage, telemetry: bool = True) -> tuple[LogFiles,
     """The curves of a stage whose logs lie in `folder`; of a sweep one for each adapter that is there."""
     places = [folder]
     if stage.kind == "adapters":
-        places = sorted((log.parent for log in folder.glob(f"[!.]*/{LOSS}")), key=lambda place: in_order(place.name))
+        places = sorted(
+            (log.parent for log in folder.glob(f"[!.]*/{LOSS}")), key=lambda place: natural_sort_key(place.name)
+        )
     return tuple(
         LogFiles("" if at == folder else at.name, at / LOSS, at / TELEMETRY if telemetry else None) for at in places
     )
@@ -176,7 +178,7 @@ def _made_in(folder: Path, stage: Stage) -> _Made | None:
         if not isinstance(digest, str) or not curve.loss.is_file():
             return None
         digests[curve.name] = digest
-    diverged = [name for name, end in ends(folder).items() if end == DIVERGED]
+    diverged = [name for name, end in read_run_outcomes(folder).items() if end == DIVERGED]
     when = max((_changed(curve.loss) for curve in curves), default=0.0)
     return _Made(folder, curves, {**dict.fromkeys(diverged), **digests}, manifest, when) if curves else None
 

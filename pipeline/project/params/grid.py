@@ -37,7 +37,7 @@ def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora
     return dict(zip(names, (replace(base, **values) for values in combinations), strict=True))
 
 
-def ends(folder: Path) -> dict[str, str]:
+def read_run_outcomes(folder: Path) -> dict[str, str]:
     """Name → how it ended, of each adapter that has, from an artifact or a run folder. Never raises."""
     try:
         rows = json.loads((folder / TABLE).read_text(encoding="utf-8"))

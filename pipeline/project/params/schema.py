@@ -17,7 +17,7 @@ from pipeline.files.patterns import end_of, problem
 class AtLeast:
     bound: float
 
-    def broken_by(self, value: float) -> str | None:
+    def violation(self, value: float) -> str | None:
         return None if value >= self.bound else f"must be at least {self.bound:g}"
 
 
@@ -25,7 +25,7 @@ class AtLeast:
 class MoreThan:
     bound: float
 
-    def broken_by(self, value: float) -> str | None:
+    def violation(self, value: float) -> str | None:
         return None if value > self.bound else f"must be more than {self.bound:g}"
 
 
@@ -33,35 +33,35 @@ class MoreThan:
 class Below:
     bound: int
 
-    def broken_by(self, value: float) -> str | None:
+    def violation(self, value: float) -> str | None:
         return None if value < self.bound else f"must be below {self.bound}"
 
 
 @dataclass(frozen=True)
-class ValuesOf:
+class GridOf:
     """A mapping of some of a section's keys to lists of values; `rule` says before them why these alone."""
 
     kind: type
     keys: tuple[str, ...]
     rule: str
 
-    def broken_by(self, _value: Any) -> str | None:
+    def violation(self, _value: Any) -> str | None:
         return None
 
 
 @dataclass(frozen=True)
-class MayBeEmpty:
+class AllowEmpty:
     """A text, a list or a mapping that may be left out."""
 
-    def broken_by(self, _value: Any) -> str | None:
+    def violation(self, _value: Any) -> str | None:
         return None
 
 
 @dataclass(frozen=True)
-class MayRepeat:
+class AllowDuplicates:
     """A list in which a value may stand twice: numbers of a matrix, not settings to try."""
 
-    def broken_by(self, _value: Any) -> str | None:
+    def violation(self, _value: Any) -> str | None:
         return None
 
 
@@ -71,7 +71,7 @@ class Because:
 
     reason: str
 
-    def broken_by(self, _value: Any) -> str | None:
+    def violation(self, _value: Any) -> str | None:
         return None
 
 
@@ -95,13 +95,13 @@ LARGEST = 1e30  # of a float: products with it must still be numbers in fp32
 Count = Annotated[int, AtLeast(1), Below(2**31)]
 Seed = Annotated[int, AtLeast(0), Below(2**63)]
 Rate = Annotated[float, MoreThan(0)]
-File = Annotated[str, MayBeEmpty()]
-Names = Annotated[tuple[str, ...], MayBeEmpty()]
+File = Annotated[str, AllowEmpty()]
+Names = Annotated[tuple[str, ...], AllowEmpty()]
 Share = Annotated[float, AtLeast(0), Below(1)]
 Steps = Annotated[int, AtLeast(0), Below(2**31)]
 
 
-def refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, origin: ValueSource) -> None:
+def reject_unknown_keys(tree: Mapping[str, Any], kind: type, prefix: str, origin: ValueSource) -> None:
     known = [f.name for f in fields(kind)]
     for key in tree:
         if key not in known:
@@ -110,11 +110,11 @@ def refuse_unknown(tree: Mapping[str, Any], kind: type, prefix: str, origin: Val
             raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")
 
 
-def said(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     hint, rules = _split(hint)
-    broken = (rule_.broken_by(math.nan) for rule_ in rules)
+    broken = (rule_.violation(math.nan) for rule_ in rules)
     said = ", ".join([_converted(hint, None)[1], *(text.removeprefix("must be ") for text in broken if text)])
-    return f"{said}, or empty" if MayBeEmpty() in rules else said
+    return f"{said}, or empty" if AllowEmpty() in rules else said
 
 
 def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -128,26 +128,26 @@ def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 def section(kind: type, tree: Any, name: str, origin: ValueSource) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {tree!r}.")
-    refuse_unknown(tree, kind, f"{name}.", origin)
+    reject_unknown_keys(tree, kind, f"{name}.", origin)
     hints = get_type_hints(kind, include_extras=True)
-    values = {key: checked(hints[key], value, f"{name}.{key}", origin) for key, value in tree.items()}
+    values = {key: validate(hints[key], value, f"{name}.{key}", origin) for key, value in tree.items()}
     return kind(**values)
 
 
-def checked(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
+def validate(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
     """`value` as the schema's type, or a UserError."""
     hint, rules = _split(hint)
-    if value in (None, "", [], {}) and MayBeEmpty() in rules:
+    if value in (None, "", [], {}) and AllowEmpty() in rules:
         return {tuple: (), Mapping: {}}.get(get_origin(hint), "")
     if get_origin(hint) is Mapping and isinstance(value, dict):
-        of = next((rule for rule in rules if isinstance(rule, ValuesOf)), None)
+        of = next((rule for rule in rules if isinstance(rule, GridOf)), None)
         if of is not None:
             return _checked_values(of, value, key, origin)
         return _checked_patterns(get_args(hint)[1], value, key, origin)
     if get_origin(hint) is tuple and (of := get_args(hint)[0]) is not str:
-        return _checked_list(of, value, key, origin, MayRepeat() in rules)
+        return _checked_list(of, value, key, origin, AllowDuplicates() in rules)
     typed, expected = _converted(hint, value)
-    problem = f"must be {expected}" if typed is None else next(filter(None, (r.broken_by(typed) for r in rules)), None)
+    problem = f"must be {expected}" if typed is None else next(filter(None, (r.violation(typed) for r in rules)), None)
     if problem:
         because = "".join(f": {rule.reason}" for rule in rules if isinstance(rule, Because))
         raise UserError(f"{key} {problem}, got {value!r}{because}. {origin.edit(key)}")
@@ -158,7 +158,7 @@ def _checked_list(hint: Any, values: Any, key: str, origin: ValueSource, repeats
     """Each value as the schema's type, none of them twice unless it `repeats`, or a UserError."""
     if not isinstance(values, list) or not values:
         raise UserError(f"{key} must be a list of values, such as [0, 1], got {values!r}. {origin.edit(key)}")
-    typed = tuple(checked(hint, value, key, origin) for value in values)
+    typed = tuple(validate(hint, value, key, origin) for value in values)
     twice = next((value for n, value in enumerate(typed) if value in typed[:n]), None)
     if twice is not None and not repeats:
         raise UserError(f"{key} has {twice!r} twice. Leave one of them out of {origin.of(key)}.")
@@ -170,10 +170,10 @@ def _checked_patterns(hint: Any, values: dict[Any, Any], key: str, origin: Value
     for pattern in values:
         if why := problem(pattern) or problem(end_of(pattern)) if isinstance(pattern, str) else "it is no text":
             raise UserError(f"{key}: {pattern!r} is no pattern of names: {why}. {origin.edit(key)}")
-    return {pattern: checked(hint, value, f"{key}.{pattern}", origin) for pattern, value in values.items()}
+    return {pattern: validate(hint, value, f"{key}.{pattern}", origin) for pattern, value in values.items()}
 
 
-def _checked_values(of: ValuesOf, values: dict[Any, Any], key: str, origin: ValueSource) -> dict[str, tuple[Any, ...]]:
+def _checked_values(of: GridOf, values: dict[Any, Any], key: str, origin: ValueSource) -> dict[str, tuple[Any, ...]]:
     """Lists of values of a section's keys, each as its schema has it, or a UserError."""
     hints = get_type_hints(of.kind, include_extras=True)
     for name, wanted in values.items():
@@ -184,7 +184,7 @@ def _checked_values(of: ValuesOf, values: dict[Any, Any], key: str, origin: Valu
                 f"{key}.{name} must be a list of values, such as [1, 2], got {wanted!r}. {origin.edit(key)}"
             )
     return {
-        name: tuple(checked(hints[name], value, f"{key}.{name}", origin) for value in wanted)
+        name: tuple(validate(hints[name], value, f"{key}.{name}", origin) for value in wanted)
         for name, wanted in values.items()
     }
 
@@ -195,7 +195,7 @@ def _converted(hint: Any, value: Any) -> tuple[Any, str]:
         choices = get_args(hint)
         return (value if value in choices else None), "one of " + ", ".join(choices)
     if get_origin(hint) is tuple and get_args(hint)[0] is not str:  # a list itself is checked value by value
-        return None, f"a list, of each of which: {said(get_args(hint)[0])}"
+        return None, f"a list, of each of which: {type_name(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
         good = isinstance(items, list) and items and all(isinstance(i, str) and i for i in items)
@@ -203,7 +203,7 @@ def _converted(hint: Any, value: Any) -> tuple[Any, str]:
     if get_origin(hint) is Mapping and get_origin(get_args(hint)[1]) is tuple:
         return None, "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}"
     if get_origin(hint) is Mapping:  # a mapping itself is checked value by value
-        return None, f"a mapping of patterns of names, such as {{q_proj: 8}}, to {said(get_args(hint)[1])}"
+        return None, f"a mapping of patterns of names, such as {{q_proj: 8}}, to {type_name(get_args(hint)[1])}"
     if hint is bool:
         return (value if isinstance(value, bool) else None), "true or false"
     if hint is int:

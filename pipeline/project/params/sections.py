@@ -14,17 +14,17 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.project.params import schema
 from pipeline.project.params.schema import (
+    AllowEmpty,
     AtLeast,
     Because,
     Count,
     File,
-    MayBeEmpty,
+    GridOf,
     Names,
     Rate,
     Seed,
     Share,
     Steps,
-    ValuesOf,
     ValueSource,
 )
 from pipeline.project.params.studies import (
@@ -42,14 +42,14 @@ from pipeline.project.params.studies import (
     StudyTrajectory,
 )
 
-Ranks = Annotated[Mapping[str, Count], MayBeEmpty()]  # by a pattern of modules' names
-Scales = Annotated[Mapping[str, Rate], MayBeEmpty()]
+Ranks = Annotated[Mapping[str, Count], AllowEmpty()]  # by a pattern of modules' names
+Scales = Annotated[Mapping[str, Rate], AllowEmpty()]
 Precision = Literal["fp32", "bf16", "fp16"]
 Trained = Annotated[
     Literal["fp32", "bf16"],
     Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters"),
 ]
-Kept = Literal["none", "int8", "nf4", "nf4-dq"]  # in how few bits; as the calculator calls them
+Quantization = Literal["none", "int8", "nf4", "nf4-dq"]  # in how few bits; as the calculator calls them
 Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # how A and B begin: `adapters/init.py`
 
 
@@ -167,7 +167,7 @@ class FinetuneLora(Training):
     )
     train_embeddings: Literal["all", "new_rows", "none"] = "all"
     adapter_precision: Trained = "fp32"
-    quantization: Kept = "none"  # of the frozen linears of the blocks
+    quantization: Quantization = "none"  # of the frozen linears of the blocks
     retain: File = ""  # texts on which answers are to stay the base's
     retain_weight: Annotated[float, AtLeast(0)] = 0.0  # of the divergence from the base in the loss
     retain_batch: Count = 8  # such texts a step
@@ -186,8 +186,8 @@ SWEPT = (  # what adapters that train together can differ in
 
 Grid = Annotated[
     Mapping[str, tuple[Any, ...]],
-    MayBeEmpty(),
-    ValuesOf(FinetuneLora, SWEPT, "adapters that train together can differ in"),
+    AllowEmpty(),
+    GridOf(FinetuneLora, SWEPT, "adapters that train together can differ in"),
 ]
 
 
@@ -204,7 +204,7 @@ class FinetuneVirtual(Training):
 
     virtual_tokens: Count = 20
     adapter_precision: Trained = "fp32"
-    quantization: Kept = "none"  # of the frozen linears of the blocks
+    quantization: Quantization = "none"  # of the frozen linears of the blocks
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def parse(text: str, path: Path, overrides: Sequence[str] = ()) -> Params:
     written = set(tree)
     overridden = {_apply(tree, override) for override in overrides}
     origin = ValueSource(path.name, frozenset({*overridden, *(tree.keys() - written)}))
-    schema.refuse_unknown(tree, Params, "", origin)
+    schema.reject_unknown_keys(tree, Params, "", origin)
     sections = {
         name: schema.section(kind, tree.get(name), name, origin)
         for name, kind in get_type_hints(Params).items()
@@ -345,9 +345,9 @@ def _apply(tree: dict[str, Any], override: str) -> str:
 def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
     """Raises UserError if `key` of section `name` must not be `value`, the others as they are; `source` is its file."""
     hints = get_type_hints(type(section), include_extras=True)
-    replace(section, **{key: schema.checked(hints[key], value, f"{name}.{key}", ValueSource(source))})
+    replace(section, **{key: schema.validate(hints[key], value, f"{name}.{key}", ValueSource(source))})
 
 
 def rule(section: Section, key: str) -> str:
     """What a value of `key` must be, in words: a whole number, at least 1, below 2147483648."""
-    return schema.said(get_type_hints(type(section), include_extras=True)[key])
+    return schema.type_name(get_type_hints(type(section), include_extras=True)[key])

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pipeline.errors import UserError
-from pipeline.project.params.schema import AtLeast, Count, File, MayRepeat, Rate, Seed, Share, Steps
+from pipeline.project.params.schema import AllowDuplicates, AtLeast, Count, File, Rate, Seed, Share, Steps
 
 Seeds = tuple[Seed, ...]
 Rates = tuple[Rate, ...]
 Counts = tuple[Count, ...]
-TwoByTwo = Annotated[tuple[float, ...], MayRepeat()]  # row by row
+TwoByTwo = Annotated[tuple[float, ...], AllowDuplicates()]  # row by row
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.adapters.batched import Share
-from pipeline.data.windows import Windows
+from pipeline.adapters.batched import AdapterRouting
+from pipeline.data.windows import Dataset
 from pipeline.models.base import CausalLM
 from pipeline.training.batched.batch import Reader, losses_of
-from pipeline.training.optimizer import ManyAdam
+from pipeline.training.optimizer import BatchedAdam
 
 
-class ManyEvaluation:
+class BatchedEvaluation:
     """As `Evaluation`, with a best loss, and with `patience` the weights that had it, for each of N adapters."""
 
-    def __init__(self, windows: Windows, batch_size: int, every: int, patience: int, adapters: int) -> None:
+    def __init__(self, windows: Dataset, batch_size: int, every: int, patience: int, adapters: int) -> None:
         """`patience` as `Evaluation` has it, of each of so many adapters."""
         self._windows, self._size, self._every, self._patience = windows, batch_size, every, patience
         self._best = torch.full((adapters,), torch.inf, dtype=torch.float64)
@@ -26,7 +26,9 @@ class ManyEvaluation:
     def due(self, step: int, last: int) -> bool:
         return step % self._every == 0 or step == last
 
-    def after_step(self, model: CausalLM, share: Share, optimizer: ManyAdam, live: Sequence[int]) -> dict[int, float]:
+    def after_step(
+        self, model: CausalLM, share: AdapterRouting, optimizer: BatchedAdam, live: Sequence[int]
+    ) -> dict[int, float]:
         """The loss of each adapter of `live` now, in nats a token."""
         losses = self._losses(model, share, live)
         better = [n for n in live if losses[n] < self._best[n]]
@@ -39,16 +41,16 @@ class ManyEvaluation:
             self._weights[better] = now[better]
         return losses
 
-    def hopeless(self, number: int) -> bool:
+    def should_stop(self, number: int) -> bool:
         """Whether `patience` evaluations in a row brought nothing better."""
         return bool(self._patience) and int(self._waited[number]) >= self._patience
 
-    def restore_best(self, optimizer: ManyAdam) -> None:
+    def restore_best(self, optimizer: BatchedAdam) -> None:
         if self._weights is not None:
             optimizer.set_weights(self._weights)
 
     @torch.no_grad()
-    def _losses(self, model: CausalLM, share: Share, live: Sequence[int]) -> dict[int, float]:
+    def _losses(self, model: CausalLM, share: AdapterRouting, live: Sequence[int]) -> dict[int, float]:
         sums, tokens = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
         self._reader = self._reader or Reader(model, share, self._windows)
         for start in range(0, len(self._windows), self._size):

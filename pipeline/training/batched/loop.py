@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from pipeline.project.logs.run_log import Step
-from pipeline.training.batched.step import Gradients, ManyTask, Variant, gradients
-from pipeline.training.optimizer import ManyAdam
+from pipeline.training.batched.step import BatchedTrainingTask, Gradients, Variant, gradients
+from pipeline.training.optimizer import BatchedAdam
 from pipeline.training.schedule import rate
 
 
 @dataclass
-class Standing:
+class AdapterProgress:
     """How far each of N adapters is: labels it has learned from, and the step after which it was stopped (0: none).
 
     `diverged`: whether that was because its loss or gradient at the next step was not finite.
@@ -25,7 +25,7 @@ class Standing:
     news: list[str] = field(default_factory=list)  # what there is to say of them
 
     @classmethod
-    def of(cls, adapters: int) -> "Standing":
+    def of(cls, adapters: int) -> "AdapterProgress":
         return cls([0] * adapters, [0] * adapters, [0] * adapters)
 
     @property
@@ -53,7 +53,9 @@ class Standing:
         self.tokens, self.stopped, self.diverged = (state[n].tolist() for n in ("tokens", "stopped", "diverged"))
 
 
-def steps(task: ManyTask, optimizer: ManyAdam, standing: Standing, done: int = 0) -> Iterator[dict[int, Step]]:
+def steps(
+    task: BatchedTrainingTask, optimizer: BatchedAdam, standing: AdapterProgress, done: int = 0
+) -> Iterator[dict[int, Step]]:
     """Train from after step `done`: a record for each adapter that took the step, by its number.
 
     An adapter whose loss or gradient is not finite is stopped before that step, one without hope after it; the others
@@ -88,15 +90,17 @@ def steps(task: ManyTask, optimizer: ManyAdam, standing: Standing, done: int = 0
         }
 
 
-def _stop_hopeless(task: ManyTask, standing: Standing, done: int) -> None:
+def _stop_hopeless(task: BatchedTrainingTask, standing: AdapterProgress, done: int) -> None:
     for n in standing.live if task.evaluation is not None else []:
-        if task.evaluation is not None and task.evaluation.hopeless(n):
+        if task.evaluation is not None and task.evaluation.should_stop(n):
             standing.stop(
                 n, done, f"{task.variants[n].name} stopped after step {done}: no better loss on what is held out"
             )
 
 
-def _finite_gradients(task: ManyTask, optimizer: ManyAdam, standing: Standing, number: int) -> Gradients:
+def _finite_gradients(
+    task: BatchedTrainingTask, optimizer: BatchedAdam, standing: AdapterProgress, number: int
+) -> Gradients:
     """Those of step `number`, once the adapters that spoil them are stopped."""
 
     def of(live: list[int]) -> Gradients:
@@ -121,7 +125,7 @@ def _divergence(variant: Variant, number: int, loss: float, norm: float) -> str:
     )
 
 
-def _update(task: ManyTask, optimizer: ManyAdam, found: Gradients, rates: Mapping[int, float]) -> None:
+def _update(task: BatchedTrainingTask, optimizer: BatchedAdam, found: Gradients, rates: Mapping[int, float]) -> None:
     """One step of each adapter at its rate, its gradient clipped; one that is stopped stays as it is."""
     clipped = {n: _factor(task.variants[n].settings.clip_norm, found.norms[n]) for n in rates}
     if len(rates) < len(task.variants) or set(clipped.values()) != {1.0}:

@@ -11,15 +11,15 @@ from pipeline.project.logs.run_log import LOSS, Peak, RunLog, Step, in_units
 from pipeline.project.params.grid import DIVERGED, STOPPED, tell_ends
 from pipeline.project.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
-from pipeline.training.batched.loop import Standing, steps
-from pipeline.training.batched.step import ManyTask
+from pipeline.training.batched.loop import AdapterProgress, steps
+from pipeline.training.batched.step import BatchedTrainingTask
 from pipeline.training.checkpoint import Checkpoint, HeldSignals
 from pipeline.training.loop import NotFinite, OutOfMemory, prepared, watched
-from pipeline.training.memory.live_bytes import LiveBytes
-from pipeline.training.optimizer import ManyAdam
+from pipeline.training.memory.live_bytes import TensorMemoryMeter
+from pipeline.training.optimizer import BatchedAdam
 
 
-def train_many(job: Job, task: ManyTask) -> Generator[Event, None, Standing]:
+def train_batched(job: Job, task: BatchedTrainingTask) -> Generator[Event, None, AdapterProgress]:
     """Train all adapters in place; killed at any step, the next call goes on where it was.
 
     Returns how each of them ended. Raises Interrupted after a signal, with a checkpoint written, and NotFinite where
@@ -27,11 +27,11 @@ def train_many(job: Job, task: ManyTask) -> Generator[Event, None, Standing]:
     """
     name, settings = job.stage.name, task.variants[0].settings
     task.model.to(prepared(task.model, settings.checkpointing))
-    if not task.learned.packs:
+    if not task.learned.supports_packing:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
-    optimizer, standing = _optimizer(task), Standing.of(len(task.variants))
+    optimizer, standing = _optimizer(task), AdapterProgress.of(len(task.variants))
     done = yield from _resumed(job, task, optimizer, standing)
-    live = LiveBytes()
+    live = TensorMemoryMeter()
     task.model.train()
     records = watched(live, _largest(task, done) - done, task.model, optimizer, steps(task, optimizer, standing, done))
     yield from _logged(job, task, optimizer, standing, done, live, records)
@@ -39,7 +39,9 @@ def train_many(job: Job, task: ManyTask) -> Generator[Event, None, Standing]:
     return standing
 
 
-def _ended(job: Job, task: ManyTask, optimizer: ManyAdam, standing: Standing, live: LiveBytes) -> Iterator[Event]:
+def _ended(
+    job: Job, task: BatchedTrainingTask, optimizer: BatchedAdam, standing: AdapterProgress, live: TensorMemoryMeter
+) -> Iterator[Event]:
     """The best weights in place where they were looked for. Raises NotFinite where no adapter is left."""
     name = job.stage.name
     yield from _news(job, task, standing)
@@ -54,11 +56,11 @@ def _ended(job: Job, task: ManyTask, optimizer: ManyAdam, standing: Standing, li
 
 def _logged(
     job: Job,
-    task: ManyTask,
-    optimizer: ManyAdam,
-    standing: Standing,
+    task: BatchedTrainingTask,
+    optimizer: BatchedAdam,
+    standing: AdapterProgress,
     done: int,
-    live: LiveBytes,
+    live: TensorMemoryMeter,
     records: Iterator[dict[int, Step]],
 ) -> Iterator[Event]:
     """Every record in its adapter's log, a checkpoint from time to time; after a signal the step is the last."""
@@ -92,19 +94,21 @@ def _logged(
             raise Interrupted(signals.received, f"{name}: stopped after the last step")
 
 
-def _largest(task: ManyTask, done: int) -> int:
+def _largest(task: BatchedTrainingTask, done: int) -> int:
     """The step, of those in an epoch from the one after the next on, with the most tokens."""
     batches = task.variants[0].batches
     return batches.largest(range(done + 1, min(done + 1 + len(batches), task.total)) or [done])
 
 
-def _optimizer(task: ManyTask) -> ManyAdam:
+def _optimizer(task: BatchedTrainingTask) -> BatchedAdam:
     trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
     faster = torch.tensor([variant.settings.loraplus_ratio for variant in task.variants])
-    return ManyAdam(trained.values(), [faster if name.endswith(".lora_B") else 1.0 for name in trained])
+    return BatchedAdam(trained.values(), [faster if name.endswith(".lora_B") else 1.0 for name in trained])
 
 
-def _resumed(job: Job, task: ManyTask, optimizer: ManyAdam, standing: Standing) -> Generator[Event, None, int]:
+def _resumed(
+    job: Job, task: BatchedTrainingTask, optimizer: BatchedAdam, standing: AdapterProgress
+) -> Generator[Event, None, int]:
     found, refused = checkpoint.load(job.run, job.key)
     if refused:
         yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {refused}")
@@ -121,7 +125,7 @@ def _resumed(job: Job, task: ManyTask, optimizer: ManyAdam, standing: Standing) 
     return found.step
 
 
-def _log(job: Job, task: ManyTask, standing: Standing, number: int, done: int) -> RunLog:
+def _log(job: Job, task: BatchedTrainingTask, standing: AdapterProgress, number: int, done: int) -> RunLog:
     variant = task.variants[number]
     folder = job.run / variant.name
     folder.mkdir(exist_ok=True)
@@ -129,7 +133,14 @@ def _log(job: Job, task: ManyTask, standing: Standing, number: int, done: int) -
     return RunLog(folder, min(done, standing.last(number, done)), standing.tokens[number], evaluated, retained)
 
 
-def _save(job: Job, task: ManyTask, logs: list[RunLog], optimizer: ManyAdam, standing: Standing, done: int) -> None:
+def _save(
+    job: Job,
+    task: BatchedTrainingTask,
+    logs: list[RunLog],
+    optimizer: BatchedAdam,
+    standing: AdapterProgress,
+    done: int,
+) -> None:
     for log in logs:
         log.sync()
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
@@ -138,14 +149,14 @@ def _save(job: Job, task: ManyTask, logs: list[RunLog], optimizer: ManyAdam, sta
     checkpoint.save(job.run, job.key, Checkpoint(done, sum(standing.tokens), state, lines))
 
 
-def _news(job: Job, task: ManyTask, standing: Standing) -> Iterator[Event]:
+def _news(job: Job, task: BatchedTrainingTask, standing: AdapterProgress) -> Iterator[Event]:
     if standing.news:
         _tell_ends(job, task, standing)
     yield from (Note(f"{job.stage.name}: {text}") for text in standing.news)
     standing.news.clear()
 
 
-def _tell_ends(job: Job, task: ManyTask, standing: Standing) -> None:
+def _tell_ends(job: Job, task: BatchedTrainingTask, standing: AdapterProgress) -> None:
     """Which adapters have ended before the others, for whoever watches from another process."""
     ended = {n: DIVERGED if standing.diverged[n] else STOPPED for n in standing.ended}
     tell_ends(

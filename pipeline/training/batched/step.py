@@ -8,13 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pipeline.adapters.batched import Share
+from pipeline.adapters.batched import AdapterRouting
 from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.training.batched.batch import Losses, Reader, divergences_of, losses_of
-from pipeline.training.batched.evaluation import ManyEvaluation
+from pipeline.training.batched.evaluation import BatchedEvaluation
 from pipeline.training.batches import Batches
-from pipeline.training.optimizer import ManyAdam
+from pipeline.training.optimizer import BatchedAdam
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class ManyTask:
+class BatchedTrainingTask:
     """Adapters that train together on one frozen base: all learn from the same windows, each in an order of its own."""
 
     model: CausalLM
-    share: Share
+    share: AdapterRouting
     variants: tuple[Variant, ...]
-    evaluation: ManyEvaluation | None = None
+    evaluation: BatchedEvaluation | None = None
 
     @property
     def total(self) -> int:
@@ -67,7 +67,7 @@ class Gradients:
         return [n for n in self.losses if not (math.isfinite(self.losses[n]) and math.isfinite(self.norms[n]))]
 
 
-def gradients(task: ManyTask, optimizer: ManyAdam, live: Sequence[int], number: int) -> Gradients:
+def gradients(task: BatchedTrainingTask, optimizer: BatchedAdam, live: Sequence[int], number: int) -> Gradients:
     """Backward through step `number` of the adapters `live`; the optimizer has gathered what came of it."""
     taught = {n: task.variants[n].batches.rows(number) for n in live}
     losses, labels = _backward(task, task.learned, losses_of, taught, dict.fromkeys(live, 1.0))
@@ -76,12 +76,12 @@ def gradients(task: ManyTask, optimizer: ManyAdam, live: Sequence[int], number: 
     if kept:
         weights = {n: task.variants[n].settings.retain_weight for n in kept}
         divergences, _ = _backward(task, task.retained, divergences_of, kept, weights)
-    norms = optimizer.gather().tolist()
+    norms = optimizer.collect_gradients().tolist()
     return Gradients(losses, {n: norms[n] for n in live}, labels, divergences)
 
 
 def _backward(
-    task: ManyTask,
+    task: BatchedTrainingTask,
     reader: Reader,
     of: Losses,
     rows: Mapping[int, Sequence[Sequence[int]]],
@@ -99,7 +99,7 @@ def _backward(
         here = [n for n, labels in enumerate(joint.labels) if labels]
         found = of(task.model, task.share, joint)
         shares = [joint.labels[n] / totals[n] for n in here]
-        with task.share.among(joint.read):  # of blocks that run again in backward
+        with task.share.route(joint.read):  # of blocks that run again in backward
             torch.autograd.backward(_dot(found, [part * weights[n] for n, part in zip(here, shares, strict=True)]))
         for n, loss, part in zip(here, found.tolist(), shares, strict=True):
             sums[n] += loss * part

@@ -18,32 +18,32 @@ from pipeline.models.quantization.quantized_linear import QuantizedLinear
 Item = TypeVar("Item")
 
 
-class Agreed(UserError):
+class CollectiveError(UserError):
     """Every process of the run raises it; the first says it."""
 
 
-class Lost(Agreed):
+class ProcessLost(CollectiveError):
     """Another process of the run is gone."""
 
     @classmethod
-    def during(cls, stage: str, kept: str = "") -> "Lost":
+    def during(cls, stage: str, kept: str = "") -> "ProcessLost":
         return cls(f"{stage}: another process of this run ended. {kept}Run the same command to go on.")
 
 
-class Helped(Exception):
+class WorkerFinished(Exception):
     """This process has done its part: what remains is writing, which the first does."""
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def mine(items: Sequence[Item]) -> list[Item]:
+def shard_for_rank(items: Sequence[Item]) -> list[Item]:
     """This process's share of what makes a step."""
     return list(items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items)
 
 
-def summed(*numbers: float) -> list[float]:
+def all_reduce_numbers(*numbers: float) -> list[float]:
     """Each number's sum over all processes."""
     if not dist.is_initialized():
         return list(numbers)
@@ -52,13 +52,13 @@ def summed(*numbers: float) -> list[float]:
     return [float(number) for number in total]
 
 
-def sum_up(tensor: Tensor) -> None:
+def all_reduce_(tensor: Tensor) -> None:
     """The same of a tensor, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
 
 
-def largest_of(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """Of all processes' numbers."""
     if not dist.is_initialized():
         return number
@@ -67,40 +67,42 @@ def largest_of(number: int) -> int:
     return int(found)
 
 
-def told_by_first(thing: Item) -> Item:
+def broadcast_object(thing: Item) -> Item:
     """What the first process has, a few words or numbers; what the others have is dropped."""
     if not dist.is_initialized():
         return thing
-    box = [thing if first() else None]
+    box = [thing if is_main_process() else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
 
 
-def given_by_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def broadcast_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first process's tensors, by name."""
     if not dist.is_initialized():
         return dict(tensors)
-    layout = told_by_first([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()])
-    found = dict(tensors) if first() else {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
+    layout = broadcast_object([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()])
+    found = (
+        dict(tensors) if is_main_process() else {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
+    )
     for tensor in found.values():
         dist.broadcast(tensor, src=0)
     return found
 
 
-def spread(tensor: Tensor) -> None:
+def broadcast_(tensor: Tensor) -> None:
     """Give every process the first one's numbers, in place."""
     if dist.is_initialized():
         dist.broadcast(tensor, src=0)
 
 
-def agree(problem: str = "") -> None:
+def raise_on_all_ranks(problem: str = "") -> None:
     """Raises Agreed, in every process, if any of them has a problem. Each must call it."""
     if not dist.is_initialized():
         return
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for found in filter(None, problems):
-        raise Agreed(found)
+        raise CollectiveError(found)
 
 
 def is_lost(error: Exception) -> bool:
@@ -110,7 +112,7 @@ def is_lost(error: Exception) -> bool:
 
 def needs_shards(model: CausalLM, device: torch.device) -> bool:
     """Whether the weights take more than this device, or another process's, has free."""
-    return dist.is_initialized() and bool(largest_of(int(size(model) > free(device))))
+    return dist.is_initialized() and bool(all_reduce_max(int(size(model) > free(device))))
 
 
 def shard(model: CausalLM, device: torch.device) -> None:
@@ -123,7 +125,7 @@ def shard(model: CausalLM, device: torch.device) -> None:
 
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise UserError("A base in few bits is kept whole on each device. Train without --shard.")
-    if not model.packs:
+    if not model.supports_packing:
         raise UserError(
             "This model reads one sequence at a time: processes would run its blocks unequally often. Train without "
             "--shard."

@@ -14,7 +14,15 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.project.process_rank import world
 from pipeline.project.runner import Event, Facts, Job, Work, run
 from pipeline.project.stage_graph import Project, Stage
-from pipeline.training.distributed.collectives import Agreed, Helped, Lost, agree, first, is_lost, told_by_first
+from pipeline.training.distributed.collectives import (
+    CollectiveError,
+    ProcessLost,
+    WorkerFinished,
+    broadcast_object,
+    is_lost,
+    is_main_process,
+    raise_on_all_ranks,
+)
 
 PATIENCE = timedelta(days=7)  # the first may wait for another run's lock; a process that is gone is noticed at once
 
@@ -24,8 +32,8 @@ def together(
 ) -> Generator[Event, None, Facts]:
     """`run` in every process of the world; returns the manifest, or nothing where this is not the first process."""
     with _joined():
-        if not first():
-            with suppress(UserError, Interrupted, Helped):
+        if not is_main_process():
+            with suppress(UserError, Interrupted, WorkerFinished):
                 _help(project, stage, work, checkpoint_every)
             return {}
         asked = False
@@ -33,24 +41,24 @@ def together(
         def leading(job: Job) -> Generator[Event, None, Facts]:
             nonlocal asked
             asked = True
-            told_by_first(job.key)
+            broadcast_object(job.key)
             return (yield from _agreeing(work, job))
 
         try:
             return (yield from run(project, stage, leading, force=force, checkpoint_every=checkpoint_every))
-        except Lost:
+        except ProcessLost:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, to all that are left: this one still speaks
             raise
         finally:
             if not asked:
-                told_by_first("")
+                broadcast_object("")
 
 
 def _help(project: Project, stage: Stage, work: Work, checkpoint_every: int) -> None:
     """The same work, its files thrown away, if the first process has to do it."""
     scratch = project.run_folder(stage.name) / f".rank-{dist.get_rank()}"
     try:
-        if key := told_by_first(""):
+        if key := broadcast_object(""):
             shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
             (scratch / "out").mkdir(parents=True)
             for _ in _agreeing(work, Job(project, stage, scratch / "out", scratch, key, checkpoint_every)):
@@ -65,19 +73,19 @@ def _help(project: Project, stage: Stage, work: Work, checkpoint_every: int) -> 
 def _agreeing(work: Work, job: Job) -> Generator[Event, None, Facts]:
     try:
         return (yield from work(job))
-    except Agreed:
+    except CollectiveError:
         raise
     except UserError as error:
         _tell(error)
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        raise Lost.during(job.stage.name) from None
+        raise ProcessLost.during(job.stage.name) from None
 
 
 def _tell(error: UserError) -> NoReturn:
     with suppress(RuntimeError):  # the others are gone already
-        agree(str(error))
+        raise_on_all_ranks(str(error))
     raise error
 
 

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels.short_attention import LONGEST, blocks
@@ -17,9 +17,9 @@ from pipeline.training.batches import Batch
 from pipeline.training.losses import CHUNK
 
 
-def smaller(model: CausalLM, method: Method, settings: Training, batch: Batch, stage: str) -> str:
+def smaller(model: CausalLM, method: FinetuningMethod, settings: Training, batch: Batch, stage: str) -> str:
     """What the calculator says of a step on `batch`, and of each setting that makes it smaller, quality first."""
-    now, one = forecast(model, method, settings, batch), longest(batch)
+    now, one = predict_peak_memory(model, method, settings, batch), longest(batch)
     ways: list[tuple[str, Training, Batch]] = []
     if settings.checkpointing != "full":
         ways.append((f"{stage}.checkpointing=full", replace(settings, checkpointing="full"), batch))
@@ -29,7 +29,7 @@ def smaller(model: CausalLM, method: Method, settings: Training, batch: Batch, s
     if isinstance(settings, FinetuneLora) and settings.quantization == "none":
         kept = replace(settings, quantization="nf4-dq", precision="bf16")
         ways.append((f"{stage}.quantization=nf4-dq", kept, batch))
-    found = [(words, forecast(model, method, changed, read)) for words, changed, read in ways]
+    found = [(words, predict_peak_memory(model, method, changed, read)) for words, changed, read in ways]
     if now is None:
         return f"Lower {stage}.max_length{''.join(f' or set {words}' for words, _ in found)}."
     less = [f"{in_units(size)} with {words}" for words, size in found if size and size < now]
@@ -38,7 +38,7 @@ def smaller(model: CausalLM, method: Method, settings: Training, batch: Batch, s
 
 def longest(batch: Batch) -> Batch:
     """The longest sequence of `batch` as a batch of its own."""
-    apart = max(batch.apart(), key=lambda one: one.ids.numel())
+    apart = max(batch.unpack(), key=lambda one: one.ids.numel())
     if len(apart.ids) == 1:
         return apart
     row = torch.arange(apart.ids.shape[1])  # sequences of one length: the first stands for all
@@ -46,7 +46,9 @@ def longest(batch: Batch) -> Batch:
     return Batch(apart.ids[:1], apart.positions[:1], apart.labels[kept], None if apart.at is None else apart.at[kept])
 
 
-def forecast(model: CausalLM, method: Method, settings: Training, batch: Batch, retained: bool = False) -> int | None:
+def predict_peak_memory(
+    model: CausalLM, method: FinetuningMethod, settings: Training, batch: Batch, retained: bool = False
+) -> int | None:
     """Bytes of tensors at the peak of a step on `batch`; None for an architecture that the calculator does not know."""
     rows, length = batch.ids.shape
     lengths = batch.segments or [length]
@@ -62,7 +64,7 @@ def forecast(model: CausalLM, method: Method, settings: Training, batch: Batch, 
             if precision == "fp32":
                 return None  # the calculator knows few bits beside 16 alone
             precision = settings.quantization
-    run = Run(
+    run = TrainingConfig(
         batch=rows,
         sequence=length,
         span=span,

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.calc.simulator.tape import ROUNDING
 
 
-class LiveBytes(TorchDispatchMode):
+class TensorMemoryMeter(TorchDispatchMode):
     """While entered, adds up every storage that is alive, rounded as CUDA's allocator does; `peak` is the most.
 
     Results stay bit for bit what they are without it; each operation costs some microseconds more.

@@ -1,7 +1,7 @@
 """A real training step under fake tensors: the same modules, autograd and optimizer, no weights and no accelerator.
 
-The peak is what `LiveBytes` counts. Two things differ from a GPU: fake tensors are summed out of place where autograd
-could add in place, and nothing is fragmented.
+The peak is what `TensorMemoryMeter` counts. Two things differ from a GPU: fake tensors are summed out of place where
+autograd could add in place, and nothing is fragmented.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,23 +18,23 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.target_modules import resolve
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.parameters import projections
-from pipeline.calc.settings import Method, Run
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import packed_attention
-from pipeline.models.kernels.rms_norm import quicken
+from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
-from pipeline.models.transformers_model import Opened, from_config
+from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.training import losses
 from pipeline.training.batches import Batch
-from pipeline.training.memory.live_bytes import LiveBytes
+from pipeline.training.memory.live_bytes import TensorMemoryMeter
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def traced_peak(config: Mapping[str, Any], method: Method, run: Run) -> int:
+def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
     """Bytes at the peak of the second step (the first makes the optimizer's state). Raises UserError."""
     _refuse(config, method, run)
     try:
@@ -44,8 +44,8 @@ def traced_peak(config: Mapping[str, Any], method: Method, run: Run) -> int:
         raise UserError(f"--trace cannot build or run this model: {reason[0]}. The formula needs no trace.") from None
 
 
-def _traced(config: Mapping[str, Any], method: Method, run: Run) -> int:
-    live = LiveBytes()
+def _traced(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
+    live = TensorMemoryMeter()
     with FakeTensorMode():
         model = _model(config, run)
         step = (_trainer_step if _is_trainers(model, run) else _plain_step)(model, method, run)
@@ -57,7 +57,7 @@ def _traced(config: Mapping[str, Any], method: Method, run: Run) -> int:
     return live.peak
 
 
-def _refuse(config: Mapping[str, Any], method: Method, run: Run) -> None:
+def _refuse(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> None:
     adapted = projections(architecture(config, "the config"), method) if method.kind == "lora" else []
     if any(p.experts > 1 or p.name == "gate" for p in adapted):
         raise UserError("--trace: this project does not adapt experts yet. Leave them out: --targets attention.")
@@ -76,11 +76,11 @@ def _refuse(config: Mapping[str, Any], method: Method, run: Run) -> None:
         raise UserError("--trace has the optimizers adamw, adam-flat and sgd, and adapters that cast their weights.")
 
 
-def _trainer_step(model: CausalLM, method: Method, run: Run) -> Callable[[], None]:
+def _trainer_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
     """What `training/step.py` does, without the numbers that fake tensors do not have."""
     _make_trainable(model, method, DTYPES[run.adapter_precision])
-    if isinstance(model, Opened):
-        quicken(model, checked=False)
+    if isinstance(model, TransformersModel):
+        fuse_rms_norms(model, checked=False)
     model.checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     optimizer = FlatAdam(model.train())
     ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
@@ -89,13 +89,13 @@ def _trainer_step(model: CausalLM, method: Method, run: Run) -> Callable[[], Non
 
     def step() -> None:
         torch.autograd.backward(loss_of(model, batch, run.chunk))
-        optimizer.gather()
+        optimizer.collect_gradients()
         optimizer.step(1e-3)
 
     return step
 
 
-def _plain_step(model: CausalLM, method: Method, run: Run) -> Callable[[], None]:
+def _plain_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
     """The step as the libraries' documentation writes it: their norms, an optimizer that holds each tensor."""
     _make_trainable(model, method, DTYPES[run.adapter_precision])
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def _plain_step(model: CausalLM, method: Method, run: Run) -> Callable[[], None]
     return step
 
 
-def _model(config: Mapping[str, Any], run: Run) -> CausalLM:
+def _model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
     """A model of that shape, without dropout."""
     if architecture(config, "the config").style.ours:
         if (run.precision, run.attention, run.loss, run.optimizer) != ("fp32", "sdpa", "full", "adamw"):
@@ -128,7 +128,7 @@ def _model(config: Mapping[str, Any], run: Run) -> CausalLM:
     return model
 
 
-def _is_trainers(model: CausalLM, run: Run) -> bool:
+def _is_trainers(model: CausalLM, run: TrainingConfig) -> bool:
     return isinstance(model, MiniGPT) or run.trainer
 
 
@@ -148,7 +148,7 @@ def _eager_only(config: Any) -> bool:
     return getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
 
 
-def _make_trainable(model: CausalLM, method: Method, dtype: torch.dtype) -> None:
+def _make_trainable(model: CausalLM, method: FinetuningMethod, dtype: torch.dtype) -> None:
     if method.kind == "full":
         return
     model.requires_grad_(False)
@@ -166,8 +166,8 @@ def _make_trainable(model: CausalLM, method: Method, dtype: torch.dtype) -> None
             end.requires_grad_(True)
 
 
-def _loss(model: CausalLM, ids: Tensor, labels: Tensor, run: Run) -> Tensor:
-    hidden = model.hidden(ids)  # (B, T, D)
+def _loss(model: CausalLM, ids: Tensor, labels: Tensor, run: TrainingConfig) -> Tensor:
+    hidden = model.hidden_states(ids)  # (B, T, D)
     if run.loss == "full":
         return losses.full(model.logits, hidden, labels)
     positions = torch.zeros(run.labels, dtype=torch.long)

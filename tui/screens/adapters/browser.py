@@ -81,7 +81,7 @@ class BrowseScreen(WorkbenchScreen):
         self._watcher = self.set_interval(EVERY, self._watch, pause=True)
         for folder in self._folders():
             if not folder.is_dir():
-                self.workbench.say(f"{folder} is not a folder; no models are looked for in it.", "warning")
+                self.workbench.log_message(f"{folder} is not a folder; no models are looked for in it.", "warning")
 
     @on(ScreenResume)
     def look(self) -> None:
@@ -111,7 +111,7 @@ class BrowseScreen(WorkbenchScreen):
         here = [entry.model.path for entry in event.entries]
         for gone in [path for path in self.selected if path not in here]:
             self.selected.remove(gone)
-            self.workbench.say(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
+            self.workbench.log_message(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
         self.entries = list(event.entries)
         self._verdicts.clear()  # of an earlier scan; those that still hold are in these entries
         self.set_class(not self.entries, "-none")
@@ -183,15 +183,15 @@ class BrowseScreen(WorkbenchScreen):
         elif len(self.selected) < MOST:
             self.selected.append(path)
         else:
-            self.workbench.say(f"{MOST} models at most are asked side by side. Take one away first.", "warning")
+            self.workbench.log_message(f"{MOST} models at most are asked side by side. Take one away first.", "warning")
         self.redraw()
         self.selection_changed()
 
     def action_usual(self) -> None:
         """The pipeline's models, or none if they were selected."""
-        usual = [entry.model.path for entry in self.entries if entry.model.path in self.library.usual()]
+        usual = [entry.model.path for entry in self.entries if entry.model.path in self.library.project_variants()]
         if not usual:
-            self.workbench.say(f"The pipeline has made no model yet. {NONE.splitlines()[0]}", "warning")
+            self.workbench.log_message(f"The pipeline has made no model yet. {NONE.splitlines()[0]}", "warning")
         self.selected = [] if self.selected == usual else usual
         self.redraw()
         self.selection_changed()
@@ -226,7 +226,7 @@ class BrowseScreen(WorkbenchScreen):
     def action_verify(self) -> None:
         self.library.forget()
         self.scanner.start()
-        self.workbench.say("All models are checked again.")
+        self.workbench.log_message("All models are checked again.")
 
     @work
     async def action_folder(self) -> None:
@@ -240,7 +240,7 @@ class BrowseScreen(WorkbenchScreen):
         elif folder.is_dir():
             state.folders.append(str(folder))
         else:
-            self.workbench.say(f"{folder} is not a folder. Give the folder that holds the models.", "error")
+            self.workbench.log_message(f"{folder} is not a folder. Give the folder that holds the models.", "error")
             return
         self.workbench.remember()
         self.look()

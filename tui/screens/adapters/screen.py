@@ -22,7 +22,7 @@ from tui.screens.adapters.browser import BrowseScreen
 from tui.screens.adapters.sampling_dialog import SamplingScreen
 from tui.screens.adapters.session.catalog import Stamp
 from tui.screens.adapters.session.chat_session import LOADING, Conversation, Latest
-from tui.screens.adapters.session.request_queue import Asker
+from tui.screens.adapters.session.request_queue import RequestQueue
 from tui.screens.adapters.session.transcript import transcript
 from tui.screens.adapters.widgets.answers import Answers
 from tui.screens.adapters.widgets.engine_bar import EngineBar
@@ -65,7 +65,7 @@ class AdaptersScreen(BrowseScreen):
         if self.workbench.inference is None:
             self.workbench.inference = Inference(self.workbench.root)
         self.engine = self.workbench.inference
-        self.talk = Conversation(Asker(self.engine, self.library, self.workbench.params_path))
+        self.talk = Conversation(RequestQueue(self.engine, self.library, self.workbench.params_path))
         # kept: answers come while the screen closes
         self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
         self.sampling = Static(id="sampling", markup=False)
@@ -138,9 +138,9 @@ class AdaptersScreen(BrowseScreen):
     def submit(self, event: Input.Submitted) -> None:
         prompt, entries = event.value.strip(), self.chosen()
         if not prompt:
-            self.workbench.say("The prompt is empty. Give at least one word.", "warning")
+            self.workbench.log_message("The prompt is empty. Give at least one word.", "warning")
         elif not entries:
-            self.workbench.say("There is no model to ask. Press b and select one.", "warning")
+            self.workbench.log_message("There is no model to ask. Press b and select one.", "warning")
         else:
             self._remember(prompt)
             self.give_focus(self.answers)
@@ -174,7 +174,9 @@ class AdaptersScreen(BrowseScreen):
             self._engine_is("ready")
             self._status()
             if self.talk.chat and not exchange.chat:
-                self.workbench.say("Not all of these have a chat template: they were prompted without it.", "warning")
+                self.workbench.log_message(
+                    "Not all of these have a chat template: they were prompted without it.", "warning"
+                )
         finally:
             self.answers.show(exchange)
             self.call_later(self.refresh_bindings)
@@ -205,7 +207,7 @@ class AdaptersScreen(BrowseScreen):
 
     def action_strength(self, steps: int) -> None:
         if self.slider.disabled:
-            self.workbench.say(
+            self.workbench.log_message(
                 "Strength scales a change of weights, and virtual tokens change none. Select another adapter."
                 if any(entry.model.kind == "adapter" for entry in self.chosen())
                 else "Strength scales an adapter's change. Select an adapter.",
@@ -231,7 +233,7 @@ class AdaptersScreen(BrowseScreen):
     def action_attention(self) -> None:
         entries, exchange = self.chosen(), self.talk.newest
         if not entries or exchange is None:
-            self.workbench.say("Attention is shown over a prompt. Ask one first.", "warning")
+            self.workbench.log_message("Attention is shown over a prompt. Ask one first.", "warning")
             return
         pointed = self.entry(self.table.pointed)
         entry = pointed if pointed in entries else entries[0]
@@ -242,15 +244,15 @@ class AdaptersScreen(BrowseScreen):
 
     def action_copy(self) -> None:
         if self.talk.newest is None:
-            self.workbench.say("There is no answer to copy yet.", "warning")
+            self.workbench.log_message("There is no answer to copy yet.", "warning")
         else:
             self.app.copy_to_clipboard(self.talk.newest.said())
-            self.workbench.say("The last answer is in the clipboard.")
+            self.workbench.log_message("The last answer is in the clipboard.")
 
     @work
     async def action_save(self) -> None:
         if not self.talk.exchanges:
-            self.workbench.say("There is nothing to save yet.", "warning")
+            self.workbench.log_message("There is nothing to save yet.", "warning")
             return
         question = "Write the transcript to which file? .jsonl gives JSON lines, any other name Markdown."
         named = await self.app.push_screen_wait(PathScreen(question, "transcript.md"))
@@ -262,7 +264,7 @@ class AdaptersScreen(BrowseScreen):
         except OSError as error:
             self.workbench.fail(error)
         else:
-            self.workbench.say(f"{path} has all {len(self.talk.exchanges)} prompts of this session.")
+            self.workbench.log_message(f"{path} has all {len(self.talk.exchanges)} prompts of this session.")
 
     # what the engine says of itself and of adapters
 

@@ -9,21 +9,21 @@ from pipeline.calc.parameters import ranks
 from pipeline.calc.sources.open_model import built_in, open_model
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
-from pipeline.project.params.sections import Kept, Params, Precision
+from pipeline.project.params.sections import Params, Precision, Quantization
 from pipeline.project.stage_graph import STAGES
-from tui.screens.calculator.model import Asked, Result
+from tui.screens.calculator.model import CalculatorQuery, Result
 
 MINIGPT = "MiniGPT"
 
 
-def asked_for(params: Params, root: Path) -> Asked:
+def asked_for(params: Params, root: Path) -> CalculatorQuery:
     """What `finetune_lora` trains, as the trainer does it: the project's model, one batch after the other.
 
     Raises UserError if the base is nothing that there could be.
     """
     lora, imports = params.finetune_lora, params.pretrain.imports
     longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]  # none: as long as suits the model
-    return Asked(
+    return CalculatorQuery(
         model=_model(params, root),
         rank=str(lora.rank),
         alpha=f"{lora.alpha:g}",
@@ -81,12 +81,14 @@ def _new_rows(root: Path) -> int:
         return 1
 
 
-def settings_of(asked: Asked, result: Result, params: Params, trained: tuple[str, Architecture]) -> dict[str, Any]:
+def settings_of(
+    asked: CalculatorQuery, result: Result, params: Params, trained: tuple[str, Architecture]
+) -> dict[str, Any]:
     """`section.key` → value of what this project would train so. Raises UserError for what it cannot train."""
     method, run = result.method, result.run
     if asked.method not in ("full", "freeze", "lora", "qlora"):
         raise UserError(f"{asked.method} is not trainable here yet. Choose lora, qlora, freeze or full.")
-    kept = run.precision if run.precision in get_args(Kept) else "none"
+    kept = run.precision if run.precision in get_args(Quantization) else "none"
     precision = "bf16" if kept != "none" else run.precision  # as the calculator takes it, beside few bits
     if precision not in get_args(Precision):
         choices = "fp32, bf16, fp16, int8, nf4 or nf4-dq"

@@ -18,7 +18,7 @@ from pipeline.calc.precision import PRECISIONS
 from pipeline.calc.settings import CHOICES, OPTIMIZERS
 from pipeline.calc.sources.open_model import hub_ids
 from pipeline.calc.target_modules import GROUPS
-from tui.screens.calculator.model import CUSTOM, FIELDS, Asked, relevant
+from tui.screens.calculator.model import CUSTOM, FIELDS, CalculatorQuery, relevant
 from tui.screens.calculator.model_search import ModelSearch
 from tui.widgets.select import Choice
 from tui.widgets.text_field import Entry, counting, doubling, through
@@ -49,7 +49,7 @@ class CalcForm(Vertical):
     class Fetch(Message):
         """The model's field was entered: what is neither built in nor a path may be fetched."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: CalculatorQuery) -> None:
         super().__init__()
         self._shown = asked
 
@@ -89,11 +89,11 @@ class CalcForm(Vertical):
         self._enable()
 
     @property
-    def asked(self) -> Asked:
+    def asked(self) -> CalculatorQuery:
         """What the fields hold."""
         return self._shown
 
-    def fill(self, asked: Asked) -> None:
+    def fill(self, asked: CalculatorQuery) -> None:
         """Put values into all fields, with one Changed."""
         with self.prevent(Input.Changed):
             for name in FIELDS:

@@ -8,17 +8,17 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import Gpu, gpu, of_size
 from pipeline.calc.format import title_of
 from pipeline.calc.memory import Memory, predict, refuse_impossible
-from pipeline.calc.options import method_of, run_of
+from pipeline.calc.options import parse_method, parse_training_config
 from pipeline.calc.parameters import trainable
 from pipeline.calc.report import side_by_side
-from pipeline.calc.settings import QLORA, Method, Run, checked
+from pipeline.calc.settings import QLORA, FinetuningMethod, TrainingConfig, validate
 from pipeline.errors import UserError
 
 CUSTOM = "custom"  # a GPU of so many GiB
 
 
 @dataclass(frozen=True)
-class Asked:
+class CalculatorQuery:
     """The form's fields, each as it is written there; empty is what suits the model."""
 
     model: str = "qwen3-8b"
@@ -41,12 +41,12 @@ class Asked:
     gpu: str = "rtx4090"
     gib: str = "24"
 
-    def effective(self) -> "Asked":
+    def effective(self) -> "CalculatorQuery":
         """The fields that matter to the method as they are, the others as they are in an untouched form."""
-        return replace(Asked(), **{name: getattr(self, name) for name in relevant(self)})
+        return replace(CalculatorQuery(), **{name: getattr(self, name) for name in relevant(self)})
 
 
-FIELDS = tuple(field.name for field in fields(Asked))
+FIELDS = tuple(field.name for field in fields(CalculatorQuery))
 _OWN = {
     "lora": ("rank", "alpha", "targets", "embeddings", "new_rows", "adapter_precision"),
     "qlora": ("rank", "alpha", "targets", "embeddings", "new_rows", "adapter_precision"),
@@ -56,7 +56,7 @@ _OWN = {
 }
 
 
-def relevant(asked: Asked) -> list[str]:
+def relevant(asked: CalculatorQuery) -> list[str]:
     """The fields that decide something: not those of other methods."""
     out = {name for names in _OWN.values() for name in names} - set(_OWN.get(asked.method, ()))
     out |= {"new_rows"} if asked.embeddings != "new_rows" else set()
@@ -77,10 +77,10 @@ class Result:
     """One configuration, calculated: `columns` are the methods side by side, `chosen` the one that is asked for."""
 
     model: Architecture
-    method: Method
-    run: Run
+    method: FinetuningMethod
+    run: TrainingConfig
     device: Gpu
-    columns: dict[str, tuple[Method, Run, Memory]]
+    columns: dict[str, tuple[FinetuningMethod, TrainingConfig, Memory]]
     chosen: str
 
     @property
@@ -107,12 +107,12 @@ class Result:
         return f"{self.model.name}, {title_of(self.method)}, {run.precision}, {run.batch} × {run.sequence:,} tokens"
 
 
-def calculate(asked: Asked, model: Architecture) -> Result:
+def calculate(asked: CalculatorQuery, model: Architecture) -> Result:
     """The answer for `asked` of `model`. Raises FieldError, with the field that is wrong."""
     asked = asked.effective()
     method, run, device = _method(asked), _run(asked, model), _device(asked)
     try:
-        checked(method, run)
+        validate(method, run)
         refuse_impossible(model, method, run)
         columns = side_by_side(model, method, replace(run, precision="bf16") if run.precision == QLORA else run)
         chosen = next((name for name, (m, r, _) in columns.items() if (m, r) == (method, run)), None)
@@ -123,8 +123,8 @@ def calculate(asked: Asked, model: Architecture) -> Result:
     return Result(model, method, run, device, columns, chosen)
 
 
-def _method(asked: Asked) -> Method:
-    return method_of(
+def _method(asked: CalculatorQuery) -> FinetuningMethod:
+    return parse_method(
         asked.method,
         _whole(asked, "rank"),
         _number(asked, "alpha") if asked.alpha.strip() else None,
@@ -137,8 +137,8 @@ def _method(asked: Asked) -> Method:
     )
 
 
-def _run(asked: Asked, model: Architecture) -> Run:
-    return run_of(
+def _run(asked: CalculatorQuery, model: Architecture) -> TrainingConfig:
+    return parse_training_config(
         model,
         asked.method,
         batch=_whole(asked, "batch"),
@@ -152,7 +152,7 @@ def _run(asked: Asked, model: Architecture) -> Run:
     )
 
 
-def _device(asked: Asked) -> Gpu:
+def _device(asked: CalculatorQuery) -> Gpu:
     if asked.gpu != CUSTOM:
         return gpu(asked.gpu)
     try:
@@ -163,14 +163,14 @@ def _device(asked: Asked) -> Gpu:
         raise FieldError("gib", str(error)) from None
 
 
-def _whole(asked: Asked, field: str) -> int:
+def _whole(asked: CalculatorQuery, field: str) -> int:
     text = getattr(asked, field).strip()
     if not re.fullmatch(r"-?[0-9]{1,12}", text):
         raise FieldError(field, f"{_key(field)} must be a whole number, got {text[:40]!r}.")
     return int(text)
 
 
-def _number(asked: Asked, field: str) -> float:
+def _number(asked: CalculatorQuery, field: str) -> float:
     text = getattr(asked, field).strip()
     try:
         return float(text)

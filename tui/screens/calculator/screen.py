@@ -23,7 +23,7 @@ from tui.screens.base import WorkbenchScreen
 from tui.screens.calculator.apply_to_params import asked_for, differences, settings_of, trained_model
 from tui.screens.calculator.form import CalcForm
 from tui.screens.calculator.memory_bars import MemoryBars
-from tui.screens.calculator.model import Asked, FieldError, Result, calculate
+from tui.screens.calculator.model import CalculatorQuery, FieldError, Result, calculate
 from tui.screens.calculator.result import Advice, Parameters, Pinned, Verdict
 
 PAUSE = 0.15  # seconds without a key press before the longer search begins
@@ -57,7 +57,7 @@ class CalculatorScreen(WorkbenchScreen):
     def body(self) -> Iterable[Widget]:
         with Horizontal(id="columns"):
             with VerticalScroll(id="asked", can_focus=False):
-                yield CalcForm(Asked())
+                yield CalcForm(CalculatorQuery())
                 yield Pinned()
             with VerticalScroll(id="answer"):
                 yield Static(id="problem", markup=False)
@@ -219,17 +219,17 @@ class CalculatorScreen(WorkbenchScreen):
             model = await asyncio.to_thread(trained_model, params, self.workbench.root)
             changed = differences(params, settings_of(asked, result, params, model))
             if not changed:
-                self.workbench.say(f"{path.name} says so already.")
+                self.workbench.log_message(f"{path.name} says so already.")
             elif await self.app.push_screen_wait(Confirm(path.name, changed)):
                 edit.save(path, {key: new for key, (_, new) in changed.items()})
-                self.workbench.say(f"{path.name}: {', '.join(changed)} written.")
+                self.workbench.log_message(f"{path.name}: {', '.join(changed)} written.")
         except (UserError, OSError) as error:
             self.workbench.fail(error)
 
     def _answered(self, what: str) -> bool:
         """Whether the form's own answer is on screen, not the last good one; says so if not."""
         if self.problem or self.result is None:
-            self.workbench.say(f"Nothing is {what} while a field is wrong. {self.problem}", "warning")
+            self.workbench.log_message(f"Nothing is {what} while a field is wrong. {self.problem}", "warning")
             return False
         return True
 

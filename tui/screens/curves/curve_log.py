@@ -8,7 +8,7 @@ from math import isfinite
 from pipeline.project.logs.run_log import TELEMETRY_COLUMNS
 from pipeline.project.logs.runs import LogFiles
 from tui.screens.curves.series import HELD_OUT, Log, parse_step, step_parser
-from tui.services.csv_tail import Change, Tail
+from tui.services.csv_tail import Change, CsvTail
 
 RECENT = 200  # steps over which the speed for the ETA is taken
 
@@ -31,7 +31,7 @@ def parse_telemetry(line: str) -> Telemetry:
     return Telemetry(int(step), float(seconds), float(speed), int(resident), int(predicted), int(measured))
 
 
-class Trace:
+class CurveLog:
     """All that was read of one curve so far. `end` says how a sweep's adapter ended before the others, if it did."""
 
     def __init__(self, files: LogFiles, smoothing: float) -> None:
@@ -39,8 +39,8 @@ class Trace:
         self.change: Change = ""
         self.end = ""
         self.recent: deque[Telemetry] = deque(maxlen=RECENT)
-        self._loss = Tail(files.loss, parse_step, step_parser)
-        self._telemetry = Tail(files.telemetry, parse_telemetry) if files.telemetry else None
+        self._loss = CsvTail(files.loss, parse_step, step_parser)
+        self._telemetry = CsvTail(files.telemetry, parse_telemetry) if files.telemetry else None
 
     def changed(self) -> bool:
         """Whether there is something to `read`."""

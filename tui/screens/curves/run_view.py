@@ -7,8 +7,8 @@ from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.logs.runs import Run
-from pipeline.project.params.grid import DIVERGED, STOPPED, TABLE, ends
-from tui.screens.curves.curve_log import Telemetry, Trace
+from pipeline.project.params.grid import DIVERGED, STOPPED, TABLE, read_run_outcomes
+from tui.screens.curves.curve_log import CurveLog, Telemetry
 from tui.screens.curves.series import HELD_OUT, Log
 from tui.services.csv_tail import Change
 
@@ -17,14 +17,14 @@ DIED = "its process ended without a word; started again, it goes on from its las
 NAMED = 2  # adapters that are named where several have ended
 
 
-class Watched:
+class RunView:
     """A run and all that was read of it so far: a trace for each of its curves, by name."""
 
     def __init__(self, run: Run, smoothing: float) -> None:
         self.smoothing = smoothing
         self.journal: Journal | None = None
         self.alive = False
-        self.traces: dict[str, Trace] = {}
+        self.traces: dict[str, CurveLog] = {}
         self._ends: tuple[int, ...] = ()  # of the table of ends, as it was read
         self.renew(run)
         self.best = next(iter(self.traces.values()))
@@ -32,7 +32,7 @@ class Watched:
     def renew(self, run: Run) -> None:
         """The same run, which may have other curves by now."""
         self.run, known = run, self.traces
-        self.traces = {files.name: known.get(files.name) or Trace(files, self.smoothing) for files in run.curves}
+        self.traces = {files.name: known.get(files.name) or CurveLog(files, self.smoothing) for files in run.curves}
         self.best = next(iter(self.traces.values()))
 
     @property
@@ -77,7 +77,7 @@ class Watched:
         now = (stat.st_ino, stat.st_mtime_ns, stat.st_size) if stat else ()
         if now == self._ends:
             return False
-        self._ends, found = now, ends(self.run.place)
+        self._ends, found = now, read_run_outcomes(self.run.place)
         for name, trace in self.traces.items():
             trace.end = end if (end := found.get(name, "")) in (DIVERGED, STOPPED) else ""
         self._choose()
@@ -86,7 +86,7 @@ class Watched:
     # Which of its curves stand for it
 
     @property
-    def _leader(self) -> Trace:
+    def _leader(self) -> CurveLog:
         """The first that still goes on: what its telemetry says of the process is so for all."""
         traces = list(self.traces.values())
         return next((trace for trace in traces if not trace.end), traces[0])
@@ -94,11 +94,11 @@ class Watched:
     def _choose(self) -> None:
         self.best = min(self.traces.values(), key=self._rank)
 
-    def _rank(self, trace: Trace) -> tuple[bool, float]:
+    def _rank(self, trace: CurveLog) -> tuple[bool, float]:
         loss = self.loss_of(trace)[1]
         return trace.end == DIVERGED, loss if loss is not None and isfinite(loss) else float("inf")
 
-    def loss_of(self, trace: Trace) -> tuple[str, float | None]:
+    def loss_of(self, trace: CurveLog) -> tuple[str, float | None]:
         """What adapters are compared by, and its name: the loss on held-out examples where there is one."""
         held_out = trace.held_out(least=bool(self.run.params.get("patience")))
         if held_out is not None:
@@ -170,7 +170,7 @@ class Watched:
                 more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
                 yield f"{len(names)} {end}: {', '.join(names[:NAMED])}{more}"
 
-    def facts_of(self, trace: Trace) -> list[str]:
+    def facts_of(self, trace: CurveLog) -> list[str]:
         """The same for one adapter of a sweep."""
         word, loss = self.loss_of(trace)
         facts = [] if loss is None else [f"{word} {loss:.4g}"]

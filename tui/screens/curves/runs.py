@@ -4,10 +4,10 @@ import asyncio
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.project.logs.runs import Run, discover, stamp
+from pipeline.project.logs.runs import Run, discover_runs, stamp
 from pipeline.project.palette import METHODS, Look, other
 from pipeline.project.params.sections import load
-from tui.screens.curves.run_view import Watched
+from tui.screens.curves.run_view import RunView
 
 
 class Runs:
@@ -15,14 +15,14 @@ class Runs:
 
     def __init__(self, root: Path, params: Path, smoothing: float) -> None:
         self.root, self.params, self.smoothing = root, params, smoothing
-        self.watched: dict[str, Watched] = {}
+        self.watched: dict[str, RunView] = {}
         self.shown: set[str] = set()
         self.looks: dict[str, Look] = {}
         self.stamp: tuple[int, ...] | None = None  # of the folders when they were searched last
         self._followed: set[str] = set()  # those that were live last
         self._chosen = False  # the user has switched a run on or off: the default does not come back
 
-    def drawn(self) -> list[tuple[str, Watched]]:
+    def drawn(self) -> list[tuple[str, RunView]]:
         return [(key, watched) for key, watched in self.watched.items() if key in self.shown]
 
     def toggle(self, key: str) -> None:
@@ -42,7 +42,7 @@ class Runs:
         runs = await asyncio.to_thread(_discovered, self.root, self.params)
         known, self.watched = self.watched, {}
         for run in runs:
-            watched = known.get(str(run.place)) or Watched(run, self.smoothing)
+            watched = known.get(str(run.place)) or RunView(run, self.smoothing)
             watched.renew(run)
             self.watched[str(run.place)] = watched
         self.stamp = now
@@ -78,4 +78,4 @@ def _discovered(root: Path, params: Path) -> list[Run]:
         known = load(params)
     except UserError:  # the pipeline screen says what is wrong with it
         known = None
-    return discover(root, known)
+    return discover_runs(root, known)

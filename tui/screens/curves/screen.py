@@ -261,7 +261,7 @@ class CurvesScreen(WorkbenchScreen):
         drawn = self.runs.drawn()
         if not any(log.steps for _, watched in drawn for log in watched.logs):
             hint = "switch a run on in the list below" if self.runs.watched else "there are no runs yet"
-            self.workbench.say(f"There is nothing to export: {hint}.", "warning")
+            self.workbench.log_message(f"There is nothing to export: {hint}.", "warning")
             return
         stem = f"curves-{drawn[0][1].run.stage}" if len(drawn) == 1 else "curves"
         self.workbench.push_screen(ExportScreen(self.workbench.root, stem), self._chosen_path)
@@ -283,7 +283,7 @@ class CurvesScreen(WorkbenchScreen):
         except (UserError, OSError) as error:
             self.workbench.fail(error)
         else:
-            self.workbench.say(f"Written: {path}")
+            self.workbench.log_message(f"Written: {path}")
 
     def _picture(self, kind: str) -> dict[str, object]:
         """What is on the screen, in more columns."""

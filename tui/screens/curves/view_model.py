@@ -7,9 +7,9 @@ from rich.text import Text
 
 from pipeline.project.palette import Look
 from pipeline.project.params.grid import DIVERGED
-from tui.screens.curves.curve_log import Trace
+from tui.screens.curves.curve_log import CurveLog
 from tui.screens.curves.run_list import Row
-from tui.screens.curves.run_view import Watched
+from tui.screens.curves.run_view import RunView
 from tui.screens.curves.series import HELD_OUT, QUANTITIES, Log
 from tui.widgets.plot.curve import Curve, Range, power_of_ten
 
@@ -21,7 +21,7 @@ TITLES = {
 }
 POINTED = Look("#FFFFFF", "☆")  # of the sweep's adapter that is pointed at; black on a light background
 LONGEST = 44  # characters of an adapter's name in the list
-Drawn = Iterable[tuple[str, Watched]]
+Drawn = Iterable[tuple[str, RunView]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Window:
 class Line:
     """One curve to draw: whose it is, how it looks, and how much of it is drawn."""
 
-    watched: Watched
-    trace: Trace
+    watched: RunView
+    trace: CurveLog
     look: Look
     dim: bool = False
 
@@ -86,7 +86,7 @@ def lines(drawn: Drawn, looks: Mapping[str, Look], pointed: str = "") -> list[Li
     return sorted(found, key=lambda line: (not line.dim, line.look == POINTED))
 
 
-def adapter(watched: Watched, trace: Trace) -> str:
+def adapter(watched: RunView, trace: CurveLog) -> str:
     """What tells an adapter of a sweep from every other; empty for another run's only curve."""
     return str(watched.run.place / trace.name) if trace.name else ""
 
@@ -131,7 +131,7 @@ def mode(window: Window, smoothing: float, shown: list[Line]) -> Text:
 
 
 def rows(
-    watched: Mapping[str, Watched], looks: Mapping[str, Look], on: Collection[str], opened: Collection[str]
+    watched: Mapping[str, RunView], looks: Mapping[str, Look], on: Collection[str], opened: Collection[str]
 ) -> Iterator[Row]:
     """A row for each run, and below a sweep that is opened one for each of its adapters."""
     for key, one in watched.items():
@@ -144,7 +144,7 @@ def rows(
             yield from _adapters(key, one, look, key in on)
 
 
-def _adapters(key: str, watched: Watched, look: Look, on: bool) -> Iterator[Row]:
+def _adapters(key: str, watched: RunView, look: Look, on: bool) -> Iterator[Row]:
     """Names in a column of their own."""
     width = min(max(map(len, watched.traces)), LONGEST)
     for name, trace in watched.traces.items():

@@ -84,8 +84,8 @@ class DagPicture(Widget):
 
 def pictured(stages: Mapping[str, Stage]) -> Layout:
     """The DAG of what makes models, and below it a row of what measures them."""
-    made = layout({name: stage.needs for name, stage in stages.items() if not stage.measures}, LABEL)
-    measuring = {name: stage for name, stage in stages.items() if stage.measures}
+    made = layout({name: stage.needs for name, stage in stages.items() if not stage.is_measurement}, LABEL)
+    measuring = {name: stage for name, stage in stages.items() if stage.is_measurement}
     if not measuring:
         return made
     row, places, lines = made.rows, dict(made.places), dict(made.lines)

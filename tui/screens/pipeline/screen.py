@@ -239,7 +239,7 @@ class PipelineScreen(WorkbenchScreen):
             return
         lost = self.query_one(ParamForm).unsaved()
         if lost:
-            self.workbench.say(f"Not written: {', '.join(f'{k}: {v}' for k, v in lost.items())}", "warning")
+            self.workbench.log_message(f"Not written: {', '.join(f'{k}: {v}' for k, v in lost.items())}", "warning")
         self.chosen = stage
         await self._show_stage()
 
@@ -251,7 +251,7 @@ class PipelineScreen(WorkbenchScreen):
             self.workbench.fail(error)
             return
         value = ", ".join(map(str, event.value)) if isinstance(event.value, list) else written(event.value)
-        self.workbench.say(f"{event.key}: {value or 'nothing'} is in {self.workbench.params_path.name}.")
+        self.workbench.log_message(f"{event.key}: {value or 'nothing'} is in {self.workbench.params_path.name}.")
         self.tick()
 
     def action_leave(self) -> None:
@@ -283,7 +283,9 @@ class PipelineScreen(WorkbenchScreen):
         needs = self.project.needs(STAGES[self.chosen]) if self.project else []
         missing = [need for need in needs if not (root / STAGES[need].path).is_dir()]
         if missing:
-            self.workbench.say(f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning")
+            self.workbench.log_message(
+                f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning"
+            )
             return
         self._start("repro", "--single-item", *(["--force"] if force else []), self.chosen)
 
@@ -295,11 +297,11 @@ class PipelineScreen(WorkbenchScreen):
         except (UserError, OSError) as error:
             self.workbench.fail(error)
             return
-        self.workbench.say(f"Started: {self._pipeline.command}. It goes on if this program ends.")
+        self.workbench.log_message(f"Started: {self._pipeline.command}. It goes on if this program ends.")
 
     def action_stop(self) -> None:
         try:
-            self.workbench.say(self.workbench.runner.stop(), "warning")
+            self.workbench.log_message(self.workbench.runner.stop(), "warning")
         except UserError as error:
             self.workbench.fail(error)
 
@@ -308,13 +310,15 @@ class PipelineScreen(WorkbenchScreen):
         own = [state for state in self.states.values() if state.run and state.run.started >= ended.started]
         bad = [state for state in own if state.state in ("failed", "died")]
         if bad:
-            self.workbench.say(f"{bad[0].stage.name} {bad[0].state}: {', '.join(bad[0].reasons)}", "error")
+            self.workbench.log_message(f"{bad[0].stage.name} {bad[0].state}: {', '.join(bad[0].reasons)}", "error")
             self.query_one(StageList).choose(bad[0].stage.name)
         elif any(state.state == "stopped" for state in own):
-            self.workbench.say("Stopped. Run it again to go on from the checkpoint.")
+            self.workbench.log_message("Stopped. Run it again to go on from the checkpoint.")
         elif all(state.state == "current" for state in self.states.values()):
-            self.workbench.say("All stages are up to date.")
+            self.workbench.log_message("All stages are up to date.")
         elif disk_usage(self.workbench.root).free < ROOM:  # too full for the log and the journals to say so
-            self.workbench.say("The pipeline ended, and the disk is full. Free some space, then run it again.", "error")
+            self.workbench.log_message(
+                "The pipeline ended, and the disk is full. Free some space, then run it again.", "error"
+            )
         else:
-            self.workbench.say("The pipeline ended; its log (l) says how.", "warning")
+            self.workbench.log_message("The pipeline ended; its log (l) says how.", "warning")

@@ -13,7 +13,9 @@ from pipeline.project.status import StageState
 from tui.screens.pipeline.dag_view import SIGNS, WORDS
 from tui.widgets.format import duration
 
-WIDTH = max(len(name) for name, stage in STAGES.items() if not stage.measures)  # studies have longer names, and no bar
+WIDTH = max(
+    len(name) for name, stage in STAGES.items() if not stage.is_measurement
+)  # studies have longer names, and no bar
 BAR = 8  # cells of a progress bar
 
 

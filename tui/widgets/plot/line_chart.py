@@ -53,7 +53,7 @@ class _Ticks(AxisFormatter):  # type: ignore[misc]  # textual-plot is not type-c
             factors = (1, 2, 5) if 3 * (max_ - min_) < self.room else (1,)
             ticks = [power + log10(factor) for power in range(floor(min_), floor(max_) + 1) for factor in factors]
         else:
-            step = nice((max_ - min_) / min(5, self.room))
+            step = nice_tick_step((max_ - min_) / min(5, self.room))
             first = floor(min_ / step)
             ticks = [step * (first + i) for i in range(max_ticks + 4)]
         ticks = [tick for tick in ticks if min_ <= tick <= max_]
@@ -67,7 +67,7 @@ def _label(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) and abs(value) < 1e7 else f"{value:.4g}"
 
 
-def nice(step: float) -> float:
+def nice_tick_step(step: float) -> float:
     """The least of 1, 2 or 5 times a power of ten that is not below `step`."""
     power = 10.0 ** floor(log10(step))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step * (1 - 1e-9))

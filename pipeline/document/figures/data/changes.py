@@ -68,7 +68,7 @@ class Trained:
 
 def trained_by(job: Job, model: CausalLM) -> Trained:
     """Raises UserError where the adapter's config means nothing in this model."""
-    spec = read_spec(job.project.artifact("finetune_lora"), model.ends[0])
+    spec = read_spec(job.project.artifact("finetune_lora"), model.embedding_and_head[0])
     return Trained(spec, tuple(targeted(model, spec)))
 
 

@@ -14,7 +14,7 @@ from pipeline.project.runner import Job
 
 
 @dataclass
-class Watched:
+class GradientProbe:
     """An adapted matrix while a loss goes backward through it; sums are over all tokens, in fp64.
 
     `of_A` (R, I) and `of_B` (O, R): the formulas' gradients. `back`: squares of the norms of ∂L/∂x, and of what is
@@ -69,7 +69,7 @@ def formulas(job: Job) -> Table:
     loaded = engine.load(job.project.artifact("expand_vocab"), job.project.artifact("finetune_lora"))
     layers = {name: module for name, module in loaded.model.named_modules() if isinstance(module, LoRALinear)}
     loaded.model.requires_grad_(True)
-    watched = {name: Watched(layer) for name, layer in layers.items()}
+    watched = {name: GradientProbe(layer) for name, layer in layers.items()}
     torch.autograd.backward(mean_loss(loaded.model, sentences(job, loaded)))
     rows = [one.row(name) for name, one in watched.items()]
     return Table("gradient_example_formulas", "§4.3's formulas, apart from autograd's gradients", rows)

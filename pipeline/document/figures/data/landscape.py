@@ -12,13 +12,13 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.examples import read_examples
 from pipeline.data.masking import encode
-from pipeline.data.windows import whole
+from pipeline.data.windows import as_window
 from pipeline.inference import engine
-from pipeline.inference.engine import Loaded
+from pipeline.inference.engine import LoadedModel
 from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 from pipeline.training.batches import Batch, collate
-from pipeline.training.step import loss_of, readable
+from pipeline.training.step import loss_of, to_model_device
 
 POINTS = 160  # intervals of the landscape, half of them to each side
 
@@ -51,12 +51,12 @@ class Landscape:
         return self.loss + self.gradient * (theta - self.at)
 
 
-def sentences(job: Job, loaded: Loaded) -> list[Batch]:
+def sentences(job: Job, loaded: LoadedModel) -> list[Batch]:
     """The fact correction's sentences whole, as the model reads them. Raises UserError."""
     name = job.project.params.study_trajectory.data
     model = loaded.model
     encoded = [encode(e, loaded.tokenizer, 0, model.shape.positions) for e in read_examples(job.path(name), name)]
-    return list(readable(model, [collate([whole(one) for one in encoded])]))
+    return list(to_model_device(model, [collate([as_window(one) for one in encoded])]))
 
 
 def mean_loss(model: CausalLM, batches: Sequence[Batch]) -> Tensor:

@@ -14,7 +14,7 @@ LONGEST = 20  # rows of a table that the report repeats; the rest is for who rea
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RenderedFigure:
     """`place`: in the document, such as "Figure 1, §2". `shows`: in one line, with its main measured number.
 
     `caption`: paragraphs of Markdown, with what was measured in words. `size`: inches.
@@ -57,7 +57,7 @@ class Drawn:
         return "\n".join(parts)
 
 
-def write_report(folder: Path, drawn: Sequence[Drawn]) -> None:
+def write_report(folder: Path, drawn: Sequence[RenderedFigure]) -> None:
     """report.md, with every figure in the document's order."""
     head = "# Figures, from what was trained and measured\n"
     (folder / REPORT).write_text("\n".join([head, *(one.section() for one in drawn)]), encoding="utf-8")

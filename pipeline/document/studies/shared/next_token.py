@@ -11,17 +11,17 @@ from torch import Tensor
 
 from pipeline.data.examples import Prompt, read_prompts
 from pipeline.errors import UserError
-from pipeline.inference.engine import Choice, Loaded, encode, likeliest
-from pipeline.models.base import read
+from pipeline.inference.engine import LoadedModel, TokenProbability, encode, top_tokens
+from pipeline.models.base import packed_hidden_states
 from pipeline.models.generate import finite
 from pipeline.project.runner import Job
 
 
 @dataclass(frozen=True)
-class Spoken:
+class NextTokenAnswers:
     """The probabilities of the next token after each prompt, (V,)."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     by_prompt: dict[str, Tensor]
 
     def probability(self, prompt: str, word: str) -> float:
@@ -32,20 +32,20 @@ class Spoken:
         """The likeliest word."""
         return self.top(prompt, 1)[0].token
 
-    def top(self, prompt: str, k: int) -> list[Choice]:
-        return likeliest(self.loaded, self.by_prompt[prompt], k)
+    def top(self, prompt: str, k: int) -> list[TokenProbability]:
+        return top_tokens(self.loaded, self.by_prompt[prompt], k)
 
 
 @torch.no_grad()
-def ask(loaded: Loaded, prompts: Sequence[str]) -> Spoken:
+def ask(loaded: LoadedModel, prompts: Sequence[str]) -> NextTokenAnswers:
     """All prompts read together. Raises UserError for one that cannot be asked."""
     model = loaded.model
-    hidden = read(model, [encode(loaded, prompt) for prompt in prompts])
+    hidden = packed_hidden_states(model, [encode(loaded, prompt) for prompt in prompts])
     found = [finite(model.logits(each[-1]).float().cpu()).softmax(0) for each in hidden]
-    return Spoken(loaded, dict(zip(prompts, found, strict=True)))
+    return NextTokenAnswers(loaded, dict(zip(prompts, found, strict=True)))
 
 
-def refuse_unsayable(loaded: Loaded, pairs: Iterable[tuple[str, str]], name: str) -> None:
+def refuse_unsayable(loaded: LoadedModel, pairs: Iterable[tuple[str, str]], name: str) -> None:
     """Raises UserError for the first (prompt, word) of file `name` whose word the model's tokenizer cannot say."""
     for prompt, word in pairs:
         if not loaded.tokenizer.continuation(prompt, word):

@@ -23,7 +23,9 @@ class Findings:
     tables: tuple[Table, ...]
 
 
-def publish(job: Job, found: Findings, draw: Callable[[Figure], None], size: tuple[float, float] = (9, 4)) -> Facts:
+def write_report(
+    job: Job, found: Findings, draw: Callable[[Figure], None], size: tuple[float, float] = (9, 4)
+) -> Facts:
     """Write everything to `job.out`; returns what the manifest says: the words, and each table's title and form.
 
     The report shows the tables as the files have them, as all do that read them later.

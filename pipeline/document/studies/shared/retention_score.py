@@ -6,8 +6,8 @@ from dataclasses import astuple, dataclass, fields
 from pipeline.data.examples import Example, read_examples
 from pipeline.document.tables import Cell, Spread
 from pipeline.inference import engine
-from pipeline.inference.engine import Loaded
-from pipeline.inference.score import Scored, completes, score
+from pipeline.inference.engine import LoadedModel
+from pipeline.inference.score import EvalScores, completes_correctly, score
 from pipeline.project.runner import Job
 
 FORMATS = {"new_loss": ".3f", "new_done": ".1f", "old_rise": ".2f", "old_kept": ".0%"}
@@ -29,32 +29,32 @@ class Knowledge:
 
 
 @dataclass(frozen=True)
-class Ruler:
+class RetentionScorer:
     """The sentences on which models are measured, and what the base says of the old ones."""
 
     old: Sequence[Example]
     new: Sequence[Example]
-    before: Scored
+    before: EvalScores
     given: int  # words of a new sentence before its completion is compared
 
-    def measure(self, loaded: Loaded) -> Knowledge:
+    def measure(self, loaded: LoadedModel) -> Knowledge:
         """Of a model whose vocabulary has the base's words and the new sentences'."""
         new_loss, old_rise, old_kept = self.losses(loaded)
-        done = sum(completes(loaded, example, self.given) for example in self.new)
+        done = sum(completes_correctly(loaded, example, self.given) for example in self.new)
         return Knowledge(new_loss, float(done), old_rise, old_kept)
 
-    def losses(self, loaded: Loaded) -> tuple[float, float, float]:
+    def losses(self, loaded: LoadedModel) -> tuple[float, float, float]:
         """New loss, rise of the old one, share of old first choices kept: all that takes no generation."""
         old, new = score(loaded, self.old, self.before), score(loaded, self.new)
         kept = float((old.choices == self.before.choices).double().mean())
         return new.loss, old.loss - self.before.loss, kept
 
 
-def ruler(job: Job, old_data: str, new_data: str, given: int = 2) -> Ruler:
+def retention_scorer(job: Job, old_data: str, new_data: str, given: int = 2) -> RetentionScorer:
     """For a study of these data files. Raises UserError for words that the base does not know."""
     base = engine.load(job.artifact("pretrain"))
     old = read_examples(job.path(old_data), old_data)
-    return Ruler(old, read_examples(job.path(new_data), new_data), score(base, old), given)
+    return RetentionScorer(old, read_examples(job.path(new_data), new_data), score(base, old), given)
 
 
 def spreads(measured: Sequence[Knowledge]) -> dict[str, Cell]:

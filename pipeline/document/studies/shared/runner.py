@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.inference.engine import Loaded
+from pipeline.inference.engine import LoadedModel
 from pipeline.models.base import CausalLM
 from pipeline.project.params.grid import variants
 from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, Training
 from pipeline.project.runner import Event, Job, Note, Progress, Work
 from pipeline.project.stage_graph import STAGES, Project
-from pipeline.stages.finetune import learner_of
+from pipeline.stages.finetune import prepare
 from pipeline.stages.sweep import sweep
-from pipeline.training.loop import Diverged, NotFinite, Task, steps, train
+from pipeline.training.loop import Diverged, NotFinite, TrainingTask, steps, train
 from pipeline.training.optimizer import FlatAdam
 
 Found = TypeVar("Found")
@@ -61,7 +61,7 @@ def adapters(run: Run, folder: Path) -> Iterator[tuple[Path, FinetuneLora]]:
             yield folder / name, own
 
 
-def made(
+def run_stage(
     job: Job, runs: Sequence[Run], resume: bool = True, diverging: bool = False
 ) -> Generator[Event, None, dict[str, Path]]:
     """Name → folder of what each run made: an artifact as its stage makes it.
@@ -86,8 +86,8 @@ def made(
     return found
 
 
-def looked_at(
-    job: Job, run: Run, when: Callable[[Task], Collection[int]], look: Callable[[Loaded], Found]
+def evaluate_checkpoints(
+    job: Job, run: Run, when: Callable[[TrainingTask], Collection[int]], look: Callable[[LoadedModel], Found]
 ) -> Generator[Event, None, dict[int, Found]]:
     """Step → what `look` finds in the model after it; 0 is before the first. It ends after the last of `when`.
 
@@ -97,9 +97,9 @@ def looked_at(
     shutil.rmtree(part.run, ignore_errors=True)
     part.out.mkdir(parents=True)
     with _named(job, run):
-        learner = yield from learner_of(part)
+        learner = yield from prepare(part)
         wanted = when(learner.task)
-        loaded = Loaded(run.name, learner.base.model, learner.base.tokenizer, job.project.artifact("expand_vocab"))
+        loaded = LoadedModel(run.name, learner.base.model, learner.base.tokenizer, job.project.artifact("expand_vocab"))
         found = {0: look(loaded)} if 0 in wanted else {}
         for event in train(part, learner.task) if max(wanted) else ():
             if isinstance(event, Progress):
@@ -112,7 +112,7 @@ def looked_at(
     return found
 
 
-def silently(events: Generator[Event, None, Found]) -> Found:
+def drain(events: Generator[Event, None, Found]) -> Found:
     """What work returns, without a word of how it goes."""
     while True:
         try:
@@ -122,12 +122,12 @@ def silently(events: Generator[Event, None, Found]) -> Found:
             return found
 
 
-def taught(
+def train_variant(
     job: Job, run: Run, optimizer_of: Callable[[CausalLM, Training], FlatAdam]
-) -> Generator[Event, None, Loaded]:
+) -> Generator[Event, None, LoadedModel]:
     """The model after a run that another optimizer does; nothing is saved. Raises UserError as the stage does."""
     with _named(job, run):
-        learner = yield from learner_of(_part(job, run))
+        learner = yield from prepare(_part(job, run))
         model, settings = learner.base.model, learner.task.settings
         model.train()
         try:
@@ -137,10 +137,10 @@ def taught(
             raise NotFinite(
                 f"the loss is not finite at step {diverged.number + 1}. Lower {job.stage.name}.learning_rate."
             ) from None
-    return Loaded(run.name, model.eval(), learner.base.tokenizer, job.project.artifact("expand_vocab"))
+    return LoadedModel(run.name, model.eval(), learner.base.tokenizer, job.project.artifact("expand_vocab"))
 
 
-def forget(job: Job) -> None:
+def delete_runs(job: Job) -> None:
     """Remove what the runs made, once it is measured."""
     shutil.rmtree(job.run / PARTS, ignore_errors=True)
 

@@ -12,8 +12,17 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.digest_cache import DigestStore
 from pipeline.files.file_stamp import Signature, signature
-from pipeline.files.text import in_order
-from pipeline.inference.catalog import Measurements, Model, Verdict, check, describe, find_base, measured, model_folders
+from pipeline.files.text import natural_sort_key
+from pipeline.inference.catalog import (
+    Measurements,
+    Model,
+    VerificationResult,
+    check,
+    describe,
+    find_base,
+    measured,
+    model_folders,
+)
 from pipeline.project.stage_graph import STAGES, VARIANTS
 
 # Side by side, from left to right.
@@ -29,14 +38,14 @@ class Entry:
 
     label: str
     model: Model
-    verdict: Verdict | None
+    verdict: VerificationResult | None
     shown: str = ""  # its path as it is shown: in the project, or whole
 
     @property
     def place(self) -> tuple[int, list[str | float]]:
         """Where it stands beside others: in the order of the comparison, then all else by name."""
         kind = "adapter" if self.model.kind == "adapter" else self.model.method
-        return (ORDER.index(kind) if kind in ORDER else len(ORDER), in_order(self.label))
+        return (ORDER.index(kind) if kind in ORDER else len(ORDER), natural_sort_key(self.label))
 
 
 @dataclass(frozen=True)
@@ -56,16 +65,16 @@ class Library:
         self.folders: list[Path] = [root / "artifacts"]
         self._models: dict[Path, tuple[Signature, Model]] = {}
         self._places: dict[Path, int] = {}  # folder that models lie in → when it was modified (ns)
-        self._verdicts: dict[Path, tuple[Stamp, Verdict]] = {}
+        self._verdicts: dict[Path, tuple[Stamp, VerificationResult]] = {}
         self._digests = DigestStore()
 
-    def usual(self) -> dict[Path, str]:
+    def project_variants(self) -> dict[Path, str]:
         """Folder → name of the models that the pipeline makes."""
         return {self.root / STAGES[adapter or base].path: name for name, (base, adapter) in VARIANTS.items()}
 
     def label(self, path: Path) -> str:
         """A short name: the pipeline's own, or where it lies in the folder that it was found in."""
-        if name := self.usual().get(path):
+        if name := self.project_variants().get(path):
             return name
         for folder in self.folders:
             if path.is_relative_to(folder):
@@ -120,7 +129,7 @@ class Library:
         self._verdicts[model.path] = stamp, verdict
         return replace(entry, verdict=verdict)
 
-    def _known(self, path: Path, stamp: Stamp) -> Verdict | None:
+    def _known(self, path: Path, stamp: Stamp) -> VerificationResult | None:
         known = self._verdicts.get(path)
         return known[1] if known and known[0] == stamp else None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from tui.screens.adapters.session.catalog import Entry
-from tui.screens.adapters.session.request_queue import Asker
+from tui.screens.adapters.session.request_queue import RequestQueue
 from tui.screens.adapters.session.sampling import Sampling
 from tui.screens.adapters.session.transcript import Answer, Exchange
 from tui.services.engine_client import EngineDied
@@ -21,7 +21,7 @@ LOADING = "loading"  # how an answer stands while its model is brought into memo
 class Conversation:
     """The exchanges of this session, the newest last, and what the newest one was asked of."""
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: RequestQueue) -> None:
         self.asker = asker
         self.exchanges: deque[Exchange] = deque(maxlen=KEPT)
         self.sampling = Sampling()

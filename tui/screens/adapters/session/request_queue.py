@@ -27,7 +27,7 @@ def trusts(params: Path, base: Path) -> bool:
         return False
 
 
-class Asker:
+class RequestQueue:
     """Knows what is loaded in which life of the process. A model's name there is its path."""
 
     def __init__(self, inference: Inference, library: Library, params: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from pipeline.files.text import visible
+from pipeline.files.text import escape_whitespace
 from tui.screens.adapters.session.sampling import Sampling
 
 
@@ -58,7 +58,7 @@ def transcript(exchanges: Sequence[Exchange], suffix: str) -> str:
 def _markdown(exchange: Exchange) -> str:
     lines = [f"\n## {exchange.prompt}\n", f"{exchange.sampling}\n"]
     for answer in exchange.answers:
-        top = ", ".join(f"{visible(token)} {100 * probability:.1f}%" for token, probability in answer.top_k)
+        top = ", ".join(f"{escape_whitespace(token)} {100 * probability:.1f}%" for token, probability in answer.top_k)
         how = answer.error or {"interrupted": "interrupted"}.get(answer.ended, "")
         lines.append(f"- **{answer.title}**: {exchange.whole(answer)}" + (f" ({how})" if how else ""))
         lines += [f"  - next: {top}"] if top else []

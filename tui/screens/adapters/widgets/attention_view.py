@@ -9,8 +9,8 @@ from textual.events import Click
 from textual.message import Message
 from textual.widget import Widget
 
-from pipeline.files.text import visible
-from tui.widgets.bars import bar, fitted, shade
+from pipeline.files.text import escape_whitespace
+from tui.widgets.bars import bar, pad_or_truncate, shade
 
 NUMBERS, SHADES = 6, 2  # cells a weight takes in the matrix: " 0.45 ", "▓▓"
 LONGEST = 12  # cells of a token's name in the matrix
@@ -37,7 +37,7 @@ class AttentionView(Widget):
         self._token = 0
 
     def show(self, tokens: Sequence[str], weights: Sequence[Sequence[float]], token: int) -> None:
-        self._tokens, self._token = list(map(visible, tokens)), token
+        self._tokens, self._token = list(map(escape_whitespace, tokens)), token
         self._weights = [list(row) for row in weights]
         self.refresh(layout=True)
 
@@ -79,7 +79,7 @@ def bars(tokens: Sequence[str], weights: Sequence[Sequence[float]], token: int) 
     heaviest = ranked(weights[token], token)
     width = max(cell_len(tokens[other]) for other, _ in heaviest[:BARS])
     lines = [
-        Text.assemble(f"  {fitted(tokens[other], width)} {weight:.2f} ", (bar(weight, BAR), "dim"))
+        Text.assemble(f"  {pad_or_truncate(tokens[other], width)} {weight:.2f} ", (bar(weight, BAR), "dim"))
         for other, weight in heaviest[:BARS]
     ]
     return lines + [Text(f"  {rest}", "dim") for rest in _rest(heaviest[BARS:])]
@@ -113,7 +113,7 @@ def matrix(tokens: Sequence[str], weights: Sequence[Sequence[float]], token: int
         header = f"tokens {start + 1} to {stop} of {len(tokens)}"
     lines = [Text(" " * first + header, "dim", no_wrap=True)]
     for row in range(start, stop):
-        line = Text(("▸ " if row == token else "  ") + fitted(tokens[row], first - 3) + " ", no_wrap=True)
+        line = Text(("▸ " if row == token else "  ") + pad_or_truncate(tokens[row], first - 3) + " ", no_wrap=True)
         line.append("".join(_weight(weight, cell) for weight in weights[row][start : row + 1]))
         line.stylize("bold" if row == token else "")
         lines.append(line)
@@ -122,7 +122,7 @@ def matrix(tokens: Sequence[str], weights: Sequence[Sequence[float]], token: int
 
 def _above(name: str, cell: int) -> str:
     """To the right, over the numbers."""
-    return " " * max(cell - 1 - cell_len(name), 0) + fitted(name, min(cell_len(name), cell - 1)) + " "
+    return " " * max(cell - 1 - cell_len(name), 0) + pad_or_truncate(name, min(cell_len(name), cell - 1)) + " "
 
 
 def _weight(weight: float, cell: int) -> str:

@@ -12,7 +12,7 @@ from textual.events import Click, Resize
 from textual.message import Message
 from textual.widgets import DataTable
 
-from pipeline.files.text import in_order
+from pipeline.files.text import natural_sort_key
 from pipeline.inference.catalog import REFUSED, UNBOUND, VERIFIED
 from tui.screens.adapters.session.catalog import Entry
 
@@ -64,7 +64,7 @@ def _when(entry: Entry) -> str:
 
 
 COLUMNS = (
-    Column("name", lambda e: e.label, lambda e: in_order(e.label)),
+    Column("name", lambda e: e.label, lambda e: natural_sort_key(e.label)),
     Column("kind", lambda e: e.model.kind, lambda e: e.model.kind, wide=True),
     Column("method", lambda e: e.model.method.removesuffix("_tuning"), lambda e: e.model.method),
     Column("rank", lambda e: _number(e.model.rank, "d"), lambda e: e.model.rank, right=True),

@@ -7,9 +7,9 @@ from rich.text import Text
 from textual.app import RenderResult
 from textual.widget import Widget
 
-from pipeline.files.text import visible
+from pipeline.files.text import escape_whitespace
 from tui.screens.adapters.session.transcript import Answer
-from tui.widgets.bars import bar, fitted
+from tui.widgets.bars import bar, pad_or_truncate
 
 CELL = 11  # least width of a model's column: a percentage and a difference, each with a space before it
 NUMBERS = 5  # width of a percentage
@@ -47,7 +47,7 @@ def table(answers: Sequence[Answer], width: int) -> Text:
     rows = tokens(answers)
     if not rows:
         return Text()
-    first = min(max(map(cell_len, ("next", *map(visible, rows)))), LONGEST_TOKEN) + 1
+    first = min(max(map(cell_len, ("next", *map(escape_whitespace, rows)))), LONGEST_TOKEN) + 1
     fits = max((width - first) // CELL, 1)
     reference = next(answer for answer in answers if answer.top_k)
     blocks = [answers[start : start + fits] for start in range(0, len(answers), fits)]
@@ -59,9 +59,9 @@ def _block(rows: Sequence[str], answers: Sequence[Answer], reference: Answer, fi
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append("next".ljust(first), "dim")
     for answer in answers:
-        text.append(fitted(answer.title, cell - 1) + " ", "bold")
+        text.append(pad_or_truncate(answer.title, cell - 1) + " ", "bold")
     for token in rows:
-        text.append("\n" + fitted(visible(token), first - 1) + " ")
+        text.append("\n" + pad_or_truncate(escape_whitespace(token), first - 1) + " ")
         for answer in answers:
             text.append_text(_cell(token, answer, reference, cell))
     return text
