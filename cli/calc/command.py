@@ -55,8 +55,7 @@ def calc(
     """Parameters, memory and what fits, exact, from shapes alone: nothing is downloaded, no GPU is needed."""
     from cli.calc.output import Output, Question
     from pipeline.calc.memory import refuse_impossible
-    from pipeline.calc.options import parse_method, parse_training_config
-    from pipeline.calc.settings import validate
+    from pipeline.calc.settings import parse_method, parse_training_config, validate
     from pipeline.calc.sources.open_model import open_model
 
     out = Output(as_json, as_csv)

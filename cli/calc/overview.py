@@ -6,9 +6,9 @@ from cli.calc.output import Output, Question
 from cli.console import print_json, stdout, table
 from pipeline.calc import report as calc
 from pipeline.calc.fit import Gpu, gpus
-from pipeline.calc.format import PROJECTION, SHADES, cells_of, gib, title_of
 from pipeline.calc.memory import PARTS, Memory, inference
 from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
+from pipeline.calc.report import PROJECTION, SHADES, cells_of, gib, title_of
 from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 
 

@@ -8,10 +8,9 @@ from rich.text import Text
 from cli.calc.output import Output, Question
 from cli.console import print_json, stdout, table
 from pipeline.calc.fit import LARGEST, changes, gpu, largest, of_size
-from pipeline.calc.format import capped, smallest, title_of
 from pipeline.calc.memory import PARTS, predict
 from pipeline.calc.parameters import trainable
-from pipeline.calc.report import swept
+from pipeline.calc.report import capped, smallest, swept, title_of
 from pipeline.calc.sources.open_model import built_in, names
 from pipeline.errors import UserError
 from pipeline.project.logs.run_log import in_units

@@ -30,7 +30,7 @@ class Gpu:
 @cache
 def gpus() -> dict[str, Gpu]:
     """Common devices by name, smallest first: NVIDIA's as nvidia-smi totals them, Apple's as Metal lets one use."""
-    table = json.loads((Path(__file__).parent / "gpus.json").read_text(encoding="utf-8"))
+    table = json.loads((Path(__file__).parent / "presets/gpus.json").read_text(encoding="utf-8"))
     found = [Gpu(name, row["label"], round(row["mib"] * 2**20 * row.get("usable", 1))) for name, row in table.items()]
     return {gpu.name: gpu for gpu in sorted(found, key=lambda gpu: gpu.bytes)}
 

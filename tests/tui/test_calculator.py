@@ -15,9 +15,8 @@ from textual.widgets import Input, OptionList
 
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import changes, gpus, largest
-from pipeline.calc.options import CONTEXT, parse_method, parse_training_config
 from pipeline.calc.report import answer
-from pipeline.calc.settings import LORA, FinetuningMethod, TrainingConfig
+from pipeline.calc.settings import CONTEXT, LORA, FinetuningMethod, TrainingConfig, parse_method, parse_training_config
 from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.project.params.edit import save
 from pipeline.project.params.sections import load

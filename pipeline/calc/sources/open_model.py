@@ -11,7 +11,7 @@ from pipeline.calc.architecture import Model
 from pipeline.calc.families.registry import architecture
 from pipeline.errors import UserError
 
-BUILT_IN = Path(__file__).parent.parent / "presets"
+BUILT_IN = Path(__file__).parent.parent / "presets" / "models"
 
 
 def names() -> list[str]:

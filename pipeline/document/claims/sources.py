@@ -8,10 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.calc.fit import gpu
-from pipeline.calc.options import parse_method, parse_training_config
 from pipeline.calc.precision import precision
 from pipeline.calc.report import answer
-from pipeline.calc.settings import FinetuningMethod, TrainingConfig
+from pipeline.calc.settings import FinetuningMethod, TrainingConfig, parse_method, parse_training_config
 from pipeline.calc.sources.open_model import built_in, nearest
 from pipeline.calc.sources.open_model import names as models
 from pipeline.data.examples import read_examples

@@ -5,8 +5,8 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.calc.options import parse_method, parse_training_config
 from pipeline.calc.report import answer
+from pipeline.calc.settings import parse_method, parse_training_config
 from pipeline.calc.sources.open_model import built_in
 from pipeline.document.studies.shared.method_runs import METHODS
 from pipeline.document.studies.shared.report import Figure, Findings, write_report

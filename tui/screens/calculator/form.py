@@ -13,9 +13,8 @@ from textual.widget import Widget
 from textual.widgets import Input, Label
 
 from pipeline.calc.fit import gpus
-from pipeline.calc.options import METHODS
 from pipeline.calc.precision import PRECISIONS
-from pipeline.calc.settings import CHOICES, OPTIMIZERS
+from pipeline.calc.settings import CHOICES, METHODS, OPTIMIZERS
 from pipeline.calc.sources.open_model import hub_ids
 from pipeline.calc.target_modules import GROUPS
 from tui.screens.calculator.model import CUSTOM, FIELDS, CalculatorQuery, relevant

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from rich.text import Text
 
 from pipeline.calc.fit import Gpu
-from pipeline.calc.format import SHADES, gib
 from pipeline.calc.memory import PARTS, Memory
+from pipeline.calc.report import SHADES, gib
 from tui.widgets.text_block import Lines, cells
 
 SIGNS = dict(zip(PARTS, "█◆▓▒░≡·", strict=True))  # a part is told by its sign too, not by its colour alone

@@ -6,12 +6,17 @@ from functools import cached_property
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import Gpu, gpu, of_size
-from pipeline.calc.format import title_of
 from pipeline.calc.memory import Memory, predict, refuse_impossible
-from pipeline.calc.options import parse_method, parse_training_config
 from pipeline.calc.parameters import trainable
-from pipeline.calc.report import side_by_side
-from pipeline.calc.settings import QLORA, FinetuningMethod, TrainingConfig, validate
+from pipeline.calc.report import side_by_side, title_of
+from pipeline.calc.settings import (
+    QLORA,
+    FinetuningMethod,
+    TrainingConfig,
+    parse_method,
+    parse_training_config,
+    validate,
+)
 from pipeline.errors import UserError
 
 CUSTOM = "custom"  # a GPU of so many GiB

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from rich.text import Text
 
 from pipeline.calc.fit import LARGEST, Largest
-from pipeline.calc.format import PROJECTION, capped, cells_of, gib, smallest, title_of
 from pipeline.calc.parameters import document_count, notes, projections, why_they_differ
+from pipeline.calc.report import PROJECTION, capped, cells_of, gib, smallest, title_of
 from pipeline.project.logs.run_log import in_units
 from tui.screens.calculator.model import Result
 from tui.widgets.text_block import Lines, cells
