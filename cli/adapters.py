@@ -12,7 +12,7 @@ from cli.options import BaseNameOption, BaseOption, JsonOption, TrustOption, fin
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
-adapters = group(help="List adapters; verify, compare, combine, import and export them.", invoke_without_command=True)
+adapters = group(help="List, verify, compare, combine, import and export adapters.", invoke_without_command=True)
 app.add_typer(adapters, name="adapters")
 adapters.command()(export)
 
@@ -23,7 +23,7 @@ COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forg
 @adapters.callback()
 def show(
     context: typer.Context,
-    folder: Annotated[Path, typer.Option(help="Where to look.")] = FOLDER,
+    folder: Annotated[Path, typer.Option(help="Folder to search for adapters.")] = FOLDER,
     as_json: JsonOption = False,
 ) -> None:
     """List adapters: method, rank, targets, base, size, final loss, and the old sentences' rise in loss."""
@@ -68,11 +68,14 @@ def show(
 
 @adapters.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Adapter folder.")],
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Load an adapter on its base as `lora prompt` would, and say whether anything is wrong."""
+    """Check that an adapter fits its base and is undamaged.
+
+    Loads it as `lora prompt` would.
+    """
     from cli.console import stdout
     from pipeline.adapters.folder import base_of
     from pipeline.files.artifact import MANIFEST
@@ -91,11 +94,11 @@ def verify(
 
 @adapters.command()
 def diff(
-    one: Annotated[Path, typer.Argument(metavar="ONE", help="An adapter folder.")],
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another of the same model.")],
+    one: Annotated[Path, typer.Argument(metavar="ONE", help="Adapter folder.")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Adapter folder of the same base model.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two adapters: settings, the size of each update, and how far their subspaces overlap."""
+    """Compare two adapters: settings, update sizes, subspaces."""
     from cli.console import print_json, stdout, table
     from pipeline.adapters.peft.updates import load_update
     from pipeline.weights.compare import modules, refuse_other_model, settings_that_differ, values
@@ -137,19 +140,26 @@ def _shared(names: list[str]) -> str:
 
 @adapters.command()
 def combine(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Adapters of one base, two or more.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Two or more adapter folders with the same base.")
+    ],
     out: OutOption,
-    weights: Annotated[str | None, typer.Option(help="One each, such as 0.7,0.3; default: 1 each.")] = None,
-    method: Annotated[Method, typer.Option(help="cat is exact; the others say how far off they are.")] = "cat",
-    rank: Annotated[int, typer.Option(min=1, help="What svd, ties and dare are cut to.")] = 8,
+    weights: Annotated[
+        str | None, typer.Option(help="Comma-separated weights, one per adapter; default: 1 each.")
+    ] = None,
+    method: Annotated[Method, typer.Option(help="cat is exact; svd, ties and dare report their error.")] = "cat",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the result (svd, ties, dare).")] = 8,
     density: Annotated[
-        float, typer.Option(min=0.01, max=1, callback=finite, help="Share of numbers that ties and dare keep.")
+        float, typer.Option(min=0.01, max=1, callback=finite, help="Fraction of values to keep (ties, dare).")
     ] = 0.5,
-    seed: Annotated[int, typer.Option(min=0, help="Of what dare drops.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed (dare).")] = 0,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Make one adapter of several: their weighted sum, exact (cat) or at a smaller rank."""
+    """Combine adapters into one by a weighted sum.
+
+    Exact (cat), or at a smaller rank.
+    """
     from cli.console import stdout
     from pipeline.adapters.folder import common_base
     from pipeline.weights.combine import CombineOptions
@@ -178,12 +188,15 @@ def _weights(text: str | None, count: int) -> list[float]:
 
 @adapters.command("import")
 def import_(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder in PEFT's format.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Adapter folder in PEFT's format.")],
     out: OutOption,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Take in an adapter from elsewhere: it must fit its base, and is bound to it from then on."""
+    """Import an adapter that was trained elsewhere.
+
+    It must fit its base, and is bound to it from then on.
+    """
     from cli.console import stdout
     from pipeline.adapters.folder import base_of
     from pipeline.weights.import_adapter import import_adapter
@@ -196,10 +209,13 @@ def import_(
 
 @adapters.command()
 def card(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Adapter folder.")],
     base_name: BaseNameOption = None,
 ) -> None:
-    """Print an adapter's model card: method, data and its digest, what was learned, what was forgotten."""
+    """Print an adapter's model card.
+
+    Method, data and its digest, what was learned, what was forgotten.
+    """
     from pipeline.export.model_card import card as text
     from pipeline.files.text import printable
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.data.tokenizers.word import Tokenizer
 
 app = group()
-data = group(help="Show what a data file teaches.", no_args_is_help=True)
+data = group(help="Show what is trained on in a data file.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 LEARNED = "bold green"
@@ -32,15 +32,19 @@ def root() -> None:
 
 @data.command()
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Examples: .txt or .jsonl.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Data file: .txt or .jsonl.")],
     base: Annotated[
-        Path | None, typer.Option(help="A model folder; default: artifacts/expanded, or artifacts/base.")
+        Path | None,
+        typer.Option(help="Model folder with the tokenizer; default: artifacts/expanded, or artifacts/base."),
     ] = None,
-    max_length: Annotated[int, typer.Option(min=0, help="Cut examples to so many tokens; 0: do not.")] = 0,
-    limit: Annotated[int, typer.Option(min=0, help="Examples to print; the numbers are of all.")] = 3,
+    max_length: Annotated[int, typer.Option(min=0, help="Truncate examples to this many tokens; 0: never.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Number of examples to print.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the first examples, what is learned of them in ⟦ ⟧, and the numbers of the whole file."""
+    """Show the first examples and statistics of the whole file.
+
+    What is trained on is shown in ⟦ ⟧.
+    """
     from dataclasses import asdict
     from tempfile import TemporaryDirectory
 

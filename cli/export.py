@@ -11,26 +11,29 @@ if TYPE_CHECKING:
     from pipeline.weights.merge import Merging, Verify
 
 Width = Literal["fp32", "bf16", "fp16"]
-OutOption = Annotated[Path, typer.Option(help="The folder to write.")]
-WidthOption = Annotated[Width | None, typer.Option(help="Of merged weights; default: the base's own.")]
+OutOption = Annotated[Path, typer.Option(help="Output folder.")]
+WidthOption = Annotated[Width | None, typer.Option(help="dtype of the merged weights; default: the base's.")]
 PromptsOption = Annotated[
-    Path | None, typer.Option(help="Compare base + adapter with the merged model on these; loads both.")
+    Path | None, typer.Option(help="Prompts to compare the merged model with base + adapter; loads both.")
 ]
 app = group()
 
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Adapter folder.")],
     out: OutOption,
-    form: Annotated[Literal["peft", "vllm", "merged"], typer.Option("--as", help="What to write.")],
+    form: Annotated[Literal["peft", "vllm", "merged"], typer.Option("--as", help="Format to write.")],
     base: BaseOption = None,
     base_name: BaseNameOption = None,
     precision: WidthOption = None,
     prompts: PromptsOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Write an adapter as those who serve it take it: for PEFT, within vLLM's rules, or merged into a checkpoint."""
+    """Export an adapter: for PEFT, for vLLM, or merged.
+
+    vllm keeps to what vLLM accepts; merged writes a whole checkpoint.
+    """
     from cli.console import stdout
     from pipeline.adapters.folder import base_of
     from pipeline.errors import UserError

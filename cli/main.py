@@ -16,7 +16,7 @@ from pipeline.files.text import printable
 from pipeline.project.process_rank import world
 
 app = group(
-    help="Adapt language models with LoRA: train, merge, evaluate, ask. Numbers come from params.yaml.",
+    help="Adapt language models with LoRA: train, merge, evaluate, prompt. Settings are in params.yaml.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

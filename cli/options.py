@@ -9,22 +9,23 @@ import typer
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project
 
-ParamsOption = Annotated[Path, typer.Option("--params", help="Params file; its paths are relative to its folder.")]
+ParamsOption = Annotated[Path, typer.Option("--params", help="Params file; paths in it are relative to its folder.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="One value for this run: finetune_lora.rank=8"),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one value for this run: finetune_lora.rank=8"),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Do the work even if the cache has its result.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Run even if the cache has the result.")]
 CheckpointOption = Annotated[int, typer.Option(min=1, help="Steps between resume checkpoints.")]
 BaseOption = Annotated[
-    Path | None, typer.Option("--base", help="A model folder; default: the adapter's own base, or artifacts/expanded.")
+    Path | None,
+    typer.Option("--base", help="Base model folder; default: the base named by the adapter, or artifacts/expanded."),
 ]
 BaseNameOption = Annotated[
     str | None,
-    typer.Option("--base-name", help="What the base is called; default: the hub id that it was imported from."),
+    typer.Option("--base-name", help="Name of the base to write; default: the hub id it was imported from."),
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that came with the base.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")
 
 

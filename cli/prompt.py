@@ -26,32 +26,37 @@ PromptBase = Annotated[
     Path | None,
     typer.Option(
         "--base",
-        help="The model folder to ask, or to put --adapter on; default: the adapter's own base, or without "
-        "--adapter the newest model that was trained here, artifacts/expanded if there is none.",
+        help="Model folder to prompt, or to load --adapter on; default: the adapter's base, or without --adapter the "
+        "model trained last, artifacts/expanded if there is none.",
     ),
 ]
-Text = Annotated[str, typer.Argument(metavar="TEXT", callback=_utf8, help="The beginning of a sentence.")]
-TopK = Annotated[int, typer.Option("--top-k", min=1, help="Candidates for the next token to show.")]
-Chat = Annotated[bool, typer.Option("--chat", help="TEXT is a user's turn, in the model's chat template.")]
-MaxTokens = Annotated[int, typer.Option(min=0, help="Longest completion, in tokens.")]
+Text = Annotated[str, typer.Argument(metavar="TEXT", callback=_utf8, help="Text to complete.")]
+TopK = Annotated[int, typer.Option("--top-k", min=1, help="Number of next-token candidates to show.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put TEXT as a user turn into the model's chat template.")]
+MaxTokens = Annotated[int, typer.Option(min=0, help="Maximum number of tokens to generate.")]
 
 
 @app.command()
 def prompt(
     text: Text,
     base: PromptBase = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter folder.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
     top_k: TopK = 5,
     max_tokens: MaxTokens = 20,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; above, draw.")] = 0.0,
-    sample_top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest; 0: from all.")] = 0,
-    sample_top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest with this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
+    sample_top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most likely tokens; 0: from all.")] = 0,
+    sample_top_p: Annotated[
+        float, typer.Option("--top-p", help="Nucleus sampling: smallest set of tokens with this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 0,
     chat: Chat = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask one model, by default the newest that was trained here: the likeliest next tokens and a completion."""
+    """Prompt a model: its top next tokens and a completion.
+
+    By default the model trained last in this project.
+    """
     from rich.text import Text as Line
 
     from cli.console import bar, print_json, stdout, table

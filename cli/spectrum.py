@@ -18,19 +18,24 @@ app = group()
 
 @app.command()
 def spectrum(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="A model folder.")],
-    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The same model fine-tuned, or an adapter on it.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Base model folder.")],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned model, or an adapter on the base.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Extract a LoRA of this rank.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The adapter folder to write it to.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Adapter folder to write.")] = None,
     embeddings: Annotated[
-        Literal["all", "none"], typer.Option(help="Embedding and head, where they changed: in full, or left out.")
+        Literal["all", "none"], typer.Option(help="Changed embedding and head: save in full, or leave out.")
     ] = "all",
-    data: Annotated[Path | None, typer.Option(help="Compare base, tuned and base + LoRA on these; loads them.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data file to compare base, tuned and base + LoRA on; loads all three.")
+    ] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Rows of CSV on stdout.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV to stdout.")] = False,
 ) -> None:
-    """Singular values of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds."""
+    """Singular values of what fine-tuning changed; extract a LoRA.
+
+    Of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds.
+    """
     from cli.progress import follow
     from pipeline.data.examples import read_examples
     from pipeline.errors import UserError

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
 app = group()
-finetune = group(help="Teach the expanded base new sentences.", no_args_is_help=True)
+finetune = group(help="Fine-tune: full, freeze, lora, prefix, prompt, sweep.", no_args_is_help=True)
 app.add_typer(finetune, name="finetune")
 
 
@@ -69,7 +69,10 @@ def scratch(
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
-    """Train random weights of the base's shape on old and new data together → artifacts/from_scratch."""
+    """Train a model from random weights on old and new data.
+
+    It has the base's shape; writes artifacts/from_scratch.
+    """
 
     def work(job: "Job") -> "Making":
         from pipeline.stages.scratch import scratch
@@ -97,7 +100,7 @@ def freeze(
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
-    """Train the last blocks, embeddings and head → artifacts/layer_frozen."""
+    """Train the last blocks and embeddings → artifacts/layer_frozen."""
     run_stage("finetune_freeze", _finetune, params, overrides, force, checkpoint_every)
 
 
@@ -107,10 +110,10 @@ def lora(
     overrides: SetOption = None,
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
-    devices: Annotated[int, typer.Option(min=1, help="Processes that share each step, one a GPU.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Number of processes, one per GPU.")] = 1,
     shard: Annotated[
         bool | None,
-        typer.Option(help="Whether each device keeps a share of the base; default: where one cannot hold it."),
+        typer.Option(help="Shard the base over the devices; default: if one cannot hold it."),
     ] = None,
 ) -> None:
     """Train low-rank updates → artifacts/lora_adapter, in PEFT's format.
@@ -146,7 +149,10 @@ def prefix(
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
-    """Train keys and values of virtual tokens in every block → artifacts/prefix, in PEFT's format."""
+    """Prefix tuning → artifacts/prefix, in PEFT's format.
+
+    Trains keys and values of virtual tokens in every block.
+    """
     run_stage("finetune_prefix", _finetune, params, overrides, force, checkpoint_every)
 
 
@@ -157,7 +163,10 @@ def prompt(
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
-    """Train embeddings of virtual tokens → artifacts/prompt, in PEFT's format."""
+    """Prompt tuning → artifacts/prompt, in PEFT's format.
+
+    Trains the embeddings of virtual tokens.
+    """
     run_stage("finetune_prompt", _finetune, params, overrides, force, checkpoint_every)
 
 
@@ -168,7 +177,10 @@ def sweep(
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
-    """Train an adapter for each combination of finetune_sweep.grid, all in one pass → artifacts/sweep."""
+    """Train one adapter per combination of a grid → artifacts/sweep.
+
+    The grid is finetune_sweep.grid; all adapters train in one pass.
+    """
     from pipeline.project.params.grid import variants
 
     project = project_of(params, overrides)
@@ -194,14 +206,18 @@ def merge(
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
     force: ForceOption = False,
-    adapter: Annotated[Path | None, typer.Option(help="Merge this adapter, not the pipeline's; needs --out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder to write for --adapter.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter to merge instead of the pipeline's; needs --out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder for --adapter.")] = None,
     base: BaseOption = None,
     precision: WidthOption = None,
     prompts: PromptsOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Put the adapter into the weights → artifacts/lora_merged, with a certificate.
+    """Merge the adapter into its base → artifacts/lora_merged.
+
+    With a certificate: each matrix received its update once, and the answers are the same.
 
     With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading the model.
     """

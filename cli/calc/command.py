@@ -52,7 +52,10 @@ def calc(
     as_json: JsonOption = False,
     as_csv: o.Csv = False,
 ) -> None:
-    """Parameters, memory and what fits, exact, from shapes alone: nothing is downloaded, no GPU is needed."""
+    """Exact parameters, training memory, and what fits your GPU.
+
+    Computed from shapes alone: nothing is downloaded, no GPU is needed.
+    """
     from cli.calc.output import Output, Question
     from pipeline.calc.memory import refuse_impossible
     from pipeline.calc.settings import parse_method, parse_training_config, validate

@@ -20,15 +20,18 @@ COLOURS = {"holds": "green", "differs": "bold red", "depends": "yellow", "not ru
 @app.command()
 def claims(
     section: Annotated[
-        str | None, typer.Option("--section", help="Those of a section and what is below it: 3, or 2 for 2.1 to 2.4.")
+        str | None, typer.Option("--section", help="Only a section and its subsections: 3, or 2 for 2.1 to 2.4.")
     ] = None,
     verdict: Annotated[
-        str | None, typer.Option("--verdict", help="Those with a verdict: holds, differs, depends or 'not run'.")
+        str | None, typer.Option("--verdict", help="Only one verdict: holds, differs, depends or 'not run'.")
     ] = None,
     params: ParamsOption = DEFAULT_PARAMS,
     as_json: JsonOption = False,
 ) -> None:
-    """Hold every claim of the document against what was measured → artifacts/claims."""
+    """Compare the document's claims with what was measured.
+
+    Writes artifacts/claims.
+    """
     from cli.console import print_json
     from pipeline.document.claims.check import chosen
     from pipeline.document.claims.stage import verdicts

@@ -21,7 +21,10 @@ def figures(
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
-    """Draw the document's figures from our own runs → artifacts/figures: PNG, SVG, their numbers, a report."""
+    """Draw the document's figures from our own runs.
+
+    Writes artifacts/figures: each as PNG and SVG, with its numbers, and a report.
+    """
     from cli.stages import run_stage
     from pipeline.errors import UserError
 

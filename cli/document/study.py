@@ -32,7 +32,9 @@ def _names(incomplete: str) -> list[tuple[str, str]]:
     return [(name, about) for name, about in STUDIES.items() if name.startswith(incomplete)]
 
 
-NameArgument = Annotated[str | None, typer.Argument(help="Which one; all are listed without.", autocompletion=_names)]
+NameArgument = Annotated[
+    str | None, typer.Argument(help="Study to run. Omit to list all studies.", autocompletion=_names)
+]
 
 
 @app.command()
@@ -43,7 +45,10 @@ def study(
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
-    """Measure one of the document's statements → artifacts/studies/NAME: tables, a picture, a paragraph."""
+    """Measure a statement of the document, or list all studies.
+
+    Writes tables, a picture and a paragraph to artifacts/studies/NAME.
+    """
     from cli.console import stdout, table
     from cli.options import project_of
     from cli.stages import run_stage

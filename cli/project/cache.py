@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipeline.project.cache import Cache
 
 app = group()
-cache = group(help="Show or prune finished results that are kept for reuse.", invoke_without_command=True)
+cache = group(help="Show or prune the cache of finished stages.", invoke_without_command=True)
 app.add_typer(cache, name="cache")
 
 
@@ -38,7 +38,9 @@ def show(context: typer.Context, params: ParamsOption = DEFAULT_PARAMS, as_json:
 @cache.command()
 def prune(
     params: ParamsOption = DEFAULT_PARAMS,
-    keep: Annotated[int, typer.Option(min=0, help="Keep so many of each stage, last used first.")] = 0,
+    keep: Annotated[
+        int, typer.Option(min=0, help="Number of entries to keep per stage, most recently used first.")
+    ] = 0,
     older_than: Annotated[
         float,
         typer.Option(min=0, callback=finite, metavar="DAYS", help="Only entries unused for at least DAYS days."),

@@ -12,13 +12,13 @@ app = group()
 
 @app.command()
 def new(
-    folder: Annotated[Path, typer.Argument(help="A new folder, or a project that lacks something.")],
+    folder: Annotated[Path, typer.Argument(help="New folder, or an existing project to complete.")],
     params: Annotated[
-        Path | None, typer.Option("--params", help="Params file to begin with; its data files come along.")
+        Path | None, typer.Option("--params", help="Params file to start from; its data files are copied too.")
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="What to adapt: minigpt, a checkpoint folder, a .gguf file or a hub id."),
+        typer.Option("--base", help="Base model: minigpt, a checkpoint folder, a .gguf file or a hub id."),
     ] = None,
 ) -> None:
     """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten."""
