@@ -1,7 +1,7 @@
 """The formula's peak beside the traced one, over a grid of settings."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -60,10 +60,10 @@ class Found:
         return self.formula / self.traced - 1
 
 
-def worst() -> list[Found]:
-    """Every corner, the largest error first."""
+def worst(corners: Sequence[Corner]) -> list[Found]:
+    """What each corner gave, the largest error first."""
     found = []
-    for corner in CORNERS:
+    for corner in corners:
         config, method, run = corner.settings()
         formula = predict(architecture(config, corner.model), method, run).peak
         found.append(Found(corner, traced_peak(config, method, run), formula))
@@ -83,7 +83,7 @@ def memory() -> Iterator[Row]:
     formula, traced = times
     yield Row("predict Qwen3-8B, LoRA", formula, "traced", traced / formula, "under 30 ms", formula < 0.03)
     start = time.perf_counter()
-    found = worst()
+    found = worst(CORNERS)
     error, corner = found[0].error, found[0].corner
     where = f"{corner.model}, {corner.method}, {corner.loss} logits, {corner.checkpointing} checkpointing"
     name = f"formula against {len(found)} traced steps, worst {error:+.2%}: {where}"

@@ -13,7 +13,21 @@ from tempfile import mkstemp
 from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["cli.main", "pipeline.stages.pretrain", "pipeline.stages.finetune"])
+_SERVER.set_forkserver_preload(
+    [
+        "cli.main",
+        "cli.progress",
+        "pipeline.stages.pretrain",
+        "pipeline.stages.finetune",
+        "pipeline.stages.sweep",
+        # What a child would else import when it opens a base of transformers: three seconds each time.
+        "accelerate",
+        "torch.distributed.fsdp",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 
 
 class Forked:

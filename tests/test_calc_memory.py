@@ -75,8 +75,16 @@ def with_(run: TrainingConfig, key: str, value: int) -> TrainingConfig:
 
 @pytest.mark.slow
 def test_the_formula_is_within_three_percent_of_the_traced_step_on_the_grid() -> None:
-    found = worst()
+    found = worst(CORNERS)
     assert len(found) >= 60
+    assert abs(found[0].error) < 0.03, found[0]
+
+
+def test_the_formula_is_within_three_percent_of_the_traced_step_on_a_few_corners_of_the_grid() -> None:
+    few = CORNERS[::13]
+    for key in ("model", "method", "batch", "checkpointing", "loss", "precision"):
+        assert {getattr(corner, key) for corner in few} == {getattr(corner, key) for corner in CORNERS}, key
+    found = worst(few)
     assert abs(found[0].error) < 0.03, found[0]
 
 
@@ -135,7 +143,7 @@ def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, ch
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", ["full", "freeze", "lora"])
-@pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 20)])
+@pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
 def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int, checkpointing: str) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
     run = TrainingConfig(batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
@@ -150,7 +158,7 @@ def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, l
     FinetuningMethod(rank=4, targets=("all-linear",), dora=True, pissa=True, embeddings="all"),
     FinetuningMethod(rank=4, rank_pattern=(("v_proj", 16),)),
 ], ids=["dora", "pissa", "both", "patterns"])  # fmt: skip
-@pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 20)])
+@pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
 def test_minigpts_own_step_with_refinements_of_lora(
     batch: int, sequence: int, layers: int, method: FinetuningMethod
 ) -> None:
@@ -386,6 +394,7 @@ def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
     ]
 
 
+@settings(max_examples=20)  # each asks for many predictions
 @given(st.sampled_from(sorted(gpus())), st.sampled_from(SMALL), st.sampled_from([FULL, LORA]))
 def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str, method: FinetuningMethod) -> None:
     shapes, budget = built_in(model).shapes, gpu(name).bytes

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from bench.memory import shortened
 from pipeline.calc.architecture import Architecture
+from pipeline.calc.families.registry import architecture
 from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
 from pipeline.calc.settings import FULL, LORA, FinetuningMethod
 from pipeline.calc.sources.open_model import built_in, entry, names
@@ -27,8 +29,9 @@ CHOICES: dict[str, list[tuple[str, ...]]] = {  # by the attention linears that a
 }
 
 
-def meta_model(name: str) -> Any:
-    config = AutoConfig.for_model(**entry(name)["config"])
+def meta_model(name: str, blocks: int | None = None) -> Any:
+    """All of its blocks, or the first ones."""
+    config = AutoConfig.for_model(**(shortened(name, blocks) if blocks else entry(name)["config"]))
     kind = AutoModelForMaskedLM if name.startswith("roberta") else AutoModelForCausalLM
     with torch.device("meta"):
         return kind.from_config(config)
@@ -62,11 +65,25 @@ def targets_of(shapes: Architecture) -> list[tuple[str, ...]]:
     return [*first, ("all-linear",), *feed_forward]
 
 
-@pytest.mark.parametrize("name", STOCK)
+def few_blocks(name: str) -> bool:
+    return len(built_in(name).shapes.blocks) <= 16
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if few_blocks(n) else pytest.mark.slow) for n in STOCK])
 def test_counts_are_those_of_transformers_and_peft(name: str) -> None:
     """The whole model, and LoRA at rank 8 for six choices of targets and more."""
-    shapes = built_in(name).shapes
-    model = meta_model(name)
+    assert_counts_are_theirs(built_in(name).shapes, meta_model(name))
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_counts_of_two_blocks_are_those_of_transformers_and_peft(name: str) -> None:
+    """The same of each built-in model's widths and names: PEFT takes as long as a model has blocks."""
+    shapes = architecture(shortened(name, 2), name)
+    assert len(shapes.blocks) == 2
+    assert_counts_are_theirs(shapes, meta_model(name, 2))
+
+
+def assert_counts_are_theirs(shapes: Architecture, model: Any) -> None:
     assert shapes.total == sum(p.numel() for p in model.parameters())
     choices = targets_of(shapes)
     assert len(choices) >= 6

@@ -18,9 +18,11 @@ from pipeline.files.artifact import digest
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import checkpoints
 from pipeline.training.distributed import launch
-from tests.families import FAMILIES, TEXTS, new_project
+from tests import families, support
+from tests.conftest import Lora
+from tests.families import FAMILIES, TEXTS
 from tests.forked import Forked
-from tests.support import LORA, lora, make
+from tests.support import LORA, make
 from tests.test_training_resume import FOLDER, STAGE, fresh, write
 
 CURVE, WEIGHTS = 1e-5, 1e-4  # what sums in another order may change
@@ -42,7 +44,8 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp32 base and two dozen texts of very different lengths. Read it; do not write to it."""
-    root = new_project(tmp_path_factory.mktemp("several") / "p", FAMILIES["llama"])
+    root = families.new_project(tmp_path_factory.mktemp("several") / "p", FAMILIES["llama"])
+    (root / "base/chat_template.jinja").unlink()  # each process would start another one to render it
     words = " ".join(TEXTS).split()
     write(root / "data/lines.jsonl", [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)])
     make(root, ["pretrain", "expand_vocab"])
@@ -52,6 +55,23 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(expanded: Path, tmp_path: Path) -> Path:
     return shutil.copytree(expanded, tmp_path / "p")
+
+
+@pytest.fixture(scope="module")
+def trivial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MiniGPT: workers that a launcher starts import no transformers. Read it; do not write to it."""
+    root = support.new_project(tmp_path_factory.mktemp("trivial") / "p")
+    make(root, ["pretrain", "expand_vocab"], ["pretrain.epochs=2"])
+    return root
+
+
+@pytest.fixture
+def mini(trivial: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trivial, tmp_path / "p")
+
+
+def on_two_devices(epochs: int) -> list[str]:
+    return [LORA, "finetune", "lora", "--devices", "2", f"--set={STAGE}.epochs={epochs}"]
 
 
 def command(*flags: str, **changes: object) -> list[str]:
@@ -96,7 +116,6 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "flags", "changes"),
     [
@@ -117,18 +136,16 @@ def test_several_processes_learn_what_one_learns(
     assert digest(several / "adapter_config.json") == digest(alone / "adapter_config.json")
 
 
-@pytest.mark.slow
-def test_pitfall_21_a_sharded_run_writes_the_whole_adapter(project: Path) -> None:
+def test_pitfall_21_a_sharded_run_writes_the_whole_adapter(project: Path, cli: Lora) -> None:
     folder = trained(project, 2, command("--shard", train_embeddings="all"))
     made = tensors(folder)
     assert all(tensor.numel() and tensor.isfinite().all() for tensor in made.values())
     assert any(tensor.any() for key, tensor in made.items() if key.endswith("lora_B.weight")), "it learned something"
-    assert lora("adapters", "verify", str(folder), "--base", "artifacts/expanded", cwd=project).returncode == 0
+    assert cli("adapters", "verify", str(folder), "--base", "artifacts/expanded", cwd=project)[0] == 0
 
 
-@pytest.mark.slow
 def test_a_checkpoint_does_not_depend_on_how_many_processes_made_it(project: Path) -> None:
-    one = command(epochs=40)
+    one = command(epochs=20)
     whole, log = trained(project, 1, one), project / f"runs/{STAGE}/loss.csv"
     for before, after in ((2, 1), (1, 2)):
         running = started(fresh(project), [one] * before)
@@ -148,11 +165,10 @@ def wait_for(condition: Callable[[], bool], running: Sequence[Forked]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.slow
-def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(project: Path) -> None:
-    slow = command("--devices", "2", "--checkpoint-every", "1000", epochs=500)
-    log = project / f"runs/{STAGE}/loss.csv"
-    with subprocess.Popen(slow, cwd=project, stderr=subprocess.PIPE, text=True) as running:
+def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: Path) -> None:
+    slow = [*on_two_devices(epochs=1000), "--checkpoint-every", "100000"]
+    log = mini / f"runs/{STAGE}/loss.csv"
+    with subprocess.Popen(slow, cwd=mini, stderr=subprocess.PIPE, text=True) as running:
         while not log.exists() or len(read_steps(log)) < 3:
             assert running.poll() is None
             time.sleep(0.01)
@@ -189,23 +205,22 @@ def state_of(pid: int) -> tuple[str, str]:
     return state, parent
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "whole_group", "times"),
     [
         (signal.SIGKILL, False, 1),
-        (signal.SIGTERM, False, 1),
-        (signal.SIGINT, False, 1),
-        (signal.SIGINT, True, 1),
+        pytest.param(signal.SIGTERM, False, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, False, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, 1, marks=pytest.mark.slow),
         (signal.SIGINT, True, 2),  # the launcher does not wait for its workers any longer
     ],
     ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group", "SIGINT twice"],
 )
 def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
-    project: Path, number: signal.Signals, whole_group: bool, times: int
+    mini: Path, number: signal.Signals, whole_group: bool, times: int
 ) -> None:
-    slow, log = command("--devices", "2", epochs=1000), project / f"runs/{STAGE}/loss.csv"
-    with subprocess.Popen(slow, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True) as running:
+    slow, log = on_two_devices(epochs=1000), mini / f"runs/{STAGE}/loss.csv"
+    with subprocess.Popen(slow, cwd=mini, stderr=subprocess.DEVNULL, start_new_session=True) as running:
         while not log.exists() or len(read_steps(log)) < 3:
             assert running.poll() is None
             time.sleep(0.01)
@@ -214,21 +229,21 @@ def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
         for _ in range(times):
             (os.killpg if whole_group else os.kill)(running.pid, number)
             time.sleep(0.01)
-        assert running.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
+        assert running.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
     wait_until_gone(workers)
     (kept,) = checkpoints(log.parent)
     step = int(kept.name.split("-")[1])
     assert step == len(read_steps(log)), "the last step of all"
-    resumed = Forked(command(epochs=1000), project)
+    alone = [LORA, "finetune", "lora", f"--set={STAGE}.epochs=1000"]
+    resumed = Forked(alone, mini)
     wait_for(lambda: len(read_steps(log)) > step, [resumed])
     assert resumed.process.pid
     os.kill(resumed.process.pid, signal.SIGTERM)
     assert f"resumed after step {step}\n" in resumed.end()[1]
 
 
-@pytest.mark.slow
-def test_a_process_whose_launcher_dies_before_it_has_begun_ends_too(project: Path) -> None:
-    with subprocess.Popen(command("--devices", "2"), cwd=project, stderr=subprocess.DEVNULL) as running:
+def test_a_process_whose_launcher_dies_before_it_has_begun_ends_too(mini: Path) -> None:
+    with subprocess.Popen(on_two_devices(epochs=2), cwd=mini, stderr=subprocess.DEVNULL) as running:
         while len(workers := children_of(running.pid)) < 2:
             assert running.poll() is None
             time.sleep(0.001)
@@ -249,7 +264,7 @@ def test_a_worker_that_does_not_handle_sigterm_is_killed() -> None:
 
 
 def wait_until_gone(processes: Sequence[int]) -> None:
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 60
     while left := [pid for pid in processes if state_of(pid)[0] != "Z"]:
         if time.monotonic() > limit:
             for pid in left:
@@ -258,25 +273,24 @@ def wait_until_gone(processes: Sequence[int]) -> None:
         time.sleep(0.05)
 
 
-def test_more_devices_than_there_are_are_refused(project: Path) -> None:
+def test_more_devices_than_there_are_are_refused(mini: Path, cli: Lora) -> None:
     available = torch.cuda.device_count() or len(os.sched_getaffinity(0))
-    answer = lora("finetune", "lora", "--devices", str(available + 1), cwd=project)
-    assert (answer.returncode, answer.stdout) == (1, "")
-    assert answer.stderr.startswith(f"error: --devices must be at most {available}, the ")
-    assert answer.stderr.endswith(f"got {available + 1}. Lower it.\n") and answer.stderr.count("\n") == 1
+    code, out, err = cli("finetune", "lora", "--devices", str(available + 1), cwd=mini)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: --devices must be at most {available}, the ")
+    assert err.endswith(f"got {available + 1}. Lower it.\n") and err.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_devices_are_processes_that_share_the_work_and_what_is_made_is_found_again(project: Path) -> None:
-    first = lora(*command("--devices", "2", epochs=1)[1:], cwd=project)
+def test_devices_are_processes_that_share_the_work_and_what_is_made_is_found_again(mini: Path) -> None:
+    first = subprocess.run(on_two_devices(epochs=1), cwd=mini, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count(FOLDER) == 1
-    found = ended(started(project, [command(epochs=1)] * 2))
+    alone = [LORA, "finetune", "lora", f"--set={STAGE}.epochs=1"]
+    found = ended(started(mini, [alone] * 2))
     assert [code for code, _ in found] == [0, 0]
     assert "taken from the cache" in found[0][1]
 
 
-@pytest.mark.slow
 def test_what_one_process_cannot_do_is_said_once_by_the_first(project: Path) -> None:
     good, bad = command(), command(target_modules="nix")
     (code, said), (other, silent) = ended(started(project, [good, bad]))
@@ -284,10 +298,10 @@ def test_what_one_process_cannot_do_is_said_once_by_the_first(project: Path) -> 
     assert said.startswith("error: target_modules: 'nix' matches no linear layer")
 
 
-def test_only_several_processes_share_a_base_and_only_training_is_shared(project: Path) -> None:
-    alone = lora("finetune", "lora", "--shard", cwd=project)
-    assert alone.returncode == 1
-    assert alone.stderr == ("error: --shard shares the base among several devices. Say how many with --devices.\n")
+def test_only_several_processes_share_a_base_and_only_training_is_shared(project: Path, cli: Lora) -> None:
+    code, _, err = cli("finetune", "lora", "--shard", cwd=project)
+    assert code == 1
+    assert err == ("error: --shard shares the base among several devices. Say how many with --devices.\n")
     merged = ended(started(project, [[LORA, "merge"]] * 2))
     assert merged == [(1, "error: merge runs in one process. Call it without torchrun.\n"), (0, "")]
     few = ended(started(project, [command("--shard", precision="bf16", quantization="nf4")] * 2))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ Made = Callable[[str], Path]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 each_family = pytest.mark.parametrize("name", FAMILIES)
+WHOLE = ("llama", "gpt2")  # RMSNorm and rotary positions; LayerNorm, learned positions and Conv1D
+
+
+def rare(name: str, *more: str, often: bool = False) -> Any:
+    """A case for the slow tier, unless it is one of the two families that have them all."""
+    return pytest.param(*more, name, marks=() if often or name in WHOLE else pytest.mark.slow)
 
 
 def begun(project: Path, root: Path) -> Path:
@@ -81,8 +88,13 @@ def test_the_adapter_opens_in_peft_and_the_merged_model_is_base_plus_adapter(fam
     assert len(ratios) == FAMILIES[name].linears and all(abs(ratio - 1) < 1e-3 for ratio in ratios)
 
 
-@pytest.mark.parametrize(("embeddings", "targets"), [("none", "attention"), ("new_rows", "all-linear")])
-@each_family
+@pytest.mark.parametrize(
+    ("embeddings", "targets", "name"),
+    [
+        *(rare(name, "none", "attention") for name in FAMILIES),
+        *(rare(name, "new_rows", "all-linear", often=True) for name in FAMILIES),
+    ],
+)
 def test_peft_opens_every_kind_of_adapter(
     family: Made, name: str, embeddings: str, targets: str, tmp_path: Path
 ) -> None:
@@ -152,8 +164,10 @@ def test_nothing_on_disk_speaks_of_this_machine_and_everyone_may_read_it(family:
         assert (folder / "generation_config.json").read_text(encoding="utf-8") == GENERATION
 
 
-@pytest.mark.parametrize("stage", TRAINED)
-@each_family
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [rare(name, stage, often=stage == "finetune_lora") for stage in TRAINED for name in FAMILIES],
+)
 def test_interrupted_and_resumed_it_ends_with_the_bytes_of_an_unbroken_run(
     family: Made, name: str, stage: str, tmp_path: Path
 ) -> None:
@@ -184,7 +198,7 @@ def test_blocks_that_run_again_in_backward_give_the_same_adapter(family: Made, n
         assert_alike(found[key], tensor, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_in_16_bits_every_stage_gives_what_transformers_and_peft_give(name: str, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p", FAMILIES[name], torch.bfloat16)
     half = [f"{stage}.precision=bf16" for stage in TRAINED]
@@ -225,16 +239,16 @@ from pathlib import Path
 from pipeline.inference import engine
 from pipeline.project.stage_graph import Project
 from pipeline.project.params.sections import load
-from tests.support import PIPELINE, WORK, make
-for root in map(Path, sys.argv[1:]):
-    make(root, PIPELINE)
-    for loaded in engine.variants(Project(root, load(root / "params.yaml"))):
-        engine.complete(loaded, "The currency of Bulgaria is the")
+from tests.support import PIPELINE, make
+root = Path(sys.argv[1])
+make(root, PIPELINE)
+for loaded in engine.variants(Project(root, load(root / "params.yaml"))):
+    engine.complete(loaded, "The currency of Bulgaria is the")
 """
 
 
-@pytest.mark.slow
-def test_no_library_writes_to_the_terminal(tmp_path: Path) -> None:
-    roots = [str(new_project(tmp_path / name, FAMILIES[name])) for name in ("gpt2", "mixtral")]
-    done = subprocess.run([sys.executable, "-c", SILENT, *roots], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_no_library_writes_to_the_terminal(tmp_path: Path, name: str) -> None:
+    root = str(new_project(tmp_path / name, FAMILIES[name]))
+    done = subprocess.run([sys.executable, "-c", SILENT, root], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -73,7 +73,7 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: TransformersModel) -
 def test_an_adapter_goes_from_peft_to_here_and_back_with_the_same_logits(family: str, tied: bool) -> None:
     base = toy(family, std=0.1, tie_word_embeddings=tied)
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=6, deadline=None)
     @given(options(NAMES[family], base))
     def there_and_back(chosen: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,10 +1,8 @@
 """Runs of a real model's architecture that stop: killed and resumed, early because nothing gets better, on a NaN."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterable
 from itertools import pairwise
@@ -26,6 +24,7 @@ from pipeline.training.evaluation import Evaluation
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.schedule import rate
 from tests.families import FAMILIES, TEXTS, new_project
+from tests.forked import Forked
 from tests.real import run_stage
 from tests.support import LORA, WORK, folder_bytes, make
 
@@ -57,6 +56,7 @@ def given(**changes: object) -> list[str]:
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 base, ready to be trained on two dozen texts of very different lengths. Read it; do not write to it."""
     root = new_project(tmp_path_factory.mktemp("resume") / "p", FAMILIES["llama"], torch.bfloat16)
+    (root / "base/chat_template.jinja").unlink()  # each process would start another one to render it
     words = " ".join(TEXTS).split()
     write(root / "data/lines.jsonl", [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)])
     make(root, ["pretrain", "expand_vocab"])
@@ -154,14 +154,14 @@ def test_pitfall_20_resume_after_sigkill(project: Path) -> None:
     fresh(project)
     command = [LORA, "finetune", "lora", *(part for one in overrides for part in ("--set", one))]
     log = project / "runs" / STAGE / "loss.csv"
-    process = subprocess.Popen([*command, "--checkpoint-every", "7"], cwd=project, stderr=subprocess.DEVNULL)
+    running = Forked([*command, "--checkpoint-every", "7"], project)
     while not log.exists() or log.read_bytes().count(b"\n") < 40:
-        assert process.poll() is None
+        assert running.process.is_alive()
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
-    assert "resumed after step" in done.stderr
+    running.process.kill()
+    assert running.end()[0] == -signal.SIGKILL
+    code, errors = Forked(command, project).end()
+    assert code == 0 and "resumed after step" in errors
     assert folder_bytes(project / FOLDER) == expected
 
 
