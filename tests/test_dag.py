@@ -1,22 +1,19 @@
 """dvc.yaml says what pipeline/project/stage_graph.py says, and DVC does with it what the README promises."""
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipeline.project.dvc_yaml import command, render
 from pipeline.project.params.edit import save
 from pipeline.project.params.sections import load
 from pipeline.project.provenance import code_files
 from pipeline.project.stage_graph import STAGES, Project
-from tests.support import BRIEF, COMMAND, METHODS, ROOT, git
-
-DVC = str(Path(sys.executable).parent / "dvc")
+from tests.support import COMMAND, GIVEN, METHODS, ROOT, dvc, git, make
 
 
 def test_dvc_knows_all_that_a_stage_reads_runs_and_writes() -> None:
@@ -42,14 +39,30 @@ def test_a_stage_is_the_command_that_the_program_has(name: str) -> None:
     assert command(STAGES[name]) == " ".join(["lora", *COMMAND[name]])
 
 
+IMPORTED = """
+import importlib, os, sys
+import matplotlib.pyplot, torch, transformers  # once: they take most of the time
+for module in sys.argv[1:]:
+    child = os.fork()
+    if not child:  # where nothing of ours is imported yet
+        importlib.import_module(module)
+        print(module, *(name for name in sys.modules if name.split(".")[0] == "pipeline"), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, module
+"""
+
+
 def test_code_files_are_those_that_python_imports() -> None:
     """The static walk finds every module of ours that importing a stage loads."""
-    for module in {stage.module for stage in STAGES.values()}:
-        code = f"import sys, {module}\nfor name in sys.modules: print(name)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        imported = {name for name in done.stdout.split() if name.split(".")[0] == "pipeline"}
+    modules = sorted({stage.module for stage in STAGES.values()})
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *modules], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == modules
+    for module, *imported in lines:
         found = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in code_files(module)}
-        assert imported <= {name.removesuffix(".__init__") for name in found}
+        assert module in imported
+        assert set(imported) <= {name.removesuffix(".__init__") for name in found}, module
 
 
 def test_code_files_are_found_while_another_thread_parses() -> None:
@@ -78,54 +91,64 @@ finally:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-def dvc(folder: Path, *arguments: str) -> str:
-    """`dvc …` in a clone, whose own code the stages run."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        [DVC, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
+CONCERNED = {  # by a changed rank of LoRA
+    *("finetune_lora", "finetune_sweep", "merge", "evaluate", "figures", "claims"),
+    *(f"study_{name}" for name in ("knowledge_correction", "methods", "forgetting")),
+}
+
+
+def test_what_dvc_was_told_of_is_up_to_date_and_a_changed_rank_concerns_what_depends_on_it(
+    studied: Path, origin: Path, tmp_path: Path
+) -> None:
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(origin), "clone")
+    shutil.copytree(studied / "artifacts", clone / "artifacts", dirs_exist_ok=True)
+    save(clone / "params.yaml", GIVEN)
+    _, status = dvc(clone, "commit -f", "status")  # as if DVC had run the stages
+    assert "Data and pipelines are up to date" in status
+
+    git(clone, "add", "-A")
+    git(clone, "commit", "-qm", "lock")
+    save(clone / "params.yaml", {"finetune_lora.rank": 2})
+    make(clone, ["finetune_lora", "merge", "evaluate"])
+    params, status, shown, changed, plot, page = dvc(
+        clone,
+        "params diff",
+        "status --json",
+        "metrics show --json",
+        "metrics diff --json",
+        "plots show --show-vega training_loss",
+        "plots show",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert "finetune_lora.rank" in params
+    assert json.loads(status).keys() == CONCERNED
+
+    metrics = json.loads(shown)[""]["data"]["artifacts/evaluation/metrics.json"]["data"]
+    assert metrics["lora"]["trainable"] == 2_048 + 2 * 99 * 64
+    difference = json.loads(changed)["artifacts/evaluation/metrics.json"]["lora.trainable"]
+    assert difference == {"old": 16_768, "new": 14_720, "diff": -2_048}
+
+    curves = {value["filename"] for value in json.loads(plot)["data"]["values"]}
+    assert len(curves) == 1 + len(METHODS)
+    drawn = Path(page.strip().removeprefix("file://")).read_text(encoding="utf-8")
+    assert drawn.count('"loss (nats a token)"') >= 1
 
 
 @pytest.mark.slow
 def test_two_fresh_clones_give_the_same_lock_and_a_changed_rank_reruns_what_depends_on_it(
     origin: Path, tmp_path: Path
 ) -> None:
-    brief = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in BRIEF)}
     locks = []
     for name in ("one", "two"):
         git(tmp_path, "clone", "-q", str(origin), name)
-        save(tmp_path / name / "params.yaml", brief)
-        dvc(tmp_path / name, "repro")
+        save(tmp_path / name / "params.yaml", GIVEN)
+        dvc(tmp_path / name, "repro", code=tmp_path / name)
         locks.append((tmp_path / name / "dvc.lock").read_bytes())
     assert locks[0] == locks[1]
     clone = tmp_path / "one"
-    assert "Data and pipelines are up to date" in dvc(clone, "repro")
-
-    git(clone, "add", "-A")
-    git(clone, "commit", "-qm", "lock")
+    (ran,) = dvc(clone, "repro", code=clone)
+    assert "Data and pipelines are up to date" in ran
     save(clone / "params.yaml", {"finetune_lora.rank": 2})
-    assert "finetune_lora.rank" in dvc(clone, "params", "diff")
-    ran = dvc(clone, "repro")
-    studies = (f"study_{name}" for name in ("knowledge_correction", "methods", "forgetting"))
-    concerned = ("finetune_lora", "finetune_sweep", "merge", "evaluate", *studies, "figures", "claims")
+    (ran,) = dvc(clone, "repro", code=clone)
     for stage in STAGES:
-        assert (f"Running stage '{stage}'" in ran) == (stage in concerned), ran
-
-    shown = json.loads(dvc(clone, "metrics", "show", "--json"))
-    metrics = shown[""]["data"]["artifacts/evaluation/metrics.json"]["data"]
-    assert metrics["lora"]["trainable"] == 2_048 + 2 * 99 * 64
-    changed = json.loads(dvc(clone, "metrics", "diff", "--json"))["artifacts/evaluation/metrics.json"]
-    assert changed["lora.trainable"] == {"old": 16_768, "new": 14_720, "diff": -2_048}
-
-    plot = json.loads(dvc(clone, "plots", "show", "--show-vega", "training_loss"))
-    curves = {value["filename"] for value in plot["data"]["values"]}
-    assert len(curves) == 1 + len(METHODS)
-    page = Path(dvc(clone, "plots", "show").strip().removeprefix("file://"))
-    assert page.read_text(encoding="utf-8").count('"loss (nats a token)"') >= 1
+        assert (f"Running stage '{stage}'" in ran) == (stage in CONCERNED), ran

@@ -133,7 +133,12 @@ REFUSED = {  # alone, or always: it would count for nothing
     "finetune_lora.retain_weight": "no file is. Name one in finetune_lora.retain",
 }
 ONLY_REFUSED = {"pretrain.trust_remote_code", "pretrain.precision"}  # tests/test_bases.py has code that is trusted
-MEASURING = [key for key in KEYS if STAGES[key.partition(".")[0]].is_measurement and key not in REFUSED]
+QUICK = ("study_trajectory", "claims")  # the others take seconds a key; tests/test_studies.py sees that they read each
+MEASURING = [
+    pytest.param(key, marks=() if key.startswith(QUICK) else pytest.mark.slow)
+    for key in KEYS
+    if STAGES[key.partition(".")[0]].is_measurement and key not in REFUSED
+]
 CHANGING = [
     key
     for key in KEYS
@@ -178,8 +183,16 @@ def made(project: Path, stage: str, overrides: Sequence[str]) -> dict[str, bytes
     return files
 
 
+@pytest.fixture(scope="module")
+def befores() -> dict[tuple[str, ...], dict[str, bytes]]:
+    """What a stage makes of a prepared copy of `brief`, by its name and overrides: many keys begin with the same."""
+    return {}
+
+
 @pytest.mark.parametrize("key", CHANGING)
-def test_a_changed_field_changes_what_its_stage_makes(project: Path, key: str) -> None:
+def test_a_changed_field_changes_what_its_stage_makes(
+    project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]]
+) -> None:
     stage, _ = key.split(".")
     beside = [f"{stage}.{one}" for one in of(WITH, key) or []]
     needs_toy = key in ("pretrain.base", "pretrain.dtype", "expand_vocab.special_tokens")
@@ -190,7 +203,11 @@ def test_a_changed_field_changes_what_its_stage_makes(project: Path, key: str) -
         beside += ["pretrain.base=toy", "expand_vocab.audit_data=english.txt"]
         made(project, "pretrain", beside)
     prepared(project)
-    before = made(project, stage, beside)
+    begun = (stage, *beside)
+    if begun not in befores:
+        befores[begun] = made(project, stage, beside)
+    before = befores[begun]
+    assert before
     assert made(project, stage, [*beside, f"{key}={of(OTHER, key)}"]) != before
 
 

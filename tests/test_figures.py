@@ -42,7 +42,7 @@ from pipeline.project.logs.run_log import read_steps
 from pipeline.project.params.sections import Init, load
 from pipeline.project.runner import Job
 from pipeline.project.stage_graph import STAGES, Project
-from tests.conftest import Lora
+from tests.conftest import Built, Lora
 from tests.support import BRIEF, folder_bytes, make, refusal
 
 Matrix = npt.NDArray[np.float64]
@@ -56,12 +56,14 @@ squares = arrays(np.float64, st.integers(10, 60), elements=st.floats(0, 9, width
 
 
 @pytest.fixture(scope="module")
-def figured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def figured(finished: Path, built: Built) -> Path:
     """The whole pipeline and its figures."""
-    root = tmp_path_factory.mktemp("figured") / "project"
-    shutil.copytree(finished, root)
-    make(root, ["figures"])
-    return root
+
+    def build(root: Path) -> None:
+        shutil.copytree(finished, root, dirs_exist_ok=True)
+        make(root, ["figures"])
+
+    return built("figured", build)
 
 
 def job_of(root: Path, overrides: Sequence[str] = ()) -> Job:
@@ -568,8 +570,8 @@ def test_numbers_on_a_map_can_be_read(share: float) -> None:
 # --- the command and its settings
 
 
-def test_lora_figures_says_what_each_shows_and_where_it_is(cli: Lora, figured: Path) -> None:
-    code, out, _ = cli("figures", cwd=figured)
+def test_lora_figures_says_what_each_shows_and_where_it_is(cli: Lora, figured: Path, tmp_path: Path) -> None:
+    code, out, _ = cli("figures", cwd=shutil.copytree(figured, tmp_path / "project"))
     assert code == 0
     flat = " ".join(out.split())
     about = json.loads((figured / "artifacts/figures/manifest.json").read_text(encoding="utf-8"))["figures"]

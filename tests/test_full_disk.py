@@ -2,12 +2,10 @@
 
 import errno
 import re
-import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,22 +19,11 @@ from pipeline.project.params.sections import load
 from pipeline.project.stage_graph import Project
 from pipeline.project.status import Status
 from tests.bases import toy_checkpoint
-from tests.support import BRIEF, lora, new_project
+from tests.support import BRIEF, files_up_to, lora, new_project
 from tui.services import pipeline_process
 from tui.services.pipeline_process import Runner
 
 FULL_ERROR = "No space left on device. Free some space."
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes: writing past it fails as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

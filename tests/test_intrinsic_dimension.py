@@ -22,7 +22,7 @@ from pipeline.project.params.sections import FinetuneFull
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, optimizer_of, steps
 from pipeline.training.optimizer import FlatAdam
-from tests.conftest import Lora
+from tests.conftest import Built, Lora
 from tests.support import make, refusal
 
 SETTINGS = FinetuneFull(epochs=20, learning_rate=1e-3)
@@ -137,13 +137,15 @@ def test_more_dimensions_learn_more_and_a_dense_projection_learns_as_much() -> N
 
 
 @pytest.fixture(scope="module")
-def studied(brief: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def studied(brief: Path, built: Built) -> Path:
     """The study of one seed, and full fine-tuning of that seed by its own stage, as the document has it."""
-    root = tmp_path_factory.mktemp("dimension") / "project"
-    shutil.copytree(brief, root)
-    given = ["study_intrinsic_dimension.seeds=[0]", "study_intrinsic_dimension.dimensions=[64, 256, 1024]"]
-    make(root, ["finetune_full", "study_intrinsic_dimension"], given)
-    return root
+
+    def build(root: Path) -> None:
+        shutil.copytree(brief, root, dirs_exist_ok=True)
+        given = ["study_intrinsic_dimension.seeds=[0]", "study_intrinsic_dimension.dimensions=[64, 256, 1024]"]
+        make(root, ["finetune_full", "study_intrinsic_dimension"], given)
+
+    return built("dimension", build)
 
 
 def table_of(root: Path, name: str) -> list[dict[str, Cell]]:

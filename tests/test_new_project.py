@@ -1,9 +1,6 @@
 """`lora new`: a project in a folder of its own, which DVC runs wherever it lies."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,17 +12,7 @@ from pipeline.project.params.sections import load
 from pipeline.project.stage_graph import STAGES, Project
 from tests import families
 from tests.conftest import Lora
-from tests.support import BRIEF, ROOT, folder_bytes, git
-
-
-def dvc(folder: Path, *arguments: str) -> str:
-    """`dvc …` in a project, whose stages run this code."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
-    command = [sys.executable, "-m", "dvc", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from tests.support import GIVEN, ROOT, dvc, folder_bytes, git
 
 
 def params_of(folder: Path, text: str, *data: str) -> Path:
@@ -61,15 +48,21 @@ def test_a_new_project_is_what_dvc_needs_and_nothing_of_it_is_ever_overwritten(c
     assert [path.read_text(encoding="utf-8") for path in mine] == ["mine", "mine"]
 
 
-def test_inside_a_repository_that_ignores_it_dvc_lists_every_stage_and_would_run_the_first(
+def test_inside_a_repository_that_ignores_it_dvc_lists_every_stage_and_runs_the_first_again_for_other_code(
     cli: Lora, tmp_path: Path
 ) -> None:
     git(tmp_path, "init", "-q")
     (tmp_path / ".gitignore").write_text("/project/\n", encoding="utf-8")
     assert cli("new", "project", cwd=tmp_path)[0] == 0
-    listed = dvc(tmp_path / "project", "stage", "list", "--name-only").split()
-    assert listed == list(STAGES)
-    assert "> lora pretrain\n" in dvc(tmp_path / "project", "repro", "--dry", "pretrain")
+    folder = tmp_path / "project"
+    save(folder / "params.yaml", GIVEN)
+    listed, ran, again = dvc(folder, "stage list --name-only", "repro pretrain", "repro pretrain")
+    assert listed.split() == list(STAGES)
+    assert "> lora pretrain\n" in ran and (folder / "artifacts/base/manifest.json").is_file()
+    assert "Stage 'pretrain' didn't change, skipping" in again
+    codes = (folder / "code.yaml").read_text(encoding="utf-8")
+    (folder / "code.yaml").write_text(codes.replace("pretrain: ", "pretrain: 0"), encoding="utf-8")
+    assert "Running stage 'pretrain'" in dvc(folder, "repro --dry pretrain")[0]
 
 
 def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora, tmp_path: Path) -> None:
@@ -200,11 +193,12 @@ def test_dvc_runs_a_new_project_in_a_folder_of_its_own(cli: Lora, tmp_path: Path
     assert cli("new", "project", cwd=tmp_path)[0] == 0
     folder = tmp_path / "project"
     params = folder / "params.yaml"
-    save(params, {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in BRIEF)})
-    assert (dvc(folder, "repro")).count("Running stage") == len(STAGES)
+    save(params, GIVEN)
+    ran, again = dvc(folder, "repro", "repro")
+    assert ran.count("Running stage") == len(STAGES)
     assert (folder / "artifacts/evaluation/report.md").is_file()
-    assert "Data and pipelines are up to date" in dvc(folder, "repro")
+    assert "Data and pipelines are up to date" in again
     (folder / "code.yaml").write_text(
         (folder / "code.yaml").read_text(encoding="utf-8").replace("merge: ", "merge: 0"), encoding="utf-8"
     )
-    assert "Running stage 'merge'" in dvc(folder, "repro")
+    assert "Running stage 'merge'" in dvc(folder, "repro")[0]

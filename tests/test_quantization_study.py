@@ -15,19 +15,21 @@ from pipeline.inference import engine
 from pipeline.inference.score import EvalScores, score
 from pipeline.models.quantization.quantized_linear import quantizable
 from pipeline.project.params.sections import Quantization
-from tests.conftest import Lora
+from tests.conftest import Built, Lora
 from tests.support import BRIEF, ROOT, make, refusal
 
 STUDY = "artifacts/studies/quantization"
 
 
 @pytest.fixture(scope="module")
-def studied(brief: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def studied(brief: Path, built: Built) -> Path:
     """A base that was trained as the document's, and the study of it alone."""
-    root = tmp_path_factory.mktemp("quantization") / "project"
-    shutil.copytree(brief, root)
-    make(root, ["pretrain", "study_quantization"], ["study_quantization.seeds=[0]"])
-    return root
+
+    def build(root: Path) -> None:
+        shutil.copytree(brief, root, dirs_exist_ok=True)
+        make(root, ["pretrain", "study_quantization"], ["study_quantization.seeds=[0]"])
+
+    return built("quantization", build)
 
 
 def rows_of(root: Path, table: str) -> dict[str, dict[str, Cell]]:

@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
 from pipeline.data.examples import read_examples, read_prompts
 from pipeline.inference import engine
 from pipeline.inference.score import score, score_answers
@@ -28,7 +26,6 @@ def corrected(root: Path, weight: float) -> tuple[list[bool], list[bool], float]
     return change, keep, score(tuned, examples, score(base, examples)).divergence
 
 
-@pytest.mark.slow
 def test_the_correction_is_learned_and_moves_the_rest_by_less_than_half(finished: Path, tmp_path: Path) -> None:
     root = tmp_path / "project"
     shutil.copytree(finished, root)

@@ -16,7 +16,7 @@ from pipeline.document.studies.spectrum import _spectra
 from pipeline.document.studies.spectrum_tables import energy
 from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.weights.spectrum import Measured
-from tests.conftest import Lora
+from tests.conftest import Built, Lora
 from tests.models import checkpoint
 from tests.support import make
 
@@ -24,12 +24,15 @@ STUDY = "artifacts/studies/spectrum"
 
 
 @pytest.fixture(scope="module")
-def studied(brief: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def studied(brief: Path, built: Built) -> Path:
     """The study of two seeds, and full fine-tuning of the first by its own stage, as the document has it."""
-    root = tmp_path_factory.mktemp("spectrum") / "project"
-    shutil.copytree(brief, root)
-    make(root, ["finetune_full", "study_spectrum"], ["study_spectrum.seeds=[0, 1]", "study_spectrum.extracted=[2, 64]"])
-    return root
+
+    def build(root: Path) -> None:
+        shutil.copytree(brief, root, dirs_exist_ok=True)
+        given = ["study_spectrum.seeds=[0, 1]", "study_spectrum.extracted=[2, 64]"]
+        make(root, ["finetune_full", "study_spectrum"], given)
+
+    return built("spectrum", build)
 
 
 def rows_of(root: Path, table: str, *keys: str) -> dict[tuple[str, ...], dict[str, Cell]]:

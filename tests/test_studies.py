@@ -5,9 +5,12 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -56,8 +59,31 @@ def probability(loaded: engine.LoadedModel, prompt: str, word: str) -> float:
     return float(engine.next_probabilities(loaded, prompt)[token])
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The settings that studies read, as section.key: what checks them, or names them in a manifest, does not count."""
+    keys = set[str]()
+
+    def watched(name: str, section: type) -> None:
+        plain: Any = section.__getattribute__
+
+        def getting(self: object, key: str) -> object:
+            if sys._getframe(1).f_globals["__name__"].startswith("pipeline.studies."):
+                keys.add(f"{name}.{key}")
+            return plain(self, key)
+
+        monkeypatch.setattr(section, "__getattribute__", getting)
+
+    for name, section in get_type_hints(Params).items():
+        if name in STUDIES:
+            watched(name, section)
+    return keys
+
+
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_is_tables_a_picture_and_a_paragraph_the_same_twice(studied: Path, tmp_path: Path, name: str) -> None:
+def test_a_study_reads_each_setting_and_is_tables_a_picture_and_a_paragraph_the_same_twice(
+    studied: Path, tmp_path: Path, name: str, read: set[str]
+) -> None:
     root = tmp_path / "project"
     shutil.copytree(studied, root, ignore=shutil.ignore_patterns("runs"))
     before = folder_bytes(root / STAGES[name].path)
@@ -70,6 +96,7 @@ def test_a_study_is_tables_a_picture_and_a_paragraph_the_same_twice(studied: Pat
     make(root, [name], BRIEF, force=True)
     assert folder_bytes(root / STAGES[name].path) == before
     assert not (root / "runs" / name / "parts").exists()
+    assert {f"{name}.{each.name}" for each in fields(get_type_hints(Params)[name])} <= read
 
 
 def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(studied: Path, project: Path) -> None:

@@ -2,14 +2,18 @@
 
 import math
 import re
+import shlex
 import shutil
 from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
+from cli import console
 from docs.tour import PAGE, run, typed
-from tests.support import PIPELINE, ROOT, WORK, make, new_project
+from pipeline.project.params.edit import save
+from tests.conftest import Built, Lora
+from tests.support import GIVEN, ROOT, WORK, make, new_project
 
 NUMBER = re.compile(r"[-+±]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
 BARS = re.compile("[█▏▎▍▌▋▊▉]+")
@@ -17,13 +21,16 @@ COMMANDS = list(typed(PAGE.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")
-def toured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toured(built: Built) -> Path:
     """A project with all that the tour reads; what `make repro` made here is taken from its cache."""
-    root = new_project(tmp_path_factory.mktemp("tour") / "project")
-    if (ROOT / ".lora-cache").is_dir():
-        shutil.copytree(ROOT / ".lora-cache", root / ".lora-cache")
-    make(root, [*PIPELINE, *(name for name in WORK if name not in PIPELINE)])
-    return root
+
+    def build(root: Path) -> None:
+        new_project(root)
+        if (ROOT / ".lora-cache").is_dir():
+            shutil.copytree(ROOT / ".lora-cache", root / ".lora-cache")
+        make(root, list(WORK))
+
+    return built("tour", build)
 
 
 def same(one: str, other: str) -> bool:
@@ -57,6 +64,28 @@ def test_numbers_may_be_near_and_words_may_not_differ() -> None:
     assert not same("loss 0.231 ±0.002", "loss 0.9 ±0.002")
     assert not same("tisch 98%", "sofa 98%")
     assert not same("a b", "a b c")
+
+
+def test_the_program_has_every_command_of_the_tour_and_calculates_what_the_page_shows(
+    cli: Lora, studied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a project that was trained briefly: only the numbers of `lora calc` are the page's."""
+    root = shutil.copytree(studied, tmp_path / "project", ignore=shutil.ignore_patterns("runs"))
+    save(root / "params.yaml", GIVEN)
+    monkeypatch.setattr(console.stdout, "width", 80)
+    calculated = 0
+    for command, shown in COMMANDS:
+        program, *words = shlex.split(command.partition(" | ")[0])
+        if program != "lora":
+            assert run(command, root), command
+            continue
+        code, out, err = cli(*words, cwd=root)
+        assert (code, bool(out)) == (0, True), f"{command}\n{err}"
+        if words[0] == "calc":
+            calculated += 1
+            lines = shown.splitlines()
+            assert [line.rstrip() for line in out.splitlines()][: len(lines)] == lines, command
+    assert calculated >= 4
 
 
 @pytest.mark.slow

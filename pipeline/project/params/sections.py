@@ -304,7 +304,10 @@ def parse(text: str, path: Path, overrides: Sequence[str] = ()) -> Params:
 
 def _tree(text: str, path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(text, _UniqueKeys)
+        try:
+            tree = yaml.load(text, _UniqueKeysInC)
+        except yaml.YAMLError:  # its message does not quote the line
+            tree = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -312,7 +315,7 @@ def _tree(text: str, path: Path) -> dict[str, Any]:
     return tree
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _Unique(yaml.constructor.SafeConstructor):
     """PyYAML keeps the last of two equal keys in silence; a params file must not."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -323,6 +326,15 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class _UniqueKeys(_Unique, yaml.SafeLoader):
+    pass
+
+
+# Every command reads the params, which takes a tenth of the time in C. Not every build of PyYAML has it.
+class _UniqueKeysInC(_Unique, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    pass
 
 
 def _apply(tree: dict[str, Any], override: str) -> str:
