@@ -80,6 +80,7 @@ class Workbench(App[None]):
         self.runner = Runner(self.root)
         self.state = State.load(state_path())
         self.inference: Inference | None = None  # the adapters screen makes it
+        self.first_screen = "pipeline"  # the screen that is opened at the start
         self.said: deque[Message] = deque(maxlen=1000)
         super().__init__()
         self._typed = Typed(self, super().on_event)
@@ -89,7 +90,7 @@ class Workbench(App[None]):
         self.theme_changed_signal.subscribe(self, lambda _: self._remember_theme())
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
-        self.switch_mode("pipeline")
+        self.switch_mode(self.first_screen)
 
     async def on_event(self, event: Event) -> None:
         """Keys wait for the keys before them; all else goes its way."""

@@ -7,11 +7,28 @@ from typing import Any
 
 from textual.pilot import Pilot
 
+SOON = 0.02  # seconds: a picture is drawn at most 1/60 s after it was asked for
+
+
+async def idle(*_: float, most: float = 1.0) -> None:
+    """Wait until the app has nothing to do: no callback is left, nor one of a timer that is due soon."""
+    loop: Any = asyncio.get_running_loop()
+    end = loop.time() + most
+    while loop.time() < end:
+        await asyncio.sleep(0)
+        if loop._ready:
+            continue
+        due = [timer.when() for timer in loop._scheduled if not timer.cancelled()]
+        first = min(due, default=end) - loop.time()
+        if first > SOON:
+            return
+        await asyncio.sleep(first)
+
 
 async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 60) -> None:
     """Wait until something holds, as a user would who looks at the screen."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not come to hold in time"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.005)
     await pilot.pause()

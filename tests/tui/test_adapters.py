@@ -113,11 +113,10 @@ async def opened(
     root: Path, count: int = len(MODELS), size: tuple[int, int] = (80, 24), **engine: Any
 ) -> AsyncIterator[Session]:
     app = Workbench(root / "params.yaml")
+    app.first_screen = "adapters"
+    app.inference = fake = FakeInference(**engine)
     async with app.run_test(size=size) as pilot:
-        app.inference = fake = FakeInference(**engine)
-        await pilot.press("4")
         session = Session(pilot, fake)
-        await until(pilot, lambda: isinstance(app.screen, AdaptersScreen))
         await session.checked(count)
         yield session
 
@@ -243,13 +242,16 @@ async def test_strength_moves_by_key_and_asks_again_with_the_newest_value_only(b
         await s.point("lora")
         await s.ask("die katze")
         await s.answered()
-        await s.press(*["left_square_bracket"] * 20)
+        slider = s.screen.query_one(Slider)
+        slider.value = 0.2
+        await s.press(*["left_square_bracket"] * 6)
         await until(s.pilot, lambda: "50.0" in s.text(TopK))
-        assert s.screen.query_one(Slider).value == 0
+        assert slider.value == 0
         asked = s.engine.done("top_k")
         assert list(asked[-1]["strength"].values()) == [0.0]
-        assert len(asked) <= 21
-        await s.press(*["right_square_bracket"] * 50)
+        assert len(asked) <= 8
+        slider.value = 1.9
+        await s.press(*["right_square_bracket"] * 4)
         await until(s.pilot, lambda: "lora ×2.00" in s.text(TopK))
         assert s.screen.talk.newest is not None
         assert s.screen.talk.newest.answers[0].title == "lora"  # what was asked stays as it was asked
@@ -509,23 +511,25 @@ async def test_copy_takes_the_last_answer(brief: Path) -> None:
         assert s.app.clipboard == "die katze tisch und stuhl"
 
 
-@pytest.mark.parametrize("name", ["t.md", "t.jsonl"])
-async def test_a_transcript_has_every_exchange(project: Path, name: str) -> None:
+async def test_a_transcript_has_every_exchange(project: Path) -> None:
     async with opened(project) as s:
         for prompt in ("eins", "zwei"):
             await s.ask(prompt)
             await s.answered()
-        await s.press("w")
-        await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
-        s.app.screen.query_one(Input).value = name
-        await s.press("enter")
-        await until(s.pilot, lambda: (project / name).exists())
-        text = (project / name).read_text(encoding="utf-8")
-        if name == "t.jsonl":
-            assert [json.loads(line)["prompt"] for line in text.splitlines()] == ["eins", "zwei"]
-        else:
-            assert "## eins" in text
-            assert "- **base**: zwei tisch und stuhl" in text
+
+        async def transcript(name: str) -> str:
+            await s.press("w")
+            await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
+            s.app.screen.query_one(Input).value = name
+            await s.press("enter")
+            await until(s.pilot, lambda: (project / name).exists())
+            return (project / name).read_text(encoding="utf-8")
+
+        lines = (await transcript("t.jsonl")).splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == ["eins", "zwei"]
+        text = await transcript("t.md")
+        assert "## eins" in text
+        assert "- **base**: zwei tisch und stuhl" in text
 
 
 async def test_a_full_disk_on_save_is_one_message_and_leaves_nothing(

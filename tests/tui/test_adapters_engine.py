@@ -19,22 +19,19 @@ from tests.bases import toy_checkpoint
 from tests.tui.support import until
 from tests.tui.test_adapters import Session
 from tui.app import Workbench
-from tui.screens.adapters.screen import AdaptersScreen
 from tui.screens.adapters.session.transcript import Answer
 from tui.screens.adapters.widgets.engine_bar import EngineBar
 from tui.screens.adapters.widgets.top_k import TopK
 from tui.widgets.slider import Slider
 
-pytestmark = pytest.mark.slow
 PROMPT = "die katze sitzt auf dem"
 
 
 @asynccontextmanager
-async def opened(root: Path, count: int = len(VARIANTS) + 4) -> AsyncIterator[Session]:
+async def opened(root: Path, count: int = len(VARIANTS) + 2) -> AsyncIterator[Session]:
     app = Workbench(root / "params.yaml")
+    app.first_screen = "adapters"
     async with app.run_test(size=(120, 40)) as pilot:
-        await pilot.press("4")
-        await until(pilot, lambda: isinstance(app.screen, AdaptersScreen))
         session = Session(pilot)
         await session.checked(count)
         yield session
@@ -47,11 +44,11 @@ async def answers(s: Session, prompt: str) -> list[Answer]:
     return s.screen.talk.newest.answers
 
 
-async def test_answers_are_those_of_the_library(finished: Path) -> None:
-    async with opened(finished) as s:
+async def test_answers_are_those_of_the_library(brief: Path) -> None:
+    async with opened(brief) as s:
         await s.press("u")
         found = {answer.name: answer for answer in await answers(s, PROMPT)}
-    folder = finished / "artifacts"
+    folder = brief / "artifacts"
     for name, loaded in {
         "base": load(folder / "base"),
         "full": load(folder / "full_finetuned"),
@@ -64,6 +61,7 @@ async def test_answers_are_those_of_the_library(finished: Path) -> None:
             assert probability == pytest.approx(choice.probability, abs=1e-5)
 
 
+@pytest.mark.slow
 async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) -> None:
     """Text with its own spaces, in a chat too, and attention over as many tokens as are shown."""
     folder = project / "artifacts/toy"
@@ -100,8 +98,9 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
             await s.screen.talk.asker.attention(entry, text + " euro.", 1.0, False, 1, 3)
 
 
-async def test_strength_0_is_the_base_and_1_the_adapter(finished: Path) -> None:
-    async with opened(finished) as s:
+@pytest.mark.slow
+async def test_strength_0_is_the_base_and_1_the_adapter(brief: Path) -> None:
+    async with opened(brief) as s:
         await s.press("u")
         before = await answers(s, PROMPT)
         expanded, lora = before[1], before[5]
@@ -112,15 +111,16 @@ async def test_strength_0_is_the_base_and_1_the_adapter(finished: Path) -> None:
         assert probed[5].of["tisch"] == pytest.approx(lora.of["tisch"], abs=1e-6)
 
 
-async def test_unknown_words_and_long_prompts_are_said_in_each_column(finished: Path) -> None:
-    async with opened(finished) as s:
+@pytest.mark.slow
+async def test_unknown_words_and_long_prompts_are_said_in_each_column(brief: Path) -> None:
+    async with opened(brief) as s:
         await s.press("u")
         assert all("wortlos" in answer.error for answer in await answers(s, "die wortlos"))
         assert all(re.search("takes (32|24)", answer.error) for answer in await answers(s, "die " * 40))
 
 
-async def test_a_killed_engine_is_said_and_the_next_prompt_starts_a_fresh_one(finished: Path) -> None:
-    async with opened(finished) as s:
+async def test_a_killed_engine_is_said_and_the_next_prompt_starts_a_fresh_one(brief: Path) -> None:
+    async with opened(brief) as s:
         await s.press("u")
         first = await answers(s, PROMPT)
         engine = s.app.inference
@@ -133,14 +133,15 @@ async def test_a_killed_engine_is_said_and_the_next_prompt_starts_a_fresh_one(fi
         os.kill(pid, signal.SIGKILL)
         await until(s.pilot, lambda: s.screen.query_one(EngineBar).state == "died")
         assert "it was killed" in s.said()
-        assert len(s.screen.entries) == len(VARIANTS) + 4
+        assert len(s.screen.entries) == len(VARIANTS) + 2
         again = await answers(s, PROMPT)
         assert [answer.text for answer in again] == [answer.text for answer in first]
         assert engine.pid != pid
 
 
-async def test_an_engine_that_hangs_is_interrupted_at_once(finished: Path) -> None:
-    async with opened(finished) as s:
+@pytest.mark.slow
+async def test_an_engine_that_hangs_is_interrupted_at_once(brief: Path) -> None:
+    async with opened(brief) as s:
         await answers(s, PROMPT)
         engine = s.app.inference
         assert engine is not None
@@ -157,14 +158,15 @@ async def test_an_engine_that_hangs_is_interrupted_at_once(finished: Path) -> No
 async def test_an_adapter_on_another_base_is_refused_with_the_reason(project: Path) -> None:
     shutil.rmtree(project / "artifacts/expanded")
     shutil.copytree(project / "artifacts/full_finetuned", project / "artifacts/expanded")
-    async with opened(project, len(VARIANTS) + 2) as s:
+    async with opened(project) as s:
         await s.point("lora")
         assert "was trained on another base" in s.details()
         assert "was trained on another base" in (await answers(s, PROMPT))[0].error
 
 
-async def test_the_spectrum_is_measured_by_itself_once_the_engine_is_warm(finished: Path) -> None:
-    async with opened(finished) as s:
+@pytest.mark.slow
+async def test_the_spectrum_is_measured_by_itself_once_the_engine_is_warm(brief: Path) -> None:
+    async with opened(brief) as s:
         await answers(s, PROMPT)
         await s.press("escape", "escape")
         await s.point("lora")

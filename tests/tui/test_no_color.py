@@ -42,20 +42,19 @@ def colors(app: Workbench) -> set[str]:
     return {color for color in drawn if Color.parse(color).hsl[1] > 0.1}
 
 
-@pytest.mark.parametrize("size", [(60, 16), (80, 24), (160, 50)])
-async def test_every_screen_is_drawn_without_colors(watched: Path, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("name", SCREENS)
+async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) -> None:
     app = Workbench(watched / "params.yaml")
-    app.inference = FakeInference()
-    async with app.run_test(size=size) as pilot:
-        for number, name in enumerate(SCREENS, 1):
-            await pilot.press(str(number))
-            await until(pilot, lambda name=name: getattr(app.screen, "NAME", "") == name)  # type: ignore[misc]
-            if name == "curves":
-                await until(pilot, lambda: any(chart.shown.x != (0, 1) for chart in app.screen.query(LossChart)))
-            assert not colors(app)
-            for key in ("tab", "tab", "down", "l", "m", "escape"):
-                await pilot.press(key)
-            assert not colors(app)
+    app.first, app.inference = name, FakeInference()
+    async with app.run_test(size=(80, 24)) as pilot:
+        if name == "curves":
+            await until(pilot, lambda: any(chart.shown.x != (0, 1) for chart in app.screen.query(LossChart)))
+        assert not colors(app)
+        await pilot.press("tab", "tab", "down", "l", "m", "escape")
+        for size in ((80, 24), (60, 16), (160, 50)):
+            await pilot.resize_terminal(*size)
+            await pilot.pause()
+            assert not colors(app), size
 
 
 async def _weights(layer: int, head: int) -> dict[str, Any]:
@@ -74,7 +73,7 @@ DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("size", [(60, 16), (120, 40)])
+@pytest.mark.parametrize("size", [(60, 16), pytest.param((120, 40), marks=pytest.mark.slow)])
 async def test_every_dialog_is_drawn_without_colors(watched: Path, size: tuple[int, int]) -> None:
     app = Workbench(watched / "params.yaml")
     async with app.run_test(size=size) as pilot:

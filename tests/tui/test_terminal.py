@@ -16,7 +16,7 @@ from tests.models import checkpoint
 from tests.support import LORA, git, new_project
 from tests.tui.terminal import Terminal, lora_tui, needs_tmux
 
-pytestmark = [needs_tmux, pytest.mark.slow]
+pytestmark = needs_tmux
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def steps(folder: Path) -> int:
     return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_from_an_empty_project_a_run_is_started_watched_resized_stopped_and_resumed(clone: Path) -> None:
     with lora_tui(clone) as terminal:
         terminal.see("○ pretrain         not made yet", "r Run all", "q Quit")
@@ -94,6 +95,7 @@ def chart(screen: str) -> list[str]:
     return re.findall("[⠀-⣿]+", screen)
 
 
+@pytest.mark.slow
 def test_what_is_typed_in_one_burst_is_handled_in_order(tmp_path: Path) -> None:
     """As a slow line delivers it: keys of bindings (arrows, Enter, Tab, Ctrl+U) among letters."""
     root = new_project(tmp_path / "project")
@@ -122,6 +124,7 @@ def test_qwen3_is_calculated_and_changed_by_keys(tmp_path: Path) -> None:
         terminal.see("pinned")
 
 
+@pytest.mark.slow
 def test_lora_is_prompted_beside_base_again_after_a_kill_and_swapped_for_another_adapter(worked: Path) -> None:
     shutil.copytree(worked / "artifacts/lora_adapter", worked / "artifacts/second")
     with lora_tui(worked, (120, 40)) as terminal:
@@ -174,6 +177,7 @@ def child(project: Path) -> int:
     raise AssertionError("no inference process")
 
 
+@pytest.mark.slow
 def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
     checkpoint(worked / "artifacts/endless", max_positions=16_384)
     with lora_tui(worked, (120, 40)) as terminal:
@@ -203,6 +207,7 @@ def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
         terminal.see("engine ready", seconds=3)  # all 10,000 take ten times as long
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_hangup", ["continue", "stop"])
 def test_a_closed_terminal_leaves_the_training_or_stops_it_as_configured(worked: Path, on_hangup: str) -> None:
     config = worked / ".home/lora-workbench/tui.yaml"

@@ -18,7 +18,6 @@ import pytest
 aiohttp = pytest.importorskip("aiohttp")
 pytest.importorskip("aiohttp.web")
 pytest.importorskip("textual_serve")
-pytestmark = pytest.mark.slow
 
 LORA_TUI = [sys.executable, "-m", "tui", "--web", "--port"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
@@ -109,6 +108,7 @@ async def test_everything_else_is_forbidden(served: Served) -> None:
             assert refused.value.status == 403, name
 
 
+@pytest.mark.slow
 async def test_the_screenshot_of_the_palette_is_downloaded_once_by_its_key(served: Served) -> None:
     async with aiohttp.ClientSession() as session, session.ws_connect(f"{served.url}ws?width=100&height=30") as it:
         await painted(it, "finetune_lora")
@@ -127,6 +127,7 @@ async def test_the_screenshot_of_the_palette_is_downloaded_once_by_its_key(serve
         assert (await session.get(address)).status == 403
 
 
+@pytest.mark.slow
 async def test_ctrl_c_ends_it_and_the_apps_behind_it_without_a_traceback(served: Served) -> None:
     async with aiohttp.ClientSession() as session, session.ws_connect(f"{served.url}ws?width=100&height=30") as it:
         await painted(it, "finetune_lora")
@@ -199,6 +200,7 @@ CONNECT = """new Promise(done => {
 })"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 async def test_chromium_shows_the_app_and_lets_no_other_page_connect(served: Served, tmp_path: Path) -> None:
     address = f"ws://localhost:{served.port}{served.path}ws"

@@ -67,6 +67,7 @@ class CurvesScreen(WorkbenchScreen):
         self._opened: set[str] = set()  # sweeps whose adapters are listed
         self._pointed = ""  # the one of these that the highlight is on
         self._reading = False
+        self._diverging = False  # whether the footer offers the panel of divergence
         self._drawn_at = self._spent = 0.0  # seconds of the clock and of this process, at the last picture
 
     def body(self) -> Iterable[Widget]:
@@ -141,7 +142,9 @@ class CurvesScreen(WorkbenchScreen):
                 chart.draw([line.curve(name, x, chart.columns) for line in shown], view)
         self.query_one("#mode", Static).update(mode(self.window, self.runs.smoothing, shown))
         self._list()
-        self.refresh_bindings()
+        if self._diverging != has(self.runs.drawn(), "divergence"):  # each refresh builds the footer anew: not per key
+            self._diverging = not self._diverging
+            self.refresh_bindings()
 
     def _lines(self) -> list[Line]:
         return lines(self.runs.drawn(), self.runs.looks, self._pointed)

@@ -137,6 +137,12 @@ class _Fields(VerticalScroll, can_focus=False):
         if isinstance(focused, ParamInput) and focused in inputs:
             self.screen.set_focus(inputs[min(max(inputs.index(focused) + by, 0), len(inputs) - 1)])
 
+    def on_resize(self) -> None:
+        """Where the text below took some of the lines, the field that is edited stays in sight."""
+        focused = self.screen.focused
+        if isinstance(focused, ParamInput) and self in focused.ancestors:
+            focused.scroll_visible(animate=False)
+
 
 class ParamForm(Vertical):
     """`show` fills it; `Saved` asks for a value to be written."""

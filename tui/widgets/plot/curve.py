@@ -86,8 +86,9 @@ def range_of(curves: Iterable[Curve]) -> Range:
 
 
 def possible(range_: Range) -> bool:
+    """Whether a chart can draw it: wider than rounding, and narrow enough to be multiplied with the chart's cells."""
     low, high = range_
-    return isfinite(high - low) and high - low > 1e-9 * max(abs(low), abs(high))
+    return isfinite((high - low) * 1e6) and high - low > 1e-9 * max(abs(low), abs(high))
 
 
 def between(one: Column, other: Column) -> Column:
