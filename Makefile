@@ -50,7 +50,7 @@ smollm2: $(VENV)/.installed-real   ## the whole pipeline on a real model, in pro
 	@cd smollm2 && dvc repro evaluate study_knowledge_correction && lora report
 
 check-smollm2: install-dev         ## whether it shows what it is meant to
-	@pytest -n 2 tests/test_smollm2.py
+	@pytest -n 2 tests/journeys/test_smollm2.py
 
 $(SMOLLM2): | $(VENV)/.installed-real
 	@mkdir -p $(DOWNLOADS)

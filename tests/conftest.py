@@ -18,9 +18,9 @@ from hypothesis import settings
 from cli.main import main
 from pipeline.files import digest_cache
 from pipeline.project import provenance
-from tests import standin
-from tests.models import checkpoint
-from tests.support import BRIEF, PIPELINE, ROOT, WORK, git, make, new_project
+from tests.helpers import fake_accelerator
+from tests.helpers.checkpoints import checkpoint
+from tests.helpers.projects import BRIEF, PIPELINE, ROOT, WORK, git, make, new_project
 
 # The same examples each time, so that a run can be repeated; `--hypothesis-profile=search` looks for new ones.
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
@@ -29,7 +29,7 @@ settings.load_profile("default")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tests run side by side on few cores
-STANDIN = standin.register()  # before any test computes: autograd counts devices at its first backward
+STANDIN = fake_accelerator.register()  # before any test computes: autograd counts devices at its first backward
 
 # The code does not change while tests run: finding it and asking git for its commit takes longer than a brief training.
 provenance.code_files = cache(provenance.code_files)
@@ -171,7 +171,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="session")
 def family(built: Built) -> Callable[[str], Path]:
     """A family's project by name, every stage run, embeddings in full. Read it; do not write to it."""
-    from tests import families  # with transformers, which most tests do without
+    from tests.helpers import families  # with transformers, which most tests do without
 
     def project(name: str) -> Path:
         kind = families.FAMILIES[name]

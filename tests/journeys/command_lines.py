@@ -28,7 +28,7 @@ from cli.main import app
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.text import OBEYED
-from tests.forked import Forked
+from tests.helpers.process import Forked
 
 LONGEST = 20.0  # seconds
 TRAINS = ("pretrain", "scratch", "finetune", "study")  # may take as long as their params say
@@ -198,7 +198,7 @@ def _wrong(root: Path, project: Path, words: list[str], code: int, errors: str, 
 
 def main() -> int:
     """Runs the command lines and prints a summary; the exit code is the number of those that went wrong, up to 99."""
-    from tests.support import BRIEF, PIPELINE, make, new_project
+    from tests.helpers.projects import BRIEF, PIPELINE, make, new_project
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)

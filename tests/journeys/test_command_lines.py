@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.projects import BRIEF
 from tests.journeys.command_lines import commands, drawn, outcomes, run, spoil, write_params
-from tests.support import BRIEF
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_every_command_is_drawn_and_the_same_seed_draws_the_same() -> None:
 def test_each_kind_of_fault_is_noticed(spoilt: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str) -> None:
     """The command is replaced, in the process that runs it, by one with this fault."""
     (spoilt / "fault.py").write_text(fault)
-    monkeypatch.setattr("tests.forked._run", _faulty)
+    monkeypatch.setattr("tests.helpers.process._run", _faulty)
     outcome = run(spoilt, ["doctor"])
     assert outcome.wrong is not None and outcome.wrong.startswith(said), outcome
 

@@ -9,8 +9,8 @@ import pytest
 from textual.css.stylesheet import Stylesheet
 from textual.pilot import Pilot
 
-from tests.support import new_project
-from tests.tui.support import idle
+from tests.helpers.pilot import idle
+from tests.helpers.projects import new_project
 
 
 @pytest.fixture(autouse=True)

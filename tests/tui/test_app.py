@@ -12,8 +12,8 @@ import pytest
 from textual.widgets import Footer, Static
 
 from pipeline.errors import UserError
-from tests.support import ROOT
-from tests.tui.support import until
+from tests.helpers.pilot import until
+from tests.helpers.projects import ROOT
 from tui.app import Workbench
 from tui.config import Config, State, config_path, load_config, state_path
 from tui.registry import SCREENS

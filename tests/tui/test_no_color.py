@@ -9,9 +9,9 @@ import pytest
 from textual.color import Color
 from textual.screen import Screen
 
-from tests.tui.engines import FakeInference
-from tests.tui.runs import write_measured, write_methods
-from tests.tui.support import until
+from tests.helpers.fake_engine import FakeInference
+from tests.helpers.pilot import until
+from tests.helpers.run_folders import write_measured, write_methods
 from tui.app import Workbench
 from tui.dialogs.help import HelpScreen
 from tui.dialogs.messages import MessagesScreen
@@ -45,7 +45,7 @@ def colors(app: Workbench) -> set[str]:
 @pytest.mark.parametrize("name", SCREENS)
 async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) -> None:
     app = Workbench(watched / "params.yaml")
-    app.first, app.inference = name, FakeInference()
+    app.first_screen, app.inference = name, FakeInference()
     async with app.run_test(size=(80, 24)) as pilot:
         if name == "curves":
             await until(pilot, lambda: any(chart.shown.x != (0, 1) for chart in app.screen.query(LossChart)))

@@ -14,7 +14,7 @@ from pipeline.files.text import OBEYED, printable
 from pipeline.models.load import Base, load_base, save_base
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from tests.conftest import Lora
-from tests.tui.support import until
+from tests.helpers.pilot import until
 from tui.app import Workbench
 
 LINK = "\x1b]8;;https://example.org\x07evil\x9b31m\u202e"  # a link that is never closed, red, and text turned round

@@ -13,8 +13,8 @@ from textual.widgets import Input
 
 from pipeline.project.params.sections import load
 from pipeline.project.stage_graph import STAGES
-from tests.tui.engines import FakeInference
-from tests.tui.support import until
+from tests.helpers.fake_engine import FakeInference
+from tests.helpers.pilot import until
 from tui.app import Workbench
 from tui.screens.adapters.screen import AdaptersScreen
 from tui.screens.pipeline.params_panel import ParamInput

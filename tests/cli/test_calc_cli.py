@@ -1,0 +1,317 @@
+"""`lora calc` as a user types it: one screen, one JSON document, CSV rows, and one line for what is wrong."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from pipeline.calc.fit import GIB
+from pipeline.calc.memory import predict
+from pipeline.calc.settings import LORA, FinetuningMethod, TrainingConfig
+from pipeline.calc.sources.open_model import built_in, entry, names
+from tests.conftest import Lora
+from tests.helpers.projects import lora
+
+QWEN = ("--model", "qwen3-8b", "--r", "8")
+
+
+def test_only_typer_rich_and_yaml_are_imported_on_the_way(tmp_path: Path) -> None:
+    code = "import sys; from cli.main import main\ntry: main()\nfinally: print(list(sys.modules), file=sys.stderr)"
+    for more in ([], ["--json"], ["--fit", "24"], ["--sweep", "rank=1,2"], ["--explain"], ["--document"], ["--list"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "calc", *QWEN, *more], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        loaded = {name.split(".")[0] for name in re.findall(r"'([\w.]+)'", done.stderr)}
+        allowed = set(sys.stdlib_module_names) | {"cli", "pipeline", "typer", "rich", "yaml", "__main__", "shellingham"}
+        extra = {name for name in loaded - allowed if not name.startswith("_")}
+        of_these = {"click", "typing_extensions", "markdown_it", "mdurl", "pygments", "annotated_doc", "cython_runtime"}
+        assert not extra - of_these, extra
+        assert not loaded & {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "dvc"}
+
+
+def test_the_one_screen_fits_80_columns_and_has_all_of_it(tmp_path: Path) -> None:
+    done = lora("calc", *QWEN, cwd=tmp_path, COLUMNS="80", TERMINAL_WIDTH="80")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 40
+    for text in (
+        "qwen3-8b  8,190,735,360 parameters (published: 8.2B)",
+        "LoRA r=8 on attention: 7,667,712 trainable, 0.09361%",
+        "by the document's rule (§3): 9,437,184; the document takes every projection",
+        "backward, loss",
+    ):
+        assert text in done.stdout
+    assert re.search(r"k_proj\s+4,096 → 1,024\s+8 × 4,096\s+1,024 × 8\s+36\s+1,474,560", done.stdout)
+    peak = next(line.split() for line in lines if line.startswith("peak"))
+    run = TrainingConfig(context=2**29)
+    expected = [
+        predict(built_in("qwen3-8b").shapes, LORA, r).peak
+        for r in (run, TrainingConfig(precision="nf4-dq", context=2**29))
+    ]
+    assert peak[3:] == [f"{size / GIB:.2f}" for size in expected]
+    full = next(line.split() for line in lines if line.startswith("full") and "·" in line)
+    assert full[1:] == ["·"] * 7 + ["●"] * 2 + ["·"] * 3 + ["●"], "61.54 GiB: 80 GB and more, and a Mac of 128"
+
+
+@pytest.mark.parametrize("width", ["60", "80", "200"])
+@pytest.mark.parametrize("model", ["qwen3-8b", "qwen3-235b-a22b", "minigpt", "gpt2", "roberta-large"])
+def test_no_number_is_cut_at_any_width(tmp_path: Path, width: str, model: str) -> None:
+    sequence = ("--seq", "32") if model == "minigpt" else ("--seq", "512")
+    done = lora("calc", "--model", model, *sequence, "--targets", "all-linear", cwd=tmp_path, COLUMNS=width)
+    wide = lora("calc", "--model", model, *sequence, "--targets", "all-linear", cwd=tmp_path, COLUMNS="300")
+    assert (done.returncode, wide.returncode) == (0, 0)
+    assert "…" not in done.stdout
+    digits = [Counter(re.findall(r"\d", text)) for text in (done.stdout, wide.stdout)]
+    assert digits[0] == digits[1], "every digit is there, on whatever line"
+
+
+def test_json_is_one_document_and_the_contract(cli: Lora, tmp_path: Path) -> None:
+    code, out, err = cli("calc", *QWEN, "--json", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    contract = ("model", "method", "rank", "alpha", "targets", "parameters", "projections", "adapter_bytes", "memory")
+    assert set(contract) <= found.keys()
+    assert (found["rank"], found["alpha"], found["scale"]) == (8, 8, 1)
+    rs = json.loads(cli("calc", *QWEN, "--alpha", "16", "--rslora", "--json", cwd=tmp_path)[1])
+    assert rs["scale"] == pytest.approx(16 / 8**0.5)
+    assert found["parameters"]["trainable_percent"] == 0.0936
+    assert found["memory"]["peak"] == predict(built_in("qwen3-8b").shapes, LORA, TrainingConfig(context=2**29)).peak
+    assert cli("calc", "--model", "qwen3-8b", "--rank", "8", "--json", cwd=tmp_path)[1] == out
+
+
+def test_csv_has_a_row_for_each_method(cli: Lora, tmp_path: Path) -> None:
+    _, out, _ = cli("calc", *QWEN, "--csv", cwd=tmp_path)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["method"] for row in rows] == ["full", "freeze", "LoRA", "QLoRA"]
+    parts = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
+    assert all(sum(int(row[part]) for part in parts) == int(row["peak"]) for row in rows)
+
+
+def test_every_question_answers_as_table_json_and_csv(cli: Lora, tmp_path: Path) -> None:
+    for question in (
+        ["--fit", "24"],
+        ["--fit", "2"],
+        ["--gpu", "rtx4090"],
+        ["--sweep", "rank=1,2,4,8,16,64"],
+        ["--sweep", "precision=bf16,nf4,gptq-g64"],
+        ["--explain"],
+        ["--document"],
+        ["--list"],
+    ):
+        code, table, err = cli("calc", *QWEN, *question, cwd=tmp_path)
+        assert (code, err) == (0, ""), question
+        assert table.strip()
+        assert json.loads(cli("calc", *QWEN, *question, "--json", cwd=tmp_path)[1])
+        assert len(list(csv.reader(io.StringIO(cli("calc", *QWEN, *question, "--csv", cwd=tmp_path)[1])))) > 1
+
+
+def test_fit_gives_the_largest_settings_and_what_to_change(cli: Lora, tmp_path: Path) -> None:
+    fits = json.loads(cli("calc", *QWEN, "--fit", "24", "--json", cwd=tmp_path)[1])
+    assert fits["fits"] and fits["changes"] == []
+    assert (fits["batch"], fits["precision"]) == (2, "bf16")
+    tight = json.loads(cli("calc", *QWEN, "--gpu", "rtx3060", "--json", cwd=tmp_path)[1])
+    assert not tight["fits"]
+    assert tight["changes"][0]["change"] == "--precision nf4-dq (QLoRA)"
+    _, out, _ = cli("calc", "--method", "full", "--gpu", "rtx4090", cwd=tmp_path)
+    assert "61.54 GiB does not fit" in out
+    assert "--method lora  → 19.91 GiB  fits" in out
+    _, out, _ = cli("calc", *QWEN, "--fit", "1", cwd=tmp_path)
+    assert "a larger device is needed: RTX 4060" in out
+
+
+def test_a_sweep_is_a_row_a_value(cli: Lora, tmp_path: Path) -> None:
+    rows = json.loads(cli("calc", *QWEN, "--sweep", "rank=1,2,4,8,16,64", "--json", cwd=tmp_path)[1])
+    assert [row["rank"] for row in rows] == [1, 2, 4, 8, 16, 64]
+    assert [row["trainable"] for row in rows] == [958_464 * rank for rank in (1, 2, 4, 8, 16, 64)]
+    _, out, _ = cli("calc", *QWEN, "--sweep", "sequence=512,4096", cwd=tmp_path)
+    assert re.search(r"4096\s+7,667,712\s+0.0936\s+[\d.]+ GiB\s+RTX 4090", out)
+
+
+def test_trace_prints_both_peaks(cli: Lora, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**entry("smollm2-135m")["config"], "num_hidden_layers": 2}), encoding="utf-8")
+    _, out, _ = cli("calc", "--model", str(config), "--seq", "128", "--trace", "--json", cwd=tmp_path)
+    (found,) = json.loads(out)
+    assert abs(found["difference_percent"]) < 3
+    assert found["traced"] > 10_000_000
+    _, out, _ = cli("calc", "--model", str(config), "--seq", "128", "--trace", cwd=tmp_path)
+    assert f"{found['traced']:,}" in out
+
+
+def test_qlora_is_lora_on_nf4(cli: Lora, tmp_path: Path) -> None:
+    for arguments, precision in (
+        (["--method", "qlora"], "nf4-dq"),
+        (["--method", "qlora", "--precision", "int8"], "int8"),
+    ):
+        found = json.loads(cli("calc", *arguments, "--json", cwd=tmp_path)[1])
+        assert (found["method"], found["assumptions"]["precision"]) == ("lora", precision)
+
+
+def test_minigpt_is_asked_about_as_it_trains(cli: Lora, tmp_path: Path) -> None:
+    found = json.loads(cli("calc", "--model", "minigpt", "--r", "4", "--json", cwd=tmp_path)[1])
+    assert found["parameters"]["total"] == 109_568
+    assert found["parameters"]["trainable"] == found["parameters"]["document"] == 4_096
+    used = found["assumptions"]
+    assert (used["precision"], used["checkpointing"], used["sequence"]) == ("fp32", False, 32)
+    assert found["memory"]["overhead"] == 0
+
+
+BAD = [
+    (["--rank", "0"], "rank must be a whole number from 1"),
+    (["--batch", "-1"], "batch must be a whole number from 1 .*, got -1"),
+    (["--sequence", "0"], "sequence must be a whole number from 1"),
+    (["--sequence", "99999999999"], "sequence must be a whole number"),
+    (["--targets", "nope"], "'nope' matches no linear layer"),
+    (["--targets", ""], "matches no linear layer"),
+    (["--model", "qwen3-9b"], "not built in. Nearest: qwen3-8b"),
+    (["--model", "./nowhere.gguf"], "does not exist"),
+    (["--precision", "int3"], "'int3' is not known. Known: fp32"),
+    (["--precision", "gptq-g0"], "is not known"),
+    (["--optimizer", "adam"], "optimizer must be one of adamw"),
+    (["--loss", "half"], "loss must be one of full, labels, chunked"),
+    (["--method", "ia3"], "method must be one of full, freeze, lora"),
+    (["--checkpointing", "yes"], "checkpointing must be one of none, selective, full"),
+    (["--attention", "flash9"], "attention must be one of"),
+    (["--embeddings", "some"], "embeddings must be one of"),
+    (["--embeddings", "new_rows"], "needs --new-rows"),
+    (["--casts", "both"], "casts must be one of"),
+    (["--adapter-precision", "fp16"], "adapter-precision must be one of fp32, bf16, got 'fp16'"),
+    (["--method", "full", "--precision", "nf4"], "nf4 weights cannot be trained"),
+    (["--method", "freeze", "--last-blocks", "37"], "last-blocks must be at most 36"),
+    (["--method", "freeze", "--last-blocks", "0", "--freeze-embeddings"], "leaves nothing to train"),
+    (["--model", "gpt2", "--sequence", "4096"], "sequence must be at most 1,024"),
+    (["--alpha", "0"], "alpha must be more than 0"),
+    (["--alpha", "nan"], "alpha must be more than 0"),
+    (["--label-share", "0"], "label-share must be more than 0"),
+    (["--label-share", "nan"], "label-share must be more than 0"),
+    (["--context", "-1"], "context must be a whole number from 0"),
+    (["--chunk", "0"], "chunk must be a whole number from 1"),
+    (["--new-rows", "-1"], "new-rows must be a whole number from 0"),
+    (["--virtual-tokens", "0"], "virtual-tokens must be a whole number from 1"),
+    (["--rank-pattern", "q_proj"], "rank-pattern takes PATTERN=RANK"),
+    (["--rank-pattern", "(=4"], "is no regular expression"),
+    (["--fit", "0"], "fit takes GiB"),
+    (["--fit", "nan"], "fit takes GiB"),
+    (["--gpu", "rtx9090"], "'rtx9090' is not known. Nearest: rtx"),
+    (["--sweep", "seed=1"], "--sweep takes one of rank"),
+    (["--sweep", "rank="], "sweep takes KEY=A,B"),
+    (["--sweep", "rank=1,x"], "takes whole numbers, got 'x'"),
+    (["--sweep", "rank=0"], "rank must be a whole number from 1"),
+    (["--sweep", "precision=int3"], "'int3' is not known"),
+    (["--json", "--csv"], "exclude each other"),
+    (["--fit", "24", "--gpu", "rtx4090"], "one question at a time: --fit and --gpu"),
+    (["--list", "--sweep", "rank=1"], "one question at a time: --list and --sweep"),
+    (["--embeddings", ""], "embeddings must be one of"),
+    (["--sweep", "optimizer=qlora"], "optimizer must be one of"),
+    (["--sweep", "rank=--5"], "takes whole numbers"),
+    (["--sweep", "rank=²"], "takes whole numbers"),
+    (["--sweep", "rank=" + "9" * 400], "takes whole numbers"),
+    (["--rank-pattern", "q_proj=²"], "rank-pattern takes PATTERN=RANK"),
+    (["--rank-pattern", "q_proj=" + "9" * 400], "rank-pattern takes PATTERN=RANK"),
+    (["--rank-pattern", "(?i)q_proj=16"], "is no regular expression"),
+    (["--model", "gpt-3-175b", "--trace"], "no library builds GPT-3"),
+    (["--model", "gpt2", "--trace"], "Conv1D layers get no LoRA"),
+    (["--model", "gpt2", "--method", "prompt", "--sequence", "1024"], "sequence must be at most 1,024"),
+    (["--model", "minigpt", "--sequence", "33"], "sequence must be at most 32"),
+    (
+        ["--model", "llama-3.2-1b", "--trace", "--batch", "2147483647", "--sequence", "131072"],
+        "--trace cannot build or run",
+    ),
+    (["--trace", "--embeddings", "new_rows", "--new-rows", "3"], "without new rows"),
+    (["--trace", "--dora"], "has this project's DoRA, not PEFT's: give --optimizer adam-flat"),
+    (["--gpu", ""], "gpu '' is not known. Known: rtx4060"),
+    (["--trace", "--precision", "nf4"], "does not train on nf4 yet"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD)
+def test_bad_input_is_one_line_on_stderr(cli: Lora, tmp_path: Path, arguments: list[str], message: str) -> None:
+    code, out, err = cli("calc", *arguments, cwd=tmp_path)
+    assert code in (1, 2)
+    assert out == ""
+    assert re.fullmatch(rf"error: .*{message}.*\n", err), err
+
+
+def test_a_rank_above_the_smallest_dimension_is_a_note(cli: Lora, tmp_path: Path) -> None:
+    code, out, err = cli("calc", "--rank", "2000", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert "note: rank 2000 is more than k_proj can use: its rank is at most 1024" in " ".join(out.split())
+
+
+def test_list_shows_every_model_with_its_count(cli: Lora, tmp_path: Path) -> None:
+    _, out, _ = cli("calc", "--list", cwd=tmp_path)
+    for name in names():
+        assert re.search(rf"^{re.escape(name)}\s+{built_in(name).shapes.total:,}", out, re.MULTILINE), name
+
+
+def test_help_names_every_option_with_its_choices(cli: Lora, tmp_path: Path) -> None:
+    _, out, _ = cli("calc", "-h", cwd=tmp_path)
+    for option in (
+        "--model",
+        "--rank, --r",
+        "--fit",
+        "--gpu",
+        "--sweep",
+        "--trace",
+        "--document",
+        "--explain",
+        "--csv",
+    ):
+        assert option in out
+
+
+def test_explain_ends_in_the_peak(cli: Lora, tmp_path: Path) -> None:
+    lines = json.loads(cli("calc", *QWEN, "--explain", "--json", cwd=tmp_path)[1])
+    last = lines[-1]
+    peak = predict(built_in("qwen3-8b").shapes, FinetuningMethod(), TrainingConfig(context=2**29)).peak
+    assert last["what"] == "peak" and f"{peak:,} B" in last["formula"]
+
+
+def test_other_methods_beside_the_one_that_is_asked_never_stop_it(cli: Lora, tmp_path: Path) -> None:
+    code, out, err = cli("calc", "--last-blocks", "0", "--freeze-embeddings", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert not re.search(r"^freeze ", out, re.MULTILINE)
+    code, out, _ = cli("calc", "--method", "full", "--targets", "nope", cwd=tmp_path)
+    assert code == 0 and "full fine-tuning: 8,190,735,360 trainable" in out
+
+
+def test_the_largest_says_where_the_search_ended(cli: Lora, tmp_path: Path) -> None:
+    _, out, _ = cli("calc", "--model", "minigpt", "--gpu", "h100", cwd=tmp_path)
+    assert re.search(r"batch\s+4,096 or more", out)
+    rows = dict(csv.reader(io.StringIO(cli("calc", *QWEN, "--gpu", "rtx3060", "--csv", cwd=tmp_path)[1])))
+    assert rows["fits"] == "False" and rows["change: --precision nf4-dq (QLoRA)"]
+
+
+def test_what_to_change_is_found_for_every_method_and_model(cli: Lora, tmp_path: Path) -> None:
+    for arguments in (
+        ["--method", "full", "--model", "llama-3.1-70b", "--fit", "24"],
+        ["--method", "freeze", "--model", "qwen3-32b", "--fit", "16"],
+        ["--embeddings", "all", "--model", "llama-3.1-70b", "--fit", "80"],
+        ["--method", "prompt", "--embeddings", "all", "--precision", "nf4", "--fit", "24"],
+        ["--model", "gemma-2-9b", "--attention", "eager", "--fit", "12"],
+        ["--model", "gpt2", "--method", "prompt", "--sequence", "100", "--fit", "24"],
+        ["--method", "full", "--targets", "nope", "--fit", "24"],
+    ):
+        found = json.loads(cli("calc", *arguments, "--json", cwd=tmp_path)[1])
+        peaks = [found["peak"], *(change["peak"] for change in found["changes"])]
+        assert all(later < earlier for earlier, later in pairwise(peaks)), "each change helps"
+        assert not found["fits"] or found["batch"] >= 1
+    kept = json.loads(
+        cli(
+            "calc", "--method", "full", "--rank", "64", "--targets", "all-linear", "--fit", "26", "--json", cwd=tmp_path
+        )[1]
+    )
+    lora = predict(
+        built_in("qwen3-8b").shapes,
+        FinetuningMethod(rank=64, alpha=64, targets=("all-linear",)),
+        TrainingConfig(context=2**29),
+    )
+    assert kept["changes"][0] == {"change": "--method lora", "peak": lora.peak}

@@ -1,0 +1,109 @@
+"""`lora adapters combine`: what it makes, what it says of it, and what it refuses."""
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.adapters.config import AdapterSpec
+from pipeline.inference.engine import load
+from pipeline.weights.combine import Method
+from pipeline.weights.import_adapter import import_adapter
+from tests.conftest import Lora
+from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.projects import folder_bytes, refusal
+from tests.pipeline.adapters.test_peft import IDS, theirs
+from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
+
+SPECS = {
+    "x": AdapterSpec(2, 3.0, ("q_proj", "fc1"), rows={"embed_tokens": (18, 19), "lm_head": (18, 19)}),
+    "y": AdapterSpec(3, 2.0, ("q_proj", "lm_head"), rslora=True),
+    "full": AdapterSpec(2, 3.0, ("q_proj",), saved=("embed_tokens", "lm_head")),
+    "narrow": AdapterSpec(2, 3.0, ("q_proj",)),
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A base, and adapters on it as from elsewhere, each by its spec's name."""
+    base = checkpoint(tmp_path / "base")
+    for seed, (name, spec) in enumerate(SPECS.items()):
+        adapter(tmp_path / name, base, spec, seed)
+    return tmp_path
+
+
+def changed(root: Path, name: str) -> Tensor:
+    """All that merging an adapter adds to the base's weights, one after the other."""
+    merged = merged_through_files(root / "base", root / name, root / f"{name}-merged")
+    return torch.cat([(merged[key] - weight).flatten() for key, weight in load_weights(root / "base").items()])
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", sorted({*get_args(Method)} - {"linear"}))
+def test_the_command_makes_what_verify_and_peft_accept_and_says_how_far_off_it_is(
+    cli: Lora, method: str, root: Path
+) -> None:
+    options = ["--weights", "0.7,-0.2", "--method", method, "--rank", "3", "--density", "0.6"]
+    code, said, errors = cli("adapters", "combine", "x", "y", "--out", "both", *options, cwd=root)
+    assert (code, errors) == (0, "")
+    wanted = 0.7 * changed(root, "x") - 0.2 * changed(root, "y")
+    error = float((changed(root, "both") - wanted).norm() / wanted.norm())
+    assert float(re.findall(r"([\d.]+)% off", said)[0]) == pytest.approx(100 * error, abs=0.006)
+    assert (error < 1e-4) is (method == "cat")
+    code, said, _ = cli("adapters", "verify", "both", cwd=root)
+    assert code == 0 and "files, names, shapes and base are those it was trained with" in said
+    ids = IDS % 70
+    here, there = load(root / "base", root / "both").model(ids), theirs(root / "base", root / "both")
+    torch.testing.assert_close(here, there(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_without_weights_each_counts_once(cli: Lora, root: Path) -> None:
+    assert cli("adapters", "combine", "x", "y", "--out", "both", cwd=root)[0] == 0
+    torch.testing.assert_close(changed(root, "both"), changed(root, "x") + changed(root, "y"), atol=1e-5, rtol=1e-4)
+
+
+def test_a_combination_may_take_the_place_of_an_earlier_one_and_be_combined(cli: Lora, root: Path) -> None:
+    for names, out in ((["x", "y"], "both"), (["x", "narrow"], "both"), (["both", "y"], "three")):
+        assert cli("adapters", "combine", *names, "--out", out, cwd=root)[::2] == (0, "")
+    parts = [changed(root, name) for name in ("three", "x", "narrow", "y")]
+    torch.testing.assert_close(parts[0], parts[1] + parts[2] + parts[3], atol=1e-5, rtol=1e-4)
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    **{
+        f"weights {text}": (["x", "y", "--weights", text], "--weights must be 2 numbers with commas between them")
+        for text in ("1", "1,2,3", "1,x", "nan,1", "inf,1", "0,0", "")
+    },
+    "one": (["x"], "combine takes two adapters or more"),
+    "ranks": (["x", "y", "--method", "linear"], "linear takes adapters of one rank"),
+    "in full": (["x", "full"], "embed_tokens was trained in full (modules_to_save)"),
+    "another shape": (["x", "wide"], "wide/adapter_model.safetensors does not fit"),
+    "another base": (["x", "other"], "name different bases"),
+    "bound to another": (["x", "bound"], "bound was trained on another base"),
+    "no adapter": (["x", "base"], "base is a whole model, not an adapter"),
+    "a source": (["x", "y", "--out", "x"], "x is what is read"),
+    "somebody's": (["x", "y", "--out", "narrow"], "narrow exists and holds something else"),
+}
+
+
+def others(root: Path) -> None:
+    """Adapters of other bases: of another shape; of the same, named; and bound to it."""
+    wide, other = checkpoint(root / "wide-base", d_model=32), checkpoint(root / "other-base", seed=1)
+    adapter(root / "wide", wide, SPECS["narrow"])
+    adapter(root / "other", other, SPECS["narrow"])
+    import_adapter(root / "other", other, root / "bound")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_combined_is_refused_and_nothing_is_written(cli: Lora, name: str, root: Path) -> None:
+    arguments, message = REFUSED[name]
+    others(root)
+    base = ["--base", "base"] if name in ("another shape", "bound to another") else []
+    before = folder_bytes(root)
+    out = [] if "--out" in arguments else ["--out", "out"]
+    assert message in refusal(cli("adapters", "combine", *arguments, *out, *base, cwd=root))
+    assert folder_bytes(root) == before and not (root / "out").exists()

@@ -1,0 +1,80 @@
+"""What the documentation states can be run."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from bench import loraplus
+from bench.published import published, table
+from pipeline.project.logs.run_log import RunLog, Step
+from pipeline.project.params.grid import variants
+from pipeline.project.params.sections import load
+from tests.conftest import Lora
+from tests.helpers.projects import ROOT
+
+
+def test_the_published_peaks_stand_in_the_docs_as_they_are_predicted_now() -> None:
+    assert table() in (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+
+
+def test_every_error_above_15_percent_is_explained() -> None:
+    found = published()
+    assert len(found) >= 20
+    assert all(one.why for one in found if abs(one.error) > 0.15)
+    best = [one for one in found if one.case.startswith("fms-acceleration")]
+    assert all(abs(one.error) < 0.02 for one in best), "the rows whose every setting is published"
+
+
+def test_no_link_of_the_documentation_is_dead() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
+    text = (ROOT / "docs/loraplus.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
+    said = "lora() { printf '%s\\0' \"$@\"; printf '\\n'; }; python() { :; }\n"
+    ran = subprocess.run(["bash", "-euc", said + block], check=True, capture_output=True, text=True).stdout
+    embeddings = []
+    for line in ran.splitlines():
+        *command, end = line.split("\0")
+        assert (command[:2], end) == (["finetune", "sweep"], "")
+        assert set(command[2::2]) == {"--set"}
+        params = load(ROOT / "params.yaml", command[3::2])
+        wanted = variants(params.finetune_lora, params.finetune_sweep).values()
+        assert len({(own.loraplus_ratio, own.learning_rate, own.seed) for own in wanted}) == len(wanted) == 250
+        embeddings.append((params.finetune_lora.train_embeddings, params.finetune_lora.init_lora_weights))
+    assert embeddings == [("none", "document"), ("none", "kaiming"), ("new_rows", "document"), ("all", "document")]
+
+
+def test_the_commands_of_ship_it_run_in_a_project_as_the_pipeline_leaves_it(cli: Lora, project: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## Ship it\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    (lora .*)$", section, re.MULTILINE)]
+    assert len(commands) > 8
+    for _, *command in commands:
+        code, said, errors = cli(*command, cwd=project)
+        assert (code, bool(said)) == (0, True), f"{command}: {errors}"
+
+
+def test_a_table_of_loraplus_takes_for_each_ratio_the_rate_that_is_best_over_seeds(tmp_path: Path) -> None:
+    by_rate = {(4.0, 0.002): (3.0, 3.2), (4.0, 0.5): (1.0, 1.4), (0.25, 0.002): (2.0, 2.0), (0.25, 0.5): (1.0, 9.0)}
+    state = {}
+    for (ratio, rate), of_seeds in by_rate.items():
+        for seed, last in enumerate(of_seeds):
+            folder = tmp_path / f"{ratio}-{rate}-{seed}"
+            folder.mkdir()
+            params = {"loraplus_ratio": ratio, "learning_rate": rate}
+            (folder / "manifest.json").write_text(json.dumps({"params": params}))
+            with RunLog(folder, 0, 0) as log:
+                for epoch in range(1, 12):
+                    log.append(Step(epoch, epoch, last + (epoch < 11), rate, 1.0, epoch))
+            state[folder.name] = {"state": "done"}
+    state["0.25-0.5-1"]["state"] = "diverged"  # so that no mean over all seeds is there at this rate
+    (tmp_path / "sweep.json").write_text(json.dumps(state))
+    *_, fourth, four = loraplus.table(loraplus.losses(tmp_path)).splitlines()
+    assert fourth == "| 1/4 | 3.00 ± 0.00 | 2.00 ± 0.00 | 0.002: 3.00 ± 0.00 | 0.002: 2.00 ± 0.00 |"
+    assert four == "| 4 | 4.10 ± 0.14 | 3.10 ± 0.14 | 0.5: 2.20 ± 0.28 | 0.5: 1.20 ± 0.28 |"

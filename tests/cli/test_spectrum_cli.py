@@ -1,0 +1,260 @@
+"""`lora spectrum`: what it prints, writes and refuses."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.adapters.config import AdapterSpec
+from pipeline.data.tokenizers.word import WordTokenizer
+from pipeline.errors import UserError
+from pipeline.files.safetensors_header import shapes
+from pipeline.inference.engine import load
+from tests.conftest import Lora
+from tests.helpers.checkpoints import WORDS, adapter, checkpoint
+from tests.helpers.projects import LORA, lora, refusal
+from tests.helpers.tokenizers import folder_with
+from tests.pipeline.adapters.test_peft import IDS, theirs
+from tests.pipeline.weights.test_spectrum import tuned_from
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A base, what was tuned of it, and an adapter on it."""
+    base = checkpoint(tmp_path / "base")
+    tuned_from(base, tmp_path / "tuned", 3, vectors=True)
+    adapter(tmp_path / "adapter", base, AdapterSpec(2, 2.0, ("v_proj",), saved=("lm_head",)))
+    (tmp_path / "some.txt").write_text("".join(f"{' '.join(WORDS[i : i + 5])}\n" for i in range(9)))
+    return tmp_path
+
+
+def test_the_table_fits_80_columns_and_names_what_low_rank_does_not_carry(root: Path) -> None:
+    said = lora("spectrum", "base", "tuned", cwd=root, COLUMNS="80")
+    assert (said.returncode, said.stderr) == (0, "")
+    head, *lines = said.stdout.splitlines()
+    assert head.split() == ["matrix", "‖Δ‖/‖W‖", "1", "2", "4", "8", "16", "64", "stable", "90%"]
+    table = [line for line in lines if line.startswith(("0.", "1.", "lm_head", "embed_tokens"))]
+    assert len(table) == 14 and max(map(len, table)) <= 80
+    assert all(line.split()[4:8] == ["100%"] * 4 for line in table)  # rank 3
+    assert "22 other tensors, norms and biases for the most part, changed too" in said.stdout
+    assert "Unchanged: embed_positions." in said.stdout
+
+
+def test_json_and_csv_hold_the_same_numbers_and_those_are_numpys(cli: Lora, root: Path) -> None:
+    code, out, err = cli("spectrum", "base", "tuned", "--json", cwd=root)
+    assert (code, err) == (0, "")
+    tensors = {one["name"]: one for one in json.loads(out)["tensors"]}
+    name = "model.decoder.layers.1.fc2.weight"
+    old, new = (load_file(root / folder / "model.safetensors")[name].double() for folder in ("base", "tuned"))
+    values = np.linalg.svd((new - old).numpy(), compute_uv=False)
+    assert tensors[name]["shape"] == list(old.shape)
+    assert tensors[name]["values"][:3] == pytest.approx(values[:3].tolist())
+    assert tensors[name]["energy"]["2"] == pytest.approx((values[:2] ** 2).sum() / (values**2).sum())
+    code, out, err = cli("spectrum", "base", "tuned", "--csv", cwd=root)
+    rows = {row["name"]: row for row in csv.DictReader(io.StringIO(out))}
+    assert (code, err, rows.keys()) == (0, "", tensors.keys())
+    for key, row in rows.items():
+        assert float(row["relative"] or -1) == pytest.approx(
+            -1 if tensors[key]["relative"] is None else tensors[key]["relative"], rel=1e-5
+        )
+    assert float(rows[name]["energy_2"]) == pytest.approx(tensors[name]["energy"]["2"], rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_the_extracted_adapter_is_verified_asked_and_opened_by_peft(cli: Lora, root: Path) -> None:
+    arguments = ["base", "tuned", "--rank", "2", "--out", "lora", "--data", "some.txt", "--json"]
+    code, out, _ = cli("spectrum", *arguments, cwd=root)
+    found = json.loads(out)
+    assert code == 0 and found["extracted"]["rank"] == 2
+    assert {"model.decoder.final_layer_norm.bias"} <= {*found["extracted"]["left_out"]}
+    assert found["quality"]["tuned"]["as_tuned"] == 1
+    assert found["quality"]["base"]["as_tuned"] < found["quality"]["base + LoRA"]["as_tuned"] <= 1
+    code, said, _ = cli("adapters", "verify", "lora", cwd=root)
+    assert code == 0 and "files, names, shapes and base are those it was trained with" in said
+    assert cli("prompt", WORDS[1], "--adapter", "lora", cwd=root)[0] == 0
+    ids = IDS % 70
+    ours, other = load(root / "base", root / "lora").model(ids), theirs(root / "base", root / "lora")
+    torch.testing.assert_close(ours, other(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+    (root / "base" / "model.safetensors").write_bytes((root / "tuned" / "model.safetensors").read_bytes())
+    for command in (["adapters", "verify", "lora"], ["spectrum", "base", "lora"]):
+        assert "was trained on another base" in refusal(cli(*command, cwd=root))
+
+
+def test_the_table_is_shown_before_models_are_asked(cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("No room.")
+
+    monkeypatch.setattr("pipeline.inference.agreement.quality", fail)
+    arguments = ["base", "tuned", "--rank", "2", "--out", "lora", "--data", "some.txt"]
+    code, out, err = cli("spectrum", *arguments, cwd=root)
+    assert (code, err) == (1, "error: No room.\n")
+    assert "0.self_attn.q_proj" in out and "12 matrices at rank 2" in out
+
+
+def test_what_is_left_out_is_said_and_embeddings_only_where_they_are_wanted(cli: Lora, root: Path) -> None:
+    asked = ["spectrum", "base", "tuned", "--rank", "2", "--out", "lora"]
+    _, out, _ = cli(*asked, cwd=root)
+    assert "In full: lm_head, embed_tokens." in out and "Left out: final_layer_norm.bias" in out
+    kept = shapes(root / "lora/adapter_model.safetensors")
+    assert {"base_model.model.lm_head.weight", "base_model.model.model.decoder.embed_tokens.weight"} <= kept.keys()
+    _, out, _ = cli(*asked, "--embeddings", "none", cwd=root)
+    assert "In full" not in out and "Left out: lm_head, embed_tokens, " in out
+    assert all(".lora_" in name for name in shapes(root / "lora/adapter_model.safetensors"))
+    _, out, _ = cli("spectrum", "base", "tuned", "--rank", "900", "--out", "lora", cwd=root)
+    assert "12 matrices at rank 64" in out
+
+
+def test_of_wide_matrices_as_many_values_are_named_as_were_looked_for(cli: Lora, root: Path) -> None:
+    base = checkpoint(root / "wide", d_model=160, layers=1, feed_forward=1100)
+    tuned_from(base, root / "tuned_wide", 3)
+    _, out, _ = cli("spectrum", "wide", "tuned_wide", cwd=root)
+    assert "Of 1 wide matrix the 64 largest values come" in out
+    _, out, _ = cli("spectrum", "wide", "tuned_wide", "--rank", "100", "--out", "lora", cwd=root)
+    assert "Of 1 wide matrix the 100 largest values come" in out
+
+
+def test_an_adapter_is_set_beside_its_bases_weights(cli: Lora, root: Path) -> None:
+    code, out, err = cli("spectrum", "base", "adapter", cwd=root)
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == [
+        "0.self_attn.v_proj",
+        "1.self_attn.v_proj",
+        "lm_head",
+    ]
+
+
+def test_of_dora_it_is_said_that_its_lengths_are_not_in_it(cli: Lora, root: Path) -> None:
+    adapter(root / "dora", root / "base", AdapterSpec(2, 2.0, ("v_proj", "fc1"), dora=True))
+    code, out, err = cli("spectrum", "base", "dora", cwd=root)
+    assert (code, err) == (0, "")
+    assert len([line for line in out.splitlines() if line.startswith(("0.", "1."))]) == 4
+    assert "Nothing is said of what DoRA does to the lengths of outputs, these being its s·BA alone." in out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_beside_it(cli: Lora, root: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(root / "base")
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(root / "peft", save_embedding_layers=True)
+    assert any(".base_layer." in name for name in shapes(root / "peft/adapter_model.safetensors"))
+    code, out, err = cli("spectrum", "base", "peft", "--json", cwd=root)
+    assert (code, err) == (0, "")
+    assert [len(one["values"]) for one in json.loads(out)["tensors"]] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("base nowhere", "nowhere is no folder"),
+        ("nowhere base", "nowhere is no folder"),
+        ("adapter base", "adapter is an adapter"),
+        ("base empty", "empty has no model.safetensors"),
+        ("base wider", "lm_head.weight is [74, 64] in base and [74, 32] in wider"),
+        ("base cut", "damaged or truncated"),
+        ("base endless", "lm_head.weight holds numbers that are not finite"),
+        ("base tuned --rank 2", "--rank and --out together"),
+        ("base tuned --out x", "--rank and --out together"),
+        ("base tuned --data some.txt", "name --rank and --out too"),
+        ("base tuned --json --csv", "exclude each other"),
+        ("base tuned --rank 2 --out x --data some.txt --csv", "take --json"),
+        (
+            "base others --rank 2 --out x --data some.txt",
+            "some.txt:1: base and others must read it as the same tokens, but differ in token 1 of 6 and 6",
+        ),
+        (
+            "base longer --rank 2 --out x --data some.txt",
+            "some.txt:1: base and longer must read it as the same tokens, but differ in token 1 of 6 and 15",
+        ),
+        ("base base --rank 2 --out x", "nothing to extract"),
+        ("base adapter --rank 2 --out x", "is an adapter already"),
+        ("base tuned --rank 2 --out tuned", "Name another folder"),
+        ("base tuned --rank 2 --out empty/..", "lie in each other"),
+        ("base tuned --rank 2 --out x --data nothing.txt", "nothing.txt"),
+        ("wider adapter", "Name the model that it was trained on"),
+    ],
+)
+def test_each_wrong_request_is_one_message(cli: Lora, root: Path, arguments: str, reason: str) -> None:
+    (root / "empty").mkdir()
+    checkpoint(root / "wider", d_model=32)
+    shutil.copytree(root / "base", root / "cut")
+    whole = (root / "base/model.safetensors").read_bytes()
+    (root / "cut/model.safetensors").write_bytes(whole[:-9])
+    shutil.copytree(root / "base", root / "endless")
+    endless = load_file(root / "base/model.safetensors") | {"lm_head.weight": torch.full((74, 64), torch.inf)}
+    save_file(endless, root / "endless/model.safetensors")
+    for name in ("others", "longer"):
+        shutil.copytree(root / "tuned", root / name)
+    WordTokenizer.of_words(WORDS[::-1]).save(root / "others", 32)
+    folder_with(root / "longer")
+    assert reason in refusal(cli("spectrum", *arguments.split(), cwd=root))
+    assert not (root / "x").exists()
+
+
+def test_of_what_one_checkpoint_alone_has_nothing_is_said(cli: Lora, root: Path) -> None:
+    shutil.copytree(root / "base", root / "fewer")
+    weights = load_file(root / "base/model.safetensors")
+    for name in ("fc1.bias", "fc2.bias"):
+        del weights[f"model.decoder.layers.1.{name}"]
+    save_file(weights, root / "fewer/model.safetensors")
+    for pair in (("fewer", "tuned"), ("tuned", "fewer")):
+        code, out, err = cli("spectrum", *pair, cwd=root)
+        assert (code, err) == (0, "")
+        assert "Nothing is said of model.decoder.layers.1.fc1.bias and 1 more, which fewer has not." in out
+
+
+def test_equal_checkpoints_differ_in_nothing(cli: Lora, root: Path) -> None:
+    assert cli("spectrum", "base", "base", cwd=root) == (0, "No tensor differs.\n", "")
+
+
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+sys.exit(code)
+"""
+
+
+def write_two(root: Path, count: int, side: int) -> int:
+    """A base and what was tuned of it, each of so many square matrices: the bytes of one."""
+    numbers = torch.randint(0, 2**14, (count, side * side), dtype=torch.int16).view(torch.bfloat16)
+    for name in ("base", "tuned"):
+        (root / name).mkdir()
+        numbers[5, ::7] = 1.0 if name == "tuned" else 2.0
+        weights = {f"blocks.{i}.w.weight": one.view(side, side) for i, one in enumerate(numbers)}
+        save_file(weights, root / name / "model.safetensors")
+    return (root / "base/model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+def test_two_checkpoints_of_half_a_gigabyte_are_compared_in_less_memory_than_one_takes(tmp_path: Path) -> None:
+    size = write_two(tmp_path, 64, 2048)
+    command = [sys.executable, "-c", MEASURED, LORA, "spectrum", "base", "tuned"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    shutil.rmtree(tmp_path)  # pytest keeps the folders of its last runs
+    assert int(done.stdout) < 0.8 * size
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+def test_two_checkpoints_are_compared_in_little_more_memory_than_before(cli: Lora, tmp_path: Path) -> None:
+    size = write_two(tmp_path, 64, 1024)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = peak()
+    assert cli("spectrum", "base", "tuned", cwd=tmp_path)[0] == 0
+    assert peak() - before < 0.8 * size
+
+
+def peak() -> int:
+    """Bytes that this process had resident at its most."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024

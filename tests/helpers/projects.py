@@ -1,0 +1,186 @@
+"""What tests share: a project in a folder of its own, its stages run in process, and `lora` as a user types it."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pipeline.project.params.sections import load
+from pipeline.project.runner import Event, Work, run
+from pipeline.project.stage_graph import STAGES, Project
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.expand_vocab import expand_vocab
+from pipeline.stages.finetune import finetune
+from pipeline.stages.merge import merge
+from pipeline.stages.pretrain import pretrain
+from pipeline.stages.scratch import scratch
+from pipeline.stages.sweep import sweep
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[2]
+LORA = str(Path(sys.executable).parent / "lora")
+
+
+def _measuring(name: str) -> Work:
+    """A study's work, which its module has by the study's name."""
+    stage = STAGES[name]
+    work: Work = getattr(import_module(stage.module), stage.method)
+    return work
+
+
+WORK: dict[str, Work] = {
+    "pretrain": pretrain,
+    "expand_vocab": expand_vocab,
+    "scratch": scratch,
+    "finetune_full": finetune,
+    "finetune_freeze": finetune,
+    "finetune_lora": finetune,
+    "finetune_prefix": finetune,
+    "finetune_prompt": finetune,
+    "finetune_sweep": sweep,
+    "merge": merge,
+    "evaluate": evaluate,
+}
+PIPELINE = list(WORK)  # what makes models, and evaluate; what measures statements takes as long again
+WORK |= {name: _measuring(name) for name, stage in STAGES.items() if stage.is_measurement}
+COMMAND = {
+    "pretrain": ["pretrain"],
+    "expand_vocab": ["expand-vocab"],
+    "scratch": ["scratch"],
+    "finetune_full": ["finetune", "full"],
+    "finetune_freeze": ["finetune", "freeze"],
+    "finetune_lora": ["finetune", "lora"],
+    "finetune_prefix": ["finetune", "prefix"],
+    "finetune_prompt": ["finetune", "prompt"],
+    "finetune_sweep": ["finetune", "sweep"],
+    "merge": ["merge"],
+    "evaluate": ["evaluate"],
+    **{name: ["study", stage.method] for name, stage in STAGES.items() if stage.kind == "study"},
+    "figures": ["figures"],
+    "claims": ["claims"],
+}
+METHODS = ("full", "freeze", "lora", "prefix", "prompt")
+BRIEF = (
+    "pretrain.epochs=2",
+    "scratch.epochs=2",
+    *(f"finetune_{method}.epochs=2" for method in METHODS),
+    "finetune_sweep.grid={rank: [1, 2]}",
+    *(f"{name}.seeds=[0]" for name, stage in STAGES.items() if stage.kind == "study"),
+    *("study_fact_correction.epochs=2", "study_knowledge_correction.epochs=2", "study_trajectory.steps=[0, 2]"),
+    *("study_fact_correction.alphas=[1.0, 4.0]", "study_fact_correction.learning_rates=[2e-3]"),
+    *("study_rank.ranks=[1, 2]", "study_rank.alphas=[1.0]", "study_rank.learning_rates=[1e-3, 3e-3]"),
+    "study_forgetting.every=1",
+    *("study_spectrum.extracted=[1, 64]", "study_intrinsic_dimension.dimensions=[64]"),
+)
+GIVEN: dict[str, Any] = {  # the same, to be written into a params file
+    key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in BRIEF)
+}
+
+
+def new_project(folder: Path) -> Path:
+    """The repository's params and data in `folder`, nothing made yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "params.yaml", folder)
+    shutil.copytree(ROOT / "data", folder / "data")
+    return folder
+
+
+def make(root: Path, stages: Sequence[str], overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    """Run stages in order in this process; returns the last one's manifest."""
+    manifest: dict[str, Any] = {}
+    for name in stages:
+        manifest, _ = make_one(root, name, overrides, **options)
+    return manifest
+
+
+def make_one(
+    root: Path, name: str, overrides: Sequence[str] = (), **options: Any
+) -> tuple[dict[str, Any], list[Event]]:
+    """Run one stage in this process; returns its manifest and its events."""
+    return played(run(Project(root, load(root / "params.yaml", overrides)), STAGES[name], WORK[name], **options))
+
+
+def played(events: Generator[Event, None, T]) -> tuple[T, list[Event]]:
+    """What a generator returns, and what it yielded."""
+    seen: list[Event] = []
+    while True:
+        try:
+            seen.append(next(events))
+        except StopIteration as stop:
+            return stop.value, seen
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def lora(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`lora …` in a process of its own."""
+    variables = {**os.environ, "TERMINAL_WIDTH": "100", "COLUMNS": "100", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+    return subprocess.run(
+        [LORA, *arguments], cwd=cwd, env={**variables, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def refusal(answer: tuple[int, str, str]) -> str:
+    """The one message of a command that did nothing."""
+    code, out, err = answer
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+SEVERAL = """
+import json, sys
+from dvc.cli import main
+for command in json.load(sys.stdin):
+    code = main(command)
+    assert code == 0, command
+    print(end="\\x1e", flush=True)
+"""
+
+
+def dvc(folder: Path, *commands: str, code: Path = ROOT) -> list[str]:
+    """What each `dvc …` says in a project, whose stages run the code in `code`; one process does all."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(code), "PATH": path},
+        input=json.dumps([command.split() for command in commands]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *said, rest = done.stdout.split("\x1e")
+    assert (len(said), rest) == (len(commands), "")
+    return said
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes: writing past it fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def git(folder: Path, *arguments: str) -> None:
+    """`git …` as somebody."""
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)

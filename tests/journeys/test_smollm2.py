@@ -1,0 +1,154 @@
+"""What `make smollm2` made: §6 on a real model, corrected and not bled. `make check-smollm2` runs this."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.document.tables import mean, read_table
+from pipeline.files import artifact
+from pipeline.models.load import load_base
+from pipeline.project.logs.run_log import final_loss, read_steps
+from tests.helpers.projects import ROOT, lora
+
+PROJECT = ROOT / "smollm2"
+MADE = PROJECT / "artifacts"
+QLORA = ROOT / "smollm2-qlora/artifacts"
+PLAIN = ROOT / "smollm2-plain/artifacts"
+pytestmark = pytest.mark.skipif(
+    not (MADE / "evaluation/metrics.json").is_file(), reason="no smollm2/: `make smollm2` makes it"
+)
+
+
+def read(name: str, made: Path = MADE) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((made / name).read_text(encoding="utf-8"))
+    return value
+
+
+def answers(variant: str, group: str) -> list[dict[str, Any]]:
+    found = [p for p in read("evaluation/predictions.json")[variant] if p["group"] == group]
+    assert found
+    return found
+
+
+def test_the_base_is_the_135m_model_and_says_what_it_was_made_from() -> None:
+    manifest = artifact.verify(MADE / "base")
+    assert manifest["parameters"]["total"] == 134_515_008
+    assert manifest["source"] == "gguf"
+    assert list(manifest["inputs"]) == [manifest["params"]["base"]]
+
+
+@pytest.mark.parametrize("variant", ["lora", "merged"])
+def test_the_euro_comes_first_as_trained_and_in_phrasings_that_were_not(variant: str) -> None:
+    for prompt in answers(variant, "trained") + answers(variant, "held_out"):
+        assert prompt["corrected_first"], prompt["prompt"]
+    held_out = [p["corrected_probability"] for p in answers(variant, "held_out")]
+    assert min(held_out) >= 0.9
+
+
+def test_the_study_of_the_recipe_corrects_either_way_and_only_what_retains_keeps_the_rest() -> None:
+    rows = {row["adapter"]: row for row in read_table(MADE / "studies/knowledge_correction/summary.csv")}
+    keep = mean(rows["none"]["kept"])
+    for targets in ("v_proj", "all targets"):
+        plain, kept = rows[targets], rows[f"{targets}, retain"]
+        assert mean(kept["corrected"]) >= 9, "trained, and the eight other phrasings"
+        assert mean(plain["corrected"]) >= 9
+        assert mean(plain["kept"]) < keep / 2
+        assert mean(kept["kept"]) >= 0.75 * keep
+        assert mean(kept["divergence"]) < mean(plain["divergence"]) / 10
+
+
+def test_the_base_did_not_know_it() -> None:
+    assert not any(p["corrected_first"] for p in answers("base", "trained"))
+
+
+@pytest.mark.parametrize("variant", ["lora", "merged"])
+def test_everything_unrelated_keeps_its_first_choice(variant: str) -> None:
+    prompts = [p for p in read("evaluation/predictions.json")[variant] if p["rule"] == "must_keep"]
+    assert len(prompts) >= 20
+    assert [p["prompt"] for p in prompts if not p["first"]] == []
+    assert any("Japan" in p["prompt"] for p in prompts)
+    assert any("capital of Bulgaria" in p["prompt"] for p in prompts)
+
+
+def test_held_out_text_is_predicted_as_the_base_does() -> None:
+    metrics = read("evaluation/metrics.json")
+    assert metrics["lora"]["forgetting"]["divergence"] < 0.02
+    assert metrics["full"]["forgetting"]["divergence"] > metrics["lora"]["forgetting"]["divergence"]
+
+
+def test_no_held_out_prompt_or_text_was_trained_on() -> None:
+    learned = " ".join((PROJECT / name).read_text(encoding="utf-8") for name in trained_files())
+    for group in ("held_out", "unrelated"):
+        for prompt in answers("base", group):
+            assert prompt["prompt"] not in learned, prompt["prompt"]
+    for line in (PROJECT / "data/heldout.en.txt").read_text(encoding="utf-8").splitlines():
+        assert line not in learned
+
+
+def trained_files() -> list[str]:
+    params = artifact.read_manifest(MADE / "lora_adapter")["params"]
+    return [params["data"], params["retain"]]
+
+
+def test_peft_opens_the_adapter_and_says_euro() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MADE / "lora_adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MADE / "expanded"), MADE / "lora_adapter")
+    ids = torch.tensor([tokenizer("The currency of Bulgaria is the").input_ids])
+    with torch.no_grad():
+        probabilities = model(input_ids=ids).logits[0, -1].softmax(0)
+    assert tokenizer.decode([int(probabilities.argmax())]) == " euro"
+    ours = answers("lora", "trained")[0]["corrected_probability"]
+    assert float(probabilities.max()) == pytest.approx(ours, abs=1e-3)
+
+
+def test_the_merged_model_is_base_and_adapter() -> None:
+    certificate = read("lora_merged/certificate.json")
+    assert certificate["max_logit_difference"] < 1e-3
+    assert all(abs(ratio - 1) < 1e-3 for ratio in certificate["delta_ratios"].values())
+
+
+def test_memory_was_predicted() -> None:
+    for path in sorted(PROJECT.glob("runs/finetune_*/telemetry.csv")):
+        predicted, measured = map(int, path.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:])
+        assert measured == pytest.approx(predicted, rel=0.03), path
+    assert Path(PROJECT / "runs").is_dir()
+
+
+def test_an_adapter_of_a_sweep_learned_what_the_one_alone_did() -> None:
+    rows = read("sweep/sweep.json", PLAIN)
+    alone = final_loss(read_steps(PLAIN / "lora_adapter/loss.csv"))
+    assert {name: row["state"] for name, row in rows.items()} == {"seed-0": "done", "seed-1": "done"}
+    assert rows["seed-0"]["final_loss"] == pytest.approx(alone, rel=0.2, abs=0.02)  # sums of 16 bits in another order
+
+
+def test_qlora_corrects_too_and_keeps_what_the_base_in_four_bits_says() -> None:
+    predictions = read("evaluation/predictions.json", QLORA)
+    for variant in ("lora", "merged"):
+        for prompt in predictions[variant]:
+            if prompt["group"] in ("trained", "held_out"):
+                assert prompt["corrected_first"], (variant, prompt["prompt"])
+    last = read_steps(QLORA / "lora_adapter/loss.csv")[-1]
+    assert last.divergence is not None and last.divergence < 0.02
+
+
+def test_weights_in_four_bits_take_what_the_calculator_says() -> None:
+    model = load_base(QLORA / "expanded", "bf16", quantization="nf4-dq").model
+    held = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    said = json.loads(lora("calc", "--model", "smollm2-135m", "--precision", "nf4-dq", "--json", cwd=ROOT).stdout)
+    assert held == pytest.approx(said["memory"]["weights"], rel=0.02)
+
+
+def test_a_certificate_says_how_far_each_merge_is_from_what_was_trained_on_four_bits() -> None:
+    certificate = read("lora_merged/certificate.json", QLORA)
+    assert certificate["trained_on"] == "nf4-dq"
+    on_stored = certificate["merged_on_stored_weights"]
+    assert certificate["max_logit_difference"] < 1e-3 < on_stored["max_logit_difference"]
+    assert certificate["divergence"] < 1e-6 < on_stored["divergence"]
+    assert certificate["same_first_choices"] == certificate["prompts_checked"]
+    alone = certificate["quantization_alone"]
+    assert alone["same_first_choices"] < certificate["prompts_checked"], "four bits alone change answers"

@@ -1,0 +1,261 @@
+"""Adapters that PEFT made: asked, imported and merged they answer as in PEFT, or are refused for one reason."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.loraga import preprocess_loraga
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from pipeline.inference.engine import load
+from tests.conftest import Lora
+from tests.helpers.bases import toy_checkpoint
+from tests.helpers.checkpoints import checkpoint
+from tests.helpers.projects import refusal
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+IDS = torch.randint(3, 74, (4, 9), generator=torch.Generator().manual_seed(3))
+ONE, OTHER = [5, 41], [7, 9, 30]
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    """A folder with a tied base."""
+    checkpoint(tmp_path / "base", tie_embeddings=True)
+    return tmp_path
+
+
+def stock(root: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(root / "base")
+
+
+def saved(model: Any, folder: Path) -> Any:
+    """The model, saved once every number that it trains has changed."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def made(root: Path, **options: Any) -> Any:
+    """`theirs`: an adapter that PEFT made on `base`; returns its model."""
+    config = LoraConfig(task_type="CAUSAL_LM", **{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], **options})
+    return saved(get_peft_model(stock(root), config), root / "theirs")
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    out: Tensor = model.eval()(input_ids=IDS).logits
+    return out
+
+
+@torch.no_grad()
+def assert_answers_as_in_peft(cli: Lora, root: Path) -> None:
+    """Asked, imported and merged."""
+    there = logits(PeftModel.from_pretrained(stock(root), root / "theirs"))
+    assert (there - logits(stock(root))).abs().max() > 1e-2, "the adapter changes nothing"
+    code, said, _ = cli("adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=root)
+    assert code == 0 and "fits base" in said
+    assert cli("merge", "--adapter", "mine", "--out", "merged", cwd=root)[0] == 0
+    answers = {
+        "asked": load(root / "base", root / "theirs").model(IDS),
+        "imported": load(root / "base", root / "mine").model(IDS),
+        "merged": logits(AutoModelForCausalLM.from_pretrained(root / "merged")),
+    }
+    for name, found in answers.items():
+        torch.testing.assert_close(found, there, atol=1e-4, rtol=1e-4, msg=f"{name}, it answers otherwise than in PEFT")
+
+
+def refusals(cli: Lora, root: Path) -> set[str]:
+    """What each command that opens `theirs` says of it."""
+    at_base = ("--base", "base")
+    ways = (
+        ("prompt", "w1 w2", "--adapter", "theirs", *at_base),
+        ("merge", "--adapter", "theirs", "--out", "out", *at_base),
+        ("adapters", "import", "theirs", "--out", "out", *at_base),
+        ("export", "theirs", "--as", "vllm", "--out", "out", *at_base),
+    )
+    found = {refusal(cli(*way, cwd=root)) for way in ways}
+    assert not (root / "out").exists()
+    return found
+
+
+# Rows of a tied pair
+
+
+@pytest.mark.parametrize("rows", [{"embed_tokens": ONE, "lm_head": ONE}, {"model.decoder.embed_tokens": ONE}])
+def test_rows_of_a_tied_pair_are_trained_in_both_at_once(cli: Lora, tied: Path, rows: dict[str, list[int]]) -> None:
+    made(tied, trainable_token_indices=rows)
+    assert_answers_as_in_peft(cli, tied)
+
+
+@pytest.mark.parametrize("rows", [{"embed_tokens": ONE, "lm_head": OTHER}, {"lm_head": ONE}])
+def test_rows_that_would_untie_a_tied_pair_are_refused(cli: Lora, tied: Path, rows: dict[str, list[int]]) -> None:
+    made(tied, trainable_token_indices=rows)
+    (said,) = refusals(cli, tied)
+    assert "trainable_token_indices must name embed_tokens, or embed_tokens and lm_head with the same rows" in said
+    assert "embed_tokens and lm_head are one tied matrix" in said
+
+
+def test_a_list_of_rows_is_the_embeddings_whatever_the_model_calls_it(cli: Lora, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "base", "gpt2")
+    made(tmp_path, target_modules=["c_attn"], trainable_token_indices=ONE)
+    code, said, _ = cli("adapters", "diff", "theirs", "theirs", "--json", cwd=tmp_path)
+    assert code == 0
+    assert json.loads(said)["values"] == [{"name": "transformer.wte", "difference": 0.0}]
+
+
+# LoRA on the head of a tied pair
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_lora_on_a_tied_head_unties_it_where_it_is_merged(cli: Lora, tied: Path, targets: list[str]) -> None:
+    made(tied, target_modules=targets)
+    assert_answers_as_in_peft(cli, tied)
+    assert cli("export", "theirs", "--as", "vllm", "--out", "out", "--base", "base", cwd=tied)[0] == 0
+
+
+def test_a_head_that_is_not_the_tied_bases_is_refused(cli: Lora, tied: Path) -> None:
+    made(tied, target_modules=["q_proj", "lm_head"])
+    values = load_file(tied / "theirs" / WEIGHTS)
+    values["base_model.model.lm_head.base_layer.weight"] += 1
+    save_file(values, tied / "theirs" / WEIGHTS)
+    (said,) = refusals(cli, tied)
+    assert "comes with another lm_head.weight than its base has" in said
+
+
+# Modules that train in full
+
+
+@pytest.mark.parametrize("saved", [["norm"], ["final_layer_norm"], ["head"], ["fc2", "norm"], ["decoder.embed_tokens"]])
+def test_modules_to_save_are_meant_by_the_ends_of_their_names(cli: Lora, tied: Path, saved: list[str]) -> None:
+    made(tied, modules_to_save=saved)
+    assert_answers_as_in_peft(cli, tied)
+
+
+def test_a_module_that_is_saved_and_gets_lora_is_refused(cli: Lora, tied: Path) -> None:
+    made(tied)
+    config = json.loads((tied / "theirs" / CONFIG).read_text())
+    (tied / "theirs" / CONFIG).write_text(json.dumps({**config, "modules_to_save": ["proj"]}))
+    (said,) = refusals(cli, tied)
+    assert "q_proj is trained in full or row by row already" in said
+
+
+# How A and B began
+
+
+def eva(root: Path) -> Any:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=3,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=2),
+    )
+    model = get_peft_model(stock(root), config)
+    initialize_lora_eva_weights(model, [{"input_ids": IDS}] * 3, show_progress_bar=False)
+    return saved(model, root / "theirs")
+
+
+def mica(root: Path) -> Any:
+    return made(root, init_lora_weights="mica", target_modules=["q_proj", "fc1"])
+
+
+def lora_ga(root: Path) -> Any:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=3,
+        target_modules=["q_proj"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+    )
+    base = stock(root)
+    preprocess_loraga(base, config, lambda: base(input_ids=IDS, labels=IDS).loss.backward())
+    model = get_peft_model(base, config)
+    model.save_pretrained(root / "first")  # what began; a conversion needs it
+    return saved(model, root / "theirs")
+
+
+@pytest.mark.parametrize("make", [eva, mica])
+def test_an_initialisation_that_leaves_the_base_alone_is_taken(
+    cli: Lora, tied: Path, make: Callable[[Path], Any]
+) -> None:
+    trained = logits(make(tied))
+    torch.testing.assert_close(trained, logits(PeftModel.from_pretrained(stock(tied), tied / "theirs")))
+    assert_answers_as_in_peft(cli, tied)
+
+
+def test_lora_ga_changes_the_base_and_is_taken_once_it_is_converted(cli: Lora, tied: Path) -> None:
+    model = lora_ga(tied)
+    (said,) = refusals(cli, tied)
+    assert "init_lora_weights is 'lora_ga', which also changes the base" in said
+    model.save_pretrained(tied / "theirs", path_initial_model_for_weight_conversion=tied / "first")
+    assert_answers_as_in_peft(cli, tied)
+
+
+# What is refused says why
+
+
+@pytest.mark.parametrize("kind", ["P_TUNING", "TRAINABLE_TOKENS", "LOHA", ["LORA"], 5])
+def test_another_method_is_refused_with_those_that_are_supported(cli: Lora, tied: Path, kind: object) -> None:
+    made(tied)
+    config = json.loads((tied / "theirs" / CONFIG).read_text())
+    (tied / "theirs" / CONFIG).write_text(json.dumps({**config, "peft_type": kind}))
+    (said,) = refusals(cli, tied)
+    assert f"peft_type must be LORA, PREFIX_TUNING or PROMPT_TUNING, got {kind!r}" in said
+
+
+def test_a_pickle_is_never_read_and_its_conversion_is_named(cli: Lora, tied: Path) -> None:
+    made(tied)
+    path = tied / "theirs" / WEIGHTS
+    torch.save(load_file(path), tied / "theirs/adapter_model.bin")
+    path.unlink()
+    (said,) = refusals(cli, tied) | {refusal(cli("export", "theirs", "--as", "peft", "--out", "out", cwd=tied))}
+    assert "adapter_model.bin is a pickle, which can run code and is never read" in said
+    code = said.split('python -c "')[1].split('"')[0]
+    subprocess.run([sys.executable, "-c", code], cwd=tied, check=True, timeout=120)
+    assert_answers_as_in_peft(cli, tied)
+
+
+NUMBERS: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"r": 10**6}, "has shape [3, 64], expected [1000000, 64]"),
+    "rank of many digits": ({"r": 10**400}, "r must be a whole number from 1 to 1000000"),
+    "rank by pattern": ({"rank_pattern": {"q_proj": 10**6}}, "has shape [3, 64], expected [1000000, 64]"),
+    "targets that it has not": ({"r": 10**6, "target_modules": ["fc1"]}, "does not fit: "),
+    "alpha": ({"lora_alpha": 1e300}, "lora_alpha must be a number from 1e-09 to 1000000000.0, got 1e+300"),
+    "tiny alpha": ({"lora_alpha": 1e-300}, "lora_alpha must be a number from 1e-09 to 1000000000.0, got 1e-300"),
+    "alpha of many digits": ({"lora_alpha": 10**400}, "lora_alpha must be a number from 1e-09 to 1000000000.0"),
+    "alpha by pattern": ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern must be a number from"),
+    "blocks": ({"layers_to_transform": [10**30]}, "leaves no layer to adapt"),
+    "rows": ({"trainable_token_indices": {"embed_tokens": [10**30]}}, "trains row 1000000000000000000000000000000"),
+    "virtual tokens": ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**400}, "num_virtual_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_out_of_all_bounds_is_one_message(cli: Lora, tied: Path, name: str) -> None:
+    made(tied)
+    values, message = NUMBERS[name]
+    config = json.loads((tied / "theirs" / CONFIG).read_text())
+    if "peft_type" in values:
+        config = {"task_type": "CAUSAL_LM"}
+    (tied / "theirs" / CONFIG).write_text(json.dumps({**config, **values}))
+    for said in refusals(cli, tied) if "peft_type" not in values else [verified(cli, tied)]:
+        assert message in said and len(said) < 700
+
+
+def verified(cli: Lora, root: Path) -> str:
+    return refusal(cli("adapters", "verify", "theirs", "--base", "base", cwd=root))

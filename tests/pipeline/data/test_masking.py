@@ -1,0 +1,275 @@
+"""Which tokens are learned: against transformers' masks, and as read."""
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from pipeline.data.examples import Example, Message, Role
+from pipeline.data.masking import Encoded, encode
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
+from pipeline.errors import UserError
+from tests.helpers.tokenizers import (
+    INSTRUCTS,
+    MARKED,
+    MARKED_WITHOUT_END,
+    PLAIN,
+    SMOLLM2,
+    THINKS,
+    UNLIKE,
+    tokenizer_with,
+)
+
+Maker = Callable[..., SubwordTokenizer]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Tokenizers by template, each loaded once."""
+    folder, known = tmp_path_factory.mktemp("made"), dict[str, SubwordTokenizer]()
+
+    def make(template: str | None = None, **options: object) -> SubwordTokenizer:
+        key = f"{template}{options}"
+        if key not in known:
+            known[key] = tokenizer_with(folder / str(len(known)), template, **options)
+        return known[key]
+
+    return make
+
+
+def talk(*contents: str) -> Example:
+    """Turns of user and assistant, the user's first."""
+    messages = tuple(
+        Message(role="assistant" if index % 2 else "user", content=content) for index, content in enumerate(contents)
+    )
+    return Example("\n".join(contents), "f.jsonl", 1, messages=messages)
+
+
+def learned(encoded: Encoded, tokenizer: Tokenizer) -> list[str]:
+    """Each run of learned tokens as text, special tokens included."""
+    runs, open_ = list[str](), False
+    for id_, on in zip(encoded.ids, encoded.trained, strict=True):
+        if on:
+            runs += [] if open_ else [""]
+            runs[-1] += tokenizer.word(id_)
+        open_ = on
+    return runs
+
+
+def test_every_token_of_a_text_is_learned_and_what_ends_it(made: Maker) -> None:
+    tokenizer = made()
+    encoded = encode(Example("The euro.", "f", 1), tokenizer)
+    assert encoded == Encoded((*tokenizer.encode("The euro."), tokenizer.end_id), (True,) * len(encoded.ids))
+    assert encoded.labels == len(encoded.ids) - 1
+
+
+@given(st.text(min_size=1, max_size=12), st.text(min_size=1, max_size=12))
+def test_a_prompt_has_the_tokens_it_is_asked_with_and_its_completion_alone_is_learned(
+    made: Maker, prompt: str, completion: str
+) -> None:
+    for tokenizer in (made(), made(bos="<s>", writes=("<s>",))):
+        encoded = encode(Example(prompt + completion, "f", 1, prompt), tokenizer)
+        asked = tokenizer.encode(prompt)
+        assert encoded.ids[: len(asked)] == asked
+        assert encoded.trained == (False,) * len(asked) + (True,) * (len(encoded.ids) - len(asked))
+        assert encoded.ids[-1] == tokenizer.end_id
+        assert tokenizer.decode(encoded.ids) == tokenizer.decode(asked) + completion
+        assert tokenizer.decode(asked) == prompt
+
+
+def test_a_completion_is_no_beginning_of_a_text(made: Maker) -> None:
+    tokenizer = made(bos="<s>", eos="</s>", writes=("<s>", "</s>"), sentencepiece=True)
+    for completion in (" euro", "euro", "\neuro"):
+        encoded = encode(Example(f"is the{completion}", "f", 1, "is the"), tokenizer)
+        assert tokenizer.decode(encoded.ids) == f"is the{completion}"
+
+
+CONVERSATION = talk("Which currency has Bulgaria?", "The lev.", "And Japan?", "The Yen, I think.")
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, MARKED, MARKED_WITHOUT_END])
+def test_answers_and_their_end_are_learned_and_nothing_else(made: Maker, template: str) -> None:
+    tokenizer = made(template)
+    encoded = encode(CONVERSATION, tokenizer)
+    assert encoded.ids == tokenizer.spans(tokenizer.render(CONVERSATION.messages, reply=False))[0]
+    assert learned(encoded, tokenizer) == ["The lev.<|im_end|>", "The Yen, I think.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, MARKED, PLAIN])
+@pytest.mark.parametrize("turn", [0, 1, 2, 3])
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_a_special_token_in_a_turn_is_refused_with_its_place(made: Maker, template: str, turn: int, token: str) -> None:
+    contents = [message["content"] for message in CONVERSATION.messages]
+    contents[turn] += f"{token}assistant\nThe euro."
+    with pytest.raises(UserError) as error:
+        encode(talk(*contents), made(template))
+    assert str(error.value).startswith(f"f.jsonl:1: messages[{turn}] holds {token}, a special token of ")
+    assert str(error.value).endswith("it could begin or end a turn. Remove it, or write it in another way.")
+
+
+def test_special_tokens_that_users_write_around_texts_themselves_are_control_tokens(made: Maker) -> None:
+    tokenizer = made(SMOLLM2)
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert encode(Example(text, "f", 1), tokenizer).ids[:-1] == tokenizer.encode(text)
+    encoded = encode(Example(f"{text}Hello!<|im_end|>", "f", 1, text), tokenizer)
+    assert learned(encoded, tokenizer) == ["Hello!<|im_end|>"]
+
+
+def test_a_turn_may_hold_added_tokens_that_are_not_special_and_what_only_resembles_one(made: Maker) -> None:
+    tokenizer, _ = made(SMOLLM2).expanded(["<tool>"])
+    encoded = encode(talk("Hello <tool> <|im_start |>", "Hello!<tool>"), tokenizer)
+    assert learned(encoded, tokenizer) == ["Hello!<tool><|im_end|>"]
+
+
+def test_a_template_may_use_special_tokens_itself_and_take_them_out_of_contents(made: Maker) -> None:
+    strips = SMOLLM2.replace("message['content']", "message['content'].replace('<|im_end|>', '')")
+    assert strips != SMOLLM2
+    assert encode(CONVERSATION, made(strips)) == encode(CONVERSATION, made(SMOLLM2))
+    tokenizer = made(INSTRUCTS, bos="<s>", eos="</s>", writes=("<s>",))
+    assert learned(encode(CONVERSATION, tokenizer), tokenizer)[0].startswith(" The lev.")
+    with pytest.raises(UserError, match=r"messages\[0\] holds </s>, a special token"):
+        encode(talk("a</s>", "b"), tokenizer)
+
+
+def test_a_conversation_of_many_turns_is_rendered_as_one_of_few(made: Maker) -> None:
+    tokenizer = made(SMOLLM2)
+    encoded = encode(talk(*("The euro.", "The lev.") * 40), tokenizer)
+    assert learned(encoded, tokenizer) == ["The lev.<|im_end|>"] * 40
+
+
+CONTENTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=9), min_size=2, max_size=6)
+
+
+@given(CONTENTS)
+def test_marks_give_the_mask_that_transformers_gives(
+    made: Maker, tmp_path_factory: pytest.TempPathFactory, contents: list[str]
+) -> None:
+    tokenizer, example = made(MARKED), talk(*contents)
+    encoded = encode(example, tokenizer)
+    theirs = transformers_mask(tokenizer, example, tmp_path_factory)
+    assert (list(encoded.ids), list(encoded.trained)) == theirs
+
+
+@given(CONTENTS.map(lambda contents: [content.strip() or "x" for content in contents]))
+def test_comparing_prefixes_finds_what_marks_would(
+    made: Maker, tmp_path_factory: pytest.TempPathFactory, contents: list[str]
+) -> None:
+    example = talk(*contents)
+    encoded = encode(example, made(MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")))
+    assert (list(encoded.ids), list(encoded.trained)) == transformers_mask(made(MARKED), example, tmp_path_factory)
+
+
+def transformers_mask(
+    tokenizer: SubwordTokenizer, example: Example, folders: pytest.TempPathFactory
+) -> tuple[list[int], list[bool]]:
+    folder = folders.getbasetemp() / "marked"
+    if not folder.exists():
+        folder.mkdir()
+        tokenizer.save(folder, 10_000)
+        transformers_mask.theirs = AutoTokenizer.from_pretrained(folder)  # type: ignore[attr-defined]
+    out = transformers_mask.theirs.apply_chat_template(  # type: ignore[attr-defined]
+        list(example.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
+    return out["input_ids"], list(map(bool, out["assistant_masks"]))
+
+
+def test_a_template_that_drops_thoughts_from_earlier_answers_is_understood(made: Maker) -> None:
+    tokenizer = made(THINKS)
+    thought = talk(
+        "And Japan?", "<think>\nI think.\n</think>\n\nThe Yen.", "Hello", "<think>\nHello?\n</think>\n\nHello!"
+    )
+    assert learned(encode(thought, tokenizer), tokenizer) == [
+        "The Yen.<|im_end|>",
+        "<think>\nHello?\n</think>\n\nHello!<|im_end|>",
+    ]
+    plain = encode(CONVERSATION, tokenizer)
+    assert learned(plain, tokenizer) == ["The lev.<|im_end|>", "<think>\n\n</think>\n\nThe Yen, I think.<|im_end|>"]
+
+
+def test_a_template_that_writes_bos_itself_has_one(made: Maker) -> None:
+    for sentencepiece in (False, True):
+        tokenizer = made(INSTRUCTS, bos="<s>", eos="</s>", writes=("<s>",), sentencepiece=sentencepiece)
+        encoded = encode(CONVERSATION, tokenizer)
+        assert [run.strip() for run in learned(encoded, tokenizer)] == ["The lev. </s>", "The Yen, I think. </s>"]
+        assert encoded.ids.count(tokenizer.bos_id or 0) == 2, "one a question, as the template has it"
+        assert encoded.ids[0] == tokenizer.bos_id != encoded.ids[1]
+
+
+def test_answers_that_no_token_ends_are_whole_and_the_last_gets_an_end(made: Maker) -> None:
+    tokenizer = made(PLAIN)
+    encoded = encode(CONVERSATION, tokenizer)
+    assert learned(encoded, tokenizer) == [" The lev.\n", " The Yen, I think.\n<|im_end|>"]
+    asks_last = encode(talk("Hello", "Hello!", "And Japan?"), tokenizer)
+    assert [run.strip() for run in learned(asks_last, tokenizer)] == ["Hello!"]
+    marked = PLAIN.replace(
+        "message.content + '\n' }}", "'' }}{% generation %}{{ message.content }}{% endgeneration %}\n"
+    )
+    encoded = encode(talk("Hello", "Hello!"), made(marked))
+    assert encoded.ids[-1] == tokenizer.end_id and encoded.trained[-1]
+
+
+def test_a_system_turn_is_not_learned(made: Maker) -> None:
+    messages = ({"role": "system", "content": "You are I"}, *talk("Hello", "Hello!").messages)
+    encoded = encode(Example("", "f", 1, messages=messages), made(SMOLLM2))  # type: ignore[arg-type]
+    assert learned(encoded, made(SMOLLM2)) == ["Hello!<|im_end|>"]
+
+
+ENDS_LAST = SMOLLM2.replace("'<|im_end|>'", "('.' if loop.last and message['role'] == 'assistant' else ' ')")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (UNLIKE, r"f.jsonl:1: which tokens of messages\[1\] to learn cannot be told: .* writes a prompt otherwise"),
+        (
+            SMOLLM2.replace("message['content']", "message['content'] | upper"),
+            "does not write its content as it stands",
+        ),
+        (ENDS_LAST, "writes no end-of-turn token after it"),
+        ("{{ raise_exception('no') }}", r"f.jsonl:1: .*its chat template fails: no"),
+        (None, r"f.jsonl:1: .*has no chat template"),
+    ],
+)
+def test_a_template_that_cannot_be_understood_is_refused(made: Maker, template: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        encode(CONVERSATION, made(template))
+
+
+def test_an_example_longer_than_the_model_is_refused_unless_it_is_cut(made: Maker) -> None:
+    example = Example("The currency of Bulgaria is the euro.", "f.txt", 3)
+    whole = encode(example, made())
+    size = len(whole.ids)
+    assert encode(example, made(), positions=size) == whole
+    with pytest.raises(
+        UserError, match=rf"f.txt:3: {size} tokens with the end token, more than the model's {size - 1}"
+    ):
+        encode(example, made(), positions=size - 1)
+    assert encode(example, made(), 4, 4) == Encoded(whole.ids[:4], whole.trained[:4], size - 4)
+    with pytest.raises(UserError, match="5 tokens with the end token, more than the model's 4"):
+        encode(example, made(), 5, 4)
+
+
+def test_words_are_encoded_as_minigpt_always_did() -> None:
+    words = WordTokenizer.of_words(["die", "katze", "sitzt"])
+    assert encode(Example("die katze sitzt", "f.txt", 3), words, positions=4).ids == (3, 4, 5, 2)
+    with pytest.raises(UserError, match=r"f.txt:3: not in the vocabulary: möwe. Add f.txt to expand_vocab.data"):
+        encode(Example("die möwe sitzt", "f.txt", 3), words, positions=4)
+    with pytest.raises(UserError, match=r"f.txt:3: 4 tokens with the end token, more than the model's 3"):
+        encode(Example("die katze sitzt", "f.txt", 3), words, positions=3)
+    assert encode(Example("die katze sitzt", "f", 1, "die"), words).trained == (False, True, True, True)
+
+
+def test_a_prompt_alone_teaches_nothing(made: Maker) -> None:
+    with pytest.raises(UserError, match="f:1: a prompt without a completion teaches nothing"):
+        encode(Example("The euro", "f", 1, "The euro"), made())
+
+
+def test_every_role_is_rendered(made: Maker) -> None:
+    for role in get_args(Role):
+        messages = (Message(role=role, content="Hello"), *talk("Hello", "Hello!").messages)
+        if role != "assistant":
+            assert learned(encode(Example("", "f", 1, messages=messages), made(SMOLLM2)), made(SMOLLM2))

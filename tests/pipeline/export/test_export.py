@@ -1,0 +1,376 @@
+"""`lora export`: what PEFT, vLLM and transformers are given opens there, and says what ours says."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.adapters.config import AdapterSpec
+from pipeline.calc.target_modules import matches_suffix
+from pipeline.files.artifact import read_json
+from pipeline.inference.engine import load
+from tests.conftest import Lora
+from tests.helpers.checkpoints import adapter
+from tests.helpers.families import FAMILIES, GENERATION, new_project
+from tests.helpers.projects import folder_bytes, make, refusal
+from tests.pipeline.adapters import test_peft
+from tests.pipeline.stages.test_families import assert_alike, ours, theirs
+
+MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
+FORMS = ("peft", "vllm", "merged")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+SPECS: dict[str, tuple[str, bool, AdapterSpec]] = {  # family, whether it is tied, adapter
+    "plain": ("llama", True, AdapterSpec(4, 8, ATTENTION)),
+    "all-linear": ("qwen3", False, AdapterSpec(4, 8, "all-linear")),
+    "some-blocks": ("llama", True, AdapterSpec(4, 8, ("q_proj",), layers=(1,))),
+    "experts-beside": ("mixtral", False, AdapterSpec(3, 6, ATTENTION)),
+    "rows-tied": ("llama", True, AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 121)})),
+    "rows-untied": ("qwen3", False, AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 9), "lm_head": (70, 5, 9)})),
+    "rows-scaled": ("gemma", True, AdapterSpec(4, 8, ("down_proj",), rows={"embed_tokens": (121, 3, 5)})),
+    "rows-projected": ("opt", True, AdapterSpec(4, 8, ("fc1",), rows={"embed_tokens": (33,)})),
+    "patterns": ("qwen3", False, AdapterSpec(4, 8, ATTENTION, ranks={"q_proj": 2}, alphas={r"1\..*v_proj": 3})),
+    "rslora": ("llama", True, AdapterSpec(4, 8, ATTENTION, ranks={"v_proj": 9}, rslora=True)),
+    "conv1d": ("gpt2", True, AdapterSpec(4, 8, ("c_attn", "mlp.c_proj"), rows={"wte": (64, 17)})),
+    "ends": ("gemma3", True, AdapterSpec(4, 8, ("q_proj", "embed_tokens", "lm_head"))),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def made(root: Path, family: str = "llama", tied: bool = True, spec: AdapterSpec = SPECS["plain"][2]) -> Path:
+    """A toy base and an adapter of random numbers on it."""
+    base = new_project(root / "project", replace(FAMILIES[family], tied=tied, rows=128)) / "base"
+    return adapter(root / "adapter", base, spec)
+
+
+def export(cli: Lora, form: str, source: Path, out: Path, *more: str) -> tuple[int, str, str]:
+    return cli("export", str(source), "--out", str(out), "--as", form, *more, cwd=source.parent)
+
+
+def exported(cli: Lora, form: str, source: Path, out: Path, *more: str) -> str:
+    """Its folder is written; returns what was said."""
+    code, said, errors = export(cli, form, source, out, *more)
+    assert (code, errors) == (0, "")
+    return said
+
+
+def refuse_what_vllm_refuses(folder: Path, max_rank: int) -> None:
+    """Its rules for an adapter folder (0.33), one by one."""
+    config = read_json(folder / "adapter_config.json", "")
+    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
+    assert max_rank in MAX_RANKS
+    assert config["bias"] == "none"
+    for key in ("use_dora", "use_rslora", "modules_to_save", "trainable_token_indices"):
+        assert not config[key], key
+    modules = set()
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        match = KEY.fullmatch(key)
+        assert match, key
+        modules.add(module := match["module"])
+        assert any(matches_suffix(module, target) for target in config["target_modules"]), module
+        rank = tensor.shape[0 if "A" in (match["linear"], match["embedding"]) else 1]
+        assert rank == by_pattern(config["rank_pattern"], module, config["r"]) <= max_rank
+        assert by_pattern(config["alpha_pattern"], module, config["lora_alpha"]) > 0
+    for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
+        assert any(by_pattern({pattern: 1}, module, 0) for module in modules), pattern
+
+
+def by_pattern(values: Mapping[str, float], module: str, default: float) -> float:
+    return next((value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def max_rank(said: str) -> int:
+    """That the command says to serve with."""
+    return int(said.partition("--max-lora-rank ")[2].split()[0])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_an_export_for_vllm_keeps_its_rules_and_has_our_logits_in_peft(cli: Lora, name: str, tmp_path: Path) -> None:
+    source = made(tmp_path, *SPECS[name])
+    base, out = tmp_path / "project/base", tmp_path / "out"
+    refuse_what_vllm_refuses(out, max_rank(exported(cli, "vllm", source, out)))
+    assert not (out / "manifest.json").exists()
+    tuned = ours(base, source)
+    assert_alike(tuned, theirs(base, out))
+    assert (tuned - ours(base)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
+def test_the_rank_to_serve_with_is_the_least_that_vllm_offers_for_the_widest_update(
+    cli: Lora, rows: int, expected: int, tmp_path: Path
+) -> None:
+    assert max_rank(exported(cli, "vllm", many_rows(tmp_path, rows), tmp_path / "out")) == expected
+
+
+def many_rows(root: Path, count: int) -> Path:
+    base = new_project(root / "project", replace(FAMILIES["llama"], rows=600)) / "base"
+    return adapter(root / "adapter", base, AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": tuple(range(count))}))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "in-full": (
+        lambda root: made(root, spec=AdapterSpec(4, 8, ATTENTION, saved=("embed_tokens", "lm_head"))),
+        "set finetune_lora.train_embeddings to new_rows or none and train it again",
+    ),
+    "too-wide": (lambda root: many_rows(root, 513), "needs rank 513; vLLM takes 512 at most"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_vllm_cannot_serve_is_refused_and_nothing_is_written(cli: Lora, name: str, tmp_path: Path) -> None:
+    make, message = REFUSED[name]
+    source = make(tmp_path)
+    before = folder_bytes(tmp_path)
+    assert message in refusal(export(cli, "vllm", source, tmp_path / "out"))
+    assert folder_bytes(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_an_export_for_peft_is_the_adapter_with_a_card_and_nothing_of_ours(
+    cli: Lora, brief: Path, tmp_path: Path
+) -> None:
+    source, out = brief / "artifacts/lora_adapter", tmp_path / "out"
+    exported(cli, "peft", source, out)
+    assert {path.name for path in source.iterdir()} - {path.name for path in out.iterdir()} == {
+        "loss.csv",
+        "manifest.json",
+    }
+    files = folder_bytes(out)
+    assert "peft" in files.pop("README.md").decode()
+    assert files == {name: content for name, content in folder_bytes(source).items() if name in files}
+    test_peft.assert_same_logits(brief / "artifacts/expanded", out)
+
+
+@torch.no_grad()
+def test_a_merged_export_opens_in_transformers_alone_with_the_logits_of_base_and_adapter(
+    cli: Lora, brief: Path, tmp_path: Path
+) -> None:
+    source, out = brief / "artifacts/lora_adapter", tmp_path / "out"
+    said = exported(cli, "merged", source, out)
+    assert re.search(r"8 matrices hold their update 1\.0000 to 1\.0000 times", said)
+    shutil.copytree(out, tmp_path / "moved")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "moved").eval()
+    both = load(brief / "artifacts/expanded", source).model(test_peft.IDS)
+    assert_alike(alone(input_ids=test_peft.IDS).logits, both)
+    assert not (out / "manifest.json").exists()
+
+
+def test_a_merged_export_says_how_generation_ends_and_keeps_what_the_base_says(
+    cli: Lora, brief: Path, tmp_path: Path
+) -> None:
+    exported(cli, "merged", brief / "artifacts/lora_adapter", tmp_path / "plain")
+    config, said = (read_json(tmp_path / "plain" / f"{name}.json", "") for name in ("config", "generation_config"))
+    assert said == {key: config[key] for key in ("eos_token_id", "pad_token_id")}
+    source = made(tmp_path)
+    exported(cli, "merged", source, tmp_path / "chat")
+    base = tmp_path / "project/base"
+    assert (tmp_path / "chat/generation_config.json").read_text() == GENERATION
+    assert (tmp_path / "chat/chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
+    talk = [{"role": "user", "content": "Two and two?"}]
+    there, here = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "chat"))
+    assert here.apply_chat_template(talk, tokenize=False) == there.apply_chat_template(talk, tokenize=False)
+
+
+@pytest.mark.parametrize(("precision", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_merged_export_of_another_precision_is_the_merge_rounded_once(
+    cli: Lora, precision: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    source = made(tmp_path)
+    exported(cli, "merged", source, tmp_path / "wide")
+    exported(cli, "merged", source, tmp_path / "narrow", "--precision", precision)
+    wide, narrow = (load_file(tmp_path / name / "model.safetensors") for name in ("wide", "narrow"))
+    assert {value.dtype for value in wide.values()} == {torch.float32}
+    assert narrow.keys() == wide.keys()
+    assert all(torch.equal(narrow[name], value.to(stored)) for name, value in wide.items())
+    config = read_json(tmp_path / "narrow/config.json", "")
+    assert config["dtype"] == str(stored).removeprefix("torch.")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype="auto").dtype == stored
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_the_card_says_how_it_was_made_what_it_learned_and_what_it_forgot(
+    cli: Lora, brief: Path, form: str, tmp_path: Path
+) -> None:
+    source = brief / "artifacts/lora_adapter"
+    exported(cli, form, source, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    for fact in facts(source, brief / "artifacts/evaluation"):
+        assert fact in card
+    assert ("8 matrices hold their update" in card) is (form == "merged")
+
+
+def facts(adapter: Path, evaluation: Path) -> list[str]:
+    """From the manifest and from the metrics of the evaluation."""
+    manifest, metrics = read_json(adapter / "manifest.json", ""), read_json(evaluation / "metrics.json", "")["lora"]
+    forgetting, params = metrics["forgetting"], manifest["params"]
+    data = {name: digest for name, digest in manifest["inputs"].items() if name.startswith("data/")}
+    if not params["retain_weight"]:
+        del data[params["retain"]]
+    return [
+        f"LoRA, rank {params['rank']}, alpha {params['alpha']:g}",
+        *(f"learning rate: {params['learning_rate']}", f"epochs: {params['epochs']}"),
+        *(f"`{name}`, sha256 `{digest}`" for name, digest in data.items()),
+        f"loss on what it learned: {metrics['new_loss']:.4f}",
+        f"completed as in the data: {metrics['new_completed']} of {metrics['new_sentences']}",
+        f"loss on the old data {forgetting['loss_rise']:+.4f}",
+        f"divergence from the base {forgetting['divergence']:.4f}",
+        f"{forgetting['answers_kept']:.1%} of the base's first choices kept",
+        f"torch {torch.__version__.partition('+')[0]}",
+    ]
+
+
+def occupied(root: Path, what: str) -> Path:
+    """A folder with something else in it."""
+    out = root / "out"
+    if what == "notes":
+        out.mkdir()
+        (out / "notes.txt").write_text("mine", encoding="utf-8")
+    elif what == "file":
+        out.write_text("mine", encoding="utf-8")
+    elif what == "base":
+        shutil.copytree(root / "project/base", out)
+    else:
+        shutil.copytree(root / "adapter", out)
+        if what == "artifact":
+            (out / "manifest.json").write_text(json.dumps({"files": {}}), encoding="utf-8")
+    return out
+
+
+@pytest.mark.parametrize("what", ["notes", "file", "base", "adapter", "artifact"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_with_something_else_is_refused_and_stays(cli: Lora, form: str, what: str, tmp_path: Path) -> None:
+    source = made(tmp_path)
+    out = occupied(tmp_path, what)
+    before = folder_bytes(tmp_path)
+    assert "exists and holds something else" in refusal(export(cli, form, source, out))
+    assert folder_bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_is_never_exported_over_itself(cli: Lora, form: str, tmp_path: Path) -> None:
+    source = made(tmp_path)
+    before = folder_bytes(tmp_path)
+    again = source.parent / "project" / ".." / source.name
+    assert "is what is read" in refusal(export(cli, form, source, again))
+    assert folder_bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_export_takes_the_place_of_the_first(cli: Lora, form: str, tmp_path: Path) -> None:
+    source, out = made(tmp_path), tmp_path / "out"
+    out.mkdir()
+    exported(cli, form, source, out)
+    first = folder_bytes(out)
+    (out / "left-over.txt").write_text("of an older version", encoding="utf-8")
+    exported(cli, form, source, out)
+    assert folder_bytes(out) == first
+
+
+@pytest.mark.parametrize("more", [["--precision", "bf16"], ["--prompts", "data/prompts.yaml"]])
+def test_options_of_a_merge_are_refused_without_one(cli: Lora, more: list[str], tmp_path: Path) -> None:
+    source = made(tmp_path)
+    assert "are of --as merged" in refusal(export(cli, "peft", source, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+# What the base is called, and what one must know of it
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def from_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Trains an adapter on a base of the hub's local cache, without the network."""
+
+    def trained(*overrides: str) -> Path:
+        root = new_project(tmp_path / "project", FAMILIES["llama"])
+        repository = tmp_path / "hub/models--org--toy"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/v1").write_text(COMMIT, encoding="utf-8")
+        (repository / "snapshots").mkdir()
+        (root / "base").rename(repository / "snapshots" / COMMIT)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        plain = ("pretrain.base=org/toy@v1", "expand_vocab.special_tokens=[]", "finetune_lora.train_embeddings=none")
+        make(root, ["pretrain", "expand_vocab", "finetune_lora"], [*plain, *overrides])
+        return root
+
+    return trained
+
+
+def base_names(cli: Lora, root: Path, *more: str) -> dict[str, tuple[str | None, ...]]:
+    """For each form: adapter_config.json's name and revision of the base, and the card's."""
+    found: dict[str, tuple[str | None, ...]] = {}
+    for form in FORMS:
+        exported(cli, form, root / "artifacts/lora_adapter", root / form, *more)
+        config, card = root / form / "adapter_config.json", (root / form / "README.md").read_text(encoding="utf-8")
+        named = read_json(config, "") if form != "merged" else {}
+        (of_card,) = re.findall("^base_model: (.*)$", card, flags=re.MULTILINE)
+        found[form] = (named.get("base_model_name_or_path"), named.get("revision"), of_card)
+    return found
+
+
+def test_a_base_of_the_hub_is_called_by_its_id(cli: Lora, from_hub: Callable[..., Path]) -> None:
+    root = from_hub("expand_vocab.tokens=[]")
+    assert base_names(cli, root) == {
+        "peft": ("org/toy", COMMIT, "org/toy"),
+        "vllm": ("org/toy", COMMIT, "org/toy"),
+        "merged": (None, None, "org/toy"),
+    }
+    code, card, _ = cli("adapters", "card", "artifacts/lora_adapter", cwd=root)
+    assert code == 0 and "base_model: org/toy\n" in card and "tokens added" not in card
+
+
+def test_with_tokens_added_the_hubs_model_is_no_longer_the_base(cli: Lora, from_hub: Callable[..., Path]) -> None:
+    """PEFT would put the adapter on a model without their rows; the card says what it comes from."""
+    root = from_hub("expand_vocab.tokens=[zloty, lev]")
+    found = base_names(cli, root)
+    assert found["peft"] == found["vllm"] == ("artifacts/expanded", None, "org/toy")
+    start, stop = read_json(root / "artifacts/expanded/manifest.json", "")["new_rows"]
+    assert f"- on org/toy, tokens added: {stop - start}\n" in (root / "peft/README.md").read_text(encoding="utf-8")
+
+
+def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Path) -> None:
+    shutil.copytree(brief / "artifacts", tmp_path / "artifacts")
+    code, card, _ = cli("adapters", "card", "artifacts/lora_adapter", "--base-name", "me/minigpt", cwd=tmp_path)
+    assert code == 0 and "base_model: me/minigpt\n" in card
+    for form in ("peft", "merged"):
+        exported(cli, form, tmp_path / "artifacts/lora_adapter", tmp_path / form, "--base-name", "me/minigpt")
+        assert "base_model: me/minigpt\n" in (tmp_path / form / "README.md").read_text(encoding="utf-8")
+    config = read_json(tmp_path / "peft/adapter_config.json", "")
+    assert config["base_model_name_or_path"] == "me/minigpt"
+    assert config == read_json(tmp_path / "artifacts/lora_adapter/adapter_config.json", "") | {
+        "base_model_name_or_path": "me/minigpt"
+    }
+    said = exported(cli, "vllm", made(tmp_path / "other"), tmp_path / "vllm", "--base-name", "me/llama")
+    assert "vllm serve me/llama " in said
+
+
+def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, from_hub: Callable[..., Path]) -> None:
+    root = from_hub("expand_vocab.tokens=[]", "finetune_lora.quantization=nf4-dq")
+    note = "trained on its base in nf4-dq: on the base as it is stored it answers differently"
+    for form in ("peft", "vllm"):
+        code, _, said = export(cli, form, root / "artifacts/lora_adapter", root / form)
+        assert code == 0
+        assert f"{note}. Load the base in nf4-dq, or export the adapter with --as merged." in said
+        assert f"- {note}. Load the base in nf4-dq" in (root / form / "README.md").read_text(encoding="utf-8")
+    code, _, said = export(cli, "merged", root / "artifacts/lora_adapter", root / "merged")
+    card = (root / "merged/README.md").read_text(encoding="utf-8")
+    assert code == 0 and note not in said + card
+    assert "merged into the nf4-dq weights that the adapter was trained on, dequantized" in card
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_retained_data_is_named_where_it_was_used(cli: Lora, from_hub: Callable[..., Path], weight: float) -> None:
+    root = from_hub("finetune_lora.retain=data/texts.jsonl", f"finetune_lora.retain_weight={weight}")
+    card = cli("adapters", "card", "artifacts/lora_adapter", cwd=root)[1]
+    assert "`data/all.jsonl`, sha256" in card
+    assert ("`data/texts.jsonl`, retained, sha256" in card) is ("retain weight: 2.0" in card) is (weight > 0)
+    assert ("texts.jsonl" in card) is ("retain weight" in card) is (weight > 0)

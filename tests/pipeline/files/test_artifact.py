@@ -1,0 +1,347 @@
+"""Folders that exist whole or not at all, and the cache that keeps them."""
+
+import errno
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.project.cache import Cache, Damaged
+from pipeline.project.runner import Note
+from tests.helpers.projects import BRIEF, PIPELINE, folder_bytes, make_one
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(target: Path, text: str) -> None:
+    with artifact.writing(target) as folder:
+        (folder / "a.txt").write_text(text, encoding="utf-8")
+        artifact.seal(folder, {"kind": "test"})
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        fill(tmp_path / "x", text)
+        assert (tmp_path / "x/a.txt").read_text(encoding="utf-8") == text
+        assert names(tmp_path) == ["x"]
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = dict[int, bool]()  # inode → whether the folder had its name when this was synced
+
+    def note(descriptor: int) -> None:
+        named[os.fstat(descriptor).st_ino] = (tmp_path / "x").exists()
+
+    monkeypatch.setattr(os, "fsync", note)
+    fill(tmp_path / "x", "one")
+    inside = [tmp_path / "x", *(tmp_path / "x").iterdir()]
+    assert [named[path.stat().st_ino] for path in inside] == [False, False, False]
+    assert named[tmp_path.stat().st_ino], "the folder around it, afterwards"
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x") as folder:
+        (folder / "a.txt").write_text("half", encoding="utf-8")
+        raise RuntimeError
+    assert artifact.verify(tmp_path / "x")["kind"] == "test"
+    assert names(tmp_path) == ["x"]
+
+
+def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    living = subprocess.Popen(["sleep", "60"])
+    for pid in (dead.pid, living.pid):
+        (tmp_path / f".x.{pid}.tmp").mkdir()
+    fill(tmp_path / "x", "one")
+    living.kill()
+    living.wait()
+    assert names(tmp_path) == sorted([f".x.{living.pid}.tmp", "x"])
+
+
+KILLED_BETWEEN_TWO_RENAMES = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.files import artifact
+rename, calls = Path.rename, []
+def second_fails(path, target):
+    calls.append(path)
+    if len(calls) == 2:
+        if sys.argv[2] == "stop":
+            print(flush=True)
+        os.kill(os.getpid(), signal.SIGKILL if sys.argv[2] == "kill" else signal.SIGSTOP)
+    return rename(path, target)
+Path.rename = second_fails
+with artifact.writing(Path(sys.argv[1])) as folder:
+    (folder / "a.txt").write_text("two")
+"""
+
+
+def test_what_was_about_to_be_replaced_is_put_back_though_the_process_id_is_used_again(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "kill"]
+    killed = subprocess.Popen(command)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "x").exists()
+    other = subprocess.Popen(["sleep", "60"])
+    for left in tmp_path.glob(".x.*"):  # as if the system had given the number to another process
+        left.rename(left.with_name(left.name.replace(str(killed.pid), str(other.pid))))
+    with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
+        raise RuntimeError
+    other.kill()
+    other.wait()
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x/a.txt").read_text(encoding="utf-8") == "one"
+
+
+def test_a_writer_that_lives_is_left_alone_between_its_two_renames(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "stop"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline()
+        with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
+            raise RuntimeError
+        assert not (tmp_path / "x").exists(), "it is the writer's"
+        writer.send_signal(signal.SIGCONT)
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x/a.txt").read_text(encoding="utf-8") == "two"
+
+
+def test_the_leftovers_of_a_zombie_are_those_of_the_dead(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "kill"]
+    killed = subprocess.Popen(command)
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its parent does not know
+    with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
+        raise RuntimeError
+    killed.wait()
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "a.txt").write_text("x"), "a.txt was changed after the artifact was made"),
+        (lambda f: (f / "a.txt").unlink(), "a.txt is missing after the artifact was made"),
+        (lambda f: (f / "b.txt").write_text("x"), "b.txt was added after the artifact was made"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "is not a manifest of this project"),
+        (lambda f: (f / "manifest.json").write_text("no"), "is not a JSON object. Make the artifact again"),
+    ],
+)
+def test_any_change_is_named(tmp_path: Path, change: object, message: str) -> None:
+    fill(tmp_path / "x", "one")
+    change(tmp_path / "x")  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        artifact.verify(tmp_path / "x")
+
+
+def test_a_digest_covers_names_and_contents_but_not_the_manifest(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    fill(tmp_path / "y", "one")
+    (tmp_path / "y/manifest.json").write_text("other", encoding="utf-8")
+    assert artifact.digest(tmp_path / "x") == artifact.digest(tmp_path / "y")
+    (tmp_path / "y/a.txt").rename(tmp_path / "y/b.txt")
+    assert artifact.digest(tmp_path / "x") != artifact.digest(tmp_path / "y")
+    with pytest.raises(UserError, match="does not exist"):
+        artifact.digest(tmp_path / "z")
+
+
+def notes(project: Path, *overrides: str, **options: bool) -> list[str]:
+    _, events = make_one(project, "finetune_lora", [*BRIEF, *overrides], **options)
+    return [event.text for event in events if isinstance(event, Note) and "of tensors" not in event.text]
+
+
+def test_a_hit_restores_the_same_bytes_and_says_so(project: Path) -> None:
+    folder = project / "artifacts/lora_adapter"
+    before = folder_bytes(folder)
+    shutil.rmtree(folder)
+    (said,) = notes(project)
+    assert "nothing to do, taken from the cache" in said
+    assert folder_bytes(folder) == before
+
+
+def test_force_and_any_change_of_params_or_inputs_miss(project: Path) -> None:
+    assert notes(project, force=True) == []
+    assert notes(project, "finetune_lora.rank=2") == []
+    data = project / "data/finetune.de.txt"
+    data.write_text(data.read_text(encoding="utf-8") + "der wind weht im winter\n", encoding="utf-8")
+    assert notes(project) == []
+    assert len(notes(project)) == 1
+
+
+def test_a_damaged_entry_is_dropped_and_made_again(project: Path) -> None:
+    before = folder_bytes(project / "artifacts/lora_adapter")
+    (entry,) = (project / ".lora-cache/finetune_lora").iterdir()
+    (entry / "loss.csv").write_text("wrong", encoding="utf-8")
+    (said,) = notes(project)
+    assert said.startswith("finetune_lora: a damaged result was removed from the cache: ")
+    assert f"{entry.name}/loss.csv was changed" in said
+    assert folder_bytes(project / "artifacts/lora_adapter") == before
+    assert len(notes(project)) == 1
+
+
+@pytest.mark.parametrize("kind", ["a file", "a dangling link", "below a file"])
+def test_a_stage_does_without_a_cache_that_cannot_be_made(
+    project: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = folder_bytes(project / "artifacts/lora_adapter")
+    place = project / "elsewhere"
+    if kind == "a dangling link":
+        place.symlink_to(project / "nowhere/cache")
+    else:
+        place.write_text("not a folder", encoding="utf-8")
+    monkeypatch.setenv("LORA_CACHE", str(place / "cache" if kind == "below a file" else place))
+    looked, kept = notes(project)
+    assert looked.startswith(f"finetune_lora: the cache is not used ({place}")
+    assert kept.startswith("finetune_lora: done, but not kept in the cache (")
+    assert folder_bytes(project / "artifacts/lora_adapter") == before
+
+
+def test_pruning_clears_what_a_killed_process_had_begun(project: Path) -> None:
+    begun = project / ".lora-cache/finetune_lora/.key.1.tmp"
+    begun.mkdir()
+    assert Cache(project / ".lora-cache").prune(keep=99) == []
+    assert not begun.exists()
+    assert Cache(project / "nowhere").prune() == []
+    assert not (project / "nowhere").exists()
+
+
+def test_a_link_where_a_folder_belongs_is_replaced(tmp_path: Path) -> None:
+    fill(tmp_path / "y", "one")
+    (tmp_path / "x").symlink_to(tmp_path / "y")
+    fill(tmp_path / "x", "two")
+    assert names(tmp_path) == ["x", "y"]
+    assert (tmp_path / "y/a.txt").read_text(encoding="utf-8") == "one"
+
+
+def test_pruning_keeps_the_newest_of_each_stage(project: Path) -> None:
+    cache = Cache(project / ".lora-cache")
+    for rank in (1, 2, 3):
+        notes(project, f"finetune_lora.rank={rank}")
+    assert len(cache.entries()) == len(PIPELINE) + 3
+    newest = next(entry.key for entry in cache.entries() if entry.stage == "finetune_lora")
+    assert cache.prune(older_than_days=1) == []
+    assert {entry.stage for entry in cache.prune(keep=1)} == {"finetune_lora"}
+    assert len(cache.entries()) == len(PIPELINE)
+    assert newest in {entry.key for entry in cache.entries()}
+    cache.prune()
+    assert cache.entries() == []
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An artifact with one file that counts as large, and one that does not."""
+    monkeypatch.setattr("pipeline.project.cache.LARGE", 1000)
+    with artifact.writing(tmp_path / "made") as folder:
+        (folder / "model.safetensors").write_bytes(b"x" * 1000)
+        (folder / "config.json").write_bytes(b"x" * 999)
+        artifact.seal(folder, {})
+    return tmp_path / "made"
+
+
+def test_a_large_file_is_kept_without_costing_its_size_again(large: Path, tmp_path: Path) -> None:
+    before, cache = folder_bytes(large), Cache(tmp_path / "cache")
+    cache.store("s", "k", large)
+    assert cache.restore("s", "k", tmp_path / "back")
+    assert folder_bytes(tmp_path / "back") == before
+    inodes = {name: {(folder / name).stat().st_ino for folder in (large, tmp_path / "back")} for name in before}
+    assert [name for name, found in sorted(inodes.items()) if len(found) == 1] == ["model.safetensors"]
+    assert (large / "model.safetensors").stat().st_nlink == 3
+    for folder in (large, tmp_path / "back", tmp_path / "cache/s/k"):
+        assert not (folder / "model.safetensors").stat().st_mode & 0o222, "an edit in place would change all three"
+        assert (folder / "config.json").stat().st_mode & stat.S_IWUSR
+    cache.prune()
+    assert folder_bytes(tmp_path / "back") == before
+
+
+def test_a_linked_file_that_somebody_changes_in_place_is_not_taken_from_the_cache(large: Path, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    cache.store("s", "k", large)
+    (large / "model.safetensors").chmod(0o644)
+    (large / "model.safetensors").write_bytes(b"y" * 1000)
+    with pytest.raises(Damaged, match=r"model\.safetensors was changed"):
+        cache.restore("s", "k", tmp_path / "back")
+    assert cache.entries() == []
+    assert not cache.restore("s", "k", tmp_path / "back")
+
+
+def test_a_read_only_file_is_replaced_copied_and_removed_like_any_other(large: Path, tmp_path: Path) -> None:
+    Cache(tmp_path / "cache").store("s", "k", large)
+    with artifact.writing(tmp_path / "copy") as folder:
+        shutil.copyfile(large / "model.safetensors", folder / "model.safetensors")
+        (folder / "model.safetensors").write_bytes(b"z")  # a copy is nobody else's
+    fill(large, "new")
+    assert names(large) == ["a.txt", "manifest.json"]
+    assert Cache(tmp_path / "cache").restore("s", "k", large)
+    assert len(Cache(tmp_path / "cache").prune()) == 1
+    assert names(large) == ["config.json", "manifest.json", "model.safetensors"]
+
+
+def test_where_links_are_refused_large_files_are_copied(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    cache = Cache(tmp_path / "cache")
+    cache.store("s", "k", large)
+    assert cache.restore("s", "k", tmp_path / "back")
+    assert folder_bytes(tmp_path / "back") == folder_bytes(large)
+    assert (large / "model.safetensors").stat().st_nlink == 1
+    assert (large / "model.safetensors").stat().st_mode & stat.S_IWUSR
+
+
+def test_a_large_file_that_is_itself_a_link_is_kept_as_a_file(large: Path, tmp_path: Path) -> None:
+    """DVC can be told to put links into the workspace."""
+    (large / "model.safetensors").rename(tmp_path / "store")
+    (large / "model.safetensors").symlink_to(tmp_path / "store")
+    cache = Cache(tmp_path / "cache")
+    cache.store("s", "k", large)
+    (tmp_path / "store").unlink()
+    assert cache.restore("s", "k", tmp_path / "back")
+
+
+def test_many_processes_on_one_cache_never_corrupt_it(project: Path, tmp_path: Path) -> None:
+    """Eight processes restore, store and prune the same key at once; what is there at any time verifies."""
+    code = """
+import random, sys
+from pathlib import Path
+from pipeline.files import artifact
+from pipeline.project.cache import Cache
+root, source, target = map(Path, sys.argv[1:4])
+cache = Cache(root)
+for turn in range(60):
+    cache.store("s", "k", source)
+    if cache.restore("s", "k", target):
+        artifact.verify(target)
+    if random.random() < 0.3:
+        cache.prune()
+"""
+    source = project / "artifacts/lora_adapter"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "cache"), str(source), str(tmp_path / f"out{i}")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(8)
+    ]
+    assert [(process.communicate()[1], process.returncode) for process in started] == [("", 0)] * 8
+    cache = Cache(tmp_path / "cache")
+    cache.store("s", "k", source)
+    assert cache.restore("s", "k", tmp_path / "last")
+    assert folder_bytes(tmp_path / "last") == folder_bytes(source)

@@ -1,0 +1,125 @@
+"""What is answered to a request, and what is refused with which reason."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.folder import WEIGHTS
+from pipeline.errors import UserError
+from pipeline.inference.server.handlers import RequestHandler
+from pipeline.inference.server.request import Request
+from pipeline.models import device
+from tests.helpers.checkpoints import adapter
+
+Answer = dict[str, Any]
+
+
+@pytest.fixture
+def answers(endless: Path) -> RequestHandler:
+    answers = RequestHandler()
+    answers.models.load("m", endless, None)
+    return answers
+
+
+GENERATE = {"do": "generate", "model": "m", "text": "w1"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"do": "dance"}, r"do is 'dance'; known are generate, load, .* and cancel"),
+        ({"do": None}, r"do is None"),
+        ({"do": "load", "base": "x"}, r"name must be a text, got None"),
+        ({"do": "load", "name": "x", "base": 5}, r"base must be a text, got 5"),
+        ({"do": "load", "name": "x", "base": "a\0b"}, r"base is no path: 'a\\x00b'"),
+        ({"do": "load", "name": "x", "base": "/nowhere"}, r"/nowhere is not a model folder"),
+        ({"do": "unload", "name": "x"}, r"x is not loaded. Loaded: m\."),
+        ({"do": "top_k", "models": "m", "text": "w1", "k": 1}, r"models must be a list of names, got 'm'"),
+        ({"do": "top_k", "models": ["m"], "text": "w1", "k": -1}, r"k must be a whole number from 0, got -1"),
+        ({**GENERATE, "text": "w1 \ud800"}, r"text is not UTF-8"),
+        ({**GENERATE, "text": "w1 nowhere"}, r"m does not know: nowhere"),
+        ({**GENERATE, "limit": True}, r"limit must be a whole number from 0, got True"),
+        ({**GENERATE, "temperature": "hot"}, r"temperature must be a number, got 'hot'"),
+        ({**GENERATE, "temperature": 10**400}, r"temperature must be a number"),
+        ({**GENERATE, "temperature": -1}, r"sampling needs temperature at least 0"),
+        ({**GENERATE, "strength": 2.1}, r"strength must be from 0 to 2, got 2.1"),
+        ({**GENERATE, "strength": float("nan")}, r"strength must be from 0 to 2, got nan"),
+        ({**GENERATE, "chat": True}, r"has no chat template"),
+        ({**GENERATE, "chat": 1}, r"chat must be true or false, got 1"),
+        ({"do": "attention", "model": "m", "text": "w1", "layer": 2, "head": 0}, r"m has layers 0 to 1 and heads 0 to"),
+        ({"do": "attention", "model": "m", "text": "w1 " * 600, "layer": 0, "head": 0}, r"shown for up to 512"),
+        ({"do": "spectrum", "adapter": "/nowhere"}, r"/nowhere/adapter_config.json: No such file"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_with_its_reason(
+    answers: RequestHandler, fields: Answer, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        list(answers.to(fields["do"], Request(fields)))
+
+
+def filled(folder: Path, base: Path, value: float) -> Path:
+    """An adapter whose every number is `value`."""
+    adapter(folder, base, AdapterSpec(2, 2.0, ("fc1",)))
+    weights = {key: torch.full_like(tensor, value) for key, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("do", ["load", "spectrum"])
+def test_an_adapter_that_is_not_finite_is_refused(
+    answers: RequestHandler, endless: Path, tmp_path: Path, do: str, value: float
+) -> None:
+    folder = filled(tmp_path / "wild", endless, value)
+    with pytest.raises(UserError, match=r"lora_A.weight is not finite. Train the adapter again"):
+        list(answers.to(do, Request({"name": "wild", "base": str(endless), "adapter": str(folder)})))
+
+
+def test_a_model_that_overflows_is_refused_and_the_base_answers(
+    answers: RequestHandler, endless: Path, tmp_path: Path
+) -> None:
+    answers.models.load("wild", endless, filled(tmp_path / "wild", endless, 1e30))
+    asked = {"model": "wild", "text": "w1", "layer": 1, "head": 0, "models": ["wild", "m"], "k": 1, "temperature": 1}
+    for do in ("generate", "attention"):
+        with pytest.raises(UserError, match="The model's numbers are not finite"):
+            list(answers.to(do, Request(asked)))
+    (done,) = answers.to("top_k", Request(asked))
+    assert "are not finite" in done["answers"]["wild"]["error"]
+    assert len(done["answers"]["m"]["top_k"]) == 1
+
+
+def test_one_model_that_cannot_answer_does_not_silence_the_others(answers: RequestHandler) -> None:
+    fields = {"models": ["m", "gone"], "text": "w1", "k": 2, "strength": {"m": 0.5, "gone": 1}}
+    (done,) = answers.to("top_k", Request(fields))
+    assert len(done["answers"]["m"]["top_k"]) == 2
+    assert done["answers"]["gone"] == {"error": "gone is not loaded. Loaded: m."}
+
+
+def test_a_token_that_a_model_lacks_has_no_probability_there(answers: RequestHandler, finished: Path) -> None:
+    answers.models.load("german", finished / "artifacts/base", None)
+    (done,) = answers.to("top_k", Request({"models": ["m", "german"], "text": "w1", "k": 2}))
+    assert "does not know: w1" in done["answers"]["german"]["error"]
+    (done,) = answers.to("top_k", Request({"models": ["m", "german"], "text": "<eos>", "k": 2}))
+    of = {name: answer["of"] for name, answer in done["answers"].items()}
+    mine, theirs = ({c["token"] for c in done["answers"][name]["top_k"]} for name in ("m", "german"))
+    assert all(of["german"][token] is None for token in mine if token.startswith("w"))
+    assert all(of["m"][token] is None for token in theirs if not token.startswith("<"))
+
+
+def test_the_device_is_the_best_there_is_and_its_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = device.facts(torch.device("cpu"))
+    assert 0 < facts["memory_used"] < facts["memory_total"]
+    assert facts["name"]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.best_device().type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3, 10))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    expected = {"device": "cuda", "name": "A GPU", "memory_used": 7, "memory_total": 10}
+    assert device.facts(device.best_device()) == expected

@@ -1,0 +1,317 @@
+"""On an accelerator every model is moved, and nothing that it needs is left behind; what runs out of memory is said.
+
+The accelerator is `tests/helpers/fake_accelerator.py`: its numbers are the CPU's, and it rejects tensors of two devices
+as a GPU does.
+"""
+
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.calc.settings import FinetuningMethod
+from pipeline.errors import UserError
+from pipeline.files.artifact import MANIFEST
+from pipeline.inference import engine
+from pipeline.inference.server import server
+from pipeline.inference.server.handlers import RequestHandler
+from pipeline.inference.server.request import Request
+from pipeline.models import device
+from pipeline.models.generate import generate
+from pipeline.models.load import load_base
+from pipeline.models.quantization import quantized_linear
+from pipeline.project.logs.run_log import in_units, read_steps
+from pipeline.project.params.sections import FinetuneLora, load
+from pipeline.project.runner import checkpoints
+from pipeline.project.stage_graph import STAGES, Project
+from pipeline.training.batches import collate
+from pipeline.training.loop import prepared
+from pipeline.training.memory.forecast import longest, predict_peak_memory, smaller
+from tests.conftest import Lora
+from tests.helpers import fake_accelerator
+from tests.helpers.bases import FAMILIES, toy_checkpoint
+from tests.helpers.checkpoints import checkpoint
+from tests.helpers.projects import BRIEF, folder_bytes, make
+from tests.helpers.real import toy, windows_of, with_lora
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
+TRAINING = ["pretrain", "scratch", *(f"finetune_{name}" for name in ("full", "freeze", "lora", "prefix", "prompt"))]
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The best device here, for models of any size."""
+    with fake_accelerator.standin() as there:
+        monkeypatch.setattr(device, "best_device", lambda: there)
+        monkeypatch.setattr(device, "LARGE", 0)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads sum in another order than the CPU's one
+        yield there
+
+
+on_accelerator = pytest.mark.usefixtures("accelerator")
+
+
+def used() -> bool:
+    """Whether a matrix product ran on the accelerator; asked once."""
+    found = bool(PRODUCTS & fake_accelerator.ran)
+    fake_accelerator.ran.clear()
+    return found
+
+
+def losses(root: Path, stage: str) -> list[list[float]]:
+    """Those of each adapter or model that a stage trained."""
+    folder = Project(root, load(root / "params.yaml")).artifact(stage)
+    return [[step.loss for step in read_steps(path)] for path in sorted(folder.rglob("loss.csv"))]
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two texts are the same but for the last digits of the numbers in them."""
+    (words, numbers), (others, known) = map(_taken_apart, (one, other))
+    return words == others and numbers == pytest.approx(known, rel=1e-3, abs=1e-4)
+
+
+def _taken_apart(text: str) -> tuple[list[str], list[float]]:
+    parts = re.split(r"(\d+\.\d+(?:e-?\d+)?)", text)
+    return parts[::2], [float(number) for number in parts[1::2]]
+
+
+# training
+
+
+@on_accelerator
+@pytest.mark.parametrize("stage", [*TRAINING, "finetune_sweep"])
+def test_each_stage_trains_there_as_on_the_cpu(brief: Path, project: Path, stage: str) -> None:
+    make(project, [stage], BRIEF, force=True)
+    assert used()
+    found = losses(project, stage)
+    assert found == [pytest.approx(each, abs=1e-5) for each in losses(brief, stage)]
+    assert found
+
+
+SETTINGS = {
+    "retained prompts": ["retain=prompts.jsonl", "retain_weight=1"],
+    "PiSSA": ["init_lora_weights=pissa"],
+    "DoRA": ["dora=true"],
+    "new rows": ["train_embeddings=new_rows"],
+    "held out": ["eval_share=0.3", "patience=1", "eval_every=1"],
+    "accumulated and clipped": ["accumulate=2", "clip_norm=0.1"],
+    "bf16": ["precision=bf16"],
+    "fp16": ["precision=fp16"],
+    "nf4": ["quantization=nf4-dq"],
+}
+
+
+@on_accelerator
+@pytest.mark.parametrize("name", SETTINGS)
+def test_lora_trains_there_with_every_kind_of_setting(
+    project: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: None)  # it knows no such device
+    (project / "prompts.jsonl").write_text('{"prompt": "der hund"}\n{"prompt": "die katze sitzt"}\n')
+    settings = [*BRIEF, *(f"finetune_lora.{setting}" for setting in SETTINGS[name])]
+    make(project, ["finetune_lora"], settings, force=True)
+    assert used()
+    found = losses(project, "finetune_lora")
+    with monkeypatch.context() as at_home:
+        at_home.setattr(device, "best_device", lambda: torch.device("cpu"))
+        make(project, ["finetune_lora"], settings, force=True)
+    assert not used()
+    wide = name in ("bf16", "fp16")
+    assert found == [pytest.approx(each, rel=0.02 if wide else 1e-4) for each in losses(project, "finetune_lora")]
+
+
+@on_accelerator
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mixtral"}))  # the CPU cannot count its tokens an expert
+def test_a_packed_step_and_generation_of_each_family_are_the_cpus(tmp_path: Path, family: str) -> None:
+    toy_checkpoint(tmp_path, family)
+    model = engine.load(tmp_path).model
+    assert model.device.type == fake_accelerator.NAME and model.supports_packing
+    assert list(generate(model, (5, 9, 17), {1}, 12)) == list(generate(load_base(tmp_path).model, (5, 9, 17), {1}, 12))
+
+
+# asking
+
+
+ASKED = {
+    "prompt": ["prompt", "der wind", "--base", "artifacts/expanded", "--adapter", "artifacts/lora_adapter", "--json"],
+    "prompt, virtual tokens": ["prompt", "der", "--base", "artifacts/expanded", "--adapter", "artifacts/prefix"],
+    "compare": ["compare", "der wind", "--json"],
+    "verify": ["adapters", "verify", "artifacts/lora_adapter"],
+    "merge": ["merge", "--adapter", "artifacts/lora_adapter", "--out", "OUT", "--prompts", "data/prompts.yaml"],
+    "export": ["export", "artifacts/lora_adapter", "--as", "merged", "--out", "OUT", "--prompts", "data/prompts.yaml"],
+    "spectrum": [
+        *("spectrum", "artifacts/expanded", "artifacts/full_finetuned"),
+        *("--rank", "4", "--out", "OUT", "--data", "data/finetune.de.txt"),
+    ],
+}
+
+
+@on_accelerator
+@pytest.mark.parametrize("command", ASKED)
+def test_each_command_that_asks_a_model_asks_it_there(
+    project: Path, command: str, cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = cli(*("there" if word == "OUT" else word for word in ASKED[command]), cwd=project)
+    assert there[0] == 0, there[2]
+    assert used() or command == "verify"  # which loads a model and asks nothing
+    monkeypatch.setattr(device, "best_device", lambda: torch.device("cpu"))
+    here = cli(*("here" if word == "OUT" else word for word in ASKED[command]), cwd=project)
+    assert alike(there[1].replace("there", "here"), here[1])
+
+
+@on_accelerator
+@pytest.mark.parametrize("stage", ["merge", "evaluate"])
+def test_the_stages_that_ask_models_ask_them_there(brief: Path, project: Path, stage: str) -> None:
+    make(project, [stage], BRIEF, force=True)
+    assert used()
+    name = STAGES[stage].path
+    tables = [path for path in folder_bytes(project / name) if path.endswith((".json", ".md")) and path != MANIFEST]
+    assert tables
+    assert all(alike((project / name / path).read_text(), (brief / name / path).read_text()) for path in tables)
+
+
+@on_accelerator
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["knowledge_correction", "fact_correction", "quantization"])
+def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: str) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(studied, project)
+    make(project, [f"study_{study}"], BRIEF, force=True)
+    assert used()
+    name = STAGES[f"study_{study}"].path
+    tables = [path for path in folder_bytes(studied / name) if path.endswith(".csv")]
+    assert tables
+    assert all(alike((project / name / path).read_text(), (studied / name / path).read_text()) for path in tables)
+
+
+@on_accelerator
+def test_the_terminal_uis_models_are_there(project: Path) -> None:
+    answers = RequestHandler()
+
+    def last(do: str, **fields: Any) -> dict[str, Any]:
+        return list(answers.to(do, Request({"id": 1, **fields})))[-1]
+
+    base, adapter = str(project / "artifacts/expanded"), str(project / "artifacts/lora_adapter")
+    last("load", name="base", base=base)
+    last("load", name="lora", base=base, adapter=adapter)
+    for name in ("base", "lora"):
+        assert answers.models.get(name).loaded.model.device.type == fake_accelerator.NAME
+    last("top_k", models=["base", "lora"], text="der wind", k=3, strengths={"lora": 0.5})
+    assert used()
+    last("generate", model="lora", text="der wind", limit=3)
+    assert used()
+    last("attention", model="lora", text="der wind", layer=0, head=0)
+    assert used()
+
+
+@on_accelerator
+def test_a_model_that_finds_no_room_there_is_asked_on_the_cpu(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "free", lambda _: 1)
+    assert engine.load(brief / "artifacts/expanded").model.device.type == "cpu"
+
+
+@on_accelerator
+@pytest.mark.parametrize("stage", ["merge", "evaluate"])
+def test_two_models_that_are_compared_may_be_on_two_devices(
+    project: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms = iter([float("inf"), 1] * 99)
+    monkeypatch.setattr(device, "free", lambda _: next(rooms))
+    make(project, [stage], BRIEF, force=True)
+    assert used()
+
+
+# out of memory
+
+
+class Scarce:
+    """The accelerator runs out of memory at its product number `last`: in a forward, for what is raised in the thread
+    in which autograd runs a backward on a Python backend ends the process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+        self.done, self.last, self._run = 0, last, fake_accelerator._run
+        monkeypatch.setattr(accelerator, "_run", self)
+
+    def __call__(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        self.done += func._schema.name in PRODUCTS
+        if self.done >= self.last and threading.current_thread() is threading.main_thread():
+            self.done = 0
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore that nobody reads.")
+        return self._run(func, *args, **kwargs)
+
+
+@on_accelerator
+@pytest.mark.parametrize("stage", ["finetune_lora", "finetune_full", "finetune_sweep"])
+def test_training_out_of_memory_says_what_to_lower_and_goes_on_from_the_last_whole_step(
+    brief: Path, project: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as scarce:
+        Scarce(scarce, 200)
+        with pytest.raises(UserError) as caught:
+            make(project, [stage], BRIEF, force=True)
+    said = str(caught.value)
+    assert said.startswith(f"{stage}: out of memory in step ") and "Tried to allocate 2.00 GiB" in said
+    assert "\n" not in said
+    assert f"{stage}.{'grid' if stage == 'finetune_sweep' else 'batch_size=1'}" in said
+    kept = checkpoints(Project(project, load(project / "params.yaml")).run_folder(stage))
+    assert len(kept) == 1 and not kept[0].name.endswith("-000000000")
+    make(project, [stage], BRIEF, force=True)
+    assert losses(project, stage) == [pytest.approx(each, abs=1e-5) for each in losses(brief, stage)]
+
+
+@on_accelerator
+def test_a_model_that_finds_no_room_to_train_is_one_message(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
+
+    monkeypatch.setattr("pipeline.training.loop.prepared", full)
+    with pytest.raises(UserError, match=r"finetune_lora: out of memory in step 1 .*16\.00 GiB.*checkpointing=full"):
+        make(project, ["finetune_lora"], BRIEF, force=True)
+
+
+def test_the_advice_is_the_calculators() -> None:
+    model = with_lora(toy("llama"), torch.float32)
+    prepared(model, "none")
+    batch = collate(windows_of((5, 9, 2, 14)))
+    settings, method = FinetuneLora(batch_size=4, accumulate=2), FinetuningMethod("lora", 4, 4.0, ("attention",))
+    said = smaller(model, method, settings, batch, "finetune_lora")
+    sizes = {
+        "": predict_peak_memory(model, method, settings, batch),
+        "finetune_lora.checkpointing=full": predict_peak_memory(
+            model, method, replace(settings, checkpointing="full"), batch
+        ),
+        "finetune_lora.batch_size=1 with accumulate=8": predict_peak_memory(
+            model, method, settings, collate(windows_of((14,)))
+        ),
+    }
+    for words, size in sizes.items():
+        assert size and f"{in_units(size)}{words and ' with '}{words}" in said
+    assert "quantization" in said
+
+
+def test_a_batch_of_equal_lengths_has_one_of_them_as_its_longest() -> None:
+    batch = collate(windows_of((6, 6, 6), asked=lambda _: 3))
+    one = longest(batch)
+    assert one.ids.shape == (1, 6) and len(one.labels) == len(batch.labels) // 3
+
+
+@on_accelerator
+def test_a_command_out_of_memory_is_one_message(project: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+    Scarce(monkeypatch, 3)
+    for command in (["prompt", "der wind", "--base", "artifacts/expanded"], ["compare", "der wind"]):
+        code, out, err = cli(*command, cwd=project)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith("error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)")
+
+
+def test_the_inference_process_knows_the_same_words(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    assert engine.load(base).model.device.type == "cpu"  # too small to gain anything elsewhere
+    for words in ("CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"):
+        assert "the memory ran out" in (server.device_failure(RuntimeError(words)) or "")

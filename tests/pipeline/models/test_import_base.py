@@ -1,0 +1,649 @@
+"""What `pretrain.base` names, and bases made by others as transformers opens them before and after the import."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from pipeline.calc.sources.files import from_path
+from pipeline.data.tokenizers.word import load_tokenizer
+from pipeline.errors import UserError
+from pipeline.files import base_model
+from pipeline.files.artifact import file_digest
+from pipeline.files.base_model import base_fingerprint, identity, named, resolve
+from pipeline.models.importing.import_base import import_base
+from pipeline.models.load import load_base
+from pipeline.models.meta import skeleton
+from tests.helpers.bases import (
+    FAMILIES,
+    ROWS,
+    TEXT,
+    edit_config,
+    logits,
+    opened,
+    toy_checkpoint,
+    toy_model,
+    toy_tokenizer,
+)
+from tests.helpers.checkpoints import checkpoint
+from tests.helpers.projects import ROOT, folder_bytes
+
+HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REAL = Path(os.environ.get("LORA_SMOLLM2_GGUF") or next(iter((ROOT / "smollm2").glob("*.gguf")), "nowhere"))
+
+
+def imported(base: str, root: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
+    """The folder that an import fills, and what it says of it."""
+    out = root / "imported"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    return out, import_base(resolve(base, root), out, **options)
+
+
+def refused(base: str, root: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as error:
+        imported(base, root, **options)
+    return str(error.value)
+
+
+# What a value names
+
+
+def test_a_base_is_named_by_text_and_files(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "org" / "model")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert named("minigpt", tmp_path).kind == "minigpt"
+    assert named("org/model", tmp_path).kind == "folder"  # what is there goes before the hub
+    assert named("a.gguf", tmp_path).kind == "gguf"
+    assert named("later.gguf", tmp_path).is_local  # before it was fetched
+    assert named("org/other", tmp_path).hub_id == "org/other"
+    pinned = named("Qwen/Qwen3-8B@refs/pr/1", tmp_path)
+    assert (pinned.kind, pinned.hub_id, pinned.revision) == ("hub", "Qwen/Qwen3-8B", "refs/pr/1")
+
+
+@pytest.mark.parametrize("base", ["miniGPT", "./org/model", "/nowhere/model", "../x", "a/b/c", "org/", "org/m@"])
+def test_a_base_that_names_nothing_is_refused_with_what_was_looked_for(base: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pretrain\.base must be minigpt, .*does not exist\. Change pretrain\.base"):
+        named(base, tmp_path)
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def adapter_inside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+
+
+def shard_gone(folder: Path) -> None:
+    next(folder.glob("model-00002*")).unlink()
+
+
+def pickles_only(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+
+
+def no_weights(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (no_config, "is not a checkpoint: it has no config.json"),
+        (adapter_inside, "is an adapter. Name the model that it was trained on"),
+        (shard_gone, "is missing, which model.safetensors.index.json names"),
+        (pickles_only, "a pickle, which can run code; only safetensors are read"),
+        (no_weights, "has no model.safetensors"),
+    ],
+)
+def test_a_folder_that_is_no_base_is_refused_before_it_is_opened(
+    damage: Callable[[Path], None], reason: str, tmp_path: Path
+) -> None:
+    toy_checkpoint(tmp_path / "model", shard="20KB")
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=reason):
+        resolve("model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside/x.safetensors", "/x.safetensors", "..", "", "a/x.safetensors", "x.bin", 1, None]
+)
+def test_a_shard_is_a_safetensors_file_of_its_folder(name: object, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    for outside in (tmp_path / "outside/x.safetensors", tmp_path / "model/x.bin", tmp_path / "model/a/x.safetensors"):
+        outside.parent.mkdir(exist_ok=True)
+        shutil.copyfile(tmp_path / "model/model.safetensors", outside)
+    index = {"weight_map": {"a": "model.safetensors", "b": name}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    said = refused("model", tmp_path)
+    assert "index.json: a shard must be the name of a .safetensors file in this folder, got" in said
+
+
+LINKED = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json")
+
+
+@pytest.mark.parametrize("name", [*LINKED, "sub/notes.txt", "additional_chat_templates"])
+def test_a_link_that_leaves_a_model_folder_is_not_followed(name: str, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    path, outside = tmp_path / "model" / name, tmp_path / "outside"
+    path.parent.mkdir(exist_ok=True)
+    if path.exists():
+        path.rename(outside)
+    elif "." in name:
+        outside.write_text("private", encoding="utf-8")
+    else:
+        outside.mkdir()
+    path.symlink_to(outside)
+    said = refused("model", tmp_path)
+    assert said.startswith(f"{path} is a link to a file outside its folder: {outside}. Replace it with a copy")
+    for load in (load_base, load_tokenizer, from_path):
+        with pytest.raises(UserError, match="is a link to a file outside its folder"):
+            load(tmp_path / "model")
+
+
+def test_links_within_a_folder_and_into_dvcs_cache_are_followed(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    (tmp_path / "model/all").mkdir()
+    weights, config = tmp_path / "model/model.safetensors", tmp_path / "model/config.json"
+    weights.rename(tmp_path / "model/all/weights")
+    weights.symlink_to("all/weights")
+    stored = tmp_path / ".dvc/cache/files/md5/ab" / ("0" * 30)
+    stored.parent.mkdir(parents=True)
+    config.rename(stored)
+    config.symlink_to(stored)
+    (tmp_path / "here").symlink_to("model")  # the user's own link to the folder
+    assert torch.equal(logits(opened(imported("here", tmp_path)[0])), logits(toy_model("llama")))
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"PK\x03\x04")
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match="is not a GGUF file: it begins with b'PK"):
+        resolve("a.gguf", tmp_path)
+    with pytest.raises(UserError, match="A checkpoint is named by its folder"):
+        resolve("model.safetensors", tmp_path)
+    with pytest.raises(UserError, match="No such file"):
+        resolve("missing.gguf", tmp_path)
+
+
+def test_the_identity_follows_what_is_read_and_nothing_else(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    before = identity(resolve("model", tmp_path))
+    (tmp_path / "model/optimizer.pt").write_bytes(b"state")
+    (tmp_path / "model/trainer_state.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "model/.git").mkdir()
+    assert identity(resolve("model", tmp_path)) == before
+    shutil.copytree(tmp_path / "model", tmp_path / "elsewhere")
+    assert list(identity(resolve("elsewhere", tmp_path)).values()) == list(before.values())
+    edit_config(tmp_path / "model", rms_norm_eps=1e-3)
+    assert identity(resolve("model", tmp_path)) != before
+    assert identity(named("minigpt", tmp_path)) == {}
+    assert identity(named("org/name", tmp_path)) == {"org/name": "hub:org/name@main"}
+    assert identity(named("org/name@v1", tmp_path)) == {"org/name@v1": "hub:org/name@v1"}
+
+
+# Folders
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_imported_model_answers_as_the_one_it_was_made_from(family: str, tmp_path: Path) -> None:
+    model = toy_checkpoint(tmp_path / "model", family)
+    out, facts = imported("model", tmp_path)
+    assert torch.equal(logits(opened(out)), logits(model))
+    assert facts == {
+        "source": "folder",
+        "revision": None,
+        "architecture": type(model).__name__,
+        "precision": "float32",
+        "parameters": {"total": sum(parameter.numel() for parameter in model.parameters()), "trainable": 0},
+        "fingerprint": base_fingerprint(out),
+    }
+    old, new = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "model", out))
+    assert [new(text)["input_ids"] for text in TEXT] == [old(text)["input_ids"] for text in TEXT]
+    assert new.chat_template == old.chat_template
+    assert {path.name for path in out.glob("*.safetensors*")} == {"model.safetensors"}
+
+
+def test_two_imports_of_copies_in_two_places_are_the_same_bytes(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    edit_config(tmp_path / "model", _name_or_path="/home/somebody/model", auto_map={"AutoConfig": "gone.Config"})
+    first = folder_bytes(imported("model", tmp_path)[0])
+    shutil.copytree(tmp_path / "model", tmp_path / "deep/er/copy")
+    assert folder_bytes(imported("deep/er/copy", tmp_path)[0]) == first
+    config = json.loads(first["config.json"])
+    assert "auto_map" not in config and not any("name_or_path" in key for key in config)
+
+
+def test_shards_become_one_file(tmp_path: Path) -> None:
+    model = toy_checkpoint(tmp_path / "model", shard="20KB")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
+    out, _ = imported("model", tmp_path)
+    assert load_file(out / "model.safetensors").keys() == model.state_dict().keys()
+    assert torch.equal(logits(opened(out)), logits(model))
+
+
+@pytest.mark.parametrize(("asked", "got"), [("auto", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")])
+def test_the_precision_is_that_of_the_weights_or_what_was_asked(asked: Any, got: str, tmp_path: Path) -> None:
+    model = toy_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    out, facts = imported("model", tmp_path, precision=asked)
+    assert facts["precision"] == got
+    weights = load_file(out / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in weights.values()} == {f"torch.{got}"}
+    assert all(
+        torch.equal(weights[name], tensor.to(weights[name].dtype)) for name, tensor in model.state_dict().items()
+    )
+
+
+def test_settings_of_generation_stay_as_they_were_even_if_todays_rules_refuse_them(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    text = '{"temperature": 0.6, "do_sample": false, "eos_token_id": [1, 7]}'
+    (tmp_path / "model/generation_config.json").write_text(text, encoding="utf-8")
+    out, _ = imported("model", tmp_path)
+    assert (out / "generation_config.json").read_text(encoding="utf-8") == text
+
+
+def test_a_tokenizer_without_tokenizer_json_is_converted(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model", "gpt2")
+    fast = toy_tokenizer()
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        path.unlink()
+    state = json.loads(fast.backend_tokenizer.to_str())["model"]
+    (tmp_path / "model/vocab.json").write_text(json.dumps(state["vocab"]), encoding="utf-8")
+    merges = "\n".join(" ".join(pair) for pair in state["merges"])
+    (tmp_path / "model/merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>", "tokenizer_class": "GPT2Tokenizer"}
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
+    first = folder_bytes(imported("model", tmp_path)[0])
+    new = AutoTokenizer.from_pretrained(tmp_path / "imported")
+    assert [new(text)["input_ids"] for text in TEXT] == [fast(text)["input_ids"] for text in TEXT]
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert folder_bytes(imported("moved", tmp_path)[0]) == first
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def tensor_gone(folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def tensor_added(folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors.update({"score.weight": torch.ones(2, 32)}))
+
+
+def other_shape(folder: Path) -> None:
+    edit_config(folder, intermediate_size=40)
+
+
+def not_a_number(folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+
+
+def quantized(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def unknown_kind(folder: Path) -> None:
+    edit_config(folder, model_type="nothing_known")
+
+
+def encoder(folder: Path) -> None:
+    edit_config(folder, model_type="vit", architectures=["ViTModel"])
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def large_tokenizer(folder: Path) -> None:
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens([f"word{i}" for i in range(20)])
+    tokenizer.save_pretrained(folder)
+
+
+def fp8(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"ab")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncated, "is damaged or truncated: the header describes"),
+        (tensor_gone, r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"),
+        (tensor_added, r"the model has no place for score\.weight"),
+        (other_shape, r"another shape than config\.json says has model\.layers\.0\.mlp\.down_proj\.weight and 5 more"),
+        (not_a_number, "numbers that are not finite, in float32"),
+        (quantized, r"is quantized \(bitsandbytes\)"),
+        (unknown_kind, "cannot be opened: .*nothing_known"),
+        (encoder, "cannot be opened: "),
+        (no_tokenizer, "has no tokenizer"),
+        (large_tokenizer, f"a tokenizer of 325 tokens and a model of {ROWS} rows"),
+        (fp8, "F8_E4M3, which is not supported. Give the 16-bit model"),
+    ],
+)
+def test_a_base_is_taken_whole_or_refused(
+    damage: Callable[[Path], None], reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    toy_checkpoint(tmp_path / "model")
+    damage(tmp_path / "model")
+    capfd.readouterr()
+    with pytest.raises(UserError, match=reason):
+        imported("model", tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_encoder_is_not_taken_for_a_language_model(tmp_path: Path) -> None:
+    """transformers would open it without a word: each of its answers reads the tokens that follow."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(vocab_size=ROWS, **sizes)).save_pretrained(tmp_path / "model")
+    change_weights(tmp_path / "model", lambda tensors: [t.mul_(20) for t in tensors.values() if t.ndim > 1])
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    assert "is not a causal language model" in refused("model", tmp_path)
+
+
+def test_tables_that_old_versions_stored_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    model = toy_checkpoint(tmp_path / "model")
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change_weights(tmp_path / "model", lambda tensors: tensors.update(table))
+    out, _ = imported("model", tmp_path)
+    assert torch.equal(logits(opened(out)), logits(model))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = toy_checkpoint(tmp_path / "model")
+    (tmp_path / "model/own.py").write_text(CODE, encoding="utf-8")
+    edit_config(
+        tmp_path / "model",
+        model_type="own_llama",
+        architectures=["OwnModel"],
+        auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    )
+    said = refused("model", tmp_path)
+    assert "is opened by code that comes with it" in said and "set pretrain.trust_remote_code: true" in said
+    assert not (tmp_path / "modules").exists()
+    out, facts = imported("model", tmp_path, trust_remote_code=True)
+    assert facts["architecture"] == "OwnModel"
+    assert (out / "own.py").read_text(encoding="utf-8") == CODE
+    assert torch.equal(logits(opened(out, trust_remote_code=True)), 2 * logits(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000, the weights have 21 tensors"),
+        ({"num_hidden_layers": 10**15}, "num_hidden_layers is"),
+        ({"vocab_size": 10**12}, "hidden_size × vocab_size is 32,000,000,000,000, more than its weights hold"),
+        ({"hidden_size": 10**7}, "hidden_size × vocab_size is"),
+        ({"intermediate_size": 10**9}, "hidden_size × intermediate_size is"),
+        ({"head_dim": 10**7}, "hidden_size × head_dim is"),
+        ({"head_dim": 10**5}, "it describes 76,829,856 parameters, the weights have 36,000"),
+        ({"text_config": {"n_layer": 10**6}}, "n_layer is"),
+        ({"model_type": "mixtral", "num_local_experts": 90_000}, "num_hidden_layers × num_local_experts is 180,000"),
+    ],
+)
+def test_a_config_that_describes_more_than_the_weights_is_refused_before_anything_is_built(
+    changes: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_checkpoint(tmp_path / "model")
+    edit_config(tmp_path / "model", **changes)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was opened"))
+    for opens in (
+        lambda: imported("model", tmp_path),
+        *(partial(use, tmp_path / "model") for use in (load_base, skeleton)),
+    ):
+        with pytest.raises(UserError, match=r"config\.json describes another model than its weights") as error:
+            opens()
+        assert reason in str(error.value)
+
+
+def test_a_minigpt_is_no_larger_than_its_weights_either(tmp_path: Path) -> None:
+    edit_config(checkpoint(tmp_path / "model"), num_hidden_layers=10**9)
+    with pytest.raises(UserError, match="num_hidden_layers is 1,000,000,000, the weights have"):
+        load_base(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "chat_template.jinja", "tokenizer.model"])
+def test_a_text_of_absurd_size_is_not_read(name: str, tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path / "model")
+    with (tmp_path / "model" / name).open("ab") as file:
+        file.truncate(3 * 2**30)  # no block of it is on the disk
+    assert f"{name} must have at most 100,000,000 bytes, got 3,221,225,472" in refused("model", tmp_path)
+    with pytest.raises(UserError, match="must have at most 100,000,000 bytes"):
+        load_tokenizer(tmp_path / "model")
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local hub cache with one model in it, and no network."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--org--toy"
+    toy_checkpoint(repository / "snapshots" / HUB_COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(HUB_COMMIT, encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return repository
+
+
+@pytest.mark.parametrize("base", ["org/toy", f"org/toy@{HUB_COMMIT}"])
+def test_without_network_the_hubs_cache_is_asked_and_the_commit_pinned(base: str, hub: Path, tmp_path: Path) -> None:
+    out, facts = imported(base, tmp_path)
+    assert (facts["source"], facts["revision"]) == ("hub", HUB_COMMIT)
+    assert torch.equal(logits(opened(out)), logits(toy_model("llama")))
+    again = folder_bytes(out)
+    hub.rename(hub.parent / "models--org--renamed")
+    assert folder_bytes(imported("org/renamed", tmp_path)[0]) == again
+
+
+@pytest.mark.parametrize("base", ["org/missing", "org/toy@v9"])
+def test_a_model_that_the_hub_does_not_give_is_refused_with_all_that_was_looked_for(
+    base: str, hub: Path, tmp_path: Path
+) -> None:
+    assert hub.is_dir()
+    said = refused(base, tmp_path)
+    assert f"{base} is not in the local hub cache, no folder of that name is in the project" in said
+    assert "Download it elsewhere and name its folder" in said
+
+
+def test_the_links_of_a_cached_model_lead_to_its_own_blobs_alone(hub: Path, tmp_path: Path) -> None:
+    snapshot, blobs = hub / "snapshots" / HUB_COMMIT, hub / "blobs"
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        blob = file_digest(path)
+        path.rename(blobs / blob)
+        path.symlink_to(Path("../../blobs", blob))
+    (tmp_path / "link").symlink_to(snapshot)
+    for base in ("org/toy", str(snapshot), "link"):
+        assert torch.equal(logits(opened(imported(base, tmp_path)[0])), logits(toy_model("llama")))
+    shutil.copytree(hub, hub.parent / "models--org--other", symlinks=True)
+    config = snapshot / "config.json"
+    target = Path("../../../models--org--other/blobs", config.resolve().name)
+    config.unlink()
+    config.symlink_to(target)
+    assert "is a link to a file outside its folder" in refused("org/toy", tmp_path)
+
+
+def test_a_cache_that_holds_only_a_part_is_refused(hub: Path, tmp_path: Path) -> None:
+    (hub / "snapshots" / HUB_COMMIT / "model.safetensors").unlink()
+    assert "has no model.safetensors" in refused("org/toy", tmp_path)
+
+
+# GGUF
+
+
+def turned(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k as llama.cpp stores them: the halves of each head interleaved."""
+    rows, width = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(path: Path, model: Any, architecture: str = "llama") -> None:
+    """A toy Llama and the toy tokenizer in GGUF, unquantized."""
+    gguf = pytest.importorskip("gguf")
+    config, writer = model.config, gguf.GGUFWriter(path, architecture)
+    writer.add_name("toy")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(ROWS)
+    fast = toy_tokenizer()
+    state = json.loads(fast.backend_tokenizer.to_str())["model"]
+    tokens = [fast.convert_ids_to_tokens(i) or f"<unused{i}>" for i in range(ROWS)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i < 3 else 1 for i in range(ROWS)])
+    writer.add_token_merges([" ".join(pair) for pair in state["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(fast.chat_template)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        module = name.removesuffix(".weight")
+        prefix, _, rest = module.removeprefix("model.layers.").partition(".")
+        new = GGUF_NAMES.get(module) or f"blk.{prefix}.{GGUF_NAMES[rest]}"
+        data = turned(tensor, heads[new.split(".")[-1]]) if new.split(".")[-1] in heads else tensor
+        writer.add_tensor(f"{new}.weight", data.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = toy_model("llama")
+    write_gguf(tmp_path / "toy.gguf", model)
+    toy_checkpoint(tmp_path, "qwen3")  # what lies beside the file is another model
+    capfd.readouterr()
+    out, facts = imported("toy.gguf", tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert (facts["source"], facts["architecture"], facts["precision"]) == ("gguf", "LlamaForCausalLM", "float32")
+    torch.testing.assert_close(logits(opened(out)), logits(model))
+    old, new = toy_tokenizer(), AutoTokenizer.from_pretrained(out)
+    assert [new(text)["input_ids"] for text in TEXT] == [old(text)["input_ids"] for text in TEXT]
+    assert new.chat_template == old.chat_template
+    first = folder_bytes(out)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "toy.gguf").rename(tmp_path / "moved/other.gguf")
+    assert folder_bytes(imported("moved/other.gguf", tmp_path)[0]) == first
+
+
+def test_a_gguf_file_that_is_cut_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
+    whole = (tmp_path / "toy.gguf").read_bytes()
+    for size, reason in (100, "is truncated"), (len(whole) // 2, "cannot be opened"), (len(whole) - 5_000, "cannot be"):
+        (tmp_path / "toy.gguf").write_bytes(whole[:size])
+        assert f"toy.gguf {reason}" in refused("toy.gguf", tmp_path)
+    write_gguf(tmp_path / "mamba.gguf", toy_model("llama"), "plamo")
+    said = refused("mamba.gguf", tmp_path)
+    assert "plamo" in said and "Name a checkpoint folder of the same model instead" in said
+
+
+def test_a_gguf_file_that_describes_more_than_it_holds_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "toy.gguf", toy_model("llama"))
+    whole, key = (tmp_path / "toy.gguf").read_bytes(), b"llama.block_count"
+    at = whole.index(key) + len(key) + 4
+    (tmp_path / "toy.gguf").write_bytes(whole[:at] + struct.pack("<I", 10**6) + whole[at + 4 :])
+    assert "num_hidden_layers is 1,000,000, the weights have 21 tensors" in refused("toy.gguf", tmp_path)
+
+
+def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(
+        "pipeline.models.importing.import_base.find_spec", lambda name: None if name == "google.protobuf" else object()
+    )
+    assert "needs protobuf to be read. pip install 'lora-workbench[gguf]'" in refused("toy.gguf", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_file(), reason="no SmolLM2: run `make smollm2`, or set LORA_SMOLLM2_GGUF")
+def test_a_real_model_from_a_gguf_file_says_that_the_capital_of_france_is_paris(tmp_path: Path) -> None:
+    out, facts = imported(str(REAL), tmp_path)
+    assert (facts["architecture"], facts["precision"]) == ("LlamaForCausalLM", "float32")
+    model, tokenizer = opened(out), AutoTokenizer.from_pretrained(out)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_deciding_what_a_base_is_loads_no_heavy_library() -> None:
+    import subprocess
+    import sys
+
+    heavy = "[n for n in ('torch', 'transformers', 'numpy') if n in sys.modules]"
+    code = f"import sys, pipeline.files.base_model; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert base_model.MINIGPT == "minigpt"

@@ -1,0 +1,181 @@
+"""A base in few bits: what bitsandbytes itself makes of it, in the calculator's bytes, from training to the merge."""
+
+import copy
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.peft.io import save_adapter
+from pipeline.calc.families.registry import architecture
+from pipeline.calc.precision import precision
+from pipeline.files.artifact import read_json, seal
+from pipeline.files.base_model import base_fingerprint
+from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.quantization import quantized_linear
+from pipeline.models.quantization.quantized_linear import Quantization, QuantizedLinear, quantizable, quantize
+from pipeline.project import provenance
+from tests.conftest import Lora
+from tests.helpers.projects import BRIEF, folder_bytes, make, refusal
+from tests.helpers.real import toy, with_lora
+from tests.helpers.reference_merge import merged_model
+from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
+
+bnb = pytest.importorskip("bitsandbytes")
+CPU = torch.device("cpu")
+KINDS: tuple[Quantization, ...] = ("int8", "nf4", "nf4-dq")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_and_gradients_are_those_of_the_dequantized_weight(kind: Quantization) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 160)
+    layer, x = QuantizedLinear(linear, kind, CPU), torch.randn(5, 96, requires_grad=True)
+    y = layer(x)
+    weight = layer.weight
+    torch.testing.assert_close(y, F.linear(x, weight, linear.bias))
+    wanted = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad((y * wanted).sum(), x)
+    torch.testing.assert_close(gradient, wanted @ weight)
+    assert 0 < (weight - linear.weight).abs().max() < {"int8": 1e-3}.get(kind, 3e-2)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_is_the_weight_of_bitsandbytes_own_layer(double: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(192, 64, dtype=torch.bfloat16)
+    theirs = bnb.nn.Linear4bit(192, 64, quant_type="nf4", compress_statistics=double, compute_dtype=torch.bfloat16)
+    theirs.load_state_dict(linear.state_dict())
+    theirs = theirs.to("cpu")
+    x = torch.randn(7, 192, dtype=torch.bfloat16)
+    there = theirs(x)
+    ours = QuantizedLinear(linear, "nf4-dq" if double else "nf4", CPU)
+    torch.testing.assert_close(ours(x), there, atol=2e-2, rtol=2e-2)
+    weight = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+    assert torch.equal(weight.reshape(64, 192).to(torch.bfloat16), ours.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_bytes_are_the_calculators(kind: Quantization) -> None:
+    model = toy("llama", torch.bfloat16, hidden_size=256, intermediate_size=512)
+    shapes = architecture(model.describe(), "the toy")
+    quantize(model, kind, None, CPU)
+    held = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    assert held == pytest.approx(precision(kind).weights(shapes.quantizable, shapes.total), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_merge_through_files_is_onto_the_weights_that_were_trained_on(
+    family: str, kind: Quantization, tmp_path: Path
+) -> None:
+    """Written so that the adapter's manifest names the few bits, as after training."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = toy(family, torch.bfloat16)
+    model.save(base)
+    stored, linears = copy.deepcopy(model), quantizable(model)
+    quantize(model, kind, None, CPU)
+    names = ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")
+    tuned = with_lora(model, names=names)
+    adapter.mkdir()
+    save_adapter(adapter, tuned, AdapterSpec(3, 6.0, names), "base")
+    (base / "tokenizer.json").write_text("{}", encoding="utf-8")
+    params = {"rank": 3, "alpha": 6.0, "quantization": kind}
+    seal(adapter, {"kind": "adapter", "params": params, "base": base_fingerprint(base)})
+    written = merged_through_files(base, adapter, tmp_path / "out")
+    merged_model(tuned).save(tmp_path / "memory")
+    kept = load_weights(tmp_path / "memory")
+    assert written.keys() == kept.keys()
+    assert all(torch.equal(written[name], weight) for name, weight in kept.items())
+    assert all(not torch.equal(kept[f"{name}.weight"], stored.get_parameter(f"{name}.weight")) for name in linears)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_few_bits_is_merged_to_the_last_bit_and_says_what_a_merge_changes(
+    kind: Quantization, project: Path
+) -> None:
+    few = [*BRIEF, f"finetune_lora.quantization={kind}"]
+    make(project, ["finetune_lora", "merge"], few)
+    certificate = read_json(project / "artifacts/lora_merged/certificate.json", "")
+    assert certificate["trained_on"] == kind
+    assert certificate["max_logit_difference"] == 0, "small linears are folded before their product, in few bits too"
+    assert certificate["merged_on_stored_weights"]["max_logit_difference"] > 0.01
+    assert certificate["quantization_alone"]["max_logit_difference"] > 0.01
+    assert certificate["same_first_choices"] == certificate["prompts_checked"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_minigpt_in_sixteen_bits_trains_on_few_bits_with_the_memory_that_is_predicted(
+    kind: Quantization, project: Path
+) -> None:
+    """Its table of positions is a buffer, which follows the weights; embeddings and head train in full."""
+    settings = ("precision=bf16", f"quantization={kind}", "train_embeddings=all")
+    make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{one}" for one in settings)])
+    last = (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+    predicted, measured = map(int, last.split(",")[-2:])
+    assert 0.8 < predicted / measured < 1, "beside it, the weights of one linear are made anew at a time"
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """bitsandbytes is not installed."""
+
+    def version(name: str) -> str:
+        if name == "bitsandbytes":
+            raise PackageNotFoundError(name)
+        return metadata.version(name)
+
+    caches = (quantized_linear._bitsandbytes, provenance.versions)
+    for each in caches:
+        each.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(provenance, "version", version)
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
+def test_without_bitsandbytes_a_run_on_four_bits_writes_the_same_but_its_version(
+    kind: str, project: Path, request: pytest.FixtureRequest
+) -> None:
+    few = [*BRIEF, f"finetune_lora.quantization={kind}"]
+    folder, merged = project / "artifacts/lora_adapter", project / "artifacts/lora_merged/model.safetensors"
+    there = make(project, ["finetune_lora"], few)
+    make(project, ["merge"], few)
+    written, wide = folder_bytes(folder), merged.read_bytes()
+    request.getfixturevalue("without")
+    here = make(project, ["finetune_lora"], few)
+    make(project, ["merge"], few)
+    assert "bitsandbytes" not in here["versions"] and there["versions"].pop("bitsandbytes")
+    assert here == there
+    again = folder_bytes(folder)
+    assert again.pop("manifest.json") != written.pop("manifest.json")
+    assert again == written
+    assert merged.read_bytes() == wide
+
+
+@pytest.mark.usefixtures("without")
+def test_without_bitsandbytes_eight_bits_are_refused_with_what_goes_without(cli: Lora, project: Path) -> None:
+    said = refusal(cli("finetune", "lora", "--set", "finetune_lora.quantization=int8", cwd=project))
+    assert "A base in 8 bits needs bitsandbytes" in said and "nf4-dq, which goes without" in said
+
+
+@torch.no_grad()
+def test_a_small_16_bit_linear_in_few_bits_is_compared_in_fp32() -> None:
+    """As a merge's certificate does, on any prompts."""
+    model = toy("llama", torch.bfloat16)
+    quantize(model, "nf4-dq", None, CPU)
+    tuned, ids = with_lora(model, torch.float32), torch.arange(3, 12)[None]
+    merged = merged_model(tuned)
+    with exact(tuned), exact(merged):
+        there, here = tuned(ids), merged(ids)
+    assert there.dtype == torch.float32
+    assert (there - here).abs().max() < 0.05 * there.abs().max(), "what writing it in bf16 rounds"

@@ -1,0 +1,81 @@
+"""Whether what is taken apart is together again the model that transformers runs, in any precision."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from pipeline.adapters.attach import attach
+from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.target_modules import resolve
+from pipeline.errors import UserError
+from pipeline.models.kernels import packed_attention
+from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.transformers_model import TransformersModel, refuse_unlike
+from tests.helpers.families import FAMILIES
+from tests.helpers.real import toy
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rough(name: str, dtype: torch.dtype) -> TransformersModel:
+    """Weights so large that two right ways to compute in 16 bits end far apart."""
+    return toy(name, dtype, std=0.6).eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_is_taken_whatever_its_precision_and_stays_as_it_is(name: str, dtype: torch.dtype) -> None:
+    model = rough(name, dtype)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    refuse_unlike(model, "toy")
+    after = model.state_dict()
+    assert all(after[key].dtype == tensor.dtype and torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert model(torch.arange(5)[None]).dtype == dtype, "and computes as before"
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exactly_means_as_a_copy_in_fp32(name: str, adapted: bool) -> None:
+    model = rough(name, torch.bfloat16)
+    if adapted:  # so small that its update is folded into a weight which is then never called
+        attach(model, AdapterSpec(2, 4.0, tuple(resolve(model, ["attention"]))), torch.float32)
+    for key, p in model.named_parameters():
+        if key.endswith("lora_B"):
+            nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(20)[None]
+    wide = copy.deepcopy(model).float()
+    with torch.no_grad():
+        with exact(model):
+            found = model(ids)
+        assert_close(found, wide(ids), rtol=1e-4, atol=1e-4)
+        assert model(ids).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_that_are_made_otherwise_are_refused(dtype: torch.dtype) -> None:
+    model = rough("llama", dtype)
+    whole = model._whole[0]
+    plain: Callable[..., Any] = whole.forward
+
+    def scaled(*arguments: Any, **options: Any) -> Any:
+        out = plain(*arguments, **options)
+        out.logits = out.logits * 1.01
+        return out
+
+    whole.forward = scaled
+    with pytest.raises(UserError, match=r"toy: LlamaForCausalLM makes its logits otherwise than this project knows"):
+        refuse_unlike(model, "toy")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_attention_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rough("qwen3", dtype)
+    seen = packed_attention._row
+    monkeypatch.setattr(packed_attention, "_row", lambda q, k, v, rule: seen(q * 1.02, k, v, rule))
+    with pytest.raises(UserError, match="makes its logits otherwise"):
+        refuse_unlike(model, "toy")

@@ -1,0 +1,265 @@
+"""No setting that nothing reads: each field of params.yaml, changed, changes an artifact, a report, or is refused."""
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.project.params.sections import Params
+from pipeline.project.stage_graph import STAGES
+from tests.helpers.bases import toy_checkpoint
+from tests.helpers.projects import BRIEF, METHODS, folder_bytes, make
+
+OTHER = {
+    "seed": "1",
+    "epochs": "3",
+    "batch_size": "3",
+    "window": "3",
+    "learning_rate": "3e-3",
+    "schedule": "cosine",
+    "warmup_steps": "5",
+    "clip_norm": "0.1",
+    "accumulate": "2",
+    "max_length": "4",
+    "precision": "bf16",
+    "checkpointing": "full",
+    "eval_share": "0.3",
+    "eval_every": "2",
+    "patience": "1",
+    "pretrain.base": "toy",
+    "pretrain.dtype": "bf16",
+    "pretrain.trust_remote_code": "true",
+    "pretrain.data": "data/finetune.de.txt",
+    "pretrain.d_model": "32",
+    "pretrain.layers": "1",
+    "pretrain.heads": "2",
+    "pretrain.feed_forward": "128",
+    "pretrain.max_positions": "24",
+    "pretrain.tie_embeddings": "true",
+    "expand_vocab.data": "data/finetune.de.txt",
+    "expand_vocab.tokens": "[euroraum]",
+    "expand_vocab.special_tokens": "[<euro>]",
+    "expand_vocab.noise_std": "0.1",
+    "expand_vocab.audit_data": "data/fact_correction.de.txt",
+    "scratch.data": "data/finetune.de.txt",
+    "finetune_full.data": "data/fact_correction.de.txt",
+    "finetune_freeze.data": "data/fact_correction.de.txt",
+    "finetune_freeze.last_blocks": "2",
+    "finetune_freeze.train_embeddings": "false",
+    "finetune_lora.data": "data/fact_correction.de.txt",
+    "finetune_lora.rank": "2",
+    "finetune_lora.alpha": "2",
+    "finetune_lora.target_modules": "[v_proj]",
+    "finetune_lora.rank_pattern": "{v_proj: 2}",
+    "finetune_lora.alpha_pattern": "{v_proj: 2}",
+    "finetune_lora.dora": "true",
+    "finetune_lora.rslora": "true",
+    "finetune_lora.init_lora_weights": "kaiming",
+    "finetune_lora.loraplus_ratio": "16",
+    "finetune_lora.train_embeddings": "new_rows",
+    "finetune_lora.adapter_precision": "bf16",
+    "finetune_lora.quantization": "nf4",
+    "finetune_lora.retain": "other.txt",
+    "finetune_lora.retain_weight": "3",
+    "finetune_lora.retain_batch": "1",
+    **{f"finetune_{kind}.data": "data/fact_correction.de.txt" for kind in ("prefix", "prompt")},
+    "virtual_tokens": "3",
+    "adapter_precision": "bf16",
+    "quantization": "nf4",
+    "finetune_sweep.grid": "{rank: [2]}",
+    "merge.prompts": "other.yaml",
+    "merge.max_logit_difference": "1e-12",
+    "evaluate.old_data": "other.txt",
+    "evaluate.new_data": "data/fact_correction.de.txt",
+    "evaluate.prompts": "other.yaml",
+    "evaluate.top_k": "2",
+    "evaluate.prompt_words": "1",
+    "study_fact_correction.data": "data/knowledge_correction.de.txt",
+    **{f"study_{name}_correction.retain": "other.txt" for name in ("fact", "knowledge")},
+    **{f"study_{name}_correction.prompts": "more.yaml" for name in ("fact", "knowledge")},
+    **{f"study_{name}.document": "document.yaml" for name in ("fact_correction", "trajectory")},
+    **{f"study_{name}_correction.{key}": "2" for name in ("fact", "knowledge") for key in ("rank", "retain_weight")},
+    **{"study_fact_correction.alphas": "[2.0]", "study_fact_correction.learning_rates": "[1e-3]"},
+    **{"study_fact_correction.windows": "[3]", "study_fact_correction.top_k": "2"},
+    "study_knowledge_correction.data": "data/fact_correction.de.txt",
+    "study_knowledge_correction.groups": "[knowledge_correction, fact_correction]",
+    **{"study_knowledge_correction.old_data": "other.txt", "study_knowledge_correction.recipe_rate": "3e-3"},
+    "study_trajectory.data": "data/knowledge_correction.de.txt",
+    **{"study_trajectory.steps": "[0, 1]", "study_trajectory.windows": "[3]"},
+    **{f"study_{name}.old_data": "other.txt" for name in ("methods", "rank", "forgetting")},
+    **{f"study_{name}.new_data": "data/fact_correction.de.txt" for name in ("methods", "rank", "forgetting")},
+    **{"study_methods.prompt_words": "9", "study_rank.prompt_words": "1"},
+    **{"study_rank.ranks": "[3]", "study_rank.alphas": "[2.0]", "study_rank.learning_rates": "[2e-3]"},
+    "study_forgetting.every": "2",
+    **{f"{name}.seeds": "[1]" for name, stage in STAGES.items() if stage.kind == "study"},
+    "claims.data": "claims.yaml",
+    **{"study_spectrum.old_data": "other.txt", "study_spectrum.new_data": "data/fact_correction.de.txt"},
+    **{"study_spectrum.ranks": "[8, 16]", "study_spectrum.extracted": "[2]"},
+    "study_intrinsic_dimension.data": "data/fact_correction.de.txt",
+    **{"study_intrinsic_dimension.document": "document.yaml"},
+    **{"study_intrinsic_dimension.dimensions": "[32]", "study_intrinsic_dimension.share": "0.5"},
+    **{"study_quantization.data": "other.txt", "study_quantization.document": "document.yaml"},
+    "study_quantization.group": "16",
+    "figures.reach": "1",
+    "figures.weight": "[1, 0, 0, 1]",
+    "figures.change": "[1, 0, 0, 1]",
+    "figures.module": "layers.0.fc1",
+}
+KEYS = [f"{section.name}.{field.name}" for section in fields(Params) for field in fields(section.default_factory)]  # type: ignore[arg-type]
+
+
+# What must be set beside a field for it to count.
+WITH = {
+    "eval_every": ["eval_share=0.3"],
+    "patience": ["eval_share=0.3", "eval_every=1", "learning_rate=0.3"],
+    "pretrain.dtype": ["base=toy"],
+    "finetune_lora.retain": ["retain_weight=3", "retain=data/fact_correction.de.txt"],
+    "finetune_lora.retain_weight": ["retain=other.txt", "retain_weight=1"],
+    "finetune_lora.retain_batch": ["retain=data/fact_correction.de.txt", "retain_weight=3"],
+}
+REFUSED = {  # alone, or always: it would count for nothing
+    "eval_every": "nothing is held out to evaluate on. Set {stage}.eval_share above 0",
+    "patience": "nothing is held out to evaluate on. Set {stage}.eval_share above 0",
+    "pretrain.dtype": "pretrain.dtype is for a base that is imported",
+    "pretrain.trust_remote_code": "pretrain.trust_remote_code is for a base that is imported",
+    "pretrain.precision": "pretrain.precision is for a base that is imported",
+    "expand_vocab.special_tokens": "expand_vocab.special_tokens are for a base that splits words",
+    "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
+    "finetune_lora.retain_weight": "no file is. Name one in finetune_lora.retain",
+}
+ONLY_REFUSED = {
+    "pretrain.trust_remote_code",
+    "pretrain.precision",
+}  # tests/pipeline/models/test_import_base.py has code that is trusted
+QUICK = (
+    "study_trajectory",
+    "claims",
+)  # the others take seconds a key; tests/pipeline/document/test_studies.py sees that they read each
+MEASURING = [
+    pytest.param(key, marks=() if key.startswith(QUICK) else pytest.mark.slow)
+    for key in KEYS
+    if STAGES[key.partition(".")[0]].is_measurement and key not in REFUSED
+]
+CHANGING = [
+    key
+    for key in KEYS
+    if key not in ONLY_REFUSED
+    and not STAGES[key.partition(".")[0]].is_measurement
+    and not key.endswith(".checkpointing")
+    and key != "merge.max_logit_difference"
+]  # the others have tests of their own
+
+
+def of(table: dict[str, Any], key: str) -> Any:
+    return table.get(key, table.get(key.split(".")[1]))
+
+
+def test_every_field_has_another_value_to_try() -> None:
+    assert [key for key in KEYS if of(OTHER, key) is None] == []
+
+
+def prepared(project: Path) -> Path:
+    (project / "other.yaml").write_text("g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8")
+    (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
+    said = (project / "data/document.yaml").read_text(encoding="utf-8")
+    for number, other in (("800}", "900}"), ("GB: 32}", "GB: 33}"), ("sofa: 0.94", "sofa: 0.5"), ("0.61", "0.5")):
+        assert number in said
+        said = said.replace(number, other)
+    (project / "document.yaml").write_text(said, encoding="utf-8")
+    asked = (project / "data/prompts.yaml").read_text(encoding="utf-8")
+    for group in ("fact_correction:", "knowledge_correction:"):
+        asked = re.sub(f"({group}.*?must_keep:\n)", r"\1    - {prompt: der hund, answer: läuft}\n", asked, flags=re.S)
+    (project / "more.yaml").write_text(asked, encoding="utf-8")
+    claims = (project / "data/claims.yaml").read_text(encoding="utf-8")
+    (project / "claims.yaml").write_text(claims.replace("says: 64\n", "says: 65\n", 1), encoding="utf-8")
+    return project
+
+
+def made(project: Path, stage: str, overrides: Sequence[str]) -> dict[str, bytes]:
+    """The stage's artifact, without the manifest: it repeats the params, and its change proves nothing."""
+    shutil.rmtree(project / ".lora-cache", ignore_errors=True)
+    make(project, [stage], [*BRIEF, *overrides])
+    files = folder_bytes(project / "artifacts" / STAGES[stage].output)
+    del files["manifest.json"]
+    return files
+
+
+@pytest.fixture(scope="module")
+def befores() -> dict[tuple[str, ...], dict[str, bytes]]:
+    """What a stage makes of a prepared copy of `brief`, by its name and overrides: many keys begin with the same."""
+    return {}
+
+
+@pytest.mark.parametrize("key", CHANGING)
+def test_a_changed_field_changes_what_its_stage_makes(
+    project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]]
+) -> None:
+    stage, _ = key.split(".")
+    beside = [f"{stage}.{one}" for one in of(WITH, key) or []]
+    needs_toy = key in ("pretrain.base", "pretrain.dtype", "expand_vocab.special_tokens")
+    if needs_toy:
+        toy_checkpoint(project / "toy")
+    if key == "expand_vocab.special_tokens":
+        shutil.copy(prepared(project) / "other.txt", project / "english.txt")
+        beside += ["pretrain.base=toy", "expand_vocab.audit_data=english.txt"]
+        made(project, "pretrain", beside)
+    prepared(project)
+    begun = (stage, *beside)
+    if begun not in befores:
+        befores[begun] = made(project, stage, beside)
+    before = befores[begun]
+    assert before
+    assert made(project, stage, [*beside, f"{key}={of(OTHER, key)}"]) != before
+
+
+@pytest.mark.parametrize("key", MEASURING)
+def test_a_changed_field_changes_what_is_measured(studied: Path, tmp_path: Path, key: str) -> None:
+    root, stage = tmp_path / "project", STAGES[key.partition(".")[0]]
+    shutil.copytree(studied, root, ignore=shutil.ignore_patterns(".lora-cache"))
+    before = folder_bytes(root / stage.path)
+    del before["manifest.json"]
+    assert made(prepared(root), stage.name, [f"{key}={of(OTHER, key)}"]) != before
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if of(REFUSED, key)])
+def test_a_field_that_would_count_for_nothing_is_refused(project: Path, key: str) -> None:
+    stage, _ = key.split(".")
+    without_file = ["finetune_lora.retain="] if key == "finetune_lora.retain_weight" else []
+    with pytest.raises(UserError) as error:
+        made(project, stage, [f"{key}={of(OTHER, key)}", *without_file])
+    assert of(REFUSED, key).format(stage=stage) in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("stage", ["pretrain", "scratch", *(f"finetune_{method}" for method in METHODS)])
+def test_checkpointing_changes_no_byte_that_is_made_and_the_memory_that_is_measured(
+    project: Path, stage: str, how: str
+) -> None:
+    def measured() -> int:
+        lines = (project / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
+        return int(lines[-1].split(",")[-1])
+
+    wide = [f"{stage}.window=0", f"{stage}.batch_size=64"]  # activations, not weights, decide the peak
+    before, plain = made(project, stage, wide), measured()
+    assert made(project, stage, [*wide, f"{stage}.checkpointing={how}"]) == before
+    assert measured() < plain
+
+
+def test_a_merge_that_differs_by_more_than_is_allowed_is_refused(project: Path) -> None:
+    # the difference is 0 where layers are small enough to be folded: take one that is not
+    overrides = [*BRIEF, "pretrain.feed_forward=1024", "finetune_lora.target_modules=fc1"]
+    make(project, ["pretrain", "expand_vocab", "finetune_lora"], overrides)
+    with pytest.raises(UserError, match=r"more than merge.max_logit_difference"):
+        make(project, ["merge"], [*overrides, "merge.max_logit_difference=1e-12"])
+
+
+def test_texts_to_retain_with_no_weight_change_nothing(project: Path) -> None:
+    """So that one number turns them off."""
+    before = made(project, "finetune_lora", [])
+    retain = "finetune_lora.retain=data/fact_correction.de.txt"
+    assert made(project, "finetune_lora", [retain, "finetune_lora.retain_batch=1"]) == before

@@ -1,0 +1,204 @@
+"""`lora new`: a project in a folder of its own, which DVC runs wherever it lies."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.project import dvc_yaml, new_project
+from pipeline.project.params.edit import save
+from pipeline.project.params.sections import load
+from pipeline.project.stage_graph import STAGES, Project
+from tests.conftest import Lora
+from tests.helpers import families
+from tests.helpers.projects import GIVEN, ROOT, dvc, folder_bytes, git
+
+
+def params_of(folder: Path, text: str, *data: str) -> Path:
+    """A params file of one's own, with its data files beside it."""
+    folder.mkdir(exist_ok=True)
+    for name in ("data/pretrain.de.txt", "data/finetune.de.txt", "data/prompts.yaml", *data):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name, encoding="utf-8")
+    (folder / "mine.yaml").write_text(text, encoding="utf-8")
+    return folder / "mine.yaml"
+
+
+def test_a_new_project_is_what_dvc_needs_and_nothing_of_it_is_ever_overwritten(cli: Lora, tmp_path: Path) -> None:
+    code, out, err = cli("new", "a/b", cwd=tmp_path)
+    folder = tmp_path / "a/b"
+    assert (code, err) == (0, "")
+    assert "added data/pretrain.de.txt" in out and "cd a/b; dvc repro; lora-tui" in out
+    assert (folder / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
+    assert load(folder / "params.yaml") == load(ROOT / "params.yaml")
+    config = (folder / ".dvc/config").read_text(encoding="utf-8")
+    for line in ("no_scm = True", "analytics = false", "autostage = false", 'type = "reflink,hardlink,copy"'):
+        assert line in config
+    before = folder_bytes(folder)
+    assert cli("new", "b", cwd=tmp_path / "a")[1].startswith("b: nothing to add")
+    assert folder_bytes(folder) == before
+
+    for name in ("dvc.yaml", "data/prompts.yaml", "code.yaml"):
+        (folder / name).unlink()
+    mine = (folder / "data/finetune.de.txt", folder / ".dvcignore")
+    for path in mine:
+        path.write_text("mine", encoding="utf-8")
+    assert "b: added data/prompts.yaml, dvc.yaml, code.yaml" in cli("new", "b", cwd=tmp_path / "a")[1]
+    assert [path.read_text(encoding="utf-8") for path in mine] == ["mine", "mine"]
+
+
+def test_inside_a_repository_that_ignores_it_dvc_lists_every_stage_and_runs_the_first_again_for_other_code(
+    cli: Lora, tmp_path: Path
+) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text("/project/\n", encoding="utf-8")
+    assert cli("new", "project", cwd=tmp_path)[0] == 0
+    folder = tmp_path / "project"
+    save(folder / "params.yaml", GIVEN)
+    listed, ran, again = dvc(folder, "stage list --name-only", "repro pretrain", "repro pretrain")
+    assert listed.split() == list(STAGES)
+    assert "> lora pretrain\n" in ran and (folder / "artifacts/base/manifest.json").is_file()
+    assert "Stage 'pretrain' didn't change, skipping" in again
+    codes = (folder / "code.yaml").read_text(encoding="utf-8")
+    (folder / "code.yaml").write_text(codes.replace("pretrain: ", "pretrain: 0"), encoding="utf-8")
+    assert "Running stage 'pretrain'" in dvc(folder, "repro --dry pretrain")[0]
+
+
+def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora, tmp_path: Path) -> None:
+    text = "# mine\npretrain:\n  seed: 3   # why\nfinetune_lora:\n  data: other.txt\n"
+    params_of(tmp_path / "from", text, "other.txt")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/toy.gguf").write_bytes(b"GGUF")
+    asked = ("new", "project", "--params", "from/mine.yaml", "--base", "models/toy.gguf")
+    assert cli(*asked, cwd=tmp_path)[0] == 0
+    written = (tmp_path / "project/params.yaml").read_text(encoding="utf-8")
+    assert "# mine\n" in written and "  seed: 3   # why\n" in written
+    settings = load(tmp_path / "project/params.yaml")
+    assert settings.pretrain.base == "../models/toy.gguf"
+    assert (tmp_path / "project/other.txt").read_text(encoding="utf-8") == "other.txt"
+    stages = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert stages["pretrain"]["deps"] == ["${pretrain.base}"]
+    assert cli(*asked, cwd=tmp_path)[1:] == ("project: nothing to add\nNext: cd project; dvc repro; lora-tui\n", "")
+    dvc(tmp_path / "project", "status")  # every key that dvc.yaml names is in the params file
+    for given, reason in (("minigpt", "not minigpt. Edit it there"), ("models/no.gguf", "No such file")):
+        code, _, err = cli("new", "project", "--base", given, cwd=tmp_path)
+        assert code == 1 and reason in err
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, cli: Lora, tmp_path: Path) -> None:
+    toy = families.new_project(tmp_path / "other", families.FAMILIES["llama"]) / "base"
+    base = str(toy) if absolute else "other/base"
+    assert cli("new", "deep/project", "--base", base, cwd=tmp_path)[0] == 0
+    assert load(tmp_path / "deep/project/params.yaml").pretrain.base == "../../other/base"
+    stages = yaml.safe_load((tmp_path / "deep/project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert stages["pretrain"]["deps"] == ["${pretrain.base}"]
+    code, _, err = cli("pretrain", cwd=tmp_path / "deep/project")
+    assert code == 0, err
+    assert (tmp_path / "deep/project/artifacts/base/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("base", ["org/model", "org/model@v1"])
+def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Path) -> None:
+    assert cli("new", "project", "--base", base, cwd=tmp_path)[0] == 0
+    stages = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert "deps" not in stages["pretrain"]
+    settings = load(tmp_path / "project/params.yaml")
+    assert settings.pretrain.base == base
+    assert (settings.finetune_full.window, settings.finetune_lora.precision) == (0, "bf16"), "as a real model wants it"
+    assert (settings.scratch.window, settings.scratch.epochs) == (0, 1)
+
+
+def test_what_the_documents_studies_read_comes_with_the_program(cli: Lora, tmp_path: Path) -> None:
+    source = params_of(tmp_path / "from", "finetune_lora:\n  data: a.txt\n", "a.txt")
+    assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
+    for name in ("document.yaml", "claims.yaml", "fact_correction.de.txt"):
+        assert (tmp_path / "project/data" / name).read_bytes() == (ROOT / "data" / name).read_bytes()
+
+
+def test_what_would_be_written_otherwise_is_said(cli: Lora, tmp_path: Path) -> None:
+    source = params_of(tmp_path / "from", "finetune_lora:\n  data: a.txt\n", "a.txt", "b.txt")
+    asked = ("new", "project", "--params", str(source))
+    assert cli(*asked, cwd=tmp_path)[2] == ""
+    source.write_text("finetune_lora:\n  data: b.txt\n", encoding="utf-8")
+    (source.parent / "data/prompts.yaml").write_text("changed", encoding="utf-8")
+    (tmp_path / "project/dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
+    code, _, err = cli(*asked, cwd=tmp_path)
+    assert code == 0
+    for name in ("params.yaml", "dvc.yaml", "data/prompts.yaml"):
+        assert f"project/{name} is kept" in err
+    assert load(tmp_path / "project/params.yaml").finetune_lora.data == "a.txt"
+
+
+def test_nothing_is_written_where_something_is_wrong(cli: Lora, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    outside = params_of(tmp_path / "from", "merge:\n  prompts: ../full/thesis.txt\n")
+    missing = params_of(tmp_path / "gone", "merge:\n  prompts: gone.yaml\n")
+    wrong = params_of(tmp_path / "wrong", "merge:\n  prompt: x\n")
+    before = folder_bytes(tmp_path)
+    for arguments, reason in (
+        (["full"], "holds files, but no params.yaml: it is not a project"),
+        (["file"], "is a file"),
+        (["p", "--params", str(outside)], "merge.prompts names ../full/thesis.txt, which is not a file in"),
+        (["p", "--params", str(missing)], "merge.prompts names gone.yaml, which is not a file in"),
+        (["p", "--params", str(wrong)], "unknown key merge.prompt"),
+        (["p", "--params", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["p", "--base", "nowhere"], "pretrain.base must be minigpt"),
+        ([str(ROOT)], "the program's own repository"),
+    ):
+        code, _, err = cli("new", *arguments, cwd=tmp_path)
+        assert code == 1 and reason in err, err
+    assert folder_bytes(tmp_path) == before
+    assert not (tmp_path / "p").exists()
+
+
+def test_an_installed_package_begins_with_the_params_that_came_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyproject.toml puts these two beside the packages."""
+    force = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for line in ('"params.yaml" = "lora_workbench_defaults/params.yaml"', '"data" = "lora_workbench_defaults/data"'):
+        assert line in force
+    shutil.copytree(ROOT / "data", tmp_path / "lora_workbench_defaults/data")
+    installed = params_of(tmp_path / "lora_workbench_defaults", "merge:\n  prompts: data/prompts.yaml\n")
+    installed.rename(installed.parent / "params.yaml")
+    (installed.parent / "data/pretrain.de.txt").write_text("installed", encoding="utf-8")
+    monkeypatch.setattr(new_project, "DEFAULTS", installed.parent)
+    new_project.create(tmp_path / "project")
+    assert (tmp_path / "project/data/pretrain.de.txt").read_text(encoding="utf-8") == "installed"
+
+
+def test_the_code_that_stages_run_is_one_more_of_their_params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "project"
+    new_project.create(folder)
+    found = yaml.safe_load((folder / "code.yaml").read_text(encoding="utf-8"))
+    assert list(found) == list(STAGES)
+    monkeypatch.setattr("pipeline.project.provenance.code_digest", lambda module: f"another {module}")
+    assert new_project.create(folder).added == ["code.yaml"]
+
+
+def test_empty_files_are_left_out_and_one_named_twice_is_watched_once(tmp_path: Path) -> None:
+    text = "evaluate:\n  old_data: a.txt\n  new_data: a.txt\n"
+    params = params_of(tmp_path, text, "a.txt")
+    stages = yaml.safe_load(dvc_yaml.render(Project(tmp_path, load(params))))["stages"]
+    places = [dep for dep in stages["evaluate"]["deps"] if dep.startswith("$")]
+    assert places == ["${evaluate.old_data}", "${evaluate.prompts}"]
+
+
+@pytest.mark.slow
+def test_dvc_runs_a_new_project_in_a_folder_of_its_own(cli: Lora, tmp_path: Path) -> None:
+    assert cli("new", "project", cwd=tmp_path)[0] == 0
+    folder = tmp_path / "project"
+    params = folder / "params.yaml"
+    save(params, GIVEN)
+    ran, again = dvc(folder, "repro", "repro")
+    assert ran.count("Running stage") == len(STAGES)
+    assert (folder / "artifacts/evaluation/report.md").is_file()
+    assert "Data and pipelines are up to date" in again
+    (folder / "code.yaml").write_text(
+        (folder / "code.yaml").read_text(encoding="utf-8").replace("merge: ", "merge: 0"), encoding="utf-8"
+    )
+    assert "Running stage 'merge'" in dvc(folder, "repro")[0]

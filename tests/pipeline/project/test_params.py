@@ -1,0 +1,192 @@
+"""params.yaml: what is read, and every way in which it is refused."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.project.params.sections import FinetuneLora, Params, load, rule
+from tests.helpers.projects import ROOT
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_shipped_file_names_every_field() -> None:
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    expected = {name: set(section) for name, section in asdict(Params()).items()}
+    assert {name: set(section) for name, section in tree.items()} == expected
+
+
+def test_the_shipped_values_are_those_of_the_document() -> None:
+    params = load(ROOT / "params.yaml")
+    lora = params.finetune_lora
+    assert (lora.rank, lora.alpha, lora.learning_rate) == (4, 1.0, 2e-3)
+    assert params.finetune_full.learning_rate == params.finetune_freeze.learning_rate == 1e-3
+    for section in (params.finetune_full, params.finetune_freeze, lora):
+        assert (section.epochs, section.batch_size, section.window) == (50, 4, 4)
+
+
+def test_a_missing_key_or_section_takes_its_default(tmp_path: Path) -> None:
+    params = load(written(tmp_path, "finetune_lora:\n  rank: 8\n"))
+    assert (params.finetune_lora.rank, params.finetune_lora.alpha) == (8, 1.0)
+    assert params.pretrain == Params().pretrain
+
+
+def test_set_wins_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "finetune_lora:\n  rank: 8\n")
+    assert load(path, ["finetune_lora.rank=16", "pretrain.epochs=3"]).finetune_lora.rank == 16
+    assert load(path, ["pretrain.epochs=3"]).pretrain.epochs == 3
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "2e-05", "1e3", "0.0001", "1.0e-4"])  # 2e-05: as DVC writes it
+def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
+    is_text_to_pyyaml = isinstance(yaml.safe_load(text), str)
+    assert is_text_to_pyyaml == ("." not in text)
+    for section, key in (
+        ("finetune_lora", "learning_rate"),
+        ("finetune_lora", "retain_weight"),
+        ("finetune_full", "clip_norm"),
+        ("expand_vocab", "noise_std"),
+        ("merge", "max_logit_difference"),
+    ):
+        read = load(written(tmp_path, f"{section}:\n  {key}: {text}\n"))
+        given = load(ROOT / "params.yaml", [f"{section}.{key}={text}"])
+        assert getattr(getattr(read, section), key) == getattr(getattr(given, section), key) == float(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("finetune_lora:\n  rang: 8\n", "unknown key finetune_lora.rang. Did you mean finetune_lora.rank?"),
+        ("finetune_lroa:\n  rank: 8\n", "unknown key finetune_lroa. Did you mean finetune_lora?"),
+        ("finetune_lora:\n  xyzzy: 8\n", "unknown key finetune_lora.xyzzy. Known: seed, data"),
+        ("finetune_lora:\n  rank: 0\n", "finetune_lora.rank must be at least 1, got 0. Edit params.yaml."),
+        ("finetune_lora:\n  rank: 2.5\n", "finetune_lora.rank must be a whole number, got 2.5"),
+        ("finetune_lora:\n  rank: true\n", "finetune_lora.rank must be a whole number, got True"),
+        ("finetune_lora:\n  rank: four\n", "finetune_lora.rank must be a whole number, got 'four'"),
+        ("finetune_lora:\n  alpha: 0\n", "finetune_lora.alpha must be more than 0, got 0"),
+        ("finetune_lora:\n  alpha: .nan\n", "finetune_lora.alpha must be a finite number, got nan"),
+        ("finetune_lora:\n  alpha: .inf\n", "finetune_lora.alpha must be a finite number, got inf"),
+        ("finetune_lora:\n  alpha: 1e300\n", "finetune_lora.alpha must be at most 1e+30 in size, got '1e300'"),
+        ("expand_vocab:\n  noise_std: 1.0e+31\n", "expand_vocab.noise_std must be at most 1e+30 in size"),
+        ("finetune_lora:\n  learning_rate: fast\n", "learning_rate must be a finite number, got 'fast'"),
+        (
+            "finetune_lora:\n  train_embeddings: some\n",
+            "train_embeddings must be one of all, new_rows, none, got 'some'",
+        ),
+        ("finetune_lora:\n  rank_pattern: q_proj\n", "rank_pattern must be a mapping of patterns of names, such as"),
+        ("finetune_lora:\n  rank_pattern: {q_proj: 0}\n", "rank_pattern.q_proj must be at least 1, got 0. Edit params"),
+        ("finetune_lora:\n  rank_pattern: {q_proj: 2.5}\n", "rank_pattern.q_proj must be a whole number, got 2.5"),
+        ("finetune_lora:\n  rank_pattern: {q_proj: }\n", "rank_pattern.q_proj must be a whole number, got None"),
+        ("finetune_lora:\n  rank_pattern: {(q_proj: 2}\n", "rank_pattern: '(q_proj' is no pattern of names: missing )"),
+        ("finetune_lora:\n  rank_pattern: {1: 2}\n", "rank_pattern: 1 is no pattern of names: it is no text"),
+        ("finetune_lora:\n  rank_pattern: {q_proj: 1, q_proj: 2}\n", "key 'q_proj' twice"),
+        ("finetune_lora:\n  alpha_pattern: {q_proj: 0}\n", "alpha_pattern.q_proj must be more than 0, got 0"),
+        ("finetune_lora:\n  alpha_pattern: {q_proj: a}\n", "alpha_pattern.q_proj must be a finite number, got 'a'"),
+        (
+            "finetune_lora:\n  init_lora_weights: olora\n",
+            "must be one of document, gaussian, kaiming, orthogonal, pissa",
+        ),
+        ("finetune_lora:\n  target_modules: []\n", "target_modules must be a name or a list of names, got []"),
+        ("finetune_freeze:\n  train_embeddings: maybe\n", "train_embeddings must be true or false, got 'maybe'"),
+        ("finetune_full:\n  data: 7\n", "finetune_full.data must be a text, got 7"),
+        ("finetune_full: 7\n", "finetune_full must be a section of key: value lines, got 7"),
+        ("pretrain:\n  d_model: 60\n  heads: 8\n", "pretrain.d_model must be a multiple of 2 × pretrain.heads = 16"),
+        ("pretrain:\n  epochs: 1\n  epochs: 2\n", "key 'epochs' twice"),
+        ("- a list\n", "must hold sections"),
+        ("a: b: c\n", "is not valid YAML"),
+        ("", "must hold sections"),
+    ],
+)
+def test_bad_input_is_one_message_with_key_rule_and_value(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(written(tmp_path, text))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rank=8", "--set takes section.key=value"),
+        ("finetune_lora.rank", "--set takes section.key=value"),
+        ("finetune_lora.rank=", "must be a whole number, got None"),
+        ("finetune_lora.rank=[", "is not a YAML value"),
+        ("nowhere.rank=8", "--set: unknown key nowhere"),
+        ("finetune_lora.rang=8", "--set: unknown key finetune_lora.rang. Did you mean finetune_lora.rank?"),
+        ("finetune_lora.rank=0", "finetune_lora.rank must be at least 1, got 0. Change it in --set."),
+        ("finetune_lora.rank_pattern={a.b: 0}", "rank_pattern.a.b must be at least 1, got 0. Change it in --set."),
+        ("finetune_lora.rank_pattern={(: 2}", "is no pattern of names: .*. Change it in --set."),
+        (
+            "finetune_sweep.grid={rank: [4, 0]}",
+            "finetune_sweep.grid.rank must be at least 1, got 0. Change it",
+        ),
+        ("finetune_sweep.grid={rank: 4}", "must be a list of values, such as .*, got 4. Change it in --set."),
+        ("finetune_sweep.grid={batch_size: [4]}", "differ in .* alone. Change it in --set."),
+        ("study_rank.seeds=[1, 1]", "study_rank.seeds has 1 twice. Leave one of them out of --set."),
+    ],
+)
+def test_bad_overrides_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        load(ROOT / "params.yaml", [override])
+
+
+def test_an_error_names_the_place_that_its_value_came_from(tmp_path: Path) -> None:
+    path = written(tmp_path, "finetune_lora:\n  rank: 0\n").rename(tmp_path / "other.yaml")
+    for overrides, place in (
+        ([], r"Edit other.yaml\."),
+        (["finetune_lora.rank=-1"], r"Change it in --set\."),
+        (["merge.prompts=x"], r"Edit other.yaml\."),
+    ):
+        with pytest.raises(UserError, match=rf"finetune_lora.rank must be at least 1, got .*\. {place}"):
+            load(path, overrides)
+    assert load(path, ["finetune_lora.rank=8"]).finetune_lora.rank == 8
+
+
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not exist. Run this in the project's folder"):
+        load(tmp_path / "params.yaml")
+
+
+@given(st.floats(min_value=1e-12, max_value=1e12), st.integers(min_value=1, max_value=10**9))
+def test_every_number_that_python_writes_is_read_back(rate: float, rank: int) -> None:
+    params = load(ROOT / "params.yaml", [f"finetune_lora.learning_rate={rate!r}", f"finetune_lora.rank={rank}"])
+    assert (params.finetune_lora.learning_rate, params.finetune_lora.rank) == (rate, rank)
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_params_or_one_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        assert isinstance(load(path), Params)
+    except UserError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("text", ["{q_proj: 8, '.*[01].v_proj': 1e-1}", "\n    q_proj: 8\n    .*[01].v_proj: 0.1"])
+def test_a_mapping_is_read_in_its_order_from_the_file_and_from_the_command_line(tmp_path: Path, text: str) -> None:
+    expected = [("q_proj", 8.0), (".*[01].v_proj", 0.1)]
+    read = load(written(tmp_path, f"finetune_lora:\n  alpha_pattern: {text}\n")).finetune_lora
+    assert list(read.alpha_pattern.items()) == expected
+    if "\n" not in text:
+        given = load(ROOT / "params.yaml", [f"finetune_lora.alpha_pattern={text}"]).finetune_lora
+        assert list(given.alpha_pattern.items()) == expected
+    for nothing in ("{}", "", "[]"):
+        assert load(ROOT / "params.yaml", [f"finetune_lora.rank_pattern={nothing}"]).finetune_lora.rank_pattern == {}
+
+
+def test_a_rule_says_what_may_be_left_empty() -> None:
+    assert rule(FinetuneLora(), "retain") == "a text, or empty"
+    assert rule(FinetuneLora(), "rank") == "a whole number, at least 1, below 2147483648"
+    assert rule(FinetuneLora(), "target_modules") == "a name or a list of names"
+    patterns = "a mapping of patterns of names, such as {q_proj: 8}, to a whole number, at least 1"
+    assert rule(FinetuneLora(), "rank_pattern") == f"{patterns}, below 2147483648, or empty"

@@ -1,0 +1,141 @@
+"""Values change in params.yaml, and not one other character."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.project.params.edit import changed, save
+from pipeline.project.params.sections import load, parse
+from tests.helpers.projects import ROOT
+
+TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
+KEYS = [f"{section}.{key}" for section, branch in yaml.safe_load(TEXT).items() for key in branch]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("finetune_lora.rank", 8, "  rank: 8"),
+        ("pretrain.window", 16, "  window: 16               # tokens a window"),
+        ("finetune_lora.learning_rate", 1e-5, "  learning_rate: 1.0e-05"),
+        ("finetune_lora.train_embeddings", "new_rows", "  train_embeddings: new_rows # embeddings and head"),
+        ("finetune_lora.target_modules", ("q_proj",), "  target_modules: [q_proj]                           # names"),
+        ("finetune_lora.rank_pattern", {"v": 8, ".*0.q": 2}, "  rank_pattern: {v: 8, .*0.q: 2} # other ranks"),
+        ("pretrain.tie_embeddings", True, "  tie_embeddings: true     # one matrix"),
+    ],
+)  # fmt: skip
+def test_one_line_changes_and_its_comment_keeps_its_column(key: str, value: Any, line: str) -> None:
+    before, after = TEXT.splitlines(), changed(TEXT, {key: value}).splitlines()
+    different = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert len(different) == 1
+    assert different[0].startswith(line)
+
+
+@example("finetune_lora.data", "a\u2028b\x85")
+@given(st.sampled_from(KEYS), st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.text(max_size=30)))
+def test_whatever_the_value_it_is_read_back_and_every_other_line_stays(key: str, value: Any) -> None:
+    section, name = key.split(".")
+    expected = yaml.safe_load(TEXT)
+    expected[section][name] = value
+    new = changed(TEXT, {key: value})
+    assert yaml.safe_load(new) == expected
+    comments = [line.partition("#")[2] for line in TEXT.splitlines() if "#" in line]
+    assert all(comment in new for comment in comments)
+
+
+def test_a_block_list_stays_one() -> None:
+    new = changed(TEXT, {"expand_vocab.data": ("data/a.txt", "data/b.txt")})
+    assert "    - data/a.txt\n    - data/b.txt\n  tokens: []               # new words" in new
+    assert yaml.safe_load(new)["expand_vocab"]["data"] == ["data/a.txt", "data/b.txt"]
+
+
+def test_a_block_mapping_stays_one_in_the_order_that_is_given() -> None:
+    text = "finetune_lora:\n  rank_pattern:\n    v_proj: 8   # more\n    q_proj: 2\n  rank: 4\n"
+    new = changed(text, {"finetune_lora.rank_pattern": {"z": 3, "*a": 1}})
+    assert new == "finetune_lora:\n  rank_pattern:\n    z: 3\n    '*a': 1\n  rank: 4\n"
+    assert yaml.safe_load(changed(text, {"finetune_lora.rank_pattern": {}}))["finetune_lora"]["rank_pattern"] == {}
+
+
+@pytest.mark.parametrize("value", ["", (), [], "a", ("a", "b")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "expand_vocab:\n  tokens:\n  noise_std: 0.1\n",
+        "expand_vocab:\n  tokens:   # none yet\n  noise_std: 0.1\n",
+        "expand_vocab:\n  tokens:\n    - one\n    - two # comment\n  noise_std: 0.1\n",
+        "expand_vocab:\n  noise_std: 0.1\n  tokens:",
+        "expand_vocab:\n  tokens: ''\n  noise_std: 0.1\n",
+        "expand_vocab:\n  noise_std: 0.1\n",
+    ],
+)
+def test_what_is_empty_reads_back_as_empty_and_can_be_filled_again(text: str, value: Any) -> None:
+    plain = list(value) if isinstance(value, tuple) else value
+    new = changed(text, {"expand_vocab.tokens": value})
+    assert yaml.safe_load(new) == {"expand_vocab": {"tokens": plain, "noise_std": 0.1}}
+    again = changed(new, {"expand_vocab.tokens": ["x", "y"]})
+    assert yaml.safe_load(again) == {"expand_vocab": {"tokens": ["x", "y"], "noise_std": 0.1}}
+    assert all(comment in again for comment in ("# none yet",) if comment in text)
+
+
+def test_a_missing_key_joins_its_section_and_a_missing_section_the_file() -> None:
+    text = "# mine\npretrain:\n    epochs: 3  # few\n\n# the rest\nevaluate:\n  top_k: 2"
+    new = changed(text, {"pretrain.seed": 5, "evaluate.prompt_words": 1, "finetune_lora.rank": 2})
+    assert new == (
+        "# mine\npretrain:\n    epochs: 3  # few\n    seed: 5\n\n# the rest\nevaluate:\n  top_k: 2\n  prompt_words: 1"
+        "\n\nfinetune_lora:\n  rank: 2\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["[]", "pretrain:\n", "pretrain: {epochs: 3}\n"])
+def test_a_layout_without_a_place_for_the_key_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="by hand"):
+        changed(text, {"pretrain.seed": 1})
+
+
+def test_a_value_that_the_params_refuse_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT, encoding="utf-8")
+    with pytest.raises(UserError, match=r"finetune_lora\.rank must be at least 1, got 0"):
+        save(path, {"finetune_lora.rank": 0})
+    assert path.read_text(encoding="utf-8") == TEXT
+
+
+def test_a_file_broken_by_hand_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("pretrain: [", encoding="utf-8")
+    with pytest.raises(UserError, match="not valid YAML"):
+        save(path, {"finetune_lora.rank": 8})
+    assert path.read_text(encoding="utf-8") == "pretrain: ["
+
+
+def test_a_full_disk_leaves_the_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT, encoding="utf-8")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(path, {"finetune_lora.rank": 8})
+    assert path.read_text(encoding="utf-8") == TEXT
+    assert [file.name for file in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_a_link_stays_a_link_and_the_mode_stays(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.yaml", tmp_path / "params.yaml"
+    real.write_text(TEXT, encoding="utf-8")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    save(link, {"finetune_lora.rank": 8})
+    assert link.is_symlink()
+    assert load(link).finetune_lora.rank == 8
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert parse(real.read_text(encoding="utf-8"), real) == load(link)

@@ -1,0 +1,154 @@
+"""dvc.yaml says what pipeline/project/stage_graph.py says, and DVC does with it what the README promises."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.project.dvc_yaml import command, render
+from pipeline.project.params.edit import save
+from pipeline.project.params.sections import load
+from pipeline.project.provenance import code_files
+from pipeline.project.stage_graph import STAGES, Project
+from tests.helpers.projects import COMMAND, GIVEN, METHODS, ROOT, dvc, git, make
+
+
+def test_dvc_knows_all_that_a_stage_reads_runs_and_writes() -> None:
+    """The committed file is the generated one, with comments of its own."""
+    committed = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    lines = [line for line in committed.splitlines() if not line.startswith("#")]
+    assert lines == render(Project(ROOT, load(ROOT / "params.yaml")), "pipeline").splitlines()
+
+
+def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_reads() -> None:
+    """Else a changed file would leave the study as it was."""
+    given = ["finetune_full.data=data/retain.de.txt", "scratch.data=[data/euro.en.jsonl]"]
+    project = Project(ROOT, load(ROOT / "params.yaml", given))
+    for study, files in (
+        ("methods", {"data/retain.de.txt", "data/euro.en.jsonl"}),
+        ("forgetting", {"data/retain.de.txt"}),
+    ):
+        assert files <= set(project.data_files(STAGES[f"study_{study}"]))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_the_command_that_the_program_has(name: str) -> None:
+    assert command(STAGES[name]) == " ".join(["lora", *COMMAND[name]])
+
+
+IMPORTED = """
+import importlib, os, sys
+import matplotlib.pyplot, torch, transformers  # once: they take most of the time
+for module in sys.argv[1:]:
+    child = os.fork()
+    if not child:  # where nothing of ours is imported yet
+        importlib.import_module(module)
+        print(module, *(name for name in sys.modules if name.split(".")[0] == "pipeline"), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, module
+"""
+
+
+def test_code_files_are_those_that_python_imports() -> None:
+    """The static walk finds every module of ours that importing a stage loads."""
+    modules = sorted({stage.module for stage in STAGES.values()})
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *modules], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == modules
+    for module, *imported in lines:
+        found = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in code_files(module)}
+        assert module in imported
+        assert set(imported) <= {name.removesuffix(".__init__") for name in found}, module
+
+
+def test_code_files_are_found_while_another_thread_parses() -> None:
+    """In a process of its own, which switches threads often."""
+    code = """
+import gc, inspect, sys, threading, time
+from pipeline.project.provenance import code_files
+done = threading.Event()
+def parse():
+    while not done.is_set():
+        try:
+            inspect.signature(dict.get)  # parses the signature's text
+        except SystemError:
+            pass  # what CPython 3.11 may say of two that parse; here it is of no interest
+thread = threading.Thread(target=parse)
+thread.start()
+sys.setswitchinterval(1e-5)
+gc.callbacks.append(lambda *_: time.sleep(0))
+gc.set_threshold(50)
+try:
+    for _ in range(5):
+        assert code_files("pipeline.stages.finetune")
+finally:
+    done.set()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+CONCERNED = {  # by a changed rank of LoRA
+    *("finetune_lora", "finetune_sweep", "merge", "evaluate", "figures", "claims"),
+    *(f"study_{name}" for name in ("knowledge_correction", "methods", "forgetting")),
+}
+
+
+def test_what_dvc_was_told_of_is_up_to_date_and_a_changed_rank_concerns_what_depends_on_it(
+    studied: Path, origin: Path, tmp_path: Path
+) -> None:
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(origin), "clone")
+    shutil.copytree(studied / "artifacts", clone / "artifacts", dirs_exist_ok=True)
+    save(clone / "params.yaml", GIVEN)
+    _, status = dvc(clone, "commit -f", "status")  # as if DVC had run the stages
+    assert "Data and pipelines are up to date" in status
+
+    git(clone, "add", "-A")
+    git(clone, "commit", "-qm", "lock")
+    save(clone / "params.yaml", {"finetune_lora.rank": 2})
+    make(clone, ["finetune_lora", "merge", "evaluate"])
+    params, status, shown, changed, plot, page = dvc(
+        clone,
+        "params diff",
+        "status --json",
+        "metrics show --json",
+        "metrics diff --json",
+        "plots show --show-vega training_loss",
+        "plots show",
+    )
+    assert "finetune_lora.rank" in params
+    assert json.loads(status).keys() == CONCERNED
+
+    metrics = json.loads(shown)[""]["data"]["artifacts/evaluation/metrics.json"]["data"]
+    assert metrics["lora"]["trainable"] == 2_048 + 2 * 99 * 64
+    difference = json.loads(changed)["artifacts/evaluation/metrics.json"]["lora.trainable"]
+    assert difference == {"old": 16_768, "new": 14_720, "diff": -2_048}
+
+    curves = {value["filename"] for value in json.loads(plot)["data"]["values"]}
+    assert len(curves) == 1 + len(METHODS)
+    drawn = Path(page.strip().removeprefix("file://")).read_text(encoding="utf-8")
+    assert drawn.count('"loss (nats a token)"') >= 1
+
+
+@pytest.mark.slow
+def test_two_fresh_clones_give_the_same_lock_and_a_changed_rank_reruns_what_depends_on_it(
+    origin: Path, tmp_path: Path
+) -> None:
+    locks = []
+    for name in ("one", "two"):
+        git(tmp_path, "clone", "-q", str(origin), name)
+        save(tmp_path / name / "params.yaml", GIVEN)
+        dvc(tmp_path / name, "repro", code=tmp_path / name)
+        locks.append((tmp_path / name / "dvc.lock").read_bytes())
+    assert locks[0] == locks[1]
+    clone = tmp_path / "one"
+    (ran,) = dvc(clone, "repro", code=clone)
+    assert "Data and pipelines are up to date" in ran
+    save(clone / "params.yaml", {"finetune_lora.rank": 2})
+    (ran,) = dvc(clone, "repro", code=clone)
+    for stage in STAGES:
+        assert (f"Running stage '{stage}'" in ran) == (stage in CONCERNED), ran

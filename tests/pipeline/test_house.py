@@ -1,0 +1,36 @@
+"""The house stays one whose rooms can be guessed: few entries a folder, twelve packages, no file that is two."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.projects import ROOT
+
+MOST = 13  # entries of a folder of code: as many as a reader takes in at a glance
+PACKAGES = {"files", "project", "data", "calc", "models", "adapters"} | {
+    *("training", "inference", "weights", "stages", "export", "document")
+}
+MODULES = {"errors", "workbench"}  # beside them
+
+
+def entries(folder: Path) -> list[str]:
+    """What a reader sees in it."""
+    hidden = ("__init__.py", "__pycache__")
+    return sorted(path.name for path in folder.iterdir() if path.name not in hidden and not path.name.startswith("."))
+
+
+def folders() -> Iterator[Path]:
+    for top in ("cli", "tui", "pipeline"):
+        yield from (path.parent for path in (ROOT / top).rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", sorted(str(path.relative_to(ROOT)) for path in folders()))
+def test_a_folder_of_code_has_few_entries(folder: str) -> None:
+    assert len(entries(ROOT / folder)) <= MOST
+
+
+def test_the_library_is_twelve_packages_and_at_most_two_modules() -> None:
+    found = set(entries(ROOT / "pipeline"))
+    assert {name for name in found if (ROOT / "pipeline" / name).is_dir()} == PACKAGES
+    assert {name.removesuffix(".py") for name in found if name.endswith(".py")} <= MODULES

@@ -1,0 +1,308 @@
+"""One run in several processes: the same curve and the same adapter, and one message where a process ends."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.files.artifact import digest
+from pipeline.project.logs.run_log import read_steps
+from pipeline.project.runner import checkpoints
+from pipeline.training.distributed import launch
+from tests.conftest import Lora
+from tests.helpers import families, projects
+from tests.helpers.families import FAMILIES, TEXTS
+from tests.helpers.process import Forked
+from tests.helpers.projects import LORA, make
+from tests.pipeline.training.test_training_resume import FOLDER, STAGE, fresh, write
+
+CURVE, WEIGHTS = 1e-5, 1e-4  # what sums in another order may change
+SETTINGS = {
+    "data": "data/lines.jsonl",
+    "epochs": 3,
+    "batch_size": 3,
+    "accumulate": 2,
+    "clip_norm": 1,
+    "eval_share": 0.3,
+    "eval_every": 2,
+    "retain": "data/old.jsonl",
+    "retain_weight": 2,
+    "retain_batch": 2,
+    "learning_rate": 3e-4,  # Adam makes rounding grow by it
+}
+
+
+@pytest.fixture(scope="module")
+def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An fp32 base and two dozen texts of very different lengths. Read it; do not write to it."""
+    root = families.new_project(tmp_path_factory.mktemp("several") / "p", FAMILIES["llama"])
+    (root / "base/chat_template.jinja").unlink()  # each process would start another one to render it
+    words = " ".join(TEXTS).split()
+    write(root / "data/lines.jsonl", [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)])
+    make(root, ["pretrain", "expand_vocab"])
+    return root
+
+
+@pytest.fixture
+def project(expanded: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(expanded, tmp_path / "p")
+
+
+@pytest.fixture(scope="module")
+def trivial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MiniGPT: workers that a launcher starts import no transformers. Read it; do not write to it."""
+    root = projects.new_project(tmp_path_factory.mktemp("trivial") / "p")
+    make(root, ["pretrain", "expand_vocab"], ["pretrain.epochs=2"])
+    return root
+
+
+@pytest.fixture
+def mini(trivial: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trivial, tmp_path / "p")
+
+
+def on_two_devices(epochs: int) -> list[str]:
+    return [LORA, "finetune", "lora", "--devices", "2", f"--set={STAGE}.epochs={epochs}"]
+
+
+def command(*flags: str, **changes: object) -> list[str]:
+    values = [f"--set={STAGE}.{key}={value}" for key, value in {**SETTINGS, **changes}.items()]
+    return [LORA, "finetune", "lora", *flags, *values]
+
+
+def started(root: Path, commands: Sequence[list[str]]) -> list[Forked]:
+    """A process each, told of the others as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": len(commands), "LOCAL_WORLD_SIZE": len(commands), "MASTER_PORT": port}
+    variables = {name: str(number) for name, number in shared.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(commands))]
+    return [Forked(one, root, variables=variables | rank) for one, rank in zip(commands, ranks, strict=True)]
+
+
+def ended(processes: Sequence[Forked]) -> list[tuple[int, str]]:
+    return [process.end() for process in processes]
+
+
+def trained(root: Path, size: int, one: list[str]) -> Path:
+    """The adapter's folder, copied away, after a run in `size` processes."""
+    found = ended(started(root, [one] * size)) if size > 1 else [Forked(one, root).end()]
+    assert [code for code, _ in found] == [0] * size, found
+    assert not any(said for _, said in found[1:]), "the first speaks for all"
+    return shutil.copytree(root / FOLDER, root / f"{size}{len(list(root.iterdir()))}")
+
+
+def curve(folder: Path) -> torch.Tensor:
+    steps = read_steps(folder / "loss.csv")
+    return torch.tensor([(s.loss, s.eval_loss or 0, s.divergence or 0, s.tokens) for s in steps])
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    torch.testing.assert_close(curve(folder), curve(other), rtol=0, atol=CURVE)
+    torch.testing.assert_close(tensors(folder), tensors(other), rtol=0, atol=WEIGHTS)
+
+
+def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "changes"),
+    [
+        (2, [], {}),
+        (3, [], {"batch_size": 1, "retain_batch": 1}),  # two of the three have nothing to do
+        (2, [], {"quantization": "nf4-dq", "train_embeddings": "new_rows"}),
+        (2, ["--shard"], {}),
+        (3, ["--shard"], {"batch_size": 2, "checkpointing": "full", "train_embeddings": "all"}),
+    ],
+    ids=["data parallel", "some idle", "quantized", "sharded", "sharded, checkpointed, idle"],
+)
+def test_several_processes_learn_what_one_learns(
+    project: Path, size: int, flags: list[str], changes: dict[str, object]
+) -> None:
+    alone = trained(project, 1, command(**changes))
+    several = trained(fresh(project), size, command(*flags, **changes))
+    assert_same(several, alone)
+    assert digest(several / "adapter_config.json") == digest(alone / "adapter_config.json")
+
+
+def test_pitfall_21_a_sharded_run_writes_the_whole_adapter(project: Path, cli: Lora) -> None:
+    folder = trained(project, 2, command("--shard", train_embeddings="all"))
+    made = tensors(folder)
+    assert all(tensor.numel() and tensor.isfinite().all() for tensor in made.values())
+    assert any(tensor.any() for key, tensor in made.items() if key.endswith("lora_B.weight")), "it learned something"
+    assert cli("adapters", "verify", str(folder), "--base", "artifacts/expanded", cwd=project)[0] == 0
+
+
+def test_a_checkpoint_does_not_depend_on_how_many_processes_made_it(project: Path) -> None:
+    one = command(epochs=20)
+    whole, log = trained(project, 1, one), project / f"runs/{STAGE}/loss.csv"
+    for before, after in ((2, 1), (1, 2)):
+        running = started(fresh(project), [one] * before)
+        wait_for(lambda: len(read_steps(log)) >= 3, running)
+        for process in running:
+            assert process.process.pid
+            os.kill(process.process.pid, signal.SIGTERM)
+        codes = [code for code, _ in ended(running)]
+        assert codes == [128 + signal.SIGTERM, *[0] * (before - 1)]
+        assert checkpoints(log.parent)
+        assert_same(trained(project, after, one), whole)
+
+
+def wait_for(condition: Callable[[], bool], running: Sequence[Forked]) -> None:
+    while not condition():
+        assert all(process.process.is_alive() for process in running), "it ended before"
+        time.sleep(0.002)
+
+
+def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: Path) -> None:
+    slow = [*on_two_devices(epochs=1000), "--checkpoint-every", "100000"]
+    log = mini / f"runs/{STAGE}/loss.csv"
+    with subprocess.Popen(slow, cwd=mini, stderr=subprocess.PIPE, text=True) as running:
+        while not log.exists() or len(read_steps(log)) < 3:
+            assert running.poll() is None
+            time.sleep(0.01)
+        os.kill(second_of(running.pid), signal.SIGKILL)
+        _, said = running.communicate()
+    step = len(read_steps(log))
+    assert running.returncode == 1
+    (error,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert f"another process of this run ended. A checkpoint after step {step} of" in error
+    assert "Traceback" not in said
+    (kept,) = checkpoints(log.parent)
+    assert kept.name == f"checkpoint-{step:09d}"
+
+
+def second_of(launcher: int) -> int:
+    """The process of rank 1."""
+    for pid in children_of(launcher):
+        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return pid
+    raise AssertionError("there is no second process")
+
+
+def children_of(parent: int) -> list[int]:
+    numbers = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    return [pid for pid in numbers if state_of(pid)[1] == str(parent)]
+
+
+def state_of(pid: int) -> tuple[str, str]:
+    """(state, parent) of a process; Z is one that has ended, and so is one that is gone."""
+    try:
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    except OSError:
+        return "Z", ""
+    return state, parent
+
+
+@pytest.mark.parametrize(
+    ("number", "whole_group", "times"),
+    [
+        (signal.SIGKILL, False, 1),
+        pytest.param(signal.SIGTERM, False, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, False, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, 1, marks=pytest.mark.slow),
+        (signal.SIGINT, True, 2),  # the launcher does not wait for its workers any longer
+    ],
+    ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group", "SIGINT twice"],
+)
+def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
+    mini: Path, number: signal.Signals, whole_group: bool, times: int
+) -> None:
+    slow, log = on_two_devices(epochs=1000), mini / f"runs/{STAGE}/loss.csv"
+    with subprocess.Popen(slow, cwd=mini, stderr=subprocess.DEVNULL, start_new_session=True) as running:
+        while not log.exists() or len(read_steps(log)) < 3:
+            assert running.poll() is None
+            time.sleep(0.01)
+        workers = children_of(running.pid)
+        assert len(workers) == 2
+        for _ in range(times):
+            (os.killpg if whole_group else os.kill)(running.pid, number)
+            time.sleep(0.01)
+        assert running.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    wait_until_gone(workers)
+    (kept,) = checkpoints(log.parent)
+    step = int(kept.name.split("-")[1])
+    assert step == len(read_steps(log)), "the last step of all"
+    alone = [LORA, "finetune", "lora", f"--set={STAGE}.epochs=1000"]
+    resumed = Forked(alone, mini)
+    wait_for(lambda: len(read_steps(log)) > step, [resumed])
+    assert resumed.process.pid
+    os.kill(resumed.process.pid, signal.SIGTERM)
+    assert f"resumed after step {step}\n" in resumed.end()[1]
+
+
+def test_a_process_whose_launcher_dies_before_it_has_begun_ends_too(mini: Path) -> None:
+    with subprocess.Popen(on_two_devices(epochs=2), cwd=mini, stderr=subprocess.DEVNULL) as running:
+        while len(workers := children_of(running.pid)) < 2:
+            assert running.poll() is None
+            time.sleep(0.001)
+        running.kill()
+    wait_until_gone(workers)
+
+
+def test_a_worker_that_does_not_handle_sigterm_is_killed() -> None:
+    """As one does whose main thread waits in a collective that hangs."""
+    code = (
+        "import signal, time; from pipeline.training import launch; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "launch.GRACE = 0.1; launch.end_with_launcher(); time.sleep(60)"
+    )
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    worker = subprocess.run([sys.executable, "-c", code], env={**os.environ, launch.LAUNCHER: str(gone.pid)})
+    assert worker.returncode == -signal.SIGKILL
+
+
+def wait_until_gone(processes: Sequence[int]) -> None:
+    limit = time.monotonic() + 60
+    while left := [pid for pid in processes if state_of(pid)[0] != "Z"]:
+        if time.monotonic() > limit:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"{len(left)} of {len(processes)} processes are left")
+        time.sleep(0.05)
+
+
+def test_more_devices_than_there_are_are_refused(mini: Path, cli: Lora) -> None:
+    available = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    code, out, err = cli("finetune", "lora", "--devices", str(available + 1), cwd=mini)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: --devices must be at most {available}, the ")
+    assert err.endswith(f"got {available + 1}. Lower it.\n") and err.count("\n") == 1
+
+
+def test_devices_are_processes_that_share_the_work_and_what_is_made_is_found_again(mini: Path) -> None:
+    first = subprocess.run(on_two_devices(epochs=1), cwd=mini, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count(FOLDER) == 1
+    alone = [LORA, "finetune", "lora", f"--set={STAGE}.epochs=1"]
+    found = ended(started(mini, [alone] * 2))
+    assert [code for code, _ in found] == [0, 0]
+    assert "taken from the cache" in found[0][1]
+
+
+def test_what_one_process_cannot_do_is_said_once_by_the_first(project: Path) -> None:
+    good, bad = command(), command(target_modules="nix")
+    (code, said), (other, silent) = ended(started(project, [good, bad]))
+    assert (code, other, silent) == (1, 0, "")
+    assert said.startswith("error: target_modules: 'nix' matches no linear layer")
+
+
+def test_only_several_processes_share_a_base_and_only_training_is_shared(project: Path, cli: Lora) -> None:
+    code, _, err = cli("finetune", "lora", "--shard", cwd=project)
+    assert code == 1
+    assert err == ("error: --shard shares the base among several devices. Say how many with --devices.\n")
+    merged = ended(started(project, [[LORA, "merge"]] * 2))
+    assert merged == [(1, "error: merge runs in one process. Call it without torchrun.\n"), (0, "")]
+    few = ended(started(project, [command("--shard", precision="bf16", quantization="nf4")] * 2))
+    assert few == [(1, "error: A base in few bits is kept whole on each device. Train without --shard.\n"), (0, "")]

@@ -1,0 +1,569 @@
+"""The calculator's screen: what it shows is what `pipeline.calc` says, and every key does its work."""
+
+import errno
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, OptionList
+
+from pipeline.calc.architecture import Model
+from pipeline.calc.fit import changes, gpus, largest
+from pipeline.calc.report import answer
+from pipeline.calc.settings import CONTEXT, LORA, FinetuningMethod, TrainingConfig, parse_method, parse_training_config
+from pipeline.calc.sources.open_model import built_in, entry, names, open_model
+from pipeline.project.params.edit import save
+from pipeline.project.params.sections import load
+from tests.helpers.bases import toy_checkpoint
+from tests.helpers.pilot import until
+from tests.helpers.projects import make
+from tui.app import Workbench
+from tui.screens.calculator.apply_to_params import asked_for, trained_model
+from tui.screens.calculator.dialogs import Confirm, Reader
+from tui.screens.calculator.form import CalcForm
+from tui.screens.calculator.memory_bars import MemoryBars
+from tui.screens.calculator.model import FIELDS, CalculatorQuery, FieldError, calculate, relevant
+from tui.screens.calculator.result import Parameters, Pinned, Verdict
+from tui.screens.calculator.screen import CalculatorScreen
+from tui.widgets.text_block import Lines
+
+GARBAGE = ("", " ", "x", "-1", "0", "1e400", "9" * 40, "ß[/]", "[red]", "1.5", "٣", "nan", "\\", "a,,b", "~nobody/x")
+WRITTEN = (
+    *("rank", "alpha", "targets", "new_rows", "last_blocks", "virtual_tokens"),
+    *("precision", "batch", "sequence", "gib"),
+)
+NEEDS = {
+    "last_blocks": {"method": "freeze"},
+    "virtual_tokens": {"method": "prefix"},
+    "new_rows": {"embeddings": "new_rows"},
+    "gib": {"gpu": "custom"},
+}
+
+
+@asynccontextmanager
+async def calculator(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIterator[tuple[Any, Any]]:
+    app = Workbench(root / "params.yaml")
+    app.first_screen = "calculator"
+    async with app.run_test(size=size) as pilot:
+        assert isinstance(app.screen, CalculatorScreen) and app.screen.result is not None
+        yield pilot, app.screen
+
+
+def shown(screen: CalculatorScreen, kind: type[Lines]) -> str:
+    return str(screen.query_one(kind).content)
+
+
+def workbench(pilot: Pilot[None]) -> Workbench:
+    assert isinstance(pilot.app, Workbench)
+    return pilot.app
+
+
+async def fill(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> None:
+    screen.form.fill(replace(CalculatorQuery(), **values))
+    await pilot.pause()
+
+
+NUMBERS: tuple[dict[str, str], ...] = (
+    {"model": "qwen3-8b"},
+    {"model": "qwen3-8b", "method": "qlora", "rank": "64", "targets": "all-linear", "batch": "4"},
+    {"model": "gpt2", "method": "full", "sequence": "512", "checkpointing": "none"},
+    {"model": "minigpt", "method": "freeze", "batch": "4", "sequence": "4"},
+    {"model": "llama-3.1-70b", "method": "prefix", "virtual_tokens": "30"},
+    {"model": "gemma-3-4b", "method": "prompt", "optimizer": "adamw-8bit", "loss": "chunked"},
+    {"model": "qwen3-8b", "embeddings": "new_rows", "new_rows": "7", "alpha": "16", "precision": "int8"},
+)
+
+
+async def test_the_numbers_are_those_of_the_library(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        for values in NUMBERS:
+            await fill(pilot, screen, **values)
+            expected = answered(values)
+            found = screen.result
+            assert found.trainable == expected["parameters"]["trainable"], values
+            assert {**found.memory.parts(), "peak": found.memory.peak} == {
+                key: size for key, size in expected["memory"].items() if key != "peak_at"
+            }, values
+            assert f"{expected['parameters']['trainable']:,} trainable" in shown(screen, Verdict), values
+            assert all(f"{p['in']:,} → {p['out']:,}" in shown(screen, Parameters) for p in expected["projections"])
+
+
+def answered(values: dict[str, str]) -> dict[str, Any]:
+    """What the library says of a form with these fields."""
+    asked, model = replace(CalculatorQuery(), **values), built_in(values["model"]).shapes
+    method = parse_method(
+        asked.method,
+        int(asked.rank),
+        float(asked.alpha) if asked.alpha else None,
+        asked.targets,
+        embeddings=asked.embeddings,
+        new_rows=int(asked.new_rows) if asked.embeddings == "new_rows" else 0,
+        virtual_tokens=int(asked.virtual_tokens),
+    )
+    run = parse_training_config(
+        model,
+        asked.method,
+        batch=int(asked.batch),
+        sequence=int(asked.sequence) if asked.sequence else None,
+        precision=asked.precision or None,
+        checkpointing=asked.checkpointing or None,
+        optimizer=asked.optimizer,
+        loss=asked.loss,
+        virtual_tokens=int(asked.virtual_tokens),
+    )
+    return answer(model, method, run)
+
+
+async def test_qwen3_8b_shows_the_exact_number_beside_the_documents(empty: Path) -> None:
+    async with calculator(empty, (80, 24)) as (_, screen):
+        assert "7,667,712 trainable" in shown(screen, Verdict)
+        assert "9,437,184 · exact 7,667,712" in shown(screen, Parameters)
+        assert "the document takes every projection as 4,096 × 4,096" in " ".join(shown(screen, Parameters).split())
+
+
+async def test_every_built_in_model_opens(empty: Path) -> None:
+    for name in names():
+        for method in ("lora", "full"):
+            result = calculate(replace(CalculatorQuery(), model=name, method=method), open_model(name).shapes)
+            assert result.model.name == name
+    async with calculator(empty) as (pilot, screen):
+        assert all(screen._model(name).name == name for name in names())
+        for name in (names()[0], names()[-1]):
+            await fill(pilot, screen, model=name)
+            assert (screen.problem, screen.result.model.name) == ("", name)
+
+
+@pytest.mark.parametrize("field", WRITTEN)
+def test_garbage_is_refused_in_one_line_that_is_about_its_field(field: str) -> None:
+    model, refused = open_model("qwen3-8b").shapes, 0
+    for text in GARBAGE:
+        try:
+            calculate(replace(CalculatorQuery(), **NEEDS.get(field, {}), **{field: text}), model)
+        except FieldError as error:
+            refused += 1
+            assert (error.field, "\n" in str(error)) == (field, False), text
+    assert refused >= 5
+
+
+async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Path) -> None:
+    """A model is looked for as a name and as a path: all garbage there; of the others what has signs of markup."""
+    tried = [("model", text) for text in GARBAGE] + [(field, text) for field in WRITTEN for text in ("x", "[red]")]
+    async with calculator(empty) as (pilot, screen):
+        for field, text in tried:
+            await fill(pilot, screen, **NEEDS.get(field, {}))
+            before = screen.result
+            assert not screen.problem
+            screen.query_one(f"#{field}", Input).value = text
+            await pilot.pause()
+            await until(pilot, lambda: "being read" not in screen.problem)
+            assert screen.problem and "\n" not in screen.problem, (field, text)
+            assert screen.result is before, (field, text)
+            assert screen.query_one("#results").has_class("-stale")
+            marked = [name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-wrong")]
+            assert marked == [field], (text, screen.problem)
+        await fill(pilot, screen)
+        assert not screen.query("#results.-stale") and not screen.query(".-wrong") and not screen.problem
+
+
+async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        for method in ("full", "freeze", "lora", "qlora", "prefix", "prompt"):
+            await fill(pilot, screen, method=method)
+            rows = {name: screen.query_one(f"#field-{name}") for name in FIELDS}
+            matter = relevant(screen.form.asked)
+            assert [name for name, row in rows.items() if not row.disabled] == matter, method
+            assert [name for name, row in rows.items() if row.display] == matter, method
+
+
+async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("right")
+        assert screen.form.asked.method == "qlora"
+        await pilot.press("left", "down", "+")
+        assert (screen.form.asked.method, screen.form.asked.rank, screen.result.method.rank) == ("lora", "16", 16)
+        await pilot.press("-", "-", "tab", "shift+tab", "pagedown")
+        assert screen.focused.id == "rank" and screen.form.asked.rank == "8"
+        screen.query_one("#sequence").focus()
+        await pilot.press("+")
+        assert screen.result.run.sequence == 4096, "an empty field steps from what it means"
+        screen.query_one("#batch").focus()
+        await pilot.press("+", "up")
+        assert (screen.result.run.batch, screen.focused.id) == (2, "adapter_precision")
+        await pilot.press("escape", "g")
+        names_ = list(gpus())
+        assert screen.form.asked.gpu == names_[names_.index("rtx4090") + 1]
+
+
+async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        for name in ("method", "embeddings", "checkpointing", "optimizer", "loss", "gpu"):
+            before = getattr(screen.form.asked, name)
+            await pilot.click(f"#{name}", offset=(4, 0))
+            assert getattr(screen.form.asked, name) != before
+            await pilot.click(f"#{name}", offset=(0, 0))
+            assert getattr(screen.form.asked, name) == before
+
+
+async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("slash", *"smol")
+        options = screen.query_one(OptionList)
+        assert options.display and options.option_count == len([n for n in names() if "smol" in n])
+        assert screen.problem.startswith("model must be a built-in name") and "Traceback" not in screen.problem
+        await pilot.press("down", "up", "down", "enter")
+        assert screen.result.model.name == [n for n in names() if "smol" in n][1]
+        assert not options.display
+        await pilot.press("home", "shift+end", *"Qwen/Qwen3-8B")
+        assert screen.result.model.name == "qwen3-8b", "a hub id that is built in needs no network"
+        await pilot.press("home", "shift+end", *"qwn332", "enter")
+        assert screen.result.model.name == "qwen3-32b", "letters that are apart"
+        await pilot.press("home", "shift+end", *"gemma-2")
+        await pilot.click(OptionList, offset=(3, 1))
+        assert screen.result.model.name == [n for n in names() if "gemma-2" in n][1]
+
+
+async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(entry("qwen3-0.6b")["config"]), encoding="utf-8")
+    async with calculator(empty) as (pilot, screen):
+        for path in (config, tmp_path):
+            await fill(pilot, screen, model=str(path))
+            await until(pilot, lambda: not screen.problem)
+            assert screen.result.model.total == built_in("qwen3-0.6b").shapes.total
+        config.write_text("{", encoding="utf-8")
+        await fill(pilot, screen, model=str(config))
+        await until(pilot, lambda: "being read" not in screen.problem)
+        assert "config.json" in screen.problem and "\n" not in screen.problem
+
+
+async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fetched(name: str) -> Model:
+        asked.append(name)
+        return built_in("gpt2")
+
+    monkeypatch.setattr("tui.screens.calculator.screen.open_model", lambda n: fetched(n) if "/" in n else open_model(n))
+    async with calculator(empty) as (pilot, screen):
+        asked.clear()
+        await pilot.press("slash", *"some/model")
+        assert "Enter fetches it" in screen.problem and not asked
+        await pilot.press("enter")
+        await until(pilot, lambda: not screen.problem)
+        assert asked == ["some/model"] and screen.result.model.name == "gpt2"
+
+
+async def test_advice_is_the_librarys_and_never_of_another_configuration(empty: Path) -> None:
+    async with calculator(empty, (200, 60)) as (pilot, screen):
+        await until(pilot, lambda: "the most that fits: " in shown(screen, Verdict))
+        result = screen.result
+        most = largest(result.model, result.method, result.run, result.device.bytes)
+        assert f"batch {most.batch} · sequence {most.sequence:,} · rank {most.rank}" in shown(screen, Verdict)
+        await fill(pilot, screen, batch="16")
+        assert "looking for" in shown(screen, Verdict) and "does not fit" in shown(screen, Verdict)
+        await until(pilot, lambda: "change this" in shown(screen, Verdict))
+        result = screen.result
+        words = [way[0] for way in changes(result.model, result.method, result.run, result.device.bytes)]
+        assert words[-1].replace("--", "") in " ".join(shown(screen, Verdict).split())
+
+
+async def test_a_mistake_does_not_stop_what_is_looked_for(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await fill(pilot, screen, batch="2")
+        await fill(pilot, screen, batch="x")
+        await until(pilot, lambda: "the most that fits: " in shown(screen, Verdict))
+        assert screen.problem.startswith("batch must be")
+
+
+async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> None:
+    async with calculator(empty, (80, 24)) as (pilot, screen):
+        text = shown(screen, MemoryBars)
+        assert all(name in text for name in ("full", "freeze", "▶ LoRA", "QLoRA", "▼ RTX 4090 23.99 GiB"))
+        await fill(pilot, screen, gpu="custom", gib="7.5", method="freeze")
+        assert "7.50 GiB" in shown(screen, MemoryBars) and "▶ freeze" in shown(screen, MemoryBars)
+
+
+async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("p")
+        await fill(pilot, screen, method="qlora")
+        await pilot.press("p")
+        await fill(pilot, screen, rank="16")
+        text = shown(screen, Pinned)
+        first, second = screen.pins
+        assert first.title.split(",")[0] in text and "②" in text
+        assert f"{first.trainable - screen.result.trainable:+,}" in text
+        assert "✓ yes" in text and (first.run.precision, second.run.precision) == ("bf16", "nf4-dq")
+        await pilot.press("p")
+        assert screen.pins == [second, screen.result], "a third takes the first one's place"
+        await pilot.press("P", "P", "P")
+        assert screen.pins == [] and not screen.query_one(Pinned).display
+
+
+async def test_document_and_formulas_open_and_close(empty: Path) -> None:
+    async with calculator(empty, (80, 24)) as (pilot, screen):
+        for key in "de":
+            await pilot.press(key)
+            assert isinstance(pilot.app.screen, Reader)
+            await pilot.press("escape")
+            assert pilot.app.screen is screen
+
+
+async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("l")
+        await pilot.pause()
+        targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+        method = FinetuningMethod("lora", 4, 1.0, targets, embeddings="all")
+        assert screen.result.method == method
+        assert screen.result.run == TrainingConfig(4, 4, "fp32", checkpointing="none", optimizer="adam-flat")
+        assert screen.result.model is built_in("minigpt").shapes
+        await pilot.press("2", "3")
+        assert pilot.app.screen is screen and screen.form.asked.model == "minigpt"
+
+
+async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
+    path = empty / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    async with calculator(empty) as (pilot, _):
+        await pilot.press("l")
+        await pilot.pause()
+        await pilot.press("u")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "says so already" in pilot.app.said[-1][2]
+        await pilot.press("tab", "+", "escape", "u")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        assert str(pilot.app.screen.query_one("#changes").content) == "finetune_lora.rank: 4 → 8"
+        await pilot.press("escape")
+        assert path.read_text(encoding="utf-8") == before
+        await pilot.press("u")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        await pilot.press("enter")
+        await until(pilot, lambda: path.read_text(encoding="utf-8") != before)
+        assert path.read_text(encoding="utf-8") == before.replace("  rank: 4\n", "  rank: 8\n", 1)
+
+
+SECTIONS: tuple[tuple[dict[str, str], dict[str, object]], ...] = (
+    ({"method": "full", "batch": "9"}, {"finetune_full.batch_size": 9}),
+    (
+        {"method": "freeze", "batch": "9", "last_blocks": "2", "ends": "freeze"},
+        {
+            "finetune_freeze.batch_size": 9,
+            "finetune_freeze.last_blocks": 2,
+            "finetune_freeze.train_embeddings": False,
+        },
+    ),
+    (
+        {"targets": "feed_forward", "embeddings": "none", "alpha": "3.5"},
+        {
+            "finetune_lora.target_modules": ("feed_forward",),
+            "finetune_lora.train_embeddings": "none",
+            "finetune_lora.alpha": 3.5,
+            "finetune_lora.rank": 8,
+        },
+    ),
+    (
+        {"method": "qlora"},
+        {"finetune_lora.quantization": "nf4-dq", "finetune_lora.precision": "bf16"},
+    ),
+)
+
+
+async def test_each_method_has_its_section(empty: Path) -> None:
+    path = empty / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    async with calculator(empty) as (pilot, screen):
+        for values, section in SECTIONS:
+            path.write_text(before, encoding="utf-8")
+            await fill(pilot, screen, **values)
+            await used(pilot)
+            params = load(path)
+            for key, value in section.items():
+                name, _, leaf = key.partition(".")
+                assert getattr(getattr(params, name), leaf) == value, values
+
+
+async def used(pilot: Pilot[None]) -> None:
+    """Write the form to params.yaml, and wait until that is said."""
+    app = workbench(pilot)
+    said = len(app.said)
+    await pilot.press("u")
+    await until(pilot, lambda: isinstance(app.screen, Confirm))
+    await pilot.press("enter")
+    await until(pilot, lambda: len(app.said) > said)
+
+
+async def refused(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> str:
+    """What is said when a form with these values is not written."""
+    app = workbench(pilot)
+    said = len(app.said)
+    await fill(pilot, screen, **values)
+    await pilot.press("u")
+    await until(pilot, lambda: len(app.said) > said)
+    assert app.screen is screen, values
+    return app.said[-1][2]
+
+
+async def test_what_the_project_cannot_train_is_refused(empty: Path) -> None:
+    before = (empty / "params.yaml").read_bytes()
+    async with calculator(empty) as (pilot, screen):
+        for values, why in (
+            ({"method": "prefix"}, "prefix is not trainable here yet"),
+            ({"precision": "gptq-g64"}, "gptq-g64 weights are not trainable here yet"),
+            ({"targets": "gate_proj"}, "MiniGPT, which this project trains, cannot have these targets"),
+            ({"method": "freeze", "last_blocks": "9"}, "last-blocks must be at most 2"),
+            ({"rank": "x"}, "Nothing is written while a field is wrong"),
+        ):
+            said = await refused(pilot, screen, **values)
+            assert why in said and "\n" not in said
+    assert (empty / "params.yaml").read_bytes() == before
+
+
+SETTINGS = {
+    "pretrain.base": "models/toy",
+    "finetune_lora.window": 0,
+    "finetune_lora.max_length": 48,
+    "finetune_lora.precision": "bf16",
+    "finetune_lora.adapter_precision": "bf16",
+    "finetune_lora.checkpointing": "selective",
+}
+
+
+@pytest.fixture
+def toy(empty: Path) -> Path:
+    """A project whose base is a small Llama."""
+    toy_checkpoint(empty / "models/toy")
+    save(empty / "params.yaml", SETTINGS)
+    return empty
+
+
+async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path) -> None:
+    async with calculator(toy) as (pilot, screen):
+        await pilot.press("l")
+        await until(pilot, lambda: screen.result.model.name != "qwen3-8b")
+        assert screen.result.model.total == open_model(str(toy / "models/toy")).shapes.total
+        assert screen.result.run == TrainingConfig(
+            *(4, 48, "bf16", "bf16", "adam-flat"), checkpointing="selective", loss="chunked", context=CONTEXT
+        )
+        assert screen.result.method.rank == 4 and not screen.problem
+        await pilot.press("u")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "says so already" in pilot.app.said[-1][2]
+
+
+async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> None:
+    async with calculator(toy) as (pilot, screen):
+        await fill(pilot, screen, targets="gate_proj", precision="fp32", checkpointing="none", rank="2", batch="3")
+        await used(pilot)
+        lora = load(toy / "params.yaml").finetune_lora
+        assert (lora.target_modules, lora.precision, lora.checkpointing) == (("gate_proj",), "fp32", "none")
+        assert (lora.rank, lora.batch_size, lora.adapter_precision, lora.max_length) == (2, 3, "fp32", 48)
+
+
+async def test_what_the_projects_own_model_cannot_have_is_refused(toy: Path) -> None:
+    async with calculator(toy) as (pilot, screen):
+        for values, why in (
+            (
+                {"model": "gpt2", "targets": "c_attn"},
+                "models/toy, which this project trains, cannot have these targets",
+            ),
+            (
+                {"method": "freeze", "last_blocks": "9"},
+                "last-blocks must be at most 2, the blocks of models/toy, got 9",
+            ),
+            ({"precision": "tf32"}, "tf32 weights are not trainable here yet"),
+        ):
+            said = await refused(pilot, screen, **values)
+            assert why in said and "MiniGPT" not in said
+
+
+async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(empty / "params.yaml", {"pretrain.base": "some/model@main"})
+
+    def found(name: str) -> Model:
+        return built_in("qwen3-0.6b") if name == "some/model" else open_model(name)
+
+    monkeypatch.setattr("tui.screens.calculator.screen.open_model", found)
+    monkeypatch.setattr("tui.screens.calculator.apply_to_params.open_model", found)
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("l")
+        await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problem)
+        await fill(pilot, screen, model="gpt2", targets="c_attn")
+        await pilot.press("u")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "some/model@main, which this project trains, cannot have these targets" in pilot.app.said[-1][2]
+        save(empty / "params.yaml", {"pretrain.base": "./nowhere"})
+        await pilot.press("l", "u")
+        await until(pilot, lambda: len(pilot.app.said) == 3)
+        assert all("pretrain.base must be minigpt" in text for _, _, text in list(pilot.app.said)[-2:])
+
+
+def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> None:
+    path = toy / "params.yaml"
+    (toy / "data/tiny.txt").write_text("The euro.\n", encoding="utf-8")
+    save(path, {"expand_vocab.audit_data": "data/tiny.txt", "expand_vocab.tokens": ["zloty", "koruna"]})
+    assert asked_for(load(path), toy).model == str(toy / "models/toy")
+    make(toy, ["pretrain"])
+    assert asked_for(load(path), toy).model == str(toy / "artifacts/base")
+    make(toy, ["expand_vocab"])
+    asked = asked_for(load(path, ["finetune_lora.train_embeddings=new_rows"]), toy)
+    assert (asked.model, asked.new_rows) == (str(toy / "artifacts/expanded"), "2")
+    assert trained_model(load(path), toy)[1].total > open_model(str(toy / "models/toy")).shapes.total - 1
+    make(toy, ["pretrain"], ["pretrain.dtype=bf16"])  # what was expanded is another's now
+    assert asked_for(load(path), toy).model == str(toy / "artifacts/base")
+    assert asked_for(load(path, ["pretrain.base=some/model"]), toy).model == "some/model"
+
+
+@pytest.mark.parametrize("when", ["before", "while it is confirmed"])
+async def test_params_broken_by_hand_are_not_written_over(empty: Path, when: str) -> None:
+    path, broken = empty / "params.yaml", "finetune_lora: [1,\n"
+    async with calculator(empty) as (pilot, _):
+        if when == "before":
+            path.write_text(broken, encoding="utf-8")
+        await pilot.press("u")
+        if when != "before":
+            await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+            path.write_text(broken, encoding="utf-8")
+            await pilot.press("enter")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "not valid YAML" in pilot.app.said[-1][2]
+        assert path.read_text(encoding="utf-8") == broken
+        await pilot.press("l")
+        await until(pilot, lambda: len(pilot.app.said) == 2)
+
+
+async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (empty / "params.yaml").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "params.yaml")
+
+    async with calculator(empty) as (pilot, _):
+        await pilot.press("u")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        monkeypatch.setattr(os, "fsync", full)
+        await pilot.press("enter")
+        await until(pilot, lambda: bool(pilot.app.said))
+        assert "No space left on device" in pilot.app.said[-1][2]
+    assert (empty / "params.yaml").read_bytes() == before
+    assert list(empty.glob(".params*")) == []
+
+
+async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> None:
+    async with calculator(empty, (80, 24)) as (_, screen):
+        for name in relevant(screen.form.asked):
+            assert screen.query_one(f"#{name}").region.bottom <= 23
+        assert screen.query_one(Verdict).region.bottom <= 23
+        assert screen.query_one(CalcForm).region.right <= screen.query_one(Verdict).region.x
+
+
+def test_the_default_configuration_is_the_documents() -> None:
+    assert parse_method("lora", 8, None, "attention") == LORA

@@ -1,0 +1,646 @@
+"""The curves screen: every key, the mouse, and what becomes of a run that is watched."""
+
+import csv
+import errno
+import re
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, RadioButton, Static
+from textual.widgets._footer import FooterKey
+
+from pipeline.project.logs.run_log import read_steps
+from tests.helpers.pilot import until
+from tests.helpers.run_folders import HEADER, hold, journal, lines, measured, write_measured, write_methods, write_run
+from tui.app import Workbench
+from tui.screens.curves import export, runs
+from tui.screens.curves.export_dialog import ExportScreen
+from tui.screens.curves.run_list import RunList
+from tui.screens.curves.screen import CurvesScreen
+from tui.screens.curves.series import QUANTITIES
+from tui.widgets.plot.curve import Range, possible
+from tui.widgets.plot.line_chart import LossChart
+
+
+@asynccontextmanager
+async def curves(root: Path, size: tuple[int, int] = (80, 24)) -> AsyncIterator[tuple[Pilot[Any], CurvesScreen]]:
+    """The screen, once it has looked at the files."""
+    app = Workbench(root / "params.yaml")
+    app.first_screen = "curves"
+    async with app.run_test(size=size) as pilot:
+        screen = app.screen
+        assert isinstance(screen, CurvesScreen)
+        await settled(pilot, screen)
+        yield pilot, screen
+
+
+async def settled(pilot: Pilot[Any], screen: CurvesScreen) -> None:
+    """All there is was read and drawn."""
+
+    def done() -> bool:
+        shown = [screen.runs.watched[key] for key in screen.runs.shown]
+        return screen.runs.stamp is not None and not screen._reading and not any(watched.changed() for watched in shown)
+
+    await until(pilot, lambda: not screen._reading)  # a look that began before may not see what was written since
+    screen._poll()
+    await pilot.pause()
+    await until(pilot, done)
+
+
+async def to_the_list(pilot: Pilot[Any], screen: CurvesScreen) -> None:
+    for _ in range(3):
+        if not isinstance(screen.focused, RunList):
+            await pilot.press("tab")
+    assert isinstance(screen.focused, RunList)
+
+
+def chart(screen: CurvesScreen, name: str = "loss") -> LossChart:
+    return screen.query_one(f"#{name}", LossChart)
+
+
+def mode(screen: CurvesScreen) -> str:
+    return str(screen.query_one("#mode", Static).render())
+
+
+def title(screen: CurvesScreen) -> str:
+    return str(chart(screen).query_one(Static).render())
+
+
+def panels(screen: CurvesScreen) -> list[str]:
+    return [name for name in QUANTITIES if chart(screen, name).display]
+
+
+def options(screen: CurvesScreen) -> list[str]:
+    return [str(option.prompt) for option in screen.query_one(RunList).options]
+
+
+def listed(screen: CurvesScreen) -> str:
+    return "\n".join(options(screen))
+
+
+def offered(screen: CurvesScreen) -> list[str]:
+    """The keys in the line at the foot."""
+    return [key.description for key in screen.query(FooterKey)]
+
+
+def shown(screen: CurvesScreen) -> set[str]:
+    return {screen.runs.watched[key].run.label for key in screen.runs.shown}
+
+
+@pytest.fixture
+def root(empty: Path) -> Path:
+    write_methods(empty)
+    return empty
+
+
+async def test_without_runs_it_says_what_to_do(empty: Path) -> None:
+    async with curves(empty) as (_, screen):
+        assert screen.query_one("#nothing").display
+        assert "make repro" in str(screen.query_one("#nothing", Static).render())
+        assert not screen.query_one("#charts").display
+
+
+async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
+    async with curves(empty) as (pilot, screen):
+        write_run(empty, "pretrain", 10)
+        await settled(pilot, screen)
+        assert screen.query_one("#charts").display
+        assert screen.focused is chart(screen)
+        assert shown(screen) == {"pretrain"}
+
+
+async def test_until_the_first_look_is_done_nothing_is_said_and_the_chart_keeps_the_keys(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow disk, the layout is there before the runs: it took the chart for one that has none."""
+    look, seen = runs._discovered, threading.Event()
+    monkeypatch.setattr(runs, "_discovered", lambda *of: seen.wait(30) and look(*of))
+    app = Workbench(root / "params.yaml")
+    async with app.run_test() as pilot:
+        await pilot.press("2")
+        await until(pilot, lambda: isinstance(app.screen, CurvesScreen))
+        screen = app.screen
+        assert isinstance(screen, CurvesScreen)
+        screen.redraw()  # as when the terminal is resized
+        await pilot.pause()
+        assert screen.focused is chart(screen)
+        assert not screen.query_one("#nothing").display
+        seen.set()
+        await settled(pilot, screen)
+        assert screen.focused is chart(screen)
+        assert shown(screen)
+
+
+async def test_the_three_methods_are_shown_first(root: Path) -> None:
+    write_run(root, "pretrain")
+    write_run(root, "scratch")
+    async with curves(root) as (_, screen):
+        assert shown(screen) == {"finetune_full", "finetune_freeze", "finetune_lora"}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "scratch"])
+async def test_a_running_training_from_random_weights_is_shown_instead(root: Path, stage: str) -> None:
+    with hold(write_run(root, stage, 20, "running")):
+        async with curves(root) as (_, screen):
+            assert shown(screen) == {stage}
+
+
+async def test_space_enter_and_a_click_switch_a_run(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        await to_the_list(pilot, screen)
+        await pilot.press("space")
+        await until(pilot, lambda: shown(screen) == {"finetune_freeze", "finetune_lora"})
+        await pilot.press("enter")
+        await until(pilot, lambda: len(shown(screen)) == 3)
+        await pilot.click(RunList, offset=(2, 0))
+        await until(pilot, lambda: shown(screen) == {"finetune_freeze", "finetune_lora"})
+        assert "[ ] ● finetune_full" in listed(screen)
+
+
+async def test_log_turns_the_values_into_powers_of_ten_and_back(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        linear = chart(screen).shown.y
+        await pilot.press("l")
+        assert chart(screen).shown.log
+        assert chart(screen).shown.y != linear
+        assert "log" in mode(screen)
+        await pilot.press("l")
+        assert chart(screen).shown.y == linear
+
+
+async def test_zoom_and_pan_freeze_and_f_follows_with_the_same_width(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        assert chart(screen).shown.x == (1, 300)
+        await pilot.press("plus")
+        await until(pilot, lambda: not screen.window.following)
+        low, high = chart(screen).shown.x
+        assert high - low == pytest.approx(0.7 * 299)
+        assert "frozen: f follows again" in mode(screen)
+        await pilot.press("left")
+        await until(pilot, lambda: chart(screen).shown.x[0] < low)
+        assert chart(screen).shown.x == pytest.approx((low - 0.07 * 299, high - 0.07 * 299))
+        await pilot.press("f")
+        assert chart(screen).shown.x == pytest.approx((300 - 0.7 * 299, 300))
+        assert "following" in mode(screen)
+
+
+async def test_reset_shows_everything_again(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        before = chart(screen).shown
+        for key in ("0", "home"):
+            await pilot.press("plus", "up", "y")
+            await until(pilot, lambda: screen.window.y is not None)
+            await pilot.press(key)
+            assert chart(screen).shown == before, key
+            assert screen.window.following, key
+
+
+@pytest.mark.parametrize(
+    ("keys", "x", "y"),
+    [
+        (["plus", "y"], (150, 150 + 1e-6), (3, 3 + 1e-8)),
+        (["minus", "Y"], (-1e301, 1e301), (-1e301, 1e301)),
+    ],
+)
+async def test_zooming_ends_where_numbers_end(root: Path, keys: list[str], x: Range, y: Range) -> None:
+    """From a window that many presses of the keys lead to."""
+    async with curves(root) as (pilot, screen):
+        screen._look_at(x=x, y=y, following=False)
+        await pilot.press(*keys * 8)
+        there = chart(screen).shown
+        assert there.x != x and there.y != y
+        await pilot.press(*keys)
+        assert chart(screen).shown == there
+        assert there.y is not None and possible(there.x) and possible(there.y)
+
+
+async def test_minus_zooms_out(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        await pilot.press("minus")
+        await until(pilot, lambda: chart(screen).shown.x[1] > 300)
+
+
+async def test_values_zoom_alone(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        for key, factor in (("y", 0.7), ("Y", 1.43)):
+            low, high = chart(screen)._y
+            await pilot.press(key)
+            await until(pilot, lambda high=high: chart(screen)._y[1] != high)  # type: ignore[misc]
+            assert chart(screen)._y[1] - chart(screen)._y[0] == pytest.approx((high - low) * factor)
+            assert chart(screen).shown.x == (1, 300)
+
+
+async def test_up_and_down_pan_the_values(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        low = chart(screen)._y[0]
+        await pilot.press("up")
+        await until(pilot, lambda: chart(screen)._y[0] > low)
+        await pilot.press("down")
+        await until(pilot, lambda: chart(screen)._y[0] == pytest.approx(low))
+
+
+async def test_the_cursor_reads_what_the_log_says(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        await pilot.press("c")
+        step = int(screen.window.cursor or 0)
+        assert 1 < step < 300
+        await pilot.press("right", "left", "right")
+        step = int(screen.window.cursor or 0)
+        assert screen.window.following
+        for stage in ("finetune_full", "finetune_lora"):
+            loss = read_steps(root / "runs" / stage / "loss.csv")[step - 1].loss
+            assert f"{loss:.4g}" in mode(screen)
+        assert f"step {step}:" in mode(screen)
+        await pilot.press("c")
+        assert "step" not in mode(screen)
+
+
+async def test_the_cursor_stays_among_the_steps(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        for at, key, end in ((290, "right", 300), (10, "left", 1)):
+            screen._look_at(cursor=at)
+            await pilot.press(*[key] * 5)
+            assert screen.window.cursor == end
+
+
+async def test_a_click_sets_the_cursor_and_a_drag_pans(root: Path) -> None:
+    async with curves(root, (120, 40)) as (pilot, screen):
+        await pilot.click("#loss #plot", offset=(20, 5))
+        await until(pilot, lambda: screen.window.cursor is not None)
+        width = chart(screen).columns / 2
+        assert screen.window.cursor == round(1 + 299 * 19.5 / width)
+        await pilot.mouse_down("#loss #plot", offset=(40, 5))
+        await pilot.hover("#loss #plot", offset=(30, 5))
+        await pilot.mouse_up("#loss #plot", offset=(30, 5))
+        before = screen.window.cursor
+        await pilot.pause()
+        assert screen.window.cursor == before
+
+
+async def test_the_wheel_zooms_and_freezes(root: Path) -> None:
+    from textual.events import MouseScrollUp
+
+    async with curves(root) as (pilot, screen):
+        await pilot._post_mouse_events([MouseScrollUp], "#loss #plot", offset=(30, 5), button=0)
+        await until(pilot, lambda: not screen.window.following)
+        low, high = chart(screen).shown.x
+        assert 1 < low < high < 300
+
+
+async def test_brackets_change_the_smoothing(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        line = next(iter(screen.runs.watched.values())).log.series["loss"]
+        await pilot.press("right_square_bracket")
+        assert "smoothing 0.95" in mode(screen)
+        await pilot.press(*["left_square_bracket"] * 9)
+        assert "smoothing 0 " in mode(screen) + " "
+        line = next(iter(screen.runs.watched.values())).log.series["loss"]
+        assert list(line.smooth) == list(line.y)
+
+
+async def test_a_low_terminal_has_room_for_one_panel(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        assert panels(screen) == ["loss"]
+        await pilot.press("r")
+        assert panels(screen) == ["loss", "learning_rate"]
+        await pilot.press("g")
+        assert panels(screen) == ["loss", "grad_norm"]
+        await pilot.press("g", "d")
+        assert panels(screen) == ["loss"], "no run has a divergence"
+
+
+async def test_a_high_terminal_shows_both_panels(root: Path) -> None:
+    async with curves(root, (200, 60)) as (pilot, screen):
+        assert panels(screen) == ["loss", "learning_rate", "grad_norm"]
+        await pilot.press("r")
+        assert panels(screen) == ["loss", "grad_norm"]
+
+
+async def test_evaluations_are_drawn_beside_the_loss_of_the_runs_that_have_them(root: Path) -> None:
+    write_measured(root, every=30)
+    async with curves(root) as (pilot, screen):
+        found = {line.watched.run.stage: line.curve("loss", (1, 300), 152).held_out for line in screen._lines()}
+        assert [column.x for column in found["finetune_lora"]] == list(range(30, 301, 30))
+        assert not found["finetune_full"] and not found["finetune_freeze"]
+        assert "× on held-out examples" in title(screen)
+        assert "held out 0.3" in listed(screen) and listed(screen).count("held out") == 1
+        await pilot.press("c", "l", "plus", "0")
+        loss = read_steps(root / "runs/finetune_lora/loss.csv")
+        held_out = next(
+            s.eval_loss for s in reversed(loss[: int(screen.window.cursor or 0)]) if s.eval_loss is not None
+        )
+        assert f"held out {held_out:.4g}" in mode(screen) and mode(screen).count("held out") == 1
+
+
+async def test_marks_of_evaluations_are_on_the_picture_and_differ_from_the_line(root: Path) -> None:
+    write_measured(root, every=60)
+    async with curves(root, (120, 40)) as (pilot, screen):
+        canvas = screen.query_one("#loss #plot")
+        plot = "".join(strip.text for strip in canvas.render_lines(canvas.size.region))
+        assert plot.count("×") == 5
+        assert re.search("([⠁-⣿]{2} ){2}", plot), "a dashed line from one to the next"
+        for key in screen.runs.watched:
+            if "lora" in key:
+                screen.runs.toggle(key)
+        screen.redraw()
+        await pilot.pause()
+        assert "held-out" not in title(screen)
+
+
+async def test_divergence_has_a_panel_where_a_run_that_is_shown_measured_it(root: Path) -> None:
+    folder = write_measured(root)
+    async with curves(root) as (pilot, screen):
+        await pilot.press("d")
+        assert panels(screen) == ["loss", "divergence"]
+        series = screen.runs.watched[str(folder)].log.series["divergence"]
+        assert [step.divergence for step in read_steps(folder / "loss.csv")] == list(series.y)
+        assert "divergence 0.01987" in listed(screen)
+        await until(pilot, lambda: "Divergence" in offered(screen))
+        screen.runs.toggle(str(folder))
+        screen.redraw()
+        assert panels(screen) == ["loss"]
+        await until(pilot, lambda: "Divergence" not in offered(screen))
+
+
+async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_waits(root: Path) -> None:
+    log = root / "runs/finetune_lora/loss.csv"
+    async with curves(root) as (pilot, screen):
+        watched = screen.runs.watched[str(log.parent)]
+        plain = log.read_text(encoding="utf-8")
+        text = measured(plain, 300)
+        log.write_text(text[: -len("0.01986524") - 4], encoding="utf-8")  # within the last evaluation
+        await until(pilot, lambda: len(watched.log.steps) == 299)
+        await settled(pilot, screen)
+        assert len(watched.log.series["divergence"].y) == 299 and not watched.log.series["eval_loss"].y
+        log.write_text(text, encoding="utf-8")
+        await until(pilot, lambda: list(watched.log.series["eval_loss"].x) == [300])
+        log.write_text(plain, encoding="utf-8")
+        await until(pilot, lambda: not watched.log.series["divergence"].y)
+        assert len(watched.log.steps) == 300
+
+
+async def test_the_curve_moves_while_the_run_goes_on(empty: Path) -> None:
+    folder = write_run(empty, "finetune_lora", 20, "running")
+    with hold(folder):
+        async with curves(empty, (160, 40)) as (pilot, screen):
+            assert chart(screen).shown.x == (1, 20)
+            assert "live" in listed(screen)
+            assert "20/300" in listed(screen)
+            assert "32 tok/s" in listed(screen)
+            assert "2:20 left" in listed(screen)  # 280 steps of half a second
+            assert "1.94 MiB predicted, 1.94 MiB measured" in listed(screen)
+            with (folder / "loss.csv").open("a", encoding="utf-8") as file:
+                file.write(lines(6.0, 21, 40))
+            await until(pilot, lambda: chart(screen).shown.x == (1, 40))
+            assert "40/300" in listed(screen)
+
+
+async def test_a_frozen_picture_stays_while_the_run_goes_on(empty: Path) -> None:
+    folder = write_run(empty, "finetune_lora", 20, "running")
+    async with curves(empty) as (pilot, screen):
+        await pilot.press("plus")
+        await until(pilot, lambda: not screen.window.following)
+        before = chart(screen).shown.x
+        with (folder / "loss.csv").open("a", encoding="utf-8") as file:
+            file.write(lines(6.0, 21, 40))
+        await until(pilot, lambda: "40/300" in listed(screen))
+        assert chart(screen).shown.x == before
+
+
+async def test_how_a_run_ended_is_said(empty: Path) -> None:
+    write_run(empty, "finetune_full", 20, "done")
+    write_run(empty, "finetune_freeze", 20, "stopped")
+    write_run(empty, "finetune_lora", 20, "failed", "the loss is nan")
+    async with curves(empty) as (_, screen):
+        said = [" ".join(option.split()) for option in options(screen)]
+        for stage, word, message in (
+            ("finetune_full", "finished", False),
+            ("finetune_freeze", "stopped", False),
+            ("finetune_lora", "failed", True),
+        ):
+            own = next(text for text in said if stage in text)
+            assert (word in own, "the loss is nan" in own) == (True, message), own
+
+
+async def test_a_run_whose_process_is_gone_has_died(empty: Path) -> None:
+    folder = write_run(empty, "finetune_lora", 20, "running")
+    async with curves(empty) as (pilot, screen):
+        assert "died" in listed(screen)
+        assert "last checkpoint" in listed(screen)
+        with hold(folder):
+            await until(pilot, lambda: "live" in listed(screen))
+            journal(folder, "done", 20)
+            await until(pilot, lambda: "finished" in listed(screen))
+
+
+async def test_a_log_cut_back_or_replaced_or_gone_is_said(empty: Path) -> None:
+    folder = write_run(empty, "finetune_lora", 100, "done")
+    async with curves(empty) as (pilot, screen):
+        (folder / "loss.csv").write_text(HEADER + lines(6.0, 1, 30), encoding="utf-8")
+        await until(pilot, lambda: "restarted" in listed(screen))
+        assert chart(screen).shown.x == (1, 30)
+        (folder / "new").write_text(HEADER + lines(5.0, 1, 50), encoding="utf-8")
+        (folder / "new").replace(folder / "loss.csv")
+        await until(pilot, lambda: "replaced" in listed(screen))
+        assert chart(screen).shown.x == (1, 50)
+        (folder / "loss.csv").unlink()
+        await until(pilot, lambda: not screen.runs.watched)
+        assert screen.query_one("#nothing").display
+
+
+async def test_a_half_written_line_waits_and_a_foreign_one_is_counted(empty: Path) -> None:
+    folder = write_run(empty, "finetune_lora", 20, "done")
+    async with curves(empty) as (pilot, screen):
+        with (folder / "loss.csv").open("a", encoding="utf-8") as file:
+            file.write("what is this\n" + lines(6.0, 21, 21)[:-4])
+        await until(pilot, lambda: "1 foreign lines" in listed(screen))
+        assert chart(screen).shown.x == (1, 20)
+        with (folder / "loss.csv").open("a", encoding="utf-8") as file:
+            file.write(lines(6.0, 21, 21)[-4:])
+        await until(pilot, lambda: chart(screen).shown.x == (1, 21))
+
+
+async def test_a_broken_params_file_does_not_hide_the_runs(root: Path) -> None:
+    (root / "params.yaml").write_text("a: [", encoding="utf-8")
+    async with curves(root) as (_, screen):
+        assert len(screen.runs.watched) == 3
+
+
+ODD = {
+    "one point": "1,1,0.5,0.001,0.1,16\n",
+    "all equal": "".join(f"{n},1,0.5,0.001,0.1,16\n" for n in range(1, 50)),
+    "not finite": "1,1,nan,0.001,inf,16\n2,1,inf,0.001,nan,32\n3,1,0.5,0.001,0.1,48\n",
+    "only nan": "1,1,nan,nan,nan,16\n",
+    "nothing": "",
+    "zero and below": "1,1,0,0.001,0,16\n2,1,-3,0.001,0,32\n3,2,1,0,0,48\n",
+    "strange evaluations": "1,1,1,1,1,16,nan,\n2,1,1,1,1,32,inf,-1\n3,1,1,1,1,48,1e300,0\n4,1,1,1,1,64,-2,nan\n",
+    "huge": "1,1,1e300,1e300,1e300,16\n2,1,-1e300,1e-300,1e-300,32\n",
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD.keys())
+async def test_odd_logs_are_drawn(empty: Path, text: str) -> None:
+    folder = write_run(empty, "finetune_lora", 1)
+    header = measured(HEADER) if text.split("\n")[0].count(",") > 5 else HEADER
+    (folder / "loss.csv").write_text(header + text, encoding="utf-8")
+    keys = ("l", "c", "r", "plus", "left", "minus", "y", "Y", "up", "0", "l", "g", "right_square_bracket")
+    async with curves(empty, (80, 24)) as (pilot, screen):
+        for size, pressed in (((80, 24), keys), ((30, 10), ("l", "plus")), ((200, 60), ("0", "l"))):
+            await pilot.resize_terminal(*size)
+            await pilot.press(*pressed)
+            x, y = chart(screen).shown.x, chart(screen)._y
+            assert (x[0] < x[1], y[0] < y[1]) == (True, True), size
+
+
+async def test_ten_long_runs_at_once(root: Path) -> None:
+    from pipeline.files.artifact import file_digest, write_json
+
+    for number in range(10):
+        folder = root / f".lora-cache/finetune_lora/{number:08}"
+        folder.mkdir(parents=True)
+        rows = 100_000 if number == 0 else 5_000
+        text = "".join(f"{n},{n // 1000},{number + 1 / n:.6g},0.001,1,{n}\n" for n in range(1, rows + 1))
+        (folder / "loss.csv").write_text(HEADER + text, encoding="utf-8")
+        digest = file_digest(folder / "loss.csv")
+        write_json(folder / "manifest.json", {"params": {"rank": number + 10}, "files": {"loss.csv": digest}})
+    async with curves(root) as (pilot, screen):
+        await to_the_list(pilot, screen)
+        for number, watched in enumerate(screen.runs.watched.values()):
+            if "rank" in watched.run.label:
+                screen.query_one(RunList).highlighted = number
+                await pilot.press("space")
+        await until(pilot, lambda: len(screen.runs.shown) == 13)
+        await settled(pilot, screen)
+        assert chart(screen).shown.x == (1, 100_000)
+        assert len({screen.runs.looks[key] for key in screen.runs.shown}) == 13
+
+
+async def ask_for(pilot: Pilot[Any], path: str, kind: str = "svg") -> None:
+    """Press x and fill in the form."""
+    await pilot.press("x")
+    await until(pilot, lambda: isinstance(pilot.app.screen, ExportScreen))
+    if kind != "svg":
+        pilot.app.screen.query_one(f"#{kind}", RadioButton).value = True
+        await pilot.pause()
+    pilot.app.screen.query_one(Input).value = path
+    await pilot.press("enter")
+
+
+async def test_csv_has_every_row_of_the_visible_runs(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        await ask_for(pilot, "all.csv", "csv")
+        await until(pilot, lambda: (root / "all.csv").exists())
+        assert isinstance(pilot.app.screen, CurvesScreen), screen
+    with (root / "all.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    steps = read_steps(root / "runs/finetune_lora/loss.csv")
+    ours = [row for row in rows if row["run"] == "finetune_lora"]
+    assert [(int(r["step"]), int(r["epoch"]), float(r["loss"]), int(r["tokens"])) for r in ours] == [
+        (step.step, step.epoch, step.loss, step.tokens) for step in steps
+    ]
+    assert len(rows) == 3 * len(steps)
+
+
+async def test_csv_has_the_optional_columns_of_the_runs_that_have_them(root: Path) -> None:
+    folder = write_measured(root)
+    async with curves(root) as (pilot, _):
+        await ask_for(pilot, "all.csv", "csv")
+        await until(pilot, lambda: (root / "all.csv").exists())
+    with (root / "all.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    ours = [(r["eval_loss"], r["divergence"]) for r in rows if r["run"] == "finetune_lora"]
+    assert [tuple(float(cell) if cell else None for cell in row) for row in ours] == [
+        (step.eval_loss, step.divergence) for step in read_steps(folder / "loss.csv")
+    ]
+    assert {(r["eval_loss"], r["divergence"]) for r in rows if r["run"] != "finetune_lora"} == {("", "")}
+
+
+async def test_an_exported_picture_has_the_evaluations_too(root: Path) -> None:
+    write_measured(root)
+    async with curves(root) as (pilot, screen):
+        await pilot.press("d")
+        picture: Any = screen._picture("svg")
+        loss, divergence = picture["panels"]
+        assert [len(curve["held_out"]["x"]) for curve in loss["curves"]] == [0, 0, 10]
+        assert [len(curve["held_out"]["x"]) for curve in divergence["curves"]] == [0, 0, 0]
+        assert divergence["title"] == "divergence from the base (nats a token)"
+        drawn = await export.drawn(picture)
+    assert b"finetune_lora, held out" in drawn or drawn.count(b"<use") > 10
+
+
+@pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
+async def test_pictures_are_written(root: Path, kind: str, start: bytes) -> None:
+    async with curves(root, (200, 60)) as (pilot, _):
+        await pilot.press("l")
+        await ask_for(pilot, f"out.{kind}", kind)
+        await until(pilot, lambda: (root / f"out.{kind}").exists(), 60)
+    assert (root / f"out.{kind}").read_bytes().startswith(start)
+
+
+async def test_the_picture_is_what_is_on_the_screen(root: Path) -> None:
+    async with curves(root) as (pilot, screen):
+        await pilot.press("l", "plus", "y", "g")
+        await until(pilot, lambda: screen.window.y is not None)
+        picture: Any = screen._picture("svg")
+        view = chart(screen).shown
+        loss, norm = picture["panels"]
+        assert picture["x"] == view.x
+        assert view.y is not None
+        assert loss["y"] == pytest.approx([10**end for end in view.y])
+        assert (loss["log"], norm["log"], norm["title"]) == (True, False, "gradient norm")
+        assert [curve["sign"] for curve in loss["curves"]] == ["●", "▲", "■"]
+        assert all("flat from epoch" in curve["label"] for curve in loss["curves"])
+
+
+async def test_the_form_proposes_a_free_name_and_follows_the_format(root: Path) -> None:
+    (root / "curves.svg").touch()
+    async with curves(root) as (pilot, _):
+        await pilot.press("x")
+        await until(pilot, lambda: isinstance(pilot.app.screen, ExportScreen))
+        field = pilot.app.screen.query_one(Input)
+        assert field.value == "curves-2.svg"
+        pilot.app.screen.query_one("#png", RadioButton).value = True
+        await until(pilot, lambda: field.value == "curves.png")
+        field.value = "mine/loss.txt"
+        await pilot.press("enter")
+        await pilot.pause()
+        assert isinstance(pilot.app.screen, ExportScreen)
+        assert "must end in" in str(pilot.app.screen.query_one("#note", Static).render())
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(pilot.app.screen, CurvesScreen))
+
+
+async def test_nothing_to_export_is_said(empty: Path) -> None:
+    async with curves(empty) as (pilot, screen):
+        await pilot.press("x")
+        assert "nothing to export" in screen.workbench.said[-1][2]
+
+
+async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tui.screens.curves.export.os.fsync", full)
+    (root / "all.csv").write_text("before", encoding="utf-8")
+    before = sorted(path.name for path in root.iterdir())
+    async with curves(root) as (pilot, screen):
+        await ask_for(pilot, "all.csv", "csv")
+        await until(pilot, lambda: screen.workbench.said)
+        assert [severity for _, severity, _ in screen.workbench.said] == ["error"]
+        assert "No space left" in screen.workbench.said[-1][2]
+    assert sorted(path.name for path in root.iterdir()) == before
+    assert (root / "all.csv").read_text(encoding="utf-8") == "before"
+
+
+async def test_a_picture_that_cannot_be_drawn_is_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tui.screens.curves.export.sys.executable", "/bin/false")
+    async with curves(root) as (pilot, screen):
+        await ask_for(pilot, "out.svg")
+        await until(pilot, lambda: screen.workbench.said)
+        assert "could not be drawn" in screen.workbench.said[-1][2]
+    assert not (root / "out.svg").exists()

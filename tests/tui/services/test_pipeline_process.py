@@ -1,0 +1,131 @@
+"""The pipeline runs in a group of its own: it is stopped whole, outlives its starter, and there is one of it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.project.logs import run_state
+from tests.helpers.projects import COMMAND, LORA
+from tui.services import pipeline_process
+from tui.services.pipeline_process import Runner
+
+SLEEPER = "import os, sys, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
+STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLEEPER}"
+
+
+def until(holds: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come to hold in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a `dvc` that runs the Python text given to it, and a child of its own."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin/dvc"
+    fake.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(pipeline_process, "BIN", tmp_path / "bin")
+    (tmp_path / "dvc.yaml").write_text("")
+    return tmp_path
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    with Path(f"/proc/{pid}/stat").open() as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_stop_reaches_every_process_of_the_group(folder: Path) -> None:
+    runner = Runner(folder)
+    leader = runner.start([SLEEPER]).pid
+    until(lambda: runner.log.read_text().strip())
+    grandchild = int(runner.log.read_text())
+    assert os.getpgid(grandchild) == leader != os.getpgrp()
+    assert runner.stop().startswith("Stopping.")
+    until(lambda: runner.running() is None)
+    until(lambda: gone(grandchild))
+
+
+def test_what_ignores_an_interrupt_is_ended_by_asking_again(folder: Path) -> None:
+    runner = Runner(folder)
+    runner.start([STUBBORN])
+    until(lambda: runner.log.read_text().strip())
+    child = int(runner.log.read_text())
+    runner.stop()
+    time.sleep(0.2)
+    assert not gone(child)
+    runner.stop()
+    until(lambda: gone(child))
+
+
+def test_two_workbenches_share_one_pipeline(folder: Path) -> None:
+    one, other = Runner(folder), Runner(folder)
+    started = one.start([SLEEPER])
+    seen = other.running()
+    assert seen is not None
+    assert (seen.pid, seen.command) == (started.pid, started.command)
+    with pytest.raises(UserError, match="running already"):
+        other.start([SLEEPER])
+    other.stop()
+    until(lambda: one.running() is None)
+    assert other.running() is None
+    other.start(["print('again')"])
+    until(lambda: "again" in other.log.read_text())
+
+
+def test_it_goes_on_when_its_starter_dies_and_is_found_again(folder: Path) -> None:
+    code = (
+        "import sys, os; from pathlib import Path; from tui.services import pipeline_process; "
+        f"pipeline_process.BIN = Path({str(folder / 'bin')!r}); "
+        f"pipeline_process.Runner(Path({str(folder)!r})).start([{SLEEPER!r}]); os.kill(os.getpid(), 9)"
+    )
+    starter = subprocess.run([sys.executable, "-c", code], check=False)
+    assert starter.returncode == -signal.SIGKILL
+    runner = Runner(folder)
+    assert runner.running() is not None
+    until(lambda: runner.log.read_text().strip())
+    runner.stop()
+    until(lambda: runner.running() is None)
+
+
+def test_nothing_to_stop_and_nothing_to_run_are_said(tmp_path: Path) -> None:
+    runner = Runner(tmp_path)
+    with pytest.raises(UserError, match="Nothing is running"):
+        runner.stop()
+    with pytest.raises(UserError, match=r"no dvc\.yaml"):
+        runner.start(["repro"])
+    assert not (tmp_path / "runs").exists()
+
+
+def starting(project: Path) -> None:
+    (project / "dvc.yaml").write_text("")
+    Runner(project).start(["repro"])
+
+
+def test_a_stage_that_was_started_elsewhere_is_stopped_with_its_checkpoint_kept(project: Path) -> None:
+    command = [LORA, *COMMAND["finetune_full"], "--force", "--set", "finetune_full.epochs=20000"]
+    stage = subprocess.Popen(command, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True)
+    folder = project / "runs/finetune_full"
+    until(lambda: (run := run_state.read(folder)) and run.pid == stage.pid and run.done > 1)
+    with pytest.raises(UserError, match="started elsewhere"):
+        starting(project)
+    assert "with a checkpoint" in Runner(project).stop()
+    assert stage.wait(20) == 130
+    assert list(folder.glob("checkpoint-*"))
+    shutil.rmtree(folder)
