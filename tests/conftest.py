@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
+from cli import console
 from cli.main import main
 from pipeline.files import digest_cache
 from pipeline.project import provenance
@@ -153,7 +154,8 @@ def _commit_all(folder: Path) -> None:
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lora:
     """Call `lora …` in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("TERMINAL_WIDTH", "100")
-    monkeypatch.setenv("COLUMNS", "100")
+    for stream in (console.stdout, console.stderr):  # rich reads COLUMNS once
+        monkeypatch.setattr(stream, "_width", 100)
     monkeypatch.setenv("_TYPER_FORCE_DISABLE_TERMINAL", "1")
 
     def call(*arguments: str, cwd: Path) -> tuple[int, str, str]:

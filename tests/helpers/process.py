@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from itertools import count
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from pkgutil import resolve_name
@@ -29,6 +31,9 @@ _SERVER.set_forkserver_preload(
     ]
 )
 
+# A start looks at all children: of two threads that read one exit code, the second would find 255.
+_READING = threading.Lock()
+
 
 class Forked:
     """A running `lora …`, its stderr in a file.
@@ -43,11 +48,18 @@ class Forked:
         os.close(handle)
         arguments = command, str(cwd), self._errors, dies, variables
         self.process: BaseProcess = _SERVER.Process(target=_run, args=arguments, daemon=True)
-        self.process.start()
+        with _READING:
+            self.process.start()
+
+    def ended(self, seconds: float | None = None) -> bool:
+        """Whether it has ended, at the latest after so many seconds."""
+        wait([self.process.sentinel], seconds)
+        with _READING:
+            return self.process.exitcode is not None
 
     def end(self) -> tuple[int, str]:
         """Exit code, or a negative signal's number, and stderr, once it has ended."""
-        self.process.join()
+        self.ended()
         errors = Path(self._errors).read_text(encoding="utf-8")
         Path(self._errors).unlink()
         assert self.process.exitcode is not None

@@ -156,12 +156,10 @@ def run(root: Path, words: list[str]) -> Outcome:
         shutil.copytree(root, project, symlinks=True)
         start = time.monotonic()
         child = Forked(["lora", *words], project, variables={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-        child.process.join(LONGEST)
-        stopped = child.process.exitcode is None
+        stopped = not child.ended(LONGEST)
         if stopped and child.process.pid:
             os.kill(child.process.pid, signal.SIGINT)
-            child.process.join(LONGEST)
-            if child.process.exitcode is None:
+            if not child.ended(LONGEST):
                 child.process.kill()
         code, errors = child.end()
         return Outcome(

@@ -68,7 +68,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         plain: Any = section.__getattribute__
 
         def getting(self: object, key: str) -> object:
-            if sys._getframe(1).f_globals["__name__"].startswith("pipeline.studies."):
+            if sys._getframe(1).f_globals["__name__"].startswith("pipeline.document.studies."):
                 keys.add(f"{name}.{key}")
             return plain(self, key)
 

@@ -238,7 +238,7 @@ MODEL = """
 import torch
 from pipeline.models.minigpt.model import MiniGPT
 def broken(*_, **__): raise {}
-MiniGPT.hidden = broken
+MiniGPT.hidden_states = broken
 """
 
 

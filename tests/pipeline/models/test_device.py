@@ -236,7 +236,7 @@ class Scarce:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
         self.done, self.last, self._run = 0, last, fake_accelerator._run
-        monkeypatch.setattr(accelerator, "_run", self)
+        monkeypatch.setattr(fake_accelerator, "_run", self)
 
     def __call__(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         self.done += func._schema.name in PRODUCTS

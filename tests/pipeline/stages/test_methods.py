@@ -64,9 +64,7 @@ class Row:
     @property
     def step(self) -> str:
         """The function that each of its steps calls once, at its end."""
-        return (
-            f"pipeline.training.{'many_adam.ManyAdam' if self.stage == 'finetune_sweep' else 'optimizer.FlatAdam'}.step"
-        )
+        return f"pipeline.training.optimizer.{'BatchedAdam' if self.stage == 'finetune_sweep' else 'FlatAdam'}.step"
 
 
 def whole(stage: str, *asked: str) -> Row:
