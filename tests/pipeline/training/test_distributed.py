@@ -254,8 +254,8 @@ def test_a_process_whose_launcher_dies_before_it_has_begun_ends_too(mini: Path) 
 def test_a_worker_that_does_not_handle_sigterm_is_killed() -> None:
     """As one does whose main thread waits in a collective that hangs."""
     code = (
-        "import signal, time; from pipeline.training.distributed import launch; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-        "launch.GRACE = 0.1; launch.end_with_launcher(); time.sleep(60)"
+        "import signal, time; from pipeline.training.distributed import launch; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); launch.GRACE = 0.1; launch.end_with_launcher(); time.sleep(60)"
     )
     gone = subprocess.Popen(["true"])
     gone.wait()
