@@ -565,6 +565,8 @@ async def test_a_model_deleted_between_selecting_and_asking_says_so_in_its_colum
     async with opened(project) as s:
         await s.press("u")
         s.screen._watcher.pause()
+        looks = [worker for worker in s.app.workers if worker.group == "watch"]
+        await until(s.pilot, lambda: all(look.is_finished for look in looks))  # one that sees it gone deselects it
         shutil.rmtree(project / "artifacts/layer_frozen")
         await s.ask("die katze")
         await s.answered()
