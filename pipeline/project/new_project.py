@@ -13,8 +13,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
-from pipeline.project import dvc_yaml as dvc_file
-from pipeline.project import provenance
+from pipeline.project import dvc_yaml, provenance
 from pipeline.project.params import edit
 from pipeline.project.params.sections import parse
 from pipeline.project.stage_graph import Project
@@ -89,22 +88,22 @@ def create(folder: Path, params: Path | None = None, base: str | None = None) ->
     text = _standing(folder, base) if standing else fresh
     project = Project(folder, parse(text, folder / PARAMS))
     data = _data(project, source.parent)
-    dvc_yaml = dvc_file.HEADER + dvc_file.render(project)
+    rendered = dvc_yaml.HEADER + dvc_yaml.render(project)
     made = Made()
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in data.items():
         _copy(folder / name, path, name, made)
     for name, content in ((PARAMS, text), (".dvcignore", IGNORED_BY_DVC), (".gitignore", IGNORED_BY_GIT)):
         _write(folder, name, content, made)
-    _write(folder, "dvc.yaml", dvc_yaml, made)
-    _renew(folder, dvc_file.CODE_FILE, dvc_file.code_file(), made)
+    _write(folder, "dvc.yaml", rendered, made)
+    _renew(folder, dvc_yaml.CODE_FILE, dvc_yaml.code_file(), made)
     _begin_dvc(folder, made)
     if params:
         other = [name for name, path in data.items() if (folder / name).read_bytes() != path.read_bytes()]
         made.notes.extend(_kept(folder / name, data[name]) for name in other)
     if fresh and text != fresh:
         made.notes.append(_kept(folder / PARAMS, source))
-    if _parsed(folder / "dvc.yaml") != yaml.safe_load(dvc_yaml):
+    if _parsed(folder / "dvc.yaml") != yaml.safe_load(rendered):
         made.notes.append(_kept(folder / "dvc.yaml", folder / PARAMS))
     return made
 
@@ -149,7 +148,7 @@ def _missing(text: str, project: Project) -> dict[str, Any]:
     tree = yaml.safe_load(text)
     found: dict[str, Any] = {}
     for stage in project.stages.values():
-        for place in dvc_file.files(project, stage):
+        for place in dvc_yaml.files(project, stage):
             name = place.partition("[")[0]
             section, key = name.split(".") if "." in name else (stage.section, name)
             if key not in (tree.get(section) or {}):
@@ -167,7 +166,7 @@ def _data(project: Project, beside: Path) -> dict[str, Path]:
     """Name → file beside the params that it is copied from, of each data file. Raises UserError."""
     found: dict[str, Path] = {}
     for stage in project.stages.values():
-        for place, name in dvc_file.files(project, stage).items():
+        for place, name in dvc_yaml.files(project, stage).items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             if place != "base" and inside and (beside / name).is_file():
                 found[name] = beside / name

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import MAGNITUDE
 from pipeline.adapters.peft.tensors import COPY
-from pipeline.adapters.peft.updates import LowRankUpdate, natural_sort_key
+from pipeline.adapters.peft.updates import LowRankUpdate, layer_sort_key
 from pipeline.errors import UserError
 from pipeline.files.shards import Place, places
 from pipeline.models.meta import skeleton
@@ -58,7 +58,7 @@ def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -
     if old.keys() != new.keys():
         old, new = _of_one_pair(old, new, _tied_if_known(base, trust_remote_code))
     others = _matched(old, new)
-    names = sorted(others, key=natural_sort_key)
+    names = sorted(others, key=layer_sort_key)
     pairs = {name: (old[name], new[others[name]]) for name in names}
     _refuse_other_model(base, tuned, pairs)
     plain = {name: pair for name, pair in pairs.items() if all(place.info.dtype in DTYPES for place in pair)}
@@ -129,7 +129,7 @@ def _alone(names: Collection[str], other: Path) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"{min(names, key=natural_sort_key)}{more}, which {other} has not"]
+    return [f"{min(names, key=layer_sort_key)}{more}, which {other} has not"]
 
 
 def _refuse_other_model(base: Path, tuned: Path, pairs: Mapping[str, tuple[Place, Place]]) -> None:

@@ -51,7 +51,7 @@ def load_update(folder: Path) -> LowRankUpdate:
     place = str(folder / WEIGHTS)
     found = {
         key.removeprefix(PREFIX): value
-        for key, value in sorted(read_tensors(folder).items(), key=lambda item: natural_sort_key(item[0]))
+        for key, value in sorted(read_tensors(folder).items(), key=lambda item: layer_sort_key(item[0]))
     }
     by_rows = [key.removesuffix(ROWS) for key in found if key.endswith(ROWS)]
     # a list of rows without a name is the embedding's, which the file alone calls by its name
@@ -80,7 +80,7 @@ def _ids(name: str, spec: AdapterSpec, place: str) -> tuple[int, ...]:
     raise UserError(f"{place}: {name} has rows that its config does not name. Make the adapter again.")
 
 
-def natural_sort_key(name: str) -> str:
+def layer_sort_key(name: str) -> str:
     """What to sort names by: layer 10 after layer 9."""
     return re.sub(r"\d+", lambda match: match[0].zfill(6), name)
 
