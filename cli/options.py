@@ -43,7 +43,6 @@ def group(**settings: Any) -> typer.Typer:
 
 def project_of(params: Path, overrides: list[str] | None = None) -> "Project":
     """The project that `--params` names, its values checked."""
-    from pipeline.project.params.sections import load
-    from pipeline.project.stage_graph import Project
+    from pipeline.workbench import open_project
 
-    return Project(params.resolve().parent, load(params, overrides or ()))
+    return open_project(params, overrides or ())

@@ -1,5 +1,6 @@
 """`lora prompt` and `lora compare`: ask one model, or all of them side by side."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,11 +66,14 @@ def prompt(
     from pipeline.inference.catalog import newest_model
     from pipeline.inference.engine import continued, load
     from pipeline.models.generate import Sampling
+    from pipeline.workbench import current_project
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
         raise typer.BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
     chosen = base is None and adapter is None
-    base, adapter = newest_model() if chosen else (base or base_of(adapter), adapter)
+    if chosen:
+        base, adapter = (path and Path(os.path.relpath(path)) for path in newest_model(current_project()))
+    base = base or base_of(adapter)
     loaded = load(base, adapter, trust_remote_code=trust_remote_code)
     asked = _asked(loaded, text, chat)
     said = continued(loaded, asked, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))

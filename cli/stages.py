@@ -128,7 +128,7 @@ def lora(
     if devices > 1 and world().alone:
         from pipeline.training.distributed.launch import launch
 
-        project_of(params, overrides)  # what is wrong with them is said before anything starts
+        project_of(params, overrides).stage("finetune_lora")  # what is wrong is said before anything starts
         given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
         given += [f"--set={override}" for override in overrides or ()]
         given += [] if shard is None else ["--shard" if shard else "--no-shard"]
@@ -184,6 +184,7 @@ def sweep(
     from pipeline.project.params.grid import variants
 
     project = project_of(params, overrides)
+    project.stage("finetune_sweep")
     variants(project.params.finetune_lora, project.params.finetune_sweep)  # what is wrong is said first
 
     def work(job: "Job") -> "Making":
@@ -264,17 +265,17 @@ def run_stage(
     from pipeline.errors import UserError
     from pipeline.project.process_rank import world
     from pipeline.project.runner import run
-    from pipeline.project.stage_graph import STAGES
 
     project = project_of(params, overrides)
+    stage = project.stage(name)
     if world().alone:
-        events = run(project, STAGES[name], work, force=force, checkpoint_every=checkpoint_every)
+        events = run(project, stage, work, force=force, checkpoint_every=checkpoint_every)
     else:
         if not name.startswith("finetune_") or name == "finetune_sweep":
             raise UserError(f"{name} runs in one process. Call it without torchrun.")
         from pipeline.training.distributed.run import together
 
-        events = together(project, STAGES[name], work, force=force, checkpoint_every=checkpoint_every)
+        events = together(project, stage, work, force=force, checkpoint_every=checkpoint_every)
     manifest = follow(events, name)
     if not manifest:  # not the process that writes
         return

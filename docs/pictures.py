@@ -8,10 +8,12 @@ from typing import Any
 
 from textual.pilot import Pilot
 
-from pipeline.project.stage_graph import STAGES, VARIANTS
+from pipeline.workbench import open_project
 from tui.app import Workbench
 
 HERE = Path(__file__).resolve().parent
+PARAMS = HERE.parent / "params.yaml"
+PROJECT = open_project(PARAMS)
 SIZE = (112, 34)
 Steps = Callable[[Pilot[None]], Awaitable[None]]
 
@@ -27,8 +29,8 @@ async def until(pilot: Pilot[None], holds: Callable[[Any], object]) -> None:
 
 
 async def pipeline(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: len(screen.states) == len(STAGES))
-    await pilot.press(*["down"] * list(STAGES).index("finetune_lora"))
+    await until(pilot, lambda screen: len(screen.states) == len(PROJECT.stages))
+    await pilot.press(*["down"] * list(PROJECT.stages).index("finetune_lora"))
     await until(pilot, lambda screen: screen.chosen == "finetune_lora")
 
 
@@ -46,7 +48,8 @@ async def calculator(pilot: Pilot[None]) -> None:
 async def adapters(pilot: Pilot[None]) -> None:
     await pilot.press("4")
     await until(
-        pilot, lambda screen: len(screen.entries) >= len(VARIANTS) and all(entry.verdict for entry in screen.entries)
+        pilot,
+        lambda screen: len(screen.entries) >= len(PROJECT.variants) and all(entry.verdict for entry in screen.entries),
     )
     await pilot.press("u", "p", *"der", "space", *"wind", "enter")
     await until(pilot, answered)
@@ -56,12 +59,12 @@ async def adapters(pilot: Pilot[None]) -> None:
 def answered(screen: Any) -> bool:
     """Whether every model has said all that it says."""
     answers = screen.talk.newest.answers if screen.talk.newest else []
-    return len(answers) == len(VARIANTS) and all(a.error or a.ended in ("end", "length") for a in answers)
+    return len(answers) == len(PROJECT.variants) and all(a.error or a.ended in ("end", "length") for a in answers)
 
 
 async def main() -> None:
     for steps in (pipeline, curves, calculator, adapters):
-        app = Workbench(HERE.parent / "params.yaml")
+        app = Workbench(PARAMS)
         app.where = "~/lora-workbench"
         async with app.run_test(size=SIZE) as pilot:
             await steps(pilot)

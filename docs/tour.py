@@ -1,4 +1,4 @@
-"""`python -m docs.tour`: the outputs in docs/tour.md, written anew by running its commands in this project.
+"""`python -m docs.tour`: the outputs in docs/tour.md, renewed by running its commands in the document's project.
 
 A test runs them too, and compares what they print with what the page shows.
 """
@@ -56,4 +56,4 @@ def renewed(page: str, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), Path.cwd()), encoding="utf-8")
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), PAGE.parents[1] / "document"), encoding="utf-8")

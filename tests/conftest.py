@@ -19,9 +19,10 @@ from cli import console
 from cli.main import main
 from pipeline.files import digest_cache
 from pipeline.project import provenance
+from pipeline.workbench import GRAPH, open_project
 from tests.helpers import fake_accelerator
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import BRIEF, PIPELINE, ROOT, WORK, git, make, new_project
+from tests.helpers.projects import BRIEF, PIPELINE, ROOT, WORK, git, make, new_houses, new_project, shorten
 
 # The same examples each time, so that a run can be repeated; `--hypothesis-profile=search` looks for new ones.
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
@@ -111,6 +112,20 @@ def studied(brief: Path, built: Built) -> Iterator[Path]:
         make(root, [name for name in WORK if name not in PIPELINE], BRIEF)
 
     yield from unchanged(built("studied", build))
+
+
+@pytest.fixture(scope="session")
+def houses(brief: Path, built: Built) -> Iterator[Path]:
+    """Both projects, two epochs each: the product's stages as `brief` made them, and the child's that make models."""
+
+    def build(root: Path) -> None:
+        shorten(new_houses(root), root / "document")
+        for name in open_project(root / "params.yaml").stages:
+            shutil.copytree(brief / GRAPH.stages[name].path, root / GRAPH.stages[name].path)
+        make(root, ["evaluate"])  # of its own variants alone
+        make(root / "document", [*open_project(root / "document/params.yaml").stages][:5])
+
+    yield from unchanged(built("houses", build))
 
 
 @pytest.fixture(scope="session")

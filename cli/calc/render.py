@@ -29,9 +29,9 @@ def models(out: Output) -> None:
 def document(out: Output) -> None:
     """`--document`."""
     from cli.document.claims import show
-    from pipeline.document.claims.check import calculated
+    from pipeline.workbench import calculated_claims
 
-    found = calculated()
+    _, found = calculated_claims()
     columns = ("section", "quote", "document", "measured", "verdict", "why")
     shown = [(r["section"], r["quote"], *r["shown"].values(), r["verdict"], r["why"]) for r in found]
     if not out.rows(columns, shown):

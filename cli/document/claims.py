@@ -53,11 +53,10 @@ def _keep(project: "Project") -> None:
     from pipeline.document.claims.stage import claims
     from pipeline.errors import UserError
     from pipeline.project.runner import run
-    from pipeline.project.stage_graph import STAGES
 
-    stage = STAGES["claims"]
-    if stage.name not in project.stages:
+    if "claims" not in project.stages:
         return
+    stage = project.stages["claims"]
     try:
         for name, path in project.inputs(stage).items():
             if not path.exists():

@@ -26,14 +26,9 @@ def figures(
     Writes artifacts/figures: each as PNG and SVG, with its numbers, and a report.
     """
     from cli.stages import run_stage
-    from pipeline.errors import UserError
 
     project = project_of(params, overrides)
-    if STAGE not in project.stages:
-        raise UserError(
-            f"The figures are the document's, of MiniGPT; pretrain.base is {project.params.pretrain.base}. "
-            "Set pretrain.base to minigpt to draw them."
-        )
+    project.stage(STAGE)
 
     def work(job: "Job") -> "Generator[Event, None, Facts]":
         from pipeline.document.figures.registry import figures

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pipeline.project.runner import Event, Facts, Job
-    from pipeline.project.stage_graph import Project
 
 app = group()
 STUDIES = {
@@ -61,8 +60,7 @@ def study(
     if known not in STUDIES:
         raise UserError(f"{name} is no study. Name one of {', '.join(STUDIES)}.")
     project, stage = project_of(params, overrides), f"study_{known}"
-    if stage not in project.stages:
-        raise UserError(_why_not(project, known))
+    path = project.stage(stage).path
 
     def work(job: "Job") -> "Generator[Event, None, Facts]":
         done: Generator[Event, None, Facts] = getattr(import_module(job.stage.module), known)(job)
@@ -70,20 +68,7 @@ def study(
 
     run_stage(stage, work, params, overrides, force, checkpoint_every)
     show(project.artifact(stage), project.run_folder(stage))
-    stdout.print(f"\nIn words: {project.stages[stage].path}/report.md", markup=False, soft_wrap=True)
-
-
-def _why_not(project: "Project", study: str) -> str:
-    """What the project lacks for a study."""
-    from pipeline.project.stage_graph import STAGES
-
-    if not STAGES[f"study_{study}"].minigpt_only:
-        return f"study_{study}.data names no file. Write sentences that state the fact, and name them there."
-    general = [stage.method for stage in STAGES.values() if stage.kind == "study" and not stage.minigpt_only]
-    return (
-        f"The study {study} asks what the document asks of MiniGPT; pretrain.base is {project.params.pretrain.base}. "
-        f"On any base there is {', '.join(general)}."
-    )
+    stdout.print(f"\nIn words: {path}/report.md", markup=False, soft_wrap=True)
 
 
 def _repeated_once(rows: list[list[str]]) -> list[list[str]]:

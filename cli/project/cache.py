@@ -57,7 +57,8 @@ def _cache_of(params: Path) -> "Cache":
     from pipeline.errors import UserError
     from pipeline.project.cache import Cache
     from pipeline.project.stage_graph import cache_folder
+    from pipeline.workbench import open_project
 
     if params != DEFAULT_PARAMS and not params.is_file():
         raise UserError(f"{params} does not exist. Name the project's params file with --params.")
-    return Cache(cache_folder(params.resolve().parent))
+    return Cache(open_project(params).cache if params.is_file() else cache_folder(params.resolve().parent))

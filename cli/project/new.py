@@ -20,12 +20,17 @@ def new(
         str | None,
         typer.Option("--base", help="Base model: minigpt, a checkpoint folder, a .gguf file or a hub id."),
     ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="Methods to train: full,freeze,lora,prefix,prompt,sweep,scratch."),
+    ] = None,
 ) -> None:
     """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten."""
     from cli.console import stderr, stdout
     from pipeline.project.new_project import create
+    from pipeline.workbench import GRAPH
 
-    made = create(folder, params, base)
+    made = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
     for note in made.notes:
         stderr.print(note, markup=False, soft_wrap=True)
     done = f"{folder}: added {', '.join(made.added)}" if made.added else f"{folder}: nothing to add"

@@ -18,7 +18,6 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     from cli.console import stdout, table
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
-    from pipeline.project.stage_graph import STAGES
     from pipeline.stages.report import SUMMARY_COLUMNS, summary_row
 
     project = project_of(params)
@@ -39,7 +38,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     for name in ("evaluate", *["claims"] * whole.exists()):
         old = outdated(project, [name])
         if name in old:
-            warn(f"{STAGES[name].path} is", old[name], old)
+            warn(f"{project.artifact_name(name)} is", old[name], old)
 
 
 def outdated(project: "Project", names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -57,8 +56,8 @@ def warn(subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> 
     """One line on stderr: what is out of date, why, and how it is made again from the first of `stages` on."""
     from cli.console import stderr
     from pipeline.project.dvc_yaml import command
-    from pipeline.project.stage_graph import STAGES
+    from pipeline.workbench import GRAPH
 
-    commands = [f"`{command(STAGES[name])}`" for name in stages]
+    commands = [f"`{command(GRAPH.stages[name])}`" for name in stages]
     again = ", then ".join(commands) if len(commands) <= MOST else "`dvc repro`"
     stderr.print(f"{subject} out of date: {', '.join(reasons)}. Run {again}.", markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from pipeline.files.file_stamp import Signature, signature
 from pipeline.files.safetensors_header import read_header
 from pipeline.files.text import natural_sort_key
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
-from pipeline.project.stage_graph import STAGES, VARIANTS
+from pipeline.project.stage_graph import STAGES, VARIANTS, Project
 
 UNSEALED = "no manifest: base not known"
 NOT_CHECKED = "It has no manifest: names and shapes are checked when it is loaded, nothing else can be."
@@ -215,12 +215,16 @@ def _when(files: Signature) -> float | None:
     return times.get(artifact.MANIFEST, max(times.values(), default=None))
 
 
-def newest_model(root: Path = Path()) -> tuple[Path, Path | None]:
+def newest_model(project: Project) -> tuple[Path, Path | None]:
     """Folders of base and adapter of the pipeline's model that was trained last in a project.
 
     Where none is trained, its expanded base, or the base if it has no other.
     """
-    folders = {name: [root / STAGES[stage].path for stage in pair if stage] for name, pair in VARIANTS.items()}
+    folders = {
+        name: [project.artifact(stage) for stage in pair if stage]
+        for name, pair in VARIANTS.items()
+        if name == "expanded" or name in project.variants
+    }
     there = {name: found for name, found in folders.items() if all(map(Path.is_dir, found))}
     trained = [found for name, found in there.items() if STAGES[VARIANTS[name][0]].method not in BASES or found[1:]]
     base, *adapter = max(
@@ -279,9 +283,9 @@ def measured(roots: Iterable[Path]) -> Measurements:
     """What the evaluations in `roots` measured, by the artifact's sha256; of several, the first in order."""
     found: dict[str, Mapping[str, Any]] = {}
     for manifest, metrics in (pair for root in roots for pair in _evaluations(root)):
-        for variant, (base, adapter) in VARIANTS.items():
-            with suppress(KeyError, TypeError):
-                found.setdefault(manifest["inputs"][STAGES[adapter or base].path], metrics[variant])
+        with suppress(KeyError, TypeError, AttributeError):
+            for variant, name in manifest["variants"].items():
+                found.setdefault(manifest["inputs"][name], metrics[variant])
     return found
 
 

@@ -16,7 +16,7 @@ from pipeline.models.device import placed
 from pipeline.models.generate import GREEDY, Sampling, finite, generate
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import Quantization
-from pipeline.project.stage_graph import VARIANTS, Project
+from pipeline.project.stage_graph import Project
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def load(
 
 
 def variants(project: Project) -> Iterator[LoadedModel]:
-    """Every model that the pipeline has made so far, in the order of the report."""
-    for name, (base, adapter) in VARIANTS.items():
+    """Every model that the project's stages, and its parent's, have made so far, in the order of the report."""
+    for name, (base, adapter) in project.variants.items():
         folders = project.artifact(base), project.artifact(adapter) if adapter else None
         if all(folder is None or folder.is_dir() for folder in folders):
             yield load(*folders, name, project.params.pretrain.trust_remote_code)

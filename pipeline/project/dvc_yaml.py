@@ -1,7 +1,7 @@
 """dvc.yaml as text, from what pipeline/project/stage_graph.py and the params say of each stage."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 from pipeline.files.base_model import named
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS
-from pipeline.project.stage_graph import STAGES, Project, Stage
+from pipeline.project.stage_graph import Project, Stage
 
 CODE_FILE = "code.yaml"
 PARTS = ("finetuning_comparison.png", "manifest.json", "predictions.json", "report.md")  # of evaluation, for DVC
@@ -29,13 +29,13 @@ def render(project: Project, code: str | None = None) -> str:
     elsewhere: then `CODE_FILE` stands for it.
     """
     stages = {name: _stage(project, stage, code) for name, stage in project.stages.items()}
-    blocks = [_dumped({"stages": stages}), _dumped({"plots": _plots()})]
-    return "\n".join(blocks)
+    plots = _plots(project)
+    return "\n".join([_dumped({"stages": stages}), *([_dumped({"plots": plots})] if plots else [])])
 
 
-def code_file() -> str:
+def code_file(project: Project) -> str:
     """The text of `CODE_FILE`: stage → digest of the modules that it runs, as a params file of DVC."""
-    return CODE_HEADER + _dumped({name: provenance.code_digest(stage.module) for name, stage in STAGES.items()})
+    return CODE_HEADER + _dumped({name: provenance.code_digest(s.module) for name, s in project.graph.stages.items()})
 
 
 def files(project: Project, stage: Stage) -> dict[str, str]:
@@ -59,12 +59,16 @@ def command(stage: Stage) -> str:
 
 
 def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
-    deps = [_dependency(stage, place, name) for place, name in files(project, stage).items()]
-    deps += [*(STAGES[need].path for need in project.needs(stage)), *([code] if code else [])]
+    own = project.params.written
+    deps = [_dependency(stage, place, name, own) for place, name in files(project, stage).items()]
+    deps += [*map(project.artifact_name, project.needs(stage)), *([code] if code else [])]
+    sections = list(filter(None, (stage.name, stage.settings_from, *stage.extra_sections)))
+    theirs = [name for name in sections if name not in own]
     return {
         "cmd": command(stage),
         "params": [
-            *filter(None, (stage.name, stage.settings_from, *stage.extra_sections)),
+            *(name for name in sections if name in own),
+            *([{project.params.project: theirs}] if theirs and project.parent else []),
             *([] if code else [{CODE_FILE: [stage.name]}]),
         ],
         **({"deps": deps} if deps else {}),
@@ -72,11 +76,12 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
     }
 
 
-def _dependency(stage: Stage, place: str, name: str) -> str:
-    """A file by its key, so that DVC follows params.yaml; DVC does not know what ~ is."""
+def _dependency(stage: Stage, key: str, name: str, written: Collection[str]) -> str:
+    """A file by its key where params.yaml has that, so that DVC follows it. DVC does not know what ~ is."""
     if name.startswith("~"):
         return str(Path(name).expanduser())
-    return f"${{{place}}}" if "." in place else f"${{{stage.section}.{place}}}"
+    path = key if "." in key else f"{stage.section}.{key}"
+    return f"${{{path}}}" if path.partition(".")[0] in written else name
 
 
 def _outputs(stage: Stage) -> dict[str, Any]:
@@ -88,16 +93,17 @@ def _outputs(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _plots() -> list[Any]:
+def _plots(project: Project) -> list[Any]:
     """The trained variants' losses in one picture, and the comparison as evaluate drew it.
 
     A sweep's are not among them: DVC takes no folder of logs, and its adapters have the names that the grid gives.
     """
-    single = (stage for stage in STAGES.values() if stage.kind != "adapters")
+    single = (stage for stage in project.readable.values() if stage.kind != "adapters")
     trained = [stage for stage in single if stage.name == "scratch" or stage.name.startswith("finetune_")]
-    curves = {f"{stage.path}/{LOSS}": "loss" for stage in trained}
+    curves = {f"{project.artifact_name(stage.name)}/{LOSS}": "loss" for stage in trained}
     axes = {"title": "Training loss", "x": "step", "x_label": "step", "y_label": "loss (nats a token)"}
-    return [{"training_loss": {**axes, "y": curves}}, f"{STAGES['evaluate'].path}/{PARTS[0]}"]
+    compared = [f"{stage.path}/{PARTS[0]}" for stage in project.stages.values() if stage.kind == "evaluation"]
+    return [*([{"training_loss": {**axes, "y": curves}}] if curves else []), *compared]
 
 
 class _Indented(yaml.SafeDumper):

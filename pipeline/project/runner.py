@@ -15,7 +15,7 @@ from pipeline.files import artifact, base_model
 from pipeline.project import provenance
 from pipeline.project.cache import Cache, Damaged
 from pipeline.project.logs import run_state
-from pipeline.project.stage_graph import STAGES, Project, Stage, cache_folder
+from pipeline.project.stage_graph import Project, Stage
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,13 @@ class Job:
 
         Raises UserError.
         """
-        folder = self.project.artifact(stage)
+        folder, home = self.project.artifact(stage), self.project.home(stage)
         made_from = artifact.verify(folder)["inputs"]
-        now = {STAGES[need].path: artifact.digest(self.project.artifact(need)) for need in STAGES[stage].needs}
+        needs = home.needs(home.graph.stages[stage])
+        now = {home.artifact_name(need): artifact.digest(home.artifact(need)) for need in needs}
         for name in changed_inputs(made_from, now):
             raise UserError(
-                f"{STAGES[stage].path} was made from another {name} than the one that is "
+                f"{self.project.artifact_name(stage)} was made from another {name} than the one that is "
                 f"there. Run {stage} again, or `dvc repro` for all that is out of date."
             )
         return folder
@@ -116,7 +117,7 @@ def _made(
     target, folder = project.artifact(stage.name), project.run_folder(stage.name)
     facts_known = known(project, stage)
     key = hashlib.sha256(json.dumps(facts_known, sort_keys=True).encode()).hexdigest()
-    cache = Cache(cache_folder(project.root))
+    cache = Cache(project.cache)
     if not force and (yield from _restored(cache, stage, key, target)):
         return
     with artifact.writing(target) as out:

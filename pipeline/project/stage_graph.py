@@ -1,12 +1,17 @@
-"""The stages: what each reads, what it writes, the module it runs. dvc.yaml says the same to DVC; a test compares."""
+"""The product's stages, what each reads and writes, and a project: which of them it has, and where it reads the others.
+
+dvc.yaml says the same to DVC; a test compares.
+"""
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.project.params.sections import Params, Section
+from pipeline.errors import UserError
+from pipeline.project.params.sections import Params, Section, inherit, load
 
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 
@@ -31,6 +36,7 @@ class Stage:
     settings_from: str = ""  # the section that says how it trains, if that is another stage's
     extra_sections: tuple[str, ...] = ()  # further sections that decide what it makes
     minigpt_only: bool = False  # whether it asks what the document does of MiniGPT, and means nothing on another base
+    compares: bool = False  # whether it reads those of `needs` that a project has, and not all of them
 
     @property
     def section(self) -> str:
@@ -48,37 +54,7 @@ class Stage:
         return f"{ARTIFACTS}/{self.output}"
 
 
-def _study(
-    name: str,
-    data: tuple[str, ...],
-    needs: tuple[str, ...] = ("pretrain", "expand_vocab"),
-    extra_sections: tuple[str, ...] = (),
-    minigpt_only: bool = True,
-) -> Stage:
-    """A study of the document's statements: §2 to §10 as they are measured."""
-    stage, output = f"study_{name}", f"studies/{name}"
-    return Stage(
-        stage, f"pipeline.document.studies.{name}", output, "study", name, needs, data, "", extra_sections, minigpt_only
-    )
-
-
-MADE_FROM_EXPANDED = (
-    "scratch",
-    "finetune_full",
-    "finetune_freeze",
-    "finetune_lora",
-    "finetune_prefix",
-    "finetune_prompt",
-)
-TUNED = MADE_FROM_EXPANDED[1:]
-
-
-def _taught(sections: tuple[str, ...]) -> tuple[str, ...]:
-    """The keys that name what these stages learn from."""
-    return (*(f"{section}.data" for section in sections), "finetune_lora.retain")
-
-
-MEASURED: Mapping[str, Stage] = {  # all that the claims are held against
+STAGES: Mapping[str, Stage] = {  # of the product: a project has those of which its params.yaml has a section
     stage.name: stage
     for stage in (
         Stage("pretrain", "pipeline.stages.pretrain", "base", "checkpoint", "pretrain", data=("data",)),
@@ -148,52 +124,9 @@ MEASURED: Mapping[str, Stage] = {  # all that the claims are held against
                 *("finetune_prefix", "finetune_prompt"),
             ),
             data=("old_data", "new_data", "prompts"),
-        ),
-        _study("fact_correction", ("data", "retain", "prompts", "document")),
-        _study(
-            "knowledge_correction",
-            ("data", "retain", "prompts", "old_data"),
-            extra_sections=("finetune_lora",),
-            minigpt_only=False,
-        ),
-        _study("trajectory", ("data", "document")),
-        _study("methods", ("old_data", "new_data", *_taught(MADE_FROM_EXPANDED)), extra_sections=MADE_FROM_EXPANDED),
-        _study("rank", ("old_data", "new_data")),
-        _study("spectrum", ("old_data", "new_data")),
-        _study("intrinsic_dimension", ("data", "document")),
-        _study(
-            "quantization", ("data", "document", "pretrain.data"), needs=("pretrain",), extra_sections=("pretrain",)
-        ),
-        _study("forgetting", ("old_data", "new_data", *_taught(TUNED)), extra_sections=TUNED),
-        Stage(
-            "figures",
-            "pipeline.document.figures.registry",
-            "figures",
-            "figures",
-            "figures",
-            needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
-            data=("study_trajectory.data", "study_trajectory.document"),
-            extra_sections=("study_trajectory",),
-            minigpt_only=True,
+            compares=True,
         ),
     )
-}
-
-STAGES: Mapping[str, Stage] = {
-    **MEASURED,
-    "claims": Stage(
-        "claims",
-        "pipeline.document.claims.stage",
-        "claims",
-        "claims",
-        "claims",
-        needs=tuple(MEASURED),
-        data=(
-            *("data", "pretrain.data", "finetune_lora.data", "finetune_lora.retain"),
-            *("study_fact_correction.data", "study_knowledge_correction.data"),
-        ),
-        minigpt_only=True,
-    ),
 }
 
 # What `compare` and `evaluate` set side by side: name → (stage that made the model, stage that made its adapter).
@@ -211,21 +144,61 @@ VARIANTS: Mapping[str, tuple[str, str | None]] = {
 
 
 @dataclass(frozen=True)
+class StageGraph:
+    """The stages that a project may have, in the DAG's order, and the sections that its params.yaml may have for them.
+
+    `sections`: those of stages that are not the product's.
+    """
+
+    stages: Mapping[str, Stage]
+    sections: Mapping[str, type] = field(default_factory=dict)
+
+
+PRODUCT = StageGraph(STAGES)
+
+
+@dataclass(frozen=True)
 class Project:
-    """A params file and the folder that it stands in; every path in it is relative to that folder."""
+    """A params file and the folder that it stands in; every path in it is relative to that folder.
+
+    `parent`: the project whose artifacts and settings it builds on, where its params file names one. What it does not
+    have itself, it reads there.
+    """
 
     root: Path
     params: Params
+    graph: StageGraph = PRODUCT
+    parent: "Project | None" = None
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = (), graph: StageGraph = PRODUCT) -> "Project":
+        """The project of a params file, and its parent. Raises UserError."""
+        return cls.of(path, load(path, overrides, graph.sections), graph)
+
+    @classmethod
+    def of(cls, path: Path, params: Params, graph: StageGraph = PRODUCT) -> "Project":
+        """The project whose params file at `path` holds `params`. Raises UserError if its parent cannot be read."""
+        root = path.resolve().parent
+        if not params.project:
+            return cls(root, params, graph)
+        source = root / params.project
+        try:
+            theirs = load(source, (), graph.sections)
+        except UserError as error:
+            raise UserError(f"{path}: project: {error}") from None
+        if theirs.project:
+            raise UserError(f"{path}: project names {params.project}, which names another. Name that one here.")
+        parent = cls(source.resolve().parent, theirs, graph)
+        away = os.path.relpath(parent.root, root)
+        return cls(root, inherit(params, theirs, _file_keys(graph), away), graph, parent)
 
     def section(self, stage: Stage) -> Section:
         """The section of the stage's name."""
-        section: Section = getattr(self.params, stage.name)
-        return section
+        return self.params.section(stage.name)
 
     def settings(self, stage: Stage) -> Section:
         """The section that says how it trains: its own, or another stage's, of which it makes variants."""
-        section: Section = getattr(self.params, stage.section)
-        return section
+        return self.params.section(stage.section)
 
     def stage_params(self, stage: Stage) -> dict[str, Any]:
         """All of params.yaml that decides what the stage makes: the values of a sweep stand for its settings'."""
@@ -234,35 +207,86 @@ class Project:
             **{key: value for key, value in asdict(self.settings(stage)).items() if key not in own.get("grid", ())},
             **own,
             **{
-                f"{name}.{key}": v
+                f"{name}.{key}": value
                 for name in stage.extra_sections
-                for key, v in asdict(getattr(self.params, name)).items()
+                for key, value in asdict(self.params.section(name)).items()
             },
         }
 
     def setting(self, stage: Stage, key: str) -> Any:
         """The value of a key of its settings, or of section.key."""
         section, _, name = key.rpartition(".")
-        return getattr(getattr(self.params, section or stage.section), name)
+        return getattr(self.params.section(section or stage.section), name)
 
-    @property
+    @cached_property
     def stages(self) -> dict[str, Stage]:
-        """Those that mean something for its base and have data, by name, in the DAG's order."""
+        """Its own: of which its params file has a section, that mean something for its base and have data, by name, in
+        the DAG's order."""
         imports = self.params.pretrain.imports
         return {
             name: stage
-            for name, stage in STAGES.items()
-            if self._has_data(stage) and not (stage.minigpt_only and imports)
+            for name, stage in self.graph.stages.items()
+            if name in self.params.written and self._has_data(stage) and not (stage.minigpt_only and imports)
         }
 
     def _has_data(self, stage: Stage) -> bool:
         return stage.kind != "study" or bool(getattr(self.section(stage), "data", True))
 
+    @cached_property
+    def readable(self) -> dict[str, Stage]:
+        """The stages whose artifacts it can read, its own and its parent's, by name, in the DAG's order."""
+        theirs = self.parent.stages if self.parent else {}
+        return {name: stage for name, stage in self.graph.stages.items() if name in self.stages or name in theirs}
+
+    def stage(self, name: str) -> Stage:
+        """One of its own stages. Raises UserError if it has none of this name."""
+        if name in self.stages:
+            return self.stages[name]
+        if self.parent and name in self.parent.stages:
+            raise UserError(f"{name} is a stage of {self.params.project}. Run it in {self.parent.root}.")
+        raise UserError(self._why_not(self.graph.stages[name]))
+
+    def _why_not(self, stage: Stage) -> str:
+        """What the project lacks for a stage."""
+        file, base = self.params.file, self.params.pretrain.base
+        if stage.name not in self.params.written:
+            return (
+                f"{stage.name} is not a stage of this project: {file} has no such section. "
+                f"Add `{stage.name}: {{}}` to it; for `dvc repro`, remove dvc.yaml and run `lora new .`."
+            )
+        if not self._has_data(stage):
+            return f"{stage.name}.data names no file. Name one in {file}."
+        return f"{stage.name} measures what the document says of MiniGPT; pretrain.base is {base}."
+
+    @property
+    def variants(self) -> dict[str, tuple[str, str | None]]:
+        """Those of VARIANTS whose stages it can read."""
+        there = self.readable
+        return {name: pair for name, pair in VARIANTS.items() if all(stage in there for stage in pair if stage)}
+
+    def home(self, name: str) -> "Project":
+        """The project that makes a stage's artifact: its parent for what it does not make itself."""
+        theirs = self.parent and name not in self.stages and name in self.parent.stages
+        return self.parent if self.parent and theirs else self
+
     def artifact(self, stage: str) -> Path:
-        return self.root / STAGES[stage].path
+        return self.home(stage).root / self.graph.stages[stage].path
+
+    def artifact_name(self, stage: str) -> str:
+        """The artifact as its users name it from the project's folder: artifacts/base, or ../artifacts/base."""
+        return Path(os.path.relpath(self.artifact(stage), self.root)).as_posix()
 
     def run_folder(self, stage: str) -> Path:
-        return self.root / RUNS / stage
+        return self.home(stage).root / RUNS / stage
+
+    @property
+    def params_path(self) -> Path:
+        return self.root / self.params.file
+
+    @property
+    def cache(self) -> Path:
+        """Where its results are kept by content: a project keeps them with its parent's."""
+        return cache_folder(self.parent.root if self.parent else self.root)
 
     def data_files(self, stage: Stage) -> list[str]:
         """The data files a stage reads, as params.yaml names them; an imported base reads none."""
@@ -272,11 +296,18 @@ class Project:
         return [name for value in values for name in ((value,) if isinstance(value, str) else value) if name]
 
     def needs(self, stage: Stage) -> list[str]:
-        """The stages whose outputs it reads, of those that the project has."""
-        stages = self.stages
-        return [need for need in stage.needs if need in stages]
+        """The stages whose outputs it reads: all that it needs, or where it compares, those that the project has."""
+        return [need for need in stage.needs if need in self.readable or not stage.compares]
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
         """Name → path of all that a stage reads: other stages' outputs, then data files."""
-        outputs = {STAGES[need].path: self.artifact(need) for need in self.needs(stage)}
+        outputs = {self.artifact_name(need): self.artifact(need) for need in self.needs(stage)}
         return outputs | {name: self.root / name for name in self.data_files(stage)}
+
+
+def _file_keys(graph: StageGraph) -> dict[str, set[str]]:
+    """Section → its keys that name data files."""
+    keys: dict[str, set[str]] = {}
+    for stage in graph.stages.values():
+        keys.setdefault(stage.section, set()).update(key for key in stage.data if "." not in key)
+    return keys

@@ -1,4 +1,4 @@
-"""What each stage's output is to what the project says now: up to date, changed and why, running, failed.
+"""The state of each stage's artifact against the project's settings and files: up to date, changed and why, running.
 
 The comparison is the cache's: a stage is up to date if running it would give the artifact that is there.
 """
@@ -16,7 +16,7 @@ from pipeline.project import provenance
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.runner import Digests, changed_inputs, known
-from pipeline.project.stage_graph import STAGES, Project, Stage
+from pipeline.project.stage_graph import Project, Stage
 
 State = Literal["missing", "current", "changed", "waits", "running", "failed", "stopped", "died"]
 
@@ -38,7 +38,10 @@ class Status:
     _memory: dict[tuple[str, Path | str], tuple[Signature, str]] = field(default_factory=dict)
 
     def of(self, project: Project, each: Callable[[StageState], object] = lambda _: None) -> dict[str, StageState]:
-        """Every stage, in the DAG's order. `each` is told of one as soon as it is known: large files take seconds."""
+        """Every stage that the project can read, its parent's too, in the DAG's order.
+
+        `each` is called with every state as soon as it is known: large files take seconds to hash.
+        """
         code = signature(provenance.ROOT / "pipeline")
 
         def code_of(module: str) -> str:
@@ -46,8 +49,8 @@ class Status:
 
         digests = Digests(self._digest, code_of)
         found: dict[str, StageState] = {}
-        for stage in project.stages.values():
-            found[stage.name] = self._state(project, stage, digests, found)
+        for stage in project.readable.values():
+            found[stage.name] = self._state(project.home(stage.name), stage, digests, found)
             each(found[stage.name])
         return found
 
@@ -145,18 +148,18 @@ def outdated(
     In the DAG's order. Params, code and libraries do not count: results stay true of the models that they were made
     from. Nor does what has no manifest, which came with the project.
     """
-    asked, stages = set(names), project.stages
+    asked, stages = set(names), project.readable
     for stage in reversed(stages.values()):
         asked |= set(project.needs(stage)) if stage.name in asked else set()
     found: dict[str, tuple[str, ...]] = {}
     for stage in (stage for name, stage in stages.items() if name in asked):
         try:
-            made_from = artifact.read_manifest(project.artifact(stage.name))["inputs"]
-            there = {name: path for name, path in project.inputs(stage).items() if name in made_from and path.exists()}
+            made_from, home = artifact.read_manifest(project.artifact(stage.name))["inputs"], project.home(stage.name)
+            there = {name: path for name, path in home.inputs(stage).items() if name in made_from and path.exists()}
             changed = changed_inputs(made_from, {name: digest(path) for name, path in there.items()})
         except (UserError, OSError, KeyError, TypeError, AttributeError):  # none, or not one of this project
             continue
-        late = [STAGES[need].path for need in project.needs(stage) if need in found]
+        late = [home.artifact_name(need) for need in home.needs(stage) if need in found]
         reasons = [f"{name} changed" for name in changed]
         reasons += [f"{name} is out of date" for name in late if name not in changed]
         if reasons:
@@ -170,8 +173,8 @@ def _short(value: Any) -> str:
 
 def project_signature(project: Project) -> tuple[Signature, ...]:
     """Changes when anything does that a state depends on."""
-    data = {project.root / name for stage in project.stages.values() for name in project.data_files(stage)}
-    runs = [project.run_folder(name) / run_state.JOURNAL for name in project.stages]
-    artifacts = [project.artifact(name) for name in project.stages]
-    base = base_model.watched(project.params.pretrain.base, project.root)
+    data = {project.root / name for stage in project.readable.values() for name in project.data_files(stage)}
+    runs = [project.run_folder(name) / run_state.JOURNAL for name in project.readable]
+    artifacts = [project.artifact(name) for name in project.readable]
+    base = base_model.watched(project.params.pretrain.base, project.home("pretrain").root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))

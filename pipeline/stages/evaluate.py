@@ -1,4 +1,4 @@
-"""evaluate: the variants of the stage graph side by side: what was learned, what was forgotten (§9.3)."""
+"""evaluate: the project's variants side by side: what was learned, what was forgotten (§9.3)."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.inference.score import AnswerScore, EvalScores, completes_correctl
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.sections import Evaluate
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.project.stage_graph import STAGES, VARIANTS, Project
+from pipeline.project.stage_graph import VARIANTS, Project
 from pipeline.stages.report import draw_comparison, write_report
 
 METRICS, PREDICTIONS, REPORT, PICTURE = "metrics.json", "predictions.json", "report.md", "finetuning_comparison.png"
@@ -21,32 +21,36 @@ TRAINED = ("scratch", "finetune_full", "finetune_freeze", "finetune_lora", "fine
 
 
 def evaluate(job: Job) -> Generator[Event, None, Facts]:
-    """All variants on the same sentences and prompts → metrics.json, predictions.json, report.md and the picture."""
-    settings = job.project.params.evaluate
-    for stage in job.stage.needs:
+    """The project's variants on the same sentences and prompts → metrics, predictions, report.md and the picture.
+
+    Its manifest has `variants`: which of its inputs each was measured on.
+    """
+    settings, project = job.project.params.evaluate, job.project
+    for stage in project.needs(job.stage):
         job.artifact(stage)
     prompts = read_prompts(job.path(settings.prompts), settings.prompts)
     metrics: dict[str, Any] = {}
     predictions: dict[str, Any] = {}
     before: EvalScores | None = None
-    for done, loaded in enumerate(engine.variants(job.project), 1):
+    for done, loaded in enumerate(engine.variants(project), 1):
         old = score(loaded, _old_examples(job, loaded, settings), before)
         before = before or old
         predictions[loaded.name] = _predictions(loaded, prompts, settings)
         metrics[loaded.name] = {
             **_knowledge(job, loaded, settings, old, before),
             **_kept(predictions[loaded.name]),
-            **_cost(job.project, loaded.name),
+            **_cost(project, loaded.name),
         }
-        yield Progress(done, len(VARIANTS), loaded.name)
-    curves = {STAGES[stage].method: read_steps(job.project.artifact(stage) / LOSS) for stage in TRAINED}
+        yield Progress(done, len(project.variants), loaded.name)
+    trained = [project.readable[stage] for stage in TRAINED if stage in project.readable]
+    curves = {stage.method: read_steps(project.artifact(stage.name) / LOSS) for stage in trained}
     for method, steps in curves.items():
         metrics[method] |= {"final_loss": final_loss(steps), "flat_from_epoch": flat_from(steps)}
     write_json(job.out / METRICS, metrics)
     write_json(job.out / PREDICTIONS, predictions)
     draw_comparison(job.out / PICTURE, curves, metrics)
     write_report(job.out / REPORT, metrics, predictions, settings)
-    return {}
+    return {"variants": {name: project.artifact_name(pair[1] or pair[0]) for name, pair in project.variants.items()}}
 
 
 def _old_examples(job: Job, loaded: LoadedModel, settings: Evaluate) -> list[Example]:

@@ -20,10 +20,10 @@ from cli import console
 from cli.main import app
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.files.text import escape_whitespace
-from pipeline.project.stage_graph import STAGES, VARIANTS
+from pipeline.project.stage_graph import VARIANTS
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, files_up_to, folder_bytes, refusal
+from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, STAGES, files_up_to, folder_bytes, refusal
 
 
 def sets(*values: str) -> list[str]:
@@ -478,7 +478,7 @@ def test_a_subword_model_is_asked_as_in_a_chat(cli: Lora, toy: Path, finished: P
 def test_compare_sets_the_variants_of_a_subword_model_side_by_side(cli: Lora, toy: Path, tmp_path: Path) -> None:
     for name in ("base", "expanded"):
         shutil.copytree(toy, tmp_path / "artifacts" / name)
-    (tmp_path / "params.yaml").write_text("pretrain:\n  base: org/toy\n", encoding="utf-8")
+    (tmp_path / "params.yaml").write_text("pretrain:\n  base: org/toy\nexpand_vocab: {}\n", encoding="utf-8")
     code, out, _ = cli("compare", "The currency", "--max-tokens", "4", cwd=tmp_path)
     rows = [line for line in out.splitlines() if line.startswith(("base ", "expanded "))]
     assert code == 0 and len(rows) == 2 and rows[0].split()[1:] == rows[1].split()[1:]

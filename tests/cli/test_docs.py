@@ -10,9 +10,8 @@ from bench import loraplus
 from bench.published import published, table
 from pipeline.project.logs.run_log import RunLog, Step
 from pipeline.project.params.grid import variants
-from pipeline.project.params.sections import load
 from tests.conftest import Lora
-from tests.helpers.projects import ROOT
+from tests.helpers.projects import ROOT, load
 
 
 def test_the_published_peaks_stand_in_the_docs_as_they_are_predicted_now() -> None:

@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pipeline.project.params.sections import load
+from pipeline.project.params import edit
+from pipeline.project.params.edit import without
+from pipeline.project.params.sections import Params
 from pipeline.project.runner import Event, Work, run
-from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.expand_vocab import expand_vocab
 from pipeline.stages.finetune import finetune
@@ -24,10 +25,12 @@ from pipeline.stages.merge import merge
 from pipeline.stages.pretrain import pretrain
 from pipeline.stages.scratch import scratch
 from pipeline.stages.sweep import sweep
+from pipeline.workbench import GRAPH, open_project
 
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
+STAGES = GRAPH.stages
 LORA = str(Path(sys.executable).parent / "lora")
 
 
@@ -88,11 +91,34 @@ GIVEN: dict[str, Any] = {  # the same, to be written into a params file
 
 
 def new_project(folder: Path) -> Path:
-    """The repository's params and data in `folder`, nothing made yet."""
+    """The product's and the document's params and data as one project in `folder`, nothing made yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "params.yaml", folder)
-    shutil.copytree(ROOT / "data", folder / "data")
+    (folder / "params.yaml").write_text(all_params(), encoding="utf-8")
+    for data in (ROOT / "data", ROOT / "document/data"):
+        shutil.copytree(data, folder / "data", dirs_exist_ok=True)
     return folder
+
+
+def new_houses(root: Path) -> Path:
+    """The repository's params and data as they are: the product's project, and the document's in a folder below."""
+    for name in ("params.yaml", "data", "document/params.yaml", "document/data"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
+    return root
+
+
+def shorten(*projects: Path) -> None:
+    """Write into each params file what `BRIEF` says of its own sections."""
+    for params in (root / "params.yaml" for root in projects):
+        own = yaml.safe_load(params.read_text(encoding="utf-8"))
+        save(params, {key: value for key, value in GIVEN.items() if key.partition(".")[0] in own})
+
+
+def all_params() -> str:
+    """params.yaml and document/params.yaml in one, which then needs no other project."""
+    product = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    document = (ROOT / "document/params.yaml").read_text(encoding="utf-8").partition("project: ../params.yaml\n")[2]
+    return product + "\n" + without(document, "evaluate").replace("../data/", "data/")
 
 
 def make(root: Path, stages: Sequence[str], overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
@@ -107,7 +133,7 @@ def make_one(
     root: Path, name: str, overrides: Sequence[str] = (), **options: Any
 ) -> tuple[dict[str, Any], list[Event]]:
     """Run one stage in this process; returns its manifest and its events."""
-    return played(run(Project(root, load(root / "params.yaml", overrides)), STAGES[name], WORK[name], **options))
+    return played(run(open_project(root / "params.yaml", overrides), STAGES[name], WORK[name], **options))
 
 
 def played(events: Generator[Event, None, T]) -> tuple[T, list[Event]]:
@@ -184,3 +210,13 @@ def git(folder: Path, *arguments: str) -> None:
     """`git …` as somebody."""
     who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def load(params: Path, overrides: Sequence[str] = ()) -> Params:
+    """The settings in a params file, the document's too."""
+    return open_project(params, overrides).params
+
+
+def save(params: Path, values: Mapping[str, Any]) -> None:
+    """`section.key` → value written into a params file, the document's sections too."""
+    edit.save(params, values, GRAPH.sections)

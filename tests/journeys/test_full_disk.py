@@ -15,9 +15,8 @@ from pipeline.files import base_model
 from pipeline.models.importing.import_base import import_base
 from pipeline.models.save import save_tensors
 from pipeline.project.logs import run_state
-from pipeline.project.params.sections import load
-from pipeline.project.stage_graph import Project
 from pipeline.project.status import Status
+from pipeline.workbench import open_project
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, files_up_to, lora, new_project
 from tui.services import pipeline_process
@@ -90,7 +89,7 @@ def test_a_stage_that_dies_of_a_full_disk_is_failed_and_says_why(disk: Path) -> 
     assert done.returncode == 1
     assert "error: No space left on device" in done.stderr
     assert "Free some space. What was there before is unchanged." in done.stderr
-    state = Status().of(Project(root, load(root / "params.yaml")))["pretrain"]
+    state = Status().of(open_project(root / "params.yaml"))["pretrain"]
     assert state.state == "failed"
     assert re.fullmatch(r"No space left on device(: \S+)?\. Free some space\.", state.reasons[0])
 

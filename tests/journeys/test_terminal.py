@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.project.params.sections import load
-from pipeline.project.stage_graph import STAGES
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import LORA, git, new_project
+from tests.helpers.projects import LORA, STAGES, git, load, new_project
 from tests.helpers.tmux import Terminal, lora_tui, needs_tmux
 
 pytestmark = needs_tmux

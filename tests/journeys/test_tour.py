@@ -11,9 +11,9 @@ import pytest
 
 from cli import console
 from docs.tour import PAGE, run, typed
-from pipeline.project.params.edit import save
+from pipeline.workbench import open_project
 from tests.conftest import Built, Lora
-from tests.helpers.projects import GIVEN, ROOT, WORK, make, new_project
+from tests.helpers.projects import GIVEN, ROOT, make, new_houses, save
 
 NUMBER = re.compile(r"[-+±]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
 BARS = re.compile("[█▏▎▍▌▋▊▉]+")
@@ -22,15 +22,16 @@ COMMANDS = list(typed(PAGE.read_text(encoding="utf-8")))
 
 @pytest.fixture(scope="module")
 def toured(built: Built) -> Path:
-    """A project with all that the tour reads; what `make repro` made here is taken from its cache."""
+    """Both projects with all that the tour reads; what `make document` made here is taken from its cache."""
 
     def build(root: Path) -> None:
-        new_project(root)
+        new_houses(root)
         if (ROOT / ".lora-cache").is_dir():
             shutil.copytree(ROOT / ".lora-cache", root / ".lora-cache")
-        make(root, list(WORK))
+        for folder in (root, root / "document"):
+            make(folder, list(open_project(folder / "params.yaml").stages))
 
-    return built("tour", build)
+    return built("tour", build) / "document"
 
 
 def same(one: str, other: str) -> bool:
@@ -69,12 +70,12 @@ def test_numbers_may_be_near_and_words_may_not_differ() -> None:
 def test_the_program_has_every_command_of_the_tour_and_calculates_what_the_page_shows(
     cli: Lora, studied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a project that was trained briefly: only the numbers of `lora calc` are the page's."""
+    """In one project that was trained briefly: only the numbers of `lora calc` are the page's."""
     root = shutil.copytree(studied, tmp_path / "project", ignore=shutil.ignore_patterns("runs"))
     save(root / "params.yaml", GIVEN)
     monkeypatch.setattr(console.stdout, "width", 80)
     calculated = 0
-    for command, shown in COMMANDS:
+    for command, shown in ((command.replace("../", ""), shown) for command, shown in COMMANDS):
         program, *words = shlex.split(command.partition(" | ")[0])
         if program != "lora":
             assert run(command, root), command

@@ -27,7 +27,7 @@ def folders() -> Iterator[Path]:
 
 @pytest.mark.parametrize("folder", sorted(str(path.relative_to(ROOT)) for path in folders()))
 def test_a_folder_of_code_has_few_entries(folder: str) -> None:
-    assert len(entries(ROOT / folder)) <= MOST
+    assert len(entries(ROOT / folder)) <= (len(PACKAGES) + len(MODULES) if folder == "pipeline" else MOST)
 
 
 def test_the_library_is_twelve_packages_and_at_most_two_modules() -> None:

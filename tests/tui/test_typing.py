@@ -11,10 +11,9 @@ from textual.events import Key, Paste
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from pipeline.project.params.sections import load
-from pipeline.project.stage_graph import STAGES
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
+from tests.helpers.projects import STAGES, load
 from tui.app import Workbench
 from tui.screens.adapters.screen import AdaptersScreen
 from tui.screens.pipeline.params_panel import ParamInput

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.project.logs import run_state
-from pipeline.project.stage_graph import RUNS, STAGES
+from pipeline.project.stage_graph import RUNS
+from pipeline.workbench import GRAPH
 
 LOCK, LOG, OLD_LOG = "pipeline.lock", "pipeline.log", "pipeline.old.log"
 BIN = Path(sys.executable).parent
@@ -125,7 +126,7 @@ class Runner:
         return list(dict.fromkeys([*leaders, *self._stages()]))
 
     def _stages(self) -> Iterable[int]:
-        for name in STAGES:
+        for name in GRAPH.stages:
             run = run_state.read(self.runs / name)
             if run and run_state.alive(self.runs / name):
                 try:

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 from pipeline.document.claims import quantity
 from pipeline.document.claims.claims import ALONE, RULES, Claim, read_claims
 from pipeline.document.claims.sources import MissingArtifact, Sources
+from pipeline.document.params import Claims
 from pipeline.document.tables import Spread
 from pipeline.errors import UserError
-from pipeline.project.new_project import DEFAULTS
-from pipeline.project.params.studies import Claims
+from pipeline.project.new_project import DOCUMENT
 
 Verdict = Literal["holds", "differs", "depends", "not run"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -121,7 +121,7 @@ Row = Mapping[str, Any]  # of `ClaimResult.row`
 def calculated() -> list[Row]:
     """The verdicts that the calculator alone can give, on the claims that come with the program."""
     name = Claims().data
-    claims = read_claims(DEFAULTS / name, name)
+    claims = read_claims(DOCUMENT / name, name)
     return [checked.row() for checked in check((one for one in claims if one.calculated), Sources())]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.document.claims.check import VERDICTS, Row, summary, table_of, titled
 from pipeline.document.tables import Table, read_table
 from pipeline.files.artifact import read_manifest
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.project.stage_graph import Project
 
 HEAD = """\
 # The document, run
@@ -73,7 +73,7 @@ def _figures(folder: Path) -> Iterator[Part]:
 
 def _studies(project: Project) -> Iterator[Part]:
     """Each study's words, its first table, its picture, and where the rest is."""
-    for stage in (stage for stage in STAGES.values() if stage.kind == "study"):
+    for stage in (stage for stage in project.readable.values() if stage.kind == "study"):
         folder = project.artifact(stage.name)
         if not folder.is_dir():
             continue

@@ -15,13 +15,14 @@ from pipeline.calc.sources.open_model import built_in, nearest
 from pipeline.calc.sources.open_model import names as models
 from pipeline.data.examples import read_examples
 from pipeline.document.claims.expression import Function, number
+from pipeline.document.stages import CLAIMS
 from pipeline.document.tables import Cell, read_table
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
 from pipeline.files.safetensors_header import read_header
 from pipeline.project import dvc_yaml
 from pipeline.project.logs.run_log import epoch_means, read_steps
-from pipeline.project.stage_graph import ARTIFACTS, STAGES, Project
+from pipeline.project.stage_graph import ARTIFACTS, Project
 
 STUDIES, FIGURES = "studies", "figures"
 SHOWN = ("name", "hidden", "heads", "kv_heads", "head_size", "vocabulary", "context", "tied", "total")
@@ -69,10 +70,10 @@ class Sources:
 
     def lines(self, key: str) -> list[str]:
         """The sentences of a data file, which `section.key` of params.yaml names."""
-        stage, project = STAGES["claims"], self._its()
-        if key not in stage.data:
-            raise UserError(f"{key} names no data file that claims read. There are: {', '.join(stage.data)}")
-        path = str(project.setting(stage, key))
+        project = self._its()
+        if key not in CLAIMS.data:
+            raise UserError(f"{key} names no data file that claims read. There are: {', '.join(CLAIMS.data)}")
+        path = str(project.setting(CLAIMS, key))
         return [example.text for example in read_examples(project.root / path, path)]
 
     def words(self, key: str, without: str = "") -> list[str]:
@@ -119,10 +120,10 @@ class Sources:
         pure, project = PurePosixPath(path), self._its()
         if pure.is_absolute() or ".." in pure.parts:
             raise UserError(f"{path} does not lie below {ARTIFACTS}/")
-        file = project.root / ARTIFACTS / pure
+        made_by = next((s for s in project.graph.stages.values() if pure.is_relative_to(s.output)), None)
+        file = (project.home(made_by.name) if made_by else project).root / ARTIFACTS / pure
         if not file.is_file():
-            made_by = (stage for stage in STAGES.values() if pure.is_relative_to(stage.output))
-            command = next(map(dvc_yaml.command, made_by), "dvc repro")
+            command = dvc_yaml.command(made_by) if made_by else "dvc repro"
             raise MissingArtifact(f"{ARTIFACTS}/{path} is not there: run `{command}`")
         return file
 

@@ -7,8 +7,8 @@ from pipeline.document.claims.check import Row, check, summary
 from pipeline.document.claims.claims import read_claims
 from pipeline.document.claims.report import page
 from pipeline.document.claims.sources import Sources
-from pipeline.project.new_project import DEFAULTS
-from pipeline.project.params.studies import Claims
+from pipeline.document.params import Claims
+from pipeline.project.new_project import DOCUMENT
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import Project
 
@@ -21,8 +21,8 @@ def verdicts(project: Project) -> list[Row]:
     A project of another base than the document's has no such file: those claims are held that come with the program.
     """
     own = STAGE in project.stages
-    name = project.params.claims.data if own else Claims().data
-    claims = read_claims((project.root if own else DEFAULTS) / name, name)
+    name = project.params.of(Claims).data if own else Claims().data
+    claims = read_claims((project.root if own else DOCUMENT) / name, name)
     return [checked.row() for checked in check(claims, Sources(project))]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.style import EDGE, INK, SMALL, WIDE, on
+from pipeline.document.params import StudyTrajectory
 from pipeline.document.studies.shared.next_token import document
 from pipeline.document.studies.shared.report import Figure
 from pipeline.document.tables import Row, Table
@@ -71,7 +72,7 @@ def attention(job: Job) -> RenderedFigure:
 
 
 def _walk(job: Job) -> Walk:
-    name = job.project.params.study_trajectory.document
+    name = job.project.params.of(StudyTrajectory).document
     claimed = document(job.path(name), name, SECTION)
     folder = job.project.artifact("expand_vocab")
     models = {BASE: engine.load(folder), ADAPTER: engine.load(folder, job.project.artifact("finetune_lora"))}

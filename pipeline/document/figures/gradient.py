@@ -11,6 +11,7 @@ from pipeline.document.figures.data.formulas import formulas
 from pipeline.document.figures.data.landscape import Given, Landscape, given_gradients, landscape, sentences
 from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, ORANGE, RED, SMALL, WIDE, signed
+from pipeline.document.params import Figures, StudyTrajectory
 from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask, document, refuse_unsayable
 from pipeline.document.studies.shared.report import Figure
 from pipeline.document.studies.shared.runner import delete_runs, evaluate_checkpoints, named
@@ -52,7 +53,7 @@ def gradient_example(job: Job) -> Generator[Event, None, RenderedFigure]:
     """Figure 3, with a short run of the fact correction. Raises UserError."""
     loaded = engine.load(job.project.artifact("expand_vocab"))
     descent = yield from _descent(job, loaded)
-    seen = landscape(loaded.model, sentences(job, loaded), job.project.params.figures.reach)
+    seen = landscape(loaded.model, sentences(job, loaded), job.project.params.of(Figures).reach)
     given = given_gradients(job, trained_by(job, loaded.model).spec)
     groups = _groups(given)
     return RenderedFigure(
@@ -69,10 +70,10 @@ def gradient_example(job: Job) -> Generator[Event, None, RenderedFigure]:
 
 def _descent(job: Job, loaded: LoadedModel) -> Generator[Event, None, Descent]:
     """As study_trajectory trains, with its first seed."""
-    settings = job.project.params.study_trajectory
+    settings = job.project.params.of(StudyTrajectory)
     claimed = document(job.path(settings.document), settings.document, SECTION)
     refuse_unsayable(loaded, [(claimed["prompt"], word) for word in words_of(claimed)], settings.document)
-    window, last = job.project.params.figures.window, max(*settings.steps, *claimed["steps"])
+    window, last = job.project.params.of(Figures).window, max(*settings.steps, *claimed["steps"])
     run = run_of(settings, window, settings.seeds[0], last)
     said = yield from evaluate_checkpoints(
         job, run, lambda _: range(last + 1), partial(ask, prompts=[claimed["prompt"]])

@@ -9,6 +9,7 @@ from pipeline.document.figures.data.changes import Changed, changes, last_names,
 from pipeline.document.figures.data.eckart_young import Plane, circle, farthest, share_of_rank
 from pipeline.document.figures.draw.figure import RenderedFigure
 from pipeline.document.figures.draw.style import BLUE, EDGE, FROZEN, GREEN, HATCH, INK, RED, SMALL, WIDE
+from pipeline.document.params import Figures
 from pipeline.document.studies.shared.report import Figure
 from pipeline.document.tables import Row, Table, shown
 from pipeline.errors import UserError
@@ -25,7 +26,7 @@ FORMS = {"ratio": ".2f", "rank_1": ".0%", "rank_4": ".0%", "rank_8": ".0%"}
 
 def lora_intuition(job: Job) -> RenderedFigure:
     """Figure 4. Raises UserError where figures.module is no matrix, or was not changed."""
-    settings = job.project.params.figures
+    settings = job.project.params.of(Figures)
     model = engine.load(job.project.artifact("expand_vocab")).model
     all_ = {one.module: one for one in matrices(changes(job))}
     module = _meant(settings.module, all_)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data.examples import Prompt
+from pipeline.document.params import StudyFactCorrection
 from pipeline.document.studies import fact_tables, fact_words
 from pipeline.document.studies.fact_tables import TARGETS, Said, Tuned, Words
 from pipeline.document.studies.shared.next_token import ask, document, prompts_of, refuse_unsayable
@@ -18,7 +19,6 @@ from pipeline.document.studies.shared.runner import DOCUMENT, Run, adapters, del
 from pipeline.errors import UserError
 from pipeline.inference import engine
 from pipeline.project.params.sections import FinetuneLora
-from pipeline.project.params.studies import StudyFactCorrection
 from pipeline.project.runner import Event, Facts, Job
 
 GROUP = "fact_correction"
@@ -26,7 +26,7 @@ GROUP = "fact_correction"
 
 def fact_correction(job: Job) -> Generator[Event, None, Facts]:
     """The grid and what else can train, each with all seeds → five tables and a picture. Raises UserError."""
-    settings = job.project.params.study_fact_correction
+    settings = job.project.params.of(StudyFactCorrection)
     prompts = prompts_of(job, settings.prompts, GROUP)
     words = Words(prompts, list(_claimed(job, settings, prompts)))
     asked = [prompt.prompt for prompt in prompts]

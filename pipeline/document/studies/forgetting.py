@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 
+from pipeline.document.params import StudyForgetting
 from pipeline.document.studies.shared.method_runs import METHODS
 from pipeline.document.studies.shared.report import Figure, Findings, write_report
 from pipeline.document.studies.shared.retention_score import FORMATS, RetentionScorer, retention_scorer
@@ -25,7 +26,7 @@ QUANTITIES = ("new_loss", "old_rise", "old_kept")
 
 def forgetting(job: Job) -> Generator[Event, None, Facts]:
     """Each method trained with each seed, measured every so many epochs → two tables, a picture. Raises UserError."""
-    settings = job.project.params.study_forgetting
+    settings = job.project.params.of(StudyForgetting)
     measures = retention_scorer(job, settings.old_data, settings.new_data)
     curves: dict[str, list[Curve]] = {name: [] for name in TRADED}
     wanted = [(name, seed) for name in TRADED for seed in settings.seeds]

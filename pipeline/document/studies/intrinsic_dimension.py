@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.data.examples import read_examples
+from pipeline.document.params import StudyIntrinsicDimension
 from pipeline.document.random_subspace import OneHot, SubspaceAdam
 from pipeline.document.studies.shared.next_token import document
 from pipeline.document.studies.shared.report import Figure, Findings, write_report
@@ -26,7 +27,6 @@ from pipeline.models.load import count
 from pipeline.models.meta import untrained
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneFull, Training
-from pipeline.project.params.studies import StudyIntrinsicDimension
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.finetune import finetune
 from pipeline.training.loop import optimizer_of
@@ -43,7 +43,7 @@ def intrinsic_dimension(job: Job) -> Generator[Event, None, Facts]:
 
     Raises UserError.
     """
-    settings = job.project.params.study_intrinsic_dimension
+    settings = job.project.params.of(StudyIntrinsicDimension)
     examples = read_examples(job.path(settings.data), settings.data)
     claimed = document(job.path(settings.document), settings.document, "intrinsic_dimension")
     folder = job.artifact("expand_vocab")

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.adapters.target_modules import adaptable
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.data.examples import Prompt, read_examples, read_prompts
+from pipeline.document.params import StudyKnowledgeCorrection
 from pipeline.document.studies.shared.next_token import refuse_unsayable
 from pipeline.document.studies.shared.report import Figure, Findings, write_report
 from pipeline.document.studies.shared.runner import PARTS, Run, adapters, delete_runs, drain, run_stage, together
@@ -23,7 +24,6 @@ from pipeline.inference.score import AnswerScore, score, score_answers
 from pipeline.models.base import CausalLM
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneLora
-from pipeline.project.params.studies import StudyKnowledgeCorrection
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.evaluate import weight_bytes
 from pipeline.weights.merge import Merging, merge_into
@@ -53,7 +53,7 @@ def knowledge_correction(job: Job) -> Generator[Event, None, Facts]:
 
     Each with all seeds. Raises UserError.
     """
-    settings, trust = job.project.params.study_knowledge_correction, job.project.params.pretrain.trust_remote_code
+    settings, trust = job.project.params.of(StudyKnowledgeCorrection), job.project.params.pretrain.trust_remote_code
     prompts = [p for p in read_prompts(job.path(settings.prompts), settings.prompts) if p.group in settings.groups]
     if not prompts:
         raise UserError(f"{settings.prompts} has none of the groups {', '.join(settings.groups)}. Name others.")

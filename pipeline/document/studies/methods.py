@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.calc.report import answer
 from pipeline.calc.settings import parse_method, parse_training_config
 from pipeline.calc.sources.open_model import built_in
+from pipeline.document.params import StudyMethods
 from pipeline.document.studies.shared.method_runs import METHODS
 from pipeline.document.studies.shared.report import Figure, Findings, write_report
 from pipeline.document.studies.shared.retention_score import FORMATS, IN_WORDS, retention_scorer, spreads
@@ -29,7 +30,7 @@ MOST = 7  # of 8 sentences
 
 def methods(job: Job) -> Generator[Event, None, Facts]:
     """Every method trained with each seed, by its own stage's code → two tables, one of times beside the run."""
-    settings = job.project.params.study_methods
+    settings = job.project.params.of(StudyMethods)
     measures = retention_scorer(job, settings.old_data, settings.new_data, settings.prompt_words)
     base = job.artifact("expand_vocab")
     runs = {

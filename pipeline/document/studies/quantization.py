@@ -17,6 +17,7 @@ from pipeline.calc.memory import weight_bytes
 from pipeline.calc.sources.open_model import built_in
 from pipeline.data.examples import Example, read_examples
 from pipeline.document import rounding
+from pipeline.document.params import StudyQuantization
 from pipeline.document.rounding import Rounded
 from pipeline.document.studies.shared.next_token import document
 from pipeline.document.studies.shared.precisions import Precision, entropy, four_bit_codes, precisions
@@ -28,7 +29,6 @@ from pipeline.inference.engine import LoadedModel
 from pipeline.inference.score import EvalScores, score
 from pipeline.models.quantization.quantized_linear import quantizable
 from pipeline.project.palette import COLORS
-from pipeline.project.params.studies import StudyQuantization
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.pretrain import pretrain
 
@@ -49,7 +49,7 @@ class QuantizedQuality:
 
 def quantization(job: Job) -> Generator[Event, None, Facts]:
     """Every precision on each seed's base → three tables and a picture. Raises UserError."""
-    settings = job.project.params.study_quantization
+    settings = job.project.params.of(StudyQuantization)
     examples = read_examples(job.path(settings.data), settings.data)
     claimed = document(job.path(settings.document), settings.document, "quantization")
     bases = yield from _bases(job, settings)

@@ -4,6 +4,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
+from pipeline.document.params import StudyRank
 from pipeline.document.studies.shared.report import Figure, Findings, write_report
 from pipeline.document.studies.shared.retention_score import FORMATS, IN_WORDS, Knowledge, retention_scorer, spreads
 from pipeline.document.studies.shared.runner import DOCUMENT, Run, adapters, delete_runs, run_stage, together
@@ -11,7 +12,6 @@ from pipeline.document.tables import Row, Spread, Table, mean, min_max
 from pipeline.inference import engine
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneFull, FinetuneLora
-from pipeline.project.params.studies import StudyRank
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.finetune import finetune
 
@@ -22,7 +22,7 @@ Whole = Mapping[float, Sequence[Knowledge]]  # full fine-tuning by learning rate
 
 def rank(job: Job) -> Generator[Event, None, Facts]:
     """Adapters of every rank, alpha and rate, and full fine-tuning at every rate, with all seeds → three tables."""
-    settings = job.project.params.study_rank
+    settings = job.project.params.of(StudyRank)
     measures = retention_scorer(job, settings.old_data, settings.new_data, settings.prompt_words)
     base = job.artifact("expand_vocab")
     sweeps, full = _sweeps(settings), _full(settings)

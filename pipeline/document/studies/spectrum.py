@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.adapters.attach import switched_off
 from pipeline.adapters.low_rank import LowRank, directions
 from pipeline.adapters.peft.updates import load_update
+from pipeline.document.params import StudySpectrum
 from pipeline.document.studies import spectrum_tables
 from pipeline.document.studies.shared.report import Findings, write_report
 from pipeline.document.studies.shared.retention_score import Knowledge, RetentionScorer, retention_scorer
@@ -31,7 +32,6 @@ from pipeline.document.studies.shared.runner import (
 from pipeline.document.studies.spectrum_tables import FULL, RANDOM, SQUARE, Overlaps
 from pipeline.inference import engine
 from pipeline.project.params.sections import FinetuneFull
-from pipeline.project.params.studies import StudySpectrum
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.finetune import finetune
 from pipeline.weights.diff import Delta, diff_checkpoints
@@ -44,7 +44,7 @@ Updates = Mapping[str, LowRank]  # of one adapter, by module
 
 def spectrum(job: Job) -> Generator[Event, None, Facts]:
     """Full fine-tuning and LoRA of two ranks with each seed → four tables and a picture. Raises UserError."""
-    settings = job.project.params.study_spectrum
+    settings = job.project.params.of(StudySpectrum)
     base = job.artifact("expand_vocab")
     measures = retention_scorer(job, settings.old_data, settings.new_data)
     full, sweeps = _full(settings), _sweeps(settings)

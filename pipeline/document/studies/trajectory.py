@@ -6,13 +6,13 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+from pipeline.document.params import StudyTrajectory
 from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask, document, refuse_unsayable
 from pipeline.document.studies.shared.report import Figure, Findings, write_report
 from pipeline.document.studies.shared.runner import DOCUMENT, Run, delete_runs, evaluate_checkpoints, named
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.inference import engine
 from pipeline.project.palette import COLORS, OTHERS
-from pipeline.project.params.studies import StudyTrajectory
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.finetune import finetune
 
@@ -32,7 +32,7 @@ class Curve:
 
 def trajectory(job: Job) -> Generator[Event, None, Facts]:
     """The correction trained with each window and seed, asked after each step → tables, a picture. Raises UserError."""
-    settings = job.project.params.study_trajectory
+    settings = job.project.params.of(StudyTrajectory)
     claimed = document(job.path(settings.document), settings.document, SECTION)
     words = [(claimed["prompt"], word) for word in words_of(claimed)]
     refuse_unsayable(engine.load(job.artifact("expand_vocab")), words, settings.document)

@@ -12,7 +12,6 @@ from pipeline.files import artifact
 from pipeline.files.text import natural_sort_key
 from pipeline.project.logs.run_log import LOSS, TELEMETRY
 from pipeline.project.params.grid import DIVERGED, read_run_outcomes
-from pipeline.project.params.sections import Params
 from pipeline.project.stage_graph import ARTIFACTS, RUNS, STAGES, Project, Stage, cache_folder
 
 TRAINING = (  # as a reader wants to see them
@@ -70,21 +69,22 @@ class _Made:
     when: float
 
 
-def discover_runs(root: Path, params: Params | None) -> list[Run]:
+def discover_runs(root: Path, project: Project | None) -> list[Run]:
     """Every run of the stages that train, stage by stage, the last one first, then from new to old.
 
-    A run whose logs are the same, byte for byte, as those of one before it is left out. Labels say what of the params
-    differs from `params`; None where params.yaml cannot be read. Reads whole logs to compare them: not for the UI's
-    thread.
+    A project's stages that are its parent's have their runs there. A run whose logs are the same, byte for byte, as
+    those of one before it is left out. Labels say what of the params differs from today's; `project` is None where the
+    params file in `root` cannot be read. Reads whole logs to compare them: not for the UI's thread.
     """
-    return [run for name in TRAINING for run in _named_apart(_runs(root, STAGES[name], params))]
+    return [run for name in TRAINING for run in _named_apart(_runs(root, STAGES[name], project))]
 
 
-def stamp(root: Path, params: Path) -> tuple[int, ...]:
+def stamp(root: Path, params: Path, project: Project | None) -> tuple[int, ...]:
     """What is another when `discover_runs` may find other runs: calls of os.stat, a dozen and one for each adapter."""
-    kept = cache_folder(root)
-    logs = [number for name in TRAINING for number in _identities(root / RUNS / name, STAGES[name])]
-    others = [params, *(root / STAGES[name].path for name in TRAINING), *(kept / name for name in TRAINING)]
+    homes = {name: project.home(name).root if project else root for name in TRAINING}
+    kept = project.cache if project else cache_folder(root)
+    logs = [number for name, home in homes.items() for number in _identities(home / RUNS / name, STAGES[name])]
+    others = [params, *(home / STAGES[name].path for name, home in homes.items()), *(kept / name for name in TRAINING)]
     return (*logs, *(number for path in others for number in _stat(path)))
 
 
@@ -120,9 +120,10 @@ def _logs(folder: Path, stage: Stage, telemetry: bool = True) -> tuple[LogFiles,
     )
 
 
-def _runs(root: Path, stage: Stage, params: Params | None) -> Iterator[Run]:
-    now = json.loads(json.dumps(Project(root, params).stage_params(stage))) if params else {}
-    made = list(_made(root, stage))
+def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
+    home = project.home(stage.name) if project else None
+    now = json.loads(json.dumps(home.stage_params(stage))) if home else {}
+    made = list(_made(home.root if home else root, project.cache if project else cache_folder(root), stage))
     reference = made[0].manifest if made else {}
     seen: list[Mapping[str, str | None]] = []
 
@@ -132,7 +133,7 @@ def _runs(root: Path, stage: Stage, params: Params | None) -> Iterator[Run]:
         when = max(_changed(curve.loss) for curve in curves)
         return Run(stage.name, label, place, curves, folder, _params(manifest), when)
 
-    folder = root / RUNS / stage.name
+    folder = (home.root if home else root) / RUNS / stage.name
     curves = _logs(folder, stage)
     digests = {curve.name: digest for curve in curves if (digest := _digest(curve.loss))}
     if digests:
@@ -156,9 +157,9 @@ def _same(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> boo
     return one.keys() == other.keys() and all(None in (a, other[name]) or a == other[name] for name, a in one.items())
 
 
-def _made(root: Path, stage: Stage) -> Iterator[_Made]:
-    """What is in artifacts/, then what the cache holds, newest first."""
-    entries = [entry for entry in (cache_folder(root) / stage.name).glob("[!.]*") if entry.is_dir()]
+def _made(root: Path, kept: Path, stage: Stage) -> Iterator[_Made]:
+    """What is in artifacts/, then what the cache in `kept` holds, newest first."""
+    entries = [entry for entry in (kept / stage.name).glob("[!.]*") if entry.is_dir()]
     found = [made for entry in entries if (made := _made_in(entry, stage))]
     last = _made_in(root / ARTIFACTS / stage.output, stage)
     yield from [last] if last else []

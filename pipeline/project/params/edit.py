@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -10,9 +12,11 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.project.params.sections import parse
 
+NULL = "tag:yaml.org,2002:null"
 
-def save(path: Path, values: Mapping[str, Any]) -> None:
-    """Set `section.key` → value in the file, whole or not at all.
+
+def save(path: Path, values: Mapping[str, Any], more: Mapping[str, type] = MappingProxyType({})) -> None:
+    """Set `section.key` → value in the file, whole or not at all; `more` as `sections.parse` takes it.
 
     Raises UserError if the file is not valid before or after, OSError if it cannot be written; it is then unchanged.
     """
@@ -21,9 +25,9 @@ def save(path: Path, values: Mapping[str, Any]) -> None:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8. Mend it by hand.") from None
-    parse(text, path)
+    parse(text, path, (), more)
     new = changed(text, values)
-    parse(new, path)
+    parse(new, path, (), more)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -44,6 +48,22 @@ def changed(text: str, values: Mapping[str, Any]) -> str:
     return text
 
 
+def without(text: str, section: str) -> str:
+    """`text` without a section and the comments that end it."""
+    lines, keep, kept = text.splitlines(keepends=True), True, []
+    for line in lines:
+        if line[0] not in " \t\r\n#":
+            keep = line.partition(":")[0] != section
+        if keep:
+            kept.append(line)
+    return "".join(kept)
+
+
+def section_text(name: str, section: Any) -> str:
+    """A section with every key, as params.yaml has it."""
+    return f"{name}:\n" + "".join(f"  {f.name}: {dumped(getattr(section, f.name))}\n" for f in fields(section))
+
+
 def _set(text: str, section: str, name: str, value: Any) -> str:
     try:
         root = yaml.compose(text)
@@ -54,8 +74,10 @@ def _set(text: str, section: str, name: str, value: Any) -> str:
     branch = _child(root, section)
     if branch is None:
         return f"{text.rstrip()}\n\n{section}:\n  {name}: {dumped(value)}\n"
-    if not isinstance(branch, yaml.MappingNode) or not branch.value:
-        raise UserError(f"section {section} of the params file is empty. Write `{name}:` there by hand.")
+    if not branch.value and (isinstance(branch, yaml.MappingNode) or branch.tag == NULL):  # `section: {}`, `section:`
+        return f"{text[: branch.start_mark.index].rstrip(' ')}\n  {name}: {dumped(value)}{text[_end(branch) :]}"
+    if not isinstance(branch, yaml.MappingNode):
+        raise UserError(f"section {section} of the params file holds no keys. Write `{name}:` there by hand.")
     leaf = _child(branch, name)
     if leaf is not None:
         return _replaced(text, leaf, value)

@@ -5,7 +5,7 @@ Every problem is a UserError that names key, rule, value and next step.
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -101,8 +101,7 @@ Share = Annotated[float, AtLeast(0), Below(1)]
 Steps = Annotated[int, AtLeast(0), Below(2**31)]
 
 
-def reject_unknown_keys(tree: Mapping[str, Any], kind: type, prefix: str, origin: ValueSource) -> None:
-    known = [f.name for f in fields(kind)]
+def reject_unknown_keys(tree: Mapping[str, Any], known: Sequence[str], prefix: str, origin: ValueSource) -> None:
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
@@ -126,9 +125,10 @@ def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def section(kind: type, tree: Any, name: str, origin: ValueSource) -> Any:
+    tree = {} if tree is None else tree  # `section:` alone has every default
     if not isinstance(tree, dict):
         raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {tree!r}.")
-    reject_unknown_keys(tree, kind, f"{name}.", origin)
+    reject_unknown_keys(tree, [f.name for f in fields(kind)], f"{name}.", origin)
     hints = get_type_hints(kind, include_extras=True)
     values = {key: validate(hints[key], value, f"{name}.{key}", origin) for key, value in tree.items()}
     return kind(**values)

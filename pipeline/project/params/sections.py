@@ -4,10 +4,12 @@ Precedence: the defaults below < params.yaml < `--set section.key=value`.
 Every problem is a UserError that names key, rule, value and next step.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
@@ -27,21 +29,8 @@ from pipeline.project.params.schema import (
     Steps,
     ValueSource,
 )
-from pipeline.project.params.studies import (
-    Claims,
-    Figures,
-    Study,
-    StudyFactCorrection,
-    StudyForgetting,
-    StudyIntrinsicDimension,
-    StudyKnowledgeCorrection,
-    StudyMethods,
-    StudyQuantization,
-    StudyRank,
-    StudySpectrum,
-    StudyTrajectory,
-)
 
+T = TypeVar("T")
 Ranks = Annotated[Mapping[str, Count], AllowEmpty()]  # by a pattern of modules' names
 Scales = Annotated[Mapping[str, Rate], AllowEmpty()]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -241,12 +230,16 @@ class Evaluate:
 
 
 Finetune = FinetuneFull | FinetuneFreeze | FinetuneLora | FinetuneVirtual | FinetuneSweep
-Section = Pretrain | ExpandVocab | Scratch | Finetune | Merge | Evaluate | Study | Figures | Claims
+Section = Any  # one of the classes above, or of the sections that are not the product's
 
 
 @dataclass(frozen=True)
 class Params:
-    """All of params.yaml."""
+    """All of params.yaml: the product's sections by name, and `more`, those of the stages that are not the product's.
+
+    `written`: the sections that stand in the file; the others have their defaults. `project`: the params file whose
+    artifacts and settings this one builds on, relative to its folder; empty where it stands alone. `file`: its name.
+    """
 
     pretrain: Pretrain = field(default_factory=Pretrain)
     expand_vocab: ExpandVocab = field(default_factory=ExpandVocab)
@@ -259,21 +252,36 @@ class Params:
     finetune_sweep: FinetuneSweep = field(default_factory=FinetuneSweep)
     merge: Merge = field(default_factory=Merge)
     evaluate: Evaluate = field(default_factory=Evaluate)
-    study_fact_correction: StudyFactCorrection = field(default_factory=StudyFactCorrection)
-    study_knowledge_correction: StudyKnowledgeCorrection = field(default_factory=StudyKnowledgeCorrection)
-    study_trajectory: StudyTrajectory = field(default_factory=StudyTrajectory)
-    study_methods: StudyMethods = field(default_factory=StudyMethods)
-    study_rank: StudyRank = field(default_factory=StudyRank)
-    study_spectrum: StudySpectrum = field(default_factory=StudySpectrum)
-    study_intrinsic_dimension: StudyIntrinsicDimension = field(default_factory=StudyIntrinsicDimension)
-    study_quantization: StudyQuantization = field(default_factory=StudyQuantization)
-    study_forgetting: StudyForgetting = field(default_factory=StudyForgetting)
-    figures: Figures = field(default_factory=Figures)
-    claims: Claims = field(default_factory=Claims)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    written: frozenset[str] = field(default_factory=lambda: frozenset(SECTIONS))
+    project: str = ""
+    file: str = field(default="params.yaml", compare=False)
+
+    def section(self, name: str) -> Section:
+        """The section of this name, the product's or another."""
+        return self.more[name] if name in self.more else getattr(self, name)
+
+    def of(self, kind: type[T]) -> T:
+        """The section of this class, of those that are not the product's."""
+        return next(section for section in self.more.values() if isinstance(section, kind))
+
+    def replaced(self, sections: Mapping[str, Section]) -> "Params":
+        """The same with other sections in place of those of these names."""
+        own = {name: section for name, section in sections.items() if name in SECTIONS}
+        return replace(self, more={**self.more, **{n: s for n, s in sections.items() if n not in own}}, **own)
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Params:
-    """Read and check `path`, then apply `section.key=value` overrides. Raises UserError."""
+SECTIONS: Mapping[str, type] = {
+    name: hint for name, hint in get_type_hints(Params).items() if name not in ("more", "written", "project", "file")
+}  # of the product
+PROJECT = "project"  # the one key of params.yaml that is no section
+
+
+def load(path: Path, overrides: Sequence[str] = (), more: Mapping[str, type] = MappingProxyType({})) -> Params:
+    """Read and check `path`, then apply `section.key=value` overrides. Raises UserError.
+
+    `more`: name → class of the sections that it may have besides the product's.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -284,22 +292,48 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Params:
         raise UserError(f"{path}: {error.strerror}. Name a params file with --params.") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(text, path, overrides)
+    return parse(text, path, overrides, more)
 
 
-def parse(text: str, path: Path, overrides: Sequence[str] = ()) -> Params:
+def parse(
+    text: str, path: Path, overrides: Sequence[str] = (), more: Mapping[str, type] = MappingProxyType({})
+) -> Params:
     """The same for a text that is, or is to be, in `path`. Raises UserError."""
     tree = _tree(text, path)
-    written = set(tree)
+    project = tree.pop(PROJECT, "")
+    if not isinstance(project, str):
+        raise UserError(f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}.")
+    written = frozenset(tree)
     overridden = {_apply(tree, override) for override in overrides}
+    if project and (theirs := sorted(tree.keys() - written)):
+        raise UserError(f"--set {theirs[0]}: {path.name} has no such section. Set it in {project}, or add it here.")
     origin = ValueSource(path.name, frozenset({*overridden, *(tree.keys() - written)}))
-    schema.reject_unknown_keys(tree, Params, "", origin)
-    sections = {
-        name: schema.section(kind, tree.get(name), name, origin)
-        for name, kind in get_type_hints(Params).items()
-        if name in tree
-    }
-    return replace(Params(), **sections)
+    kinds = {**SECTIONS, **more}
+    schema.reject_unknown_keys(tree, [*kinds, PROJECT], "", origin)
+    read = {name: schema.section(kinds[name], tree[name], name, origin) for name in tree}
+    params = Params(
+        more={name: kind() for name, kind in more.items()}, written=written, project=project, file=path.name
+    )
+    return params.replaced(read)
+
+
+def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]], away: str) -> Params:
+    """`params` with its parent's sections where it has none of its own.
+
+    `files`: section → its keys that name files, which are then seen from the parent's folder, `away` from its own.
+    """
+    theirs = {}
+    for name in parent.written - params.written:
+        section = parent.section(name)
+        paths = {key: _moved(getattr(section, key), away) for key in files.get(name, ())}
+        theirs[name] = replace(section, **paths)
+    return params.replaced(theirs)
+
+
+def _moved(value: Any, away: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(one, away) for one in value)
+    return value if not value or value.startswith("~") else Path(os.path.normpath(Path(away) / value)).as_posix()
 
 
 def _tree(text: str, path: Path) -> dict[str, Any]:

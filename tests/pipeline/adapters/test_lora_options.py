@@ -14,9 +14,8 @@ from pipeline.calc.parameters import trainable
 from pipeline.errors import UserError
 from pipeline.inference import catalog
 from pipeline.models.load import load_base
-from pipeline.project.params.sections import load
 from pipeline.stages.finetune import lora_spec, method_of, new_rows
-from tests.helpers.projects import BRIEF, make
+from tests.helpers.projects import BRIEF, load, make
 from tests.pipeline.adapters.test_peft import assert_same_logits
 
 ADAPTER = "artifacts/lora_adapter"

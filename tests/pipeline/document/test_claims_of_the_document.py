@@ -19,18 +19,17 @@ from pipeline.document.claims.sources import Sources
 from pipeline.document.claims.stage import CLAIMS, PAGE, claims, verdicts
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
-from pipeline.project.params.sections import load
 from pipeline.project.runner import run
-from pipeline.project.stage_graph import MEASURED, STAGES, Project
+from pipeline.workbench import open_project
 from tests.conftest import Lora
-from tests.helpers.projects import PIPELINE, ROOT, folder_bytes, lora, new_project, played, refusal
+from tests.helpers.projects import PIPELINE, ROOT, STAGES, folder_bytes, lora, new_project, played, refusal
 
-FILE = ROOT / "data/claims.yaml"
+FILE = ROOT / "document/data/claims.yaml"
 
 
 def rows_of(root: Path) -> dict[str, Row]:
     """Each claim's row by its id."""
-    return {row["id"]: row for row in verdicts(Project(root, load(root / "params.yaml")))}
+    return {row["id"]: row for row in verdicts(open_project(root / "params.yaml"))}
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +120,7 @@ def test_a_study_of_other_settings_leaves_its_claims_without_a_verdict(studied: 
 def test_a_project_of_another_base_is_not_the_documents(tmp_path: Path) -> None:
     root = new_project(tmp_path / "other")
     shutil.rmtree(root / "data")
-    project = Project(root, load(root / "params.yaml", ["pretrain.base=org/model"]))
+    project = open_project(root / "params.yaml", ["pretrain.base=org/model"])
     rows = verdicts(project)
     left = [row for row in rows if row["verdict"] == "not run"]
     assert len(rows) - len(left) == len(calculated())
@@ -139,7 +138,7 @@ def test_a_changed_project_changes_verdicts(tmp_path: Path) -> None:
 
 
 def test_the_two_files_of_the_documents_numbers_agree() -> None:
-    document = yaml.safe_load((ROOT / "data/document.yaml").read_text(encoding="utf-8"))
+    document = yaml.safe_load((ROOT / "document/data/document.yaml").read_text(encoding="utf-8"))
     claims = {claim.id: claim for claim in read_claims(FILE, "claims.yaml")}
     for row in document["fact_correction"]:
         for model, end in (("original", "original"), ("v_proj", "v"), ("all", "all")):
@@ -152,7 +151,7 @@ def test_the_two_files_of_the_documents_numbers_agree() -> None:
 def test_claims_read_nothing_that_their_stage_does_not_depend_on() -> None:
     """What DVC and the cache must know of: every artifact, and the data files that the stage names."""
     outputs = {STAGES[name].output for name in STAGES["claims"].needs}
-    assert STAGES["claims"].needs == tuple(MEASURED)
+    assert STAGES["claims"].needs == tuple(name for name in STAGES if name != "claims")
     functions = Sources().functions
     for claim in read_claims(FILE, "claims.yaml"):
         for one in (*claim.measure.values(), *claim.values.values()):
@@ -166,7 +165,7 @@ def test_claims_read_nothing_that_their_stage_does_not_depend_on() -> None:
                     assert path in STAGES["claims"].data, one.text
     for text in ("lines('data/pretrain.de.txt')", "artifact('../params.yaml')", "size('/etc/hostname')"):
         with pytest.raises(UserError):
-            parse(text, [], functions).value({}, Sources(Project(ROOT, load(ROOT / "params.yaml"))).functions)
+            parse(text, [], functions).value({}, Sources(open_project(ROOT / "params.yaml")).functions)
 
 
 # lora claims
@@ -219,12 +218,12 @@ def test_only_a_broken_file_of_claims_is_an_error(cli: Lora, tmp_path: Path) -> 
 
 
 def test_the_stage_writes_every_verdict_as_json_and_as_a_page_twice_the_same(ran: Path, tmp_path: Path) -> None:
-    stage = replace(STAGES["claims"], needs=tuple(need for need in MEASURED if need in PIPELINE))
+    stage = replace(STAGES["claims"], needs=tuple(PIPELINE))
     found = []
     for name in ("one", "two"):
         root = tmp_path / name
         shutil.copytree(ran, root)
-        project = Project(root, load(root / "params.yaml"))
+        project = open_project(root / "params.yaml")
         manifest, events = played(run(project, stage, claims, force=True))
         assert events and manifest["stage"] == "claims"
         found.append(folder_bytes(root / "artifacts/claims"))
@@ -244,7 +243,7 @@ def test_a_stage_that_is_out_of_date_is_not_judged(ran: Path, tmp_path: Path) ->
     (root / "artifacts/base/config.json").write_text("{}", encoding="utf-8")
     stage = replace(STAGES["claims"], needs=("pretrain",))
     with pytest.raises(UserError, match="changed after the artifact was made"):
-        played(run(Project(root, load(root / "params.yaml")), stage, claims))
+        played(run(open_project(root / "params.yaml"), stage, claims))
 
 
 # lora calc --document

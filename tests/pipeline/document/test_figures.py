@@ -33,17 +33,18 @@ from pipeline.document.figures.gradient import gradient_example
 from pipeline.document.figures.placement import placement
 from pipeline.document.figures.registry import MEASURED
 from pipeline.document.figures.subspace import finetuning_subspace
+from pipeline.document.params import Figures
 from pipeline.document.studies.shared.runner import drain
 from pipeline.document.tables import Cell, mean, read_table
 from pipeline.errors import UserError
 from pipeline.inference import engine
 from pipeline.inference.score import score
 from pipeline.project.logs.run_log import read_steps
-from pipeline.project.params.sections import Init, load
+from pipeline.project.params.sections import Init
 from pipeline.project.runner import Job
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.workbench import open_project
 from tests.conftest import Built, Lora
-from tests.helpers.projects import BRIEF, folder_bytes, make, refusal
+from tests.helpers.projects import BRIEF, STAGES, folder_bytes, load, make, refusal
 
 Matrix = npt.NDArray[np.float64]
 NAMES = ("finetuning_subspace", "loss_curves", "gradient_example", "lora_intuition", "placement", "attention")
@@ -68,7 +69,7 @@ def figured(finished: Path, built: Built) -> Path:
 
 def job_of(root: Path, overrides: Sequence[str] = ()) -> Job:
     """The stage's, to measure and not to write."""
-    project = Project(root, load(root / "params.yaml", overrides))
+    project = open_project(root / "params.yaml", overrides)
     return Job(project, STAGES["figures"], root / "out", root / "run", "", 100)
 
 
@@ -333,7 +334,7 @@ def test_the_way_from_tisch_to_sofa_ends_where_the_trained_adapter_is(figured: P
 
 def test_the_shares_are_those_of_numpys_singular_values(figured: Path) -> None:
     example, *rows = table(figured, "lora_intuition")
-    settings = load(figured / "params.yaml").figures
+    settings = load(figured / "params.yaml").of(Figures)
     values = np.linalg.svd(np.reshape(settings.change, (2, 2)), compute_uv=False)
     assert [example["sigma_1"], example["sigma_2"]] == pytest.approx(list(values), rel=1e-5)
     assert number(example["rank_1"]) == pytest.approx(values[0] ** 2 / (values**2).sum(), rel=1e-5)
@@ -352,7 +353,7 @@ def test_the_shares_are_those_of_numpys_singular_values(figured: Path) -> None:
 
 
 def test_the_ellipses_are_images_of_the_circle(figured: Path) -> None:
-    settings = load(figured / "params.yaml").figures
+    settings = load(figured / "params.yaml").of(Figures)
     weight, change = (np.reshape(numbers, (2, 2)) for numbers in (settings.weight, settings.change))
     points = [row for row in table(figured, "lora_intuition_points") if row["case"] == "example"]
     for row in points:
@@ -582,7 +583,7 @@ def test_lora_figures_says_what_each_shows_and_where_it_is(cli: Lora, figured: P
 
 def test_figures_are_of_minigpt(cli: Lora, figured: Path) -> None:
     said = refusal(cli("figures", "--set", "pretrain.base=HuggingFaceTB/SmolLM2-135M", cwd=figured))
-    assert "pretrain.base is HuggingFaceTB/SmolLM2-135M" in said and "minigpt" in said
+    assert "figures measures what the document says of MiniGPT; pretrain.base is HuggingFaceTB/SmolLM2-135M." in said
 
 
 @pytest.mark.parametrize(
@@ -601,7 +602,7 @@ def test_a_setting_that_means_nothing_is_refused(cli: Lora, figured: Path, overr
 
 def test_a_matrix_may_have_a_number_twice_and_a_list_of_settings_may_not(figured: Path) -> None:
     params = load(figured / "params.yaml", ["figures.change=[1, 0, 0, 1]"])
-    assert params.figures.change == (1.0, 0.0, 0.0, 1.0)
+    assert params.of(Figures).change == (1.0, 0.0, 0.0, 1.0)
     with pytest.raises(UserError, match="twice"):
         load(figured / "params.yaml", ["study_trajectory.seeds=[0, 0]"])
 

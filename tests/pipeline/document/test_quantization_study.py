@@ -105,7 +105,7 @@ def test_nf4_uses_its_levels_more_evenly_than_int4_on_normal_numbers_and_neither
 
 
 def test_sizes_are_the_calculators_beside_the_documents(studied: Path, cli: Lora) -> None:
-    quoted = yaml.safe_load((ROOT / "data/document.yaml").read_text(encoding="utf-8"))["quantization"]
+    quoted = yaml.safe_load((ROOT / "document/data/document.yaml").read_text(encoding="utf-8"))["quantization"]
     rows = rows_of(studied, "sizes")
     told = [row["document_GB"] for row in rows.values() if row["document_GB"] is not None]
     assert told == [one["GB"] for one in quoted.values()]

@@ -10,13 +10,15 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import yaml
 from torch import nn
 
 from pipeline.data.examples import Prompt
+from pipeline.document.params import StudyKnowledgeCorrection
+from pipeline.document.stages import SECTIONS
 from pipeline.document.studies import knowledge_correction, methods
 from pipeline.document.studies.fact_tables import Said, Words
 from pipeline.document.studies.shared import runner
@@ -27,13 +29,13 @@ from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
 from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS
-from pipeline.project.params.sections import Params, load
+from pipeline.project.params.sections import Params
 from pipeline.project.runner import Event, Job, Progress, known, run
-from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.evaluate import weight_bytes
+from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.process import Forked
-from tests.helpers.projects import BRIEF, ROOT, WORK, folder_bytes, make, make_one, refusal
+from tests.helpers.projects import BRIEF, ROOT, STAGES, WORK, folder_bytes, load, make, make_one, refusal
 
 STUDIES = [name for name, stage in STAGES.items() if stage.kind == "study"]
 SAME = 1e-5  # adapters that trained together differ from one alone by rounding
@@ -74,9 +76,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
         monkeypatch.setattr(section, "__getattribute__", getting)
 
-    for name, section in get_type_hints(Params).items():
-        if name in STUDIES:
-            watched(name, section)
+    for name in STUDIES:
+        watched(name, SECTIONS[name])
     return keys
 
 
@@ -96,7 +97,7 @@ def test_a_study_reads_each_setting_and_is_tables_a_picture_and_a_paragraph_the_
     make(root, [name], BRIEF, force=True)
     assert folder_bytes(root / STAGES[name].path) == before
     assert not (root / "runs" / name / "parts").exists()
-    assert {f"{name}.{each.name}" for each in fields(get_type_hints(Params)[name])} <= read
+    assert {f"{name}.{each.name}" for each in fields(SECTIONS[name])} <= read
 
 
 def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(studied: Path, project: Path) -> None:
@@ -113,7 +114,7 @@ def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(studied: P
 
 def test_the_original_is_the_expanded_base_and_the_document_is_quoted(studied: Path) -> None:
     base = engine.load(studied / "artifacts/expanded")
-    quoted = yaml.safe_load((ROOT / "data/document.yaml").read_text(encoding="utf-8"))["fact_correction"]
+    quoted = yaml.safe_load((ROOT / "document/data/document.yaml").read_text(encoding="utf-8"))["fact_correction"]
     said = {(row["prompt"], model): row[model] for row in quoted for model in ("original", "v_proj", "all")}
     for row in table(studied, "fact_correction", "rows"):
         assert said[row["prompt"], row["model"]] == {row["first_choice"]: row["document"]}  # type: ignore[index]
@@ -223,7 +224,7 @@ def test_the_methods_times_lie_beside_the_run_and_not_in_what_is_tracked(studied
 def test_a_methods_time_is_that_of_all_its_steps_after_a_kill(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "METHODS", {"LoRA": METHODS["LoRA"]})
     stage = STAGES["study_methods"]
-    begun = run(Project(project, load(project / "params.yaml", BRIEF)), stage, WORK[stage.name], checkpoint_every=1)
+    begun = run(open_project(project / "params.yaml", BRIEF), stage, WORK[stage.name], checkpoint_every=1)
     with closing(begun):
         assert any(isinstance(event, Progress) and event.done == 3 for event in begun)
     assert list((project / "runs/study_methods/parts").rglob("checkpoint-*"))
@@ -253,10 +254,7 @@ def test_a_is_faster_where_its_name_says_so() -> None:
 
 def test_bitsandbytes_counts_where_a_base_is_kept_in_few_bits(project: Path) -> None:
     def counts(name: str, *overrides: str) -> bool:
-        return (
-            "bitsandbytes"
-            in known(Project(project, load(project / "params.yaml", overrides)), STAGES[name])["versions"]
-        )
+        return "bitsandbytes" in known(open_project(project / "params.yaml", overrides), STAGES[name])["versions"]
 
     few = "finetune_lora.quantization=int8"
     assert counts("study_methods") and counts("study_knowledge_correction", few) and counts("finetune_lora", few)
@@ -356,11 +354,11 @@ def test_patterns_of_finetune_lora_change_no_correction(studied: Path, project: 
 
 def test_a_base_whose_v_is_no_linear_of_its_own_goes_without_v_alone(project: Path) -> None:
     params, stage = load(project / "params.yaml", BRIEF), STAGES["study_knowledge_correction"]
-    job = Job(Project(project, params), stage, project, project, "", 100)
+    job = Job(open_project(project / "params.yaml", BRIEF), stage, project, project, "", 100)
 
     def asked(*linears: str) -> list[object]:
         model = nn.ModuleDict({name: nn.Linear(2, 2) for name in linears})
-        of = knowledge_correction._runs(job, params.study_knowledge_correction, model)  # type: ignore[arg-type]
+        of = knowledge_correction._runs(job, params.of(StudyKnowledgeCorrection), model)  # type: ignore[arg-type]
         return [run.sections["finetune_sweep"].grid.get("target_modules") for run in of]
 
     every = params.finetune_lora.target_modules
@@ -433,7 +431,7 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
         ),
         (
             ["rank", "--set", "pretrain.base=other"],
-            "The study rank asks what the document asks of MiniGPT; pretrain.base",
+            "study_rank measures what the document says of MiniGPT; pretrain.base",
         ),
         *(
             (

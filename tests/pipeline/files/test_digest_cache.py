@@ -192,7 +192,8 @@ def test_the_list_of_adapters_hashes_each_once_in_all_calls(
     evaluation = tmp_path / "artifacts/evaluation"
     evaluation.mkdir()
     (evaluation / "metrics.json").write_text(json.dumps(measured), encoding="utf-8")
-    artifact.seal(evaluation, {"inputs": {"artifacts/lora_adapter": artifact.digest(adapters[3])}})
+    inputs = {"artifacts/lora_adapter": artifact.digest(adapters[3])}
+    artifact.seal(evaluation, {"inputs": inputs, "variants": {"lora": "artifacts/lora_adapter"}})
     read: list[Path] = []
     read_json = artifact.read_json
 

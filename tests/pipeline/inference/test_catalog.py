@@ -13,8 +13,9 @@ from pipeline.files.file_stamp import signature
 from pipeline.inference import catalog
 from pipeline.inference.catalog import Model, check, describe, find_base, measured, model_folders
 from pipeline.inference.engine import load
-from pipeline.project.stage_graph import STAGES, VARIANTS
+from pipeline.project.stage_graph import VARIANTS
 from tests.conftest import Lora
+from tests.helpers.projects import STAGES
 
 
 def models(root: Path) -> dict[str, Model]:

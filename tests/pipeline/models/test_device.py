@@ -27,17 +27,17 @@ from pipeline.models.generate import generate
 from pipeline.models.load import load_base
 from pipeline.models.quantization import quantized_linear
 from pipeline.project.logs.run_log import in_units, read_steps
-from pipeline.project.params.sections import FinetuneLora, load
+from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import checkpoints
-from pipeline.project.stage_graph import STAGES, Project
 from pipeline.training.batches import collate
 from pipeline.training.loop import prepared
 from pipeline.training.memory.forecast import longest, predict_peak_memory, smaller
+from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import fake_accelerator
 from tests.helpers.bases import FAMILIES, toy_checkpoint
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import BRIEF, folder_bytes, make
+from tests.helpers.projects import BRIEF, STAGES, folder_bytes, make
 from tests.helpers.real import toy, windows_of, with_lora
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
@@ -66,7 +66,7 @@ def used() -> bool:
 
 def losses(root: Path, stage: str) -> list[list[float]]:
     """Those of each adapter or model that a stage trained."""
-    folder = Project(root, load(root / "params.yaml")).artifact(stage)
+    folder = open_project(root / "params.yaml").artifact(stage)
     return [[step.loss for step in read_steps(path)] for path in sorted(folder.rglob("loss.csv"))]
 
 
@@ -259,7 +259,7 @@ def test_training_out_of_memory_says_what_to_lower_and_goes_on_from_the_last_who
     assert said.startswith(f"{stage}: out of memory in step ") and "Tried to allocate 2.00 GiB" in said
     assert "\n" not in said
     assert f"{stage}.{'grid' if stage == 'finetune_sweep' else 'batch_size=1'}" in said
-    kept = checkpoints(Project(project, load(project / "params.yaml")).run_folder(stage))
+    kept = checkpoints(open_project(project / "params.yaml").run_folder(stage))
     assert len(kept) == 1 and not kept[0].name.endswith("-000000000")
     make(project, [stage], BRIEF, force=True)
     assert losses(project, stage) == [pytest.approx(each, abs=1e-5) for each in losses(brief, stage)]

@@ -15,13 +15,13 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import fingerprint
 from pipeline.inference import engine
-from pipeline.project.params.sections import load
 from pipeline.project.runner import known
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.project.stage_graph import Project
+from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import edit_config
 from tests.helpers.families import FAMILIES, NEW, TOOL, VOCABULARY, new_project
-from tests.helpers.projects import PIPELINE, folder_bytes, make, make_one
+from tests.helpers.projects import PIPELINE, STAGES, folder_bytes, make, make_one
 
 Made = Callable[[str], Path]
 PROMPT = "The currency of Bulgaria is the"
@@ -150,9 +150,7 @@ def test_a_manifest_says_nothing_of_where_a_base_and_data_lie_and_moving_them_ch
     def outside(folder: Path) -> Project:
         data = [str(folder / name / "texts.jsonl") for name in ("a", "b")]
         settings = {"pretrain.base": str(folder / "base"), "scratch.data": data}
-        return Project(
-            root, load(root / "params.yaml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-        )
+        return open_project(root / "params.yaml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
     for name in ("a", "b"):
         shutil.copytree(root / "data", tmp_path / "one" / name)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.project.params.sections import Params
-from pipeline.project.stage_graph import STAGES
+from pipeline.project.params.sections import SECTIONS
+from pipeline.workbench import GRAPH
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.projects import BRIEF, METHODS, folder_bytes, make
+from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make
 
 OTHER = {
     "seed": "1",
@@ -110,7 +110,7 @@ OTHER = {
     "figures.change": "[1, 0, 0, 1]",
     "figures.module": "layers.0.fc1",
 }
-KEYS = [f"{section.name}.{field.name}" for section in fields(Params) for field in fields(section.default_factory)]  # type: ignore[arg-type]
+KEYS = [f"{name}.{field.name}" for name, kind in {**SECTIONS, **GRAPH.sections}.items() for field in fields(kind)]
 
 
 # What must be set beside a field for it to count.

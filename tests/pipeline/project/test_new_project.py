@@ -1,18 +1,23 @@
 """`lora new`: a project in a folder of its own, which DVC runs wherever it lies."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline.project import dvc_yaml, new_project
-from pipeline.project.params.edit import save
-from pipeline.project.params.sections import load
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers import families
-from tests.helpers.projects import GIVEN, ROOT, dvc, folder_bytes, git
+from tests.helpers.projects import GIVEN, ROOT, STAGES, dvc, folder_bytes, git, load, save
+from tests.helpers.projects import new_project as new_folder
+
+CARD = (
+    *("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
+    *("merge", "evaluate"),
+)
 
 
 def params_of(folder: Path, text: str, *data: str) -> Path:
@@ -55,9 +60,8 @@ def test_inside_a_repository_that_ignores_it_dvc_lists_every_stage_and_runs_the_
     (tmp_path / ".gitignore").write_text("/project/\n", encoding="utf-8")
     assert cli("new", "project", cwd=tmp_path)[0] == 0
     folder = tmp_path / "project"
-    save(folder / "params.yaml", GIVEN)
     listed, ran, again = dvc(folder, "stage list --name-only", "repro pretrain", "repro pretrain")
-    assert listed.split() == list(STAGES)
+    assert listed.split() == list(CARD)
     assert "> lora pretrain\n" in ran and (folder / "artifacts/base/manifest.json").is_file()
     assert "Stage 'pretrain' didn't change, skipping" in again
     codes = (folder / "code.yaml").read_text(encoding="utf-8")
@@ -107,21 +111,50 @@ def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Pa
     settings = load(tmp_path / "project/params.yaml")
     assert settings.pretrain.base == base
     assert (settings.finetune_full.window, settings.finetune_lora.precision) == (0, "bf16"), "as a real model wants it"
-    assert (settings.scratch.window, settings.scratch.epochs) == (0, 1)
 
 
 def test_what_the_documents_studies_read_comes_with_the_program(cli: Lora, tmp_path: Path) -> None:
-    source = params_of(tmp_path / "from", "finetune_lora:\n  data: a.txt\n", "a.txt")
+    source = params_of(tmp_path / "from", "study_fact_correction: {}\nclaims: {}\n")
     assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
-    for name in ("document.yaml", "claims.yaml", "fact_correction.de.txt"):
-        assert (tmp_path / "project/data" / name).read_bytes() == (ROOT / "data" / name).read_bytes()
+    for name in ("document/data/document.yaml", "document/data/claims.yaml", "data/fact_correction.de.txt"):
+        assert (tmp_path / "project/data" / Path(name).name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_a_params_file_gets_the_sections_of_what_its_stages_need(cli: Lora, tmp_path: Path) -> None:
+    source = params_of(tmp_path / "from", "merge:\n  max_logit_difference: 1.0\n")
+    assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
+    project = open_project(tmp_path / "project/params.yaml")
+    assert list(project.stages) == ["pretrain", "expand_vocab", "finetune_lora", "merge"]
+    assert project.params == replace(load(source), written=project.params.written), "with their defaults"
+
+
+@pytest.mark.parametrize("base", [None, "org/model"])
+def test_a_project_has_the_methods_that_are_asked_for_and_no_other(base: str | None, cli: Lora, tmp_path: Path) -> None:
+    given = ["--base", base] if base else []
+    assert cli("new", "one", "--methods", "prefix, sweep", *given, cwd=tmp_path)[0] == 0
+    one = open_project(tmp_path / "one/params.yaml")
+    assert list(one.stages) == [
+        *("pretrain", "expand_vocab", "finetune_lora", "finetune_prefix", "finetune_sweep", "evaluate")
+    ], "a sweep varies the section of LoRA"
+    assert list(one.variants) == ["base", "expanded", "lora", "prefix"]
+    assert one.params.finetune_prefix.window == (0 if base else 4)
+    assert cli("new", "two", "--methods", "full,lora", *given, cwd=tmp_path)[0] == 0
+    two = open_project(tmp_path / "two/params.yaml")
+    assert list(two.stages) == [*CARD[:3], *CARD[4:]]
+    dvc(tmp_path / "two", "status")
+    for arguments, reason in (
+        (("three", "--methods", "lora,qlora"), "--methods: unknown method qlora. Known: full, freeze, lora"),
+        (("two", "--methods", "lora"), "--methods is for a new project"),
+    ):
+        code, _, err = cli("new", *arguments, cwd=tmp_path)
+        assert code == 1 and reason in err
 
 
 def test_what_would_be_written_otherwise_is_said(cli: Lora, tmp_path: Path) -> None:
-    source = params_of(tmp_path / "from", "finetune_lora:\n  data: a.txt\n", "a.txt", "b.txt")
+    source = params_of(tmp_path / "from", "finetune_lora:\n  data: a.txt\nmerge: {}\n", "a.txt", "b.txt")
     asked = ("new", "project", "--params", str(source))
     assert cli(*asked, cwd=tmp_path)[2] == ""
-    source.write_text("finetune_lora:\n  data: b.txt\n", encoding="utf-8")
+    source.write_text("finetune_lora:\n  data: b.txt\nmerge: {}\n", encoding="utf-8")
     (source.parent / "data/prompts.yaml").write_text("changed", encoding="utf-8")
     (tmp_path / "project/dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     code, _, err = cli(*asked, cwd=tmp_path)
@@ -162,35 +195,37 @@ def test_an_installed_package_begins_with_the_params_that_came_with_it(
     force = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for line in ('"params.yaml" = "lora_workbench_defaults/params.yaml"', '"data" = "lora_workbench_defaults/data"'):
         assert line in force
+    assert '"document/data" = "lora_workbench_defaults/document/data"' in force
     shutil.copytree(ROOT / "data", tmp_path / "lora_workbench_defaults/data")
     installed = params_of(tmp_path / "lora_workbench_defaults", "merge:\n  prompts: data/prompts.yaml\n")
     installed.rename(installed.parent / "params.yaml")
     (installed.parent / "data/pretrain.de.txt").write_text("installed", encoding="utf-8")
     monkeypatch.setattr(new_project, "DEFAULTS", installed.parent)
-    new_project.create(tmp_path / "project")
+    new_project.create(tmp_path / "project", GRAPH)
     assert (tmp_path / "project/data/pretrain.de.txt").read_text(encoding="utf-8") == "installed"
 
 
 def test_the_code_that_stages_run_is_one_more_of_their_params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "project"
-    new_project.create(folder)
+    new_project.create(folder, GRAPH)
     found = yaml.safe_load((folder / "code.yaml").read_text(encoding="utf-8"))
     assert list(found) == list(STAGES)
     monkeypatch.setattr("pipeline.project.provenance.code_digest", lambda module: f"another {module}")
-    assert new_project.create(folder).added == ["code.yaml"]
+    assert new_project.create(folder, GRAPH).added == ["code.yaml"]
 
 
 def test_empty_files_are_left_out_and_one_named_twice_is_watched_once(tmp_path: Path) -> None:
     text = "evaluate:\n  old_data: a.txt\n  new_data: a.txt\n"
     params = params_of(tmp_path, text, "a.txt")
-    stages = yaml.safe_load(dvc_yaml.render(Project(tmp_path, load(params))))["stages"]
+    stages = yaml.safe_load(dvc_yaml.render(open_project(params)))["stages"]
     places = [dep for dep in stages["evaluate"]["deps"] if dep.startswith("$")]
     assert places == ["${evaluate.old_data}", "${evaluate.prompts}"]
 
 
 @pytest.mark.slow
 def test_dvc_runs_a_new_project_in_a_folder_of_its_own(cli: Lora, tmp_path: Path) -> None:
-    assert cli("new", "project", cwd=tmp_path)[0] == 0
+    every = new_folder(tmp_path / "every") / "params.yaml"
+    assert cli("new", "project", "--params", str(every), cwd=tmp_path)[0] == 0
     folder = tmp_path / "project"
     params = folder / "params.yaml"
     save(params, GIVEN)

@@ -1,6 +1,6 @@
 """params.yaml: what is read, and every way in which it is refused."""
 
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.project.params.sections import FinetuneLora, Params, load, rule
-from tests.helpers.projects import ROOT
+from pipeline.project.params.sections import SECTIONS, FinetuneLora, Params, rule
+from pipeline.workbench import GRAPH
+from tests.helpers.projects import ROOT, load
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -19,10 +20,22 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_the_shipped_file_names_every_field() -> None:
-    tree = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    expected = {name: set(section) for name, section in asdict(Params()).items()}
-    assert {name: set(section) for name, section in tree.items()} == expected
+CARD = (
+    *("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
+    *("merge", "evaluate"),
+)
+
+
+def test_the_shipped_files_name_every_field_and_the_products_is_the_design_cards_pipeline() -> None:
+    product, document = (
+        yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("params.yaml", "document/params.yaml")
+    )
+    assert tuple(product) == CARD
+    assert document.pop("project") == "../params.yaml"
+    kinds = {**SECTIONS, **GRAPH.sections}
+    assert product.keys() | document.keys() == kinds.keys() and product.keys() & document.keys() == {"evaluate"}
+    for name, section in (*product.items(), *document.items()):
+        assert set(section) == {field.name for field in fields(kinds[name])}, name
 
 
 def test_the_shipped_values_are_those_of_the_document() -> None:

@@ -11,9 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.project.params.edit import changed, save
-from pipeline.project.params.sections import load, parse
-from tests.helpers.projects import ROOT
+from pipeline.project.params.edit import changed, section_text, without
+from pipeline.project.params.sections import SECTIONS, Params, Pretrain, parse
+from pipeline.workbench import GRAPH
+from tests.helpers.projects import ROOT, load, save
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 KEYS = [f"{section}.{key}" for section, branch in yaml.safe_load(TEXT).items() for key in branch]
@@ -93,7 +94,25 @@ def test_a_missing_key_joins_its_section_and_a_missing_section_the_file() -> Non
     )
 
 
-@pytest.mark.parametrize("text", ["[]", "pretrain:\n", "pretrain: {epochs: 3}\n"])
+@pytest.mark.parametrize("section", ["pretrain:", "pretrain: {}", "pretrain:   # all as it is", "pretrain: {} # so"])
+@pytest.mark.parametrize("rest", ["", "evaluate:\n  top_k: 2\n"])
+def test_an_empty_section_has_its_defaults_and_takes_a_key(section: str, rest: str, tmp_path: Path) -> None:
+    text = f"{section}\n{rest}"
+    assert parse(text, tmp_path).pretrain == Pretrain()
+    new = changed(text, {"pretrain.seed": 5, "pretrain.epochs": 2})
+    assert yaml.safe_load(new)["pretrain"] == {"seed": 5, "epochs": 2}
+    assert new.endswith(rest) and section.partition("#")[2] in new
+
+
+def test_a_section_is_taken_out_with_its_own_lines_alone() -> None:
+    text = "# head\npretrain:\n  seed: 1\n\n# of merge\nmerge:\n  # inside\n  prompts: x\nevaluate: {}\n"
+    assert without(text, "merge") == "# head\npretrain:\n  seed: 1\n\n# of merge\nevaluate: {}\n"
+    assert without(without(text, "evaluate"), "nothing") == text.replace("evaluate: {}\n", "")
+    again = parse("".join(section_text(name, kind()) for name, kind in SECTIONS.items()), Path("params.yaml"))
+    assert again == Params()
+
+
+@pytest.mark.parametrize("text", ["[]", "pretrain: 7\n", "pretrain: {epochs: 3}\n"])
 def test_a_layout_without_a_place_for_the_key_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="by hand"):
         changed(text, {"pretrain.seed": 1})
@@ -138,4 +157,4 @@ def test_a_link_stays_a_link_and_the_mode_stays(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert load(link).finetune_lora.rank == 8
     assert real.stat().st_mode & 0o777 == 0o640
-    assert parse(real.read_text(encoding="utf-8"), real) == load(link)
+    assert parse(real.read_text(encoding="utf-8"), real, (), GRAPH.sections) == load(link)

@@ -1,5 +1,6 @@
 """dvc.yaml says what pipeline/project/stage_graph.py says, and DVC does with it what the README promises."""
 
+import compileall
 import json
 import shutil
 import subprocess
@@ -7,26 +8,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.project.dvc_yaml import command, render
-from pipeline.project.params.edit import save
-from pipeline.project.params.sections import load
 from pipeline.project.provenance import code_files
-from pipeline.project.stage_graph import STAGES, Project
-from tests.helpers.projects import COMMAND, GIVEN, METHODS, ROOT, dvc, git, make
+from pipeline.workbench import open_project
+from tests.helpers.projects import COMMAND, ROOT, STAGES, dvc, git, make, new_project, save, shorten
 
 
-def test_dvc_knows_all_that_a_stage_reads_runs_and_writes() -> None:
+@pytest.mark.parametrize(("folder", "code"), [("", "pipeline"), ("document", "../pipeline")])
+def test_dvc_knows_all_that_a_stage_reads_runs_and_writes(folder: str, code: str) -> None:
     """The committed file is the generated one, with comments of its own."""
-    committed = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    committed = (ROOT / folder / "dvc.yaml").read_text(encoding="utf-8")
     lines = [line for line in committed.splitlines() if not line.startswith("#")]
-    assert lines == render(Project(ROOT, load(ROOT / "params.yaml")), "pipeline").splitlines()
+    assert lines == render(open_project(ROOT / folder / "params.yaml"), code).splitlines()
 
 
-def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_reads() -> None:
+def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_reads(tmp_path: Path) -> None:
     """Else a changed file would leave the study as it was."""
     given = ["finetune_full.data=data/retain.de.txt", "scratch.data=[data/euro.en.jsonl]"]
-    project = Project(ROOT, load(ROOT / "params.yaml", given))
+    project = open_project(new_project(tmp_path) / "params.yaml", given)
     for study, files in (
         ("methods", {"data/retain.de.txt", "data/euro.en.jsonl"}),
         ("forgetting", {"data/retain.de.txt"}),
@@ -91,19 +92,16 @@ finally:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-CONCERNED = {  # by a changed rank of LoRA
-    *("finetune_lora", "finetune_sweep", "merge", "evaluate", "figures", "claims"),
-    *(f"study_{name}" for name in ("knowledge_correction", "methods", "forgetting")),
-}
+CONCERNED = ("finetune_lora", "merge", "evaluate")  # by a changed rank of LoRA
 
 
 def test_what_dvc_was_told_of_is_up_to_date_and_a_changed_rank_concerns_what_depends_on_it(
-    studied: Path, origin: Path, tmp_path: Path
+    houses: Path, origin: Path, tmp_path: Path
 ) -> None:
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(origin), "clone")
-    shutil.copytree(studied / "artifacts", clone / "artifacts", dirs_exist_ok=True)
-    save(clone / "params.yaml", GIVEN)
+    shutil.copytree(houses / "artifacts", clone / "artifacts", dirs_exist_ok=True)
+    shorten(clone)
     _, status = dvc(clone, "commit -f", "status")  # as if DVC had run the stages
     assert "Data and pipelines are up to date" in status
 
@@ -121,7 +119,7 @@ def test_what_dvc_was_told_of_is_up_to_date_and_a_changed_rank_concerns_what_dep
         "plots show",
     )
     assert "finetune_lora.rank" in params
-    assert json.loads(status).keys() == CONCERNED
+    assert json.loads(status).keys() == set(CONCERNED)
 
     metrics = json.loads(shown)[""]["data"]["artifacts/evaluation/metrics.json"]["data"]
     assert metrics["lora"]["trainable"] == 2_048 + 2 * 99 * 64
@@ -129,26 +127,49 @@ def test_what_dvc_was_told_of_is_up_to_date_and_a_changed_rank_concerns_what_dep
     assert difference == {"old": 16_768, "new": 14_720, "diff": -2_048}
 
     curves = {value["filename"] for value in json.loads(plot)["data"]["values"]}
-    assert len(curves) == 1 + len(METHODS)
+    assert len(curves) == 3
     drawn = Path(page.strip().removeprefix("file://")).read_text(encoding="utf-8")
     assert drawn.count('"loss (nats a token)"') >= 1
 
 
+def test_a_changed_rank_concerns_the_documents_stages_that_read_its_section_or_an_artifact_made_with_it() -> None:
+    stages = yaml.safe_load((ROOT / "document/dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    product = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    changed = {f"../{path}" for name in ("finetune_lora", "merge") for path in product[name]["outs"]}
+    concerned = set()
+    for name, stage in stages.items():
+        if (
+            {"../params.yaml": ["finetune_lora"]} in stage["params"]
+            or changed & set(stage["deps"])
+            or any("finetune_lora" in one["../params.yaml"] for one in stage["params"] if isinstance(one, dict))
+        ):
+            concerned.add(name)
+            changed |= {str(Path(out).parent if "evaluation" in out else out) for out in stage["outs"]}
+    assert concerned == {
+        *("finetune_sweep", "evaluate", "figures", "claims"),
+        *(f"study_{name}" for name in ("knowledge_correction", "methods", "forgetting")),
+    }
+
+
 @pytest.mark.slow
-def test_two_fresh_clones_give_the_same_lock_and_a_changed_rank_reruns_what_depends_on_it(
+def test_two_fresh_clones_give_the_same_locks_and_a_changed_rank_reruns_what_depends_on_it(
     origin: Path, tmp_path: Path
 ) -> None:
     locks = []
     for name in ("one", "two"):
         git(tmp_path, "clone", "-q", str(origin), name)
-        save(tmp_path / name / "params.yaml", GIVEN)
-        dvc(tmp_path / name, "repro", code=tmp_path / name)
-        locks.append((tmp_path / name / "dvc.lock").read_bytes())
+        root = tmp_path / name
+        shorten(root, root / "document")
+        compileall.compile_dir(root / "pipeline", quiet=1)
+        for folder in (root, root / "document"):
+            dvc(folder, "repro", code=root)
+        locks.append([(folder / "dvc.lock").read_bytes() for folder in (root, root / "document")])
     assert locks[0] == locks[1]
-    clone = tmp_path / "one"
-    (ran,) = dvc(clone, "repro", code=clone)
-    assert "Data and pipelines are up to date" in ran
-    save(clone / "params.yaml", {"finetune_lora.rank": 2})
-    (ran,) = dvc(clone, "repro", code=clone)
-    for stage in STAGES:
+    root = tmp_path / "one"
+    for folder in (root, root / "document"):
+        (ran,) = dvc(folder, "repro", code=root)
+        assert "Data and pipelines are up to date" in ran
+    save(root / "params.yaml", {"finetune_lora.rank": 2})
+    (ran,) = dvc(root, "repro", code=root)
+    for stage in open_project(root / "params.yaml").stages:
         assert (f"Running stage '{stage}'" in ran) == (stage in CONCERNED), ran

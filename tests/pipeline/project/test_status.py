@@ -13,16 +13,15 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.project.logs import run_state
-from pipeline.project.params.edit import save
-from pipeline.project.params.sections import load
 from pipeline.project.runner import Event, Job, Note, Progress, run
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.project.stage_graph import Project
 from pipeline.project.status import Status, outdated, project_signature
-from tests.helpers.projects import BRIEF, COMMAND, LORA, make, make_one
+from pipeline.workbench import open_project
+from tests.helpers.projects import BRIEF, COMMAND, LORA, STAGES, make, make_one, save
 
 
 def project_of(root: Path) -> Project:
-    return Project(root, load(root / "params.yaml", BRIEF))
+    return open_project(root / "params.yaml", BRIEF)
 
 
 def states(root: Path, status: Status | None = None) -> dict[str, str]:
@@ -145,7 +144,7 @@ def wait_for(condition: object, seconds: float = 30.0) -> None:
 
 def status_of(project: Path) -> str:
     """Of finetune_lora, by the params file as it stands."""
-    return Status().of(Project(project, load(project / "params.yaml")))["finetune_lora"].state
+    return Status().of(open_project(project / "params.yaml"))["finetune_lora"].state
 
 
 def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(project: Path) -> None:
@@ -163,7 +162,7 @@ def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(p
     assert status_of(project) == "running"
     process.send_signal(signal.SIGINT)
     process.communicate()
-    stopped = Status().of(Project(project, load(project / "params.yaml")))["finetune_lora"]
+    stopped = Status().of(open_project(project / "params.yaml"))["finetune_lora"]
     assert stopped.state == "stopped"
     assert "stopped after step" in stopped.reasons[0]
 
@@ -242,7 +241,7 @@ def retrained(project: Path) -> Path:
 
 
 def test_what_was_made_from_an_earlier_adapter_is_out_of_date_whatever_the_params_say(retrained: Path) -> None:
-    project = Project(retrained, load(retrained / "params.yaml"))  # not those that it was made with
+    project = open_project(retrained / "params.yaml")  # not those that it was made with
     adapter = "artifacts/lora_adapter changed"
     assert outdated(project, ["evaluate"]) == {
         "merge": (adapter,),

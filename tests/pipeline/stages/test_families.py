@@ -17,11 +17,10 @@ from transformers import AutoModelForCausalLM
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import shapes
 from pipeline.inference import engine
-from pipeline.project.params.sections import load
 from pipeline.project.runner import Progress, run
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, GENERATION, OTHERS, VOCABULARY, new_project
-from tests.helpers.projects import PIPELINE, ROOT, WORK, folder_bytes, make, make_one
+from tests.helpers.projects import PIPELINE, ROOT, STAGES, WORK, folder_bytes, make, make_one
 
 ADAPTERS = {"finetune_lora": "lora_adapter", "finetune_prefix": "prefix", "finetune_prompt": "prompt"}
 TRAINED = {"finetune_full": "full_finetuned", "finetune_freeze": "layer_frozen", **ADAPTERS}
@@ -182,7 +181,7 @@ def test_interrupted_and_resumed_it_ends_with_the_bytes_of_an_unbroken_run(
 
 def stopped_after(root: Path, stage: str, last: int) -> None:
     """Run a stage with a checkpoint at each step, and drop it there."""
-    events = run(Project(root, load(root / "params.yaml")), STAGES[stage], WORK[stage], checkpoint_every=1)
+    events = run(open_project(root / "params.yaml"), STAGES[stage], WORK[stage], checkpoint_every=1)
     next(event for event in events if isinstance(event, Progress) and event.done == last)
     events.close()
 
@@ -237,12 +236,11 @@ SILENT = """
 import sys
 from pathlib import Path
 from pipeline.inference import engine
-from pipeline.project.stage_graph import Project
-from pipeline.project.params.sections import load
+from pipeline.workbench import open_project
 from tests.helpers.projects import PIPELINE, make
 root = Path(sys.argv[1])
 make(root, PIPELINE)
-for loaded in engine.variants(Project(root, load(root / "params.yaml"))):
+for loaded in engine.variants(open_project(root / "params.yaml")):
     engine.complete(loaded, "The currency of Bulgaria is the")
 """
 

@@ -24,14 +24,14 @@ from pipeline.inference.engine import load
 from pipeline.inference.score import score
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.params.sections import Quantization
-from pipeline.project.params.sections import load as load_params
 from pipeline.project.runner import run
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.project.stage_graph import Project
 from pipeline.stages.sweep import sweep
+from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import families
 from tests.helpers.process import Forked
-from tests.helpers.projects import LORA, WORK, folder_bytes, make, new_project, played, refusal
+from tests.helpers.projects import LORA, STAGES, WORK, folder_bytes, make, new_project, played, refusal
 from tests.pipeline.adapters.test_peft_interop import randomized
 
 EVERY, KILLED = 2, 6  # steps between checkpoints; the step that a killed run does not take
@@ -182,7 +182,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def project(root: Path, method: str, base: str) -> Project:
-    return Project(root, load_params(root / "params.yaml", overrides(method, base)))
+    return open_project(root / "params.yaml", overrides(method, base))
 
 
 def overrides(method: str, base: str) -> Arguments:

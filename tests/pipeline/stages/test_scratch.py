@@ -15,11 +15,10 @@ from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.logs.run_log import read_steps
-from pipeline.project.params.sections import load
 from pipeline.project.runner import Note, Progress, run
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, new_project
-from tests.helpers.projects import BRIEF, WORK, folder_bytes, make, make_one
+from tests.helpers.projects import BRIEF, STAGES, WORK, folder_bytes, load, make, make_one
 
 FOLDER = "artifacts/from_scratch"
 STILL = ["scratch.epochs=1", "scratch.learning_rate=1e-12"]  # so small a rate leaves the weights as they began
@@ -97,9 +96,7 @@ def test_a_run_that_stops_goes_on_and_ends_with_the_same_bytes(real: Path) -> No
     expected = folder_bytes(real / FOLDER)
     shutil.rmtree(real / "runs/scratch")
     shutil.rmtree(real / ".lora-cache")
-    events = run(
-        Project(real, load(real / "params.yaml", given)), STAGES["scratch"], WORK["scratch"], checkpoint_every=5
-    )
+    events = run(open_project(real / "params.yaml", given), STAGES["scratch"], WORK["scratch"], checkpoint_every=5)
     next(event for event in events if isinstance(event, Progress) and event.done == 13)
     events.close()
     _, seen = make_one(real, "scratch", given)

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.data.examples import read_prompts
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
-from pipeline.project.params.sections import load
 from pipeline.project.runner import run
-from pipeline.project.stage_graph import STAGES, VARIANTS, Project
+from pipeline.project.stage_graph import VARIANTS
 from pipeline.stages.finetune import finetune
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, make, make_one
+from pipeline.workbench import open_project
+from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, STAGES, make, make_one
 
 
 def read(path: Path) -> Any:
@@ -194,7 +194,7 @@ def test_an_update_near_the_rounding_of_its_weights_is_merged(project: Path, tin
 
 def test_an_input_that_changes_while_a_stage_runs_is_refused_and_not_cached(project: Path) -> None:
     data = project / "data/finetune.de.txt"
-    events = run(Project(project, load(project / "params.yaml", BRIEF)), STAGES["finetune_full"], finetune, force=True)
+    events = run(open_project(project / "params.yaml", BRIEF), STAGES["finetune_full"], finetune, force=True)
     next(events)
     text = data.read_text(encoding="utf-8")
     data.write_text(text + "der wind weht im winter\n", encoding="utf-8")

@@ -19,16 +19,16 @@ from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import read_steps
-from pipeline.project.params.sections import FinetuneLora, load
+from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Job, Note
-from pipeline.project.stage_graph import STAGES, Project
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.retention import COMPLETION, RetentionLoss, retain_of
 from pipeline.training.step import gradient
+from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, new_project
-from tests.helpers.projects import make, played
+from tests.helpers.projects import STAGES, make, played
 from tests.helpers.real import listed, loss_alone, run_stage, stock, toy, trained, windows_of
 
 LENGTHS = (7, 2, 12, 5)
@@ -190,7 +190,7 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     lines = [{"prompt": prompts[0]}, {"text": "The yen."}, {"prompt": prompts[1]}]
     (project / "data/mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     overrides = ["finetune_lora.retain=data/mine.jsonl", "finetune_lora.retain_weight=1"]
-    whole = Project(project, load(project / "params.yaml", overrides))
+    whole = open_project(project / "params.yaml", overrides)
     folder = project / "artifacts/expanded"
     job = Job(whole, STAGES["finetune_lora"], project / "out", project / "runs", "", 100)
     found, notes = played(retain_of(job, whole.params.finetune_lora, load_base(folder)))

@@ -23,15 +23,15 @@ from pipeline.inference.catalog import adapters, check, describe
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.params.grid import variants
-from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, load
+from pipeline.project.params.sections import FinetuneLora, FinetuneSweep
 from pipeline.project.runner import Note, run
-from pipeline.project.stage_graph import STAGES, Project
 from pipeline.stages.sweep import sweep
 from pipeline.training.optimizer import BatchedAdam
+from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES
 from tests.helpers.families import new_project as family_project
 from tests.helpers.process import Forked
-from tests.helpers.projects import BRIEF, LORA, folder_bytes, make, make_one, new_project, played
+from tests.helpers.projects import BRIEF, LORA, STAGES, folder_bytes, load, make, make_one, new_project, played
 
 STAGE = STAGES["finetune_sweep"]
 WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +41,7 @@ Grid = Mapping[str, Sequence[Any]]
 def swept(root: Path, grid: Grid, overrides: Sequence[str] = (), **options: Any) -> tuple[dict[str, Any], list[Any]]:
     """Run the sweep in this process; returns its manifest and its events."""
     given = [*overrides, f"finetune_sweep.grid={json.dumps(grid)}"]
-    return played(run(Project(root, load(root / "params.yaml", given)), STAGE, sweep, **options))
+    return played(run(open_project(root / "params.yaml", given), STAGE, sweep, **options))
 
 
 def alone(root: Path, own: FinetuneLora, overrides: Sequence[str]) -> Path:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.models.load import Base, load_base
 from pipeline.project.logs.run_log import Step, epoch_means, read_steps
-from pipeline.project.params.sections import Params, Quantization, Training, load
+from pipeline.project.params.sections import Params, Quantization, Training
 from pipeline.training import optimizer as optimizers
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import LARGEST_SCALE, FlatAdam
 from tests.helpers.families import FAMILIES, new_project
-from tests.helpers.projects import make
+from tests.helpers.projects import load, make
 from tests.helpers.real import listed, steps_of, toy, trained, windows_of, with_lora
 
 LENGTHS = (5, 9, 2, 14, 7, 3)

@@ -17,15 +17,14 @@ from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import Step, read_steps
-from pipeline.project.params.sections import load
 from pipeline.project.runner import Progress, checkpoints, run
-from pipeline.project.stage_graph import STAGES, Project
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.schedule import rate
+from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, TEXTS, new_project
 from tests.helpers.process import Forked
-from tests.helpers.projects import LORA, WORK, folder_bytes, make
+from tests.helpers.projects import LORA, STAGES, WORK, folder_bytes, load, make
 from tests.helpers.real import run_stage
 
 STAGE, FOLDER = "finetune_lora", "artifacts/lora_adapter"
@@ -74,7 +73,7 @@ def project(expanded: Path, tmp_path: Path) -> Path:
 
 def stopped_after(root: Path, overrides: list[str], last: int, every: int) -> None:
     """Run the stage with a checkpoint each `every` steps, and let it die after step `last`."""
-    project = Project(root, load(root / "params.yaml", overrides))
+    project = open_project(root / "params.yaml", overrides)
     events = run(project, STAGES[STAGE], WORK[STAGE], checkpoint_every=every)
     next(event for event in events if isinstance(event, Progress) and event.done == last)
     events.close()

@@ -13,7 +13,11 @@ from textual.message import Message
 from textual.widgets import Input, Static
 
 from pipeline.adapters.folder import CONFIG
+from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
+from pipeline.project.params.sections import Params
+from pipeline.project.stage_graph import Project
+from pipeline.workbench import GRAPH, open_project
 from tui.dialogs.path import PathScreen
 from tui.screens.adapters.session.catalog import Entry, Library, documents
 from tui.screens.adapters.session.request_queue import MOST
@@ -61,7 +65,7 @@ class BrowseScreen(WorkbenchScreen):
     def __init__(self) -> None:
         super().__init__()
         self.add_class("-none")
-        self.library = Library(self.workbench.root)
+        self.library = Library(_project(self.workbench.params_path))
         self.scanner = Scanner(
             self.library, lambda found: self.post_message(Found(found)), lambda one: self.post_message(Checked(one))
         )
@@ -244,3 +248,11 @@ class BrowseScreen(WorkbenchScreen):
             return
         self.workbench.remember()
         self.look()
+
+
+def _project(params: Path) -> Project:
+    """The project of a params file, with the default settings where that cannot be read: the models are there."""
+    try:
+        return open_project(params)
+    except (UserError, OSError):
+        return Project(params.parent, Params(), GRAPH)

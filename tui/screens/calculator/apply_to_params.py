@@ -10,26 +10,26 @@ from pipeline.calc.sources.open_model import built_in, open_model
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project.params.sections import Params, Precision, Quantization
-from pipeline.project.stage_graph import STAGES
+from pipeline.project.stage_graph import STAGES, Project
 from tui.screens.calculator.model import CalculatorQuery, Result
 
 MINIGPT = "MiniGPT"
 
 
-def asked_for(params: Params, root: Path) -> CalculatorQuery:
+def asked_for(project: Project) -> CalculatorQuery:
     """What `finetune_lora` trains, as the trainer does it: the project's model, one batch after the other.
 
     Raises UserError if the base is nothing that there could be.
     """
-    lora, imports = params.finetune_lora, params.pretrain.imports
+    lora, imports = project.params.finetune_lora, project.params.pretrain.imports
     longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]  # none: as long as suits the model
     return CalculatorQuery(
-        model=_model(params, root),
+        model=_model(project),
         rank=str(lora.rank),
         alpha=f"{lora.alpha:g}",
         targets=", ".join(lora.target_modules),
         embeddings=lora.train_embeddings,
-        new_rows=str(_new_rows(root)),
+        new_rows=str(_new_rows(project)),
         precision=lora.precision if lora.quantization == "none" else lora.quantization,
         adapter_precision=lora.adapter_precision,
         batch=str(lora.batch_size),
@@ -40,29 +40,33 @@ def asked_for(params: Params, root: Path) -> CalculatorQuery:
     )
 
 
-def trained_model(params: Params, root: Path) -> tuple[str, Architecture]:
+def trained_model(project: Project) -> tuple[str, Architecture]:
     """The model that this project trains: as messages call it, and its shapes. Reads files. Raises UserError."""
-    if not params.pretrain.imports:
-        return MINIGPT, built_in("minigpt").shapes
-    return params.pretrain.base, open_model(_model(params, root)).shapes
+    pretrain = project.params.pretrain
+    return (
+        (pretrain.base, open_model(_model(project)).shapes)
+        if pretrain.imports
+        else (MINIGPT, built_in("minigpt").shapes)
+    )
 
 
-def _model(params: Params, root: Path) -> str:
+def _model(project: Project) -> str:
     """What the calculator opens for it: what the pipeline has made of the base, else the base."""
-    if not params.pretrain.imports:
+    pretrain = project.params.pretrain
+    if not pretrain.imports:
         return "minigpt"
-    for folder in _made(params, root):
+    for folder in _made(project):
         return str(folder)
-    source = base_model.named(params.pretrain.base, root)
+    source = base_model.named(pretrain.base, project.home("pretrain").root)
     return str(source.path) if source.is_local else source.hub_id
 
 
-def _made(params: Params, root: Path) -> Iterator[Path]:
+def _made(project: Project) -> Iterator[Path]:
     """The checkpoints that were made of this base, the expanded one first."""
-    base, expanded = (root / STAGES[stage].path for stage in ("pretrain", "expand_vocab"))
+    base, expanded = map(project.artifact, ("pretrain", "expand_vocab"))
     try:
         imported = artifact.read_manifest(base)
-        if imported["params"]["base"] != base_model.shared_name(params.pretrain.base):
+        if imported["params"]["base"] != base_model.shared_name(project.params.pretrain.base):
             return
         made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
         if made_from.get(STAGES["pretrain"].path) == artifact.sealed_digest(imported):
@@ -72,10 +76,10 @@ def _made(params: Params, root: Path) -> Iterator[Path]:
         return
 
 
-def _new_rows(root: Path) -> int:
+def _new_rows(project: Project) -> int:
     """How many rows expand_vocab added; 1 where that is not known."""
     try:
-        start, stop = artifact.read_manifest(root / STAGES["expand_vocab"].path)["new_rows"]
+        start, stop = artifact.read_manifest(project.artifact("expand_vocab"))["new_rows"]
         return max(int(stop) - int(start), 1)
     except (UserError, KeyError, TypeError, ValueError):
         return 1

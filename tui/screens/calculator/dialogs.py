@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from pipeline.calc.explain import explain
-from pipeline.document.claims.check import MARKS, calculated, summary, titled
+from pipeline.workbench import calculated_claims
 from tui.screens.calculator.model import Result
 
 COLORS = {"holds": "green", "differs": "bold red", "depends": "yellow"}
@@ -36,14 +36,14 @@ class Reader(ModalScreen[None]):
 
 def document_table() -> Reader:
     """The claims that the calculator decides: what the document says, what is exact, and why where they differ."""
-    found = calculated()
+    summary, found = calculated_claims()
     rows = Table("", "claim", "document", "exact", "", box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for row in found:
-        shown, mark = row["shown"], Text(MARKS[row["verdict"]], COLORS[row["verdict"]])
-        rows.add_row(titled(row["section"]), Text(row["quote"]), Text(shown["says"]), Text(shown["measured"]), mark)
+        shown, mark = row["shown"], Text(row["mark"], COLORS[row["verdict"]])
+        rows.add_row(row["title"], Text(row["quote"]), Text(shown["says"]), Text(shown["measured"]), mark)
         if row["verdict"] != "holds":
             rows.add_row("", Text(row["why"], "dim italic"))
-    return Reader(Text(f"{summary(found)}. `lora claims` has all of the document's.\n", "bold"), rows)
+    return Reader(Text(f"{summary}. `lora claims` has all of the document's.\n", "bold"), rows)
 
 
 def formulas(result: Result) -> Reader:

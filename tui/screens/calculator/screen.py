@@ -18,7 +18,7 @@ from pipeline.calc.fit import changes, largest
 from pipeline.calc.sources.open_model import hub_ids, open_model
 from pipeline.errors import UserError
 from pipeline.project.params import edit
-from pipeline.project.params.sections import load
+from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import WorkbenchScreen
 from tui.screens.calculator.apply_to_params import asked_for, differences, settings_of, trained_model
 from tui.screens.calculator.form import CalcForm
@@ -200,7 +200,7 @@ class CalculatorScreen(WorkbenchScreen):
 
     def action_load(self) -> None:
         try:
-            self.form.fill(asked_for(load(self.workbench.params_path), self.workbench.root))
+            self.form.fill(asked_for(open_project(self.workbench.params_path)))
             self._fetch()
         except (UserError, OSError) as error:
             self.workbench.fail(error)
@@ -212,16 +212,17 @@ class CalculatorScreen(WorkbenchScreen):
             return
         from tui.screens.calculator.dialogs import Confirm
 
-        path = self.workbench.params_path
         try:
-            asked, result, params = self.form.asked, self.result, load(path)
+            asked, result, project = self.form.asked, self.result, open_project(self.workbench.params_path)
             assert result is not None
-            model = await asyncio.to_thread(trained_model, params, self.workbench.root)
-            changed = differences(params, settings_of(asked, result, params, model))
+            model = await asyncio.to_thread(trained_model, project)
+            values = settings_of(asked, result, project.params, model)
+            path = project.home(next(iter(values)).partition(".")[0]).params_path
+            changed = differences(project.params, values)
             if not changed:
                 self.workbench.log_message(f"{path.name} says so already.")
             elif await self.app.push_screen_wait(Confirm(path.name, changed)):
-                edit.save(path, {key: new for key, (_, new) in changed.items()})
+                edit.save(path, {key: new for key, (_, new) in changed.items()}, GRAPH.sections)
                 self.workbench.log_message(f"{path.name}: {', '.join(changed)} written.")
         except (UserError, OSError) as error:
             self.workbench.fail(error)

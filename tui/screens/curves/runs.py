@@ -4,9 +4,10 @@ import asyncio
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.project.logs.runs import Run, discover_runs, stamp
+from pipeline.project.logs.runs import discover_runs, stamp
 from pipeline.project.palette import METHODS, Look, other
-from pipeline.project.params.sections import load
+from pipeline.project.stage_graph import Project
+from pipeline.workbench import open_project
 from tui.screens.curves.run_view import RunView
 
 
@@ -36,10 +37,11 @@ class Runs:
 
     async def rediscover(self) -> bool:
         """Look for runs again if there may be others; whether it did."""
-        now = stamp(self.root, self.params)
+        project = _project(self.params)
+        now = stamp(self.root, self.params, project)
         if now == self.stamp:
             return False
-        runs = await asyncio.to_thread(_discovered, self.root, self.params)
+        runs = await asyncio.to_thread(discover_runs, self.root, project)
         known, self.watched = self.watched, {}
         for run in runs:
             watched = known.get(str(run.place)) or RunView(run, self.smoothing)
@@ -73,9 +75,8 @@ class Runs:
         self.shown = self._followed if self._followed - methods else methods or set(last.values())
 
 
-def _discovered(root: Path, params: Path) -> list[Run]:
+def _project(params: Path) -> Project | None:
     try:
-        known = load(params)
+        return open_project(params)
     except UserError:  # the pipeline screen says what is wrong with it
-        known = None
-    return discover_runs(root, known)
+        return None

@@ -12,7 +12,7 @@ from textual.message import Message
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from pipeline.project.stage_graph import STAGES, Stage
+from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
 from tui.screens.pipeline.dag_layout import Layout, Place, layout
 
@@ -39,8 +39,8 @@ class DagPicture(Widget):
 
     DEFAULT_CSS = "DagPicture { height: auto; width: auto; }"
     states: reactive[Mapping[str, StageState]] = reactive(dict)
-    stages: reactive[Mapping[str, Stage]] = reactive(lambda: STAGES, layout=True)
-    chosen: reactive[str] = reactive("pretrain")
+    stages: reactive[Mapping[str, Stage]] = reactive(dict, layout=True)
+    chosen: reactive[str] = reactive("")
 
     @dataclass
     class Chosen(Message):
@@ -48,9 +48,10 @@ class DagPicture(Widget):
 
         stage: str
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Mapping[str, Stage]) -> None:
         super().__init__()
-        self._layout: Layout = pictured(STAGES)
+        self._layout: Layout = pictured(stages)
+        self.set_reactive(DagPicture.stages, stages)
 
     def watch_stages(self) -> None:
         self._layout = pictured(self.stages)
@@ -84,7 +85,9 @@ class DagPicture(Widget):
 
 def pictured(stages: Mapping[str, Stage]) -> Layout:
     """The DAG of what makes models, and below it a row of what measures them."""
-    made = layout({name: stage.needs for name, stage in stages.items() if not stage.is_measurement}, LABEL)
+    making = {name: stage for name, stage in stages.items() if not stage.is_measurement}
+    needs = {name: [need for need in stage.needs if need in making] for name, stage in making.items()}
+    made = layout(needs, LABEL) if needs else Layout({}, {}, 0, 0)
     measuring = {name: stage for name, stage in stages.items() if stage.is_measurement}
     if not measuring:
         return made

@@ -1,6 +1,6 @@
 """Pipeline: the DAG and the state of each stage; its params, its log, what it changed; run and stop."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from shutil import disk_usage
 from typing import ClassVar
@@ -14,9 +14,10 @@ from textual.widgets import OptionList, Static
 
 from pipeline.errors import UserError
 from pipeline.project.logs.metrics_diff import Change, since_commit
-from pipeline.project.params import edit, sections
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.project.params import edit
+from pipeline.project.stage_graph import STAGES, Project, Stage
 from pipeline.project.status import StageState, Status, project_signature
+from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
 from tui.screens.pipeline.dag_view import DagPicture
 from tui.screens.pipeline.log_panel import LogView
@@ -26,6 +27,7 @@ from tui.screens.pipeline.stage_list import StageList
 from tui.services.pipeline_process import Running
 
 TICK = 0.4  # seconds between two looks at the files
+EVALUATION = STAGES["evaluate"].path
 PANES = {"params": "Params", "log": "Log", "metrics": "Metrics"}
 ROOM = 2**20  # bytes; with fewer, a disk is full
 AROUND, PANE, LEAST, LINES = 2, 8, 6, 3  # rows of the bar and the keys; of a pane, at least; of the list
@@ -49,7 +51,8 @@ class PipelineScreen(WorkbenchScreen):
         self.status = Status()
         self.project: Project | None = None
         self.states: dict[str, StageState] = {}
-        self.chosen = next(iter(STAGES))
+        self.stages = _stages(self.workbench.params_path)
+        self.chosen = next(iter(self.stages))
         self.problem = ""  # of the params file as it is now; the project is then of the last good one
         self._seen: tuple[object, object] | None = None  # of the params file and of all else, as they were looked at
         self._compared: object = None  # and that of the metrics
@@ -60,8 +63,8 @@ class PipelineScreen(WorkbenchScreen):
 
     def body(self) -> Iterable[Widget]:
         yield Static(id="problem", markup=False)
-        yield DagPicture()
-        yield StageList(id="stages")
+        yield DagPicture(self.stages)
+        yield StageList(self.stages, id="stages")
         with Container(id="panes"):
             with Vertical(id="params", classes="pane"):
                 yield ParamForm(self.workbench.params_path.name)
@@ -120,7 +123,7 @@ class PipelineScreen(WorkbenchScreen):
         project, problem = self.project, self.problem
         if project is None or self._seen is None or seen is None or seen[0] != self._seen[0]:
             try:
-                project, problem = Project(self.workbench.root, sections.load(self.workbench.params_path)), ""
+                project, problem = open_project(self.workbench.params_path), ""
             except (UserError, OSError) as error:
                 problem = str(error)
         states: dict[str, StageState] = {}
@@ -144,9 +147,12 @@ class PipelineScreen(WorkbenchScreen):
             await self._show_stage()
 
     def _show_stages(self, project: Project) -> None:
-        """Those that mean something for the project's base."""
-        self.query_one(StageList).keep(project.stages)
-        self.query_one(DagPicture).stages = project.stages
+        """The project's stages, and its parent's."""
+        self.stages = project.readable
+        if self.chosen not in self.stages and self.stages:
+            self.chosen = next(iter(self.stages))
+        self.query_one(StageList).keep(self.stages)
+        self.query_one(DagPicture).stages = self.stages
 
     def _show_one(self, state: StageState) -> None:
         if self.query(DagPicture) and not self.states:
@@ -168,7 +174,7 @@ class PipelineScreen(WorkbenchScreen):
         self._seen = None if first else seen
         banner = self.query_one("#problem", Static)
         banner.display = bool(problem)
-        banner.update(f"✗ {problem}\nWhat stands below is as before it broke." if project else f"✗ {problem}")
+        banner.update(f"✗ {problem}\nShowing the last valid state." if project else f"✗ {problem}")
         if project:
             self._show_stages(project)
         self.query_one(DagPicture).states = states
@@ -179,11 +185,17 @@ class PipelineScreen(WorkbenchScreen):
     async def _show_stage(self) -> None:
         """The panes of the chosen stage."""
         self.query_one(DagPicture).chosen = self.chosen
-        if self.project:
-            await self.query_one(ParamForm).show(self.chosen, self.project.section(STAGES[self.chosen]))
+        if self.project and self.chosen in self.stages:
+            await self.query_one(ParamForm).show(
+                self.chosen, self._home(self.project).section(self.stages[self.chosen])
+            )
         self.query_one("#params").border_title = f"Params of {self.chosen}"
         self.query_one("#log").border_title = f"Log of {self.chosen}, output of the pipeline"
         self.query_one("#said", Static).update(self._said())
+
+    def _home(self, project: Project) -> Project:
+        """The project that the chosen stage is of: this one or its parent."""
+        return project.home(self.chosen)
 
     def _said(self) -> str:
         """Why the chosen stage is as it is, and what it said in its last run, whoever ran it."""
@@ -199,7 +211,7 @@ class PipelineScreen(WorkbenchScreen):
         return "\n".join(lines)
 
     def _compare(self) -> None:
-        path = self.workbench.root / STAGES["evaluate"].path / "metrics.json"
+        path = (self.project or self.workbench).root / EVALUATION / "metrics.json"
         try:
             stats = [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat(), (self.workbench.root / ".git").stat())]
         except OSError:
@@ -246,12 +258,13 @@ class PipelineScreen(WorkbenchScreen):
     @on(ParamForm.Saved)
     def _save(self, event: ParamForm.Saved) -> None:
         try:
-            edit.save(self.workbench.params_path, {event.key: event.value})
+            path = self._home(self.project).params_path if self.project else self.workbench.params_path
+            edit.save(path, {event.key: event.value}, GRAPH.sections)
         except (UserError, OSError) as error:
             self.workbench.fail(error)
             return
         value = ", ".join(map(str, event.value)) if isinstance(event.value, list) else written(event.value)
-        self.workbench.log_message(f"{event.key}: {value or 'nothing'} is in {self.workbench.params_path.name}.")
+        self.workbench.log_message(f"{event.key}: {value or 'nothing'} is in {path.name}.")
         self.tick()
 
     def action_leave(self) -> None:
@@ -279,9 +292,14 @@ class PipelineScreen(WorkbenchScreen):
 
     def action_run_stage(self, force: bool = False) -> None:
         """The chosen stage alone, once all that it reads is there."""
-        root = self.workbench.root
-        needs = self.project.needs(STAGES[self.chosen]) if self.project else []
-        missing = [need for need in needs if not (root / STAGES[need].path).is_dir()]
+        project, missing = self.project, list[str]()
+        if project:
+            try:
+                needs = project.needs(project.stage(self.chosen))
+            except UserError as error:
+                self.workbench.fail(error)
+                return
+            missing = [need for need in needs if not project.artifact(need).is_dir()]
         if missing:
             self.workbench.log_message(
                 f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning"
@@ -322,3 +340,11 @@ class PipelineScreen(WorkbenchScreen):
             )
         else:
             self.workbench.log_message("The pipeline ended; its log (l) says how.", "warning")
+
+
+def _stages(params: Path) -> Mapping[str, Stage]:
+    """What is shown before the first look: the project's stages, or the product's where its params cannot be read."""
+    try:
+        return open_project(params).readable or STAGES
+    except (UserError, OSError):
+        return STAGES

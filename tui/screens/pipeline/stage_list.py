@@ -1,6 +1,6 @@
 """A line for each stage: its state, why, and while it runs how far it is."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from rich.text import Text
@@ -20,7 +20,7 @@ BAR = 8  # cells of a progress bar
 
 
 class StageList(OptionList):
-    """The stages in the DAG's order; option ids are their names."""
+    """The stages that a project can read, in the DAG's order; option ids are their names."""
 
     DEFAULT_CSS = """
     StageList { height: auto; border: none; padding: 0; background: transparent; }
@@ -28,13 +28,13 @@ class StageList(OptionList):
     StageList:focus { border: none; }
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(*(Option(_line(name, None), id=name) for name in STAGES), compact=True, **options)
+    def __init__(self, stages: Iterable[str], **options: Any) -> None:
+        super().__init__(*(Option(_line(name, None), id=name) for name in stages), compact=True, **options)
         self._shown: dict[str, Text] = {}
         self._states: dict[str, str] = {}
 
     def keep(self, stages: Collection[str]) -> None:
-        """Only these, in their order: the others mean nothing for the project's base."""
+        """Only these, in their order."""
         if [option.id for option in self.options] == list(stages):
             return
         chosen = self.highlighted_option
@@ -48,7 +48,8 @@ class StageList(OptionList):
 
     def show(self, states: Mapping[str, StageState]) -> None:
         """Redraw the lines that are new; a stage that has begun to run scrolls into view, the cursor stays."""
-        for name, state in states.items():
+        there = {option.id for option in self.options}
+        for name, state in ((name, state) for name, state in states.items() if name in there):
             line = _line(name, state)
             if self._shown.get(name) != line:
                 self._shown[name] = line

@@ -13,6 +13,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.data.examples import read_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import as_window
+from pipeline.document.params import StudyTrajectory
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
 from pipeline.models.base import CausalLM
@@ -53,7 +54,7 @@ class Landscape:
 
 def sentences(job: Job, loaded: LoadedModel) -> list[Batch]:
     """The fact correction's sentences whole, as the model reads them. Raises UserError."""
-    name = job.project.params.study_trajectory.data
+    name = job.project.params.of(StudyTrajectory).data
     model = loaded.model
     encoded = [encode(e, loaded.tokenizer, 0, model.shape.positions) for e in read_examples(job.path(name), name)]
     return list(to_model_device(model, [collate([as_window(one) for one in encoded])]))

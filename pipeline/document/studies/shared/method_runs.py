@@ -24,7 +24,7 @@ class Method:
 
     def run(self, name: str, params: Params, seed: int, **more: Any) -> Run:
         """Its training with one seed and `more` of its section, all else as the params say."""
-        own = getattr(params, self.stage)
+        own = params.section(self.stage)
         changes = {"learning_rate": own.learning_rate * self.faster, **self.changes, **more}
         section: Any = replace(own, seed=seed, **changes)
         work = scratch if self.stage == "scratch" else finetune

@@ -19,7 +19,7 @@ from pipeline.models.base import CausalLM
 from pipeline.project.params.grid import variants
 from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, Training
 from pipeline.project.runner import Event, Job, Note, Progress, Work
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.project.stage_graph import STAGES
 from pipeline.stages.finetune import prepare
 from pipeline.stages.sweep import sweep
 from pipeline.training.loop import Diverged, NotFinite, TrainingTask, steps, train
@@ -156,7 +156,7 @@ def _named(job: Job, run: Run) -> Iterator[None]:
 
 def _part(job: Job, run: Run) -> Job:
     stage = STAGES[run.stage]
-    project = Project(job.project.root, replace(job.project.params, **run.sections))
+    project = replace(job.project, params=job.project.params.replaced(run.sections))
     folder = job.run / PARTS / run.name
     known = {
         **job.known,

@@ -18,11 +18,12 @@ from textual.widgets import Input
 from pipeline.files import artifact, digest_cache
 from pipeline.files.digest_cache import DigestStore
 from pipeline.inference.catalog import check
-from pipeline.project.params.edit import save
-from pipeline.project.stage_graph import VARIANTS
+from pipeline.project.params.sections import Params
+from pipeline.project.stage_graph import VARIANTS, Project
 from tests.helpers.checkpoints import sealed_copies
 from tests.helpers.fake_engine import DEATH, FakeInference
 from tests.helpers.pilot import until
+from tests.helpers.projects import save
 from tui.app import Workbench
 from tui.dialogs.path import PathScreen
 from tui.screens.adapters.sampling_dialog import SamplingScreen
@@ -780,7 +781,7 @@ def test_the_next_start_hashes_nothing_again(tmp_path: Path, monkeypatch: pytest
     sealed_copies(tmp_path, 3)
 
     def start() -> list[Entry]:
-        library = Library(tmp_path)
+        library = Library(Project(tmp_path, Params()))
         return list(library.check_all(library.scan()))
 
     first = start()

@@ -18,11 +18,10 @@ from pipeline.calc.fit import changes, gpus, largest
 from pipeline.calc.report import answer
 from pipeline.calc.settings import CONTEXT, LORA, FinetuningMethod, TrainingConfig, parse_method, parse_training_config
 from pipeline.calc.sources.open_model import built_in, entry, names, open_model
-from pipeline.project.params.edit import save
-from pipeline.project.params.sections import load
+from pipeline.workbench import open_project
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
-from tests.helpers.projects import make
+from tests.helpers.projects import load, make, save
 from tui.app import Workbench
 from tui.screens.calculator.apply_to_params import asked_for, trained_model
 from tui.screens.calculator.dialogs import Confirm, Reader
@@ -510,16 +509,16 @@ def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> N
     path = toy / "params.yaml"
     (toy / "data/tiny.txt").write_text("The euro.\n", encoding="utf-8")
     save(path, {"expand_vocab.audit_data": "data/tiny.txt", "expand_vocab.tokens": ["zloty", "koruna"]})
-    assert asked_for(load(path), toy).model == str(toy / "models/toy")
+    assert asked_for(open_project(path)).model == str(toy / "models/toy")
     make(toy, ["pretrain"])
-    assert asked_for(load(path), toy).model == str(toy / "artifacts/base")
+    assert asked_for(open_project(path)).model == str(toy / "artifacts/base")
     make(toy, ["expand_vocab"])
-    asked = asked_for(load(path, ["finetune_lora.train_embeddings=new_rows"]), toy)
+    asked = asked_for(open_project(path, ["finetune_lora.train_embeddings=new_rows"]))
     assert (asked.model, asked.new_rows) == (str(toy / "artifacts/expanded"), "2")
-    assert trained_model(load(path), toy)[1].total > open_model(str(toy / "models/toy")).shapes.total - 1
+    assert trained_model(open_project(path))[1].total > open_model(str(toy / "models/toy")).shapes.total - 1
     make(toy, ["pretrain"], ["pretrain.dtype=bf16"])  # what was expanded is another's now
-    assert asked_for(load(path), toy).model == str(toy / "artifacts/base")
-    assert asked_for(load(path, ["pretrain.base=some/model"]), toy).model == "some/model"
+    assert asked_for(open_project(path)).model == str(toy / "artifacts/base")
+    assert asked_for(open_project(path, ["pretrain.base=some/model"])).model == "some/model"
 
 
 @pytest.mark.parametrize("when", ["before", "while it is confirmed"])

@@ -15,6 +15,7 @@ from textual.widgets import Input, RadioButton, Static
 from textual.widgets._footer import FooterKey
 
 from pipeline.project.logs.run_log import read_steps
+from pipeline.project.logs.runs import discover_runs
 from tests.helpers.pilot import until
 from tests.helpers.run_folders import HEADER, hold, journal, lines, measured, write_measured, write_methods, write_run
 from tui.app import Workbench
@@ -118,8 +119,8 @@ async def test_until_the_first_look_is_done_nothing_is_said_and_the_chart_keeps_
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a slow disk, the layout is there before the runs: it took the chart for one that has none."""
-    look, seen = runs._discovered, threading.Event()
-    monkeypatch.setattr(runs, "_discovered", lambda *of: seen.wait(30) and look(*of))
+    look, seen = discover_runs, threading.Event()
+    monkeypatch.setattr(runs, "discover_runs", lambda *of: seen.wait(30) and look(*of))
     app = Workbench(root / "params.yaml")
     async with app.run_test() as pilot:
         await pilot.press("2")

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.project.stage_graph import STAGES
+from tests.helpers.projects import STAGES
 from tui.screens.pipeline.dag_layout import Layout, layout
 from tui.screens.pipeline.dag_view import pictured
 

@@ -21,12 +21,11 @@ from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
 from pipeline.files import artifact
-from pipeline.project.params.edit import save
-from pipeline.project.params.sections import FinetuneFull, Params, load
-from pipeline.project.stage_graph import STAGES
+from pipeline.project.params.sections import FinetuneFull, Params
+from pipeline.project.stage_graph import Project
 from pipeline.project.status import StageState, Status
 from tests.helpers.pilot import until
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, make
+from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, load, make, save
 from tui.app import Workbench
 from tui.screens.pipeline.dag_view import DagPicture
 from tui.screens.pipeline.log_panel import LINES, LogView
@@ -103,10 +102,13 @@ async def test_an_empty_project_says_what_is_missing_and_what_to_press(empty: Pa
 async def test_stages_side_by_side_leave_the_panes_their_rows_and_the_list_scrolls(
     empty: Path, monkeypatch: pytest.MonkeyPatch, more: int
 ) -> None:
-    for name in ("finetune_another", "finetune_a_third", "finetune_a_fourth")[:more]:
-        monkeypatch.setitem(STAGES, name, replace(STAGES["finetune_full"], name=name))
+    others = ("finetune_another", "finetune_a_third", "finetune_a_fourth")[:more]
+    stages_of = {**STAGES, **{name: replace(STAGES["finetune_full"], name=name) for name in others}}
+    for name in others:
+        monkeypatch.setitem(STAGES, name, stages_of[name])
         monkeypatch.setattr(Params, name, FinetuneFull(), raising=False)
-    monkeypatch.setattr(Status, "of", lambda *_: {n: StageState(s, "missing", (), None) for n, s in STAGES.items()})
+    monkeypatch.setattr(Project, "readable", stages_of)
+    monkeypatch.setattr(Status, "of", lambda *_: {n: StageState(s, "missing", (), None) for n, s in stages_of.items()})
     async with opened(empty) as (pilot, screen):
         picture, stages, panes = screen.query_one(DagPicture), screen.query_one(StageList), screen.query_one("#panes")
         for size in ((80, 24), (80, 20), (60, 16)):
@@ -115,7 +117,7 @@ async def test_stages_side_by_side_leave_the_panes_their_rows_and_the_list_scrol
             assert picture.display == (size[1] >= 20 + more), size
             assert not picture.display or (picture.region.width <= 80 and picture.region.height == 8 + more), size
             assert panes.region.height >= 6 and panes.region.bottom == size[1] - 1, size
-            for number in (len(STAGES) - more - 1, 0):  # evaluate, then the first
+            for number in (len(stages_of) - more - 1, 0):  # evaluate, then the first
                 stages.highlighted = number
                 await pilot.pause()
                 assert stages.scroll_offset.y <= number < stages.scroll_offset.y + stages.size.height, size

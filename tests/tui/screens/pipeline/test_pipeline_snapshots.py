@@ -9,9 +9,9 @@ from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
 from pipeline.project.logs.run_state import Journal
-from pipeline.project.stage_graph import STAGES
 from pipeline.project.status import StageState, State, Status
 from tests.helpers.pilot import until
+from tests.helpers.projects import STAGES
 from tui.app import Workbench
 from tui.screens.pipeline.screen import PipelineScreen
 

@@ -1,5 +1,6 @@
 """The models in some folders: what was read of each and what was found when it was checked, kept while files stay."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -23,7 +24,7 @@ from pipeline.inference.catalog import (
     measured,
     model_folders,
 )
-from pipeline.project.stage_graph import STAGES, VARIANTS
+from pipeline.project.stage_graph import ARTIFACTS, Project
 
 # Side by side, from left to right.
 ORDER = ("pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
@@ -58,11 +59,13 @@ class Surroundings:
 
 
 class Library:
-    """Finds and checks models. Every method reads files: call it from a thread, but `usual`."""
+    """Finds and checks models, a project's and its parent's. Every method reads files: call it from a thread, but
+    `project_variants`."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.folders: list[Path] = [root / "artifacts"]
+    def __init__(self, project: Project) -> None:
+        self.project, self.root = project, project.root
+        self._artifacts = [one.root / ARTIFACTS for one in (project, project.parent) if one]
+        self.folders: list[Path] = list(self._artifacts)
         self._models: dict[Path, tuple[Signature, Model]] = {}
         self._places: dict[Path, int] = {}  # folder that models lie in → when it was modified (ns)
         self._verdicts: dict[Path, tuple[Stamp, VerificationResult]] = {}
@@ -70,7 +73,7 @@ class Library:
 
     def project_variants(self) -> dict[Path, str]:
         """Folder → name of the models that the pipeline makes."""
-        return {self.root / STAGES[adapter or base].path: name for name, (base, adapter) in VARIANTS.items()}
+        return {self.project.artifact(pair[1] or pair[0]): name for name, pair in self.project.variants.items()}
 
     def label(self, path: Path) -> str:
         """A short name: the pipeline's own, or where it lies in the folder that it was found in."""
@@ -79,7 +82,7 @@ class Library:
         for folder in self.folders:
             if path.is_relative_to(folder):
                 inside = path.relative_to(folder)
-                return str(inside if folder == self.root / "artifacts" else folder.name / inside)
+                return str(inside if folder in self._artifacts else folder.name / inside)
         return str(path)
 
     def scan(self) -> Iterator[Entry]:
@@ -92,8 +95,9 @@ class Library:
             known = self._models.get(path)
             model = known[1] if known and known[0] == now else describe(path)
             models[path] = now, model
-            shown = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-            yield Entry(self.label(path), model, self._known(path, self._stamp(model, around)), str(shown))
+            ours = any(path.is_relative_to(folder) for folder in (self.root, *self._artifacts))
+            shown = os.path.relpath(path, self.root) if ours else str(path)
+            yield Entry(self.label(path), model, self._known(path, self._stamp(model, around)), shown)
         self._models, self._places = models, places
 
     def changed(self) -> bool:

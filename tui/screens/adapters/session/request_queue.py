@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.inference.catalog import REFUSED
-from pipeline.project.params.sections import load
 from pipeline.project.stage_graph import ARTIFACTS
+from pipeline.workbench import open_project
 from tui.screens.adapters.session.catalog import Entry, Library, Stamp
 from tui.screens.adapters.session.sampling import Sampling
 from tui.screens.adapters.session.transcript import Answer
@@ -21,8 +21,10 @@ MOST = 9  # models that stay loaded, and that are asked side by side
 def trusts(params: Path, base: Path) -> bool:
     """Whether code that comes with a base may run: where params.yaml says so, and only of the project's own models."""
     try:
-        own = base.resolve().is_relative_to((params.parent / ARTIFACTS).resolve())
-        return own and load(params).pretrain.trust_remote_code
+        project = open_project(params)
+        folders = [one.root / ARTIFACTS for one in (project, project.parent) if one]
+        own = any(base.resolve().is_relative_to(folder.resolve()) for folder in folders)
+        return own and project.params.pretrain.trust_remote_code
     except UserError:  # the pipeline screen says what is wrong with it
         return False
 

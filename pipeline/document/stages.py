@@ -1,0 +1,79 @@
+"""The document's stages: studies, figures and claims, each a measurement of what the product's stages made."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.document import params
+from pipeline.project.stage_graph import STAGES as PRODUCT
+from pipeline.project.stage_graph import Stage
+
+PARENTS = ("pretrain", "expand_vocab")
+TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
+TRAINED = ("scratch", *TUNED)
+
+
+def _study(name: str, *data: str, needs: tuple[str, ...] = PARENTS, **more: Any) -> Stage:
+    """A study of the document's statements. It asks about MiniGPT unless `more` says otherwise."""
+    module, output = f"pipeline.document.studies.{name}", f"studies/{name}"
+    return Stage(f"study_{name}", module, output, "study", name, needs, data, **{"minigpt_only": True, **more})
+
+
+def _training_data(sections: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys that name what these stages learn from."""
+    return (*(f"{section}.data" for section in sections), "finetune_lora.retain")
+
+
+MEASUREMENTS = (
+    _study("fact_correction", "data", "retain", "prompts", "document"),
+    _study(
+        *("knowledge_correction", "data", "retain", "prompts", "old_data"),
+        extra_sections=("finetune_lora",),
+        minigpt_only=False,
+    ),
+    _study("trajectory", "data", "document"),
+    _study("methods", "old_data", "new_data", *_training_data(TRAINED), extra_sections=TRAINED),
+    _study("rank", "old_data", "new_data"),
+    _study("spectrum", "old_data", "new_data"),
+    _study("intrinsic_dimension", "data", "document"),
+    _study("quantization", "data", "document", "pretrain.data", needs=("pretrain",), extra_sections=("pretrain",)),
+    _study("forgetting", "old_data", "new_data", *_training_data(TUNED), extra_sections=TUNED),
+    Stage(
+        "figures",
+        "pipeline.document.figures.registry",
+        "figures",
+        "figures",
+        "figures",
+        needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
+        data=("study_trajectory.data", "study_trajectory.document"),
+        extra_sections=("study_trajectory",),
+        minigpt_only=True,
+    ),
+)
+CLAIMS = Stage(
+    "claims",
+    "pipeline.document.claims.stage",
+    "claims",
+    "claims",
+    "claims",
+    needs=(*PRODUCT, *(stage.name for stage in MEASUREMENTS)),
+    data=(
+        *("data", "pretrain.data", "finetune_lora.data", "finetune_lora.retain"),
+        *("study_fact_correction.data", "study_knowledge_correction.data"),
+    ),
+    minigpt_only=True,
+    compares=True,
+)
+STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MEASUREMENTS, CLAIMS)}
+SECTIONS: Mapping[str, type] = {
+    "study_fact_correction": params.StudyFactCorrection,
+    "study_knowledge_correction": params.StudyKnowledgeCorrection,
+    "study_trajectory": params.StudyTrajectory,
+    "study_methods": params.StudyMethods,
+    "study_rank": params.StudyRank,
+    "study_spectrum": params.StudySpectrum,
+    "study_intrinsic_dimension": params.StudyIntrinsicDimension,
+    "study_quantization": params.StudyQuantization,
+    "study_forgetting": params.StudyForgetting,
+    "figures": params.Figures,
+    "claims": params.Claims,
+}

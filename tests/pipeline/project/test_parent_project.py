@@ -1,0 +1,157 @@
+"""A project that builds on another: `project:` in its params file, as document/params.yaml has it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.project.logs.runs import discover_runs
+from pipeline.project.stage_graph import VARIANTS
+from pipeline.project.status import Status, outdated
+from pipeline.workbench import GRAPH, open_project
+from tests.conftest import Lora
+from tests.helpers.projects import ROOT, dvc, folder_bytes, make, refusal
+
+CHILD = ("scratch", "finetune_prefix", "finetune_prompt", "finetune_sweep", "evaluate")
+
+
+@pytest.fixture
+def copied(houses: Path, tmp_path: Path) -> Path:
+    shutil.copytree(houses, tmp_path / "houses")
+    return tmp_path / "houses"
+
+
+def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_its_parent_has_it(houses: Path) -> None:
+    parent, child = open_project(houses / "params.yaml"), open_project(houses / "document/params.yaml")
+    assert not set(child.stages) & set(parent.stages) - {"evaluate"}
+    assert set(child.readable) == set(GRAPH.stages) == set(child.stages) | set(parent.stages)
+    assert child.artifact("finetune_lora") == parent.artifact("finetune_lora") == houses / "artifacts/lora_adapter"
+    assert child.artifact_name("finetune_lora") == "../artifacts/lora_adapter"
+    assert child.artifact("evaluate") == houses / "document/artifacts/evaluation" != parent.artifact("evaluate")
+    assert child.cache == parent.cache, "one cache for both"
+    assert list(parent.variants) == ["base", "expanded", "full", "freeze", "lora", "merged"]
+    assert list(child.variants) == [*VARIANTS]
+
+
+def test_settings_of_the_parent_name_the_same_files_from_the_childs_folder(houses: Path) -> None:
+    parent, child = open_project(houses / "params.yaml"), open_project(houses / "document/params.yaml")
+    for name in parent.stages:
+        stage = GRAPH.stages[name]
+        ours, theirs = child.data_files(stage), parent.data_files(stage)
+        assert [(child.root / file).resolve() for file in ours] == [(parent.root / file).resolve() for file in theirs]
+    study = child.stages["study_methods"]
+    assert child.stage_params(study)["finetune_lora.retain"] == "../data/retain.de.txt"
+    assert child.inputs(study).keys() >= {"../artifacts/expanded", "../data/retain.de.txt"}
+
+
+def test_the_child_makes_of_its_parents_artifacts_what_one_project_makes(houses: Path, brief: Path) -> None:
+    for output in ("from_scratch", "prefix", "prompt", "sweep"):
+        files = folder_bytes(brief / "artifacts" / output)
+        weights = {name: data for name, data in files.items() if "manifest" not in name}
+        made = folder_bytes(houses / "document/artifacts" / output)
+        assert weights and {name: made[name] for name in weights} == weights
+    whole, ours = (
+        json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+        for folder in (brief, houses / "document")
+    )
+    assert ours == whole
+    less = json.loads((houses / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    assert less == {name: whole[name] for name in ("base", "expanded", "full", "freeze", "lora", "merged")}
+    manifest = artifact.verify(houses / "document/artifacts/evaluation")
+    assert manifest["variants"]["merged"] == "../artifacts/lora_merged"
+    assert manifest["inputs"]["../artifacts/lora_merged"] == artifact.digest(houses / "artifacts/lora_merged")
+
+
+def test_what_changes_in_the_parent_is_seen_in_the_child(copied: Path) -> None:
+    child = open_project(copied / "document/params.yaml")
+    states = Status().of(child)
+    assert {name: states[name].state for name in (*CHILD, "merge")} == dict.fromkeys((*CHILD, "merge"), "current")
+    assert states["figures"].state == "missing"
+    make(copied, ["finetune_full"], ["finetune_full.seed=1"])
+    again = Status().of(child)
+    assert (again["finetune_full"].state, again["finetune_prefix"].state) == ("changed", "current")
+    assert again["evaluate"].state != "current"
+    assert outdated(child, ["evaluate"]) == {"evaluate": ("../artifacts/full_finetuned changed",)}
+    make(copied, ["expand_vocab"], ["expand_vocab.seed=1"])
+    with pytest.raises(UserError, match=r"artifacts/from_scratch was made from another \.\./artifacts/expanded"):
+        make(copied / "document", ["evaluate"])
+
+
+def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
+    found = discover_runs(houses / "document", open_project(houses / "document/params.yaml"))
+    assert {run.stage for run in found} >= {"finetune_lora", "finetune_prefix", "scratch", "pretrain"}
+    place = {run.stage: run.place for run in found}
+    assert place["finetune_lora"].is_relative_to(houses / "artifacts")
+    assert place["finetune_prefix"].is_relative_to(houses / "document")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("finetune", "lora"), "finetune_lora is a stage of ../params.yaml. Run it in "),
+        (
+            ("finetune", "prefix", "--set", "finetune_lora.rank=2"),
+            "--set finetune_lora: params.yaml has no such",
+        ),
+        (("finetune", "prefix", "--set", "project.x=2"), "--set project: params.yaml has no such"),
+    ],
+)
+def test_the_parents_stages_and_settings_are_the_parents(
+    command: tuple[str, ...], message: str, copied: Path, cli: Lora
+) -> None:
+    before = folder_bytes(copied)
+    assert message in refusal(cli(*command, cwd=copied / "document"))
+    assert folder_bytes(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("project: ../gone.yaml\n", "gone.yaml does not exist"),
+        ("project: [a]\n", "project must be the path of a params file, got ['a']. Edit params.yaml."),
+        ("project: 3\n", "project must be the path of a params file, got 3"),
+        ("project: ../document/params.yaml\n", "project names ../document/params.yaml, which names another"),
+        ("project: params.yaml\n", "project names params.yaml, which names another"),
+        ("project: ../broken.yaml\n", "unknown key finetune_lora.rang. Did you mean finetune_lora.rank?"),
+    ],
+)
+def test_a_parent_that_cannot_be_is_refused(text: str, message: str, copied: Path, cli: Lora) -> None:
+    (copied / "broken.yaml").write_text("finetune_lora:\n  rang: 3\n", encoding="utf-8")
+    (copied / "third").mkdir()
+    (copied / "third/params.yaml").write_text(text, encoding="utf-8")
+    assert message in refusal(cli("claims", cwd=copied / "third"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("finetune", "prefix"), "finetune_prefix is not a stage of this project: params.yaml has no such section. "),
+        (("study", "rank"), "study_rank is not a stage of this project"),
+        (("figures",), "figures is not a stage of this project"),
+        (("finetune", "sweep"), "finetune_sweep is not a stage of this project"),
+    ],
+)
+def test_a_stage_that_a_project_does_not_have_is_refused(
+    command: tuple[str, ...], message: str, copied: Path, cli: Lora
+) -> None:
+    assert message in refusal(cli(*command, cwd=copied))
+
+
+def test_the_last_model_and_the_comparison_are_those_of_both(copied: Path, cli: Lora) -> None:
+    code, out, err = cli("compare", "der hund läuft im", "--json", cwd=copied / "document")
+    assert code == 0, err
+    assert list(json.loads(out)) == list(open_project(copied / "document/params.yaml").variants)
+    code, out, err = cli("prompt", "der hund läuft im", "--json", cwd=copied / "document")
+    assert code == 0, err
+    assert json.loads(out)["adapter"] or json.loads(out)["model"]
+
+
+def test_dvc_at_the_root_knows_the_products_stages_alone(origin: Path) -> None:
+    """Though the document's project lies in a folder of the same repository."""
+    (stages,) = dvc(origin, "stage list --all --name-only")
+    assert sorted(stages.split()) == sorted(open_project(ROOT / "params.yaml").stages)
+    (stages,) = dvc(origin / "document", "stage list --all --name-only")
+    assert sorted(stages.split()) == sorted(open_project(ROOT / "document/params.yaml").stages)
