@@ -25,7 +25,7 @@ from pipeline.project.stage_graph import STAGES, Project
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retention import COMPLETION, RetentionLoss, retain_of
+from pipeline.training.retention import COMPLETION, RetentionLoss, load_retention_texts
 from pipeline.training.step import gradient
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.projects import make, played
@@ -193,7 +193,7 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     whole = Project(project, load(project / "params.yaml", overrides))
     folder = project / "artifacts/expanded"
     job = Job(whole, STAGES["finetune_lora"], project / "out", project / "runs", "", 100)
-    found, notes = played(retain_of(job, whole.params.finetune_lora, load_base(folder)))
+    found, notes = played(load_retention_texts(job, whole.params.finetune_lora, load_base(folder)))
     assert notes == [Note("finetune_lora: the base completes 2 prompts of data/mine.jsonl")]
     assert found is not None and [found.place(n) for n in range(3)] == [f"data/mine.jsonl:{n}" for n in (1, 2, 3)]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -207,7 +207,9 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
 
 
 def test_a_weight_without_texts_is_refused(project: Path) -> None:
-    with pytest.raises(UserError, match=r"retain_weight is set, but no file is. Name one in finetune_lora.retain"):
+    with pytest.raises(
+        UserError, match=r"retain_weight is set, but finetune_lora.retain is not. Set it to a data file"
+    ):
         run_stage(project, "finetune_lora", ["finetune_lora.retain_weight=2"])
 
 

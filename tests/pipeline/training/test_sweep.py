@@ -213,7 +213,7 @@ def test_where_sequences_share_a_row_what_is_not_finite_is_still_only_its_own(ll
 def test_where_all_diverge_it_says_so_and_what_was_there_stays(mini: Path) -> None:
     swept(mini, {"rank": [1]}, BRIEF)
     before = folder_bytes(mini / "artifacts" / "sweep")
-    with pytest.raises(UserError, match=r"finetune_sweep: no adapter is left.*Lower learning_rate"):
+    with pytest.raises(UserError, match=r"finetune_sweep: all adapters diverged.*Lower learning_rate"):
         swept(mini, {"learning_rate": [1e28, 1e30]}, BRIEF)
     assert folder_bytes(mini / "artifacts" / "sweep") == before
 

@@ -66,7 +66,7 @@ def cut_of(sizes: list[tuple[int, int, int]]) -> list[Window]:
 def sequences_of(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
     """Ids, positions and labels of each sequence, however the batch lays them out."""
     labels = torch.full((batch.ids.numel(),), IGNORED)
-    labels[slice(None) if batch.at is None else batch.at] = batch.labels
+    labels[slice(None) if batch.label_index is None else batch.label_index] = batch.labels
     if batch.segments is None:
         rows = [row.tolist() for t in (batch.ids, batch.positions, labels.view_as(batch.ids)) for row in t]
         return list(zip(*(rows[i * len(batch.ids) : (i + 1) * len(batch.ids)] for i in range(3)), strict=True))
@@ -90,7 +90,7 @@ def test_an_epoch_holds_every_window_once_without_a_token_more_than_its_labels_n
         for index in range(len(batches)):
             step = batches[epoch * len(batches) + index]
             numbers = [number for batch in step for number in batch.numbers]
-            assert batches.places(epoch * len(batches) + index) == [f"f.txt:{n + 1}" for n in numbers]
+            assert batches.locations(epoch * len(batches) + index) == [f"f.txt:{n + 1}" for n in numbers]
             if index < len(batches) - 1:
                 assert [len(batch.numbers) for batch in step] == [batch_size] * accumulate
             for batch in step:
@@ -132,7 +132,7 @@ def test_the_largest_step_is_the_one_with_the_most_tokens_in_a_batch() -> None:
     tokens = [max(batch.ids.numel() for batch in batches[step]) for step in range(2 * len(batches))]
     assert len(set(tokens)) > 2
     for steps_ in (range(8), range(3, 8), range(5, 6)):
-        assert tokens[batches.largest(steps_)] == max(tokens[step] for step in steps_)
+        assert tokens[batches.largest_step(steps_)] == max(tokens[step] for step in steps_)
 
 
 def test_frozen_rows_and_rows_that_are_not_read_get_no_gradient(brief: Path) -> None:

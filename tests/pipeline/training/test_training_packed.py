@@ -153,7 +153,9 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits_at_once(
     exact = hidden.detach().float().requires_grad_()
     expected = torch.nn.functional.cross_entropy(wide(exact), labels)
     torch.autograd.backward(expected * 3)
-    loss = losses.mean_of(losses.cross_entropy(head), hidden, labels, size, list(head.parameters()) if trains else ())
+    loss = losses.chunked_mean(
+        losses.cross_entropy(head), hidden, labels, size, list(head.parameters()) if trains else ()
+    )
     torch.autograd.backward(loss * 3)
     rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (0.03, 0.01)
     assert_close(loss, expected, rtol=rtol, atol=atol)

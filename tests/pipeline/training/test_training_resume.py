@@ -176,7 +176,8 @@ def test_training_stops_when_nothing_gets_better_and_gives_the_weights_of_its_be
     losses = [step.eval_loss for step in found if step.eval_loss is not None]
     best = losses.index(min(losses)) + 1
     assert 1 < best < 38 and len(losses) == best + 2, "two evaluations after the best one"
-    assert f"stopped at step {found[-1].step} of {40 * found[-1].step // len(losses)}: no better loss" in said
+    total = 40 * found[-1].step // len(losses)
+    assert f"stopped at step {found[-1].step} of {total}: the evaluation loss no longer improves" in said
     stopped = load_file(project / FOLDER / "adapter_model.safetensors")
     run_stage(project, STAGE, given(**settings, epochs=best, patience=0))
     cut = load_file(project / FOLDER / "adapter_model.safetensors")
@@ -246,7 +247,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
     with pytest.raises(UserError) as error:
         run_stage(root, STAGE, overrides)
     message = str(error.value)
-    assert "finetune_lora: the loss is nan and the gradient's norm nan at step " in message
+    assert "finetune_lora: the loss is nan and the gradient norm nan at step " in message
     assert "data/lines.jsonl:8" in message and message.count("data/lines.jsonl:") == 2, "the batch's two lines"
     assert "Lower finetune_lora.learning_rate" in message and "are kept in runs/finetune_lora." in message
     step = int(message.split(" at step ")[1].split(",")[0])
@@ -268,7 +269,7 @@ def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path) -> N
     write(root / "data/lines.jsonl", ["a plain line", "another one"])
     kept = {"retain": "data/kept.jsonl", "retain_weight": 1, "retain_batch": 1}
     overrides = given(epochs=9, patience=0, eval_share=0, eval_every=0, accumulate=1, train_embeddings="none", **kept)
-    with pytest.raises(UserError, match=r"the divergence from the base nan and the gradient's norm nan at") as error:
+    with pytest.raises(UserError, match=r"the divergence from the base nan and the gradient norm nan at") as error:
         run_stage(root, STAGE, overrides)
     assert "on data/kept.jsonl:2. Lower" in str(error.value) and "the loss is nan" not in str(error.value)
 
