@@ -11,7 +11,7 @@ from pipeline.export.model_card import CARD, card, has_card
 from pipeline.files import artifact
 from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event
-from pipeline.weights.as_low_rank import updates_of, write_updates
+from pipeline.weights.as_low_rank import low_rank_updates, write_updates
 from pipeline.weights.import_adapter import copy_template, copy_tokenizer
 from pipeline.weights.merge import Merging, Verify, merge_to
 
@@ -44,7 +44,7 @@ def for_vllm(
     --max-lora-rank that it takes. Raises UserError.
     """
     _refuse_other(out, adapter)
-    updates = updates_of(base, adapter, trust_remote_code)
+    updates = low_rank_updates(base, adapter, trust_remote_code)
     name, widest = max(updates, key=lambda name: updates[name].rank), max(one.rank for one in updates.values())
     if widest > RANKS[-1]:
         raise UserError(

@@ -22,7 +22,7 @@ Content = Callable[[], Iterable[Bytes]]  # what a tensor is to hold, piece by pi
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor of a checkpoint is."""
 
     file: Path
@@ -30,7 +30,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class New:
+class NewTensor:
     """A tensor as it is to be written; without `content` it is copied."""
 
     name: str
@@ -44,18 +44,18 @@ class New:
         return prod(self.shape) * BYTES[self.dtype]
 
 
-def places(folder: Path) -> dict[str, Place]:
+def tensor_locations(folder: Path) -> dict[str, TensorLocation]:
     """Every tensor of the checkpoint in `folder`, by name. Raises UserError as `weight_files` and `read_header`."""
-    found: dict[str, Place] = {}
+    found: dict[str, TensorLocation] = {}
     for file in weight_files(folder):
         for name, info in read_header(file).items():
             if name in found:
                 raise UserError(f"{folder}: {name} is in {found[name].file.name} and in {file.name}. Copy it anew.")
-            found[name] = Place(file, info)
+            found[name] = TensorLocation(file, info)
     return found
 
 
-def rewrite(source: Path, target: Path, tensors: Sequence[New]) -> Iterator[Callable[[], None]]:
+def rewrite(source: Path, target: Path, tensors: Sequence[NewTensor]) -> Iterator[Callable[[], None]]:
     """Begin `target`, which is to hold `tensors` in this order; what fills it, in whatever order or side by side.
 
     Tensors without content are copied from `source`.
@@ -103,7 +103,7 @@ def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | None, b
     return infos, json.loads(raw[8:]).get("__metadata__"), raw
 
 
-def _composed(tensors: Sequence[New], metadata: Mapping[str, Any] | None) -> bytes:
+def _composed(tensors: Sequence[NewTensor], metadata: Mapping[str, Any] | None) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     start = 0
     for tensor in tensors:

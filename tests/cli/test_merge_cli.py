@@ -132,7 +132,7 @@ def test_an_update_that_rounding_mostly_loses_is_said_to_be_lost(cli: Lora, tmp_
 DYING: dict[str, tuple[str, int]] = {  # at which call of what
     "as it begins": ("pipeline.weights.streaming.rewrite", 1),
     "in a file": ("pipeline.files.shards._write", 3),
-    "before the certificate": ("pipeline.weights.merge.ratios", 1),
+    "before the certificate": ("pipeline.weights.merge.update_ratios", 1),
     "before the rename": ("pipeline.files.artifact.sync_tree", 1),
     "between two renames": ("pathlib.Path.rename", 2),
 }

@@ -263,7 +263,7 @@ def test_pitfall_7_what_vllm_cannot_take_is_refused_with_what_to_do(cli: Lora, b
     code, out, err = cli("export", str(ADAPTER), "--as", "vllm", "--out", str(tmp_path / "served"), cwd=brief)
     assert (code, out) == (1, "")
     assert "was trained in full (modules_to_save)" in err
-    assert "or set finetune_lora.train_embeddings to new_rows or none and train it again." in err
+    assert "or train again with finetune_lora.train_embeddings set to new_rows or none." in err
     assert not (tmp_path / "served").exists()
 
 

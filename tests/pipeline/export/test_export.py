@@ -118,7 +118,7 @@ def many_rows(root: Path, count: int) -> Path:
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "in-full": (
         lambda root: made(root, spec=AdapterSpec(4, 8, ATTENTION, saved=("embed_tokens", "lm_head"))),
-        "set finetune_lora.train_embeddings to new_rows or none and train it again",
+        "train again with finetune_lora.train_embeddings set to new_rows or none",
     ),
     "too-wide": (lambda root: many_rows(root, 513), "needs rank 513; vLLM takes 512 at most"),
 }

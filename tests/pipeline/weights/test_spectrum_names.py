@@ -106,7 +106,7 @@ def test_a_tied_head_counts_once_whether_or_not_a_file_stores_it(tied: Path, tun
     wanted = measured(tied, tuned)
     base = stored_so(tied, tmp_path / "base+head", with_head)
     assert measured(base, tuned) == measured(tied, stored_so(tuned, tmp_path / "tuned+head", with_head)) == wanted
-    assert not wanted.unsaid
+    assert not wanted.skipped
     found = extracted(base, tuned, tmp_path / "lora", 2)
     assert found.held == pytest.approx(1) and found.spectra == wanted
     torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-3, rtol=1e-3)
@@ -122,7 +122,7 @@ def test_a_head_that_training_untied_is_set_against_the_embedding_it_was(
     old, new = (load_file(folder / "model.safetensors") for folder in (tied, untied))
     assert found[HEAD].change == pytest.approx(float((new[HEAD] - old[EMBEDDING]).norm()))
     assert found[EMBEDDING].change == pytest.approx(float((new[EMBEDDING] - old[EMBEDDING]).norm()))
-    whole = extracted(tied, untied, tmp_path / "lora", 2).whole
+    whole = extracted(tied, untied, tmp_path / "lora", 2).in_full
     assert {*whole} == {HEAD, EMBEDDING}
     torch.testing.assert_close(logits(tied, tmp_path / "lora"), logits(untied), atol=1e-3, rtol=1e-3)
 
@@ -139,7 +139,7 @@ def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(bare: str
 
     folders[bare] = stored_so(folders[bare], tmp_path / "bare", without_body)
     found = measured(*folders.values())
-    assert [one.values for one in found.tensors] == [one.values for one in wanted.tensors] and not found.unsaid
+    assert [one.values for one in found.tensors] == [one.values for one in wanted.tensors] and not found.skipped
     extracted(folders["base"], folders["tuned"], tmp_path / "lora", 2)
     wanted_logits = logits(folders["tuned"])
     torch.testing.assert_close(logits(folders["base"], tmp_path / "lora"), wanted_logits, atol=1e-3, rtol=1e-3)
@@ -154,10 +154,10 @@ def test_what_one_file_alone_has_is_told(older: str, tied: Path, tuned: Path, tm
     folders[older] = stored_so(folders[older], tmp_path / "older", lambda weights: weights | positions)
     found = measured(*folders.values())
     assert found.tensors == wanted.tensors
-    assert found.unsaid == [f"{next(iter(positions))} and 2 more, which {other} has not"]
+    assert found.skipped == [f"{next(iter(positions))} and 2 more, missing in {other}"]
     assert extracted(folders["base"], folders["tuned"], tmp_path / "lora", 2).spectra == found
 
 
 def test_models_without_a_matrix_in_common_are_two(tied: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no matrix that .* has: they are two models"):
+    with pytest.raises(UserError, match=r"no matrix in common: they are different models"):
         measured(tied, saved(tmp_path / "gpt2", "gpt2"))
