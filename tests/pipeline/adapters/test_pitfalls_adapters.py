@@ -408,8 +408,8 @@ def test_pitfall_24_forgetting_is_seen_before_anything_ships(cli: Lora, brief: P
     (line,) = (line for line in cli("adapters", cwd=brief)[1].splitlines() if line.startswith("lora_adapter"))
     assert rise in line
     said = (
-        f"forgetting: loss on the old data {forgot['loss_rise']:+.4f} nats a token",
-        f"forgetting: divergence from the base {forgot['divergence']:.4f} nats a token",
+        f"forgetting: loss on the old data {forgot['loss_rise']:+.4f} nats per token",
+        f"forgetting: divergence from the base {forgot['divergence']:.4f} nats per token",
         f"forgetting: {forgot['answers_kept']:.1%} of the base's first choices kept",
     )
     cards = [cli("adapters", "card", str(ADAPTER), cwd=brief)[1]]

@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda root: made(root, spec=AdapterSpec(4, 8, ATTENTION, saved=("embed_tokens", "lm_head"))),
         "train again with finetune_lora.train_embeddings set to new_rows or none",
     ),
-    "too-wide": (lambda root: many_rows(root, 513), "needs rank 513; vLLM takes 512 at most"),
+    "too-wide": (lambda root: many_rows(root, 513), "needs rank 513, but vLLM supports at most 512"),
 }
 
 
@@ -217,7 +217,7 @@ def facts(adapter: Path, evaluation: Path) -> list[str]:
         f"LoRA, rank {params['rank']}, alpha {params['alpha']:g}",
         *(f"learning rate: {params['learning_rate']}", f"epochs: {params['epochs']}"),
         *(f"`{name}`, sha256 `{digest}`" for name, digest in data.items()),
-        f"loss on what it learned: {metrics['new_loss']:.4f}",
+        f"loss on the fine-tuning data: {metrics['new_loss']:.4f}",
         f"completed as in the data: {metrics['new_completed']} of {metrics['new_sentences']}",
         f"loss on the old data {forgetting['loss_rise']:+.4f}",
         f"divergence from the base {forgetting['divergence']:.4f}",
@@ -355,7 +355,7 @@ def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Pat
 
 def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, from_hub: Callable[..., Path]) -> None:
     root = from_hub("expand_vocab.tokens=[]", "finetune_lora.quantization=nf4-dq")
-    note = "trained on its base in nf4-dq: on the base as it is stored it answers differently"
+    note = "trained on its base quantized to nf4-dq; on the unquantized base it answers differently"
     for form in ("peft", "vllm"):
         code, _, said = export(cli, form, root / "artifacts/lora_adapter", root / form)
         assert code == 0
