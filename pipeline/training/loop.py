@@ -170,8 +170,8 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
             raise _not_finite(job, task, diverged) from None
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                kept = _save_after_failure(job, task, log, optimizer, done, tokens)
-                raise _out_of_memory(job, task, error, done, kept) from None
+                checkpoint_note = _save_after_failure(job, task, log, optimizer, done, tokens)
+                raise _out_of_memory(job, task, error, done, checkpoint_note) from None
             if not is_lost(error):
                 raise
             raise ProcessLost.during(name, _save_after_failure(job, task, log, optimizer, done, tokens)) from None
@@ -233,12 +233,14 @@ def _save_after_failure(job: Job, task: TrainingTask, log: RunLog, optimizer: Fl
     return f"A checkpoint after step {done} of {task.total} is kept. "
 
 
-def _out_of_memory(job: Job, task: TrainingTask, error: BaseException, done: int = 0, kept: str = "") -> OutOfMemory:
+def _out_of_memory(
+    job: Job, task: TrainingTask, error: BaseException, done: int = 0, checkpoint_note: str = ""
+) -> OutOfMemory:
     """What to lower, and which checkpoint is kept: another program may have used the memory."""
     batch = task.batches[min(done, task.total - 1)][0]
     advice = suggest_less_memory(task.model, task.method, task.settings, batch, job.stage.name)
     return OutOfMemory(
-        f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {advice} {kept}".rstrip()
+        f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {advice} {checkpoint_note}".rstrip()
     )
 
 

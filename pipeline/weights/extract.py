@@ -121,7 +121,7 @@ def extract(
 
 
 def _refuse_empty(extracted: Extracted, base: Path, tuned: Path) -> None:
-    if not any(one.change for one in extracted.spectra.tensors):
+    if not any(tensor.change for tensor in extracted.spectra.tensors):
         raise UserError(f"{tuned} and {base} have equal weights: there is nothing to extract. Name a fine-tuned model.")
     if not extracted.low_rank:
         raise UserError(
@@ -172,7 +172,7 @@ class _Extraction:
 
     def result(self) -> Extracted:
         """The result, once all tensors are added."""
-        total = sum(one.change**2 for one in self._measured)
+        total = sum(tensor.change**2 for tensor in self._measured)
         rank = max((update.rank for update in self.updates.values()), default=0)
         held = self._held / total if total else 0.0
         spectra = Spectra(self._measured, self._skipped)

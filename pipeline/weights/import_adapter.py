@@ -52,7 +52,10 @@ def combine_adapters(
         manifest = build_manifest(
             "combine", "pipeline.weights.import_adapter", base, params | {"quantization": kinds.pop()}
         )
-        inputs = {f"{number} {one.resolve().name}": artifact.digest(one) for number, one in enumerate(sources, start=1)}
+        inputs = {
+            f"{number} {source.resolve().name}": artifact.digest(source)
+            for number, source in enumerate(sources, start=1)
+        }
         artifact.seal(folder, manifest | {"inputs": inputs, "seed": options.seed, "error": error})
     return error
 

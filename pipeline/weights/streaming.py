@@ -127,7 +127,7 @@ class Merge:
 
     def _update_config_and_index(self, out: Path) -> None:
         """Update config.json and the weight index; each is left alone if nothing in it changes."""
-        config = read_json(out / CONFIG, "Copy the base anew")
+        config = read_json(out / CONFIG, "Copy the base again")
         changes: dict[str, Any] = {"tie_word_embeddings": False} if self.unties else {}
         if self.dtype:
             key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -135,7 +135,7 @@ class Merge:
         if changes:
             write_json(out / CONFIG, {**config, **changes})
         if (out / INDEX).exists() and (self.added or self.dtype):
-            index = read_json(out / INDEX, "Copy the base anew")
+            index = read_json(out / INDEX, "Copy the base again")
             index["weight_map"] |= {name: self.source(name).file.name for name in self.added}
             if "total_size" in index.get("metadata", {}):
                 index["metadata"]["total_size"] = self.size

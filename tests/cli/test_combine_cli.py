@@ -85,8 +85,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "another base": (["x", "other"], "name different bases"),
     "bound to another": (["x", "bound"], "bound was trained on another base"),
     "no adapter": (["x", "base"], "base is a whole model, not an adapter"),
-    "a source": (["x", "y", "--out", "x"], "x is what is read"),
-    "somebody's": (["x", "y", "--out", "narrow"], "narrow exists and holds something else"),
+    "a source": (["x", "y", "--out", "x"], "x is also an input"),
+    "somebody's": (["x", "y", "--out", "narrow"], "narrow exists and holds other files"),
 }
 
 

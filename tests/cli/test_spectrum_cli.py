@@ -179,7 +179,7 @@ def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_bes
         ("base base --rank 2 --out x", "nothing to extract"),
         ("base adapter --rank 2 --out x", "is an adapter already"),
         ("base tuned --rank 2 --out tuned", "Name another folder"),
-        ("base tuned --rank 2 --out empty/..", "lie in each other"),
+        ("base tuned --rank 2 --out empty/..", "contain one another"),
         ("base tuned --rank 2 --out x --data nothing.txt", "nothing.txt"),
         ("wider adapter", "Name the model that it was trained on"),
     ],

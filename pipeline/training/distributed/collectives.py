@@ -26,8 +26,8 @@ class ProcessLost(CollectiveError):
     """Another process of the run has ended."""
 
     @classmethod
-    def during(cls, stage: str, kept: str = "") -> "ProcessLost":
-        return cls(f"{stage}: another process of this run ended. {kept}Run the same command to resume.")
+    def during(cls, stage: str, checkpoint_note: str = "") -> "ProcessLost":
+        return cls(f"{stage}: another process of this run ended. {checkpoint_note}Run the same command to resume.")
 
 
 class WorkerFinished(Exception):

@@ -1,4 +1,4 @@
-"""LoRA+ (Hayou et al. 2024): B learns `ratio` times as fast as A, beside PEFT's own optimizer."""
+"""LoRA+ (Hayou et al. 2024): B has `ratio` times the learning rate of A, against PEFT's optimizer."""
 
 import copy
 import math
@@ -37,7 +37,7 @@ def grads_of(step: int, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stepped(flat: FlatAdam, model: TransformersModel, saved: bool, steps: range, clip: float = 0.0) -> None:
-    """From gradients that are drawn, as training steps."""
+    """Optimizer steps on random gradients."""
     for step in steps:
         places = by_peft_key(model, saved)
         for name, gradient in grads_of(step, places).items():

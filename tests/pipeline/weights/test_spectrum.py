@@ -1,4 +1,4 @@
-"""Spectra of what fine-tuning changed, against numpy; and the LoRA that is nearest to it, against the tuned model."""
+"""Spectra of what fine-tuning changed, against numpy; and the extracted LoRA, against the tuned model."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def drawn(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def by(size: int, matrix: Tensor) -> Read:
-    """A matrix that is read so many rows at a time."""
+    """A matrix that is read `size` rows at a time."""
 
     def read() -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(matrix), size):
@@ -119,7 +119,7 @@ def test_the_overlap_of_subspaces_is_the_papers_formula(k: int, n: int, seed: in
 
 
 def test_random_subspaces_overlap_by_the_larger_share_of_the_space() -> None:
-    """E φ(i, j) = max(i, j) / n, which is what φ of what was learned is to be compared with."""
+    """E φ(i, j) = max(i, j) / n, the baseline for φ of trained updates."""
     pairs = [[torch.linalg.qr(drawn(40, 8, 2 * seed + which).double()).Q for which in (0, 1)] for seed in range(200)]
     mean = torch.stack([overlaps(*pair) for pair in pairs]).mean(0)
     for i, j in ((1, 1), (2, 8), (8, 8), (4, 1)):
@@ -203,7 +203,7 @@ def test_a_16_bit_checkpoint_is_compared_with_a_32_bit_one(base: Path, tmp_path:
     weights = {name: t.bfloat16() for name, t in load_file(base / "model.safetensors").items()}
     save_file(weights, half / "model.safetensors")
     one = next(one for one in measured(base, half).tensors if one.name == "lm_head.weight")
-    assert one.relative == pytest.approx(2**-7 / 28**0.5, rel=0.05)  # steps of 2⁻⁷ of numbers even in [1, 2]
+    assert one.relative == pytest.approx(2**-7 / 28**0.5, rel=0.05)  # rounding steps of 2⁻⁷ in [1, 2]
 
 
 def test_an_adapters_spectra_are_its_own_beside_its_bases_weights(base: Path, tmp_path: Path) -> None:

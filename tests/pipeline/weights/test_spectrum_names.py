@@ -1,4 +1,4 @@
-"""Two checkpoints of one model whose files name and store it otherwise, and tied ends, which are one matrix."""
+"""Checkpoints of one model with different tensor names or layout, and tied embedding and head."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def saved(folder: Path, family: str, tied: bool = True) -> Path:
 
 
 def stored_so(folder: Path, out: Path, change: Callable[[Weights], Weights]) -> Path:
-    """The same checkpoint whose file holds something else."""
+    """The same checkpoint with other tensors in its file."""
     shutil.copytree(folder, out)
     weights = change(load_file(folder / "model.safetensors"))
     save_file(
@@ -46,7 +46,7 @@ def with_head(weights: Weights) -> Weights:
 
 
 def in_full(out: Path, base: Path, *ends: str) -> Path:
-    """An adapter that trained some matrices' A and B, and these modules in full: as one, where they are tied."""
+    """An adapter with LoRA on some matrices, and modules in full; tied ones as one."""
     model, spec = opened(base), AdapterSpec(2, 2.0, ("q_proj",), saved=ends)
     attach(model, spec)
     generator = torch.Generator().manual_seed(1)
@@ -129,7 +129,7 @@ def test_a_head_that_training_untied_is_set_against_the_embedding_it_was(
 
 @pytest.mark.parametrize("bare", ["base", "tuned"])
 def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(bare: str, tmp_path: Path) -> None:
-    """The hub's GPT-2 is stored as `h.0.…`, what was trained of it as `transformer.h.0.…`."""
+    """The hub's GPT-2 is stored as `h.0.…`, fine-tuned ones as `transformer.h.0.…`."""
     base = saved(tmp_path / "gpt2", "gpt2")
     folders = {"base": base, "tuned": tuned_from(base, tmp_path / "tuned", 2)}
     wanted = measured(*folders.values())
@@ -147,7 +147,7 @@ def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(bare: str
 
 @pytest.mark.parametrize("older", ["base", "tuned"])
 def test_what_one_file_alone_has_is_told(older: str, tied: Path, tuned: Path, tmp_path: Path) -> None:
-    """Old Llama files hold the frequencies of their positions."""
+    """Old Llama files contain rotary frequencies."""
     folders, wanted = {"base": tied, "tuned": tuned}, measured(tied, tuned)
     positions = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(3)}
     other = next(folder for name, folder in folders.items() if name != older)

@@ -1,4 +1,4 @@
-"""Merge through files: the same bytes as a merge in memory, and everything else of the base carried over."""
+"""Merge file to file: the same bytes as a merge in memory, and all other files of the base copied."""
 
 import copy
 import json

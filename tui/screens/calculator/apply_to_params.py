@@ -53,7 +53,7 @@ def _model(params: Params, root: Path) -> str:
         return "minigpt"
     for folder in _made(params, root):
         return str(folder)
-    source = base_model.named(params.pretrain.base, root)
+    source = base_model.parse_source(params.pretrain.base, root)
     return str(source.path) if source.is_local else source.hub_id
 
 
