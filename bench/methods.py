@@ -25,7 +25,7 @@ from pipeline.calc.settings import FULL
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneVirtual, Quantization, Training
 from pipeline.stages.finetune import lora_spec
-from pipeline.training.loop import TrainingTask, optimizer_of, steps
+from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.memory.live_bytes import TensorMemoryMeter
 
 STEPS, ROUNDS, VIRTUAL = 25, 9, 8
@@ -93,6 +93,6 @@ def ours_of(folder: Path, method: str, settings: Any) -> Side:
         attach(model, lora_spec(model, settings, ()), init=settings.init_lora_weights)
     elif isinstance(settings, FinetuneVirtual):
         start(model, VirtualSpec(method, settings.virtual_tokens), len(tokenizer), settings.seed)
-    optimizer = optimizer_of(model, settings)
+    optimizer = build_optimizer(model, settings)
     records = steps(TrainingTask(model.train(), batches(), settings, FULL), optimizer)
     return Side(lambda: next(records), lambda: [*model.parameters(), *model.buffers(), *optimizer.tensors()])

@@ -61,11 +61,13 @@ def export(
 def _note_bits(adapter: Path) -> None:
     from cli.console import stderr
     from pipeline.adapters.folder import quantization_of
-    from pipeline.export.model_card import bits
+    from pipeline.export.model_card import quantization_note
 
     kind = quantization_of(adapter)
     if kind != "none":
-        said = f"{adapter} was {bits(kind)}. Load the base in {kind}, or export the adapter with --as merged."
+        said = (
+            f"{adapter} was {quantization_note(kind)}. Load the base in {kind}, or export the adapter with --as merged."
+        )
         stderr.print(said, markup=False, soft_wrap=True)
 
 

@@ -75,7 +75,7 @@ def _show(spectra: "Spectra", as_json: bool, as_csv: bool, **more: Any) -> None:
     if as_json:
         from cli.console import print_json
 
-        print_json({"tensors": [_document(one) for one in spectra.tensors], "unsaid": spectra.unsaid, **more})
+        print_json({"tensors": [_document(one) for one in spectra.tensors], "unsaid": spectra.skipped, **more})
     elif as_csv:
         _csv(spectra)
     else:
@@ -84,7 +84,7 @@ def _show(spectra: "Spectra", as_json: bool, as_csv: bool, **more: Any) -> None:
 
 def _document(one: "Measured") -> dict[str, Any]:
     """One tensor, with up to 64 singular values."""
-    from pipeline.weights.spectrum import MOST, RANKS
+    from pipeline.weights.spectrum import MAX_VALUES, RANKS
 
     return {
         "name": one.name,
@@ -96,7 +96,7 @@ def _document(one: "Measured") -> dict[str, Any]:
         "stable_rank": one.stable_rank,
         "effective_rank": one.effective_rank,
         "rank_of_90": one.rank_of(0.9),
-        "values": list(one.values[:MOST]),
+        "values": list(one.values[:MAX_VALUES]),
         "error": one.error,
     }
 
@@ -162,7 +162,7 @@ def _besides(spectra: "Spectra", changed: list["Measured"]) -> list[str]:
         how_far = f", by {_percent(min(shares))} to {_percent(max(shares))}" if shares else ""
         tensors = f"{len(vectors)} other tensor{'s' * (len(vectors) > 1)}, norms and biases for the most part,"
         lines.append(f"{tensors} changed too{how_far}: no low rank carries them.")
-    wide = [one for one in changed if not one.whole]
+    wide = [one for one in changed if not one.complete]
     if wide:
         which = f"{len(wide)} wide matri{'ces' if len(wide) > 1 else 'x'} the {len(wide[0].values)} largest values"
         lines.append(
@@ -172,7 +172,7 @@ def _besides(spectra: "Spectra", changed: list["Measured"]) -> list[str]:
     same = [one.name for one in spectra.tensors if not one.change]
     if same and changed:
         lines.append(f"Unchanged: {_listed(same)}.")
-    return [*lines, *(f"Nothing is said of {what}." for what in spectra.unsaid)]
+    return [*lines, *(f"Nothing is said of {what}." for what in spectra.skipped)]
 
 
 def short(name: str) -> str:
@@ -194,7 +194,7 @@ def _facts(found: "Extracted", out: Path) -> dict[str, Any]:
         "folder": str(out),
         "rank": found.rank,
         "low_rank": found.low_rank,
-        "in_full": found.whole,
+        "in_full": found.in_full,
         "left_out": found.left_out,
         "held": found.held,
     }
@@ -205,8 +205,8 @@ def _say_extracted(found: "Extracted", out: Path) -> None:
 
     held = f"{len(found.low_rank)} matrices at rank {found.rank}, {found.held:.1%} of all that changed"
     lines = [f"{out}  {held}"]
-    if found.whole:
-        lines.append(f"In full: {', '.join(map(short, found.whole))}.")
+    if found.in_full:
+        lines.append(f"In full: {', '.join(map(short, found.in_full))}.")
     if found.left_out:
         lines.append(f"Left out: {_listed(found.left_out)}.")
     for line in lines:

@@ -273,9 +273,9 @@ def run_stage(
     else:
         if not name.startswith("finetune_") or name == "finetune_sweep":
             raise UserError(f"{name} runs in one process. Call it without torchrun.")
-        from pipeline.training.distributed.run import together
+        from pipeline.training.distributed.run import run_distributed
 
-        events = together(project, stage, work, force=force, checkpoint_every=checkpoint_every)
+        events = run_distributed(project, stage, work, force=force, checkpoint_every=checkpoint_every)
     manifest = follow(events, name)
     if not manifest:  # not the process that writes
         return

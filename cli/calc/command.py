@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cli.calc import options as o
 from cli.options import JsonOption, group
 from pipeline.errors import UserError
-from pipeline.files.patterns import end_of, problem
+from pipeline.files.patterns import end_pattern, problem
 
 if TYPE_CHECKING:
     from cli.calc.output import Output, Question
@@ -144,7 +144,7 @@ def _pattern(text: str) -> tuple[str, int]:
     pattern, _, rank = text.rpartition("=")
     if not pattern or not re.fullmatch(r"[0-9]{1,9}", rank) or not int(rank):
         raise UserError(f"rank-pattern takes PATTERN=RANK, such as q_proj=16, got {text[:60]!r}.")
-    if why := problem(end_of(pattern)):
+    if why := problem(end_pattern(pattern)):
         raise UserError(f"rank-pattern {pattern[:60]!r} is no regular expression: {why}.")
     return pattern, int(rank)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.training.optimizer import FlatAdam, moments_before, update
+from pipeline.training.optimizer import FlatAdam, adam_step, zero_moments
 
 
 class Projection(Protocol):
@@ -59,13 +59,13 @@ class SubspaceAdam(FlatAdam):
         self._projection = projection
         self._first = self.weights.detach().clone()  # θ₀
         self._inner = self._first.new_zeros(projection.small)
-        self._moments_of_inner = moments_before(self._inner)
+        self._moments_of_inner = zero_moments(self._inner)
         self._stretch = math.sqrt(len(self._first) / projection.small)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         assert self.weights.grad is not None
         gradient = self._projection.down(self.weights.grad)
-        update(self._inner, gradient, self._moments_of_inner, [(slice(None), learning_rate * self._stretch)])
+        adam_step(self._inner, gradient, self._moments_of_inner, [(slice(None), learning_rate * self._stretch)])
         self.set_weights(self._first + self._projection.up(self._inner))
         self.clear()

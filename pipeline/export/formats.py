@@ -1,4 +1,4 @@
-"""Adapters in the form that those who serve them take: PEFT's, vLLM's, or merged into a checkpoint."""
+"""Export an adapter for PEFT, for vLLM, or merged into a checkpoint."""
 
 import shutil
 from collections.abc import Generator
@@ -11,18 +11,18 @@ from pipeline.export.model_card import CARD, card, has_card
 from pipeline.files import artifact
 from pipeline.models.meta import skeleton
 from pipeline.project.runner import Event
-from pipeline.weights.as_low_rank import updates_of, write_updates
+from pipeline.weights.as_low_rank import low_rank_updates, write_updates
 from pipeline.weights.import_adapter import copy_template, copy_tokenizer
 from pipeline.weights.merge import Merging, Verify, merge_to
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
-ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank accepts
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def for_peft(adapter: Path, out: Path, base_name: str | None = None) -> None:
-    """The adapter, its tokenizer and a card: all that PEFT opens, and nothing of this project's.
+    """Write the adapter, its tokenizer and a model card to `out`: what PEFT reads, without this project's own files.
 
-    The base is called `base_name`, or by the hub's id that it was imported from. Raises UserError.
+    The base is named `base_name`, by default the hub id that it was imported from. Raises UserError.
     """
     _refuse_other(out, adapter)
     refuse_pickle(adapter)
@@ -32,29 +32,29 @@ def for_peft(adapter: Path, out: Path, base_name: str | None = None) -> None:
                 raise UserError(f"{adapter} is not an adapter folder: it has no {name}.")
             shutil.copyfile(adapter / name, folder / name)
         _name_base(folder, adapter, None, base_name)
-        _finish(folder, adapter, None, base_name)
+        _write_tokenizer_and_card(folder, adapter, None, base_name)
 
 
 def for_vllm(
     adapter: Path, base: Path, out: Path, trust_remote_code: bool = False, base_name: str | None = None
 ) -> int:
-    """The adapter within vLLM's rules: low-rank updates alone, scaled by alpha/r.
+    """Write the adapter as vLLM supports it: only low-rank updates, scaled by alpha/r.
 
-    Trained rows become updates of embedding and head. The base is called as `for_peft` calls it. Returns the
-    --max-lora-rank that it takes. Raises UserError.
+    Trained token rows become low-rank updates of embedding and head. The base is named as in `for_peft`. Returns the
+    --max-lora-rank that vLLM needs. Raises UserError.
     """
     _refuse_other(out, adapter)
-    updates = updates_of(base, adapter, trust_remote_code)
-    name, widest = max(updates, key=lambda name: updates[name].rank), max(one.rank for one in updates.values())
+    updates = low_rank_updates(base, adapter, trust_remote_code)
+    name, widest = max(updates, key=lambda name: updates[name].rank), max(update.rank for update in updates.values())
     if widest > RANKS[-1]:
         raise UserError(
-            f"{adapter}: {name} needs rank {widest}; vLLM takes {RANKS[-1]} at most. Export it merged: --as merged."
+            f"{adapter}: {name} needs rank {widest}, but vLLM supports at most {RANKS[-1]}. Export with --as merged."
         )
-    named = read_config(adapter).get("base_model_name_or_path") or str(base)
+    base_in_config = read_config(adapter).get("base_model_name_or_path") or str(base)
     with artifact.writing(out) as folder:
-        write_updates(folder, updates, skeleton(base, trust_remote_code), named)
+        write_updates(folder, updates, skeleton(base, trust_remote_code), base_in_config)
         _name_base(folder, adapter, base, base_name)
-        _finish(folder, adapter, base, base_name)
+        _write_tokenizer_and_card(folder, adapter, base, base_name)
     return next(rank for rank in RANKS if rank >= widest)
 
 
@@ -65,14 +65,14 @@ def _refuse_other(out: Path, adapter: Path) -> None:
 def merged(
     out: Path, merging: Merging, verify: Verify | None = None, base_name: str | None = None
 ) -> Generator[Event, None, dict[str, Any]]:
-    """A checkpoint on its own, with what generation needs and a card; returns the merge's certificate.
+    """Write the merged checkpoint with a generation config and a model card; returns the merge's certificate.
 
     Raises UserError.
     """
 
     def finish(folder: Path, certificate: dict[str, Any]) -> None:
         copy_template(merging.adapter, folder)
-        _say_ends(folder)
+        _write_generation_config(folder)
         text = card(merging.adapter, certificate, merging.base, base_name)
         (folder / CARD).write_text(text, encoding="utf-8")
 
@@ -80,9 +80,9 @@ def merged(
 
 
 def _name_base(folder: Path, adapter: Path, base: Path | None, base_name: str | None) -> None:
-    """Call the base in adapter_config.json by a name that means it elsewhere too, where there is one.
+    """Name the base in adapter_config.json by `base_name` or its hub id, which work on other machines too.
 
-    With tokens added since, the hub's model is not the base any more.
+    The hub id is not used if tokens were added: the hub's model is then not the base.
     """
     origin = origin_of(adapter, base)
     names: dict[str, str | None] = {}
@@ -94,14 +94,14 @@ def _name_base(folder: Path, adapter: Path, base: Path | None, base_name: str | 
         artifact.write_json(folder / CONFIG, {**read_config(folder), **names})
 
 
-def _finish(folder: Path, adapter: Path, base: Path | None, base_name: str | None) -> None:
+def _write_tokenizer_and_card(folder: Path, adapter: Path, base: Path | None, base_name: str | None) -> None:
     copy_tokenizer(adapter, folder)
     (folder / CARD).write_text(card(adapter, None, base, base_name), encoding="utf-8")
 
 
-def _say_ends(folder: Path) -> None:
-    """generation_config.json, where the base has none: with which tokens a text begins and ends."""
+def _write_generation_config(folder: Path) -> None:
+    """Write a generation_config.json with the bos, eos and pad tokens, if the base has none."""
     path = folder / "generation_config.json"
     if not path.exists():
-        config = artifact.read_json(folder / "config.json", "Copy the base anew")
-        artifact.write_json(path, {key: config[key] for key in ENDS if config.get(key) is not None})
+        config = artifact.read_json(folder / "config.json", "Copy the base again")
+        artifact.write_json(path, {key: config[key] for key in TOKEN_IDS if config.get(key) is not None})

@@ -1,4 +1,4 @@
-"""Folders that exist whole or not at all, and the manifest that says how each was made.
+"""Artifact folders, written atomically, and the manifest that says how each was made.
 
 A manifest holds nothing that differs between two identical runs on one machine.
 """
@@ -17,17 +17,17 @@ from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
 MORE_TEMPLATES = "additional_chat_templates"  # transformers reads this folder in a model folder
-LARGEST_TEXT = 100_000_000  # bytes; the largest tokenizer.json published has 35 MB, and takes ten times that to open
+LARGEST_TEXT = 100_000_000  # bytes; the largest published tokenizer.json has 35 MB, and opening it takes ten times that
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}", re.DOTALL)
 
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place, fsynced, when the block ends without error."""
+    """A temporary folder beside `target`, fsynced and renamed to it when the block ends without error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
-    folder = _beside(target, "tmp")
+    folder = _sibling(target, "tmp")
     folder.mkdir()
     try:
         yield folder
@@ -38,20 +38,19 @@ def writing(target: Path) -> Iterator[Path]:
 
 
 def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
-    """Raises UserError if `out` is one of `sources`, in one or around one, or if it holds something and is no `earlier`
-    result."""
-    here = out.resolve()
+    """Raises UserError if `out` is one of `sources`, inside or around one, or not empty and no `earlier` result."""
+    resolved = out.resolve()
     for source in (source.resolve() for source in sources):
-        if here == source:
-            raise UserError(f"{out} is what is read. Name another folder with --out.")
-        if source in here.parents or here in source.parents:
-            raise UserError(f"{out} and {source}, which is read, lie in each other. Name another folder with --out.")
+        if resolved == source:
+            raise UserError(f"{out} is also an input. Name another folder with --out.")
+        if source in resolved.parents or resolved in source.parents:
+            raise UserError(f"{out} and the input {source} contain one another. Name another folder with --out.")
     if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and holds something else. Name another folder with --out, or remove it.")
+        raise UserError(f"{out} exists and holds other files. Name another folder with --out, or remove it.")
 
 
 def _replace(folder: Path, target: Path) -> None:
-    old = _beside(target, "old")
+    old = _sibling(target, "old")
     if target.exists():
         target.rename(old)
     try:
@@ -64,18 +63,19 @@ def _replace(folder: Path, target: Path) -> None:
     _remove(old)
 
 
-def _beside(target: Path, kind: str) -> Path:
-    """A name beside `target` that says which process it belongs to: its id, which others get later, and its start."""
-    _, started = _state(os.getpid())
+def _sibling(target: Path, kind: str) -> Path:
+    """A path beside `target` with this process's id and, since ids are reused, its start time."""
+    _, started = _process_state(os.getpid())
     return target.parent / f".{target.name}.{os.getpid()}-{started}.{kind}"
 
 
 def _recover(target: Path) -> None:
-    """After a killed process: put back what it was about to replace, drop what it had begun."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)(?:-(\d*))?\.(tmp|old)")  # earlier versions: only the id
+    """Clean up after a killed process: restore what it was about to replace, delete what it had started."""
+    # earlier versions wrote only the id
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)(?:-(\d*))?\.(tmp|old)")
     for leftover in sorted(target.parent.glob(f".{target.name}.*")):
         match = pattern.fullmatch(leftover.name)
-        if match and not _alive(int(match[1]), match[2] or ""):
+        if match and not _is_running(int(match[1]), match[2] or ""):
             if match[3] == "old" and not target.exists():
                 leftover.rename(target)
             else:
@@ -83,27 +83,27 @@ def _recover(target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A folder, or a link or file that stood where one belongs."""
+    """Delete a folder, or a link or file in its place."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(pid: int, started: str) -> bool:
-    """Whether the process that had this id, and began at `started` if that is known, still runs; not of this one."""
+def _is_running(pid: int, started: str) -> bool:
+    """Whether another process with this id, and start time `started` if known, is still running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    state, now = _state(pid)
+    state, now = _process_state(pid)
     return pid != os.getpid() and state not in ("Z", "X") and (not started or not now or now == started)
 
 
-def _state(pid: int) -> tuple[str, str]:
-    """(state, start in clock ticks since boot) of a process; empty where the system has no /proc, or hides it."""
+def _process_state(pid: int) -> tuple[str, str]:
+    """(state, start in clock ticks since boot) of a process; empty if the system has no /proc, or hides it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -112,7 +112,7 @@ def _state(pid: int) -> tuple[str, str]:
 
 
 def sync_tree(folder: Path) -> None:
-    """fsync every file and folder below `folder`, and itself."""
+    """fsync `folder` and every file and folder below it."""
     for path in folder.rglob("*"):
         _sync(path)
     _sync(folder)
@@ -127,28 +127,30 @@ def _sync(path: Path) -> None:
 
 
 def refuse_untrusted(folder: Path) -> None:
-    """Raises UserError for what no model or adapter folder needs and a malicious one may have: links to files outside
-    it, and texts so large that reading them takes all the memory."""
+    """Raises UserError for what no model or adapter folder needs but a malicious one may have.
+
+    That is links to files outside it, and text files so large that reading them exhausts memory.
+    """
     _refuse_links_out(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in _TEXTS and path.is_file() and (size := path.stat().st_size) > LARGEST_TEXT:
-            raise UserError(f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model anew.")
+            raise UserError(f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model again.")
 
 
 def _refuse_links_out(folder: Path) -> None:
     """Raises UserError if a file in a model or adapter folder is a link to a file outside it.
 
-    A folder from elsewhere could otherwise make any file of this machine a part of a base, which is then shared. Links
-    into two stores are followed: from a snapshot of the hub's cache to the blobs beside it, and to DVC's cache, whose
-    files nobody can name without knowing their content.
+    A folder from elsewhere could otherwise make any file of this machine part of a base, which is then shared. Two
+    kinds of links are allowed: from a snapshot of the hub's cache to its blobs, and into DVC's cache, whose file names
+    nobody can know without knowing the content.
     """
-    here = folder.resolve()
-    allowed = [here]
-    if here.parent.name == "snapshots" and here.parent.parent.name.startswith("models--"):
-        allowed.append(here.parent.parent / "blobs")
+    resolved = folder.resolve()
+    trusted = [resolved]
+    if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
+        trusted.append(resolved.parent.parent / "blobs")
     for path in _links(folder):
         target = path.resolve()
-        if not any(parent in target.parents for parent in allowed) and not _DVC_OBJECT.fullmatch(str(target)):
+        if not any(parent in target.parents for parent in trusted) and not _DVC_OBJECT.fullmatch(str(target)):
             raise UserError(
                 f"{path} is a link to a file outside its folder: {target}. "
                 "Replace it with a copy of that file if you trust it."
@@ -156,9 +158,9 @@ def _refuse_links_out(folder: Path) -> None:
 
 
 def _links(folder: Path) -> Iterator[Path]:
-    """The links below a folder that may be read as files; a link to a folder is not read, but for that of templates."""
-    for place, folders, files in os.walk(folder):
-        paths = [Path(place, name) for name in sorted((*files, *(name for name in folders if name == MORE_TEMPLATES)))]
+    """Links below a folder that may be read as files; of links to folders, only that of the chat templates is read."""
+    for parent, folders, files in os.walk(folder):
+        paths = [Path(parent, name) for name in sorted((*files, *(name for name in folders if name == MORE_TEMPLATES)))]
         yield from (path for path in paths if path.is_symlink())
         folders[:] = [name for name in folders if not name.startswith(".")]
 
@@ -168,7 +170,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError, with `hint` as the next step, if it is missing or no such thing."""
+    """The JSON object in `path`. Raises UserError, with `hint` as the next step, if it is missing or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -187,13 +189,13 @@ def file_digest(path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Relative name → sha256 of every file below `folder` but its manifest."""
+    """Relative name → sha256 of every file below `folder` except the manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, or of a folder's names and contents without its manifest. Raises UserError."""
+    """sha256 of a file, or of a folder's names and contents except its manifest. Raises UserError."""
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():
@@ -202,7 +204,7 @@ def digest(path: Path) -> str:
 
 
 def sealed_digest(manifest: Mapping[str, Any]) -> str:
-    """`digest` of the folder that a manifest stands in, as it was when it was made."""
+    """`digest` of a manifest's folder at the time it was sealed."""
     return contents_digest(manifest["files"])
 
 
@@ -212,12 +214,12 @@ def contents_digest(files: Mapping[str, str]) -> str:
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, with the sha256 of every file that it stands beside."""
+    """Write the manifest, with the sha256 of every file in the folder."""
     write_json(folder / MANIFEST, {**manifest, "files": contents(folder)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artifact folder. Raises UserError if there is none or it is not one."""
+    """The manifest of an artifact folder. Raises UserError if it is missing or invalid."""
     path = folder / MANIFEST
     manifest = read_json(path, "Make the artifact again")
     if not isinstance(manifest.get("files"), dict):
@@ -226,11 +228,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, contents: Callable[[Path], Mapping[str, str]] = contents) -> dict[str, Any]:
-    """The manifest, once every file has the sha256 it names. Raises UserError with the first that has not."""
+    """The manifest, after checking every file's sha256. Raises UserError with the first that differs."""
     manifest = read_manifest(folder)
-    found, sealed = contents(folder), manifest["files"]
-    for name in sorted(found.keys() | sealed.keys()):
-        if found.get(name) != sealed.get(name):
-            how = "is missing" if name not in found else "was added" if name not in sealed else "was changed"
-            raise UserError(f"{folder / name} {how} after the artifact was made. Make it again or restore the file.")
+    actual, sealed = contents(folder), manifest["files"]
+    for name in sorted(actual.keys() | sealed.keys()):
+        if actual.get(name) != sealed.get(name):
+            change = "is missing" if name not in actual else "was added" if name not in sealed else "was changed"
+            raise UserError(f"{folder / name} {change} after the artifact was made. Make it again or restore the file.")
     return manifest

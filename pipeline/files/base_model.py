@@ -1,7 +1,7 @@
-"""What `pretrain.base` names: MiniGPT, a checkpoint folder, a GGUF file, or a model of the hub.
+"""What `pretrain.base` refers to: MiniGPT, a checkpoint folder, a GGUF file, or a model of the hub.
 
-Decided from the text and the file system alone, without the network and without a heavy library: whoever only
-wants to know whether a stage is up to date asks this too. `base_import` opens what is named.
+Decided from the text and the file system alone, without network or heavy imports, because checking whether a stage is
+up to date needs it too. `import_base` opens the model.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+
 
 @dataclass(frozen=True)
 class Source:
-    """A base as its user names it, and where it is: `path` for a folder or file, `hub_id` for one of the hub."""
+    """A base: `text` as the user wrote it, `path` of a folder or file, `hub_id` of a hub model."""
 
     kind: Literal["minigpt", "folder", "gguf", "hub"]
     text: str
@@ -45,12 +45,12 @@ class Source:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a file or folder, which DVC can watch."""
+        """Whether it is a file or folder, so that DVC can track it."""
         return self.kind in (FOLDER, GGUF)
 
 
-def named(base: str, root: Path) -> Source:
-    """What `base` names, seen from the project's folder; whether it can be used is not looked at. Raises UserError."""
+def parse_source(base: str, root: Path) -> Source:
+    """What `base` refers to, relative to the project's folder. Does not check that it is usable. Raises UserError."""
     if base == MINIGPT:
         return Source("minigpt", base)
     path = _path(base, root)
@@ -68,10 +68,10 @@ def named(base: str, root: Path) -> Source:
 
 
 def _path(base: str, root: Path) -> Path | None:
-    """Where a file or folder of that name would be; None for what no system has as a name."""
+    """The path of a file or folder of that name, existing or not; None if it cannot be a path."""
     try:
         path = root / (name := Path(base).expanduser())
-        if not root.is_dir():  # a project about to be made: no way leads through it yet
+        if not root.is_dir():  # a project about to be created: .. does not resolve yet
             path = Path(os.path.normpath(root.resolve() / name))
         path.is_dir()
     except (OSError, RuntimeError, ValueError):  # too long, no such user's home, a NUL
@@ -80,14 +80,13 @@ def _path(base: str, root: Path) -> Path | None:
 
 
 def shared_name(name: str) -> str:
-    """How a base or a data file is called in a manifest, which others get: an absolute path says where this machine
-    keeps it, so that its last part stands for it."""
+    """The name of a base or data file in a manifest, which is shared: of an absolute path only the last part."""
     path = Path(name)
     return path.name or name if path.is_absolute() or name.startswith("~") else name
 
 
-def watched(base: str, root: Path) -> list[Path]:
-    """The files by which a change of a local base is seen: itself, there or not, or those that lie in its folder."""
+def files_to_watch(base: str, root: Path) -> list[Path]:
+    """The files to watch for changes of a local base: the file, existing or not, or those in its folder."""
     path = None if base == MINIGPT else _path(base, root)
     try:
         files = [] if path is None else list(path.iterdir()) if path.is_dir() else [path]
@@ -97,20 +96,20 @@ def watched(base: str, root: Path) -> list[Path]:
 
 
 def resolve(base: str, root: Path) -> Source:
-    """`named`, once it is something that can be imported as far as can be seen from outside. Raises UserError."""
-    source = named(base, root)
+    """`parse_source`, after checking without opening it that it can be imported. Raises UserError."""
+    source = parse_source(base, root)
     if source.kind == FOLDER:
         refuse_other_folders(source.path)
         weight_files(source.path)
     if source.kind == GGUF:
-        _refuse_other_files(source.path)
+        _refuse_non_gguf(source.path)
     return source
 
 
 def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str, str]:
-    """Its part of the cache's key: shared name → sha256; of the hub, which may be out of reach, what was asked.
+    """Its part of the cache key: shared name → sha256; for the hub, which may be unreachable, id and revision.
 
-    MiniGPT has none: its training is the key. Of a folder only those files count that an import reads.
+    {} for MiniGPT, whose training settings are the key. Of a folder only the files that an import reads count.
     Raises UserError.
     """
     if source.kind == MINIGPT:
@@ -124,20 +123,20 @@ def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str
 
 
 def relevant_files(folder: Path) -> list[Path]:
-    """What an import reads of a checkpoint folder, by name: no optimizer's state, no logs. Raises UserError."""
+    """The files of a checkpoint folder that an import reads: no optimizer state, no logs. Raises UserError."""
     plain = {path for pattern in (*PLAIN, CODE) for path in folder.glob(pattern) if path.is_file()}
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
     return sorted({*plain, *index, *weight_files(folder)})
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a checkpoint folder, one or the shards that its index names. Raises UserError."""
+    """The safetensors files of a checkpoint folder: one, or the shards in its index. Raises UserError."""
     refuse_untrusted(folder)
     if (folder / INDEX).is_file():
-        names = read_json(folder / INDEX, "Copy it anew").get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise UserError(f"{folder / INDEX} names no weights. Copy it anew.")
-        return sorted({_shard(folder, name) for name in names.values()})
+        weight_map = read_json(folder / INDEX, "Copy it again").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / INDEX} lists no weights. Copy it again.")
+        return sorted({_shard(folder, name) for name in weight_map.values()})
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -151,10 +150,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def base_fingerprint(folder: Path) -> dict[str, str]:
-    """What an adapter is bound to: sha256 of a checkpoint's tensors, in however many files, and of its tokenizer."""
+    """What binds an adapter to its base: sha256 of the checkpoint's tensors and of its tokenizer.
+
+    Independent of how the tensors are split into files. Raises UserError.
+    """
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
-        raise UserError(f"{tokenizer} does not exist. A model folder needs its tokenizer.")
+        raise UserError(f"{tokenizer} does not exist. Copy the tokenizer into the model folder.")
     return {"tensors": fingerprint(weight_files(folder)), "tokenizer": file_digest(tokenizer)}
 
 
@@ -162,11 +164,11 @@ def _shard(folder: Path, name: object) -> Path:
     if not isinstance(name, str) or Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
         raise UserError(
             f"{folder / INDEX}: a shard must be the name of a .safetensors file in this folder, "
-            f"got {str(name)[:80]!r}. Copy the model anew."
+            f"got {str(name)[:80]!r}. Copy the model again."
         )
     path = folder / name
     if not path.is_file():
-        raise UserError(f"{folder}: {name} is missing, which {INDEX} names. Copy it there.")
+        raise UserError(f"{folder}: {name} is missing, but {INDEX} lists it. Copy it there.")
     return path
 
 
@@ -174,12 +176,12 @@ def refuse_other_folders(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise UserError(f"pretrain.base: {folder} is an adapter. Name the model that it was trained on.")
     if not (folder / "config.json").is_file():
-        inside = sorted(folder.glob("*.gguf"))
-        hint = f"Name the file in it: {inside[0].name}" if inside else "Name a folder that transformers can open"
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = f"Name the file in it: {ggufs[0].name}" if ggufs else "Name a folder that transformers can open"
         raise UserError(f"pretrain.base: {folder} is not a checkpoint: it has no config.json. {hint}.")
 
 
-def _refuse_other_files(path: Path) -> None:
+def _refuse_non_gguf(path: Path) -> None:
     try:
         with path.open("rb") as file:
             magic = file.read(4)

@@ -1,4 +1,4 @@
-"""Whether files may have changed since they were looked at, by what the file system says of them alone."""
+"""Detects that files may have changed, from inode, size and times alone, without reading them."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 
 class FileState(NamedTuple):
-    """A file's name in its folder, inode, size in bytes, and when its content and its inode last changed (ns).
+    """A file's name in its folder, inode, size in bytes, mtime and ctime (ns).
 
-    No program can set the last one: it shows an edit that keeps the size and puts the first time back.
+    No program can set ctime: it reveals an edit that keeps the size and restores mtime.
     """
 
     name: str
@@ -24,7 +24,7 @@ Signature = tuple[FileState, ...]
 
 
 def signature(path: Path) -> Signature:
-    """The state of a file, or of every file below a folder, by name; () if there is none."""
+    """The state of a file, or of every file below a folder, sorted by name; () if there is none."""
     if path.is_dir():
         return tuple(sorted(_states(str(path), "")))
     try:
@@ -33,17 +33,17 @@ def signature(path: Path) -> Signature:
         return ()
 
 
-def _states(folder: str, inside: str) -> Iterator[FileState]:
+def _states(folder: str, prefix: str) -> Iterator[FileState]:
     try:
         entries = list(os.scandir(folder))
-    except OSError:  # it went while it was looked at
+    except OSError:  # deleted meanwhile
         return
     for entry in entries:
         if not entry.is_dir():
             with suppress(OSError):
-                yield _state(inside + entry.name, entry.stat())
+                yield _state(prefix + entry.name, entry.stat())
         elif entry.name != "__pycache__" and not entry.is_symlink():
-            yield from _states(entry.path, f"{inside}{entry.name}/")
+            yield from _states(entry.path, f"{prefix}{entry.name}/")
 
 
 def _state(name: str, stat: os.stat_result) -> FileState:

@@ -1,6 +1,6 @@
-"""Regular expressions that others wrote, matched against the names of a model's modules within one budget of time.
+"""Matches untrusted regular expressions against a model's module names, with a time limit.
 
-`re` runs for ever on some of them, such as (\\w|.|_)*\\d; the module `regex` matches the same and can be stopped.
+`re` never ends on some of them, such as (\\w|.|_)*\\d; the module `regex` matches the same and has a timeout.
 """
 
 import re
@@ -13,13 +13,13 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-BUDGET = 10.0  # seconds; a pattern for each of 700 modules takes 3, more than any adapter that is known
-LONGEST = 20_000  # characters; compiling a longer one takes memory and time that no budget bounds
+BUDGET = 10.0  # seconds; one pattern for each of 700 modules, more than in any known adapter, takes 3
+LONGEST = 20_000  # characters; no budget limits the memory and time of compiling longer ones
 
 
 @contextmanager
 def one_budget() -> Iterator[None]:
-    """All matches while entered have `BUDGET` seconds together; entered again inside, those of the first time."""
+    """All matches inside the context share `BUDGET` seconds; a nested context shares those of the outer one."""
     if _left.get() is not None:
         yield
         return
@@ -30,14 +30,15 @@ def one_budget() -> Iterator[None]:
         _left.reset(token)
 
 
-_left: ContextVar[list[float] | None] = ContextVar("seconds left", default=None)  # a list: it is counted down
+# a list, so that it can be counted down in place
+_left: ContextVar[list[float] | None] = ContextVar("seconds left", default=None)
 
 
 def problem(pattern: str) -> str | None:
-    """Why it is no regular expression, as `re` says it, whose grammar is PEFT's; None if it is one."""
+    """Why it is not a valid regular expression of `re`, which PEFT uses; None if it is valid."""
     if len(pattern) > LONGEST:
         return f"it has {len(pattern)} characters, more than {LONGEST}"
-    import regex  # most settings have no pattern, and `lora calc` starts in a tenth of a second
+    import regex  # imported here: `lora calc` starts in a tenth of a second, and most settings have no pattern
 
     try:
         re.compile(pattern)
@@ -50,51 +51,55 @@ def problem(pattern: str) -> str | None:
 
 
 def full_match(pattern: str, name: str, key: str) -> bool:
-    """Whether it matches the whole name. Raises UserError with the setting's `key` if the budget is used up."""
+    """Whether it matches the full name. Raises UserError that names the setting `key` when time is up."""
     return _within_budget("fullmatch", pattern, pattern, name, key) is not None
 
 
 def end_match(pattern: str, name: str, key: str) -> bool:
-    """Whether it matches the end of the name, from a dot on, as PEFT's rank_pattern and alpha_pattern do. Raises
-    UserError."""
-    return _within_budget("match", end_of(pattern), pattern, name, key) is not None
+    """Whether it matches the name's end after a dot, or all of it, as in PEFT's rank_pattern and alpha_pattern.
+
+    Raises UserError when time is up.
+    """
+    return _within_budget("match", end_pattern(pattern), pattern, name, key) is not None
 
 
-def end_of(pattern: str) -> str:
+def end_pattern(pattern: str) -> str:
     """The pattern that `end_match` matches."""
     return rf"(.*\.)?({pattern})$"
 
 
 def block_match(pattern: str, name: str, key: str) -> int | None:
-    """The number of the block that the module is in, if the pattern matches the list of blocks, as PEFT's
-    layers_pattern does. Raises UserError."""
-    found = _within_budget("match", block_of(pattern), pattern, name, key)
-    return None if found is None else int(found["block"])
+    """The index of the module's block, if the pattern matches the list of blocks, as in PEFT's layers_pattern.
+
+    Raises UserError when time is up.
+    """
+    match = _within_budget("match", block_pattern(pattern), pattern, name, key)
+    return None if match is None else int(match["block"])
 
 
-def block_of(pattern: str) -> str:
-    """The pattern that `block_match` matches; the first number in a name is the block's, a later one an expert's."""
+def block_pattern(pattern: str) -> str:
+    """The pattern that `block_match` matches; the first number in a name is the block, a later one an expert."""
     return rf"(?:^|.*?\.){pattern}\.(?P<block>\d+)\."
 
 
-def _within_budget(way: str, whole: str, written: str, name: str, key: str) -> Any:
+def _within_budget(method: str, anchored: str, original: str, name: str, key: str) -> Any:
     left = _left.get() or [BUDGET]
     start = perf_counter()
     try:
         if left[0] <= 0:
             raise TimeoutError
-        found = getattr(_compiled(whole), way)(name, timeout=left[0])
+        match = getattr(_compiled(anchored), method)(name, timeout=left[0])
     except TimeoutError:
-        shown = written if len(written) <= 200 else f"{written[:200]}…"
+        shown = original if len(original) <= 200 else f"{original[:200]}…"
         raise UserError(
-            f"{key}: matching {shown!r} against the model's modules must take {BUDGET:g} s at most, and takes longer. "
-            "Write it without a repetition inside another, or list the modules' names."
+            f"{key}: matching {shown!r} against the model's modules must take at most {BUDGET:g} s, but takes longer. "
+            "Avoid nested repetitions, or list the module names."
         ) from None
     left[0] -= perf_counter() - start
-    return found
+    return match
 
 
-@lru_cache(maxsize=8192)  # regex's own keeps 500; each is asked of every name
+@lru_cache(maxsize=8192)  # regex's own cache holds 500; every pattern is matched against every name
 def _compiled(pattern: str) -> Any:
     import regex
 

@@ -1,4 +1,4 @@
-"""Safetensors headers and fingerprints, read without torch, and errors of writing such files."""
+"""Safetensors headers and fingerprints, read without torch, and OS errors from writing such files."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from typing import Any
 from pipeline.errors import UserError
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's standard library ends such a message
-# An entry takes 60 to 200 bytes, and no published file has many more than 100,000 tensors. The format allows five times
-# as much, for which parsing takes more than a GB of memory.
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the end of an OS error's message in Rust
+# An entry takes 60 to 200 bytes, and published files have up to about 100,000 tensors. The format allows headers five
+# times as large, and parsing those takes more than a GB of memory.
 MAX_HEADER = 20_000_000  # bytes
 
 
@@ -37,8 +37,8 @@ class TensorInfo:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
-    """A full disk is an OSError about `path`, also where a library in Rust reports it as an error of its own kind."""
+def as_os_error(path: Path) -> Iterator[None]:
+    """Turns a Rust library's own error for a failed write, such as a full disk, into an OSError about `path`."""
     try:
         yield
     except Exception as error:
@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if MAX_HEADER < length <= size - 8:
                 raise UserError(
                     f"{path}: its header must have at most {MAX_HEADER:,} bytes, got {length:,}: no model has so many "
-                    "tensors. Copy it anew, or choose another model."
+                    "tensors. Copy it again, or choose another model."
                 )
             if not 2 <= length <= size - 8:
                 raise _damaged(path, f"its header of {length} bytes does not fit in {size} bytes")
@@ -70,14 +70,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    infos = {name: _info(path, name, header[name], 8 + length) for name in sorted(header)}
+    infos = {name: _parse_info(path, name, header[name], 8 + length) for name in sorted(header)}
     expected = max((info.stop for info in infos.values()), default=8 + length)
     if expected != size:
         raise _damaged(path, f"the header describes {expected} bytes, the file has {size}")
     return infos
 
 
-def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+def _parse_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         start, stop = (base + int(offset) for offset in entry["data_offsets"])
@@ -86,14 +86,14 @@ def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     if min(shape, default=0) < 0:
         raise _damaged(path, f"{name} has shape {shape}")
     if dtype not in BYTES:
-        raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported. Give the 16-bit model.")
+        raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported. Use the 16-bit model.")
     if stop - start != prod(shape) * BYTES[dtype] or start < base:
         raise _damaged(path, f"{name} of shape {shape} does not have {stop - start} bytes")
     return TensorInfo(dtype, shape, start, stop)
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is damaged or truncated: {reason}. Make it again or copy it anew.")
+    return UserError(f"{path} is damaged or truncated: {reason}. Create or copy it again.")
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -102,15 +102,15 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """sha256 over every tensor's name, dtype, shape and bytes, in order of name.
+    """sha256 over every tensor's name, dtype, shape and bytes, sorted by name.
 
-    Independent of the files that hold them: their number, order, padding and metadata.
+    Independent of how the tensors are split into files, their order, padding and metadata.
     """
-    places = sorted((name, path, info) for path in paths for name, info in read_header(path).items())
+    entries = sorted((name, path, info) for path in paths for name, info in read_header(path).items())
     digest = hashlib.sha256()
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("rb")) for path in paths}
-        for name, path, info in places:
+        for name, path, info in entries:
             digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
             files[path].seek(info.start)
             remaining = info.stop - info.start
@@ -122,19 +122,19 @@ def fingerprint(paths: Sequence[Path]) -> str:
 
 
 def refuse_difference(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str
+    expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Raises UserError unless `found` has exactly the expected names and shapes."""
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    wrong = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    """Raises UserError unless `actual` has exactly the expected names and shapes."""
+    missing, extra = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
+    wrong = sorted(name for name in expected.keys() & actual.keys() if expected[name] != actual[name])
     reasons = [
-        *([f"missing {_first(missing)}"] if missing else []),
-        *([f"not expected {_first(extra)}"] if extra else []),
-        *(f"{n} has shape {list(found[n])}, expected {list(expected[n])}" for n in wrong[:1]),
+        *([f"missing {_summarize(missing)}"] if missing else []),
+        *([f"not expected {_summarize(extra)}"] if extra else []),
+        *(f"{n} has shape {list(actual[n])}, expected {list(expected[n])}" for n in wrong[:1]),
     ]
     if reasons:
         raise UserError(f"{source} does not fit: {'; '.join(reasons)}.")
 
 
-def _first(names: list[str]) -> str:
+def _summarize(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

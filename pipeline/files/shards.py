@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors rewritten tensor by tensor: what is not changed is copied by the system, unread."""
+"""Rewrites safetensors files tensor by tensor; unchanged tensors are copied by the kernel without reading them."""
 
 import json
 import os
@@ -15,23 +15,23 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import weight_files
 from pipeline.files.safetensors_header import BYTES, TensorInfo, read_header
 
-PIECE = 8 * 2**20  # bytes, where the system cannot copy by itself
+PIECE = 8 * 2**20  # bytes per read, if the kernel cannot copy between the files
 
 Bytes = bytes | bytearray | memoryview
-Content = Callable[[], Iterable[Bytes]]  # what a tensor is to hold, piece by piece
+Content = Callable[[], Iterable[Bytes]]  # a tensor's bytes, piece by piece
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor of a checkpoint is."""
+class TensorLocation:
+    """The file that holds a tensor, and its dtype, shape and byte range there."""
 
     file: Path
     info: TensorInfo
 
 
 @dataclass(frozen=True)
-class New:
-    """A tensor as it is to be written; without `content` it is copied."""
+class NewTensor:
+    """A tensor to write; without `content` it is copied from the source file."""
 
     name: str
     dtype: str
@@ -44,54 +44,56 @@ class New:
         return prod(self.shape) * BYTES[self.dtype]
 
 
-def places(folder: Path) -> dict[str, Place]:
-    """Every tensor of the checkpoint in `folder`, by name. Raises UserError as `weight_files` and `read_header`."""
-    found: dict[str, Place] = {}
+def tensor_locations(folder: Path) -> dict[str, TensorLocation]:
+    """Every tensor of the checkpoint in `folder`, by name. Raises UserError as `weight_files` and `read_header` do."""
+    locations: dict[str, TensorLocation] = {}
     for file in weight_files(folder):
         for name, info in read_header(file).items():
-            if name in found:
-                raise UserError(f"{folder}: {name} is in {found[name].file.name} and in {file.name}. Copy it anew.")
-            found[name] = Place(file, info)
-    return found
+            if name in locations:
+                raise UserError(
+                    f"{folder}: {name} is in {locations[name].file.name} and in {file.name}. Copy it again."
+                )
+            locations[name] = TensorLocation(file, info)
+    return locations
 
 
-def rewrite(source: Path, target: Path, tensors: Sequence[New]) -> Iterator[Callable[[], None]]:
-    """Begin `target`, which is to hold `tensors` in this order; what fills it, in whatever order or side by side.
+def rewrite(source: Path, target: Path, tensors: Sequence[NewTensor]) -> Iterator[Callable[[], None]]:
+    """Create `target` with the header of `tensors`, in this order; yields functions that each write a part of it.
 
-    Tensors without content are copied from `source`.
+    They may run in any order or in parallel. Tensors without content are copied from `source`.
     """
     infos, metadata, raw = _header(source)
-    same = [(t.name, t.dtype, t.shape) for t in tensors] == [(n, i.dtype, i.shape) for n, i in infos.items()]
-    header = raw if same else _composed(tensors, metadata)
-    at = len(header)
+    is_unchanged = [(t.name, t.dtype, t.shape) for t in tensors] == [(n, i.dtype, i.shape) for n, i in infos.items()]
+    header = raw if is_unchanged else _build_header(tensors, metadata)
+    offset = len(header)
     with target.open("wb", buffering=0) as file:
         _write(file.fileno(), header, 0)
-        os.ftruncate(file.fileno(), at + sum(tensor.size for tensor in tensors))
-    for copied, group in groupby(tensors, key=lambda tensor: tensor.content is None):
-        if copied:
-            for start, stop in _runs(infos[tensor.name] for tensor in group):
-                yield partial(_copy_run, source, target, start, at, stop - start)
-                at += stop - start
+        os.ftruncate(file.fileno(), offset + sum(tensor.size for tensor in tensors))
+    for is_copy, group in groupby(tensors, key=lambda tensor: tensor.content is None):
+        if is_copy:
+            for start, stop in _merge_ranges(infos[tensor.name] for tensor in group):
+                yield partial(_copy_run, source, target, start, offset, stop - start)
+                offset += stop - start
             continue
         for tensor in group:
             assert tensor.content is not None
-            yield partial(_fill, target, at, tensor.content)
-            at += tensor.size
+            yield partial(_fill, target, offset, tensor.content)
+            offset += tensor.size
 
 
-def _fill(target: Path, at: int, content: Content) -> None:
+def _fill(target: Path, offset: int, content: Content) -> None:
     with target.open("rb+", buffering=0) as file:
         for piece in content():
-            at = _write(file.fileno(), piece, at)
+            offset = _write(file.fileno(), piece, offset)
 
 
-def _copy_run(source: Path, target: Path, start: int, at: int, count: int) -> None:
+def _copy_run(source: Path, target: Path, start: int, offset: int, count: int) -> None:
     with source.open("rb") as reader, target.open("rb+", buffering=0) as writer:
-        _copy(reader.fileno(), writer.fileno(), start, at, count)
+        _copy(reader.fileno(), writer.fileno(), start, offset, count)
 
 
 def in_file_order(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file as they lie in it."""
+    """Name → info of the tensors of a file, ordered by offset."""
     return _header(file)[0]
 
 
@@ -103,7 +105,7 @@ def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | None, b
     return infos, json.loads(raw[8:]).get("__metadata__"), raw
 
 
-def _composed(tensors: Sequence[New], metadata: Mapping[str, Any] | None) -> bytes:
+def _build_header(tensors: Sequence[NewTensor], metadata: Mapping[str, Any] | None) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     start = 0
     for tensor in tensors:
@@ -115,46 +117,46 @@ def _composed(tensors: Sequence[New], metadata: Mapping[str, Any] | None) -> byt
     return struct.pack("<Q", len(text)) + text
 
 
-def _runs(infos: Iterable[TensorInfo]) -> Iterator[tuple[int, int]]:
-    """Neighbours as one range."""
-    run: tuple[int, int] | None = None
+def _merge_ranges(infos: Iterable[TensorInfo]) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the tensors, adjacent ones merged."""
+    current: tuple[int, int] | None = None
     for info in infos:
-        if run and run[1] == info.start:
-            run = run[0], info.stop
+        if current and current[1] == info.start:
+            current = current[0], info.stop
         else:
-            if run:
-                yield run
-            run = info.start, info.stop
-    if run:
-        yield run
+            if current:
+                yield current
+            current = info.start, info.stop
+    if current:
+        yield current
 
 
-def _copy(source: int, target: int, start: int, at: int, count: int) -> None:
+def _copy(source: int, target: int, start: int, offset: int, count: int) -> None:
     done = 0
     while done < count:
-        step = _copied_by_system(source, target, start + done, at + done, count - done)
-        if not step:
+        copied = _copy_in_kernel(source, target, start + done, offset + done, count - done)
+        if not copied:
             piece = os.pread(source, min(PIECE, count - done), start + done)
             if not piece:
-                raise UserError("A file of the base became shorter while it was read. Make it again or copy it anew.")
-            step = _write(target, piece, at + done) - at - done
-        done += step
+                raise UserError("A file of the base was truncated while it was read. Create or copy it again.")
+            copied = _write(target, piece, offset + done) - offset - done
+        done += copied
 
 
-def _write(target: int, data: Bytes, at: int) -> int:
-    """Where the next piece goes."""
+def _write(target: int, data: Bytes, offset: int) -> int:
+    """Write `data` at `offset`; returns the offset after it."""
     view = memoryview(data)
     while view:
-        count = os.pwrite(target, view, at)
-        view, at = view[count:], at + count
-    return at
+        count = os.pwrite(target, view, offset)
+        view, offset = view[count:], offset + count
+    return offset
 
 
-def _copied_by_system(source: int, target: int, start: int, at: int, count: int) -> int:
-    """Bytes that were copied; 0 where the system or the file system cannot."""
+def _copy_in_kernel(source: int, target: int, start: int, offset: int, count: int) -> int:
+    """The number of bytes copied; 0 if the kernel or the file system does not support it."""
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
-        return os.copy_file_range(source, target, count, offset_src=start, offset_dst=at)
+        return os.copy_file_range(source, target, count, offset_src=start, offset_dst=offset)
     except OSError:
         return 0

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files.safetensors_header import shapes, written
+from pipeline.files.safetensors_header import as_os_error, shapes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -17,7 +17,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write safetensors with PEFT's and transformers' one metadata entry. Raises OSError on a full disk."""
     # Copied on the CPU: a checkpoint is also saved when the device has no byte left.
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    with written(path):
+    with as_os_error(path):
         save_file(copies, path, metadata={"format": "pt"})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.files.base_model import named
+from pipeline.files.base_model import parse_source
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS
 from pipeline.project.stage_graph import Project, Stage
@@ -42,7 +42,7 @@ def files(project: Project, stage: Stage) -> dict[str, str]:
     """Key of its section, such as data[0], or section.key → the file that it names; what is left empty is left out."""
     base = project.params.pretrain
     if stage.name == "pretrain" and base.imports:
-        return {"base": base.base} if named(base.base, project.root).is_local else {}
+        return {"base": base.base} if parse_source(base.base, project.root).is_local else {}
     found: dict[str, str] = {}
     for key in stage.data:
         value = project.setting(stage, key)

@@ -176,5 +176,5 @@ def project_signature(project: Project) -> tuple[Signature, ...]:
     data = {project.root / name for stage in project.readable.values() for name in project.data_files(stage)}
     runs = [project.run_folder(name) / run_state.JOURNAL for name in project.readable]
     artifacts = [project.artifact(name) for name in project.readable]
-    base = base_model.watched(project.params.pretrain.base, project.home("pretrain").root)
+    base = base_model.files_to_watch(project.params.pretrain.base, project.home("pretrain").root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))

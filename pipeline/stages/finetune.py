@@ -23,10 +23,10 @@ from pipeline.models.meta import skeleton
 from pipeline.project.params.sections import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.stages.virtual_tokens import virtual_learner
-from pipeline.training.data import data_of, save_checkpoint, save_curve
+from pipeline.training.data import prepare_data, save_checkpoint, save_curve
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retention import RetentionLoss, retain_of
+from pipeline.training.retention import RetentionLoss, load_retention_texts
 
 
 def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Facts]:
@@ -49,12 +49,12 @@ def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, Tra
     if isinstance(settings, FinetuneVirtual):
         return (yield from virtual_learner(job, settings, base, folder))
     model = base.model
-    batches, evaluation = yield from data_of(job, settings, base)
+    batches, evaluation = yield from prepare_data(job, settings, base)
     torch.manual_seed(settings.seed)
     spec, retain = None, None
     if isinstance(settings, FinetuneLora):
         spec = lora_spec(model, settings, new_rows(folder))
-        texts = yield from retain_of(job, settings, base)  # completed, where they are to be, by the base as it is
+        texts = yield from load_retention_texts(job, settings, base)  # prompts completed by the plain base
         attach(model, spec, DTYPES[settings.adapter_precision], settings.init_lora_weights)
         yield from note_wide_rank(model)
         retain = None if texts is None else RetentionLoss(model, texts, settings)

@@ -14,7 +14,7 @@ from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, refuse_unlike
 from pipeline.project.params.sections import Pretrain
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.training.data import data_of, examples_of, save_checkpoint
+from pipeline.training.data import prepare_data, save_checkpoint, training_examples
 from pipeline.training.loop import TrainingTask, train
 
 
@@ -25,7 +25,7 @@ def pretrain(job: Job) -> Generator[Event, None, Facts]:
         return (yield from _imported(job, settings))
     _refuse_unread(settings)
     base = _new(job, settings)
-    batches, evaluation = yield from data_of(job, settings, base)
+    batches, evaluation = yield from prepare_data(job, settings, base)
     optimizer = yield from train(job, TrainingTask(base.model, batches, settings, FULL, evaluation))
     return save_checkpoint(job, base, optimizer)
 
@@ -43,7 +43,7 @@ def _imported(job: Job, settings: Pretrain) -> Generator[Event, None, Facts]:
 
 def _new(job: Job, settings: Pretrain) -> Base:
     """A MiniGPT that knows the data's words and nothing else."""
-    words = (word for example in examples_of(job, settings) for word in split(example.text))
+    words = (word for example in training_examples(job, settings) for word in split(example.text))
     tokenizer = WordTokenizer.of_words(words)
     config = MiniGPTConfig(
         vocab_size=len(tokenizer),

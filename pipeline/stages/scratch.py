@@ -8,7 +8,7 @@ from pipeline.calc.settings import FULL
 from pipeline.models.load import Base, load_base, stored_precision
 from pipeline.models.meta import untrained
 from pipeline.project.runner import Event, Facts, Job
-from pipeline.training.data import data_of, save_checkpoint
+from pipeline.training.data import prepare_data, save_checkpoint
 from pipeline.training.loop import TrainingTask, train
 
 
@@ -20,7 +20,7 @@ def scratch(job: Job) -> Generator[Event, None, Facts]:
     settings = job.project.params.scratch
     folder = job.artifact("expand_vocab")
     base = anew(job, settings.precision)
-    batches, evaluation = yield from data_of(job, settings, base)
+    batches, evaluation = yield from prepare_data(job, settings, base)
     optimizer = yield from train(job, TrainingTask(base.model, batches, settings, FULL, evaluation))
     stored = None if stored_precision(folder) == settings.precision else anew(job, None).model
     return save_checkpoint(job, base, optimizer, trained_from=stored)

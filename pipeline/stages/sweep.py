@@ -27,8 +27,8 @@ from pipeline.training.batched.loop import AdapterProgress
 from pipeline.training.batched.run import train_batched
 from pipeline.training.batched.step import BatchedTrainingTask, Variant
 from pipeline.training.batches import Batches
-from pipeline.training.data import datasets_for
-from pipeline.training.retention import retain_of
+from pipeline.training.data import build_datasets
+from pipeline.training.retention import load_retention_texts
 from pipeline.training.schedule import refuse_long_warmup
 
 
@@ -45,9 +45,9 @@ def sweep(job: Job) -> Generator[Event, None, Facts]:
         )
     folder = job.artifact("expand_vocab")
     base = load_base(folder, settings.precision, params.pretrain.trust_remote_code, settings.quantization)
-    learned, held_out = yield from datasets_for(job, settings, base)
+    learned, held_out = yield from build_datasets(job, settings, base)
     strongest = max(own.retain_weight for own in wanted.values())
-    texts = yield from retain_of(job, replace(settings, retain_weight=strongest), base)
+    texts = yield from load_retention_texts(job, replace(settings, retain_weight=strongest), base)
     specs = {}
     for name, own in wanted.items():
         with _named(name):

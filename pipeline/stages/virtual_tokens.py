@@ -11,7 +11,7 @@ from pipeline.models.load import DTYPES, Base, count
 from pipeline.models.meta import skeleton
 from pipeline.project.params.sections import FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job
-from pipeline.training.data import data_of, save_curve
+from pipeline.training.data import prepare_data, save_curve
 from pipeline.training.loop import TrainingSetup, TrainingTask
 from pipeline.training.optimizer import FlatAdam
 
@@ -33,7 +33,7 @@ def virtual_learner(
             f"{job.stage.name}.checkpointing must be none for this model, got {settings.checkpointing}: its blocks "
             "take a prefix from a cache alone, which is gone when they run again. Set it to none."
         )
-    batches, evaluation = yield from data_of(job, settings, base)
+    batches, evaluation = yield from prepare_data(job, settings, base)
     trainable = count(model)["trainable"]
     method = FinetuningMethod(spec.kind, virtual_tokens=spec.tokens)
 

@@ -1,4 +1,4 @@
-"""Resume checkpoints: safetensors and JSON in a folder that appears whole, bound to a cache key."""
+"""Resume checkpoints: a folder of safetensors and JSON, written atomically and bound to a cache key."""
 
 import signal
 import threading
@@ -21,9 +21,9 @@ STATE = "state.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The optimizer's state after `step` steps, in which `tokens` were learned from.
+    """The optimizer's state after `step` steps and `tokens` labelled tokens.
 
-    `logs`: how many lines each log of the run folder has then, by name; one of `step` lines where it is left out.
+    `logs`: file name → number of steps logged so far, for each log in the run folder. Default: loss.csv with `step`.
     """
 
     step: int
@@ -33,7 +33,7 @@ class Checkpoint:
 
 
 def save(run: Path, key: str, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint, then drop the older ones: at any moment one that is whole stands."""
+    """Write the checkpoint, then delete the older ones, so that a complete one exists at any moment."""
     target = run / f"checkpoint-{checkpoint.step:09d}"
     with artifact.writing(target) as folder:
         save_tensors(folder / STATE, checkpoint.state)
@@ -44,7 +44,7 @@ def save(run: Path, key: str, checkpoint: Checkpoint) -> None:
 
 
 def load(run: Path, key: str) -> tuple[Checkpoint | None, str | None]:
-    """The newest usable checkpoint, or None and, if there was one, why it is refused."""
+    """The newest usable checkpoint and None, or None and the reason why the existing ones are unusable, if any."""
     reason = None
     for folder in checkpoints(run):
         try:
@@ -52,9 +52,9 @@ def load(run: Path, key: str) -> tuple[Checkpoint | None, str | None]:
             if meta["key"] != key:
                 reason = "it was made with other params, data or code"
                 continue
-            short = [name for name, lines in meta["logs"].items() if len(read_steps(run / name)) < lines]
-            if short:
-                reason = f"{run / short[0]} does not reach step {meta['logs'][short[0]]}"
+            incomplete = [name for name, lines in meta["logs"].items() if len(read_steps(run / name)) < lines]
+            if incomplete:
+                reason = f"{run / incomplete[0]} does not reach step {meta['logs'][incomplete[0]]}"
                 continue
             return Checkpoint(meta["step"], meta["tokens"], load_tensors(folder / STATE), meta["logs"]), None
         except (UserError, KeyError) as error:
@@ -63,9 +63,9 @@ def load(run: Path, key: str) -> tuple[Checkpoint | None, str | None]:
 
 
 class HeldSignals:
-    """Ctrl-C and SIGTERM, held back to a step boundary: a checkpoint is never half a step.
+    """Defers Ctrl-C and SIGTERM to the end of a step, so that a checkpoint never holds half a step.
 
-    While entered, the first SIGINT or SIGTERM only sets `received`; the second acts as it always does.
+    Inside the context, the first SIGINT or SIGTERM only sets `received`; the second is handled as usual.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What every training stage does before and after the loop: settings → sequences, trained model → checkpoint."""
+"""What every training stage does around the loop: settings → batches before it, trained model → checkpoint after."""
 
 from collections.abc import Generator, Iterator
 from shutil import copyfile
@@ -22,83 +22,86 @@ from pipeline.training.optimizer import FlatAdam
 from pipeline.training.schedule import refuse_long_warmup
 
 
-def examples_of(job: Job, settings: Training) -> Iterator[Example]:
-    """Those of each data file, in order."""
+def training_examples(job: Job, settings: Training) -> Iterator[Example]:
+    """The examples of all data files, in order. Raises UserError."""
     return (example for name in settings.files for example in iter_examples(job.path(name), name))
 
 
-def data_of(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
-    """The batches, and the evaluation where examples are held out for it. Raises UserError as `datasets_for`."""
-    learned, held_out = yield from datasets_for(job, settings, base)
-    batches = Batches(learned, settings.batch_size, settings.seed, settings.accumulate)
+def prepare_data(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
+    """The batches, and the evaluation if eval_share is set. Raises UserError as `build_datasets` does."""
+    training, held_out = yield from build_datasets(job, settings, base)
+    batches = Batches(training, settings.batch_size, settings.seed, settings.accumulate)
     refuse_long_warmup(settings, settings.epochs * len(batches), job.stage.section)
     if held_out is None:
         return batches, None
     return batches, Evaluation(held_out, settings.batch_size, settings.eval_every or len(batches), settings.patience)
 
 
-def datasets_for(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Dataset, Dataset | None]]:
-    """What is learned, and what is held out to evaluate on; notes what was cut or left out.
+def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Dataset, Dataset | None]]:
+    """(training set, evaluation set or None); yields notes on examples that were truncated or skipped.
 
-    Raises UserError for an example that cannot be learned from, and where nothing is left to learn.
+    Raises UserError for an invalid example, for an empty training set and for an empty evaluation set.
     """
-    learned = yield from _corpus(job, settings, base, held_out=False)
-    named = ", ".join(settings.files)
+    training = yield from _build_corpus(job, settings, base, held_out=False)
+    files = ", ".join(settings.files)
     share = settings.eval_share
     if not share:
-        refuse_nothing(learned, named)
-        _refuse_unused(job, settings)
-        return dataset_from(learned, settings.window), None
-    held_out = yield from _corpus(job, settings, base, held_out=True)
-    split = f"{job.stage.section}.eval_share {share:g} of {named} holds out"
-    if not len(learned) and len(held_out):
+        refuse_nothing(training, files)
+        _refuse_without_evaluation(job, settings)
+        return dataset_from(training, settings.window), None
+    held_out = yield from _build_corpus(job, settings, base, held_out=True)
+    selection = f"{job.stage.section}.eval_share {share:g} selects"
+    if not len(training) and len(held_out):
         raise UserError(
-            f"{split} all {len(held_out)} examples that have labels: they are chosen by their hash. Lower it, or set "
-            "it to 0."
+            f"{selection} all {len(held_out)} labelled examples of {files} (the split is by hash). Decrease it, or "
+            "set it to 0."
         )
-    refuse_nothing(learned, named)
+    refuse_nothing(training, files)
     if not len(held_out):
-        raise UserError(f"{split} no example: they are chosen by their hash. Raise it, or set it to 0.")
-    return dataset_from(learned, settings.window), dataset_from(held_out, settings.window)
+        raise UserError(
+            f"{selection} 0 of {len(training)} labelled examples of {files} (the split is by hash). Increase it, or "
+            "set it to 0."
+        )
+    return dataset_from(training, settings.window), dataset_from(held_out, settings.window)
 
 
-def _refuse_unused(job: Job, settings: Training) -> None:
+def _refuse_without_evaluation(job: Job, settings: Training) -> None:
     for key in ("eval_every", "patience"):
         if getattr(settings, key):
             raise UserError(
-                f"{job.stage.section}.{key} is {getattr(settings, key)}, but nothing is held out to evaluate on. "
+                f"{job.stage.section}.{key} is {getattr(settings, key)}, but there is no evaluation set. "
                 f"Set {job.stage.section}.eval_share above 0."
             )
 
 
-def _corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generator[Event, None, Corpus]:
+def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generator[Event, None, Corpus]:
     folder = job.run / "tokens" / ("evaluation" if held_out else "training")
     folder.mkdir(parents=True, exist_ok=True)
-    examples = (e for e in examples_of(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
-    virtual = base.model.shape.positions - base.model.max_length
-    encodes = encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual)
-    corpus = Corpus.build(examples, encodes, folder)
-    found = corpus.statistics
-    if found.truncated:
-        left_out = f", {found.unlabelled} of them left out: their labels were cut off" if found.unlabelled else ""
-        cut = f"{found.truncated} examples were cut after {settings.max_length} tokens"
-        yield Note(f"{job.stage.name}: {cut}{left_out}")
-    elif found.unlabelled:
-        yield Note(f"{job.stage.name}: {found.unlabelled} examples left out: nothing in them is to be learned")
+    examples = (e for e in training_examples(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
+    virtual_tokens = base.model.shape.positions - base.model.max_length
+    encode = encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)
+    corpus = Corpus.build(examples, encode, folder)
+    statistics = corpus.statistics
+    if statistics.truncated:
+        skipped = f", {statistics.unlabelled} of them skipped: no label is left" if statistics.unlabelled else ""
+        truncated = f"{statistics.truncated} examples truncated to {settings.max_length} tokens"
+        yield Note(f"{job.stage.name}: {truncated}{skipped}")
+    elif statistics.unlabelled:
+        yield Note(f"{job.stage.name}: {statistics.unlabelled} examples skipped: no token is labelled")
     return corpus
 
 
 def save_curve(job: Job) -> None:
-    """The run's loss.csv, beside what it trained."""
+    """Copy the run's loss.csv into the artifact."""
     copyfile(job.run / LOSS, job.out / LOSS)
 
 
 @torch.no_grad()
 def save_checkpoint(job: Job, base: Base, optimizer: FlatAdam, trained_from: CausalLM | None = None) -> Facts:
-    """The trained model and its loss curve; returns what the manifest says of them.
+    """Write the trained model and its loss curve; returns their facts for the manifest.
 
-    What a model that trained in other bits than it is stored in has learned, in full precision, is added to the one
-    that it was trained from: what was frozen, or never read, stays bit for bit.
+    `trained_from`: the base in its stored precision, if training ran in another one. The fp32 difference of each
+    trained parameter is then added to it, so that frozen parameters and unused embedding rows stay bit for bit.
     """
     parameters = count(base.model)
     model = base.model.to("cpu")

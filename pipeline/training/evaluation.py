@@ -1,4 +1,4 @@
-"""The loss on examples that are held out, during training, and when to stop because of it."""
+"""Evaluation loss during training, and early stopping."""
 
 from collections.abc import Iterator
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from pipeline.data.windows import Dataset
 from pipeline.models.base import CausalLM
-from pipeline.training.batches import Batch, shared
+from pipeline.training.batches import Batch, batch_for_rank
 from pipeline.training.distributed.collectives import all_reduce_numbers
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of, to_model_device
 
 
 class Evaluation:
-    """Every `every` steps, and after the last. With `patience` the best weights are kept, and are what training gives.
+    """Evaluates every `every` steps and after the last. With `patience` above 0, training returns the best weights.
 
-    What it remembers is a part of the checkpoint: a resumed run stops where an unbroken one does.
+    Its state is part of the checkpoint, so that a resumed run stops at the same step as an uninterrupted one.
     """
 
     def __init__(self, windows: Dataset, batch_size: int, every: int, patience: int) -> None:
@@ -28,7 +28,7 @@ class Evaluation:
         return step % self._every == 0 or step == last
 
     def after_step(self, model: CausalLM, optimizer: FlatAdam) -> float:
-        """The loss now, in nats a token."""
+        """The evaluation loss in nats per token; remembers the weights if it is the lowest so far."""
         loss = self._loss(model)
         if loss < self._best:
             self._best, self._waited = loss, 0
@@ -39,7 +39,7 @@ class Evaluation:
 
     @property
     def should_stop(self) -> bool:
-        """Whether `patience` evaluations in a row brought nothing better."""
+        """Whether the last `patience` evaluations were no better than the best one."""
         return bool(self._patience) and self._waited >= self._patience
 
     def restore_best(self, optimizer: FlatAdam) -> None:
@@ -58,7 +58,7 @@ class Evaluation:
     def _batches(self, model: CausalLM) -> Iterator[Batch]:
         for start in range(0, len(self._windows), self._size):
             numbers = range(start, min(start + self._size, len(self._windows)))
-            yield from to_model_device(model, [shared(self._windows, numbers)])
+            yield from to_model_device(model, [batch_for_rank(self._windows, numbers)])
 
     def state(self) -> dict[str, Tensor]:
         best = {} if self._weights is None else {"best_weights": self._weights}

@@ -1,4 +1,4 @@
-"""Losses by how many logits are alive at once: N·V of them are often the step's peak."""
+"""Losses that differ in how many logits are in memory at once: all N·V of them are often a step's peak."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Head = Callable[[Tensor], Tensor]
-Part = Callable[[Tensor, Tensor], Tensor]  # rows (n, D) and what is wanted of each (n, ...) → the sum of their losses
-CHUNK = 128  # rows whose logits are alive at once
+SummedLoss = Callable[[Tensor, Tensor], Tensor]  # rows (n, D) and their targets (n, ...) → the sum of their losses
+CHUNK = 128  # rows whose logits are in memory at once
 
 
 def full(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -18,39 +18,41 @@ def full(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def at_labels(head: Head, hidden: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-    """The same over `positions` (N,) of the flattened tokens alone: no logits where no label stands."""
-    return F.cross_entropy(head(_selected(hidden, positions)).float(), labels.flatten()[positions])
+    """The same over `positions` (N,) of the flattened tokens only: no logits for tokens without a label."""
+    return F.cross_entropy(head(_select_rows(hidden, positions)).float(), labels.flatten()[positions])
 
 
 def chunked(
     head: Head, hidden: Tensor, labels: Tensor, positions: Tensor, size: int, trained: Sequence[nn.Parameter] = ()
 ) -> Tensor:
-    """The same, `size` labels at a time. `trained`: the head's parameters that want a gradient.
+    """The same, `size` labels at a time. `trained`: the head's parameters that require a gradient.
 
-    Their gradients are added up at their own precision: in bf16, small chunks cost digits.
+    Their gradients are accumulated in the parameters' own dtype: in bf16, small chunks lose precision.
     """
-    return mean_of(cross_entropy(head), _selected(hidden, positions), labels.flatten()[positions], size, trained)
+    return chunked_mean(
+        cross_entropy(head), _select_rows(hidden, positions), labels.flatten()[positions], size, trained
+    )
 
 
-def cross_entropy(head: Head) -> Part:
-    """Of the labels that are wanted."""
+def cross_entropy(head: Head) -> SummedLoss:
+    """The summed cross-entropy of the rows with labels (n,)."""
     return lambda rows, labels: F.cross_entropy(head(rows).float(), labels, reduction="sum")
 
 
-def divergence(head: Head, reference: Head) -> Part:
-    """KL(p‖q) in nats: q what `head` makes of the rows, p what `reference` makes of the rows that are wanted."""
+def divergence(head: Head, reference: Head) -> SummedLoss:
+    """The summed KL(p‖q) in nats: q = softmax(head(rows)), p = softmax(reference(targets)), targets (n, D)."""
 
-    def part(rows: Tensor, wanted: Tensor) -> Tensor:
+    def summed_loss(rows: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
-            log_p = reference(wanted).float().log_softmax(-1)
+            log_p = reference(targets).float().log_softmax(-1)
         loss: Tensor = _Divergence.apply(head(rows), log_p)  # type: ignore[no-untyped-call]
         return loss
 
-    return part
+    return summed_loss
 
 
 class _Divergence(torch.autograd.Function):
-    """Σ p·(log p − log q) over rows of logits (n, V), q their softmax; its gradient is q − p, all that is kept."""
+    """Σ p·(log p − log q) over rows of logits (n, V), q their softmax; its gradient is q − p, the only tensor saved."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, log_p: Tensor) -> Tensor:
@@ -66,45 +68,47 @@ class _Divergence(torch.autograd.Function):
         return grad * outputs[0].to(grad.dtype), None
 
 
-def mean_of(
-    part: Part, rows: Tensor, wanted: Tensor, size: int = CHUNK, trained: Sequence[nn.Parameter] = ()
+def chunked_mean(
+    summed_loss: SummedLoss, rows: Tensor, targets: Tensor, size: int = CHUNK, trained: Sequence[nn.Parameter] = ()
 ) -> Tensor:
-    """The mean over rows (N, D) of what `part` sums up, `size` rows at a time."""
+    """The mean loss over rows (N, D), `size` rows at a time; `summed_loss` gives the sum over a chunk."""
     if len(rows) <= size:
-        return part(rows, wanted) / len(rows)
-    loss: Tensor = _Chunked.apply(rows, wanted, part, size, *trained)  # type: ignore[no-untyped-call]
+        return summed_loss(rows, targets) / len(rows)
+    loss: Tensor = _Chunked.apply(rows, targets, summed_loss, size, *trained)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _Chunked(torch.autograd.Function):
-    """A mean whose gradients are taken in forward, chunk by chunk, so that no logits wait for backward."""
+    """A mean whose gradients are computed in forward, chunk by chunk, so that no logits are kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, wanted: Tensor, part: Part, size: int, *trained: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, summed_loss: SummedLoss, size: int, *trained: nn.Parameter
+    ) -> Tensor:
         loss = hidden.new_zeros((), dtype=torch.float32)
         grads: list[Tensor] = []
-        parts = []
-        for rows, wants in zip(hidden.detach().split(size), wanted.split(size), strict=True):  # type: ignore[no-untyped-call]
+        row_grads = []
+        for rows, target in zip(hidden.detach().split(size), targets.split(size), strict=True):  # type: ignore[no-untyped-call]
             rows.requires_grad_(True)
             with torch.enable_grad():
-                one = part(rows, wants)  # divided at the end: the gradients of a mean can be too small for fp16
-            of_rows, *of_trained = torch.autograd.grad(one, [rows, *trained])
-            parts.append(of_rows)
+                loss_sum = summed_loss(rows, target)  # divided at the end: gradients of a mean can underflow in fp16
+            row_grad, *trained_grads = torch.autograd.grad(loss_sum, [rows, *trained])
+            row_grads.append(row_grad)
             if grads:
-                torch._foreach_add_(grads, of_trained)
-            grads = grads or of_trained
-            loss += one.detach() / len(hidden)
-            del one, of_trained  # the next chunk's logits and gradients must not find these alive
-        ctx.save_for_backward(torch.cat(parts), *grads)
+                torch._foreach_add_(grads, trained_grads)
+            grads = grads or trained_grads
+            loss += loss_sum.detach() / len(hidden)
+            del loss_sum, trained_grads  # freed before the next chunk's logits and gradients are allocated
+        ctx.save_for_backward(torch.cat(row_grads), *grads)
         ctx.rows = len(hidden)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # a loss scale is larger than fp16 holds: it multiplies as the fp32 scalar that it is
-        of_hidden, *of_trained = (grad.mul_(outputs[0] / ctx.rows) for grad in ctx.saved_tensors)
-        return of_hidden, None, None, None, *of_trained
+        # a loss scale may overflow fp16: it is applied as an fp32 scalar
+        hidden_grad, *trained_grads = (grad.mul_(outputs[0] / ctx.rows) for grad in ctx.saved_tensors)
+        return hidden_grad, None, None, None, *trained_grads
 
 
-def _selected(hidden: Tensor, positions: Tensor) -> Tensor:
+def _select_rows(hidden: Tensor, positions: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, positions)  # (N, D)

@@ -1,4 +1,4 @@
-"""Keep what the base knows: its answers on other texts are a part of the loss (the idea of Li & Hoiem 2017)."""
+"""Retention loss: KL divergence from the base on other texts (Learning without Forgetting, Li & Hoiem 2017)."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -18,53 +18,53 @@ from pipeline.models.load import Base
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.losses import divergence, mean_of
+from pipeline.training.losses import chunked_mean, divergence
 
-COMPLETION = 32  # tokens that the base adds to a prompt at most
+COMPLETION = 32  # tokens that the base generates for a prompt, at most
 
 
 class RetentionLoss:
-    """KL(base‖model) in nats a token, weighted. The base is the same model with its adapter off: no second copy.
+    """KL(base‖model) in nats per token, and its weight in the loss. The base is the model with its adapter disabled.
 
-    What trains in full beside the adapter (embeddings, head) is kept as it was, since nothing else has it.
+    Of parameters that train in full beside the adapter (embeddings, head) it keeps a copy of the original values.
     """
 
     def __init__(self, model: CausalLM, texts: Dataset, settings: FinetuneLora) -> None:
         self.weight = settings.retain_weight
         self._model = model
         self._batches = Batches(texts, settings.retain_batch, settings.seed)
-        added = {
+        adapter_parameters = {
             id(p)
             for name, p in model.named_parameters()
             if name.endswith((".lora_A", ".lora_B", ".magnitude", ".rows"))
         }
-        full = [p for p in model.parameters() if p.requires_grad and id(p) not in added]
+        full = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_parameters]
         self._originals = [(p, p.detach().clone()) for p in full]
 
     def batches(self, number: int) -> list[Batch]:
-        """The texts of step `number`."""
+        """The batches of step `number`."""
         return self._batches[number]
 
-    def places(self, number: int) -> list[str]:
-        """Where the texts of step `number` stand in their file."""
-        return self._batches.places(number)
+    def locations(self, number: int) -> list[str]:
+        """`file:line` of the texts of step `number`."""
+        return self._batches.locations(number)
 
     def divergence(self, batch: Batch) -> Tensor:
-        """Mean over all tokens of the batch."""
+        """KL(base‖model), the mean over all tokens of the batch: a scalar with gradient."""
         model = self._model
-        with torch.no_grad(), self._off():
+        with torch.no_grad(), self._as_base():
             before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
         after = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
         head = [p for p in model.head.parameters() if p.requires_grad]
-        return mean_of(divergence(model.logits, self._base_logits), after, before, trained=head)
+        return chunked_mean(divergence(model.logits, self._base_logits), after, before, trained=head)
 
     def _base_logits(self, hidden: Tensor) -> Tensor:
-        with self._off():
+        with self._as_base():
             return self._model.logits(hidden)
 
     @contextmanager
-    def _off(self) -> Iterator[None]:
-        self._originals = [(p, original.to(p.device)) for p, original in self._originals]  # it may have moved since
+    def _as_base(self) -> Iterator[None]:
+        self._originals = [(p, original.to(p.device)) for p, original in self._originals]  # the model may have moved
         trained = [(p, p.data) for p, _ in self._originals]
         with switched_off(self._model):
             for p, original in self._originals:
@@ -76,38 +76,38 @@ class RetentionLoss:
                     p.data = data
 
 
-def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Dataset | None]:
-    """The texts to retain, a prompt alone completed by the base itself; None where none are asked for.
+def load_retention_texts(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Dataset | None]:
+    """The texts of finetune_lora.retain, encoded; the base completes those that are only a prompt. None if unset.
 
     Raises UserError for a weight without a file.
     """
     if settings.retain_weight and not settings.retain:
-        raise UserError("finetune_lora.retain_weight is set, but no file is. Name one in finetune_lora.retain.")
+        raise UserError("finetune_lora.retain_weight is set, but finetune_lora.retain is not. Set it to a data file.")
     if not settings.retains:
         return None
-    found, places = [], []
+    windows, locations = [], []
     examples = list(iter_examples(job.path(settings.retain), settings.retain, prompts=True))
     if prompts := sum(map(_is_prompt, examples)):
         yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retain}")
         placed(base.model)
     for example in examples:
-        ids = _completed(example, base) if _is_prompt(example) else _read(example, settings, base)
-        found.append(Window(0, ids, ids))  # every token is one on which answers are compared
-        places.append(example.place)
-    base.model.to("cpu")  # the training loop moves it, or shares it out
-    return InMemoryDataset(found, places)
+        ids = _complete_prompt(example, base) if _is_prompt(example) else _encode_text(example, settings, base)
+        windows.append(Window(0, ids, ids))  # the divergence counts every token, so every token is a label
+        locations.append(example.place)
+    base.model.to("cpu")  # the training loop moves it to its device, or shards it
+    return InMemoryDataset(windows, locations)
 
 
 def _is_prompt(example: Example) -> bool:
     return example.prompt == example.text
 
 
-def _read(example: Example, settings: FinetuneLora, base: Base) -> tuple[int, ...]:
-    """Its ids, but for the end: what follows that is nobody's business."""
+def _encode_text(example: Example, settings: FinetuneLora, base: Base) -> tuple[int, ...]:
+    """The ids without the last one: it is the end token, after which predictions do not matter."""
     return encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids[:-1]
 
 
-def _completed(example: Example, base: Base) -> tuple[int, ...]:
+def _complete_prompt(example: Example, base: Base) -> tuple[int, ...]:
     model, tokenizer = base
     ids = tokenizer.encode(example.text)
     return (*ids, *generate(model, ids, tokenizer.end_ids, COMPLETION))

@@ -1,4 +1,4 @@
-"""Several adapters as one: linear, concatenated, cut to a rank, TIES (Yadav et al. 2023), DARE (Yu et al. 2024)."""
+"""Combine adapters into one: linear, cat, svd, TIES (Yadav et al. 2023), DARE (Yu et al. 2024)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 
 
 class Part(NamedTuple):
-    """One adapter's update of a module, and how much of it is wanted."""
+    """One adapter's update of a module, and its weight in the combination."""
 
     update: LowRank
     weight: float
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class CombineOptions:
-    """`rank` is what svd, ties and dare are cut to; `density` the share of numbers that ties and dare keep."""
+    """`rank`: of the result of svd, ties and dare; `density`: the share of values that ties and dare keep."""
 
     method: Method = "cat"
     rank: int = 8
@@ -33,37 +33,41 @@ class CombineOptions:
 
 
 class Combined(NamedTuple):
-    """The updates by module, and ‖it − exact sum‖ / ‖exact sum‖ over all of them (Frobenius norms)."""
+    """The updates by module, and ‖result − exact sum‖ / ‖exact sum‖ over all modules (Frobenius norms)."""
 
     updates: Mapping[str, LowRank]
     error: float
 
 
-def combine(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float], how: CombineOptions) -> Combined:
-    """Σ wᵢ·sᵢ·BᵢAᵢ of each module, or what `how` makes of it. Raises UserError where a method does not fit."""
-    torch.manual_seed(how.seed)  # of what DARE drops
-    updates, off, size = {}, 0.0, 0.0
-    for name in dict.fromkeys(name for one in adapters for name in one):
-        parts = [Part(one[name], weight) for one, weight in zip(adapters, weights, strict=True) if name in one]
-        exact = concatenated(parts)
-        updates[name] = _WAYS[how.method](parts, how, name)
-        off += concatenated([Part(updates[name], 1.0), Part(exact, -1.0)]).squared_norm()
-        size += exact.squared_norm()
-    return Combined(updates, math.sqrt(max(off, 0.0) / size) if size else 0.0)
+def combine(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float], options: CombineOptions) -> Combined:
+    """Σ wᵢ·sᵢ·BᵢAᵢ of each module, by the method of `options`. Raises UserError if the adapters do not suit it."""
+    torch.manual_seed(options.seed)  # DARE drops values at random
+    updates, error, norm = {}, 0.0, 0.0
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter):
+        parts = [
+            Part(adapter[name], weight) for adapter, weight in zip(adapters, weights, strict=True) if name in adapter
+        ]
+        exact = concatenate(parts)
+        updates[name] = _METHODS[options.method](parts, options, name)
+        error += concatenate([Part(updates[name], 1.0), Part(exact, -1.0)]).squared_norm()
+        norm += exact.squared_norm()
+    return Combined(updates, math.sqrt(max(error, 0.0) / norm) if norm else 0.0)
 
 
-def concatenated(parts: Sequence[Part]) -> LowRank:
-    """The sum itself, of rank ΣR."""
-    a = torch.cat([update.a.float() for update, _ in parts])
-    b = torch.cat([weight * update.scale * update.b.float() for update, weight in parts], dim=1)
+def concatenate(parts: Sequence[Part]) -> LowRank:
+    """The exact sum, of rank ΣR."""
+    a = torch.cat([update.a.float() for update, _ in parts])  # (ΣR, I)
+    b = torch.cat([weight * update.scale * update.b.float() for update, weight in parts], dim=1)  # (O, ΣR)
     return LowRank(a, b, 1.0, parts[0].update.embedding)
 
 
-def _linear(parts: Sequence[Part], _how: CombineOptions, name: str) -> LowRank:
-    """As PEFT's linear: A and B are summed apart, which mixes every A with every B. Exact for one adapter alone."""
+def _linear(parts: Sequence[Part], _options: CombineOptions, name: str) -> LowRank:
+    """PEFT's linear: sums the As and the Bs separately, which adds cross terms. Exact only for a single adapter."""
     ranks = {update.rank for update, _ in parts}
     if len(ranks) > 1:
-        raise UserError(f"linear takes adapters of one rank; {name} has {sorted(ranks)}. Take --method cat or svd.")
+        raise UserError(
+            f"linear needs adapters of equal rank, got {sorted(ranks)} for {name}. Use --method cat or svd."
+        )
     shares = [(update, weight * update.scale) for update, weight in parts]
     a = sum(
         (math.copysign(math.sqrt(abs(share)), share) * update.a.float() for update, share in shares),
@@ -73,68 +77,68 @@ def _linear(parts: Sequence[Part], _how: CombineOptions, name: str) -> LowRank:
     return LowRank(a, b, 1.0, parts[0].update.embedding)
 
 
-def _cut(parts: Sequence[Part], how: CombineOptions, _name: str) -> LowRank:
-    """The best approximation of that rank (Eckart and Young 1936), from the small factors alone.
+def _truncate(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRank:
+    """The best approximation of rank `options.rank` (Eckart and Young 1936), computed from the factors only.
 
     With B = QS and Aᵀ = PT, the singular vectors of BA are Q and P times those of STᵀ.
     """
-    exact = concatenated(parts)
+    exact = concatenate(parts)
     q, s = torch.linalg.qr(exact.b.double())
     p, t = torch.linalg.qr(exact.a.double().T)
     left, values, right = torch.linalg.svd(s @ t.T)
-    return _of_svd(q @ left, values, right @ p.T, how.rank, exact.embedding)
+    return _factors_from_svd(q @ left, values, right @ p.T, options.rank, exact.embedding)
 
 
-def _of_svd(left: Tensor, values: Tensor, right: Tensor, rank: int, embedding: bool) -> LowRank:
+def _factors_from_svd(left: Tensor, values: Tensor, right: Tensor, rank: int, embedding: bool) -> LowRank:
     rank = min(rank, len(values))
-    root = values[:rank].sqrt()  # in both factors alike, so that neither is much the larger
+    root = values[:rank].sqrt()  # √S in both factors, so that their norms are similar
     return LowRank((root[:, None] * right[:rank]).float(), (left[:, :rank] * root).float(), 1.0, embedding)
 
 
 def _dense(
-    merge: Callable[[Tensor, Tensor, float], Tensor], parts: Sequence[Part], how: CombineOptions, _name: str
+    merge: Callable[[Tensor, Tensor, float], Tensor], parts: Sequence[Part], options: CombineOptions, _name: str
 ) -> LowRank:
-    """What needs the whole (O, I) update of each adapter, cut to a rank at the end."""
-    deltas = torch.stack([update.delta() for update, _ in parts])
+    """Methods that need the dense update of each adapter; the result is truncated to `options.rank` by SVD."""
+    deltas = torch.stack([update.delta() for update, _ in parts])  # (adapters, O, I)
     weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
-    left, values, right = torch.linalg.svd(merge(deltas, weights, how.density), full_matrices=False)
-    return _of_svd(left, values, right, how.rank, parts[0].update.embedding)
+    left, values, right = torch.linalg.svd(merge(deltas, weights, options.density), full_matrices=False)
+    return _factors_from_svd(left, values, right, options.rank, parts[0].update.embedding)
 
 
 def _ties(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
-    """Keep each one's largest numbers, elect a sign for each place, and average those that have it."""
-    return _of_one_sign(torch.stack([_largest(delta, density) for delta in deltas]), weights)
+    """Keep each adapter's largest values, elect a sign per entry, and average the values that have it."""
+    return _average_elected_sign(torch.stack([_keep_largest(delta, density) for delta in deltas]), weights)
 
 
 def _dare(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
-    """Drop numbers at random, and raise the others so that the expected sum stays."""
-    return (weights * _dropped(deltas, density)).sum(dim=0)
+    """Drop values at random and rescale the rest, which keeps the expected sum."""
+    return (weights * _drop_and_rescale(deltas, density)).sum(dim=0)
 
 
 def _dare_ties(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
-    return _of_one_sign(_dropped(deltas, density), weights)
+    return _average_elected_sign(_drop_and_rescale(deltas, density), weights)
 
 
-def _largest(delta: Tensor, density: float) -> Tensor:
-    kept = delta.abs().flatten().topk(int(density * delta.numel())).indices
-    return torch.zeros_like(delta).flatten().index_copy(0, kept, delta.flatten()[kept]).view_as(delta)
+def _keep_largest(delta: Tensor, density: float) -> Tensor:
+    indices = delta.abs().flatten().topk(int(density * delta.numel())).indices
+    return torch.zeros_like(delta).flatten().index_copy(0, indices, delta.flatten()[indices]).view_as(delta)
 
 
-def _dropped(deltas: Tensor, density: float) -> Tensor:
-    kept = torch.stack([torch.bernoulli(torch.full_like(delta, density)) for delta in deltas])
-    return deltas * kept / density
+def _drop_and_rescale(deltas: Tensor, density: float) -> Tensor:
+    mask = torch.stack([torch.bernoulli(torch.full_like(delta, density)) for delta in deltas])
+    return deltas * mask / density
 
 
-def _of_one_sign(deltas: Tensor, weights: Tensor) -> Tensor:
-    elected = torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
-    agree = deltas.sign() == elected
+def _average_elected_sign(deltas: Tensor, weights: Tensor) -> Tensor:
+    sign = torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
+    agree = deltas.sign() == sign
     return (weights * deltas * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
 
-_WAYS: Mapping[Method, Callable[[Sequence[Part], CombineOptions, str], LowRank]] = {
+_METHODS: Mapping[Method, Callable[[Sequence[Part], CombineOptions, str], LowRank]] = {
     "linear": _linear,
-    "cat": lambda parts, _how, _name: concatenated(parts),
-    "svd": _cut,
+    "cat": lambda parts, _options, _name: concatenate(parts),
+    "svd": _truncate,
     "ties": partial(_dense, _ties),
     "dare": partial(_dense, _dare),
     "dare-ties": partial(_dense, _dare_ties),

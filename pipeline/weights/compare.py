@@ -1,4 +1,4 @@
-"""Two adapters side by side: what they say of themselves, how large each update is, and how far they share a space."""
+"""Compare two adapters: their settings, the norms of their updates and the overlap of their subspaces."""
 
 import math
 import re
@@ -15,14 +15,14 @@ from pipeline.adapters.peft.updates import LowRankUpdate
 from pipeline.calc.target_modules import ALL_LINEAR, means
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
-from pipeline.weights.combine import Part, concatenated
+from pipeline.weights.combine import Part, concatenate
 
 
 class MatrixComparison(NamedTuple):
-    """One module: ‖s·BA‖ of each (0 where it has none), ‖difference‖, and how far their spaces overlap.
+    """One module: ‖s·BA‖ of each adapter (0 without an update), ‖difference‖, and the overlap of their subspaces.
 
     `outputs` and `inputs` are φ of Hu et al. 2021, §7.2, for the column and row spaces of the two updates: 0 if they
-    have no direction in common, 1 if the smaller lies in the larger; None where one has no update.
+    are orthogonal, 1 if the smaller lies in the larger; None if one adapter has no update.
     """
 
     module: str
@@ -35,86 +35,88 @@ class MatrixComparison(NamedTuple):
 
 @one_budget()
 def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
-    """Raises UserError for adapters that cannot be of one model.
+    """Raises UserError for adapters that cannot belong to the same model.
 
-    That is so where their manifests name two bases; where a module or tensor has two shapes; where none of their
-    blocks have a name in common; and where only one has a module that the other's settings mean as well. Other
-    targets, layers, ranks or embeddings are no such proof.
+    That is if their manifests name different bases, if a module or tensor differs in shape, if their block names have
+    nothing in common, or if only one has a module that the target_modules of both match. Different targets, layers,
+    ranks or embeddings prove nothing.
     """
     if one.base and other.base and one.base != other.base:
-        raise _two_models(f"their bases have sha256 {one.base[:12]} and {other.base[:12]}")
+        raise _different_models(f"their bases have sha256 {one.base[:12]} and {other.base[:12]}")
     first, second = _shapes(one), _shapes(other)
     for name in sorted(first.keys() & second.keys()):
         if first[name] != second[name]:
             shapes = sorted(" × ".join(map(str, shape)) for shape in (first[name], second[name]))
-            raise _two_models(f"{name} is {' and '.join(shapes)}")
-    lists = [{name[: found.start()] for name in shapes if (found := _BLOCK.search(name))} for shapes in (first, second)]
-    if all(lists) and not lists[0] & lists[1]:
-        raise _two_models(f"the blocks are called {min(lists[0])} and {min(lists[1])}")
-    for mine, theirs in ((one, other), (other, one)):
-        for name in sorted(mine.low_rank.keys() - theirs.low_rank.keys()):
-            if _BLOCK.search(name) and _targets(theirs, name):
-                raise _two_models(f"{name} is in one alone, and the target_modules of both mean it")
+            raise _different_models(f"{name} is {' and '.join(shapes)}")
+    block_names = [
+        {name[: match.start()] for name in shapes if (match := _BLOCK.search(name))} for shapes in (first, second)
+    ]
+    if all(block_names) and not block_names[0] & block_names[1]:
+        raise _different_models(f"the blocks are called {min(block_names[0])} and {min(block_names[1])}")
+    for with_module, without_module in ((one, other), (other, one)):
+        for name in sorted(with_module.low_rank.keys() - without_module.low_rank.keys()):
+            if _BLOCK.search(name) and _is_target(without_module, name):
+                raise _different_models(f"{name} is in only one of them, but the target_modules of both match it")
 
 
 _BLOCK = re.compile(r"\.\d+\.")
 
 
-def _two_models(why: str) -> UserError:
-    return UserError(f"{why}: the adapters are of two models. Name two adapters of one.")
+def _different_models(why: str) -> UserError:
+    return UserError(f"{why}: the adapters belong to different models. Name two adapters of the same model.")
 
 
 def _shapes(change: LowRankUpdate) -> dict[str, tuple[int, ...]]:
-    """Of each linear or embedding that gets LoRA (O, I), of each row (D,), and of each tensor in full; by its name."""
+    """Name → shape: (O, I) of each module with LoRA, (D,) of each trained row, and of each tensor trained in full."""
     low_rank = {name: (update.b.shape[0], update.a.shape[1]) for name, update in change.low_rank.items()}
     rows = {f"a row of {name}": tuple(rows.shape[1:]) for name, (_, rows) in change.rows.items()}
     return {**low_rank, **rows, **{name: tuple(tensor.shape) for name, tensor in change.whole.items()}}
 
 
-def _targets(change: LowRankUpdate, module: str) -> bool:
-    """Whether the adapter's settings give LoRA to a block's linear of this name, if its model has one."""
-    wanted = change.spec.targets
-    if isinstance(wanted, str) and wanted != ALL_LINEAR:
-        meant = full_match(wanted, module, "target_modules")
+def _is_target(change: LowRankUpdate, module: str) -> bool:
+    """Whether the adapter's settings would target a linear layer of this name."""
+    targets = change.spec.targets
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        is_targeted = full_match(targets, module, "target_modules")
     else:
-        meant = any(means(want, module) for want in ((wanted,) if isinstance(wanted, str) else wanted))
-    return meant and not change.spec.leaves_out(module) and not lies_in(module, change.spec.saved)
+        is_targeted = any(means(target, module) for target in ((targets,) if isinstance(targets, str) else targets))
+    return is_targeted and not change.spec.leaves_out(module) and not lies_in(module, change.spec.saved)
 
 
 def settings_that_differ(one: LowRankUpdate, other: LowRankUpdate) -> dict[str, tuple[Any, Any]]:
-    """Of the two configs."""
+    """Setting → (value of the first, value of the second), for the settings that differ."""
     first, second = asdict(one.spec), asdict(other.spec)
     return {key: (first[key], second[key]) for key in first if first[key] != second[key]}
 
 
 def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterator[MatrixComparison]:
-    """Every module that either changes; of one model, see `refuse_other_model`."""
+    """Compares every module that at least one of them changes. Both must belong to one model: `refuse_other_model`."""
     for name in dict.fromkeys((*one, *other)):
         first, second = one.get(name), other.get(name)
         if first is None or second is None:
             sizes = [0.0 if update is None else norm(update) for update in (first, second)]
             yield MatrixComparison(name, sizes[0], sizes[1], max(sizes), None, None)
             continue
-        difference = norm(concatenated([Part(first, 1.0), Part(second, -1.0)]))
+        difference = norm(concatenate([Part(first, 1.0), Part(second, -1.0)]))
         shared = overlap(first.b, second.b), overlap(first.a.T, second.a.T)
         yield MatrixComparison(name, norm(first), norm(second), difference, *shared)
 
 
-class Values(NamedTuple):
-    """What was trained itself, in full or row by row: ‖one − other‖; None where the two do not hold the same of it."""
+class ParameterDifference(NamedTuple):
+    """A parameter trained in full or by rows: ‖one − other‖; None if they do not hold the same rows or shape of it."""
 
     name: str
     difference: float | None
 
 
-def values(one: LowRankUpdate, other: LowRankUpdate) -> Iterator[Values]:
-    """Every parameter that either holds whole, and every module of which it holds rows."""
+def values(one: LowRankUpdate, other: LowRankUpdate) -> Iterator[ParameterDifference]:
+    """Compares every parameter that at least one of them trained in full or by rows."""
     for name in dict.fromkeys((*one.rows, *other.rows)):
         first, second = one.rows.get(name), other.rows.get(name)
-        alike = first and second and first[0] == second[0]
-        yield Values(name, _distance(first[1], second[1]) if first and second and alike else None)
+        same_rows = first and second and first[0] == second[0]
+        yield ParameterDifference(name, _distance(first[1], second[1]) if first and second and same_rows else None)
     for name in dict.fromkeys((*one.whole, *other.whole)):
-        yield Values(name, _distance(one.whole.get(name), other.whole.get(name)))
+        yield ParameterDifference(name, _distance(one.whole.get(name), other.whole.get(name)))
 
 
 def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
@@ -131,11 +133,11 @@ def norm(update: LowRank) -> float:
 def overlap(one: Tensor, other: Tensor) -> float | None:
     """‖UᵀV‖² / min(rank) for orthonormal bases U, V of the two column spaces, (n, R₁) and (n, R₂)."""
     first, second = _basis(one), _basis(other)
-    least = min(first.shape[1], second.shape[1])
-    return float((first.T @ second).square().sum()) / least if least else None
+    smaller = min(first.shape[1], second.shape[1])
+    return float((first.T @ second).square().sum()) / smaller if smaller else None
 
 
 def _basis(matrix: Tensor) -> Tensor:
     left, values, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
-    found: Tensor = left[:, values > 1e-9 * values.max()]
-    return found
+    basis: Tensor = left[:, values > 1e-9 * values.max()]
+    return basis

@@ -1,4 +1,4 @@
-"""What differs between a base and what was made of it: ΔW = W' − W of every tensor, read some rows at a time."""
+"""ΔW = W' − W of every tensor between a base and a fine-tuned model, read a block of rows at a time."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,18 +13,18 @@ from pipeline.adapters.attach import MAGNITUDE
 from pipeline.adapters.peft.tensors import COPY
 from pipeline.adapters.peft.updates import LowRankUpdate, layer_sort_key
 from pipeline.errors import UserError
-from pipeline.files.shards import Place, places
+from pipeline.files.shards import TensorLocation, tensor_locations
 from pipeline.models.meta import skeleton
 from pipeline.weights.merge_plan import stored_name
 from pipeline.weights.streaming import DTYPES, read_blocks, read_rows
 from pipeline.weights.svd import Read, Rows
 
-Places = dict[str, Place]  # by name
+Locations = dict[str, TensorLocation]  # by name
 
 
 @dataclass(frozen=True)
 class Delta:
-    """One tensor as a matrix of its first dimension by the others: W, and ΔW, whose rows of zeros may be missing."""
+    """One tensor as a matrix (first dimension, all others): W, and ΔW, which may leave out rows of zeros."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,183 +38,202 @@ class Delta:
 
 @dataclass(frozen=True)
 class Differences:
-    """Of two checkpoints, ΔW of each tensor that both have; `unsaid`: of what there is none, and why.
+    """ΔW of each tensor that both checkpoints have; `skipped`: the tensors without one, and why.
 
-    `tuned`: where the second has a tensor, by what the first calls it.
+    `tuned`: name in the first checkpoint → location in the second.
     """
 
     deltas: list[Delta]
-    tuned: Mapping[str, Place]
-    unsaid: list[str]
+    tuned: Mapping[str, TensorLocation]
+    skipped: list[str]
 
 
 def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -> Differences:
-    """Of every tensor of two checkpoints, by its name in the base, layer 10 after layer 9.
+    """The differences of two checkpoints, in natural order of the base's names (layer 10 after layer 9).
 
-    One may name the model's body and the other not, or store the head of a tied pair. Raises UserError if no matrix is
-    in both, or their shapes differ.
+    One of them may have the prefix of the model's body and the other not, or store the head of a tied pair. Raises
+    UserError if they have no matrix in common, or if shapes differ.
     """
-    old, new = stored(base), stored(tuned)
+    old, new = stored_tensors(base), stored_tensors(tuned)
     if old.keys() != new.keys():
-        old, new = _of_one_pair(old, new, _tied_if_known(base, trust_remote_code))
-    others = _matched(old, new)
+        old, new = _align_tied(old, new, _tied_or_empty(base, trust_remote_code))
+    others = _match_names(old, new)
     names = sorted(others, key=layer_sort_key)
     pairs = {name: (old[name], new[others[name]]) for name in names}
     _refuse_other_model(base, tuned, pairs)
-    plain = {name: pair for name, pair in pairs.items() if all(place.info.dtype in DTYPES for place in pair)}
+    numeric = {name: pair for name, pair in pairs.items() if all(location.info.dtype in DTYPES for location in pair)}
     deltas = [
         Delta(name, before.info.shape, partial(read_blocks, before), partial(_difference, before, after))
-        for name, (before, after) in plain.items()
+        for name, (before, after) in numeric.items()
     ]
-    coded = [f"{name}, which holds no plain numbers" for name in names if name not in plain]
-    alone = [*_alone(old.keys() - others.keys(), tuned), *_alone(new.keys() - {*others.values()}, base)]
-    return Differences(deltas, {name: after for name, (_, after) in pairs.items()}, coded + alone)
+    not_numeric = [f"{name}, whose dtype is not a float" for name in names if name not in numeric]
+    missing = [
+        *_describe_missing(old.keys() - others.keys(), tuned),
+        *_describe_missing(new.keys() - {*others.values()}, base),
+    ]
+    return Differences(deltas, {name: after for name, (_, after) in pairs.items()}, not_numeric + missing)
 
 
-def stored(folder: Path) -> Places:
-    """`places` of a checkpoint folder that a user names. Raises UserError."""
+def stored_tensors(folder: Path) -> Locations:
+    """The tensors of a checkpoint folder that a user names. Raises UserError."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder. Name two checkpoints of one model, or a model and an adapter on it.")
-    return places(folder)
+        raise UserError(
+            f"{folder} is not a folder. Name two checkpoints of one model, or a model and an adapter for it."
+        )
+    return tensor_locations(folder)
 
 
-def tied(base: Path, trust_remote_code: bool = False) -> tuple[str, ...]:
-    """Full names of the weights of embedding and head, if they are one matrix. Raises UserError."""
+def tied_names(base: Path, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """Full names of the weights of embedding and head if they are tied, else (). Raises UserError."""
     model = skeleton(base, trust_remote_code)
     return (f"{model.embedding_name}.weight", f"{model.head_name}.weight") if model.shape.tied else ()
 
 
-def _tied_if_known(base: Path, trust_remote_code: bool) -> tuple[str, ...]:
-    """Tensors can be compared of a model that cannot be opened too."""
+def _tied_or_empty(base: Path, trust_remote_code: bool) -> tuple[str, ...]:
+    """`tied_names`, or () if the model cannot be opened: its tensors can be compared all the same."""
     try:
-        return tied(base, trust_remote_code)
+        return tied_names(base, trust_remote_code)
     except UserError:
         return ()
 
 
-def _of_one_pair(old: Places, new: Places, ends: Sequence[str]) -> tuple[Places, Places]:
-    """The same, a tied embedding and head once in each; twice where training made two of them."""
-    before, after = ([name for end in ends if (name := stored_name(end, places))] for places in (old, new))
+def _align_tied(old: Locations, new: Locations, tied: Sequence[str]) -> tuple[Locations, Locations]:
+    """Make both name a tied embedding and head alike: once, or twice if training untied them."""
+    before, after = ([name for member in tied if (name := stored_name(member, locations))] for locations in (old, new))
     if not before or not after:
         return old, new
-    apart = len(after) == len(ends) and not _equal(*(new[name] for name in after))
-    names = ends if apart else before[:1]
+    untied = len(after) == len(tied) and not _equal(*(new[name] for name in after))
+    names = tied if untied else before[:1]
     return (
-        {name: place for name, place in old.items() if name not in before} | dict.fromkeys(names, old[before[0]]),
-        {name: place for name, place in new.items() if name not in after}
+        {name: location for name, location in old.items() if name not in before} | dict.fromkeys(names, old[before[0]]),
+        {name: location for name, location in new.items() if name not in after}
         | {name: new[other] for name, other in zip(names, after, strict=False)},
     )
 
 
-def _equal(one: Place, other: Place) -> bool:
+def _equal(one: TensorLocation, other: TensorLocation) -> bool:
     if one.info.shape != other.info.shape or not {one.info.dtype, other.info.dtype} <= {*DTYPES}:
         return False
     pairs = zip(read_blocks(one), read_blocks(other), strict=True)
     return all(torch.equal(mine.double(), theirs.double()) for (_, mine), (_, theirs) in pairs)
 
 
-def _matched(old: Places, new: Places) -> dict[str, str]:
-    """Name in the base → name in the other, which may be without that of the body, or have it besides."""
-    found = {name: name for name in old.keys() & new.keys()}
-    mine, theirs = ({name: at for name, at in one.items() if name not in found} for one in (old, new))
-    for name in mine:
-        other = stored_name(name, theirs)
-        if other is not None and stored_name(other, mine) == name:
-            found[name] = other
-    return found
+def _match_names(old: Locations, new: Locations) -> dict[str, str]:
+    """Name in the base → name in the other, which may lack the prefix of the model's body, or add it."""
+    names = {name: name for name in old.keys() & new.keys()}
+    old_rest, new_rest = (
+        {name: location for name, location in tensors.items() if name not in names} for tensors in (old, new)
+    )
+    for name in old_rest:
+        other = stored_name(name, new_rest)
+        if other is not None and stored_name(other, old_rest) == name:
+            names[name] = other
+    return names
 
 
-def _alone(names: Collection[str], other: Path) -> list[str]:
-    """What one folder has and the `other` has not, in a line."""
+def _describe_missing(names: Collection[str], other: Path) -> list[str]:
+    """A line on tensors that are missing in `other`; none if there are none."""
     if not names:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"{min(names, key=layer_sort_key)}{more}, which {other} has not"]
+    return [f"{min(names, key=layer_sort_key)}{more}, missing in {other}"]
 
 
-def _refuse_other_model(base: Path, tuned: Path, pairs: Mapping[str, tuple[Place, Place]]) -> None:
+def _refuse_other_model(base: Path, tuned: Path, pairs: Mapping[str, tuple[TensorLocation, TensorLocation]]) -> None:
     if not any(len(before.info.shape) > 1 for before, _ in pairs.values()):
         raise UserError(
-            f"{tuned} has no matrix that {base} has: they are two models. Name the checkpoint that training began from."
+            f"{tuned} and {base} have no matrix in common: they are different models. Name the checkpoint that "
+            "training started from."
         )
     for name, pair in pairs.items():
-        before, after = (list(place.info.shape) for place in pair)
+        before, after = (list(location.info.shape) for location in pair)
         if before != after:
             raise UserError(
-                f"{name} is {before} in {base} and {after} in {tuned}: there is no difference of the two. Name the "
-                "checkpoint that training began from: with a vocabulary that grew, the expanded one."
+                f"{name} has shape {before} in {base} and {after} in {tuned}. Name the checkpoint that training "
+                "started from; if the vocabulary was expanded, the expanded one."
             )
 
 
-def _difference(old: Place, new: Place) -> Iterator[Rows]:
-    """In fp64: of two 16- or 32-bit numbers it is exact."""
+def _difference(old: TensorLocation, new: TensorLocation) -> Iterator[Rows]:
+    """In fp64, which is exact for the difference of two 16- or 32-bit numbers of similar size."""
     for (rows, before), (_, after) in zip(read_blocks(old), read_blocks(new), strict=True):
         yield rows, after.double() - before.double()
 
 
-def of_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = False) -> list[Delta]:
-    """Of all that an adapter trained itself, in full or by rows: its low-rank updates are in `change`.
+def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = False) -> list[Delta]:
+    """ΔW of the parameters that an adapter trained in full or by rows; its low-rank updates are in `change`.
 
-    DoRA's lengths are none of the base's tensors. Raises UserError for a tensor that `base` has not.
+    DoRA's magnitudes are not included: the base has no such tensors. Raises UserError for a tensor missing in `base`.
     """
-    old = stored(base)
-    found = []
-    for name, place in _places_of_whole(change, old, base, trust_remote_code).items():
+    base_tensors = stored_tensors(base)
+    deltas = []
+    for name, location in _locations_of_full_tensors(change, base_tensors, base, trust_remote_code).items():
         value = change.whole[name]
-        _refuse_shape(name, place, tuple(value.shape), base)
-        found.append(Delta(name, tuple(value.shape), partial(read_blocks, place), partial(_against, value, place)))
+        _refuse_shape(name, location, tuple(value.shape), base)
+        deltas.append(
+            Delta(name, tuple(value.shape), partial(read_blocks, location), partial(_full_difference, value, location))
+        )
     for module, (ids, rows) in change.rows.items():
-        place = place_of(f"{module}.weight", old, base, trust_remote_code)
-        _refuse_shape(module, place, (place.info.shape[0], rows.shape[1]), base)
-        if max(ids) >= place.info.shape[0]:
-            raise UserError(f"{base}: {module} has {place.info.shape[0]} rows, the adapter trains row {max(ids)}.")
-        changed = partial(_of_rows, ids, rows, place)
-        found.append(Delta(f"{module}.weight", place.info.shape, partial(read_blocks, place), changed))
-    return found
+        location = find_location(f"{module}.weight", base_tensors, base, trust_remote_code)
+        _refuse_shape(module, location, (location.info.shape[0], rows.shape[1]), base)
+        if max(ids) >= location.info.shape[0]:
+            raise UserError(
+                f"{base}: {module} has {location.info.shape[0]} rows, but the adapter trains row {max(ids)}. Name the "
+                "model that it was trained on."
+            )
+        changed = partial(_row_difference, ids, rows, location)
+        deltas.append(Delta(f"{module}.weight", location.info.shape, partial(read_blocks, location), changed))
+    return deltas
 
 
-def _places_of_whole(change: LowRankUpdate, old: Places, base: Path, trust_remote_code: bool) -> Places:
-    """Of what was trained in full. Of a tied pair, which is written twice, one has no place of its own, and counts only
-    where it differs."""
+def _locations_of_full_tensors(change: LowRankUpdate, old: Locations, base: Path, trust_remote_code: bool) -> Locations:
+    """Parameters trained in full → location in the base.
+
+    Both of a tied pair are saved, but the base may store only one: the other counts only if its values differ.
+    """
     names = [name for name in change.whole if not name.endswith((MAGNITUDE, COPY))]
-    found: Places = {}
+    locations: Locations = {}
     for name in sorted(names, key=lambda name: stored_name(name, old) is None):
-        place = place_of(name, old, base, trust_remote_code)
-        twin = next((other for other, at in found.items() if at == place), None)
+        location = find_location(name, old, base, trust_remote_code)
+        twin = next((other for other, other_location in locations.items() if other_location == location), None)
         if twin is None or not torch.equal(change.whole[name], change.whole[twin]):
-            found[name] = place
-    return found
+            locations[name] = location
+    return locations
 
 
-def place_of(name: str, old: Places, base: Path, trust_remote_code: bool = False) -> Place:
-    """Where the base has a parameter, whatever its files call it; one of a tied pair where the other is. Raises
-    UserError."""
-    found = stored_name(name, old)
-    if found is None and name in (ends := tied(base, trust_remote_code)):
-        found = next((stored_name(end, old) for end in ends if end != name), None)
-    if found is None:
-        raise UserError(f"{base} has no {name}, which the adapter changes. Name the model that it was trained on.")
-    return old[found]
+def find_location(name: str, old: Locations, base: Path, trust_remote_code: bool = False) -> TensorLocation:
+    """Where the base stores a parameter, also under a name without prefix; a tied head is found at its embedding.
 
-
-def _refuse_shape(name: str, place: Place, shape: tuple[int, ...], base: Path) -> None:
-    if place.info.shape != shape:
+    Raises UserError.
+    """
+    stored_as = stored_name(name, old)
+    if stored_as is None and name in (tied := tied_names(base, trust_remote_code)):
+        stored_as = next((stored_name(tied_name, old) for tied_name in tied if tied_name != name), None)
+    if stored_as is None:
         raise UserError(
-            f"{name} is {list(place.info.shape)} in {base}, the adapter's is {list(shape)}. Name the model that it was "
-            "trained on."
+            f"{base} has no tensor {name}, which the adapter changes. Name the model that it was trained on."
+        )
+    return old[stored_as]
+
+
+def _refuse_shape(name: str, location: TensorLocation, shape: tuple[int, ...], base: Path) -> None:
+    if location.info.shape != shape:
+        raise UserError(
+            f"{name} has shape {list(location.info.shape)} in {base} and {list(shape)} in the adapter. Name the model "
+            "that it was trained on."
         )
 
 
-def _against(value: Tensor, place: Place) -> Iterator[Rows]:
+def _full_difference(value: Tensor, location: TensorLocation) -> Iterator[Rows]:
     flat = value.reshape(len(value), -1)
-    return ((rows, flat[rows].double() - block.double()) for rows, block in read_blocks(place))
+    return ((rows, flat[rows].double() - block.double()) for rows, block in read_blocks(location))
 
 
-def _of_rows(ids: tuple[int, ...], rows: Tensor, place: Place) -> Iterator[Rows]:
-    yield slice(0, len(ids)), rows.double() - read_rows(place, ids).double()
+def _row_difference(ids: tuple[int, ...], rows: Tensor, location: TensorLocation) -> Iterator[Rows]:
+    yield slice(0, len(ids)), rows.double() - read_rows(location, ids).double()
 
 
 @torch.no_grad()
 def norm(read: Read) -> float:
-    """‖·‖, in fp64."""
+    """The Frobenius norm, in fp64."""
     return math.sqrt(sum(float(block.double().square().sum()) for _, block in read()))

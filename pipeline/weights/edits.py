@@ -1,4 +1,4 @@
-"""What a merge does to one stored tensor, some rows at a time."""
+"""The changes that a merge makes to a stored tensor, a block of rows at a time."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -10,40 +10,40 @@ from torch import Tensor
 from pipeline.adapters.dora import LEAST
 from pipeline.adapters.low_rank import squared_norm
 
-BLOCK = 2**18  # numbers of W that are alive in fp32 at once: they stay in a core's cache
+BLOCK = 2**18  # values of W in memory as fp32 at once: fits in a core's cache
 
 
-def blocks(rows: int, columns: int, most: int | None = None) -> Iterator[slice]:
-    """Slices of rows that cover a matrix; or `most` to twice as many of them, spread over it."""
+def blocks(rows: int, columns: int, samples: int | None = None) -> Iterator[slice]:
+    """Slices of rows that cover a matrix, or `samples` to 2·`samples` of them, evenly spread."""
     size = max(1, BLOCK // max(1, columns))
-    every = max(1, -(-rows // size) // most) if most else 1
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size * every))
+    step = max(1, -(-rows // size) // samples) if samples else 1
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size * step))
 
 
 def merged_rows(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
-    """weight (n, I) + s·b·a for b (n, R) and a (R, I): summed in fp32 and rounded once, to the weight's precision."""
-    return _summed(weight, b, a, scale).to(weight.dtype)
+    """weight (n, I) + s·b·a for b (n, R) and a (R, I), summed in fp32 and rounded once to the weight's dtype."""
+    return _add_low_rank(weight, b, a, scale).to(weight.dtype)
 
 
 @torch.no_grad()
-def _summed(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+def _add_low_rank(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
-    found: Tensor = weight.to(wide, copy=True).addmm_(b.to(wide), a.to(wide), alpha=scale)
-    return found
+    result: Tensor = weight.to(wide, copy=True).addmm_(b.to(wide), a.to(wide), alpha=scale)
+    return result
 
 
 class Edit(Protocol):
-    """Rows of a tensor → the same rows of the merged one, in the same precision."""
+    """Rows of a tensor → the same rows of the merged tensor, in the same dtype."""
 
     def __call__(self, weight: Tensor, rows: slice) -> Tensor: ...
 
     def parts(self) -> tuple[Tensor | float, ...]:
-        """All that it is made of: two edits with the same parts do the same."""
+        """Its tensors and numbers: two edits with equal parts are equal."""
 
 
 @dataclass(frozen=True)
 class AddLowRank:
-    """W + s·left·right, (n, R) and (R, m)."""
+    """W + s·left·right, for left (n, R) and right (R, m)."""
 
     left: Tensor
     right: Tensor
@@ -52,12 +52,12 @@ class AddLowRank:
     def __call__(self, weight: Tensor, rows: slice) -> Tensor:
         return merged_rows(weight, self.left[rows], self.right, self.scale)
 
-    def against(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
-        """⟨new − old, update⟩ and ⟨update, update⟩ for update = s·left·right, over those rows, without its product."""
-        along = ((new - old) @ self.right.float().T) * self.left[rows].float()
-        return self.scale * float(along.sum()), squared_norm(self.left[rows], self.right, self.scale)
+    def dot_products(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
+        """⟨new − old, update⟩ and ⟨update, update⟩ over `rows`, for update = s·left·right, never materialized."""
+        products = ((new - old) @ self.right.float().T) * self.left[rows].float()  # (rows, R)
+        return self.scale * float(products.sum()), squared_norm(self.left[rows], self.right, self.scale)
 
-    def measured(self, _blocks: Iterable[tuple[slice, Tensor]]) -> "AddLowRank":
+    def with_norms(self, _blocks: Iterable[tuple[slice, Tensor]]) -> "AddLowRank":
         return self
 
     def parts(self) -> tuple[Tensor | float, ...]:
@@ -66,39 +66,39 @@ class AddLowRank:
 
 @dataclass(frozen=True)
 class RescaleRows:
-    """m/‖V‖·V for V = W + s·left·right: an output's weights get the length m (O,).
+    """DoRA: m/‖V‖·V for V = W + s·left·right, with magnitude m (O,) per output.
 
-    They are a row, or a column of a matrix that is `turned`, which has to be measured as a whole before.
+    An output's weights are a row of W, or a column if `transposed` (Conv1D); column norms need all rows of W first.
     """
 
     left: Tensor
     right: Tensor
     scale: float
     magnitude: Tensor
-    turned: bool = False
-    lengths: Tensor | None = None
+    transposed: bool = False
+    norms: Tensor | None = None
 
-    def measured(self, blocks: Iterable[tuple[slice, Tensor]]) -> "RescaleRows":
-        """With ‖V‖ of every column, from all of the blocks that make up W."""
-        if not self.turned:
+    def with_norms(self, blocks: Iterable[tuple[slice, Tensor]]) -> "RescaleRows":
+        """Itself, with ‖V‖ of every column if they are needed; `blocks` must cover W."""
+        if not self.transposed:
             return self
         squares = torch.zeros_like(self.magnitude)
         for rows, block in blocks:
-            squares += self._sum(block, rows).square().sum(0)
-        return replace(self, lengths=squares.sqrt().clamp_(min=LEAST))
+            squares += self._updated(block, rows).square().sum(0)
+        return replace(self, norms=squares.sqrt().clamp_(min=LEAST))
 
     def __call__(self, weight: Tensor, rows: slice) -> Tensor:
-        found = self._sum(weight, rows)
-        if self.lengths is not None:
-            return (found * (self.magnitude / self.lengths)).to(weight.dtype)
-        ratio: Tensor = self.magnitude[rows] / torch.linalg.vector_norm(found, dim=1).clamp_(min=LEAST)
-        return (found * ratio[:, None]).to(weight.dtype)
+        result = self._updated(weight, rows)
+        if self.norms is not None:
+            return (result * (self.magnitude / self.norms)).to(weight.dtype)
+        ratio: Tensor = self.magnitude[rows] / torch.linalg.vector_norm(result, dim=1).clamp_(min=LEAST)
+        return (result * ratio[:, None]).to(weight.dtype)
 
-    def _sum(self, weight: Tensor, rows: slice) -> Tensor:
-        return _summed(weight, self.left[rows], self.right, self.scale)
+    def _updated(self, weight: Tensor, rows: slice) -> Tensor:
+        return _add_low_rank(weight, self.left[rows], self.right, self.scale)
 
-    def against(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
-        """⟨new − old, update⟩ and ⟨update, update⟩ over those rows."""
+    def dot_products(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
+        """⟨new − old, update⟩ and ⟨update, update⟩ over `rows`."""
         update = self(old, rows) - old
         return float(((new - old) * update).sum()), float(update.square().sum())
 
@@ -108,7 +108,7 @@ class RescaleRows:
 
 @dataclass(frozen=True)
 class SetRows:
-    """The rows `ids` (n,) become `values` (n, m)."""
+    """Sets the rows `ids` (n,) to `values` (n, m)."""
 
     ids: Tensor
     values: Tensor
@@ -123,7 +123,7 @@ class SetRows:
 
 @dataclass(frozen=True)
 class Replace:
-    """Another tensor of the same shape."""
+    """Replaces the tensor by another of the same shape."""
 
     values: Tensor
 
@@ -134,8 +134,8 @@ class Replace:
         return (self.values,)
 
 
-def same(one: Edit | None, other: Edit | None) -> bool:
-    """Whether two edits change equal tensors to equal tensors."""
+def same_edit(one: Edit | None, other: Edit | None) -> bool:
+    """Whether two edits have the same effect."""
     if one is None or other is None or type(one) is not type(other):
         return one is other
     pairs = zip(one.parts(), other.parts(), strict=True)

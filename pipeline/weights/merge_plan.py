@@ -1,4 +1,4 @@
-"""What a merge does to a base's files: the adapter is checked against the model's modules, no weight is loaded."""
+"""Plans a merge: checks the adapter against the model's modules on the meta device, without loading base weights."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,34 +15,34 @@ from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, fan_in_fa
 from pipeline.adapters.peft.io import load_adapter, other_embedding
 from pipeline.adapters.peft.tensors import COPY
 from pipeline.errors import UserError
-from pipeline.files.shards import Place, places
+from pipeline.files.shards import TensorLocation, tensor_locations
 from pipeline.models.base import CausalLM
 from pipeline.models.linears import is_conv1d
 from pipeline.models.meta import skeleton
 from pipeline.models.quantization.quantized_linear import dequantized, quantizable
 from pipeline.models.save import load_tensors
 from pipeline.project.params.sections import Quantization
-from pipeline.weights.edits import AddLowRank, Edit, Replace, RescaleRows, SetRows, same
+from pipeline.weights.edits import AddLowRank, Edit, Replace, RescaleRows, SetRows, same_edit
 from pipeline.weights.streaming import Merge, read_blocks
 
 
 def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:
-    """The merge of `adapter` into the checkpoint at `base`, written in `dtype`: F32, BF16, F16, or each in its own.
+    """The merge of `adapter` into the checkpoint `base`; `dtype` to write: F32, BF16, F16, None: each tensor's own.
 
     Raises UserError as `load_adapter` does.
     """
-    stored = places(base)
+    stored = tensor_locations(base)
     model = skeleton(base, trust_remote_code)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     tied = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
-    rounded = _rounded(model, quantization_of(adapter))
-    edits = edits_of(model, attach_to_meta_model(model, base, stored, adapter))
-    names = {name: stored_name(name, stored) or name for name in {*edits, *tied, *rounded}}
+    quantizers = _quantizers(model, quantization_of(adapter))
+    edits = merge_edits(model, attach_to_meta_model(model, base, stored, adapter))
+    names = {name: stored_name(name, stored) or name for name in {*edits, *tied, *quantizers}}
     absent = [name for name in tied if names[name] not in stored]
-    for name in edits.keys() | rounded:
-        _refuse_unlike(names[name], shapes[name], stored, base, may_be_absent=name in tied and len(absent) < 2)
+    for name in edits.keys() | quantizers:
+        _refuse_mismatch(names[name], shapes[name], stored, base, may_be_absent=name in tied and len(absent) < 2)
     copies: dict[str, str] = {}
-    unties = not same(*(edits.get(name) for name in tied)) if tied else False
+    unties = not same_edit(*(edits.get(name) for name in tied)) if tied else False
     if unties:
         source = next(name for name in tied if name not in absent)
         copies = {names[name]: names[source] for name in tied if name != source}
@@ -54,16 +54,18 @@ def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype
         {names[name]: edit for name, edit in edits.items()},
         copies,
         unties,
-        {names[name]: way for name, way in rounded.items()},
+        {names[name]: quantizer for name, quantizer in quantizers.items()},
         dtype,
     )
 
 
-def attach_to_meta_model(model: CausalLM, base: Path, stored: Mapping[str, Place], adapter: Path) -> AdapterSpec:
-    """Put the adapter on `model`, the skeleton of `base`, whose tensors are `stored`.
+def attach_to_meta_model(
+    model: CausalLM, base: Path, stored: Mapping[str, TensorLocation], adapter: Path
+) -> AdapterSpec:
+    """Attach the adapter to `model`, which is `base` on the meta device; `stored` are the base's tensors.
 
-    Raises UserError as `load_adapter` does, for virtual tokens, which change no weight, and for an embedding that came
-    with the adapter and is not the base's.
+    Raises UserError as `load_adapter` does, for virtual tokens, which change no weight, and for an embedding saved with
+    the adapter that differs from the base's.
     """
     refuse_virtual(adapter)
     spec = load_adapter(model, base, adapter)
@@ -72,78 +74,83 @@ def attach_to_meta_model(model: CausalLM, base: Path, stored: Mapping[str, Place
     return spec
 
 
-def _rounded(model: CausalLM, kind: Quantization) -> dict[str, Callable[[Tensor], Tensor]]:
+def _quantizers(model: CausalLM, kind: Quantization) -> dict[str, Callable[[Tensor], Tensor]]:
     if kind == "none":
         return {}
     linears = {name: model.get_submodule(name) for name in quantizable(model)}
-    return {f"{name}.weight": partial(dequantized, kind=kind, turned=is_conv1d(one)) for name, one in linears.items()}
+    return {
+        f"{name}.weight": partial(dequantized, kind=kind, turned=is_conv1d(linear)) for name, linear in linears.items()
+    }
 
 
-def edits_of(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
-    """By parameter's full name in the plain model."""
-    found: dict[str, Edit] = {}
+def merge_edits(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
+    """Full parameter name in the model without adapter → edit."""
+    edits: dict[str, Edit] = {}
     for name, layer in adapter_layers(model):
-        found[f"{name}.weight"] = edit_of(layer)
+        edits[f"{name}.weight"] = layer_edit(layer)
     for name, module in model.named_modules():
         if isinstance(module, BY_ROWS):
-            own = name.rsplit(".", 1)[-1]
-            ids = spec.rows[
-                own if own in spec.rows else model.embedding_and_head[0]
-            ]  # a tied head's are the embedding's
-            found[f"{name}.weight"] = SetRows(torch.tensor(ids), module.rows.detach())
+            short_name = name.rsplit(".", 1)[-1]
+            # a tied head has the embedding's rows
+            ids = spec.rows[short_name if short_name in spec.rows else model.embedding_and_head[0]]
+            edits[f"{name}.weight"] = SetRows(torch.tensor(ids), module.rows.detach())
     plain = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for key, parameter in tensors(model, spec).items():
         if (name := key.removeprefix(PREFIX)) in plain:  # trained in full
-            found[name] = Replace(parameter.detach())
-    return found
+            edits[name] = Replace(parameter.detach())
+    return edits
 
 
-def edit_of(layer: LoRALinear | LoRAEmbedding) -> Edit:
-    """What a merge does to the layer's weight, as it is stored."""
+def layer_edit(layer: LoRALinear | LoRAEmbedding) -> Edit:
+    """The edit of the layer's stored weight."""
     if isinstance(layer, DoRALinear):
         return RescaleRows(*factors(layer), layer.scale, layer.magnitude.detach(), fan_in_fan_out(layer.base))
     return AddLowRank(*factors(layer), layer.scale)
 
 
-def stored_name(name: str, stored: Mapping[str, Place]) -> str | None:
-    """What the files call a parameter: as the model does, or without the name of its body; None if they have it not."""
+def stored_name(name: str, stored: Mapping[str, TensorLocation]) -> str | None:
+    """The name of a parameter in the files: with or without the prefix of the model's body; None if missing."""
     if name in stored:
         return name
-    alike = [one for one in stored if name.endswith(f".{one}") or one.endswith(f".{name}")]
-    return alike[0] if len(alike) == 1 else None
+    candidates = [other for other in stored if name.endswith(f".{other}") or other.endswith(f".{name}")]
+    return candidates[0] if len(candidates) == 1 else None
 
 
-def place_of(name: str, model: CausalLM, stored: Mapping[str, Place]) -> Place | None:
-    """Where the files have a parameter: one of a tied pair may be stored for both."""
+def find_location(name: str, model: CausalLM, stored: Mapping[str, TensorLocation]) -> TensorLocation | None:
+    """Where the files store a parameter; one of a tied pair may be stored for both. None if missing."""
     pair = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
-    alike = pair if name in pair else []
-    return next((stored[found] for one in (name, *alike) if (found := stored_name(one, stored))), None)
+    twins = pair if name in pair else []
+    return next(
+        (stored[stored_as] for candidate in (name, *twins) if (stored_as := stored_name(candidate, stored))), None
+    )
 
 
-def _refuse_unlike(
-    name: str, shape: tuple[int, ...], stored: Mapping[str, Place], base: Path, may_be_absent: bool
+def _refuse_mismatch(
+    name: str, shape: tuple[int, ...], stored: Mapping[str, TensorLocation], base: Path, may_be_absent: bool
 ) -> None:
     if name not in stored and not may_be_absent:
         raise UserError(
-            f"{base}: its files have no {name}, which the adapter changes: they name or cut weights otherwise than "
-            "transformers does. Open it in transformers and save it anew with save_pretrained."
+            f"{base} has no tensor {name}, which the adapter changes: it names or splits weights differently from "
+            "transformers. Save the model again with transformers' save_pretrained."
         )
     if name in stored and stored[name].info.shape != shape:
-        raise UserError(f"{base}: {name} has shape {list(stored[name].info.shape)}, config.json says {list(shape)}.")
+        raise UserError(
+            f"{base}: {name} has shape {list(stored[name].info.shape)}, but config.json says {list(shape)}. Copy the "
+            "model again."
+        )
 
 
-def _refuse_other_embedding(adapter: Path, model: CausalLM, stored: Mapping[str, Place]) -> None:
-    """PEFT writes the base's whole embedding or head beside its LoRA: here only the files have one to compare it
-    with."""
-    for key, value in load_tensors(adapter / WEIGHTS).items():  # finite: `load_adapter` has read them
+def _refuse_other_embedding(adapter: Path, model: CausalLM, stored: Mapping[str, TensorLocation]) -> None:
+    """Compare an embedding or head that PEFT saved with the LoRA to the base's files: the model has no weights here."""
+    for key, value in load_tensors(adapter / WEIGHTS).items():  # `load_adapter` has checked that they are finite
         if key.endswith(COPY):
             name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
-            place = place_of(name, model, stored)
-            if place is None or not _is_stored(value, place):
+            location = find_location(name, model, stored)
+            if location is None or not _equals_stored(value, location):
                 raise other_embedding(adapter, name)
 
 
-def _is_stored(value: Tensor, place: Place) -> bool:
-    return value.shape == place.info.shape and all(
-        torch.equal(value[rows].to(block), block) for rows, block in read_blocks(place)
+def _equals_stored(value: Tensor, location: TensorLocation) -> bool:
+    return value.shape == location.info.shape and all(
+        torch.equal(value[rows].to(block), block) for rows, block in read_blocks(location)
     )

@@ -1,4 +1,4 @@
-"""Singular values of what was changed: of an adapter's updates, of whole checkpoints (the document's §2.2)."""
+"""Singular values of changes: an adapter's updates, or the difference of checkpoints (the document's §2.2)."""
 
 import math
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from pipeline.errors import UserError
 from pipeline.weights.diff import Delta, norm
 from pipeline.weights.svd import Read, Singular, singular
 
-RANKS = (1, 2, 4, 8, 16, 64)  # of which is said how much of a change they hold
-MOST = 64  # singular values that are looked for in a wide matrix
+RANKS = (1, 2, 4, 8, 16, 64)  # ranks whose share of a change is reported
+MAX_VALUES = 64  # singular values computed for a wide matrix
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One tensor: ‖W‖, ‖ΔW‖ and, of a matrix that changed, ΔW's singular values, largest first.
+    """One tensor: ‖W‖, ‖ΔW‖ and, for a matrix that changed, the singular values of ΔW, largest first.
 
-    `whole`: these are all that are not zero; otherwise each is at most `error` of the first away from a true one.
+    `complete`: these are all nonzero ones; otherwise each is within `error`·σ₁ of a true singular value.
     """
 
     name: str
@@ -28,38 +28,38 @@ class Measured:
     before: float
     change: float
     values: tuple[float, ...] = ()
-    whole: bool = True
+    complete: bool = True
     error: float = 0.0
 
     @property
     def relative(self) -> float | None:
-        """‖ΔW‖ / ‖W‖; None where W is zero."""
+        """‖ΔW‖ / ‖W‖; None if W is zero."""
         return self.change / self.before if self.before else None
 
     def energy(self, rank: int) -> float | None:
-        """Σσᵢ² up to `rank` / ‖ΔW‖²: the share of the change that the nearest matrix of that rank holds.
+        """Σσᵢ² up to `rank` / ‖ΔW‖²: the share of the change that its best approximation of that rank captures.
 
-        None where that is not known.
+        None if too few singular values are known.
         """
-        if not self.values or (rank > len(self.values) and not self.whole):
+        if not self.values or (rank > len(self.values) and not self.complete):
             return None
         return min(1.0, math.fsum(value**2 for value in self.values[:rank]) / self.change**2)
 
     @property
     def stable_rank(self) -> float | None:
-        """‖ΔW‖² / σ₁² (Rudelson and Vershynin 2007): 1 for one direction, n for n as strong ones."""
+        """‖ΔW‖² / σ₁² (Rudelson and Vershynin 2007): 1 for one direction, n for n equally strong ones."""
         return (self.change / self.values[0]) ** 2 if self.values else None
 
     @property
     def effective_rank(self) -> float | None:
-        """exp of the entropy of σᵢ / Σσ (Roy and Vetterli 2007); None where not all are known."""
+        """exp of the entropy of σᵢ / Σσ (Roy and Vetterli 2007); None if not all values are known."""
         total = math.fsum(self.values)
-        if not self.values or not self.whole:
+        if not self.values or not self.complete:
             return None
         return math.exp(-math.fsum(v / total * math.log(v / total) for v in self.values if v > 0))
 
     def rank_of(self, share: float) -> int | None:
-        """The least rank that holds so much of the change; None where no known one does."""
+        """The lowest rank that captures `share` of the change; None if the known values do not reach it."""
         held = 0.0
         for number, value in enumerate(self.values, start=1):
             held += value**2
@@ -68,24 +68,24 @@ class Measured:
         return None
 
 
-def measure(delta: Delta, most: int = MOST) -> tuple[Measured, Singular | None]:
-    """One tensor's numbers, and the singular vectors of a matrix that changed.
+def measure(delta: Delta, max_values: int = MAX_VALUES) -> tuple[Measured, Singular | None]:
+    """The spectrum of one tensor's change, and its singular vectors if it is a matrix that changed.
 
     Raises UserError for a tensor that is not finite.
     """
     before, change = norm(delta.weight), norm(delta.change)
     if not (math.isfinite(before) and math.isfinite(change)):
-        raise UserError(f"{delta.name} holds numbers that are not finite. Copy the checkpoint anew, or train it again.")
+        raise UserError(f"{delta.name} has values that are not finite. Copy the checkpoint again, or train it again.")
     if not change or not delta.is_matrix:
         return Measured(delta.name, delta.shape, before, change), None
-    found = singular(delta.change, delta.shape[1], most)
-    least = min(delta.shape)
-    values, whole = tuple(found.values[:least].tolist()), found.whole or least <= most
-    return Measured(delta.name, delta.shape, before, change, values, whole, found.error), found
+    vectors = singular(delta.change, delta.shape[1], max_values)
+    smaller = min(delta.shape)
+    values, complete = tuple(vectors.values[:smaller].tolist()), vectors.complete or smaller <= max_values
+    return Measured(delta.name, delta.shape, before, change, values, complete, vectors.error), vectors
 
 
 def measure_update(name: str, update: LowRank, weight: Read) -> Measured:
-    """One low-rank update of a weight."""
+    """The spectrum of a low-rank update of `weight`."""
     values = singular_values(update.a, update.b) * update.scale
     change = float(torch.linalg.vector_norm(values))
     shape = (update.b.shape[0], update.a.shape[1])
@@ -95,8 +95,8 @@ def measure_update(name: str, update: LowRank, weight: Read) -> Measured:
 def overlaps(one: Tensor, other: Tensor) -> Tensor:
     """φ(i, j) = ‖UᵢᵀVⱼ‖² / min(i, j) of the first i of orthonormal U (n, k) and j of V (n, l), (k, l).
 
-    Hu et al. 2021, §7.2: 1 where the smaller subspace lies in the larger, 0 where they have nothing in common. Of two
-    random ones max(i, j) / n is expected.
+    Hu et al. 2021, §7.2: 1 if the smaller subspace lies in the larger, 0 if they are orthogonal. The expected value for
+    two random subspaces is max(i, j) / n.
     """
     shared = (one.T @ other).square().cumsum(0).cumsum(1)
     sizes = torch.arange(1, max(shared.shape) + 1)
@@ -104,7 +104,7 @@ def overlaps(one: Tensor, other: Tensor) -> Tensor:
 
 
 def in_blocks(matrix: Tensor) -> Read:
-    """A matrix in memory as one that is read."""
+    """A matrix in memory in the form of `Read`, as a single block."""
 
     def read() -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, len(matrix)), matrix

@@ -1,4 +1,4 @@
-"""Merge through files: tensor by tensor, in memory that does not grow with the model (the document's §4.4)."""
+"""Merge file to file, tensor by tensor; memory does not grow with the model (the document's §4.4)."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST, read_json, write_json
 from pipeline.files.base_model import INDEX
-from pipeline.files.shards import Bytes, New, Place, in_file_order, places, rewrite
+from pipeline.files.shards import Bytes, NewTensor, TensorLocation, in_file_order, rewrite, tensor_locations
 from pipeline.project.logs.run_log import in_units
 from pipeline.weights.edits import AddLowRank, Edit, RescaleRows, blocks
 
@@ -28,120 +28,122 @@ CONFIG = "config.json"
 SAMPLES = 2
 Update = AddLowRank | RescaleRows
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# What is not carried over: weights in other forms, which would not be merged, and records of how the base was made.
+# Not copied: weights in other formats, which would stay unmerged, and records of how the base was made.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
 RECORDS = (MANIFEST, "audit.json", "loss.csv", "certificate.json")
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A base's tensors, and by stored name what is done to them.
+    """A base's tensors and the edits to apply to them, by stored name.
 
-    `copies`: tensors that begin as another one, name → that one's, whether or not the base stores them. `unties`:
-    embedding and head, which were one matrix, no longer are. `rounded`: tensors that were kept in few bits while the
-    adapter trained, and become what they were then, by what does it to the whole tensor.
+    `copies`: name → source, for tensors that start as a copy of another; the base need not store them. `unties`:
+    whether tied embedding and head become different weights. `quantizers`: for tensors that were quantized while the
+    adapter trained, a function that quantizes and dequantizes them, so that the edit applies to the same weights.
     """
 
     base: Path
-    places: Mapping[str, Place]
+    locations: Mapping[str, TensorLocation]
     edits: Mapping[str, Edit]
     copies: Mapping[str, str]
     unties: bool
-    rounded: Mapping[str, Callable[[Tensor], Tensor]]
-    dtype: str | None = None  # that all weights are written in: F32, BF16 or F16; None: each in its own
+    quantizers: Mapping[str, Callable[[Tensor], Tensor]]
+    dtype: str | None = None  # of all written weights: F32, BF16 or F16; None: each tensor's own
 
     @property
     def size(self) -> int:
-        """Bytes of the weights that will be written."""
-        return sum(self._new(name).size for name in (*self.places, *self.added))
+        """Size of the written weights in bytes."""
+        return sum(self._new_tensor(name).size for name in (*self.locations, *self.added))
 
     @property
     def added(self) -> list[str]:
-        """Tensors that the base does not store."""
-        return [name for name in self.copies if name not in self.places]
+        """Written tensors that the base does not store."""
+        return [name for name in self.copies if name not in self.locations]
 
-    def source(self, name: str) -> Place:
-        """Where a tensor of the merged checkpoint comes from."""
-        return self.places[self.copies.get(name, name)]
+    def source(self, name: str) -> TensorLocation:
+        """The base's tensor that a tensor of the merged checkpoint starts from."""
+        return self.locations[self.copies.get(name, name)]
 
     def write(self, out: Path) -> Iterator[str]:
-        """Fill `out` with a whole checkpoint, naming each file as it is done. Raises UserError where disk is short."""
-        self._refuse_little_space(out)
+        """Write the complete checkpoint to `out`; yields each weight file's name when it is done.
+
+        Raises UserError if there is not enough disk space.
+        """
+        self._refuse_full_disk(out)
         fills = [
-            [(file.name, fill) for fill in rewrite(file, out / file.name, self._tensors(file))] for file in self.files
+            [(file.name, fill) for fill in rewrite(file, out / file.name, self._new_tensors(file))]
+            for file in self.files
         ]
-        jobs = [
-            job for turn in zip_longest(*fills) for job in turn if job
-        ]  # in turns: a file takes one writer at a time
-        left = Counter(name for name, _ in jobs)
-        for (name, _), _none in zip(jobs, side_by_side(lambda job: job[1](), jobs), strict=True):
-            left[name] -= 1
-            if not left[name]:
+        # round robin over the files: a file takes one writer at a time
+        jobs = [job for group in zip_longest(*fills) for job in group if job]
+        remaining = Counter(name for name, _ in jobs)
+        for (name, _), _none in zip(jobs, map_in_threads(lambda job: job[1](), jobs), strict=True):
+            remaining[name] -= 1
+            if not remaining[name]:
                 yield name
-        carry_over(self.base, out)
-        self._say_what_changed(out)
+        copy_other_files(self.base, out)
+        self._update_config_and_index(out)
 
     @property
     def files(self) -> list[Path]:
-        return sorted({place.file for place in self.places.values()})
+        return sorted({location.file for location in self.locations.values()})
 
-    def _refuse_little_space(self, out: Path) -> None:
+    def _refuse_full_disk(self, out: Path) -> None:
         free = shutil.disk_usage(out).free
         if free < self.size:
             raise UserError(
-                f"{out.parent}: the merged model takes {in_units(self.size)}, {in_units(free)} are free. "
+                f"{out.parent}: the merged model needs {in_units(self.size)}, but only {in_units(free)} are free. "
                 "Free some space, or name a folder elsewhere with --out."
             )
 
-    def _tensors(self, file: Path) -> list[New]:
-        """Those of a file, in its order, and what is added to it."""
+    def _new_tensors(self, file: Path) -> list[NewTensor]:
+        """The tensors to write to a file: its own in their order, then added ones."""
         added = [name for name in self.added if self.source(name).file == file]
-        return [self._new(name) for name in (*in_file_order(file), *added)]
+        return [self._new_tensor(name) for name in (*in_file_order(file), *added)]
 
-    def _new(self, name: str) -> New:
+    def _new_tensor(self, name: str) -> NewTensor:
         info = self.source(name).info
         dtype = self.dtype if self.dtype and info.dtype in DTYPES else info.dtype
-        changed = name in self.edits or name in self.copies or name in self.rounded or dtype != info.dtype
-        return New(name, dtype, info.shape, (lambda: self._pieces(name, dtype)) if changed else None)
+        changed = name in self.edits or name in self.copies or name in self.quantizers or dtype != info.dtype
+        return NewTensor(name, dtype, info.shape, (lambda: self._content(name, dtype)) if changed else None)
 
-    def _pieces(self, name: str, dtype: str) -> Iterator[Bytes]:
-        """Added to in the wider of the two precisions, and narrowed once."""
+    def _content(self, name: str, dtype: str) -> Iterator[Bytes]:
+        """The new bytes of a tensor: edited in the wider of the two dtypes and rounded once."""
         edit, target = self.edits.get(name), DTYPES.get(dtype)
         if isinstance(edit, RescaleRows):
-            edit = edit.measured(self.blocks(name))
+            edit = edit.with_norms(self.blocks(name))
         for rows, block in self.blocks(name):
             wide = block if target is None else block.to(torch.promote_types(block.dtype, target))
             new = edit(wide, rows) if edit else wide
-            yield as_bytes(new if target is None else _narrowed(new, target, name))
+            yield as_bytes(new if target is None else _cast(new, target, name))
 
-    def blocks(self, name: str, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """A tensor as it is before it is edited, some rows at a time: all of them, or those of `edits.blocks`."""
-        if name not in self.rounded:
-            return read_blocks(self.source(name), most)
-        whole = self.rounded[name](torch.cat([block for _, block in read_blocks(self.source(name))]).float())
-        rows, columns = whole.shape
-        return ((part, whole[part]) for part in blocks(rows, columns, most))
+    def blocks(self, name: str, samples: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """A tensor before its edit, a block of rows at a time; `samples` as in `edits.blocks`."""
+        if name not in self.quantizers:
+            return read_blocks(self.source(name), samples)
+        weight = self.quantizers[name](torch.cat([block for _, block in read_blocks(self.source(name))]).float())
+        rows, columns = weight.shape
+        return ((span, weight[span]) for span in blocks(rows, columns, samples))
 
-    def _say_what_changed(self, out: Path) -> None:
-        """In config.json and in the index; both stay as they are where nothing did."""
-        config = read_json(out / CONFIG, "Copy the base anew")
-        said: dict[str, Any] = {"tie_word_embeddings": False} if self.unties else {}
+    def _update_config_and_index(self, out: Path) -> None:
+        """Update config.json and the weight index; each is left alone if nothing in it changes."""
+        config = read_json(out / CONFIG, "Copy the base again")
+        changes: dict[str, Any] = {"tie_word_embeddings": False} if self.unties else {}
         if self.dtype:
             key = "torch_dtype" if "torch_dtype" in config else "dtype"
-            said[key] = str(DTYPES[self.dtype]).removeprefix("torch.")
-        if said:
-            write_json(out / CONFIG, {**config, **said})
+            changes[key] = str(DTYPES[self.dtype]).removeprefix("torch.")
+        if changes:
+            write_json(out / CONFIG, {**config, **changes})
         if (out / INDEX).exists() and (self.added or self.dtype):
-            index = read_json(out / INDEX, "Copy the base anew")
+            index = read_json(out / INDEX, "Copy the base again")
             index["weight_map"] |= {name: self.source(name).file.name for name in self.added}
             if "total_size" in index.get("metadata", {}):
                 index["metadata"]["total_size"] = self.size
             write_json(out / INDEX, index)
 
 
-def carry_over(base: Path, out: Path) -> None:
-    """Tokenizer, templates, code, licence, index: every file beside the weights, in folders too, but hidden ones and
-    records of the base's making."""
+def copy_other_files(base: Path, out: Path) -> None:
+    """Copy tokenizer, templates, code, licence, index: all files but weights, hidden files and RECORDS; recursively."""
     for path in sorted(base.rglob("*")):
         name = path.relative_to(base)
         weights = any(path.match(pattern) for pattern in WEIGHTS)
@@ -151,36 +153,41 @@ def carry_over(base: Path, out: Path) -> None:
             shutil.copyfile(path, out / name)
 
 
-def read_blocks(place: Place, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """A stored tensor, as a matrix of its first dimension by the others, some rows at a time, as `edits.blocks`."""
-    info = place.info
+def read_blocks(location: TensorLocation, samples: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """A stored tensor as a matrix (first dimension, all others), a block of rows at a time.
+
+    `samples` as in `edits.blocks`. Raises UserError.
+    """
+    info = location.info
     if info.dtype not in DTYPES:
-        raise UserError(f"{place.file}: a tensor of {info.dtype} cannot be merged into. Give the 16-bit model.")
+        raise UserError(f"{location.file}: merging does not support dtype {info.dtype}. Use the 16-bit model.")
     rows = info.shape[0] if info.shape else 1
     columns = prod(info.shape[1:])
     width = (info.stop - info.start) // max(1, rows)  # bytes
-    with place.file.open("rb", buffering=0) as file:
-        for part in blocks(rows, columns, most):
-            block = torch.empty((part.stop - part.start) * width, dtype=torch.uint8)
-            _read_into(file.fileno(), block.numpy().data, info.start + part.start * width, place.file)
-            yield part, block.view(DTYPES[info.dtype]).view(-1, columns)
+    with location.file.open("rb", buffering=0) as file:
+        for span in blocks(rows, columns, samples):
+            block = torch.empty((span.stop - span.start) * width, dtype=torch.uint8)
+            _read_into(file.fileno(), block.numpy().data, info.start + span.start * width, location.file)
+            yield span, block.view(DTYPES[info.dtype]).view(-1, columns)
 
 
-def _narrowed(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    found = values.to(dtype)
-    if dtype == torch.float16 and not found.isfinite().all():
-        raise UserError(f"{name} holds {float(values.abs().max()):.3g}, more than fp16 can. Write it in bf16.")
-    return found
+def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    cast = values.to(dtype)
+    if dtype == torch.float16 and not cast.isfinite().all():
+        raise UserError(
+            f"{name} has the value {float(values.abs().max()):.3g}, which overflows fp16. Use --precision bf16."
+        )
+    return cast
 
 
-def read_rows(place: Place, ids: Iterable[int]) -> Tensor:
+def read_rows(location: TensorLocation, ids: Iterable[int]) -> Tensor:
     """Some rows (n, m) of a stored matrix."""
-    info, (_, columns) = place.info, place.info.shape
+    info, (_, columns) = location.info, location.info.shape
     rows = torch.empty(len(ids := list(ids)), columns, dtype=DTYPES[info.dtype])
     width = columns * rows.itemsize
-    with place.file.open("rb", buffering=0) as file:
+    with location.file.open("rb", buffering=0) as file:
         for row, number in zip(rows.view(torch.uint8), ids, strict=True):
-            _read_into(file.fileno(), row.numpy().data, info.start + number * width, place.file)
+            _read_into(file.fileno(), row.numpy().data, info.start + number * width, location.file)
     return rows
 
 
@@ -188,7 +195,7 @@ def _read_into(descriptor: int, view: memoryview, start: int, file: Path) -> Non
     while view:
         count = os.preadv(descriptor, [view], start)
         if not count:
-            raise UserError(f"{file} became shorter while it was read. Make it again or copy it anew.")
+            raise UserError(f"{file} was truncated while it was read. Create or copy it again.")
         view, start = view[count:], start + count
 
 
@@ -197,9 +204,9 @@ def as_bytes(tensor: Tensor) -> Bytes:
 
 
 class UpdateRatio(NamedTuple):
-    """⟨W' − W, Δ⟩ / ⟨Δ, Δ⟩ for the update Δ, LoRA's s·BA: 1 if merged once, 0 if lost, 2 if twice; None where Δ is 0.
+    """⟨W' − W, Δ⟩ / ⟨Δ, Δ⟩ for the update Δ, LoRA's s·BA: 1 if merged once, 0 if lost, 2 if twice; None if Δ is 0.
 
-    `rounding`: how far from 1 rounding W' to its precision can bring it.
+    `rounding`: the deviation from 1 that rounding W' to its dtype can cause.
     """
 
     value: float | None
@@ -207,31 +214,31 @@ class UpdateRatio(NamedTuple):
 
 
 @torch.no_grad()
-def ratios(merge: Merge, out: Path) -> dict[str, UpdateRatio]:
-    """Of every matrix that LoRA or DoRA changed, measured on the file that was written, by the module's stored name.
+def update_ratios(merge: Merge, out: Path) -> dict[str, UpdateRatio]:
+    """The ratio of every matrix that LoRA or DoRA changed, by stored module name, measured on the written files.
 
-    What goes wrong with a merge goes wrong with a matrix, not with a row: of a large one `SAMPLES` blocks of rows or
-    more are read again, spread over it. All of them would take as long as the merge itself.
+    A faulty merge affects a whole matrix, not single rows, so only `SAMPLES` or more evenly spread blocks of a large
+    matrix are read again. Reading all of them would take as long as the merge itself.
     """
-    written = places(out)
+    written = tensor_locations(out)
     edits = {name: edit for name, edit in merge.edits.items() if isinstance(edit, Update)}
 
     def ratio_of(name: str) -> UpdateRatio:
-        return _ratio(merge.blocks(name, SAMPLES), written[name], edits[name].measured(merge.blocks(name)))
+        return _update_ratio(merge.blocks(name, SAMPLES), written[name], edits[name].with_norms(merge.blocks(name)))
 
-    found = side_by_side(ratio_of, edits)
-    return {name.removesuffix(".weight"): ratio for name, ratio in zip(edits, found, strict=True)}
+    values = map_in_threads(ratio_of, edits)
+    return {name.removesuffix(".weight"): ratio for name, ratio in zip(edits, values, strict=True)}
 
 
-def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Results in order, each item in a thread of its own."""
-    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Results in order, computed in a pool of as many threads as torch has."""
+    with single_torch_thread() as threads, ThreadPoolExecutor(threads) as pool:
         yield from pool.map(work, items)
 
 
 @contextmanager
-def one_thread() -> Iterator[int]:
-    """One thread of torch's, where what it works on is too small to be shared; gives the number that there were."""
+def single_torch_thread() -> Iterator[int]:
+    """Limits torch to one thread, as its tensors here are too small to split; yields the previous number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -240,11 +247,11 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _ratio(before: Iterator[tuple[slice, Tensor]], after: Place, update: Update) -> UpdateRatio:
-    along = weight = size = 0.0
+def _update_ratio(before: Iterator[tuple[slice, Tensor]], after: TensorLocation, update: Update) -> UpdateRatio:
+    dot = weight = size = 0.0
     for (rows, old), (_, new) in zip(before, read_blocks(after, SAMPLES), strict=True):
-        here, own = update.against(old.float(), new.float(), rows)
-        along, size = along + here, size + own
+        block_dot, block_size = update.dot_products(old.float(), new.float(), rows)
+        dot, size = dot + block_dot, size + block_size
         weight += float(torch.linalg.vector_norm(old, dtype=torch.float32)) ** 2
     eps = torch.finfo(DTYPES[after.info.dtype]).eps
-    return UpdateRatio(along / size if size else None, eps * (weight / max(size, 1e-60)) ** 0.5)
+    return UpdateRatio(dot / size if size else None, eps * (weight / max(size, 1e-60)) ** 0.5)

@@ -1,8 +1,8 @@
-"""Singular values of a matrix M (O, I) that is read some rows at a time: it need not fit into memory.
+"""Singular values of a matrix M (O, I) that is read a block of rows at a time and need not fit in memory.
 
-Up to `WHOLE` columns all of them, from MᵀM (I, I), added up in fp64: what is below 1e-8 of the largest is lost to
-rounding. Of wider matrices the largest, from a random subspace that MᵀM is applied to again and again (Halko,
-Martinsson and Tropp 2011, §4.5); how far off they may be is measured.
+Up to `FULL_COLUMNS` columns all of them, from MᵀM (I, I) in fp64: values below 1e-8 of the largest are lost to
+rounding. For wider matrices the largest, by subspace iteration with MᵀM on a random start (Halko, Martinsson and Tropp
+2011, §4.5), with a measured error bound.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 Rows = tuple[slice, Tensor]
-Read = Callable[[], Iterator[Rows]]  # the matrix from its first rows to its last, as often as it is asked for
+Read = Callable[[], Iterator[Rows]]  # each call reads the matrix once, first row to last
 
-WHOLE = 1024  # columns
-SPARE = 32  # directions of the subspace beyond those that are wanted
-PASSES = 6  # over a wide matrix
+FULL_COLUMNS = 1024  # columns
+EXTRA = 32  # dimensions of the random subspace beyond those wanted (oversampling)
+PASSES = 6  # reads of a wide matrix
 
 
 class Singular(NamedTuple):
     """Singular values (k,), largest first, and their right vectors (I, k).
 
-    `error`: each value is at most so much away from one of M's, as a share of the first; 0 where all are known.
+    `error`: each value is within `error`·σ₁ of a singular value of M; 0 if all are known.
     """
 
     values: Tensor
@@ -30,58 +30,58 @@ class Singular(NamedTuple):
     error: float
 
     @property
-    def whole(self) -> bool:
-        """Whether these are all of M's."""
+    def complete(self) -> bool:
+        """Whether these are all singular values of M."""
         return self.right.shape[0] == self.right.shape[1]
 
 
 @torch.no_grad()
-def singular(read: Read, columns: int, most: int) -> Singular:
-    """All singular values of a matrix of up to `WHOLE` columns; of others the `most` largest.
+def singular(read: Read, columns: int, count: int) -> Singular:
+    """All singular values of a matrix of up to `FULL_COLUMNS` columns, the `count` largest of a wider one.
 
-    With orthonormal V, eigenvalues of VᵀMᵀMV are squares of values that M has (V square) or nearly has, never more.
+    For orthonormal V, the eigenvalues of VᵀMᵀMV are σ² of M if V is square, and lower bounds of them otherwise.
     """
-    whole = columns <= WHOLE
-    basis = torch.eye(columns, dtype=torch.float64) if whole else _random(columns, min(columns, most + SPARE))
+    complete = columns <= FULL_COLUMNS
+    basis = torch.eye(columns, dtype=torch.float64) if complete else _random_basis(columns, min(columns, count + EXTRA))
     image = gram_times(read, basis)
-    for _ in range(0 if whole else PASSES - 1):
+    for _ in range(0 if complete else PASSES - 1):
         basis = torch.linalg.qr(image).Q
         image = gram_times(read, basis)
-    squares, turn = torch.linalg.eigh(basis.T @ image)  # ascending
-    squares, turn = squares.flip(0).clamp(min=0), turn.flip(1)
-    if not whole:
-        squares, turn = squares[:most], turn[:, :most]
-    values, right = squares.sqrt(), basis @ turn
-    return Singular(values, right, 0.0 if whole else _residual(image @ turn, right, values))
+    squares, rotation = torch.linalg.eigh(basis.T @ image)  # ascending
+    squares, rotation = squares.flip(0).clamp(min=0), rotation.flip(1)
+    if not complete:
+        squares, rotation = squares[:count], rotation[:, :count]
+    values, right = squares.sqrt(), basis @ rotation
+    return Singular(values, right, 0.0 if complete else _residual(image @ rotation, right, values))
 
 
-def _random(columns: int, count: int) -> Tensor:
-    """(columns, count), orthonormal, the same each time."""
+def _random_basis(columns: int, count: int) -> Tensor:
+    """(columns, count), orthonormal, always from the same seed."""
     drawn = torch.randn(columns, count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found: Tensor = torch.linalg.qr(drawn).Q
-    return found
+    result: Tensor = torch.linalg.qr(drawn).Q
+    return result
 
 
 def gram_times(read: Read, basis: Tensor) -> Tensor:
     """MᵀMV for V (I, n), in fp64."""
-    found = torch.zeros_like(basis)
+    product = torch.zeros_like(basis)
     for _, block in read():
         wide = block.double()
-        found += wide.T @ (wide @ basis)
-    return found
+        product += wide.T @ (wide @ basis)
+    return product
 
 
 def _residual(image: Tensor, right: Tensor, values: Tensor) -> float:
     """The largest ‖Mᵀu − σv‖ / σ₁ for u = Mv/σ: M has a singular value no further from σ (Parlett 1998, §4.5)."""
-    far = torch.linalg.vector_norm(image - right * values.square(), dim=0)  # σ times that
-    own = (far / values.clamp(min=1e-300)).clamp(max=float(values[0]))
-    return float(own.max() / values[0]) if values[0] else 0.0
+    scaled = torch.linalg.vector_norm(image - right * values.square(), dim=0)  # σ·‖Mᵀu − σv‖
+    residuals = (scaled / values.clamp(min=1e-300)).clamp(max=float(values[0]))
+    return float(residuals.max() / values[0]) if values[0] else 0.0
 
 
 @torch.no_grad()
-def factors(read: Read, rows: int, found: Singular, rank: int) -> tuple[Tensor, Tensor]:
+def factors(read: Read, rows: int, svd: Singular, rank: int) -> tuple[Tensor, Tensor]:
     """B (O, R) and A (R, I) whose product is nearest to M (Eckart and Young 1936): U√S and √SVᵀ, in fp32."""
-    right = found.right[:, :rank]  # (I, R)
+    right = svd.right[:, :rank]  # (I, R)
     left = torch.empty(rows, right.shape[1], dtype=torch.float64)
     for part, block in read():
         left[part] = block.double() @ right  # US

@@ -196,7 +196,7 @@ def on_another_base(root: Path) -> None:
 
 OTHER_MODELS: dict[Callable[[Path], None], str] = {
     wide: "fc1 is 256 × 32 and 256 × 64",
-    deep: "layers.2.fc1 is in one alone, and the target_modules of both mean it",
+    deep: "layers.2.fc1 is in only one of them, but the target_modules of both match it",
     with_more_words: "lm_head.weight is 74 × 64 and 75 × 64",
     wide_rows: "a row of model.decoder.embed_tokens is 32 and 64",
     of_another_family: "the blocks are called ",
@@ -210,7 +210,10 @@ def test_adapters_of_two_models_are_not_compared(cli: Lora, root: Path, other: C
     other(root)
     for pair in (("one", "else"), ("else", "one")):
         said = refusal(cli("adapters", "diff", *pair, cwd=root))
-        assert OTHER_MODELS[other] in said and ": the adapters are of two models. Name two adapters of one." in said
+        assert (
+            OTHER_MODELS[other] in said
+            and ": the adapters belong to different models. Name two adapters of the same model." in said
+        )
 
 
 OF_ONE_MODEL = {

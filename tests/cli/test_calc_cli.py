@@ -217,18 +217,18 @@ BAD = [
     (["--rank-pattern", "q_proj=²"], "rank-pattern takes PATTERN=RANK"),
     (["--rank-pattern", "q_proj=" + "9" * 400], "rank-pattern takes PATTERN=RANK"),
     (["--rank-pattern", "(?i)q_proj=16"], "is no regular expression"),
-    (["--model", "gpt-3-175b", "--trace"], "no library builds GPT-3"),
-    (["--model", "gpt2", "--trace"], "Conv1D layers get no LoRA"),
+    (["--model", "gpt-3-175b", "--trace"], "--trace does not support GPT-3"),
+    (["--model", "gpt2", "--trace"], "does not support LoRA on GPT-2's Conv1D layers"),
     (["--model", "gpt2", "--method", "prompt", "--sequence", "1024"], "sequence must be at most 1,024"),
     (["--model", "minigpt", "--sequence", "33"], "sequence must be at most 32"),
     (
         ["--model", "llama-3.2-1b", "--trace", "--batch", "2147483647", "--sequence", "131072"],
         "--trace cannot build or run",
     ),
-    (["--trace", "--embeddings", "new_rows", "--new-rows", "3"], "without new rows"),
-    (["--trace", "--dora"], "has this project's DoRA, not PEFT's: give --optimizer adam-flat"),
+    (["--trace", "--embeddings", "new_rows", "--new-rows", "3"], "without trainable token rows"),
+    (["--trace", "--dora"], "supports DoRA only as implemented here, not in PEFT. Add --optimizer adam-flat"),
     (["--gpu", ""], "gpu '' is not known. Known: rtx4060"),
-    (["--trace", "--precision", "nf4"], "does not train on nf4 yet"),
+    (["--trace", "--precision", "nf4"], "supports fp32, bf16, fp16, got nf4"),
 ]
 
 

@@ -79,14 +79,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         for text in ("1", "1,2,3", "1,x", "nan,1", "inf,1", "0,0", "")
     },
     "one": (["x"], "combine takes two adapters or more"),
-    "ranks": (["x", "y", "--method", "linear"], "linear takes adapters of one rank"),
+    "ranks": (["x", "y", "--method", "linear"], "linear needs adapters of equal rank"),
     "in full": (["x", "full"], "embed_tokens was trained in full (modules_to_save)"),
     "another shape": (["x", "wide"], "wide/adapter_model.safetensors does not fit"),
     "another base": (["x", "other"], "name different bases"),
     "bound to another": (["x", "bound"], "bound was trained on another base"),
     "no adapter": (["x", "base"], "base is a whole model, not an adapter"),
-    "a source": (["x", "y", "--out", "x"], "x is what is read"),
-    "somebody's": (["x", "y", "--out", "narrow"], "narrow exists and holds something else"),
+    "a source": (["x", "y", "--out", "x"], "x is also an input"),
+    "somebody's": (["x", "y", "--out", "narrow"], "narrow exists and holds other files"),
 }
 
 

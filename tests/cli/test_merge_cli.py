@@ -132,7 +132,7 @@ def test_an_update_that_rounding_mostly_loses_is_said_to_be_lost(cli: Lora, tmp_
 DYING: dict[str, tuple[str, int]] = {  # at which call of what
     "as it begins": ("pipeline.weights.streaming.rewrite", 1),
     "in a file": ("pipeline.files.shards._write", 3),
-    "before the certificate": ("pipeline.weights.merge.ratios", 1),
+    "before the certificate": ("pipeline.weights.merge.update_ratios", 1),
     "before the rename": ("pipeline.files.artifact.sync_tree", 1),
     "between two renames": ("pathlib.Path.rename", 2),
 }
@@ -206,11 +206,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "force": (["--adapter", "adapter", "--out", "out", "--force"], "--force"),
     "nowhere": (["--adapter", "nowhere", "--out", "out"], "nowhere/adapter_config.json: No such file"),
     "no base": (["--adapter", "adapter", "--out", "out", "--base", "x"], "x has no model.safetensors"),
-    "itself": (["--adapter", "adapter", "--out", "adapter"], "adapter is what is read"),
-    "its base": (["--adapter", "adapter", "--out", "base"], "base is what is read"),
-    "in what is read": (["--adapter", "adapter", "--out", "adapter/merged"], "lie in each other"),
-    "around what is read": (["--adapter", "adapter", "--out", "."], "lie in each other"),
-    "another adapter": (["--adapter", "adapter", "--out", "other"], "other exists and holds something else"),
+    "itself": (["--adapter", "adapter", "--out", "adapter"], "adapter is also an input"),
+    "its base": (["--adapter", "adapter", "--out", "base"], "base is also an input"),
+    "in what is read": (["--adapter", "adapter", "--out", "adapter/merged"], "contain one another"),
+    "around what is read": (["--adapter", "adapter", "--out", "."], "contain one another"),
+    "another adapter": (["--adapter", "adapter", "--out", "other"], "other exists and holds other files"),
     "no prompts": (["--adapter", "adapter", "--out", "out", "--prompts", "x.yaml"], "x.yaml"),
 }
 
@@ -226,5 +226,5 @@ def test_what_cannot_be_merged_is_one_message_and_nothing_is_written(cli: Lora, 
 def test_a_merge_never_takes_the_place_of_the_pipelines(cli: Lora, project: Path) -> None:
     before = folder_bytes(project / "artifacts/lora_merged")
     refused = cli("merge", "--adapter", "artifacts/lora_adapter", "--out", "artifacts/lora_merged", cwd=project)
-    assert "artifacts/lora_merged exists and holds something else" in refusal(refused)
+    assert "artifacts/lora_merged exists and holds other files" in refusal(refused)
     assert folder_bytes(project / "artifacts/lora_merged") == before

@@ -139,7 +139,7 @@ def test_of_dora_it_is_said_that_its_lengths_are_not_in_it(cli: Lora, root: Path
     code, out, err = cli("spectrum", "base", "dora", cwd=root)
     assert (code, err) == (0, "")
     assert len([line for line in out.splitlines() if line.startswith(("0.", "1."))]) == 4
-    assert "Nothing is said of what DoRA does to the lengths of outputs, these being its s·BA alone." in out
+    assert "Nothing is said of the magnitudes of DoRA, as the spectra are of s·BA alone." in out
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -156,13 +156,13 @@ def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_bes
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("base nowhere", "nowhere is no folder"),
-        ("nowhere base", "nowhere is no folder"),
+        ("base nowhere", "nowhere is not a folder"),
+        ("nowhere base", "nowhere is not a folder"),
         ("adapter base", "adapter is an adapter"),
         ("base empty", "empty has no model.safetensors"),
-        ("base wider", "lm_head.weight is [74, 64] in base and [74, 32] in wider"),
+        ("base wider", "lm_head.weight has shape [74, 64] in base and [74, 32] in wider"),
         ("base cut", "damaged or truncated"),
-        ("base endless", "lm_head.weight holds numbers that are not finite"),
+        ("base endless", "lm_head.weight has values that are not finite"),
         ("base tuned --rank 2", "--rank and --out together"),
         ("base tuned --out x", "--rank and --out together"),
         ("base tuned --data some.txt", "name --rank and --out too"),
@@ -179,7 +179,7 @@ def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_bes
         ("base base --rank 2 --out x", "nothing to extract"),
         ("base adapter --rank 2 --out x", "is an adapter already"),
         ("base tuned --rank 2 --out tuned", "Name another folder"),
-        ("base tuned --rank 2 --out empty/..", "lie in each other"),
+        ("base tuned --rank 2 --out empty/..", "contain one another"),
         ("base tuned --rank 2 --out x --data nothing.txt", "nothing.txt"),
         ("wider adapter", "Name the model that it was trained on"),
     ],
@@ -210,7 +210,7 @@ def test_of_what_one_checkpoint_alone_has_nothing_is_said(cli: Lora, root: Path)
     for pair in (("fewer", "tuned"), ("tuned", "fewer")):
         code, out, err = cli("spectrum", *pair, cwd=root)
         assert (code, err) == (0, "")
-        assert "Nothing is said of model.decoder.layers.1.fc1.bias and 1 more, which fewer has not." in out
+        assert "Nothing is said of model.decoder.layers.1.fc1.bias and 1 more, missing in fewer." in out
 
 
 def test_equal_checkpoints_differ_in_nothing(cli: Lora, root: Path) -> None:

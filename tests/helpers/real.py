@@ -19,7 +19,7 @@ from pipeline.project.logs.run_log import Step
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, optimizer_of, steps
+from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.optimizer import FlatAdam
 from tests.helpers.families import FAMILIES
 from tests.helpers.projects import make_one
@@ -90,7 +90,7 @@ def with_lora(
 
 def trained(model: CausalLM, batches: Batches, settings: Training, **task: Any) -> tuple[list[Step], FlatAdam]:
     """Every step of the loop; the model is then as training leaves it."""
-    optimizer = optimizer_of(model, settings)
+    optimizer = build_optimizer(model, settings)
     return list(steps_of(model, batches, settings, optimizer, **task)), optimizer
 
 

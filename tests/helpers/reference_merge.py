@@ -13,7 +13,7 @@ from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.models.base import CausalLM
 from pipeline.models.quantization.quantized_linear import QuantizedLinear
 from pipeline.weights.edits import RescaleRows, blocks
-from pipeline.weights.merge_plan import edit_of
+from pipeline.weights.merge_plan import layer_edit
 
 
 def merged_model(model: CausalLM) -> CausalLM:
@@ -58,8 +58,8 @@ def merged(layer: LoRALinear | LoRAEmbedding, turned: bool) -> nn.Module:
     base = layer.base
     whole = base.weight_in(torch.float32) if isinstance(base, QuantizedLinear) else weight_of(base).detach()
     parts = [(rows, whole[rows]) for rows in blocks(*whole.shape)]
-    edit = edit_of(layer)
-    edit = edit.measured(parts) if isinstance(edit, RescaleRows) else edit
+    edit = layer_edit(layer)
+    edit = edit.with_norms(parts) if isinstance(edit, RescaleRows) else edit
     weight = torch.cat([edit(part, rows) for rows, part in parts])
     if isinstance(layer.base, QuantizedLinear):
         return unquantized(layer.base, weight, turned)

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import CONFIG, VIRTUAL, read_config
 from pipeline.errors import UserError
-from pipeline.files.patterns import block_of, end_of, problem
+from pipeline.files.patterns import block_pattern, end_pattern, problem
 
 KIND = "LORA"
 # PEFT's options that change what an adapter computes, each with the only value that is understood here ...
@@ -149,7 +149,7 @@ class _Config:
         value = self.get(key) or {}
         if not isinstance(value, dict):
             raise self._wrong(key, "a mapping of names to numbers", value)
-        return {self._pattern(key, name, end_of(name)): number for name, number in value.items()}
+        return {self._pattern(key, name, end_pattern(name)): number for name, number in value.items()}
 
     def _pattern(self, key: str, pattern: str, whole: str | None = None) -> str:
         """The pattern, once it is one, and so is the `whole` that it is made part of."""
@@ -159,7 +159,7 @@ class _Config:
 
     def lists(self) -> tuple[str, ...]:
         key = "layers_pattern"
-        return tuple(self._pattern(key, name, block_of(name)) for name in self.names(key))
+        return tuple(self._pattern(key, name, block_pattern(name)) for name in self.names(key))
 
     def layers(self) -> tuple[int, ...]:
         value = self.get("layers_to_transform")

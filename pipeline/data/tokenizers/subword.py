@@ -10,7 +10,7 @@ from pipeline.data.tokenizers import chat_template
 from pipeline.data.tokenizers.chat_template import Asked, Messages, Rendered, Renderings
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, write_json
-from pipeline.files.safetensors_header import written
+from pipeline.files.safetensors_header import as_os_error
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 BROKEN = "\ufffd"  # what bytes that are no whole character decode to
@@ -66,7 +66,7 @@ class SubwordTokenizer:
         return cls(theirs, str(folder), _ends_of(folder))
 
     def save(self, folder: Path, max_length: int) -> None:
-        with written(folder / "tokenizer.json"):
+        with as_os_error(folder / "tokenizer.json"):
             self._theirs.save_pretrained(folder)
         config = read_json(folder / CONFIG, "The tokenizer was not written")
         kept = {key: value for key, value in config.items() if key not in _LOCAL}

@@ -29,7 +29,7 @@ from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneFull, Training
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.finetune import finetune
-from pipeline.training.loop import optimizer_of
+from pipeline.training.loop import build_optimizer
 from pipeline.training.optimizer import FlatAdam
 
 PAPERS = "RoBERTa-Large"
@@ -81,7 +81,7 @@ def _begin(
         torch.manual_seed(seed)
         model.load_state_dict(untrained(folder).state_dict())
     if whole:
-        return optimizer_of(model, settings)
+        return build_optimizer(model, settings)
     return SubspaceAdam(model, OneHot(count(model)["trainable"], size, seed))
 
 

@@ -130,7 +130,7 @@ def _extracted(
 def _of_ends(found: Extracted) -> float:
     """The share of all that changed that lies in embedding and head."""
     squares = {one.name: one.change**2 for one in found.spectra.tensors}
-    return sum(squares[name] for name in found.whole) / sum(squares.values())
+    return sum(squares[name] for name in found.in_full) / sum(squares.values())
 
 
 def _overlaps(updates: Mapping[str, Sequence[Updates]]) -> list[Overlaps]:

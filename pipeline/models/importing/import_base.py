@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.files import base_model
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import base_fingerprint
-from pipeline.files.safetensors_header import written
+from pipeline.files.safetensors_header import as_os_error
 from pipeline.models.importing.checks import (
     refuse_implausible,
     refuse_implausible_gguf,
@@ -127,7 +127,7 @@ def _import_gguf(source: base_model.Source, out: Path, precision: Precision, scr
     with reported(name, False, hint):
         save_whole(model, out, model.generation_config.to_json_string())
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=what, local_files_only=True)
-        with written(out / "tokenizer.json"):
+        with as_os_error(out / "tokenizer.json"):
             tokenizer.save_pretrained(out)
         _drop_invented(out / "tokenizer.json")
     return model
@@ -167,7 +167,7 @@ def _import_tokenizer(folder: Path, text: str, out: Path, trust_remote_code: boo
 
     with reported(_named(text), trust_remote_code, "Give the folder a tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        with written(out / "tokenizer.json"):
+        with as_os_error(out / "tokenizer.json"):
             tokenizer.save_pretrained(out)
     if not (out / "tokenizer.json").is_file():
         raise UserError(

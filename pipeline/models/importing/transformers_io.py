@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import FULL, UserError
 from pipeline.files.artifact import read_json, write_json
-from pipeline.files.safetensors_header import written
+from pipeline.files.safetensors_header import as_os_error
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 CODE = "*.py"
@@ -50,7 +50,7 @@ def save_whole(model: Any, folder: Path, generation: str | None) -> None:
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig()  # an old one may not pass today's rules: the file stays as it is
-    with quiet(), written(folder / WEIGHTS):
+    with quiet(), as_os_error(folder / WEIGHTS):
         model.save_pretrained(folder, max_shard_size=ONE_FILE)
     if generation is None:
         (folder / GENERATION).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
-from pipeline.files.patterns import end_of, problem
+from pipeline.files.patterns import end_pattern, problem
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _checked_list(hint: Any, values: Any, key: str, origin: ValueSource, repeats
 def _checked_patterns(hint: Any, values: dict[Any, Any], key: str, origin: ValueSource) -> dict[str, Any]:
     """Each value as the schema's type, each key a regular expression, or a UserError."""
     for pattern in values:
-        if why := problem(pattern) or problem(end_of(pattern)) if isinstance(pattern, str) else "it is no text":
+        if why := problem(pattern) or problem(end_pattern(pattern)) if isinstance(pattern, str) else "it is no text":
             raise UserError(f"{key}: {pattern!r} is no pattern of names: {why}. {origin.edit(key)}")
     return {pattern: validate(hint, value, f"{key}.{pattern}", origin) for pattern, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""What many adapters read in one forward, each its own sequences, and the loss of each."""
+"""Batches that hold sequences of many adapters, and the loss of each adapter."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,120 +12,124 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch, collate
-from pipeline.training.losses import CHUNK, Head, cross_entropy, divergence, mean_of
+from pipeline.training.losses import CHUNK, Head, chunked_mean, cross_entropy, divergence
 
-LOGITS = 2**22  # at once; more are made adapter by adapter, CHUNK rows at a time
+LOGITS = 2**22  # computed at once at most; beyond it per adapter, CHUNK rows at a time
 
 
 @dataclass(frozen=True)
 class MultiAdapterBatch:
-    """A batch whose sequences are adapter 0's first, then adapter 1's; `read` tokens and `labels` of each adapter."""
+    """A batch with adapter 0's sequences first, then adapter 1's, …; `input_tokens` and `labels` count per adapter."""
 
     batch: Batch
-    read: tuple[int, ...]
+    input_tokens: tuple[int, ...]
     labels: tuple[int, ...]
 
 
 class Reader:
-    """Makes what many adapters read of the windows that all of them learn from."""
+    """Builds the batches of many adapters from the windows that they share."""
 
-    def __init__(self, model: CausalLM, share: AdapterRouting, windows: Dataset) -> None:
-        self._model, self._windows, self._adapters = model, windows, len(share.counts)
-        self._table = _table(windows)
-        with share.base():  # what is read to try it is no adapter's
+    def __init__(self, model: CausalLM, routing: AdapterRouting, windows: Dataset) -> None:
+        self._model, self._windows, self._adapters = model, windows, len(routing.counts)
+        self._table = _stack_windows(windows)
+        with routing.base():  # the packing test runs without adapters
             self.supports_packing = model.supports_packing
 
-    def joints(self, rows: Mapping[int, Sequence[int]]) -> Iterator[MultiAdapterBatch]:
-        """The windows that each adapter, by its number, reads: together, or one by one for a model that reads so."""
+    def batches(self, rows: Mapping[int, Sequence[int]]) -> Iterator[MultiAdapterBatch]:
+        """Batches of the windows `rows` (adapter index → window indices): one, or one per window without packing."""
         owners = sorted(rows)
         counts = {len(rows[n]) for n in owners}
         if self._table is not None and len(counts) == 1:
-            yield self._at_once([rows[n] for n in owners], owners)
+            yield self._collate_rows([rows[n] for n in owners], owners)
             return
-        owned = [(n, self._windows[row]) for n in owners for row in rows[n]]
-        whole = self._joint(owned)
-        if whole.batch.segments is not None and not self.supports_packing:
-            yield from (self._joint([one]) for one in owned)
+        pairs = [(n, self._windows[row]) for n in owners for row in rows[n]]
+        joint = self._collate(pairs)
+        if joint.batch.segments is not None and not self.supports_packing:
+            yield from (self._collate([pair]) for pair in pairs)
         else:
-            yield whole
+            yield joint
 
-    def _joint(self, owned: Sequence[tuple[int, Window]]) -> MultiAdapterBatch:
-        batch = collate([window for _, window in owned])
-        lengths = batch.segments or [batch.ids.shape[1]] * len(owned)
-        read, labels = [0] * self._adapters, [0] * self._adapters
-        for (number, window), length in zip(owned, lengths, strict=True):
-            read[number] += length
+    def _collate(self, pairs: Sequence[tuple[int, Window]]) -> MultiAdapterBatch:
+        batch = collate([window for _, window in pairs])
+        lengths = batch.segments or [batch.ids.shape[1]] * len(pairs)
+        input_tokens, labels = [0] * self._adapters, [0] * self._adapters
+        for (number, window), length in zip(pairs, lengths, strict=True):
+            input_tokens[number] += length
             labels[number] += len(window.labels) - window.labels.count(IGNORED)
-        return MultiAdapterBatch(batch.to(self._model.device), tuple(read), tuple(labels))
+        return MultiAdapterBatch(batch.to(self._model.device), tuple(input_tokens), tuple(labels))
 
-    def _at_once(self, rows: Sequence[Sequence[int]], owners: Sequence[int]) -> MultiAdapterBatch:
-        """The same where all windows are equally long and learned from whole: a row an adapter, if that is quicker."""
+    def _collate_rows(self, rows: Sequence[Sequence[int]], owners: Sequence[int]) -> MultiAdapterBatch:
+        """The same for windows of equal length that are labelled throughout: a row per adapter if packing is faster."""
         assert self._table is not None
-        found = self._table[:, torch.tensor(rows)]  # (3, L, b, T)
-        _, L, b, T = found.shape
-        joins = b * T <= self._model.pack_up_to
-        ids, positions, labels = found.view(3, L, -1) if joins else found.view(3, -1, T)
+        table = self._table[:, torch.tensor(rows)]  # (3, L, b, T)
+        _, L, b, T = table.shape
+        packed = b * T <= self._model.pack_up_to
+        ids, positions, labels = table.view(3, L, -1) if packed else table.view(3, -1, T)  # (L, b·T) or (L·b, T)
         counts = [0] * self._adapters
         for number in owners:
             counts[number] = b * T
-        batch = Batch(ids, positions, labels.flatten(), None, (T,) * b if joins else None)
+        batch = Batch(ids, positions, labels.flatten(), None, (T,) * b if packed else None)
         return MultiAdapterBatch(batch.to(self._model.device), tuple(counts), tuple(counts))
 
 
-def _table(windows: Dataset) -> Tensor | None:
-    """Ids, positions and labels (3, n, T) of windows in memory; None where lengths differ or a label is left out."""
-    found = windows.windows if isinstance(windows, InMemoryDataset) else []
-    if len({len(w.ids) for w in found}) != 1 or any(IGNORED in w.labels for w in found):
+def _stack_windows(windows: Dataset) -> Tensor | None:
+    """Ids, positions and labels (3, n, T) of windows in memory; None if lengths differ or a token has no label."""
+    in_memory = windows.windows if isinstance(windows, InMemoryDataset) else []
+    if len({len(w.ids) for w in in_memory}) != 1 or any(IGNORED in w.labels for w in in_memory):
         return None
-    places = [list(range(w.start, w.start + len(w.ids))) for w in found]
-    return torch.tensor([[list(w.ids) for w in found], places, [list(w.labels) for w in found]])
+    positions = [list(range(w.start, w.start + len(w.ids))) for w in in_memory]
+    return torch.tensor([[list(w.ids) for w in in_memory], positions, [list(w.labels) for w in in_memory]])
 
 
-def losses_of(model: CausalLM, share: AdapterRouting, joint: MultiAdapterBatch) -> Tensor:
-    """(L,): the mean cross-entropy of each adapter that has labels, in nats a token."""
+def adapter_losses(model: CausalLM, routing: AdapterRouting, joint: MultiAdapterBatch) -> Tensor:
+    """(L,): the mean cross-entropy of each adapter that has labels, in nats per token."""
     batch = joint.batch
-    with share.route(joint.read):
+    with routing.route(joint.input_tokens):
         rows = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
-    rows = rows if batch.at is None else rows.index_select(0, batch.at)
+    rows = rows if batch.label_index is None else rows.index_select(0, batch.label_index)
     counts = [count for count in joint.labels if count]
     if len(set(counts)) == 1 and len(rows) * model.shape.rows <= LOGITS:
-        with share.route(joint.labels):
+        with routing.route(joint.labels):
             logits = model.logits(rows).float()
         return F.cross_entropy(logits, batch.labels, reduction="none").view(len(counts), -1).mean(1)
     trained = [p for p in model.head.parameters() if p.requires_grad]
     live = [number for number, count in enumerate(joint.labels) if count]
     parts = zip(live, torch.split(rows, counts), torch.split(batch.labels, counts), strict=True)
-    return torch.stack([mean_of(cross_entropy(_head(model, share, n)), x, y, CHUNK, trained) for n, x, y in parts])
+    return torch.stack(
+        [chunked_mean(cross_entropy(_head(model, routing, n)), x, y, CHUNK, trained) for n, x, y in parts]
+    )
 
 
-def divergences_of(model: CausalLM, share: AdapterRouting, joint: MultiAdapterBatch) -> Tensor:
-    """(L,): the mean of KL(base‖adapter) over the tokens of each adapter, in nats."""
+def adapter_divergences(model: CausalLM, routing: AdapterRouting, joint: MultiAdapterBatch) -> Tensor:
+    """(L,): the mean KL(base‖adapter) over the tokens of each adapter that has tokens, in nats."""
     batch = joint.batch
-    with torch.no_grad(), share.base():
-        before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-    with share.route(joint.read):
+    with torch.no_grad(), routing.base():
+        before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
+    with routing.route(joint.input_tokens):
         after = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
     trained = [p for p in model.head.parameters() if p.requires_grad]
-    live = [number for number, count in enumerate(joint.read) if count]
-    counts = [joint.read[number] for number in live]
+    live = [number for number, count in enumerate(joint.input_tokens) if count]
+    counts = [joint.input_tokens[number] for number in live]
 
     def reference(rows: Tensor) -> Tensor:
-        with share.base():
+        with routing.base():
             return model.logits(rows)
 
     parts = zip(live, torch.split(after, counts), torch.split(before, counts), strict=True)
-    found = [mean_of(divergence(_head(model, share, n), reference), x, y, CHUNK, trained) for n, x, y in parts]
-    return torch.stack(found)
+    divergences = [
+        chunked_mean(divergence(_head(model, routing, n), reference), x, y, CHUNK, trained) for n, x, y in parts
+    ]
+    return torch.stack(divergences)
 
 
-def _head(model: CausalLM, share: AdapterRouting, number: int) -> Head:
-    """Logits of rows that are all one adapter's."""
+def _head(model: CausalLM, routing: AdapterRouting, number: int) -> Head:
+    """The logits function of one adapter."""
 
     def head(rows: Tensor) -> Tensor:
-        with share.route(share.alone(number, len(rows))):
+        with routing.route(routing.alone(number, len(rows))):
             return model.logits(rows)
 
     return head
 
 
-Losses = Callable[[CausalLM, AdapterRouting, MultiAdapterBatch], Tensor]
+LossFunction = Callable[[CausalLM, AdapterRouting, MultiAdapterBatch], Tensor]

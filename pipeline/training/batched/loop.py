@@ -1,4 +1,4 @@
-"""The loop of many adapters that train together: each is what it is when it trains alone."""
+"""The training loop of many adapters at once. Each gets the result of training alone."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,15 +14,15 @@ from pipeline.training.schedule import rate
 
 @dataclass
 class AdapterProgress:
-    """How far each of N adapters is: labels it has learned from, and the step after which it was stopped (0: none).
+    """Per adapter: labelled tokens seen, the last step before it was stopped (0: running, -1: stopped before step 1).
 
-    `diverged`: whether that was because its loss or gradient at the next step was not finite.
+    `diverged`: 1 if it was stopped because its next loss or gradient was not finite.
     """
 
     tokens: list[int]
     stopped: list[int]
     diverged: list[int]
-    news: list[str] = field(default_factory=list)  # what there is to say of them
+    messages: list[str] = field(default_factory=list)  # notes not yet shown to the user
 
     @classmethod
     def of(cls, adapters: int) -> "AdapterProgress":
@@ -34,17 +34,17 @@ class AdapterProgress:
 
     @property
     def ended(self) -> list[int]:
-        """Those that were stopped."""
+        """The adapters that were stopped."""
         return [n for n, stopped in enumerate(self.stopped) if stopped]
 
     def last(self, number: int, done: int) -> int:
-        """The last step that an adapter took, of `done`."""
+        """The number of steps an adapter has taken when the run has done `done`."""
         return max(self.stopped[number], 0) if self.stopped[number] else done
 
-    def stop(self, number: int, step: int, news: str, diverged: bool = False) -> None:
-        """A step of 0 is written as -1: the adapter never took one."""
+    def stop(self, number: int, step: int, message: str, diverged: bool = False) -> None:
+        """Stop an adapter after `step`; 0 is stored as -1, because 0 means that it is running."""
         self.stopped[number], self.diverged[number] = step or -1, int(diverged)
-        self.news.append(news)
+        self.messages.append(message)
 
     def state(self) -> dict[str, Tensor]:
         return {name: torch.tensor(getattr(self, name)) for name in ("tokens", "stopped", "diverged")}
@@ -54,84 +54,87 @@ class AdapterProgress:
 
 
 def steps(
-    task: BatchedTrainingTask, optimizer: BatchedAdam, standing: AdapterProgress, done: int = 0
+    task: BatchedTrainingTask, optimizer: BatchedAdam, progress: AdapterProgress, done: int = 0
 ) -> Iterator[dict[int, Step]]:
-    """Train from after step `done`: a record for each adapter that took the step, by its number.
+    """Train from after step `done`; yields per step adapter index → record, for the adapters that took it.
 
-    An adapter whose loss or gradient is not finite is stopped before that step, one without hope after it; the others
-    go on as if it had never been.
+    An adapter with a non-finite loss or gradient is stopped before the step, one that no longer improves after it. The
+    other adapters continue as if it were not in the batch.
     """
     for number in range(done, task.total):
-        _stop_hopeless(task, standing, number)
-        found = _finite_gradients(task, optimizer, standing, number)
-        live = standing.live
+        _stop_early(task, progress, number)
+        result = _finite_gradients(task, optimizer, progress, number)
+        live = progress.live
         if not live:
             return
         rates = {n: rate(task.variants[n].settings, number + 1, task.total) for n in live}
-        _update(task, optimizer, found, rates)
+        _optimizer_step(task, optimizer, result, rates)
         for n in live:
-            standing.tokens[n] += found.labels[n]
-        held_out: dict[int, float] = {}
+            progress.tokens[n] += result.labels[n]
+        eval_losses: dict[int, float] = {}
         if task.evaluation is not None and task.evaluation.due(number + 1, task.total):
-            held_out = task.evaluation.after_step(task.model, task.share, optimizer, live)
+            eval_losses = task.evaluation.after_step(task.model, task.routing, optimizer, live)
         epoch = number // len(task.variants[0].batches) + 1
         yield {
             n: Step(
                 number + 1,
                 epoch,
-                found.losses[n],
+                result.losses[n],
                 rates[n],
-                found.norms[n],
-                standing.tokens[n],
-                held_out.get(n),
-                found.divergences.get(n),
+                result.norms[n],
+                progress.tokens[n],
+                eval_losses.get(n),
+                result.divergences.get(n),
             )
             for n in live
         }
 
 
-def _stop_hopeless(task: BatchedTrainingTask, standing: AdapterProgress, done: int) -> None:
-    for n in standing.live if task.evaluation is not None else []:
+def _stop_early(task: BatchedTrainingTask, progress: AdapterProgress, done: int) -> None:
+    for n in progress.live if task.evaluation is not None else []:
         if task.evaluation is not None and task.evaluation.should_stop(n):
-            standing.stop(
-                n, done, f"{task.variants[n].name} stopped after step {done}: no better loss on what is held out"
+            progress.stop(
+                n, done, f"{task.variants[n].name} stopped after step {done}: its evaluation loss no longer improves"
             )
 
 
 def _finite_gradients(
-    task: BatchedTrainingTask, optimizer: BatchedAdam, standing: AdapterProgress, number: int
+    task: BatchedTrainingTask, optimizer: BatchedAdam, progress: AdapterProgress, number: int
 ) -> Gradients:
-    """Those of step `number`, once the adapters that spoil them are stopped."""
+    """The gradients of step `number`, once the adapters that make them non-finite are stopped."""
 
-    def of(live: list[int]) -> Gradients:
+    def compute(live: list[int]) -> Gradients:
         return gradients(task, optimizer, live, number)
 
-    found = of(standing.live)
-    while found.spoiled():  # in one forward what is not finite may spread: each alone shows whose it is
-        alone = {n: of([n]) for n in found.spoiled()}
-        guilty = {n: one for n, one in alone.items() if one.spoiled()} or alone
-        for n, one in guilty.items():
-            standing.stop(n, number, _divergence(task.variants[n], number, one.losses[n], one.norms[n]), diverged=True)
-        found = of(standing.live)
-    return found
+    result = compute(progress.live)
+    while result.non_finite():  # NaN can spread to other adapters in the batch: running each alone shows whose it is
+        alone = {n: compute([n]) for n in result.non_finite()}
+        diverged = {n: single for n, single in alone.items() if single.non_finite()} or alone
+        for n, single in diverged.items():
+            message = _describe_divergence(task.variants[n], number, single.losses[n], single.norms[n])
+            progress.stop(n, number, message, diverged=True)
+        result = compute(progress.live)
+    return result
 
 
-def _divergence(variant: Variant, number: int, loss: float, norm: float) -> str:
-    places = variant.batches.places(number)
-    shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+def _describe_divergence(variant: Variant, number: int, loss: float, norm: float) -> str:
+    locations = variant.batches.locations(number)
+    shown = ", ".join(locations[:4]) + (f" and {len(locations) - 4} more" if len(locations) > 4 else "")
     return (
-        f"{variant.name} is stopped: at step {number + 1}, on {shown}, its loss is {loss:.4g} and its gradient's norm "
-        f"{norm:.4g}. Lower its learning_rate"
+        f"{variant.name} is stopped: at step {number + 1}, on {shown}, its loss is {loss:.4g} and its gradient norm "
+        f"{norm:.4g}. Lower its learning_rate."
     )
 
 
-def _update(task: BatchedTrainingTask, optimizer: BatchedAdam, found: Gradients, rates: Mapping[int, float]) -> None:
-    """One step of each adapter at its rate, its gradient clipped; one that is stopped stays as it is."""
-    clipped = {n: _factor(task.variants[n].settings.clip_norm, found.norms[n]) for n in rates}
+def _optimizer_step(
+    task: BatchedTrainingTask, optimizer: BatchedAdam, result: Gradients, rates: Mapping[int, float]
+) -> None:
+    """One optimizer step: each adapter at its rate, with its gradient clipped. Stopped adapters do not change."""
+    clipped = {n: _clip_factor(task.variants[n].settings.clip_norm, result.norms[n]) for n in rates}
     if len(rates) < len(task.variants) or set(clipped.values()) != {1.0}:
         optimizer.scale([clipped.get(n, 0.0) for n in range(len(task.variants))])
     optimizer.step([rates.get(n, 0.0) for n in range(len(task.variants))])
 
 
-def _factor(largest: float, norm: float) -> float:
+def _clip_factor(largest: float, norm: float) -> float:
     return largest / norm if largest and norm > largest else 1.0

@@ -1,4 +1,4 @@
-"""A run of many adapters: logged, checkpointed and resumed as one, with a loss curve for each."""
+"""A run of many adapters: one checkpoint for all, a loss curve for each."""
 
 import shutil
 from collections.abc import Generator, Iterator, Mapping
@@ -14,39 +14,40 @@ from pipeline.training import checkpoint
 from pipeline.training.batched.loop import AdapterProgress, steps
 from pipeline.training.batched.step import BatchedTrainingTask
 from pipeline.training.checkpoint import Checkpoint, HeldSignals
-from pipeline.training.loop import NotFinite, OutOfMemory, prepared, watched
+from pipeline.training.loop import NotFinite, OutOfMemory, measure_memory, prepare_model
 from pipeline.training.memory.live_bytes import TensorMemoryMeter
 from pipeline.training.optimizer import BatchedAdam
 
 
 def train_batched(job: Job, task: BatchedTrainingTask) -> Generator[Event, None, AdapterProgress]:
-    """Train all adapters in place; killed at any step, the next call goes on where it was.
+    """Train all adapters in place. If killed at any step, the next call resumes.
 
-    Returns how each of them ended. Raises Interrupted after a signal, with a checkpoint written, and NotFinite where
-    none is left.
+    Returns how each adapter ended. Raises Interrupted after a signal, once a checkpoint is written, OutOfMemory, and
+    NotFinite if all adapters diverged.
     """
     name, settings = job.stage.name, task.variants[0].settings
-    task.model.to(prepared(task.model, settings.checkpointing))
-    if not task.learned.supports_packing:
+    task.model.to(prepare_model(task.model, settings.checkpointing))
+    if not task.training_reader.supports_packing:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
-    optimizer, standing = _optimizer(task), AdapterProgress.of(len(task.variants))
-    done = yield from _resumed(job, task, optimizer, standing)
+    optimizer, progress = _build_optimizer(task), AdapterProgress.of(len(task.variants))
+    done = yield from _resume(job, task, optimizer, progress)
     live = TensorMemoryMeter()
     task.model.train()
-    records = watched(live, _largest(task, done) - done, task.model, optimizer, steps(task, optimizer, standing, done))
-    yield from _logged(job, task, optimizer, standing, done, live, records)
-    yield from _ended(job, task, optimizer, standing, live)
-    return standing
+    records = steps(task, optimizer, progress, done)
+    records = measure_memory(live, _largest(task, done) - done, task.model, optimizer, records)
+    yield from _log_and_checkpoint(job, task, optimizer, progress, done, live, records)
+    yield from _finish(job, task, optimizer, progress, live)
+    return progress
 
 
-def _ended(
-    job: Job, task: BatchedTrainingTask, optimizer: BatchedAdam, standing: AdapterProgress, live: TensorMemoryMeter
+def _finish(
+    job: Job, task: BatchedTrainingTask, optimizer: BatchedAdam, progress: AdapterProgress, live: TensorMemoryMeter
 ) -> Iterator[Event]:
-    """The best weights in place where they were looked for. Raises NotFinite where no adapter is left."""
+    """Restore the best weights if there is an evaluation. Raises NotFinite if all adapters diverged."""
     name = job.stage.name
-    yield from _news(job, task, standing)
-    if all(standing.diverged):
-        raise NotFinite(f"{name}: no adapter is left: the loss of each is not finite. Lower learning_rate.")
+    yield from _show_messages(job, task, progress)
+    if all(progress.diverged):
+        raise NotFinite(f"{name}: all adapters diverged: none has a finite loss. Lower learning_rate.")
     if task.evaluation is not None:
         task.evaluation.restore_best(optimizer)
     task.model.eval()
@@ -54,83 +55,83 @@ def _ended(
         yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step")
 
 
-def _logged(
+def _log_and_checkpoint(
     job: Job,
     task: BatchedTrainingTask,
     optimizer: BatchedAdam,
-    standing: AdapterProgress,
+    progress: AdapterProgress,
     done: int,
     live: TensorMemoryMeter,
     records: Iterator[dict[int, Step]],
 ) -> Iterator[Event]:
-    """Every record in its adapter's log, a checkpoint from time to time; after a signal the step is the last."""
+    """Log every record to its adapter's loss.csv and checkpoint regularly; stop after the step of a signal."""
     name = job.stage.name
     with ExitStack() as stack:
-        _tell_ends(job, task, standing)
-        logs = [stack.enter_context(_log(job, task, standing, n, done)) for n in range(len(task.variants))]
+        _write_outcomes(job, task, progress)
+        logs = [stack.enter_context(_open_log(job, task, progress, n, done)) for n in range(len(task.variants))]
         signals = stack.enter_context(HeldSignals())
         try:
-            for each in records:
-                for n, record in each.items():
+            for step_records in records:
+                for n, record in step_records.items():
                     logs[n].append(record, Peak(0, live.peak), task.model.device.type)
                     done = record.step
-                yield from _news(job, task, standing)
+                yield from _show_messages(job, task, progress)
                 stop = signals.received or 0
                 if stop or done % job.checkpoint_every == 0:
-                    _save(job, task, logs, optimizer, standing, done)
+                    _save(job, task, logs, optimizer, progress, done)
                 if stop:
                     raise Interrupted(stop, f"{name}: stopped after step {done} of {task.total}")
-                yield Progress(done, task.total, _said(each))
+                yield Progress(done, task.total, _format_losses(step_records))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if optimizer.steps == done:  # else it was while the step was evaluated, and the weights are those after it
-                _save(job, task, logs, optimizer, standing, done)
+            if optimizer.steps == done:  # otherwise evaluation failed, after a step that is not logged yet
+                _save(job, task, logs, optimizer, progress, done)
             raise OutOfMemory(
-                f"{name}: out of memory in step {done + 1} ({first_line(error)}). Train fewer at once: shorten "
-                f"{name}.grid, or lower finetune_lora.batch_size. The last checkpoint is kept."
+                f"{name}: out of memory in step {done + 1} ({first_line(error)}). Train fewer adapters at "
+                f"once: shorten {name}.grid, or lower finetune_lora.batch_size. The last checkpoint is kept."
             ) from None
         if signals.received:
             raise Interrupted(signals.received, f"{name}: stopped after the last step")
 
 
 def _largest(task: BatchedTrainingTask, done: int) -> int:
-    """The step, of those in an epoch from the one after the next on, with the most tokens."""
+    """The index of an epoch's largest step; not the next one, which `measure_memory` never measures."""
     batches = task.variants[0].batches
-    return batches.largest(range(done + 1, min(done + 1 + len(batches), task.total)) or [done])
+    return batches.largest_step(range(done + 1, min(done + 1 + len(batches), task.total)) or [done])
 
 
-def _optimizer(task: BatchedTrainingTask) -> BatchedAdam:
+def _build_optimizer(task: BatchedTrainingTask) -> BatchedAdam:
     trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
     faster = torch.tensor([variant.settings.loraplus_ratio for variant in task.variants])
     return BatchedAdam(trained.values(), [faster if name.endswith(".lora_B") else 1.0 for name in trained])
 
 
-def _resumed(
-    job: Job, task: BatchedTrainingTask, optimizer: BatchedAdam, standing: AdapterProgress
+def _resume(
+    job: Job, task: BatchedTrainingTask, optimizer: BatchedAdam, progress: AdapterProgress
 ) -> Generator[Event, None, int]:
-    found, refused = checkpoint.load(job.run, job.key)
-    if refused:
-        yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {refused}")
-    if found is None:
-        discard_checkpoints(job.run)  # before their logs are overwritten: without them they must never be used
-        for log in job.run.glob(f"*/{LOSS}"):  # also those of a sweep whose adapters were others
+    stored, reason = checkpoint.load(job.run, job.key)
+    if reason:
+        yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {reason}")
+    if stored is None:
+        discard_checkpoints(job.run)  # before the logs are overwritten: a checkpoint is unusable without them
+        for log in job.run.glob(f"*/{LOSS}"):  # also of adapters that are no longer in the sweep
             shutil.rmtree(log.parent)
         return 0
-    optimizer.restore(found.state)
-    standing.restore(found.state)
+    optimizer.restore(stored.state)
+    progress.restore(stored.state)
     if task.evaluation is not None:
-        task.evaluation.restore(found.state)
-    yield Note(f"{job.stage.name}: resumed after step {found.step}")
-    return found.step
+        task.evaluation.restore(stored.state)
+    yield Note(f"{job.stage.name}: resumed after step {stored.step}")
+    return stored.step
 
 
-def _log(job: Job, task: BatchedTrainingTask, standing: AdapterProgress, number: int, done: int) -> RunLog:
+def _open_log(job: Job, task: BatchedTrainingTask, progress: AdapterProgress, number: int, done: int) -> RunLog:
     variant = task.variants[number]
     folder = job.run / variant.name
     folder.mkdir(exist_ok=True)
     evaluated, retained = task.evaluation is not None, variant.retained is not None
-    return RunLog(folder, min(done, standing.last(number, done)), standing.tokens[number], evaluated, retained)
+    return RunLog(folder, min(done, progress.last(number, done)), progress.tokens[number], evaluated, retained)
 
 
 def _save(
@@ -138,32 +139,32 @@ def _save(
     task: BatchedTrainingTask,
     logs: list[RunLog],
     optimizer: BatchedAdam,
-    standing: AdapterProgress,
+    progress: AdapterProgress,
     done: int,
 ) -> None:
     for log in logs:
         log.sync()
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
-    lines = {f"{variant.name}/{LOSS}": standing.last(n, done) for n, variant in enumerate(task.variants)}
-    state = {**optimizer.state(), **standing.state(), **evaluation}
-    checkpoint.save(job.run, job.key, Checkpoint(done, sum(standing.tokens), state, lines))
+    lines = {f"{variant.name}/{LOSS}": progress.last(n, done) for n, variant in enumerate(task.variants)}
+    state = {**optimizer.state(), **progress.state(), **evaluation}
+    checkpoint.save(job.run, job.key, Checkpoint(done, sum(progress.tokens), state, lines))
 
 
-def _news(job: Job, task: BatchedTrainingTask, standing: AdapterProgress) -> Iterator[Event]:
-    if standing.news:
-        _tell_ends(job, task, standing)
-    yield from (Note(f"{job.stage.name}: {text}") for text in standing.news)
-    standing.news.clear()
+def _show_messages(job: Job, task: BatchedTrainingTask, progress: AdapterProgress) -> Iterator[Event]:
+    if progress.messages:
+        _write_outcomes(job, task, progress)
+    yield from (Note(f"{job.stage.name}: {text}") for text in progress.messages)
+    progress.messages.clear()
 
 
-def _tell_ends(job: Job, task: BatchedTrainingTask, standing: AdapterProgress) -> None:
-    """Which adapters have ended before the others, for whoever watches from another process."""
-    ended = {n: DIVERGED if standing.diverged[n] else STOPPED for n in standing.ended}
+def _write_outcomes(job: Job, task: BatchedTrainingTask, progress: AdapterProgress) -> None:
+    """Write which adapters ended early, for other processes that show the run."""
+    ended = {n: DIVERGED if progress.diverged[n] else STOPPED for n in progress.ended}
     tell_ends(
-        job.run, {task.variants[n].name: {"state": end, "steps": standing.last(n, 0)} for n, end in ended.items()}
+        job.run, {task.variants[n].name: {"state": end, "steps": progress.last(n, 0)} for n, end in ended.items()}
     )
 
 
-def _said(records: Mapping[int, Step]) -> str:
+def _format_losses(records: Mapping[int, Step]) -> str:
     losses = [record.loss for record in records.values()]
     return f"{len(losses)} adapters, loss {min(losses):.3f} to {max(losses):.3f}"

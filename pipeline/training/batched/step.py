@@ -1,4 +1,4 @@
-"""One step of many adapters: each learns from its own batches, all in one forward and one backward."""
+"""One step of many adapters: each has its own batches, all run in one forward and one backward pass."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.adapters.batched import AdapterRouting
 from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import FinetuneLora
-from pipeline.training.batched.batch import Losses, Reader, divergences_of, losses_of
+from pipeline.training.batched.batch import LossFunction, Reader, adapter_divergences, adapter_losses
 from pipeline.training.batched.evaluation import BatchedEvaluation
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import BatchedAdam
@@ -19,7 +19,7 @@ from pipeline.training.optimizer import BatchedAdam
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the adapters: its name, its settings, its order of the data, and of the texts that it is to retain."""
+    """One of the adapters: its name, settings, batches of the training data and batches of the retention texts."""
 
     name: str
     settings: FinetuneLora
@@ -29,53 +29,53 @@ class Variant:
 
 @dataclass(frozen=True)
 class BatchedTrainingTask:
-    """Adapters that train together on one frozen base: all learn from the same windows, each in an order of its own."""
+    """Adapters that train together on one frozen base, on the same windows, each in its own order."""
 
     model: CausalLM
-    share: AdapterRouting
+    routing: AdapterRouting
     variants: tuple[Variant, ...]
     evaluation: BatchedEvaluation | None = None
 
     @property
     def total(self) -> int:
-        """Steps, if nothing ends them before."""
+        """Number of steps without early stopping."""
         first = self.variants[0]
         return first.settings.epochs * len(first.batches)
 
     @cached_property
-    def learned(self) -> Reader:
-        return Reader(self.model, self.share, self.variants[0].batches.source)
+    def training_reader(self) -> Reader:
+        return Reader(self.model, self.routing, self.variants[0].batches.dataset)
 
     @cached_property
-    def retained(self) -> Reader:
-        """Of the texts that any of them retains."""
-        found = next(variant.retained for variant in self.variants if variant.retained is not None)
-        return Reader(self.model, self.share, found.source)
+    def retention_reader(self) -> Reader:
+        """Reads the retention texts; at least one variant must have them."""
+        batches = next(variant.retained for variant in self.variants if variant.retained is not None)
+        return Reader(self.model, self.routing, batches.dataset)
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """By adapter's number: loss and divergence in nats a token, norm of the gradient, labels that were learned from."""
+    """By adapter index: loss and divergence in nats per token, gradient norm and number of labels."""
 
     losses: Mapping[int, float]
     norms: Mapping[int, float]
     labels: Mapping[int, int]
     divergences: Mapping[int, float]
 
-    def spoiled(self) -> list[int]:
-        """The adapters of which something is not finite."""
+    def non_finite(self) -> list[int]:
+        """The adapters whose loss or gradient is not finite."""
         return [n for n in self.losses if not (math.isfinite(self.losses[n]) and math.isfinite(self.norms[n]))]
 
 
 def gradients(task: BatchedTrainingTask, optimizer: BatchedAdam, live: Sequence[int], number: int) -> Gradients:
-    """Backward through step `number` of the adapters `live`; the optimizer has gathered what came of it."""
-    taught = {n: task.variants[n].batches.rows(number) for n in live}
-    losses, labels = _backward(task, task.learned, losses_of, taught, dict.fromkeys(live, 1.0))
-    kept = {n: retained.rows(number) for n in live if (retained := task.variants[n].retained) is not None}
+    """Backward through step `number` of the adapters `live`; the gradients are collected in the optimizer."""
+    training_rows = {n: task.variants[n].batches.rows(number) for n in live}
+    losses, labels = _backward(task, task.training_reader, adapter_losses, training_rows, dict.fromkeys(live, 1.0))
+    retention_rows = {n: retained.rows(number) for n in live if (retained := task.variants[n].retained) is not None}
     divergences: dict[int, float] = {}
-    if kept:
-        weights = {n: task.variants[n].settings.retain_weight for n in kept}
-        divergences, _ = _backward(task, task.retained, divergences_of, kept, weights)
+    if retention_rows:
+        weights = {n: task.variants[n].settings.retain_weight for n in retention_rows}
+        divergences, _ = _backward(task, task.retention_reader, adapter_divergences, retention_rows, weights)
     norms = optimizer.collect_gradients().tolist()
     return Gradients(losses, {n: norms[n] for n in live}, labels, divergences)
 
@@ -83,26 +83,27 @@ def gradients(task: BatchedTrainingTask, optimizer: BatchedAdam, live: Sequence[
 def _backward(
     task: BatchedTrainingTask,
     reader: Reader,
-    of: Losses,
+    loss_function: LossFunction,
     rows: Mapping[int, Sequence[Sequence[int]]],
     weights: Mapping[int, float],
 ) -> tuple[dict[int, float], dict[int, int]]:
-    """Each adapter's mean of `of` over its labels in the step, and how many they are."""
-    turns = [
+    """Each adapter's mean loss over its labels in the step, and their number. `rows`: adapter → its batches."""
+    joints = [
         joint
-        for turn in range(max(map(len, rows.values()), default=0))
-        for joint in reader.joints({n: own[turn] for n, own in rows.items() if turn < len(own)})
+        for index in range(max(map(len, rows.values()), default=0))
+        for joint in reader.batches({n: batches[index] for n, batches in rows.items() if index < len(batches)})
     ]
-    totals = {n: sum(joint.labels[n] for joint in turns) for n in rows}
+    totals = {n: sum(joint.labels[n] for joint in joints) for n in rows}
     sums = dict.fromkeys(rows, 0.0)
-    for joint in turns:
-        here = [n for n, labels in enumerate(joint.labels) if labels]
-        found = of(task.model, task.share, joint)
-        shares = [joint.labels[n] / totals[n] for n in here]
-        with task.share.route(joint.read):  # of blocks that run again in backward
-            torch.autograd.backward(_dot(found, [part * weights[n] for n, part in zip(here, shares, strict=True)]))
-        for n, loss, part in zip(here, found.tolist(), shares, strict=True):
-            sums[n] += loss * part
+    for joint in joints:
+        present = [n for n, labels in enumerate(joint.labels) if labels]
+        losses = loss_function(task.model, task.routing, joint)
+        shares = [joint.labels[n] / totals[n] for n in present]
+        weighted = _dot(losses, [share * weights[n] for n, share in zip(present, shares, strict=True)])
+        with task.routing.route(joint.input_tokens):  # also in backward: checkpointed blocks run again
+            torch.autograd.backward(weighted)
+        for n, loss, share in zip(present, losses.tolist(), shares, strict=True):
+            sums[n] += loss * share
     return sums, totals
 
 

@@ -1,6 +1,6 @@
-"""What the processes of one run tell each other. Alone, every function here gives back what it got.
+"""Collectives between the ranks of a run. In a single process they return their input unchanged.
 
-It goes over gloo, gradients on GPUs over NCCL: a process that dies is noticed at the next step.
+CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next collective fail on the others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,19 +19,19 @@ Item = TypeVar("Item")
 
 
 class CollectiveError(UserError):
-    """Every process of the run raises it; the first says it."""
+    """An error raised on every rank and reported by rank 0 only."""
 
 
 class ProcessLost(CollectiveError):
-    """Another process of the run is gone."""
+    """Another process of the run has ended."""
 
     @classmethod
-    def during(cls, stage: str, kept: str = "") -> "ProcessLost":
-        return cls(f"{stage}: another process of this run ended. {kept}Run the same command to go on.")
+    def during(cls, stage: str, checkpoint_note: str = "") -> "ProcessLost":
+        return cls(f"{stage}: another process of this run ended. {checkpoint_note}Run the same command to resume.")
 
 
 class WorkerFinished(Exception):
-    """This process has done its part: what remains is writing, which the first does."""
+    """Raised on ranks > 0 after the last step; rank 0 writes the artifact."""
 
 
 def is_main_process() -> bool:
@@ -39,12 +39,12 @@ def is_main_process() -> bool:
 
 
 def shard_for_rank(items: Sequence[Item]) -> list[Item]:
-    """This process's share of what makes a step."""
+    """Every world_size-th item, starting with this rank."""
     return list(items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items)
 
 
 def all_reduce_numbers(*numbers: float) -> list[float]:
-    """Each number's sum over all processes."""
+    """Each number's sum over all ranks."""
     if not dist.is_initialized():
         return list(numbers)
     total = torch.tensor(numbers, dtype=torch.float64)
@@ -53,85 +53,87 @@ def all_reduce_numbers(*numbers: float) -> list[float]:
 
 
 def all_reduce_(tensor: Tensor) -> None:
-    """The same of a tensor, in place."""
+    """Sum a tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
 
 
 def all_reduce_max(number: int) -> int:
-    """Of all processes' numbers."""
+    """The maximum over all ranks."""
     if not dist.is_initialized():
         return number
-    found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    maximum = torch.tensor(number)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return int(maximum)
 
 
-def broadcast_object(thing: Item) -> Item:
-    """What the first process has, a few words or numbers; what the others have is dropped."""
+def broadcast_object(value: Item) -> Item:
+    """Rank 0's object, which must be small and picklable; those of the other ranks are ignored."""
     if not dist.is_initialized():
-        return thing
-    box = [thing if is_main_process() else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]
+        return value
+    boxed = [value if is_main_process() else None]
+    dist.broadcast_object_list(boxed, src=0)
+    return boxed[0]  # type: ignore[return-value]
 
 
 def broadcast_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first process's tensors, by name."""
+    """Rank 0's tensors, by name."""
     if not dist.is_initialized():
         return dict(tensors)
     layout = broadcast_object([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()])
-    found = (
+    received = (
         dict(tensors) if is_main_process() else {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
     )
-    for tensor in found.values():
+    for tensor in received.values():
         dist.broadcast(tensor, src=0)
-    return found
+    return received
 
 
 def broadcast_(tensor: Tensor) -> None:
-    """Give every process the first one's numbers, in place."""
+    """Copy rank 0's values to every rank, in place."""
     if dist.is_initialized():
         dist.broadcast(tensor, src=0)
 
 
 def raise_on_all_ranks(problem: str = "") -> None:
-    """Raises Agreed, in every process, if any of them has a problem. Each must call it."""
+    """Raises CollectiveError on every rank if any rank passes a problem. All ranks must call it."""
     if not dist.is_initialized():
         return
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    for found in filter(None, problems):
-        raise CollectiveError(found)
+    for message in filter(None, problems):
+        raise CollectiveError(message)
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether a process of the run is gone, or the way to it."""
+    """Whether a collective failed because another rank, or the connection to it, is gone."""
     return dist.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl", "connection"))
 
 
 def needs_shards(model: CausalLM, device: torch.device) -> bool:
-    """Whether the weights take more than this device, or another process's, has free."""
+    """Whether the weights exceed the free memory of this rank's device or of any other rank's."""
     return dist.is_initialized() and bool(all_reduce_max(int(size(model) > free(device))))
 
 
 def shard(model: CausalLM, device: torch.device) -> None:
-    """Each process keeps 1/N of the blocks' frozen weights and fetches a block's others when it runs (FSDP2).
+    """Shard the blocks' frozen weights over the ranks; a block's weights are gathered when it runs (FSDP2).
 
-    What trains, and embeddings and head, stay whole in each. Raises UserError.
+    Trainable parameters, embeddings and head are replicated. Raises UserError.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise UserError("A base in few bits is kept whole on each device. Train without --shard.")
+        raise UserError(
+            "--shard does not work with a quantized base: every rank keeps all of it. Train without --shard."
+        )
     if not model.supports_packing:
         raise UserError(
-            "This model reads one sequence at a time: processes would run its blocks unequally often. Train without "
-            "--shard."
+            "--shard does not work with this model: it does not support packing, so ranks would run its blocks a "
+            "different number of times. Train without it."
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    inside = {id(p) for p in model.blocks.parameters()}
-    whole = {p for p in model.parameters() if p.requires_grad or id(p) not in inside}
-    for part in (*model.blocks, model.body):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    in_blocks = {id(p) for p in model.blocks.parameters()}
+    replicated = {p for p in model.parameters() if p.requires_grad or id(p) not in in_blocks}
+    for module in (*model.blocks, model.body):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)

@@ -1,4 +1,4 @@
-"""Start one run in several processes on this machine, as torchrun does, with one message where it fails."""
+"""Start one run in several processes on this machine, as torchrun does, with a single message if it fails."""
 
 import logging
 import os
@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from pipeline.errors import UserError
 
 LAUNCHER = "LORA_LAUNCHER"  # environment variable of the workers: the launcher's process id
-POLL = 0.5  # seconds between two looks at the parent
-GRACE = 30  # seconds from SIGTERM to SIGKILL, as many as torchrun's agent gives
+POLL = 0.5  # seconds between checks of the parent process
+GRACE = 30  # seconds from SIGTERM to SIGKILL, as in torchrun's agent
 
 
 def end_with_launcher() -> None:
-    """Watch the process that started this worker; once it is gone, stop this one: SIGTERM, after GRACE seconds SIGKILL.
+    """End this worker once its launcher is gone: SIGTERM, and SIGKILL after GRACE seconds.
 
-    torchrun's agent stops its workers when it gets a signal that it can handle, but not after SIGKILL or a second
-    Ctrl-C. A thread polls the parent, because Linux's PR_SET_PDEATHSIG does not exist on macOS, misses a launcher that
-    died first, and sends one signal only: SIGTERM writes a checkpoint, and SIGKILL ends what does not handle it.
+    torchrun's agent stops its workers on a signal that it can handle, but not after SIGKILL or a second Ctrl-C. A
+    thread polls the parent, because Linux's PR_SET_PDEATHSIG does not exist on macOS, misses a launcher that died
+    earlier, and sends only one signal: SIGTERM writes a checkpoint, SIGKILL ends a worker that does not handle SIGTERM.
     """
     launcher = int(os.environ.get(LAUNCHER, os.getppid()))
     threading.Thread(target=_stop_after, args=(launcher,), name="launcher", daemon=True).start()
@@ -36,18 +36,18 @@ def _stop_after(launcher: int) -> None:
 
 
 def launch(devices: int, arguments: Sequence[str]) -> int:
-    """`lora` with these arguments in `devices` processes; returns the exit code.
+    """Run `lora` with these arguments in `devices` processes; returns the exit code.
 
-    Raises UserError where there are fewer devices, and where the process that speaks could not say why the run ended.
+    Raises UserError if there are fewer devices, or if the run failed without an error message from rank 0.
     """
-    _refuse_missing(devices)
+    _refuse_too_many(devices)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from pipeline.models.device import cores
 
-    logging.disable(logging.CRITICAL)  # torchrun's own words: this process does nothing else
+    logging.disable(logging.CRITICAL)  # silences torchrun: this process does nothing else
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // devices)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ[LAUNCHER] = str(os.getpid())
@@ -71,20 +71,27 @@ def launch(devices: int, arguments: Sequence[str]) -> int:
             return codes[0]
         killed = {rank: code for rank, code in codes.items() if code < 0}
         rank, code = next(iter(killed.items()), (min(codes), 1))
-        how = f"was stopped by signal {-code}" if code < 0 else f"ended with code {code}"
+        reason = f"was killed ({_signal_name(-code)})" if code < 0 else f"exited with code {code}"
         raise UserError(
-            f"process {rank} of {devices} {how}, and with it the run. Run the same command to go on from its last "
-            "checkpoint."
+            f"rank {rank} of {devices} {reason}. Run the same command to resume from the last checkpoint."
         ) from None
     return 0
 
 
-def _refuse_missing(devices: int) -> None:
+def _signal_name(number: int) -> str:
+    """Such as SIGKILL; the number if the system has no name for it."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _refuse_too_many(devices: int) -> None:
     import torch
 
     from pipeline.models.device import cores
 
     gpus = torch.cuda.device_count()
     if devices > (gpus or cores()):
-        what = f"{gpus}, the GPUs here" if gpus else f"{cores()}, the cores that this process may use"
-        raise UserError(f"--devices must be at most {what}, got {devices}. Lower it.")
+        limit = f"{gpus}, the number of GPUs" if gpus else f"{cores()}, the cores that this process may use"
+        raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")

@@ -1,4 +1,4 @@
-"""One run in several processes: each learns from a share of every step, the first looks in the cache and writes."""
+"""A distributed run: every rank trains on its share of each batch; rank 0 uses the cache and writes the artifact."""
 
 import shutil
 import signal
@@ -24,44 +24,44 @@ from pipeline.training.distributed.collectives import (
     raise_on_all_ranks,
 )
 
-PATIENCE = timedelta(days=7)  # the first may wait for another run's lock; a process that is gone is noticed at once
+PATIENCE = timedelta(days=7)  # rank 0 may wait for another run's lock; a rank that died is noticed at once
 
 
-def together(
+def run_distributed(
     project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int = 100
 ) -> Generator[Event, None, Facts]:
-    """`run` in every process of the world; returns the manifest, or nothing where this is not the first process."""
-    with _joined():
+    """`run` on every rank; returns the manifest on rank 0 and {} on the others."""
+    with _process_group():
         if not is_main_process():
             with suppress(UserError, Interrupted, WorkerFinished):
-                _help(project, stage, work, checkpoint_every)
+                _run_as_worker(project, stage, work, checkpoint_every)
             return {}
-        asked = False
+        started = False
 
-        def leading(job: Job) -> Generator[Event, None, Facts]:
-            nonlocal asked
-            asked = True
+        def lead(job: Job) -> Generator[Event, None, Facts]:
+            nonlocal started
+            started = True
             broadcast_object(job.key)
-            return (yield from _agreeing(work, job))
+            return (yield from _report_errors(work, job))
 
         try:
-            return (yield from run(project, stage, leading, force=force, checkpoint_every=checkpoint_every))
+            return (yield from run(project, stage, lead, force=force, checkpoint_every=checkpoint_every))
         except ProcessLost:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, to all that are left: this one still speaks
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by torchrun; this rank still has to report the error
             raise
         finally:
-            if not asked:
+            if not started:
                 broadcast_object("")
 
 
-def _help(project: Project, stage: Stage, work: Work, checkpoint_every: int) -> None:
-    """The same work, its files thrown away, if the first process has to do it."""
+def _run_as_worker(project: Project, stage: Stage, work: Work, checkpoint_every: int) -> None:
+    """Do the same work as rank 0, in a folder that is deleted; nothing if rank 0 takes the result from the cache."""
     scratch = project.run_folder(stage.name) / f".rank-{dist.get_rank()}"
     try:
         if key := broadcast_object(""):
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
             (scratch / "out").mkdir(parents=True)
-            for _ in _agreeing(work, Job(project, stage, scratch / "out", scratch, key, checkpoint_every)):
+            for _ in _report_errors(work, Job(project, stage, scratch / "out", scratch, key, checkpoint_every)):
                 pass
     except RuntimeError as error:
         if not is_lost(error):
@@ -70,32 +70,34 @@ def _help(project: Project, stage: Stage, work: Work, checkpoint_every: int) -> 
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _agreeing(work: Work, job: Job) -> Generator[Event, None, Facts]:
+def _report_errors(work: Work, job: Job) -> Generator[Event, None, Facts]:
     try:
         return (yield from work(job))
     except CollectiveError:
         raise
     except UserError as error:
-        _tell(error)
+        _raise_on_all_ranks(error)
     except RuntimeError as error:
         if not is_lost(error):
             raise
         raise ProcessLost.during(job.stage.name) from None
 
 
-def _tell(error: UserError) -> NoReturn:
-    with suppress(RuntimeError):  # the others are gone already
+def _raise_on_all_ranks(error: UserError) -> NoReturn:
+    with suppress(RuntimeError):  # the other ranks have already exited
         raise_on_all_ranks(str(error))
     raise error
 
 
 @contextmanager
-def _joined() -> Iterator[None]:
-    here = world()
+def _process_group() -> Iterator[None]:
+    rank = world()
     if torch.cuda.is_available():
-        if here.local_size > torch.cuda.device_count():
-            raise UserError(f"{here.local_size} processes need as many GPUs; here are {torch.cuda.device_count()}.")
-        torch.cuda.set_device(here.local_rank)
+        if rank.local_size > torch.cuda.device_count():
+            raise UserError(
+                f"{rank.local_size} processes need as many GPUs, got {torch.cuda.device_count()}. Start fewer."
+            )
+        torch.cuda.set_device(rank.local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield

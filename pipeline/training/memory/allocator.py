@@ -1,7 +1,7 @@
-"""The C library's allocator, told to keep what training frees: a step asks for the same sizes again at once.
+"""Makes the C library's allocator keep freed memory: the next training step allocates the same sizes again.
 
-glibc gives blocks of megabytes back to the system when they are freed, and the next step pays a page fault for each
-4 KiB of them: at two cores that was several times what the tensors' operations themselves took.
+glibc returns freed blocks of megabytes to the system, and the next step pays a page fault for each 4 KiB of them. On
+two cores that took several times as long as the tensor operations themselves.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Whether this system's allocator has the setting (glibc). It lasts as long as the process."""
+    """Returns whether this system's allocator supports it (glibc). Lasts until the process ends."""
     if not sys.platform.startswith("linux"):
         return False
     try:

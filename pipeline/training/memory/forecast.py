@@ -1,8 +1,6 @@
-"""What the calculator says of the run that is about to start."""
+"""The memory calculator's prediction for a training step, and settings that would lower it."""
 
 from dataclasses import replace
-
-import torch
 
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
@@ -17,52 +15,59 @@ from pipeline.training.batches import Batch
 from pipeline.training.losses import CHUNK
 
 
-def smaller(model: CausalLM, method: FinetuningMethod, settings: Training, batch: Batch, stage: str) -> str:
-    """What the calculator says of a step on `batch`, and of each setting that makes it smaller, quality first."""
-    now, one = predict_peak_memory(model, method, settings, batch), longest(batch)
-    ways: list[tuple[str, Training, Batch]] = []
+def suggest_less_memory(model: CausalLM, method: FinetuningMethod, settings: Training, batch: Batch, stage: str) -> str:
+    """A sentence with the predicted memory of a step on `batch` and of settings that need less.
+
+    Settings that do not change the result come first, quantization last.
+    """
+    now, single = predict_peak_memory(model, method, settings, batch), longest_sequence(batch)
+    options: list[tuple[str, Training, Batch]] = []
     if settings.checkpointing != "full":
-        ways.append((f"{stage}.checkpointing=full", replace(settings, checkpointing="full"), batch))
+        options.append((f"{stage}.checkpointing=full", replace(settings, checkpointing="full"), batch))
     if settings.batch_size > 1:
-        whole = settings.batch_size * settings.accumulate
-        ways.append((f"{stage}.batch_size=1 with accumulate={whole}", settings, one))
+        sequences = settings.batch_size * settings.accumulate
+        options.append((f"{stage}.batch_size=1 with accumulate={sequences}", settings, single))
     if isinstance(settings, FinetuneLora) and settings.quantization == "none":
-        kept = replace(settings, quantization="nf4-dq", precision="bf16")
-        ways.append((f"{stage}.quantization=nf4-dq", kept, batch))
-    found = [(words, predict_peak_memory(model, method, changed, read)) for words, changed, read in ways]
+        quantized = replace(settings, quantization="nf4-dq", precision="bf16")
+        options.append((f"{stage}.quantization=nf4-dq", quantized, batch))
+    predictions = [(option, predict_peak_memory(model, method, changed, read)) for option, changed, read in options]
     if now is None:
-        return f"Lower {stage}.max_length{''.join(f' or set {words}' for words, _ in found)}."
-    less = [f"{in_units(size)} with {words}" for words, size in found if size and size < now]
-    return f"By the calculator it needs {in_units(now)}; {', '.join(less) or f'lower {stage}.max_length'}."
+        return f"Lower {stage}.max_length{''.join(f' or set {option}' for option, _ in predictions)}."
+    smaller = [f"{in_units(size)} with {option}" for option, size in predictions if size and size < now]
+    return f"The calculator predicts {in_units(now)}; {', '.join(smaller) or f'lower {stage}.max_length'}."
 
 
-def longest(batch: Batch) -> Batch:
-    """The longest sequence of `batch` as a batch of its own."""
-    apart = max(batch.unpack(), key=lambda one: one.ids.numel())
-    if len(apart.ids) == 1:
-        return apart
-    row = torch.arange(apart.ids.shape[1])  # sequences of one length: the first stands for all
-    kept = slice(None, len(row)) if apart.at is None else (apart.at < len(row)).to(apart.labels.device)
-    return Batch(apart.ids[:1], apart.positions[:1], apart.labels[kept], None if apart.at is None else apart.at[kept])
+def longest_sequence(batch: Batch) -> Batch:
+    """A batch of only the longest sequence of `batch`."""
+    longest = max(batch.unpack(), key=lambda part: part.ids.numel())
+    if len(longest.ids) == 1:
+        return longest
+    index, length = longest.label_index, longest.ids.shape[1]  # equal lengths: take the first sequence
+    labels = slice(None, length) if index is None else (index < length).to(longest.labels.device)
+    label_index = None if index is None else index[labels]
+    return Batch(longest.ids[:1], longest.positions[:1], longest.labels[labels], label_index)
 
 
 def predict_peak_memory(
     model: CausalLM, method: FinetuningMethod, settings: Training, batch: Batch, retained: bool = False
 ) -> int | None:
-    """Bytes of tensors at the peak of a step on `batch`; None for an architecture that the calculator does not know."""
+    """Predicted peak of a step on `batch`, in bytes of tensors; None if the calculator does not know the architecture.
+
+    `retained`: whether the step computes the retention loss.
+    """
     rows, length = batch.ids.shape
     lengths = batch.segments or [length]
     if method.kind == "prompt":
-        lengths = [method.virtual_tokens + one for one in lengths]
+        lengths = [method.virtual_tokens + n for n in lengths]
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
     short = model.device.type == "cpu" and max(lengths) <= LONGEST and method.kind != "prefix"
-    whole = batch.at is None and len(batch.labels) <= CHUNK
+    all_logits = batch.label_index is None and len(batch.labels) <= CHUNK
     adapter = precision = str(settings.precision)
     if isinstance(settings, FinetuneLora | FinetuneVirtual):
         adapter = settings.adapter_precision
         if settings.quantization != "none":
             if precision == "fp32":
-                return None  # the calculator knows few bits beside 16 alone
+                return None  # the calculator supports quantization with 16-bit compute only
             precision = settings.quantization
     run = TrainingConfig(
         batch=rows,
@@ -75,7 +80,7 @@ def predict_peak_memory(
         adapter_precision=adapter,
         optimizer="adam-flat",
         checkpointing=settings.checkpointing,
-        loss="divergence" if retained else "full" if whole else "chunked",
+        loss="divergence" if retained else "full" if all_logits else "chunked",
         label_share=1.0 if retained else len(batch.labels) / batch.ids.numel(),
         chunk=CHUNK,
     )

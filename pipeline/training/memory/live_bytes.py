@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, counted as they come and go."""
+"""Counts the bytes of live tensors as they are allocated and freed."""
 
 import weakref
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ from pipeline.calc.simulator.tape import ROUNDING
 
 
 class TensorMemoryMeter(TorchDispatchMode):
-    """While entered, adds up every storage that is alive, rounded as CUDA's allocator does; `peak` is the most.
+    """Inside the context, sums the sizes of all live storages, rounded as CUDA's allocator does; `peak` is the maximum.
 
-    Results stay bit for bit what they are without it; each operation costs some microseconds more.
+    Results are bit for bit the same; each operation takes some microseconds longer.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class TensorMemoryMeter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch would import its compiler, 1.4 seconds, to keep it out of what follows; nothing here is compiled."""
+        """Otherwise torch imports its compiler, which takes 1.4 seconds; nothing here is compiled."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,7 +1,7 @@
-"""A real training step under fake tensors: the same modules, autograd and optimizer, no weights and no accelerator.
+"""A training step under fake tensors: the real modules, autograd and optimizer, without weights or accelerator.
 
-The peak is what `TensorMemoryMeter` counts. Two things differ from a GPU: fake tensors are summed out of place where
-autograd could add in place, and nothing is fragmented.
+`TensorMemoryMeter` measures the peak. Two things differ from a GPU: gradients of fake tensors are accumulated out of
+place where autograd could do it in place, and there is no fragmentation.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,20 +35,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
-    """Bytes at the peak of the second step (the first makes the optimizer's state). Raises UserError."""
-    _refuse(config, method, run)
+    """Peak memory of the second step in bytes (the first allocates the optimizer's state). Raises UserError."""
+    _refuse_unsupported(config, method, run)
     try:
-        return _traced(config, method, run)
+        return _trace_peak(config, method, run)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"--trace cannot build or run this model: {reason[0]}. The formula needs no trace.") from None
+        raise UserError(
+            f"--trace cannot build or run this model: {reason[0]}. Run without --trace to use the formula."
+        ) from None
 
 
-def _traced(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
+def _trace_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
     live = TensorMemoryMeter()
     with FakeTensorMode():
-        model = _model(config, run)
-        step = (_trainer_step if _is_trainers(model, run) else _plain_step)(model, method, run)
+        model = _build_model(config, run)
+        step = (_project_step if _uses_project_step(model, run) else _library_step)(model, method, run)
         live.watch([*model.parameters(), *model.buffers()])
         with live:
             step()
@@ -57,27 +59,27 @@ def _traced(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingCo
     return live.peak
 
 
-def _refuse(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> None:
     adapted = projections(architecture(config, "the config"), method) if method.kind == "lora" else []
     if any(p.experts > 1 or p.name == "gate" for p in adapted):
-        raise UserError("--trace: this project does not adapt experts yet. Leave them out: --targets attention.")
+        raise UserError("--trace does not support LoRA on experts. Leave them out: --targets attention.")
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
-        raise UserError(f"--trace runs in {', '.join(DTYPES)}; this project does not train on {run.precision} yet.")
-    ours = run.trainer or architecture(config, "the config").style.ours
-    if method.dora and not ours:
-        raise UserError("--trace has this project's DoRA, not PEFT's: give --optimizer adam-flat.")
+        raise UserError(f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision.")
+    project_lora = run.trainer or architecture(config, "the config").style.ours
+    if method.dora and not project_lora:
+        raise UserError("--trace supports DoRA only as implemented here, not in PEFT. Add --optimizer adam-flat.")
     if method.kind not in ("full", "freeze", "lora") or method.embeddings == "new_rows":
-        raise UserError("--trace covers full, freeze, LoRA and DoRA without new rows.")
+        raise UserError("--trace supports full, freeze, LoRA and DoRA, without trainable token rows.")
     if method.kind == "lora" and config.get("model_type") == "gpt2":
-        raise UserError("--trace: GPT-2's Conv1D layers get no LoRA in this project yet. Use --method full or freeze.")
+        raise UserError("--trace does not support LoRA on GPT-2's Conv1D layers. Use --method full or freeze.")
     if config.get("model_type") == "gpt3":
-        raise UserError("--trace: no library builds GPT-3; its shapes are all that is known.")
+        raise UserError("--trace does not support GPT-3: no library implements it. Run without --trace.")
     if run.optimizer not in ("adamw", "sgd", "adam-flat") or run.casts != "weights":
-        raise UserError("--trace has the optimizers adamw, adam-flat and sgd, and adapters that cast their weights.")
+        raise UserError("--trace supports the optimizers adamw, adam-flat and sgd, with adapters that cast weights.")
 
 
-def _trainer_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
-    """What `training/step.py` does, without the numbers that fake tensors do not have."""
+def _project_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
+    """The step of `training/step.py`, without reading values, which fake tensors do not have."""
     _make_trainable(model, method, DTYPES[run.adapter_precision])
     if isinstance(model, TransformersModel):
         fuse_rms_norms(model, checked=False)
@@ -95,8 +97,8 @@ def _trainer_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig
     return step
 
 
-def _plain_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
-    """The step as the libraries' documentation writes it: their norms, an optimizer that holds each tensor."""
+def _library_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
+    """The step of the libraries' documentation: their norms, and an optimizer with state per tensor."""
     _make_trainable(model, method, DTYPES[run.adapter_precision])
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -112,12 +114,12 @@ def _plain_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) 
     return step
 
 
-def _model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
-    """A model of that shape, without dropout."""
+def _build_model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
+    """A model of this architecture, without dropout."""
     if architecture(config, "the config").style.ours:
         if (run.precision, run.attention, run.loss, run.optimizer) != ("fp32", "sdpa", "full", "adamw"):
             raise UserError(
-                "MiniGPT trains with --precision fp32 --attention sdpa --loss full --optimizer adamw alone."
+                "--trace supports MiniGPT only with --precision fp32 --attention sdpa --loss full --optimizer adamw."
             )
         return MiniGPT(MiniGPTConfig.from_opt(dict(config), "the config"))
     AttentionInterface.register(FUSED, _fused_attention)
@@ -128,7 +130,7 @@ def _model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
     return model
 
 
-def _is_trainers(model: CausalLM, run: TrainingConfig) -> bool:
+def _uses_project_step(model: CausalLM, run: TrainingConfig) -> bool:
     return isinstance(model, MiniGPT) or run.trainer
 
 
@@ -138,13 +140,13 @@ FUSED = "fused_causal"
 def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """SDPA with its causal flag, as on real tensors: fake ones make transformers build a mask, and with it copies."""
+    """SDPA with its causal flag, as on real tensors: with fake ones transformers would build a mask and copy it."""
     out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, None, **options)
     return out
 
 
 def _eager_only(config: Any) -> bool:
-    """Softcaps and sinks: no kernel of torch computes them."""
+    """Softcapping and attention sinks, which no kernel of torch supports."""
     return getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
 
 
@@ -156,14 +158,14 @@ def _make_trainable(model: CausalLM, method: FinetuningMethod, dtype: torch.dtyp
         ranks = dict(method.rank_pattern)
         spec = AdapterSpec(method.rank, method.alpha, (), ranks=ranks, rslora=method.rslora, dora=method.dora)
         add_lora(model, resolve(model, method.targets), spec, dtype, "pissa" if method.pissa else "document")
-        trains = method.embeddings == "all"
+        train_embeddings = method.embeddings == "all"
     else:
         for block in list(model.blocks)[len(model.blocks) - method.last_blocks :]:
             block.requires_grad_(True)
-        trains = method.train_embeddings
-    if trains:
-        for end in (model.embeddings, model.head):
-            end.requires_grad_(True)
+        train_embeddings = method.train_embeddings
+    if train_embeddings:
+        for module in (model.embeddings, model.head):
+            module.requires_grad_(True)
 
 
 def _loss(model: CausalLM, ids: Tensor, labels: Tensor, run: TrainingConfig) -> Tensor:

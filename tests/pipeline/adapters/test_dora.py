@@ -26,7 +26,7 @@ from pipeline.inference import catalog
 from pipeline.models.kernels.fp32_compute import exact
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
-from pipeline.weights.as_low_rank import updates_of
+from pipeline.weights.as_low_rank import low_rank_updates
 from pipeline.weights.compare import values
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.real import ROWS, stock, toy
@@ -225,9 +225,9 @@ def test_it_is_no_update_of_low_rank_and_what_takes_one_says_what_to_do(tmp_path
     base = checkpoint(tmp_path / "base")
     one = adapter(tmp_path / "adapter", base, DORA)
     with pytest.raises(
-        UserError, match=r"was trained with DoRA, which changes .* Merge the adapter instead: lora merge"
+        UserError, match=r"was trained with DoRA, which rescales .* Merge the adapter instead: lora merge"
     ):
-        updates_of(base, one)
+        low_rank_updates(base, one)
 
 
 def test_it_is_listed_described_and_compared_as_what_it_is(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_pitfall_7_what_vllm_cannot_take_is_refused_with_what_to_do(cli: Lora, b
     code, out, err = cli("export", str(ADAPTER), "--as", "vllm", "--out", str(tmp_path / "served"), cwd=brief)
     assert (code, out) == (1, "")
     assert "was trained in full (modules_to_save)" in err
-    assert "or set finetune_lora.train_embeddings to new_rows or none and train it again." in err
+    assert "or train again with finetune_lora.train_embeddings set to new_rows or none." in err
     assert not (tmp_path / "served").exists()
 
 
@@ -408,8 +408,8 @@ def test_pitfall_24_forgetting_is_seen_before_anything_ships(cli: Lora, brief: P
     (line,) = (line for line in cli("adapters", cwd=brief)[1].splitlines() if line.startswith("lora_adapter"))
     assert rise in line
     said = (
-        f"forgetting: loss on the old data {forgot['loss_rise']:+.4f} nats a token",
-        f"forgetting: divergence from the base {forgot['divergence']:.4f} nats a token",
+        f"forgetting: loss on the old data {forgot['loss_rise']:+.4f} nats per token",
+        f"forgetting: divergence from the base {forgot['divergence']:.4f} nats per token",
         f"forgetting: {forgot['answers_kept']:.1%} of the base's first choices kept",
     )
     cards = [cli("adapters", "card", str(ADAPTER), cwd=brief)[1]]

@@ -213,9 +213,9 @@ def test_what_cannot_be_traced_is_said() -> None:
     ):
         with pytest.raises(UserError, match="--trace"):
             traced_peak(config, method, run)
-    with pytest.raises(UserError, match="does not adapt experts yet"):
+    with pytest.raises(UserError, match="does not support LoRA on experts"):
         traced_peak(entry("qwen3-30b-a3b")["config"], FinetuningMethod(targets=("all-linear",)), TrainingConfig())
-    with pytest.raises(UserError, match="MiniGPT trains with --precision fp32"):
+    with pytest.raises(UserError, match="supports MiniGPT only with --precision fp32"):
         traced_peak(entry("minigpt")["config"], LORA, TrainingConfig())
 
 

@@ -20,7 +20,7 @@ from pipeline.inference.score import score
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneFull
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, optimizer_of, steps
+from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.optimizer import FlatAdam
 from tests.conftest import Built, Lora
 from tests.helpers.projects import make, refusal
@@ -100,7 +100,7 @@ def size_of(of: MiniGPT) -> int:
 def test_in_as_many_dimensions_as_there_are_weights_it_is_full_fine_tuning() -> None:
     """A permutation with signs: Adam treats every number alike, whatever its place and its sign."""
     plain, inner = model(), model()
-    wanted = losses(plain, optimizer_of(plain, SETTINGS))
+    wanted = losses(plain, build_optimizer(plain, SETTINGS))
     found = losses(inner, SubspaceAdam(inner, OneHot(size_of(inner), size_of(inner), 5)))
     assert found == pytest.approx(wanted, rel=1e-3)
     assert wanted[-1] < 0.9 * wanted[0]

@@ -1,4 +1,4 @@
-"""`lora export`: what PEFT, vLLM and transformers are given opens there, and says what ours says."""
+"""`lora export`: exports open in PEFT, vLLM and transformers, with the same logits as here."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def export(cli: Lora, form: str, source: Path, out: Path, *more: str) -> tuple[i
 
 
 def exported(cli: Lora, form: str, source: Path, out: Path, *more: str) -> str:
-    """Its folder is written; returns what was said."""
+    """Export successfully; returns the output."""
     code, said, errors = export(cli, form, source, out, *more)
     assert (code, errors) == (0, "")
     return said
@@ -88,7 +88,7 @@ def by_pattern(values: Mapping[str, float], module: str, default: float) -> floa
 
 
 def max_rank(said: str) -> int:
-    """That the command says to serve with."""
+    """The --max-lora-rank that the command prints."""
     return int(said.partition("--max-lora-rank ")[2].split()[0])
 
 
@@ -118,9 +118,9 @@ def many_rows(root: Path, count: int) -> Path:
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "in-full": (
         lambda root: made(root, spec=AdapterSpec(4, 8, ATTENTION, saved=("embed_tokens", "lm_head"))),
-        "set finetune_lora.train_embeddings to new_rows or none and train it again",
+        "train again with finetune_lora.train_embeddings set to new_rows or none",
     ),
-    "too-wide": (lambda root: many_rows(root, 513), "needs rank 513; vLLM takes 512 at most"),
+    "too-wide": (lambda root: many_rows(root, 513), "needs rank 513, but vLLM supports at most 512"),
 }
 
 
@@ -207,7 +207,7 @@ def test_the_card_says_how_it_was_made_what_it_learned_and_what_it_forgot(
 
 
 def facts(adapter: Path, evaluation: Path) -> list[str]:
-    """From the manifest and from the metrics of the evaluation."""
+    """From the manifest and the evaluation's metrics."""
     manifest, metrics = read_json(adapter / "manifest.json", ""), read_json(evaluation / "metrics.json", "")["lora"]
     forgetting, params = metrics["forgetting"], manifest["params"]
     data = {name: digest for name, digest in manifest["inputs"].items() if name.startswith("data/")}
@@ -217,7 +217,7 @@ def facts(adapter: Path, evaluation: Path) -> list[str]:
         f"LoRA, rank {params['rank']}, alpha {params['alpha']:g}",
         *(f"learning rate: {params['learning_rate']}", f"epochs: {params['epochs']}"),
         *(f"`{name}`, sha256 `{digest}`" for name, digest in data.items()),
-        f"loss on what it learned: {metrics['new_loss']:.4f}",
+        f"loss on the fine-tuning data: {metrics['new_loss']:.4f}",
         f"completed as in the data: {metrics['new_completed']} of {metrics['new_sentences']}",
         f"loss on the old data {forgetting['loss_rise']:+.4f}",
         f"divergence from the base {forgetting['divergence']:.4f}",
@@ -249,7 +249,7 @@ def test_a_folder_with_something_else_is_refused_and_stays(cli: Lora, form: str,
     source = made(tmp_path)
     out = occupied(tmp_path, what)
     before = folder_bytes(tmp_path)
-    assert "exists and holds something else" in refusal(export(cli, form, source, out))
+    assert "exists and holds other files" in refusal(export(cli, form, source, out))
     assert folder_bytes(tmp_path) == before
 
 
@@ -258,7 +258,7 @@ def test_an_adapter_is_never_exported_over_itself(cli: Lora, form: str, tmp_path
     source = made(tmp_path)
     before = folder_bytes(tmp_path)
     again = source.parent / "project" / ".." / source.name
-    assert "is what is read" in refusal(export(cli, form, source, again))
+    assert "is also an input" in refusal(export(cli, form, source, again))
     assert folder_bytes(tmp_path) == before
 
 
@@ -329,7 +329,7 @@ def test_a_base_of_the_hub_is_called_by_its_id(cli: Lora, from_hub: Callable[...
 
 
 def test_with_tokens_added_the_hubs_model_is_no_longer_the_base(cli: Lora, from_hub: Callable[..., Path]) -> None:
-    """PEFT would put the adapter on a model without their rows; the card says what it comes from."""
+    """PEFT would attach the adapter to a model without the added rows; the card names the original base."""
     root = from_hub("expand_vocab.tokens=[zloty, lev]")
     found = base_names(cli, root)
     assert found["peft"] == found["vllm"] == ("artifacts/expanded", None, "org/toy")
@@ -355,7 +355,7 @@ def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Pat
 
 def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, from_hub: Callable[..., Path]) -> None:
     root = from_hub("expand_vocab.tokens=[]", "finetune_lora.quantization=nf4-dq")
-    note = "trained on its base in nf4-dq: on the base as it is stored it answers differently"
+    note = "trained on its base quantized to nf4-dq; on the unquantized base it answers differently"
     for form in ("peft", "vllm"):
         code, _, said = export(cli, form, root / "artifacts/lora_adapter", root / form)
         assert code == 0

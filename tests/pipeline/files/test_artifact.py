@@ -1,4 +1,4 @@
-"""Folders that exist whole or not at all, and the cache that keeps them."""
+"""Artifact folders, written atomically, and the cache of them."""
 
 import errno
 import os
@@ -96,7 +96,7 @@ def test_what_was_about_to_be_replaced_is_put_back_though_the_process_id_is_used
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "x").exists()
     other = subprocess.Popen(["sleep", "60"])
-    for left in tmp_path.glob(".x.*"):  # as if the system had given the number to another process
+    for left in tmp_path.glob(".x.*"):  # as if another process had reused the id
         left.rename(left.with_name(left.name.replace(str(killed.pid), str(other.pid))))
     with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
         raise RuntimeError
@@ -123,7 +123,7 @@ def test_the_leftovers_of_a_zombie_are_those_of_the_dead(tmp_path: Path) -> None
     fill(tmp_path / "x", "one")
     command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "kill"]
     killed = subprocess.Popen(command)
-    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its parent does not know
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it has ended, but its parent has not waited for it
     with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
         raise RuntimeError
     killed.wait()
@@ -282,7 +282,7 @@ def test_a_read_only_file_is_replaced_copied_and_removed_like_any_other(large: P
     Cache(tmp_path / "cache").store("s", "k", large)
     with artifact.writing(tmp_path / "copy") as folder:
         shutil.copyfile(large / "model.safetensors", folder / "model.safetensors")
-        (folder / "model.safetensors").write_bytes(b"z")  # a copy is nobody else's
+        (folder / "model.safetensors").write_bytes(b"z")  # a copy is independent
     fill(large, "new")
     assert names(large) == ["a.txt", "manifest.json"]
     assert Cache(tmp_path / "cache").restore("s", "k", large)
@@ -306,7 +306,7 @@ def test_where_links_are_refused_large_files_are_copied(
 
 
 def test_a_large_file_that_is_itself_a_link_is_kept_as_a_file(large: Path, tmp_path: Path) -> None:
-    """DVC can be told to put links into the workspace."""
+    """DVC can be configured to link files into the workspace."""
     (large / "model.safetensors").rename(tmp_path / "store")
     (large / "model.safetensors").symlink_to(tmp_path / "store")
     cache = Cache(tmp_path / "cache")
@@ -316,7 +316,7 @@ def test_a_large_file_that_is_itself_a_link_is_kept_as_a_file(large: Path, tmp_p
 
 
 def test_many_processes_on_one_cache_never_corrupt_it(project: Path, tmp_path: Path) -> None:
-    """Eight processes restore, store and prune the same key at once; what is there at any time verifies."""
+    """Eight processes restore, store and prune the same key at once; the entry verifies at any time."""
     code = """
 import random, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Digests that are kept between processes: for lists, while files stay as they are, and never to load a model by."""
+"""Digests cached across processes: for listings, while files stay unchanged, and never for loading a model."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def kept(folder: Path) -> dict[str, str]:
-    """The contents as a process of its own would take them, and keep them."""
+    """The contents as a new process computes and saves them."""
     store = DigestStore()
     found = store.contents(folder)
     store.save()
@@ -50,7 +50,7 @@ def kept(folder: Path) -> dict[str, str]:
 
 
 def edit(path: Path) -> None:
-    """Other bytes in the same file, of the same size, which say that they are as old as the first."""
+    """Other bytes of the same size in the same file, with the old mtime."""
     before, content = path.stat(), bytearray(path.read_bytes())
     content[-1] ^= 1
     with path.open("r+b") as file:
@@ -136,7 +136,7 @@ def test_where_no_store_can_be_written_digests_are_computed(folder: Path, cached
 def test_the_store_is_bounded_and_keeps_what_was_used_last(
     tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digest_cache, "MOST", 3)
+    monkeypatch.setattr(digest_cache, "MAX_DIGESTS", 3)
     folders = [tmp_path / f"f{n}" for n in range(4)]
     for one in folders:
         one.mkdir()
@@ -221,7 +221,7 @@ def test_the_list_of_adapters_hashes_each_once_in_all_calls(
 def test_no_model_is_loaded_on_the_word_of_the_store(
     cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever can write the store can make a list say what is not so, and nothing else."""
+    """Write access to the store can falsify a listing, and nothing else."""
     adapter, base = sealed_copies(tmp_path, 1)[0], tmp_path / "artifacts/base"
     sealed, bound = artifact.contents(adapter), base_fingerprint(base)
     edit(adapter / WEIGHTS)

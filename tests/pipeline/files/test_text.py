@@ -1,4 +1,4 @@
-"""Tokens of any model in tables and in the view of attention: nothing unseen, nothing misaligned."""
+"""Tokens of any model in tables and in the attention view: nothing invisible or misaligned."""
 
 import random
 import time

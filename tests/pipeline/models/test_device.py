@@ -30,8 +30,8 @@ from pipeline.project.logs.run_log import in_units, read_steps
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import checkpoints
 from pipeline.training.batches import collate
-from pipeline.training.loop import prepared
-from pipeline.training.memory.forecast import longest, predict_peak_memory, smaller
+from pipeline.training.loop import prepare_model
+from pipeline.training.memory.forecast import longest_sequence, predict_peak_memory, suggest_less_memory
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import fake_accelerator
@@ -270,17 +270,17 @@ def test_a_model_that_finds_no_room_to_train_is_one_message(project: Path, monke
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
 
-    monkeypatch.setattr("pipeline.training.loop.prepared", full)
+    monkeypatch.setattr("pipeline.training.loop.prepare_model", full)
     with pytest.raises(UserError, match=r"finetune_lora: out of memory in step 1 .*16\.00 GiB.*checkpointing=full"):
         make(project, ["finetune_lora"], BRIEF, force=True)
 
 
 def test_the_advice_is_the_calculators() -> None:
     model = with_lora(toy("llama"), torch.float32)
-    prepared(model, "none")
+    prepare_model(model, "none")
     batch = collate(windows_of((5, 9, 2, 14)))
     settings, method = FinetuneLora(batch_size=4, accumulate=2), FinetuningMethod("lora", 4, 4.0, ("attention",))
-    said = smaller(model, method, settings, batch, "finetune_lora")
+    said = suggest_less_memory(model, method, settings, batch, "finetune_lora")
     sizes = {
         "": predict_peak_memory(model, method, settings, batch),
         "finetune_lora.checkpointing=full": predict_peak_memory(
@@ -297,7 +297,7 @@ def test_the_advice_is_the_calculators() -> None:
 
 def test_a_batch_of_equal_lengths_has_one_of_them_as_its_longest() -> None:
     batch = collate(windows_of((6, 6, 6), asked=lambda _: 3))
-    one = longest(batch)
+    one = longest_sequence(batch)
     assert one.ids.shape == (1, 6) and len(one.labels) == len(batch.labels) // 3
 
 

@@ -19,7 +19,7 @@ from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files import base_model
 from pipeline.files.artifact import file_digest
-from pipeline.files.base_model import base_fingerprint, identity, named, resolve
+from pipeline.files.base_model import base_fingerprint, identity, parse_source, resolve
 from pipeline.models.importing.import_base import import_base
 from pipeline.models.load import load_base
 from pipeline.models.meta import skeleton
@@ -61,19 +61,19 @@ def refused(base: str, root: Path, **options: Any) -> str:
 def test_a_base_is_named_by_text_and_files(tmp_path: Path) -> None:
     toy_checkpoint(tmp_path / "org" / "model")
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    assert named("minigpt", tmp_path).kind == "minigpt"
-    assert named("org/model", tmp_path).kind == "folder"  # what is there goes before the hub
-    assert named("a.gguf", tmp_path).kind == "gguf"
-    assert named("later.gguf", tmp_path).is_local  # before it was fetched
-    assert named("org/other", tmp_path).hub_id == "org/other"
-    pinned = named("Qwen/Qwen3-8B@refs/pr/1", tmp_path)
+    assert parse_source("minigpt", tmp_path).kind == "minigpt"
+    assert parse_source("org/model", tmp_path).kind == "folder"  # what is there goes before the hub
+    assert parse_source("a.gguf", tmp_path).kind == "gguf"
+    assert parse_source("later.gguf", tmp_path).is_local  # before it was fetched
+    assert parse_source("org/other", tmp_path).hub_id == "org/other"
+    pinned = parse_source("Qwen/Qwen3-8B@refs/pr/1", tmp_path)
     assert (pinned.kind, pinned.hub_id, pinned.revision) == ("hub", "Qwen/Qwen3-8B", "refs/pr/1")
 
 
 @pytest.mark.parametrize("base", ["miniGPT", "./org/model", "/nowhere/model", "../x", "a/b/c", "org/", "org/m@"])
 def test_a_base_that_names_nothing_is_refused_with_what_was_looked_for(base: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pretrain\.base must be minigpt, .*does not exist\. Change pretrain\.base"):
-        named(base, tmp_path)
+        parse_source(base, tmp_path)
 
 
 def no_config(folder: Path) -> None:
@@ -104,7 +104,7 @@ def no_weights(folder: Path) -> None:
     [
         (no_config, "is not a checkpoint: it has no config.json"),
         (adapter_inside, "is an adapter. Name the model that it was trained on"),
-        (shard_gone, "is missing, which model.safetensors.index.json names"),
+        (shard_gone, "is missing, but model.safetensors.index.json lists it"),
         (pickles_only, "a pickle, which can run code; only safetensors are read"),
         (no_weights, "has no model.safetensors"),
     ],
@@ -190,9 +190,9 @@ def test_the_identity_follows_what_is_read_and_nothing_else(tmp_path: Path) -> N
     assert list(identity(resolve("elsewhere", tmp_path)).values()) == list(before.values())
     edit_config(tmp_path / "model", rms_norm_eps=1e-3)
     assert identity(resolve("model", tmp_path)) != before
-    assert identity(named("minigpt", tmp_path)) == {}
-    assert identity(named("org/name", tmp_path)) == {"org/name": "hub:org/name@main"}
-    assert identity(named("org/name@v1", tmp_path)) == {"org/name@v1": "hub:org/name@v1"}
+    assert identity(parse_source("minigpt", tmp_path)) == {}
+    assert identity(parse_source("org/name", tmp_path)) == {"org/name": "hub:org/name@main"}
+    assert identity(parse_source("org/name@v1", tmp_path)) == {"org/name@v1": "hub:org/name@v1"}
 
 
 # Folders
@@ -341,7 +341,7 @@ def fp8(folder: Path) -> None:
         (encoder, "cannot be opened: "),
         (no_tokenizer, "has no tokenizer"),
         (large_tokenizer, f"a tokenizer of 325 tokens and a model of {ROWS} rows"),
-        (fp8, "F8_E4M3, which is not supported. Give the 16-bit model"),
+        (fp8, "F8_E4M3, which is not supported. Use the 16-bit model"),
     ],
 )
 def test_a_base_is_taken_whole_or_refused(

@@ -123,14 +123,14 @@ WITH = {
     "finetune_lora.retain_batch": ["retain=data/fact_correction.de.txt", "retain_weight=3"],
 }
 REFUSED = {  # alone, or always: it would count for nothing
-    "eval_every": "nothing is held out to evaluate on. Set {stage}.eval_share above 0",
-    "patience": "nothing is held out to evaluate on. Set {stage}.eval_share above 0",
+    "eval_every": "there is no evaluation set. Set {stage}.eval_share above 0",
+    "patience": "there is no evaluation set. Set {stage}.eval_share above 0",
     "pretrain.dtype": "pretrain.dtype is for a base that is imported",
     "pretrain.trust_remote_code": "pretrain.trust_remote_code is for a base that is imported",
     "pretrain.precision": "pretrain.precision is for a base that is imported",
     "expand_vocab.special_tokens": "expand_vocab.special_tokens are for a base that splits words",
     "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
-    "finetune_lora.retain_weight": "no file is. Name one in finetune_lora.retain",
+    "finetune_lora.retain_weight": "finetune_lora.retain is not. Set it to a data file",
 }
 ONLY_REFUSED = {
     "pretrain.trust_remote_code",

@@ -124,9 +124,9 @@ def test_what_is_held_out_is_held_out_of_every_file(project: Path) -> None:
     steps = read_steps(project / FOLDER / "loss.csv")
     assert steps[-1].tokens == sum(len(example.text.split()) for example in kept)  # each word's next, <eos> at the end
     assert steps[-1].eval_loss is not None
-    with pytest.raises(UserError, match=rf"1e-09 of {', '.join(names)} holds out no example"):
+    with pytest.raises(UserError, match=rf"1e-09 selects 0 of {len(examples)} labelled examples of {', '.join(names)}"):
         make(project, ["scratch"], [*BRIEF, "scratch.eval_share=1e-9"])
-    reason = rf"scratch.eval_share 0.9999 of {', '.join(names)} holds out all {len(examples)} examples"
+    reason = rf"scratch.eval_share 0.9999 selects all {len(examples)} labelled examples of {', '.join(names)}"
     with pytest.raises(UserError, match=reason):
         make(project, ["scratch"], [*BRIEF, "scratch.eval_share=0.9999"])
 
@@ -139,7 +139,7 @@ def test_a_warm_up_that_lasts_as_long_as_the_training_is_refused(project: Path) 
     assert last.learning_rate == load(project / "params.yaml").scratch.learning_rate, "it is reached"
     for steps in (total, 1_000_000):
         problem = (
-            rf"scratch.warmup_steps must be below {total}, the steps of the whole training, got {steps}. Lower it."
+            rf"scratch.warmup_steps must be below {total}, the total number of training steps, got {steps}. Lower it."
         )
         with pytest.raises(UserError, match=problem):
             make(project, ["scratch"], [*BRIEF, f"scratch.warmup_steps={steps}"])

@@ -182,7 +182,7 @@ def test_a_merge_that_answers_otherwise_is_refused(project: Path, monkeypatch: p
 
     monkeypatch.setattr("pipeline.weights.edits.merged_rows", twice)
     before = (project / "artifacts/lora_merged/model.safetensors").read_bytes()
-    with pytest.raises(UserError, match=r"merge refused: .*k_proj received 2.0000 times its update, not once"):
+    with pytest.raises(UserError, match=r"merge rejected: .*k_proj received 2.0000 times its update, not once"):
         make(project, ["merge"], BRIEF, force=True)
     assert (project / "artifacts/lora_merged/model.safetensors").read_bytes() == before
 

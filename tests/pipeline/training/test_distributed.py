@@ -1,4 +1,4 @@
-"""One run in several processes: the same curve and the same adapter, and one message where a process ends."""
+"""A distributed run: the same curve and adapter as in one process, and one message if a process ends."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ from tests.helpers.process import Forked
 from tests.helpers.projects import LORA, make
 from tests.pipeline.training.test_training_resume import FOLDER, STAGE, fresh, write
 
-CURVE, WEIGHTS = 1e-5, 1e-4  # what sums in another order may change
+CURVE, WEIGHTS = 1e-5, 1e-4  # tolerances: sums in another order
 SETTINGS = {
     "data": "data/lines.jsonl",
     "epochs": 3,
@@ -37,7 +37,7 @@ SETTINGS = {
     "retain": "data/old.jsonl",
     "retain_weight": 2,
     "retain_batch": 2,
-    "learning_rate": 3e-4,  # Adam makes rounding grow by it
+    "learning_rate": 3e-4,  # Adam amplifies rounding by it
 }
 
 
@@ -45,7 +45,7 @@ SETTINGS = {
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp32 base and two dozen texts of very different lengths. Read it; do not write to it."""
     root = families.new_project(tmp_path_factory.mktemp("several") / "p", FAMILIES["llama"])
-    (root / "base/chat_template.jinja").unlink()  # each process would start another one to render it
+    (root / "base/chat_template.jinja").unlink()  # each process would start another to render it
     words = " ".join(TEXTS).split()
     write(root / "data/lines.jsonl", [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)])
     make(root, ["pretrain", "expand_vocab"])
@@ -59,7 +59,7 @@ def project(expanded: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trivial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A MiniGPT: workers that a launcher starts import no transformers. Read it; do not write to it."""
+    """A MiniGPT project, so that workers need not import transformers. Read it; do not write to it."""
     root = projects.new_project(tmp_path_factory.mktemp("trivial") / "p")
     make(root, ["pretrain", "expand_vocab"], ["pretrain.epochs=2"])
     return root
@@ -80,7 +80,7 @@ def command(*flags: str, **changes: object) -> list[str]:
 
 
 def started(root: Path, commands: Sequence[list[str]]) -> list[Forked]:
-    """A process each, told of the others as torchrun does."""
+    """One process per command, with the environment variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,10 +95,10 @@ def ended(processes: Sequence[Forked]) -> list[tuple[int, str]]:
 
 
 def trained(root: Path, size: int, one: list[str]) -> Path:
-    """The adapter's folder, copied away, after a run in `size` processes."""
+    """A copy of the adapter's folder after a run in `size` processes."""
     found = ended(started(root, [one] * size)) if size > 1 else [Forked(one, root).end()]
     assert [code for code, _ in found] == [0] * size, found
-    assert not any(said for _, said in found[1:]), "the first speaks for all"
+    assert not any(said for _, said in found[1:]), "only rank 0 prints"
     return shutil.copytree(root / FOLDER, root / f"{size}{len(list(root.iterdir()))}")
 
 
@@ -120,7 +120,7 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
     ("size", "flags", "changes"),
     [
         (2, [], {}),
-        (3, [], {"batch_size": 1, "retain_batch": 1}),  # two of the three have nothing to do
+        (3, [], {"batch_size": 1, "retain_batch": 1}),  # two of the three ranks are idle
         (2, [], {"quantization": "nf4-dq", "train_embeddings": "new_rows"}),
         (2, ["--shard"], {}),
         (3, ["--shard"], {"batch_size": 2, "checkpointing": "full", "train_embeddings": "all"}),
@@ -184,7 +184,7 @@ def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(mini: P
 
 
 def second_of(launcher: int) -> int:
-    """The process of rank 1."""
+    """The process id of rank 1."""
     for pid in children_of(launcher):
         if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return pid
@@ -197,7 +197,7 @@ def children_of(parent: int) -> list[int]:
 
 
 def state_of(pid: int) -> tuple[str, str]:
-    """(state, parent) of a process; Z is one that has ended, and so is one that is gone."""
+    """(state, parent) of a process; state Z if it has ended or does not exist."""
     try:
         state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
     except OSError:
@@ -233,7 +233,7 @@ def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
     wait_until_gone(workers)
     (kept,) = checkpoints(log.parent)
     step = int(kept.name.split("-")[1])
-    assert step == len(read_steps(log)), "the last step of all"
+    assert step == len(read_steps(log)), "the last logged step"
     alone = [LORA, "finetune", "lora", f"--set={STAGE}.epochs=1000"]
     resumed = Forked(alone, mini)
     wait_for(lambda: len(read_steps(log)) > step, [resumed])
@@ -252,7 +252,7 @@ def test_a_process_whose_launcher_dies_before_it_has_begun_ends_too(mini: Path) 
 
 
 def test_a_worker_that_does_not_handle_sigterm_is_killed() -> None:
-    """As one does whose main thread waits in a collective that hangs."""
+    """As when its main thread waits in a collective that hangs."""
     code = (
         "import signal, time; from pipeline.training.distributed import launch; "
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); launch.GRACE = 0.1; launch.end_with_launcher(); time.sleep(60)"
@@ -305,4 +305,7 @@ def test_only_several_processes_share_a_base_and_only_training_is_shared(project
     merged = ended(started(project, [[LORA, "merge"]] * 2))
     assert merged == [(1, "error: merge runs in one process. Call it without torchrun.\n"), (0, "")]
     few = ended(started(project, [command("--shard", precision="bf16", quantization="nf4")] * 2))
-    assert few == [(1, "error: A base in few bits is kept whole on each device. Train without --shard.\n"), (0, "")]
+    assert few == [
+        (1, "error: --shard does not work with a quantized base: every rank keeps all of it. Train without --shard.\n"),
+        (0, ""),
+    ]

@@ -1,4 +1,4 @@
-"""LoRA+ (Hayou et al. 2024): B learns `ratio` times as fast as A, beside PEFT's own optimizer."""
+"""LoRA+ (Hayou et al. 2024): B has `ratio` times the learning rate of A, against PEFT's optimizer."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.params.sections import FinetuneLora
-from pipeline.training.loop import optimizer_of
+from pipeline.training.loop import build_optimizer
 from pipeline.training.optimizer import FlatAdam
 from tests.helpers.real import stock, toy, with_lora
 
@@ -37,7 +37,7 @@ def grads_of(step: int, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stepped(flat: FlatAdam, model: TransformersModel, saved: bool, steps: range, clip: float = 0.0) -> None:
-    """From gradients that are drawn, as training steps."""
+    """Optimizer steps on random gradients."""
     for step in steps:
         places = by_peft_key(model, saved)
         for name, gradient in grads_of(step, places).items():
@@ -87,7 +87,7 @@ def test_the_first_step_moves_b_by_ratio_times_as_much_as_a() -> None:
     """Adam's first step is the learning rate, whatever the gradient."""
     model = ours_of(saved=True)
     before = {name: p.detach().clone() for name, p in by_peft_key(model, True).items()}
-    flat = optimizer_of(model, FinetuneLora(learning_rate=RATE, loraplus_ratio=RATIO))
+    flat = build_optimizer(model, FinetuneLora(learning_rate=RATE, loraplus_ratio=RATIO))
     stepped(flat, model, True, range(1))
     for name, p in by_peft_key(model, True).items():
         expected = RATE * (RATIO if "lora_B" in name else 1)

@@ -1,4 +1,4 @@
-"""Our trainer's own step, traced without weights, against the formula: the same modules, loss and optimizer."""
+"""The trainer's step, traced without weights, against the calculator's formula: same modules, loss and optimizer."""
 
 from dataclasses import replace
 
@@ -68,7 +68,7 @@ def test_refinements_of_lora_fit_within_three_percent(name: str, checkpointing: 
 
 
 def test_dora_and_pissa_need_more_than_lora_and_the_formula_says_how_much() -> None:
-    """Where activations, not logits, are the peak, the difference itself is predicted."""
+    """With activations rather than logits at the peak, the formula predicts the difference."""
     config = shortened("smollm2-135m", 4)
     run = replace(SHORT, precision="fp32", label_share=0.01)
     shapes, plain = architecture(config, "four"), FinetuningMethod(targets=("all-linear",))
@@ -80,7 +80,7 @@ def test_dora_and_pissa_need_more_than_lora_and_the_formula_says_how_much() -> N
 
 
 def test_our_step_needs_less_than_the_libraries() -> None:
-    """Labels alone, in chunks, norms that keep their input, LoRA added in place."""
+    """Logits only at labels and in chunks, norms that save their input, LoRA added in place."""
     config = shortened("qwen3-8b", 6)
     ours = traced_peak(config, FinetuningMethod(), replace(STEP, checkpointing="none"))
     assert ours < 0.85 * traced_peak(

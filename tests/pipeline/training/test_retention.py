@@ -1,4 +1,4 @@
-"""What is to be retained: the divergence from the base, with the adapter off as the base, against a second copy."""
+"""Retention loss: the divergence from the base (the adapter disabled), against a second copy of the base."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from pipeline.project.runner import Job, Note
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retention import COMPLETION, RetentionLoss, retain_of
+from pipeline.training.retention import COMPLETION, RetentionLoss, load_retention_texts
 from pipeline.training.step import gradient
 from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, new_project
@@ -41,7 +41,7 @@ SPECS: dict[str, dict[str, Any]] = {
 
 
 def texts(lengths: tuple[int, ...] = LENGTHS) -> InMemoryDataset:
-    """Every token of a retained text is one on which answers are compared."""
+    """Retention texts; every token has a label."""
     return listed([Window(0, w.ids, w.ids) for w in windows_of(lengths, seed=5)])
 
 
@@ -80,7 +80,7 @@ def test_an_adapter_of_zeros_is_exactly_its_base_and_is_pulled_nowhere(spec: str
     retain = RetentionLoss(model.train(), texts(), settings())
     optimizer = FlatAdam(model)
     divergence = retain.divergence(one_batch(texts()))
-    rounding = 1e-9 if spec == "new rows" else 0  # of a product of three rows beside that of all
+    rounding = 1e-9 if spec == "new rows" else 0  # a product of three rows instead of all
     assert abs(divergence.item()) <= rounding
     torch.autograd.backward(divergence)
     assert optimizer.collect_gradients().item() < (1e-5 if dtype == torch.float32 else 1e-3)
@@ -92,7 +92,7 @@ def test_an_adapter_of_zeros_is_exactly_its_base_and_is_pulled_nowhere(spec: str
 def test_divergence_and_gradient_are_those_of_two_models_side_by_side(
     spec: str, lengths: tuple[int, ...], how: Any
 ) -> None:
-    """Trained for some steps first, so that all that trains has left the base; then loss and divergence together."""
+    """After some training steps, so that every trainable parameter differs from the base; loss plus divergence."""
     model, base, kept = adapted(**SPECS[spec]), stock(toy("qwen3", std=0.2)), texts(lengths)
     model.checkpoint_blocks(how)
     weighted = settings(retain_batch=len(lengths), epochs=3, learning_rate=2e-2)
@@ -104,7 +104,7 @@ def test_divergence_and_gradient_are_those_of_two_models_side_by_side(
     other = copy.deepcopy(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     found = gradient(model, batches[0], optimizer, retain, 0)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the base is off again"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the adapter is enabled again"
 
     loss = torch.stack([loss_alone(_as_theirs(other), window) for window in learned]).sum() / 19
     far = far_from(base, other, kept)
@@ -181,11 +181,11 @@ def test_what_is_retained_stays_closer_to_the_base_and_the_log_says_how_close(pr
     run_stage(project, "finetune_lora", [*LORA, *KEPT[:1], "finetune_lora.retain_weight=1e-9"])
     without = read_steps(project / "artifacts/lora_adapter/loss.csv")[-1]
     assert without.divergence is not None and with_help < without.divergence / 3
-    assert steps[-1].loss < 0.5 * steps[0].loss, "and the new is learned all the same"
+    assert steps[-1].loss < 0.5 * steps[0].loss, "the new texts are learned nevertheless"
 
 
 def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
-    """Greedily, as transformers' generate does it, before anything is trained."""
+    """Greedily, as in transformers' generate, before training."""
     prompts = ["The currency of", "Two and"]
     lines = [{"prompt": prompts[0]}, {"text": "The yen."}, {"prompt": prompts[1]}]
     (project / "data/mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -193,7 +193,7 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     whole = open_project(project / "params.yaml", overrides)
     folder = project / "artifacts/expanded"
     job = Job(whole, STAGES["finetune_lora"], project / "out", project / "runs", "", 100)
-    found, notes = played(retain_of(job, whole.params.finetune_lora, load_base(folder)))
+    found, notes = played(load_retention_texts(job, whole.params.finetune_lora, load_base(folder)))
     assert notes == [Note("finetune_lora: the base completes 2 prompts of data/mine.jsonl")]
     assert found is not None and [found.place(n) for n in range(3)] == [f"data/mine.jsonl:{n}" for n in (1, 2, 3)]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -207,7 +207,9 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
 
 
 def test_a_weight_without_texts_is_refused(project: Path) -> None:
-    with pytest.raises(UserError, match=r"retain_weight is set, but no file is. Name one in finetune_lora.retain"):
+    with pytest.raises(
+        UserError, match=r"retain_weight is set, but finetune_lora.retain is not. Set it to a data file"
+    ):
         run_stage(project, "finetune_lora", ["finetune_lora.retain_weight=2"])
 
 

@@ -1,4 +1,4 @@
-"""Many adapters in one pass: each is what it is when it trains alone, whatever becomes of the others."""
+"""Many adapters in one pass: each gets the result of training alone, whatever happens to the others."""
 
 import json
 import signal
@@ -45,7 +45,7 @@ def swept(root: Path, grid: Grid, overrides: Sequence[str] = (), **options: Any)
 
 
 def alone(root: Path, own: FinetuneLora, overrides: Sequence[str]) -> Path:
-    """The same adapter from finetune_lora: its folder."""
+    """Train the same adapter with finetune_lora; returns its folder."""
     keys: tuple[str, ...] = (
         "seed",
         "dora",
@@ -74,7 +74,7 @@ def assert_each_as_alone(root: Path, grid: Grid, overrides: Sequence[str] = (), 
         found, wanted = load_file(mine / WEIGHTS), load_file(other / WEIGHTS)
         assert found.keys() == wanted.keys()
         for key in wanted:
-            apart = float((found[key].float() - wanted[key].float()).norm())  # Adam makes much of a gradient near zero
+            apart = float((found[key].float() - wanted[key].float()).norm())  # Adam amplifies gradients near zero
             assert apart <= within * (1 + 10 * float(wanted[key].float().norm())), f"{name} {key}: {apart}"
         for file in ("adapter_config.json", "tokenizer.json"):
             assert (mine / file).read_bytes() == (other / file).read_bytes()
@@ -213,7 +213,7 @@ def test_where_sequences_share_a_row_what_is_not_finite_is_still_only_its_own(ll
 def test_where_all_diverge_it_says_so_and_what_was_there_stays(mini: Path) -> None:
     swept(mini, {"rank": [1]}, BRIEF)
     before = folder_bytes(mini / "artifacts" / "sweep")
-    with pytest.raises(UserError, match=r"finetune_sweep: no adapter is left.*Lower learning_rate"):
+    with pytest.raises(UserError, match=r"finetune_sweep: all adapters diverged.*Lower learning_rate"):
         swept(mini, {"learning_rate": [1e28, 1e30]}, BRIEF)
     assert folder_bytes(mini / "artifacts" / "sweep") == before
 
@@ -372,7 +372,7 @@ def test_adam_on_rows_is_adam_on_each_row(starts: list[list[float]], data: st.Da
 
 
 def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
-    """The columns of a lower rank, the layers of other targets: training must never wake them."""
+    """Rows of a lower rank and layers that are not targeted: training must leave them zero."""
     from pipeline.models.load import load_base
     from pipeline.stages.finetune import lora_spec
     from pipeline.training.batched.loop import AdapterProgress, steps

@@ -1,4 +1,4 @@
-"""The loop against plain torch on the stock model, and what it leaves on the disk."""
+"""The loop against plain torch on the stock model, and the files it writes."""
 
 import math
 import re
@@ -56,7 +56,7 @@ def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
 
 
 def cut_of(sizes: list[tuple[int, int, int]]) -> list[Window]:
-    """Windows by start: so many tokens without a label, with one, and without again."""
+    """One window per triple: the numbers of tokens without a label, with one, and without one again."""
     return [
         Window(i, tuple(range(10, 10 + a + b + c)), (IGNORED,) * a + tuple(range(11 + a, 11 + a + b)) + (IGNORED,) * c)
         for i, (a, b, c) in enumerate(sizes)
@@ -64,9 +64,9 @@ def cut_of(sizes: list[tuple[int, int, int]]) -> list[Window]:
 
 
 def sequences_of(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
-    """Ids, positions and labels of each sequence, however the batch lays them out."""
+    """Ids, positions and labels of each sequence, packed or stacked."""
     labels = torch.full((batch.ids.numel(),), IGNORED)
-    labels[slice(None) if batch.at is None else batch.at] = batch.labels
+    labels[slice(None) if batch.label_index is None else batch.label_index] = batch.labels
     if batch.segments is None:
         rows = [row.tolist() for t in (batch.ids, batch.positions, labels.view_as(batch.ids)) for row in t]
         return list(zip(*(rows[i * len(batch.ids) : (i + 1) * len(batch.ids)] for i in range(3)), strict=True))
@@ -90,13 +90,13 @@ def test_an_epoch_holds_every_window_once_without_a_token_more_than_its_labels_n
         for index in range(len(batches)):
             step = batches[epoch * len(batches) + index]
             numbers = [number for batch in step for number in batch.numbers]
-            assert batches.places(epoch * len(batches) + index) == [f"f.txt:{n + 1}" for n in numbers]
+            assert batches.locations(epoch * len(batches) + index) == [f"f.txt:{n + 1}" for n in numbers]
             if index < len(batches) - 1:
                 assert [len(batch.numbers) for batch in step] == [batch_size] * accumulate
             for batch in step:
                 assert batch.tokens == sum(sizes[number][1] for number in batch.numbers)
                 for number, (ids, positions, labels) in zip(batch.numbers, sequences_of(batch), strict=True):
-                    kept = sizes[number][0] + sizes[number][1]  # what comes after the last label is read by nothing
+                    kept = sizes[number][0] + sizes[number][1]  # tokens after the last label do not affect the loss
                     assert ids == list(range(10, 10 + kept))
                     assert positions == list(range(number, number + kept))
                     assert labels == list(cut[number].labels[:kept])
@@ -123,7 +123,7 @@ def test_batches_are_the_same_from_wherever_one_starts() -> None:
     forward = [ids(Batches(cut, 4, 7, 2), step) for step in range(9)]
     one = Batches(cut, 4, 7, 2)
     assert [ids(one, step) for step in reversed(range(9))] == forward[::-1]
-    assert forward[:3] != forward[3:6], "epochs are shuffled anew"
+    assert forward[:3] != forward[3:6], "each epoch is shuffled differently"
 
 
 def test_the_largest_step_is_the_one_with_the_most_tokens_in_a_batch() -> None:
@@ -132,7 +132,7 @@ def test_the_largest_step_is_the_one_with_the_most_tokens_in_a_batch() -> None:
     tokens = [max(batch.ids.numel() for batch in batches[step]) for step in range(2 * len(batches))]
     assert len(set(tokens)) > 2
     for steps_ in (range(8), range(3, 8), range(5, 6)):
-        assert tokens[batches.largest(steps_)] == max(tokens[step] for step in steps_)
+        assert tokens[batches.largest_step(steps_)] == max(tokens[step] for step in steps_)
 
 
 def test_frozen_rows_and_rows_that_are_not_read_get_no_gradient(brief: Path) -> None:
@@ -147,7 +147,7 @@ def test_frozen_rows_and_rows_that_are_not_read_get_no_gradient(brief: Path) -> 
     name = "model.decoder.embed_tokens.weight"
     assert {key for key, value in after.items() if not torch.equal(value, before[key])} == {name}
     rows = (after[name] != before[name]).any(dim=1).nonzero().flatten().tolist()
-    assert rows == [5, 6], "the rows that were read before a label, and no pad's"
+    assert rows == [5, 6], "the rows of tokens before a label, and not the padding's"
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(project: Path) -> None:
@@ -176,7 +176,7 @@ def test_the_run_log_has_the_contracts_columns_and_every_step(finished: Path) ->
 
 
 def test_the_prediction_follows_every_choice_of_targets(project: Path) -> None:
-    """Also names of one module, the head, and all-linear: what can be trained can be predicted."""
+    """Also the name of a single module, the head, and all-linear: whatever can be trained can be predicted."""
     for targets in (
         "lm_head",
         "[fc1, lm_head]",

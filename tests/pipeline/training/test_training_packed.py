@@ -1,4 +1,4 @@
-"""Sequences end to end are each read alone, logits are made where labels stand, and every label weighs the same."""
+"""Packed sequences do not see each other, logits are computed only at labels, and every label has the same weight."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from tests.helpers.families import FAMILIES
 from tests.helpers.real import ROWS, listed, loss_alone, stock, toy, trained, windows_of
 
 LENGTHS = (7, 1, 12, 5, 2, 19)
-CONVOLVES: dict[str, Any] = {  # its short convolutions run over the border between two sequences
+CONVOLVES: dict[str, Any] = {  # its short convolutions cross the border between two sequences
     "model_type": "lfm2",
     "vocab_size": ROWS,
     "hidden_size": 32,
@@ -83,7 +83,7 @@ def test_pitfall_16_a_token_changed_in_one_sequence_changes_no_number_of_another
     model, batch = toy("llama"), collate(windows_of(LENGTHS))
     assert batch.segments is not None
     other = batch.ids.clone()
-    other[0, 8] = (other[0, 8] + 1) % ROWS  # the first token of the third sequence, the longest but one
+    other[0, 8] = (other[0, 8] + 1) % ROWS  # the first token of the third sequence
     with torch.no_grad():
         before, after = (model.hidden_states(ids, batch.positions, batch.segments)[0] for ids in (batch.ids, other))
     same = (before == after).all(dim=-1)
@@ -113,7 +113,7 @@ def test_sequences_of_one_length_stack_and_are_read_at_once_by_any_model() -> No
 
 @contextmanager
 def rows_of(head: nn.Module) -> Iterator[list[int]]:
-    """How many rows the head makes logits of, each time it runs meanwhile."""
+    """The number of rows of each call of the head inside the context."""
     rows: list[int] = []
     hook = head.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // args[0].shape[-1]))
     try:
@@ -153,7 +153,9 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits_at_once(
     exact = hidden.detach().float().requires_grad_()
     expected = torch.nn.functional.cross_entropy(wide(exact), labels)
     torch.autograd.backward(expected * 3)
-    loss = losses.mean_of(losses.cross_entropy(head), hidden, labels, size, list(head.parameters()) if trains else ())
+    loss = losses.chunked_mean(
+        losses.cross_entropy(head), hidden, labels, size, list(head.parameters()) if trains else ()
+    )
     torch.autograd.backward(loss * 3)
     rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (0.03, 0.01)
     assert_close(loss, expected, rtol=rtol, atol=atol)

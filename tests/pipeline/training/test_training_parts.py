@@ -1,4 +1,4 @@
-"""Parts of a step: the learning rate, clipping, checkpointing; and an evaluation that keeps no logits."""
+"""Parts of a step: learning rate, clipping, checkpointing; and an evaluation that holds no logits."""
 
 import math
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def test_clipping_warm_up_and_decay_are_those_of_plain_pytorch(clip: float) -> N
         adam.param_groups[0]["lr"] = rate(settings, record.step, 12)
         adam.step()
         assert record.loss == pytest.approx(loss.item(), rel=1e-4)
-        assert record.grad_norm == pytest.approx(float(norm), rel=1e-3), "the norm before it is clipped"
+        assert record.grad_norm == pytest.approx(float(norm), rel=1e-3), "the norm before clipping"
     assert (2 < clipped < 10) == (clip == 4.5), "Adam would not tell a gradient that is always shortened from any other"
     for name, weight in theirs.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-3, atol=3e-4, msg=name)
@@ -185,7 +185,7 @@ def long(tokens: int) -> list[Example]:
 
 
 def scored(tmp_path: Path, examples: list[Example], live: TensorMemoryMeter) -> tuple[int, float, float]:
-    """Tokens, loss and divergence of a wide model from another."""
+    """Number of tokens, loss and divergence of a model with a large vocabulary."""
     tokenizer().save_pretrained(tmp_path)
     words = SubwordTokenizer.load(tmp_path)
     shape: dict[str, Any] = {"vocab_size": WIDE, "max_position_embeddings": 8192}
@@ -203,7 +203,7 @@ def test_pitfall_23_evaluation_keeps_no_logits(tmp_path: Path, texts: Callable[[
     fewer, *_ = scored(tmp_path, texts(600), few)
     tokens, *_ = scored(tmp_path, texts(5000), many)
     assert tokens > 3000 and fewer > 400
-    assert many.peak - few.peak < (tokens - fewer) * WIDE * 4 / 20, "what more tokens cost is their hidden states"
+    assert many.peak - few.peak < (tokens - fewer) * WIDE * 4 / 20, "more tokens cost only their hidden states"
     assert many.peak < tokens * WIDE * 4 / 2
 
 

@@ -1,4 +1,4 @@
-"""Training in 16 bits: fp16's loss scale, fp32 weights behind 16-bit ones, and what is written of them."""
+"""Training in 16 bits: fp16 loss scaling, fp32 master weights, and the saved precision."""
 
 import math
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_pitfall_18_fp16_an_fp16_base_trains_fp32_adapters_on_the_cpu() -> None:
 
 
 def run_from(scale: float) -> tuple[list[Step], dict[str, Tensor], list[float], int]:
-    """Records, adapters, the scale after each step, and how often the model was run, from an initial loss scale."""
+    """Train from an initial loss scale: records, adapters, the scale after each step, number of forward passes."""
     model = with_lora(toy("llama", torch.float16), torch.float32)
     optimizer = FlatAdam(model.train(), scaled=True)
     optimizer.restore({**optimizer.state(), "loss_scale": torch.tensor([scale, 0.0])})
@@ -72,7 +72,7 @@ def test_pitfall_18_fp16_an_overflow_halves_the_scale_and_repeats_the_step_so_th
     calm, others, constant, once = run_from(scales[-1])
     assert constant == [scales[-1]] * len(calm)
     assert reads == once + halvings
-    assert calm == records, "no step is left out, and none is taken from what overflowed"
+    assert calm == records, "no step is skipped, and none uses an overflowed gradient"
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
 
 
@@ -124,7 +124,7 @@ def test_pitfall_18_fp16_goes_through_the_stage_and_full_fine_tuning_too(tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_updates_too_small_for_16_bits_add_up_behind_them(dtype: torch.dtype) -> None:
-    """By 1e-4 from 1.0, where the next smaller bf16 number is 0.996: Adam on the weights themselves never moves."""
+    """Steps of 1e-4 from 1.0, where the next smaller bf16 number is 0.996: Adam on bf16 weights never moves."""
     model, plain = (nn.Linear(3, 2, bias=False).to(dtype) for _ in range(2))
     for module in (model, plain):
         nn.init.ones_(module.weight)
@@ -149,7 +149,7 @@ def weights_of(root: Path, name: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An fp32 base, ready to be trained. Each test makes another stage of it."""
+    """An fp32 base, ready to train. Each test runs another stage on it."""
     root = new_project(tmp_path_factory.mktemp("precision") / "p", FAMILIES["qwen3"])  # not tied
     make(root, ["pretrain", "expand_vocab"])
     return root
@@ -178,7 +178,7 @@ def test_layers_frozen_in_bf16_stay_those_of_the_fp32_checkpoint_bit_for_bit(exp
     half = ["finetune_freeze.precision=bf16", "finetune_freeze.train_embeddings=false"]
     make(expanded, ["finetune_freeze"], half)
     before, after = weights_of(expanded, "expanded"), weights_of(expanded, "layer_frozen")
-    assert any((t != t.bfloat16().float()).any() for t in before.values()), "bf16 would have shown"
+    assert any((t != t.bfloat16().float()).any() for t in before.values()), "the weights are not bf16 values"
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".layers.1." in name}
     assert {t.dtype for t in after.values()} == {torch.float32}

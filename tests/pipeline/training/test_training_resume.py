@@ -1,4 +1,4 @@
-"""Runs of a real model's architecture that stop: killed and resumed, early because nothing gets better, on a NaN."""
+"""Runs that stop: killed and resumed, stopped early, stopped by a NaN."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def given(**changes: object) -> list[str]:
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 base, ready to be trained on two dozen texts of very different lengths. Read it; do not write to it."""
     root = new_project(tmp_path_factory.mktemp("resume") / "p", FAMILIES["llama"], torch.bfloat16)
-    (root / "base/chat_template.jinja").unlink()  # each process would start another one to render it
+    (root / "base/chat_template.jinja").unlink()  # each process would start another to render it
     words = " ".join(TEXTS).split()
     write(root / "data/lines.jsonl", [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)])
     make(root, ["pretrain", "expand_vocab"])
@@ -72,7 +72,7 @@ def project(expanded: Path, tmp_path: Path) -> Path:
 
 
 def stopped_after(root: Path, overrides: list[str], last: int, every: int) -> None:
-    """Run the stage with a checkpoint each `every` steps, and let it die after step `last`."""
+    """Run the stage with a checkpoint every `every` steps, and abandon it after step `last`."""
     project = open_project(root / "params.yaml", overrides)
     events = run(project, STAGES[STAGE], WORK[STAGE], checkpoint_every=every)
     next(event for event in events if isinstance(event, Progress) and event.done == last)
@@ -128,7 +128,7 @@ def test_pitfall_20_resume_gives_the_bytes_of_an_unbroken_run_wherever_it_was_ki
             stopped_after(project, overrides, stop, every)
         said = run_stage(project, STAGE, overrides)
         done = stops[-1] // every * every
-        assert (f"resumed after step {done}" in said) == (done > 0), "no step is skipped, none is done anew"
+        assert (f"resumed after step {done}" in said) == (done > 0), "no step is skipped or repeated"
         assert folder_bytes(project / FOLDER) == expected, (stops, every)
 
 
@@ -168,14 +168,15 @@ def test_pitfall_20_resume_after_sigkill(project: Path) -> None:
 
 
 def test_training_stops_when_nothing_gets_better_and_gives_the_weights_of_its_best_step(project: Path) -> None:
-    """The best step ends an epoch, so that a run of so many epochs, without patience, ends with those weights."""
+    """The best step ends an epoch, so a run of that many epochs without patience ends with the same weights."""
     settings = {"schedule": "constant", "eval_every": 0, "retain_weight": 0}
     said = run_stage(project, STAGE, given(**settings, epochs=40, patience=2))
     found = read_steps(project / FOLDER / "loss.csv")
     losses = [step.eval_loss for step in found if step.eval_loss is not None]
     best = losses.index(min(losses)) + 1
     assert 1 < best < 38 and len(losses) == best + 2, "two evaluations after the best one"
-    assert f"stopped at step {found[-1].step} of {40 * found[-1].step // len(losses)}: no better loss" in said
+    total = 40 * found[-1].step // len(losses)
+    assert f"stopped at step {found[-1].step} of {total}: the evaluation loss no longer improves" in said
     stopped = load_file(project / FOLDER / "adapter_model.safetensors")
     run_stage(project, STAGE, given(**settings, epochs=best, patience=0))
     cut = load_file(project / FOLDER / "adapter_model.safetensors")
@@ -183,11 +184,11 @@ def test_training_stops_when_nothing_gets_better_and_gives_the_weights_of_its_be
     assert cut.keys() == stopped.keys() and all(torch.equal(cut[name], stopped[name]) for name in cut)
     run_stage(project, STAGE, given(**settings, epochs=len(losses), patience=0))
     last = load_file(project / FOLDER / "adapter_model.safetensors")
-    assert any(not torch.equal(last[name], stopped[name]) for name in last), "the last weights are others"
+    assert any(not torch.equal(last[name], stopped[name]) for name in last), "the last weights differ"
 
 
 def test_the_evaluation_is_the_loss_of_the_examples_held_out_and_of_no_other(project: Path) -> None:
-    """Held out are those that a run on them alone, at a rate of nothing, has as its loss."""
+    """The evaluation loss equals the loss of a run on the held-out examples alone at almost no learning rate."""
     data = project / "data/lines.jsonl"
     found = list(iter_examples(data, "lines"))
     held = [example for example in found if in_evaluation(example, 0.3)]
@@ -220,7 +221,7 @@ def test_lines_that_are_added_move_no_example_between_training_and_evaluation(tm
 
 
 def with_a_nan(root: Path) -> Path:
-    """One token's embedding is infinite, which the first norm makes NaN, and line 8 alone has that token."""
+    """One token's embedding is infinite, which the first norm turns into NaN; only line 8 has that token."""
     root = new_project(root, FAMILIES["qwen3"], torch.bfloat16)
     tokenizer = load_base(root / "base").tokenizer
     words = [word for word in " ".join(TEXTS).split() if "J" not in word]
@@ -245,7 +246,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
     with pytest.raises(UserError) as error:
         run_stage(root, STAGE, overrides)
     message = str(error.value)
-    assert "finetune_lora: the loss is nan and the gradient's norm nan at step " in message
+    assert "finetune_lora: the loss is nan and the gradient norm nan at step " in message
     assert "data/lines.jsonl:8" in message and message.count("data/lines.jsonl:") == 2, "the batch's two lines"
     assert "Lower finetune_lora.learning_rate" in message and "are kept in runs/finetune_lora." in message
     step = int(message.split(" at step ")[1].split(",")[0])
@@ -267,7 +268,7 @@ def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path) -> N
     write(root / "data/lines.jsonl", ["a plain line", "another one"])
     kept = {"retain": "data/kept.jsonl", "retain_weight": 1, "retain_batch": 1}
     overrides = given(epochs=9, patience=0, eval_share=0, eval_every=0, accumulate=1, train_embeddings="none", **kept)
-    with pytest.raises(UserError, match=r"the divergence from the base nan and the gradient's norm nan at") as error:
+    with pytest.raises(UserError, match=r"the divergence from the base nan and the gradient norm nan at") as error:
         run_stage(root, STAGE, overrides)
     assert "on data/kept.jsonl:2. Lower" in str(error.value) and "the loss is nan" not in str(error.value)
 
@@ -275,7 +276,7 @@ def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path) -> N
 def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_weights_that_were_not_logged(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step has been taken, its record has not been written: going on from there would take it twice."""
+    """The optimizer has taken the step, but its record is not logged: a checkpoint would repeat it on resume."""
     overrides, real, seen = given(patience=0, epochs=4), Evaluation.after_step, list[int]()
 
     def going(self: Evaluation, model: CausalLM, optimizer: FlatAdam) -> float:

@@ -1,4 +1,4 @@
-"""Several updates as one: against their plain sum, and against PEFT's combinations."""
+"""Combined updates, against their dense sum and against PEFT's combinations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ def total(updates: Sequence[LowRank], weights: Sequence[float]) -> Tensor:
 
 
 def of_one_matrix(found: Several, how: CombineOptions) -> tuple[Tensor, float]:
-    """The combined (O, I), and how far off it says it is."""
+    """The combined update (O, I) and its reported error."""
     updates, weights = found
     made = combine([{"m": one} for one in updates], weights, how)
     one = made.updates["m"]
@@ -104,7 +104,7 @@ def matrices(*dense: Tensor) -> list[LowRank]:
         # kept: 4, 2 of the one, −3, 3 of the other; signs of their sums: + everywhere
         (0.5, (1.0, 1.0), [[4.0, 0.0], [2.0, 3.0]]),
         (0.5, (0.5, 2.0), [[2.0, 0.0], [1.0, 6.0]]),
-        # all kept; where both have the elected sign, their mean: (−1 − 2)/2, (2 + 1)/2, (0.5 + 3)/2
+        # all kept; the mean where both have the elected sign: (−1 − 2)/2, (2 + 1)/2, (0.5 + 3)/2
         (1.0, (1.0, 1.0), [[4.0, -1.5], [1.5, 1.75]]),
     ],
 )

@@ -1,4 +1,4 @@
-"""`lora adapters import`: an adapter from elsewhere is bound to its base, or does not get in."""
+"""`lora adapters import`: an adapter from elsewhere is bound to its base or rejected."""
 
 import hashlib
 import json
@@ -108,7 +108,7 @@ def test_a_base_of_the_same_shape_is_refused_where_the_one_it_names_is_known_to_
 
 
 def peft_of_embeddings(folder: Path, base: Path) -> None:
-    """As PEFT saves it: with the base's own embedding beside its LoRA."""
+    """As PEFT saves it: with the base's embedding next to the LoRA."""
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "embed_tokens"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
 
@@ -178,6 +178,6 @@ def test_an_import_replaces_an_earlier_one_and_nothing_else(cli: Lora, root: Pat
     assert imported(cli, root, source="other")[0] == imported(cli, root)[0] == 0
     assert (root / "mine" / WEIGHTS).read_bytes() == (root / "one" / WEIGHTS).read_bytes()
     before = folder_bytes(root)
-    for out, message in (("other", "exists and holds something else"), ("one", "is what is read")):
+    for out, message in (("other", "exists and holds other files"), ("one", "is also an input")):
         assert message in refusal(cli("adapters", "import", "one", "--out", out, cwd=root))
     assert folder_bytes(root) == before

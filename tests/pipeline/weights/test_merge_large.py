@@ -1,4 +1,4 @@
-"""A checkpoint of two gigabytes merged by the real command, in a fraction of its size of memory."""
+"""The real command merges a checkpoint of two gigabytes with a fraction of that memory."""
 
 import shutil
 import subprocess
@@ -25,7 +25,7 @@ from tests.helpers.reference_merge import merged
 BLOCKS, SHARDS, RANK, ALPHA = 20, 5, 8, 16
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": BLOCKS, "vocab_size": 32_000}
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": False}
-PEAK = 500e6  # bytes that may be resident
+PEAK = 500e6  # bytes of resident memory
 MEASURED = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:]).returncode
@@ -36,7 +36,7 @@ sys.exit(code)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Emptied at once: pytest keeps the folders of its last runs."""
+    """Deleted afterwards: pytest keeps the folders of its last runs."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
@@ -58,13 +58,13 @@ def write_base(folder: Path) -> None:
 
 
 def sixteen_bits(count: int) -> Tensor:
-    """bf16 whose signs and fractions are random, of sizes from 1/128 to 1/64."""
+    """bf16 values with random sign and mantissa, of magnitude 1/128 to 1/64."""
     bits = torch.randint(-(2**15), 2**15, (count,), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
     return bits.bitwise_and_(-0x7F81).bitwise_or_(0x3C00).view(torch.bfloat16)
 
 
 def write_adapter(folder: Path, base: Path) -> None:
-    """For all linears, as PEFT writes it."""
+    """An adapter for all linear layers, as PEFT writes it."""
     folder.mkdir()
     write_json(folder / "adapter_config.json", config_of(AdapterSpec(RANK, ALPHA, "all-linear"), str(base), False))
     random, found = torch.Generator().manual_seed(1), {}

@@ -1,4 +1,4 @@
-"""Spectra of what fine-tuning changed, against numpy; and the LoRA that is nearest to it, against the tuned model."""
+"""Spectra of what fine-tuning changed, against numpy; and the extracted LoRA, against the tuned model."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def drawn(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def by(size: int, matrix: Tensor) -> Read:
-    """A matrix that is read so many rows at a time."""
+    """A matrix that is read `size` rows at a time."""
 
     def read() -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(matrix), size):
@@ -60,7 +60,7 @@ def values_of(matrix: Tensor) -> np.ndarray[Any, Any]:
 def test_singular_values_of_a_matrix_read_in_pieces_are_numpys(rows: int, columns: int, size: int) -> None:
     matrix = drawn(rows, columns)
     found, wanted = singular(by(size, matrix), columns, 4), values_of(matrix)
-    assert found.whole and found.error == 0
+    assert found.complete and found.error == 0
     np.testing.assert_allclose(found.values[: len(wanted)], wanted, rtol=1e-9, atol=1e-7 * wanted[0])
     assert (found.values[len(wanted) :] <= 1e-7 * wanted[0]).all()
     torch.testing.assert_close(found.right.T @ found.right, torch.eye(columns, dtype=torch.float64))
@@ -80,12 +80,12 @@ def test_the_factors_are_the_nearest_matrix_of_their_rank(rows: int, columns: in
 def test_values_of_a_wide_matrix_are_none_too_large_and_as_near_as_it_says(
     spectrum: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(singular_module, "WHOLE", 50)
+    monkeypatch.setattr(singular_module, "FULL_COLUMNS", 50)
     decay = {"flat": torch.ones(200), "decays": 1 / torch.arange(1.0, 201), "low rank": (torch.arange(200) < 5) + 0.0}
     left, right = (torch.linalg.qr(drawn(300, 300, seed)).Q for seed in (1, 2))
     matrix = (left[:, :200] * decay[spectrum]) @ right[:200] + 0.01 * drawn(300, 300)
     found, wanted = singular(by(64, matrix), 300, 20), values_of(matrix)
-    assert not found.whole and len(found.values) == 20
+    assert not found.complete and len(found.values) == 20
     assert (found.values.numpy() <= wanted[:20] * (1 + 1e-9)).all()
     off = [abs(wanted - value).min() for value in found.values.tolist()]
     assert max(off) <= found.error * float(found.values[0]) + 1e-9
@@ -103,7 +103,7 @@ def test_energy_and_ranks_are_those_of_the_squares() -> None:
     assert one.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()))
     even = Measured("w", (8, 8), 0.0, 8**0.5, (1.0,) * 8)
     assert even.relative is None and even.stable_rank == pytest.approx(8) == pytest.approx(even.effective_rank or 0)
-    part = Measured("w", (900, 2000), 1.0, 5.0, (3.0,), whole=False)
+    part = Measured("w", (900, 2000), 1.0, 5.0, (3.0,), complete=False)
     assert part.energy(1) == pytest.approx(0.36) and part.energy(2) is part.effective_rank is part.rank_of(0.9) is None
 
 
@@ -119,7 +119,7 @@ def test_the_overlap_of_subspaces_is_the_papers_formula(k: int, n: int, seed: in
 
 
 def test_random_subspaces_overlap_by_the_larger_share_of_the_space() -> None:
-    """E φ(i, j) = max(i, j) / n, which is what φ of what was learned is to be compared with."""
+    """E φ(i, j) = max(i, j) / n, the baseline for φ of trained updates."""
     pairs = [[torch.linalg.qr(drawn(40, 8, 2 * seed + which).double()).Q for which in (0, 1)] for seed in range(200)]
     mean = torch.stack([overlaps(*pair) for pair in pairs]).mean(0)
     for i, j in ((1, 1), (2, 8), (8, 8), (4, 1)):
@@ -185,7 +185,7 @@ def test_a_checkpoints_spectra_are_numpys_in_one_file_or_in_several(base: Path, 
     old, new = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
     found = measured(base, tuned)
     assert found == measured(base, sharded(tuned, tmp_path / "shards"))
-    assert {one.name for one in found.tensors} == old.keys() and not found.unsaid
+    assert {one.name for one in found.tensors} == old.keys() and not found.skipped
     for one in found.tensors:
         delta = (new[one.name].double() - old[one.name].double()).numpy()
         assert one.change == pytest.approx(np.linalg.norm(delta))
@@ -203,7 +203,7 @@ def test_a_16_bit_checkpoint_is_compared_with_a_32_bit_one(base: Path, tmp_path:
     weights = {name: t.bfloat16() for name, t in load_file(base / "model.safetensors").items()}
     save_file(weights, half / "model.safetensors")
     one = next(one for one in measured(base, half).tensors if one.name == "lm_head.weight")
-    assert one.relative == pytest.approx(2**-7 / 28**0.5, rel=0.05)  # steps of 2⁻⁷ of numbers even in [1, 2]
+    assert one.relative == pytest.approx(2**-7 / 28**0.5, rel=0.05)  # rounding steps of 2⁻⁷ in [1, 2]
 
 
 def test_an_adapters_spectra_are_its_own_beside_its_bases_weights(base: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_at_the_updates_own_rank_base_and_lora_are_the_tuned_model(base: Path, t
     tuned = tuned_from(base, tmp_path / "tuned", 3)
     found = extracted(base, tuned, tmp_path / "lora", 3)
     assert (found.rank, found.left_out) == (3, []) and found.held == pytest.approx(1)
-    assert len(found.low_rank) == 12 and len(found.whole) == 2
+    assert len(found.low_rank) == 12 and len(found.in_full) == 2
     torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-4, rtol=1e-4)
     assert (logits(base) - logits(tuned)).abs().max() > 0.1
     verify(tmp_path / "lora")
@@ -247,7 +247,7 @@ def test_what_no_low_rank_carries_is_named_and_counted(base: Path, tmp_path: Pat
     changed = {one.name: one for one in found.spectra.tensors if one.change}
     held = sum((one.energy(2) or 0) * one.change**2 for name, one in changed.items() if name not in found.left_out)
     assert found.held == pytest.approx(held / sum(one.change**2 for one in changed.values()))
-    assert {"lm_head.weight", "model.decoder.embed_tokens.weight"} <= {*found.left_out} and not found.whole
+    assert {"lm_head.weight", "model.decoder.embed_tokens.weight"} <= {*found.left_out} and not found.in_full
     assert {name for name, one in changed.items() if not one.values} <= {*found.left_out}
     assert len(changed) == len(found.left_out) + len(found.low_rank)
 
@@ -287,7 +287,7 @@ def test_a_layer_that_did_not_change_gets_no_lora(base: Path, tmp_path: Path) ->
 
 def test_nothing_is_written_where_there_is_nothing_to_hold(base: Path, tmp_path: Path) -> None:
     only_ends = tuned_from(base, tmp_path / "ends", 2, linears=False)
-    for tuned, reason in ((base, "equal weights"), (only_ends, "no linear of a block")):
+    for tuned, reason in ((base, "equal weights"), (only_ends, "no linear layer of a block")):
         other = tmp_path / "copy" if tuned == base else tuned
         if tuned == base:
             shutil.copytree(base, other)

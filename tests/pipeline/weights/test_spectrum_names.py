@@ -1,4 +1,4 @@
-"""Two checkpoints of one model whose files name and store it otherwise, and tied ends, which are one matrix."""
+"""Checkpoints of one model with different tensor names or layout, and tied embedding and head."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def saved(folder: Path, family: str, tied: bool = True) -> Path:
 
 
 def stored_so(folder: Path, out: Path, change: Callable[[Weights], Weights]) -> Path:
-    """The same checkpoint whose file holds something else."""
+    """The same checkpoint with other tensors in its file."""
     shutil.copytree(folder, out)
     weights = change(load_file(folder / "model.safetensors"))
     save_file(
@@ -46,7 +46,7 @@ def with_head(weights: Weights) -> Weights:
 
 
 def in_full(out: Path, base: Path, *ends: str) -> Path:
-    """An adapter that trained some matrices' A and B, and these modules in full: as one, where they are tied."""
+    """An adapter with LoRA on some matrices, and modules in full; tied ones as one."""
     model, spec = opened(base), AdapterSpec(2, 2.0, ("q_proj",), saved=ends)
     attach(model, spec)
     generator = torch.Generator().manual_seed(1)
@@ -106,7 +106,7 @@ def test_a_tied_head_counts_once_whether_or_not_a_file_stores_it(tied: Path, tun
     wanted = measured(tied, tuned)
     base = stored_so(tied, tmp_path / "base+head", with_head)
     assert measured(base, tuned) == measured(tied, stored_so(tuned, tmp_path / "tuned+head", with_head)) == wanted
-    assert not wanted.unsaid
+    assert not wanted.skipped
     found = extracted(base, tuned, tmp_path / "lora", 2)
     assert found.held == pytest.approx(1) and found.spectra == wanted
     torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-3, rtol=1e-3)
@@ -122,14 +122,14 @@ def test_a_head_that_training_untied_is_set_against_the_embedding_it_was(
     old, new = (load_file(folder / "model.safetensors") for folder in (tied, untied))
     assert found[HEAD].change == pytest.approx(float((new[HEAD] - old[EMBEDDING]).norm()))
     assert found[EMBEDDING].change == pytest.approx(float((new[EMBEDDING] - old[EMBEDDING]).norm()))
-    whole = extracted(tied, untied, tmp_path / "lora", 2).whole
+    whole = extracted(tied, untied, tmp_path / "lora", 2).in_full
     assert {*whole} == {HEAD, EMBEDDING}
     torch.testing.assert_close(logits(tied, tmp_path / "lora"), logits(untied), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("bare", ["base", "tuned"])
 def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(bare: str, tmp_path: Path) -> None:
-    """The hub's GPT-2 is stored as `h.0.…`, what was trained of it as `transformer.h.0.…`."""
+    """The hub's GPT-2 is stored as `h.0.…`, fine-tuned ones as `transformer.h.0.…`."""
     base = saved(tmp_path / "gpt2", "gpt2")
     folders = {"base": base, "tuned": tuned_from(base, tmp_path / "tuned", 2)}
     wanted = measured(*folders.values())
@@ -139,7 +139,7 @@ def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(bare: str
 
     folders[bare] = stored_so(folders[bare], tmp_path / "bare", without_body)
     found = measured(*folders.values())
-    assert [one.values for one in found.tensors] == [one.values for one in wanted.tensors] and not found.unsaid
+    assert [one.values for one in found.tensors] == [one.values for one in wanted.tensors] and not found.skipped
     extracted(folders["base"], folders["tuned"], tmp_path / "lora", 2)
     wanted_logits = logits(folders["tuned"])
     torch.testing.assert_close(logits(folders["base"], tmp_path / "lora"), wanted_logits, atol=1e-3, rtol=1e-3)
@@ -147,17 +147,17 @@ def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(bare: str
 
 @pytest.mark.parametrize("older", ["base", "tuned"])
 def test_what_one_file_alone_has_is_told(older: str, tied: Path, tuned: Path, tmp_path: Path) -> None:
-    """Old Llama files hold the frequencies of their positions."""
+    """Old Llama files contain rotary frequencies."""
     folders, wanted = {"base": tied, "tuned": tuned}, measured(tied, tuned)
     positions = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(3)}
     other = next(folder for name, folder in folders.items() if name != older)
     folders[older] = stored_so(folders[older], tmp_path / "older", lambda weights: weights | positions)
     found = measured(*folders.values())
     assert found.tensors == wanted.tensors
-    assert found.unsaid == [f"{next(iter(positions))} and 2 more, which {other} has not"]
+    assert found.skipped == [f"{next(iter(positions))} and 2 more, missing in {other}"]
     assert extracted(folders["base"], folders["tuned"], tmp_path / "lora", 2).spectra == found
 
 
 def test_models_without_a_matrix_in_common_are_two(tied: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no matrix that .* has: they are two models"):
+    with pytest.raises(UserError, match=r"no matrix in common: they are different models"):
         measured(tied, saved(tmp_path / "gpt2", "gpt2"))

@@ -57,7 +57,7 @@ def _model(project: Project) -> str:
         return "minigpt"
     for folder in _made(project):
         return str(folder)
-    source = base_model.named(pretrain.base, project.home("pretrain").root)
+    source = base_model.parse_source(pretrain.base, project.home("pretrain").root)
     return str(source.path) if source.is_local else source.hub_id
 
 
