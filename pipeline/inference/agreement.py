@@ -108,7 +108,7 @@ def refuse_other_tokens(base: Path, tuned: Path, examples: Sequence[Example]) ->
         if mine != theirs:
             at = next(n for n, (one, other) in enumerate(zip_longest(mine, theirs), start=1) if one != other)
             raise UserError(
-                f"{example.place}: {base} and {tuned} must read it as the same tokens, but differ in token {at} of "
+                f"{example.location}: {base} and {tuned} must read it as the same tokens, but differ in token {at} of "
                 f"{len(mine)} and {len(theirs)}. Give both one tokenizer and chat template, or leave out --data."
             )
 

@@ -62,7 +62,8 @@ def score(loaded: LoadedModel, examples: Sequence[Example], base: EvalScores | N
     for number, (example, one) in enumerate(zip(examples, encoded, strict=True)):
         if base is not None and base.ids[number] != one.ids:
             raise UserError(
-                f"{example.place}: {loaded.name} reads it as other tokens than the base. Take the new tokens out of it."
+                f"{example.location}: {loaded.name} tokenizes it differently from the base. Remove the new tokens "
+                "from it."
             )
     all_hidden = list(packed_hidden_states(model, [one.ids[:-1] for one in encoded]))
     for number, (one, hidden) in enumerate(zip(encoded, all_hidden, strict=True)):
@@ -121,18 +122,20 @@ def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bo
     """Does the greedy completion of an example's prompt, or its first `given` words, give the rest, and end there?"""
     prompt, rest = _asked(loaded, example, given)
     tokenizer = loaded.tokenizer
-    limit = len(tokenizer.following(rest)) + 4
-    return tokenizer.normal(complete(loaded, prompt, limit)) == tokenizer.normal(rest)
+    limit = len(tokenizer.encode_following(rest)) + 4
+    return tokenizer.normalize(complete(loaded, prompt, limit)) == tokenizer.normalize(rest)
 
 
 def _asked(loaded: LoadedModel, example: Example, given: int) -> tuple[str, str]:
     if example.messages:
         *asked, answer = example.messages
-        return loaded.tokenizer.render(asked, reply=True), answer["content"]
+        return loaded.tokenizer.render(asked, add_generation_prompt=True), answer["content"]
     if example.prompt is not None:
         return example.prompt, example.completion
     words = list(re.finditer(r"\S+", example.text))
     if given >= len(words):
-        raise UserError(f"prompt_words is {given}, but {example.place} has {len(words)} words: nothing is left to say.")
+        raise UserError(
+            f"prompt_words is {given}, but {example.location} has {len(words)} words: nothing is left to say."
+        )
     # The white space within the prompt is as in training; what stands between it and the rest is the model's to say.
     return example.text[: words[given - 1].end() if given else 0], example.text[words[given].start() :]

@@ -121,7 +121,7 @@ class Batches:
     def places(self, step: int) -> list[str]:
         """Where the examples of a step stand in their files, each once."""
         rows = (row for rows in self.rows(step) for row in rows)
-        return list(dict.fromkeys(self._windows.place(row) for row in rows))
+        return list(dict.fromkeys(self._windows.location(row) for row in rows))
 
     def largest(self, steps: Iterable[int]) -> int:
         """The step, of these, whose largest batch has the most tokens; the first of equals."""

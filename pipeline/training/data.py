@@ -7,7 +7,7 @@ import torch
 
 from pipeline.data.examples import Example, in_evaluation, iter_examples
 from pipeline.data.masking import encoder
-from pipeline.data.token_file import Corpus, refuse_nothing
+from pipeline.data.token_file import Corpus, refuse_empty
 from pipeline.data.windows import Dataset, dataset_from
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
@@ -46,7 +46,7 @@ def datasets_for(job: Job, settings: Training, base: Base) -> Generator[Event, N
     named = ", ".join(settings.files)
     share = settings.eval_share
     if not share:
-        refuse_nothing(learned, named)
+        refuse_empty(learned, named)
         _refuse_unused(job, settings)
         return dataset_from(learned, settings.window), None
     held_out = yield from _corpus(job, settings, base, held_out=True)
@@ -56,7 +56,7 @@ def datasets_for(job: Job, settings: Training, base: Base) -> Generator[Event, N
             f"{split} all {len(held_out)} examples that have labels: they are chosen by their hash. Lower it, or set "
             "it to 0."
         )
-    refuse_nothing(learned, named)
+    refuse_empty(learned, named)
     if not len(held_out):
         raise UserError(f"{split} no example: they are chosen by their hash. Raise it, or set it to 0.")
     return dataset_from(learned, settings.window), dataset_from(held_out, settings.window)

@@ -93,7 +93,7 @@ def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, 
     for example in examples:
         ids = _completed(example, base) if _is_prompt(example) else _read(example, settings, base)
         found.append(Window(0, ids, ids))  # every token is one on which answers are compared
-        places.append(example.place)
+        places.append(example.location)
     base.model.to("cpu")  # the training loop moves it, or shares it out
     return InMemoryDataset(found, places)
 

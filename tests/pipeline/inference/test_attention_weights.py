@@ -165,7 +165,7 @@ def test_a_template_that_changed_is_read_anew_and_a_broken_one_is_refused(tmp_pa
 
 def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
     folder = with_template(tmp_path / "chat", TURN)
-    with pytest.raises(UserError, match=rf"^the prompt holds <eos>, a special token of {folder}"):
+    with pytest.raises(UserError, match=rf"^the prompt contains <eos>, a special token of {folder}"):
         chat_template.render(folder, "w1 <eos> w2")
     inner = Tokenizer(models.WordLevel({"w1": 0, "<end>": 1}))
     inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
@@ -174,7 +174,7 @@ def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
     fast.chat_template = "{{ messages[0].content }}"
     turns = [{"role": "user", "content": "w1 <END>"}]
     assert 2 in fast(turns[0]["content"]).input_ids, "it is found in lower case"
-    with pytest.raises(UserError, match=r"^messages\[0\] holds <end>"):
+    with pytest.raises(UserError, match=r"^messages\[0\] contains <end>"):
         chat_template.render_with(fast, turns, [(1, False)], "toy")
 
 

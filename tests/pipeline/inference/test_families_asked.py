@@ -121,7 +121,9 @@ def test_text_that_streams_is_the_text_decoded_at_once(talk: Talk, chat: bool) -
     assert done["tokens"] == len(tokens) > 3
     loaded = engine.load(artifacts / "expanded", artifacts / "lora_adapter")
     tokenizer = loaded.tokenizer
-    prompt = tokenizer.encode(tokenizer.render([{"role": "user", "content": PROMPT}], reply=True) if chat else PROMPT)
+    prompt = tokenizer.encode(
+        tokenizer.render([{"role": "user", "content": PROMPT}], add_generation_prompt=True) if chat else PROMPT
+    )
     ids = list(generate(loaded.model, prompt, tokenizer.end_ids, 12, drawn))
     text = tokenizer.decode(prompt) + "".join(token["text"] for token in tokens)
     assert text == tokenizer.decode([*prompt, *ids])
