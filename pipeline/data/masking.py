@@ -54,7 +54,7 @@ def encode(
         less, lower = (f" less {virtual} virtual tokens", " lower virtual_tokens,") if virtual else ("", "")
         raise UserError(
             f"{example.location}: {length} tokens with the end token, more than the model's {positions} "
-            f"positions{less}. Shorten it, truncate it with max_length,{lower} or raise pretrain.max_positions of a "
+            f"positions{less}. Shorten it, cut it with max_length,{lower} or raise pretrain.max_positions of a "
             "MiniGPT."
         )
     return Encoded(ids[:length], trained[:length], len(ids) - length)

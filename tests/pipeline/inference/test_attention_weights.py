@@ -18,7 +18,7 @@ from pipeline.adapters.peft.updates import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.inference.attention_weights import of_layer, probabilities
+from pipeline.inference.attention_weights import layer_attention, probabilities
 from pipeline.models.generate import Sampling, generate, stream
 from pipeline.models.load import load_base
 from pipeline.models.minigpt.attention import Attention
@@ -37,7 +37,7 @@ def test_attention_is_that_of_transformers_and_every_row_sums_to_1(tmp_path: Pat
     theirs = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     expected = theirs(IDS, output_attentions=True).attentions
     for layer in range(2):
-        found = of_layer(ours, IDS, layer)
+        found = layer_attention(ours, IDS, layer)
         torch.testing.assert_close(found, expected[layer], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(found.sum(-1), torch.ones(2, 4, 11))
         assert (found.triu(1) == 0).all()

@@ -1,4 +1,4 @@
-"""What lies in a folder: every kind is found, and refused for the reason that loading it would give."""
+"""The catalog lists every kind of model, and rejects each for the reason that loading would give."""
 
 import json
 import shutil
@@ -131,7 +131,7 @@ def test_a_manifest_of_another_shape_is_refused_and_never_an_error(project: Path
 def test_adapters_of_a_sweep_are_bound_to_the_base_beside_it_and_answer_like_any_other(
     brief: Path, tmp_path: Path, cli: Lora
 ) -> None:
-    """They lie one folder deeper; also where the project is not the current folder."""
+    """They are one folder deeper; it also works when the project is not the current folder."""
     folder = brief / "artifacts/sweep"
     found = [model for model in map(describe, model_folders(folder)) if model.kind == "adapter"]
     assert [(model.path.name, model.rank) for model in found] == [("rank-1", 1), ("rank-2", 2)]

@@ -99,7 +99,7 @@ def talk(request: pytest.FixtureRequest, family: Made) -> Talk:
 
 
 def told(answers: RequestHandler, do: str, **fields: Any) -> list[dict[str, Any]]:
-    return list(answers.to(do, Request({"do": do, **fields})))
+    return list(answers.answer(do, Request({"do": do, **fields})))
 
 
 def test_strength_0_is_the_base_and_strength_1_the_adapter(talk: Talk) -> None:

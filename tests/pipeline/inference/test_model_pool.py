@@ -1,4 +1,4 @@
-"""Bases that stay in memory, adapters as views on them, at any strength."""
+"""Bases stay in memory, adapters are views of them, at any strength."""
 
 import os
 import shutil
