@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.adapters.config import lies_in
 from pipeline.adapters.low_rank import LowRank
 from pipeline.adapters.peft.updates import LowRankUpdate
-from pipeline.calc.target_modules import ALL_LINEAR, means
+from pipeline.calc.target_modules import ALL_LINEAR, matches_target
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
 from pipeline.weights.combine import Part, concatenated
@@ -77,7 +77,7 @@ def _targets(change: LowRankUpdate, module: str) -> bool:
     if isinstance(wanted, str) and wanted != ALL_LINEAR:
         meant = full_match(wanted, module, "target_modules")
     else:
-        meant = any(means(want, module) for want in ((wanted,) if isinstance(wanted, str) else wanted))
+        meant = any(matches_target(want, module) for want in ((wanted,) if isinstance(wanted, str) else wanted))
     return meant and not change.spec.leaves_out(module) and not lies_in(module, change.spec.saved)
 
 

@@ -1,4 +1,4 @@
-"""The formula against the traced step, against itself where more must not need less, and its parts against its peak."""
+"""The memory formula against traced steps, its monotonicity, and its parts against its peak."""
 
 import re
 from dataclasses import replace
@@ -61,7 +61,7 @@ runs = st.builds(
 
 
 def shapes_of(name: str, run: TrainingConfig) -> tuple[Architecture, TrainingConfig]:
-    """The model, and the run with a sequence that it has positions for."""
+    """The model, and the run with a sequence that fits into its positions."""
     shapes = built_in(name).shapes
     return shapes, replace(run, sequence=min(run.sequence, shapes.context - VIRTUAL))
 
@@ -176,7 +176,7 @@ def test_minigpts_own_step_with_refinements_of_lora(
 ])  # fmt: skip
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMethod, checkpointing: str) -> None:
-    """No gradient comes so far down; and blocks of other ranks are not taken for equal."""
+    """No gradient flows this far; and blocks with different ranks are not treated as equal."""
     config = shortened("smollm2-135m", 12)
     run = TrainingConfig(2, 256, checkpointing=checkpointing, loss="labels", label_share=0.01)
     if not method.rank_pattern:
@@ -188,13 +188,13 @@ def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMetho
 
 
 def distinct(shapes: Architecture) -> tuple[Block, ...]:
-    """Equal blocks as objects of their own: none is then multiplied instead of run."""
+    """Equal blocks as separate objects, so that each of them is simulated."""
     return tuple(replace(block) for block in shapes.blocks)
 
 
 @given(models, methods, runs)
 def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
-    """A long run of blocks, its middle multiplied, has the peak of the same blocks run one by one."""
+    """Extrapolating the middle of a long run of blocks gives the same peak as simulating every block."""
     shapes, run = shapes_of(name, run)
     long = replace(shapes, blocks=shapes.blocks[:1] * 12)
     apart = replace(long, blocks=distinct(long))
@@ -263,7 +263,7 @@ def test_a_higher_rank_never_needs_less(
 
 @given(models, runs, st.integers(1, 16), st.sampled_from(["attention", "all-linear"]))
 def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: int, targets: str) -> None:
-    """At ranks that are used, the adapter no wider than the base: r numbers more a token cost less than W's state."""
+    """At usual ranks, with an adapter no wider than the base: r more values per token cost less than W's state."""
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
     method = FinetuningMethod(rank=rank, targets=(targets,))
     lora, full = predict(shapes, method, run), predict(shapes, FULL, run)
@@ -312,7 +312,7 @@ def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: Tr
 
 
 def test_precisions_have_the_bytes_of_their_papers() -> None:
-    """Qwen3-8B: bf16 15.26 GiB, NF4 5.96, double quantization 5.66, of it 2.32 embeddings and head."""
+    """Qwen3-8B: bf16 15.26 GiB, NF4 5.96, double quantization 5.66, including 2.32 for embeddings and head."""
     assert precision("nf4").bytes == 0.5 + 4 / 64
     assert precision("nf4-dq").bytes == 0.5 + 1 / 64 + 4 / 16384
     sizes = [weight_bytes(QWEN, name) / GIB for name in ("bf16", "nf4", "nf4-dq")]
@@ -344,7 +344,7 @@ def test_training_quantized_weights_is_refused() -> None:
 
 
 def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
-    """They are not quantized: the same gradients and optimizer's state."""
+    """They are not quantized, so their gradients and optimizer state are the same."""
     method = FinetuningMethod(embeddings="all")
     few, plain = predict(QWEN, method, qlora(TrainingConfig())), predict(QWEN, method, TrainingConfig())
     assert (few.optimizer, few.gradients) == (plain.optimizer, plain.gradients) and few.weights < plain.weights
@@ -476,7 +476,7 @@ def test_the_tape_frees_what_nothing_holds_and_keeps_what_is_saved() -> None:
 
 
 def test_every_configuration_ends_with_gradients_alone() -> None:
-    """After backward nothing but the gradients of what trains is alive: the tape has no leak."""
+    """After backward only the gradients of trainable weights are alive: the tape does not leak."""
     for method, parameters in ((FULL, 8_190_735_360 * 2), (LORA, 7_667_712 * 4)):
         for checkpointing in ("none", "selective", "full"):
             tape = step(QWEN, method, TrainingConfig(checkpointing=checkpointing))
