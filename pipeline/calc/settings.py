@@ -76,7 +76,7 @@ class TrainingConfig:
     casts: str = "weights"  # for a 16-bit x and a 32-bit A: our trainer casts A, PEFT casts x
     context: int = 0  # bytes of CUDA context and kernels, outside the allocator
     sequences: int = 0  # packed into the rows; 0: one per row
-    span: int = 0  # average length of the packed sequences, in tokens
+    span: int = 0  # of packed sequences: length of a token's own sequence, averaged over tokens
     scores: int = 0  # kept by "short" attention per head and layer; 0: S² per sequence
 
     @property

@@ -24,8 +24,8 @@ CHUNK = 256  # tokens whose logits are in memory at once; those of a whole evalu
 class EvalScores:
     """Next-token predictions on examples: cross-entropies in nats (N,), top-1 predictions (N,) and labels (N,).
 
-    `divergence` is the mean KL(base‖model) in nats per token. Other models are compared with this one through
-    `hidden` and `logits`, which take far less memory than the logits themselves.
+    `divergence` is the mean KL(base‖model) in nats per token. To compare another model with this one, its
+    logits are recomputed from `hidden`, which takes far less memory than keeping them.
     """
 
     losses: Tensor

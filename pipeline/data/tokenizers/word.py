@@ -210,7 +210,7 @@ class WordTokenizer:
         if self._folder is None:
             raise chat_template.no_template("the tokenizer")
         renderings = chat_template.render_in(self._folder, messages, prefixes)
-        # Drop the marks: their offsets are of the text before this tokenizer normalizes it.
+        # Drop the marks: label masking then compares prefixes.
         return [r if isinstance(r, UserError) else Rendered(r) for r in renderings]
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["WordTokenizer", list[str]]:  # noqa: ARG002

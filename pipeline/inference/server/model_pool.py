@@ -108,7 +108,7 @@ class ModelPool:
         model = _with_base(shared, base, name) if adapter is None else _with_adapter(shared, base, adapter, name)
         shared.refuse_changed()
         self._models[name] = model
-        device_for(model.loaded.model)  # sets the number of threads for this model
+        device_for(model.loaded.model)  # called for its side effect: sets the number of threads for this model
         return model, resident
 
     def unload(self, name: str) -> None:

@@ -75,17 +75,17 @@ def with_(run: TrainingConfig, key: str, value: int) -> TrainingConfig:
 
 @pytest.mark.slow
 def test_the_formula_is_within_three_percent_of_the_traced_step_on_the_grid() -> None:
-    found = worst(CORNERS)
-    assert len(found) >= 60
-    assert abs(found[0].error) < 0.03, found[0]
+    result = worst(CORNERS)
+    assert len(result) >= 60
+    assert abs(result[0].error) < 0.03, result[0]
 
 
 def test_the_formula_is_within_three_percent_of_the_traced_step_on_a_few_corners_of_the_grid() -> None:
     few = CORNERS[::13]
     for key in ("model", "method", "batch", "checkpointing", "loss", "precision"):
         assert {getattr(corner, key) for corner in few} == {getattr(corner, key) for corner in CORNERS}, key
-    found = worst(few)
-    assert abs(found[0].error) < 0.03, found[0]
+    result = worst(few)
+    assert abs(result[0].error) < 0.03, result[0]
 
 
 TRACED = [name for name in SMALL if name != "minigpt"] + ["phi-4-mini", "olmo-2-1b", "gpt-neox-20b", "gpt-oss-20b"]
@@ -270,12 +270,12 @@ def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: i
     if OPTIMIZERS[run.optimizer](2):
         assert lora.peak <= full.peak
         return
-    # Without that state what LoRA has of its own can be the difference: the adapter, its copy or gradient as wide as
-    # the activations, r numbers a token and linear, and a second gradient of one linear's input.
+    # Without that state LoRA can need more by what it adds: the adapter, its copy or gradient as wide as
+    # the activations, r values per token and linear, and a second gradient of one linear's input.
     adapted = projections(shapes, method)
     numbers = sum(p.count for p in adapted) * rank + max(p.inputs for p in adapted)
-    own = lora.adapter * (1 + run.width // 2) + run.width * run.tokens * numbers
-    assert lora.peak <= full.peak + own
+    extra = lora.adapter * (1 + run.width // 2) + run.width * run.tokens * numbers
+    assert lora.peak <= full.peak + extra
 
 
 @given(models, runs, st.integers(1, 64))
@@ -304,7 +304,7 @@ def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: Tr
         less, more = (predict(shapes, method, replace(run, **keys)).peak for keys in (lean, plain))
         if "attention" in lean and run.sequence < 256:  # MiniGPT's scores are as few as outputs, which leaves the sums
             more += len(shapes.blocks) * -(-4 * shapes.heads * run.tokens // ROUNDING) * ROUNDING
-        # a block that is computed again stands beside its own input, and what a short one saves is little
+        # a recomputed block needs its input too, and a short sequence saves little
         assert less <= more * (1.02 if "checkpointing" in lean else 1), lean
 
 
@@ -354,10 +354,10 @@ def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on
 
 
 def test_the_answer_has_the_contracts_keys() -> None:
-    found = answer(QWEN, LORA, TrainingConfig())
-    assert (found["model"], found["method"], found["rank"], found["alpha"]) == ("qwen3-8b", "lora", 8, 8)
-    assert found["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    assert found["parameters"] | {"components": 0, "trained": 0} == {
+    result = answer(QWEN, LORA, TrainingConfig())
+    assert (result["model"], result["method"], result["rank"], result["alpha"]) == ("qwen3-8b", "lora", 8, 8)
+    assert result["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert result["parameters"] | {"components": 0, "trained": 0} == {
         "total": 8_190_735_360,
         "trainable": 7_667_712,
         "trainable_percent": 0.0936,
@@ -365,7 +365,7 @@ def test_the_answer_has_the_contracts_keys() -> None:
         "components": 0,
         "trained": 0,
     }
-    q = found["projections"][0]
+    q = result["projections"][0]
     assert {key: q[key] for key in ("name", "in", "out", "count", "parameters_each")} == {
         "name": "q_proj",
         "in": 4096,
@@ -373,10 +373,10 @@ def test_the_answer_has_the_contracts_keys() -> None:
         "count": 36,
         "parameters_each": 65536,
     }
-    assert found["adapter_bytes"] == {"fp16": 15_335_424, "fp32": 30_670_848}
+    assert result["adapter_bytes"] == {"fp16": 15_335_424, "fp32": 30_670_848}
     parts = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
-    assert sum(found["memory"][part] for part in parts) == found["memory"]["peak"]
-    used = found["assumptions"]
+    assert sum(result["memory"][part] for part in parts) == result["memory"]["peak"]
+    used = result["assumptions"]
     assert [used[k] for k in ("precision", "batch", "sequence", "checkpointing")] == ["bf16", 1, 2048, True]
 
 
@@ -402,7 +402,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str,
     most = largest(shapes, method, run, budget)
     for key, limit in (("batch", 4096), ("sequence", shapes.context)):
         value = getattr(most, key)
-        if value:  # 0: not even one fits, which the next one shows
+        if value:  # 0: not even 1 fits, which the next assertion shows
             assert predict(shapes, method, with_(run, key, value)).peak <= budget
         if value < min(limit, 2**20):
             assert predict(shapes, method, with_(run, key, value + 1)).peak > budget
@@ -421,7 +421,7 @@ def test_what_does_not_fit_is_told_what_to_change_first() -> None:
 
 
 def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
-    sizes = [one.bytes for one in gpus().values()]
+    sizes = [device.bytes for device in gpus().values()]
     assert sizes == sorted(sizes)
     assert min(sizes) < 8.1 * GIB < 140 * GIB < max(sizes)
     assert gpu("RTX 4090") == gpus()["rtx4090"]

@@ -260,6 +260,6 @@ def test_a_higher_rank_never_trains_fewer(name: str, one: int, other: int) -> No
 def test_components_sum_to_the_total_and_parts_to_the_trainable(name: str, rank: int) -> None:
     shapes = built_in(name).shapes
     assert sum(shapes.components().values()) == shapes.total
-    found = projections(shapes, FinetuningMethod(rank=rank))
-    assert sum(p.parameters for p in found) == trainable(shapes, FinetuningMethod(rank=rank))
-    assert all(p.parameters_each == p.experts * rank * (p.inputs + p.outputs) for p in found)
+    adapted = projections(shapes, FinetuningMethod(rank=rank))
+    assert sum(p.parameters for p in adapted) == trainable(shapes, FinetuningMethod(rank=rank))
+    assert all(p.parameters_each == p.experts * rank * (p.inputs + p.outputs) for p in adapted)

@@ -92,7 +92,7 @@ def test_headers_alone_give_the_same_counts(tmp_path: Path, family: str) -> None
         assert shapes.family == "unknown"
         assert shapes.total == known.total
         for targets in (("attention",), ("feed_forward",)):
-            if family != "mixtral":  # its checkpoint has every expert apart, the model all in one
+            if family != "mixtral":  # its checkpoint has separate experts, the model stacks them
                 assert trainable(shapes, FinetuningMethod(targets=targets)) == trainable(
                     known, FinetuningMethod(targets=targets)
                 )
@@ -239,9 +239,9 @@ def test_a_gguf_of_another_version_architecture_or_length_is_refused(tmp_path: P
         open_model(str(gguf(path, metadata, tensors, magic=b"GGML")))
     with pytest.raises(UserError, match="architecture 'mamba' is not known"):
         open_model(str(gguf(path, {**metadata, "general.architecture": "mamba"}, tensors)))
-    whole = gguf(path, metadata, tensors).read_bytes()[:-1000]
-    for length in (0, 3, 7, 20, 60, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    content = gguf(path, metadata, tensors).read_bytes()[:-1000]
+    for length in (0, 3, 7, 20, 60, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
         with pytest.raises(UserError, match=r"truncated|is not a GGUF file|damaged"):
             open_model(str(path))
 
@@ -249,7 +249,7 @@ def test_a_gguf_of_another_version_architecture_or_length_is_refused(tmp_path: P
 def test_a_gguf_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     path, count = tmp_path / "m.gguf", struct.pack("<Q", 2**22)
     text = struct.pack("<Q", 1) + b"k" + struct.pack("<IQ", 8, 2**25)  # a key and a text of 32 MiB
-    for entries, said in (
+    for entries, message in (
         ([text, text, text], "claims 33,554,432 bytes in strings"),
         ([struct.pack("<Q", 1) + b"k" + struct.pack("<II", 9, 8) + count], "claims 4,194,304 entries in an array"),
     ):
@@ -258,7 +258,7 @@ def test_a_gguf_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> 
             for entry in entries:
                 file.write(entry)
                 file.truncate(file.seek(2**25, 1))  # no block of it is on the disk
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_model(str(path))
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**18, 0))
     with pytest.raises(UserError, match="claims 262,144 tensors"):
@@ -268,10 +268,10 @@ def test_a_gguf_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> 
 def test_any_damage_to_a_gguf_header_is_an_error_or_another_model_never_a_traceback(tmp_path: Path) -> None:
     metadata, tensors = llama_header()
     path = tmp_path / "m.gguf"
-    whole = gguf(path, metadata, tensors).read_bytes()
-    for place in range(4, len(whole) - 1000, 7):
+    content = gguf(path, metadata, tensors).read_bytes()
+    for offset in range(4, len(content) - 1000, 7):
         for byte in (0, 255):
-            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            path.write_bytes(content[:offset] + bytes([byte]) + content[offset + 1 :])
             try:
                 open_model(str(path))
             except UserError as error:
@@ -327,9 +327,9 @@ def test_bad_safetensors_and_folders_are_one_message_each(tmp_path: Path) -> Non
     weights = tmp_path / "model.safetensors"
     small("llama").save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    whole = weights.read_bytes()
-    for length in (0, 7, 100, len(whole) - 1):
-        weights.write_bytes(whole[:length])
+    content = weights.read_bytes()
+    for length in (0, 7, 100, len(content) - 1):
+        weights.write_bytes(content[:length])
         with pytest.raises(UserError, match="damaged or truncated"):
             open_model(str(tmp_path))
     save_file({"a.weight": torch.zeros(4, 4)}, weights)

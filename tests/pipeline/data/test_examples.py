@@ -130,7 +130,7 @@ def test_a_line_has_at_most_a_mebibyte_and_a_longer_one_is_not_read(tmp_path: Pa
     with pytest.raises(UserError, match="d:2: a line must have"):
         read_examples(path, "d")
     with path.open("ab") as file:
-        file.truncate(64 * 2**30)  # no block of it is on the disk
+        file.truncate(64 * 2**30)  # sparse: takes no space on disk
     with pytest.raises(UserError, match="d:2: a line must have"):
         read_examples(path, "d")
 

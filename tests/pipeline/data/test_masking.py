@@ -30,13 +30,13 @@ Maker = Callable[..., SubwordTokenizer]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     """Tokenizers by template, each loaded once."""
-    folder, known = tmp_path_factory.mktemp("made"), dict[str, SubwordTokenizer]()
+    folder, cache = tmp_path_factory.mktemp("made"), dict[str, SubwordTokenizer]()
 
     def make(template: str | None = None, **options: object) -> SubwordTokenizer:
         key = f"{template}{options}"
-        if key not in known:
-            known[key] = tokenizer_with(folder / str(len(known)), template, **options)
-        return known[key]
+        if key not in cache:
+            cache[key] = tokenizer_with(folder / str(len(cache)), template, **options)
+        return cache[key]
 
     return make
 
@@ -73,12 +73,12 @@ def test_a_prompt_has_the_tokens_it_is_asked_with_and_its_completion_alone_is_le
 ) -> None:
     for tokenizer in (made(), made(bos="<s>", writes=("<s>",))):
         encoded = encode(Example(prompt + completion, "f", 1, prompt), tokenizer)
-        asked = tokenizer.encode(prompt)
-        assert encoded.ids[: len(asked)] == asked
-        assert encoded.trained == (False,) * len(asked) + (True,) * (len(encoded.ids) - len(asked))
+        prompt_ids = tokenizer.encode(prompt)
+        assert encoded.ids[: len(prompt_ids)] == prompt_ids
+        assert encoded.trained == (False,) * len(prompt_ids) + (True,) * (len(encoded.ids) - len(prompt_ids))
         assert encoded.ids[-1] == tokenizer.end_id
-        assert tokenizer.decode(encoded.ids) == tokenizer.decode(asked) + completion
-        assert tokenizer.decode(asked) == prompt
+        assert tokenizer.decode(encoded.ids) == tokenizer.decode(prompt_ids) + completion
+        assert tokenizer.decode(prompt_ids) == prompt
 
 
 def test_a_completion_is_no_beginning_of_a_text(made: Maker) -> None:
@@ -241,14 +241,14 @@ def test_a_template_that_cannot_be_understood_is_refused(made: Maker, template: 
 
 def test_an_example_longer_than_the_model_is_refused_unless_it_is_cut(made: Maker) -> None:
     example = Example("The currency of Bulgaria is the euro.", "f.txt", 3)
-    whole = encode(example, made())
-    size = len(whole.ids)
-    assert encode(example, made(), positions=size) == whole
+    full = encode(example, made())
+    size = len(full.ids)
+    assert encode(example, made(), positions=size) == full
     with pytest.raises(
         UserError, match=rf"f.txt:3: {size} tokens with the end token, more than the model's {size - 1}"
     ):
         encode(example, made(), positions=size - 1)
-    assert encode(example, made(), 4, 4) == Encoded(whole.ids[:4], whole.trained[:4], size - 4)
+    assert encode(example, made(), 4, 4) == Encoded(full.ids[:4], full.trained[:4], size - 4)
     with pytest.raises(UserError, match="5 tokens with the end token, more than the model's 4"):
         encode(example, made(), 5, 4)
 
