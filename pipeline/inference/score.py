@@ -134,6 +134,6 @@ def _split_prompt(loaded: LoadedModel, example: Example, given: int) -> tuple[st
         return example.prompt, example.completion
     words = list(re.finditer(r"\S+", example.text))
     if given >= len(words):
-        raise UserError(f"prompt_words is {given}, but {example.location} has only {len(words)} words. Lower it.")
+        raise UserError(f"prompt_words is {given}, but {example.location} has {len(words)} words. Lower it.")
     # The prompt keeps its inner white space, as in training; the white space behind it is up to the model.
     return example.text[: words[given - 1].end() if given else 0], example.text[words[given].start() :]
