@@ -1,3 +1,3 @@
-"""What `make bench` measures."""
+"""The benchmarks of `make bench`."""
 
-import tui  # noqa: F401  # before textual, which then draws at the rate that lora-tui has
+import tui  # noqa: F401  # before textual, so that it draws at lora-tui's frame rate

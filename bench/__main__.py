@@ -1,4 +1,4 @@
-"""`make bench`: how fast it is, beside what it is compared with, measured in one run on this machine."""
+"""`make bench`: speed relative to references, measured in the same run on this machine."""
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,7 @@ from bench.sweep import sweep
 from bench.terminal import terminal
 from bench.training import training
 
-MEASURES = (
+BENCHMARKS = (
     *(commands, terminal, calculator, curves, engine, memory, training, methods, sweep),
     *(real, methods_real, quantized, merge, several),
 )
@@ -27,8 +27,8 @@ MEASURES = (
 def main() -> None:
     table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
     console = Console()
-    for measure in MEASURES:
-        for row in measure():
+    for benchmark in BENCHMARKS:
+        for row in benchmark():
             table.add_row(*row.cells())
     console.print(table)
 

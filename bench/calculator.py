@@ -1,4 +1,4 @@
-"""The calculator of `lora-tui`: from a key press to the redrawn screen, at 120×40, in this process."""
+"""The calculator of `lora-tui`: time from a key press to the redrawn screen, at 120×40, in this process."""
 
 import asyncio
 import tempfile
@@ -19,43 +19,43 @@ from tui.screens.calculator.screen import PAUSE
 from tui.widgets.text_field import Entry
 
 GOAL = 0.03  # seconds
-TYPED = {  # model → field → keys in it
+KEYS = {  # model → field → keys typed into it
     "qwen3-8b": {"rank": "128", "batch": "32", "sequence": "8192", "targets": "q_proj, v_proj", "precision": "nf4"},
     "gemma-3-27b": {"rank": "128", "batch": "32", "sequence": "8192", "targets": "all-linear", "precision": "nf4"},
 }
 
 
 def calculator() -> Iterator[Row]:
-    """A configuration typed letter by letter: the median and the worst key press."""
-    for model in TYPED:
-        found = asyncio.run(_typed(model))
-        for what, seconds in (("median", median(found)), ("worst", max(found))):
-            name = f"calculator, {model}, key press to redraw, {what} of {len(found)}"
+    """Type a configuration; report the median and the slowest key press."""
+    for model in KEYS:
+        times = asyncio.run(_time_key_presses(model))
+        for statistic, seconds in (("median", median(times)), ("worst", max(times))):
+            name = f"calculator, {model}, key press to redraw, {statistic} of {len(times)}"
             yield Row(name, seconds, "", None, "under 30 ms", seconds < GOAL)
 
 
-class _Painted(Workbench):
-    """Knows when it last painted; a screen without a terminal would not make the text of what it paints."""
+class _TimedWorkbench(Workbench):
+    """Records when it last painted; renders the text, which a screen without a terminal would skip."""
 
-    CSS_PATH = str(ROOT / "tui" / "app.tcss")  # a path alone would be beside this file
-    last = 0.0
+    CSS_PATH = str(ROOT / "tui" / "app.tcss")  # a relative path would be resolved next to this file
+    last_paint = 0.0
 
     def _display(self, screen: Screen[object], renderable: RenderableType | None) -> None:
         if isinstance(renderable, CompositorUpdate):
             renderable.render_segments(self.console)
         super()._display(screen, renderable)
-        self.last = time.perf_counter()
+        self.last_paint = time.perf_counter()
 
 
-async def _typed(model: str) -> Sequence[float]:
-    """Seconds of each key press, the model's name first."""
+async def _time_key_presses(model: str) -> Sequence[float]:
+    """Seconds per key press, beginning with the model's name."""
     times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        app = _Painted(Path(folder) / "params.yaml")
+        app = _TimedWorkbench(Path(folder) / "params.yaml")
         async with app.run_test(size=(120, 40)) as pilot:
             app.action_go("calculator")
             await pilot.pause(0.5)
-            for field, keys in {"model": model, **TYPED[model]}.items():
+            for field, keys in {"model": model, **KEYS[model]}.items():
                 entry = app.screen.query_one(f"#{field}", Entry)
                 entry.cursor_blink = False
                 entry.focus()
@@ -64,11 +64,11 @@ async def _typed(model: str) -> Sequence[float]:
     return times
 
 
-async def _press(app: _Painted, key: str) -> float:
-    """Seconds until the last paint that the key led to; the longer search begins later than it is waited for."""
+async def _press(app: _TimedWorkbench, key: str) -> float:
+    """Seconds until the last paint caused by the key; waits less than PAUSE, after which the slow search starts."""
     driver = app._driver
     assert driver is not None
     start = time.perf_counter()
     driver.send_message(events.Key(key, key))
     await asyncio.sleep(PAUSE * 0.9)
-    return app.last - start
+    return app.last_paint - start

@@ -1,4 +1,4 @@
-"""The pipeline and the command line, as processes."""
+"""The pipeline and the command line as processes."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ app()
 
 
 def commands() -> Iterator[Row]:
-    """Cold and no-op `dvc repro` in a fresh clone, and `lora --help` beside a bare Typer program."""
+    """Cold and no-op `dvc repro` in a fresh clone, and `lora` commands against a bare Typer program."""
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
@@ -57,5 +57,5 @@ def commands() -> Iterator[Row]:
 def _run(folder: Path, *command: object) -> None:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(folder), "PATH": path}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's second call finds the first one's bytecode
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users have cached bytecode from the second call on
     subprocess.run(list(map(str, command)), cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)

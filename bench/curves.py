@@ -1,4 +1,4 @@
-"""The Curves screen: redraw of three long runs and of a sweep, and memory while one is followed for an hour."""
+"""The Curves screen: time to redraw three long runs and a sweep, and memory while following a growing file."""
 
 import asyncio
 import math
@@ -23,28 +23,28 @@ from tui.widgets.plot.line_chart import LossChart
 
 POINTS, ROUNDS, GOAL = 100_000, 21, 0.050
 SHOWN = ("finetune_full", "finetune_freeze", "finetune_lora")
-ADAPTERS, STEPS = 32, 3_000  # of a sweep
+ADAPTERS, STEPS = 32, 3_000  # sweep
 APPENDS = 1_000
-DATA = 8 * (len(COLUMNS) + 3) * POINTS  # bytes: a number a column, and three smoothed
+DATA_BYTES = 8 * (len(COLUMNS) + 3) * POINTS  # one float per column, and three smoothed ones
 
 
 def curves() -> Iterator[Row]:
-    """Decimate and draw 3 × 100,000 points at 200 × 60, and 32 adapters of a sweep; then 100,000 lines appended in
-    pieces and followed."""
-    times = asyncio.run(_redraw())
-    seconds, swept, alone = (times[name] for name in ("three", "sweep", "runs"))
+    """Decimate and draw 3 × 100,000 points at 200 × 60, and a sweep of 32 adapters; then follow a file to which 100,000
+    lines are appended in pieces."""
+    times = asyncio.run(_time_redraws())
+    seconds, sweep_seconds, single = (times[name] for name in ("three", "sweep", "runs"))
     what = f"redraw of 3 × {POINTS:,} points"
     yield Row(what, seconds, "", None, f"under {GOAL * 1e3:.0f} ms", seconds < GOAL)
-    what, ratio = f"redraw of a sweep of {ADAPTERS} × {STEPS:,} points", swept / alone
-    yield Row(what, swept, f"{ADAPTERS} single runs", ratio, "at most 1 ×", ratio <= 1)
-    seconds, grown = _followed()
-    ratio = grown / DATA
+    what, ratio = f"redraw of a sweep of {ADAPTERS} × {STEPS:,} points", sweep_seconds / single
+    yield Row(what, sweep_seconds, f"{ADAPTERS} single runs", ratio, "at most 1 ×", ratio <= 1)
+    seconds, growth = _follow_file()
+    ratio = growth / DATA_BYTES
     what = f"{POINTS:,} lines followed"
-    yield Row(what, seconds, f"memory: their {DATA / 1e6:.0f} MB of numbers", ratio, "under 1.5 ×", ratio < 1.5)
+    yield Row(what, seconds, f"memory: their {DATA_BYTES / 1e6:.0f} MB of numbers", ratio, "under 1.5 ×", ratio < 1.5)
 
 
 def rows(seed: int, points: int = POINTS) -> list[LogRow]:
-    """A loss that falls, with noise."""
+    """Log rows with a noisy, decreasing loss."""
     noise = random.Random(seed)
     losses = [(2 + seed) * math.exp(-i * 3.3 / points) + 0.3 * noise.random() for i in range(points)]
     return [(i + 1, i // 1000 + 1, loss, 1e-3, noise.random(), 16 * i) for i, loss in enumerate(losses)]
@@ -55,8 +55,8 @@ class _Chart(App[None]):
         yield LossChart("loss", "loss")
 
 
-async def _redraw() -> dict[str, float]:
-    """Median seconds from the numbers to the lines of the terminal."""
+async def _time_redraws() -> dict[str, float]:
+    """Median seconds from the log to the rendered lines."""
     three, many = _logs(len(SHOWN), POINTS), _logs(ADAPTERS, STEPS)
     looks = [METHODS[name] for name in SHOWN]
     async with _Chart().run_test(size=(200, 60)) as pilot:
@@ -90,10 +90,10 @@ def _logs(count: int, points: int) -> list[Log]:
     return logs
 
 
-def _followed() -> tuple[float, int]:
-    """Seconds to read it all, and bytes that are there after and were not before."""
+def _follow_file() -> tuple[float, int]:
+    """Seconds to read the file, and the growth of memory in bytes."""
     lines = [",".join(map(str, row)) + "\n" for row in rows(0)]
-    spent, size = 0.0, POINTS // APPENDS
+    elapsed, size = 0.0, POINTS // APPENDS
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "loss.csv"
         path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
@@ -105,7 +105,7 @@ def _followed() -> tuple[float, int]:
                 file.writelines(lines[first : first + size])
             start = time.perf_counter()
             log.extend(tail.read().rows)
-            spent += time.perf_counter() - start
-        grown = tracemalloc.get_traced_memory()[0] - before
+            elapsed += time.perf_counter() - start
+        growth = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
-    return spent, grown
+    return elapsed, growth

@@ -1,4 +1,4 @@
-"""The inference process as the screen sees it: the first token after a request, another adapter on one base."""
+"""The inference process as the terminal app uses it: time to the first token, and to switch the adapter."""
 
 import asyncio
 import itertools
@@ -26,10 +26,10 @@ PROMPT = "w1 w2 w3 w4 w5"
 
 
 def engine() -> Iterator[Row]:
-    """On MiniGPT, with the process warm; a token has gone through JSON and both pipes."""
+    """With MiniGPT in a warm process; times include JSON and both pipes."""
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as loop:
-        base, adapters = _models(Path(folder))
-        client, turn = Inference(Path(folder)), itertools.cycle(adapters)
+        base, adapters = _save_models(Path(folder))
+        client, next_adapter = Inference(Path(folder)), itertools.cycle(adapters)
 
         def run(action: Callable[[], Coroutine[None, None, object]]) -> Callable[[], object]:
             return lambda: loop.run(action())
@@ -38,26 +38,26 @@ def engine() -> Iterator[Row]:
         times = in_turns(
             {
                 "token": run(lambda: _first_token(client)),
-                "swap": run(lambda: client.ask("load", name="model", base=base, adapter=next(turn))),
+                "swap": run(lambda: client.ask("load", name="model", base=base, adapter=next(next_adapter))),
                 "status": run(lambda: client.ask("status")),
             },
             ROUNDS,
         )
         loop.run(client.stop())
-    trip = f"a request and its answer, {times['status'] * 1e3:.2f} ms"
+    reference = f"a request and its answer, {times['status'] * 1e3:.2f} ms"
     token, swap = times["token"], times["swap"]
-    yield Row("first token after a request", token, trip, token / times["status"], "under 100 ms", token < 0.1)
-    yield Row("another adapter on the same base", swap, trip, swap / times["status"], "under 20 ms", swap < 0.02)
+    yield Row("first token after a request", token, reference, token / times["status"], "under 100 ms", token < 0.1)
+    yield Row("another adapter on the same base", swap, reference, swap / times["status"], "under 20 ms", swap < 0.02)
 
 
 async def _first_token(client: Inference) -> None:
-    """Ask, take one token, interrupt."""
+    """Request, receive one token, cancel."""
     async with aclosing(client.stream("generate", model="model", text=PROMPT, limit=20)) as answers:
         assert (await anext(answers))["event"] == "token"
 
 
-def _models(folder: Path) -> tuple[Path, tuple[Path, Path]]:
-    """A MiniGPT that never ends a sentence and two adapters on it, with the pipeline's own params."""
+def _save_models(folder: Path) -> tuple[Path, tuple[Path, Path]]:
+    """A MiniGPT that never generates the end token, and two adapters for it, with default params."""
     base, adapters = folder / "base", (folder / "one", folder / "two")
     tokenizer = WordTokenizer.of_words([f"w{i}" for i in range(96)])
     model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id))
@@ -71,5 +71,5 @@ def _models(folder: Path) -> tuple[Path, tuple[Path, Path]]:
         spec = lora_spec(tuned, FinetuneLora(), ())
         attach(tuned, spec)
         save_adapter(adapter, tuned, spec, str(base))
-        artifact.seal(adapter, {"base": base_fingerprint(base)})  # loading verifies it
+        artifact.seal(adapter, {"base": base_fingerprint(base)})  # verified on loading
     return base, adapters

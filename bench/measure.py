@@ -1,4 +1,4 @@
-"""Times taken in turns, so that what else the machine does falls on all of them."""
+"""Timing in turns, so that other load on the machine affects all runs alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from statistics import median
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: seconds, and `ratio`, how many times as much or as little as `reference`."""
+    """One row of the table. `ratio` compares the run with `reference`; `goal` says in which direction."""
 
     what: str
     seconds: float
@@ -24,7 +24,7 @@ class Row:
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each run over `rounds` turns, after one turn that does not count."""
+    """Median seconds of each run over `rounds` turns, after one warm-up turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -32,4 +32,4 @@ def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             run()
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return {name: median(found) for name, found in times.items()}
+    return {name: median(seconds) for name, seconds in times.items()}

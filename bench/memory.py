@@ -1,4 +1,4 @@
-"""The formula's peak beside the traced one, over a grid of settings."""
+"""The formula's peak against the traced peak, over a grid of settings."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ class Corner:
     precision: str
 
     def settings(self) -> tuple[dict[str, Any], FinetuningMethod, TrainingConfig]:
-        """Models keep their real widths and vocabularies; of their blocks eight are enough for a trace to be quick."""
+        """(config, method, run); models have their real widths and vocabularies, but 8 blocks to keep tracing fast."""
         run = TrainingConfig(
             self.batch, self.sequence, self.precision, checkpointing=self.checkpointing, loss=self.loss, chunk=512
         )
@@ -48,8 +48,8 @@ CORNERS = [
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a corner of the grid gave, in bytes."""
+class CornerResult:
+    """Traced and predicted peak of a corner, in bytes."""
 
     corner: Corner
     traced: int
@@ -60,21 +60,21 @@ class Found:
         return self.formula / self.traced - 1
 
 
-def worst(corners: Sequence[Corner]) -> list[Found]:
-    """What each corner gave, the largest error first."""
-    found = []
+def worst(corners: Sequence[Corner]) -> list[CornerResult]:
+    """Results of the corners, largest error first."""
+    results = []
     for corner in corners:
         config, method, run = corner.settings()
         formula = predict(architecture(config, corner.model), method, run).peak
-        found.append(Found(corner, traced_peak(config, method, run), formula))
-    return sorted(found, key=lambda one: -abs(one.error))
+        results.append(CornerResult(corner, traced_peak(config, method, run), formula))
+    return sorted(results, key=lambda result: -abs(result.error))
 
 
 def memory() -> Iterator[Row]:
-    """How long the formula and the trace of one step take, and the grid's largest error."""
-    known, config, times = architecture(entry("qwen3-8b")["config"], "qwen3-8b"), entry("qwen3-8b")["config"], []
+    """Time of the formula and of a trace, and the largest error over the grid."""
+    model, config, times = architecture(entry("qwen3-8b")["config"], "qwen3-8b"), entry("qwen3-8b")["config"], []
     for run in (
-        lambda: predict(known, FinetuningMethod(), TrainingConfig()),
+        lambda: predict(model, FinetuningMethod(), TrainingConfig()),
         lambda: traced_peak(config, FinetuningMethod(), TrainingConfig()),
     ):
         start = time.perf_counter()
@@ -83,12 +83,17 @@ def memory() -> Iterator[Row]:
     formula, traced = times
     yield Row("predict Qwen3-8B, LoRA", formula, "traced", traced / formula, "under 30 ms", formula < 0.03)
     start = time.perf_counter()
-    found = worst(CORNERS)
-    error, corner = found[0].error, found[0].corner
+    results = worst(CORNERS)
+    error, corner = results[0].error, results[0].corner
     where = f"{corner.model}, {corner.method}, {corner.loss} logits, {corner.checkpointing} checkpointing"
-    name = f"formula against {len(found)} traced steps, worst {error:+.2%}: {where}"
+    name = f"formula against {len(results)} traced steps, worst {error:+.2%}: {where}"
     yield Row(
-        name, time.perf_counter() - start, "traced peak", found[0].formula / found[0].traced, "3%", abs(error) < 0.03
+        name,
+        time.perf_counter() - start,
+        "traced peak",
+        results[0].formula / results[0].traced,
+        "3%",
+        abs(error) < 0.03,
     )
 
 

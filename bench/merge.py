@@ -1,4 +1,4 @@
-"""A merge through files beside a copy of the same files, and beside PEFT's, each in a process of its own."""
+"""A streaming merge against a copy of the same files and PEFT's merge, each in its own process."""
 
 import shutil
 import subprocess
@@ -20,14 +20,14 @@ BASE, ADAPTER = "base", "adapter"
 
 
 def merge() -> Iterator[Row]:
-    """Every turn each of the three writes the files anew, from a base that the system has in memory."""
+    """In every turn, each of the three writes the files again from a base in the page cache."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        _make(folder)
+        _save_models(folder)
         files = sorted((folder / BASE).glob("*.safetensors"))
         with side(Ours, folder) as ours, side(Copy, folder) as copy, side(Theirs, folder) as theirs:
             sides = (ours, copy, theirs)
-            turns = [[ask(one, "write") for one in sides] for _ in range(ROUNDS + 1)][1:]
+            turns = [[ask(pipe, "write") for pipe in sides] for _ in range(ROUNDS + 1)][1:]
             mine, least, other = (median(times) for times in zip(*turns, strict=True))
             peak, theirs_peak = ask(ours, "peak"), ask(theirs, "peak")
         what = f"merge of {sum(file.stat().st_size for file in files) / 1e9:.2f} GB in {len(files)} files, measured too"
@@ -38,8 +38,8 @@ def merge() -> Iterator[Row]:
     yield Row(what, 0, reference, peak / theirs_peak, "at most 0.4 ×", peak <= 0.4 * theirs_peak)
 
 
-def _make(folder: Path) -> None:
-    """A base in bf16 in several files, and an adapter of PEFT's on all of its linears."""
+def _save_models(folder: Path) -> None:
+    """A sharded bf16 base, and a PEFT adapter on all of its linears."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -61,22 +61,22 @@ def _make(folder: Path) -> None:
 
 
 class Writer:
-    """Writes a whole checkpoint into an empty folder."""
+    """Writes a checkpoint into an empty folder."""
 
     def __init__(self, folder: Path) -> None:
         self.base, self.adapter, self.out = folder / BASE, folder / ADAPTER, folder / type(self).__name__
 
     def write(self) -> float:
-        """Seconds; what was written goes at once, so that the system has nothing left to do for it."""
-        taken = seconds(self.fill)
+        """Seconds of `fill`; then removes the output, so that no writeback disturbs the next turn."""
+        elapsed = seconds(self.fill)
         shutil.rmtree(self.out)
-        return taken
+        return elapsed
 
     def fill(self) -> None:
         raise NotImplementedError
 
     def peak(self) -> int:
-        """Bytes, the libraries' own too."""
+        """Peak resident bytes of the process, including the libraries."""
         return resident("VmHWM")
 
 
@@ -86,7 +86,7 @@ class Copy(Writer):
 
 
 class Ours(Writer):
-    """As `lora merge --adapter`: written, and each update measured on what was written."""
+    """As `lora merge --adapter`: writes the weights, and measures each update in what it wrote."""
 
     def fill(self) -> None:
         self.out.mkdir()

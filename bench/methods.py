@@ -1,9 +1,8 @@
-"""A training step of each method beside PEFT's on the same checkpoint: time, and what a step holds in memory.
+"""A training step of each method against PEFT's on the same checkpoint: time and memory.
 
-MiniGPT is so small that its tensors vanish in a process's resident memory. So its memory is the bytes of all tensors
-that are alive at a step's peak, weights and optimizer included, counted on both sides by `TensorMemoryMeter`.
-LoRA there holds more than PEFT's: each small linear's folded weight lives until backward (docs/decisions/0003), and the
-gradients, which are one vector, always.
+MiniGPT's tensors are too small to show in resident memory, so `TensorMemoryMeter` counts the bytes of all tensors alive
+at a step's peak, including weights and optimizer, on both sides. Our LoRA holds more there than PEFT's: the folded
+weight of each small linear lives until backward (docs/decisions/0003), and the flat gradient always.
 """
 
 import tempfile
@@ -17,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from bench.measure import Row, in_turns
-from bench.methods_peft import peft_of
+from bench.methods_peft import peft_side
 from bench.training import batches, minigpt
 from pipeline.adapters.attach import attach
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, start
@@ -44,51 +43,51 @@ METHODS: dict[str, Training] = {
 
 @dataclass(frozen=True)
 class Side:
-    """One method here or there: a step of it, and every tensor that it keeps from step to step."""
+    """One method on one side: a step, and the tensors that persist between steps."""
 
     step: Callable[[], object]
-    held: Callable[[], Iterable[Tensor]]
+    persistent: Callable[[], Iterable[Tensor]]
 
-    def many(self) -> None:
+    def run_steps(self) -> None:
         for _ in range(STEPS):
             self.step()
 
     def peak(self) -> int:
-        """Bytes of tensors alive at a step's peak."""
-        self.step()  # the first makes the optimizer's state
+        """Bytes of the tensors alive at a step's peak."""
+        self.step()  # the first step creates the optimizer state
         live = TensorMemoryMeter()
-        live.watch(self.held())
+        live.watch(self.persistent())
         with live:
             self.step()
         return live.peak
 
 
 def methods() -> Iterator[Row]:
-    """Steps of 4 windows of 4 tokens on MiniGPT; one thread each, which is the faster for both."""
+    """Steps of 4 windows of 4 tokens on MiniGPT, with one thread, which is faster for both."""
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     sides = {}
     with tempfile.TemporaryDirectory() as folder:
         minigpt(Path(folder))
         for method, settings in METHODS.items():
-            sides[method] = ours_of(Path(folder), method, settings)
-            sides[f"{method}, PEFT"] = Side(*peft_of(Path(folder), method, VIRTUAL))
-        times = in_turns({name: side.many for name, side in sides.items()}, ROUNDS)
+            sides[method] = our_side(Path(folder), method, settings)
+            sides[f"{method}, PEFT"] = Side(*peft_side(Path(folder), method, VIRTUAL))
+        times = in_turns({name: side.run_steps for name, side in sides.items()}, ROUNDS)
     for method in METHODS:
         mine, other = times[method] / STEPS, times[f"{method}, PEFT"] / STEPS
         name = "transformers" if method == "full" else "PEFT"
         ratio = other / mine
         yield Row(f"step, {method}", mine, f"{name}, {other * 1e3:.2f} ms", ratio, "at least 1 ×", ratio >= 1)
-        held, theirs = sides[method].peak(), sides[f"{method}, PEFT"].peak()
-        what = f"the same, tensors alive at its peak: {held / 1e3:,.0f} kB"
-        ratio = round(held / theirs, 2)  # one number more or less in 600 kB is none
-        yield Row(what, 0, f"{name}, {theirs / 1e3:,.0f} kB", ratio, "at most 1 ×", ratio <= 1)
+        our_peak, peft_peak = sides[method].peak(), sides[f"{method}, PEFT"].peak()
+        what = f"the same, tensors alive at its peak: {our_peak / 1e3:,.0f} kB"
+        ratio = round(our_peak / peft_peak, 2)  # ignores a few bytes in 600 kB
+        yield Row(what, 0, f"{name}, {peft_peak / 1e3:,.0f} kB", ratio, "at most 1 ×", ratio <= 1)
 
 
-def ours_of(folder: Path, method: str, settings: Any) -> Side:
-    """The method as the pipeline's stage sets it up."""
-    kept: Quantization = getattr(settings, "quantization", "none")
-    model, tokenizer = load_base(folder, quantization=kept)
+def our_side(folder: Path, method: str, settings: Any) -> Side:
+    """The method as the pipeline stage sets it up."""
+    quantization: Quantization = getattr(settings, "quantization", "none")
+    model, tokenizer = load_base(folder, quantization=quantization)
     if isinstance(settings, FinetuneLora):
         attach(model, lora_spec(model, settings, ()), init=settings.init_lora_weights)
     elif isinstance(settings, FinetuneVirtual):

@@ -1,4 +1,4 @@
-"""A step of LoRA, DoRA, prefix and prompt tuning on the model of bench/real.py beside PEFT's, in processes."""
+"""A step of LoRA, DoRA, prefix and prompt tuning on the model of bench/real.py against PEFT's, each in a process."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -21,29 +21,30 @@ TURNS, LENGTH, VIRTUAL, WORDS = 2, 32, 20, 5000
 
 
 def methods_real() -> Iterator[Row]:
-    """Steps of eight short examples, in bf16; adapters of 8 ranks or 20 virtual tokens."""
+    """Steps of eight short examples in bf16, with rank 8 or 20 virtual tokens."""
     with base() as (folder, name):
         for method in METHODS:
             yield from _rows(method, folder, name)
 
 
 def _rows(method: str, folder: Path, name: str) -> Iterator[Row]:
-    with side(partial(Mine, method), folder) as ours, side(partial(Other, method), folder) as theirs:
-        turns = [(ask(theirs, "epoch"), ask(ours, "epoch")) for _ in range(TURNS + 1)][1:]  # the first does not count
+    with side(partial(OurMethod, method), folder) as ours, side(partial(PeftMethod, method), folder) as theirs:
+        turns = [(ask(theirs, "epoch"), ask(ours, "epoch")) for _ in range(TURNS + 1)][1:]  # skips the warm-up
         other, mine = (median(times) for times in zip(*turns, strict=True))
-        grown, less = ask(theirs, "grown"), ask(ours, "grown")
+        their_growth, our_growth = ask(theirs, "memory_growth"), ask(ours, "memory_growth")
     ratio = other / mine
     yield Row(f"step, {method}, {name}", mine, f"PEFT, {other:.2f} s", ratio, "at least 1 ×", ratio >= 1)
-    what = f"the same, resident memory beyond the loaded model: {less / 2**20:,.0f} MiB"
-    yield Row(what, 0, f"PEFT, {grown / 2**20:,.0f} MiB", less / grown, "at most 1 ×", less <= grown)
+    what = f"the same, resident memory beyond the loaded model: {our_growth / 2**20:,.0f} MiB"
+    reference, ratio = f"PEFT, {their_growth / 2**20:,.0f} MiB", our_growth / their_growth
+    yield Row(what, 0, reference, ratio, "at most 1 ×", ratio <= 1)
 
 
-class Mine(Ours):
+class OurMethod(Ours):
     def __init__(self, method: str, folder: Path) -> None:
         self.method = method
         super().__init__(folder)
 
-    def taught(self) -> list[Example]:
+    def training_examples(self) -> list[Example]:
         return equally_long(BATCH, LENGTH)
 
     def attach(self, model: Any) -> None:
@@ -54,15 +55,15 @@ class Mine(Ours):
         in_precision(model.virtual, torch.bfloat16)
 
 
-class Other(Theirs):
+class PeftMethod(Theirs):
     def __init__(self, method: str, folder: Path) -> None:
         self.method = method
         super().__init__(folder)
 
-    def taught(self) -> list[Example]:
+    def training_examples(self) -> list[Example]:
         return equally_long(BATCH, LENGTH)
 
-    def adapted(self, model: Any) -> Any:
+    def add_adapter(self, model: Any) -> Any:
         from peft import LoraConfig, get_peft_model
 
         self.optimizer = None

@@ -1,4 +1,4 @@
-"""Predictions beside peaks that others measured and published, each with the settings that they ran.
+"""Predictions against published measurements of peak memory, with the settings of each publication.
 
 `python -m bench.published` prints the table of docs/memory.md.
 """
@@ -17,7 +17,7 @@ QV = ("q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Published:
-    """A peak as its publisher states it, in `unit`; `in_backward`: their optimizer updates and drops each gradient."""
+    """A published peak in `unit`; `in_backward`: the optimizer step runs in backward and frees each gradient."""
 
     case: str
     model: Architecture
@@ -26,12 +26,12 @@ class Published:
     peak: float
     unit: int = GIB
     in_backward: bool = False
-    why: str = ""  # where the error is more than 15%
+    why: str = ""  # required if the error exceeds 15%
 
     @property
     def predicted(self) -> float:
         memory = predict(self.model, self.method, self.run)
-        if self.in_backward:  # of the gradients only the largest is alive, once the activations are gone
+        if self.in_backward:  # only the largest gradient is alive, after the activations are freed
             memory = replace(memory, gradients=self.model.embedding * self.run.width)
         return memory.peak / self.unit
 
@@ -47,21 +47,21 @@ def published() -> list[Published]:
 def _fms() -> list[Published]:
     """fms-acceleration's benchmark on an A100-80: peak allocated; packed to 4,096, checkpointing, FlashAttention 2."""
     mistral, lora = built_in("mistral-7b-v0.1").shapes, FinetuningMethod(rank=16)
-    found = []
+    cases = []
     for batch, full, plain, quantized in ((4, 67.46, 23.89, 14.27), (8, 67.46, 34.13, 24.51)):
         run = TrainingConfig(batch, 4096, casts="inputs", optimizer="adamw-foreach")
-        four = replace(run, precision="nf4-dq")
+        four_bit = replace(run, precision="nf4-dq")
         name = f"fms-acceleration, Mistral 7B, {batch} × 4,096:"
-        found += [
+        cases += [
             Published(f"{name} full, bf16 AdamW", mistral, FULL, run, full),
             Published(f"{name} LoRA r16 q,k,v,o", mistral, lora, run, plain),
-            Published(f"{name} QLoRA", mistral, lora, four, quantized),
+            Published(f"{name} QLoRA", mistral, lora, four_bit, quantized),
         ]
-    return found
+    return cases
 
 
 def _peft() -> list[Published]:
-    """PEFT's MetaMathQA benchmark on an L40S: peak reserved, which holds fragments and evaluation too."""
+    """PEFT's MetaMathQA benchmark on an L40S: peak reserved, including fragmentation and evaluation."""
     llama, run = built_in("llama-3.2-3b").shapes, TrainingConfig(4, 768, checkpointing="none", casts="inputs")
     run = replace(run, optimizer="adamw-foreach")
     name = "PEFT's MetaMathQA, Llama 3.2 3B, 4 × 768:"
@@ -76,13 +76,13 @@ def _torchtune() -> list[Published]:
     """torchtune's README: packed, compiled, checkpointing, bf16 throughout, chunked cross-entropy (8 chunks)."""
     big, small = built_in("llama-3.1-8b").shapes, built_in("llama-3.2-3b").shapes
     run = TrainingConfig(2, 2048, adapter_precision="bf16", loss="chunked", chunk=512)
-    paged, four = replace(run, optimizer="paged-adamw-8bit"), replace(run, precision="nf4-dq")
+    paged, four_bit = replace(run, optimizer="paged-adamw-8bit"), replace(run, precision="nf4-dq")
     plain = TrainingConfig(2, 4096, checkpointing="none")
     chunked = replace(plain, loss="chunked", chunk=1024)
     name, ablation = "torchtune, Llama 3.1 8B, 2 × 2,048:", "torchtune, Llama 3.2 3B full, 2 × 4,096:"
     return [
         Published(f"{name} LoRA r8 q,v", big, FinetuningMethod(targets=QV), run, 16.2),
-        Published(f"{name} QLoRA r8 all-linear", big, FinetuningMethod(targets=("all-linear",)), four, 7.4),
+        Published(f"{name} QLoRA r8 all-linear", big, FinetuningMethod(targets=("all-linear",)), four_bit, 7.4),
         Published(
             f"{name} full, paged 8-bit AdamW in backward",
             big,
@@ -108,13 +108,13 @@ def _litgpt() -> list[Published]:
         "1.9 GB are the inputs of every 4-bit linear, which bitsandbytes 0.41 saved for backward and today's does not; "
         "the rest is what the 16-bit row misses too, its dropout and its norms in it"
     )
-    four = {precision: replace(run, precision=precision) for precision in ("nf4", "nf4-dq")}
+    four_bit = {precision: replace(run, precision=precision) for precision in ("nf4", "nf4-dq")}
     return [
         Published(f"{name} 7B, 1 × 1,304: LoRA r8 q,v", seven, lora, run, 21.30, GB),
         Published(f"{name} 7B, 2 × 1,304: LoRA r8 q,v", seven, lora, replace(run, batch=2), 29.07, GB),
         Published(f"{name} 13B, 1 × 1,304: LoRA r8 q,v", thirteen, lora, run, 38.12, GB),
-        Published(f"{name} 7B, 1 × 1,304: NF4", seven, lora, four["nf4"], 14.14, GB, why=inputs),
-        Published(f"{name} 7B, 1 × 1,304: NF4, double", seven, lora, four["nf4-dq"], 13.84, GB, why=inputs),
+        Published(f"{name} 7B, 1 × 1,304: NF4", seven, lora, four_bit["nf4"], 14.14, GB, why=inputs),
+        Published(f"{name} 7B, 1 × 1,304: NF4, double", seven, lora, four_bit["nf4-dq"], 13.84, GB, why=inputs),
     ]
 
 
@@ -138,25 +138,25 @@ def _qwen() -> list[Published]:
         "the statistic is not stated; PEFT's preparation for quantized bases would hold embeddings and head in fp32, "
         "2.5 GB more"
     )
-    found = []
+    cases = []
     for name, precision, peaks in (("LoRA", "bf16", plain), ("Q-LoRA (GPTQ)", "gptq", quantized)):
         for length, peak in zip(lengths, peaks, strict=True):
             run = TrainingConfig(1, length, precision, casts="inputs", optimizer="adamw-foreach", context=512 * 2**20)
             case = f"Qwen-7B, 1 × {length:,}: {name} r64"
-            found.append(Published(case, model, method, run, peak, GB, why=kept if precision == "gptq" else ""))
-    return found
+            cases.append(Published(case, model, method, run, peak, GB, why=kept if precision == "gptq" else ""))
+    return cases
 
 
 def table() -> str:
     """The rows of docs/memory.md."""
     lines = ["| case | predicted | published | error |", "|---|---|---|---|"]
     notes: dict[str, int] = {}
-    for one in published():
-        unit = "GiB" if one.unit == GIB else "GB"
-        mark, percent = "", f"{one.error:+.1%}".replace("-0.0%", "0.0%")
-        if abs(one.error) > 0.15:
-            mark = f" ({notes.setdefault(one.why, len(notes) + 1)})"
-        lines.append(f"| {one.case} | {one.predicted:.2f} {unit} | {one.peak:.2f} | {percent}{mark} |")
+    for row in published():
+        unit = "GiB" if row.unit == GIB else "GB"
+        mark, percent = "", f"{row.error:+.1%}".replace("-0.0%", "0.0%")
+        if abs(row.error) > 0.15:
+            mark = f" ({notes.setdefault(row.why, len(notes) + 1)})"
+        lines.append(f"| {row.case} | {row.predicted:.2f} {unit} | {row.peak:.2f} | {percent}{mark} |")
     lines += ["", *(f"({number}) {why}." for why, number in notes.items())]
     return "\n".join(lines)
 

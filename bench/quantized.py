@@ -1,4 +1,4 @@
-"""QLoRA on the model of bench/real.py beside PEFT with bitsandbytes: both on the same four bits, the rest in bf16."""
+"""QLoRA on the model of bench/real.py against PEFT with bitsandbytes: NF4 linears, the rest in bf16."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,40 +16,40 @@ STEPS, LENGTH = 2, 64
 
 
 def quantized() -> Iterator[Row]:
-    """Steps of eight examples of one length, learned whole: nothing is padded and no label left out on either side."""
-    with base() as (folder, name), side(Ours4, folder) as ours, side(Theirs4, folder) as theirs:
+    """Steps of eight examples of equal length without a prompt, so neither side pads or masks labels."""
+    with base() as (folder, name), side(OurQLoRA, folder) as ours, side(PeftQLoRA, folder) as theirs:
         turns = [(ask(theirs, "epoch"), ask(ours, "epoch")) for _ in range(ROUNDS + 1)][1:]
         other, mine = (median(times) / STEPS for times in zip(*turns, strict=True))
-        grown, less = ask(theirs, "grown"), ask(ours, "grown")
+        their_growth, our_growth = ask(theirs, "memory_growth"), ask(ours, "memory_growth")
     what, reference = f"QLoRA step, {name}", f"PEFT and bitsandbytes, {other:.2f} s"
     yield Row(what, mine, reference, other / mine, "at least 1.1 ×", other / mine >= 1.1)
-    what = f"the same, resident memory beyond the loaded model: {less / 2**20:,.0f} MiB at the peak"
-    reference = f"PEFT and bitsandbytes, {grown / 2**20:,.0f} MiB"
-    yield Row(what, 0, reference, less / grown, "at most 0.7 ×", less / grown <= 0.7)
+    what = f"the same, resident memory beyond the loaded model: {our_growth / 2**20:,.0f} MiB at the peak"
+    reference = f"PEFT and bitsandbytes, {their_growth / 2**20:,.0f} MiB"
+    yield Row(what, 0, reference, our_growth / their_growth, "at most 0.7 ×", our_growth / their_growth <= 0.7)
 
 
-class Ours4(Ours):
-    def taught(self) -> list[Example]:
+class OurQLoRA(Ours):
+    def training_examples(self) -> list[Example]:
         return equally_long(STEPS * BATCH, LENGTH)
 
-    def frozen(self, folder: Path) -> Any:
-        model = super().frozen(folder)
+    def load_base(self, folder: Path) -> Any:
+        model = super().load_base(folder)
         quantize(model, "nf4-dq", None, torch.device("cpu"))
         return model
 
 
-class Theirs4(Theirs):
-    def taught(self) -> list[Example]:
+class PeftQLoRA(Theirs):
+    def training_examples(self) -> list[Example]:
         return equally_long(STEPS * BATCH, LENGTH)
 
-    def frozen(self, folder: Path) -> Any:
-        """Without PEFT's prepare_model_for_kbit_training, which would make embeddings and head fp32."""
+    def load_base(self, folder: Path) -> Any:
+        """Without PEFT's prepare_model_for_kbit_training, which would cast embeddings and head to fp32."""
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        four = BitsAndBytesConfig(
+        four_bit = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=four)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=four_bit)

@@ -1,6 +1,6 @@
-"""LoRA on a real model beside PEFT and transformers' Trainer: time, memory, the loss reached; and generation.
+"""LoRA on a real model against PEFT with transformers' Trainer: time, memory, final loss, and generation.
 
-The model is `smollm2/artifacts/base`, or LORA_BENCH_BASE, or else one of SmolLM2-135M's shapes with random weights.
+The model is LORA_BENCH_BASE or `smollm2/artifacts/base`; if missing, SmolLM2-135M's shapes with random weights.
 """
 
 import multiprocessing
@@ -21,15 +21,15 @@ THREADS = int(os.environ.get("LORA_BENCH_THREADS", os.cpu_count() or 1))
 
 
 def real() -> Iterator[Row]:
-    """An epoch of 32 examples at batch 8 each turn, the two sides in processes of their own."""
+    """One epoch of 32 examples at batch size 8 per turn, each side in its own process."""
     with base() as (folder, name), side(Ours, folder) as ours, side(Theirs, folder) as theirs:
         times: dict[str, list[float]] = {"ours": [], "theirs": [], "products": []}
-        for turn in range(ROUNDS + 1):  # the first does not count
-            found = {"theirs": ask(theirs, "epoch"), "products": ask(ours, "products"), "ours": ask(ours, "epoch")}
-            for what, seconds in found.items():
+        for turn in range(ROUNDS + 1):  # the first is a warm-up
+            results = {"theirs": ask(theirs, "epoch"), "products": ask(ours, "products"), "ours": ask(ours, "epoch")}
+            for what, seconds in results.items():
                 times[what] += [seconds] if turn else []
         yield from _training(name, {what: median(seconds) for what, seconds in times.items()})
-        yield _memory(ask(ours, "grown"), ask(theirs, "grown"))
+        yield _memory(ask(ours, "memory_growth"), ask(theirs, "memory_growth"))
         yield _loss(ask(ours, "loss"), ask(theirs, "loss"))
         turns = [(ask(theirs, "generate"), ask(ours, "generate")) for _ in range(ROUNDS + 1)][1:]
         yield _generation(*(median(times) for times in zip(*turns, strict=True)))
@@ -66,21 +66,23 @@ def _generation(other: float, mine: float) -> Row:
 
 @contextmanager
 def side(kind: Callable[[Path], object], folder: Path) -> Iterator[Connection]:
+    """A pipe to a process that runs one side."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, kind, folder, THREADS), daemon=True)
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=serve, args=(child_end, kind, folder, THREADS), daemon=True)
     process.start()
-    there.close()  # a side that dies ends the wait for its answer
+    child_end.close()  # so that recv ends if the side dies
     try:
-        yield here
+        yield parent_end
     finally:
         if process.is_alive():
-            here.send(None)
+            parent_end.send(None)
         process.join(10)
         process.terminate()
 
 
 def ask(pipe: Connection, order: str) -> float:
+    """The result of the side's method called `order`."""
     pipe.send(order)
     answer: float = pipe.recv()
     return answer
@@ -88,7 +90,7 @@ def ask(pipe: Connection, order: str) -> float:
 
 @contextmanager
 def base() -> Iterator[tuple[Path, str]]:
-    """A checkpoint's folder and what to call it."""
+    """A checkpoint's folder and its display name."""
     folder = Path(os.environ.get("LORA_BENCH_BASE", BASE))
     if folder.is_dir():
         yield folder, "SmolLM2-135M"
@@ -107,6 +109,6 @@ def base() -> Iterator[tuple[Path, str]]:
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         tie_word_embeddings=True,
     )
-    with tempfile.TemporaryDirectory() as made:
-        AutoModelForCausalLM.from_config(config).save_pretrained(made)
-        yield Path(made), "SmolLM2-135M's shapes, random weights"
+    with tempfile.TemporaryDirectory() as folder_name:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder_name)
+        yield Path(folder_name), "SmolLM2-135M's shapes, random weights"

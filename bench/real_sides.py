@@ -1,6 +1,6 @@
-"""The two sides of bench/real.py, each in a process of its own: what one keeps in memory is no cost of the other.
+"""The two sides of bench/real.py, each in its own process so that they do not affect each other's memory.
 
-A side answers orders that come through a pipe; between them it waits and takes no processor.
+A side receives orders through a pipe, and uses no CPU between them.
 """
 
 import math
@@ -36,86 +36,86 @@ from pipeline.training.optimizer import FlatAdam
 BATCH, RANK, LEARNING_RATE, CLIP = 8, 8, 2e-4, 1.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NEW_TOKENS = 128
-Example = tuple[list[int], list[int]]  # ids, labels: -100 where nothing is learned
+Example = tuple[list[int], list[int]]  # ids, labels (-100: ignored)
 
 
 def examples(count: int, seed: int) -> list[Example]:
-    """Lengths are lognormal, 12 to 300 tokens with a median of 70; the first 60% are the prompt. Few words, often."""
+    """Lognormal lengths, 12 to 300 tokens with median 70; the first 60% are the prompt. Low ids are most frequent."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    drawn_examples = []
     for _ in range(count):
         drawn = torch.empty(1).log_normal_(math.log(70), 0.6, generator=generator).item()
         length = min(300, max(12, int(drawn)))
         ids = (torch.empty(length).exponential_(0.02, generator=generator).int() + 500).tolist()
         prompt = int(0.6 * length)
-        found.append((ids, [-100] * prompt + ids[prompt:]))
-    return found
+        drawn_examples.append((ids, [-100] * prompt + ids[prompt:]))
+    return drawn_examples
 
 
 def equally_long(count: int, length: int) -> list[Example]:
-    """Learned whole: nothing is padded and no label left out on either side."""
+    """Examples of `length` labels without a prompt, so neither side pads or masks labels."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(500, 5000, (count, length + 1), generator=generator).tolist()
     return [(ids, ids) for ids in drawn]
 
 
 def serve(pipe: Connection, side: Callable[[Path], object], folder: Path, threads: int) -> None:
-    """A side's process: answers (seconds or a loss or bytes) to the names of what it can do, until None."""
+    """Main loop of a side's process: sends the result of each method whose name it receives, until None."""
     torch.set_num_threads(threads)
     transformers.logging.disable_progress_bar()
-    made = side(folder)
+    instance = side(folder)
     for order in iter(pipe.recv, None):
-        pipe.send(getattr(made, order)())
+        pipe.send(getattr(instance, order)())
 
 
 class Side:
-    """What both sides have: data, the timing, the loss at the end, memory."""
+    """Common to both sides: data, held-out loss, memory."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
-        self.folder, self.train, self.held_out = folder, self.taught(), examples(16, 1)
-        self.model = self.adapted(self.frozen(folder))
+        self.folder, self.train, self.held_out = folder, self.training_examples(), examples(16, 1)
+        self.model = self.add_adapter(self.load_base(folder))
         self.idle = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
 
-    def taught(self) -> list[Example]:
+    def training_examples(self) -> list[Example]:
         return examples(32, 0)
 
-    def frozen(self, folder: Path) -> Any:
-        """The base."""
+    def load_base(self, folder: Path) -> Any:
+        """The frozen base."""
         raise NotImplementedError
 
-    def adapted(self, model: Any) -> Any:
-        """With LoRA, ready to train."""
+    def add_adapter(self, model: Any) -> Any:
+        """The model with LoRA, ready for training."""
         raise NotImplementedError
 
     def logits(self, ids: Tensor) -> Tensor:
-        """(T, V) of one row of ids (1, T)."""
+        """Logits (T, V) of one sequence of ids (1, T)."""
         raise NotImplementedError
 
-    def grown(self) -> int:
-        """Bytes of resident memory at the peak, beyond what the loaded model took."""
+    def memory_growth(self) -> int:
+        """Peak resident bytes beyond those of the loaded model."""
         return resident("VmHWM") - self.idle
 
     @torch.no_grad()
     def loss(self) -> float:
-        """Mean over the held-out labels, one example at a time, logits in fp32."""
+        """Mean cross-entropy over the held-out labels, one example at a time, in fp32."""
         total, count = 0.0, 0
         for ids, labels in self.held_out:
             logits = self.logits(torch.tensor([ids]))[:-1]
-            wanted = torch.tensor(labels[1:])
-            total += F.cross_entropy(logits.float(), wanted, reduction="sum").item()
-            count += int((wanted != -100).sum())
+            targets = torch.tensor(labels[1:])
+            total += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+            count += int((targets != -100).sum())
         return total / count
 
 
 class Theirs(Side):
-    """PEFT and Trainer as their documentation sets them up: bf16, a collator that pads to the batch's longest."""
+    """PEFT and Trainer as in their documentation: bf16, and a collator that pads to the longest sequence."""
 
-    def frozen(self, folder: Path) -> Any:
+    def load_base(self, folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
-    def adapted(self, model: Any) -> Any:
+    def add_adapter(self, model: Any) -> Any:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
@@ -127,7 +127,7 @@ class Theirs(Side):
         return out
 
     def epoch(self) -> float:
-        """Seconds of the steps of one epoch: Trainer's setting up is not counted."""
+        """Seconds of the steps of one epoch, without Trainer's setup."""
         from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
         class Clock(TrainerCallback):  # type: ignore[misc]
@@ -157,7 +157,7 @@ class Theirs(Side):
         data = [{"input_ids": ids, "labels": labels} for ids, labels in self.train]
         clock = Clock()
         optimizers = (self.optimizer, None)
-        trainer = InOrder(self.model, arguments, _padded, data, optimizers=optimizers, callbacks=[clock])
+        trainer = InOrder(self.model, arguments, _pad_batch, data, optimizers=optimizers, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -166,49 +166,49 @@ class Theirs(Side):
     def generate(self) -> float:
         if not hasattr(self, "plain"):
             self.plain = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16)
-        wanted = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        return seconds(lambda: self.plain.generate(_prompt(), **wanted))
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return seconds(lambda: self.plain.generate(_prompt(), **options))
 
 
 class InOrder(Batches):
-    """The batches as they stand, as the other side has them."""
+    """Batches without shuffling, as on the other side."""
 
     def _shuffled(self, epoch: int) -> list[int]:  # noqa: ARG002
         return list(range(len(self._windows)))
 
 
 class Ours(Side):
-    """The project's own model, adapter, batches and loop, as `lora finetune lora` has them."""
+    """This project's model, adapter, batches and loop, as in `lora finetune lora`."""
 
-    def frozen(self, folder: Path) -> Any:
+    def load_base(self, folder: Path) -> Any:
         return opened(folder, torch.bfloat16)
 
-    def adapted(self, model: Any) -> Any:
+    def add_adapter(self, model: Any) -> Any:
         keep_freed_memory()
         fuse_rms_norms(model)
         self.attach(model)
-        windows = InMemoryDataset([as_window(encoded(one)) for one in self.train], [""] * len(self.train))
+        windows = InMemoryDataset([as_window(encoded(example)) for example in self.train], [""] * len(self.train))
         settings = Training(
             epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, clip_norm=CLIP, precision="bf16"
         )
         task = TrainingTask(model.train(), InOrder(windows, BATCH, 0), settings, FinetuningMethod())
-        self.steps, self.an_epoch = steps(task, FlatAdam(model)), len(task.batches)
+        self.steps, self.steps_per_epoch = steps(task, FlatAdam(model)), len(task.batches)
         return model
 
     def attach(self, model: Any) -> None:
         attach(model, AdapterSpec(RANK, 2 * RANK, TARGETS), torch.bfloat16)
         for _, layer in adapter_layers(model):
-            nn.init.kaiming_uniform_(layer.lora_A, math.sqrt(5))  # as PEFT begins
+            nn.init.kaiming_uniform_(layer.lora_A, math.sqrt(5))  # as PEFT initializes
 
     def epoch(self) -> float:
-        return seconds(lambda: [next(self.steps) for _ in range(self.an_epoch)])
+        return seconds(lambda: [next(self.steps) for _ in range(self.steps_per_epoch)])
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.model.eval()(ids)[0]  # type: ignore[no-any-return]
 
     def products(self) -> float:
-        """Seconds that an epoch's matrix products would take, at the rate at which the model's own shapes run now."""
-        rate = _rate(self.model, sum(len(ids) for ids, _ in self.train) * BATCH // len(self.train))
+        """Seconds of an epoch's matrix products alone, at the rate measured now for the model's shapes."""
+        rate = _matmul_rate(self.model, sum(len(ids) for ids, _ in self.train) * BATCH // len(self.train))
         backbone = sum(module.weight.numel() for module in _linears(self.model.blocks))
         tokens = sum(len(ids) for ids, _ in self.train)
         labels = sum(sum(label != -100 for label in labels[1:]) for _, labels in self.train)
@@ -226,14 +226,14 @@ def encoded(example: Example) -> Encoded:
     return Encoded(tuple(ids), tuple(label != -100 for label in labels))
 
 
-def _padded(batch: Iterable[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """As DataCollatorForSeq2Seq(tokenizer) pads, without needing a tokenizer."""
+def _pad_batch(batch: Iterable[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Pads as DataCollatorForSeq2Seq(tokenizer) does, without a tokenizer."""
     pad = nn.utils.rnn.pad_sequence
-    ids = [torch.tensor(one["input_ids"]) for one in batch]
+    ids = [torch.tensor(row["input_ids"]) for row in batch]
     return {
         "input_ids": pad(ids, True, 0),
-        "attention_mask": pad([torch.ones_like(one) for one in ids], True, 0),
-        "labels": pad([torch.tensor(one["labels"]) for one in batch], True, -100),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], True, 0),
+        "labels": pad([torch.tensor(row["labels"]) for row in batch], True, -100),
     }
 
 
@@ -241,19 +241,19 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
-def _rate(model: Any, tokens: int) -> float:
-    """FLOPs a second of one block's products with `tokens` rows, forward and backward to the input."""
+def _matmul_rate(model: Any, tokens: int) -> float:
+    """FLOPs per second of one block's products with `tokens` rows, forward and backward to the input."""
     linears = _linears(model.blocks[0])
-    rows = {size: torch.randn(tokens, size, dtype=torch.bfloat16) for one in linears for size in one.weight.shape}
+    rows = {size: torch.randn(tokens, size, dtype=torch.bfloat16) for linear in linears for size in linear.weight.shape}
 
     def run() -> None:
         with torch.no_grad():
-            for one in linears * 4:
-                F.linear(rows[one.in_features], one.weight)
-                rows[one.out_features] @ one.weight
+            for linear in linears * 4:
+                F.linear(rows[linear.in_features], linear.weight)
+                rows[linear.out_features] @ linear.weight
 
     run()
-    return 16 * tokens * sum(one.weight.numel() for one in linears) / median(seconds(run) for _ in range(9))
+    return 16 * tokens * sum(linear.weight.numel() for linear in linears) / median(seconds(run) for _ in range(9))
 
 
 def _prompt() -> Tensor:
@@ -267,6 +267,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def resident(what: str) -> int:
-    found = re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/{os.getpid()}/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    """Bytes of the field `what` in /proc/PID/status."""
+    match = re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/{os.getpid()}/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024

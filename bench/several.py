@@ -1,4 +1,4 @@
-"""A LoRA step in one process with all threads beside the same step shared by two processes with half of them each."""
+"""A LoRA step in one process with all threads against data parallelism in two, with half of the threads each."""
 
 import csv
 import os
@@ -21,14 +21,14 @@ ROUNDS = 3
 
 
 def several() -> Iterator[Row]:
-    """MiniGPT with 25 million parameters, each step 8 texts of 48 words."""
+    """MiniGPT with 25 million parameters, 8 texts of 48 words per step."""
     with tempfile.TemporaryDirectory() as folder:
         project = _project(Path(folder) / "project")
         times: dict[str, list[float]] = {name: [] for name in RUNS}
         for _ in range(ROUNDS):
             for name, flags in RUNS.items():
                 times[name].append(_step(project, flags))
-    one, *others = (median(found) for found in times.values())
+    one, *others = (median(seconds) for seconds in times.values())
     for (name, *_), other in zip(list(RUNS.items())[1:], others, strict=True):
         goal = "at least 0.9 ×" if name == "two processes" else "at least 0.5 ×"
         ratio = one / other
@@ -49,7 +49,7 @@ def _project(root: Path) -> Path:
 
 
 def _step(project: Path, flags: list[str]) -> float:
-    """Median seconds between two steps, the first two left out."""
+    """Median seconds between steps, without the first two."""
     values = {"data": "data/long.txt", "epochs": 1, "batch_size": BATCH, "window": 0}
     given = [f"--set=finetune_lora.{key}={value}" for key, value in values.items()]
     _lora(project, "finetune", "lora", "--force", *flags, *given)

@@ -1,4 +1,4 @@
-"""Many adapters in one pass: on MiniGPT and on the model of bench/real.py, beside one, and PEFT one after the other."""
+"""Batched training of adapters, on MiniGPT and the model of bench/real.py, against one adapter and PEFT in sequence."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ import torch
 from bench.measure import Row, in_turns
 from bench.real import ROUNDS, ask, base, side
 from bench.real_sides import BATCH, CLIP, LEARNING_RATE, RANK, TARGETS, InOrder, Ours, Theirs, encoded, seconds
-from bench.training import batches, minigpt, ours_of, reference_of
+from bench.training import batches, minigpt, our_steps, reference_steps
 from pipeline.adapters.attach import attach
 from pipeline.adapters.batched import attach_many
 from pipeline.adapters.config import AdapterSpec
@@ -32,11 +32,11 @@ from pipeline.training.optimizer import BatchedAdam
 
 SMALL, LARGE = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 STEPS, TURNS = 50, 9
-MOST = {8: 1.6}  # times of one
+MAX_RATIO = {8: 1.6}  # × one adapter
 
 
 def sweep() -> Iterator[Row]:
-    """Adapters that differ in their seed and order of the data."""
+    """Adapters that differ in seed and order of the data."""
     yield from _small()
     yield from _large()
 
@@ -45,47 +45,52 @@ def _small() -> Iterator[Row]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         minigpt(Path(folder))
-        runs = {f"{count}": _many(Path(folder), count) for count in SMALL}
-        runs |= {"one": ours_of(Path(folder), "lora"), "PEFT": reference_of(Path(folder), "lora")}
+        runs = {f"{count}": _sweep_steps(Path(folder), count) for count in SMALL}
+        runs |= {"one": our_steps(Path(folder), "lora"), "PEFT": reference_steps(Path(folder), "lora")}
         times = in_turns(runs, TURNS)
     for count in SMALL:
         yield from _rows("MiniGPT", count, times[str(count)] / STEPS, times["one"] / STEPS, times["PEFT"] / STEPS)
 
 
 def _rows(model: str, count: int, mine: float, one: float, other: float) -> Iterator[Row]:
-    most, least = MOST.get(count) if model == "MiniGPT" else None, 6 if (model, count) == ("MiniGPT", 8) else None
+    max_ratio, min_speedup = (
+        MAX_RATIO.get(count) if model == "MiniGPT" else None,
+        6 if (model, count) == ("MiniGPT", 8) else None,
+    )
     what, ratio = f"step of {count} adapters in one pass, {model}", mine / one
-    goal = "" if most is None else f"at most {most:g} ×"
-    yield Row(what, mine, f"one alone, {one * 1e3:.2f} ms", ratio, goal, most is None or ratio <= most)
-    ratio, goal = count * other / mine, "" if least is None else f"at least {least:g} ×"
-    yield Row("the same", mine, f"PEFT, {count} one after the other", ratio, goal, least is None or ratio >= least)
+    goal = "" if max_ratio is None else f"at most {max_ratio:g} ×"
+    yield Row(what, mine, f"one alone, {one * 1e3:.2f} ms", ratio, goal, max_ratio is None or ratio <= max_ratio)
+    ratio, goal = count * other / mine, "" if min_speedup is None else f"at least {min_speedup:g} ×"
+    yield Row(
+        "the same", mine, f"PEFT, {count} one after the other", ratio, goal, min_speedup is None or ratio >= min_speedup
+    )
 
 
-def _many(folder: Path, count: int) -> Callable[[], None]:
+def _sweep_steps(folder: Path, count: int) -> Callable[[], None]:
     model, _ = load_base(folder)
-    own = [replace(FinetuneLora(epochs=10**9), seed=seed, learning_rate=1e-3) for seed in range(count)]
-    task = task_of(model, [lora_spec(model, one, ()) for one in own], own, [batches(one.seed) for one in own])
-    return _stepping(task, STEPS)
+    settings = [replace(FinetuneLora(epochs=10**9), seed=seed, learning_rate=1e-3) for seed in range(count)]
+    task = task_of(model, [lora_spec(model, s, ()) for s in settings], settings, [batches(s.seed) for s in settings])
+    return _run_steps(task, STEPS)
 
 
 def task_of(
-    model: CausalLM, specs: list[AdapterSpec], own: list[FinetuneLora], orders: list[Batches], dtype: Any = None
+    model: CausalLM, specs: list[AdapterSpec], settings: list[FinetuneLora], orders: list[Batches], dtype: Any = None
 ) -> BatchedTrainingTask:
-    """Adapters as `lora finetune sweep` trains them."""
+    """A task with adapters as in `lora finetune sweep`."""
 
-    def attaching(spec: AdapterSpec, settings: FinetuneLora) -> Callable[[], None]:
+    def attach_with(spec: AdapterSpec, adapter_settings: FinetuneLora) -> Callable[[], None]:
         def attach_one() -> None:
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(adapter_settings.seed)
             attach(model, spec, dtype)
 
         return attach_one
 
-    share = attach_many(model, [attaching(*pair) for pair in zip(specs, own, strict=True)])
-    variants = (Variant(str(n), *pair) for n, pair in enumerate(zip(own, orders, strict=True)))
-    return BatchedTrainingTask(model.train(), share, tuple(variants))
+    batch = attach_many(model, [attach_with(*pair) for pair in zip(specs, settings, strict=True)])
+    variants = (Variant(str(n), *pair) for n, pair in enumerate(zip(settings, orders, strict=True)))
+    return BatchedTrainingTask(model.train(), batch, tuple(variants))
 
 
-def _stepping(task: BatchedTrainingTask, count: int) -> Callable[[], None]:
+def _run_steps(task: BatchedTrainingTask, count: int) -> Callable[[], None]:
     trained = [p for p in task.model.parameters() if p.requires_grad]
     records = steps(task, BatchedAdam(trained, [1.0] * len(trained)), AdapterProgress.of(len(task.variants)))
 
@@ -98,51 +103,54 @@ def _stepping(task: BatchedTrainingTask, count: int) -> Callable[[], None]:
 
 def _large() -> Iterator[Row]:
     with base() as (folder, name), ExitStack() as stack:
-        sides = {str(count): stack.enter_context(side(partial(Many, count), folder)) for count in LARGE}
-        sides |= {"one": stack.enter_context(side(One, folder)), "PEFT": stack.enter_context(side(Other, folder))}
+        sides = {str(count): stack.enter_context(side(partial(ManyAdapters, count), folder)) for count in LARGE}
+        sides |= {
+            "one": stack.enter_context(side(OneAdapter, folder)),
+            "PEFT": stack.enter_context(side(PeftStep, folder)),
+        }
         turns = [{what: ask(pipe, "epoch") for what, pipe in sides.items()} for _ in range(ROUNDS + 1)][1:]
         times = {what: median(turn[what] for turn in turns) for what in sides}
-        grown = {what: ask(pipe, "grown") for what, pipe in sides.items()}
+        growth = {what: ask(pipe, "memory_growth") for what, pipe in sides.items()}
     for count in LARGE:
         yield from _rows(name, count, times[str(count)], times["one"], times["PEFT"])
     what, reference = (
         "resident memory beyond the base: 8 adapters",
-        f"8 of one alone, {8 * grown['one'] / 2**20:,.0f} MiB",
+        f"8 of one alone, {8 * growth['one'] / 2**20:,.0f} MiB",
     )
-    ratio = grown["8"] / (8 * grown["one"])
-    yield Row(f"{what}, {grown['8'] / 2**20:,.0f} MiB", 0, reference, ratio, "at most 1.1 ×", ratio <= 1.1)
+    ratio = growth["8"] / (8 * growth["one"])
+    yield Row(f"{what}, {growth['8'] / 2**20:,.0f} MiB", 0, reference, ratio, "at most 1.1 ×", ratio <= 1.1)
 
 
-class One(Ours):
+class OneAdapter(Ours):
     """A step of one adapter."""
 
-    def taught(self) -> list[Any]:
-        return super().taught()[:BATCH]
+    def training_examples(self) -> list[Any]:
+        return super().training_examples()[:BATCH]
 
 
-class Other(Theirs):
-    def taught(self) -> list[Any]:
-        return super().taught()[:BATCH]
+class PeftStep(Theirs):
+    def training_examples(self) -> list[Any]:
+        return super().training_examples()[:BATCH]
 
 
-class Many(One):
+class ManyAdapters(OneAdapter):
     """A step of `count` adapters."""
 
     def __init__(self, count: int, folder: Path) -> None:
         self.count = count
         super().__init__(folder)
 
-    def adapted(self, model: Any) -> Any:
+    def add_adapter(self, model: Any) -> Any:
         keep_freed_memory()
         fuse_rms_norms(model)
-        windows = InMemoryDataset([as_window(encoded(one)) for one in self.train], [""] * len(self.train))
-        own = [
+        windows = InMemoryDataset([as_window(encoded(example)) for example in self.train], [""] * len(self.train))
+        settings = [
             FinetuneLora(seed=n, epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, clip_norm=CLIP)
             for n in range(self.count)
         ]
         specs = [AdapterSpec(RANK, 2 * RANK, TARGETS)] * self.count
-        orders: list[Batches] = [InOrder(windows, BATCH, 0) for _ in own]
-        self.step = _stepping(task_of(model, specs, own, orders, torch.bfloat16), 1)
+        orders: list[Batches] = [InOrder(windows, BATCH, 0) for _ in settings]
+        self.step = _run_steps(task_of(model, specs, settings, orders, torch.bfloat16), 1)
         return model
 
     def epoch(self) -> float:

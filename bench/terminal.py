@@ -1,4 +1,4 @@
-"""`lora-tui` in a terminal: first paint beside a bare Textual program, and processor time while one only looks."""
+"""`lora-tui` in a terminal: first paint against a bare Textual program, and CPU time without user input."""
 
 import fcntl
 import os
@@ -27,12 +27,12 @@ class Hello(App):
         yield Static("pretrain")
 Hello().run()
 """
-PAINTED = b"pretrain"  # on the first screen of both
-WATCHED = 20.0  # seconds
+FIRST_SCREEN_TEXT = b"pretrain"  # appears on the first screen of both
+WATCH_SECONDS = 20.0
 
 
 def terminal() -> Iterator[Row]:
-    """First paint; the share of a core that an idle screen takes, and one that watches a run."""
+    """Time to first paint; CPU share of an idle screen, and of one that watches a run."""
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
         project.mkdir()
@@ -48,23 +48,25 @@ def terminal() -> Iterator[Row]:
             },
             rounds=9,
         )
-        first, ratio = times["tui"], times["tui"] / times["hello"]
-        yield Row("lora-tui, first paint", first, "bare Textual hello", ratio, "under 500 ms", first < 0.5)
-        idle = _share(tui, project)
+        first_paint, ratio = times["tui"], times["tui"] / times["hello"]
+        yield Row("lora-tui, first paint", first_paint, "bare Textual hello", ratio, "under 500 ms", first_paint < 0.5)
+        idle = _cpu_share(tui, project)
         yield _row("nothing runs", idle, 0.01)
         _lora(project, "pretrain", "--set", "pretrain.epochs=2").wait()
         _lora(project, "expand-vocab").wait()
         run = _lora(project, "finetune", "lora", "--set", "finetune_lora.epochs=100000")
         try:
-            yield _row("a run is watched", _share(tui, project), 0.05)
+            yield _row("a run is watched", _cpu_share(tui, project), 0.05)
         finally:
             run.kill()
             run.wait()
 
 
 def _row(what: str, share: float, goal: float) -> Row:
-    seconds = share * WATCHED
-    return Row(f"lora-tui, {what}", seconds, f"{WATCHED:.0f} s of a core", share, f"under {goal:.0%}", share < goal)
+    seconds = share * WATCH_SECONDS
+    return Row(
+        f"lora-tui, {what}", seconds, f"{WATCH_SECONDS:.0f} s of a core", share, f"under {goal:.0%}", share < goal
+    )
 
 
 def _lora(project: Path, *words: str) -> subprocess.Popen[bytes]:
@@ -72,18 +74,18 @@ def _lora(project: Path, *words: str) -> subprocess.Popen[bytes]:
 
 
 def _first_paint(command: Sequence[str], folder: Path) -> None:
-    with _painted(command, folder):
+    with _started(command, folder):
         pass
 
 
-def _share(command: Sequence[str], folder: Path) -> float:
-    """The share of one core that the program takes while nobody touches it."""
-    with _painted(command, folder) as (process, master):
+def _cpu_share(command: Sequence[str], folder: Path) -> float:
+    """The share of one core that the program uses without user input."""
+    with _started(command, folder) as (process, master):
         threading.Thread(target=_drain, args=(master,), daemon=True).start()
         time.sleep(3)
         before = _cpu_seconds(process.pid)
-        time.sleep(WATCHED)
-        return (_cpu_seconds(process.pid) - before) / WATCHED
+        time.sleep(WATCH_SECONDS)
+        return (_cpu_seconds(process.pid) - before) / WATCH_SECONDS
 
 
 def _drain(master: int) -> None:
@@ -100,8 +102,8 @@ def _cpu_seconds(pid: int) -> float:
 
 
 @contextmanager
-def _painted(command: Sequence[str], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The program in a terminal of 80 × 24, once its first screen is drawn."""
+def _started(command: Sequence[str], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The program in a terminal of 80 × 24, after it drew its first screen."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {
@@ -110,14 +112,14 @@ def _painted(command: Sequence[str], folder: Path) -> Iterator[tuple[subprocess.
         "XDG_CONFIG_HOME": str(folder),
         "XDG_STATE_HOME": str(folder),
     }
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's second start finds the first one's bytecode
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users have cached bytecode from the second start on
     process = subprocess.Popen(
         command, cwd=folder, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
     )
     try:
-        seen = b""
-        while PAINTED not in seen:
-            seen += os.read(master, 65536)
+        output = b""
+        while FIRST_SCREEN_TEXT not in output:
+            output += os.read(master, 65536)
         yield process, master
     finally:
         process.kill()

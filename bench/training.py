@@ -1,4 +1,4 @@
-"""A training step of each method on MiniGPT beside the same step on the same checkpoint in transformers and PEFT."""
+"""A training step of each method on MiniGPT against transformers and PEFT on the same checkpoint."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,25 +29,25 @@ GOALS = {"full": 1.0, "freeze": 1.0, "lora": 2.0}
 
 
 def training() -> Iterator[Row]:
-    """Steps of 4 windows of 4 tokens, the pipeline's own; one thread each, which is the faster for both."""
+    """Steps of 4 windows of 4 tokens, the pipeline's default, with one thread, which is faster for both."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         minigpt(Path(folder))
         runs = {}
         for method in GOALS:
-            runs[method] = ours_of(Path(folder), method)
-            runs[f"{method} reference"] = reference_of(Path(folder), method)
+            runs[method] = our_steps(Path(folder), method)
+            runs[f"{method} reference"] = reference_steps(Path(folder), method)
         times = in_turns(runs, ROUNDS)
     for method, goal in GOALS.items():
         ours, theirs = times[method] / STEPS, times[f"{method} reference"] / STEPS
         name = "PEFT" if method == "lora" else "transformers"
         ratio = theirs / ours
-        wanted = f"at least {goal:g} ×"
-        yield Row(f"training step, {method}", ours, f"{name}, {theirs * 1e3:.2f} ms", ratio, wanted, ratio >= goal)
+        target = f"at least {goal:g} ×"
+        yield Row(f"training step, {method}", ours, f"{name}, {theirs * 1e3:.2f} ms", ratio, target, ratio >= goal)
 
 
 def minigpt(folder: Path) -> None:
-    """A MiniGPT of the pipeline's size with random weights."""
+    """Save a MiniGPT of the pipeline's size with random weights."""
     tokenizer = WordTokenizer.of_words([f"w{i}" for i in range(96)])
     model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id))
     save_base(folder, Base(model, tokenizer))
@@ -55,11 +55,11 @@ def minigpt(folder: Path) -> None:
 
 def batches(seed: int = 0) -> Batches:
     ids = torch.randint(3, 99, (8, 7), generator=torch.Generator().manual_seed(0)).tolist()
-    cut = [window for row in ids for window in windows(tuple(row), 4)]
-    return Batches(InMemoryDataset(cut, [""] * len(cut)), 4, seed)
+    training_windows = [window for row in ids for window in windows(tuple(row), 4)]
+    return Batches(InMemoryDataset(training_windows, [""] * len(training_windows)), 4, seed)
 
 
-def ours_of(folder: Path, method: str) -> Callable[[], None]:
+def our_steps(folder: Path, method: str) -> Callable[[], None]:
     model, _ = load_base(folder)
     if method == "lora":
         attach(model, lora_spec(model, FinetuneLora(), ()))
@@ -75,8 +75,8 @@ def ours_of(folder: Path, method: str) -> Callable[[], None]:
     return run
 
 
-def reference_of(folder: Path, method: str) -> Callable[[], None]:
-    """The loop as the libraries' documentation writes it, with the loss read every step, as ours is."""
+def reference_steps(folder: Path, method: str) -> Callable[[], None]:
+    """The training loop of the libraries' documentation, reading the loss every step as ours does."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
     if method == "lora":
         ends = ["embed_tokens", "lm_head"]
@@ -86,11 +86,11 @@ def reference_of(folder: Path, method: str) -> Callable[[], None]:
     else:
         _freeze_like_ours(model, method)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    found = batches()
+    batch_list = batches()
 
     def run() -> None:
         for step in range(STEPS):
-            (batch,) = found[step]
+            (batch,) = batch_list[step]
             optimizer.zero_grad()
             logits = model(input_ids=batch.ids, position_ids=batch.positions).logits
             loss = F.cross_entropy(logits.flatten(0, 1), batch.labels)

@@ -106,7 +106,7 @@ def _positions(base: Path) -> int | None:
 
 def _as_json(example: "Example", encoded: "Encoded", tokenizer: "Tokenizer") -> dict[str, Any]:
     tokens = [{"id": id_, "token": tokenizer.word(id_), "learned": learned} for id_, learned in _learned(encoded)]
-    return {"place": example.place, "tokens": tokens, "labels": encoded.labels, "cut": encoded.cut}
+    return {"place": example.location, "tokens": tokens, "labels": encoded.labels, "cut": encoded.cut}
 
 
 def _learned(encoded: "Encoded") -> Iterator[tuple[int, bool]]:
@@ -115,7 +115,7 @@ def _learned(encoded: "Encoded") -> Iterator[tuple[int, bool]]:
 
 
 def _heading(example: "Example", encoded: "Encoded") -> str:
-    parts = [example.place, f"{len(encoded.ids):,} tokens", f"{encoded.labels:,} learned"]
+    parts = [example.location, f"{len(encoded.ids):,} tokens", f"{encoded.labels:,} learned"]
     return "  ".join(parts + ([f"{encoded.cut:,} cut off"] if encoded.cut else []))
 
 

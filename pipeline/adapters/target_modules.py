@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.target_modules import ALL_LINEAR, HEAD, chosen, matches_suffix
+from pipeline.calc.target_modules import ALL_LINEAR, HEAD, matches_suffix, select_linears
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match
 from pipeline.models.linears import is_linear
@@ -15,7 +15,7 @@ from pipeline.models.quantization.quantized_linear import QuantizedLinear
 def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     """Full names of the linears that `wanted` means. Raises UserError if any of it matches nothing."""
     linears = (name for name, module in model.named_modules() if adaptable(module))
-    return chosen(linears, wanted, getattr(model, "head_name", HEAD))
+    return select_linears(linears, wanted, getattr(model, "head_name", HEAD))
 
 
 def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -31,7 +31,7 @@ def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
         wanted = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
         if not any(matches_suffix(embedding, want) for want in wanted):  # no group has it
             layers = [name for name in layers if name != embedding]
-        meant = chosen(layers, wanted, getattr(model, "head_name", HEAD))
+        meant = select_linears(layers, wanted, getattr(model, "head_name", HEAD))
     found = [name for name in meant if not spec.leaves_out(name)]
     if not found:
         raise UserError(f"target_modules: {spec.targets!r} leaves no layer to adapt.")

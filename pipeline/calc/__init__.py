@@ -1,1 +1,1 @@
-"""The calculator: parameters, memory and what fits, from shapes alone. Standard library and PyYAML, no torch."""
+"""The calculator: parameters, memory and fit from shapes alone. Needs the standard library and PyYAML, not torch."""

@@ -1,4 +1,4 @@
-"""What a model is to the calculator: the shapes of its weights, and the style of block that computes with them."""
+"""A model as the calculator sees it: the shapes of its weights, and how its blocks compute."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from pipeline.calc.target_modules import HEAD
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight of (outputs, inputs), or `experts` of them in one tensor; `name` is the end of its module's name."""
+    """A weight (outputs, inputs), or `experts` of them in one tensor; `name` is its module's name within the block."""
 
     name: str
     inputs: int
@@ -29,13 +29,13 @@ class Linear:
         return self.weights + (self.outputs * self.experts if self.bias else 0)
 
     def lora(self, rank: int) -> int:
-        """Parameters of A (R, I) and B (O, R), one pair an expert (Hu et al. 2021, §4.1)."""
+        """Parameters of A (R, I) and B (O, R), one pair per expert (Hu et al. 2021, §4.1)."""
         return rank * (self.inputs + self.outputs) * self.experts
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: its linears by group, its router, and parameters of its norms and of what is neither."""
+    """One transformer block: its linears by group, its router, and the parameters of its norms and of the rest."""
 
     attention: tuple[Linear, ...]
     feed_forward: tuple[Linear, ...]
@@ -55,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """How a block computes, as far as it decides which tensors a training step keeps."""
+    """How a block computes, as far as this affects the memory of a training step."""
 
     norm: Literal["rms", "rms32", "layer"] = "rms"  # rms32: the weight is applied in fp32
     norms: Literal["before", "after", "both", "inside", "parallel"] = "before"  # of the residual branches
@@ -64,29 +64,29 @@ class BlockStyle:
     gated: bool = True
     clamps: bool = False  # gate and up are clamped (gpt-oss)
     rotary: float = 1.0  # share of the head that is rotated
-    rejoins: bool = False  # the rotated part and the rest are copied together
+    rejoins: bool = False  # rotated and unrotated parts are concatenated
     softmax32: bool = True  # eager attention's softmax is computed in fp32
     softcap: bool = False  # of the attention scores
-    sinks: bool = False  # a learned score a head that takes attention from all
+    sinks: bool = False  # attention sinks: a learned score per head in the softmax
     final_softcap: bool = False
     scaled_queries: bool = False  # OPT multiplies q by its scale outside attention
     scaled_embeddings: bool = False
-    top_k: int = 0  # experts a token
+    top_k: int = 0  # experts per token
     split_experts: bool = False  # PEFT adapts experts as the separate gate, up and down of older checkpoints
     ours: bool = False  # MiniGPT, not a model of transformers
-    unknown: bool = False  # how it computes is not known, only its linears
+    unknown: bool = False  # only the shapes of the linears are known
 
     @property
     def eager_only(self) -> bool:
-        """Whether no fused kernel of torch computes its attention."""
+        """Whether torch has no fused kernel for its attention."""
         return self.softcap or self.sinks
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's shapes. `positions`, `head_bias` and norms are parameters; `tied`: head and embedding are one.
+    """A model's shapes. `positions`, `head_bias` and norms are parameter counts; `tied`: the head is the embedding.
 
-    `layers` is where the blocks stand in the model that `transformers` builds, `head_name` its output head.
+    `layers` is the name of the list of blocks in the transformers model, `head_name` that of its output head.
     """
 
     family: str
@@ -101,10 +101,10 @@ class Architecture:
     final_norm: int
     tied: bool
     positions: int = 0
-    fixed_positions: int = 0  # numbers of a table that is no parameter
+    fixed_positions: int = 0  # elements of a position table that is not a parameter
     head_bias: int = 0
     extra_norms: int = 0
-    outside: tuple[Linear, ...] = ()  # linears outside the blocks, the head not counted
+    outside: tuple[Linear, ...] = ()  # linears outside the blocks, without the head
     style: BlockStyle = field(default_factory=BlockStyle)
     layers: str = "model.layers"
     head_name: str = HEAD
@@ -114,7 +114,7 @@ class Architecture:
     notes: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
-        """Of what tells models apart; hashing every block would take longer than what the caches save."""
+        """Hash of a few fields: hashing every block would take longer than the caches save."""
         return hash((self.name, self.source, self.family, self.hidden, len(self.blocks)))
 
     @property
@@ -123,7 +123,7 @@ class Architecture:
 
     @property
     def head(self) -> int:
-        """Parameters of the output head; none of its own where it is the embedding."""
+        """Parameters of the output head; only its bias if it is tied to the embedding."""
         return (0 if self.tied else self.vocabulary * self.embedding_width) + self.head_bias
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
@@ -135,7 +135,7 @@ class Architecture:
             yield linear.name, linear
 
     def block_name(self, index: int) -> str:
-        """What the full names of a block's linears begin with."""
+        """Prefix of the full names of a block's linears."""
         return f"{self.layers}.{index}."
 
     @property
@@ -143,11 +143,11 @@ class Architecture:
         return Linear(self.head_name, self.embedding_width, self.vocabulary, bool(self.head_bias))
 
     def adaptable(self, block: Block) -> tuple[Linear, ...]:
-        """The block's linears that can get LoRA: with the router where older checkpoints have it as one."""
+        """The block's linears that can get LoRA; with split experts also the router."""
         return (*block.linears, block.router) if self.style.split_experts and block.router else block.linears
 
     def components(self) -> dict[str, int]:
-        """Parameters by component; zero entries are left out."""
+        """Parameters by component, without zero entries."""
         parts: Counter[str] = Counter({"embeddings": self.embedding, "positions": self.positions})
         for block in self.blocks:
             parts["attention"] += sum(linear.parameters for linear in block.attention) + block.other
@@ -166,7 +166,7 @@ class Architecture:
 
     @cached_property
     def quantizable(self) -> int:
-        """Weights that quantization touches: linears of the blocks. Embeddings, head, norms and biases stay."""
+        """Weights that are quantized: the linears of the blocks, not embeddings, head, norms and biases."""
         return sum(linear.weights for block in self.blocks for linear in block.linears)
 
     def kv_bytes(self, batch: int, sequence: int, width: int = 2) -> int:
@@ -176,7 +176,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Model:
-    """Shapes, and the config that they come from where there is one (tracing builds the model from it)."""
+    """Shapes, and the config they come from, if any (tracing builds the model from it)."""
 
     shapes: Architecture
     config: Mapping[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What fits: GPUs and their memory, the largest setting that a memory holds, and what to change first."""
+"""GPUs and their memory, the largest settings that fit, and what to change when a run does not fit."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ from pipeline.errors import UserError
 
 GIB = 2**30
 LARGEST = {"batch": 4096, "sequence": 2**20, "rank": 4096}
-LIGHTER = ("fp32", "bf16", "int8", "nf4-dq")  # tried in this order: the first that fits loses the least
+PRECISIONS_BY_QUALITY = ("fp32", "bf16", "int8", "nf4-dq")  # the first that fits is the most accurate
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device; `bytes` are those that a process can have, context included."""
+    """A device; `bytes` is the memory that a process can use, including the CUDA context."""
 
     name: str
     label: str
@@ -29,48 +29,54 @@ class Gpu:
 
 @cache
 def gpus() -> dict[str, Gpu]:
-    """Common devices by name, smallest first: NVIDIA's as nvidia-smi totals them, Apple's as Metal lets one use."""
+    """Common devices by name, smallest first: NVIDIA's total by nvidia-smi, Apple's limit by Metal."""
     table = json.loads((Path(__file__).parent / "presets/gpus.json").read_text(encoding="utf-8"))
-    found = [Gpu(name, row["label"], round(row["mib"] * 2**20 * row.get("usable", 1))) for name, row in table.items()]
-    return {gpu.name: gpu for gpu in sorted(found, key=lambda gpu: gpu.bytes)}
+    devices = [Gpu(name, row["label"], round(row["mib"] * 2**20 * row.get("usable", 1))) for name, row in table.items()]
+    return {gpu.name: gpu for gpu in sorted(devices, key=lambda gpu: gpu.bytes)}
 
 
 def gpu(name: str) -> Gpu:
-    """Raises UserError with the nearest names."""
+    """The device called `name`. Raises UserError with the nearest names."""
     key = name.lower().replace(" ", "").replace("_", "-")
     if key in gpus():
         return gpus()[key]
-    near = nearest(key, gpus())
-    raise UserError(f"gpu {name!r} is not known. {'Nearest' if near else 'Known'}: {', '.join(near or gpus())}.")
+    suggestions = nearest(key, gpus())
+    raise UserError(
+        f"gpu {name!r} is not known. {'Nearest' if suggestions else 'Known'}: {', '.join(suggestions or gpus())}."
+    )
 
 
 def of_size(gib: float) -> Gpu:
-    """A device with so many GiB. Raises UserError where that is no amount of memory."""
+    """A device with `gib` GiB. Raises UserError if that is not a positive amount."""
     if not 0 < gib < 2**20:
-        raise UserError(f"fit takes GiB of memory, more than 0, got {gib:g}.")
+        raise UserError(f"fit takes GiB of memory, which must be more than 0, got {gib:g}.")
     return Gpu("fit", f"{gib:g} GiB", round(gib * GIB))
 
 
 @dataclass(frozen=True)
 class Largest:
-    """The most that fits of each setting, all others as given; 0 where not even the least does."""
+    """The largest value of each setting that fits, the others unchanged; 0 if none fits."""
 
     batch: int
     sequence: int
-    rank: int | None  # None where the method has no rank
+    rank: int | None  # None if the method has no rank
     precision: str | None
 
 
 def largest(model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int) -> Largest:
-    """The largest batch, sequence and rank, and the least quantized precision, that need at most `budget` bytes."""
+    """The largest batch, sequence and rank, and the least quantized precision, within `budget` bytes."""
     context = min(LARGEST["sequence"], model.context)
     return Largest(
-        batch=_most(lambda n: _fits(model, method, replace(run, batch=n), budget), LARGEST["batch"]),
-        sequence=_most(lambda n: _fits(model, method, replace(run, sequence=n), budget), context),
-        rank=_most(lambda n: _fits(model, replace(method, rank=n, rank_pattern=()), run, budget), LARGEST["rank"])
+        batch=_largest_fitting(lambda n: _fits(model, method, replace(run, batch=n), budget), LARGEST["batch"]),
+        sequence=_largest_fitting(lambda n: _fits(model, method, replace(run, sequence=n), budget), context),
+        rank=_largest_fitting(
+            lambda n: _fits(model, replace(method, rank=n, rank_pattern=()), run, budget), LARGEST["rank"]
+        )
         if method.kind == "lora"
         else None,
-        precision=next((p for p in LIGHTER if _fits(model, method, replace(run, precision=p), budget)), None),
+        precision=next(
+            (p for p in PRECISIONS_BY_QUALITY if _fits(model, method, replace(run, precision=p), budget)), None
+        ),
     )
 
 
@@ -78,8 +84,8 @@ def _fits(model: Architecture, method: FinetuningMethod, run: TrainingConfig, bu
     return possible(model, method, run) and predict(model, method, run).peak <= budget
 
 
-def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest n up to `limit` that fits: doubling, then halving the gap (more never needs less)."""
+def _largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest n up to `limit` that fits: doubling, then bisection (a larger n never needs less memory)."""
     if not fits(1):
         return 0
     low, high = 1, 2
@@ -95,17 +101,17 @@ def _most(fits: Callable[[int], bool], limit: int) -> int:
 def changes(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int
 ) -> Iterator[tuple[str, FinetuningMethod, TrainingConfig, int]]:
-    """What to change, one at a time and then one on top of the other, until it fits: (words, settings, peak).
+    """Changes that make a run fit: (options, method, config, peak in bytes).
 
-    First each change alone, cheapest in quality and time first, and only those that fit; then, if none does, all that
-    help in that order, each added to those before.
+    The first single change that fits, in the order of least cost in quality and time. If none does, every change that
+    helps in that order, cumulatively, until the run fits.
     """
     for words, change in _CHANGES:
         m, r = change(method, run)
         if (m, r) != (method, run) and _fits(model, m, r, budget):
             yield words, m, r, predict(model, m, r).peak
             return
-    m, r, said, best = method, run, list[str](), predict(model, method, run).peak
+    m, r, applied, best = method, run, list[str](), predict(model, method, run).peak
     for words, change in _CHANGES:
         changed = change(m, r)
         if changed == (m, r) or not possible(model, *changed):
@@ -113,8 +119,8 @@ def changes(
         peak = predict(model, *changed).peak
         if peak < best:
             (m, r), best = changed, peak
-            said.append(words)
-            yield "; ".join(said), m, r, peak
+            applied.append(words)
+            yield "; ".join(applied), m, r, peak
         if best <= budget:
             return
 
@@ -122,7 +128,7 @@ def changes(
 Change = Callable[[FinetuningMethod, TrainingConfig], tuple[FinetuningMethod, TrainingConfig]]
 
 
-def _adapters_only(method: FinetuningMethod, run: TrainingConfig) -> tuple[FinetuningMethod, TrainingConfig]:
+def _use_lora(method: FinetuningMethod, run: TrainingConfig) -> tuple[FinetuningMethod, TrainingConfig]:
     return (method, run) if method.kind in ("lora", "prefix", "prompt") else (replace(method, kind="lora"), run)
 
 
@@ -131,7 +137,7 @@ _CHANGES: tuple[tuple[str, Change], ...] = (
     ("--checkpointing full", lambda m, r: (m, replace(r, checkpointing="full"))),
     ("--attention sdpa", lambda m, r: (m, replace(r, attention="sdpa"))),
     ("--batch 1 and accumulate gradients", lambda m, r: (m, replace(r, batch=1))),
-    ("--method lora", _adapters_only),
+    ("--method lora", _use_lora),
     (
         "--precision nf4-dq (QLoRA)",
         lambda m, r: (

@@ -1,4 +1,4 @@
-"""Memory of a training step, part by part at the moment of its peak, and of inference."""
+"""Memory of a training step, by part at its peak, and of inference."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a step, which falls into the phase `where`; the parts sum to `peak`."""
+    """Bytes at the peak of a step, which is in the phase `where`; the parts sum to `peak`."""
 
     weights: int
     adapter: int
@@ -36,19 +36,20 @@ PARTS = tuple(field.name for field in fields(Memory) if field.name != "where")
 
 
 def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Memory:
-    """Memory of one training step. Raises UserError for settings that no run can have."""
+    """Memory of one training step. Raises UserError for invalid settings."""
     validate(method, run)
     refuse_impossible(model, method, run)
     tape = step(model, method, run)
-    flat = model.style.ours or run.trainer  # gradients are one vector that stays
-    trains = _trained(model, method, run, flat)
-    trained = sum(count * width for count, width in trains)
-    state = OPTIMIZERS[run.optimizer]
+    flat = model.style.ours or run.trainer  # gradients are one persistent flat buffer
+    groups = _trained_counts(model, method, run, flat)
+    trained = sum(count * width for count, width in groups)
+    state_width = OPTIMIZERS[run.optimizer]
     memory = Memory(
         weights=weight_bytes(model, run.precision),
-        adapter=sum(count * width for count, width in trains[:2]) + (_beside(model, method, trains) if flat else 0),
+        adapter=sum(count * width for count, width in groups[:2])
+        + (_buffer_bytes(model, method, groups) if flat else 0),
         gradients=tape.at_peak.get("gradients", 0) + (trained if flat else 0),
-        optimizer=round(sum(count * state(width) for count, width in trains)),
+        optimizer=round(sum(count * state_width(width) for count, width in groups)),
         activations=tape.at_peak.get("activations", 0),
         logits=tape.at_peak.get("logits", 0),
         overhead=run.context,
@@ -60,42 +61,44 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     return memory
 
 
-def _trained(model: Architecture, method: FinetuningMethod, run: TrainingConfig, flat: bool) -> list[tuple[int, int]]:
-    """(numbers, bytes of each): of the adapter but DoRA's magnitudes, of those, of the base. Ours are fp32 always."""
+def _trained_counts(
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig, flat: bool
+) -> list[tuple[int, int]]:
+    """(count, bytes each) of the adapter without DoRA's magnitudes, of the magnitudes (ours are fp32), of the base."""
     adapter, base = trained_split(model, method)
     width, lengths = precision(run.adapter_precision).compute, magnitudes(model, method)
     return [(adapter - lengths, width), (lengths, 4 if flat else width), (base, run.width)]
 
 
-def _beside(model: Architecture, method: FinetuningMethod, trains: list[tuple[int, int]]) -> int:
-    """Bytes that our layers keep: DoRA's ‖W‖² in fp32, PiSSA's A and B as they began."""
-    (_, width), (lengths, _), _ = trains
+def _buffer_bytes(model: Architecture, method: FinetuningMethod, groups: list[tuple[int, int]]) -> int:
+    """Bytes of our layers' buffers: DoRA's ‖W‖² in fp32, PiSSA's initial A and B."""
+    (_, width), (lengths, _), _ = groups
     matrices = sum(p.parameters for p in projections(model, method)) - lengths if method.pissa else 0
     return 4 * lengths + matrices * width
 
 
 def step(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Tape:
-    """The step on the tape: what it allocates beyond weights, adapter and optimizer."""
+    """The simulated step: what it allocates beyond weights, adapter and optimizer."""
     return run_step(model, method, run, ranks(model, method))
 
 
 def weight_bytes(model: Architecture, name: str) -> int:
-    """The base's weights in precision `name`, what is not quantized at 16 bit, and tables that are no parameters."""
+    """Bytes of the base in precision `name`, with the parts that stay at 16 bit and position tables."""
     kind = precision(name)
     return kind.weights(model.quantizable, model.total) + model.fixed_positions * kind.compute
 
 
 def trained_split(model: Architecture, method: FinetuningMethod) -> tuple[int, int]:
-    """(parameters that are added to the base, stored and shipped; parameters of the base itself), all that trains."""
+    """Trainable parameters as (added to the base and stored in the adapter, of the base itself)."""
     parts = trained_parts(model, method)
     added = sum(count for part, count in parts.items() if part in ("matrices", "new rows", "prefix", "prompt"))
     return added, sum(parts.values()) - added
 
 
 def inference(model: Architecture, method: FinetuningMethod | None, run: TrainingConfig) -> dict[str, int]:
-    """Weights, adapter if it is not merged, and KV cache, in bytes, while `batch` sequences are generated.
+    """Bytes of weights, adapter and KV cache while `batch` sequences are generated.
 
-    Merged, an adapter is in the weights: give no method.
+    Without a method the adapter is merged into the weights.
     """
     adapter = trained_split(model, method)[0] * run.width if method else 0
     parts = {
@@ -108,7 +111,7 @@ def inference(model: Architecture, method: FinetuningMethod | None, run: Trainin
 
 
 def possible(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> bool:
-    """Whether this model can run this method in this way."""
+    """Whether this model can be trained with these settings."""
     try:
         refuse_impossible(model, method, run)
     except UserError:
@@ -117,8 +120,8 @@ def possible(model: Architecture, method: FinetuningMethod, run: TrainingConfig)
 
 
 def refuse_impossible(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> None:
-    """Raises UserError where this model cannot run this method in this way."""
-    _, base = trained_split(model, method)  # refuses targets and blocks that the model does not have
+    """Raises UserError if this model cannot be trained with these settings."""
+    _, base = trained_split(model, method)  # raises for targets and blocks that the model does not have
     if precision(run.precision).quantized and base and method.kind != "lora":  # embeddings and head are not quantized
         raise UserError(
             f"{run.precision} weights cannot be trained: {method.kind} changes the base itself. "

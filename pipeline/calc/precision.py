@@ -1,4 +1,4 @@
-"""Precisions of weights: every row of the document's §10.1, with the bytes that scales and zero points add."""
+"""Precisions of weights: every row of the document's §10.1, with the bytes of scales and zero points."""
 
 import re
 from dataclasses import dataclass, replace
@@ -9,14 +9,14 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes a quantized weight, of it `scales` for the blocks' scales; activations have `compute` bytes.
+    """`bytes` per weight, of which `scales` are for scales and zero points; activations have `compute` bytes.
 
-    A 16- or 32-bit precision holds every tensor; a quantized one the linears of the blocks, and the
-    rest (embeddings, head, norms, biases) stays at `rest` bytes.
+    A 16- or 32-bit precision applies to every tensor, a quantized one only to the linears of the blocks; the rest
+    (embeddings, head, norms, biases) has `rest` bytes.
     """
 
     name: str
-    bits: float  # of the code alone, the document's column
+    bits: float  # without scales, as in the document's table
     bytes: float
     scales: float
     compute: int
@@ -28,7 +28,7 @@ class Precision:
 
     @property
     def rest(self) -> int:
-        """Bytes of a parameter that quantization leaves alone."""
+        """Bytes of a parameter that is not quantized."""
         return self.compute
 
     def weights(self, quantizable: int, total: int) -> int:
@@ -36,57 +36,57 @@ class Precision:
         return round(quantizable * self.bytes) + (total - quantizable) * self.rest
 
 
-def _plain(name: str, bits: float, width: int, what: str) -> Precision:
+def _unquantized(name: str, bits: float, width: int, what: str) -> Precision:
     return Precision(name, bits, width, 0, width, what)
 
 
-def _coded(name: str, bits: float, scales: float, what: str, packed: float | None = None) -> Precision:
+def _quantized(name: str, bits: float, scales: float, what: str, packed: float | None = None) -> Precision:
     return Precision(name, bits, (packed or bits) / 8 + scales, scales, 2, what)
 
 
-GROUP = 128  # weights a scale, as GPTQ and AWQ checkpoints have it
+GROUP = 128  # weights per scale, the usual group size of GPTQ and AWQ checkpoints
 NF4_BLOCK, NF4_BLOCK_2 = 64, 256  # QLoRA's blocks (Dettmers et al. 2023, §3)
 
 
-def grouped(bits: int, group: int) -> float:
-    """Bytes a weight for the scale (16 bit) and the zero point (`bits`) of each `group` weights."""
+def group_overhead(bits: int, group: int) -> float:
+    """Bytes per weight for the scale (16 bit) and zero point (`bits`) of a group of weights."""
     return (2 + bits / 8) / group
 
 
 PRECISIONS: dict[str, Precision] = {
     p.name: p
     for p in (
-        _plain("fp32", 32, 4, "reference"),
-        _plain("tf32", 32, 4, "fp32 storage, 19-bit products on Ampere and later"),
-        _plain("fp16", 16, 2, "half precision"),
-        _plain("bf16", 16, 2, "half precision with fp32's range"),
-        _coded("fp8", 8, 0, "E4M3, one scale a tensor"),
-        _coded("int8", 8, 4 / 4096, "LLM.int8(): one fp32 scale a row (4,096 weights assumed)"),
-        _coded("nf4", 4, 4 / NF4_BLOCK, f"an fp32 scale each {NF4_BLOCK} weights"),
-        _coded(
+        _unquantized("fp32", 32, 4, "reference"),
+        _unquantized("tf32", 32, 4, "fp32 storage, 19-bit products on Ampere and later"),
+        _unquantized("fp16", 16, 2, "half precision"),
+        _unquantized("bf16", 16, 2, "half precision with fp32's range"),
+        _quantized("fp8", 8, 0, "E4M3, one scale per tensor"),
+        _quantized("int8", 8, 4 / 4096, "LLM.int8(): one fp32 scale per row (4,096 weights assumed)"),
+        _quantized("nf4", 4, 4 / NF4_BLOCK, f"one fp32 scale per {NF4_BLOCK} weights"),
+        _quantized(
             "nf4-dq",
             4,
             1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_BLOCK_2),
-            "NF4, its scales quantized to 8 bit in turn (double quantization)",
+            "NF4, its scales quantized to 8 bit (double quantization)",
         ),
-        _coded("gptq", 4, grouped(4, GROUP), f"INT4, scale and zero point each {GROUP} weights"),
-        _coded("awq", 4, grouped(4, GROUP), f"INT4, scale and zero point each {GROUP} weights"),
-        _coded("3bit", 3, grouped(3, GROUP), f"scale and zero point each {GROUP} weights"),
-        _coded("2bit", 2, grouped(2, GROUP), f"scale and zero point each {GROUP} weights"),
-        _coded("1.58bit", 1.58, 0, "BitNet b1.58: ternary, five weights a byte", packed=1.6),
+        _quantized("gptq", 4, group_overhead(4, GROUP), f"INT4, scale and zero point per {GROUP} weights"),
+        _quantized("awq", 4, group_overhead(4, GROUP), f"INT4, scale and zero point per {GROUP} weights"),
+        _quantized("3bit", 3, group_overhead(3, GROUP), f"scale and zero point per {GROUP} weights"),
+        _quantized("2bit", 2, group_overhead(2, GROUP), f"scale and zero point per {GROUP} weights"),
+        _quantized("1.58bit", 1.58, 0, "BitNet b1.58: ternary, five weights per byte", packed=1.6),
     )
 }
 
 
 @cache
 def precision(name: str) -> Precision:
-    """The precision called `name`; `gptq-g64` has groups of 64. Raises UserError listing those that are."""
+    """The precision called `name`; `gptq-g64` has groups of 64. Raises UserError with the known names."""
     match = re.fullmatch(r"(gptq|awq|3bit|2bit)-g(\d{1,6})", name)
     if match and int(match[2]):
-        known, group = PRECISIONS[match[1]], int(match[2])
-        scales = grouped(int(known.bits), group)
-        what = f"{known.bits:g} bit, scale and zero point each {group} weights"
-        return replace(known, name=name, bytes=known.bits / 8 + scales, scales=scales, what=what)
+        preset, group = PRECISIONS[match[1]], int(match[2])
+        scales = group_overhead(int(preset.bits), group)
+        what = f"{preset.bits:g} bit, scale and zero point per {group} weights"
+        return replace(preset, name=name, bytes=preset.bits / 8 + scales, scales=scales, what=what)
     if name not in PRECISIONS:
         raise UserError(f"precision {name!r} is not known. Known: {', '.join(PRECISIONS)}; gptq-g64 has groups of 64.")
     return PRECISIONS[name]

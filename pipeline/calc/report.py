@@ -1,4 +1,4 @@
-"""The calculator's answers as plain data, and how they are written, on the command line and on the screen alike."""
+"""The calculator's results as plain data, and their formatting for the command line and the terminal app."""
 
 import re
 from dataclasses import asdict, replace
@@ -27,7 +27,7 @@ PROJECTION = ("projection", "in → out", "A", "B", "count", "parameters")
 
 
 def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> dict[str, Any]:
-    """Everything about one configuration, sizes in bytes. Raises UserError for settings that no run can have."""
+    """All results for one configuration, sizes in bytes. Raises UserError for invalid settings."""
     memory = predict(model, method, run)
     added, base = trained_split(model, method)
     lora = method.kind == "lora"
@@ -71,7 +71,7 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
 
 
 def assumptions(run: TrainingConfig) -> dict[str, Any]:
-    """How the step runs; `checkpointing` is true or false, or "selective"."""
+    """The settings of the step; `checkpointing` is true, false or "selective"."""
     values = asdict(run)
     values["checkpointing"] = {"full": True, "none": False}.get(run.checkpointing, run.checkpointing)
     return values
@@ -85,7 +85,7 @@ def target_names(model: Architecture, method: FinetuningMethod) -> list[str]:
 def side_by_side(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig
 ) -> dict[str, tuple[FinetuningMethod, TrainingConfig, Memory]]:
-    """Full fine-tuning, freezing, the adapter at the run's precision, and on NF4: the same step, four ways."""
+    """The same step as full fine-tuning, freezing, the adapter at the run's precision, and the adapter on NF4."""
     adapter = method if method.kind not in ("full", "freeze") else replace(method, kind="lora")
     plain = replace(run, precision="bf16") if precision(run.precision).quantized else run
     freeze = replace(method, kind="freeze", last_blocks=min(method.last_blocks, len(model.blocks)))
@@ -94,38 +94,38 @@ def side_by_side(
     columns["LoRA" if lora else adapter.kind] = (adapter, run)
     if not model.style.ours:
         columns["QLoRA" if lora else f"{adapter.kind} NF4"] = (adapter, qlora(run))
-    # those that are beside the one that is asked for may be impossible
+    # leave out those that this model cannot run
     return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items() if possible(model, m, r)}
 
 
 def swept(
     method: FinetuningMethod, run: TrainingConfig, key: str, values: list[str]
 ) -> list[tuple[str, FinetuningMethod, TrainingConfig]]:
-    """The configuration once for each value of `key`. Raises UserError for a key or value that there is not."""
+    """The configuration for each value of `key`. Raises UserError for an unknown key or an invalid value."""
     if key not in SWEEPS:
         raise UserError(f"--sweep takes one of {', '.join(SWEEPS)}, got {key!r}.")
-    return [(value, *_with(method, run, key, value)) for value in values]
+    return [(value, *_replace_setting(method, run, key, value)) for value in values]
 
 
-def _with(
+def _replace_setting(
     method: FinetuningMethod, run: TrainingConfig, key: str, value: str
 ) -> tuple[FinetuningMethod, TrainingConfig]:
-    changed: Any = value
+    new_value: Any = value
     if key in LARGEST:
         if not re.fullmatch(r"-?[0-9]{1,12}", value):
             raise UserError(f"--sweep {key} takes whole numbers, got {value[:40]!r}.")
-        changed = int(value)
+        new_value = int(value)
     if key == "rank":
-        return replace(method, rank=changed, alpha=method.alpha * changed / method.rank), run
+        return replace(method, rank=new_value, alpha=method.alpha * new_value / method.rank), run
     if key == "targets":
         return replace(method, targets=(value,)), run
     if key == "method":
         return (replace(method, kind="lora"), qlora(run)) if value == "qlora" else (replace(method, kind=value), run)
-    return method, replace(run, **{key: changed})
+    return method, replace(run, **{key: new_value})
 
 
 def cells_of(projection: Projection) -> tuple[str, ...]:
-    """A kind of projection under the heads of PROJECTION."""
+    """A row of the table of projections, with the columns of PROJECTION."""
     p = projection
     return (
         p.name,
@@ -152,7 +152,7 @@ def title_of(method: FinetuningMethod) -> str:
 
 
 def gib(size: float) -> str:
-    """GiB with two decimals; what is smaller than that in MiB or KiB, so that a tiny model has numbers too."""
+    """A size in GiB with two decimals, or in MiB or KiB if it is smaller, for tiny models."""
     if size == 0:
         return "0"
     if size < 0.01 * GIB:
@@ -161,11 +161,11 @@ def gib(size: float) -> str:
 
 
 def smallest(size: int) -> str:
-    """The label of the smallest NVIDIA device that holds so many bytes."""
-    cards = (one for name, one in gpus().items() if not name.startswith("mac-"))
-    return next((one.label for one in cards if one.bytes >= size), "none of these")
+    """The label of the smallest NVIDIA device with at least `size` bytes."""
+    cards = (gpu for name, gpu in gpus().items() if not name.startswith("mac-"))
+    return next((gpu.label for gpu in cards if gpu.bytes >= size), "none of these")
 
 
 def capped(value: int | str, limit: int | None) -> str:
-    """The largest found, or that the search ended, at its `limit`, before the memory did."""
+    """A result of `largest`; “or more” if the search stopped at its `limit`."""
     return f"{value:,} or more" if value == limit else f"{value:,}" if isinstance(value, int) else value

@@ -1,4 +1,4 @@
-"""What the calculator is asked about: what trains (`Method`), and how a step runs (`Run`)."""
+"""The calculator's input: what is trained (FinetuningMethod), and how a step runs (TrainingConfig)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.precision import precision
 from pipeline.errors import UserError
 
-METHODS = ("full", "freeze", "lora", "qlora", "prefix", "prompt")  # as they are asked for
+METHODS = ("full", "freeze", "lora", "qlora", "prefix", "prompt")  # names that users give
 CONTEXT = 512 * 2**20  # bytes of CUDA context and kernels, assumed
 CHOICES = {
     "method": ("full", "freeze", "lora", "prefix", "prompt"),
@@ -17,17 +17,19 @@ CHOICES = {
     "attention": ("sdpa", "eager", "short"),
     "loss": ("full", "labels", "chunked", "divergence"),
     "casts": ("weights", "inputs"),
-    "adapter-precision": ("fp32", "bf16"),  # what training takes too: the calculator's form writes params.yaml
+    "adapter-precision": ("fp32", "bf16"),  # as in training: the calculator's form writes params.yaml
 }
 
-OPTIMIZERS: dict[str, Callable[[int], float]] = {  # bytes of state a trained parameter of so many bytes
-    "adamw": lambda width: 2 * width,  # torch's, fused: both moments at the parameter's own precision
-    "adam-flat": lambda width: 8 if width == 4 else 16,  # our trainer's: fp32 moments; of 16 bits fp32 masters as well
-    "adamw-foreach": lambda width: 2 * width,  # torch's default: makes a copy of all it updates meanwhile
+OPTIMIZERS: dict[str, Callable[[int], float]] = {  # width of a trained parameter → bytes of its state
+    "adamw": lambda width: 2 * width,  # torch's fused: both moments in the parameter's precision
+    "adam-flat": lambda width: (
+        8 if width == 4 else 16
+    ),  # our trainer's: fp32 moments; for 16 bits fp32 master weights too
+    "adamw-foreach": lambda width: 2 * width,  # torch's default: copies all parameters during the update
     "adamw-fp32": lambda _: 8,
     "adamw-bf16": lambda _: 4,
-    "adamw-8bit": lambda _: 2 * (1 + 4 / 256),  # a code each, an fp32 scale each 256 (Dettmers et al. 2022)
-    "paged-adamw": lambda _: 0,  # in the CPU's memory while the GPU's is short
+    "adamw-8bit": lambda _: 2 * (1 + 4 / 256),  # one byte each, one fp32 scale per 256 (Dettmers et al. 2022)
+    "paged-adamw": lambda _: 0,  # moves to CPU memory when the GPU is full
     "paged-adamw-8bit": lambda _: 0,
     "sgd": lambda _: 0,
 }
@@ -35,7 +37,7 @@ OPTIMIZERS: dict[str, Callable[[int], float]] = {  # bytes of state a trained pa
 
 @dataclass(frozen=True)
 class FinetuningMethod:
-    """What trains. `embeddings` (embedding and head) and `new_rows` belong to LoRA, `last_blocks` to freezing."""
+    """What is trained. `embeddings` (embedding and head) and `new_rows` apply to LoRA, `last_blocks` to freezing."""
 
     kind: str = "lora"
     rank: int = 8
@@ -49,9 +51,7 @@ class FinetuningMethod:
     last_blocks: int = 1
     train_embeddings: bool = True  # with freezing
     virtual_tokens: int = 20
-    pissa: bool = (
-        False  # our trainer keeps A and B as they began beside those that train: PEFT changes the base instead
-    )
+    pissa: bool = False  # our trainer keeps the initial A and B; PEFT changes the base instead
 
     @property
     def scale(self) -> float:
@@ -71,13 +71,13 @@ class TrainingConfig:
     checkpointing: str = "full"
     attention: str = "sdpa"
     loss: str = "full"
-    label_share: float = 1.0  # share of the tokens that have a label; matters for "labels" and "chunked"
-    chunk: int = 1024  # labels a chunk of the chunked loss
-    casts: str = "weights"  # to join a 16-bit x and 32-bit A: ours casts A, PEFT x
+    label_share: float = 1.0  # share of tokens with a label; used by "labels" and "chunked"
+    chunk: int = 1024  # labels per chunk of the chunked loss
+    casts: str = "weights"  # for a 16-bit x and a 32-bit A: our trainer casts A, PEFT casts x
     context: int = 0  # bytes of CUDA context and kernels, outside the allocator
-    sequences: int = 0  # that lie in the rows; 0: one a row
-    span: int = 0  # of sequences end to end in one row: tokens that a token's own sequence has, on average
-    scores: int = 0  # that "short" attention keeps a head and layer; 0: S² a sequence
+    sequences: int = 0  # packed into the rows; 0: one per row
+    span: int = 0  # of packed sequences: length of a token's own sequence, averaged over tokens
+    scores: int = 0  # kept by "short" attention per head and layer; 0: S² per sequence
 
     @property
     def tokens(self) -> int:
@@ -85,7 +85,7 @@ class TrainingConfig:
 
     @property
     def virtual_places(self) -> int:
-        """How often virtual tokens stand before a sequence."""
+        """Number of sequences, each of which begins with the virtual tokens."""
         return self.sequences or self.batch
 
     @property
@@ -95,21 +95,21 @@ class TrainingConfig:
 
     @property
     def width(self) -> int:
-        """Bytes of an activation: what the precision computes in."""
+        """Bytes of an activation: the compute dtype of the precision."""
         return precision(self.precision).compute
 
     @property
     def trainer(self) -> bool:
-        """Whether the step is our trainer's: the gradient one vector that stays, norms and LoRA with few tensors."""
+        """Whether our trainer runs the step: a persistent flat gradient, and norms and LoRA that save few tensors."""
         return self.optimizer == "adam-flat"
 
     def checkpointed(self, block: int) -> bool:
-        """Whether block number `block` keeps its input alone: all do, or with `selective` every second."""
+        """Whether block number `block` saves only its input: every block, or with `selective` every second."""
         return self.checkpointing == "full" or (self.checkpointing == "selective" and block % 2 == 0)
 
 
 def validate(method: FinetuningMethod, run: TrainingConfig) -> None:
-    """Raises UserError for a value that no run can have."""
+    """Raises UserError for an invalid value."""
     for name, choices in {**CHOICES, "optimizer": tuple(OPTIMIZERS)}.items():
         field = {"method": "kind"}.get(name, name.replace("-", "_"))
         value = getattr(method if hasattr(method, field) else run, field)
@@ -129,7 +129,7 @@ def validate(method: FinetuningMethod, run: TrainingConfig) -> None:
         if not least <= value < 2**31:
             raise UserError(f"{name} must be a whole number from {least} to {2**31 - 1:,}, got {value:,}.")
     if method.embeddings == "new_rows" and not method.new_rows:
-        raise UserError("embeddings new_rows needs --new-rows, the number of rows that train.")
+        raise UserError("embeddings new_rows needs --new-rows, the number of trainable rows.")
     if not 0 < run.label_share <= 1:
         raise UserError(f"label-share must be more than 0 and at most 1, got {run.label_share:g}.")
     if not 0 < method.alpha < float("inf"):
@@ -148,7 +148,7 @@ def qlora(run: TrainingConfig) -> TrainingConfig:
 
 
 def parse_method(kind: str, rank: int, alpha: float | None, targets: str, **more: Any) -> FinetuningMethod:
-    """`qlora` is LoRA; alpha is the rank where there is none; `targets` are separated by commas; new rows train."""
+    """A method from command-line values: `qlora` is LoRA, alpha defaults to the rank, `targets` are comma-separated."""
     if more.get("new_rows") and more.get("embeddings") == "none":
         more["embeddings"] = "new_rows"
     return FinetuningMethod(
@@ -171,14 +171,14 @@ def parse_training_config(
     virtual_tokens: int = 0,
     **more: Any,
 ) -> TrainingConfig:
-    """A step of this model; `context` in bytes. MiniGPT trains in fp32, keeps every tensor, and runs on the CPU.
+    """A step of this model; `context` in bytes. Defaults of MiniGPT: fp32, no checkpointing, no CUDA context.
 
-    The longest sequence by default, after the `virtual_tokens` of prompt tuning, which take places of their own.
+    The default sequence is the longest up to 2,048, less the positions of prompt tuning's `virtual_tokens`.
     """
-    ours, room = model.style.ours, model.context - (virtual_tokens if kind == "prompt" else 0)
+    ours, positions_left = model.style.ours, model.context - (virtual_tokens if kind == "prompt" else 0)
     fallback = QLORA if kind == "qlora" else "fp32" if ours else "bf16"
     return TrainingConfig(
-        sequence=max(1, min(2048, room)) if sequence is None else sequence,
+        sequence=max(1, min(2048, positions_left)) if sequence is None else sequence,
         precision=precision or fallback,
         checkpointing=checkpointing or ("none" if ours else "full"),
         context=(0 if ours else CONTEXT) if context is None else context,

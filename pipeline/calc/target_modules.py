@@ -1,4 +1,4 @@
-"""What a target means, by the names of a model's linears: one rule for training and the calculator (§6)."""
+"""Matches target_modules with the names of a model's linears, for training and the calculator (§6)."""
 
 from collections.abc import Iterable
 
@@ -20,41 +20,43 @@ GROUPS = {
 ALIASES = {"o_proj": "out_proj", "out_proj": "o_proj"}  # the document's name and OPT's
 
 
-def chosen(names: Iterable[str], wanted: Iterable[str], head: str = HEAD) -> list[str]:
-    """Those of the linears `names` that `wanted` means, in their order: last names, dotted suffixes, `attention`,
-    `feed_forward`, or `all-linear` (every linear but `head` and experts, as in PEFT).
+def select_linears(names: Iterable[str], targets: Iterable[str], head: str = HEAD) -> list[str]:
+    """Linears among `names` that match a target, in their order. A target is a last name, a dotted suffix,
+    `attention`, `feed_forward`, or `all-linear` (every linear except `head` and experts, as in PEFT).
 
-    Raises UserError if any of them matches nothing.
+    Raises UserError if a target matches nothing.
     """
     linears = list(names)
-    found: set[str] = set()
-    for want in wanted:
-        matches = [name for name in linears if means(want, name, head)]
+    selected: set[str] = set()
+    for target in targets:
+        matches = [name for name in linears if matches_target(target, name, head)]
         if not matches:
-            exist = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            last_names = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise UserError(
-                f"target_modules: {want!r} matches no linear layer. The model has {', '.join(exist)}; "
+                f"target_modules: {target!r} matches no linear layer. The model has {', '.join(last_names)}; "
                 f"groups are {', '.join(GROUPS)} and all-linear."
             )
-        found.update(matches)
-    return [name for name in linears if name in found]
+        selected.update(matches)
+    return [name for name in linears if name in selected]
 
 
-def means(want: str, name: str, head: str = HEAD) -> bool:
-    """Whether the target `want` means the linear with this full name."""
-    if want == ALL_LINEAR:
+def matches_target(target: str, name: str, head: str = HEAD) -> bool:
+    """Whether the target matches the linear with this full name."""
+    if target == ALL_LINEAR:
         return (
-            not any(matches_suffix(name, form) for form in (head, f"{HEAD}.decoder")) and ".experts." not in f".{name}"
+            not any(matches_suffix(name, suffix) for suffix in (head, f"{HEAD}.decoder"))
+            and ".experts." not in f".{name}"
         )
-    if want in GROUPS:
-        in_attention = any(matches_suffix(name, form) for form in GROUPS["attention"])
+    if target in GROUPS:
+        in_attention = any(matches_suffix(name, suffix) for suffix in GROUPS["attention"])
         return (
             in_attention
-            if want == "attention"
-            else not in_attention and any(matches_suffix(name, f) for f in GROUPS[want])
+            if target == "attention"
+            else not in_attention and any(matches_suffix(name, f) for f in GROUPS[target])
         )
-    return any(matches_suffix(name, form) for form in (want, ALIASES.get(want, want)))
+    return any(matches_suffix(name, suffix) for suffix in (target, ALIASES.get(target, target)))
 
 
-def matches_suffix(name: str, form: str) -> bool:
-    return name == form or name.endswith(f".{form}")
+def matches_suffix(name: str, suffix: str) -> bool:
+    """Whether `name` is the dotted suffix or ends with it."""
+    return name == suffix or name.endswith(f".{suffix}")

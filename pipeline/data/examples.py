@@ -1,4 +1,4 @@
-"""Examples and prompts as files, read one line at a time, and the windows that training cuts from them."""
+"""Examples and prompts, read from data files line by line, and the training windows cut from them."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ import yaml
 
 from pipeline.errors import UserError
 
-IGNORED = -100  # the label that cross-entropy skips
-LONGEST = 2**20  # bytes of a line: a tokenizer takes up to some 350 bytes of memory for each
+IGNORED = -100  # cross-entropy's ignore_index
+MAX_LINE_BYTES = 2**20  # a tokenizer needs up to about 350 bytes of memory per byte of text
 
 Rule = Literal["must_change", "must_keep", "must_learn"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -30,10 +30,10 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a data file, and where it stands.
+    """One line of a data file, with its file and line number.
 
-    A text has `text` alone. With a prompt, `text` is the prompt and its completion as they stand; where both are the
-    same, the completion is still to be made. A conversation's `text` is its contents, a line each.
+    A plain text has only `text`. With a prompt, `text` is prompt + completion; if both are equal, the completion is
+    still to be generated. A conversation's `text` is the contents of its messages, one per line.
     """
 
     text: str
@@ -43,19 +43,22 @@ class Example:
     messages: tuple[Message, ...] = ()
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
+        """As `file:line`, for error messages."""
         return f"{self.file}:{self.line}"
 
     @property
     def completion(self) -> str:
-        """What follows the prompt; nothing is put between."""
+        """The text after the prompt, including any leading white space."""
         return self.text[len(self.prompt or "") :]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the first choice expected of the pretrained (or, for must_learn, the tuned) model,
-    and the first choice after the group's correction (the same, unless the rule is must_change)."""
+    """A prompt with the expected top-1 prediction before (`answer`) and after fine-tuning (`corrected`).
+
+    They differ only for must_change; for must_learn, `answer` is expected of the fine-tuned model alone.
+    """
 
     group: str
     rule: Rule
@@ -66,7 +69,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Window:
-    """Up to `size` consecutive tokens that keep their positions, and the token after each."""
+    """A run of consecutive tokens, beginning at position `start`, and the token that follows each."""
 
     start: int
     ids: tuple[int, ...]
@@ -74,174 +77,185 @@ class Window:
 
 
 def read_examples(path: Path, name: str, prompts: bool = False) -> list[Example]:
-    """Every example of a file. `name` is the path as the user wrote it. Raises UserError."""
+    """All examples of a file. `name` is the path as the user wrote it. Raises UserError."""
     return list(iter_examples(path, name, prompts))
 
 
 def iter_examples(path: Path, name: str, prompts: bool = False) -> Iterator[Example]:
-    """The examples of a file, a line each, in constant memory: `.txt` holds texts, `.jsonl` any of FORMS.
+    """The examples of a file, one per line, in constant memory: `.txt` holds texts, `.jsonl` any of FORMS.
 
-    A text keeps all its white space but the newline that ends its line; that alone ends a line.
-    With `prompts` a line may also be {"prompt"} alone, for the model itself to complete.
+    Only a newline ends a line; all other white space belongs to the text.
+    With `prompts`, a line may also be {"prompt"} alone, for the model itself to complete.
     Raises UserError with the file, the line and the reason.
     """
-    read: Callable[[str, str, int], Example]
+    parse: Callable[[str, str, int], Example]
     if path.suffix.lower() == ".jsonl":
-        read = _record_with_prompts if prompts else _record
+        parse = _parse_record_or_prompt if prompts else _parse_record
     elif path.suffix.lower() == ".txt":
-        read = _line
+        parse = _parse_text
     else:
-        raise UserError(f"{name}: data files end in .txt or .jsonl. Write one text a line, or one JSON object a line.")
-    for number, line in _lines(path, name):
-        yield read(line, name, number)
+        raise UserError(f"{name}: a data file must be .txt (one text per line) or .jsonl (one JSON object per line).")
+    for number, line in _read_lines(path, name):
+        yield parse(line, name, number)
 
 
 def in_evaluation(example: Example, share: float) -> bool:
-    """Whether an example is held out, as its content alone decides: adding lines moves none, twins stay together."""
+    """Whether an example is held out, decided by a hash of its content.
+
+    So adding lines moves no example between the splits, and duplicates land in the same one.
+    """
     content = json.dumps([example.text, example.prompt, list(example.messages)], sort_keys=True)
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8]) < share * 2**64
 
 
-def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends. Blank lines may stand after the last one only."""
+def _read_lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines without line ends. Blank lines are allowed only at the end of the file."""
     blank = number = start = 0
     try:
         with path.open("rb") as file:
-            for at, raw in enumerate(iter(lambda: file.readline(LONGEST + 3), b""), 1):  # 2 end it, 1 shows more
+            for at, raw in enumerate(
+                iter(lambda: file.readline(MAX_LINE_BYTES + 3), b""), 1
+            ):  # +2 for \r\n, +1 to detect more
                 _refuse_long(raw, name, at)
-                line = _decoded(raw, name, at, start)
+                line = _decode_line(raw, name, at, start)
                 start += len(raw)
                 if not line.strip():
                     blank = blank or at
                     continue
                 if blank:
-                    raise UserError(f"{name}:{blank}: blank line. Write one example a line, with none between them.")
+                    raise UserError(
+                        f"{name}:{blank}: blank line. Write one example per line, with no blank lines between them."
+                    )
                 number = at
                 yield number, line
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
     if not number:
-        raise UserError(f"{name}: the file is empty. Write one example a line.")
+        raise UserError(f"{name}: the file is empty. Write one example per line.")
 
 
 def _refuse_long(raw: bytes, name: str, number: int) -> None:
-    # The first max_length tokens cannot be had from the beginning of a text: what follows may change them.
-    if len(raw.removesuffix(b"\n").removesuffix(b"\r")) > LONGEST:
+    # A long line cannot be cut before it is tokenized: the text behind the cut may change the tokens before it.
+    if len(raw.removesuffix(b"\n").removesuffix(b"\r")) > MAX_LINE_BYTES:
         raise UserError(
-            f"{name}:{number}: a line must have at most {LONGEST:,} bytes, got more. Split its text into several lines."
+            f"{name}:{number}: a line must have at most {MAX_LINE_BYTES:,} bytes, got more. "
+            "Split its text into several lines."
         )
 
 
-def _decoded(raw: bytes, name: str, number: int, start: int) -> str:
-    # An editor on Windows ends a line with \r\n, which no user sees as text. A \r anywhere else is text.
+def _decode_line(raw: bytes, name: str, number: int, start: int) -> str:
+    # Windows editors end lines with \r\n. A \r anywhere else is part of the text.
     line = raw.removesuffix(b"\r\n" if raw.endswith(b"\r\n") else b"\n")
     try:
         return line.decode("utf-8" if start else "utf-8-sig")
     except UnicodeDecodeError as error:
-        place = f"{name}:{number}: not UTF-8 (byte {start + error.start})"
-        raise UserError(f"{place}. Save the file as UTF-8.") from None
+        raise UserError(f"{name}:{number}: not UTF-8 (byte {start + error.start}). Save the file as UTF-8.") from None
 
 
-def _line(line: str, file: str, number: int) -> Example:
+def _parse_text(line: str, file: str, number: int) -> Example:
     return Example(line, file, number)
 
 
-def _record_with_prompts(line: str, file: str, number: int) -> Example:
-    return _record(line, file, number, prompts=True)
+def _parse_record_or_prompt(line: str, file: str, number: int) -> Example:
+    return _parse_record(line, file, number, prompts=True)
 
 
-def _record(line: str, file: str, number: int, prompts: bool = False) -> Example:
-    place = f"{file}:{number}"
-    record = _object(line, place)
+def _parse_record(line: str, file: str, number: int, prompts: bool = False) -> Example:
+    location = f"{file}:{number}"
+    record = _parse_object(line, location)
     keys = set(record)
     if keys == {"text"}:
-        return Example(_string(record, "text", place), file, number)
+        return Example(_read_string(record, "text", location), file, number)
     if keys == {"prompt", "completion"}:
-        prompt = _string(record, "prompt", place)
-        return Example(prompt + _string(record, "completion", place), file, number, prompt)
+        prompt = _read_string(record, "prompt", location)
+        return Example(prompt + _read_string(record, "completion", location), file, number, prompt)
     if keys == {"messages"}:
-        messages = _messages(record["messages"], place)
+        messages = _read_messages(record["messages"], location)
         return Example("\n".join(message["content"] for message in messages), file, number, messages=messages)
     if keys == {"prompt"}:
         if not prompts:
             raise UserError(
-                f'{place}: a prompt without a completion teaches nothing. Add "completion"; '
-                "without one it is good for finetune_lora.retain alone, where the base completes it."
+                f'{location}: "prompt" needs a "completion". Add one, or use {{"text": …}} to train on the whole line. '
+                "Only finetune_lora.retain takes prompts alone: the base model completes them."
             )
-        prompt = _string(record, "prompt", place)
+        prompt = _read_string(record, "prompt", location)
         return Example(prompt, file, number, prompt)
     forms = f'{FORMS}, or {{"prompt"}}' if prompts else FORMS
-    raise UserError(f"{place}: the keys must be {forms}, got {', '.join(map(repr, record)) or 'none'}.")
+    raise UserError(f"{location}: the keys must be {forms}, got {', '.join(map(repr, record)) or 'none'}.")
 
 
-def _object(line: str, place: str) -> dict[str, Any]:
+def _parse_object(line: str, location: str) -> dict[str, Any]:
     try:
-        record = json.loads(line, object_pairs_hook=_unique)
+        record = json.loads(line, object_pairs_hook=_reject_duplicate_keys)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{place}: not JSON: {error.msg} at column {error.colno}. Write one JSON object a line."
+            f"{location}: not JSON: {error.msg} at column {error.colno}. Write one JSON object per line."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON: {str(error)[:200]}. Write one JSON object a line.") from None
+        raise UserError(f"{location}: not JSON: {str(error)[:200]}. Write one JSON object per line.") from None
     if not isinstance(record, dict):
-        raise UserError(f"{place}: must be a JSON object, {FORMS}, got {_kind(record)}.")
+        raise UserError(f"{location}: must be a JSON object, {FORMS}, got {_describe_type(record)}.")
     return record
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
-    return found
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("duplicate key")
+    return record
 
 
-def _string(record: dict[str, Any], key: str, place: str) -> str:
+def _read_string(record: dict[str, Any], key: str, location: str) -> str:
     value = record[key]
     if not isinstance(value, str):
-        raise UserError(f"{place}: {key} must be a text, got {_kind(value)}.")
+        raise UserError(f"{location}: {key} must be a string, got {_describe_type(value)}.")
     if not value.strip():
-        raise UserError(f"{place}: {key} is empty. Write a text, or remove the line.")
+        raise UserError(f"{location}: {key} is empty. Fill it in, or remove the line.")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{place}: {key} holds half of a surrogate pair, which is no character. Remove it.") from None
+        raise UserError(
+            f"{location}: {key} contains an unpaired surrogate, which is not a character. Remove it."
+        ) from None
     return value
 
 
-def _messages(value: Any, place: str) -> tuple[Message, ...]:
-    """Turns of known roles, one of them the assistant's and something before it."""
+def _read_messages(value: Any, location: str) -> tuple[Message, ...]:
+    """Validated turns: at least one by the assistant, which must not be the first."""
     if not isinstance(value, list) or not value:
-        raise UserError(f'{place}: messages must be a list of {{"role", "content"}}, got {_kind(value)}.')
-    messages = tuple(_message(entry, f"{place}: messages[{index}]") for index, entry in enumerate(value))
+        raise UserError(f'{location}: messages must be a list of {{"role", "content"}}, got {_describe_type(value)}.')
+    messages = tuple(_read_message(entry, f"{location}: messages[{index}]") for index, entry in enumerate(value))
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise UserError(f"{place}: no message is the assistant's, so that there is nothing to learn. Add its answer.")
+        raise UserError(f'{location}: messages has no "assistant" turn, so there is nothing to train on. Add one.')
     if roles[0] == "assistant":
-        raise UserError(f"{place}: the first message is the assistant's. Begin with what it answers to.")
+        raise UserError(f'{location}: messages must not start with an "assistant" turn. Put the turn it answers first.')
     return messages
 
 
-def _message(entry: Any, place: str) -> Message:
+def _read_message(entry: Any, location: str) -> Message:
     if not isinstance(entry, dict) or set(entry) != {"role", "content"}:
-        got = f"keys {', '.join(map(repr, entry)) or 'none'}" if isinstance(entry, dict) else _kind(entry)
-        raise UserError(f"{place} needs exactly role and content, got {got}.")
+        got = f"keys {', '.join(map(repr, entry)) or 'none'}" if isinstance(entry, dict) else _describe_type(entry)
+        raise UserError(f"{location} must have exactly the keys role and content, got {got}.")
     if entry["role"] not in get_args(Role):
-        raise UserError(f"{place}: role must be one of {', '.join(get_args(Role))}, got {str(entry['role'])[:60]!r}.")
-    return {"role": entry["role"], "content": _string(entry, "content", place)}
+        raise UserError(
+            f"{location}: role must be one of {', '.join(get_args(Role))}, got {str(entry['role'])[:60]!r}."
+        )
+    return {"role": entry["role"], "content": _read_string(entry, "content", location)}
 
 
-def _kind(value: Any) -> str:
-    """A value as JSON calls it; an empty one as it stands."""
+def _describe_type(value: Any) -> str:
+    """The JSON type of a value; null, true, false, [] and {} as they are."""
     if value is None or isinstance(value, bool) or value in ([], {}):
         return json.dumps(value)
-    names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
     return names[type(value)]
 
 
 def windows(ids: tuple[int, ...], size: int) -> Iterator[Window]:
-    """Every run of `size` tokens with a next token each (the document's §9.2, sequence length).
+    """Every run of `size` tokens that has a next token for each (the document's §9.2, sequence length).
 
-    A shorter sequence is one shorter window; a sequence of one token has nothing to predict.
+    A shorter sequence gives one shorter window; a sequence of one token gives none.
     """
     last = max(0, len(ids) - 1 - size)
     for start in range(last + 1):
@@ -261,38 +275,40 @@ def read_prompts(path: Path, name: str) -> list[Prompt]:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not tree:
-        raise UserError(f"{name} must hold groups of prompts, got {tree!r}.")
+        raise UserError(f"{name} must map groups to rules and their prompts, got {tree!r}.")
     prompts = [
-        _prompt(entry, str(group), rule, name)
+        _read_prompt(entry, str(group), rule, name)
         for group, rules in tree.items()
-        for rule, entries in _mapping(rules, f"{name}: {group}").items()
-        for entry in _list(entries, f"{name}: {group}.{rule}")
+        for rule, entries in _require_mapping(rules, f"{name}: {group}").items()
+        for entry in _require_list(entries, f"{name}: {group}.{rule}")
     ]
     if not prompts:
-        raise UserError(f"{name} holds no prompts. Write at least one.")
+        raise UserError(f"{name} contains no prompts. Add at least one.")
     return prompts
 
 
-def _mapping(value: Any, place: str) -> dict[Any, Any]:
+def _require_mapping(value: Any, location: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{place} must hold {', '.join(get_args(Rule))}, got {value!r}.")
+        raise UserError(f"{location} must map rules ({', '.join(get_args(Rule))}) to prompts, got {value!r}.")
     return value
 
 
-def _list(value: Any, place: str) -> list[Any]:
+def _require_list(value: Any, location: str) -> list[Any]:
     if not isinstance(value, list):
-        raise UserError(f"{place} must be a list of prompts, got {value!r}.")
+        raise UserError(f"{location} must be a list of prompts, got {value!r}.")
     return value
 
 
-def _prompt(entry: Any, group: str, rule: Any, name: str) -> Prompt:
-    place = f"{name}: {group}.{rule}"
+def _read_prompt(entry: Any, group: str, rule: Any, name: str) -> Prompt:
+    location = f"{name}: {group}.{rule}"
     if rule not in get_args(Rule):
-        raise UserError(f"{place}: unknown rule. Use one of {', '.join(get_args(Rule))}.")
+        raise UserError(f"{location}: unknown rule. Use one of {', '.join(get_args(Rule))}.")
     required = {"prompt", "answer"} | ({"corrected"} if rule == "must_change" else set())
     if not isinstance(entry, dict) or set(entry) != required:
-        raise UserError(f"{place}: each prompt needs exactly {', '.join(sorted(required))}, got {entry!r}.")
+        raise UserError(f"{location}: each prompt needs exactly {', '.join(sorted(required))}, got {entry!r}.")
     if not all(isinstance(value, str) and value.strip() for value in entry.values()):
-        raise UserError(f"{place}: every value must be a text (quote yes, no and numbers), got {entry!r}.")
+        raise UserError(
+            f"{location}: every value must be a string that is not empty (quote yes, no and numbers), got {entry!r}."
+        )
     words = {key: unicodedata.normalize("NFC", value.strip()) for key, value in entry.items() if key != "prompt"}
     return Prompt(group, rule, entry["prompt"], **{"corrected": words["answer"], **words})

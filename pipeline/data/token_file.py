@@ -1,4 +1,4 @@
-"""The tokens of a whole data file on disk, read through memory maps: memory holds 20 bytes an example."""
+"""The tokens of the data files, in one memory-mapped file; the index takes 20 bytes of memory per example."""
 
 from array import array
 from bisect import bisect_right
@@ -22,51 +22,51 @@ Tokens: TypeAlias = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a corpus holds; lengths in tokens."""
+    """Counts of a corpus; lengths in tokens."""
 
     examples: int
     tokens: int
-    labels: int  # tokens to be learned
-    truncated: int  # examples that were cut, kept or not
-    unlabelled: int  # examples left out: nothing was left of them to learn
+    labels: int  # tokens that are trained on
+    truncated: int  # examples that were cut, whether kept or left out
+    unlabelled: int  # examples left out because they have no label
     shortest: int
     median: int
     longest: int
 
     @property
     def share(self) -> float:
-        """The share of tokens that are learned."""
+        """Labels per token."""
         return self.labels / max(1, self.tokens)
 
 
 class Corpus:
-    """Encoded examples, in the order they came in. An untrained token `id` is stored as ~id, a negative number."""
+    """Encoded examples in their original order. An id that is not trained on is stored as ~id, which is negative."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._starts = array("q", [0])  # in tokens, and the end
+        self._starts = array("q", [0])  # offsets in tokens, with the end of the last
         self._lines, self._cuts = array("q"), array("i")
-        self._files: list[str] = []  # each begins at the example of the same index in _first
+        self._files: list[str] = []  # _files[i] begins with example number _first[i]
         self._first: list[int] = []
         self._labels = self._truncated = self._unlabelled = 0
         self._tokens: Tokens = np.empty(0, STORED)
 
     @classmethod
     def build(cls, examples: Iterable[Example], encode: Callable[[Example], Encoded], folder: Path) -> "Corpus":
-        """Encode each example once, as it comes, into a file in `folder`. What encoding refuses is raised."""
+        """Encode each example once, into a file in `folder`. Passes on what `encode` raises."""
         corpus = cls(folder / FILE)
         with corpus._path.open("wb") as file:
             for example in examples:
                 encoded = encode(example)
-                if corpus._count(example, encoded):
+                if corpus._add_to_index(example, encoded):
                     stored = [id_ if on else ~id_ for id_, on in zip(encoded.ids, encoded.trained, strict=True)]
                     file.write(np.array(stored, STORED).tobytes())
         if len(corpus):
             corpus._tokens = np.memmap(corpus._path, STORED, "r")
         return corpus
 
-    def _count(self, example: Example, encoded: Encoded) -> bool:
-        """Whether there is something to learn, and the example is kept."""
+    def _add_to_index(self, example: Example, encoded: Encoded) -> bool:
+        """Count an example; False if it has no label, and is left out."""
         self._truncated += bool(encoded.cut)
         if not encoded.labels:
             self._unlabelled += 1
@@ -84,7 +84,7 @@ class Corpus:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Encoded:
-        """What `encode` gave. Raises IndexError."""
+        """The example as `encode` returned it. Raises IndexError."""
         ids, trained = self.arrays(index)
         return Encoded(tuple(ids.tolist()), tuple(trained.tolist()), self._cuts[index])
 
@@ -92,7 +92,7 @@ class Corpus:
         return (self[index] for index in range(len(self)))
 
     def arrays(self, index: int) -> tuple[Tokens, NDArray[np.bool_]]:
-        """Ids (T,) and which of them are to be learned (T,)."""
+        """Ids (T,) and which of them are trained on (T,)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         stored = np.asarray(self._tokens[self._starts[index] : self._starts[index + 1]])
@@ -101,12 +101,12 @@ class Corpus:
 
     @property
     def example_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example."""
+        """Number of tokens of each example (N,)."""
         starts: NDArray[np.int64] = np.array(self._starts, np.int64)
         return starts[1:] - starts[:-1]
 
-    def place(self, index: int) -> str:
-        """Where an example stands, as file:line."""
+    def location(self, index: int) -> str:
+        """Source of an example, as `file:line`."""
         return f"{self._files[bisect_right(self._first, index) - 1]}:{self._lines[index]}"
 
     @property
@@ -124,14 +124,14 @@ class Corpus:
         )
 
 
-def refuse_nothing(corpus: Corpus, name: str) -> None:
-    """Raises UserError if no example is left with anything to learn. `name` is what the user calls the data."""
-    found = corpus.statistics
-    if found.examples:
+def refuse_empty(corpus: Corpus, name: str) -> None:
+    """Raises UserError if no example has a label. `name` is what the user calls the data."""
+    counts = corpus.statistics
+    if counts.examples:
         return
-    if found.truncated:
+    if counts.truncated:
         raise UserError(
-            f"{name}: nothing is left to learn: {found.truncated} of {found.unlabelled} examples were cut before "
-            "their first label. Raise max_length, or shorten the prompts."
+            f"{name}: nothing to train on: {counts.truncated} of {counts.unlabelled} examples were cut before their "
+            "first label. Raise max_length, or shorten the prompts."
         )
-    raise UserError(f"{name}: nothing is left to learn: no example has two tokens. Write longer ones.")
+    raise UserError(f"{name}: nothing to train on: every example is shorter than two tokens. Write longer ones.")

@@ -1,4 +1,4 @@
-"""What training reads: a corpus's examples whole, or cut into windows."""
+"""Training sequences: a corpus's examples, whole or cut into windows."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,20 +9,20 @@ from pipeline.data.token_file import Corpus
 
 
 class Dataset(Protocol):
-    """What a stage trains on: sequences by number, made when they are asked for, and where each comes from."""
+    """Training sequences by index, created on access, with the source of each."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Window: ...
     def tokens(self, number: int) -> int:
-        """Length, known without making it."""
+        """Length of a sequence, without creating it."""
 
-    def place(self, number: int) -> str:
-        """Such as data/mine.jsonl:7."""
+    def location(self, number: int) -> str:
+        """Source of a sequence, such as data/mine.jsonl:7."""
 
 
 @dataclass(frozen=True)
 class ExampleDataset:
-    """Every example as one sequence, made from the disk when it is asked for."""
+    """Every example as one sequence, read from disk on access."""
 
     corpus: Corpus
 
@@ -35,16 +35,16 @@ class ExampleDataset:
     def tokens(self, number: int) -> int:
         return int(self.corpus.example_lengths[number]) - 1
 
-    def place(self, number: int) -> str:
-        return self.corpus.place(number)
+    def location(self, number: int) -> str:
+        return self.corpus.location(number)
 
 
 @dataclass(frozen=True)
 class InMemoryDataset:
-    """Sequences in memory, and where each comes from."""
+    """Sequences in memory, with the source of each."""
 
     windows: list[Window]
-    places: list[str]
+    locations: list[str]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -55,28 +55,28 @@ class InMemoryDataset:
     def tokens(self, number: int) -> int:
         return len(self.windows[number].ids)
 
-    def place(self, number: int) -> str:
-        return self.places[number]
+    def location(self, number: int) -> str:
+        return self.locations[number]
 
 
 def as_window(encoded: Encoded) -> Window:
-    """An example as one sequence: each token is to predict the next, where that is to be learned."""
+    """An example as one sequence: inputs ids[:-1], labels ids[1:], IGNORED where the label is not trained on."""
     labels = (id_ if on else IGNORED for id_, on in zip(encoded.ids[1:], encoded.trained[1:], strict=True))
     return Window(0, encoded.ids[:-1], tuple(labels))
 
 
 def dataset_from(corpus: Corpus, window: int) -> Dataset:
-    """The corpus's examples, or, with `window` above 0, every run of so many tokens in which something is learned."""
+    """The corpus's examples, or, with `window` above 0, every run of `window` tokens that has a label."""
     if not window:
         return ExampleDataset(corpus)
-    found: list[Window] = []
-    places: list[str] = []
+    kept: list[Window] = []
+    locations: list[str] = []
     for number in range(len(corpus)):
         encoded = corpus[number]
         labels = as_window(encoded).labels
         for cut in windows(encoded.ids, window):
-            wanted = labels[cut.start : cut.start + len(cut.ids)]
-            if any(label != IGNORED for label in wanted):
-                found.append(Window(cut.start, cut.ids, wanted))
-                places.append(corpus.place(number))
-    return InMemoryDataset(found, places)
+            window_labels = labels[cut.start : cut.start + len(cut.ids)]
+            if any(label != IGNORED for label in window_labels):
+                kept.append(Window(cut.start, cut.ids, window_labels))
+                locations.append(corpus.location(number))
+    return InMemoryDataset(kept, locations)

@@ -1,4 +1,4 @@
-"""What a token attends to, computed from a layer's own queries and keys."""
+"""Attention weights of a layer, computed from its queries and keys."""
 
 import math
 from typing import Any
@@ -16,12 +16,12 @@ from pipeline.models.virtual_tokens import Prefix, with_prefix
 def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None) -> Tensor:
     """softmax(QKᵀ/√K + causal mask), (B, H, T, S), for the layer's inputs x (B, T, D); row t is token t's (§2.1).
 
-    S is T, or more by a prefix's keys, which come first.
+    S is T, plus the length of the prefix, whose keys come first.
     """
     B, T, _ = x.shape
     H, K = attention.n_heads, attention.head_size
     q = attention.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
-    k = attention.k_proj(x).view(B, T, H, K).transpose(1, 2)
+    k = attention.k_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, S, K) with the prefix
     if prefix is not None:
         k, _ = with_prefix(prefix(attention.layer), k, k, [T])
     S = k.shape[2]
@@ -32,18 +32,19 @@ def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None)
 
 
 @torch.no_grad()
-def of_layer(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
-    """The attention probabilities, (B, H, T, T), of one layer while the model reads ids (B, T).
+def layer_attention(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
+    """Attention weights (B, H, T, S) of one layer for ids (B, T).
 
-    Virtual tokens come first, a prefix's as columns alone: only its keys and values are there.
+    Virtual tokens come first: prompt tuning's are rows and columns, a prefix's only columns, as it has no queries.
+    Raises UserError if the layer has no attention that can be shown.
     """
     attention = getattr(model.blocks[layer], "self_attn", None)
     if not isinstance(attention, Attention):
-        with watched(layer) as found:
+        with watched(layer) as weights:
             model.hidden_states(ids)
-        if not found:
-            raise UserError(f"Layer {layer} attends in a way of its own, or not at all: it cannot be shown.")
-        return found[-1]  # the first time a model may try out what it is able to
+        if not weights:
+            raise UserError(f"Layer {layer} has no standard attention, so there are no weights to show.")
+        return weights[-1]  # earlier entries are from a first forward that probes what the model supports
     inputs: list[tuple[Any, ...]] = []
     hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args))
     try:
@@ -54,14 +55,14 @@ def of_layer(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
     return probabilities(attention, x, prefix)
 
 
-def with_virtual_as_one(weights: Tensor, tokens: int) -> Tensor:
-    """(T + 1, T + 1) for a head's weights whose last T = `tokens` rows and columns are those of words.
+def merge_virtual_tokens(weights: Tensor, tokens: int) -> Tensor:
+    """A head's weights (n + T, n + T) or (T, n + T) as (T + 1, T + 1), for T = `tokens` words after n virtual tokens.
 
-    The first row and column stand for all virtual tokens together: what is not spent on words is spent on them.
+    The first row and column stand for all virtual tokens together, so each row still sums to 1.
     """
     words = weights[-tokens:]  # (T, n + T)
-    found = weights.new_zeros(tokens + 1, tokens + 1)
-    found[0, 0] = 1
-    found[1:, 0] = words[:, :-tokens].sum(-1)
-    found[1:, 1:] = words[:, -tokens:]
-    return found
+    merged = weights.new_zeros(tokens + 1, tokens + 1)
+    merged[0, 0] = 1
+    merged[1:, 0] = words[:, :-tokens].sum(-1)
+    merged[1:, 1:] = words[:, -tokens:]
+    return merged

@@ -1,4 +1,4 @@
-"""Load a model with or without an adapter, ask it, compare several: behind `lora prompt`, `compare` and evaluate."""
+"""Loads models with or without an adapter and prompts them: behind `lora prompt`, `compare` and evaluate."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pipeline.project.stage_graph import Project
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be asked, and where it came from."""
+    """A model ready for prompts, with its name and folders."""
 
     name: str
     model: CausalLM
@@ -45,10 +45,10 @@ def load(
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
 ) -> LoadedModel:
-    """The checkpoint at `base` with the adapter at `adapter` on it.
+    """The checkpoint at `base`, with the adapter at `adapter` if given, in eval mode on the best device.
 
-    The base is kept in as few bits as the adapter was trained on, or as `quantization` says, on the device that suits
-    it. Raises UserError; never the base in its place.
+    The base is quantized as when the adapter was trained, or as `quantization` says. Raises UserError, and never
+    returns the base alone if the adapter does not load.
     """
     model, tokenizer = load_base(base, None, trust_remote_code, quantization or quantization_of(adapter))
     placed(model)
@@ -58,7 +58,7 @@ def load(
 
 
 def variants(project: Project) -> Iterator[LoadedModel]:
-    """Every model that the project's stages, and its parent's, have made so far, in the order of the report."""
+    """Every model that the project's stages, and its parent's, have produced so far, in the order of the report."""
     for name, (base, adapter) in project.variants.items():
         folders = project.artifact(base), project.artifact(adapter) if adapter else None
         if all(folder is None or folder.is_dir() for folder in folders):
@@ -66,14 +66,14 @@ def variants(project: Project) -> Iterator[LoadedModel]:
 
 
 def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:
-    """The prompt's ids. Raises UserError if it is empty, too long, or has a word the model never saw."""
+    """The prompt's ids. Raises UserError if it is empty, too long, or has a word that is not in the vocabulary."""
     unknown, ids = loaded.tokenizer.unknown_words(text), loaded.tokenizer.encode(text)
     if not ids:
         raise UserError("The prompt is empty. Give at least one word.")
     if unknown:
         raise UserError(
-            f"{loaded.name} does not know: {', '.join(unknown)}. It is a word-level model: use words of its training "
-            f"data, or add them with expand_vocab."
+            f"{loaded.name} does not know: {', '.join(unknown)}. It is a word-level model: use words from its "
+            "training data, or add them with expand_vocab."
         )
     if len(ids) > loaded.model.max_length:
         raise UserError(f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.max_length}.")
@@ -89,23 +89,23 @@ def next_probabilities(loaded: LoadedModel, text: str) -> Tensor:
 
 
 def top_k(loaded: LoadedModel, text: str, k: int) -> list[TokenProbability]:
-    """The `k` likeliest next tokens, likeliest first."""
+    """The `k` most likely next tokens, in descending order."""
     return top_tokens(loaded, next_probabilities(loaded, text), k)
 
 
 def top_tokens(loaded: LoadedModel, probabilities: Tensor, k: int) -> list[TokenProbability]:
-    """The `k` likeliest of probabilities (V,), likeliest first."""
+    """The `k` most likely tokens of probabilities (V,), in descending order."""
     values, ids = probabilities.topk(min(k, len(loaded.tokenizer)))
     return [TokenProbability(loaded.tokenizer.word(int(i)), float(v)) for v, i in zip(values, ids, strict=True)]
 
 
 def continued(loaded: LoadedModel, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
-    """What follows `text`, the white space before it too, until the model ends its sentence or `limit` tokens."""
-    adds = loaded.tokenizer.stream()
+    """The generated text after `text`, with leading white space: up to an end token or `limit` tokens."""
+    decode_next = loaded.tokenizer.stream()
     ids = generate(loaded.model, encode(loaded, text), loaded.tokenizer.end_ids, limit, sampling)
-    return "".join(map(adds, ids))
+    return "".join(map(decode_next, ids))
 
 
 def complete(loaded: LoadedModel, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
-    """The same without white space around it."""
+    """`continued` without white space around it."""
     return continued(loaded, text, limit, sampling).strip()

@@ -60,7 +60,7 @@ def _old_examples(job: Job, loaded: LoadedModel, settings: Evaluate) -> list[Exa
         unknown = loaded.tokenizer.unknown_words(example.text)
         if unknown:
             raise UserError(
-                f"{example.place}: {loaded.name} does not know {', '.join(unknown)}. evaluate.old_data must hold "
+                f"{example.location}: {loaded.name} does not know {', '.join(unknown)}. evaluate.old_data must hold "
                 "words of the pretraining data only: it measures what is forgotten of them."
             )
     return examples

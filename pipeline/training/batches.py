@@ -123,7 +123,7 @@ class Batches:
     def locations(self, step: int) -> list[str]:
         """`file:line` of each example in a step, without duplicates."""
         rows = (row for rows in self.rows(step) for row in rows)
-        return list(dict.fromkeys(self._windows.place(row) for row in rows))
+        return list(dict.fromkeys(self._windows.location(row) for row in rows))
 
     def largest_step(self, steps: Iterable[int]) -> int:
         """Of `steps`, the step whose largest batch has the most tokens; the first if several do."""

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.data.examples import Example, in_evaluation, iter_examples
 from pipeline.data.masking import encoder
-from pipeline.data.token_file import Corpus, refuse_nothing
+from pipeline.data.token_file import Corpus, refuse_empty
 from pipeline.data.windows import Dataset, dataset_from
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
@@ -46,7 +46,7 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
     files = ", ".join(settings.files)
     share = settings.eval_share
     if not share:
-        refuse_nothing(training, files)
+        refuse_empty(training, files)
         _refuse_without_evaluation(job, settings)
         return dataset_from(training, settings.window), None
     held_out = yield from _build_corpus(job, settings, base, held_out=True)
@@ -56,7 +56,7 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
             f"{selection} all {len(held_out)} labelled examples of {files} (the split is by hash). Decrease it, or "
             "set it to 0."
         )
-    refuse_nothing(training, files)
+    refuse_empty(training, files)
     if not len(held_out):
         raise UserError(
             f"{selection} 0 of {len(training)} labelled examples of {files} (the split is by hash). Increase it, or "

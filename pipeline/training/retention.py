@@ -93,7 +93,7 @@ def load_retention_texts(job: Job, settings: FinetuneLora, base: Base) -> Genera
     for example in examples:
         ids = _complete_prompt(example, base) if _is_prompt(example) else _encode_text(example, settings, base)
         windows.append(Window(0, ids, ids))  # the divergence counts every token, so every token is a label
-        locations.append(example.place)
+        locations.append(example.location)
     base.model.to("cpu")  # the training loop moves it to its device, or shards it
     return InMemoryDataset(windows, locations)
 

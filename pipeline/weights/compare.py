@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.adapters.config import lies_in
 from pipeline.adapters.low_rank import LowRank
 from pipeline.adapters.peft.updates import LowRankUpdate
-from pipeline.calc.target_modules import ALL_LINEAR, means
+from pipeline.calc.target_modules import ALL_LINEAR, matches_target
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
 from pipeline.weights.combine import Part, concatenate
@@ -79,7 +79,9 @@ def _is_target(change: LowRankUpdate, module: str) -> bool:
     if isinstance(targets, str) and targets != ALL_LINEAR:
         is_targeted = full_match(targets, module, "target_modules")
     else:
-        is_targeted = any(means(target, module) for target in ((targets,) if isinstance(targets, str) else targets))
+        is_targeted = any(
+            matches_target(target, module) for target in ((targets,) if isinstance(targets, str) else targets)
+        )
     return is_targeted and not change.spec.leaves_out(module) and not lies_in(module, change.spec.saved)
 
 

@@ -170,11 +170,11 @@ def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_bes
         ("base tuned --rank 2 --out x --data some.txt --csv", "take --json"),
         (
             "base others --rank 2 --out x --data some.txt",
-            "some.txt:1: base and others must read it as the same tokens, but differ in token 1 of 6 and 6",
+            "some.txt:1: base and others must tokenize it identically, but differ in token 1 of 6 and 6",
         ),
         (
             "base longer --rank 2 --out x --data some.txt",
-            "some.txt:1: base and longer must read it as the same tokens, but differ in token 1 of 6 and 15",
+            "some.txt:1: base and longer must tokenize it identically, but differ in token 1 of 6 and 15",
         ),
         ("base base --rank 2 --out x", "nothing to extract"),
         ("base adapter --rank 2 --out x", "is an adapter already"),

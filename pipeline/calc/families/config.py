@@ -1,56 +1,58 @@
-"""A Hugging Face `config.json`, its values checked as they are read."""
+"""Validated access to a Hugging Face `config.json`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import UserError
 
-LARGEST = 2**31 - 1  # no dimension of a tensor that a GPU holds is larger
+MAX_SIZE = 2**31 - 1  # larger than any dimension of a tensor on a GPU
 MOST_LAYERS = 10_000
 
 
 class Config:
-    """What `source` says; errors name it, the key, the rule and the value. A missing value is the family's default."""
+    """Values of the config `source`; a missing key gives the default. Raises UserError for an invalid value."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values, self.source = values, source
 
-    def size(self, *keys: str, default: int | None = None, most: int = LARGEST) -> int:
-        """A whole number from 1 to `most`, under the first of `keys` that is there."""
+    def size(self, *keys: str, default: int | None = None, most: int = MAX_SIZE) -> int:
+        """An integer from 1 to `most`, from the first of `keys` that is present. Raises UserError."""
         for key in keys:
             value = self._values.get(key)
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise UserError(f"{self.source}: {key} must be a whole number from 1 to {most:,}, got {_short(value)}.")
+                raise UserError(
+                    f"{self.source}: {key} must be a whole number from 1 to {most:,}, got {_abbreviate(value)}."
+                )
             return value
         if default is None:
-            raise UserError(f"{self.source}: {keys[0]} is missing, and the shapes depend on it.")
+            raise UserError(f"{self.source}: {keys[0]} is missing, and the shapes depend on it. Add it.")
         return default
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._values.get(key)
         if value is not None and not isinstance(value, bool):
-            raise UserError(f"{self.source}: {key} must be true or false, got {_short(value)}.")
+            raise UserError(f"{self.source}: {key} must be true or false, got {_abbreviate(value)}.")
         return default if value is None else value
 
     def share(self, key: str, default: float) -> float:
-        """A number above 0 and up to 1."""
+        """A number above 0 and at most 1."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise UserError(f"{self.source}: {key} must be more than 0 and at most 1, got {_short(value)}.")
+            raise UserError(f"{self.source}: {key} must be more than 0 and at most 1, got {_abbreviate(value)}.")
         return float(value)
 
     def layers(self, key: str, count: int) -> set[int]:
-        """Numbers of layers."""
+        """A set of layer indices below `count`."""
         value = self.get(key, [])
-        good = isinstance(value, list) and all(type(n) is int and 0 <= n < count for n in value)
-        if not good:
-            raise UserError(f"{self.source}: {key} must list layers from 0 to {count - 1}, got {_short(value)}.")
+        valid = isinstance(value, list) and all(type(n) is int and 0 <= n < count for n in value)
+        if not valid:
+            raise UserError(f"{self.source}: {key} must list layers from 0 to {count - 1}, got {_abbreviate(value)}.")
         return set(value)
 
     def is_null(self, key: str) -> bool:
-        """Whether the config switches `key` off, which is not the same as being silent."""
+        """Whether `key` is explicitly null, which switches it off; a missing key means the default."""
         return key in self._values and self._values[key] is None
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -58,6 +60,6 @@ class Config:
         return default if value is None else value
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

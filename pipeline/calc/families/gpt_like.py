@@ -18,12 +18,12 @@ def gpt2(config: Config) -> Architecture:
     )
     activation = config.get("activation_function", "gelu_new")
     style = BlockStyle(norm="layer", gated=False, rotary=0, activation=activation, softmax32=False)
-    built = _model(config, block, hidden, heads, layers, context, context * hidden, True, style)
+    built = _build(config, block, hidden, heads, layers, context, context * hidden, True, style)
     return replace(built, layers="transformer.h")
 
 
 def gpt3(config: Config) -> Architecture:
-    """GPT-3 has no checkpoint: GPT-2's shapes, with the separate q, k, v and o that the LoRA paper adapts."""
+    """GPT-2's block with separate q, k, v and o, as in the LoRA paper; there is no public checkpoint."""
     built = gpt2(config)
     first = built.blocks[0]
     attention = tuple(Linear(f"attn.{name}_proj", built.hidden, built.hidden, True) for name in "qkvo")
@@ -52,7 +52,7 @@ def gpt_neox(config: Config) -> Architecture:
     )
     heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
     context = config.size("max_position_embeddings", default=2048)
-    return replace(_model(config, block, hidden, heads, layers, context, 0, False, style), layers="gpt_neox.layers")
+    return replace(_build(config, block, hidden, heads, layers, context, 0, False, style), layers="gpt_neox.layers")
 
 
 def opt(config: Config) -> Architecture:
@@ -74,22 +74,22 @@ def opt(config: Config) -> Architecture:
     )
     heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
     context = config.size("max_position_embeddings", default=2048)
-    rows = (context + 2) * hidden  # two rows that no position uses
-    built = _model(config, block, hidden, heads, layers, context, rows, True, style)
+    rows = (context + 2) * hidden  # OPT's table has two unused rows
+    built = _build(config, block, hidden, heads, layers, context, rows, True, style)
     width = config.size("word_embed_proj_dim", default=hidden)
     outside = (Linear("project_out", hidden, width), Linear("project_in", width, hidden)) if width != hidden else ()
-    last = before and not config.flag("_remove_final_layer_norm", False)
+    has_final_norm = before and not config.flag("_remove_final_layer_norm", False)
     return replace(
         built,
         embedding_width=width,
         outside=outside,
-        final_norm=2 * hidden if last and affine else 0,
+        final_norm=2 * hidden if has_final_norm and affine else 0,
         layers="model.decoder.layers",
     )
 
 
 def minigpt(config: Config) -> Architecture:
-    """OPT's names, with sinusoids for positions: a table, but no parameters (the document's Introduction)."""
+    """OPT's names, with sinusoidal positions: a table, not parameters (the document's Introduction)."""
     built = opt(config)
     style = replace(built.style, scaled_queries=False, ours=True)
     return replace(built, positions=0, fixed_positions=built.positions, style=style)
@@ -109,7 +109,7 @@ def roberta(config: Config) -> Architecture:
     heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
     context = config.size("max_position_embeddings", default=512)
     rows = (context + config.size("type_vocab_size", default=2)) * hidden
-    built = _model(config, block, hidden, heads, layers, context, rows, True, style)
+    built = _build(config, block, hidden, heads, layers, context, rows, True, style)
     return replace(
         built,
         final_norm=0,
@@ -121,7 +121,7 @@ def roberta(config: Config) -> Architecture:
     )
 
 
-def _model(
+def _build(
     config: Config,
     block: Block,
     hidden: int,

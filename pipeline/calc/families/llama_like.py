@@ -1,4 +1,4 @@
-"""Llama and all that differ from it by flags: RMSNorm, rotation, grouped queries, gated feed-forward, experts."""
+"""Llama and its variants: RMSNorm, rotary positions, grouped-query attention, gated feed-forward, experts."""
 
 from dataclasses import dataclass, replace
 
@@ -9,15 +9,15 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Defaults:
-    """What `transformers` takes where a config is silent: 0 is “as many as heads” and “width / heads”."""
+    """Defaults of transformers for missing keys; 0 means as many as heads (kv_heads), width / heads (head_size)."""
 
     tie: bool = False
     bias: bool = False
-    out_bias: bool = True  # o_proj has a bias too, where q, k and v have
+    out_bias: bool = True  # o_proj has a bias if q, k and v have one
     head_size: int = 0
     kv_heads: int = 0
-    fused: bool = False  # q, k, v are one linear, gate and up another
-    reads_bias: bool = False  # the class reads attention_bias, others ignore it
+    fused: bool = False  # one linear for q, k and v, one for gate and up
+    reads_bias: bool = False  # the model class reads attention_bias
     reads_mlp_bias: bool = False
 
 
@@ -25,7 +25,7 @@ LLAMA = Defaults(reads_bias=True, reads_mlp_bias=True)
 
 
 def decoder(config: Config, style: BlockStyle, default: Defaults = LLAMA) -> Architecture:
-    """Llama and all that differ from it by flags: RMSNorm, rotary positions, grouped queries, gated feed-forward."""
+    """A model of this family, without experts. Raises UserError."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers = config.size("num_hidden_layers", most=MOST_LAYERS)
     kv_heads = config.size("num_key_value_heads", default=default.kv_heads or heads)
@@ -160,7 +160,7 @@ def gpt_oss(config: Config) -> Architecture:
 
 
 def _with_experts(built: Architecture, experts: int, inner: int, bias: bool = False) -> Architecture:
-    """`built` with a router and experts, each stacked in two tensors a layer, for every feed-forward."""
+    """`built` with a router and experts, stacked in two tensors per layer, as every feed-forward."""
     linears = (
         Linear("mlp.experts.gate_up_proj", built.hidden, 2 * inner, bias, experts),
         Linear("mlp.experts.down_proj", inner, built.hidden, bias, experts),

@@ -1,6 +1,6 @@
-"""From a Hugging Face `config.json` to shapes: which function builds which family.
+"""Builds the shapes of a Hugging Face `config.json`; one function per family.
 
-Defaults are those of `transformers`, whose files leave out what equals them.
+Defaults are those of transformers, which leaves them out of its files.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,18 +14,18 @@ from pipeline.errors import UserError
 
 
 def architecture(values: Mapping[str, Any], source: str) -> Architecture:
-    """The shapes that a config describes. Raises UserError, naming an architecture that is not known."""
-    if isinstance(values.get("text_config"), Mapping):  # a model of text and images: its language model
+    """The shapes of a config. Raises UserError, with the known families if this one is not supported."""
+    if isinstance(values.get("text_config"), Mapping):  # a vision-language model: only its language model
         text = architecture({"model_type": f"{values.get('model_type')}_text", **values["text_config"]}, source)
         return replace(text, notes=(*text.notes, "text model only: the image encoder is not counted"))
     family = values.get("model_type")
-    if family == "opt" and _is_ours(values):
+    if family == "opt" and _is_minigpt(values):
         family = "minigpt"
     build = FAMILIES.get(family) if isinstance(family, str) else None
     if build is None:
         raise UserError(
             f"{source}: the architecture {family!r} is not known. Known: {', '.join(sorted(FAMILIES))}. "
-            "Its .safetensors files would do: their headers hold every shape. Give their folder instead."
+            "Give the folder of its .safetensors files instead: their headers contain every shape."
         )
     built = replace(build(Config(values, source)), family=str(family), source=source)
     if built.hidden * built.vocabulary * len(built.blocks) > 2**62:
@@ -33,10 +33,10 @@ def architecture(values: Mapping[str, Any], source: str) -> Architecture:
     return built
 
 
-def _is_ours(values: Mapping[str, Any]) -> bool:
-    """Whether this project wrote it: an OPT with GELU, no dropout and no first token, whose positions are sinusoids."""
-    ours = {"activation_function": "gelu", "dropout": 0.0, "layerdrop": 0.0, "bos_token_id": None}
-    return all(key in values and values[key] == value for key, value in ours.items())
+def _is_minigpt(values: Mapping[str, Any]) -> bool:
+    """Whether this project wrote the config: OPT with GELU, without dropout and BOS token."""
+    markers = {"activation_function": "gelu", "dropout": 0.0, "layerdrop": 0.0, "bos_token_id": None}
+    return all(key in values and values[key] == value for key, value in markers.items())
 
 
 FAMILIES: dict[str, Callable[[Config], Architecture]] = {

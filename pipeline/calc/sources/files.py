@@ -1,4 +1,4 @@
-"""Shapes from a path or from the hub: a config.json, safetensors headers, a GGUF file."""
+"""Shapes from a path or the Hub: a config.json, safetensors headers, a GGUF file."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,28 +13,28 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, refuse_untrusted
 from pipeline.files.safetensors_header import read_header
 
-LARGEST_CONFIG = 10_000_000  # bytes
+MAX_CONFIG_BYTES = 10_000_000
 
 
 def from_path(path: Path) -> Model:
-    """The model in a file or folder. Raises UserError that says what is wrong with it."""
+    """The model in a file or folder. Raises UserError with the reason."""
     try:
-        return _read(path)
+        return _read_model(path)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged, or not what its name says ({type(error).__name__}). Copy it anew."
+            f"{path} is damaged, or not in the format of its name ({type(error).__name__}). Copy it again."
         ) from None
 
 
-def _read(path: Path) -> Model:
+def _read_model(path: Path) -> Model:
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".gguf":
         return Model(replace(gguf.read_shapes(path), name=path.name))
     if path.suffix == ".safetensors":
-        return Model(replace(from_shapes(_shapes([path]), {}, str(path)), name=path.name))
+        return Model(replace(from_shapes(_read_shapes([path]), {}, str(path)), name=path.name))
     hint = "Give a Hugging Face config.json, a folder, .safetensors or .gguf"
-    if path.stat().st_size > LARGEST_CONFIG:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(f"{path} is not a config: it has {path.stat().st_size:,} bytes. {hint}.")
     config = read_json(path, hint)
     return Model(replace(architecture(config, str(path)), name=str(path)), config)
@@ -48,17 +48,17 @@ def _from_folder(folder: Path) -> Model:
     hint = "Give a folder with a Hugging Face config.json, .safetensors or one .gguf file"
     config = read_json(folder / "config.json", hint) if (folder / "config.json").exists() else {}
     _refuse_missing_shards(folder, weights)
-    if "model_type" in config and (not weights or _known(config)):
+    if "model_type" in config and (not weights or _is_supported(config)):
         return Model(replace(architecture(config, str(folder / "config.json")), name=str(folder)), config)
     if weights:
-        return Model(replace(from_shapes(_shapes(weights), config, str(folder)), name=str(folder)))
+        return Model(replace(from_shapes(_read_shapes(weights), config, str(folder)), name=str(folder)))
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return from_path(files[0])
     raise UserError(f"{folder} has no config.json, no .safetensors and no single .gguf file.")
 
 
-def _known(config: Mapping[str, Any]) -> bool:
+def _is_supported(config: Mapping[str, Any]) -> bool:
     text = config.get("text_config")
     family = f"{config['model_type']}_text" if isinstance(text, dict) else config["model_type"]
     return isinstance(family, str) and family in FAMILIES
@@ -67,27 +67,27 @@ def _known(config: Mapping[str, Any]) -> bool:
 def _refuse_missing_shards(folder: Path, weights: list[Path]) -> None:
     index = folder / "model.safetensors.index.json"
     if weights and index.exists():
-        named = set(read_json(index, "Copy it anew").get("weight_map", {}).values())
-        missing = sorted(named - {path.name for path in weights})
+        listed = set(read_json(index, "Copy it again").get("weight_map", {}).values())
+        missing = sorted(listed - {path.name for path in weights})
         if missing:
-            raise UserError(f"{folder}: {missing[0]} is missing, which {index.name} names. Copy it there.")
+            raise UserError(f"{folder}: {missing[0]} is missing, but {index.name} lists it. Copy it there.")
 
 
-def _shapes(files: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+def _read_shapes(files: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
-        found |= {name: (info.dtype, info.shape) for name, info in read_header(file).items()}
-    return found
+        shapes |= {name: (info.dtype, info.shape) for name, info in read_header(file).items()}
+    return shapes
 
 
 def from_hub(name: str) -> Model:
-    """The hub's config.json, where the network allows. Raises UserError."""
+    """The model of the Hub's config.json, from the cache or the network. Raises UserError."""
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
         path = try_to_load_from_cache(name, "config.json")
         if not isinstance(path, str):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)  # fails at once; a download tries again
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)  # fails fast, while a download would retry
             path = hf_hub_download(name, "config.json")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

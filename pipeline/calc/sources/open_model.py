@@ -1,4 +1,4 @@
-"""From what a user names to shapes: a built-in name, a config.json, safetensors headers, a GGUF file, a hub id."""
+"""Opens a model by built-in name, path (config.json, safetensors, GGUF) or Hub id."""
 
 import json
 from collections.abc import Iterable
@@ -15,34 +15,34 @@ BUILT_IN = Path(__file__).parent.parent / "presets" / "models"
 
 
 def names() -> list[str]:
-    """The built-in models' names."""
+    """Names of the built-in models."""
     return sorted(path.stem for path in BUILT_IN.glob("*.json"))
 
 
 def entry(name: str) -> dict[str, Any]:
-    """A built-in model's file: hub_id, published count and its source, source of the config, config."""
+    """The preset of a built-in model, with keys such as hub_id, published, source and config."""
     loaded: dict[str, Any] = json.loads((BUILT_IN / f"{name}.json").read_text(encoding="utf-8"))
     return loaded
 
 
 @cache
 def hub_ids() -> dict[str, str]:
-    """Built-in name → hub id, empty where the hub has none."""
+    """Built-in name → Hub id, empty if it is not on the Hub."""
     return {name: entry(name)["hub_id"] or "" for name in names()}
 
 
 @cache
 def built_in(name: str) -> Model:
-    known = entry(name)
-    shapes = architecture(known["config"], name)
-    return Model(replace(shapes, name=name, source=known["source"], published=known["published"]), known["config"])
+    preset = entry(name)
+    shapes = architecture(preset["config"], name)
+    return Model(replace(shapes, name=name, source=preset["source"], published=preset["published"]), preset["config"])
 
 
 def open_model(name: str) -> Model:
-    """The model that `name` means. Raises UserError with the nearest names, or with what is wrong in a file."""
+    """The model called `name`. Raises UserError with the nearest names, or the reason why a file cannot be read."""
     if name.lower() in names():
         return built_in(name.lower())
-    from pipeline.calc.sources import files  # what reads files is not needed for a name
+    from pipeline.calc.sources import files  # not needed for built-in names
 
     path = Path(name)
     if path.exists():
@@ -50,17 +50,15 @@ def open_model(name: str) -> Model:
     if path.suffix in (".json", ".gguf", ".safetensors") or name.startswith((".", "/", "~")):
         raise UserError(f"{name} does not exist.")
     if name.count("/") == 1:
-        known = next((one for one, hub_id in hub_ids().items() if hub_id.lower() == name.lower()), None)
-        return built_in(known) if known else files.from_hub(name)
-    near = nearest(name.lower(), names())
-    hint = f"Nearest: {', '.join(near)}." if near else "See `lora calc --list`."
-    raise UserError(
-        f"model {name!r} is not built in. {hint} A folder, a file or a hub id such as org/name will do too."
-    )
+        built_in_name = next((key for key, hub_id in hub_ids().items() if hub_id.lower() == name.lower()), None)
+        return built_in(built_in_name) if built_in_name else files.from_hub(name)
+    suggestions = nearest(name.lower(), names())
+    hint = f"Nearest: {', '.join(suggestions)}." if suggestions else "See `lora calc --list`."
+    raise UserError(f"model {name!r} is not built in. {hint} Or give a folder, a file or a Hub id such as org/name.")
 
 
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Up to three of `known` that `name` may have been meant to be."""
+def nearest(name: str, choices: Iterable[str]) -> list[str]:
+    """Up to three of `choices` that are similar to `name`."""
     from difflib import get_close_matches
 
-    return get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return get_close_matches(name, list(choices), n=3, cutoff=0.5)

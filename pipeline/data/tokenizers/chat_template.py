@@ -1,4 +1,4 @@
-"""Chat templates, as transformers renders them."""
+"""Chat templates, rendered as transformers does."""
 
 import json
 import re
@@ -15,21 +15,21 @@ TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 TURN = "messages[{}]"
 
 Messages = Sequence[Mapping[str, object]]  # each with role and content
-Asked = Sequence[tuple[int, bool]]  # of how many first messages, and whether the model is to answer
+Prefixes = Sequence[tuple[int, bool]]  # (number of leading messages, add_generation_prompt)
 
 
 class Rendered(str):
-    """Text that a chat template wrote: it holds its own beginning-of-text token, or is meant to have none.
+    """Text written by a chat template. It already has its beginning-of-text token, or should have none.
 
-    `marks` are the characters [start, stop) that the template marks as the model's own, in order; most mark none.
+    `marks` are the character spans [start, stop) inside {% generation %}, in order; most templates have none.
     """
 
     marks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, written: Conversation) -> "Rendered":
-        rendered = cls(written.text)
-        rendered.marks = written.marks
+    def of(cls, conversation: Conversation) -> "Rendered":
+        rendered = cls(conversation.text)
+        rendered.marks = conversation.marks
         return rendered
 
 
@@ -37,7 +37,7 @@ Renderings = Sequence[Rendered | UserError]
 
 
 def has_template(folder: Path) -> bool:
-    """Whether the model in `folder` was made to chat."""
+    """Whether the model in `folder` has a chat template."""
     if (folder / TEMPLATE).is_file():
         return True
     try:
@@ -48,96 +48,97 @@ def has_template(folder: Path) -> bool:
 
 
 def render(folder: Path, text: str) -> Rendered:
-    """`text` as a user's turn, up to where the model answers. Raises UserError."""
-    return only(render_in(folder, [{"role": "user", "content": text}], [(1, True)], turn="the prompt"))
+    """`text` as a user's turn, with the generation prompt. Raises UserError."""
+    return single_rendering(render_in(folder, [{"role": "user", "content": text}], [(1, True)], turn="the prompt"))
 
 
-def only(renderings: Renderings) -> Rendered:
-    """The one that there is. Raises UserError if it failed."""
+def single_rendering(renderings: Renderings) -> Rendered:
+    """The only rendering. Raises it if it is a UserError."""
     (rendering,) = renderings
     if isinstance(rendering, UserError):
         raise rendering
     return rendering
 
 
-def render_in(folder: Path, messages: Messages, asked: Asked, turn: str = TURN) -> Renderings:
-    """`render_with` in the template of the model in `folder`. Raises UserError."""
+def render_in(folder: Path, messages: Messages, prefixes: Prefixes, turn: str = TURN) -> Renderings:
+    """`render_with` the chat template of the model in `folder`. Raises UserError."""
     if not has_template(folder):
         raise no_template(str(folder))
-    times = tuple(_time(folder / name) for name in (TEMPLATE, CONFIG))
+    times = tuple(_modified_at(folder / name) for name in (TEMPLATE, CONFIG))
     try:
-        theirs = _tokenizer(folder, times)
+        hf_tokenizer = _open_tokenizer(folder, times)
     except Exception as error:  # whatever the library raises
-        raise UserError(f"{folder}: its tokenizer does not open: {_short(error)}") from None
-    return render_with(theirs, messages, asked, str(folder), turn)
+        raise UserError(f"{folder}: cannot open its tokenizer: {_abbreviate(error)}") from None
+    return render_with(hf_tokenizer, messages, prefixes, str(folder), turn)
 
 
-def render_with(theirs: Any, messages: Messages, asked: Asked, name: str, turn: str = TURN) -> Renderings:
-    """For each (n, reply) the first n messages in a transformers tokenizer's template, or why the template fails; with
-    `reply`, up to where the model answers.
+def render_with(hf_tokenizer: Any, messages: Messages, prefixes: Prefixes, name: str, turn: str = TURN) -> Renderings:
+    """For each (n, add_generation_prompt) the first n messages in a transformers tokenizer's chat template, or the
+    UserError that says why it fails.
 
-    Raises UserError where the template is stopped because it takes too much, and where the content of a turn holds a
-    special token: among those that the template writes it would be one of them, and begin or end a turn that nobody
-    took. `turn` is what the user calls a turn, by its number.
+    Raises UserError if the rendering process had to be stopped, or if a message contains a special token: among those
+    that the template writes, it would begin or end a turn. `turn` formats a message's index for the error.
     """
     for number, message in enumerate(messages):
-        if token := _special_in(theirs, str(message["content"])):
+        if token := _find_special_token(hf_tokenizer, str(message["content"])):
             raise UserError(
-                f"{turn.format(number)} holds {token}, a special token of {name}, which would not be read as text: it "
-                "could begin or end a turn. Remove it, or write it in another way."
+                f"{turn.format(number)} contains {token}, a special token of {name}. It would not be read as text: it "
+                "could begin or end a turn. Remove it, or spell it differently."
             )
     try:
-        template = theirs.get_chat_template()
-    except ValueError as error:  # several, and none of them the default
-        raise UserError(f"{name}: its chat template fails: {_short(error)}") from None
+        template = hf_tokenizer.get_chat_template()
+    except ValueError as error:  # several templates, none of them the default
+        raise UserError(f"{name}: its chat template fails: {_abbreviate(error)}") from None
     try:
-        found = RENDERER.render(template, messages, asked, theirs.special_tokens_map)
+        results = RENDERER.render(template, messages, prefixes, hf_tokenizer.special_tokens_map)
     except TemplateError as error:
-        raise _failure(name, error) from None
-    return [_failure(name, one) if isinstance(one, TemplateError) else Rendered.of(one) for one in found]
+        raise _template_failure(name, error) from None
+    return [_template_failure(name, r) if isinstance(r, TemplateError) else Rendered.of(r) for r in results]
 
 
-def _failure(name: str, error: TemplateError) -> UserError:
+def _template_failure(name: str, error: TemplateError) -> UserError:
     return UserError(f"{name}: its chat template {error}")
 
 
-def _special_in(theirs: Any, text: str) -> str | None:
-    """The first special token in a text, if any. Other added tokens are text that happens to be one token."""
-    as_written, normalized = _special(theirs)
-    found = as_written.search(text)
-    if found is None and normalized is not None:
-        found = normalized.search(theirs.backend_tokenizer.normalizer.normalize_str(text))
-    return found and found[0]
+def _find_special_token(hf_tokenizer: Any, text: str) -> str | None:
+    """The first special token in `text`, if any. Added tokens that are not special are ordinary text."""
+    as_written, normalized = _special_patterns(hf_tokenizer)
+    match = as_written.search(text)
+    if match is None and normalized is not None:
+        match = normalized.search(hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text))
+    return match and match[0]
 
 
 @lru_cache(maxsize=8)
-def _special(theirs: Any) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
-    """What finds special tokens in a text, and what finds those that are looked for in normalized text."""
-    inner = theirs.backend_tokenizer
+def _special_patterns(hf_tokenizer: Any) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
+    """Patterns of the special tokens, and of those that the tokenizer matches in normalized text."""
+    inner = hf_tokenizer.backend_tokenizer
     tokens = [token for token in inner.get_added_tokens_decoder().values() if token.special and token.content.strip()]
-    looked_for = [inner.normalizer.normalize_str(t.content) for t in tokens if t.normalized] if inner.normalizer else []
-    return _any_of([token.content for token in tokens]), _any_of(looked_for) if looked_for else None
+    normalized = [inner.normalizer.normalize_str(t.content) for t in tokens if t.normalized] if inner.normalizer else []
+    return _match_any([token.content for token in tokens]), _match_any(normalized) if normalized else None
 
 
-def _any_of(tokens: list[str]) -> re.Pattern[str]:
+def _match_any(tokens: list[str]) -> re.Pattern[str]:
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nowhere
 
 
 def no_template(name: str) -> UserError:
-    return UserError(f"{name} has no chat template. Prompt it without chat, and train it on texts or completions.")
+    return UserError(
+        f'{name} has no chat template. Prompt it without chat, and train it on "text" or "prompt"/"completion".'
+    )
 
 
-def _short(error: Exception) -> str:
+def _abbreviate(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _time(path: Path) -> int:
+def _modified_at(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(folder: Path, times: tuple[int, ...]) -> Any:  # noqa: ARG001  # read anew when a file changed
+def _open_tokenizer(folder: Path, times: tuple[int, ...]) -> Any:  # noqa: ARG001  # `times` reloads it after a change
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,4 +1,4 @@
-"""The tokenizer of any model that transformers opens: subwords, special tokens, a chat template."""
+"""Subword tokenizers: the fast tokenizer of any transformers model, with special tokens and chat template."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -7,71 +7,78 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.tokenizers import chat_template
-from pipeline.data.tokenizers.chat_template import Asked, Messages, Rendered, Renderings
+from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Rendered, Renderings
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.safetensors_header import as_os_error
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
-BROKEN = "\ufffd"  # what bytes that are no whole character decode to
-# A text before a text, so that the second is neither joined to it nor taken for the beginning.
+BROKEN = "\ufffd"  # what an incomplete UTF-8 character decodes to
+# Context before a text, so that it is not tokenized as a beginning; the first that does not merge with it is used.
 _BEFORE = ("\n", ".", "a")
-_PROBE = "Zq7"  # an answer that no template writes of itself
-# Byte-level vocabularies write printable Latin-1 as it is, and the other bytes as the letters from U+0100 (GPT-2's).
-_AS_THEY_ARE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_BYTE_OF = {chr(byte): byte for byte in _AS_THEY_ARE}
-_BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(b for b in range(0x100) if b not in _AS_THEY_ARE)}
-# Of one machine or one run, not of the tokenizer.
-_LOCAL = ("name_or_path", "is_local", "local_files_only", "special_tokens_map_file", "tokenizer_file", "cache_dir")
+_PROBE = "Zq7"  # an answer that no template contains itself
+# GPT-2's byte-level alphabet: printable Latin-1 bytes are themselves, the others are the letters from U+0100.
+_PRINTABLE_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE_BYTES}
+_BYTE_OF_LETTER |= {chr(0x100 + n): byte for n, byte in enumerate(b for b in range(0x100) if b not in _PRINTABLE_BYTES)}
+# Keys that describe a machine or a run, not the tokenizer.
+_MACHINE_KEYS = (
+    "name_or_path",
+    "is_local",
+    "local_files_only",
+    "special_tokens_map_file",
+    "tokenizer_file",
+    "cache_dir",
+)
 
 
 class SubwordTokenizer:
-    """A fast tokenizer of transformers, with the project's rules on what begins and ends a text.
+    """A fast transformers tokenizer, with this project's rules for beginning and end tokens.
 
-    It may know fewer tokens than the model has rows. transformers is imported by `load` alone.
+    It may have fewer tokens than the model has embedding rows. Only `load` imports transformers.
     """
 
-    def __init__(self, theirs: Any, name: str, ends: Iterable[int] = ()) -> None:
-        """`ends`: ids that end what the model says, beside the tokenizer's own. Raises UserError if there is none."""
-        self._theirs, self._name, self._inner = theirs, name, theirs.backend_tokenizer
-        self._inner.no_truncation()  # some files switch these on; nothing here is cut or filled in silence
+    def __init__(self, hf_tokenizer: Any, name: str, ends: Iterable[int] = ()) -> None:
+        """`ends`: ids that stop generation besides the tokenizer's EOS. Raises UserError if there is no end token."""
+        self._hf_tokenizer, self._name, self._inner = hf_tokenizer, name, hf_tokenizer.backend_tokenizer
+        self._inner.no_truncation()  # some tokenizer.json enable these; nothing here is truncated or padded silently
         self._inner.no_padding()
-        own, self._ends = theirs.eos_token_id, tuple(ends)
-        if own is None and not self._ends:
-            raise UserError(f"{name}: its tokenizer has no end-of-text token. Name eos_token in {CONFIG}.")
-        self.end_id: int = self._ends[0] if own is None else own
-        self._prefix = _written_before(self._inner)
+        eos_id, self._extra_end_ids = hf_tokenizer.eos_token_id, tuple(ends)
+        if eos_id is None and not self._extra_end_ids:
+            raise UserError(f"{name}: its tokenizer has no end-of-text token. Set eos_token in {CONFIG}.")
+        self.end_id: int = self._extra_end_ids[0] if eos_id is None else eos_id
+        self._prefix = _prefix_ids(self._inner)
         self.bos_id = self._prefix[0] if self._prefix else None
         self._added: dict[int, Any] = self._inner.get_added_tokens_decoder()
 
     @classmethod
     def load(cls, folder: Path) -> "SubwordTokenizer":
-        """The tokenizer in `folder`; nothing is downloaded, none of its code is run. Raises UserError."""
+        """The tokenizer in `folder`, without downloads and without running its code. Raises UserError."""
         from transformers import AutoTokenizer
 
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder. A model folder needs its tokenizer.")
         try:
-            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            hf_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever the library raises
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder}: its tokenizer does not open: {reason}. A model folder needs its tokenizer."
+                f"{folder}: cannot open its tokenizer: {reason}. A model folder needs its tokenizer."
             ) from None
-        if not theirs.is_fast:
+        if not hf_tokenizer.is_fast:
             raise UserError(
-                f"{folder}: {type(theirs).__name__} is a slow tokenizer: it cannot say which characters a token stands "
-                "for, which masks need. Convert it to a tokenizer.json first."
+                f"{folder}: {type(hf_tokenizer).__name__} is a slow tokenizer, which has no character offsets for "
+                "label masks. Convert it to a tokenizer.json first."
             )
-        return cls(theirs, str(folder), _ends_of(folder))
+        return cls(hf_tokenizer, str(folder), _generation_end_ids(folder))
 
     def save(self, folder: Path, max_length: int) -> None:
         with as_os_error(folder / "tokenizer.json"):
-            self._theirs.save_pretrained(folder)
+            self._hf_tokenizer.save_pretrained(folder)
         config = read_json(folder / CONFIG, "The tokenizer was not written")
-        kept = {key: value for key, value in config.items() if key not in _LOCAL}
-        kept["model_max_length"] = min(max_length, config.get("model_max_length") or max_length)
-        write_json(folder / CONFIG, kept)
+        portable = {key: value for key, value in config.items() if key not in _MACHINE_KEYS}
+        portable["model_max_length"] = min(max_length, config.get("model_max_length") or max_length)
+        write_json(folder / CONFIG, portable)
 
     def __len__(self) -> int:
         return self._size
@@ -82,23 +89,23 @@ class SubwordTokenizer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The end-of-text token, those of generation_config.json, and what the chat template ends a turn with."""
-        return frozenset({self.end_id, *self._ends, *self._turn_end()})
+        """The end-of-text token, eos_token_id of generation_config.json, and the chat template's end-of-turn token."""
+        return frozenset({self.end_id, *self._extra_end_ids, *self._turn_end_ids()})
 
-    def _turn_end(self) -> list[int]:
+    def _turn_end_ids(self) -> list[int]:
         """The first special token that the template writes after an answer, if any."""
         if not self.has_template:
             return []
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
         try:
-            ids, spans = self.spans(text := self.render(turns, reply=False))
+            ids, spans = self.spans(text := self.render(turns, add_generation_prompt=False))
         except UserError:
-            return []  # a template that wants more than this; training says so, where it is used
+            return []  # the template needs more than these turns; training reports it
         end = text.rfind(_PROBE) + len(_PROBE)
-        special = [id_ for id_, (start, _) in zip(ids, spans, strict=True) if start >= end and self._special(id_)]
+        special = [id_ for id_, (start, _) in zip(ids, spans, strict=True) if start >= end and self._is_special(id_)]
         return special[:1] if _PROBE in text else []
 
-    def _special(self, id_: int) -> bool:
+    def _is_special(self, id_: int) -> bool:
         return id_ in self._added and bool(self._added[id_].special)
 
     def words(self) -> list[str]:
@@ -108,17 +115,17 @@ class SubwordTokenizer:
     def _words(self) -> list[str]:
         ids = range(len(self))
         texts = self._inner.decode_batch([[*self._anchor, id_] for id_ in ids], skip_special_tokens=False)
-        return [self._shown(id_, text) for id_, text in zip(ids, texts, strict=True)]
+        return [self._display_text(id_, text) for id_, text in zip(ids, texts, strict=True)]
 
     def word(self, id_: int) -> str:
-        return self._shown(id_, self._inner.decode([*self._anchor, id_], skip_special_tokens=False))
+        return self._display_text(id_, self._inner.decode([*self._anchor, id_], skip_special_tokens=False))
 
-    def _shown(self, id_: int, decoded: str) -> str:
-        """A token's text as it reads after other text; bytes that are no whole character show as <0xE2>."""
+    def _display_text(self, id_: int, decoded: str) -> str:
+        """A token's text as it appears after other text; bytes of an incomplete character as <0xE2>."""
         if id_ in self._added:
             return str(self._added[id_].content)
         text = decoded[len(self._anchor_text) :]
-        return text if text and BROKEN not in text else _bytes(str(self._inner.id_to_token(id_) or f"<{id_}>"))
+        return text if text and BROKEN not in text else _format_bytes(str(self._inner.id_to_token(id_) or f"<{id_}>"))
 
     @cached_property
     def _anchor(self) -> list[int]:
@@ -129,16 +136,16 @@ class SubwordTokenizer:
         return str(self._inner.decode(self._anchor, skip_special_tokens=False))
 
     def id_of_token(self, token: str) -> int | None:
-        return self._id_of.get(token)
+        return self._id_by_word.get(token)
 
     @cached_property
-    def _id_of(self) -> dict[str, int]:
+    def _id_by_word(self) -> dict[str, int]:
         return {word: id_ for id_, word in reversed(list(enumerate(self._words)))}  # the first id wins
 
     def encode(self, text: str) -> tuple[int, ...]:
         ids = self._ids(text)
-        begun = isinstance(text, Rendered) or ids[: len(self._prefix)] == self._prefix
-        return ids if begun else self._prefix + ids
+        has_prefix = isinstance(text, Rendered) or ids[: len(self._prefix)] == self._prefix
+        return ids if has_prefix else self._prefix + ids
 
     def spans(self, text: str) -> tuple[tuple[int, ...], Sequence[tuple[int, int]]]:
         encoding = self._inner.encode(text, add_special_tokens=False)
@@ -147,7 +154,7 @@ class SubwordTokenizer:
     def _ids(self, text: str) -> tuple[int, ...]:
         return self.spans(text)[0]
 
-    def following(self, text: str) -> tuple[int, ...]:
+    def encode_following(self, text: str) -> tuple[int, ...]:
         for before in _BEFORE:
             ids, alone = self._ids(before + text), self._ids(before)
             if alone and ids[: len(alone)] == alone:
@@ -155,8 +162,8 @@ class SubwordTokenizer:
         return self._ids(text)
 
     def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:
-        begun = isinstance(prompt, Rendered) or not prompt or prompt[-1].isspace() or answer[:1].isspace()
-        return self.following(answer if begun else f" {answer}")
+        spaced = isinstance(prompt, Rendered) or not prompt or prompt[-1].isspace() or answer[:1].isspace()
+        return self.encode_following(answer if spaced else f" {answer}")
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
@@ -164,84 +171,86 @@ class SubwordTokenizer:
     def stream(self) -> Callable[[int], str]:
         from tokenizers.decoders import DecodeStream
 
-        def begun() -> Any:
-            return DecodeStream(ids=self._anchor, skip_special_tokens=True)  # as after a prompt: the space stays
+        def new_decoder() -> Any:
+            return DecodeStream(ids=self._anchor, skip_special_tokens=True)  # as after a prompt: keeps the space
 
-        decoder = begun()
+        decoder = new_decoder()
 
         def text(id_: int) -> str:
             nonlocal decoder
-            if id_ >= len(self):  # a row of the model that no token has
+            if id_ >= len(self):  # an embedding row without a token
                 return ""
             try:
                 return decoder.step(self._inner, id_) or ""
-            except Exception:  # the library's own, where bytes before this token make no character
-                decoder = begun()
+            except Exception:  # of the library: the bytes before this token are not a character
+                decoder = new_decoder()
                 return BROKEN + (decoder.step(self._inner, id_) or "")
 
         return text
 
-    def unknown_words(self, text: str) -> list[str]:  # noqa: ARG002  # every text has tokens
+    def unknown_words(self, text: str) -> list[str]:  # noqa: ARG002  # subwords cover every text
         return []
 
-    def normal(self, text: str) -> str:
+    def normalize(self, text: str) -> str:
         return " ".join(text.split())
 
     @property
     def has_template(self) -> bool:
-        return bool(self._theirs.chat_template)
+        return bool(self._hf_tokenizer.chat_template)
 
-    def render(self, messages: Messages, reply: bool) -> Rendered:
-        return chat_template.only(self.render_each(messages, [(len(messages), reply)]))
+    def render(self, messages: Messages, add_generation_prompt: bool) -> Rendered:
+        return chat_template.single_rendering(self.render_each(messages, [(len(messages), add_generation_prompt)]))
 
-    def render_each(self, messages: Messages, asked: Asked) -> Renderings:
+    def render_each(self, messages: Messages, prefixes: Prefixes) -> Renderings:
         if not self.has_template:
             raise chat_template.no_template(self._name)
-        return chat_template.render_with(self._theirs, messages, asked, self._name)
+        return chat_template.render_with(self._hf_tokenizer, messages, prefixes, self._name)
 
-    def _knows(self, token: str) -> bool:
-        """Whether it is one token, and not the one that stands for all that is unknown."""
+    def _is_known_token(self, token: str) -> bool:
+        """Whether the text is one token, other than the unknown token."""
         ids = self._ids(token)
-        return len(ids) == 1 and (ids[0] != self._theirs.unk_token_id or token == self._theirs.unk_token)
+        return len(ids) == 1 and (ids[0] != self._hf_tokenizer.unk_token_id or token == self._hf_tokenizer.unk_token)
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["SubwordTokenizer", list[str]]:
-        """Each token is matched as it is written; one that is a whole word, only where it stands alone.
+        """Tokens match exactly as written; one that begins and ends like a word matches only as a whole word.
 
-        Special ones are left out of decoded text.
+        Special tokens are left out of decoded text.
         """
         from tokenizers import AddedToken
 
-        new = [token for token in dict.fromkeys(tokens) if not self._knows(token)]
-        theirs = copy.deepcopy(self._theirs)
+        new = [token for token in dict.fromkeys(tokens) if not self._is_known_token(token)]
+        hf_tokenizer = copy.deepcopy(self._hf_tokenizer)
         for token in new:
             word = not special and token[:1].isalnum() and token[-1:].isalnum()
-            theirs.add_tokens([AddedToken(token, single_word=word, normalized=False, special=special)])
-        return SubwordTokenizer(theirs, self._name, self._ends), new
+            hf_tokenizer.add_tokens([AddedToken(token, single_word=word, normalized=False, special=special)])
+        return SubwordTokenizer(hf_tokenizer, self._name, self._extra_end_ids), new
 
 
-def _bytes(token: str) -> str:
-    """A token of a byte-level vocabulary, which has a letter for each byte, with its bytes as numbers."""
-    values = [_BYTE_OF.get(letter) for letter in token]
-    if None in values or max(map(ord, token), default=0) < 128:  # SentencePiece's <0xE2> is written so already
+def _format_bytes(token: str) -> str:
+    """A token of a byte-level vocabulary with its non-ASCII bytes as <0xE2>."""
+    values = [_BYTE_OF_LETTER.get(letter) for letter in token]
+    if None in values or max(map(ord, token), default=0) < 128:  # SentencePiece already writes <0xE2>
         return token
     return "".join(chr(value) if value < 128 else f"<0x{value:02X}>" for value in values if value is not None)
 
 
-def _written_before(inner: Any) -> tuple[int, ...]:
-    """What the tokenizer's post-processor puts before a plain text."""
-    whole, bare = inner.encode("a").ids, inner.encode("a", add_special_tokens=False).ids
-    for start in range(len(whole)):
-        if bare and whole[start : start + len(bare)] == bare:
-            return tuple(whole[:start])
+def _prefix_ids(inner: Any) -> tuple[int, ...]:
+    """The ids that the tokenizer's post-processor puts before a text, such as BOS."""
+    full, bare = inner.encode("a").ids, inner.encode("a", add_special_tokens=False).ids
+    for start in range(len(full)):
+        if bare and full[start : start + len(bare)] == bare:
+            return tuple(full[:start])
     return ()
 
 
-def _ends_of(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, a number or a list of them. Raises UserError for anything else."""
+def _generation_end_ids(folder: Path) -> list[int]:
+    """eos_token_id of generation_config.json, an id or a list of ids. Raises UserError for anything else."""
     if not (folder / GENERATION).is_file():
         return []
     value = read_json(folder / GENERATION, "Restore it, or remove it").get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(id_) is int and id_ >= 0 for id_ in ids):
-        raise UserError(f"{folder / GENERATION}: eos_token_id must be token ids, got {value!r}. Restore the file.")
+        raise UserError(
+            f"{folder / GENERATION}: eos_token_id must be a token id or a list of ids, got {value!r}. Restore it."
+        )
     return ids

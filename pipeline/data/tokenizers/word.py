@@ -1,4 +1,4 @@
-"""What every tokenizer here can do, the word-level one, and the way to open either from a model's folder."""
+"""The Tokenizer protocol, the word-level tokenizer, and `load_tokenizer`."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pipeline.data.tokenizers import chat_template
-from pipeline.data.tokenizers.chat_template import Asked, Messages, Rendered, Renderings
+from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Rendered, Renderings
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import refuse_untrusted, write_json
@@ -22,71 +22,71 @@ Spans = Sequence[tuple[int, int]]
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back, for any model."""
+    """Encodes and decodes text, for any model."""
 
     @property
     def bos_id(self) -> int | None:
-        """What a plain text begins with, if anything."""
+        """Beginning-of-text token of a plain text, or None."""
 
     @property
     def end_id(self) -> int:
-        """What training ends a text with."""
+        """End token that training appends."""
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Each ends what the model says."""
+        """Tokens that stop generation."""
 
     @property
     def has_template(self) -> bool:
-        """Whether `render` can be asked."""
+        """Whether there is a chat template for `render`."""
 
     def __len__(self) -> int:
-        """Ids in use; the model may have more rows."""
+        """Number of ids in use; the model may have more embedding rows."""
 
     def words(self) -> list[str]:
         """`word` of every id."""
 
     def word(self, id_: int) -> str:
-        """A token as people read it, with the space it begins with; special tokens as they are."""
+        """A token as readable text, with its leading space; special tokens as they are."""
 
     def id_of_token(self, token: str) -> int | None:
-        """The first id that `word` shows so, or None."""
+        """The first id whose `word` is `token`, or None."""
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """A prompt's ids: begun as the model was taught, once, and not ended."""
+        """A prompt's ids: with the beginning-of-text token (once), without an end token."""
 
     def spans(self, text: str) -> tuple[tuple[int, ...], Spans]:
-        """Ids and the characters [start, stop) of each; nothing is put in front."""
+        """Ids, without beginning-of-text token, and the characters [start, stop) of each."""
 
-    def following(self, text: str) -> tuple[int, ...]:
-        """Ids of `text` as it stands after other text."""
+    def encode_following(self, text: str) -> tuple[int, ...]:
+        """Ids of `text` as a continuation of other text."""
 
     def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:
-        """Ids of `answer` after `prompt`, a space between unless there is white space; () if it cannot be said."""
+        """Ids of `answer` after `prompt`, with a space between unless one is there; () if a word is unknown."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text, without special tokens."""
 
     def stream(self) -> Callable[[int], str]:
-        """A function that takes one token after the other and gives the text that each adds."""
+        """A function that is called with one id after the other and returns the text that each adds."""
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words that have no token, as written."""
+        """Words without a token, as written."""
 
-    def normal(self, text: str) -> str:
-        """Text as it compares: two that differ only in what the tokenizer does not see, or white space, are one."""
+    def normalize(self, text: str) -> str:
+        """Text for comparison: without differences in white space, or that the tokenizer ignores."""
 
-    def render(self, messages: Messages, reply: bool) -> Rendered:
-        """A conversation in the model's chat template; with `reply`, up to where it answers. Raises UserError."""
+    def render(self, messages: Messages, add_generation_prompt: bool) -> Rendered:
+        """A conversation in the model's chat template. Raises UserError."""
 
-    def render_each(self, messages: Messages, asked: Asked) -> Renderings:
-        """`render` of the first n messages for each (n, reply) asked, in the time of one. Raises UserError."""
+    def render_each(self, messages: Messages, prefixes: Prefixes) -> Renderings:
+        """`render` of the first n messages for each (n, add_generation_prompt), in one request. Raises UserError."""
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> "tuple[Tokenizer, list[str]]":
-        """A new tokenizer that knows `tokens` too, and those that are new. Old ids stay."""
+        """A new tokenizer with `tokens` appended, and those that were new. Existing ids stay the same."""
 
     def save(self, folder: Path, max_length: int) -> None:
-        """Every file of the tokenizer, the same bytes for the same tokenizer."""
+        """Write the tokenizer's files: the same tokenizer gives the same bytes."""
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -102,9 +102,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 class WordTokenizer:
-    """Words to ids and back. Ids never change once given: `expanded` only appends.
+    """One id per word, lower case. `expanded` only appends, so ids never change.
 
-    On the `tokenizers` library; its file opens in transformers.AutoTokenizer.
+    Built on the `tokenizers` library; transformers.AutoTokenizer opens its file.
     """
 
     bos_id = None
@@ -117,7 +117,7 @@ class WordTokenizer:
 
     @classmethod
     def of_words(cls, words: Iterable[str]) -> "WordTokenizer":
-        """The special tokens, then each word once, in order of first appearance."""
+        """A vocabulary of the special tokens, then each word once, in order of first appearance."""
         vocabulary = {token: id_ for id_, token in enumerate(dict.fromkeys([*SPECIAL, *words]))}
         inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
         inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -136,7 +136,7 @@ class WordTokenizer:
             raise UserError(f"{path} is not a tokenizer file: {error}") from None
         missing = [token for token in SPECIAL if inner.token_to_id(token) is None]
         if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}: it is not a word-level tokenizer of this project.")
+            raise UserError(f"{path} has no {', '.join(missing)}: it is not a word-level tokenizer of this project.")
         return cls(inner, folder)
 
     def save(self, folder: Path, max_length: int) -> None:
@@ -162,22 +162,22 @@ class WordTokenizer:
         return str(self._inner.id_to_token(id_))
 
     def id_of_token(self, token: str) -> int | None:
-        """The id of a token as `word` gives it, or None."""
+        """The id of `token`, or None."""
         id_: int | None = self._inner.token_to_id(token)
         return id_
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Word ids, without an end token; an unknown word is `unknown_id`."""
+        """Word ids without an end token; an unknown word gives `unknown_id`."""
         return self.spans(text)[0]
 
     def spans(self, text: str) -> tuple[tuple[int, ...], Spans]:
         encoding = self._inner.encode(text, add_special_tokens=False)
         return tuple(encoding.ids), encoding.offsets
 
-    def following(self, text: str) -> tuple[int, ...]:
+    def encode_following(self, text: str) -> tuple[int, ...]:
         return self.encode(text)
 
-    def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:  # noqa: ARG002  # words stand alone
+    def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:  # noqa: ARG002  # words have no context
         ids = self.encode(answer)
         return () if self.unknown_id in ids else ids
 
@@ -187,7 +187,7 @@ class WordTokenizer:
 
     def stream(self) -> Callable[[int], str]:
         def text(id_: int) -> str:
-            word = self.decode([id_])  # nothing for a special token
+            word = self.decode([id_])  # empty for a special token
             return f" {word}" if word else ""
 
         return text
@@ -196,31 +196,31 @@ class WordTokenizer:
         ids, spans = self.spans(text)
         return [text[start:stop] for id_, (start, stop) in zip(ids, spans, strict=True) if id_ == self.unknown_id]
 
-    def normal(self, text: str) -> str:
+    def normalize(self, text: str) -> str:
         return " ".join(split(text))
 
     @property
     def has_template(self) -> bool:
         return self._folder is not None and chat_template.has_template(self._folder)
 
-    def render(self, messages: Messages, reply: bool) -> Rendered:
-        return chat_template.only(self.render_each(messages, [(len(messages), reply)]))
+    def render(self, messages: Messages, add_generation_prompt: bool) -> Rendered:
+        return chat_template.single_rendering(self.render_each(messages, [(len(messages), add_generation_prompt)]))
 
-    def render_each(self, messages: Messages, asked: Asked) -> Renderings:
+    def render_each(self, messages: Messages, prefixes: Prefixes) -> Renderings:
         if self._folder is None:
             raise chat_template.no_template("the tokenizer")
-        found = chat_template.render_in(self._folder, messages, asked)
-        # without marks: one template wrote the rules, another tokenizer reads
-        return [one if isinstance(one, UserError) else Rendered(one) for one in found]
+        renderings = chat_template.render_in(self._folder, messages, prefixes)
+        # Drop the marks: label masking then compares prefixes.
+        return [r if isinstance(r, UserError) else Rendered(r) for r in renderings]
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["WordTokenizer", list[str]]:  # noqa: ARG002
-        """A new tokenizer with every unknown word of `tokens` (texts, whose words may repeat), and those words."""
+        """A new tokenizer with every unknown word of the texts `tokens` appended, and those words."""
         new = dict.fromkeys(word for text in tokens for word in split(text) if self._inner.token_to_id(word) is None)
         return WordTokenizer.of_words([*self.words()[len(SPECIAL) :], *new]), list(new)
 
 
 def split(text: str) -> list[str]:
-    """Words as the tokenizer sees them: NFC, lower case, split at white space."""
-    normal = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]).normalize_str(text)
-    # Not str.split, for which the control characters U+001C to U+001F are white space too.
-    return [word for word, _ in pre_tokenizers.WhitespaceSplit().pre_tokenize_str(normal)]
+    """Words of the tokenizer: NFC, lower case, split at white space."""
+    normalize = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]).normalize_str(text)
+    # Unlike str.split, this does not split at the control characters U+001C to U+001F.
+    return [word for word, _ in pre_tokenizers.WhitespaceSplit().pre_tokenize_str(normalize)]

@@ -16,7 +16,7 @@ from pipeline.document.studies.shared.report import Figure
 from pipeline.document.tables import Row, Table
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.inference.attention_weights import of_layer
+from pipeline.inference.attention_weights import layer_attention
 from pipeline.inference.engine import LoadedModel
 from pipeline.project.runner import Job
 
@@ -90,7 +90,7 @@ def _walk(job: Job) -> Walk:
 def _read(name: str, loaded: LoadedModel, ids: Sequence[int]) -> Read:
     model = loaded.model
     seen = torch.tensor([ids], device=model.device)
-    return Read(name, [of_layer(model, seen, layer)[0].float().cpu() for layer in range(len(model.blocks))])
+    return Read(name, [layer_attention(model, seen, layer)[0].float().cpu() for layer in range(len(model.blocks))])
 
 
 def _all(walk: Walk) -> Table:

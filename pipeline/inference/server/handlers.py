@@ -1,4 +1,4 @@
-"""What the inference process answers to each request: the engine's functions on resident models."""
+"""Request handlers of the inference process: the engine's functions on loaded models."""
 
 import os
 import time
@@ -20,15 +20,15 @@ from pipeline.models.generate import Sampling, finite, stream
 from pipeline.models.load import count
 
 Answer = dict[str, Any]  # with "event"
-LONGEST_ATTENTION = 512  # tokens; its square of numbers is sent
+MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
 
 
 class RequestHandler:
-    """Answers to requests, in the protocol of `server.py`. Each raises UserError for what it refuses."""
+    """Answers requests in the protocol of `server.py`. Every handler raises UserError for an invalid request."""
 
     def __init__(self) -> None:
         self.models = ModelPool()
-        self._whole: Mapping[str, Callable[[Request], Answer]] = {
+        self._handlers: Mapping[str, Callable[[Request], Answer]] = {
             "load": self._load,
             "unload": self._unload,
             "top_k": self._top_k,
@@ -37,14 +37,14 @@ class RequestHandler:
             "status": self._status,
         }
 
-    def to(self, do: object, request: Request) -> Iterator[Answer]:
-        """Every answer, the last with event "done"; the work goes on only as far as they are taken."""
+    def answer(self, do: object, request: Request) -> Iterator[Answer]:
+        """Yields the answers, the last with event "done"; works only as far as the caller iterates."""
         if do == "generate":
             yield from self._generate(request)
-        elif isinstance(do, str) and do in self._whole:
-            yield {"event": "done", **self._whole[do](request)}
+        elif isinstance(do, str) and do in self._handlers:
+            yield {"event": "done", **self._handlers[do](request)}
         else:
-            raise UserError(f"do is {do!r}; known are generate, {', '.join(self._whole)} and cancel.")
+            raise UserError(f"do must be generate, {', '.join(self._handlers)} or cancel, got {do!r}.")
 
     def _load(self, request: Request) -> Answer:
         start = time.perf_counter()
@@ -68,58 +68,58 @@ class RequestHandler:
         return {"name": name}
 
     def _top_k(self, request: Request) -> Answer:
-        """Every model's likeliest tokens, and what each gives to the others'."""
+        """Each model's most likely tokens, and ("of") its probability of every token that any model listed."""
         k, answers = request.integer("k"), dict[str, Answer]()
-        asked: dict[str, tuple[LoadedModel, Tensor]] = {}
+        predictions: dict[str, tuple[LoadedModel, Tensor]] = {}
         for name in request.names("models"):
             try:
                 loaded = self.models.get(name).at(request.strength(name))
-                asked[name] = loaded, engine.next_probabilities(loaded, _prompt(loaded, request))
-                choices = engine.top_tokens(loaded, asked[name][1], k)
+                predictions[name] = loaded, engine.next_probabilities(loaded, _render_prompt(loaded, request))
+                choices = engine.top_tokens(loaded, predictions[name][1], k)
                 answers[name] = {"top_k": [{"token": c.token, "probability": c.probability} for c in choices]}
             except UserError as error:
                 answers[name] = {"error": str(error)}
         tokens = dict.fromkeys(choice["token"] for answer in answers.values() for choice in answer.get("top_k", ()))
-        for name, (loaded, probabilities) in asked.items():
+        for name, (loaded, probabilities) in predictions.items():
             ids = {token: loaded.tokenizer.id_of_token(token) for token in tokens}
             answers[name]["of"] = {t: None if id_ is None else float(probabilities[id_]) for t, id_ in ids.items()}
         return {"answers": answers}
 
     def _generate(self, request: Request) -> Iterator[Answer]:
-        start, loaded = time.perf_counter(), self._one(request)
+        start, loaded = time.perf_counter(), self._requested_model(request)
         sampling = Sampling(
             request.number("temperature", 0.0),
             request.integer("top_k", 0),
             request.number("top_p", 1.0),
             request.integer("seed", 0),
         )
-        prompt = engine.encode(loaded, _prompt(loaded, request))
+        prompt = engine.encode(loaded, _render_prompt(loaded, request))
         tokens, reason = 0, "length"
-        ends, adds = loaded.tokenizer.end_ids, loaded.tokenizer.stream()
+        ends, decode_next = loaded.tokenizer.end_ids, loaded.tokenizer.stream()
         for drawn in stream(loaded.model, prompt, ends, request.integer("limit", 20), sampling):
             if drawn.id in ends:
                 reason = "end"
             else:
                 tokens += 1
-                yield {"event": "token", "text": adds(drawn.id), "probability": drawn.probability}
+                yield {"event": "token", "text": decode_next(drawn.id), "probability": drawn.probability}
         yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": time.perf_counter() - start}
 
     def _attention(self, request: Request) -> Answer:
-        loaded = self._one(request)
+        loaded = self._requested_model(request)
         shape = loaded.model.shape
         layer, head = request.integer("layer"), request.integer("head")
         if layer >= shape.layers or head >= shape.heads:
             raise UserError(f"{loaded.name} has layers 0 to {shape.layers - 1} and heads 0 to {shape.heads - 1}.")
-        ids = engine.encode(loaded, _prompt(loaded, request))
-        if len(ids) > LONGEST_ATTENTION:
-            raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {LONGEST_ATTENTION}.")
-        weights = attention_weights.of_layer(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)[
-            0, head
-        ]
+        ids = engine.encode(loaded, _render_prompt(loaded, request))
+        if len(ids) > MAX_ATTENTION_TOKENS:
+            raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {MAX_ATTENTION_TOKENS}.")
+        weights = attention_weights.layer_attention(
+            loaded.model, torch.tensor([ids], device=loaded.model.device), layer
+        )[0, head]
         tokens = [loaded.tokenizer.word(id_) for id_ in ids]
         if virtual := loaded.model.virtual:
             tokens = [f"[{virtual.count} virtual]", *tokens]
-            weights = attention_weights.with_virtual_as_one(weights, len(ids))
+            weights = attention_weights.merge_virtual_tokens(weights, len(ids))
         return {
             "tokens": tokens,
             "weights": finite(weights).tolist(),
@@ -128,16 +128,16 @@ class RequestHandler:
         }
 
     def _spectrum(self, request: Request) -> Answer:
-        found = spectra(request.path("adapter"))
-        return {"modules": [{**one._asdict(), "share_of_first": one.share_of_first} for one in found]}
+        modules = spectra(request.path("adapter"))
+        return {"modules": [{**m._asdict(), "share_of_first": m.share_of_first} for m in modules]}
 
     def _status(self, _: Request) -> Answer:
         return {**device.facts(device.best_device()), "loaded": self.models.names, "pid": os.getpid()}
 
-    def _one(self, request: Request) -> LoadedModel:
+    def _requested_model(self, request: Request) -> LoadedModel:
         return self.models.get(request.text("model")).at(request.strength())
 
 
-def _prompt(loaded: LoadedModel, request: Request) -> str:
+def _render_prompt(loaded: LoadedModel, request: Request) -> str:
     text = request.text("text")
     return chat_template.render(loaded.base, text) if request.flag("chat") else text

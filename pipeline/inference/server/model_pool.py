@@ -1,4 +1,4 @@
-"""Models that stay: each base once in memory, adapters as views on it."""
+"""Keeps models loaded: each base once in memory, adapters as views of it."""
 
 import copy
 from collections.abc import Mapping
@@ -25,13 +25,13 @@ from pipeline.project.params.sections import Quantization
 
 
 def view(model: CausalLM) -> CausalLM:
-    """The same modules anew on the same tensors: what is attached to the view or rebound in it leaves `model` alone."""
+    """A copy of the modules that shares all tensors: modules attached to or replaced in it do not affect `model`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo | {id(buffer): buffer for buffer in model.buffers()})
 
 
 class Base:
-    """A checkpoint in memory, as its files were at `signature`."""
+    """A loaded checkpoint, with the `signature` of its files when it was loaded."""
 
     def __init__(self, folder: Path, trust_remote_code: bool, quantization: Quantization) -> None:
         self.folder, self.signature, self.trusted = folder, signature(folder), trust_remote_code
@@ -39,18 +39,18 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
-        """Hashed once: a large base is not read again for each adapter."""
+        """Cached, so that a large base is not read again for each adapter."""
         return base_fingerprint(self.folder)
 
     def refuse_changed(self) -> None:
-        """Raises UserError if the files are no longer those in memory, so that what was verified is another base."""
+        """Raises UserError if the files changed since loading: an adapter was then verified against other weights."""
         if signature(self.folder) != self.signature:
             raise UserError(f"{self.folder} changed while it was loaded. Load it again.")
 
 
 @dataclass(frozen=True)
 class Resident:
-    """A model by the caller's name; with an adapter, at any strength of it."""
+    """A loaded model; an adapter can be applied at any strength."""
 
     loaded: LoadedModel
     base: Base
@@ -58,9 +58,9 @@ class Resident:
     strength: AdapterScale | None = None
 
     def at(self, s: float) -> LoadedModel:
-        """Scaled to strength `s`, until the next call: 0 is the base itself, 1 the adapter as it was trained.
+        """The model at adapter strength `s`, valid until the next call: 0 is the base, 1 the adapter as trained.
 
-        Raises UserError for virtual tokens at another strength: they are read or not.
+        Raises UserError for virtual tokens at any other strength.
         """
         if self.loaded.adapter is None:
             return self.loaded
@@ -68,14 +68,17 @@ class Resident:
             return replace(self.loaded, model=self.base.loaded.model)
         if self.strength is None:
             if s != 1:
-                raise UserError(f"{self.loaded.name} is virtual tokens, which no strength scales. Ask at 1, or at 0.")
+                raise UserError(
+                    f"{self.loaded.name} consists of virtual tokens, whose strength cannot be scaled. "
+                    "Use strength 0 or 1."
+                )
             return self.loaded
         self.strength.set(s)
         return self.loaded
 
     @property
     def current(self) -> bool:
-        """Whether the files are still those that were loaded."""
+        """Whether the files are unchanged since loading."""
         adapter = self.loaded.adapter
         if adapter is not None and signature(adapter) != self.signature:
             return False
@@ -83,7 +86,7 @@ class Resident:
 
 
 class ModelPool:
-    """Models by name. A base stays while any of them uses it."""
+    """Models by name. A base stays loaded while any of them uses it."""
 
     def __init__(self) -> None:
         self._bases: WeakValueDictionary[tuple[Path, Quantization], Base] = WeakValueDictionary()
@@ -96,41 +99,41 @@ class ModelPool:
     def load(
         self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False
     ) -> tuple[Resident, bool]:
-        """The model, now called `name`, and whether its base was there already. Raises UserError as engine.load."""
+        """Load a model as `name`; also whether its base was loaded already. Raises UserError as engine.load."""
         folder, quantization = base.resolve(), quantization_of(adapter)
-        known = self._bases.get((folder, quantization))
-        resident = known is not None and known.signature == signature(folder)
-        there = known if known is not None and resident else Base(base, trust_remote_code, quantization)
-        self._bases[folder, quantization] = there
-        model = _on(there, base, name) if adapter is None else _adapted(there, base, adapter, name)
-        there.refuse_changed()
+        cached = self._bases.get((folder, quantization))
+        resident = cached is not None and cached.signature == signature(folder)
+        shared = cached if cached is not None and resident else Base(base, trust_remote_code, quantization)
+        self._bases[folder, quantization] = shared
+        model = _with_base(shared, base, name) if adapter is None else _with_adapter(shared, base, adapter, name)
+        shared.refuse_changed()
         self._models[name] = model
-        device_for(model.loaded.model)  # as many threads as this one can use
+        device_for(model.loaded.model)  # called for its side effect: sets the number of threads for this model
         return model, resident
 
     def unload(self, name: str) -> None:
-        """Raises UserError if there is no such model."""
-        self._named(name)
+        """Drop a model. Raises UserError if it is not loaded."""
+        self._get_loaded(name)
         del self._models[name]
 
     def get(self, name: str) -> Resident:
-        """The model called `name`, loaded anew if its files changed. Raises UserError."""
-        model = self._named(name)
+        """The model called `name`, reloaded if its files changed. Raises UserError."""
+        model = self._get_loaded(name)
         if not model.current:
             model, _ = self.load(name, model.loaded.base, model.loaded.adapter, model.base.trusted)
         return model
 
-    def _named(self, name: str) -> Resident:
+    def _get_loaded(self, name: str) -> Resident:
         if name not in self._models:
             raise UserError(f"{name} is not loaded. Loaded: {', '.join(self._models) or 'nothing'}.")
         return self._models[name]
 
 
-def _on(base: Base, folder: Path, name: str) -> Resident:
+def _with_base(base: Base, folder: Path, name: str) -> Resident:
     return Resident(replace(base.loaded, name=name, base=folder), base, ())
 
 
-def _adapted(base: Base, folder: Path, adapter: Path, name: str) -> Resident:
+def _with_adapter(base: Base, folder: Path, adapter: Path, name: str) -> Resident:
     model, files = view(base.loaded.model), signature(adapter)
     spec = load_adapter(model, folder, adapter, lambda _: base.fingerprint)
     loaded = LoadedModel(name, model.eval(), base.loaded.tokenizer, folder, adapter)

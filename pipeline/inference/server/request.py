@@ -1,4 +1,4 @@
-"""The fields of a request, checked as they are read."""
+"""Validated access to the fields of a request."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-LARGEST = 2**62
+MAX_INTEGER = 2**62
 
 
 class Request:
-    """What was asked, by name. Every getter raises UserError with the field, the rule and the value."""
+    """Fields by name. Every getter raises UserError with the field, the rule and the value."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = fields
@@ -18,17 +18,17 @@ class Request:
     def text(self, key: str) -> str:
         value = self._fields.get(key)
         if not isinstance(value, str):
-            raise UserError(f"{key} must be a text, got {value!r}.")
+            raise UserError(f"{key} must be a string, got {value!r}.")
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{key} is not UTF-8.") from None
+            raise UserError(f"{key} must be valid Unicode, got an unpaired surrogate.") from None
         return value
 
     def path(self, key: str) -> Path:
         text = self.text(key)
         if "\0" in text:
-            raise UserError(f"{key} is no path: {text!r}.")
+            raise UserError(f"{key} must be a path without NUL, got {text!r}.")
         return Path(text)
 
     def optional_path(self, key: str) -> Path | None:
@@ -41,9 +41,9 @@ class Request:
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number from 0."""
+        """A non-negative integer."""
         value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
             raise UserError(f"{key} must be a whole number from 0, got {value!r}.")
         return value
 
@@ -51,7 +51,7 @@ class Request:
         return _number(key, self._value(key, default))
 
     def strength(self, name: str | None = None) -> float:
-        """Of an adapter, 0 to 2; 1 where none is given. With `name`, its entry in strengths by model."""
+        """An adapter's strength, 0 to 2, default 1. With `name`, its entry in a mapping of strengths by model."""
         value = self._value("strength", 1.0 if name is None else {})
         if name is not None:
             if not isinstance(value, dict):
@@ -63,7 +63,7 @@ class Request:
         return strength
 
     def flag(self, key: str) -> bool:
-        """False where it is not given."""
+        """A boolean, default False."""
         value = self._value(key, False)
         if not isinstance(value, bool):
             raise UserError(f"{key} must be true or false, got {value!r}.")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, save_virtual, start
 from pipeline.data.examples import IGNORED, Window
 from pipeline.errors import UserError
-from pipeline.inference.attention_weights import of_layer, with_virtual_as_one
+from pipeline.inference.attention_weights import layer_attention, merge_virtual_tokens
 from pipeline.inference.engine import load
 from pipeline.models.base import CausalLM, packed_hidden_states
 from pipeline.models.generate import generate
@@ -253,7 +253,7 @@ def test_attention_is_that_of_peft_with_all_virtual_tokens_as_one(
     save_virtual(tmp_path, model, "")
     theirs = PeftModel.from_pretrained(stock(bases(name)), tmp_path).eval()
     expected = theirs(input_ids=IDS[:1], output_attentions=True).attentions[1][0, 2, -9:]  # (T, N + T)
-    found = with_virtual_as_one(of_layer(model, IDS[:1], 1)[0, 2], 9)
+    found = merge_virtual_tokens(layer_attention(model, IDS[:1], 1)[0, 2], 9)
     assert_close(found[1:, 1:], expected[:, N:], atol=1e-5, rtol=1e-4)
     assert_close(found[1:, 0], expected[:, :N].sum(-1), atol=1e-5, rtol=1e-4)
     assert_close(found.sum(-1), torch.ones(10))

@@ -1,4 +1,4 @@
-"""The formula against the traced step, against itself where more must not need less, and its parts against its peak."""
+"""The memory formula against traced steps, its monotonicity, and its parts against its peak."""
 
 import re
 from dataclasses import replace
@@ -61,7 +61,7 @@ runs = st.builds(
 
 
 def shapes_of(name: str, run: TrainingConfig) -> tuple[Architecture, TrainingConfig]:
-    """The model, and the run with a sequence that it has positions for."""
+    """The model, and the run with a sequence that fits into its positions."""
     shapes = built_in(name).shapes
     return shapes, replace(run, sequence=min(run.sequence, shapes.context - VIRTUAL))
 
@@ -75,17 +75,17 @@ def with_(run: TrainingConfig, key: str, value: int) -> TrainingConfig:
 
 @pytest.mark.slow
 def test_the_formula_is_within_three_percent_of_the_traced_step_on_the_grid() -> None:
-    found = worst(CORNERS)
-    assert len(found) >= 60
-    assert abs(found[0].error) < 0.03, found[0]
+    result = worst(CORNERS)
+    assert len(result) >= 60
+    assert abs(result[0].error) < 0.03, result[0]
 
 
 def test_the_formula_is_within_three_percent_of_the_traced_step_on_a_few_corners_of_the_grid() -> None:
     few = CORNERS[::13]
     for key in ("model", "method", "batch", "checkpointing", "loss", "precision"):
         assert {getattr(corner, key) for corner in few} == {getattr(corner, key) for corner in CORNERS}, key
-    found = worst(few)
-    assert abs(found[0].error) < 0.03, found[0]
+    result = worst(few)
+    assert abs(result[0].error) < 0.03, result[0]
 
 
 TRACED = [name for name in SMALL if name != "minigpt"] + ["phi-4-mini", "olmo-2-1b", "gpt-neox-20b", "gpt-oss-20b"]
@@ -176,7 +176,7 @@ def test_minigpts_own_step_with_refinements_of_lora(
 ])  # fmt: skip
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMethod, checkpointing: str) -> None:
-    """No gradient comes so far down; and blocks of other ranks are not taken for equal."""
+    """No gradient flows this far; and blocks with different ranks are not treated as equal."""
     config = shortened("smollm2-135m", 12)
     run = TrainingConfig(2, 256, checkpointing=checkpointing, loss="labels", label_share=0.01)
     if not method.rank_pattern:
@@ -188,13 +188,13 @@ def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMetho
 
 
 def distinct(shapes: Architecture) -> tuple[Block, ...]:
-    """Equal blocks as objects of their own: none is then multiplied instead of run."""
+    """Equal blocks as separate objects, so that each of them is simulated."""
     return tuple(replace(block) for block in shapes.blocks)
 
 
 @given(models, methods, runs)
 def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
-    """A long run of blocks, its middle multiplied, has the peak of the same blocks run one by one."""
+    """Extrapolating the middle of a long run of blocks gives the same peak as simulating every block."""
     shapes, run = shapes_of(name, run)
     long = replace(shapes, blocks=shapes.blocks[:1] * 12)
     apart = replace(long, blocks=distinct(long))
@@ -263,19 +263,19 @@ def test_a_higher_rank_never_needs_less(
 
 @given(models, runs, st.integers(1, 16), st.sampled_from(["attention", "all-linear"]))
 def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: int, targets: str) -> None:
-    """At ranks that are used, the adapter no wider than the base: r numbers more a token cost less than W's state."""
+    """At usual ranks, with an adapter no wider than the base: r more values per token cost less than W's state."""
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
     method = FinetuningMethod(rank=rank, targets=(targets,))
     lora, full = predict(shapes, method, run), predict(shapes, FULL, run)
     if OPTIMIZERS[run.optimizer](2):
         assert lora.peak <= full.peak
         return
-    # Without that state what LoRA has of its own can be the difference: the adapter, its copy or gradient as wide as
-    # the activations, r numbers a token and linear, and a second gradient of one linear's input.
+    # Without that state LoRA can need more by what it adds: the adapter, its copy or gradient as wide as
+    # the activations, r values per token and linear, and a second gradient of one linear's input.
     adapted = projections(shapes, method)
     numbers = sum(p.count for p in adapted) * rank + max(p.inputs for p in adapted)
-    own = lora.adapter * (1 + run.width // 2) + run.width * run.tokens * numbers
-    assert lora.peak <= full.peak + own
+    extra = lora.adapter * (1 + run.width // 2) + run.width * run.tokens * numbers
+    assert lora.peak <= full.peak + extra
 
 
 @given(models, runs, st.integers(1, 64))
@@ -304,7 +304,7 @@ def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: Tr
         less, more = (predict(shapes, method, replace(run, **keys)).peak for keys in (lean, plain))
         if "attention" in lean and run.sequence < 256:  # MiniGPT's scores are as few as outputs, which leaves the sums
             more += len(shapes.blocks) * -(-4 * shapes.heads * run.tokens // ROUNDING) * ROUNDING
-        # a block that is computed again stands beside its own input, and what a short one saves is little
+        # a recomputed block needs its input too, and a short sequence saves little
         assert less <= more * (1.02 if "checkpointing" in lean else 1), lean
 
 
@@ -312,7 +312,7 @@ def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: Tr
 
 
 def test_precisions_have_the_bytes_of_their_papers() -> None:
-    """Qwen3-8B: bf16 15.26 GiB, NF4 5.96, double quantization 5.66, of it 2.32 embeddings and head."""
+    """Qwen3-8B: bf16 15.26 GiB, NF4 5.96, double quantization 5.66, including 2.32 for embeddings and head."""
     assert precision("nf4").bytes == 0.5 + 4 / 64
     assert precision("nf4-dq").bytes == 0.5 + 1 / 64 + 4 / 16384
     sizes = [weight_bytes(QWEN, name) / GIB for name in ("bf16", "nf4", "nf4-dq")]
@@ -344,7 +344,7 @@ def test_training_quantized_weights_is_refused() -> None:
 
 
 def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
-    """They are not quantized: the same gradients and optimizer's state."""
+    """They are not quantized, so their gradients and optimizer state are the same."""
     method = FinetuningMethod(embeddings="all")
     few, plain = predict(QWEN, method, qlora(TrainingConfig())), predict(QWEN, method, TrainingConfig())
     assert (few.optimizer, few.gradients) == (plain.optimizer, plain.gradients) and few.weights < plain.weights
@@ -354,10 +354,10 @@ def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on
 
 
 def test_the_answer_has_the_contracts_keys() -> None:
-    found = answer(QWEN, LORA, TrainingConfig())
-    assert (found["model"], found["method"], found["rank"], found["alpha"]) == ("qwen3-8b", "lora", 8, 8)
-    assert found["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    assert found["parameters"] | {"components": 0, "trained": 0} == {
+    result = answer(QWEN, LORA, TrainingConfig())
+    assert (result["model"], result["method"], result["rank"], result["alpha"]) == ("qwen3-8b", "lora", 8, 8)
+    assert result["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert result["parameters"] | {"components": 0, "trained": 0} == {
         "total": 8_190_735_360,
         "trainable": 7_667_712,
         "trainable_percent": 0.0936,
@@ -365,7 +365,7 @@ def test_the_answer_has_the_contracts_keys() -> None:
         "components": 0,
         "trained": 0,
     }
-    q = found["projections"][0]
+    q = result["projections"][0]
     assert {key: q[key] for key in ("name", "in", "out", "count", "parameters_each")} == {
         "name": "q_proj",
         "in": 4096,
@@ -373,10 +373,10 @@ def test_the_answer_has_the_contracts_keys() -> None:
         "count": 36,
         "parameters_each": 65536,
     }
-    assert found["adapter_bytes"] == {"fp16": 15_335_424, "fp32": 30_670_848}
+    assert result["adapter_bytes"] == {"fp16": 15_335_424, "fp32": 30_670_848}
     parts = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
-    assert sum(found["memory"][part] for part in parts) == found["memory"]["peak"]
-    used = found["assumptions"]
+    assert sum(result["memory"][part] for part in parts) == result["memory"]["peak"]
+    used = result["assumptions"]
     assert [used[k] for k in ("precision", "batch", "sequence", "checkpointing")] == ["bf16", 1, 2048, True]
 
 
@@ -402,7 +402,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str,
     most = largest(shapes, method, run, budget)
     for key, limit in (("batch", 4096), ("sequence", shapes.context)):
         value = getattr(most, key)
-        if value:  # 0: not even one fits, which the next one shows
+        if value:  # 0: not even 1 fits, which the next assertion shows
             assert predict(shapes, method, with_(run, key, value)).peak <= budget
         if value < min(limit, 2**20):
             assert predict(shapes, method, with_(run, key, value + 1)).peak > budget
@@ -421,7 +421,7 @@ def test_what_does_not_fit_is_told_what_to_change_first() -> None:
 
 
 def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
-    sizes = [one.bytes for one in gpus().values()]
+    sizes = [device.bytes for device in gpus().values()]
     assert sizes == sorted(sizes)
     assert min(sizes) < 8.1 * GIB < 140 * GIB < max(sizes)
     assert gpu("RTX 4090") == gpus()["rtx4090"]
@@ -476,7 +476,7 @@ def test_the_tape_frees_what_nothing_holds_and_keeps_what_is_saved() -> None:
 
 
 def test_every_configuration_ends_with_gradients_alone() -> None:
-    """After backward nothing but the gradients of what trains is alive: the tape has no leak."""
+    """After backward only the gradients of trainable weights are alive: the tape does not leak."""
     for method, parameters in ((FULL, 8_190_735_360 * 2), (LORA, 7_667_712 * 4)):
         for checkpointing in ("none", "selective", "full"):
             tape = step(QWEN, method, TrainingConfig(checkpointing=checkpointing))

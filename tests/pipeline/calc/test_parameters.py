@@ -77,7 +77,7 @@ def test_counts_are_those_of_transformers_and_peft(name: str) -> None:
 
 @pytest.mark.parametrize("name", STOCK)
 def test_counts_of_two_blocks_are_those_of_transformers_and_peft(name: str) -> None:
-    """The same of each built-in model's widths and names: PEFT takes as long as a model has blocks."""
+    """The same for two blocks of each built-in model: PEFT's time grows with the number of blocks."""
     shapes = architecture(shortened(name, 2), name)
     assert len(shapes.blocks) == 2
     assert_counts_are_theirs(shapes, meta_model(name, 2))
@@ -126,7 +126,7 @@ def test_embeddings_and_head_in_full_are_those_of_peft(name: str) -> None:
 
 
 def test_experts_are_those_that_peft_adapts() -> None:
-    """As parameters; or, where older checkpoints have them as linears, by the old names, a rank for gate and for up."""
+    """By target_parameters; or by the names of older checkpoints, with one rank each for gate and up."""
     shapes, model = built_in("gpt-oss-20b").shapes, meta_model("gpt-oss-20b")
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=parameters))
@@ -260,6 +260,6 @@ def test_a_higher_rank_never_trains_fewer(name: str, one: int, other: int) -> No
 def test_components_sum_to_the_total_and_parts_to_the_trainable(name: str, rank: int) -> None:
     shapes = built_in(name).shapes
     assert sum(shapes.components().values()) == shapes.total
-    found = projections(shapes, FinetuningMethod(rank=rank))
-    assert sum(p.parameters for p in found) == trainable(shapes, FinetuningMethod(rank=rank))
-    assert all(p.parameters_each == p.experts * rank * (p.inputs + p.outputs) for p in found)
+    adapted = projections(shapes, FinetuningMethod(rank=rank))
+    assert sum(p.parameters for p in adapted) == trainable(shapes, FinetuningMethod(rank=rank))
+    assert all(p.parameters_each == p.experts * rank * (p.inputs + p.outputs) for p in adapted)

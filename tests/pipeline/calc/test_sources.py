@@ -92,7 +92,7 @@ def test_headers_alone_give_the_same_counts(tmp_path: Path, family: str) -> None
         assert shapes.family == "unknown"
         assert shapes.total == known.total
         for targets in (("attention",), ("feed_forward",)):
-            if family != "mixtral":  # its checkpoint has every expert apart, the model all in one
+            if family != "mixtral":  # its checkpoint has separate experts, the model stacks them
                 assert trainable(shapes, FinetuningMethod(targets=targets)) == trainable(
                     known, FinetuningMethod(targets=targets)
                 )
@@ -141,7 +141,7 @@ def test_names_are_found_in_any_case_and_by_hub_id() -> None:
 def gguf(
     path: Path, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]], version: int = 3, magic: bytes = b"GGUF"
 ) -> Path:
-    """A file with this header, as the format's specification lays it out; its weights are left out."""
+    """A GGUF file with this header, as in the format's specification, without weights."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value.encode())) + value.encode()
@@ -233,15 +233,15 @@ def test_a_gguf_of_another_version_architecture_or_length_is_refused(tmp_path: P
     metadata, tensors = llama_header()
     path = tmp_path / "m.gguf"
     for version in (1, 4, 0x03000000):
-        with pytest.raises(UserError, match=f"GGUF version {version}; versions 2 and 3 are read"):
+        with pytest.raises(UserError, match=f"GGUF version {version}; supported versions: 2 and 3"):
             open_model(str(gguf(path, metadata, tensors, version)))
     with pytest.raises(UserError, match="is not a GGUF file"):
         open_model(str(gguf(path, metadata, tensors, magic=b"GGML")))
     with pytest.raises(UserError, match="architecture 'mamba' is not known"):
         open_model(str(gguf(path, {**metadata, "general.architecture": "mamba"}, tensors)))
-    whole = gguf(path, metadata, tensors).read_bytes()[:-1000]
-    for length in (0, 3, 7, 20, 60, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    content = gguf(path, metadata, tensors).read_bytes()[:-1000]
+    for length in (0, 3, 7, 20, 60, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
         with pytest.raises(UserError, match=r"truncated|is not a GGUF file|damaged"):
             open_model(str(path))
 
@@ -249,8 +249,8 @@ def test_a_gguf_of_another_version_architecture_or_length_is_refused(tmp_path: P
 def test_a_gguf_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     path, count = tmp_path / "m.gguf", struct.pack("<Q", 2**22)
     text = struct.pack("<Q", 1) + b"k" + struct.pack("<IQ", 8, 2**25)  # a key and a text of 32 MiB
-    for entries, said in (
-        ([text, text, text], "claims 33,554,432 bytes in texts"),
+    for entries, message in (
+        ([text, text, text], "claims 33,554,432 bytes in strings"),
         ([struct.pack("<Q", 1) + b"k" + struct.pack("<II", 9, 8) + count], "claims 4,194,304 entries in an array"),
     ):
         with path.open("wb") as file:
@@ -258,7 +258,7 @@ def test_a_gguf_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> 
             for entry in entries:
                 file.write(entry)
                 file.truncate(file.seek(2**25, 1))  # no block of it is on the disk
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_model(str(path))
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**18, 0))
     with pytest.raises(UserError, match="claims 262,144 tensors"):
@@ -268,10 +268,10 @@ def test_a_gguf_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> 
 def test_any_damage_to_a_gguf_header_is_an_error_or_another_model_never_a_traceback(tmp_path: Path) -> None:
     metadata, tensors = llama_header()
     path = tmp_path / "m.gguf"
-    whole = gguf(path, metadata, tensors).read_bytes()
-    for place in range(4, len(whole) - 1000, 7):
+    content = gguf(path, metadata, tensors).read_bytes()
+    for offset in range(4, len(content) - 1000, 7):
         for byte in (0, 255):
-            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            path.write_bytes(content[:offset] + bytes([byte]) + content[offset + 1 :])
             try:
                 open_model(str(path))
             except UserError as error:
@@ -291,7 +291,7 @@ def test_bad_files_are_one_message_each(tmp_path: Path) -> None:
         ("{not json", "is not a JSON object"),
         ("[]", "is not a JSON object"),
         (json.dumps({}), "architecture None is not known"),
-        (json.dumps({"model_type": "mamba"}), r"'mamba' is not known.*safetensors files would do"),
+        (json.dumps({"model_type": "mamba"}), r"'mamba' is not known.*Give the folder of its .safetensors files"),
         (json.dumps({"model_type": ["llama"]}), "is not known"),
         (json.dumps({**good, "hidden_size": "4096"}), "hidden_size must be a whole number from 1"),
         (json.dumps({**good, "hidden_size": 0}), "hidden_size must be a whole number from 1"),
@@ -327,13 +327,13 @@ def test_bad_safetensors_and_folders_are_one_message_each(tmp_path: Path) -> Non
     weights = tmp_path / "model.safetensors"
     small("llama").save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    whole = weights.read_bytes()
-    for length in (0, 7, 100, len(whole) - 1):
-        weights.write_bytes(whole[:length])
+    content = weights.read_bytes()
+    for length in (0, 7, 100, len(content) - 1):
+        weights.write_bytes(content[:length])
         with pytest.raises(UserError, match="damaged or truncated"):
             open_model(str(tmp_path))
     save_file({"a.weight": torch.zeros(4, 4)}, weights)
-    with pytest.raises(UserError, match="no embedding and numbered layers are among its tensors"):
+    with pytest.raises(UserError, match="its tensors have no embedding and numbered layers"):
         open_model(str(tmp_path))
     packed = torch.zeros(4, 4, dtype=torch.int32)
     save_file({"model.embed_tokens.weight": torch.zeros(4, 4), "model.layers.0.q_proj.qweight": packed}, weights)
@@ -364,7 +364,7 @@ def test_tensors_of_odd_shapes_and_names_are_one_message_each(tmp_path: Path) ->
 
 
 def test_stacks_of_one_file_are_counted_apart_and_buffers_not_at_all(tmp_path: Path) -> None:
-    """Encoder and decoder have layers of the same numbers; old checkpoints hold masks and tables."""
+    """Layers of encoder and decoder have the same numbers; old checkpoints contain masks and tables."""
     tensors = {"embed_tokens.weight": torch.zeros(8, 4), "lm_head.weight": torch.zeros(8, 4)}
     for stack in ("encoder", "decoder"):
         tensors[f"model.{stack}.layers.0.self_attn.q_proj.weight"] = torch.zeros(4, 4)
@@ -413,7 +413,7 @@ def test_unknown_names_get_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hub_id_is_read_from_its_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The library's cache stands for the network: what it has is read without asking."""
+    """A cached config is read without asking the network."""
     import huggingface_hub
 
     path = tmp_path / "config.json"

@@ -35,7 +35,10 @@ def test_a_broken_data_file_is_named_with_its_line(tmp_path: Path, raw: bytes, m
 def test_line_ends_and_a_byte_order_mark_do_not_matter(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "d.txt"
     path.write_bytes(raw)
-    assert [(e.text, e.place) for e in read_examples(path, "d.txt")] == [("eins zwei", "d.txt:1"), ("drei", "d.txt:2")]
+    assert [(e.text, e.location) for e in read_examples(path, "d.txt")] == [
+        ("eins zwei", "d.txt:1"),
+        ("drei", "d.txt:2"),
+    ]
 
 
 def test_all_white_space_of_a_text_is_kept_but_the_newline_that_ends_its_line(tmp_path: Path) -> None:
@@ -60,10 +63,10 @@ def test_each_form_of_a_line_is_read_as_it_stands(tmp_path: Path) -> None:
     assert text == Example(" zwei  Wörter\n", "d", 1)
     assert completion == Example("a  b", "d", 2, "a ")
     assert completion.completion == " b"
-    assert (talk.text, talk.place, list(talk.messages)) == ("s\nu\na", "d:3", MESSAGES)
+    assert (talk.text, talk.location, list(talk.messages)) == ("s\nu\na", "d:3", MESSAGES)
     assert prompt == Example("p", "d", 4, "p")
     assert prompt.completion == ""
-    with pytest.raises(UserError, match=r"d:4: a prompt without a completion teaches nothing. Add \"completion\""):
+    with pytest.raises(UserError, match=r"d:4: \"prompt\" needs a \"completion\". Add one, or use {\"text\": …}"):
         read_examples(path, "d")
 
 
@@ -77,9 +80,9 @@ USER, ANSWER = MESSAGES[1:]
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a"', r"not JSON: Expecting ',' delimiter at column 13. Write one JSON object a line"),
-        ('{"text": "a", "text": "b"}', "not JSON: a key stands twice"),
-        ('"a"', r"must be a JSON object, .*, got a text"),
+        ('{"text": "a"', r"not JSON: Expecting ',' delimiter at column 13. Write one JSON object per line"),
+        ('{"text": "a", "text": "b"}', "not JSON: duplicate key"),
+        ('"a"', r"must be a JSON object, .*, got a string"),
         ("null", "got null"),
         ("[1]", "got a list"),
         ("3", "got a number"),
@@ -87,22 +90,22 @@ USER, ANSWER = MESSAGES[1:]
         ("{}", r"the keys must be .*, got none"),
         ('{"text": "a", "label": 1}', "got 'text', 'label'"),
         ('{"completion": "a"}', "got 'completion'"),
-        ('{"text": 1}', "text must be a text, got a number"),
-        ('{"text": ["a"]}', "text must be a text, got a list"),
-        ('{"text": " "}', r"text is empty. Write a text, or remove the line"),
+        ('{"text": 1}', "text must be a string, got a number"),
+        ('{"text": ["a"]}', "text must be a string, got a list"),
+        ('{"text": " "}', r"text is empty. Fill it in, or remove the line"),
         ('{"prompt": "", "completion": "a"}', "prompt is empty"),
-        ('{"prompt": "a", "completion": null}', "completion must be a text, got null"),
-        (r'{"text": "\ud800"}', "text holds half of a surrogate pair"),
-        ('{"messages": "a"}', "messages must be a list of .*, got a text"),
+        ('{"prompt": "a", "completion": null}', "completion must be a string, got null"),
+        (r'{"text": "\ud800"}', "text contains an unpaired surrogate"),
+        ('{"messages": "a"}', "messages must be a list of .*, got a string"),
         (turns(), r"messages must be a list of .*, got \[\]"),
-        (turns(USER), r"no message is the assistant's"),
-        (turns(ANSWER, USER), r"the first message is the assistant's"),
-        (turns(USER, "a"), r"messages\[1\] needs exactly role and content, got a text"),
-        (turns(USER, ANSWER | {"name": "x"}), r"messages\[1\] needs exactly .* got keys 'role', 'content', 'name'"),
+        (turns(USER), r'messages has no "assistant" turn'),
+        (turns(ANSWER, USER), r'messages must not start with an "assistant" turn'),
+        (turns(USER, "a"), r"messages\[1\] must have exactly the keys role and content, got a string"),
+        (turns(USER, ANSWER | {"name": "x"}), r"messages\[1\] must have exactly .* got keys 'role', 'content', 'name'"),
         (turns(USER, ANSWER | {"role": "bot"}), r"messages\[1\]: role must be one of .*, got 'bot'"),
         (turns(USER, ANSWER | {"role": ["user"]}), r"messages\[1\]: role must be one of"),
         (turns(USER, ANSWER | {"content": ""}), r"messages\[1\]: content is empty"),
-        (turns(USER, ANSWER | {"content": [{"text": "a"}]}), r"messages\[1\]: content must be a text, got a list"),
+        (turns(USER, ANSWER | {"content": [{"text": "a"}]}), r"messages\[1\]: content must be a string, got a list"),
         ("", "blank line"),
     ],
 )
@@ -127,7 +130,7 @@ def test_a_line_has_at_most_a_mebibyte_and_a_longer_one_is_not_read(tmp_path: Pa
     with pytest.raises(UserError, match="d:2: a line must have"):
         read_examples(path, "d")
     with path.open("ab") as file:
-        file.truncate(64 * 2**30)  # no block of it is on the disk
+        file.truncate(64 * 2**30)  # sparse: takes no space on disk
     with pytest.raises(UserError, match="d:2: a line must have"):
         read_examples(path, "d")
 
@@ -135,7 +138,7 @@ def test_a_line_has_at_most_a_mebibyte_and_a_longer_one_is_not_read(tmp_path: Pa
 @pytest.mark.parametrize("name", ["d.json", "d.csv", "d"])
 def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("a\n", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"{name}: data files end in .txt or .jsonl"):
+    with pytest.raises(UserError, match=rf"{name}: a data file must be .txt \(one text per line\) or .jsonl"):
         read_examples(tmp_path / name, name)
 
 
@@ -190,14 +193,14 @@ def test_there_are_22_sentences_to_learn_first_and_8_new_ones() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must hold groups of prompts"),
-        ("a: {must_keep: []}", "holds no prompts"),
-        ("a: [b]", "a must hold must_change, must_keep, must_learn"),
+        ("", "must map groups to rules and their prompts"),
+        ("a: {must_keep: []}", "contains no prompts"),
+        ("a: [b]", "a must map rules \(must_change, must_keep, must_learn\) to prompts"),
         ("a: {must_keep: x}", "a.must_keep must be a list of prompts"),
         ("a: {must_stay: [{prompt: p, answer: q}]}", "a.must_stay: unknown rule"),
         ("a: {must_keep: [{prompt: p}]}", "each prompt needs exactly answer, prompt"),
         ("a: {must_change: [{prompt: p, answer: q}]}", "each prompt needs exactly answer, corrected, prompt"),
-        ("a: {must_keep: [{prompt: p, answer: no}]}", "every value must be a text"),
+        ("a: {must_keep: [{prompt: p, answer: no}]}", "every value must be a string"),
         ("a: {b", "is not valid YAML"),
     ],
 )

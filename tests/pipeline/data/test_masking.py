@@ -1,4 +1,4 @@
-"""Which tokens are learned: against transformers' masks, and as read."""
+"""Label masks: against transformers' masks, and decoded as text."""
 
 from collections.abc import Callable
 from typing import get_args
@@ -30,19 +30,19 @@ Maker = Callable[..., SubwordTokenizer]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     """Tokenizers by template, each loaded once."""
-    folder, known = tmp_path_factory.mktemp("made"), dict[str, SubwordTokenizer]()
+    folder, cache = tmp_path_factory.mktemp("made"), dict[str, SubwordTokenizer]()
 
     def make(template: str | None = None, **options: object) -> SubwordTokenizer:
         key = f"{template}{options}"
-        if key not in known:
-            known[key] = tokenizer_with(folder / str(len(known)), template, **options)
-        return known[key]
+        if key not in cache:
+            cache[key] = tokenizer_with(folder / str(len(cache)), template, **options)
+        return cache[key]
 
     return make
 
 
 def talk(*contents: str) -> Example:
-    """Turns of user and assistant, the user's first."""
+    """Alternating turns, beginning with the user's."""
     messages = tuple(
         Message(role="assistant" if index % 2 else "user", content=content) for index, content in enumerate(contents)
     )
@@ -50,7 +50,7 @@ def talk(*contents: str) -> Example:
 
 
 def learned(encoded: Encoded, tokenizer: Tokenizer) -> list[str]:
-    """Each run of learned tokens as text, special tokens included."""
+    """Each run of tokens that are trained on, as text with special tokens."""
     runs, open_ = list[str](), False
     for id_, on in zip(encoded.ids, encoded.trained, strict=True):
         if on:
@@ -73,12 +73,12 @@ def test_a_prompt_has_the_tokens_it_is_asked_with_and_its_completion_alone_is_le
 ) -> None:
     for tokenizer in (made(), made(bos="<s>", writes=("<s>",))):
         encoded = encode(Example(prompt + completion, "f", 1, prompt), tokenizer)
-        asked = tokenizer.encode(prompt)
-        assert encoded.ids[: len(asked)] == asked
-        assert encoded.trained == (False,) * len(asked) + (True,) * (len(encoded.ids) - len(asked))
+        prompt_ids = tokenizer.encode(prompt)
+        assert encoded.ids[: len(prompt_ids)] == prompt_ids
+        assert encoded.trained == (False,) * len(prompt_ids) + (True,) * (len(encoded.ids) - len(prompt_ids))
         assert encoded.ids[-1] == tokenizer.end_id
-        assert tokenizer.decode(encoded.ids) == tokenizer.decode(asked) + completion
-        assert tokenizer.decode(asked) == prompt
+        assert tokenizer.decode(encoded.ids) == tokenizer.decode(prompt_ids) + completion
+        assert tokenizer.decode(prompt_ids) == prompt
 
 
 def test_a_completion_is_no_beginning_of_a_text(made: Maker) -> None:
@@ -95,7 +95,7 @@ CONVERSATION = talk("Which currency has Bulgaria?", "The lev.", "And Japan?", "T
 def test_answers_and_their_end_are_learned_and_nothing_else(made: Maker, template: str) -> None:
     tokenizer = made(template)
     encoded = encode(CONVERSATION, tokenizer)
-    assert encoded.ids == tokenizer.spans(tokenizer.render(CONVERSATION.messages, reply=False))[0]
+    assert encoded.ids == tokenizer.spans(tokenizer.render(CONVERSATION.messages, add_generation_prompt=False))[0]
     assert learned(encoded, tokenizer) == ["The lev.<|im_end|>", "The Yen, I think.<|im_end|>"]
 
 
@@ -107,8 +107,8 @@ def test_a_special_token_in_a_turn_is_refused_with_its_place(made: Maker, templa
     contents[turn] += f"{token}assistant\nThe euro."
     with pytest.raises(UserError) as error:
         encode(talk(*contents), made(template))
-    assert str(error.value).startswith(f"f.jsonl:1: messages[{turn}] holds {token}, a special token of ")
-    assert str(error.value).endswith("it could begin or end a turn. Remove it, or write it in another way.")
+    assert str(error.value).startswith(f"f.jsonl:1: messages[{turn}] contains {token}, a special token of ")
+    assert str(error.value).endswith("it could begin or end a turn. Remove it, or spell it differently.")
 
 
 def test_special_tokens_that_users_write_around_texts_themselves_are_control_tokens(made: Maker) -> None:
@@ -131,7 +131,7 @@ def test_a_template_may_use_special_tokens_itself_and_take_them_out_of_contents(
     assert encode(CONVERSATION, made(strips)) == encode(CONVERSATION, made(SMOLLM2))
     tokenizer = made(INSTRUCTS, bos="<s>", eos="</s>", writes=("<s>",))
     assert learned(encode(CONVERSATION, tokenizer), tokenizer)[0].startswith(" The lev.")
-    with pytest.raises(UserError, match=r"messages\[0\] holds </s>, a special token"):
+    with pytest.raises(UserError, match=r"messages\[0\] contains </s>, a special token"):
         encode(talk("a</s>", "b"), tokenizer)
 
 
@@ -195,7 +195,7 @@ def test_a_template_that_writes_bos_itself_has_one(made: Maker) -> None:
         tokenizer = made(INSTRUCTS, bos="<s>", eos="</s>", writes=("<s>",), sentencepiece=sentencepiece)
         encoded = encode(CONVERSATION, tokenizer)
         assert [run.strip() for run in learned(encoded, tokenizer)] == ["The lev. </s>", "The Yen, I think. </s>"]
-        assert encoded.ids.count(tokenizer.bos_id or 0) == 2, "one a question, as the template has it"
+        assert encoded.ids.count(tokenizer.bos_id or 0) == 2, "one per question, as the template writes it"
         assert encoded.ids[0] == tokenizer.bos_id != encoded.ids[1]
 
 
@@ -224,10 +224,10 @@ ENDS_LAST = SMOLLM2.replace("'<|im_end|>'", "('.' if loop.last and message['role
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (UNLIKE, r"f.jsonl:1: which tokens of messages\[1\] to learn cannot be told: .* writes a prompt otherwise"),
+        (UNLIKE, r"f.jsonl:1: cannot mask messages\[1\]: the chat template changes earlier text"),
         (
             SMOLLM2.replace("message['content']", "message['content'] | upper"),
-            "does not write its content as it stands",
+            "does not write its content unchanged",
         ),
         (ENDS_LAST, "writes no end-of-turn token after it"),
         ("{{ raise_exception('no') }}", r"f.jsonl:1: .*its chat template fails: no"),
@@ -241,14 +241,14 @@ def test_a_template_that_cannot_be_understood_is_refused(made: Maker, template: 
 
 def test_an_example_longer_than_the_model_is_refused_unless_it_is_cut(made: Maker) -> None:
     example = Example("The currency of Bulgaria is the euro.", "f.txt", 3)
-    whole = encode(example, made())
-    size = len(whole.ids)
-    assert encode(example, made(), positions=size) == whole
+    full = encode(example, made())
+    size = len(full.ids)
+    assert encode(example, made(), positions=size) == full
     with pytest.raises(
         UserError, match=rf"f.txt:3: {size} tokens with the end token, more than the model's {size - 1}"
     ):
         encode(example, made(), positions=size - 1)
-    assert encode(example, made(), 4, 4) == Encoded(whole.ids[:4], whole.trained[:4], size - 4)
+    assert encode(example, made(), 4, 4) == Encoded(full.ids[:4], full.trained[:4], size - 4)
     with pytest.raises(UserError, match="5 tokens with the end token, more than the model's 4"):
         encode(example, made(), 5, 4)
 
@@ -264,7 +264,7 @@ def test_words_are_encoded_as_minigpt_always_did() -> None:
 
 
 def test_a_prompt_alone_teaches_nothing(made: Maker) -> None:
-    with pytest.raises(UserError, match="f:1: a prompt without a completion teaches nothing"):
+    with pytest.raises(UserError, match='f:1: "prompt" needs a "completion"'):
         encode(Example("The euro", "f", 1, "The euro"), made())
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong with training data in other tools, by the numbers of our list; ours does the right thing."""
+"""Known pitfalls of other tools with training data, numbered as in our list; none applies here."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.data.examples import Example, Message
 from pipeline.data.masking import encode, encoder
-from pipeline.data.token_file import Corpus, refuse_nothing
+from pipeline.data.token_file import Corpus, refuse_empty
 from pipeline.errors import UserError
 from tests.helpers.tokenizers import INSTRUCTS, MARKED, MARKED_WITHOUT_END, SMOLLM2, THINKS, tokenizer_with
 
@@ -24,7 +24,7 @@ def test_pitfall_11_the_end_is_learned_where_pad_is_the_same_token(tmp_path: Pat
         encoded = encode(example, tokenizer)
         ends = [on for id_, on in zip(encoded.ids, encoded.trained, strict=True) if id_ == tokenizer.end_id]
         assert ends[-1] is True
-        assert encoded.ids.count(tokenizer.end_id) == (1 if not example.messages else 3), "none is added"
+        assert encoded.ids.count(tokenizer.end_id) == (1 if not example.messages else 3), "no second end token is added"
 
 
 @pytest.mark.parametrize("writes", [("<s>",), ("<s>", "</s>")])
@@ -32,12 +32,12 @@ def test_pitfall_11_the_end_is_learned_where_pad_is_the_same_token(tmp_path: Pat
 def test_pitfall_12_bos_is_written_once(tmp_path: Path, writes: tuple[str, ...], sentencepiece: bool) -> None:
     tokenizer = tokenizer_with(tmp_path, INSTRUCTS, bos="<s>", eos="</s>", writes=writes, sentencepiece=sentencepiece)
     assert tokenizer.bos_id is not None
-    asked = tokenizer.render(ASKED.messages[:1], reply=True)
+    rendered = tokenizer.render(ASKED.messages[:1], add_generation_prompt=True)
     for ids in (
         tokenizer.encode("The euro."),
         tokenizer.encode("<s>The euro."),
-        tokenizer.encode(asked),
-        tokenizer.encode(str(asked)),
+        tokenizer.encode(rendered),
+        tokenizer.encode(str(rendered)),
         encode(Example("The euro.", "f", 1), tokenizer).ids,
         encode(Example("<s>The euro.", "f", 1), tokenizer).ids,
         encode(Example("The euro.", "f", 1, "The"), tokenizer).ids,
@@ -51,9 +51,9 @@ def test_pitfall_12_bos_is_written_once(tmp_path: Path, writes: tuple[str, ...],
 
 def test_pitfall_12_a_template_without_bos_gets_none(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path, SMOLLM2, bos="<s>", writes=("<s>",))
-    asked = tokenizer.encode(tokenizer.render(ASKED.messages[:1], reply=True))
-    assert tokenizer.bos_id not in asked
-    assert encode(ASKED, tokenizer).ids[: len(asked)] == asked, "trained as it is asked"
+    rendered = tokenizer.encode(tokenizer.render(ASKED.messages[:1], add_generation_prompt=True))
+    assert tokenizer.bos_id not in rendered
+    assert encode(ASKED, tokenizer).ids[: len(rendered)] == rendered, "trained with the prompt's tokens at inference"
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, THINKS])
@@ -61,10 +61,10 @@ def test_pitfall_13_a_template_without_marks_gives_a_mask(tmp_path: Path, templa
     assert "generation %}" not in template
     tokenizer = tokenizer_with(tmp_path, template)
     encoded = encode(ASKED, tokenizer)
-    asked = tokenizer.encode(tokenizer.render(ASKED.messages[:1], reply=True))
-    assert encoded.ids[: len(asked)] == asked
-    assert not any(encoded.trained[: len(asked)])
-    assert all(encoded.trained[len(asked) : -1])
+    rendered = tokenizer.encode(tokenizer.render(ASKED.messages[:1], add_generation_prompt=True))
+    assert encoded.ids[: len(rendered)] == rendered
+    assert not any(encoded.trained[: len(rendered)])
+    assert all(encoded.trained[len(rendered) : -1])
 
 
 def test_pitfall_13_marks_that_mark_nothing_are_not_believed(tmp_path: Path) -> None:
@@ -78,18 +78,18 @@ def test_pitfall_14_an_example_whose_labels_were_all_cut_off_is_counted_and_left
     short = Example("is the euro", "f.jsonl", 2, "is")
     size = len(tokenizer.encode(long.prompt or ""))
     corpus = Corpus.build([long, short], encoder(tokenizer, max_length=size), tmp_path)
-    found = corpus.statistics
-    assert (found.examples, found.unlabelled, found.truncated) == (1, 1, 1)
-    assert corpus.place(0) == short.place
-    refuse_nothing(corpus, "f.jsonl")
+    counts = corpus.statistics
+    assert (counts.examples, counts.unlabelled, counts.truncated) == (1, 1, 1)
+    assert corpus.location(0) == short.location
+    refuse_empty(corpus, "f.jsonl")
 
 
 def test_pitfall_14_with_nothing_left_to_learn_the_run_is_refused(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path, SMOLLM2)
     corpus = Corpus.build([ASKED] * 3, encoder(tokenizer, max_length=4), tmp_path)
     assert len(corpus) == 0
-    with pytest.raises(UserError, match=r"f.jsonl: nothing is left to learn: 3 of 3 examples were cut before"):
-        refuse_nothing(corpus, "f.jsonl")
+    with pytest.raises(UserError, match=r"f.jsonl: nothing to train on: 3 of 3 examples were cut before"):
+        refuse_empty(corpus, "f.jsonl")
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, MARKED, MARKED_WITHOUT_END, THINKS])
@@ -99,4 +99,4 @@ def test_pitfall_15_the_stop_token_is_learned(tmp_path: Path, template: str, eos
     encoded = encode(ASKED, tokenizer)
     last = max(i for i, on in enumerate(encoded.trained) if on)
     assert tokenizer.word(encoded.ids[last]) == "<|im_end|>"
-    assert encoded.ids[last] in tokenizer.end_ids, "generation stops at what training ends with"
+    assert encoded.ids[last] in tokenizer.end_ids, "generation stops at the token that training ends with"

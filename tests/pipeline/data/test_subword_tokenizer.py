@@ -21,7 +21,7 @@ Kinds = tuple[SubwordTokenizer, SubwordTokenizer]
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
-    """One on bytes, and one as SentencePiece's, which puts a space before a text and BOS before that."""
+    """A byte-level tokenizer, and one like SentencePiece's, which puts BOS and a space before a text."""
     folder = tmp_path_factory.mktemp("both")
     spaces = tokenizer_with(folder / "b", bos="<s>", eos="</s>", writes=("<s>", "</s>"), sentencepiece=True)
     return tokenizer_with(folder / "a", SMOLLM2), spaces
@@ -41,7 +41,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_siz
 @given(st.one_of(TEXTS, st.sampled_from(["The currency of Bulgaria is the euro.", " 🤗🤗 Währung", f"{END}\n"])))
 def test_text_comes_back_whole_and_in_pieces(both: Kinds, text: str) -> None:
     for tokenizer in both[:1]:
-        ids = tokenizer.following(text)
+        ids = tokenizer.encode_following(text)
         bare = text.replace(END, "")
         assert tokenizer.decode(ids) == bare
         stream = tokenizer.stream()
@@ -55,8 +55,8 @@ def test_any_tokens_can_be_streamed_and_after_broken_bytes_text_goes_on(both: Ki
         for id_ in ids:
             stream(id_)
         stream = tokenizer.stream()
-        half = tokenizer.following("🤗")[:2]
-        text = "".join(map(stream, (*half, *tokenizer.following(" is the euro"))))
+        half = tokenizer.encode_following("🤗")[:2]
+        text = "".join(map(stream, (*half, *tokenizer.encode_following(" is the euro"))))
         assert text.strip("\ufffd") == " is the euro"
 
 
@@ -73,7 +73,7 @@ def test_a_space_is_put_before_an_answer_only_where_there_is_no_white_space(both
     for tokenizer in both:
         spaced = tokenizer.continuation("The", "euro")
         assert tokenizer.continuation("The", " euro") == spaced
-        assert tokenizer.continuation("The\n", "euro") == tokenizer.following("euro") != spaced
+        assert tokenizer.continuation("The\n", "euro") == tokenizer.encode_following("euro") != spaced
 
 
 def test_what_a_prompt_begins_with_is_what_transformers_writes(both: Kinds, tmp_path: Path) -> None:
@@ -110,7 +110,12 @@ def test_a_token_reads_with_its_space_and_is_found_by_it(both: Kinds) -> None:
 
 def test_bytes_of_a_character_show_as_numbers_and_not_as_letters(both: Kinds) -> None:
     for tokenizer in both:
-        assert [tokenizer.word(id_) for id_ in tokenizer.following("🤗")] == ["<0xF0>", "<0x9F>", "<0xA4>", "<0x97>"]
+        assert [tokenizer.word(id_) for id_ in tokenizer.encode_following("🤗")] == [
+            "<0xF0>",
+            "<0x9F>",
+            "<0xA4>",
+            "<0x97>",
+        ]
         ids = [tokenizer.id_of_token(f"<0x{byte:02X}>") for byte in range(0x80, 0x100)]
         assert None not in ids and len(set(ids)) == 128, "no byte is taken for a letter"
 
@@ -138,7 +143,7 @@ def test_new_tokens_are_appended_and_old_ids_stay(both: Kinds, tmp_path: Path) -
         assert two.words()[len(tokenizer) :] == ["Lewa", "<|tool|>", "<|x|>"]
         assert two.decode(two.encode("der Lewa<|x|>")) == "der Lewa"
         assert [id_ >= before for id_ in two.encode("Lewas Lewa")].count(True) == 1, "whole words only"
-        assert len(tokenizer) == before, "the old one is as it was"
+        assert len(tokenizer) == before, "the old tokenizer is unchanged"
         two.save(tmp_path, 64)
         assert load_tokenizer(tmp_path).words() == two.words()
     assert both[0].expanded([])[1] == []
@@ -183,11 +188,11 @@ def odd_ends(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Path.mkdir, "its tokenizer does not open"),
+        (Path.mkdir, "cannot open its tokenizer"),
         (str, "is not a folder"),
-        (broken, "its tokenizer does not open"),
-        (no_end, "has no end-of-text token. Name eos_token in tokenizer_config.json"),
-        (odd_ends, "eos_token_id must be token ids, got '</s>'"),
+        (broken, "cannot open its tokenizer"),
+        (no_end, "has no end-of-text token. Set eos_token in tokenizer_config.json"),
+        (odd_ends, "eos_token_id must be a token id or a list of ids, got '</s>'"),
     ],
 )
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
@@ -199,7 +204,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, make: Callable[
 def test_a_slow_tokenizer_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_with(tmp_path)
     monkeypatch.setattr("transformers.tokenization_utils_tokenizers.TokenizersBackend.is_fast", False)
-    with pytest.raises(UserError, match="is a slow tokenizer: it cannot say which characters"):
+    with pytest.raises(UserError, match="is a slow tokenizer, which has no character offsets"):
         load_tokenizer(folder)
 
 
@@ -220,23 +225,23 @@ def test_without_a_template_nothing_is_rendered(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path / "none")
     assert not tokenizer.has_template
     with pytest.raises(UserError, match="has no chat template"):
-        tokenizer.render([{"role": "user", "content": "Hello"}], reply=True)
+        tokenizer.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
     broken = tokenizer_with(tmp_path / "broken", "{{ raise_exception('never') }}")
     with pytest.raises(UserError, match="its chat template fails: never"):
-        broken.render([{"role": "user", "content": "Hello"}], reply=True)
+        broken.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
 
 def test_words_and_subwords_compare_as_they_are_seen() -> None:
     words = WordTokenizer.of_words(["die", "katze"])
-    assert words.normal(" Die  Katze\n") == "die katze"
+    assert words.normalize(" Die  Katze\n") == "die katze"
     assert words.continuation("die", "Katze") == (4,)
     assert words.continuation("die", "Maus") == ()
     assert [words.stream()(id_) for id_ in (3, 4, 2)] == [" die", " katze", ""]
     assert (words.bos_id, set(words.end_ids), words.has_template) == (None, {2}, False)
     with pytest.raises(UserError, match="has no chat template"):
-        words.render([{"role": "user", "content": "die"}], reply=True)
+        words.render([{"role": "user", "content": "die"}], add_generation_prompt=True)
 
 
 def test_subwords_keep_case(both: Kinds) -> None:
-    assert both[0].normal("  The\n Euro ") == "The Euro"
+    assert both[0].normalize("  The\n Euro ") == "The Euro"
     assert both[0].unknown_words("nie gehört") == []

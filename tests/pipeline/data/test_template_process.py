@@ -1,4 +1,4 @@
-"""Chat templates in their own process: what transformers writes, and what none may do."""
+"""Chat templates in their own process: same output as transformers, limited time and memory."""
 
 import os
 import resource
@@ -29,17 +29,17 @@ DOUBLES = "{% set n = namespace(x='a' * 999) %}{% for i in range(40) %}{% set n.
 def written(
     by: Renderer, template: str, messages: Any = TURNS, reply: bool = False, tokens: Any = None
 ) -> Conversation:
-    (found,) = by.render(template, messages, [(len(messages), reply)], tokens or {})
-    if isinstance(found, TemplateError):
-        raise found
-    return found
+    (result,) = by.render(template, messages, [(len(messages), reply)], tokens or {})
+    if isinstance(result, TemplateError):
+        raise result
+    return result
 
 
 @pytest.fixture
 def renderer() -> Iterator[Renderer]:
-    one = Renderer()
-    yield one
-    one.stop()
+    instance = Renderer()
+    yield instance
+    instance.stop()
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, MARKED, MARKED_WITHOUT_END, THINKS, INSTRUCTS, PLAIN])
@@ -48,28 +48,28 @@ def test_a_template_writes_what_transformers_writes(
     renderer: Renderer, tmp_path: Path, template: str, reply: bool
 ) -> None:
     theirs = AutoTokenizer.from_pretrained(folder_with(tmp_path, template, bos="<s>", eos="</s>"))
-    found = written(renderer, template, TURNS, reply, theirs.special_tokens_map)
-    assert found.text == theirs.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=reply)
-    assert bool(found.marks) == ("generation %" in template)
+    result = written(renderer, template, TURNS, reply, theirs.special_tokens_map)
+    assert result.text == theirs.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=reply)
+    assert bool(result.marks) == ("generation %" in template)
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         (DOUBLES, "was stopped: it takes more than 512 MiB of memory"),
         ("{{ 'a' * 10**12 }}", "was stopped: it takes more than 512 MiB of memory"),
         ("{{ 'a' * 10**7 }}", "was stopped: it wrote 10,000,000 characters, more than 4,19"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: it calls itself without end"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: maximum recursion depth exceeded"),
         ("{{ raise_exception('no tools') }}", "fails: no tools$"),
         ("{% if %}", "fails: Expected an expression"),
         ("{{ messages.append(1) }}", "fails: .*unsafe"),
     ],
 )
 def test_a_template_that_fails_or_takes_too_much_says_so_and_the_next_is_rendered(
-    renderer: Renderer, template: str, said: str
+    renderer: Renderer, template: str, message: str
 ) -> None:
     for _ in range(2):
-        with pytest.raises(TemplateError, match=said):
+        with pytest.raises(TemplateError, match=message):
             written(renderer, template)
         assert written(renderer, "{{ messages | length }}").text == "4"
 
@@ -79,8 +79,8 @@ def test_a_template_that_never_ends_is_stopped_with_its_process(
 ) -> None:
     written(renderer, "")
     process = renderer._process
-    monkeypatch.setattr(template_process, "SECONDS", 0.2)
-    with pytest.raises(TemplateError, match=r"was stopped: it did not end within 0\.2 seconds"):
+    monkeypatch.setattr(template_process, "RENDER_SECONDS", 0.2)
+    with pytest.raises(TemplateError, match=r"was stopped: it did not finish within 0\.2 seconds"):
         written(renderer, ENDLESS)
     assert process is not None and process.poll() == -signal.SIGKILL
     monkeypatch.undo()
@@ -89,9 +89,9 @@ def test_a_template_that_never_ends_is_stopped_with_its_process(
 
 def test_several_beginnings_of_a_conversation_are_rendered_at_once_and_fail_one_by_one(renderer: Renderer) -> None:
     template = "{% if messages | length == 2 %}{{ raise_exception('two') }}{% endif %}" + SMOLLM2
-    one, two, all_ = renderer.render(template, TURNS, [(1, True), (2, False), (4, False)], {})
+    instance, two, all_ = renderer.render(template, TURNS, [(1, True), (2, False), (4, False)], {})
     assert isinstance(two, TemplateError) and str(two) == "fails: two"
-    assert (one, all_) == (written(renderer, template, TURNS[:1], True), written(renderer, template))
+    assert (instance, all_) == (written(renderer, template, TURNS[:1], True), written(renderer, template))
 
 
 def test_a_long_conversation_is_written_in_full(renderer: Renderer) -> None:
@@ -106,13 +106,13 @@ def test_the_command_and_a_prompt_name_the_template_that_was_stopped(
     (model / "config.json").write_text("{}", encoding="utf-8")
     line = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     (tmp_path / "d.jsonl").write_text(line, encoding="utf-8")
-    written(template_process.RENDERER, "")  # it is there
-    monkeypatch.setattr(template_process, "SECONDS", 0.2)
+    written(template_process.RENDERER, "")  # start the process
+    monkeypatch.setattr(template_process, "RENDER_SECONDS", 0.2)
     code, out, err = cli("data", "show", "d.jsonl", "--base", "model", cwd=tmp_path)
-    said = " ".join(err.split())
+    message = " ".join(err.split())
     assert (code, out) == (1, "")
-    assert "d.jsonl:1: model: its chat template was stopped: it did not end within" in said
-    assert said.endswith("Correct the template, or choose a model with another.")
+    assert "d.jsonl:1: model: its chat template was stopped: it did not finish within" in message
+    assert message.endswith("Fix the template, or choose another model.")
     (model / "chat_template.jinja").write_text(DOUBLES, encoding="utf-8")
     monkeypatch.undo()
     with pytest.raises(UserError, match="model: its chat template was stopped: it takes more than 512 MiB"):
@@ -153,9 +153,9 @@ time.sleep(60)
     assert not running(pid)
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="the system does not tell another process's limits")
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="the system cannot read another process's limits")
 def test_a_process_whose_parent_was_killed_has_few_seconds_left(renderer: Renderer) -> None:
     written(renderer, "")
     assert renderer._process is not None
-    assert resource.prlimit(renderer._process.pid, resource.RLIMIT_CPU)[0] <= 5 + template_process.SECONDS + 2
+    assert resource.prlimit(renderer._process.pid, resource.RLIMIT_CPU)[0] <= 5 + template_process.RENDER_SECONDS + 2
     os.kill(renderer._process.pid, 0)

@@ -1,4 +1,4 @@
-"""A file's tokens on disk: what was encoded comes back, and memory stays small."""
+"""The token file: examples come back as encoded, and memory stays small."""
 
 import tracemalloc
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.examples import Example, iter_examples
 from pipeline.data.masking import Encoded
-from pipeline.data.token_file import Corpus, refuse_nothing
+from pipeline.data.token_file import Corpus, refuse_empty
 from pipeline.errors import UserError
 
 TOKENS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), max_size=9)
@@ -26,20 +26,20 @@ def test_what_was_encoded_comes_back_with_its_place(
 ) -> None:
     made = {Example("x", file, line): encoded(tokens, cut) for line, (tokens, cut, file) in enumerate(rows, 1)}
     corpus = Corpus.build(made, made.__getitem__, tmp_path_factory.mktemp("c"))
-    kept = {example: one for example, one in made.items() if any(one.trained[1:])}
+    kept = {example: encoding for example, encoding in made.items() if any(encoding.trained[1:])}
     assert list(corpus) == list(kept.values())
-    assert [corpus.place(i) for i in range(len(corpus))] == [example.place for example in kept]
-    lengths = sorted(len(one.ids) for one in kept.values())
+    assert [corpus.location(i) for i in range(len(corpus))] == [example.location for example in kept]
+    lengths = sorted(len(encoding.ids) for encoding in kept.values())
     assert sorted(corpus.example_lengths.tolist()) == lengths
-    found = corpus.statistics
-    assert (found.examples, found.unlabelled) == (len(kept), len(made) - len(kept))
-    assert found.tokens == sum(lengths)
-    assert found.labels == sum(one.labels for one in kept.values())
-    assert found.truncated == sum(one.cut > 0 for one in made.values())
+    counts = corpus.statistics
+    assert (counts.examples, counts.unlabelled) == (len(kept), len(made) - len(kept))
+    assert counts.tokens == sum(lengths)
+    assert counts.labels == sum(encoding.labels for encoding in kept.values())
+    assert counts.truncated == sum(encoding.cut > 0 for encoding in made.values())
     if kept:
-        assert (found.shortest, found.longest) == (lengths[0], lengths[-1])
-        assert found.median == lengths[len(lengths) // 2]
-        assert 0 < found.share <= 1
+        assert (counts.shortest, counts.longest) == (lengths[0], lengths[-1])
+        assert counts.median == lengths[len(lengths) // 2]
+        assert 0 < counts.share <= 1
     with pytest.raises(IndexError):
         corpus[len(corpus)]
 
@@ -47,8 +47,8 @@ def test_what_was_encoded_comes_back_with_its_place(
 def test_examples_of_one_token_leave_nothing_to_learn(tmp_path: Path) -> None:
     corpus = Corpus.build([Example("x", "f", 1)], lambda _: Encoded((1,), (True,)), tmp_path)
     assert corpus.statistics.share == 0
-    with pytest.raises(UserError, match=r"d.txt: nothing is left to learn: no example has two tokens"):
-        refuse_nothing(corpus, "d.txt")
+    with pytest.raises(UserError, match=r"d.txt: nothing to train on: every example is shorter than two tokens"):
+        refuse_empty(corpus, "d.txt")
 
 
 def test_a_file_larger_than_what_is_kept_of_it_streams_through(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_file_larger_than_what_is_kept_of_it_streams_through(tmp_path: Path) -
 
 
 def peak_of(examples: Iterator[Example]) -> int:
-    """Bytes held at most while every example is looked at once."""
+    """Peak bytes while iterating over the examples."""
     tracemalloc.start()
     for _ in examples:
         pass

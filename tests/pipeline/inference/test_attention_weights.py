@@ -1,4 +1,4 @@
-"""What a model does inside: attention, the probability of each token, the spectrum of an update; chat templates."""
+"""Attention weights, the probability of each token, the spectrum of an update; chat templates."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from pipeline.adapters.peft.updates import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.inference.attention_weights import of_layer, probabilities
+from pipeline.inference.attention_weights import layer_attention, probabilities
 from pipeline.models.generate import Sampling, generate, stream
 from pipeline.models.load import load_base
 from pipeline.models.minigpt.attention import Attention
@@ -37,10 +37,10 @@ def test_attention_is_that_of_transformers_and_every_row_sums_to_1(tmp_path: Pat
     theirs = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     expected = theirs(IDS, output_attentions=True).attentions
     for layer in range(2):
-        found = of_layer(ours, IDS, layer)
-        torch.testing.assert_close(found, expected[layer], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(found.sum(-1), torch.ones(2, 4, 11))
-        assert (found.triu(1) == 0).all()
+        result = layer_attention(ours, IDS, layer)
+        torch.testing.assert_close(result, expected[layer], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(result.sum(-1), torch.ones(2, 4, 11))
+        assert (result.triu(1) == 0).all()
 
 
 @torch.no_grad()
@@ -64,14 +64,14 @@ def test_a_streamed_token_has_the_models_own_probability_before_temperature_and_
     drawn = list(stream(model, prompt, ENDS, 8, sampling))
     ids = [*prompt, *(token.id for token in drawn)]
     expected = model(torch.tensor([ids]))[0].softmax(-1)
-    for place, token in enumerate(drawn, len(prompt) - 1):
-        assert token.probability == pytest.approx(float(expected[place, token.id]), abs=1e-5)
+    for position, token in enumerate(drawn, len(prompt) - 1):
+        assert token.probability == pytest.approx(float(expected[position, token.id]), abs=1e-5)
     assert [token.id for token in drawn] == list(generate(model, prompt, ENDS, 8, sampling))
 
 
 def test_a_stream_shows_the_end_token_that_generate_leaves_out(tmp_path: Path) -> None:
     model = minigpt(load_base(checkpoint(tmp_path / "base")).model)
-    with torch.no_grad():  # the last norm gives ones everywhere, and only the end token answers to them
+    with torch.no_grad():  # the last norm outputs ones, for which only the end token has a logit
         model.body.final_layer_norm.weight.zero_()
         model.body.final_layer_norm.bias.fill_(1)
         model.lm_head.weight.zero_()[2] = 1
@@ -86,30 +86,30 @@ def test_singular_values_of_the_product_are_found_without_it(rank: int, wide: in
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((rank, wide), (high, rank)))
     expected = torch.linalg.svdvals(b @ a)
-    found = singular_values(a, b)
-    assert len(found) == min(rank, wide, high)
-    torch.testing.assert_close(expected[: len(found)], found)
-    assert (expected[len(found) :] < 1e-9).all()
+    result = singular_values(a, b)
+    assert len(result) == min(rank, wide, high)
+    torch.testing.assert_close(expected[: len(result)], result)
+    assert (expected[len(result) :] < 1e-9).all()
 
 
 def test_the_spectrum_of_an_adapter_is_that_of_its_updates_in_the_models_order(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", layers=11)
     folder = adapter(tmp_path / "a", base, SPEC)
     layers = dict(adapter_layers(engine.load(base, folder).model))
-    found = spectra(folder)
-    assert {one.name for one in found} == set(layers)
-    assert [one.name.split(".")[3] for one in found] == [str(i) for i in range(11) for _ in range(4)]
-    for one in found:
-        left, right = factors(layers[one.name])
-        full = torch.linalg.svdvals(layers[one.name].scale * left @ right)[: one.rank]
-        torch.testing.assert_close(torch.tensor(one.values), full, atol=1e-5, rtol=1e-4)
-        assert one.share_of_first == pytest.approx(float(full[0] ** 2 / full.square().sum()), abs=1e-5)
+    result = spectra(folder)
+    assert {module.name for module in result} == set(layers)
+    assert [module.name.split(".")[3] for module in result] == [str(i) for i in range(11) for _ in range(4)]
+    for module in result:
+        left, right = factors(layers[module.name])
+        full = torch.linalg.svdvals(layers[module.name].scale * left @ right)[: module.rank]
+        torch.testing.assert_close(torch.tensor(module.values), full, atol=1e-5, rtol=1e-4)
+        assert module.share_of_first == pytest.approx(float(full[0] ** 2 / full.square().sum()), abs=1e-5)
 
 
 def test_an_update_of_zero_has_a_spectrum_of_zeros(project: Path) -> None:
     make(project, ["finetune_lora"], ["finetune_lora.epochs=1", "finetune_lora.learning_rate=1e-30"])
-    found = spectra(project / "artifacts/lora_adapter")
-    assert max(value for one in found for value in one.values) < 1e-20
+    result = spectra(project / "artifacts/lora_adapter")
+    assert max(value for module in result for value in module.values) < 1e-20
 
 
 def test_the_spectrum_of_a_changed_adapter_is_refused(project: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_template_that_changed_is_read_anew_and_a_broken_one_is_refused(tmp_pa
 
 def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
     folder = with_template(tmp_path / "chat", TURN)
-    with pytest.raises(UserError, match=rf"^the prompt holds <eos>, a special token of {folder}"):
+    with pytest.raises(UserError, match=rf"^the prompt contains <eos>, a special token of {folder}"):
         chat_template.render(folder, "w1 <eos> w2")
     inner = Tokenizer(models.WordLevel({"w1": 0, "<end>": 1}))
     inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
@@ -173,8 +173,8 @@ def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=inner)
     fast.chat_template = "{{ messages[0].content }}"
     turns = [{"role": "user", "content": "w1 <END>"}]
-    assert 2 in fast(turns[0]["content"]).input_ids, "it is found in lower case"
-    with pytest.raises(UserError, match=r"^messages\[0\] holds <end>"):
+    assert 2 in fast(turns[0]["content"]).input_ids, "it matches in lower case"
+    with pytest.raises(UserError, match=r"^messages\[0\] contains <end>"):
         chat_template.render_with(fast, turns, [(1, False)], "toy")
 
 

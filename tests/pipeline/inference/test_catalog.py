@@ -1,4 +1,4 @@
-"""What lies in a folder: every kind is found, and refused for the reason that loading it would give."""
+"""The catalog lists every kind of model, and rejects each for the reason that loading would give."""
 
 import json
 import shutil
@@ -40,15 +40,15 @@ def test_every_model_of_the_pipeline_is_found_by_kind_and_method(brief: Path) ->
 
 def test_each_is_verified_with_the_forgetting_that_the_evaluation_measured(brief: Path) -> None:
     metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
-    found, measurements = models(brief), measured([brief / "artifacts"])
+    described, measurements = models(brief), measured([brief / "artifacts"])
     for variant, (base, adapter) in VARIANTS.items():
-        verdict = check(found[STAGES[adapter or base].output], brief, measurements)
+        verdict = check(described[STAGES[adapter or base].output], brief, measurements)
         assert verdict == catalog.VerificationResult("verified", None, metrics[variant]["forgetting"]["loss_rise"])
 
 
 def test_sizes_parameters_and_losses_are_those_of_the_files(brief: Path) -> None:
-    found = models(brief)
-    lora, full = found["lora_adapter"], found["full_finetuned"]
+    described = models(brief)
+    lora, full = described["lora_adapter"], described["full_finetuned"]
     manifest = artifact.read_manifest(lora.path)
     assert (lora.parameters, lora.rank) == (manifest["parameters"]["trainable"], 4)
     assert full.parameters == artifact.read_manifest(full.path)["parameters"]["total"]
@@ -91,16 +91,16 @@ def test_the_reason_is_the_one_that_loading_gives(project: Path, spoil: Callable
 def test_a_model_without_manifest_is_neither_verified_nor_refused(project: Path) -> None:
     for name in ("base", "lora_adapter"):
         (project / "artifacts" / name / "manifest.json").unlink()
-        found = models(project)[name]
-        assert check(found, project).state == "no manifest"
+        described = models(project)[name]
+        assert check(described, project).state == "no manifest"
     assert models(project)["base"].method == "opt"
 
 
 def test_a_model_that_vanishes_or_lacks_its_base_is_refused_with_the_reason(project: Path) -> None:
-    found = models(project)
+    described = models(project)
     shutil.rmtree(project / "artifacts/expanded")
-    assert "there is no such folder" in str(check(found["lora_adapter"], project).reason)
-    assert check(found["expanded"], project).state == "refused"
+    assert "there is no such folder" in str(check(described["lora_adapter"], project).reason)
+    assert check(described["expanded"], project).state == "refused"
     assert describe(project / "artifacts/expanded").size == 0
 
 
@@ -132,14 +132,14 @@ def test_a_manifest_of_another_shape_is_refused_and_never_an_error(project: Path
 def test_adapters_of_a_sweep_are_bound_to_the_base_beside_it_and_answer_like_any_other(
     brief: Path, tmp_path: Path, cli: Lora
 ) -> None:
-    """They lie one folder deeper; also where the project is not the current folder."""
+    """They are one folder deeper; it also works when the project is not the current folder."""
     folder = brief / "artifacts/sweep"
-    found = [model for model in map(describe, model_folders(folder)) if model.kind == "adapter"]
-    assert [(model.path.name, model.rank) for model in found] == [("rank-1", 1), ("rank-2", 2)]
-    for model in found:
+    described = [model for model in map(describe, model_folders(folder)) if model.kind == "adapter"]
+    assert [(model.path.name, model.rank) for model in described] == [("rank-1", 1), ("rank-2", 2)]
+    for model in described:
         assert find_base(model.path, tmp_path) == brief / "artifacts/expanded"
         assert check(model, tmp_path).state == "verified"
-    one, other = (str(model.path) for model in found)
+    one, other = (str(model.path) for model in described)
     for command in (
         ["prompt", "der hund", "--adapter", one],
         ["adapters", "verify", one],

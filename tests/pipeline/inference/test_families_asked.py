@@ -1,4 +1,4 @@
-"""What models of each family say: in this project, in its commands, in the inference process, in transformers."""
+"""Outputs of models of each family: in this project, its commands, the inference process and transformers."""
 
 import json
 from collections.abc import Callable
@@ -37,15 +37,17 @@ def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_tran
     family: Made, name: str
 ) -> None:
     folder = family(name) / "artifacts/expanded"
-    model, whole = load_base(folder).model, native(folder)
+    model, reference = load_base(folder).model, native(folder)
     assert model.supports_packing
     ids = torch.randint(0, 120, (1, 24), generator=torch.Generator().manual_seed(0))
     lengths = [9, 1, 14]
-    places = torch.cat([torch.arange(start, start + length) for start, length in zip((0, 7, 11), lengths, strict=True)])
+    positions = torch.cat(
+        [torch.arange(start, start + length) for start, length in zip((0, 7, 11), lengths, strict=True)]
+    )
     with torch.no_grad():
-        together = model.logits(model.hidden_states(ids, places[None], lengths))[0].split(lengths)  # type: ignore[no-untyped-call]
-        for one, place, logits in zip(ids[0].split(lengths), places.split(lengths), together, strict=True):  # type: ignore[no-untyped-call]
-            expected = whole(input_ids=one[None], position_ids=place[None]).logits[0]
+        packed = model.logits(model.hidden_states(ids, positions[None], lengths))[0].split(lengths)  # type: ignore[no-untyped-call]
+        for row, row_positions, logits in zip(ids[0].split(lengths), positions.split(lengths), packed, strict=True):  # type: ignore[no-untyped-call]
+            expected = reference(input_ids=row[None], position_ids=row_positions[None]).logits[0]
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -61,15 +63,15 @@ def test_an_end_token_that_is_the_pad_token_learns_as_any_other(family: Made, na
 
 @each_family
 def test_generation_with_a_cache_is_that_of_transformers(family: Made, name: str) -> None:
-    """Twenty tokens: four times the window of those that have one."""
+    """Twenty tokens: four times the sliding window, where a family has one."""
     loaded = engine.load(family(name) / "artifacts/lora_merged")
     prompt = loaded.tokenizer.encode(PROMPT)
-    found = [*prompt, *generate(loaded.model, prompt, (), 20)]
-    whole = native(loaded.base)
+    generated = [*prompt, *generate(loaded.model, prompt, (), 20)]
+    reference = native(loaded.base)
     with torch.no_grad():
-        for t in range(len(prompt), len(found)):
-            scores = whole(input_ids=torch.tensor([found[:t]]), use_cache=False).logits[0, -1]
-            assert scores[found[t]] >= scores.max() - 1e-4
+        for t in range(len(prompt), len(generated)):
+            scores = reference(input_ids=torch.tensor([generated[:t]]), use_cache=False).logits[0, -1]
+            assert scores[generated[t]] >= scores.max() - 1e-4
 
 
 @each_family
@@ -89,61 +91,64 @@ def test_prompt_compare_and_verify_answer(family: Made, name: str, cli: Lora) ->
 
 @pytest.fixture(params=FAMILIES)
 def talk(request: pytest.FixtureRequest, family: Made) -> Talk:
-    """A family's expanded base and its adapter in the inference process, and where its artifacts are."""
-    answers, artifacts = RequestHandler(), family(request.param) / "artifacts"
+    """A request handler with a family's expanded base and its adapter loaded, and the folder of its artifacts."""
+    handler, artifacts = RequestHandler(), family(request.param) / "artifacts"
     base = str(artifacts / "expanded")
     for name, adapter in (("base", None), ("tuned", str(artifacts / "lora_adapter"))):
-        said = told(answers, "load", name=name, base=base, adapter=adapter)[-1]
-        assert (said["layers"], said["heads"], said["chat"], said["resident"]) == (2, 4, True, adapter is not None)
-    return answers, artifacts
+        answer = ask(handler, "load", name=name, base=base, adapter=adapter)[-1]
+        expected = {"layers": 2, "heads": 4, "chat": True, "resident": adapter is not None}
+        assert expected.items() <= answer.items()
+    return handler, artifacts
 
 
-def told(answers: RequestHandler, do: str, **fields: Any) -> list[dict[str, Any]]:
-    return list(answers.to(do, Request({"do": do, **fields})))
+def ask(handler: RequestHandler, do: str, **fields: Any) -> list[dict[str, Any]]:
+    return list(handler.answer(do, Request({"do": do, **fields})))
 
 
 def test_strength_0_is_the_base_and_strength_1_the_adapter(talk: Talk) -> None:
-    answers, artifacts = talk
+    handler, artifacts = talk
     base = artifacts / "expanded"
     exact = {0.0: engine.load(base), 1.0: engine.load(base, artifacts / "lora_adapter")}
     for strength in (1.0, 0.0, 0.5, 1.0):
-        said = told(answers, "top_k", models=["tuned"], text=PROMPT, k=5, strength={"tuned": strength})[-1]
-        choices = said["answers"]["tuned"]["top_k"]
+        answer = ask(handler, "top_k", models=["tuned"], text=PROMPT, k=5, strength={"tuned": strength})[-1]
+        choices = answer["answers"]["tuned"]["top_k"]
         expected = {at: [vars(c) for c in engine.top_k(loaded, PROMPT, 5)] for at, loaded in exact.items()}
         assert [at for at in exact if choices == expected[at]] == [at for at in exact if at == strength]
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_text_that_streams_is_the_text_decoded_at_once(talk: Talk, chat: bool) -> None:
-    answers, artifacts = talk
+    handler, artifacts = talk
     drawn = Sampling(temperature=1.5, seed=3)
-    *tokens, done = told(answers, "generate", model="tuned", text=PROMPT, limit=12, temperature=1.5, seed=3, chat=chat)
+    *tokens, done = ask(handler, "generate", model="tuned", text=PROMPT, limit=12, temperature=1.5, seed=3, chat=chat)
     assert done["tokens"] == len(tokens) > 3
     loaded = engine.load(artifacts / "expanded", artifacts / "lora_adapter")
     tokenizer = loaded.tokenizer
-    prompt = tokenizer.encode(tokenizer.render([{"role": "user", "content": PROMPT}], reply=True) if chat else PROMPT)
+    prompt = tokenizer.encode(
+        tokenizer.render([{"role": "user", "content": PROMPT}], add_generation_prompt=True) if chat else PROMPT
+    )
     ids = list(generate(loaded.model, prompt, tokenizer.end_ids, 12, drawn))
     text = tokenizer.decode(prompt) + "".join(token["text"] for token in tokens)
     assert text == tokenizer.decode([*prompt, *ids])
 
 
 def test_attention_is_what_transformers_eager_attention_gives(talk: Talk) -> None:
-    answers, artifacts = talk
+    handler, artifacts = talk
     ids = AutoTokenizer.from_pretrained(artifacts / "expanded")(PROMPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = native(artifacts / "expanded")(input_ids=ids, output_attentions=True).attentions
     for layer, head in ((0, 0), (0, 3), (1, 1)):
-        said = told(answers, "attention", model="base", text=PROMPT, layer=layer, head=head)[-1]
-        weights = torch.tensor(said["weights"])
+        answer = ask(handler, "attention", model="base", text=PROMPT, layer=layer, head=head)[-1]
+        weights = torch.tensor(answer["weights"])
         torch.testing.assert_close(weights, expected[layer][0, head], atol=1e-5, rtol=0)
         torch.testing.assert_close(weights.sum(-1), torch.ones(ids.shape[1]), atol=1e-5, rtol=0)
-        assert len(said["tokens"]) == ids.shape[1]
+        assert len(answer["tokens"]) == ids.shape[1]
 
 
 def test_the_spectrum_is_that_of_the_update_that_was_merged(talk: Talk) -> None:
-    answers, artifacts = talk
+    handler, artifacts = talk
     before, after = (load_file(artifacts / name / "model.safetensors") for name in ("expanded", "lora_merged"))
-    for module in told(answers, "spectrum", adapter=str(artifacts / "lora_adapter"))[-1]["modules"]:
+    for module in ask(handler, "spectrum", adapter=str(artifacts / "lora_adapter"))[-1]["modules"]:
         change = after[f"{module['name']}.weight"].double() - before[f"{module['name']}.weight"].double()
         values = torch.tensor(module["values"], dtype=torch.float64)
         torch.testing.assert_close(torch.linalg.svdvals(change)[: len(values)], values, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""What is answered to a request, and what is refused with which reason."""
+"""Answers of the request handlers, and the errors of invalid requests."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ Answer = dict[str, Any]
 
 
 @pytest.fixture
-def answers(endless: Path) -> RequestHandler:
-    answers = RequestHandler()
-    answers.models.load("m", endless, None)
-    return answers
+def handler(endless: Path) -> RequestHandler:
+    handler = RequestHandler()
+    handler.models.load("m", endless, None)
+    return handler
 
 
 GENERATE = {"do": "generate", "model": "m", "text": "w1"}
@@ -31,16 +31,16 @@ GENERATE = {"do": "generate", "model": "m", "text": "w1"}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"do": "dance"}, r"do is 'dance'; known are generate, load, .* and cancel"),
-        ({"do": None}, r"do is None"),
-        ({"do": "load", "base": "x"}, r"name must be a text, got None"),
-        ({"do": "load", "name": "x", "base": 5}, r"base must be a text, got 5"),
-        ({"do": "load", "name": "x", "base": "a\0b"}, r"base is no path: 'a\\x00b'"),
+        ({"do": "dance"}, r"do must be generate, load, .* or cancel, got 'dance'"),
+        ({"do": None}, r"do must be generate, .* got None"),
+        ({"do": "load", "base": "x"}, r"name must be a string, got None"),
+        ({"do": "load", "name": "x", "base": 5}, r"base must be a string, got 5"),
+        ({"do": "load", "name": "x", "base": "a\0b"}, r"base must be a path without NUL, got 'a\\x00b'"),
         ({"do": "load", "name": "x", "base": "/nowhere"}, r"/nowhere is not a model folder"),
         ({"do": "unload", "name": "x"}, r"x is not loaded. Loaded: m\."),
         ({"do": "top_k", "models": "m", "text": "w1", "k": 1}, r"models must be a list of names, got 'm'"),
         ({"do": "top_k", "models": ["m"], "text": "w1", "k": -1}, r"k must be a whole number from 0, got -1"),
-        ({**GENERATE, "text": "w1 \ud800"}, r"text is not UTF-8"),
+        ({**GENERATE, "text": "w1 \ud800"}, r"text must be valid Unicode"),
         ({**GENERATE, "text": "w1 nowhere"}, r"m does not know: nowhere"),
         ({**GENERATE, "limit": True}, r"limit must be a whole number from 0, got True"),
         ({**GENERATE, "temperature": "hot"}, r"temperature must be a number, got 'hot'"),
@@ -56,14 +56,14 @@ GENERATE = {"do": "generate", "model": "m", "text": "w1"}
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_with_its_reason(
-    answers: RequestHandler, fields: Answer, message: str
+    handler: RequestHandler, fields: Answer, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        list(answers.to(fields["do"], Request(fields)))
+        list(handler.answer(fields["do"], Request(fields)))
 
 
 def filled(folder: Path, base: Path, value: float) -> Path:
-    """An adapter whose every number is `value`."""
+    """An adapter with all weights equal to `value`."""
     adapter(folder, base, AdapterSpec(2, 2.0, ("fc1",)))
     weights = {key: torch.full_like(tensor, value) for key, tensor in load_file(folder / WEIGHTS).items()}
     save_file(weights, folder / WEIGHTS)
@@ -73,38 +73,38 @@ def filled(folder: Path, base: Path, value: float) -> Path:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("do", ["load", "spectrum"])
 def test_an_adapter_that_is_not_finite_is_refused(
-    answers: RequestHandler, endless: Path, tmp_path: Path, do: str, value: float
+    handler: RequestHandler, endless: Path, tmp_path: Path, do: str, value: float
 ) -> None:
     folder = filled(tmp_path / "wild", endless, value)
     with pytest.raises(UserError, match=r"lora_A.weight is not finite. Train the adapter again"):
-        list(answers.to(do, Request({"name": "wild", "base": str(endless), "adapter": str(folder)})))
+        list(handler.answer(do, Request({"name": "wild", "base": str(endless), "adapter": str(folder)})))
 
 
 def test_a_model_that_overflows_is_refused_and_the_base_answers(
-    answers: RequestHandler, endless: Path, tmp_path: Path
+    handler: RequestHandler, endless: Path, tmp_path: Path
 ) -> None:
-    answers.models.load("wild", endless, filled(tmp_path / "wild", endless, 1e30))
+    handler.models.load("wild", endless, filled(tmp_path / "wild", endless, 1e30))
     asked = {"model": "wild", "text": "w1", "layer": 1, "head": 0, "models": ["wild", "m"], "k": 1, "temperature": 1}
     for do in ("generate", "attention"):
         with pytest.raises(UserError, match="The model's numbers are not finite"):
-            list(answers.to(do, Request(asked)))
-    (done,) = answers.to("top_k", Request(asked))
+            list(handler.answer(do, Request(asked)))
+    (done,) = handler.answer("top_k", Request(asked))
     assert "are not finite" in done["answers"]["wild"]["error"]
     assert len(done["answers"]["m"]["top_k"]) == 1
 
 
-def test_one_model_that_cannot_answer_does_not_silence_the_others(answers: RequestHandler) -> None:
+def test_one_model_that_cannot_answer_does_not_silence_the_others(handler: RequestHandler) -> None:
     fields = {"models": ["m", "gone"], "text": "w1", "k": 2, "strength": {"m": 0.5, "gone": 1}}
-    (done,) = answers.to("top_k", Request(fields))
+    (done,) = handler.answer("top_k", Request(fields))
     assert len(done["answers"]["m"]["top_k"]) == 2
     assert done["answers"]["gone"] == {"error": "gone is not loaded. Loaded: m."}
 
 
-def test_a_token_that_a_model_lacks_has_no_probability_there(answers: RequestHandler, finished: Path) -> None:
-    answers.models.load("german", finished / "artifacts/base", None)
-    (done,) = answers.to("top_k", Request({"models": ["m", "german"], "text": "w1", "k": 2}))
+def test_a_token_that_a_model_lacks_has_no_probability_there(handler: RequestHandler, finished: Path) -> None:
+    handler.models.load("german", finished / "artifacts/base", None)
+    (done,) = handler.answer("top_k", Request({"models": ["m", "german"], "text": "w1", "k": 2}))
     assert "does not know: w1" in done["answers"]["german"]["error"]
-    (done,) = answers.to("top_k", Request({"models": ["m", "german"], "text": "<eos>", "k": 2}))
+    (done,) = handler.answer("top_k", Request({"models": ["m", "german"], "text": "<eos>", "k": 2}))
     of = {name: answer["of"] for name, answer in done["answers"].items()}
     mine, theirs = ({c["token"] for c in done["answers"][name]["top_k"]} for name in ("m", "german"))
     assert all(of["german"][token] is None for token in mine if token.startswith("w"))

@@ -1,4 +1,4 @@
-"""Bases that stay in memory, adapters as views on them, at any strength."""
+"""Bases stay in memory, adapters are views of them, at any strength."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from tests.helpers.reference_merge import merged_model
 IDS = torch.randint(3, 74, (3, 9), generator=torch.Generator().manual_seed(3))
 TARGETS = ("fc1", "k_proj", "q_proj")
 ENDS = ("embed_tokens", "lm_head")
-KINDS = {  # what train_embeddings makes of embeddings and head
+KINDS = {  # one per setting of train_embeddings, and DoRA
     "none": AdapterSpec(3, 6.0, TARGETS),
     "all": AdapterSpec(3, 6.0, TARGETS, saved=ENDS),
     "new_rows": AdapterSpec(3, 6.0, TARGETS, rows=dict.fromkeys(ENDS, (60, 5, 41))),
@@ -72,8 +72,8 @@ def test_what_an_adapter_does_not_train_in_full_is_in_memory_once(tmp_path: Path
     plain = models.load("base", base, None)[0].loaded.model
     view = models.load("a", base, adapter(tmp_path / "a", base, KINDS["all"]))[0].loaded.model
     shared = {p.data_ptr() for p in plain.parameters()} & {p.data_ptr() for p in view.parameters()}
-    own = sum(p.numel() for p in view.parameters() if p.data_ptr() not in shared)
-    assert own == 2 * 74 * 64 + 2 * (2 * 3 * (64 + 64) + 3 * (64 + 256))
+    unshared = sum(p.numel() for p in view.parameters() if p.data_ptr() not in shared)
+    assert unshared == 2 * 74 * 64 + 2 * (2 * 3 * (64 + 64) + 3 * (64 + 256))
 
 
 def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(folders: tuple[Path, Path]) -> None:
@@ -136,11 +136,11 @@ def test_a_base_that_changes_while_its_adapter_is_verified_is_refused(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = project / "artifacts/expanded"
-    found = base_fingerprint(base)
+    fingerprint = base_fingerprint(base)
 
     def changing(folder: Path) -> dict[str, str]:
         (folder / "model.safetensors").touch()
-        return found
+        return fingerprint
 
     monkeypatch.setattr("pipeline.inference.server.model_pool.base_fingerprint", changing)
     with pytest.raises(UserError, match="changed while it was loaded"):

@@ -1,4 +1,4 @@
-"""What a model is asked, so that its answer can be compared."""
+"""Prompts whose completions are compared with the rest of the text."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from tests.helpers.tokenizers import tokenizer_with
 def test_the_words_that_are_given_keep_the_white_space_between_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = list[str]()
+    prompts = list[str]()
 
     def complete(_: LoadedModel, prompt: str, __: int) -> str:
-        asked.append(prompt)
+        prompts.append(prompt)
         return "return  1"
 
     monkeypatch.setattr(score, "complete", complete)
     loaded = LoadedModel("", nn.Identity(), tokenizer_with(tmp_path), tmp_path)  # type: ignore[arg-type]
     example = Example("\tif  x:\u2028  return  1", "f", 1)
     assert [score.completes_correctly(loaded, example, given) for given in (2, 1, 0)] == [True, False, False]
-    assert asked == ["\tif  x:", "\tif", ""]
+    assert prompts == ["\tif  x:", "\tif", ""]

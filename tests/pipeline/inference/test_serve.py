@@ -1,4 +1,4 @@
-"""The inference process from outside, line by line, and what it answers compared with the engine in this process."""
+"""The inference process through its pipes; its answers are compared with the engine in this process."""
 
 import json
 import os
@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from pipeline.inference import engine
-from pipeline.inference.attention_weights import of_layer
-from pipeline.inference.server.server import FAILED_DEVICE, WAITING, device_failure
+from pipeline.inference.attention_weights import layer_attention
+from pipeline.inference.server.server import FAILED_DEVICE, MAX_WAITING, device_failure
 from tests.helpers.projects import ROOT
 
 Answer = dict[str, Any]
@@ -25,7 +25,7 @@ PATIENCE = 60
 
 
 class Talk:
-    """A server, and what it has said."""
+    """A server process and its answers."""
 
     def __init__(self, patch: str = "") -> None:
         code = f"{patch}\nfrom pipeline.inference.server.server import main\nmain()"
@@ -38,7 +38,7 @@ class Talk:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self._lines.put(line)
-        self._lines.put(b"")  # it has ended
+        self._lines.put(b"")  # the process ended
 
     def say(self, line: bytes | Answer) -> None:
         assert self.process.stdin is not None
@@ -52,7 +52,7 @@ class Talk:
         return answer
 
     def ask(self, id_: int, do: str, **fields: object) -> Answer:
-        """The next answer to one request; nothing else may be on its way."""
+        """The only answer to one request, with no other request in progress."""
         self.say({"id": id_, "do": do, **fields})
         return self.hear()
 
@@ -64,7 +64,7 @@ class Talk:
         return heard
 
     def end(self) -> tuple[int, str]:
-        """Exit code and stderr, once the process has ended by itself."""
+        """Exit code and stderr, after the process ended by itself."""
         assert self.process.stderr is not None
         code = self.process.wait(PATIENCE)
         return code, self.process.stderr.read().decode()
@@ -82,7 +82,7 @@ def talk() -> Iterator[Talk]:
 
 
 def start_long(talk: Talk, endless: Path, id_: int) -> None:
-    """The endless model says something."""
+    """The endless model generates text."""
     assert talk.ask(1000, "load", name="endless", base=str(endless))["event"] == "done"
     talk.say({"id": id_, "do": "generate", "model": "endless", "text": "w1", "limit": 16_000})
     assert talk.hear()["event"] == "token"
@@ -114,7 +114,7 @@ def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished
     assert tokens[0]["probability"] == pytest.approx(float(probability), abs=1e-5)
 
     shown = talk.ask(5, "attention", model="lora", text=text, layer=1, head=2)
-    weights = of_layer(lora.model, torch.tensor([engine.encode(lora, text)]), 1)[0, 2]
+    weights = layer_attention(lora.model, torch.tensor([engine.encode(lora, text)]), 1)[0, 2]
     assert (shown["tokens"], shown["layers"], shown["heads"]) == (text.split(), 2, 4)
     torch.testing.assert_close(torch.tensor(shown["weights"]), weights)
 
@@ -158,12 +158,12 @@ def test_status_is_answered_while_the_model_works_and_too_many_requests_are_told
     talk.say({"id": 6, "do": "status"})
     heard = talk.until(6, "done")
     assert not [answer for answer in heard if answer["id"] == 5 and answer["event"] != "token"]
-    for id_ in range(100, 100 + WAITING + 3):
+    for id_ in range(100, 100 + MAX_WAITING + 3):
         talk.say({"id": id_, "do": "unload", "name": "nothing"})
     talk.say({"id": 7, "do": "cancel", "target": 5})
-    heard = talk.until(100 + WAITING - 1, "error")
+    heard = talk.until(100 + MAX_WAITING - 1, "error")
     busy = [answer["id"] for answer in heard if answer.get("kind") == "busy"]
-    assert busy == [100 + WAITING, 101 + WAITING, 102 + WAITING]
+    assert busy == [100 + MAX_WAITING, 101 + MAX_WAITING, 102 + MAX_WAITING]
 
 
 def test_the_end_of_stdin_ends_it_at_once_whatever_it_does(talk: Talk, endless: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_killed_parent_leaves_nothing_behind() -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that nobody has buried yet does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
@@ -222,7 +222,7 @@ def test_a_line_that_is_no_request_is_refused_and_the_next_is_answered(talk: Tal
     talk.say(line)
     refused = talk.hear()
     assert (refused["event"], refused["kind"]) == ("error", "user")
-    assert "a request is a JSON object with an integer id" in refused["message"]
+    assert "a request must be a JSON object with a unique integer id" in refused["message"]
     assert talk.ask(3, "status")["id"] == 3
 
 
@@ -245,9 +245,9 @@ MiniGPT.hidden_states = broken
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB')", "the memory ran out (CUDA out of memory."),
+        ("torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB')", "out of memory (CUDA out of memory."),
         ("RuntimeError('CUDA error: device-side assert\\nmore')", "the device failed (CUDA error: device-side assert)"),
-        ("MemoryError()", "the memory ran out (MemoryError); load fewer or smaller models, or give a shorter prompt"),
+        ("MemoryError()", "out of memory (MemoryError); load fewer or smaller models, or use a shorter prompt"),
     ],
 )
 def test_without_memory_it_says_what_to_do_and_ends(endless: Path, error: str, message: str) -> None:

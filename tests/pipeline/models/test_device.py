@@ -195,7 +195,7 @@ def test_the_terminal_uis_models_are_there(project: Path) -> None:
     answers = RequestHandler()
 
     def last(do: str, **fields: Any) -> dict[str, Any]:
-        return list(answers.to(do, Request({"id": 1, **fields})))[-1]
+        return list(answers.answer(do, Request({"id": 1, **fields})))[-1]
 
     base, adapter = str(project / "artifacts/expanded"), str(project / "artifacts/lora_adapter")
     last("load", name="base", base=base)
@@ -314,4 +314,4 @@ def test_the_inference_process_knows_the_same_words(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     assert engine.load(base).model.device.type == "cpu"  # too small to gain anything elsewhere
     for words in ("CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"):
-        assert "the memory ran out" in (server.device_failure(RuntimeError(words)) or "")
+        assert "out of memory" in (server.device_failure(RuntimeError(words)) or "")

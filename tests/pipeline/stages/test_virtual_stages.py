@@ -161,7 +161,7 @@ def test_adapters_of_every_kind_share_one_base_and_do_not_disturb_each_other(bri
         assert torch.equal(logits(resident.at(0)), logits(plain.loaded))
     assert torch.equal(logits(plain.loaded), logits(load(base)))
     for name in ("prefix", "prompt"):
-        with pytest.raises(UserError, match="is virtual tokens, which no strength scales"):
+        with pytest.raises(UserError, match="consists of virtual tokens, whose strength cannot be scaled"):
             residents[name].at(0.5)
 
 

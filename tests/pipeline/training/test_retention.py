@@ -195,7 +195,7 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     job = Job(whole, STAGES["finetune_lora"], project / "out", project / "runs", "", 100)
     found, notes = played(load_retention_texts(job, whole.params.finetune_lora, load_base(folder)))
     assert notes == [Note("finetune_lora: the base completes 2 prompts of data/mine.jsonl")]
-    assert found is not None and [found.place(n) for n in range(3)] == [f"data/mine.jsonl:{n}" for n in (1, 2, 3)]
+    assert found is not None and [found.location(n) for n in range(3)] == [f"data/mine.jsonl:{n}" for n in (1, 2, 3)]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     for number, prompt in ((0, prompts[0]), (2, prompts[1])):
         asked = tokenizer(prompt, return_tensors="pt")
