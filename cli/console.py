@@ -2,10 +2,20 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.cells import cell_len
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    Group,
+    JustifyMethod,
+    RenderableType,
+    RenderHook,
+    RenderResult,
+)
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -35,6 +45,7 @@ def _console(*, stderr: bool = False) -> Console:
     return made
 
 
+NARROW = 20  # columns of a text that may be wrapped or shortened
 stdout, stderr = _console(), _console(stderr=True)
 _ESCAPED = {code: f"\\u{code:04x}" for code in OBEYED}
 
@@ -44,18 +55,77 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False).translate(_ESCAPED) + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
-    """A plain table; `right` names the columns of numbers, which stay on one line where the terminal is wide enough."""
-    built = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    widths = [max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)]
-    needed = sum(width if column in right else min(width, 8) for column, width in zip(columns, widths, strict=True))
-    for column in columns:
-        number = column in right
-        whole = number and needed <= stdout.width  # else digits go on below: a cut number would be a wrong one
-        built.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=whole)
-    for row in rows:
-        built.add_row(*(Text(printable(cell)) for cell in row))  # before widths are measured: a sign takes a column
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> RenderableType:
+    """A plain table for the terminal's width; `right` names the columns of numbers, which are never cut.
+
+    A heading may have two lines. Where the columns do not fit, texts wrap between words and longer words are shortened
+    in the middle; what still does not fit goes on below, as a table with the same first column.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]  # before widths are measured: a sign takes a column
+    natural = [max(map(_longest, column)) for column in zip(columns, *cells, strict=True)]
+    least = [
+        width if name in right else max(_longest(name), min(width, NARROW))
+        for name, width in zip(columns, natural, strict=True)
+    ]
+    room = stdout.width
+    gap = 2 if sum(natural) + 2 * (len(columns) - 1) <= room else 1
+    blocks = list(_blocks(least, room, gap))
+    parts = [_block([*dict.fromkeys([0, *block])], columns, cells, natural, least, right, gap) for block in blocks]
+    return Group(*parts)
+
+
+def _blocks(least: Sequence[int], room: int, gap: int) -> Iterator[list[int]]:
+    """The columns' numbers, as many together as fit beside the first."""
+    block: list[int] = [0]
+    for number in range(1, len(least)):
+        if len(block) > 1 and sum(least[n] + gap for n in {0, *block, number}) - gap > room:
+            yield block
+            block = []
+        block.append(number)
+    yield block
+
+
+def _block(
+    chosen: Sequence[int],
+    columns: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    natural: Sequence[int],
+    least: Sequence[int],
+    right: Sequence[str],
+    gap: int,
+) -> Table:
+    widths = {number: least[number] for number in chosen}
+    spare = stdout.width - sum(widths.values()) - gap * (len(chosen) - 1)
+    narrow = sorted(
+        (number for number in chosen if least[number] < natural[number]), key=lambda number: natural[number]
+    )
+    for left, number in zip(range(len(narrow), 0, -1), narrow, strict=True):  # the spare room, in equal shares
+        more = max(0, min(natural[number] - least[number], spare // left))
+        widths[number] += more
+        spare -= more
+    built = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, gap - 1))
+    lines = max(columns[number].count("\n") for number in chosen)
+    for number in chosen:
+        justify: JustifyMethod = "right" if columns[number] in right else "left"
+        heading = "\n" * (lines - columns[number].count("\n")) + columns[number]
+        built.add_column(heading, justify=justify, width=widths[number], overflow="fold")
+    for row in cells:
+        built.add_row(*(Text(_fitted(row[number], widths[number])) for number in chosen))
     return built
+
+
+def _longest(text: str) -> int:
+    return max(map(cell_len, text.split("\n")))
+
+
+def _fitted(text: str, width: int) -> str:
+    """`text` with the words that are wider than `width` shortened in the middle."""
+    return text if _longest(text) <= width else " ".join(_shortened(word, width) for word in text.split(" "))
+
+
+def _shortened(word: str, width: int) -> str:
+    half = (width - 1) // 2
+    return word if len(word) <= width else f"{word[: width - 1 - half]}…{word[len(word) - half :]}"
 
 
 def bar(share: float, width: int = 20) -> str:

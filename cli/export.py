@@ -23,7 +23,7 @@ app = group()
 def export(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Adapter folder.")],
     out: OutOption,
-    form: Annotated[Literal["peft", "vllm", "merged"], typer.Option("--as", help="Format to write.")],
+    form: Annotated[Literal["peft", "vllm", "merged"], typer.Option("--format", help="Format to write.")],
     base: BaseOption = None,
     base_name: BaseNameOption = None,
     precision: WidthOption = None,
@@ -40,9 +40,9 @@ def export(
     from pipeline.export.formats import for_peft, for_vllm
 
     if form != "merged" and (precision or prompts):
-        raise UserError("--precision and --prompts are of --as merged.")
+        raise UserError("--precision and --prompts are of --format merged.")
     if form == "peft" and (base or trust_remote_code):
-        raise UserError("--as peft copies the adapter: it takes neither --base nor --trust-remote-code.")
+        raise UserError("--format peft copies the adapter: it takes neither --base nor --trust-remote-code.")
     if form == "merged":
         _merged(out, *merging_of(path, base, precision, prompts, trust_remote_code), base_name)
     elif form == "vllm":
@@ -65,9 +65,8 @@ def _note_bits(adapter: Path) -> None:
 
     kind = quantization_of(adapter)
     if kind != "none":
-        said = (
-            f"{adapter} was {quantization_note(kind)}. Load the base in {kind}, or export the adapter with --as merged."
-        )
+        note = f"{adapter} was {quantization_note(kind)}"
+        said = f"{note}. Load the base in {kind}, or export the adapter with --format merged."
         stderr.print(said, markup=False, soft_wrap=True)
 
 

@@ -1,10 +1,14 @@
 """Options that several commands share, and the project they name."""
 
+import os
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from pipeline.project.params.aliases import COMMANDS, OPTIONS
 
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project
@@ -27,6 +31,7 @@ BaseNameOption = Annotated[
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that came with the base.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")
+UNDER_DVC = "DVC_STAGE" in os.environ  # DVC runs the command as one of many stages: it prints one line
 
 
 def finite(value: float) -> float:
@@ -36,9 +41,29 @@ def finite(value: float) -> float:
     return value
 
 
+class _Group(TyperGroup):
+    """Answers an unknown command or option that is a former name, or another tool's, with the name here."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        meant = COMMANDS.get(args[0]) if args[0] not in self.commands else None
+        if meant in self.commands:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:  # Typer does not export the class of an unknown option's error
+            meant = OPTIONS.get(getattr(error, "option_name", None) or "")
+            known = [name for option in error.ctx.command.params for name in option.opts] if meant and error.ctx else ()  # type: ignore[attr-defined]
+            if meant in known:
+                error.message, error.possibilities = f"{error.message}. Did you mean {meant}?", None  # type: ignore[attr-defined]
+            raise
+
+
 def group(**settings: Any) -> typer.Typer:
     """A Typer with plain help: Rich's boxes cost as much time again as all the rest of `lora --help`."""
-    return typer.Typer(rich_markup_mode=None, **settings)
+    return typer.Typer(rich_markup_mode=None, cls=_Group, **settings)
 
 
 def project_of(params: Path, overrides: list[str] | None = None) -> "Project":

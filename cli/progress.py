@@ -11,8 +11,8 @@ from pipeline.project.runner import Event, Note
 Result = TypeVar("Result")
 
 
-def follow(events: Generator[Event, None, Result], title: str) -> Result:
-    """Show notes, and a progress bar with loss and ETA on a terminal, until `events` returns."""
+def follow(events: Generator[Event, None, Result], title: str, quiet: bool = False) -> Result:
+    """Show notes, and a progress bar with loss and ETA on a terminal, until `events` returns; `quiet`: few notes."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,7 +29,8 @@ def follow(events: Generator[Event, None, Result], title: str) -> Result:
                 result: Result = stop.value
                 return result
             if isinstance(event, Note):
-                stderr.print(event.text, markup=False)
+                if not (quiet and event.routine):
+                    stderr.print(event.text, markup=False)
             elif task is None:
                 task = progress.add_task(title, total=event.total, completed=event.done, text=event.text)
             else:

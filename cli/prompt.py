@@ -98,7 +98,7 @@ def compare(
     chat: Chat = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask every variant that the pipeline has made, side by side."""
+    """Ask every variant of the project, side by side."""
     from cli.console import print_json, stderr, stdout, table
     from cli.project.report import outdated, warn
     from pipeline.errors import UserError

@@ -32,7 +32,7 @@ def spectrum(
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV to stdout.")] = False,
 ) -> None:
-    """Singular values of what fine-tuning changed; extract a LoRA.
+    """Singular values of a fine-tuning; extract its LoRA.
 
     Of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds.
     """

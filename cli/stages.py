@@ -8,6 +8,7 @@ import typer
 from cli.export import PromptsOption, WidthOption
 from cli.options import (
     DEFAULT_PARAMS,
+    UNDER_DVC,
     BaseOption,
     CheckpointOption,
     ForceOption,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     Making = Generator[Event, None, Facts]
 
+WIDEST = len("finetune_freeze")  # of the names of the product's stages
 SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
 app = group()
 finetune = group(help="Fine-tune: full, freeze, lora, prefix, prompt, sweep.", no_args_is_help=True)
@@ -52,7 +54,7 @@ def pretrain(
 def expand_vocab(
     params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False
 ) -> None:
-    """Add rows for new words → artifacts/expanded, with an audit."""
+    """Add rows for new words → artifacts/expanded."""
 
     def work(job: "Job") -> "Making":
         from pipeline.stages.expand_vocab import expand_vocab
@@ -62,8 +64,8 @@ def expand_vocab(
     run_stage("expand_vocab", work, params, overrides, force)
 
 
-@app.command()
-def scratch(
+@app.command("train-from-scratch")
+def train_from_scratch(
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
     force: ForceOption = False,
@@ -75,11 +77,11 @@ def scratch(
     """
 
     def work(job: "Job") -> "Making":
-        from pipeline.stages.scratch import scratch
+        from pipeline.stages.train_from_scratch import train_from_scratch
 
-        return scratch(job)
+        return train_from_scratch(job)
 
-    run_stage("scratch", work, params, overrides, force, checkpoint_every)
+    run_stage("train_from_scratch", work, params, overrides, force, checkpoint_every)
 
 
 @finetune.command()
@@ -193,7 +195,8 @@ def sweep(
         return sweep(job)
 
     run_stage("finetune_sweep", work, params, overrides, force, checkpoint_every)
-    _show_sweep(project.artifact("finetune_sweep"))
+    if not UNDER_DVC:
+        _show_sweep(project.artifact("finetune_sweep"))
 
 
 def _finetune(job: "Job") -> "Making":
@@ -216,7 +219,7 @@ def merge(
     prompts: PromptsOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Merge the adapter into its base → artifacts/lora_merged.
+    """Merge the adapter into its base.
 
     With a certificate: each matrix received its update once, and the answers are the same.
 
@@ -253,7 +256,8 @@ def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None,
     from cli.project.report import report
 
     run_stage("evaluate", work, params, overrides, force)
-    report(params)
+    if not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
+        report(params)
 
 
 def run_stage(
@@ -276,10 +280,11 @@ def run_stage(
         from pipeline.training.distributed.run import run_distributed
 
         events = run_distributed(project, stage, work, force=force, checkpoint_every=checkpoint_every)
-    manifest = follow(events, name)
+    manifest = follow(events, name, quiet=UNDER_DVC)
     if not manifest:  # not the process that writes
         return
-    stdout.print(_summary(project.artifact(name), manifest), markup=False, soft_wrap=True)
+    line = _summary(project.artifact(name), manifest)
+    stdout.print(f"{name:{WIDEST}}  {line}" if UNDER_DVC else line, markup=False, soft_wrap=True)
 
 
 def _show_sweep(folder: Path) -> None:

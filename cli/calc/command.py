@@ -52,7 +52,7 @@ def calc(
     as_json: JsonOption = False,
     as_csv: o.Csv = False,
 ) -> None:
-    """Exact parameters, training memory, and what fits your GPU.
+    """Exact parameters, training memory, what fits your GPU.
 
     Computed from shapes alone: nothing is downloaded, no GPU is needed.
     """

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, group, project_of
+from cli.options import DEFAULT_PARAMS, UNDER_DVC, JsonOption, ParamsOption, group, project_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,8 +32,8 @@ def claims(
 
     Writes artifacts/claims.
     """
-    from cli.console import print_json
-    from pipeline.document.claims.check import chosen
+    from cli.console import print_json, stdout
+    from pipeline.document.claims.check import chosen, summary
     from pipeline.document.claims.stage import verdicts
 
     project = project_of(params)
@@ -41,6 +41,8 @@ def claims(
     found = chosen(rows, section, verdict)
     if as_json:
         print_json(found)
+    elif UNDER_DVC:
+        stdout.print(f"claims: {summary(found)}", markup=False, soft_wrap=True)
     else:
         show(found)
     _keep(project)

@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOption, SetOption, group, project_of
+from cli.options import (
+    DEFAULT_PARAMS,
+    UNDER_DVC,
+    CheckpointOption,
+    ForceOption,
+    ParamsOption,
+    SetOption,
+    group,
+    project_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -36,6 +45,8 @@ def figures(
         return figures(job)
 
     run_stage(STAGE, work, params, overrides, force, checkpoint_every)
+    if UNDER_DVC:
+        return
     show(project.artifact(STAGE), project.stages[STAGE].path)
 
 

@@ -44,12 +44,12 @@ def study(
     force: ForceOption = False,
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
-    """Measure a statement of the document, or list all studies.
+    """Run a study of the document, or list the studies.
 
     Writes tables, a picture and a paragraph to artifacts/studies/NAME.
     """
     from cli.console import stdout, table
-    from cli.options import project_of
+    from cli.options import UNDER_DVC, project_of
     from cli.stages import run_stage
     from pipeline.errors import UserError
 
@@ -67,6 +67,8 @@ def study(
         return done
 
     run_stage(stage, work, params, overrides, force, checkpoint_every)
+    if UNDER_DVC:
+        return
     show(project.artifact(stage), project.run_folder(stage))
     stdout.print(f"\nIn words: {path}/report.md", markup=False, soft_wrap=True)
 

@@ -18,16 +18,17 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     from cli.console import stdout, table
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
-    from pipeline.stages.report import SUMMARY_COLUMNS, summary_row
+    from pipeline.stages.report import LEGEND, comparison
 
     project = project_of(params)
     folder = project.artifact("evaluate")
     metrics = read_json(folder / "metrics.json", "Run `make repro`, or `lora evaluate`")
     try:
-        rows = [(name, *summary_row(numbers)) for name, numbers in metrics.items()]
+        columns, rows = comparison(metrics)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
-    stdout.print(table(("model", *SUMMARY_COLUMNS), rows, right=SUMMARY_COLUMNS))
+    stdout.print(table(columns, rows, right=columns[1:]))
+    stdout.print(f"\n{LEGEND}\n", markup=False, soft_wrap=True)
     there = (folder / "report.md").exists()
     stdout.print(
         f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours."

@@ -176,7 +176,7 @@ def _parse_record(line: str, file: str, number: int, prompts: bool = False) -> E
         if not prompts:
             raise UserError(
                 f'{location}: "prompt" needs a "completion". Add one, or use {{"text": …}} to train on the whole line. '
-                "Only finetune_lora.retain takes prompts alone: the base model completes them."
+                "Only finetune_lora.retention_data takes prompts alone: the base model completes them."
             )
         prompt = _read_string(record, "prompt", location)
         return Example(prompt, file, number, prompt)

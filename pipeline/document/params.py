@@ -20,7 +20,7 @@ class StudyFactCorrection:
     """§6: V-only against all projections, at settings that the document leaves open, and with less that trains."""
 
     data: str = "data/fact_correction.de.txt"
-    retain: str = "data/retain.de.txt"
+    retention_data: str = "data/retain.de.txt"
     prompts: str = "data/prompts.yaml"
     document: str = "data/document.yaml"  # what the document says of each prompt
     seeds: Seeds = (0, 1, 2)
@@ -29,7 +29,7 @@ class StudyFactCorrection:
     alphas: Rates = (0.5, 1.0, 8.0)
     learning_rates: Rates = (1e-3, 2e-3)
     windows: tuple[Steps, ...] = (4, 0)  # tokens a training window holds; 0: whole sentences
-    retain_weight: Rate = 5.0
+    retention_weight: Rate = 5.0
     top_k: Count = 5
 
 
@@ -38,7 +38,7 @@ class StudyKnowledgeCorrection:
     """§6, steps 1 to 5, on whatever base the project has; training as finetune_lora says, but for these."""
 
     data: File = ""  # sentences that state the fact; none: the project has no such study
-    retain: File = "data/retain.de.txt"
+    retention_data: File = "data/retain.de.txt"
     prompts: str = "data/prompts.yaml"
     groups: tuple[str, ...] = ("knowledge_correction",)  # of the prompts
     old_data: str = "data/pretrain.de.txt"  # on which the divergence from the base is taken
@@ -47,7 +47,7 @@ class StudyKnowledgeCorrection:
     rank: Count = 4
     learning_rate: Rate = 2e-3
     recipe_rate: Rate = 2e-4  # of the recipe as the document writes it, on v_proj alone (§6, step 3)
-    retain_weight: Rate = 5.0
+    retention_weight: Rate = 5.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pipeline.project.stage_graph import Stage
 
 PARENTS = ("pretrain", "expand_vocab")
 TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
-TRAINED = ("scratch", *TUNED)
+TRAINED = ("train_from_scratch", *TUNED)
 
 
 def _study(name: str, *data: str, needs: tuple[str, ...] = PARENTS, **more: Any) -> Stage:
@@ -20,13 +20,13 @@ def _study(name: str, *data: str, needs: tuple[str, ...] = PARENTS, **more: Any)
 
 def _training_data(sections: tuple[str, ...]) -> tuple[str, ...]:
     """The keys that name what these stages learn from."""
-    return (*(f"{section}.data" for section in sections), "finetune_lora.retain")
+    return (*(f"{section}.data" for section in sections), "finetune_lora.retention_data")
 
 
 MEASUREMENTS = (
-    _study("fact_correction", "data", "retain", "prompts", "document"),
+    _study("fact_correction", "data", "retention_data", "prompts", "document"),
     _study(
-        *("knowledge_correction", "data", "retain", "prompts", "old_data"),
+        *("knowledge_correction", "data", "retention_data", "prompts", "old_data"),
         extra_sections=("finetune_lora",),
         minigpt_only=False,
     ),
@@ -57,7 +57,7 @@ CLAIMS = Stage(
     "claims",
     needs=(*PRODUCT, *(stage.name for stage in MEASUREMENTS)),
     data=(
-        *("data", "pretrain.data", "finetune_lora.data", "finetune_lora.retain"),
+        *("data", "pretrain.data", "finetune_lora.data", "finetune_lora.retention_data"),
         *("study_fact_correction.data", "study_knowledge_correction.data"),
     ),
     minigpt_only=True,

@@ -48,7 +48,8 @@ def for_vllm(
     name, widest = max(updates, key=lambda name: updates[name].rank), max(update.rank for update in updates.values())
     if widest > RANKS[-1]:
         raise UserError(
-            f"{adapter}: {name} needs rank {widest}, but vLLM supports at most {RANKS[-1]}. Export with --as merged."
+            f"{adapter}: {name} needs rank {widest}, but vLLM supports at most {RANKS[-1]}. "
+            "Export with --format merged."
         )
     base_in_config = read_config(adapter).get("base_model_name_or_path") or str(base)
     with artifact.writing(out) as folder:

@@ -20,7 +20,7 @@ TRAINED = (
     "precision",
     "quantization",
     "train_embeddings",
-    "retain_weight",
+    "retention_weight",
 )
 
 
@@ -93,7 +93,7 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
     if origin and origin.added:
         yield f"on {origin.hub_id}, tokens added: {origin.added}"
     for key in TRAINED:
-        if key in params and (key != "retain_weight" or _retains(params)):
+        if key in params and (key != "retention_weight" or _retains(params)):
             yield f"{key.replace('_', ' ')}: {params[key]}"
     counted = manifest.get("parameters", {})
     if "trainable" in counted:
@@ -110,15 +110,15 @@ def _describe_adapter(config: Mapping[str, Any]) -> str:
 
 def _retains(params: Mapping[str, Any]) -> bool:
     """Whether the retention loss was used: a file may be set without a weight."""
-    return bool(params.get("retain") and params.get("retain_weight"))
+    return bool(params.get("retention_data") and params.get("retention_weight"))
 
 
 def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
     combined = manifest.get("method") == "combine"  # the inputs are adapters, which may lie in artifacts/
     params = manifest.get("params", {})
     for name, digest in manifest.get("inputs", {}).items():
-        retained = name == params.get("retain") != params.get("data")
-        if (combined or not name.startswith("artifacts/")) and (_retains(params) or not retained):
+        retained = name == params.get("retention_data") != params.get("data")
+        if (combined or not name.startswith(("artifacts/", "../artifacts/"))) and (_retains(params) or not retained):
             yield f"`{name}`{', retained' * retained}, sha256 `{digest}`"
 
 

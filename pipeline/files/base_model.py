@@ -1,4 +1,4 @@
-"""What `pretrain.base` refers to: MiniGPT, a checkpoint folder, a GGUF file, or a model of the hub.
+"""What `base` refers to: MiniGPT, a checkpoint folder, a GGUF file, or a model of the hub.
 
 Decided from the text and the file system alone, without network or heavy imports, because checking whether a stage is
 up to date needs it too. `import_base` opens the model.
@@ -62,8 +62,8 @@ def parse_source(base: str, root: Path) -> Source:
     if match:
         return Source("hub", base, hub_id=match["id"], revision=match["revision"])
     raise UserError(
-        f"pretrain.base must be minigpt, a checkpoint folder, a .gguf file or a hub id such as org/name, got {base!r}: "
-        f"{path or 'a file of that name'} does not exist. Change pretrain.base."
+        f"base must be minigpt, a checkpoint folder, a .gguf file or a hub id such as org/name, got {base!r}: "
+        f"{path or 'a file of that name'} does not exist. Change base."
     )
 
 
@@ -174,11 +174,11 @@ def _shard(folder: Path, name: object) -> Path:
 
 def refuse_other_folders(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
-        raise UserError(f"pretrain.base: {folder} is an adapter. Name the model that it was trained on.")
+        raise UserError(f"base: {folder} is an adapter. Name the model that it was trained on.")
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"Name the file in it: {ggufs[0].name}" if ggufs else "Name a folder that transformers can open"
-        raise UserError(f"pretrain.base: {folder} is not a checkpoint: it has no config.json. {hint}.")
+        raise UserError(f"base: {folder} is not a checkpoint: it has no config.json. {hint}.")
 
 
 def _refuse_non_gguf(path: Path) -> None:
@@ -186,9 +186,7 @@ def _refuse_non_gguf(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise UserError(
-            f"pretrain.base: {path}: {error.strerror}. Put the file there, or change pretrain.base."
-        ) from None
+        raise UserError(f"base: {path}: {error.strerror}. Put the file there, or change base.") from None
     if magic != b"GGUF":
         hint = "A checkpoint is named by its folder" if path.suffix != ".gguf" else "Download it again"
-        raise UserError(f"pretrain.base: {path} is not a GGUF file: it begins with {magic!r}. {hint}.")
+        raise UserError(f"base: {path} is not a GGUF file: it begins with {magic!r}. {hint}.")

@@ -237,7 +237,7 @@ def refuse_unlike(model: TransformersModel, source: str) -> None:
         model.use_attention(attention)
     if not torch.allclose(ours, theirs, rtol=AGREEMENT, atol=AGREEMENT * float(theirs.abs().max())):
         raise UserError(
-            f"pretrain.base: {source}: {type(whole).__name__} makes its logits otherwise than this project knows. "
+            f"base: {source}: {type(whole).__name__} makes its logits otherwise than this project knows. "
             "Choose another base."
         )
 

@@ -10,6 +10,7 @@ import yaml
 from pipeline.files.base_model import parse_source
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS
+from pipeline.project.params.sections import TOP_LEVEL, key_path
 from pipeline.project.stage_graph import Project, Stage
 
 CODE_FILE = "code.yaml"
@@ -64,9 +65,11 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
     deps += [*map(project.artifact_name, project.needs(stage)), *([code] if code else [])]
     sections = list(filter(None, (stage.name, stage.settings_from, *stage.extra_sections)))
     theirs = [name for name in sections if name not in own]
+    above = [key for key, section in TOP_LEVEL.items() if section in sections and section in own]
     return {
         "cmd": command(stage),
         "params": [
+            *above,
             *(name for name in sections if name in own),
             *([{project.params.project: theirs}] if theirs and project.parent else []),
             *([] if code else [{CODE_FILE: [stage.name]}]),
@@ -80,8 +83,8 @@ def _dependency(stage: Stage, key: str, name: str, written: Collection[str]) -> 
     """A file by its key where params.yaml has that, so that DVC follows it. DVC does not know what ~ is."""
     if name.startswith("~"):
         return str(Path(name).expanduser())
-    path = key if "." in key else f"{stage.section}.{key}"
-    return f"${{{path}}}" if path.partition(".")[0] in written else name
+    path = key if "." in key else key_path(stage.section, key)
+    return f"${{{path}}}" if path in TOP_LEVEL or path.partition(".")[0] in written else name
 
 
 def _outputs(stage: Stage) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def _plots(project: Project) -> list[Any]:
     A sweep's are not among them: DVC takes no folder of logs, and its adapters have the names that the grid gives.
     """
     single = (stage for stage in project.readable.values() if stage.kind != "adapters")
-    trained = [stage for stage in single if stage.name == "scratch" or stage.name.startswith("finetune_")]
+    trained = [stage for stage in single if stage.name == "train_from_scratch" or stage.name.startswith("finetune_")]
     curves = {f"{project.artifact_name(stage.name)}/{LOSS}": "loss" for stage in trained}
     axes = {"title": "Training loss", "x": "step", "x_label": "step", "y_label": "loss (nats a token)"}
     compared = [f"{stage.path}/{PARTS[0]}" for stage in project.stages.values() if stage.kind == "evaluation"]

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
 from pipeline.project import dvc_yaml, provenance
 from pipeline.project.params import edit
-from pipeline.project.params.sections import SECTIONS, parse
+from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, parse
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 
 PARAMS = "params.yaml"
@@ -51,7 +51,8 @@ PRETRAINED: dict[str, Any] = {
 }
 METHODS = ("full", "freeze", "lora", "prefix", "prompt", "sweep", "scratch")
 PRETRAINED |= {  # its shape with random weights: that the stage runs, not that it learns
-    f"scratch.{key}": value for key, value in {"epochs": 1, "window": 0, "schedule": "linear", "clip_norm": 1.0}.items()
+    f"train_from_scratch.{key}": value
+    for key, value in {"epochs": 1, "window": 0, "schedule": "linear", "max_grad_norm": 1.0}.items()
 }
 PRETRAINED |= {
     f"finetune_{method}.{key}": value
@@ -61,7 +62,7 @@ PRETRAINED |= {
 PRETRAINED |= {
     f"finetune_{method}.{key}": value
     for method in ("full", "freeze", "lora", "prefix", "prompt")
-    for key, value in {"epochs": 3, "window": 0, "schedule": "linear", "clip_norm": 1.0}.items()
+    for key, value in {"epochs": 3, "window": 0, "schedule": "linear", "max_grad_norm": 1.0}.items()
 }
 
 
@@ -83,7 +84,7 @@ def create(
     """Make `folder` a project, or add what it lacks. Nothing that is there is overwritten.
 
     `params` is the file to begin with, default the program's own, changed to what a pretrained `base` needs; `base`
-    goes into its pretrain.base, a path being relative to the caller's folder. `methods`: the fine-tuning methods that
+    goes into its base, a path being relative to the caller's folder. `methods`: the fine-tuning methods that
     it gets instead of the file's. Raises UserError before anything is written.
     """
     _refuse_other_folder(folder)
@@ -92,7 +93,7 @@ def create(
         _check_methods(methods, folder, params)
     base = _seen_from(folder, base) if base else None
     standing = (folder / PARAMS).is_file()
-    given = {"pretrain.base": base} if base else {}
+    given = {"base": base} if base else {}
     wanted = PRETRAINED if base and base != MINIGPT and not params else {}
     fresh = _fresh(folder, graph, source, given, wanted, methods) if params or not standing else ""
     text = _standing(folder, graph, base) if standing else fresh
@@ -168,7 +169,7 @@ def _fresh(
 
 def _with_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str:
     """The file's text with the sections of these methods alone, those that it lacks with every default."""
-    sections = {method: method if method == "scratch" else f"finetune_{method}" for method in METHODS}
+    sections = {method: "train_from_scratch" if method == "scratch" else f"finetune_{method}" for method in METHODS}
     written = parse(text, Path(PARAMS), (), graph.sections).written
     for name in [name for method, name in sections.items() if method not in methods and name in written]:
         text = edit.without(text, name)
@@ -197,7 +198,7 @@ def _standing(folder: Path, graph: StageGraph, base: str | None) -> str:
     text = _read(path)
     project = _project(folder, graph, text, path)
     if base and base != project.params.pretrain.base:
-        raise UserError(f"pretrain.base is {project.params.pretrain.base} in {path}, not {base}. Edit it there.")
+        raise UserError(f"base is {project.params.pretrain.base} in {path}, not {base}. Edit it there.")
     missing = _missing(text, project)
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}, which dvc.yaml names. Write it there.")
@@ -211,6 +212,8 @@ def _missing(text: str, project: Project) -> dict[str, Any]:
     for stage in project.stages.values():
         for place in dvc_yaml.files(project, stage):
             name = place.partition("[")[0]
+            if name in TOP_LEVEL:
+                continue
             section, key = name.split(".") if "." in name else (stage.section, name)
             if section in project.params.written and key not in (tree.get(section) or {}):
                 found[f"{section}.{key}"] = project.setting(stage, name)

@@ -16,7 +16,7 @@ class Look:
     sign: str
 
 
-STAGES = (*(f"finetune_{name}" for name in COLORS if name != "scratch"), "scratch")
+STAGES = (*(f"finetune_{name}" for name in COLORS if name != "scratch"), "train_from_scratch")
 METHODS = {
     stage: Look(color, sign) for stage, color, sign in zip(STAGES, COLORS.values(), SIGNS[: len(STAGES)], strict=True)
 }

@@ -20,9 +20,13 @@ from pipeline.project.stage_graph import Project, Stage
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should know: a cache hit, a resumed or refused checkpoint."""
+    """Something the user should know: a cache hit, a resumed or refused checkpoint.
+
+    `routine`: nothing out of the ordinary, left out where many stages run one after the other.
+    """
 
     text: str
+    routine: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ def _restored(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[E
     except OSError as error:
         yield Note(f"{stage.name}: the cache is not used ({error.filename or cache.root}: {error.strerror})")
         return False
-    yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})")
+    yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})", routine=True)
     return True
 
 

@@ -68,8 +68,8 @@ STAGES: Mapping[str, Stage] = {  # of the product: a project has those of which 
             data=("data", "audit_data"),
         ),
         Stage(
-            "scratch",
-            "pipeline.stages.scratch",
+            "train_from_scratch",
+            "pipeline.stages.train_from_scratch",
             "from_scratch",
             "checkpoint",
             "scratch",
@@ -84,7 +84,7 @@ STAGES: Mapping[str, Stage] = {  # of the product: a project has those of which 
                 kind,
                 method,
                 needs=("expand_vocab",),
-                data=("data", "retain") if method == "lora" else ("data",),
+                data=("data", "retention_data") if method == "lora" else ("data",),
             )
             for method, output, kind in (
                 ("full", "full_finetuned", "checkpoint"),
@@ -101,7 +101,7 @@ STAGES: Mapping[str, Stage] = {  # of the product: a project has those of which 
             "adapters",
             "sweep",
             needs=("expand_vocab",),
-            data=("data", "retain"),
+            data=("data", "retention_data"),
             settings_from="finetune_lora",
         ),
         Stage(
@@ -120,7 +120,15 @@ STAGES: Mapping[str, Stage] = {  # of the product: a project has those of which 
             "evaluation",
             "evaluate",
             needs=(
-                *("pretrain", "expand_vocab", "scratch", "finetune_full", "finetune_freeze", "finetune_lora", "merge"),
+                *(
+                    "pretrain",
+                    "expand_vocab",
+                    "train_from_scratch",
+                    "finetune_full",
+                    "finetune_freeze",
+                    "finetune_lora",
+                    "merge",
+                ),
                 *("finetune_prefix", "finetune_prompt"),
             ),
             data=("old_data", "new_data", "prompts"),
@@ -133,7 +141,7 @@ STAGES: Mapping[str, Stage] = {  # of the product: a project has those of which 
 VARIANTS: Mapping[str, tuple[str, str | None]] = {
     "base": ("pretrain", None),
     "expanded": ("expand_vocab", None),
-    "scratch": ("scratch", None),
+    "scratch": ("train_from_scratch", None),
     "full": ("finetune_full", None),
     "freeze": ("finetune_freeze", None),
     "lora": ("expand_vocab", "finetune_lora"),
@@ -256,7 +264,7 @@ class Project:
             )
         if not self._has_data(stage):
             return f"{stage.name}.data names no file. Name one in {file}."
-        return f"{stage.name} measures what the document says of MiniGPT; pretrain.base is {base}."
+        return f"{stage.name} measures what the document says of MiniGPT; base is {base}."
 
     @property
     def variants(self) -> dict[str, tuple[str, str | None]]:

@@ -17,7 +17,14 @@ from pipeline.project.stage_graph import VARIANTS, Project
 from pipeline.stages.report import draw_comparison, write_report
 
 METRICS, PREDICTIONS, REPORT, PICTURE = "metrics.json", "predictions.json", "report.md", "finetuning_comparison.png"
-TRAINED = ("scratch", "finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
+TRAINED = (
+    "train_from_scratch",
+    "finetune_full",
+    "finetune_freeze",
+    "finetune_lora",
+    "finetune_prefix",
+    "finetune_prompt",
+)
 
 
 def evaluate(job: Job) -> Generator[Event, None, Facts]:

@@ -66,5 +66,5 @@ def _refuse_unread(settings: Pretrain) -> None:
         if getattr(settings, key) != plain:
             raise UserError(
                 f"pretrain.{key} is for a base that is imported; MiniGPT is trained in fp32 with no code but ours. "
-                f"Set it to {str(plain).lower()}, or name a base in pretrain.base."
+                f"Set it to {str(plain).lower()}, or name a base in base."
             )

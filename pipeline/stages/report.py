@@ -24,7 +24,22 @@ STYLES = {
     **{"prefix": (0, (1, 1)), "prompt": (0, (5, 1, 1, 1, 1, 1))},
 }
 HATCHES = {"scratch": "..", "full": "", "freeze": "//", "lora": "xx", "prefix": "||", "prompt": "\\\\"}
-SUMMARY_COLUMNS = ("trained", "share", "new", "done", "old", "rise", "KL", "kept", "weights")
+COLUMNS = (  # of the comparison, in two lines each; sizes follow, with their unit
+    *("trained\nparams", "share\nof all", "new\nloss", "new\ncompleted", "old\nloss", "old loss\nchange"),
+    *("KL from\nbase", "answers\nkept"),
+)
+LEGEND = """\
+new: the sentences trained on. old: those that the base was trained on.
+loss: nats per token. completed: new sentences finished word for word.
+change: against the base. KL: of the next-token predictions, on old sentences.
+answers kept: old next-token first choices that are still the base's.
+size: weights to store; an adapter's beside one copy of the expanded base."""
+
+SCRATCH = (
+    f"*{NAMES['scratch']}* starts from random weights and learns old and new sentences together. It never was the "
+    "base, so it has forgotten nothing: its change, KL and kept answers say how far from it such a model is.\n"
+)
+UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"))
 
 
 def draw_comparison(path: Path, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]) -> None:
@@ -84,49 +99,47 @@ def write_report(path: Path, metrics: Mapping[str, Any], predictions: Mapping[st
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:
-    rows = [[NAMES[name], *summary_row(numbers)] for name, numbers in metrics.items()]
-    return _table(["model", *SUMMARY_COLUMNS], rows)
+    columns, rows = comparison(metrics)
+    named = [[NAMES[name], *cells] for name, *cells in rows]
+    return _table([column.replace("\n", " ") for column in columns], named)
 
 
-def summary_row(numbers: Mapping[str, Any]) -> list[str]:
-    """One variant as texts, for the report and the terminal: losses in nats a token, rise against the base."""
-    trained, done = numbers.get("trainable"), numbers.get("new_completed")
-    forgetting = numbers["forgetting"]
+def comparison(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row of texts for each variant: what was learned, what was forgotten, for report and terminal."""
+    largest = max((numbers["bytes"] for numbers in metrics.values()), default=0)
+    unit, name = next((pair for pair in UNITS if largest >= 10 * pair[0]), UNITS[-1])
+    rows = [[variant, *_cells(numbers), f"{numbers['bytes'] / unit:,.0f}"] for variant, numbers in metrics.items()]
+    return ["model", *COLUMNS, f"size\n({name})"], rows
+
+
+def _cells(numbers: Mapping[str, Any]) -> list[str]:
+    trained, completed, forgetting = numbers.get("trainable"), numbers.get("new_completed"), numbers["forgetting"]
     return [
         _count(trained) if trained else "–",
         f"{numbers['trainable_percent']:.1f}%" if trained else "–",
-        f"{numbers['new_loss']:.3f}" if done is not None else "–",
-        f"{done}/{numbers['new_sentences']}" if done is not None else "–",
+        f"{numbers['new_loss']:.3f}" if completed is not None else "–",
+        f"{completed}/{numbers['new_sentences']}" if completed is not None else "–",
         f"{numbers['old_loss']:.3f}",
         f"{forgetting['loss_rise']:+.3f}",
         f"{forgetting['divergence']:.3f}",
         f"{forgetting['answers_kept']:.0%}",
-        _stored(numbers["bytes"]),
     ]
 
 
 def _count(number: int) -> str:
     """Whole, or where a terminal has no room for that in millions: metrics.json has all digits."""
-    return f"{number:,}" if number < 10_000_000 else f"{number / 1e6:,.1f}M"
-
-
-def _stored(size: int) -> str:
-    unit, name = next((pair for pair in ((10**9, "GB"), (10**6, "MB")) if size >= 10 * pair[0]), (1000, "kB"))
-    return f"{size / unit:,.0f} {name}"
+    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.1f}M"
 
 
 def _findings(metrics: Mapping[str, Any], settings: Evaluate) -> str:
     lines = [
-        "*New* and *old* are losses: mean cross-entropies in nats a token over whole sentences of "
-        f"`{settings.new_data}` and `{settings.old_data}`. *Done*: sentences of "
-        f"`{settings.new_data}` completed word for word, and ended, from their first {settings.prompt_words} words. "
-        f"*Rise*: of the loss on `{settings.old_data}`, against the base. *KL*: mean divergence KL(base‖variant) of "
-        "the next-token predictions there, in nats. *Kept*: next-token first choices on the "
-        "same sentences that are still the base's. *Weights*: what must be stored for this variant; the adapter's are "
-        "stored beside one copy of the expanded base.\n",
-        f"*{NAMES['scratch']}* begins with random weights and learns old and new sentences together. It never was the "
-        "base, so that nothing in it was forgotten: its rise, KL and kept say how far a model that was made anew is "
-        "from the base.\n",
+        f"*New*: `{settings.new_data}`, the sentences trained on; *old*: `{settings.old_data}`, those of the base. "
+        "*Loss*: mean cross-entropy over sentences, in nats per token. *Completed*: new sentences completed word for "
+        f"word, and ended, from their first {settings.prompt_words} words. *Change*: of the old loss from the base's. "
+        "*KL*: mean KL(base‖variant) of the next-token predictions on the old sentences, in nats. *Answers kept*: "
+        "next-token first choices on the old sentences that are still the base's. *Size*: weights to store for this "
+        "variant; an adapter's are stored beside one copy of the expanded base.\n",
+        *([SCRATCH] if "scratch" in metrics else []),
         *(_curve_line(method, numbers) for method, numbers in metrics.items() if method in STYLES),
         "",
     ]

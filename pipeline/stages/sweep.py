@@ -46,8 +46,8 @@ def sweep(job: Job) -> Generator[Event, None, Facts]:
     folder = job.artifact("expand_vocab")
     base = load_base(folder, settings.precision, params.pretrain.trust_remote_code, settings.quantization)
     learned, held_out = yield from build_datasets(job, settings, base)
-    strongest = max(own.retain_weight for own in wanted.values())
-    texts = yield from load_retention_texts(job, replace(settings, retain_weight=strongest), base)
+    strongest = max(own.retention_weight for own in wanted.values())
+    texts = yield from load_retention_texts(job, replace(settings, retention_weight=strongest), base)
     specs = {}
     for name, own in wanted.items():
         with _named(name):
@@ -90,8 +90,8 @@ def _attaching(base: Base, spec: AdapterSpec, name: str, own: FinetuneLora, note
 
 
 def _variant(name: str, own: FinetuneLora, learned: Dataset, texts: Dataset | None) -> Variant:
-    batches = Batches(learned, own.batch_size, own.seed, own.accumulate)
-    retained = Batches(texts, own.retain_batch, own.seed) if texts is not None and own.retains else None
+    batches = Batches(learned, own.batch_size, own.seed, own.gradient_accumulation_steps)
+    retained = Batches(texts, own.retention_batch_size, own.seed) if texts is not None and own.retains else None
     return Variant(name, own, batches, retained)
 
 

@@ -28,10 +28,10 @@ def virtual_learner(
     start(model, spec, len(tokenizer), settings.seed)
     assert model.virtual is not None
     in_precision(model.virtual, DTYPES[settings.adapter_precision])
-    if spec.kind == "prefix" and settings.checkpointing != "none" and not model.supports_prefix:
+    if spec.kind == "prefix" and settings.gradient_checkpointing != "none" and not model.supports_prefix:
         raise UserError(
-            f"{job.stage.name}.checkpointing must be none for this model, got {settings.checkpointing}: its blocks "
-            "take a prefix from a cache alone, which is gone when they run again. Set it to none."
+            "prefix tuning does not work with gradient checkpointing on this model. "
+            f"Set {job.stage.name}.gradient_checkpointing to none, got {settings.gradient_checkpointing}."
         )
     batches, evaluation = yield from prepare_data(job, settings, base)
     trainable = count(model)["trainable"]

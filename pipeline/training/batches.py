@@ -101,15 +101,20 @@ def _trim(window: Window) -> Window:
 
 
 class Batches:
-    """The batches of all epochs; a step accumulates the gradients of `accumulate` of them."""
+    """The batches of all epochs; a step accumulates the gradients of `gradient_accumulation_steps` of them."""
 
-    def __init__(self, windows: Dataset, batch_size: int, seed: int, accumulate: int = 1) -> None:
-        self._windows, self._batch_size, self._seed, self._accumulate = windows, batch_size, seed, accumulate
+    def __init__(self, windows: Dataset, batch_size: int, seed: int, gradient_accumulation_steps: int = 1) -> None:
+        self._windows, self._batch_size, self._seed, self._gradient_accumulation_steps = (
+            windows,
+            batch_size,
+            seed,
+            gradient_accumulation_steps,
+        )
         self._epoch, self._rows = 0, self._shuffle(0)
 
     def __len__(self) -> int:
         """Steps per epoch; the last may have fewer sequences."""
-        return -(-len(self._windows) // (self._batch_size * self._accumulate))
+        return -(-len(self._windows) // (self._batch_size * self._gradient_accumulation_steps))
 
     def __getitem__(self, step: int) -> list[Batch]:
         """The batches of step `step` for this rank; steps are counted from 0 over all epochs."""
@@ -137,7 +142,7 @@ class Batches:
         epoch, index = divmod(step, len(self))
         if self._epoch != epoch:
             self._epoch, self._rows = epoch, self._shuffle(epoch)
-        size = self._batch_size * self._accumulate
+        size = self._batch_size * self._gradient_accumulation_steps
         rows = self._rows[index * size : (index + 1) * size]
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
 

@@ -30,7 +30,7 @@ def training_examples(job: Job, settings: Training) -> Iterator[Example]:
 def prepare_data(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
     """The batches, and the evaluation if eval_share is set. Raises UserError as `build_datasets` does."""
     training, held_out = yield from build_datasets(job, settings, base)
-    batches = Batches(training, settings.batch_size, settings.seed, settings.accumulate)
+    batches = Batches(training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps)
     refuse_long_warmup(settings, settings.epochs * len(batches), job.stage.section)
     if held_out is None:
         return batches, None

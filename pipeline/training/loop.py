@@ -104,8 +104,8 @@ def steps(task: TrainingTask, optimizer: FlatAdam, done: int = 0, tokens: int = 
         result = gradient(model, batches, optimizer, task.retain, number)
         if not result.finite:
             raise Diverged(number, result)
-        if settings.clip_norm:
-            optimizer.clip(result.norm, settings.clip_norm)
+        if settings.max_grad_norm:
+            optimizer.clip(result.norm, settings.max_grad_norm)
         learning_rate = rate(settings, number + 1, task.total)
         optimizer.step(learning_rate)
         tokens += result.tokens
@@ -147,7 +147,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
     largest_step = task.batches.largest_step(range(done + 1, min(done + 1 + len(task.batches), task.total)) or [done])
     predicted, live = 0 if sharded else _predict_peak(task, largest_step), TensorMemoryMeter()
     if predicted:
-        yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step")
+        yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step", routine=True)
     log = RunLog(job.run, done, tokens, evaluated=task.evaluation is not None, retained=task.retain is not None)
     task.model.train()
     records = steps(task, optimizer, done, tokens)
@@ -188,7 +188,7 @@ def build_optimizer(model: CausalLM, settings: Training) -> FlatAdam:
 
 def _place_model(task: TrainingTask) -> tuple[torch.device, bool]:
     """Move the model to its device, prepared for training; returns the device and whether its weights are sharded."""
-    model, device = task.model, prepare_model(task.model, task.settings.checkpointing)
+    model, device = task.model, prepare_model(task.model, task.settings.gradient_checkpointing)
     sharded = needs_shards(model, device) if task.sharded is None else task.sharded
     if sharded:
         shard(model, device)
@@ -278,7 +278,7 @@ def _finish(job: Job, task: TrainingTask, optimizer: FlatAdam, done: int, live: 
         task.evaluation.restore_best(optimizer)
     task.model.eval()
     if live.peak:
-        yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step")
+        yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step", routine=True)
 
 
 def measure_memory(

@@ -30,9 +30,9 @@ class RetentionLoss:
     """
 
     def __init__(self, model: CausalLM, texts: Dataset, settings: FinetuneLora) -> None:
-        self.weight = settings.retain_weight
+        self.weight = settings.retention_weight
         self._model = model
-        self._batches = Batches(texts, settings.retain_batch, settings.seed)
+        self._batches = Batches(texts, settings.retention_batch_size, settings.seed)
         adapter_parameters = {
             id(p)
             for name, p in model.named_parameters()
@@ -77,18 +77,20 @@ class RetentionLoss:
 
 
 def load_retention_texts(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Dataset | None]:
-    """The texts of finetune_lora.retain, encoded; the base completes those that are only a prompt. None if unset.
+    """The texts of finetune_lora.retention_data, encoded; the base completes prompts. None if unset.
 
     Raises UserError for a weight without a file.
     """
-    if settings.retain_weight and not settings.retain:
-        raise UserError("finetune_lora.retain_weight is set, but finetune_lora.retain is not. Set it to a data file.")
+    if settings.retention_weight and not settings.retention_data:
+        raise UserError(
+            "finetune_lora.retention_weight is set, but finetune_lora.retention_data is not. Set it to a data file."
+        )
     if not settings.retains:
         return None
     windows, locations = [], []
-    examples = list(iter_examples(job.path(settings.retain), settings.retain, prompts=True))
+    examples = list(iter_examples(job.path(settings.retention_data), settings.retention_data, prompts=True))
     if prompts := sum(map(_is_prompt, examples)):
-        yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retain}")
+        yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retention_data}")
         placed(base.model)
     for example in examples:
         ids = _complete_prompt(example, base) if _is_prompt(example) else _encode_text(example, settings, base)

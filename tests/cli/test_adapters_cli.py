@@ -249,7 +249,7 @@ def test_the_card_says_how_an_adapter_was_made_what_it_learned_and_what_it_forgo
     for fact in facts(brief / "artifacts/lora_adapter", brief / "artifacts/evaluation"):
         assert fact in card
     assert cli("adapters", "card", ".", cwd=brief / "artifacts/lora_adapter")[1] == card
-    cli("export", "artifacts/lora_adapter", "--out", str(tmp_path / "out"), "--as", "peft", cwd=brief)
+    cli("export", "artifacts/lora_adapter", "--out", str(tmp_path / "out"), "--format", "peft", cwd=brief)
     assert (tmp_path / "out/README.md").read_text(encoding="utf-8") == card
 
 

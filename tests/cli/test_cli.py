@@ -310,7 +310,7 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
         (["evaluate", "--set", "evaluate.old_data=data/finetune.de.txt"], 1, "base does not know wind, weht"),
         (["compare", "möwe"], 1, "No variant knows: möwe"),
         (["merge", "--params", "nowhere.yaml"], 1, "nowhere.yaml does not exist"),
-        (["merge", "--set", "merge.promts=x"], 1, "unknown key merge.promts. Did you mean merge.prompts?"),
+        (["merge", "--set", "merge.promts=x"], 1, "unknown key merge.promts. Did you mean prompts?"),
         (["merge", "--set", "merge.prompts=x.yaml"], 1, "x.yaml is not a file"),
         (["finetune", "lora", "--set", "finetune_lora.rank=0"], 1, "finetune_lora.rank must be at least 1, got 0"),
         (["finetune", "lora", "--set", "finetune_lora.target_modules=[q_porj]"], 1, "'q_porj' matches no linear layer"),
@@ -478,7 +478,7 @@ def test_a_subword_model_is_asked_as_in_a_chat(cli: Lora, toy: Path, finished: P
 def test_compare_sets_the_variants_of_a_subword_model_side_by_side(cli: Lora, toy: Path, tmp_path: Path) -> None:
     for name in ("base", "expanded"):
         shutil.copytree(toy, tmp_path / "artifacts" / name)
-    (tmp_path / "params.yaml").write_text("pretrain:\n  base: org/toy\nexpand_vocab: {}\n", encoding="utf-8")
+    (tmp_path / "params.yaml").write_text("base: org/toy\nexpand_vocab: {}\n", encoding="utf-8")
     code, out, _ = cli("compare", "The currency", "--max-tokens", "4", cwd=tmp_path)
     rows = [line for line in out.splitlines() if line.startswith(("base ", "expanded "))]
     assert code == 0 and len(rows) == 2 and rows[0].split()[1:] == rows[1].split()[1:]

@@ -83,9 +83,9 @@ PROMPTS = {
     }
 }
 PARAMS: dict[str, dict[str, Any]] = {
-    "pretrain": {"base": "base"},
+    "pretrain": {},
     "expand_vocab": {"data": [], "tokens": [NEW], "special_tokens": [TOOL], "audit_data": "data/old.jsonl"},
-    "scratch": {"data": ["data/texts.jsonl", "data/all.jsonl"]},
+    "train_from_scratch": {"data": ["data/texts.jsonl", "data/all.jsonl"]},
     "finetune_full": {"data": "data/texts.jsonl"},
     "finetune_freeze": {"data": "data/asked.jsonl"},
     "finetune_lora": {"data": "data/all.jsonl", "rank": 4, "alpha": 8, "target_modules": ["all-linear"]},
@@ -143,8 +143,8 @@ def new_project(root: Path, family: Family, dtype: torch.dtype = torch.float32) 
         (root / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     (root / "data/prompts.yaml").write_text(yaml.safe_dump(PROMPTS), encoding="utf-8")
     trained = {
-        name: {**section, **TRAINING} if "data" in section and name.startswith(("scratch", "finetune")) else section
+        name: {**section, **(TRAINING if "data" in section and name.startswith(("train_", "finetune_")) else {})}
         for name, section in PARAMS.items()
     }
-    (root / "params.yaml").write_text(yaml.safe_dump(trained), encoding="utf-8")
+    (root / "params.yaml").write_text(yaml.safe_dump({"base": "base", **trained}), encoding="utf-8")
     return root

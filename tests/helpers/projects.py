@@ -23,8 +23,8 @@ from pipeline.stages.expand_vocab import expand_vocab
 from pipeline.stages.finetune import finetune
 from pipeline.stages.merge import merge
 from pipeline.stages.pretrain import pretrain
-from pipeline.stages.scratch import scratch
 from pipeline.stages.sweep import sweep
+from pipeline.stages.train_from_scratch import train_from_scratch
 from pipeline.workbench import GRAPH, open_project
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def _measuring(name: str) -> Work:
 WORK: dict[str, Work] = {
     "pretrain": pretrain,
     "expand_vocab": expand_vocab,
-    "scratch": scratch,
+    "train_from_scratch": train_from_scratch,
     "finetune_full": finetune,
     "finetune_freeze": finetune,
     "finetune_lora": finetune,
@@ -59,7 +59,7 @@ WORK |= {name: _measuring(name) for name, stage in STAGES.items() if stage.is_me
 COMMAND = {
     "pretrain": ["pretrain"],
     "expand_vocab": ["expand-vocab"],
-    "scratch": ["scratch"],
+    "train_from_scratch": ["train-from-scratch"],
     "finetune_full": ["finetune", "full"],
     "finetune_freeze": ["finetune", "freeze"],
     "finetune_lora": ["finetune", "lora"],
@@ -75,7 +75,7 @@ COMMAND = {
 METHODS = ("full", "freeze", "lora", "prefix", "prompt")
 BRIEF = (
     "pretrain.epochs=2",
-    "scratch.epochs=2",
+    "train_from_scratch.epochs=2",
     *(f"finetune_{method}.epochs=2" for method in METHODS),
     "finetune_sweep.grid={rank: [1, 2]}",
     *(f"{name}.seeds=[0]" for name, stage in STAGES.items() if stage.kind == "study"),

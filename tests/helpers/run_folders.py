@@ -12,7 +12,7 @@ from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS
 from pipeline.project.params.grid import tell_ends
 
 HEADER = ",".join(COLUMNS) + "\n"
-START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0, "scratch": 3.5}
+START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0, "train_from_scratch": 3.5}
 
 
 def lines(start: float, first: int, last: int) -> str:

@@ -31,7 +31,7 @@ from pipeline.files.text import OBEYED
 from tests.helpers.process import Forked
 
 LONGEST = 20.0  # seconds
-TRAINS = ("pretrain", "scratch", "finetune", "study")  # may take as long as their params say
+TRAINS = ("pretrain", "train-from-scratch", "finetune", "study")  # may take as long as their params say
 EXITS = {0, 1, 2}
 NUMBERS = ["0", "1", "2", "3", "8", "-1", "64", "99999", str(2**31), str(2**63), str(10**30), "0.5", "1e-320", "1e300"]
 ODD_NUMBERS = ["nan", "inf", "-inf", "1e999", "", "1_0", "٣", "0x10", "1,5", "None"]
@@ -56,18 +56,29 @@ FITTING = {  # what a parameter of this name takes
 }
 SETTINGS = [
     *("finetune_lora.rank", "finetune_lora.alpha", "finetune_lora.learning_rate", "finetune_lora.batch_size"),
-    *("finetune_lora.data", "finetune_lora.target_modules", "finetune_lora.rank_pattern", "finetune_lora.retain"),
+    *(
+        "finetune_lora.data",
+        "finetune_lora.target_modules",
+        "finetune_lora.rank_pattern",
+        "finetune_lora.retention_data",
+    ),
     *("finetune_lora.precision", "finetune_lora.quantization", "finetune_lora.eval_share", "finetune_lora.max_length"),
     *("finetune_lora.warmup_steps", "finetune_lora.loraplus_ratio", "finetune_lora.init_lora_weights", "nothing.here"),
     *(
         "finetune_sweep.grid",
-        "pretrain.base",
+        "base",
         "pretrain.heads",
         "expand_vocab.tokens",
         "evaluate.top_k",
         "merge.prompts",
     ),
-    *("finetune_full.clip_norm", "finetune_prefix.virtual_tokens", "scratch.window", "finetune_lora", ""),
+    *(
+        "finetune_full.max_grad_norm",
+        "finetune_prefix.virtual_tokens",
+        "train_from_scratch.window",
+        "finetune_lora",
+        "",
+    ),
 ]
 VALUES = [
     *("attention", "all-linear", "[q_proj]", "[nothing]", "{v_proj: 2}", "{'(a+)+!': 3}", "bf16", "nf4-dq", "int8"),

@@ -19,7 +19,7 @@ from tests.helpers.projects import BRIEF, COMMAND, LORA, folder_bytes, make_one
 
 TRAINING = {
     "pretrain": ("base", "pretrain.epochs=10"),
-    "scratch": ("from_scratch", "scratch.epochs=8"),
+    "train_from_scratch": ("from_scratch", "train_from_scratch.epochs=8"),
     "finetune_full": ("full_finetuned", "finetune_full.epochs=25"),
     "finetune_freeze": ("layer_frozen", "finetune_freeze.epochs=25"),
     "finetune_lora": ("lora_adapter", "finetune_lora.epochs=50"),

@@ -92,7 +92,7 @@ def test_no_held_out_prompt_or_text_was_trained_on() -> None:
 
 def trained_files() -> list[str]:
     params = artifact.read_manifest(MADE / "lora_adapter")["params"]
-    return [params["data"], params["retain"]]
+    return [params["data"], params["retention_data"]]
 
 
 def test_peft_opens_the_adapter_and_says_euro() -> None:

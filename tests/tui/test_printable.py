@@ -56,7 +56,7 @@ def test_names_of_folders_and_files_are_shown_and_not_obeyed(cli: Lora, project:
         ["pretrain", "--params", LINK.replace("/", "")],
         ["prompt", "der", "--base", "no\x1b[31m"],
         ["adapters", "card", "no\x1b[31m"],
-        ["pretrain", "--set", "pretrain.base=\x1b[31m"],
+        ["pretrain", "--set", "base=\x1b[31m"],
     ):
         code, out, err = cli(*words, cwd=project)
         assert code == 1 and not obeyed(out + err), words

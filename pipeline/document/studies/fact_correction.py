@@ -69,9 +69,9 @@ def _grid(settings: StudyFactCorrection) -> list[Run]:
 
 def _others(settings: StudyFactCorrection) -> list[Run]:
     """Embeddings and head in full, in their new rows, or not at all; with and without texts to retain."""
-    base = replace(_lora(settings), alpha=float(settings.rank), retain=settings.retain)
+    base = replace(_lora(settings), alpha=float(settings.rank), retention_data=settings.retention_data)
     values: dict[str, Sequence[Any]] = {
-        **{"target_modules": list(TARGETS.values()), "retain_weight": (0.0, settings.retain_weight)},
+        **{"target_modules": list(TARGETS.values()), "retention_weight": (0.0, settings.retention_weight)},
         **{"seed": settings.seeds},
     }
     kinds: tuple[Literal["all", "new_rows", "none"], ...] = ("all", "new_rows", "none")

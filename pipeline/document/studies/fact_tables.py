@@ -193,7 +193,7 @@ def embeddings(words: Words, before: NextTokenAnswers, tuned: Sequence[Tuned]) -
     """How probable each prompt's word is, where embeddings and head train in full, in new rows, or not at all."""
     groups: dict[tuple[str, bool, str], list[NextTokenAnswers]] = {}
     for one in tuned:
-        key = one.settings.train_embeddings, one.settings.retain_weight > 0, one.targets
+        key = one.settings.train_embeddings, one.settings.retention_weight > 0, one.targets
         groups.setdefault(key, []).append(one.spoken)
     rows = [
         {"train_embeddings": "", "retain": False, "model": "original", **words.probabilities(words.due, [before])},

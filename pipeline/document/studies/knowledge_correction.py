@@ -94,14 +94,14 @@ def _runs(job: Job, settings: StudyKnowledgeCorrection, model: CausalLM) -> list
         alpha_pattern={},
         learning_rate=settings.learning_rate,
         train_embeddings="none" if lora.train_embeddings == "none" else "new_rows",
-        retain=settings.retain,
+        retention_data=settings.retention_data,
     )
     has_v = any(matches_suffix(name, *V_PROJ) and adaptable(module) for name, module in model.named_modules())
     targets = list(dict.fromkeys((V_PROJ, lora.target_modules) if has_v else (lora.target_modules,)))
-    weights = (0.0, settings.retain_weight) if settings.retain else (0.0,)
-    runs = [together("correction", base, target_modules=targets, retain_weight=weights, seed=settings.seeds)]
+    weights = (0.0, settings.retention_weight) if settings.retention_data else (0.0,)
+    runs = [together("correction", base, target_modules=targets, retention_weight=weights, seed=settings.seeds)]
     if has_v:
-        written = replace(base, learning_rate=settings.recipe_rate, target_modules=V_PROJ, retain_weight=0.0)
+        written = replace(base, learning_rate=settings.recipe_rate, target_modules=V_PROJ, retention_weight=0.0)
         runs.insert(0, together(AS_WRITTEN, written, seed=settings.seeds))
     return runs
 

@@ -70,7 +70,7 @@ def import_base(
 
 
 def _named(text: str) -> str:
-    return f"pretrain.base: {text}"
+    return f"base: {text}"
 
 
 def _folder(source: base_model.Source, trust_remote_code: bool) -> tuple[Path, str | None]:
@@ -89,7 +89,7 @@ def _folder(source: base_model.Source, trust_remote_code: bool) -> tuple[Path, s
         folder = Path(snapshot_download(source.hub_id, revision=source.revision, allow_patterns=wanted))
     except Exception as error:  # the library's own, its HTTP client's and the system's have no common kind
         raise UserError(
-            f"pretrain.base: {source.text} is not in the local hub cache, no folder of that name is in the project, "
+            f"base: {source.text} is not in the local hub cache, no folder of that name is in the project, "
             f"and the hub does not give it ({reason(error)}). Download it elsewhere and name its folder."
         ) from None
     base_model.refuse_other_folders(folder)
@@ -162,7 +162,7 @@ def _import_tokenizer(folder: Path, text: str, out: Path, trust_remote_code: boo
                 shutil.copyfile(path, out / path.name)
         return
     if not any(path for pattern in base_model.VOCABULARY for path in folder.glob(pattern)):
-        raise UserError(f"pretrain.base: {text} has no tokenizer: no tokenizer.json or older file. Copy it there.")
+        raise UserError(f"base: {text} has no tokenizer: no tokenizer.json or older file. Copy it there.")
     from transformers import AutoTokenizer
 
     with reported(_named(text), trust_remote_code, "Give the folder a tokenizer.json"):
@@ -171,7 +171,7 @@ def _import_tokenizer(folder: Path, text: str, out: Path, trust_remote_code: boo
             tokenizer.save_pretrained(out)
     if not (out / "tokenizer.json").is_file():
         raise UserError(
-            f"pretrain.base: {text} has a tokenizer ({type(tokenizer).__name__}) that cannot be written as "
+            f"base: {text} has a tokenizer ({type(tokenizer).__name__}) that cannot be written as "
             "tokenizer.json. Give the folder one, or choose another base."
         )
 

@@ -16,7 +16,7 @@ from pipeline.project.stage_graph import ARTIFACTS, RUNS, STAGES, Project, Stage
 
 TRAINING = (  # as a reader wants to see them
     *("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt", "finetune_sweep"),
-    *("scratch", "pretrain"),
+    *("train_from_scratch", "pretrain"),
 )
 SHORT_KEY = 8  # characters of a digest that tell two runs apart to a reader
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.project.params.sections import parse
+from pipeline.project.params.sections import TOP_LEVEL, parse
 
 NULL = "tag:yaml.org,2002:null"
 
@@ -44,7 +44,7 @@ def changed(text: str, values: Mapping[str, Any]) -> str:
     """`text` with each `section.key` set. Raises UserError where the layout leaves no place for one."""
     for key, value in values.items():
         section, _, name = key.partition(".")
-        text = _set(text, section, name, value)
+        text = _set(text, section, name, value) if name else _set_above(text, key, value)
     return text
 
 
@@ -61,7 +61,9 @@ def without(text: str, section: str) -> str:
 
 def section_text(name: str, section: Any) -> str:
     """A section with every key, as params.yaml has it."""
-    return f"{name}:\n" + "".join(f"  {f.name}: {dumped(getattr(section, f.name))}\n" for f in fields(section))
+    return f"{name}:\n" + "".join(
+        f"  {f.name}: {dumped(getattr(section, f.name))}\n" for f in fields(section) if f.name not in TOP_LEVEL
+    )
 
 
 def _set(text: str, section: str, name: str, value: Any) -> str:
@@ -87,6 +89,16 @@ def _set(text: str, section: str, name: str, value: Any) -> str:
     last = len(text) if last < 0 else last
     indent = " " * branch.value[0][0].start_mark.column
     return f"{text[:last]}\n{indent}{name}: {dumped(value)}{text[last:]}"
+
+
+def _set_above(text: str, key: str, value: Any) -> str:
+    """`text` with a key that stands above the sections."""
+    root = yaml.compose(text)
+    leaf = _child(root, key) if isinstance(root, yaml.MappingNode) else None
+    if leaf is not None:
+        return _replaced(text, leaf, value)
+    first = root.value[0][0].start_mark.index if isinstance(root, yaml.MappingNode) and root.value else len(text)
+    return f"{text[:first]}{key}: {dumped(value)}\n\n{text[first:]}"
 
 
 def _child(node: yaml.MappingNode, name: str) -> yaml.Node | None:

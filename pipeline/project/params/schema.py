@@ -3,7 +3,6 @@
 Every problem is a UserError that names key, rule, value and next step.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
 from pipeline.files.patterns import end_pattern, problem
+from pipeline.project.params.aliases import KEYS, suggest
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class ValueSource:
         return "--set" if ".".join(key.split(".")[:2]) in self.overridden else self.file
 
 
+TOP_LEVEL = "top_level"  # in a field's metadata: its key stands above the sections, and names no section
 LARGEST = 1e30  # of a float: products with it must still be numbers in fp32
 Count = Annotated[int, AtLeast(1), Below(2**31)]
 Seed = Annotated[int, AtLeast(0), Below(2**63)]
@@ -104,8 +105,8 @@ Steps = Annotated[int, AtLeast(0), Below(2**31)]
 def reject_unknown_keys(tree: Mapping[str, Any], known: Sequence[str], prefix: str, origin: ValueSource) -> None:
     for key in tree:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(known)}."
+            meant = suggest(str(key), known, KEYS, prefix.rstrip("."))
+            hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known)}."
             raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")
 
 
@@ -128,7 +129,7 @@ def section(kind: type, tree: Any, name: str, origin: ValueSource) -> Any:
     tree = {} if tree is None else tree  # `section:` alone has every default
     if not isinstance(tree, dict):
         raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {tree!r}.")
-    reject_unknown_keys(tree, [f.name for f in fields(kind)], f"{name}.", origin)
+    reject_unknown_keys(tree, [f.name for f in fields(kind) if not f.metadata.get(TOP_LEVEL)], f"{name}.", origin)
     hints = get_type_hints(kind, include_extras=True)
     values = {key: validate(hints[key], value, f"{name}.{key}", origin) for key, value in tree.items()}
     return kind(**values)

@@ -6,7 +6,7 @@ Every problem is a UserError that names key, rule, value and next step.
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -54,11 +54,11 @@ class Training:
     learning_rate: Rate = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, to the last step
     warmup_steps: Steps = 0
-    clip_norm: Annotated[float, AtLeast(0)] = 0.0  # largest norm of the gradient; 0: any
-    accumulate: Count = 1  # batches whose gradients make one step
+    max_grad_norm: Annotated[float, AtLeast(0)] = 0.0  # largest norm of the gradient; 0: any
+    gradient_accumulation_steps: Count = 1  # batches whose gradients make one step
     max_length: Steps = 0  # tokens after which an example is cut; 0: none is
     precision: Precision = "fp32"  # of the weights while they train, or stay frozen
-    checkpointing: Literal["none", "selective", "full"] = "none"  # blocks run again in backward: less memory
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"  # blocks run again in backward: less memory
     eval_share: Share = 0.0  # of the examples, held out by their hash
     eval_every: Steps = 0  # steps between evaluations; 0: an epoch
     patience: Steps = 0  # evaluations without a better loss before training stops at the best; 0: never
@@ -73,7 +73,9 @@ class Training:
 class Pretrain(Training):
     """MiniGPT's shape (the document's Introduction and §9) and its training, or the base that stands in its place."""
 
-    base: str = "minigpt"  # or a checkpoint folder, a GGUF file, a hub id: imported instead of trained
+    base: str = field(
+        default="minigpt", metadata={schema.TOP_LEVEL: True}
+    )  # or a checkpoint folder, a GGUF file, a hub id: imported instead of trained
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of an imported base's weights; auto: its own
     trust_remote_code: bool = False  # run the code that comes with a base
     data: str = "data/pretrain.de.txt"
@@ -111,7 +113,7 @@ class ExpandVocab:
 
 
 @dataclass(frozen=True)
-class Scratch(Training):
+class TrainFromScratch(Training):
     """A model of the base's shape with random weights learns old and new sentences together (§1, §7).
 
     60 epochs of both files are 1,200 steps: as many as pretraining and full fine-tuning take one after the other.
@@ -157,19 +159,19 @@ class FinetuneLora(Training):
     train_embeddings: Literal["all", "new_rows", "none"] = "all"
     adapter_precision: Trained = "fp32"
     quantization: Quantization = "none"  # of the frozen linears of the blocks
-    retain: File = ""  # texts on which answers are to stay the base's
-    retain_weight: Annotated[float, AtLeast(0)] = 0.0  # of the divergence from the base in the loss
-    retain_batch: Count = 8  # such texts a step
+    retention_data: File = ""  # texts on which answers are to stay the base's
+    retention_weight: Annotated[float, AtLeast(0)] = 0.0  # of the divergence from the base in the loss
+    retention_batch_size: Count = 8  # such texts a step
 
     @property
     def retains(self) -> bool:
-        return bool(self.retain) and self.retain_weight > 0
+        return bool(self.retention_data) and self.retention_weight > 0
 
 
 SWEPT = (  # what adapters that train together can differ in
-    *("seed", "learning_rate", "schedule", "warmup_steps", "clip_norm", "loraplus_ratio"),
+    *("seed", "learning_rate", "schedule", "warmup_steps", "max_grad_norm", "loraplus_ratio"),
     *("rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "rslora", "dora", "init_lora_weights"),
-    "retain_weight",
+    "retention_weight",
 )
 
 
@@ -243,7 +245,7 @@ class Params:
 
     pretrain: Pretrain = field(default_factory=Pretrain)
     expand_vocab: ExpandVocab = field(default_factory=ExpandVocab)
-    scratch: Scratch = field(default_factory=Scratch)
+    train_from_scratch: TrainFromScratch = field(default_factory=TrainFromScratch)
     finetune_full: FinetuneFull = field(default_factory=FinetuneFull)
     finetune_freeze: FinetuneFreeze = field(default_factory=FinetuneFreeze)
     finetune_lora: FinetuneLora = field(default_factory=FinetuneLora)
@@ -274,7 +276,10 @@ class Params:
 SECTIONS: Mapping[str, type] = {
     name: hint for name, hint in get_type_hints(Params).items() if name not in ("more", "written", "project", "file")
 }  # of the product
-PROJECT = "project"  # the one key of params.yaml that is no section
+PROJECT = "project"  # a key of params.yaml that is no section
+TOP_LEVEL: Mapping[str, str] = {  # the others: key → the section that holds it in memory
+    key.name: name for name, kind in SECTIONS.items() for key in fields(kind) if key.metadata.get(schema.TOP_LEVEL)
+}
 
 
 def load(path: Path, overrides: Sequence[str] = (), more: Mapping[str, type] = MappingProxyType({})) -> Params:
@@ -303,14 +308,19 @@ def parse(
     project = tree.pop(PROJECT, "")
     if not isinstance(project, str):
         raise UserError(f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}.")
-    written = frozenset(tree)
+    written = frozenset(TOP_LEVEL.get(key, key) for key in tree)
     overridden = {_apply(tree, override) for override in overrides}
-    if project and (theirs := sorted(tree.keys() - written)):
+    if project and (theirs := sorted(tree.keys() - written - TOP_LEVEL.keys())):
         raise UserError(f"--set {theirs[0]}: {path.name} has no such section. Set it in {project}, or add it here.")
     origin = ValueSource(path.name, frozenset({*overridden, *(tree.keys() - written)}))
     kinds = {**SECTIONS, **more}
-    schema.reject_unknown_keys(tree, [*kinds, PROJECT], "", origin)
+    schema.reject_unknown_keys(tree, [*kinds, *TOP_LEVEL, PROJECT], "", origin)
+    above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
     read = {name: schema.section(kinds[name], tree[name], name, origin) for name in tree}
+    for key, value in above.items():
+        section = read.get(TOP_LEVEL[key]) or SECTIONS[TOP_LEVEL[key]]()
+        hint = get_type_hints(type(section), include_extras=True)[key]
+        read[TOP_LEVEL[key]] = replace(section, **{key: schema.validate(hint, value, key, origin)})
     params = Params(
         more={name: kind() for name, kind in more.items()}, written=written, project=project, file=path.name
     )
@@ -375,12 +385,15 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     """Put the value into the tree; returns its section.key."""
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
-    if not (equals and dot and key):
+    if not (equals and (key if dot else section in TOP_LEVEL)):
         raise UserError(f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}.")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # ValueError: a date that no calendar has
         raise UserError(f"--set {path.strip()}: {text!r} is not a YAML value.") from None
+    if not dot:
+        tree[section] = value
+        return section
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):
         raise UserError(f"--set {path.strip()}: {section} is not a section in the params file.")
@@ -391,7 +404,12 @@ def _apply(tree: dict[str, Any], override: str) -> str:
 def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
     """Raises UserError if `key` of section `name` must not be `value`, the others as they are; `source` is its file."""
     hints = get_type_hints(type(section), include_extras=True)
-    replace(section, **{key: schema.validate(hints[key], value, f"{name}.{key}", ValueSource(source))})
+    replace(section, **{key: schema.validate(hints[key], value, key_path(name, key), ValueSource(source))})
+
+
+def key_path(section: str, key: str) -> str:
+    """A key as params.yaml has it: base, or section.key."""
+    return key if TOP_LEVEL.get(key) == section else f"{section}.{key}"
 
 
 def rule(section: Section, key: str) -> str:

@@ -130,7 +130,7 @@ def _optimizer_step(
     task: BatchedTrainingTask, optimizer: BatchedAdam, result: Gradients, rates: Mapping[int, float]
 ) -> None:
     """One optimizer step: each adapter at its rate, with its gradient clipped. Stopped adapters do not change."""
-    clipped = {n: _clip_factor(task.variants[n].settings.clip_norm, result.norms[n]) for n in rates}
+    clipped = {n: _clip_factor(task.variants[n].settings.max_grad_norm, result.norms[n]) for n in rates}
     if len(rates) < len(task.variants) or set(clipped.values()) != {1.0}:
         optimizer.scale([clipped.get(n, 0.0) for n in range(len(task.variants))])
     optimizer.step([rates.get(n, 0.0) for n in range(len(task.variants))])

@@ -26,7 +26,7 @@ def train_batched(job: Job, task: BatchedTrainingTask) -> Generator[Event, None,
     NotFinite if all adapters diverged.
     """
     name, settings = job.stage.name, task.variants[0].settings
-    task.model.to(prepare_model(task.model, settings.checkpointing))
+    task.model.to(prepare_model(task.model, settings.gradient_checkpointing))
     if not task.training_reader.supports_packing:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
     optimizer, progress = _build_optimizer(task), AdapterProgress.of(len(task.variants))
@@ -52,7 +52,7 @@ def _finish(
         task.evaluation.restore_best(optimizer)
     task.model.eval()
     if live.peak:
-        yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step")
+        yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step", routine=True)
 
 
 def _log_and_checkpoint(

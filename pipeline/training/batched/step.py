@@ -74,7 +74,7 @@ def gradients(task: BatchedTrainingTask, optimizer: BatchedAdam, live: Sequence[
     retention_rows = {n: retained.rows(number) for n in live if (retained := task.variants[n].retained) is not None}
     divergences: dict[int, float] = {}
     if retention_rows:
-        weights = {n: task.variants[n].settings.retain_weight for n in retention_rows}
+        weights = {n: task.variants[n].settings.retention_weight for n in retention_rows}
         divergences, _ = _backward(task, task.retention_reader, adapter_divergences, retention_rows, weights)
     norms = optimizer.collect_gradients().tolist()
     return Gradients(losses, {n: norms[n] for n in live}, labels, divergences)

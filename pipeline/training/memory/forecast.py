@@ -22,11 +22,13 @@ def suggest_less_memory(model: CausalLM, method: FinetuningMethod, settings: Tra
     """
     now, single = predict_peak_memory(model, method, settings, batch), longest_sequence(batch)
     options: list[tuple[str, Training, Batch]] = []
-    if settings.checkpointing != "full":
-        options.append((f"{stage}.checkpointing=full", replace(settings, checkpointing="full"), batch))
+    if settings.gradient_checkpointing != "full":
+        options.append(
+            (f"{stage}.gradient_checkpointing=full", replace(settings, gradient_checkpointing="full"), batch)
+        )
     if settings.batch_size > 1:
-        sequences = settings.batch_size * settings.accumulate
-        options.append((f"{stage}.batch_size=1 with accumulate={sequences}", settings, single))
+        sequences = settings.batch_size * settings.gradient_accumulation_steps
+        options.append((f"{stage}.batch_size=1 with gradient_accumulation_steps={sequences}", settings, single))
     if isinstance(settings, FinetuneLora) and settings.quantization == "none":
         quantized = replace(settings, quantization="nf4-dq", precision="bf16")
         options.append((f"{stage}.quantization=nf4-dq", quantized, batch))
@@ -79,7 +81,7 @@ def predict_peak_memory(
         precision=precision,
         adapter_precision=adapter,
         optimizer="adam-flat",
-        checkpointing=settings.checkpointing,
+        checkpointing=settings.gradient_checkpointing,
         loss="divergence" if retained else "full" if all_logits else "chunked",
         label_share=1.0 if retained else len(batch.labels) / batch.ids.numel(),
         chunk=CHUNK,

@@ -86,7 +86,7 @@ def refusals(cli: Lora, root: Path) -> set[str]:
         ("prompt", "w1 w2", "--adapter", "theirs", *at_base),
         ("merge", "--adapter", "theirs", "--out", "out", *at_base),
         ("adapters", "import", "theirs", "--out", "out", *at_base),
-        ("export", "theirs", "--as", "vllm", "--out", "out", *at_base),
+        ("export", "theirs", "--format", "vllm", "--out", "out", *at_base),
     )
     found = {refusal(cli(*way, cwd=root)) for way in ways}
     assert not (root / "out").exists()
@@ -125,7 +125,7 @@ def test_a_list_of_rows_is_the_embeddings_whatever_the_model_calls_it(cli: Lora,
 def test_lora_on_a_tied_head_unties_it_where_it_is_merged(cli: Lora, tied: Path, targets: list[str]) -> None:
     made(tied, target_modules=targets)
     assert_answers_as_in_peft(cli, tied)
-    assert cli("export", "theirs", "--as", "vllm", "--out", "out", "--base", "base", cwd=tied)[0] == 0
+    assert cli("export", "theirs", "--format", "vllm", "--out", "out", "--base", "base", cwd=tied)[0] == 0
 
 
 def test_a_head_that_is_not_the_tied_bases_is_refused(cli: Lora, tied: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_pickle_is_never_read_and_its_conversion_is_named(cli: Lora, tied: Pat
     path = tied / "theirs" / WEIGHTS
     torch.save(load_file(path), tied / "theirs/adapter_model.bin")
     path.unlink()
-    (said,) = refusals(cli, tied) | {refusal(cli("export", "theirs", "--as", "peft", "--out", "out", cwd=tied))}
+    (said,) = refusals(cli, tied) | {refusal(cli("export", "theirs", "--format", "peft", "--out", "out", cwd=tied))}
     assert "adapter_model.bin is a pickle, which can run code and is never read" in said
     code = said.split('python -c "')[1].split('"')[0]
     subprocess.run([sys.executable, "-c", code], cwd=tied, check=True, timeout=120)

@@ -243,7 +243,7 @@ def test_pitfall_7_an_adapter_of_new_tokens_is_exported_within_vllms_rules(
     base = checkpoint(tmp_path / "base", tie_embeddings=tied)
     rows = dict.fromkeys(ENDS[: 1 if tied else 2], (70, 71, 72, 73))
     trained = adapter(tmp_path / "adapter", base, AdapterSpec(3, 6.0, ("q_proj", "fc1"), rows=rows, rslora=True))
-    code, out, err = cli("export", "adapter", "--as", "vllm", "--base", "base", "--out", "served", cwd=tmp_path)
+    code, out, err = cli("export", "adapter", "--format", "vllm", "--base", "base", "--out", "served", cwd=tmp_path)
     assert code == 0, err
     config = json.loads((tmp_path / "served/adapter_config.json").read_text(encoding="utf-8"))
     for key in ("modules_to_save", "trainable_token_indices", "use_dora", "use_rslora", "lora_bias"):
@@ -260,7 +260,7 @@ def test_pitfall_7_an_adapter_of_new_tokens_is_exported_within_vllms_rules(
 
 
 def test_pitfall_7_what_vllm_cannot_take_is_refused_with_what_to_do(cli: Lora, brief: Path, tmp_path: Path) -> None:
-    code, out, err = cli("export", str(ADAPTER), "--as", "vllm", "--out", str(tmp_path / "served"), cwd=brief)
+    code, out, err = cli("export", str(ADAPTER), "--format", "vllm", "--out", str(tmp_path / "served"), cwd=brief)
     assert (code, out) == (1, "")
     assert "was trained in full (modules_to_save)" in err
     assert "or train again with finetune_lora.train_embeddings set to new_rows or none." in err
@@ -291,7 +291,7 @@ def test_pitfall_8_an_adapter_of_a_base_in_four_bits_is_merged_to_answer_as_it_w
 
 def test_pitfall_9_the_merged_model_answers_as_base_and_adapter(cli: Lora, brief: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    how = ("--as", "merged", "--out", str(out), "--prompts", "data/prompts.yaml")
+    how = ("--format", "merged", "--out", str(out), "--prompts", "data/prompts.yaml")
     code, said, err = cli("export", str(ADAPTER), *how, cwd=brief)
     assert code == 0, err
     assert "8 matrices hold their update 1.0000 to 1.0000 times  largest logit difference" in said
@@ -386,7 +386,7 @@ def test_pitfall_19_blocks_that_run_again_over_frozen_embeddings_give_the_same_g
 def test_pitfall_19_and_the_same_adapter(cli: Lora, project: Path) -> None:
     files = []
     for how in ("none", "full"):
-        assert finetune(cli, project, "train_embeddings=none", f"checkpointing={how}")[0] == 0
+        assert finetune(cli, project, "train_embeddings=none", f"gradient_checkpointing={how}")[0] == 0
         files.append((project / ADAPTER / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
     saved = load_file(project / ADAPTER / "adapter_model.safetensors")
@@ -414,7 +414,7 @@ def test_pitfall_24_forgetting_is_seen_before_anything_ships(cli: Lora, brief: P
     )
     cards = [cli("adapters", "card", str(ADAPTER), cwd=brief)[1]]
     for form in ("peft", "merged"):
-        assert cli("export", str(ADAPTER), "--as", form, "--out", str(tmp_path / form), cwd=brief)[0] == 0
+        assert cli("export", str(ADAPTER), "--format", form, "--out", str(tmp_path / form), cwd=brief)[0] == 0
         cards.append((tmp_path / form / "README.md").read_text(encoding="utf-8"))
     assert all(f"- {text}\n" in card for card in cards for text in said)
 

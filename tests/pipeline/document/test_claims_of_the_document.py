@@ -120,7 +120,7 @@ def test_a_study_of_other_settings_leaves_its_claims_without_a_verdict(studied: 
 def test_a_project_of_another_base_is_not_the_documents(tmp_path: Path) -> None:
     root = new_project(tmp_path / "other")
     shutil.rmtree(root / "data")
-    project = open_project(root / "params.yaml", ["pretrain.base=org/model"])
+    project = open_project(root / "params.yaml", ["base=org/model"])
     rows = verdicts(project)
     left = [row for row in rows if row["verdict"] == "not run"]
     assert len(rows) - len(left) == len(calculated())

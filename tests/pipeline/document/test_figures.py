@@ -582,8 +582,8 @@ def test_lora_figures_says_what_each_shows_and_where_it_is(cli: Lora, figured: P
 
 
 def test_figures_are_of_minigpt(cli: Lora, figured: Path) -> None:
-    said = refusal(cli("figures", "--set", "pretrain.base=HuggingFaceTB/SmolLM2-135M", cwd=figured))
-    assert "figures measures what the document says of MiniGPT; pretrain.base is HuggingFaceTB/SmolLM2-135M." in said
+    said = refusal(cli("figures", "--set", "base=HuggingFaceTB/SmolLM2-135M", cwd=figured))
+    assert "figures measures what the document says of MiniGPT; base is HuggingFaceTB/SmolLM2-135M." in said
 
 
 @pytest.mark.parametrize(

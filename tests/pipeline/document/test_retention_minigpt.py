@@ -13,7 +13,7 @@ CORRECTION = ("finetune_lora.data=data/knowledge_correction.de.txt", "finetune_l
 
 def corrected(root: Path, weight: float) -> tuple[list[bool], list[bool], float]:
     """(corrected, kept) of §6's prompts, and the divergence from the base on the pretraining sentences."""
-    make(root, ["finetune_lora"], (*CORRECTION, f"finetune_lora.retain_weight={weight}"))
+    make(root, ["finetune_lora"], (*CORRECTION, f"finetune_lora.retention_weight={weight}"))
     base = engine.load(root / "artifacts/expanded")
     tuned = engine.load(root / "artifacts/expanded", root / "artifacts/lora_adapter")
     prompts = [p for p in read_prompts(root / "data/prompts.yaml", "p") if p.group == "knowledge_correction"]

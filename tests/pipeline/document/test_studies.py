@@ -303,7 +303,7 @@ def test_where_no_run_of_rank_learns_it_says_so(project: Path) -> None:
 
 
 def test_what_is_wrong_in_a_run_is_said_with_its_name(cli: Lora, project: Path) -> None:
-    given = ("finetune_full.learning_rate=1e30", "study_methods.seeds=[0]", "scratch.epochs=1")
+    given = ("finetune_full.learning_rate=1e30", "study_methods.seeds=[0]", "train_from_scratch.epochs=1")
     code, _, err = cli("study", "methods", *(f"--set={one}" for one in given), cwd=project)
     assert code == 1 and "error: study_methods, full fine-tuning, seed 0: finetune_full: the loss is nan" in err
 
@@ -430,8 +430,8 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
             "study_knowledge_correction.data names",
         ),
         (
-            ["rank", "--set", "pretrain.base=other"],
-            "study_rank measures what the document says of MiniGPT; pretrain.base",
+            ["rank", "--set", "base=other"],
+            "study_rank measures what the document says of MiniGPT; base",
         ),
         *(
             (

@@ -52,7 +52,7 @@ def made(root: Path, family: str = "llama", tied: bool = True, spec: AdapterSpec
 
 
 def export(cli: Lora, form: str, source: Path, out: Path, *more: str) -> tuple[int, str, str]:
-    return cli("export", str(source), "--out", str(out), "--as", form, *more, cwd=source.parent)
+    return cli("export", str(source), "--out", str(out), "--format", form, *more, cwd=source.parent)
 
 
 def exported(cli: Lora, form: str, source: Path, out: Path, *more: str) -> str:
@@ -211,8 +211,8 @@ def facts(adapter: Path, evaluation: Path) -> list[str]:
     manifest, metrics = read_json(adapter / "manifest.json", ""), read_json(evaluation / "metrics.json", "")["lora"]
     forgetting, params = metrics["forgetting"], manifest["params"]
     data = {name: digest for name, digest in manifest["inputs"].items() if name.startswith("data/")}
-    if not params["retain_weight"]:
-        del data[params["retain"]]
+    if not params["retention_weight"]:
+        del data[params["retention_data"]]
     return [
         f"LoRA, rank {params['rank']}, alpha {params['alpha']:g}",
         *(f"learning rate: {params['learning_rate']}", f"epochs: {params['epochs']}"),
@@ -276,7 +276,7 @@ def test_a_second_export_takes_the_place_of_the_first(cli: Lora, form: str, tmp_
 @pytest.mark.parametrize("more", [["--precision", "bf16"], ["--prompts", "data/prompts.yaml"]])
 def test_options_of_a_merge_are_refused_without_one(cli: Lora, more: list[str], tmp_path: Path) -> None:
     source = made(tmp_path)
-    assert "are of --as merged" in refusal(export(cli, "peft", source, tmp_path / "out", *more))
+    assert "are of --format merged" in refusal(export(cli, "peft", source, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 
 
@@ -298,7 +298,7 @@ def from_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         (root / "base").rename(repository / "snapshots" / COMMIT)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        plain = ("pretrain.base=org/toy@v1", "expand_vocab.special_tokens=[]", "finetune_lora.train_embeddings=none")
+        plain = ("base=org/toy@v1", "expand_vocab.special_tokens=[]", "finetune_lora.train_embeddings=none")
         make(root, ["pretrain", "expand_vocab", "finetune_lora"], [*plain, *overrides])
         return root
 
@@ -359,7 +359,7 @@ def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, fr
     for form in ("peft", "vllm"):
         code, _, said = export(cli, form, root / "artifacts/lora_adapter", root / form)
         assert code == 0
-        assert f"{note}. Load the base in nf4-dq, or export the adapter with --as merged." in said
+        assert f"{note}. Load the base in nf4-dq, or export the adapter with --format merged." in said
         assert f"- {note}. Load the base in nf4-dq" in (root / form / "README.md").read_text(encoding="utf-8")
     code, _, said = export(cli, "merged", root / "artifacts/lora_adapter", root / "merged")
     card = (root / "merged/README.md").read_text(encoding="utf-8")
@@ -369,8 +369,8 @@ def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, fr
 
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 def test_retained_data_is_named_where_it_was_used(cli: Lora, from_hub: Callable[..., Path], weight: float) -> None:
-    root = from_hub("finetune_lora.retain=data/texts.jsonl", f"finetune_lora.retain_weight={weight}")
+    root = from_hub("finetune_lora.retention_data=data/texts.jsonl", f"finetune_lora.retention_weight={weight}")
     card = cli("adapters", "card", "artifacts/lora_adapter", cwd=root)[1]
     assert "`data/all.jsonl`, sha256" in card
-    assert ("`data/texts.jsonl`, retained, sha256" in card) is ("retain weight: 2.0" in card) is (weight > 0)
-    assert ("texts.jsonl" in card) is ("retain weight" in card) is (weight > 0)
+    assert ("`data/texts.jsonl`, retained, sha256" in card) is ("retention weight: 2.0" in card) is (weight > 0)
+    assert ("texts.jsonl" in card) is ("retention weight" in card) is (weight > 0)

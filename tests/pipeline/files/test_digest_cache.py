@@ -238,6 +238,6 @@ def test_no_model_is_loaded_on_the_word_of_the_store(
         ["adapters", "verify", str(adapter)],
         ["adapters", "card", str(adapter)],
         ["merge", "--adapter", str(adapter), "--out", "merged"],
-        ["export", str(adapter), "--as", "peft", "--out", "exported"],
+        ["export", str(adapter), "--format", "peft", "--out", "exported"],
     ):
         assert "adapter_model.safetensors was changed" in refusal(cli(*command, cwd=tmp_path)), command

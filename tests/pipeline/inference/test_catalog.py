@@ -146,7 +146,7 @@ def test_adapters_of_a_sweep_are_bound_to_the_base_beside_it_and_answer_like_any
         ["adapters", "diff", one, other],
         ["adapters", "card", one],
         ["merge", "--adapter", one, "--out", "merged"],
-        ["export", one, "--as", "peft", "--out", "exported"],
+        ["export", one, "--format", "peft", "--out", "exported"],
     ):
         code, out, err = cli(*command, cwd=tmp_path)
         assert code == 0 and out, (command, err)

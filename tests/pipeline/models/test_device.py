@@ -41,7 +41,11 @@ from tests.helpers.projects import BRIEF, STAGES, folder_bytes, make
 from tests.helpers.real import toy, windows_of, with_lora
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
-TRAINING = ["pretrain", "scratch", *(f"finetune_{name}" for name in ("full", "freeze", "lora", "prefix", "prompt"))]
+TRAINING = [
+    "pretrain",
+    "train_from_scratch",
+    *(f"finetune_{name}" for name in ("full", "freeze", "lora", "prefix", "prompt")),
+]
 
 
 @pytest.fixture
@@ -95,12 +99,12 @@ def test_each_stage_trains_there_as_on_the_cpu(brief: Path, project: Path, stage
 
 
 SETTINGS = {
-    "retained prompts": ["retain=prompts.jsonl", "retain_weight=1"],
+    "retained prompts": ["retention_data=prompts.jsonl", "retention_weight=1"],
     "PiSSA": ["init_lora_weights=pissa"],
     "DoRA": ["dora=true"],
     "new rows": ["train_embeddings=new_rows"],
     "held out": ["eval_share=0.3", "patience=1", "eval_every=1"],
-    "accumulated and clipped": ["accumulate=2", "clip_norm=0.1"],
+    "accumulated and clipped": ["gradient_accumulation_steps=2", "max_grad_norm=0.1"],
     "bf16": ["precision=bf16"],
     "fp16": ["precision=fp16"],
     "nf4": ["quantization=nf4-dq"],
@@ -144,7 +148,16 @@ ASKED = {
     "compare": ["compare", "der wind", "--json"],
     "verify": ["adapters", "verify", "artifacts/lora_adapter"],
     "merge": ["merge", "--adapter", "artifacts/lora_adapter", "--out", "OUT", "--prompts", "data/prompts.yaml"],
-    "export": ["export", "artifacts/lora_adapter", "--as", "merged", "--out", "OUT", "--prompts", "data/prompts.yaml"],
+    "export": [
+        "export",
+        "artifacts/lora_adapter",
+        "--format",
+        "merged",
+        "--out",
+        "OUT",
+        "--prompts",
+        "data/prompts.yaml",
+    ],
     "spectrum": [
         *("spectrum", "artifacts/expanded", "artifacts/full_finetuned"),
         *("--rank", "4", "--out", "OUT", "--data", "data/finetune.de.txt"),
@@ -279,14 +292,17 @@ def test_the_advice_is_the_calculators() -> None:
     model = with_lora(toy("llama"), torch.float32)
     prepare_model(model, "none")
     batch = collate(windows_of((5, 9, 2, 14)))
-    settings, method = FinetuneLora(batch_size=4, accumulate=2), FinetuningMethod("lora", 4, 4.0, ("attention",))
+    settings, method = (
+        FinetuneLora(batch_size=4, gradient_accumulation_steps=2),
+        FinetuningMethod("lora", 4, 4.0, ("attention",)),
+    )
     said = suggest_less_memory(model, method, settings, batch, "finetune_lora")
     sizes = {
         "": predict_peak_memory(model, method, settings, batch),
-        "finetune_lora.checkpointing=full": predict_peak_memory(
-            model, method, replace(settings, checkpointing="full"), batch
+        "finetune_lora.gradient_checkpointing=full": predict_peak_memory(
+            model, method, replace(settings, gradient_checkpointing="full"), batch
         ),
-        "finetune_lora.batch_size=1 with accumulate=8": predict_peak_memory(
+        "finetune_lora.batch_size=1 with gradient_accumulation_steps=8": predict_peak_memory(
             model, method, settings, collate(windows_of((14,)))
         ),
     }

@@ -149,7 +149,7 @@ def test_a_manifest_says_nothing_of_where_a_base_and_data_lie_and_moving_them_ch
 
     def outside(folder: Path) -> Project:
         data = [str(folder / name / "texts.jsonl") for name in ("a", "b")]
-        settings = {"pretrain.base": str(folder / "base"), "scratch.data": data}
+        settings = {"base": str(folder / "base"), "train_from_scratch.data": data}
         return open_project(root / "params.yaml", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
     for name in ("a", "b"):
@@ -158,7 +158,7 @@ def test_a_manifest_says_nothing_of_where_a_base_and_data_lie_and_moving_them_ch
     (tmp_path / "one/b/texts.jsonl").write_text('{"text": "other"}\n', encoding="utf-8")
     for path in ("base", "expanded"):
         (root / "artifacts" / path).mkdir(parents=True)
-    project, stages = outside(tmp_path / "one"), [STAGES["pretrain"], STAGES["scratch"]]
+    project, stages = outside(tmp_path / "one"), [STAGES["pretrain"], STAGES["train_from_scratch"]]
     before = [known(project, stage) for stage in stages]
     assert str(tmp_path) not in json.dumps(before)
     assert before[0]["params"]["base"] == "base" and list(before[0]["inputs"]) == ["base"]
@@ -182,8 +182,8 @@ def test_a_base_of_the_hub_is_pinned_in_the_manifest(tmp_path: Path, monkeypatch
     shutil.move(root / "base", repository / "snapshots" / COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    manifest = make(root, ["pretrain"], ["pretrain.base=org/toy"])
+    manifest = make(root, ["pretrain"], ["base=org/toy"])
     assert (manifest["source"], manifest["revision"]) == ("hub", COMMIT)
     assert manifest["inputs"] == {"org/toy": "hub:org/toy@main"}
-    make(root, ["expand_vocab", "finetune_lora", "merge"], ["pretrain.base=org/toy"])
+    make(root, ["expand_vocab", "finetune_lora", "merge"], ["base=org/toy"])
     assert COMMIT not in json.dumps(sorted(folder_bytes(root / "artifacts/lora_merged")))

@@ -1,4 +1,4 @@
-"""What `pretrain.base` names, and bases made by others as transformers opens them before and after the import."""
+"""What `base` names, and bases made by others as transformers opens them before and after the import."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_a_base_is_named_by_text_and_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["miniGPT", "./org/model", "/nowhere/model", "../x", "a/b/c", "org/", "org/m@"])
 def test_a_base_that_names_nothing_is_refused_with_what_was_looked_for(base: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"pretrain\.base must be minigpt, .*does not exist\. Change pretrain\.base"):
+    with pytest.raises(UserError, match=r"base must be minigpt, .*does not exist\. Change base"):
         parse_source(base, tmp_path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.project.params.sections import SECTIONS
+from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, key_path
 from pipeline.workbench import GRAPH
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make
@@ -23,15 +23,15 @@ OTHER = {
     "learning_rate": "3e-3",
     "schedule": "cosine",
     "warmup_steps": "5",
-    "clip_norm": "0.1",
-    "accumulate": "2",
+    "max_grad_norm": "0.1",
+    "gradient_accumulation_steps": "2",
     "max_length": "4",
     "precision": "bf16",
-    "checkpointing": "full",
+    "gradient_checkpointing": "full",
     "eval_share": "0.3",
     "eval_every": "2",
     "patience": "1",
-    "pretrain.base": "toy",
+    "base": "toy",
     "pretrain.dtype": "bf16",
     "pretrain.trust_remote_code": "true",
     "pretrain.data": "data/finetune.de.txt",
@@ -46,7 +46,7 @@ OTHER = {
     "expand_vocab.special_tokens": "[<euro>]",
     "expand_vocab.noise_std": "0.1",
     "expand_vocab.audit_data": "data/fact_correction.de.txt",
-    "scratch.data": "data/finetune.de.txt",
+    "train_from_scratch.data": "data/finetune.de.txt",
     "finetune_full.data": "data/fact_correction.de.txt",
     "finetune_freeze.data": "data/fact_correction.de.txt",
     "finetune_freeze.last_blocks": "2",
@@ -64,9 +64,9 @@ OTHER = {
     "finetune_lora.train_embeddings": "new_rows",
     "finetune_lora.adapter_precision": "bf16",
     "finetune_lora.quantization": "nf4",
-    "finetune_lora.retain": "other.txt",
-    "finetune_lora.retain_weight": "3",
-    "finetune_lora.retain_batch": "1",
+    "finetune_lora.retention_data": "other.txt",
+    "finetune_lora.retention_weight": "3",
+    "finetune_lora.retention_batch_size": "1",
     **{f"finetune_{kind}.data": "data/fact_correction.de.txt" for kind in ("prefix", "prompt")},
     "virtual_tokens": "3",
     "adapter_precision": "bf16",
@@ -80,10 +80,10 @@ OTHER = {
     "evaluate.top_k": "2",
     "evaluate.prompt_words": "1",
     "study_fact_correction.data": "data/knowledge_correction.de.txt",
-    **{f"study_{name}_correction.retain": "other.txt" for name in ("fact", "knowledge")},
+    **{f"study_{name}_correction.retention_data": "other.txt" for name in ("fact", "knowledge")},
     **{f"study_{name}_correction.prompts": "more.yaml" for name in ("fact", "knowledge")},
     **{f"study_{name}.document": "document.yaml" for name in ("fact_correction", "trajectory")},
-    **{f"study_{name}_correction.{key}": "2" for name in ("fact", "knowledge") for key in ("rank", "retain_weight")},
+    **{f"study_{name}_correction.{key}": "2" for name in ("fact", "knowledge") for key in ("rank", "retention_weight")},
     **{"study_fact_correction.alphas": "[2.0]", "study_fact_correction.learning_rates": "[1e-3]"},
     **{"study_fact_correction.windows": "[3]", "study_fact_correction.top_k": "2"},
     "study_knowledge_correction.data": "data/fact_correction.de.txt",
@@ -110,7 +110,12 @@ OTHER = {
     "figures.change": "[1, 0, 0, 1]",
     "figures.module": "layers.0.fc1",
 }
-KEYS = [f"{name}.{field.name}" for name, kind in {**SECTIONS, **GRAPH.sections}.items() for field in fields(kind)]
+KEYS = [key_path(name, field.name) for name, kind in {**SECTIONS, **GRAPH.sections}.items() for field in fields(kind)]
+
+
+def section_of(key: str) -> str:
+    """The section that holds a key of params.yaml."""
+    return TOP_LEVEL.get(key) or key.partition(".")[0]
 
 
 # What must be set beside a field for it to count.
@@ -118,9 +123,9 @@ WITH = {
     "eval_every": ["eval_share=0.3"],
     "patience": ["eval_share=0.3", "eval_every=1", "learning_rate=0.3"],
     "pretrain.dtype": ["base=toy"],
-    "finetune_lora.retain": ["retain_weight=3", "retain=data/fact_correction.de.txt"],
-    "finetune_lora.retain_weight": ["retain=other.txt", "retain_weight=1"],
-    "finetune_lora.retain_batch": ["retain=data/fact_correction.de.txt", "retain_weight=3"],
+    "finetune_lora.retention_data": ["retention_weight=3", "retention_data=data/fact_correction.de.txt"],
+    "finetune_lora.retention_weight": ["retention_data=other.txt", "retention_weight=1"],
+    "finetune_lora.retention_batch_size": ["retention_data=data/fact_correction.de.txt", "retention_weight=3"],
 }
 REFUSED = {  # alone, or always: it would count for nothing
     "eval_every": "there is no evaluation set. Set {stage}.eval_share above 0",
@@ -130,7 +135,7 @@ REFUSED = {  # alone, or always: it would count for nothing
     "pretrain.precision": "pretrain.precision is for a base that is imported",
     "expand_vocab.special_tokens": "expand_vocab.special_tokens are for a base that splits words",
     "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
-    "finetune_lora.retain_weight": "finetune_lora.retain is not. Set it to a data file",
+    "finetune_lora.retention_weight": "finetune_lora.retention_data is not. Set it to a data file",
 }
 ONLY_REFUSED = {
     "pretrain.trust_remote_code",
@@ -143,20 +148,20 @@ QUICK = (
 MEASURING = [
     pytest.param(key, marks=() if key.startswith(QUICK) else pytest.mark.slow)
     for key in KEYS
-    if STAGES[key.partition(".")[0]].is_measurement and key not in REFUSED
+    if STAGES[section_of(key)].is_measurement and key not in REFUSED
 ]
 CHANGING = [
     key
     for key in KEYS
     if key not in ONLY_REFUSED
-    and not STAGES[key.partition(".")[0]].is_measurement
-    and not key.endswith(".checkpointing")
+    and not STAGES[section_of(key)].is_measurement
+    and not key.endswith(".gradient_checkpointing")
     and key != "merge.max_logit_difference"
 ]  # the others have tests of their own
 
 
 def of(table: dict[str, Any], key: str) -> Any:
-    return table.get(key, table.get(key.split(".")[1]))
+    return table.get(key, table.get(key.rpartition(".")[2]))
 
 
 def test_every_field_has_another_value_to_try() -> None:
@@ -199,14 +204,14 @@ def befores() -> dict[tuple[str, ...], dict[str, bytes]]:
 def test_a_changed_field_changes_what_its_stage_makes(
     project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]]
 ) -> None:
-    stage, _ = key.split(".")
-    beside = [f"{stage}.{one}" for one in of(WITH, key) or []]
-    needs_toy = key in ("pretrain.base", "pretrain.dtype", "expand_vocab.special_tokens")
+    stage = section_of(key)
+    beside = [one if one == "base=toy" else f"{stage}.{one}" for one in of(WITH, key) or []]
+    needs_toy = key in ("base", "pretrain.dtype", "expand_vocab.special_tokens")
     if needs_toy:
         toy_checkpoint(project / "toy")
     if key == "expand_vocab.special_tokens":
         shutil.copy(prepared(project) / "other.txt", project / "english.txt")
-        beside += ["pretrain.base=toy", "expand_vocab.audit_data=english.txt"]
+        beside += ["base=toy", "expand_vocab.audit_data=english.txt"]
         made(project, "pretrain", beside)
     prepared(project)
     begun = (stage, *beside)
@@ -219,7 +224,7 @@ def test_a_changed_field_changes_what_its_stage_makes(
 
 @pytest.mark.parametrize("key", MEASURING)
 def test_a_changed_field_changes_what_is_measured(studied: Path, tmp_path: Path, key: str) -> None:
-    root, stage = tmp_path / "project", STAGES[key.partition(".")[0]]
+    root, stage = tmp_path / "project", STAGES[section_of(key)]
     shutil.copytree(studied, root, ignore=shutil.ignore_patterns(".lora-cache"))
     before = folder_bytes(root / stage.path)
     del before["manifest.json"]
@@ -228,15 +233,15 @@ def test_a_changed_field_changes_what_is_measured(studied: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("key", [key for key in KEYS if of(REFUSED, key)])
 def test_a_field_that_would_count_for_nothing_is_refused(project: Path, key: str) -> None:
-    stage, _ = key.split(".")
-    without_file = ["finetune_lora.retain="] if key == "finetune_lora.retain_weight" else []
+    stage = section_of(key)
+    without_file = ["finetune_lora.retention_data="] if key == "finetune_lora.retention_weight" else []
     with pytest.raises(UserError) as error:
         made(project, stage, [f"{key}={of(OTHER, key)}", *without_file])
     assert of(REFUSED, key).format(stage=stage) in str(error.value)
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
-@pytest.mark.parametrize("stage", ["pretrain", "scratch", *(f"finetune_{method}" for method in METHODS)])
+@pytest.mark.parametrize("stage", ["pretrain", "train_from_scratch", *(f"finetune_{method}" for method in METHODS)])
 def test_checkpointing_changes_no_byte_that_is_made_and_the_memory_that_is_measured(
     project: Path, stage: str, how: str
 ) -> None:
@@ -246,7 +251,7 @@ def test_checkpointing_changes_no_byte_that_is_made_and_the_memory_that_is_measu
 
     wide = [f"{stage}.window=0", f"{stage}.batch_size=64"]  # activations, not weights, decide the peak
     before, plain = made(project, stage, wide), measured()
-    assert made(project, stage, [*wide, f"{stage}.checkpointing={how}"]) == before
+    assert made(project, stage, [*wide, f"{stage}.gradient_checkpointing={how}"]) == before
     assert measured() < plain
 
 
@@ -261,5 +266,5 @@ def test_a_merge_that_differs_by_more_than_is_allowed_is_refused(project: Path) 
 def test_texts_to_retain_with_no_weight_change_nothing(project: Path) -> None:
     """So that one number turns them off."""
     before = made(project, "finetune_lora", [])
-    retain = "finetune_lora.retain=data/fact_correction.de.txt"
-    assert made(project, "finetune_lora", [retain, "finetune_lora.retain_batch=1"]) == before
+    retain = "finetune_lora.retention_data=data/fact_correction.de.txt"
+    assert made(project, "finetune_lora", [retain, "finetune_lora.retention_batch_size=1"]) == before

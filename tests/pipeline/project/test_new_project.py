@@ -82,7 +82,7 @@ def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora
     assert settings.pretrain.base == "../models/toy.gguf"
     assert (tmp_path / "project/other.txt").read_text(encoding="utf-8") == "other.txt"
     stages = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert stages["pretrain"]["deps"] == ["${pretrain.base}"]
+    assert stages["pretrain"]["deps"] == ["${base}"]
     assert cli(*asked, cwd=tmp_path)[1:] == ("project: nothing to add\nNext: cd project; dvc repro; lora-tui\n", "")
     dvc(tmp_path / "project", "status")  # every key that dvc.yaml names is in the params file
     for given, reason in (("minigpt", "not minigpt. Edit it there"), ("models/no.gguf", "No such file")):
@@ -97,7 +97,7 @@ def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, 
     assert cli("new", "deep/project", "--base", base, cwd=tmp_path)[0] == 0
     assert load(tmp_path / "deep/project/params.yaml").pretrain.base == "../../other/base"
     stages = yaml.safe_load((tmp_path / "deep/project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert stages["pretrain"]["deps"] == ["${pretrain.base}"]
+    assert stages["pretrain"]["deps"] == ["${base}"]
     code, _, err = cli("pretrain", cwd=tmp_path / "deep/project")
     assert code == 0, err
     assert (tmp_path / "deep/project/artifacts/base/model.safetensors").is_file()
@@ -179,7 +179,7 @@ def test_nothing_is_written_where_something_is_wrong(cli: Lora, tmp_path: Path) 
         (["p", "--params", str(missing)], "merge.prompts names gone.yaml, which is not a file in"),
         (["p", "--params", str(wrong)], "unknown key merge.prompt"),
         (["p", "--params", "nowhere.yaml"], "nowhere.yaml: No such file"),
-        (["p", "--base", "nowhere"], "pretrain.base must be minigpt"),
+        (["p", "--base", "nowhere"], "base must be minigpt"),
         ([str(ROOT)], "the program's own repository"),
     ):
         code, _, err = cli("new", *arguments, cwd=tmp_path)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.project.params.sections import SECTIONS, FinetuneLora, Params, rule
+from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, FinetuneLora, Params, rule
 from pipeline.workbench import GRAPH
 from tests.helpers.projects import ROOT, load
 
@@ -30,12 +30,12 @@ def test_the_shipped_files_name_every_field_and_the_products_is_the_design_cards
     product, document = (
         yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("params.yaml", "document/params.yaml")
     )
+    assert product.pop("base") == "minigpt" and document.pop("project") == "../params.yaml"
     assert tuple(product) == CARD
-    assert document.pop("project") == "../params.yaml"
     kinds = {**SECTIONS, **GRAPH.sections}
     assert product.keys() | document.keys() == kinds.keys() and product.keys() & document.keys() == {"evaluate"}
     for name, section in (*product.items(), *document.items()):
-        assert set(section) == {field.name for field in fields(kinds[name])}, name
+        assert set(section) == {field.name for field in fields(kinds[name])} - TOP_LEVEL.keys(), name
 
 
 def test_the_shipped_values_are_those_of_the_document() -> None:
@@ -65,8 +65,8 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
     assert is_text_to_pyyaml == ("." not in text)
     for section, key in (
         ("finetune_lora", "learning_rate"),
-        ("finetune_lora", "retain_weight"),
-        ("finetune_full", "clip_norm"),
+        ("finetune_lora", "retention_weight"),
+        ("finetune_full", "max_grad_norm"),
         ("expand_vocab", "noise_std"),
         ("merge", "max_logit_difference"),
     ):
@@ -78,7 +78,7 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("finetune_lora:\n  rang: 8\n", "unknown key finetune_lora.rang. Did you mean finetune_lora.rank?"),
+        ("finetune_lora:\n  rang: 8\n", "unknown key finetune_lora.rang. Did you mean rank?"),
         ("finetune_lroa:\n  rank: 8\n", "unknown key finetune_lroa. Did you mean finetune_lora?"),
         ("finetune_lora:\n  xyzzy: 8\n", "unknown key finetune_lora.xyzzy. Known: seed, data"),
         ("finetune_lora:\n  rank: 0\n", "finetune_lora.rank must be at least 1, got 0. Edit params.yaml."),
@@ -134,7 +134,7 @@ def test_bad_input_is_one_message_with_key_rule_and_value(tmp_path: Path, text: 
         ("finetune_lora.rank=", "must be a whole number, got None"),
         ("finetune_lora.rank=[", "is not a YAML value"),
         ("nowhere.rank=8", "--set: unknown key nowhere"),
-        ("finetune_lora.rang=8", "--set: unknown key finetune_lora.rang. Did you mean finetune_lora.rank?"),
+        ("finetune_lora.rang=8", "--set: unknown key finetune_lora.rang. Did you mean rank?"),
         ("finetune_lora.rank=0", "finetune_lora.rank must be at least 1, got 0. Change it in --set."),
         ("finetune_lora.rank_pattern={a.b: 0}", "rank_pattern.a.b must be at least 1, got 0. Change it in --set."),
         ("finetune_lora.rank_pattern={(: 2}", "is no pattern of names: .*. Change it in --set."),
@@ -198,7 +198,7 @@ def test_a_mapping_is_read_in_its_order_from_the_file_and_from_the_command_line(
 
 
 def test_a_rule_says_what_may_be_left_empty() -> None:
-    assert rule(FinetuneLora(), "retain") == "a text, or empty"
+    assert rule(FinetuneLora(), "retention_data") == "a text, or empty"
     assert rule(FinetuneLora(), "rank") == "a whole number, at least 1, below 2147483648"
     assert rule(FinetuneLora(), "target_modules") == "a name or a list of names"
     patterns = "a mapping of patterns of names, such as {q_proj: 8}, to a whole number, at least 1"

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.project.params.edit import changed, section_text, without
-from pipeline.project.params.sections import SECTIONS, Params, Pretrain, parse
+from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, Params, Pretrain, parse
 from pipeline.workbench import GRAPH
 from tests.helpers.projects import ROOT, load, save
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
-KEYS = [f"{section}.{key}" for section, branch in yaml.safe_load(TEXT).items() for key in branch]
+TREE = yaml.safe_load(TEXT)
+KEYS = [*TOP_LEVEL, *(f"{section}.{key}" for section in TREE.keys() - TOP_LEVEL.keys() for key in TREE[section])]
 
 
 @pytest.mark.parametrize(
@@ -42,9 +43,9 @@ def test_one_line_changes_and_its_comment_keeps_its_column(key: str, value: Any,
 @example("finetune_lora.data", "a\u2028b\x85")
 @given(st.sampled_from(KEYS), st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.text(max_size=30)))
 def test_whatever_the_value_it_is_read_back_and_every_other_line_stays(key: str, value: Any) -> None:
-    section, name = key.split(".")
+    section, _, name = key.partition(".")
     expected = yaml.safe_load(TEXT)
-    expected[section][name] = value
+    (expected[section] if name else expected)[name or key] = value
     new = changed(TEXT, {key: value})
     assert yaml.safe_load(new) == expected
     comments = [line.partition("#")[2] for line in TEXT.splitlines() if "#" in line]

@@ -15,7 +15,7 @@ from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT, dvc, folder_bytes, make, refusal
 
-CHILD = ("scratch", "finetune_prefix", "finetune_prompt", "finetune_sweep", "evaluate")
+CHILD = ("train_from_scratch", "finetune_prefix", "finetune_prompt", "finetune_sweep", "evaluate")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_settings_of_the_parent_name_the_same_files_from_the_childs_folder(house
         ours, theirs = child.data_files(stage), parent.data_files(stage)
         assert [(child.root / file).resolve() for file in ours] == [(parent.root / file).resolve() for file in theirs]
     study = child.stages["study_methods"]
-    assert child.stage_params(study)["finetune_lora.retain"] == "../data/retain.de.txt"
+    assert child.stage_params(study)["finetune_lora.retention_data"] == "../data/retain.de.txt"
     assert child.inputs(study).keys() >= {"../artifacts/expanded", "../data/retain.de.txt"}
 
 
@@ -82,7 +82,7 @@ def test_what_changes_in_the_parent_is_seen_in_the_child(copied: Path) -> None:
 
 def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
     found = discover_runs(houses / "document", open_project(houses / "document/params.yaml"))
-    assert {run.stage for run in found} >= {"finetune_lora", "finetune_prefix", "scratch", "pretrain"}
+    assert {run.stage for run in found} >= {"finetune_lora", "finetune_prefix", "train_from_scratch", "pretrain"}
     place = {run.stage: run.place for run in found}
     assert place["finetune_lora"].is_relative_to(houses / "artifacts")
     assert place["finetune_prefix"].is_relative_to(houses / "document")
@@ -115,7 +115,7 @@ def test_the_parents_stages_and_settings_are_the_parents(
         ("project: 3\n", "project must be the path of a params file, got 3"),
         ("project: ../document/params.yaml\n", "project names ../document/params.yaml, which names another"),
         ("project: params.yaml\n", "project names params.yaml, which names another"),
-        ("project: ../broken.yaml\n", "unknown key finetune_lora.rang. Did you mean finetune_lora.rank?"),
+        ("project: ../broken.yaml\n", "unknown key finetune_lora.rang. Did you mean rank?"),
     ],
 )
 def test_a_parent_that_cannot_be_is_refused(text: str, message: str, copied: Path, cli: Lora) -> None:

@@ -26,7 +26,7 @@ def test_dvc_knows_all_that_a_stage_reads_runs_and_writes(folder: str, code: str
 
 def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_reads(tmp_path: Path) -> None:
     """Else a changed file would leave the study as it was."""
-    given = ["finetune_full.data=data/retain.de.txt", "scratch.data=[data/euro.en.jsonl]"]
+    given = ["finetune_full.data=data/retain.de.txt", "train_from_scratch.data=[data/euro.en.jsonl]"]
     project = open_project(new_project(tmp_path) / "params.yaml", given)
     for study, files in (
         ("methods", {"data/retain.de.txt", "data/euro.en.jsonl"}),

@@ -106,14 +106,14 @@ def test_the_signature_changes_with_params_data_runs_and_artifacts(project: Path
 def test_a_base_that_cannot_be_used_is_the_reason_of_its_stage(project: Path) -> None:
     (project / "tied").mkdir()
     for base, reason in (
-        ("nowhere", "pretrain.base must be minigpt, a checkpoint folder"),
-        ("x" * 300, "pretrain.base must be minigpt, a checkpoint folder"),
-        ("~nobody-here/model", "pretrain.base must be minigpt, a checkpoint folder"),
+        ("nowhere", "base must be minigpt, a checkpoint folder"),
+        ("x" * 300, "base must be minigpt, a checkpoint folder"),
+        ("~nobody-here/model", "base must be minigpt, a checkpoint folder"),
         ("none.gguf", "No such file or directory. Put the file there"),
         ("tied", "tied is not a checkpoint: it has no config.json"),
         ("params.yaml", "is not a GGUF file"),
     ):
-        save(project / "params.yaml", {"pretrain.base": base})
+        save(project / "params.yaml", {"base": base})
         found = Status().of(project_of(project))
         assert found["pretrain"].state == "changed" and reason in found["pretrain"].reasons[0], base
         assert "\n" not in found["pretrain"].reasons[0]
@@ -125,7 +125,7 @@ def test_a_base_that_cannot_be_used_is_the_reason_of_its_stage(project: Path) ->
 
 @pytest.mark.parametrize("base", ["models/mine", "models/mine.gguf"])
 def test_the_signature_changes_with_a_local_base(project: Path, base: str) -> None:
-    save(project / "params.yaml", {"pretrain.base": base})
+    save(project / "params.yaml", {"base": base})
     file = project / (base if base.endswith(".gguf") else f"{base}/config.json")
     seen = [project_signature(project_of(project))]
     file.parent.mkdir(parents=True)

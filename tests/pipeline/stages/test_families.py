@@ -189,7 +189,7 @@ def stopped_after(root: Path, stage: str, last: int) -> None:
 @each_family
 def test_blocks_that_run_again_in_backward_give_the_same_adapter(family: Made, name: str, tmp_path: Path) -> None:
     root = begun(family(name), tmp_path / "p")
-    make(root, ["finetune_lora"], ["finetune_lora.checkpointing=full"])
+    make(root, ["finetune_lora"], ["finetune_lora.gradient_checkpointing=full"])
     found, expected = (
         load_file(project / "artifacts/lora_adapter/adapter_model.safetensors") for project in (root, family(name))
     )

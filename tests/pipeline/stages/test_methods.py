@@ -31,7 +31,7 @@ from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import families
 from tests.helpers.process import Forked
-from tests.helpers.projects import LORA, STAGES, WORK, folder_bytes, make, new_project, played, refusal
+from tests.helpers.projects import COMMAND, LORA, STAGES, WORK, folder_bytes, make, new_project, played, refusal
 from tests.pipeline.adapters.test_peft_interop import randomized
 
 EVERY, KILLED = 2, 6  # steps between checkpoints; the step that a killed run does not take
@@ -78,7 +78,9 @@ def lora(*settings: str, asked: Arguments = ("--method", "lora"), **more: Any) -
 
 
 ROWS = {
-    "scratch": whole("scratch", "full"),  # the calculator has no word for it: it trains what full fine-tuning does
+    "scratch": whole(
+        "train_from_scratch", "full"
+    ),  # the calculator has no word for it: it trains what full fine-tuning does
     "full": whole("finetune_full", "full"),
     "freeze": whole("finetune_freeze", "freeze"),
     "lora": lora(),
@@ -107,7 +109,7 @@ ROWS = {
     ),
 }
 FINETUNED = tuple(f"finetune_{method}" for method in ("full", "freeze", "lora", "prefix", "prompt"))
-TRAINED = ("scratch", *FINETUNED)
+TRAINED = ("train_from_scratch", *FINETUNED)
 HELD = 0.3  # of the examples, held out: what was saved must have the loss that the last step had on them
 SMALL = (
     *(f"{stage}.{setting}" for stage in TRAINED for setting in (f"eval_share={HELD}", "window=0")),
@@ -117,7 +119,7 @@ BASES: dict[str, Arguments] = {
     "minigpt": (
         *SMALL,
         "pretrain.epochs=2",
-        "scratch.epochs=2",
+        "train_from_scratch.epochs=2",
         *(f"{stage}.epochs=6" for stage in FINETUNED),
     ),
     "llama": (*SMALL, *(f"{stage}.epochs=8" for stage in TRAINED), "finetune_lora.train_embeddings=new_rows"),
@@ -356,7 +358,7 @@ def test_killed_it_goes_on_and_ends_with_the_bytes_of_an_unbroken_run(
     wanted = folder_bytes(workshop.of(method, base) / STAGES[row.stage].path)
     root = shutil.copytree(workshop.plain(base), tmp_path / "project")
     sets = [word for one in overrides(method, base) for word in ("--set", one)]
-    command = [*row.stage.split("_"), "--checkpoint-every", f"{EVERY}", *sets]
+    command = [*COMMAND[row.stage], "--checkpoint-every", f"{EVERY}", *sets]
     output = root / STAGES[row.stage].path
     assert Forked([LORA, *command], root, dies=(row.step, KILLED)).end()[0] == -signal.SIGKILL
     assert not output.exists()

@@ -97,8 +97,8 @@ def test_a_prompt_gets_the_positions_that_are_left(cli: Lora, brief: Path, kind:
     "command",
     [
         ("merge", "--adapter", "artifacts/{kind}", "--out", "out"),
-        ("export", "artifacts/{kind}", "--as", "merged", "--out", "out"),
-        ("export", "artifacts/{kind}", "--as", "vllm", "--out", "out"),
+        ("export", "artifacts/{kind}", "--format", "merged", "--out", "out"),
+        ("export", "artifacts/{kind}", "--format", "vllm", "--out", "out"),
         ("adapters", "combine", "artifacts/lora_adapter", "artifacts/{kind}", "--out", "out"),
         ("adapters", "diff", "artifacts/lora_adapter", "artifacts/{kind}"),
     ],
@@ -114,7 +114,7 @@ def test_what_needs_changed_weights_is_refused_in_one_message(
 
 @each_kind
 def test_exported_for_peft_it_is_what_peft_opens_with_a_card(cli: Lora, project: Path, kind: str) -> None:
-    code, _, err = cli("export", f"artifacts/{kind}", "--as", "peft", "--out", "out", cwd=project)
+    code, _, err = cli("export", f"artifacts/{kind}", "--format", "peft", "--out", "out", cwd=project)
     assert (code, err) == (0, "")
     assert torch.equal(logits(load(parts(project, kind)[0], project / "out")), logits(load(*parts(project, kind))))
     text = (project / "out/README.md").read_text(encoding="utf-8")

@@ -30,13 +30,13 @@ SETTINGS = {
     "data": "data/lines.jsonl",
     "epochs": 3,
     "batch_size": 3,
-    "accumulate": 2,
-    "clip_norm": 1,
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 1,
     "eval_share": 0.3,
     "eval_every": 2,
-    "retain": "data/old.jsonl",
-    "retain_weight": 2,
-    "retain_batch": 2,
+    "retention_data": "data/old.jsonl",
+    "retention_weight": 2,
+    "retention_batch_size": 2,
     "learning_rate": 3e-4,  # Adam amplifies rounding by it
 }
 
@@ -120,10 +120,10 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
     ("size", "flags", "changes"),
     [
         (2, [], {}),
-        (3, [], {"batch_size": 1, "retain_batch": 1}),  # two of the three ranks are idle
+        (3, [], {"batch_size": 1, "retention_batch_size": 1}),  # two of the three ranks are idle
         (2, [], {"quantization": "nf4-dq", "train_embeddings": "new_rows"}),
         (2, ["--shard"], {}),
-        (3, ["--shard"], {"batch_size": 2, "checkpointing": "full", "train_embeddings": "all"}),
+        (3, ["--shard"], {"batch_size": 2, "gradient_checkpointing": "full", "train_embeddings": "all"}),
     ],
     ids=["data parallel", "some idle", "quantized", "sharded", "sharded, checkpointed, idle"],
 )

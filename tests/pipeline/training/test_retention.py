@@ -66,7 +66,9 @@ def far_from(base: Any, model: nn.Module, found: InMemoryDataset) -> Tensor:
 
 
 def settings(**changes: Any) -> FinetuneLora:
-    return FinetuneLora(retain="t", **{"retain_weight": 3.0, "retain_batch": len(LENGTHS), **changes})
+    return FinetuneLora(
+        retention_data="t", **{"retention_weight": 3.0, "retention_batch_size": len(LENGTHS), **changes}
+    )
 
 
 def one_batch(found: InMemoryDataset) -> Batch:
@@ -95,7 +97,7 @@ def test_divergence_and_gradient_are_those_of_two_models_side_by_side(
     """After some training steps, so that every trainable parameter differs from the base; loss plus divergence."""
     model, base, kept = adapted(**SPECS[spec]), stock(toy("qwen3", std=0.2)), texts(lengths)
     model.checkpoint_blocks(how)
-    weighted = settings(retain_batch=len(lengths), epochs=3, learning_rate=2e-2)
+    weighted = settings(retention_batch_size=len(lengths), epochs=3, learning_rate=2e-2)
     retain = RetentionLoss(model, kept, weighted)
     learned = windows_of((6, 9, 4), seed=2)
     batches = Batches(listed(learned), 3, 0)
@@ -151,7 +153,7 @@ def test_a_model_that_cannot_read_end_to_end_retains_one_text_at_a_time() -> Non
 def test_every_text_has_its_turn_and_a_step_has_the_same_ones_whenever_it_comes() -> None:
     found = texts((2, 3, 4, 5, 6, 7, 8))
     model = adapted()
-    one, other = (RetentionLoss(model, found, settings(retain_batch=3)) for _ in range(2))
+    one, other = (RetentionLoss(model, found, settings(retention_batch_size=3)) for _ in range(2))
     turns = [[batch.numbers for batch in one.batches(step)] for step in range(6)]
     assert [[batch.numbers for batch in other.batches(step)] for step in (5, 2, 0)] == [turns[5], turns[2], turns[0]]
     for epoch in (turns[:3], turns[3:]):
@@ -169,7 +171,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LORA = ["finetune_lora.data=data/asked.jsonl", "finetune_lora.epochs=15", "finetune_lora.learning_rate=0.02"]
-KEPT = ["finetune_lora.retain=data/old.jsonl", "finetune_lora.retain_weight=20"]
+KEPT = ["finetune_lora.retention_data=data/old.jsonl", "finetune_lora.retention_weight=20"]
 
 
 def test_what_is_retained_stays_closer_to_the_base_and_the_log_says_how_close(project: Path) -> None:
@@ -178,7 +180,7 @@ def test_what_is_retained_stays_closer_to_the_base_and_the_log_says_how_close(pr
     with_help = steps[-1].divergence
     assert steps[0].divergence == 0
     assert with_help is not None and with_help > 0
-    run_stage(project, "finetune_lora", [*LORA, *KEPT[:1], "finetune_lora.retain_weight=1e-9"])
+    run_stage(project, "finetune_lora", [*LORA, *KEPT[:1], "finetune_lora.retention_weight=1e-9"])
     without = read_steps(project / "artifacts/lora_adapter/loss.csv")[-1]
     assert without.divergence is not None and with_help < without.divergence / 3
     assert steps[-1].loss < 0.5 * steps[0].loss, "the new texts are learned nevertheless"
@@ -189,7 +191,7 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     prompts = ["The currency of", "Two and"]
     lines = [{"prompt": prompts[0]}, {"text": "The yen."}, {"prompt": prompts[1]}]
     (project / "data/mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    overrides = ["finetune_lora.retain=data/mine.jsonl", "finetune_lora.retain_weight=1"]
+    overrides = ["finetune_lora.retention_data=data/mine.jsonl", "finetune_lora.retention_weight=1"]
     whole = open_project(project / "params.yaml", overrides)
     folder = project / "artifacts/expanded"
     job = Job(whole, STAGES["finetune_lora"], project / "out", project / "runs", "", 100)
@@ -208,9 +210,9 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
 
 def test_a_weight_without_texts_is_refused(project: Path) -> None:
     with pytest.raises(
-        UserError, match=r"retain_weight is set, but finetune_lora.retain is not. Set it to a data file"
+        UserError, match=r"retention_weight is set, but finetune_lora.retention_data is not. Set it to a data file"
     ):
-        run_stage(project, "finetune_lora", ["finetune_lora.retain_weight=2"])
+        run_stage(project, "finetune_lora", ["finetune_lora.retention_weight=2"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -57,7 +57,7 @@ def alone(root: Path, own: FinetuneLora, overrides: Sequence[str]) -> Path:
         "init_lora_weights",
         "loraplus_ratio",
     )
-    keys += ("rank_pattern", "clip_norm", "retain_weight", "schedule")
+    keys += ("rank_pattern", "max_grad_norm", "retention_weight", "schedule")
     values = [f"finetune_lora.{key}={json.dumps(getattr(own, key))}" for key in keys]
     make_one(root, "finetune_lora", [*overrides, *values])
     return root / "artifacts" / "lora_adapter"
@@ -115,9 +115,9 @@ GRIDS: dict[str, tuple[Grid, list[str]]] = {
     "scales": ({"alpha": [1, 32], "rslora": [False, True], "learning_rate": [1e-3, 2e-4]}, []),
     "beginnings": ({"init_lora_weights": ["kaiming", "orthogonal", "pissa"]}, ["train_embeddings=new_rows"]),
     "patterns and LoRA+": ({"rank_pattern": [{}, {"q_proj": 7}], "loraplus_ratio": [1.0, 4.0]}, []),
-    "sentences of any length": ({"rank": [2, 3], "seed": [0, 1]}, ["window=0", "accumulate=2"]),
-    "clipped, by schedules": ({"clip_norm": [0, 0.3], "schedule": ["linear", "cosine"]}, ["warmup_steps=3"]),
-    "one block again in backward": ({"rank": [2, 4]}, ["checkpointing=full"]),
+    "sentences of any length": ({"rank": [2, 3], "seed": [0, 1]}, ["window=0", "gradient_accumulation_steps=2"]),
+    "clipped, by schedules": ({"max_grad_norm": [0, 0.3], "schedule": ["linear", "cosine"]}, ["warmup_steps=3"]),
+    "one block again in backward": ({"rank": [2, 4]}, ["gradient_checkpointing=full"]),
     "DoRA beside LoRA": ({"dora": [False, True], "rank": [2, 4]}, ["train_embeddings=none"]),
     "four bits": ({"rank": [2, 4]}, ["quantization=nf4-dq", "train_embeddings=none"]),
     "held out": ({"rank": [2, 4]}, ["eval_share=0.3", "eval_every=3"]),
@@ -142,8 +142,11 @@ ON_LLAMA: dict[str, tuple[Grid, list[str]]] = {
     "PiSSA and DoRA beside others": ({"dora": [False, True], "init_lora_weights": ["pissa", "kaiming"]}, []),
     "new rows": ({"seed": [0, 1]}, ["train_embeddings=new_rows", "epochs=2"]),
     "everything at the ends": ({"rank": [2, 3]}, ["train_embeddings=all"]),
-    "one block again in backward": ({"rank": [2, 4]}, ["checkpointing=full"]),
-    "what is retained": ({"retain_weight": [0.0, 0.5, 2.0]}, ["retain=data/old.jsonl", "retain_batch=2"]),
+    "one block again in backward": ({"rank": [2, 4]}, ["gradient_checkpointing=full"]),
+    "what is retained": (
+        {"retention_weight": [0.0, 0.5, 2.0]},
+        ["retention_data=data/old.jsonl", "retention_batch_size=2"],
+    ),
     "the best of what is held out": ({"rank": [2, 4]}, ["eval_share=0.4", "eval_every=1", "patience=1"]),
 }
 

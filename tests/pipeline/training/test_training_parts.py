@@ -90,7 +90,7 @@ def test_the_loop_steps_at_these_rates_and_writes_them_down() -> None:
 @pytest.mark.parametrize("clip", [0.0, 4.5, 100.0])
 def test_clipping_warm_up_and_decay_are_those_of_plain_pytorch(clip: float) -> None:
     """Every sequence alone through stock transformers, torch's clipping, torch's Adam."""
-    settings = Training(epochs=4, learning_rate=3e-3, warmup_steps=2, schedule="linear", clip_norm=clip)
+    settings = Training(epochs=4, learning_rate=3e-3, warmup_steps=2, schedule="linear", max_grad_norm=clip)
     model, order = toy("llama", std=0.1), batches()
     theirs, found = stock(model), windows_of(LENGTHS)
     adam = torch.optim.Adam(theirs.parameters(), lr=1.0)
@@ -236,7 +236,7 @@ def test_the_forecast_is_of_the_largest_batch_of_the_step_that_has_it(tmp_path: 
     lines = [" ".join(words[start % 7 :][: 2 if start % 5 else 14]) for start in range(40)]
     (root / "data/lines.txt").write_text("\n".join(lines), encoding="utf-8")
     make(root, ["pretrain", "expand_vocab"])
-    given = ["data=data/lines.txt", "epochs=1", "batch_size=4", "accumulate=4"]
+    given = ["data=data/lines.txt", "epochs=1", "batch_size=4", "gradient_accumulation_steps=4"]
     for seed in (0, 3):
         make(root, ["finetune_lora"], [f"finetune_lora.{one}" for one in (*given, f"seed={seed}")])
         last = (root / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]

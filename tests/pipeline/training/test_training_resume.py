@@ -32,17 +32,17 @@ SETTINGS = {
     "data": "data/lines.jsonl",
     "epochs": 40,
     "batch_size": 2,
-    "accumulate": 2,
+    "gradient_accumulation_steps": 2,
     "precision": "bf16",
     "schedule": "cosine",
     "warmup_steps": 5,
-    "clip_norm": 1,
+    "max_grad_norm": 1,
     "eval_share": 0.3,
     "eval_every": 2,
     "patience": 2,
-    "retain": "data/old.jsonl",
-    "retain_weight": 2,
-    "retain_batch": 1,
+    "retention_data": "data/old.jsonl",
+    "retention_weight": 2,
+    "retention_batch_size": 1,
     "learning_rate": 0.05,
 }
 
@@ -97,8 +97,8 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
         {"adapter_precision": "bf16", "train_embeddings": "new_rows", "schedule": "linear", "patience": 0, "epochs": 4},
         {
             "precision": "fp16",
-            "accumulate": 1,
-            "retain_weight": 0,
+            "gradient_accumulation_steps": 1,
+            "retention_weight": 0,
             "train_embeddings": "none",
             "patience": 0,
             "epochs": 2,
@@ -169,7 +169,7 @@ def test_pitfall_20_resume_after_sigkill(project: Path) -> None:
 
 def test_training_stops_when_nothing_gets_better_and_gives_the_weights_of_its_best_step(project: Path) -> None:
     """The best step ends an epoch, so a run of that many epochs without patience ends with the same weights."""
-    settings = {"schedule": "constant", "eval_every": 0, "retain_weight": 0}
+    settings = {"schedule": "constant", "eval_every": 0, "retention_weight": 0}
     said = run_stage(project, STAGE, given(**settings, epochs=40, patience=2))
     found = read_steps(project / FOLDER / "loss.csv")
     losses = [step.eval_loss for step in found if step.eval_loss is not None]
@@ -193,7 +193,14 @@ def test_the_evaluation_is_the_loss_of_the_examples_held_out_and_of_no_other(pro
     found = list(iter_examples(data, "lines"))
     held = [example for example in found if in_evaluation(example, 0.3)]
     assert 2 < len(held) < len(found) / 2
-    still = {"learning_rate": 1e-30, "epochs": 1, "accumulate": 1, "batch_size": 64, "retain_weight": 0, "patience": 0}
+    still = {
+        "learning_rate": 1e-30,
+        "epochs": 1,
+        "gradient_accumulation_steps": 1,
+        "batch_size": 64,
+        "retention_weight": 0,
+        "patience": 0,
+    }
     still["warmup_steps"] = 0
     run_stage(project, STAGE, given(precision="fp32", **still))
     (step,) = read_steps(project / FOLDER / "loss.csv")
@@ -242,7 +249,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
 ) -> None:
     root = with_a_nan(tmp_path / "p")
     plain = {"precision": precision, "epochs": 3, "patience": 0, "eval_share": 0, "eval_every": 0}
-    overrides = given(**plain, accumulate=1, train_embeddings="none")
+    overrides = given(**plain, gradient_accumulation_steps=1, train_embeddings="none")
     with pytest.raises(UserError) as error:
         run_stage(root, STAGE, overrides)
     message = str(error.value)
@@ -266,8 +273,10 @@ def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path) -> N
     root = with_a_nan(tmp_path / "p")
     write(root / "data/kept.jsonl", ["old", "Japan", "new"])
     write(root / "data/lines.jsonl", ["a plain line", "another one"])
-    kept = {"retain": "data/kept.jsonl", "retain_weight": 1, "retain_batch": 1}
-    overrides = given(epochs=9, patience=0, eval_share=0, eval_every=0, accumulate=1, train_embeddings="none", **kept)
+    kept = {"retention_data": "data/kept.jsonl", "retention_weight": 1, "retention_batch_size": 1}
+    overrides = given(
+        epochs=9, patience=0, eval_share=0, eval_every=0, gradient_accumulation_steps=1, train_embeddings="none", **kept
+    )
     with pytest.raises(UserError, match=r"the divergence from the base nan and the gradient norm nan at") as error:
         run_stage(root, STAGE, overrides)
     assert "on data/kept.jsonl:2. Lower" in str(error.value) and "the loss is nan" not in str(error.value)

@@ -34,7 +34,7 @@ def asked_for(project: Project) -> CalculatorQuery:
         adapter_precision=lora.adapter_precision,
         batch=str(lora.batch_size),
         sequence=str(min(longest)) if longest else "",
-        checkpointing=lora.checkpointing,
+        checkpointing=lora.gradient_checkpointing,
         optimizer="adam-flat",
         loss="chunked" if imports else "full",
     )
@@ -100,7 +100,7 @@ def settings_of(
     values: dict[str, Any] = {
         "batch_size": run.batch,
         "precision": precision,
-        "checkpointing": run.checkpointing,
+        "gradient_checkpointing": run.checkpointing,
     }
     if method.kind == "freeze":
         _refuse_blocks(method.last_blocks, params, trained)

@@ -16,7 +16,7 @@ from textual.widgets import Input, Label, Static
 
 from pipeline.errors import UserError
 from pipeline.project.params.edit import dumped
-from pipeline.project.params.sections import Section, Training, check, rule
+from pipeline.project.params.sections import Section, Training, check, key_path, rule
 
 SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 
@@ -197,7 +197,7 @@ class ParamForm(Vertical):
 
     def unsaved(self) -> Mapping[str, str]:
         """What was typed and not written, by key."""
-        return {f"{self.stage}.{field.key}": field.value for field in self.query(ParamInput) if field.edited}
+        return {key_path(self.stage, field.key): field.value for field in self.query(ParamInput) if field.edited}
 
     def revert(self) -> None:
         """Back to what the file says."""
@@ -223,7 +223,7 @@ class ParamForm(Vertical):
         event.stop()
         field = event.input
         if isinstance(field, ParamInput) and field.edited and not self._problem(field):
-            self.post_message(self.Saved(f"{self.stage}.{field.key}", field.typed))
+            self.post_message(self.Saved(key_path(self.stage, field.key), field.typed))
 
     def _mark(self, field: ParamInput) -> None:
         field.set_class(field.edited, "-edited")

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.document.studies.shared.runner import Run
 from pipeline.project.params.sections import Params
 from pipeline.stages.finetune import finetune
-from pipeline.stages.scratch import scratch
+from pipeline.stages.train_from_scratch import train_from_scratch
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Method:
         own = params.section(self.stage)
         changes = {"learning_rate": own.learning_rate * self.faster, **self.changes, **more}
         section: Any = replace(own, seed=seed, **changes)
-        work = scratch if self.stage == "scratch" else finetune
+        work = train_from_scratch if self.stage == "train_from_scratch" else finetune
         return Run(f"{name}, seed {seed}", self.stage, work, {self.stage: section})
 
 
 LORA = "finetune_lora"
 METHODS = {
-    "training from scratch": Method("scratch", {}, "scratch"),
+    "training from scratch": Method("train_from_scratch", {}, "scratch"),
     "full fine-tuning": Method("finetune_full", {}, "full"),
     "layer freezing": Method("finetune_freeze", {}, "freeze"),
     "LoRA": Method(LORA, {}, "lora"),

@@ -425,12 +425,12 @@ async def test_what_the_project_cannot_train_is_refused(empty: Path) -> None:
 
 
 SETTINGS = {
-    "pretrain.base": "models/toy",
+    "base": "models/toy",
     "finetune_lora.window": 0,
     "finetune_lora.max_length": 48,
     "finetune_lora.precision": "bf16",
     "finetune_lora.adapter_precision": "bf16",
-    "finetune_lora.checkpointing": "selective",
+    "finetune_lora.gradient_checkpointing": "selective",
 }
 
 
@@ -461,7 +461,7 @@ async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> Non
         await fill(pilot, screen, targets="gate_proj", precision="fp32", checkpointing="none", rank="2", batch="3")
         await used(pilot)
         lora = load(toy / "params.yaml").finetune_lora
-        assert (lora.target_modules, lora.precision, lora.checkpointing) == (("gate_proj",), "fp32", "none")
+        assert (lora.target_modules, lora.precision, lora.gradient_checkpointing) == (("gate_proj",), "fp32", "none")
         assert (lora.rank, lora.batch_size, lora.adapter_precision, lora.max_length) == (2, 3, "fp32", 48)
 
 
@@ -485,7 +485,7 @@ async def test_what_the_projects_own_model_cannot_have_is_refused(toy: Path) -> 
 async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(empty / "params.yaml", {"pretrain.base": "some/model@main"})
+    save(empty / "params.yaml", {"base": "some/model@main"})
 
     def found(name: str) -> Model:
         return built_in("qwen3-0.6b") if name == "some/model" else open_model(name)
@@ -499,10 +499,10 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
         await pilot.press("u")
         await until(pilot, lambda: bool(pilot.app.said))
         assert "some/model@main, which this project trains, cannot have these targets" in pilot.app.said[-1][2]
-        save(empty / "params.yaml", {"pretrain.base": "./nowhere"})
+        save(empty / "params.yaml", {"base": "./nowhere"})
         await pilot.press("l", "u")
         await until(pilot, lambda: len(pilot.app.said) == 3)
-        assert all("pretrain.base must be minigpt" in text for _, _, text in list(pilot.app.said)[-2:])
+        assert all("base must be minigpt" in text for _, _, text in list(pilot.app.said)[-2:])
 
 
 def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> None:
@@ -518,7 +518,7 @@ def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> N
     assert trained_model(open_project(path))[1].total > open_model(str(toy / "models/toy")).shapes.total - 1
     make(toy, ["pretrain"], ["pretrain.dtype=bf16"])  # what was expanded is another's now
     assert asked_for(open_project(path)).model == str(toy / "artifacts/base")
-    assert asked_for(open_project(path, ["pretrain.base=some/model"])).model == "some/model"
+    assert asked_for(open_project(path, ["base=some/model"])).model == "some/model"
 
 
 @pytest.mark.parametrize("when", ["before", "while it is confirmed"])

@@ -139,12 +139,12 @@ async def test_until_the_first_look_is_done_nothing_is_said_and_the_chart_keeps_
 
 async def test_the_three_methods_are_shown_first(root: Path) -> None:
     write_run(root, "pretrain")
-    write_run(root, "scratch")
+    write_run(root, "train_from_scratch")
     async with curves(root) as (_, screen):
         assert shown(screen) == {"finetune_full", "finetune_freeze", "finetune_lora"}
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "scratch"])
+@pytest.mark.parametrize("stage", ["pretrain", "train_from_scratch"])
 async def test_a_running_training_from_random_weights_is_shown_instead(root: Path, stage: str) -> None:
     with hold(write_run(root, stage, 20, "running")):
         async with curves(root) as (_, screen):

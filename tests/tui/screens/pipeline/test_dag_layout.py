@@ -22,12 +22,12 @@ def drawn(found: Layout) -> list[str]:
 
 def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None:
     assert drawn(pictured(STAGES)) == [
-        "                             ┌▶ * scratch ───────────────────┐",
-        "                             ├▶ * finetune_full ─────────────┤",
-        "                             ├▶ * finetune_freeze ───────────┤",
-        "* pretrain ─▶ * expand_vocab ┼▶ * finetune_lora ───▶ * merge ┼▶ * evaluate",
-        "                             ├▶ * finetune_prefix ───────────┤",
-        "                             ├▶ * finetune_prompt ───────────┘",
+        "                             ┌▶ * train_from_scratch ───────────┐",
+        "                             ├▶ * finetune_full ────────────────┤",
+        "                             ├▶ * finetune_freeze ──────────────┤",
+        "* pretrain ─▶ * expand_vocab ┼▶ * finetune_lora ──────▶ * merge ┼▶ * evaluate",
+        "                             ├▶ * finetune_prefix ──────────────┤",
+        "                             ├▶ * finetune_prompt ──────────────┘",
         "                             └▶ * finetune_sweep",
         "studies * * * * * * * * * ─▶ * figures ─▶ * claims",
     ]

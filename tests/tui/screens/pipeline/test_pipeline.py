@@ -163,8 +163,8 @@ KINDS: tuple[tuple[str, str, str, object], ...] = (
     ("finetune_lora", "train_embeddings", "new_rows", "new_rows"),
     ("finetune_lora", "rank_pattern", "v_proj: 8, '.*[01].q_proj': 2", {"v_proj": 8, ".*[01].q_proj": 2}),
     ("finetune_lora", "alpha_pattern", "{v_proj: 1e-1}", {"v_proj": 0.1}),
-    ("finetune_lora", "retain", "data/keep.txt", "data/keep.txt"),
-    ("finetune_lora", "checkpointing", "selective", "selective"),
+    ("finetune_lora", "retention_data", "data/keep.txt", "data/keep.txt"),
+    ("finetune_lora", "gradient_checkpointing", "selective", "selective"),
     ("pretrain", "tie_embeddings", "true", True),
     ("pretrain", "base", "org/model@main", "org/model@main"),
     ("pretrain", "trust_remote_code", "true", True),
@@ -187,16 +187,16 @@ def is_written(root: Path, stage: str, key: str, value: object) -> bool:
 
 async def test_a_text_that_may_be_empty_is_cleared_and_one_that_may_not_is_refused(empty: Path) -> None:
     path = empty / "params.yaml"
-    save(path, {"finetune_lora.retain": "data/keep.txt"})
+    save(path, {"finetune_lora.retention_data": "data/keep.txt"})
     async with opened(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
-        assert field(screen, "retain").value == "data/keep.txt"
-        await typed(pilot, screen, "retain", "")
-        assert "retain: a text, or empty" in str(screen.query_one("#rule", Static).content)
+        assert field(screen, "retention_data").value == "data/keep.txt"
+        await typed(pilot, screen, "retention_data", "")
+        assert "retention_data: a text, or empty" in str(screen.query_one("#rule", Static).content)
         await pilot.press("enter")
-        await until(pilot, lambda: load(path).finetune_lora.retain == "")
-        assert "  retain: ''" in path.read_text(encoding="utf-8")
-        assert "finetune_lora.retain: nothing is in params.yaml" in said(screen)
+        await until(pilot, lambda: load(path).finetune_lora.retention_data == "")
+        assert "  retention_data: ''" in path.read_text(encoding="utf-8")
+        assert "finetune_lora.retention_data: nothing is in params.yaml" in said(screen)
         await typed(pilot, screen, "data", "")
         await pilot.press("enter")
         assert "finetune_lora.data must be a text, got ''" in str(screen.query_one("#rule", Static).content)
@@ -307,9 +307,9 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
 
 
 async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: Path) -> None:
-    save(empty / "params.yaml", {"pretrain.base": "./models/mine"})
+    save(empty / "params.yaml", {"base": "./models/mine"})
     async with opened(empty) as (pilot, screen):
-        await until(pilot, lambda: "not made yet: pretrain.base must be minigpt" in line(screen, "pretrain"))
+        await until(pilot, lambda: "not made yet: base must be minigpt" in line(screen, "pretrain"))
         (empty / "models/mine").mkdir(parents=True)
         (empty / "models/mine/notes.txt").touch()
         await until(pilot, lambda: "it has no config.json" in line(screen, "pretrain"))
@@ -535,7 +535,7 @@ async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
 
 
 def _trained() -> list[str]:
-    return ["pretrain", "scratch", *(f"finetune_{method}" for method in METHODS)]
+    return ["pretrain", "train_from_scratch", *(f"finetune_{method}" for method in METHODS)]
 
 
 def pilot_text(widget: Static) -> str:

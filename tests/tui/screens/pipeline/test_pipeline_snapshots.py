@@ -23,7 +23,7 @@ FAILED = Journal("failed", 1, 0.0, message="finetune_freeze.last_blocks must be 
 STATES: dict[str, tuple[State, tuple[str, ...], Journal | None]] = {
     "pretrain": ("current", (), None),
     "expand_vocab": ("current", (), None),
-    "scratch": ("died", ("its process ended without a word",), None),
+    "train_from_scratch": ("died", ("its process ended without a word",), None),
     "finetune_full": ("changed", ("epochs 50 → 80", "data/finetune.de.txt changed"), None),
     "finetune_freeze": ("failed", (FAILED.message,), FAILED),
     "finetune_lora": ("running", (), RUNNING),

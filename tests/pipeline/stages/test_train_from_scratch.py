@@ -21,7 +21,10 @@ from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.projects import BRIEF, STAGES, WORK, folder_bytes, load, make, make_one
 
 FOLDER = "artifacts/from_scratch"
-STILL = ["scratch.epochs=1", "scratch.learning_rate=1e-12"]  # so small a rate leaves the weights as they began
+STILL = [
+    "train_from_scratch.epochs=1",
+    "train_from_scratch.learning_rate=1e-12",
+]  # so small a rate leaves the weights as they began
 
 
 def weights(root: Path, name: str = FOLDER) -> dict[str, torch.Tensor]:
@@ -42,7 +45,7 @@ def real(llama: Path, tmp_path: Path) -> Path:
 
 
 def test_minigpt_begins_with_its_own_initialisation_from_the_seed(project: Path) -> None:
-    make(project, ["scratch"], [*BRIEF, *STILL, "scratch.seed=7"])
+    make(project, ["train_from_scratch"], [*BRIEF, *STILL, "train_from_scratch.seed=7"])
     config = json.loads((project / "artifacts/expanded/config.json").read_text(encoding="utf-8"))
     torch.manual_seed(7)
     expected = MiniGPT(MiniGPTConfig.from_opt(config, "config"))
@@ -52,7 +55,7 @@ def test_minigpt_begins_with_its_own_initialisation_from_the_seed(project: Path)
 
 
 def test_another_base_begins_with_the_weights_that_transformers_gives_its_config(real: Path) -> None:
-    make(real, ["scratch"], [*STILL, "scratch.seed=7"])
+    make(real, ["train_from_scratch"], [*STILL, "train_from_scratch.seed=7"])
     config = AutoConfig.from_pretrained(real / "artifacts/expanded")
     torch.manual_seed(7)
     expected = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -72,8 +75,8 @@ def test_no_weight_of_the_base_leaves_a_trace(real: Path, stored: str, precision
         save_file(changed, real / "base/model.safetensors", metadata={"format": "pt"})
         make(
             real,
-            ["pretrain", "expand_vocab", "scratch"],
-            [f"pretrain.dtype={stored}", f"scratch.precision={precision}"],
+            ["pretrain", "expand_vocab", "train_from_scratch"],
+            [f"pretrain.dtype={stored}", f"train_from_scratch.precision={precision}"],
         )
         made.append((real / FOLDER / "model.safetensors").read_bytes())
     assert made[0] == made[1]
@@ -84,23 +87,33 @@ def test_no_weight_of_the_base_leaves_a_trace(real: Path, stored: str, precision
 
 def test_the_seed_decides_and_two_runs_give_the_same_bytes(project: Path) -> None:
     first = folder_bytes(project / FOLDER)
-    make(project, ["scratch"], BRIEF, force=True)
+    make(project, ["train_from_scratch"], BRIEF, force=True)
     assert folder_bytes(project / FOLDER) == first
-    make(project, ["scratch"], [*BRIEF, "scratch.seed=1"])
+    make(project, ["train_from_scratch"], [*BRIEF, "train_from_scratch.seed=1"])
     assert (project / FOLDER / "model.safetensors").read_bytes() != first["model.safetensors"]
 
 
 def test_a_run_that_stops_goes_on_and_ends_with_the_same_bytes(real: Path) -> None:
-    given = ["scratch.epochs=8", "scratch.precision=bf16", "scratch.eval_share=0.2", "scratch.schedule=cosine"]
-    make(real, ["scratch"], given)
+    given = [
+        "train_from_scratch.epochs=8",
+        "train_from_scratch.precision=bf16",
+        "train_from_scratch.eval_share=0.2",
+        "train_from_scratch.schedule=cosine",
+    ]
+    make(real, ["train_from_scratch"], given)
     expected = folder_bytes(real / FOLDER)
-    shutil.rmtree(real / "runs/scratch")
+    shutil.rmtree(real / "runs/train_from_scratch")
     shutil.rmtree(real / ".lora-cache")
-    events = run(open_project(real / "params.yaml", given), STAGES["scratch"], WORK["scratch"], checkpoint_every=5)
+    events = run(
+        open_project(real / "params.yaml", given),
+        STAGES["train_from_scratch"],
+        WORK["train_from_scratch"],
+        checkpoint_every=5,
+    )
     next(event for event in events if isinstance(event, Progress) and event.done == 13)
     events.close()
-    _, seen = make_one(real, "scratch", given)
-    assert "scratch: resumed after step 10" in [event.text for event in seen if isinstance(event, Note)]
+    _, seen = make_one(real, "train_from_scratch", given)
+    assert "train_from_scratch: resumed after step 10" in [event.text for event in seen if isinstance(event, Note)]
     assert folder_bytes(real / FOLDER) == expected
 
 
@@ -110,39 +123,48 @@ def test_each_epoch_holds_the_examples_of_every_file(brief: Path) -> None:
     def tokens(*stages: str) -> int:
         return sum(read_steps(brief / "runs" / stage / "loss.csv")[-1].tokens for stage in stages)
 
-    assert tokens("scratch") == tokens("pretrain", "finetune_full")  # two epochs each
+    assert tokens("train_from_scratch") == tokens("pretrain", "finetune_full")  # two epochs each
 
 
 def test_what_is_held_out_is_held_out_of_every_file(project: Path) -> None:
     share = 0.3
-    names = load(project / "params.yaml").scratch.data
+    names = load(project / "params.yaml").train_from_scratch.data
     examples = [example for name in names for example in read_examples(project / name, name)]
     kept = [example for example in examples if not in_evaluation(example, share)]
     held = {example.file for example in examples if in_evaluation(example, share)}
     assert len(names) == 2 and held == set(names), "the share is to hold out of both"
-    make(project, ["scratch"], [*BRIEF, "scratch.epochs=1", f"scratch.eval_share={share}", "scratch.window=0"])
+    make(
+        project,
+        ["train_from_scratch"],
+        [
+            *BRIEF,
+            "train_from_scratch.epochs=1",
+            f"train_from_scratch.eval_share={share}",
+            "train_from_scratch.window=0",
+        ],
+    )
     steps = read_steps(project / FOLDER / "loss.csv")
     assert steps[-1].tokens == sum(len(example.text.split()) for example in kept)  # each word's next, <eos> at the end
     assert steps[-1].eval_loss is not None
     with pytest.raises(UserError, match=rf"1e-09 selects 0 of {len(examples)} labelled examples of {', '.join(names)}"):
-        make(project, ["scratch"], [*BRIEF, "scratch.eval_share=1e-9"])
-    reason = rf"scratch.eval_share 0.9999 selects all {len(examples)} labelled examples of {', '.join(names)}"
+        make(project, ["train_from_scratch"], [*BRIEF, "train_from_scratch.eval_share=1e-9"])
+    reason = (
+        rf"train_from_scratch.eval_share 0.9999 selects all {len(examples)} labelled examples of {', '.join(names)}"
+    )
     with pytest.raises(UserError, match=reason):
-        make(project, ["scratch"], [*BRIEF, "scratch.eval_share=0.9999"])
+        make(project, ["train_from_scratch"], [*BRIEF, "train_from_scratch.eval_share=0.9999"])
 
 
 def test_a_warm_up_that_lasts_as_long_as_the_training_is_refused(project: Path) -> None:
-    make(project, ["scratch"], BRIEF)
+    make(project, ["train_from_scratch"], BRIEF)
     total = len(read_steps(project / FOLDER / "loss.csv"))
-    make(project, ["scratch"], [*BRIEF, f"scratch.warmup_steps={total - 1}"])
+    make(project, ["train_from_scratch"], [*BRIEF, f"train_from_scratch.warmup_steps={total - 1}"])
     last = read_steps(project / FOLDER / "loss.csv")[-1]
-    assert last.learning_rate == load(project / "params.yaml").scratch.learning_rate, "it is reached"
+    assert last.learning_rate == load(project / "params.yaml").train_from_scratch.learning_rate, "it is reached"
     for steps in (total, 1_000_000):
-        problem = (
-            rf"scratch.warmup_steps must be below {total}, the total number of training steps, got {steps}. Lower it."
-        )
+        problem = rf"train_from_scratch.warmup_steps must be below {total}, the total number of training steps, got {steps}. Lower it."  # noqa: E501
         with pytest.raises(UserError, match=problem):
-            make(project, ["scratch"], [*BRIEF, f"scratch.warmup_steps={steps}"])
+            make(project, ["train_from_scratch"], [*BRIEF, f"train_from_scratch.warmup_steps={steps}"])
     rows = "finetune_sweep, warmup_steps-1000000: finetune_lora.warmup_steps must be below "
     with pytest.raises(UserError, match=rows):
         make(project, ["finetune_sweep"], [*BRIEF, "finetune_sweep.grid={warmup_steps: [0, 1000000]}"])
@@ -150,12 +172,18 @@ def test_a_warm_up_that_lasts_as_long_as_the_training_is_refused(project: Path) 
 
 def test_a_problem_is_at_the_line_of_the_file_that_has_it(project: Path) -> None:
     with pytest.raises(UserError, match=r"step 2, on (?=.*data/pretrain.de.txt:\d)(?=.*data/finetune.de.txt:\d)"):
-        make(project, ["scratch"], [*BRIEF, "scratch.learning_rate=1e30", "scratch.batch_size=40"])
+        make(
+            project,
+            ["train_from_scratch"],
+            [*BRIEF, "train_from_scratch.learning_rate=1e30", "train_from_scratch.batch_size=40"],
+        )
     (project / "data/finetune.de.txt").write_text("der wind weht\nder hagel fällt\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"data/finetune.de.txt:2: not in the vocabulary: hagel"):
-        make(project, ["scratch"], BRIEF)
-    with pytest.raises(UserError, match=r"scratch.data must be a name or a list of names, got \[\]. Change it"):
-        make(project, ["scratch"], [*BRIEF, "scratch.data=[]"])
+        make(project, ["train_from_scratch"], BRIEF)
+    with pytest.raises(
+        UserError, match=r"train_from_scratch.data must be a name or a list of names, got \[\]. Change it"
+    ):
+        make(project, ["train_from_scratch"], [*BRIEF, "train_from_scratch.data=[]"])
 
 
 def test_it_takes_as_many_steps_as_pretraining_and_full_fine_tuning_and_forgets_less_than_lora(finished: Path) -> None:

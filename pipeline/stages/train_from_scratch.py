@@ -1,4 +1,4 @@
-"""scratch: the expanded base's shape with random weights, trained on old and new sentences together (§1, §7)."""
+"""train_from_scratch: the expanded base's shape, random weights, trained on old and new sentences (§1, §7)."""
 
 from collections.abc import Generator
 
@@ -12,12 +12,12 @@ from pipeline.training.data import prepare_data, save_checkpoint
 from pipeline.training.loop import TrainingTask, train
 
 
-def scratch(job: Job) -> Generator[Event, None, Facts]:
+def train_from_scratch(job: Job) -> Generator[Event, None, Facts]:
     """Random weights → every parameter trained on all files → a checkpoint in the bits that the base is stored in.
 
     Raises UserError, and what `train` does.
     """
-    settings = job.project.params.scratch
+    settings = job.project.params.train_from_scratch
     folder = job.artifact("expand_vocab")
     base = anew(job, settings.precision)
     batches, evaluation = yield from prepare_data(job, settings, base)
@@ -33,6 +33,6 @@ def anew(job: Job, precision: str | None) -> Base:
     """
     folder, trust = job.project.artifact("expand_vocab"), job.project.params.pretrain.trust_remote_code
     base = load_base(folder, precision, trust)
-    torch.manual_seed(job.project.params.scratch.seed)
+    torch.manual_seed(job.project.params.train_from_scratch.seed)
     base.model.load_state_dict(untrained(folder, trust).state_dict())
     return base
