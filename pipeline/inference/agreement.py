@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.inference.engine import LoadedModel, load
 from pipeline.inference.score import score
 from pipeline.models.base import packed_hidden_states
-from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.kernels.fp32_compute import compute_in_fp32
 from pipeline.project.params.sections import Quantization
 
 
@@ -76,7 +76,7 @@ def difference(one: LoadedModel, other: LoadedModel, texts: Sequence[str]) -> Di
     """Computed in fp32, so that what remains is the weights'."""
     ids = [one.tokenizer.encode(text)[: one.model.shape.positions] for text in texts]  # unknown words included
     farthest, divergences, same = list[Tensor](), list[Tensor](), 0
-    with exact(one.model), exact(other.model):
+    with compute_in_fp32(one.model), compute_in_fp32(other.model):
         for first, second in zip(
             packed_hidden_states(one.model, ids), packed_hidden_states(other.model, ids), strict=True
         ):

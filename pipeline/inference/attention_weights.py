@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.kernels.packed_attention import watched
+from pipeline.models.kernels.packed_attention import record_weights
 from pipeline.models.minigpt.attention import Attention
 from pipeline.models.virtual_tokens import Prefix, with_prefix
 
@@ -39,7 +39,7 @@ def of_layer(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
     """
     attention = getattr(model.blocks[layer], "self_attn", None)
     if not isinstance(attention, Attention):
-        with watched(layer) as found:
+        with record_weights(layer) as found:
             model.hidden_states(ids)
         if not found:
             raise UserError(f"Layer {layer} attends in a way of its own, or not at all: it cannot be shown.")

@@ -1,4 +1,4 @@
-"""What counts as a linear: torch's, and GPT-2's, which stores its weight the other way round."""
+"""Linear layers: torch's, and GPT-2's Conv1D, which stores its weight transposed."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""A checkpoint's model as it is before anything is learned: its modules alone, or with weights of its own kind."""
+"""A checkpoint's model without its weights: on the meta device, or newly initialized."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from pipeline.models.save import CONFIG
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
-    """The model of the checkpoint in `folder`, all of it on the meta device: names, shapes and what is tied, in no
-    memory worth the name. Raises UserError."""
-    with torch.device("meta"), _Undrawn():
+    """The model of the checkpoint in `folder` on the meta device: names, shapes and ties, with almost no memory.
+    Raises UserError."""
+    with torch.device("meta"), _SkipInit():
         return untrained(folder, trust_remote_code)
 
 
-class _Undrawn(TorchFunctionMode):
-    """Modules begin without their weights being drawn: on the meta device torch would import its compiler for it."""
+class _SkipInit(TorchFunctionMode):
+    """Skips `torch.nn.init`, which would import torch's compiler on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -32,11 +32,12 @@ class _Undrawn(TorchFunctionMode):
 
 
 def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
-    """The same in fp32, with the weights that its family begins with, drawn by torch's generator. Raises UserError."""
+    """The model of the checkpoint in `folder` in fp32, initialized as its family is, by torch's default generator.
+    Raises UserError."""
     config = read_config(folder)
     refuse_implausible(folder, weight_files(folder))
     if MiniGPTConfig.describes(config):
         return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
-    from pipeline.models.transformers_model import without_weights  # MiniGPT needs none of transformers
+    from pipeline.models.transformers_model import without_weights  # MiniGPT does not need transformers
 
     return without_weights(folder, trust_remote_code)

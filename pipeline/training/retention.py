@@ -12,7 +12,7 @@ from pipeline.data.masking import encode
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.device import placed
+from pipeline.models.device import move_for_inference
 from pipeline.models.generate import generate
 from pipeline.models.load import Base
 from pipeline.project.params.sections import FinetuneLora
@@ -89,7 +89,7 @@ def retain_of(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, 
     examples = list(iter_examples(job.path(settings.retain), settings.retain, prompts=True))
     if prompts := sum(map(_is_prompt, examples)):
         yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retain}")
-        placed(base.model)
+        move_for_inference(base.model)
     for example in examples:
         ids = _completed(example, base) if _is_prompt(example) else _read(example, settings, base)
         found.append(Window(0, ids, ids))  # every token is one on which answers are compared

@@ -76,7 +76,9 @@ def _rounded(model: CausalLM, kind: Quantization) -> dict[str, Callable[[Tensor]
     if kind == "none":
         return {}
     linears = {name: model.get_submodule(name) for name in quantizable(model)}
-    return {f"{name}.weight": partial(dequantized, kind=kind, turned=is_conv1d(one)) for name, one in linears.items()}
+    return {
+        f"{name}.weight": partial(dequantized, kind=kind, transposed=is_conv1d(one)) for name, one in linears.items()
+    }
 
 
 def edits_of(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:

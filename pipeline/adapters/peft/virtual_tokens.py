@@ -56,7 +56,7 @@ def start(model: CausalLM, spec: VirtualSpec, words: int, seed: int) -> None:
     else:
         virtual = prefix_of(model.keys_and_values(chosen), len(model.blocks))
     model.requires_grad_(False)
-    model.begin_with(virtual)
+    model.set_virtual_tokens(virtual)
 
 
 def in_precision(virtual: VirtualTokens, dtype: torch.dtype) -> None:
@@ -111,7 +111,7 @@ def load_virtual(model: CausalLM, folder: Path) -> VirtualSpec:
     expected = {KEY: (n, likeness.prompt_embeddings.shape[1])}
     refuse_difference(expected, {key: tuple(t.shape) for key, t in values.items()}, str(folder / WEIGHTS))
     _refuse_heads(config, place, likeness)
-    model.begin_with(_filled(likeness, values[KEY], model))
+    model.set_virtual_tokens(_filled(likeness, values[KEY], model))
     model.requires_grad_(False)
     return VirtualSpec(kind, n)
 

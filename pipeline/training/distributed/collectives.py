@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.device import free, size
+from pipeline.models.device import free_bytes, model_bytes
 from pipeline.models.quantization.quantized_linear import QuantizedLinear
 
 Item = TypeVar("Item")
@@ -112,7 +112,7 @@ def is_lost(error: Exception) -> bool:
 
 def needs_shards(model: CausalLM, device: torch.device) -> bool:
     """Whether the weights take more than this device, or another process's, has free."""
-    return dist.is_initialized() and bool(all_reduce_max(int(size(model) > free(device))))
+    return dist.is_initialized() and bool(all_reduce_max(int(model_bytes(model) > free_bytes(device))))
 
 
 def shard(model: CausalLM, device: torch.device) -> None:

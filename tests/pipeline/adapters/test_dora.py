@@ -23,7 +23,7 @@ from pipeline.adapters.scale import AdapterScale
 from pipeline.errors import UserError
 from pipeline.export.model_card import card
 from pipeline.inference import catalog
-from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.kernels.fp32_compute import compute_in_fp32
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
 from pipeline.weights.as_low_rank import updates_of
@@ -253,7 +253,7 @@ def test_a_sixteen_bit_model_is_compared_with_its_merge_in_fp32(family: str, kin
         layer.folds = False
         layer.lora_B.normal_(std=0.1)
     merged = merged_model(model)
-    with exact(model), exact(merged):
+    with compute_in_fp32(model), compute_in_fp32(merged):
         there, here = model(IDS), merged(IDS)
     assert there.dtype == torch.float32
     assert (there - here).abs().max() < 0.05 * there.abs().max()

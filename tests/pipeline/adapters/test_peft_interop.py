@@ -34,7 +34,7 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: TransformersModel) -
     """LoraConfig's arguments."""
     some = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     pattern = rf".*\.({'|'.join(name.replace('.', '[.]') for name in some)})"
-    whole = () if "mixtral" in type(model._whole[0]).__name__.lower() else ("all-linear",)  # PEFT adapts experts too
+    whole = () if "mixtral" in type(model._model[0]).__name__.lower() else ("all-linear",)  # PEFT adapts experts too
     one = rf".*\.1\..*{some[0]}"  # PEFT sorts patterns as it writes them, and reads another rank if two mean a module
     chosen: dict[str, Any] = {
         "r": draw(RANKS),

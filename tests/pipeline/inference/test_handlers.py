@@ -86,7 +86,7 @@ def test_a_model_that_overflows_is_refused_and_the_base_answers(
     answers.models.load("wild", endless, filled(tmp_path / "wild", endless, 1e30))
     asked = {"model": "wild", "text": "w1", "layer": 1, "head": 0, "models": ["wild", "m"], "k": 1, "temperature": 1}
     for do in ("generate", "attention"):
-        with pytest.raises(UserError, match="The model's numbers are not finite"):
+        with pytest.raises(UserError, match="The model's outputs are not finite"):
             list(answers.to(do, Request(asked)))
     (done,) = answers.to("top_k", Request(asked))
     assert "are not finite" in done["answers"]["wild"]["error"]
@@ -112,7 +112,7 @@ def test_a_token_that_a_model_lacks_has_no_probability_there(answers: RequestHan
 
 
 def test_the_device_is_the_best_there_is_and_its_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = device.facts(torch.device("cpu"))
+    facts = device.device_info(torch.device("cpu"))
     assert 0 < facts["memory_used"] < facts["memory_total"]
     assert facts["name"]
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -122,4 +122,4 @@ def test_the_device_is_the_best_there_is_and_its_memory_is_told(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3, 10))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
     expected = {"device": "cuda", "name": "A GPU", "memory_used": 7, "memory_total": 10}
-    assert device.facts(device.best_device()) == expected
+    assert device.device_info(device.best_device()) == expected
