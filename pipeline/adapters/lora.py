@@ -18,29 +18,29 @@ def fan_in_fan_out(base: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A layer's weight, as the tensor that it is."""
+    """A layer's weight, typed as a tensor."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def weight_out_in(base: nn.Module) -> Tensor:
-    """A linear's weight as (O, I), a view of it."""
+    """A view of a linear's weight as (O, I)."""
     return weight_of(base).T if fan_in_fan_out(base) else weight_of(base)
 
 
 def weight_in(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W for a product in `dtype`: made in it where it is kept in few bits, else as it is."""
+    """W for a product in `dtype`: a quantized weight is dequantized in it, any other is returned as it is."""
     return base.weight_in(dtype) if isinstance(base, QuantizedLinear) else weight_of(base)
 
 
 class LoRALinear(nn.Module):
     """A frozen linear plus a trainable update: y = Wx + b + s·BAx.
 
-    W is (O, I), lora_A (R, I), lora_B (O, R). A small W is folded first, (W + s·BA)x, because there the
-    number of operations costs more than their size; a large one never forms the (O, I) product.
-    With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the paper takes s·B₀A₀ out of W, here W stays as it is.
-    A and B may have another dtype than W: they are cast to x's, which is far smaller than x cast to theirs.
+    W is (O, I), lora_A (R, I), lora_B (O, R). A small W is folded first, (W + s·BA)x, because the number of calls
+    then costs more than their size; for a large one the (O, I) product is never formed.
+    With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the paper subtracts s·B₀A₀ from W, here W stays unchanged.
+    A and B may have another dtype than W: they are cast to x's dtype, which is cheaper than casting x to theirs.
     """
 
     initial_A: Tensor
@@ -49,10 +49,10 @@ class LoRALinear(nn.Module):
     def __init__(
         self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None, init: Init = "document"
     ) -> None:
-        """Raises UserError where `init` does not fit the rank."""
+        """Raises UserError if `init` does not fit the rank."""
         super().__init__()
         self.base, self.scale = base, scale
-        self.enabled = True  # off: the base alone
+        self.enabled = True  # False: the base only
         weight = weight_of(base)
         outputs, inputs = reversed(weight.shape) if fan_in_fan_out(base) else weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
@@ -60,20 +60,20 @@ class LoRALinear(nn.Module):
         initialize(A, B, init)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         self.folds = isinstance(base, nn.Linear | QuantizedLinear) and weight.numel() < FOLD_BELOW
-        self.moved = init == "pissa"  # A and B begin elsewhere than at BA = 0: where, is taken away again
-        if self.moved:
-            self._begin_at(*principal(weight_out_in(base), rank, scale))
+        self.subtracts_initial = init == "pissa"  # B₀A₀ is not 0, and is subtracted in the forward
+        if self.subtracts_initial:
+            self._set_initial(*principal(weight_out_in(base), rank, scale))
 
     @torch.no_grad()
-    def _begin_at(self, A: Tensor, B: Tensor) -> None:
+    def _set_initial(self, A: Tensor, B: Tensor) -> None:
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
         self.register_buffer("initial_A", self.lora_A.detach().clone(), persistent=False)
         self.register_buffer("neg_initial_B", -self.lora_B.detach(), persistent=False)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A (R, I) and B (O, R) of the update s·BA; with PiSSA BA − B₀A₀, in one product of rank 2R."""
-        if not self.moved:
+        """A (R, I) and B (O, R) of the update s·BA; with PiSSA of BA − B₀A₀, as one product of rank 2R."""
+        if not self.subtracts_initial:
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.neg_initial_B), dim=1)
 
@@ -113,13 +113,13 @@ class LoRAEmbedding(nn.Module):
 
 
 def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:
-    """`rows` as the embedding gives them out: Gemma's multiplies what it looks up."""
+    """`rows` (..., D) with the embedding's own scale: Gemma's multiplies the rows it looks up."""
     scale = getattr(embedding, "embed_scale", None)
     return rows if scale is None else rows * scale.to(rows.dtype)
 
 
 def factors(layer: LoRALinear | LoRAEmbedding) -> tuple[Tensor, Tensor]:
-    """Two whose product, scaled, is added to the base's weight as it is stored: (n, R) and (R, m)."""
+    """Two factors, (n, R) and (R, m), whose scaled product is added to the base's weight in its stored layout."""
     pair = layer.pair() if isinstance(layer, LoRALinear) else (layer.lora_A, layer.lora_B)
     a, b = (factor.detach() for factor in pair)
     return (a.T, b.T) if fan_in_fan_out(layer.base) else (b, a)

@@ -1,4 +1,4 @@
-"""Single rows of an embedding or head that train while all others stay as they are, bit for bit."""
+"""Train single rows of an embedding or head; all other rows keep their bits."""
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class EmbeddingRows(nn.Module):
         old: Tensor = self.base(tokens)
         if not self.enabled:
             return old
-        slot = self.slot[tokens]  # (B, T): the row to use, or -1
+        slot = self.slot[tokens]  # (B, T): index into `rows`, or -1
         replaced = F.embedding(slot.clamp(min=0), self.rows)
         return torch.where((slot >= 0)[..., None], scaled_as(self.base, replaced).to(old.dtype), old)
 

@@ -29,7 +29,7 @@ class Sampling:
                 f"got {self.temperature}, {self.top_k} and {self.top_p}."
             )
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be a whole number from 0 and below 2^63, got {self.seed}.")
+            raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.")
 
 
 GREEDY = Sampling()

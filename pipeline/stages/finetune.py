@@ -9,7 +9,7 @@ import torch
 from pipeline.adapters.attach import adapter_layers, attach, short_targets
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import WEIGHTS
-from pipeline.adapters.peft.io import save_adapter, stored
+from pipeline.adapters.peft.io import save_adapter, stored_spec
 from pipeline.adapters.target_modules import resolve
 from pipeline.calc.settings import FULL, FinetuningMethod
 from pipeline.errors import UserError
@@ -172,7 +172,7 @@ def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path, parameter
     save_adapter(out, model, spec, f"artifacts/{folder.name}")
     tokenizer.save(out, model.shape.positions)
     facts: Facts = {"base": base_fingerprint(folder), "parameters": parameters}
-    if (kept := stored(model, spec)) is not spec:
+    if (kept := stored_spec(model, spec)) is not spec:
         held = sum(prod(shape) for shape in shapes(out / WEIGHTS).values())
         facts |= {"stored": {"rank": kept.rank, "alpha": kept.alpha}, "parameters": {**parameters, "stored": held}}
     return facts

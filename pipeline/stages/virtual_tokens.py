@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from pathlib import Path
 
-from pipeline.adapters.peft.virtual_tokens import VirtualSpec, in_precision, save_virtual, start
+from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens, cast_virtual_tokens, save_virtual
 from pipeline.calc.settings import FinetuningMethod
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
@@ -25,9 +25,9 @@ def virtual_learner(
     """
     model, tokenizer = base
     spec = VirtualSpec(job.stage.method, settings.virtual_tokens)
-    start(model, spec, len(tokenizer), settings.seed)
+    attach_virtual_tokens(model, spec, len(tokenizer), settings.seed)
     assert model.virtual is not None
-    in_precision(model.virtual, DTYPES[settings.adapter_precision])
+    cast_virtual_tokens(model.virtual, DTYPES[settings.adapter_precision])
     if spec.kind == "prefix" and settings.checkpointing != "none" and not model.supports_prefix:
         raise UserError(
             f"{job.stage.name}.checkpointing must be none for this model, got {settings.checkpointing}: its blocks "

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import switched_off
+from pipeline.adapters.attach import disable_adapter
 from pipeline.data.examples import Example, Window, iter_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import Dataset, InMemoryDataset
@@ -66,7 +66,7 @@ class RetentionLoss:
     def _off(self) -> Iterator[None]:
         self._originals = [(p, original.to(p.device)) for p, original in self._originals]  # it may have moved since
         trained = [(p, p.data) for p, _ in self._originals]
-        with switched_off(self._model):
+        with disable_adapter(self._model):
             for p, original in self._originals:
                 p.data = original
             try:

@@ -78,7 +78,7 @@ def _targets(change: LowRankUpdate, module: str) -> bool:
         meant = full_match(wanted, module, "target_modules")
     else:
         meant = any(means(want, module) for want in ((wanted,) if isinstance(wanted, str) else wanted))
-    return meant and not change.spec.leaves_out(module) and not lies_in(module, change.spec.saved)
+    return meant and not change.spec.excludes(module) and not lies_in(module, change.spec.saved)
 
 
 def settings_that_differ(one: LowRankUpdate, other: LowRankUpdate) -> dict[str, tuple[Any, Any]]:

@@ -296,7 +296,7 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
         (["prompt", "der", "--temperature", "1", "--top-p", "0"], 1, "sampling needs"),
         (["prompt", "der", "--top-k", "0"], 2, "Invalid value for '--top-k'"),
         (["prompt", "der", "--base", "artifacts/lora_adapter"], 1, "It is an adapter: pass it with --adapter"),
-        (["prompt", "der", "--adapter", "artifacts/base"], 1, "artifacts/base is a whole model, not an adapter"),
+        (["prompt", "der", "--adapter", "artifacts/base"], 1, "artifacts/base is a full model, not an adapter"),
         (["prompt", "der", "--base", "nowhere"], 1, "nowhere is not a model folder"),
         (["prompt"], 2, "Missing argument 'TEXT'"),
         (["prompt", "der", "--top-p", "0.5"], 2, "need --temperature above 0"),
@@ -304,7 +304,7 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
         (
             ["prompt", "der", "--temperature", "1", "--seed", "9" * 30],
             1,
-            "seed must be a whole number from 0 and below 2^63",
+            "seed must be a whole number from 0 to 2^63 - 1",
         ),
         (["prompt", "d\udce9r"], 2, "it is not UTF-8"),
         (["pretrain", "--set", "pretrain.seed=100000000000000000000"], 1, "pretrain.seed must be below"),

@@ -122,7 +122,7 @@ def _head(model: CausalLM, share: AdapterRouting, number: int) -> Head:
     """Logits of rows that are all one adapter's."""
 
     def head(rows: Tensor) -> Tensor:
-        with share.route(share.alone(number, len(rows))):
+        with share.route(share.counts_for(number, len(rows))):
             return model.logits(rows)
 
     return head

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.adapters.attach import adapter_layers, attach, switched_off
+from pipeline.adapters.attach import adapter_layers, attach, disable_adapter
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.lora import weight_out_in
@@ -125,7 +125,7 @@ def test_norms_of_a_large_weight_are_found_without_the_product(dtype: torch.dtyp
         layer.lora_B.normal_(std=size)
     A, B = layer.lora_A.to(dtype), layer.lora_B.to(dtype)  # what forward multiplies by
     direct = (weight_out_in(base).double() + 2 * B.double() @ A.double()).norm(dim=1)
-    torch.testing.assert_close(layer._lengths(A, B).double(), direct, rtol=within, atol=0)
+    torch.testing.assert_close(layer._norms(A, B).double(), direct, rtol=within, atol=0)
 
 
 def test_pissa_begins_at_the_base_with_dora_too() -> None:
@@ -198,7 +198,7 @@ def test_switched_off_it_is_the_base_and_at_half_strength_half_the_change_of_eac
     for _, layer in adapter_layers(tuned):
         layer.lora_B.normal_(std=0.3)
     whole = tuned(IDS)
-    with switched_off(tuned):
+    with disable_adapter(tuned):
         assert torch.equal(tuned(IDS), base(IDS))
     strength = AdapterScale(tuned, base, spec)
     half = copy.deepcopy(base)
