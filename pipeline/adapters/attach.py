@@ -1,4 +1,4 @@
-"""Attach an adapter to a model, name its tensors as PEFT does, and disable it."""
+"""Find the layers to adapt, attach an adapter to them, name its tensors as PEFT does, and disable it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,20 +8,49 @@ from torch import nn
 
 from pipeline.adapters import lora
 from pipeline.adapters.config import AdapterSpec, enclosing_names, lies_in
-from pipeline.adapters.dora import DoRALinear
-from pipeline.adapters.lora import LoRAEmbedding, LoRALinear
-from pipeline.adapters.target_modules import resolve, targeted
-from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
+from pipeline.adapters.lora import ROWS, AdapterLayer, LoRAEmbedding, LoRALinear
+from pipeline.calc.target_modules import ALL_LINEAR, HEAD, chosen, matches_suffix
 from pipeline.errors import UserError
-from pipeline.files.patterns import one_budget
-from pipeline.models.base import CausalLM
+from pipeline.files.patterns import full_match, one_budget
+from pipeline.models.base import CausalLM, LowBitLinear, is_linear
 from pipeline.project.params.sections import Init
 
 PREFIX = "base_model.model."
-MAGNITUDE = ".lora_magnitude_vector"
-ROWS = ".token_adapter.trainable_tokens_delta"
 LOW_RANK = LoRALinear | LoRAEmbedding
-BY_ROWS = EmbeddingRows | HeadRows
+
+
+def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """Full names of the linears that `wanted` matches. Raises UserError if one of its names matches nothing."""
+    linears = (name for name, module in model.named_modules() if adaptable(module))
+    return chosen(linears, wanted, getattr(model, "head_name", HEAD))
+
+
+def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Full names of the layers that get LoRA in PEFT: linears, and the embedding if it is named.
+
+    Raises UserError if there are none, or if a name matches nothing.
+    """
+    embedding = getattr(model, "embedding_name", "")
+    layers = [name for name, module in model.named_modules() if adaptable(module) or name == embedding]
+    if isinstance(spec.targets, str) and spec.targets != ALL_LINEAR:
+        matches = [name for name in layers if full_match(spec.targets, name, "target_modules")]
+    else:
+        wanted = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+        if not any(matches_suffix(embedding, want) for want in wanted):  # groups such as all-linear leave it out
+            layers = [name for name in layers if name != embedding]
+        matches = chosen(layers, wanted, getattr(model, "head_name", HEAD))
+    names = [name for name in matches if not spec.excludes(name)]
+    if not names:
+        raise UserError(
+            f"target_modules: {spec.targets!r} matches no layer that is not excluded. "
+            "Check exclude_modules and layers_to_transform."
+        )
+    return names
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can wrap it: a linear, quantized or not."""
+    return is_linear(module) or isinstance(module, LowBitLinear)
 
 
 @one_budget()
@@ -65,8 +94,15 @@ def add_lora(
                 raise UserError(f"target_modules: DoRA is for linears; {name} is an embedding. Remove it.")
             model.set_submodule(name, LoRAEmbedding(base, rank, scale, dtype))
         else:
-            kind = DoRALinear if spec.dora else LoRALinear
-            model.set_submodule(name, kind(base, rank, scale, dtype, init))
+            model.set_submodule(name, _linear_class(spec)(base, rank, scale, dtype, init))
+
+
+def _linear_class(spec: AdapterSpec) -> type[LoRALinear]:
+    if not spec.dora:
+        return LoRALinear
+    from pipeline.adapters.dora import DoRALinear  # few adapters use it
+
+    return DoRALinear
 
 
 def _train_in_full(model: CausalLM, spec: AdapterSpec) -> None:
@@ -95,6 +131,8 @@ def untie(model: CausalLM) -> None:
 
 
 def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
+    from pipeline.adapters.token_rows import EmbeddingRows, HeadRows  # few adapters train rows
+
     embedding, head = model.embeddings, model.head
     embedding_name, head_name = model.embedding_and_head
     ids = {name: torch.tensor(indices, device=model.device) for name, indices in rows.items()}
@@ -119,16 +157,11 @@ def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
     """
     parameters: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            parameters[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
-            parameters[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-            if isinstance(module, DoRALinear):
-                parameters[f"{PREFIX}{name}{MAGNITUDE}"] = module.magnitude
-        elif isinstance(module, LoRAEmbedding):
-            parameters[f"{PREFIX}{name}.lora_embedding_A"] = module.lora_A
-            parameters[f"{PREFIX}{name}.lora_embedding_B"] = module.lora_B
-        elif isinstance(module, BY_ROWS) and name.rsplit(".", 1)[-1] in spec.rows:
-            parameters[f"{PREFIX}{name}{ROWS}"] = module.rows
+        by_key = module.adapter_parameters() if isinstance(module, AdapterLayer) else {}
+        if ROWS in by_key and name.rsplit(".", 1)[-1] not in spec.rows:  # a tied head's are the embedding's
+            by_key = {}
+        if by_key:
+            parameters |= {f"{PREFIX}{name}{key}": p for key, p in by_key.items()}
         elif spec.saves(name):
             parameters |= {f"{PREFIX}{name}.{key}": p for key, p in module.named_parameters()}  # a bias too
     return parameters
@@ -140,7 +173,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
     Modules that train in full stay as they are: see `training/retention.py`.
     """
-    layers = [m for m in model.modules() if isinstance(m, LOW_RANK | BY_ROWS)]
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
     for layer in layers:
         layer.enabled = False
     try:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.lora import LoRALinear, weight_of, weight_out_in
-from pipeline.models.quantization.quantized_linear import QuantizedLinear
+from pipeline.adapters.lora import MAGNITUDE, LoRALinear, weight_of, weight_out_in
+from pipeline.models.base import LowBitLinear
 from pipeline.project.params.sections import Init
 
 LEAST = 2.0**-126  # fp32's smallest normal number: the norm of a row of zeros, so that nothing is divided by 0
@@ -31,6 +31,9 @@ class DoRALinear(LoRALinear):
             A, B = (factor.to(weight_of(base).dtype) for factor in self.pair())
             norms = row_norms(self._updated_weight(A, B)) if self.folds else self._norms(A, B)
         self.magnitude = nn.Parameter(norms)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {**super().adapter_parameters(), MAGNITUDE: self.magnitude}
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor
@@ -62,7 +65,7 @@ class DoRALinear(LoRALinear):
     def _norms(self, A: Tensor, B: Tensor) -> Tensor:
         """‖W + s·BA‖, (O,)."""
         base = self.base
-        weight = base.weight_in(A.dtype) if isinstance(base, QuantizedLinear) else weight_out_in(base).to(A.dtype)
+        weight = base.weight_in(A.dtype) if isinstance(base, LowBitLinear) else weight_out_in(base).to(A.dtype)
         wide = self.squares.dtype
         cross = ((weight @ A.T).to(wide) * B).sum(1)  # ⟨WAᵀ, B⟩, (O,)
         A, B = A.to(wide), B.to(wide)

@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.init import DOCUMENT_STD, initialize, principal
-from pipeline.models.linears import is_conv1d
-from pipeline.models.quantization.quantized_linear import QuantizedLinear
+from pipeline.models.base import LowBitLinear, is_conv1d
 from pipeline.project.params.sections import Init
 
 FOLD_BELOW = 2**16  # weights; see LoRALinear
+# PEFT's keys of an adapter's tensors, after the module's name; A's and B's are in the layers below.
+MAGNITUDE = ".lora_magnitude_vector"
+ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def fan_in_fan_out(base: nn.Module) -> bool:
@@ -31,10 +33,21 @@ def weight_out_in(base: nn.Module) -> Tensor:
 
 def weight_in(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """W for a product in `dtype`: a quantized weight is dequantized in it, any other is returned as it is."""
-    return base.weight_in(dtype) if isinstance(base, QuantizedLinear) else weight_of(base)
+    return base.weight_in(dtype) if isinstance(base, LowBitLinear) else weight_of(base)
 
 
-class LoRALinear(nn.Module):
+class AdapterLayer(nn.Module):
+    """A frozen layer of the base and what an adapter adds to it."""
+
+    base: nn.Module
+    enabled: bool  # False: the base only
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by PEFT's key after the module's name."""
+        raise NotImplementedError
+
+
+class LoRALinear(AdapterLayer):
     """A frozen linear plus a trainable update: y = Wx + b + s·BAx.
 
     W is (O, I), lora_A (R, I), lora_B (O, R). A small W is folded first, (W + s·BA)x, because the number of calls
@@ -52,14 +65,14 @@ class LoRALinear(nn.Module):
         """Raises UserError if `init` does not fit the rank."""
         super().__init__()
         self.base, self.scale = base, scale
-        self.enabled = True  # False: the base only
+        self.enabled = True
         weight = weight_of(base)
         outputs, inputs = reversed(weight.shape) if fan_in_fan_out(base) else weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
         A, B = like.new_empty(rank, inputs), like.new_empty(outputs, rank)
         initialize(A, B, init)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-        self.folds = isinstance(base, nn.Linear | QuantizedLinear) and weight.numel() < FOLD_BELOW
+        self.folds = isinstance(base, nn.Linear | LowBitLinear) and weight.numel() < FOLD_BELOW
         self.subtracts_initial = init == "pissa"  # B₀A₀ is not 0, and is subtracted in the forward
         if self.subtracts_initial:
             self._set_initial(*principal(weight_out_in(base), rank, scale))
@@ -70,6 +83,9 @@ class LoRALinear(nn.Module):
         self.lora_B.copy_(B)
         self.register_buffer("initial_A", self.lora_A.detach().clone(), persistent=False)
         self.register_buffer("neg_initial_B", -self.lora_B.detach(), persistent=False)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {".lora_A.weight": self.lora_A, ".lora_B.weight": self.lora_B}
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R) of the update s·BA; with PiSSA of BA − B₀A₀, as one product of rank 2R."""
@@ -92,7 +108,7 @@ class LoRALinear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(AdapterLayer):
     """A frozen embedding W (V, D) plus a trainable update: W + s·(BA)ᵀ, lora_A (R, V) and lora_B (D, R)."""
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None) -> None:
@@ -103,6 +119,9 @@ class LoRAEmbedding(nn.Module):
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
         self.lora_A = nn.Parameter(like.new_zeros(rank, rows))
         self.lora_B = nn.Parameter(like.new_empty(width, rank).normal_(std=DOCUMENT_STD))
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {".lora_embedding_A": self.lora_A, ".lora_embedding_B": self.lora_B}
 
     def forward(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)

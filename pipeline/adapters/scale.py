@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import MAGNITUDE, PREFIX, ROWS, adapter_layers, tensors
+from pipeline.adapters.attach import PREFIX, adapter_layers, tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
+from pipeline.adapters.lora import MAGNITUDE, ROWS
 from pipeline.models.base import CausalLM
 
 LORA = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE)

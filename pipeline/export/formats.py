@@ -9,7 +9,7 @@ from pipeline.adapters.folder import CONFIG, WEIGHTS, origin_of, read_config, re
 from pipeline.errors import UserError
 from pipeline.export.model_card import CARD, card, has_card
 from pipeline.files import artifact
-from pipeline.models.meta import skeleton
+from pipeline.models.load import skeleton
 from pipeline.project.runner import Event
 from pipeline.weights.as_low_rank import updates_of, write_updates
 from pipeline.weights.import_adapter import copy_template, copy_tokenizer

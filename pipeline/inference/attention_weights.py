@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM
+from pipeline.models.base import CausalLM, Prefix
 from pipeline.models.kernels.packed_attention import record_weights
 from pipeline.models.minigpt.attention import Attention
-from pipeline.models.virtual_tokens import Prefix, with_prefix
 
 
 def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None) -> Tensor:
@@ -23,7 +22,7 @@ def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None)
     q = attention.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
     k = attention.k_proj(x).view(B, T, H, K).transpose(1, 2)
     if prefix is not None:
-        k, _ = with_prefix(prefix(attention.layer), k, k, [T])
+        k, _ = prefix(attention.layer, k, k, [T])
     S = k.shape[2]
     later = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(1 + S - T)
     scores = (q @ k.transpose(2, 3) / math.sqrt(K)).masked_fill(later, -torch.inf)  # (B, H, T, S)

@@ -4,18 +4,22 @@ Dimensions are those of `minigpt/model.py`. Module names are checkpoint names in
 certificates need no table of renamings.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.virtual_tokens import Prefix, VirtualTokens, prefix_of
+if TYPE_CHECKING:
+    from pipeline.models.virtual_tokens import VirtualTokens
 
 Checkpointing = Literal["none", "selective", "full"]
+# Puts a prefix's keys and values before those of each packed sequence: number of a block, keys and values (B, G, T, K),
+# lengths of the sequences → keys and values (B, G, T + n · sequences, K).
+Prefix = Callable[[int, Tensor, Tensor, Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class CausalLM(nn.Module):
 
     embedding_name: str  # full module names
     head_name: str
-    virtual: VirtualTokens | None  # read before every sequence
+    virtual: "VirtualTokens | None"  # read before every sequence
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,9 +52,11 @@ class CausalLM(nn.Module):
     @cached_property
     def supports_prefix(self) -> bool:
         """Whether attention takes a prefix's keys without a cache. Tried once, on this model."""
-        return _try_prefix(self)
+        from pipeline.models.virtual_tokens import try_prefix  # only prefix tuning asks
 
-    def set_virtual_tokens(self, virtual: VirtualTokens) -> None:
+        return try_prefix(self)
+
+    def set_virtual_tokens(self, virtual: "VirtualTokens") -> None:
         """Read these virtual tokens before every sequence from now on."""
         self.virtual = virtual
         self.__dict__.pop("supports_packing", None)  # cached without them
@@ -96,7 +102,7 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """`hidden_states` without virtual tokens. `inputs`: ids (B, T), or embeddings (B, T, D).
 
-        `prefix`: keys and values that every sequence attends to before its own; not together with a cache.
+        `prefix` adds keys and values before those of every sequence; not together with a cache.
         """
         raise NotImplementedError
 
@@ -108,6 +114,13 @@ class CausalLM(nn.Module):
     def pack_up_to(self) -> int:
         """Pack equal-length sequences into one row up to this many tokens; above it, a row each is faster."""
         return 0
+
+    def prepare_cpu_training(self) -> None:
+        """Replace parts by faster ones that compute the same, in place."""
+
+    def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:  # noqa: ARG002
+        """Attention weights per head that a training step keeps for one row of sequences; None if it keeps none."""
+        return None
 
     def new_cache(self) -> Any:
         """An empty KV cache."""
@@ -167,6 +180,27 @@ class CausalLM(nn.Module):
         return next(p.dtype for name, p in self.blocks.named_parameters() if ".lora_" not in name)
 
 
+class LowBitLinear(nn.Module):
+    """A linear whose weight is stored in few bits: the interface of `quantization/quantized_linear.py`."""
+
+    bias: nn.Parameter | None
+    out_features: int
+    in_features: int
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """(O, I), dequantized in `dtype`."""
+        raise NotImplementedError
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear, whose weight is (I, O)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def checkpointed(how: Checkpointing, block: int) -> bool:
     """Whether block number `block` is recomputed in backward; the same rule as the calculator's `TrainingConfig`."""
     return how == "full" or (how == "selective" and block % 2 == 0)
@@ -183,19 +217,6 @@ def _try_packing(model: CausalLM) -> bool:
     except Exception:  # whatever a body raises that takes no segments
         return False
     return bool(torch.allclose(packed.float(), torch.cat(expected, dim=1).float(), rtol=0.02, atol=0.02))
-
-
-@torch.no_grad()
-def _try_prefix(model: CausalLM) -> bool:
-    """Two tokens after a prefix made of two others, against all four in one sequence."""
-    ids = (torch.arange(4)[None] + 1).to(model.device)
-    try:
-        expected = model.run_body(ids)[:, 2:]
-        prefix = prefix_of(model.keys_and_values(ids[:, :2]), len(model.blocks))
-        actual = model.run_body(ids[:, 2:], torch.tensor([[2, 3]], device=model.device), prefix=prefix.of_block)
-    except Exception:  # whatever a body raises that takes no prefix
-        return False
-    return bool(torch.allclose(actual.float(), expected.float(), rtol=0.02, atol=0.02))
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""Load a model and its tokenizer from a checkpoint folder, and save them."""
+"""Load a model and its tokenizer from a checkpoint folder, save them, or build the model without its weights."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
@@ -14,7 +15,6 @@ from pipeline.models.base import CausalLM
 from pipeline.models.device import device_for
 from pipeline.models.importing.checks import refuse_implausible
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig, state
-from pipeline.models.quantization.quantized_linear import quantize
 from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
 from pipeline.project.params.sections import Quantization
 
@@ -59,6 +59,8 @@ def load_base(
         )
     device = device_for(model)
     if quantization != "none":
+        from pipeline.models.quantization.quantized_linear import quantize  # few runs quantize their base
+
         quantize(model, quantization, requested, device)
     return Base(model.eval(), tokenizer)
 
@@ -83,6 +85,35 @@ def save_base(folder: Path, base: Base) -> None:
     model, tokenizer = base
     model.save(folder)
     tokenizer.save(folder, model.shape.positions)
+
+
+def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
+    """The model of the checkpoint in `folder` on the meta device: names, shapes and ties, with almost no memory.
+    Raises UserError."""
+    with torch.device("meta"), _SkipInit():
+        return untrained(folder, trust_remote_code)
+
+
+class _SkipInit(TorchFunctionMode):
+    """Skips `torch.nn.init`, which would import torch's compiler on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
+    """The model of the checkpoint in `folder` in fp32, initialized as its family is, by torch's default generator.
+    Raises UserError."""
+    config = read_config(folder)
+    refuse_implausible(folder, weight_files(folder))
+    if MiniGPTConfig.describes(config):
+        return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
+    from pipeline.models.transformers_model import without_weights  # MiniGPT does not need transformers
+
+    return without_weights(folder, trust_remote_code)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

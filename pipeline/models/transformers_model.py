@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM, Checkpointing, Shape, checkpointed
+from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed
 from pipeline.models.importing.transformers_io import generation_of, load_strict, quiet, reported, save_checkpoint
-from pipeline.models.kernels import packed_attention
+from pipeline.models.kernels import packed_attention, short_attention
+from pipeline.models.kernels.allocator import keep_freed_memory
 from pipeline.models.kernels.fp32_compute import compute_in_fp32
-from pipeline.models.virtual_tokens import Prefix
+from pipeline.models.kernels.rms_norm import fuse_rms_norms
 
 AGREEMENT = 1e-3  # of the largest logit, in fp32
 NOISE = (  # settings that make training random, by their names in different configs
@@ -157,6 +158,15 @@ class TransformersModel(CausalLM):
         model.disable_input_require_grads()
         for number, block in enumerate(self.blocks):
             block.gradient_checkpointing = checkpointed(how, number)  # type: ignore[assignment]
+
+    def prepare_cpu_training(self) -> None:
+        fuse_rms_norms(self)
+        keep_freed_memory()
+
+    def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:
+        if self.device.type != "cpu" or max(lengths) > short_attention.LONGEST:
+            return None
+        return sum(block.weights for block in short_attention.blocks(lengths))
 
     def save(self, folder: Path) -> None:
         model = self._model[0]

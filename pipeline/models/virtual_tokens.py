@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
-Prefix = Callable[[int], tuple[Tensor, Tensor]]  # number of a block → its first keys and values, (1, G, n, K) each
-
 
 class Reader(Protocol):
     """The part of CausalLM that virtual tokens call; CausalLM imports this module, so not the other way round."""
@@ -21,17 +19,22 @@ class Reader(Protocol):
     @property
     def embeddings(self) -> nn.Module: ...
     @property
+    def blocks(self) -> nn.ModuleList: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
     def supports_prefix(self) -> bool: ...
     def new_cache(self) -> Any: ...
     def cache_length(self, cache: Any) -> int: ...
     def append_to_cache(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None: ...
+    def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]: ...
     def run_body(
         self,
         inputs: Tensor,
         positions: Tensor | None = None,
         segments: Sequence[int] | None = None,
         cache: Any = None,
-        prefix: Prefix | None = None,
+        prefix: Callable[[int, Tensor, Tensor, Sequence[int]], list[Tensor]] | None = None,
     ) -> Tensor: ...
 
 
@@ -101,11 +104,17 @@ class PrefixTokens(VirtualTokens):
         keys, values = both.permute(1, 2, 0, 3)
         return keys[None], values[None]
 
+    def prepend(self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Keys and values (B, G, T, K) of block number `block`, with the prefix's before each sequence of `lengths`."""
+        before = (x.to(keys.dtype).transpose(1, 2) for x in self.of_block(block))  # (1, n, G, K)
+        after = (x.transpose(1, 2) for x in (keys, values))  # (B, T, G, K)
+        return [before_each(*pair, lengths).transpose(1, 2) for pair in zip(before, after, strict=True)]
+
     def begin(
         self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         if cache is None and model.supports_prefix:
-            return model.run_body(ids, positions, segments, prefix=self.of_block)
+            return model.run_body(ids, positions, segments, prefix=self.prepend)
         cache = model.new_cache() if cache is None else cache
         dtype = next(model.embeddings.parameters()).dtype
         for number in range(self.layers):
@@ -120,11 +129,17 @@ def before_each(first: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([part for sequence in x.split_with_sizes(list(lengths), 1) for part in (rows, sequence)], 1)
 
 
-def with_prefix(prefix: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Keys and values (B, G, T, K) with a prefix's, (1, G, n, K) each, before each sequence of `lengths`."""
-    before = (x.to(keys.dtype).transpose(1, 2) for x in prefix)  # (1, n, G, K)
-    after = (x.transpose(1, 2) for x in (keys, values))  # (B, T, G, K)
-    return [before_each(*pair, lengths).transpose(1, 2) for pair in zip(before, after, strict=True)]
+@torch.no_grad()
+def try_prefix(model: Reader) -> bool:
+    """Whether two tokens after a prefix made of two others give what they give in one sequence of all four."""
+    ids = (torch.arange(4)[None] + 1).to(model.device)
+    try:
+        expected = model.run_body(ids)[:, 2:]
+        prefix = prefix_of(model.keys_and_values(ids[:, :2]), len(model.blocks))
+        actual = model.run_body(ids[:, 2:], torch.tensor([[2, 3]], device=model.device), prefix=prefix.prepend)
+    except Exception:  # whatever a body raises that takes no prefix
+        return False
+    return bool(torch.allclose(actual.float(), expected.float(), rtol=0.02, atol=0.02))
 
 
 def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixTokens:

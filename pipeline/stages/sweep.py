@@ -14,8 +14,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.data.windows import Dataset
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.models.load import DTYPES, Base, count, load_base
-from pipeline.models.meta import skeleton
+from pipeline.models.load import DTYPES, Base, count, load_base, skeleton
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 from pipeline.project.params.grid import DIVERGED, DONE, STOPPED, TABLE, variants

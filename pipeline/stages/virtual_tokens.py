@@ -7,8 +7,7 @@ from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_to
 from pipeline.calc.settings import FinetuningMethod
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.load import DTYPES, Base, count
-from pipeline.models.meta import skeleton
+from pipeline.models.load import DTYPES, Base, count, skeleton
 from pipeline.project.params.sections import FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.data import data_of, save_curve

@@ -19,9 +19,8 @@ from pipeline.adapters.peft.updates import tensors_of
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.shards import Place, places
-from pipeline.models.base import CausalLM
-from pipeline.models.linears import is_conv1d
-from pipeline.models.meta import skeleton
+from pipeline.models.base import CausalLM, is_conv1d
+from pipeline.models.load import skeleton
 from pipeline.models.save import save_tensors
 from pipeline.weights.edits import AddLowRank, RescaleRows, SetRows
 from pipeline.weights.merge_plan import attach_to_meta_model, edits_of, place_of

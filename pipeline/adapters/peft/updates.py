@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pipeline.adapters.attach import PREFIX, ROWS
+from pipeline.adapters.attach import PREFIX
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import WEIGHTS, refuse_virtual
+from pipeline.adapters.lora import ROWS
 from pipeline.adapters.low_rank import LowRank, singular_values
 from pipeline.adapters.peft.config import EMBEDDING, read_spec
 from pipeline.adapters.peft.tensors import read_tensors

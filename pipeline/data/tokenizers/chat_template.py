@@ -5,10 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.data.tokenizers.template_process import RENDERER, Conversation, TemplateError
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data.tokenizers.template_process import Conversation, TemplateError
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -27,7 +29,7 @@ class Rendered(str):
     marks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, written: Conversation) -> "Rendered":
+    def of(cls, written: "Conversation") -> "Rendered":
         rendered = cls(written.text)
         rendered.marks = written.marks
         return rendered
@@ -80,6 +82,8 @@ def render_with(theirs: Any, messages: Messages, asked: Asked, name: str, turn: 
     special token: among those that the template writes it would be one of them, and begin or end a turn that nobody
     took. `turn` is what the user calls a turn, by its number.
     """
+    from pipeline.data.tokenizers.template_process import RENDERER, TemplateError  # only conversations need a process
+
     for number, message in enumerate(messages):
         if token := _special_in(theirs, str(message["content"])):
             raise UserError(
@@ -97,7 +101,7 @@ def render_with(theirs: Any, messages: Messages, asked: Asked, name: str, turn: 
     return [_failure(name, one) if isinstance(one, TemplateError) else Rendered.of(one) for one in found]
 
 
-def _failure(name: str, error: TemplateError) -> UserError:
+def _failure(name: str, error: "TemplateError") -> UserError:
     return UserError(f"{name}: its chat template {error}")
 
 

@@ -10,7 +10,6 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from pipeline.data.tokenizers import chat_template
 from pipeline.data.tokenizers.chat_template import Asked, Messages, Rendered, Renderings
-from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import refuse_untrusted, write_json
 
@@ -95,9 +94,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return SubwordTokenizer.load(folder)
+        text = ""
     if re.search(r'"type":\s*"WordLevel"', text) and all(f'"{token}"' in text for token in SPECIAL):
         return WordTokenizer.load(folder)
+    from pipeline.data.tokenizers.subword import SubwordTokenizer  # MiniGPT does not need it
+
     return SubwordTokenizer.load(folder)
 
 

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.calc.families.registry import architecture
-from pipeline.calc.sources import gguf
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
 from pipeline.files.safetensors_header import read_header
-from pipeline.models.importing.transformers_io import reported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +49,8 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
 
 def refuse_implausible_gguf(path: Path) -> None:
     """The same for a GGUF file's metadata. A parameter takes at least one bit."""
+    from pipeline.calc.sources import gguf  # loading a model checks its folder only
+
     metadata, shapes = gguf.read_header(path)
     _refuse_sizes(gguf.sizes(metadata, shapes), len(shapes), 8 * path.stat().st_size + SLACK, path)
 
@@ -96,6 +96,8 @@ def refuse_unusable(model: Any, out: Path, text: str, trust_remote_code: bool) -
     """Raises UserError unless the imported model tokenizes a sentence, gives finite logits and is causal."""
     import torch
     from transformers import AutoTokenizer
+
+    from pipeline.models.importing.transformers_io import reported
 
     with reported(f"pretrain.base: {text}", trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=trust_remote_code)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.base import Prefix
 from pipeline.models.kernels import short_attention
-from pipeline.models.virtual_tokens import Prefix, with_prefix
 
 NAME = "lora_segments"
 
@@ -62,17 +62,18 @@ def attend(
     """softmax(QKᵀ·scaling + causal mask)·V, (B, T, H, K), for query (B, H, T, K), key and value (B, G, S, K).
 
     segments: lengths, T in total, of the sequences in the one row; None: every row is one sequence, and with more keys
-    than queries (a cache) query t has position S - T + t. prefix: keys and values of each block that every sequence
-    sees before its own. Raises ValueError for a mask: rows here have no padding.
+    than queries (a cache) query t has position S - T + t. prefix: adds keys and values before those of each sequence.
+    Raises ValueError for a mask: rows here have no padding.
     """
     if attention_mask is not None:
         raise ValueError("this attention takes no mask: pack sequences end to end and pass their lengths as segments")
     lengths = [query.shape[2]] if segments is None else list(segments)
     spans = [key.shape[2]] if segments is None else lengths  # lengths of keys
     if prefix is not None:
-        before = prefix(module.layer_idx)  # type: ignore[arg-type]
-        key, value = with_prefix(before, key, value, spans)
-        spans = [before[0].shape[2] + span for span in spans]
+        own_keys = key.shape[2]
+        key, value = prefix(module.layer_idx, key, value, spans)  # type: ignore[arg-type]
+        added = (key.shape[2] - own_keys) // len(spans)
+        spans = [added + span for span in spans]
     longest = max(spans)
     window = None if sliding_window is None or sliding_window >= longest else sliding_window
     rule = Rule(query.shape[3] ** -0.5 if scaling is None else scaling, window, softcap, s_aux, dropout)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.virtual_tokens import Prefix, with_prefix
+from pipeline.models.base import Prefix
 
 PACK_UP_TO = 128  # tokens; a longer packed row computes attention sequence by sequence, a shorter one under one mask
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, S, K)
         if prefix is not None:
-            k, v = with_prefix(prefix(self.layer), k, v, segments or [T])
+            k, v = prefix(self.layer, k, v, segments or [T])
         if segments is None:
             y = _causal_attention(q, k, v)
         elif k.shape[2] == T <= PACK_UP_TO:

@@ -21,10 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
-from pipeline.models.base import CausalLM, Checkpointing, Shape, checkpointed
+from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed
 from pipeline.models.minigpt.attention import PACK_UP_TO, Attention, KVCache
 from pipeline.models.save import CONFIG, WEIGHTS, save_tensors
-from pipeline.models.virtual_tokens import Prefix
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
 EMBEDDING_STD = 0.3

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from pipeline.calc.precision import NF4_BLOCK, NF4_BLOCK_2
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM
-from pipeline.models.linears import is_linear, outputs_first
+from pipeline.models.base import CausalLM, LowBitLinear, is_conv1d, is_linear
 from pipeline.models.quantization import nf4
 
 Quantization = Literal["int8", "nf4", "nf4-dq"]  # the calculator's names
 DOUBLE = "nf4-dq"
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(LowBitLinear):
     """y = Wx + b. W (O, I) is stored quantized and dequantized, in x's precision, for each use: no copy is kept.
 
     LLM.int8's own products also quantize x; here int8, like NF4, only stores W, and x keeps its precision.
@@ -29,9 +28,11 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Module, kind: Quantization, device: torch.device) -> None:
         """Quantizes W on `device`; the result stays on W's own."""
         super().__init__()
-        weight = outputs_first(linear)
+        assert isinstance(linear.weight, Tensor)
+        weight = linear.weight.detach()
+        weight = weight.T.contiguous() if is_conv1d(linear) else weight  # (O, I)
         self.kind, self.dtype = kind, weight.dtype
-        self.bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
+        self.bias = linear.bias  # type: ignore[assignment]
         self.out_features, self.in_features = weight.shape
         for name, tensor in quantize_weight(weight.to(device), kind).items():
             self.register_buffer(name, tensor.to(weight.device), persistent=False)
@@ -42,7 +43,6 @@ class QuantizedLinear(nn.Module):
         return self.weight_in(self.dtype)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """(O, I), dequantized in `dtype`."""
         return dequantize_weight(dict(self.named_buffers()), self.kind, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM
+from pipeline.models.base import CausalLM, LowBitLinear
 from pipeline.models.device import free_bytes, model_bytes
-from pipeline.models.quantization.quantized_linear import QuantizedLinear
 
 Item = TypeVar("Item")
 
@@ -123,7 +122,7 @@ def shard(model: CausalLM, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, LowBitLinear) for module in model.modules()):
         raise UserError("A base in few bits is kept whole on each device. Train without --shard.")
     if not model.supports_packing:
         raise UserError(

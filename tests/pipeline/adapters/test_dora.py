@@ -17,7 +17,8 @@ from pipeline.adapters.attach import adapter_layers, attach, disable_adapter
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.lora import weight_out_in
-from pipeline.adapters.peft.io import load_adapter, save_adapter
+from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft.save import save_adapter
 from pipeline.adapters.peft.updates import load_update
 from pipeline.adapters.scale import AdapterScale
 from pipeline.errors import UserError

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.adapters.attach import attach, short_targets
+from pipeline.adapters.attach import attach, resolve, short_targets
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear, factors, weight_of
-from pipeline.adapters.target_modules import resolve
 from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.errors import UserError
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.io import save_adapter
+from pipeline.adapters.peft.save import save_adapter
 from pipeline.inference.engine import load
 from pipeline.inference.server.model_pool import ModelPool
 from pipeline.models.base import CausalLM

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from pipeline.adapters.attach import targeted
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.target_modules import targeted
 from pipeline.errors import UserError
 from pipeline.files import patterns
 from pipeline.models.load import load_base

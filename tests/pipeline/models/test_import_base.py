@@ -21,8 +21,7 @@ from pipeline.files import base_model
 from pipeline.files.artifact import file_digest
 from pipeline.files.base_model import base_fingerprint, identity, named, resolve
 from pipeline.models.importing.import_base import import_base
-from pipeline.models.load import load_base
-from pipeline.models.meta import skeleton
+from pipeline.models.load import load_base, skeleton
 from tests.helpers.bases import (
     FAMILIES,
     ROWS,

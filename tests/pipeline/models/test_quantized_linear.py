@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.io import save_adapter
+from pipeline.adapters.peft.save import save_adapter
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.precision import precision
 from pipeline.files.artifact import read_json, seal

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from pipeline.adapters.attach import attach
+from pipeline.adapters.attach import attach, resolve
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.target_modules import resolve
 from pipeline.errors import UserError
 from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.fp32_compute import compute_in_fp32

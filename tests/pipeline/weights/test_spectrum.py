@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.low_rank import LowRank, directions
-from pipeline.adapters.peft.io import load_adapter
+from pipeline.adapters.peft.load import load_adapter
 from pipeline.adapters.peft.updates import load_update, spectra
 from pipeline.errors import UserError
 from pipeline.files.artifact import verify

@@ -1,7 +1,7 @@
-"""The C library's allocator, told to keep what training frees: a step asks for the same sizes again at once.
+"""Make the C library's allocator keep freed memory: a training step asks for the same sizes again at once.
 
-glibc gives blocks of megabytes back to the system when they are freed, and the next step pays a page fault for each
-4 KiB of them: at two cores that was several times what the tensors' operations themselves took.
+glibc returns freed blocks of megabytes to the system, and the next step pays a page fault for each 4 KiB of them: on
+two cores that took several times as long as the tensors' operations.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Save and load adapters in PEFT's format; anything that does not match the model is rejected."""
+"""Load adapters in PEFT's format; anything that does not match the base or the model is rejected."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,44 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.attach import PREFIX, adapter_layers, attach, saves_embedding_or_head, tensors, untie
+from pipeline.adapters.attach import PREFIX, attach, saves_embedding_or_head, targeted, tensors, untie
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import CONFIG, VIRTUAL, WEIGHTS, Fingerprint, read_config, refuse_foreign
-from pipeline.adapters.lora import LoRALinear, fan_in_fan_out, weight_of
-from pipeline.adapters.peft.config import config_of, read_spec
+from pipeline.adapters.lora import fan_in_fan_out, weight_of
+from pipeline.adapters.peft.config import read_spec
 from pipeline.adapters.peft.tensors import COPY, read_tensors
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, load_virtual
-from pipeline.adapters.target_modules import targeted
 from pipeline.errors import UserError
-from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.patterns import one_budget
 from pipeline.files.safetensors_header import refuse_difference
 from pipeline.models.base import CausalLM
-from pipeline.models.linears import is_conv1d
-from pipeline.models.save import save_tensors
 
 _A_KEYS = (".lora_A.weight", ".lora_embedding_A")
-
-
-def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: str) -> None:
-    """adapter_config.json and adapter_model.safetensors."""
-    layers = dict(adapter_layers(model))
-    pairs = {
-        f"{PREFIX}{name}.lora_{letter}.weight": factor
-        for name, layer in layers.items()
-        if isinstance(layer, LoRALinear)
-        for letter, factor in zip("AB", layer.pair(), strict=True)
-    }
-    save_tensors(folder / WEIGHTS, {**tensors(model, spec), **pairs})
-    conv1d = any(is_conv1d(layer.base) for layer in layers.values())
-    artifact.write_json(folder / CONFIG, config_of(stored_spec(model, spec), base_name, conv1d))
-
-
-def stored_spec(model: CausalLM, spec: AdapterSpec) -> AdapterSpec:
-    """The spec of the saved files for an adapter trained with `spec`: PiSSA's BA − B₀A₀ has rank 2R."""
-    pissa = any(isinstance(layer, LoRALinear) and layer.subtracts_initial for _, layer in adapter_layers(model))
-    return spec.doubled() if pissa else spec
 
 
 @one_budget()
