@@ -88,7 +88,8 @@ def refuse_quantized(folder: Path) -> None:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown method")
         raise UserError(
-            f"pretrain.base: {folder} is quantized ({method}), and training needs its weights. Use the 16-bit model."
+            f"pretrain.base: {folder} is quantized ({method}); training needs unquantized weights. "
+            "Use the 16-bit model."
         )
 
 

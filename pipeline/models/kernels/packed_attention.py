@@ -36,7 +36,7 @@ class Rule:
 
 
 def register() -> str:
-    """The name to pass to transformers as `attn_implementation`. Such a model makes no masks."""
+    """The name to pass to transformers as `attn_implementation`. Such a model passes no masks."""
     from transformers import AttentionInterface  # takes two seconds, which MiniGPT does not need
 
     AttentionInterface.register(NAME, attend)
