@@ -25,12 +25,12 @@ from pipeline.calc.settings import FinetuningMethod
 from pipeline.data.masking import Encoded
 from pipeline.data.windows import InMemoryDataset, as_window
 from pipeline.models.generate import generate
+from pipeline.models.kernels.allocator import keep_freed_memory
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
-from pipeline.models.transformers_model import opened
+from pipeline.models.transformers_model import load_pretrained
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, steps
-from pipeline.training.memory.allocator import keep_freed_memory
 from pipeline.training.optimizer import FlatAdam
 
 BATCH, RANK, LEARNING_RATE, CLIP = 8, 8, 2e-4, 1.0
@@ -181,7 +181,7 @@ class Ours(Side):
     """This project's model, adapter, batches and loop, as in `lora finetune lora`."""
 
     def load_base(self, folder: Path) -> Any:
-        return opened(folder, torch.bfloat16)
+        return load_pretrained(folder, torch.bfloat16)
 
     def add_adapter(self, model: Any) -> Any:
         keep_freed_memory()
@@ -217,7 +217,7 @@ class Ours(Side):
 
     def generate(self) -> float:
         if not hasattr(self, "plain"):
-            self.plain = opened(self.folder, torch.bfloat16)
+            self.plain = load_pretrained(self.folder, torch.bfloat16)
         return seconds(lambda: list(generate(self.plain, _prompt()[0].tolist(), (), NEW_TOKENS)))
 
 

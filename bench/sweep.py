@@ -20,6 +20,7 @@ from pipeline.adapters.batched import attach_many
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.windows import InMemoryDataset, as_window
 from pipeline.models.base import CausalLM
+from pipeline.models.kernels.allocator import keep_freed_memory
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import FinetuneLora
@@ -27,7 +28,6 @@ from pipeline.stages.finetune import lora_spec
 from pipeline.training.batched.loop import AdapterProgress, steps
 from pipeline.training.batched.step import BatchedTrainingTask, Variant
 from pipeline.training.batches import Batches
-from pipeline.training.memory.allocator import keep_freed_memory
 from pipeline.training.optimizer import BatchedAdam
 
 SMALL, LARGE = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.project.params.aliases import COMMANDS, OPTIONS
-
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project
 
@@ -45,15 +43,19 @@ class _Group(TyperGroup):
     """Answers an unknown command or option that is a former name, or another tool's, with the name here."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        meant = COMMANDS.get(args[0]) if args[0] not in self.commands else None
-        if meant in self.commands:
-            ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
+        if args[0] not in self.commands:
+            from pipeline.project.params.aliases import COMMANDS
+
+            if (meant := COMMANDS.get(args[0])) in self.commands:
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Exception as error:  # Typer does not export the class of an unknown option's error
+            from pipeline.project.params.aliases import OPTIONS
+
             meant = OPTIONS.get(getattr(error, "option_name", None) or "")
             known = [name for option in error.ctx.command.params for name in option.opts] if meant and error.ctx else ()  # type: ignore[attr-defined]
             if meant in known:

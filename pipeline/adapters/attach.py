@@ -1,4 +1,4 @@
-"""Put an adapter on a model, name its tensors as PEFT does, and switch it off."""
+"""Find the layers to adapt, attach an adapter to them, name its tensors as PEFT does, and disable it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,39 +7,70 @@ import torch
 from torch import nn
 
 from pipeline.adapters import lora
-from pipeline.adapters.config import AdapterSpec, lies_in, ways_to
-from pipeline.adapters.dora import DoRALinear
-from pipeline.adapters.lora import LoRAEmbedding, LoRALinear
-from pipeline.adapters.target_modules import resolve, targeted
-from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
+from pipeline.adapters.config import AdapterSpec, enclosing_names, lies_in
+from pipeline.adapters.lora import ROWS, AdapterLayer, LoRAEmbedding, LoRALinear
+from pipeline.calc.target_modules import ALL_LINEAR, HEAD, matches_suffix, select_linears
 from pipeline.errors import UserError
-from pipeline.files.patterns import one_budget
-from pipeline.models.base import CausalLM
+from pipeline.files.patterns import full_match, one_budget
+from pipeline.models.base import CausalLM, LowBitLinear, is_linear
 from pipeline.project.params.sections import Init
 
 PREFIX = "base_model.model."
-MAGNITUDE = ".lora_magnitude_vector"
-ROWS = ".token_adapter.trainable_tokens_delta"
 LOW_RANK = LoRALinear | LoRAEmbedding
-BY_ROWS = EmbeddingRows | HeadRows
+
+
+def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """Full names of the linears that `wanted` matches. Raises UserError if one of its names matches nothing."""
+    linears = (name for name, module in model.named_modules() if adaptable(module))
+    return select_linears(linears, wanted, getattr(model, "head_name", HEAD))
+
+
+def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Full names of the layers that get LoRA in PEFT: linears, and the embedding if it is named.
+
+    Raises UserError if there are none, or if a name matches nothing.
+    """
+    embedding = getattr(model, "embedding_name", "")
+    layers = [name for name, module in model.named_modules() if adaptable(module) or name == embedding]
+    if isinstance(spec.targets, str) and spec.targets != ALL_LINEAR:
+        matches = [name for name in layers if full_match(spec.targets, name, "target_modules")]
+    else:
+        wanted = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+        if not any(matches_suffix(embedding, want) for want in wanted):  # groups such as all-linear leave it out
+            layers = [name for name in layers if name != embedding]
+        matches = select_linears(layers, wanted, getattr(model, "head_name", HEAD))
+    names = [name for name in matches if not spec.excludes(name)]
+    if not names:
+        raise UserError(
+            f"target_modules: {spec.targets!r} matches no layer that is not excluded. "
+            "Check exclude_modules and layers_to_transform."
+        )
+    return names
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can wrap it: a linear, quantized or not."""
+    return is_linear(module) or isinstance(module, LowBitLinear)
 
 
 @one_budget()
 def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document") -> None:
-    """Freeze `model` and give it the adapter's trainable parts, in place: A and B in `dtype`, or each in its layer's.
+    """Freeze `model` and add the adapter's trainable parts, in place: A and B in `dtype`, or each in its layer's.
 
-    Raises UserError on a bad target, and where `init` does not fit a rank.
+    Raises UserError for a bad target, and where `init` does not fit a rank.
     """
     names = targeted(model, spec)
     embedding, head = model.embedding_and_head
     by_rows = {*spec.rows}
     if model.shape.tied and (embedding in by_rows or spec.saves(model.embedding_name)):
         by_rows.add(head)
-    taken = {name for name in names if lies_in(name, by_rows) or any(spec.saves(part) for part in ways_to(name))}
-    if taken:
+    conflicts = {
+        name for name in names if lies_in(name, by_rows) or any(spec.saves(part) for part in enclosing_names(name))
+    }
+    if conflicts:
         raise UserError(
-            f"target_modules: {min(taken)} is trained in full or row by row already (train_embeddings). "
-            "Leave it out of target_modules, or set train_embeddings to none."
+            f"target_modules: {min(conflicts)} already trains in full or row by row (train_embeddings). "
+            "Remove it from target_modules, or set train_embeddings to none."
         )
     model.requires_grad_(False)
     add_lora(model, names, spec, dtype, init)
@@ -55,95 +86,101 @@ def add_lora(
     dtype: torch.dtype | None = None,
     init: Init = "document",
 ) -> None:
-    """Wrap the linears and embeddings called `names`, in place; A and B in `dtype`, or each in its layer's own."""
+    """Wrap the linears and embeddings `names` in place; A and B in `dtype`, or each in its layer's."""
     for name in names:
         base, rank, scale = model.get_submodule(name), spec.rank_of(name), spec.scale_of(name)
         if isinstance(base, nn.Embedding):
             if spec.dora:
-                raise UserError(f"target_modules: DoRA is for linears; {name} is an embedding. Leave it out.")
+                raise UserError(f"target_modules: DoRA is for linears; {name} is an embedding. Remove it.")
             model.set_submodule(name, LoRAEmbedding(base, rank, scale, dtype))
         else:
-            kind = DoRALinear if spec.dora else LoRALinear
-            model.set_submodule(name, kind(base, rank, scale, dtype, init))
+            model.set_submodule(name, _linear_class(spec)(base, rank, scale, dtype, init))
+
+
+def _linear_class(spec: AdapterSpec) -> type[LoRALinear]:
+    if not spec.dora:
+        return LoRALinear
+    from pipeline.adapters.dora import DoRALinear  # few adapters use it
+
+    return DoRALinear
 
 
 def _train_in_full(model: CausalLM, spec: AdapterSpec) -> None:
-    """Raises UserError for a name that means no module."""
-    if model.shape.tied and saves_one_end(model, spec):
-        separate(model)
+    """Raises UserError for a name that matches no module."""
+    if model.shape.tied and saves_embedding_or_head(model, spec):
+        untie(model)
     modules = list(model.named_modules())
     for name in spec.saved:
         if not any(full.endswith(name) for full, _ in modules):
-            raise UserError(f"modules_to_save: the model has no module called {name}.")
+            raise UserError(
+                f"modules_to_save: no module of the model is named {name}. Use the end of a module's full name."
+            )
     for full, module in modules:
         if spec.saves(full):
             module.requires_grad_(True)
 
 
-def saves_one_end(model: CausalLM, spec: AdapterSpec) -> bool:
-    """Whether one of embedding and head trains in full and the other does not."""
+def saves_embedding_or_head(model: CausalLM, spec: AdapterSpec) -> bool:
+    """Whether exactly one of embedding and head trains in full."""
     return spec.saves(model.embedding_name) != spec.saves(model.head_name)
 
 
-def separate(model: CausalLM) -> None:
-    """Give the head of a tied pair a weight of its own: as in PEFT, where one of the two is trained alone."""
+def untie(model: CausalLM) -> None:
+    """Give a tied head its own copy of the weight, as PEFT does when only one of the two is trained."""
     model.head.weight = nn.Parameter(lora.weight_of(model.head).detach().clone(), requires_grad=False)
 
 
 def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
+    from pipeline.adapters.token_rows import EmbeddingRows, HeadRows  # few adapters train rows
+
     embedding, head = model.embeddings, model.head
-    names = model.embedding_and_head
+    embedding_name, head_name = model.embedding_and_head
     ids = {name: torch.tensor(indices, device=model.device) for name, indices in rows.items()}
     trained = {
         name: nn.Parameter(lora.weight_of(base).detach()[ids[name]].clone())
-        for name, base in zip(names, (embedding, head), strict=True)
+        for name, base in ((embedding_name, embedding), (head_name, head))
         if name in rows
     }
-    first, last = names
     if model.shape.tied:
-        trained[last], ids[last] = trained[first], ids[first]
-    if first in trained:
-        model.set_submodule(model.embedding_name, EmbeddingRows(embedding, ids[first], trained[first]))
-    if last in trained:
-        model.set_submodule(model.head_name, HeadRows(head, ids[last], trained[last]))
+        trained[head_name], ids[head_name] = trained[embedding_name], ids[embedding_name]
+    if embedding_name in trained:
+        rows_layer = EmbeddingRows(embedding, ids[embedding_name], trained[embedding_name])
+        model.set_submodule(model.embedding_name, rows_layer)
+    if head_name in trained:
+        model.set_submodule(model.head_name, HeadRows(head, ids[head_name], trained[head_name]))
 
 
 def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
-    """The adapter's parameters on `model` by PEFT's key.
+    """The adapter's parameters on `model` by PEFT's keys.
 
-    As PEFT does, rows of a tied head are written under the embedding alone, a tied pair in full twice.
+    As in PEFT, a tied pair's rows are saved under the embedding only, and a tied pair trained in full is saved twice.
     """
-    found: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            found[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
-            found[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-            if isinstance(module, DoRALinear):
-                found[f"{PREFIX}{name}{MAGNITUDE}"] = module.magnitude
-        elif isinstance(module, LoRAEmbedding):
-            found[f"{PREFIX}{name}.lora_embedding_A"] = module.lora_A
-            found[f"{PREFIX}{name}.lora_embedding_B"] = module.lora_B
-        elif isinstance(module, BY_ROWS) and name.rsplit(".", 1)[-1] in spec.rows:
-            found[f"{PREFIX}{name}{ROWS}"] = module.rows
+        by_key = module.adapter_parameters() if isinstance(module, AdapterLayer) else {}
+        if ROWS in by_key and name.rsplit(".", 1)[-1] not in spec.rows:  # a tied head's are the embedding's
+            by_key = {}
+        if by_key:
+            parameters |= {f"{PREFIX}{name}{key}": p for key, p in by_key.items()}
         elif spec.saves(name):
-            found |= {f"{PREFIX}{name}.{own}": p for own, p in module.named_parameters()}  # a bias too
-    return found
+            parameters |= {f"{PREFIX}{name}.{key}": p for key, p in module.named_parameters()}  # a bias too
+    return parameters
 
 
 @contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
-    """The base that the adapter stands on, while entered: no second copy of it.
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside the block `model` computes as its base, without a second copy of it.
 
-    What is trained in full has no base to go back to here: see `training/retain.py`.
+    Modules that train in full stay as they are: see `training/retention.py`.
     """
-    parts = [m for m in model.modules() if isinstance(m, LOW_RANK | BY_ROWS)]
-    for part in parts:
-        part.enabled = False
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
+    for layer in layers:
+        layer.enabled = False
     try:
         yield
     finally:
-        for part in parts:
-            part.enabled = True
+        for layer in layers:
+            layer.enabled = True
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
@@ -152,7 +189,7 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmb
 
 
 def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The last names that mean exactly `names`, here and in PEFT, or, where there are none, `names` themselves."""
+    """The last parts of `names`, if they match exactly `names`, here and in PEFT; otherwise `names`."""
     last = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
-    all_called_so = [full for full, _ in model.named_modules() if full.rsplit(".", 1)[-1] in last]
-    return last if resolve(model, last) == all_called_so == list(names) else tuple(names)
+    matches = [full for full, _ in model.named_modules() if full.rsplit(".", 1)[-1] in last]
+    return last if resolve(model, last) == matches == list(names) else tuple(names)

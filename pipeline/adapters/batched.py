@@ -1,8 +1,8 @@
-"""Many adapters on one frozen base: one forward of the base for all, their own products in a batch.
+"""Many adapters on one frozen base: one forward of the base for all, and batched products of their updates.
 
-N adapters. A forward's rows belong to adapter 0 first, then to adapter 1, and so on: `Share` says how many to each.
-Their tensors lie stacked, (N, ...), smaller ones filled up with zeros, which training keeps: the gradient of a row of A
-that an adapter has not is a product with its column of B, and the other way round.
+N adapters. The first rows of a forward belong to adapter 0, the next to adapter 1, and so on: `AdapterRouting` has the
+counts. Their tensors are stacked, (N, ...), smaller ones padded with zeros, which training keeps at zero: the gradient
+of a padded row of A is a product with the same padded column of B, and vice versa.
 """
 
 import copy
@@ -19,7 +19,7 @@ from pipeline.models.base import CausalLM
 
 
 class AdapterRouting:
-    """Whose the rows of a forward are: `counts` to each adapter. With `off` the base's, whosever they are."""
+    """Which rows of a forward belong to which adapter: `counts` for each. With `off` none do."""
 
     def __init__(self, adapters: int) -> None:
         self.off = False
@@ -28,11 +28,11 @@ class AdapterRouting:
     def _set(self, counts: tuple[int, ...]) -> None:
         self.counts = counts
         self.live = [n for n, rows in enumerate(counts) if rows]  # the adapters that have rows
-        self.even = len({*counts} - {0}) == 1  # whether they all have as many
+        self.even = len({*counts} - {0}) == 1  # whether they all have the same number
 
     @contextmanager
     def route(self, counts: tuple[int, ...]) -> Iterator[None]:
-        """So many rows are each adapter's, while entered."""
+        """Inside the block each adapter has this many rows."""
         before = self.counts
         self._set(counts)
         try:
@@ -42,24 +42,24 @@ class AdapterRouting:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """No row is an adapter's, while entered."""
+        """Inside the block all rows go through the base only."""
         self.off = True
         try:
             yield
         finally:
             self.off = False
 
-    def alone(self, number: int, rows: int) -> tuple[int, ...]:
-        """The counts where all rows are those of one adapter."""
+    def counts_for(self, number: int, rows: int) -> tuple[int, ...]:
+        """The counts that give all rows to one adapter."""
         return tuple(rows * (n == number) for n in range(len(self.counts)))
 
-    def of_live(self, stacked: Tensor) -> Tensor:
-        """(L, ...) of (N, ...): of the adapters that have rows."""
+    def select_live(self, stacked: Tensor) -> Tensor:
+        """(N, ...) → (L, ...): only the adapters that have rows."""
         return stacked if len(self.live) == len(self.counts) else stacked[self.live]
 
 
 class BatchedLayer(nn.Module):
-    """One layer of the base, and for each adapter the `part` that takes its place, or None where the base's stays."""
+    """One layer of the base, and for each adapter the `part` that replaces it, or None where the base's layer stays."""
 
     def __init__(
         self, base: nn.Module, parts: Sequence[nn.Module | None], share: AdapterRouting, stacks: "StackedParameters"
@@ -67,45 +67,46 @@ class BatchedLayer(nn.Module):
         super().__init__()
         self.base, self.share = base, share
         self.parts = nn.ModuleList(nn.Identity() if part is None else part for part in parts)
-        own = [{} if part is None else {k: p for k, p in part.named_parameters() if p.requires_grad} for part in parts]
-        self.shapes = [{name: p.shape for name, p in values.items()} for values in own]
-        names = dict.fromkeys(name for values in own for name in values)
-        self.trained = {name: stacks.of([values.get(name) for values in own]) for name in names}
+        each = [{} if part is None else {k: p for k, p in part.named_parameters() if p.requires_grad} for part in parts]
+        self.shapes = [{name: p.shape for name, p in trained.items()} for trained in each]
+        names = dict.fromkeys(name for trained in each for name in trained)
+        self.trained = {name: stacks.stack([trained.get(name) for trained in each]) for name in names}
         for name, p in self.trained.items():
             self.register_parameter(name, p)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.share.off:
-            whole: Tensor = self.base(x)
-            return whole
-        before = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]  # (B, T) of (B, T) or (B, T, I)
-        out = self.adapted(x.reshape(before.numel(), *x.shape[len(before) :]))
-        return out.view(*before, out.shape[-1])
+            out: Tensor = self.base(x)
+            return out
+        outer = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]  # (B, T) of (B, T) or (B, T, I)
+        out = self.adapted(x.reshape(outer.numel(), *x.shape[len(outer) :]))  # (B·T, O)
+        return out.view(*outer, out.shape[-1])
 
     def adapted(self, rows: Tensor) -> Tensor:
-        """Each adapter's rows through its own layer, as where it trains alone."""
+        """Each adapter's rows through its own layer, computed as when it trains alone."""
         stacked = {name: p.unbind(0) for name, p in self.trained.items()}
         shares = torch.split(rows, list(self.share.counts))
-        return torch.cat([self._through(n, {k: v[n] for k, v in stacked.items()}, shares[n]) for n in self.share.live])
+        return torch.cat([self._run_part(n, {k: v[n] for k, v in stacked.items()}, shares[n]) for n in self.share.live])
 
-    def _through(self, number: int, stacked: dict[str, Tensor], rows: Tensor) -> Tensor:
+    def _run_part(self, number: int, padded: dict[str, Tensor], rows: Tensor) -> Tensor:
         part, shapes = self.parts[number], self.shapes[number]
+        out: Tensor
         if not shapes:
-            out: Tensor = self.base(rows)
-            return out
-        own = {name: stacked[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
-        through: Tensor = functional_call(part, own, (rows,))
-        return through
+            out = self.base(rows)
+        else:
+            parameters = {name: padded[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
+            out = functional_call(part, parameters, (rows,))
+        return out
 
     def release(self) -> None:
-        """The parts keep no numbers of what is stacked: there is one copy of them."""
+        """Free the parts' own copies of the stacked parameters."""
         for part, shapes in zip(self.parts, self.shapes, strict=True):
             part.requires_grad_(False)
             for name in shapes:
                 part.get_parameter(name).data = self.trained[name].data.new_empty(0)
 
-    def alone(self, number: int) -> nn.Module:
-        """The layer of one adapter, with what it has learned: the same numbers, no copy."""
+    def layer_of(self, number: int) -> nn.Module:
+        """The layer of one adapter with its current parameters: views of the stacked ones, no copy."""
         part, shapes = self.parts[number], self.shapes[number]
         for name, shape in shapes.items():
             part.get_parameter(name).data = self.trained[name].data[number][tuple(map(slice, shape))]
@@ -113,7 +114,7 @@ class BatchedLayer(nn.Module):
 
 
 class BatchedLoRALinear(BatchedLayer):
-    """A frozen linear plus an update for each adapter: y = Wx + b + sₙ·BₙAₙx for the rows of adapter n."""
+    """A frozen linear plus one update per adapter: y = Wx + b + sₙ·BₙAₙx for the rows of adapter n."""
 
     scales: Tensor
 
@@ -121,109 +122,109 @@ class BatchedLoRALinear(BatchedLayer):
         self, base: nn.Module, parts: Sequence[LoRALinear | None], share: AdapterRouting, stacks: "StackedParameters"
     ) -> None:
         super().__init__(base, parts, share, stacks)
-        self.numbers = [1.0 if part is None else part.scale for part in parts]
-        scales = torch.tensor(self.numbers)  # fp32: 16 bits are another scale
-        self.register_buffer("scales", scales[:, None, None].to(self.trained["lora_A"].device))
+        self.scale_list = [1.0 if part is None else part.scale for part in parts]
+        scales = torch.tensor(self.scale_list)  # fp32: 16 bits would round them
+        self.register_buffer("scales", scales[:, None, None].to(self.trained["lora_A"].device))  # (N, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         share = self.share
         if share.off or not share.even:
             return super().forward(x)
-        A, B = (share.of_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B"))
-        return batched_lora_forward(x, self.base, A, B, share.of_live(self.scales))
+        A, B = (share.select_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B"))
+        return batched_lora_forward(x, self.base, A, B, share.select_live(self.scales))
 
     def adapted(self, rows: Tensor) -> Tensor:
         counts = list(self.share.counts)
         A, B = (self.trained[name].to(rows.dtype) for name in ("lora_A", "lora_B"))
         shares, out = torch.split(rows, counts), torch.split(self.base(rows), counts)
-        each = zip(out, shares, A.unbind(0), B.unbind(0), self.numbers, strict=True)
+        each = zip(out, shares, A.unbind(0), B.unbind(0), self.scale_list, strict=True)
         return torch.cat([torch.addmm(y, x @ a.T, b.T, alpha=s) for y, x, a, b, s in each])
 
 
 class BatchedEmbedding(BatchedLayer):
-    """An embedding of its own for each adapter: E (N, V, D)."""
+    """One embedding per adapter: E (N, V, D)."""
 
     def adapted(self, rows: Tensor) -> Tensor:
         if not self.share.even:
             return super().adapted(rows)
-        tables = self.share.of_live(self.trained["weight"])  # (L, V, D)
+        tables = self.share.select_live(self.trained["weight"])  # (L, V, D)
         L, _, D = tables.shape
-        return tables.gather(1, rows.view(L, -1, 1).expand(-1, -1, D)).flatten(0, 1)
+        return tables.gather(1, rows.view(L, -1, 1).expand(-1, -1, D)).flatten(0, 1)  # (L·M, D)
 
 
 class BatchedHead(BatchedLayer):
-    """A head of its own for each adapter: W (N, V, D)."""
+    """One head per adapter: W (N, V, D)."""
 
     def adapted(self, rows: Tensor) -> Tensor:
         if not self.share.even:
             return super().adapted(rows)
         x = rows.view(len(self.share.live), -1, rows.shape[-1])  # (L, M, D)
-        out = x @ self.share.of_live(self.trained["weight"]).transpose(1, 2)
+        out = x @ self.share.select_live(self.trained["weight"]).transpose(1, 2)  # (L, M, V)
         bias = self.trained.get("bias")
-        return (out if bias is None else out + self.share.of_live(bias)[:, None]).flatten(0, 1)
+        return (out if bias is None else out + self.share.select_live(bias)[:, None]).flatten(0, 1)
 
 
 class StackedParameters:
-    """The trained tensors of N adapters, stacked: one parameter for what is one tensor in each of them, tied or not."""
+    """The trained tensors of N adapters, stacked; tensors that are tied in each adapter share one parameter."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], nn.Parameter] = {}
-        self._kept: list[Tensor] = []  # as long as their ids are looked up
+        self._by_ids: dict[tuple[int, ...], nn.Parameter] = {}
+        self._alive: list[Tensor] = []  # so that no id is reused
 
-    def of(self, tensors: Sequence[Tensor | None]) -> nn.Parameter:
-        """(N, ...), as large in each dimension as the largest; zeros for an adapter that has none."""
+    def stack(self, tensors: Sequence[Tensor | None]) -> nn.Parameter:
+        """(N, ...), each dimension that of the largest tensor; zeros for an adapter without one."""
         key = tuple(map(id, tensors))
-        if key not in self._known:
-            self._kept += [t for t in tensors if t is not None]
-            self._known[key] = nn.Parameter(_stacked(tensors))
-        return self._known[key]
+        if key not in self._by_ids:
+            self._alive += [t for t in tensors if t is not None]
+            self._by_ids[key] = nn.Parameter(_stack_padded(tensors))
+        return self._by_ids[key]
 
 
-def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
-    found = [t.detach() for t in tensors if t is not None]
-    shape = [max(sizes) for sizes in zip(*(t.shape for t in found), strict=True)]
-    out = found[0].new_zeros(len(tensors), *shape)
+def _stack_padded(tensors: Sequence[Tensor | None]) -> Tensor:
+    present = [t.detach() for t in tensors if t is not None]
+    shape = [max(sizes) for sizes in zip(*(t.shape for t in present), strict=True)]
+    out = present[0].new_zeros(len(tensors), *shape)
     for n, tensor in enumerate(tensors):
         if tensor is not None:
             out[n][tuple(map(slice, tensor.shape))] = tensor.detach()
     return out
 
 
-def attach_many(model: CausalLM, ways: Sequence[Callable[[], object]]) -> AdapterRouting:
-    """Give `model` an adapter for each of `ways`, which attach one to it as if it were alone; all are then trained at
-    once."""
-    own = dict(model.named_modules())
-    found: list[dict[str, nn.Module]] = []
-    for attach_one in ways:
+def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> AdapterRouting:
+    """Give `model` one adapter per function of `attachers`, each of which attaches its adapter as if it were the only
+    one; all then train at once."""
+    base = dict(model.named_modules())
+    adapters: list[dict[str, nn.Module]] = []
+    for attach_one in attachers:
         attach_one()
-        found.append(_taken_off(model, own))
-    share, stacks = AdapterRouting(len(ways)), StackedParameters()
-    for name in dict.fromkeys(name for parts in found for name in parts):
-        parts = [one.get(name) for one in found]
-        model.set_submodule(name, _kind(parts)(own[name], parts, share, stacks))
+        adapters.append(_detach(model, base))
+    share, stacks = AdapterRouting(len(attachers)), StackedParameters()
+    for name in dict.fromkeys(name for layers_by_name in adapters for name in layers_by_name):
+        parts = [layers_by_name.get(name) for layers_by_name in adapters]
+        model.set_submodule(name, _layer_class(parts)(base[name], parts, share, stacks))
     for layer in layers(model):
         layer.release()
     return share
 
 
-def _taken_off(model: CausalLM, own: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The adapter's layers by the name of the base's, which are put back; what trains in full is copied."""
+def _detach(model: CausalLM, base: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put the base's layers back and return the adapter's by name; modules that train in full are copied."""
     parts: dict[str, nn.Module] = {}
     copies: dict[int, nn.Parameter] = {}
-    for name, module in own.items():
-        now = model.get_submodule(name)
-        if now is not module:
-            parts[name] = now
+    for name, module in base.items():
+        current = model.get_submodule(name)
+        if current is not module:
+            parts[name] = current
         elif any(p.requires_grad for p in module.parameters(recurse=False)):
-            parts[name] = _copied(module, copies)
+            parts[name] = _copy_layer(module, copies)
     for name in parts:
-        model.set_submodule(name, own[name])
+        model.set_submodule(name, base[name])
     model.requires_grad_(False)
     return parts
 
 
-def _copied(module: nn.Module, copies: dict[int, nn.Parameter]) -> nn.Module:
-    """The same layer with weights of its own; tied ones stay tied."""
+def _copy_layer(module: nn.Module, copies: dict[int, nn.Parameter]) -> nn.Module:
+    """The same layer with its own weights; tied ones stay tied through `copies`."""
     new = copy.copy(module)
     for p in module.parameters(recurse=False):
         copies.setdefault(id(p), nn.Parameter(p.detach().clone()))
@@ -231,9 +232,9 @@ def _copied(module: nn.Module, copies: dict[int, nn.Parameter]) -> nn.Module:
     return new
 
 
-def _kind(parts: Sequence[nn.Module | None]) -> type[BatchedLayer]:
+def _layer_class(parts: Sequence[nn.Module | None]) -> type[BatchedLayer]:
     kinds = {type(part) for part in parts if part is not None}
-    if kinds == {LoRALinear} and not any(isinstance(part, LoRALinear) and part.moved for part in parts):
+    if kinds == {LoRALinear} and not any(isinstance(part, LoRALinear) and part.subtracts_initial for part in parts):
         return BatchedLoRALinear
     if None in parts or len(kinds) > 1:
         return BatchedLayer
@@ -245,19 +246,19 @@ def layers(model: nn.Module) -> Iterator[BatchedLayer]:
 
 
 def trained_by(model: nn.Module, number: int) -> int:
-    """Parameters that one adapter trains."""
-    own = ((layer.trained[name], shape) for layer in layers(model) for name, shape in layer.shapes[number].items())
-    return sum({id(p): shape.numel() for p, shape in own}.values())
+    """Number of parameters that one adapter trains; tied ones count once."""
+    trained = ((layer.trained[name], shape) for layer in layers(model) for name, shape in layer.shapes[number].items())
+    return sum({id(p): shape.numel() for p, shape in trained}.values())
 
 
 @contextmanager
-def only(model: CausalLM, number: int) -> Iterator[None]:
-    """`model` with adapter `number` alone on it, while entered: as it is where one adapter is trained."""
-    held = {name: module for name, module in model.named_modules() if isinstance(module, BatchedLayer)}
-    for name, layer in held.items():
-        model.set_submodule(name, layer.alone(number))
+def only_adapter(model: CausalLM, number: int) -> Iterator[None]:
+    """Inside the block `model` has only adapter `number`, in the layers of a model with one adapter."""
+    batched = {name: module for name, module in model.named_modules() if isinstance(module, BatchedLayer)}
+    for name, layer in batched.items():
+        model.set_submodule(name, layer.layer_of(number))
     try:
         yield
     finally:
-        for name, layer in held.items():
+        for name, layer in batched.items():
             model.set_submodule(name, layer)

@@ -1,4 +1,4 @@
-"""The product of a frozen linear and of L low-rank updates, each for its own share of the rows."""
+"""A frozen linear plus L low-rank updates, each applied to its own share of the rows."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 def batched_lora_forward(x: Tensor, base: nn.Module, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
     """Wx + b + sₙ·BₙAₙx, (..., O), for rows (..., I), A (L, R, I), B (L, O, R), scales (L, 1, 1)."""
     if type(base) is nn.Linear and base.bias is not None:
-        out: Tensor = _Update.apply(x, base.weight, base.bias, A, B, scales)  # type: ignore[no-untyped-call]
+        out: Tensor = _BatchedLoRA.apply(x, base.weight, base.bias, A, B, scales)  # type: ignore[no-untyped-call]
         return out
     rows = x.reshape(len(A), -1, x.shape[-1])  # (L, M, I)
     low = (torch.bmm(rows, A.transpose(1, 2)) * scales).to(x.dtype)  # (L, M, R)
-    whole: Tensor = base(x)
-    return torch.baddbmm(whole.reshape(*rows.shape[:2], -1), low, B.transpose(1, 2)).view_as(whole)
+    frozen: Tensor = base(x)  # (..., O)
+    return torch.baddbmm(frozen.reshape(*rows.shape[:2], -1), low, B.transpose(1, 2)).view_as(frozen)
 
 
-class _Update(torch.autograd.Function):
-    """The same with as few calls as there are products: small models spend their time on calls."""
+class _BatchedLoRA(torch.autograd.Function):
+    """The same with one call per product: small models spend their time on calls."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
-        rows = x.reshape(len(A), -1, x.shape[-1])
+        rows = x.reshape(len(A), -1, x.shape[-1])  # (L, M, I)
         out = torch.nn.functional.linear(x, weight, bias)
-        low = torch.bmm(rows, A.mT).mul_(scales)
+        low = torch.bmm(rows, A.mT).mul_(scales)  # (L, M, R)
         out.view(len(A), -1, out.shape[-1]).baddbmm_(low, B.mT)
         ctx.save_for_backward(rows, weight, low, A, B, scales)
         return out
@@ -33,10 +33,10 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         """With g = ∂L/∂y and l = s·Ax: ∂B = gᵀl, ∂l = gB, ∂A = s·(∂l)ᵀx, ∂x = gW + s·∂l·A (the document's §4.3)."""
         rows, weight, low, A, B, scales = ctx.saved_tensors
-        wanted = outputs[0].reshape(len(A), -1, outputs[0].shape[-1])  # (L, M, O)
-        of_low = torch.bmm(wanted, B).mul_(scales)
-        of_x = None
-        if ctx.needs_input_grad[0]:  # not below the first layer that trains
-            of_x = outputs[0] @ weight
-            of_x.view_as(rows).baddbmm_(of_low, A)
-        return of_x, None, None, torch.bmm(of_low.mT, rows), torch.bmm(wanted.mT, low), None
+        g = outputs[0].reshape(len(A), -1, outputs[0].shape[-1])  # (L, M, O)
+        d_low = torch.bmm(g, B).mul_(scales)  # (L, M, R)
+        d_x = None
+        if ctx.needs_input_grad[0]:  # not in the first layer that trains
+            d_x = outputs[0] @ weight
+            d_x.view_as(rows).baddbmm_(d_low, A)
+        return d_x, None, None, torch.bmm(d_low.mT, rows), torch.bmm(g.mT, low), None

@@ -1,4 +1,4 @@
-"""What an adapter changes, in PEFT's words."""
+"""What an adapter changes, in PEFT's terms."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,17 +9,19 @@ from typing import TypeVar
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.files.patterns import block_match, end_match, full_match
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
+VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # PEFT's types that change no weight
 Number = TypeVar("Number", int, float)
-ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's layers_pattern where there is none: any list that lies in another module
+ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's default layers_pattern: any module list inside another module
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
     """`targets` get LoRA, `saved` modules train in full, `rows` train row by row.
 
-    Names mean every module whose full name ends so, those of `saved` even within a word, as in PEFT: norm is also
-    input_layernorm. A text in place of a list is a pattern that the whole name matches, or all-linear. `ranks` and
-    `alphas` are by pattern: the first that a name ends with decides.
+    A name matches every module whose full name ends with it; in `saved` even within a word, as in PEFT: norm also
+    matches input_layernorm. A string instead of a list is a pattern for the full name, or all-linear. The keys of
+    `ranks` and `alphas` are patterns: the first that matches the end of a name applies.
     """
 
     rank: int
@@ -32,29 +34,29 @@ class AdapterSpec:
     rslora: bool = False
     dora: bool = False
     excluded: tuple[str, ...] | str = ()
-    layers: tuple[int, ...] = ()  # none: all
-    lists: tuple[str, ...] = ()  # names of the lists whose numbers `layers` are; none: any
+    layers: tuple[int, ...] = ()  # empty: all
+    lists: tuple[str, ...] = ()  # names of the module lists that `layers` index; empty: any
 
     def rank_of(self, module: str) -> int:
-        """R of the module with this full name."""
+        """The rank of the module with this full name."""
         return _by_pattern(self.ranks, module, self.rank, "rank_pattern")
 
     def scale_of(self, module: str) -> float:
-        """By what its BA is multiplied: alpha/R, or alpha/√R (Kalajdzievski 2023)."""
+        """The scale s of its BA: alpha/R, or with rsLoRA alpha/√R (Kalajdzievski 2023)."""
         rank = self.rank_of(module)
         return _by_pattern(self.alphas, module, self.alpha, "alpha_pattern") / (
             math.sqrt(rank) if self.rslora else rank
         )
 
     def doubled(self) -> "AdapterSpec":
-        """Twice every rank, with every scale as it is."""
-        by = math.sqrt(2) if self.rslora else 2
+        """Every rank doubled, and alphas so that every scale stays the same."""
+        factor = math.sqrt(2) if self.rslora else 2
         ranks = {name: 2 * rank for name, rank in self.ranks.items()}
-        alphas = {name: by * alpha for name, alpha in self.alphas.items()}
-        return replace(self, rank=2 * self.rank, alpha=by * self.alpha, ranks=ranks, alphas=alphas)
+        alphas = {name: factor * alpha for name, alpha in self.alphas.items()}
+        return replace(self, rank=2 * self.rank, alpha=factor * self.alpha, ranks=ranks, alphas=alphas)
 
-    def leaves_out(self, module: str) -> bool:
-        """Whether a module that `targets` means gets no LoRA all the same."""
+    def excludes(self, module: str) -> bool:
+        """Whether a module that `targets` matches gets no LoRA."""
         if isinstance(self.excluded, str):
             excluded = full_match(self.excluded, module, "exclude_modules")
         else:
@@ -69,9 +71,9 @@ class AdapterSpec:
         return any(module.endswith(name) for name in self.saved)
 
     def _layer(self, module: str) -> int | None:
-        """The number of the block that a module is in: the first in its name."""
-        found = (block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,))
-        return next((number for number in found if number is not None), None)
+        """The number of the block that contains a module: the first in its name."""
+        numbers = (block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,))
+        return next((number for number in numbers if number is not None), None)
 
 
 def _by_pattern(values: Mapping[str, Number], module: str, default: Number, key: str) -> Number:
@@ -79,10 +81,10 @@ def _by_pattern(values: Mapping[str, Number], module: str, default: Number, key:
 
 
 def lies_in(module: str, names: Iterable[str]) -> bool:
-    """Whether `names` mean the module with this full name, or one that it is in."""
-    return any(matches_suffix(part, name) for part in ways_to(module) for name in names)
+    """Whether one of `names` matches this module's full name, or that of a module around it."""
+    return any(matches_suffix(part, name) for part in enclosing_names(module) for name in names)
 
 
-def ways_to(module: str) -> list[str]:
-    """Full names of the module and of all that it is in: model, model.norm for model.norm."""
+def enclosing_names(module: str) -> list[str]:
+    """Full names of the module and of all around it, outermost first: model, model.norm for model.norm."""
     return list(accumulate(module.split("."), lambda outer, inner: f"{outer}.{inner}"))

@@ -1,39 +1,39 @@
-"""An adapter and the base that it is bound to, from their files alone: nothing is loaded."""
+"""An adapter folder and the base it belongs to, read from their files: no model is loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from pipeline.adapters.config import CONFIG, VIRTUAL, WEIGHTS
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.project.params.sections import Quantization
 from pipeline.project.stage_graph import STAGES
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MODEL = "config.json"  # what a whole model has in its place
-VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # PEFT's types that change no weight
+PICKLE = "adapter_model.bin"
+MODEL = "config.json"  # in the folder of a full model instead of CONFIG
 DEFAULT_BASE = STAGES["expand_vocab"].path
-Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: base_fingerprint, or one that remembers
-Contents = Callable[[Path], Mapping[str, str]]  # of any folder: artifact.contents, or one that remembers
+Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: base_fingerprint, or a caching one
+Contents = Callable[[Path], Mapping[str, str]]  # of any folder: artifact.contents, or a caching one
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises UserError if there is none, saying what the folder is where that can be seen."""
+    """adapter_config.json. Raises UserError if there is none; it says if the folder is a model, or holds adapters."""
     artifact.refuse_untrusted(folder)
     if not (folder / CONFIG).exists():
         if (folder / MODEL).is_file():
             raise UserError(
-                f"{folder} is a whole model, not an adapter: it goes on no base, and there is nothing to merge. "
-                f"Use it as it is: `lora prompt --base {folder}`."
+                f"{folder} is a full model, not an adapter: it needs no base, and there is nothing to merge. "
+                f"Use it directly: `lora prompt --base {folder}`."
             )
         if inside := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
-            raise UserError(f"{folder} holds adapters and is none itself. Name one of them, such as {inside[0]}.")
+            raise UserError(f"{folder} contains adapters but is not one. Name one of them, such as {inside[0]}.")
     return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raises UserError for an adapter whose weights are a pickle alone, as PEFT wrote them before safetensors."""
+    """Raises UserError for an adapter whose only weights are a pickle, as PEFT wrote them before safetensors."""
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).exists():
         raise UserError(
             f"{folder / PICKLE} is a pickle, which can run code and is never read. Convert it once: "
@@ -44,33 +44,33 @@ def refuse_pickle(folder: Path) -> None:
 
 
 def refuse_virtual(folder: Path) -> None:
-    """Raises UserError where what is asked of the adapter needs changes of weights, and it has none."""
+    """Raises UserError for an adapter of virtual tokens, which changes no weights."""
     config = read_config(folder)
     kind = VIRTUAL.get(str(config.get("peft_type")))
     if kind:
         raise UserError(
-            f"{folder} is a {kind} of {config.get('num_virtual_tokens')} virtual tokens: it changes no weight, so that "
-            "there is nothing to merge, combine or compare, and vLLM serves none. Use it on its base: "
-            "`lora prompt --adapter`, or PEFT."
+            f"{folder} is a {kind} of {config.get('num_virtual_tokens')} virtual tokens: it changes no weights, so "
+            "there is nothing to merge, combine or compare, and vLLM cannot serve it. Use it on its base with "
+            "`lora prompt --adapter`, or with PEFT."
         )
 
 
 def base_of(adapter: Path | None, here: Path = Path()) -> Path:
     """The model folder that an adapter names as its base; without an adapter, the pipeline's expanded base.
 
-    A relative name is looked for in `here`, then in the folders that the adapter lies in. Raises UserError.
+    A relative name is looked up in `here`, then in the adapter's parent folders. Raises UserError.
     """
     if adapter is None:
         return here / DEFAULT_BASE
-    named = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
+    name = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
     for folder in (here, *adapter.resolve().parents):
-        if isinstance(named, str) and (folder / named).is_dir():
-            return folder / named
-    raise UserError(f"{adapter} names {named!r} as its base, and there is no such folder. Name the base with --base.")
+        if isinstance(name, str) and (folder / name).is_dir():
+            return folder / name
+    raise UserError(f"{adapter} names {name!r} as its base, but there is no such folder. Pass the base with --base.")
 
 
 class Origin(NamedTuple):
-    """The model of the hub that a base was imported from: its id and commit, and how many tokens were added since."""
+    """The hub model that a base was imported from: its id and commit, and the number of tokens added since."""
 
     hub_id: str
     revision: str | None
@@ -78,8 +78,8 @@ class Origin(NamedTuple):
 
 
 def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
-    """Where the adapter's base comes from, which may be given; None for one that is not of the hub, is not here, or was
-    made by expand_vocab from another than lies beside it."""
+    """The hub model of the adapter's base, or of `base`; None if the base is not from the hub, is missing, or was
+    expanded from another base than the one in the folder beside it."""
     try:
         base = base or base_of(adapter)
         manifest, added = artifact.read_manifest(base), 0
@@ -97,26 +97,29 @@ def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
 
 
 def common_base(adapters: Sequence[Path]) -> Path:
-    """The folder that all of them name as their base. Raises UserError if they name several."""
+    """The folder that all of them name as their base. Raises UserError if they name different ones."""
     first, *others = adapters
     base = base_of(first)
     for other in others:
         if base_of(other).resolve() != base.resolve():
             raise UserError(
-                f"{first} and {other} name different bases: {base} and {base_of(other)}. If both stand for the same, "
-                "name it with --base."
+                f"{first} and {other} name different bases: {base} and {base_of(other)}. If both are the same model, "
+                "pass it with --base."
             )
     return base
 
 
 def quantization_of(adapter: Path | None) -> Quantization:
-    """In how few bits the adapter's base was kept while it trained. Only a manifest knows: PEFT's config is silent."""
+    """The quantization of the base that the adapter was trained on: in our manifest only, PEFT's config has no key."""
     if adapter is None or not (adapter / artifact.MANIFEST).exists():
         return "none"
-    said: Quantization = artifact.read_manifest(adapter).get("params", {}).get("quantization", "none")
-    if said not in get_args(Quantization):
-        raise UserError(f"{adapter / artifact.MANIFEST}: quantization is {said!r}. Train the adapter again.")
-    return said
+    quantization: Quantization = artifact.read_manifest(adapter).get("params", {}).get("quantization", "none")
+    if quantization not in get_args(Quantization):
+        raise UserError(
+            f"{adapter / artifact.MANIFEST}: quantization must be one of {', '.join(get_args(Quantization))}, got "
+            f"{quantization!r}. Train the adapter again."
+        )
+    return quantization
 
 
 def refuse_foreign(
@@ -125,30 +128,30 @@ def refuse_foreign(
     fingerprint: Fingerprint = base_fingerprint,
     contents: Contents = artifact.contents,
 ) -> None:
-    """Raises UserError if the adapter's manifest does not bind these files to this base.
+    """Raises UserError if the adapter was edited, or was trained on another base, according to its manifest.
 
-    An adapter made elsewhere has no manifest: its names and shapes are all that can be checked.
+    An adapter made elsewhere has no manifest: only its names and shapes can be checked, when it is loaded.
     """
     if not (folder / artifact.MANIFEST).exists():
         return
     manifest = artifact.read_manifest(folder)
     _refuse_edited(manifest, read_config(folder), folder / CONFIG)
     artifact.verify(folder, contents)
-    trained_on, found = manifest.get("base", {}), fingerprint(base_folder)
-    for part, digest in found.items():
+    trained_on = manifest.get("base", {})
+    for part, digest in fingerprint(base_folder).items():
         if trained_on.get(part) != digest:
             raise UserError(
-                f"{folder} was trained on another base: its {part} {'have' if part == 'tensors' else 'has'} sha256 "
-                f"{str(trained_on.get(part))[:12]}, those of {base_folder} {digest[:12]}. "
-                "Name the base it was trained on with --base, or train it again."
+                f"{folder} was trained on another base: the sha256 of its {part} is "
+                f"{str(trained_on.get(part))[:12]}, that of {base_folder} {digest[:12]}. "
+                "Pass the base it was trained on with --base, or train it again."
             )
 
 
-def _refuse_edited(manifest: dict[str, Any], config: dict[str, Any], place: Path) -> None:
-    trained = manifest.get("params", {}) | manifest.get("stored", {})  # PiSSA's is stored with twice its rank
+def _refuse_edited(manifest: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+    trained = manifest.get("params", {}) | manifest.get("stored", {})  # PiSSA is stored with twice its rank
     for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("num_virtual_tokens", "virtual_tokens")):
         if name in trained and config.get(key) != trained[name]:
             raise UserError(
-                f"{place}: {key} was edited: it says {config.get(key)!r}, the adapter was trained with "
+                f"{path}: {key} was edited: it is {config.get(key)!r}, but the adapter was trained with "
                 f"{trained[name]!r}. Restore the file or train the adapter again."
             )

@@ -1,4 +1,4 @@
-"""How A and B begin (the document's §4.1; PEFT's names of the others)."""
+"""Initializations of A and B (the document's §4.1, and PEFT's by their names there)."""
 
 import math
 from collections.abc import Callable
@@ -10,20 +10,20 @@ from pipeline.errors import UserError
 from pipeline.project.params.sections import Init
 
 DOCUMENT_STD = 0.01
-Begin = Callable[[Tensor, Tensor], None]  # fills A (R, I) and B (O, R), in place
+Initializer = Callable[[Tensor, Tensor], None]  # fills A (R, I) and B (O, R), in place
 
 
 def initialize(A: Tensor, B: Tensor, init: Init) -> None:
-    """Fill A (R, I) and B (O, R), in place, so that BA = 0: training starts from the base.
+    """Fill A (R, I) and B (O, R) in place so that BA = 0: training starts from the base.
 
-    For pissa see `principal`, which needs the weight. Raises UserError for an odd rank where it must be even.
+    pissa gets zeros here; `principal` then needs the weight. Raises UserError for orthogonal with an odd rank.
     """
-    if not A.is_meta:  # which holds no numbers
-        _BEGINNINGS[init](A, B)
+    if not A.is_meta:  # meta tensors hold no numbers
+        _INITIALIZERS[init](A, B)
 
 
 def _gaussian(A: Tensor, B: Tensor) -> None:
-    """A ~ N(0, 1/R²), B = 0, as PEFT's gaussian."""
+    """A ~ N(0, 1/R²), B = 0: PEFT's gaussian."""
     A.normal_(std=1 / A.shape[0])
     B.zero_()
 
@@ -35,7 +35,7 @@ def _document(A: Tensor, B: Tensor) -> None:
 
 
 def _kaiming(A: Tensor, B: Tensor) -> None:
-    """A uniform in ±1/√I (He et al. 2015 with a = √5), B = 0, as PEFT's default."""
+    """A uniform in ±1/√I (He et al. 2015 with a = √5), B = 0: PEFT's default."""
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     B.zero_()
 
@@ -43,18 +43,18 @@ def _kaiming(A: Tensor, B: Tensor) -> None:
 def _orthogonal(A: Tensor, B: Tensor) -> None:
     """A = PᵀX/10 and B = YQ/10 for the even rows P and the odd rows Q of one orthogonal matrix (R, R).
 
-    Neither is zero, and yet BA = Y(QPᵀ)X/100 = 0, but for rounding. X (R/2, I) and Y (O, R/2) are normal.
+    Neither is zero, and still BA = Y(QPᵀ)X/100 = 0 up to rounding. X (R/2, I) and Y (O, R/2) are normal.
     """
     rank = A.shape[0]
     if rank % 2:
         raise UserError(
-            f"finetune_lora.init_lora_weights orthogonal needs an even rank, got {rank}. Raise finetune_lora.rank, or "
-            "its rank_pattern, by one."
+            f"finetune_lora.init_lora_weights orthogonal needs an even rank, got {rank}. Increase finetune_lora.rank, "
+            "or its rank_pattern, by one."
         )
-    whole = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64)).Q
+    orthogonal = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64)).Q
     X, Y = torch.randn(rank // 2, A.shape[1]), torch.randn(B.shape[0], rank // 2)
-    A.copy_(whole[0::2].T @ X.double() / 10)
-    B.copy_(Y.double() @ whole[1::2] / 10)
+    A.copy_(orthogonal[0::2].T @ X.double() / 10)
+    B.copy_(Y.double() @ orthogonal[1::2] / 10)
 
 
 def _zeros(A: Tensor, B: Tensor) -> None:
@@ -62,7 +62,7 @@ def _zeros(A: Tensor, B: Tensor) -> None:
     B.zero_()
 
 
-_BEGINNINGS: dict[Init, Begin] = {
+_INITIALIZERS: dict[Init, Initializer] = {
     "document": _document,
     "gaussian": _gaussian,
     "kaiming": _kaiming,
@@ -72,10 +72,10 @@ _BEGINNINGS: dict[Init, Begin] = {
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R) with s·BA = the part of `weight` (O, I) of rank R that is nearest to it, half of each
-    singular value's root in either (PiSSA, Meng et al. 2024, §3).
+    """A (R, I) and B (O, R) with s·BA = the best approximation of `weight` (O, I) of rank R; the square root of each
+    singular value goes to A and to B (PiSSA, Meng et al. 2024, §3).
 
-    Raises UserError where the weight has fewer singular values than that.
+    Raises UserError if the weight has fewer than R singular values.
     """
     most = min(weight.shape)
     if rank > most:
@@ -84,5 +84,5 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
             f"Set finetune_lora.rank to {most} at most."
         )
     left, values, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    root = (values[:rank] / scale).sqrt()
+    root = (values[:rank] / scale).sqrt()  # (R,)
     return root[:, None] * right[:rank], left[:, :rank] * root

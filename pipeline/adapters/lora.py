@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.init import DOCUMENT_STD, initialize, principal
-from pipeline.models.linears import is_conv1d
-from pipeline.models.quantization.quantized_linear import QuantizedLinear
+from pipeline.models.base import LowBitLinear, is_conv1d
 from pipeline.project.params.sections import Init
 
 FOLD_BELOW = 2**16  # weights; see LoRALinear
+# PEFT's keys of an adapter's tensors, after the module's name; A's and B's are in the layers below.
+MAGNITUDE = ".lora_magnitude_vector"
+ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def fan_in_fan_out(base: nn.Module) -> bool:
@@ -18,29 +20,40 @@ def fan_in_fan_out(base: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A layer's weight, as the tensor that it is."""
+    """A layer's weight, typed as a tensor."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def weight_out_in(base: nn.Module) -> Tensor:
-    """A linear's weight as (O, I), a view of it."""
+    """A view of a linear's weight as (O, I)."""
     return weight_of(base).T if fan_in_fan_out(base) else weight_of(base)
 
 
 def weight_in(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W for a product in `dtype`: made in it where it is kept in few bits, else as it is."""
-    return base.weight_in(dtype) if isinstance(base, QuantizedLinear) else weight_of(base)
+    """W for a product in `dtype`: a quantized weight is dequantized in it, any other is returned as it is."""
+    return base.weight_in(dtype) if isinstance(base, LowBitLinear) else weight_of(base)
 
 
-class LoRALinear(nn.Module):
+class AdapterLayer(nn.Module):
+    """A frozen layer of the base and what an adapter adds to it."""
+
+    base: nn.Module
+    enabled: bool  # False: the base only
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by PEFT's key after the module's name."""
+        raise NotImplementedError
+
+
+class LoRALinear(AdapterLayer):
     """A frozen linear plus a trainable update: y = Wx + b + s·BAx.
 
-    W is (O, I), lora_A (R, I), lora_B (O, R). A small W is folded first, (W + s·BA)x, because there the
-    number of operations costs more than their size; a large one never forms the (O, I) product.
-    With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the paper takes s·B₀A₀ out of W, here W stays as it is.
-    A and B may have another dtype than W: they are cast to x's, which is far smaller than x cast to theirs.
+    W is (O, I), lora_A (R, I), lora_B (O, R). A small W is folded first, (W + s·BA)x, because the number of calls
+    then costs more than their size; for a large one the (O, I) product is never formed.
+    With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the paper subtracts s·B₀A₀ from W, here W stays unchanged.
+    A and B may have another dtype than W: they are cast to x's dtype, which is cheaper than casting x to theirs.
     """
 
     initial_A: Tensor
@@ -49,31 +62,34 @@ class LoRALinear(nn.Module):
     def __init__(
         self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None, init: Init = "document"
     ) -> None:
-        """Raises UserError where `init` does not fit the rank."""
+        """Raises UserError if `init` does not fit the rank."""
         super().__init__()
         self.base, self.scale = base, scale
-        self.enabled = True  # off: the base alone
+        self.enabled = True
         weight = weight_of(base)
         outputs, inputs = reversed(weight.shape) if fan_in_fan_out(base) else weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
         A, B = like.new_empty(rank, inputs), like.new_empty(outputs, rank)
         initialize(A, B, init)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-        self.folds = isinstance(base, nn.Linear | QuantizedLinear) and weight.numel() < FOLD_BELOW
-        self.moved = init == "pissa"  # A and B begin elsewhere than at BA = 0: where, is taken away again
-        if self.moved:
-            self._begin_at(*principal(weight_out_in(base), rank, scale))
+        self.folds = isinstance(base, nn.Linear | LowBitLinear) and weight.numel() < FOLD_BELOW
+        self.subtracts_initial = init == "pissa"  # B₀A₀ is not 0, and is subtracted in the forward
+        if self.subtracts_initial:
+            self._set_initial(*principal(weight_out_in(base), rank, scale))
 
     @torch.no_grad()
-    def _begin_at(self, A: Tensor, B: Tensor) -> None:
+    def _set_initial(self, A: Tensor, B: Tensor) -> None:
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
         self.register_buffer("initial_A", self.lora_A.detach().clone(), persistent=False)
         self.register_buffer("neg_initial_B", -self.lora_B.detach(), persistent=False)
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {".lora_A.weight": self.lora_A, ".lora_B.weight": self.lora_B}
+
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A (R, I) and B (O, R) of the update s·BA; with PiSSA BA − B₀A₀, in one product of rank 2R."""
-        if not self.moved:
+        """A (R, I) and B (O, R) of the update s·BA; with PiSSA of BA − B₀A₀, as one product of rank 2R."""
+        if not self.subtracts_initial:
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.neg_initial_B), dim=1)
 
@@ -92,7 +108,7 @@ class LoRALinear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(AdapterLayer):
     """A frozen embedding W (V, D) plus a trainable update: W + s·(BA)ᵀ, lora_A (R, V) and lora_B (D, R)."""
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None) -> None:
@@ -104,6 +120,9 @@ class LoRAEmbedding(nn.Module):
         self.lora_A = nn.Parameter(like.new_zeros(rank, rows))
         self.lora_B = nn.Parameter(like.new_empty(width, rank).normal_(std=DOCUMENT_STD))
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {".lora_embedding_A": self.lora_A, ".lora_embedding_B": self.lora_B}
+
     def forward(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)
         if not self.enabled:
@@ -113,13 +132,13 @@ class LoRAEmbedding(nn.Module):
 
 
 def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:
-    """`rows` as the embedding gives them out: Gemma's multiplies what it looks up."""
+    """`rows` (..., D) with the embedding's own scale: Gemma's multiplies the rows it looks up."""
     scale = getattr(embedding, "embed_scale", None)
     return rows if scale is None else rows * scale.to(rows.dtype)
 
 
 def factors(layer: LoRALinear | LoRAEmbedding) -> tuple[Tensor, Tensor]:
-    """Two whose product, scaled, is added to the base's weight as it is stored: (n, R) and (R, m)."""
+    """Two factors, (n, R) and (R, m), whose scaled product is added to the base's weight in its stored layout."""
     pair = layer.pair() if isinstance(layer, LoRALinear) else (layer.lora_A, layer.lora_B)
     a, b = (factor.detach() for factor in pair)
     return (a.T, b.T) if fan_in_fan_out(layer.base) else (b, a)

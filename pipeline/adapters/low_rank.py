@@ -1,4 +1,4 @@
-"""ΔW = s·BA as its two factors: norms, singular values and directions without the product."""
+"""ΔW = s·BA in factored form: norms, singular values and singular vectors without the product."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """s·BA with A (R, I) and B (O, R); the inputs of an embedding are its rows."""
+    """s·BA with A (R, I) and B (O, R); an embedding's inputs are its rows."""
 
     a: Tensor
     b: Tensor
@@ -35,9 +35,9 @@ def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Those of BA, largest first, A (R, I) and B (O, R), without the (O, I) product.
+    """Singular values of BA, largest first, for A (R, I) and B (O, R), without the (O, I) product.
 
-    With B = QS and Aᵀ = PT, BA = Q(STᵀ)Pᵀ has the singular values of the small STᵀ.
+    With the QR decompositions B = QS and Aᵀ = PT, BA = Q(STᵀ)Pᵀ has the singular values of the small STᵀ.
     """
     s = torch.linalg.qr(b.double()).R  # (min(O, R), R)
     t = torch.linalg.qr(a.double().T).R  # (min(I, R), R)
@@ -46,7 +46,7 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
 
 
 def directions(update: LowRank) -> tuple[Tensor, Tensor]:
-    """Left (O, k) and right (I, k) singular vectors of s·BA, the strongest first, k its rank or its smaller side."""
+    """Left (O, k) and right (I, k) singular vectors of s·BA, largest singular value first; k = min(O, I, R)."""
     q, s = torch.linalg.qr(update.b.double())
     p, t = torch.linalg.qr(update.a.double().T)
     left, _, right = torch.linalg.svd(s @ t.T)

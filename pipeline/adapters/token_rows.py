@@ -1,13 +1,13 @@
-"""Single rows of an embedding or head that train while all others stay as they are, bit for bit."""
+"""Train single rows of an embedding or head; all other rows keep their bits."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.lora import scaled_as, weight_of
+from pipeline.adapters.lora import ROWS, AdapterLayer, scaled_as, weight_of
 
 
-class EmbeddingRows(nn.Module):
+class EmbeddingRows(AdapterLayer):
     """An embedding whose rows `ids` are replaced by `rows` (n, D); the frozen table is never written."""
 
     slot: Tensor
@@ -19,16 +19,19 @@ class EmbeddingRows(nn.Module):
         slot[ids] = torch.arange(len(ids), device=ids.device)
         self.register_buffer("slot", slot, persistent=False)
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {ROWS: self.rows}
+
     def forward(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)
         if not self.enabled:
             return old
-        slot = self.slot[tokens]  # (B, T): the row to use, or -1
+        slot = self.slot[tokens]  # (B, T): index into `rows`, or -1
         replaced = F.embedding(slot.clamp(min=0), self.rows)
         return torch.where((slot >= 0)[..., None], scaled_as(self.base, replaced).to(old.dtype), old)
 
 
-class HeadRows(nn.Module):
+class HeadRows(AdapterLayer):
     """A head whose rows `ids` are replaced by `rows` (n, D)."""
 
     ids: Tensor
@@ -38,6 +41,9 @@ class HeadRows(nn.Module):
         self.base, self.rows, self.enabled = base, rows, True
         self.register_buffer("ids", ids, persistent=False)
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {ROWS: self.rows}
+
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.base(x)  # (B, T, V)
         if not self.enabled:
@@ -45,3 +51,6 @@ class HeadRows(nn.Module):
         bias = self.base.bias
         new = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[self.ids])  # type: ignore[index]
         return logits.index_copy(-1, self.ids, new)
+
+
+BY_ROWS = EmbeddingRows | HeadRows

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pipeline.data.examples import Example
-from pipeline.data.tokenizers.chat_template import single_rendering
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 
@@ -99,6 +98,8 @@ class _AssistantTurns:
     """Finds the tokens of the assistant's turns in a rendered conversation."""
 
     def __init__(self, example: Example, tokenizer: Tokenizer) -> None:
+        from pipeline.data.tokenizers.chat_template import single_rendering  # only conversations need it
+
         self._example, self._tokenizer = example, tokenizer
         self._answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         prefixes = [(turn, True) for turn in self._answers[:RENDERED_TOGETHER]]
@@ -176,6 +177,8 @@ class _AssistantTurns:
         if rendering is None:
             prompt = self._tokenizer.render(self._example.messages[:turn], add_generation_prompt=True)
         else:
+            from pipeline.data.tokenizers.chat_template import single_rendering
+
             prompt = single_rendering([rendering])
         if not self._text.startswith(prompt):
             raise self._masking_error(turn, "changes earlier text when this turn is added")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.document import params
 from pipeline.project.stage_graph import STAGES as PRODUCT
 from pipeline.project.stage_graph import Stage
 
@@ -64,16 +63,22 @@ CLAIMS = Stage(
     compares=True,
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MEASUREMENTS, CLAIMS)}
-SECTIONS: Mapping[str, type] = {
-    "study_fact_correction": params.StudyFactCorrection,
-    "study_knowledge_correction": params.StudyKnowledgeCorrection,
-    "study_trajectory": params.StudyTrajectory,
-    "study_methods": params.StudyMethods,
-    "study_rank": params.StudyRank,
-    "study_spectrum": params.StudySpectrum,
-    "study_intrinsic_dimension": params.StudyIntrinsicDimension,
-    "study_quantization": params.StudyQuantization,
-    "study_forgetting": params.StudyForgetting,
-    "figures": params.Figures,
-    "claims": params.Claims,
-}
+
+
+def sections() -> Mapping[str, type]:
+    """Name → class of the document's sections of params.yaml, which few projects have."""
+    from pipeline.document import params
+
+    return {
+        "study_fact_correction": params.StudyFactCorrection,
+        "study_knowledge_correction": params.StudyKnowledgeCorrection,
+        "study_trajectory": params.StudyTrajectory,
+        "study_methods": params.StudyMethods,
+        "study_rank": params.StudyRank,
+        "study_spectrum": params.StudySpectrum,
+        "study_intrinsic_dimension": params.StudyIntrinsicDimension,
+        "study_quantization": params.StudyQuantization,
+        "study_forgetting": params.StudyForgetting,
+        "figures": params.Figures,
+        "claims": params.Claims,
+    }

@@ -5,11 +5,12 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.folder import CONFIG, WEIGHTS, origin_of, read_config, refuse_pickle
+from pipeline.adapters.config import CONFIG, WEIGHTS
+from pipeline.adapters.folder import origin_of, read_config, refuse_pickle
 from pipeline.errors import UserError
 from pipeline.export.model_card import CARD, card, has_card
 from pipeline.files import artifact
-from pipeline.models.meta import skeleton
+from pipeline.models.load import skeleton
 from pipeline.project.runner import Event
 from pipeline.weights.as_low_rank import low_rank_updates, write_updates
 from pipeline.weights.import_adapter import copy_template, copy_tokenizer

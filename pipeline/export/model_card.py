@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.folder import VIRTUAL, Origin, origin_of, quantization_of, read_config
+from pipeline.adapters.config import VIRTUAL
+from pipeline.adapters.folder import Origin, origin_of, quantization_of, read_config
 from pipeline.files import artifact
 from pipeline.inference.catalog import measured
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps

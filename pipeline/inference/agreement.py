@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.inference.engine import LoadedModel, load
 from pipeline.inference.score import score
 from pipeline.models.base import packed_hidden_states
-from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.kernels.fp32_compute import compute_in_fp32
 from pipeline.project.params.sections import Quantization
 
 
@@ -77,7 +77,7 @@ def difference(one: LoadedModel, other: LoadedModel, texts: Sequence[str]) -> Di
     """Difference of two models on `texts`, computed in fp32 so that rounding does not count."""
     ids = [one.tokenizer.encode(text)[: one.model.shape.positions] for text in texts]  # may include unknown words
     largest, divergences, same = list[Tensor](), list[Tensor](), 0
-    with exact(one.model), exact(other.model):
+    with compute_in_fp32(one.model), compute_in_fp32(other.model):
         for hidden, other_hidden in zip(
             packed_hidden_states(one.model, ids), packed_hidden_states(other.model, ids), strict=True
         ):

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM
-from pipeline.models.kernels.packed_attention import watched
+from pipeline.models.base import CausalLM, Prefix
+from pipeline.models.kernels.packed_attention import record_weights
 from pipeline.models.minigpt.attention import Attention
-from pipeline.models.virtual_tokens import Prefix, with_prefix
 
 
 def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None) -> Tensor:
@@ -23,7 +22,7 @@ def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None)
     q = attention.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
     k = attention.k_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, S, K) with the prefix
     if prefix is not None:
-        k, _ = with_prefix(prefix(attention.layer), k, k, [T])
+        k, _ = prefix(attention.layer, k, k, [T])
     S = k.shape[2]
     later = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(1 + S - T)
     scores = (q @ k.transpose(2, 3) / math.sqrt(K)).masked_fill(later, -torch.inf)  # (B, H, T, S)
@@ -40,7 +39,7 @@ def layer_attention(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
     """
     attention = getattr(model.blocks[layer], "self_attn", None)
     if not isinstance(attention, Attention):
-        with watched(layer) as weights:
+        with record_weights(layer) as weights:
             model.hidden_states(ids)
         if not weights:
             raise UserError(f"Layer {layer} has no standard attention, so there are no weights to show.")

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.adapters.folder import CONFIG, VIRTUAL, Contents, Fingerprint, base_of, refuse_foreign
+from pipeline.adapters.config import CONFIG, VIRTUAL
+from pipeline.adapters.folder import Contents, Fingerprint, base_of, refuse_foreign
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint

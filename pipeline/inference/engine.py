@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.folder import quantization_of
-from pipeline.adapters.peft.io import load_adapter
+from pipeline.adapters.peft.load import load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.device import placed
+from pipeline.models.device import move_for_inference
 from pipeline.models.generate import GREEDY, Sampling, finite, generate
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import Quantization
@@ -51,7 +51,7 @@ def load(
     returns the base alone if the adapter does not load.
     """
     model, tokenizer = load_base(base, None, trust_remote_code, quantization or quantization_of(adapter))
-    placed(model)
+    move_for_inference(model)
     if adapter is not None:
         load_adapter(model, base, adapter)
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)

@@ -1,1 +1,1 @@
-"""MiniGPT, and any checkpoint as a model."""
+"""MiniGPT, and any causal language model that transformers opens."""

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.kernels.decode import one_at_a_time
+from pipeline.models.kernels.decode import fast_decoding
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing."""
+    """How the next token is sampled. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -29,15 +29,15 @@ class Sampling:
                 f"got {self.temperature}, {self.top_k} and {self.top_p}."
             )
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"a seed is a whole number below 2^63, got {self.seed}.")
+            raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.")
 
 
 GREEDY = Sampling()
-COLDEST = 1e-6  # below it logits would overflow, and the likeliest token is drawn anyway
+COLDEST = 1e-6  # at lower temperatures the division overflows, and the likeliest token is sampled anyway
 
 
 class SampledToken(NamedTuple):
-    """A token that was drawn, and its probability under the model before temperature and cuts."""
+    """A sampled token, and its probability under the model before temperature and cuts."""
 
     id: int
     probability: float
@@ -46,19 +46,19 @@ class SampledToken(NamedTuple):
 def generate(
     model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling = GREEDY
 ) -> Iterator[int]:
-    """Yields up to `limit` token ids after `prompt`, ending before a token of `ends` or after the last position."""
-    return (drawn.id for drawn in stream(model, prompt, ends, limit, sampling) if drawn.id not in ends)
+    """Yields up to `limit` token ids after `prompt`, stopping before a token of `ends` or after the last position."""
+    return (token.id for token in stream(model, prompt, ends, limit, sampling) if token.id not in ends)
 
 
 @torch.no_grad()
 def stream(
     model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling = GREEDY
 ) -> Iterator[SampledToken]:
-    """Yields up to `limit` tokens after `prompt`, each as soon as it is drawn; one of `ends` is the last.
+    """Yields up to `limit` tokens after `prompt`, each as soon as it is sampled; a token of `ends` is the last.
 
-    Raises UserError if the model overflows.
+    Raises UserError if the logits are not finite.
     """
-    with one_at_a_time(model):
+    with fast_decoding(model):
         yield from _stream(model, prompt, ends, limit, sampling)
 
 
@@ -67,11 +67,10 @@ def _stream(
 ) -> Iterator[SampledToken]:
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.new_cache()
-    new = torch.tensor([list(prompt)], device=model.device)  # (1, T): all of the prompt first, then one token a turn
+    new = torch.tensor([list(prompt)], device=model.device)  # (1, T): first the prompt, then one token per step
     for _ in range(min(limit, model.max_length - len(prompt))):
-        logits = (
-            model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()
-        )  # (V,); drawn there: a seed means the same anywhere
+        # Sampled on the CPU, so that a seed means the same on every device.
+        logits = model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()  # (V,)
         token = draw(finite(logits), sampling, generator)
         yield SampledToken(token, float(logits.softmax(0)[token]))
         if token in ends:
@@ -80,10 +79,10 @@ def _stream(
 
 
 def finite(numbers: Tensor) -> Tensor:
-    """`numbers` themselves. Raises UserError if they are not finite: NaNs have a likeliest token too."""
+    """Returns `numbers`. Raises UserError if they are not finite: argmax finds a token among NaNs too."""
     if not numbers.isfinite().all():
         raise UserError(
-            "The model's numbers are not finite: its weights, or the strength of its adapter, are too large. "
+            "The model's outputs are not finite: its weights or its adapter's scale are too large. "
             "Train it again with a lower learning_rate."
         )
     return numbers

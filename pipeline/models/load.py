@@ -1,9 +1,10 @@
-"""A checkpoint folder as a model and its tokenizer, and back."""
+"""Load a model and its tokenizer from a checkpoint folder, save them, or build the model without its weights."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
@@ -14,7 +15,6 @@ from pipeline.models.base import CausalLM
 from pipeline.models.device import device_for
 from pipeline.models.importing.checks import refuse_implausible
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig, state
-from pipeline.models.quantization.quantized_linear import quantize
 from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
 from pipeline.project.params.sections import Quantization
 
@@ -34,29 +34,34 @@ def load_base(
     trust_remote_code: bool = False,
     quantization: Quantization = "none",
 ) -> Base:
-    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own; its blocks' linears in
-    fewer bits still with `quantization`. From here on the process has as many threads as suit it: what is computed
-    before training does not depend on their number either.
+    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own; `quantization` is that of
+    its blocks' linears. Also sets the number of CPU threads for this model, so that what is computed before training
+    depends on it neither.
 
-    Raises UserError; never loads in part.
+    Raises UserError; never loads a checkpoint partially.
     """
     config = read_config(folder)
     refuse_implausible(folder, weight_files(folder))
     tokenizer = load_tokenizer(folder)
-    wanted = DTYPES[precision] if precision else None
-    dtype = wanted if quantization == "none" else None
+    requested = DTYPES[precision] if precision else None
+    dtype = requested if quantization == "none" else None  # quantization starts from the weights as they are stored
     if MiniGPTConfig.describes(config):
         model: CausalLM = _minigpt(folder, config, dtype)
     else:
-        from pipeline.models.transformers_model import opened  # MiniGPT needs none of transformers
+        from pipeline.models.transformers_model import load_pretrained  # MiniGPT does not need transformers
 
-        model = opened(folder, dtype, trust_remote_code)
-    rows, known = model.shape.rows, len(tokenizer)
-    if known > rows or (known < rows and isinstance(model, MiniGPT)):
-        raise UserError(f"{folder}: the tokenizer has {known} words, the model {rows} rows.")
+        model = load_pretrained(folder, dtype, trust_remote_code)
+    rows, tokens = model.shape.rows, len(tokenizer)
+    if tokens > rows or (tokens < rows and isinstance(model, MiniGPT)):
+        raise UserError(
+            f"{folder}: the tokenizer has {tokens} tokens, the model's embedding {rows} rows. "
+            "Copy both from the same model."
+        )
     device = device_for(model)
     if quantization != "none":
-        quantize(model, quantization, wanted, device)
+        from pipeline.models.quantization.quantized_linear import quantize  # few runs quantize their base
+
+        quantize(model, quantization, requested, device)
     return Base(model.eval(), tokenizer)
 
 
@@ -69,10 +74,10 @@ def _minigpt(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) ->
 
 
 def stored_precision(folder: Path) -> str | None:
-    """In what the checkpoint's weights are stored: fp32, bf16 or fp16; None if in several."""
-    found = {info.dtype for info in read_header(folder / WEIGHTS).values()}
+    """The precision of the checkpoint's weights: fp32, bf16 or fp16; None if there are several."""
+    dtypes = {info.dtype for info in read_header(folder / WEIGHTS).values()}
     names = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-    return names.get(found.pop()) if len(found) == 1 else None
+    return names.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def save_base(folder: Path, base: Base) -> None:
@@ -82,18 +87,47 @@ def save_base(folder: Path, base: Base) -> None:
     tokenizer.save(folder, model.shape.positions)
 
 
+def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
+    """The model of the checkpoint in `folder` on the meta device: names, shapes and ties, with almost no memory.
+    Raises UserError."""
+    with torch.device("meta"), _SkipInit():
+        return untrained(folder, trust_remote_code)
+
+
+class _SkipInit(TorchFunctionMode):
+    """Skips `torch.nn.init`, which would import torch's compiler on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
+    """The model of the checkpoint in `folder` in fp32, initialized as its family is, by torch's default generator.
+    Raises UserError."""
+    config = read_config(folder)
+    refuse_implausible(folder, weight_files(folder))
+    if MiniGPTConfig.describes(config):
+        return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
+    from pipeline.models.transformers_model import without_weights  # MiniGPT does not need transformers
+
+    return without_weights(folder, trust_remote_code)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises UserError if there is none."""
     refuse_untrusted(folder)
     adapter = (folder / "adapter_config.json").exists()
-    hint = "It is an adapter: give it with --adapter" if adapter else "Make the models with `dvc repro`"
+    hint = "It is an adapter: pass it with --adapter" if adapter else "Make the models with `dvc repro`"
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a model folder: it has no {CONFIG}. {hint}.")
     return read_json(folder / CONFIG, hint)
 
 
 def count(model: torch.nn.Module) -> dict[str, int]:
-    """Parameters in all and trainable; fixed sinusoids are not parameters."""
+    """Total and trainable parameters; fixed sinusoids are not parameters."""
     parameters = list(model.parameters())
     return {
         "total": sum(p.numel() for p in parameters),

@@ -1,4 +1,4 @@
-"""A checkpoint's files."""
+"""Read and write safetensors files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +14,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors with PEFT's and transformers' one metadata entry. Raises OSError on a full disk."""
-    # Copied on the CPU: a checkpoint is also saved when the device has no byte left.
+    """Write a safetensors file with the metadata of PEFT and transformers. Raises OSError on a full disk."""
+    # Copied to the CPU: a checkpoint must also be saved when the device's memory is full.
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with as_os_error(path):
         save_file(copies, path, metadata={"format": "pt"})
@@ -23,7 +23,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file. Raises UserError if it cannot be read."""
-    shapes(path)  # a damaged file is refused with a reason that the library does not give
+    shapes(path)  # rejects a damaged file with a clearer reason than safetensors gives
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Any causal language model that transformers opens, taken apart into body and head."""
+"""Any causal language model that transformers opens, split into body and head."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM, Checkpointing, Shape, checkpointed
-from pipeline.models.importing.transformers_io import generation_of, open_whole, quiet, reported, save_whole
-from pipeline.models.kernels import packed_attention
-from pipeline.models.kernels.fp32_compute import exact
-from pipeline.models.virtual_tokens import Prefix
+from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed
+from pipeline.models.importing.transformers_io import generation_of, load_strict, quiet, reported, save_checkpoint
+from pipeline.models.kernels import packed_attention, short_attention
+from pipeline.models.kernels.allocator import keep_freed_memory
+from pipeline.models.kernels.fp32_compute import compute_in_fp32
+from pipeline.models.kernels.rms_norm import fuse_rms_norms
 
 AGREEMENT = 1e-3  # of the largest logit, in fp32
-NOISE = (  # what makes training random, in the names of many configs
+NOISE = (  # settings that make training random, by their names in different configs
     "attention_dropout",
     "hidden_dropout",
     "resid_pdrop",
@@ -38,36 +39,36 @@ NOISE = (  # what makes training random, in the names of many configs
 
 
 class TransformersModel(CausalLM):
-    """The transformers model's own children under their own names; its body makes hidden states, its head logits.
+    """The transformers model's children under their own names; its body computes hidden states, its head logits.
 
     Dropout is off, in training too: a run gives the same numbers whenever it is repeated or resumed.
     """
 
-    def __init__(self, whole: Any, stored: Mapping[str, Any] | None = None, generation: str | None = None) -> None:
-        """`stored` and `generation`: settings, and generation_config.json, as `save` is to write them."""
+    def __init__(self, model: Any, stored: Mapping[str, Any] | None = None, generation: str | None = None) -> None:
+        """`stored` and `generation`: config settings and the text of generation_config.json that `save` writes."""
         super().__init__()
-        for name, child in whole.named_children():
+        for name, child in model.named_children():
             self.add_module(name, child)
-        self._whole = [whole]  # in a list, so that its modules are not listed a second time
-        self._stored, self._generation = {**(stored or {}), "pad_token_id": whole.config.pad_token_id}, generation
-        self._body = _body_of(whole)
-        self._takes = frozenset(signature(self.body.forward).parameters)
-        for module in whole.modules():
+        self._model = [model]  # in a list, so that torch does not register its modules a second time
+        self._stored, self._generation = {**(stored or {}), "pad_token_id": model.config.pad_token_id}, generation
+        self._body = _body_name(model)
+        self._body_arguments = frozenset(signature(self.body.forward).parameters)
+        for module in model.modules():
             if isinstance(module, nn.Dropout):  # whatever the config calls it
                 module.p = 0.0
-        ends = whole.get_input_embeddings(), whole.get_output_embeddings()
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         # nothing is padded here, and a model whose end token is its pad token must learn to read it
-        whole.config.pad_token_id = ends[0].padding_idx = None
-        names = {id(module): name for name, module in whole.named_modules()}
-        self.embedding_name, self.head_name = (names[id(end)] for end in ends)
-        self._tied = ends[0].weight is ends[1].weight
-        config = whole.config.get_text_config()
+        model.config.pad_token_id = embedding.padding_idx = None
+        names = {id(module): name for name, module in model.named_modules()}
+        self.embedding_name, self.head_name = names[id(embedding)], names[id(head)]
+        self._tied = embedding.weight is head.weight
+        config = model.config.get_text_config()
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
 
     @property
     def config(self) -> Any:
-        return self._whole[0].config.get_text_config()
+        return self._model[0].config.get_text_config()
 
     @property
     def shape(self) -> Shape:
@@ -84,23 +85,23 @@ class TransformersModel(CausalLM):
         lists = [m for m in self.body.modules() if isinstance(m, nn.ModuleList)]
         return next(m for m in lists if len(m) == self.config.num_hidden_layers)
 
-    def plain(
+    def run_body(
         self,
-        read: Tensor,
+        inputs: Tensor,
         positions: Tensor | None = None,
         segments: Sequence[int] | None = None,
         cache: Any = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
         options: dict[str, Any] = {"use_cache": cache is not None}
-        options["inputs_embeds" if read.is_floating_point() else "input_ids"] = read
+        options["inputs_embeds" if inputs.is_floating_point() else "input_ids"] = inputs
         if cache is not None:
-            options["cache" if "cache" in self._takes else "past_key_values"] = cache
-        if "position_ids" in self._takes:  # others tell a token's place by its distance alone
+            options["cache" if "cache" in self._body_arguments else "past_key_values"] = cache
+        if "position_ids" in self._body_arguments:  # a model with relative positions only, such as ALiBi, takes none
             past = cache.get_seq_length() if cache is not None else 0
-            places = torch.arange(past, past + read.shape[1], device=read.device).expand(read.shape[:2])
-            options["position_ids"] = places if positions is None else positions
-        options |= {key: given for key, given in (("segments", segments), ("prefix", prefix)) if given is not None}
+            following = torch.arange(past, past + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
+            options["position_ids"] = following if positions is None else positions
+        options |= {key: value for key, value in (("segments", segments), ("prefix", prefix)) if value is not None}
         out: Tensor = self.body(**options).last_hidden_state
         return out
 
@@ -124,70 +125,81 @@ class TransformersModel(CausalLM):
     def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         from transformers import DynamicCache
 
-        cache = DynamicCache()  # told of no config, it keeps also what a sliding window leaves behind
-        self.plain(ids, cache=cache)
+        cache = DynamicCache()  # without a config it also keeps what a sliding window drops
+        self.run_body(ids, cache=cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def describe(self) -> dict[str, Any]:
-        described: dict[str, Any] = {**self._whole[0].config.to_dict(), **self._stored}
+        described: dict[str, Any] = {**self._model[0].config.to_dict(), **self._stored}
         return described
 
     def set_rows(self, rows: int, tied: bool) -> None:
         self._tied = tied
-        for config in (self._whole[0].config, self.config):
+        for config in (self._model[0].config, self.config):
             config.vocab_size = rows
             config.tie_word_embeddings = tied
         self.embeddings.num_embeddings = rows  # type: ignore[assignment]
         self.head.out_features = rows  # type: ignore[assignment]
 
     def use_attention(self, name: str) -> None:
-        """One of transformers' implementations instead of ours."""
-        self._whole[0].set_attn_implementation(name)
+        """Use the attention implementation that transformers knows by this name."""
+        self._model[0].set_attn_implementation(name)
 
     def checkpoint_blocks(self, how: Checkpointing) -> None:
         for block in self.blocks:
             block.gradient_checkpointing = False  # type: ignore[assignment]
         if how == "none":
             return
-        whole = self._whole[0]
-        with warnings.catch_warnings():  # transformers 5.24 renames it; 5.0 knows the old name alone
+        model = self._model[0]
+        with warnings.catch_warnings():  # transformers 5.24 renamed it; 5.0 has only the old name
             warnings.simplefilter("ignore", FutureWarning)
-            whole.gradient_checkpointing_enable({"use_reentrant": False})
-        # re-entrant checkpoints alone need inputs that want gradients; frozen blocks would keep tensors for them
-        whole.disable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        # only re-entrant checkpoints need inputs that require gradients, and frozen blocks would keep tensors for them
+        model.disable_input_require_grads()
         for number, block in enumerate(self.blocks):
             block.gradient_checkpointing = checkpointed(how, number)  # type: ignore[assignment]
 
+    def prepare_cpu_training(self) -> None:
+        fuse_rms_norms(self)
+        keep_freed_memory()
+
+    def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:
+        if self.device.type != "cpu" or max(lengths) > short_attention.LONGEST:
+            return None
+        return sum(block.weights for block in short_attention.blocks(lengths))
+
     def save(self, folder: Path) -> None:
-        whole = self._whole[0]
+        model = self._model[0]
         for name, child in self.named_children():
-            setattr(whole, name, child)
-        with _settings(whole.config, self._stored):
-            save_whole(whole, folder, self._generation)
+            setattr(model, name, child)  # an adapter or a quantized layer may have replaced it
+        with _changed_settings(model.config, self._stored):
+            save_checkpoint(model, folder, self._generation)
 
 
-def opened(folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> TransformersModel:
-    """The checkpoint in `folder` on the CPU, in `dtype` or its own. Raises UserError as `open_whole`.
+def load_pretrained(
+    folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> TransformersModel:
+    """The checkpoint in `folder` on the CPU, in `dtype` or its own. Raises UserError like `load_strict`.
 
-    A model that leaves attention to transformers' interface gets ours, which reads sequences end to end.
+    A model that uses transformers' attention interface gets our attention, which reads packed sequences.
     """
-    config, noise = _quiet_config(folder, trust_remote_code)
-    whole = open_whole(folder, str(folder), trust_remote_code, config=config, dtype=dtype or "auto")
-    return _with_attention(TransformersModel(whole, noise, generation_of(folder)))
+    config, noise = _config_without_noise(folder, trust_remote_code)
+    model = load_strict(folder, str(folder), trust_remote_code, config=config, dtype=dtype or "auto")
+    return _with_attention(TransformersModel(model, noise, generation_of(folder)))
 
 
 def without_weights(folder: Path, trust_remote_code: bool = False) -> TransformersModel:
-    """The same model with weights that nobody trained, on the device that torch makes tensors on. Raises UserError."""
+    """The same model, newly initialized in fp32 on torch's default device. Raises UserError."""
     from transformers import AutoModelForCausalLM
 
-    config, noise = _quiet_config(folder, trust_remote_code)
+    config, noise = _config_without_noise(folder, trust_remote_code)
     with quiet(), reported(str(folder), trust_remote_code):
-        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    return _with_attention(TransformersModel(whole.eval(), noise, generation_of(folder)))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    return _with_attention(TransformersModel(model.eval(), noise, generation_of(folder)))
 
 
-def _quiet_config(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
-    """config.json with nothing in it that makes training random, and what was taken out."""
+def _config_without_noise(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """config.json with every dropout set to 0, and the settings it had before."""
     from transformers import AutoConfig
 
     with quiet(), reported(str(folder), trust_remote_code):
@@ -198,53 +210,54 @@ def _quiet_config(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str,
 
 
 def _with_attention(model: TransformersModel) -> TransformersModel:
-    if model._whole[0].is_backend_compatible():
+    if model._model[0].is_backend_compatible():
         model.use_attention(packed_attention.register())
     return model
 
 
 def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> TransformersModel:
-    """A model of that shape with random weights, or fake ones under fake tensors."""
+    """A model of that shape with random weights, or with fake ones under FakeTensorMode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.for_model(**{**config, **dict.fromkeys(NOISE, 0.0)})
-    whole = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=packed_attention.register())
-    return TransformersModel(whole)
+    model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=packed_attention.register())
+    return TransformersModel(model)
 
 
-def _body_of(whole: Any) -> str:
-    """The name of the part that makes hidden states. Raises UserError for what is built in another way."""
-    needed = ("vocab_size", "num_hidden_layers", "num_attention_heads")
-    names = [name for name in (whole.base_model_prefix, "model") if hasattr(whole, name)]
-    config, head = whole.config.get_text_config(), whole.get_output_embeddings()
-    if not names or head is None or not all(hasattr(config, key) for key in needed):
+def _body_name(model: Any) -> str:
+    """The name of the part that computes hidden states. Raises UserError for a model without one."""
+    required = ("vocab_size", "num_hidden_layers", "num_attention_heads")
+    names = [name for name in (model.base_model_prefix, "model") if hasattr(model, name)]
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if not names or head is None or not all(hasattr(config, key) for key in required):
         raise UserError(
-            f"{type(whole).__name__} is not built of an embedding, Transformer blocks and a head. Choose another base."
+            f"unsupported model {type(model).__name__}: it does not consist of an embedding, Transformer blocks and a "
+            "head. Choose another base."
         )
     return names[0]
 
 
 @torch.no_grad()
 def refuse_unlike(model: TransformersModel, source: str) -> None:
-    """Raises UserError if body, head and our attention are not together the model that transformers runs."""
+    """Raises UserError unless body, head and our attention give the logits that transformers gives."""
     ids = torch.arange(min(24, model.shape.rows, model.shape.positions), device=model.device)[None]
-    whole = model._whole[0]
-    attention = whole.config._attn_implementation
-    with quiet(), exact(whole):
+    original = model._model[0]
+    attention = original.config._attn_implementation
+    with quiet(), compute_in_fp32(original):
         ours = model(ids).float()
         model.use_attention("eager")
-        theirs = whole(input_ids=ids, use_cache=False).logits.float()
+        theirs = original(input_ids=ids, use_cache=False).logits.float()
         model.use_attention(attention)
     if not torch.allclose(ours, theirs, rtol=AGREEMENT, atol=AGREEMENT * float(theirs.abs().max())):
         raise UserError(
-            f"base: {source}: {type(whole).__name__} makes its logits otherwise than this project knows. "
-            "Choose another base."
+            f"base: {source}: unsupported model {type(original).__name__}: its logits are not its head "
+            "applied to its hidden states. Choose another base, such as a Llama, Qwen3, Gemma, GPT-2, OPT or Mixtral."
         )
 
 
 @contextmanager
-def _settings(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """`config` with `values` while entered."""
+def _changed_settings(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """`config` with `values` inside the block."""
     before = {name: getattr(config, name) for name in values}
     config.update(values)
     try:

@@ -1,4 +1,4 @@
-"""Tokens that no word stands for, before every sequence: what prompt and prefix tuning train (the document's §7).
+"""Virtual tokens before every sequence, which prompt and prefix tuning train (the document's §7).
 
 n virtual tokens take the positions 0 to n-1, a sequence's own tokens those from n on. G is the number of key and value
 heads, L of blocks.
@@ -12,26 +12,29 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
-Prefix = Callable[[int], tuple[Tensor, Tensor]]  # number of a block → keys and values (1, G, n, K) before all others
-
 
 class Reader(Protocol):
-    """What virtual tokens need of the model that reads them: of CausalLM, which knows them, its reading part."""
+    """The part of CausalLM that virtual tokens call; CausalLM imports this module, so not the other way round."""
 
     @property
     def embeddings(self) -> nn.Module: ...
+    @property
+    def blocks(self) -> nn.ModuleList: ...
+    @property
+    def device(self) -> torch.device: ...
     @property
     def supports_prefix(self) -> bool: ...
     def new_cache(self) -> Any: ...
     def cache_length(self, cache: Any) -> int: ...
     def append_to_cache(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None: ...
-    def plain(
+    def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]: ...
+    def run_body(
         self,
-        read: Tensor,
+        inputs: Tensor,
         positions: Tensor | None = None,
         segments: Sequence[int] | None = None,
         cache: Any = None,
-        prefix: Prefix | None = None,
+        prefix: Callable[[int, Tensor, Tensor, Sequence[int]], list[Tensor]] | None = None,
     ) -> Tensor: ...
 
 
@@ -52,9 +55,9 @@ class VirtualTokens(nn.Module):
     def read(
         self, model: Reader, ids: Tensor, positions: Tensor | None, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
-        """`CausalLM.hidden` with the virtual tokens before each sequence; their own outputs are left out."""
-        if cache is not None and model.cache_length(cache):  # they are in it already
-            return model.plain(ids, None if positions is None else positions + self.count, segments, cache)
+        """`CausalLM.hidden_states`, (B, T, D), with the virtual tokens before each sequence; theirs are left out."""
+        if cache is not None and model.cache_length(cache):  # it already holds the virtual tokens
+            return model.run_body(ids, None if positions is None else positions + self.count, segments, cache)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self.begin(model, ids, positions + self.count, segments, cache)
@@ -62,12 +65,12 @@ class VirtualTokens(nn.Module):
     def begin(
         self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
-        """The same where nothing was read before; `positions` are those after the virtual tokens."""
+        """The same with an empty cache or none; `positions` count the virtual tokens."""
         raise NotImplementedError
 
 
 class PromptTokens(VirtualTokens):
-    """Prompt tuning (Lester et al. 2021, §2): rows (n, D) beside those that the embedding gives out."""
+    """Prompt tuning (Lester et al. 2021, §2): n embeddings (n, D) before those of the sequence."""
 
     kind = "prompt"
 
@@ -77,12 +80,13 @@ class PromptTokens(VirtualTokens):
         n, lengths = self.count, [ids.shape[1]] if segments is None else list(segments)
         x: Tensor = model.embeddings(ids)  # (B, T, D)
         first = torch.arange(n, device=ids.device)
-        x = before_each(self.prompt_embeddings.to(x.dtype)[None], x, lengths)  # (B, T + n a sequence, D)
-        places = before_each(first[None], positions, lengths)
+        x = before_each(self.prompt_embeddings.to(x.dtype)[None], x, lengths)  # (B, T + n · sequences, D)
+        all_positions = before_each(first[None], positions, lengths)
         longer = None if segments is None else [n + length for length in lengths]
-        out = model.plain(x, places, longer, cache)
-        own = out.split([size for length in lengths for size in (n, length)], 1)[1::2]  # type: ignore[no-untyped-call]
-        return own[0] if len(own) == 1 else torch.cat(own, 1)
+        out = model.run_body(x, all_positions, longer, cache)
+        sizes = [size for length in lengths for size in (n, length)]
+        sequences = out.split(sizes, 1)[1::2]  # type: ignore[no-untyped-call]
+        return sequences[0] if len(sequences) == 1 else torch.cat(sequences, 1)
 
 
 class PrefixTokens(VirtualTokens):
@@ -100,41 +104,53 @@ class PrefixTokens(VirtualTokens):
         keys, values = both.permute(1, 2, 0, 3)
         return keys[None], values[None]
 
+    def prepend(self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Keys and values (B, G, T, K) of block number `block`, with the prefix's before each sequence of `lengths`."""
+        before = (x.to(keys.dtype).transpose(1, 2) for x in self.of_block(block))  # (1, n, G, K)
+        after = (x.transpose(1, 2) for x in (keys, values))  # (B, T, G, K)
+        return [before_each(*pair, lengths).transpose(1, 2) for pair in zip(before, after, strict=True)]
+
     def begin(
         self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         if cache is None and model.supports_prefix:
-            return model.plain(ids, positions, segments, prefix=self.of_block)
+            return model.run_body(ids, positions, segments, prefix=self.prepend)
         cache = model.new_cache() if cache is None else cache
         dtype = next(model.embeddings.parameters()).dtype
         for number in range(self.layers):
             keys, values = (x.to(dtype).expand(ids.shape[0], -1, -1, -1) for x in self.of_block(number))
             model.append_to_cache(cache, number, keys, values)
-        return model.plain(ids, positions, segments, cache)
+        return model.run_body(ids, positions, segments, cache)
 
 
 def before_each(first: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """`first` (1, n, …) before each of the sequences of `lengths` that lie end to end in x (B, T, …)."""
-    rows = first.expand(x.shape[0], *first.shape[1:])
-    return torch.cat([part for one in x.split_with_sizes(list(lengths), 1) for part in (rows, one)], 1)
+    """`first` (1, n, …) before each of the sequences packed in x (B, T, …), whose `lengths` are given."""
+    rows = first.expand(x.shape[0], *first.shape[1:])  # (B, n, …)
+    return torch.cat([part for sequence in x.split_with_sizes(list(lengths), 1) for part in (rows, sequence)], 1)
 
 
-def with_prefix(prefix: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Keys and values (B, G, T, K) with a prefix's, (1, G, n, K) each, before each sequence of `lengths`."""
-    old = (x.to(keys.dtype).transpose(1, 2) for x in prefix)
-    new = (x.transpose(1, 2) for x in (keys, values))
-    return [before_each(*pair, lengths).transpose(1, 2) for pair in zip(old, new, strict=True)]
+@torch.no_grad()
+def try_prefix(model: Reader) -> bool:
+    """Whether two tokens after a prefix made of two others give what they give in one sequence of all four."""
+    ids = (torch.arange(4)[None] + 1).to(model.device)
+    try:
+        expected = model.run_body(ids)[:, 2:]
+        prefix = prefix_of(model.keys_and_values(ids[:, :2]), len(model.blocks))
+        actual = model.run_body(ids[:, 2:], torch.tensor([[2, 3]], device=model.device), prefix=prefix.prepend)
+    except Exception:  # whatever a body raises that takes no prefix
+        return False
+    return bool(torch.allclose(actual.float(), expected.float(), rtol=0.02, atol=0.02))
 
 
 def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixTokens:
-    """The prefix that is the keys and values (1, G, n, K) of some tokens, a pair a block.
+    """The prefix made of the keys and values (1, G, n, K) of some tokens, one pair per block.
 
-    Raises UserError for a model whose blocks do not all keep such a pair.
+    Raises UserError for a model whose blocks do not all have such a pair.
     """
     shapes = {tuple(x.shape) for pair in read for x in pair}
     if len(read) != layers or len(shapes) != 1:
         raise UserError(
-            "Prefix tuning needs keys and values of one shape in every block, which this model has not. "
+            "Prefix tuning needs keys and values of the same shape in every block, which this model does not have. "
             "Use prompt tuning: lora finetune prompt."
         )
     ((_, groups, n, _),) = shapes

@@ -4,8 +4,8 @@ dvc.yaml says the same to DVC; a test compares.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -155,11 +155,11 @@ VARIANTS: Mapping[str, tuple[str, str | None]] = {
 class StageGraph:
     """The stages that a project may have, in the DAG's order, and the sections that its params.yaml may have for them.
 
-    `sections`: those of stages that are not the product's.
+    `sections`: those of stages that are not the product's, by name; read where a file has one that the product has not.
     """
 
     stages: Mapping[str, Stage]
-    sections: Mapping[str, type] = field(default_factory=dict)
+    sections: Callable[[], Mapping[str, type]] = dict
 
 
 PRODUCT = StageGraph(STAGES)

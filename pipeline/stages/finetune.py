@@ -6,11 +6,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.adapters.attach import adapter_layers, attach, short_targets
-from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.folder import WEIGHTS
-from pipeline.adapters.peft.io import save_adapter, stored
-from pipeline.adapters.target_modules import resolve
+from pipeline.adapters.attach import adapter_layers, attach, resolve, short_targets
+from pipeline.adapters.config import WEIGHTS, AdapterSpec
+from pipeline.adapters.peft.save import save_adapter, stored_spec
 from pipeline.calc.settings import FULL, FinetuningMethod
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
@@ -18,15 +16,12 @@ from pipeline.files.base_model import base_fingerprint
 from pipeline.files.patterns import end_match, one_budget
 from pipeline.files.safetensors_header import shapes
 from pipeline.models.base import CausalLM
-from pipeline.models.load import DTYPES, Base, count, load_base, stored_precision
-from pipeline.models.meta import skeleton
+from pipeline.models.load import DTYPES, Base, count, load_base, skeleton, stored_precision
 from pipeline.project.params.sections import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job, Note
-from pipeline.stages.virtual_tokens import virtual_learner
 from pipeline.training.data import prepare_data, save_checkpoint, save_curve
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retention import RetentionLoss, load_retention_texts
 
 
 def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Facts]:
@@ -47,6 +42,8 @@ def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, Tra
     kept = settings.quantization if isinstance(settings, FinetuneLora | FinetuneVirtual) else "none"
     base = load_base(folder, settings.precision, trust, kept)
     if isinstance(settings, FinetuneVirtual):
+        from pipeline.stages.virtual_tokens import virtual_learner  # LoRA needs none of it
+
         return (yield from virtual_learner(job, settings, base, folder))
     model = base.model
     batches, evaluation = yield from prepare_data(job, settings, base)
@@ -54,7 +51,14 @@ def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, Tra
     spec, retain = None, None
     if isinstance(settings, FinetuneLora):
         spec = lora_spec(model, settings, new_rows(folder))
-        texts = yield from load_retention_texts(job, settings, base)  # prompts completed by the plain base
+        texts = None
+        if settings.retention_weight:
+            from pipeline.training.retention import (  # with generation, rarely needed
+                RetentionLoss,
+                load_retention_texts,
+            )
+
+            texts = yield from load_retention_texts(job, settings, base)  # prompts completed by the plain base
         attach(model, spec, DTYPES[settings.adapter_precision], settings.init_lora_weights)
         yield from note_wide_rank(model)
         retain = None if texts is None else RetentionLoss(model, texts, settings)
@@ -172,7 +176,7 @@ def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path, parameter
     save_adapter(out, model, spec, f"artifacts/{folder.name}")
     tokenizer.save(out, model.shape.positions)
     facts: Facts = {"base": base_fingerprint(folder), "parameters": parameters}
-    if (kept := stored(model, spec)) is not spec:
+    if (kept := stored_spec(model, spec)) is not spec:
         held = sum(prod(shape) for shape in shapes(out / WEIGHTS).values())
         facts |= {"stored": {"rank": kept.rank, "alpha": kept.alpha}, "parameters": {**parameters, "stored": held}}
     return facts

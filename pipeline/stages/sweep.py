@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from pipeline.adapters.attach import attach
-from pipeline.adapters.batched import attach_many, only, trained_by
+from pipeline.adapters.batched import attach_many, only_adapter, trained_by
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.windows import Dataset
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.models.load import DTYPES, Base, count, load_base
-from pipeline.models.meta import skeleton
+from pipeline.models.load import DTYPES, Base, count, load_base, skeleton
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 from pipeline.project.params.grid import DIVERGED, DONE, STOPPED, TABLE, variants
@@ -123,7 +122,7 @@ def _saved(
             continue
         out = job.out / name
         out.mkdir()
-        with only(base.model, number):
+        with only_adapter(base.model, number):
             facts = save_files(out, base, specs[name], folder, {"total": total, "trainable": trained})
         copyfile(job.run / name / LOSS, out / LOSS)
         made = {"kind": "adapter", "method": "lora", "seed": own.seed, "params": asdict(own)}

@@ -5,8 +5,7 @@ from collections.abc import Generator
 import torch
 
 from pipeline.calc.settings import FULL
-from pipeline.models.load import Base, load_base, stored_precision
-from pipeline.models.meta import untrained
+from pipeline.models.load import Base, load_base, stored_precision, untrained
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.data import prepare_data, save_checkpoint
 from pipeline.training.loop import TrainingTask, train

@@ -3,12 +3,11 @@
 from collections.abc import Generator
 from pathlib import Path
 
-from pipeline.adapters.peft.virtual_tokens import VirtualSpec, in_precision, save_virtual, start
+from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens, cast_virtual_tokens, save_virtual
 from pipeline.calc.settings import FinetuningMethod
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.load import DTYPES, Base, count
-from pipeline.models.meta import skeleton
+from pipeline.models.load import DTYPES, Base, count, skeleton
 from pipeline.project.params.sections import FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.data import prepare_data, save_curve
@@ -25,9 +24,9 @@ def virtual_learner(
     """
     model, tokenizer = base
     spec = VirtualSpec(job.stage.method, settings.virtual_tokens)
-    start(model, spec, len(tokenizer), settings.seed)
+    attach_virtual_tokens(model, spec, len(tokenizer), settings.seed)
     assert model.virtual is not None
-    in_precision(model.virtual, DTYPES[settings.adapter_precision])
+    cast_virtual_tokens(model.virtual, DTYPES[settings.adapter_precision])
     if spec.kind == "prefix" and settings.gradient_checkpointing != "none" and not model.supports_prefix:
         raise UserError(
             "prefix tuning does not work with gradient checkpointing on this model. "

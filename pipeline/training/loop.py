@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -12,9 +12,7 @@ from pipeline.calc.settings import FinetuningMethod
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.models.base import CausalLM, Checkpointing
 from pipeline.models.device import device_for
-from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import Base
-from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import Peak, RunLog, Step, in_units
 from pipeline.project.params.sections import FinetuneLora, Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
@@ -34,14 +32,15 @@ from pipeline.training.distributed.collectives import (
     raise_on_all_ranks,
     shard,
 )
-from pipeline.training.evaluation import Evaluation
-from pipeline.training.memory.allocator import keep_freed_memory
 from pipeline.training.memory.forecast import predict_peak_memory, suggest_less_memory
 from pipeline.training.memory.live_bytes import TensorMemoryMeter
 from pipeline.training.optimizer import BatchedAdam, FlatAdam
-from pipeline.training.retention import RetentionLoss
 from pipeline.training.schedule import rate
 from pipeline.training.step import Gradient, gradient, to_model_device
+
+if TYPE_CHECKING:  # a run without them does not import them
+    from pipeline.training.evaluation import Evaluation
+    from pipeline.training.retention import RetentionLoss
 
 T = TypeVar("T")
 
@@ -57,8 +56,8 @@ class TrainingTask:
     batches: Batches
     settings: Training
     method: FinetuningMethod
-    evaluation: Evaluation | None = None
-    retain: RetentionLoss | None = None
+    evaluation: "Evaluation | None" = None
+    retain: "RetentionLoss | None" = None
     sharded: bool | None = None
 
     @property
@@ -200,9 +199,8 @@ def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device
     """Apply checkpointing and, on the CPU, faster kernels; returns the device to train on. Does not move the model."""
     device = device_for(model)
     model.checkpoint_blocks(checkpointing)
-    if device.type == "cpu" and isinstance(model, TransformersModel):
-        fuse_rms_norms(model)
-        keep_freed_memory()
+    if device.type == "cpu":
+        model.prepare_cpu_training()
     return device
 
 

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import switched_off
+from pipeline.adapters.attach import disable_adapter
 from pipeline.data.examples import Example, Window, iter_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.device import placed
+from pipeline.models.device import move_for_inference
 from pipeline.models.generate import generate
 from pipeline.models.load import Base
 from pipeline.project.params.sections import FinetuneLora
@@ -66,7 +66,7 @@ class RetentionLoss:
     def _as_base(self) -> Iterator[None]:
         self._originals = [(p, original.to(p.device)) for p, original in self._originals]  # the model may have moved
         trained = [(p, p.data) for p, _ in self._originals]
-        with switched_off(self._model):
+        with disable_adapter(self._model):
             for p, original in self._originals:
                 p.data = original
             try:
@@ -91,7 +91,7 @@ def load_retention_texts(job: Job, settings: FinetuneLora, base: Base) -> Genera
     examples = list(iter_examples(job.path(settings.retention_data), settings.retention_data, prompts=True))
     if prompts := sum(map(_is_prompt, examples)):
         yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retention_data}")
-        placed(base.model)
+        move_for_inference(base.model)
     for example in examples:
         ids = _complete_prompt(example, base) if _is_prompt(example) else _encode_text(example, settings, base)
         windows.append(Window(0, ids, ids))  # the divergence counts every token, so every token is a label

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from pipeline.training.batches import Batch
 from pipeline.training.distributed.collectives import all_reduce_numbers
 from pipeline.training.losses import CHUNK, chunked_mean, cross_entropy
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.retention import RetentionLoss
+
+if TYPE_CHECKING:  # with generation, which few runs need
+    from pipeline.training.retention import RetentionLoss
 
 
 def loss_of(model: CausalLM, batch: Batch, chunk: int = CHUNK) -> Tensor:
@@ -48,7 +51,7 @@ class Gradient:
 
 
 def gradient(
-    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: RetentionLoss | None, number: int
+    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: "RetentionLoss | None", number: int
 ) -> Gradient:
     """Backward through all `batches` of step `number`; every label has the same weight, whatever its batch.
 
@@ -62,7 +65,7 @@ def gradient(
 
 
 def _accumulate_gradient(
-    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: RetentionLoss | None, number: int
+    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: "RetentionLoss | None", number: int
 ) -> Gradient:
     (labels,) = all_reduce_numbers(sum(batch.tokens for batch in batches))
     losses = []
@@ -77,7 +80,7 @@ def _accumulate_gradient(
     return Gradient(loss, norm, int(labels), None if retain is None else divergence)
 
 
-def _retention_backward(model: CausalLM, retain: RetentionLoss, optimizer: FlatAdam, number: int) -> Iterator[Tensor]:
+def _retention_backward(model: CausalLM, retain: "RetentionLoss", optimizer: FlatAdam, number: int) -> Iterator[Tensor]:
     batches = retain.batches(number)
     (tokens,) = all_reduce_numbers(sum(batch.input_tokens for batch in batches))
     for batch in to_model_device(model, batches):

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX, short_targets
-from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.folder import CONFIG, WEIGHTS
+from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, fan_in_fan_out
 from pipeline.adapters.low_rank import LowRank
 from pipeline.adapters.peft.config import config_of
@@ -19,9 +18,8 @@ from pipeline.adapters.peft.updates import tensors_of
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.shards import TensorLocation, tensor_locations
-from pipeline.models.base import CausalLM
-from pipeline.models.linears import is_conv1d
-from pipeline.models.meta import skeleton
+from pipeline.models.base import CausalLM, is_conv1d
+from pipeline.models.load import skeleton
 from pipeline.models.save import save_tensors
 from pipeline.weights.edits import AddLowRank, RescaleRows, SetRows
 from pipeline.weights.merge_plan import attach_to_meta_model, find_location, merge_edits

@@ -82,7 +82,7 @@ def _is_target(change: LowRankUpdate, module: str) -> bool:
         is_targeted = any(
             matches_target(target, module) for target in ((targets,) if isinstance(targets, str) else targets)
         )
-    return is_targeted and not change.spec.leaves_out(module) and not lies_in(module, change.spec.saved)
+    return is_targeted and not change.spec.excludes(module) and not lies_in(module, change.spec.saved)
 
 
 def settings_that_differ(one: LowRankUpdate, other: LowRankUpdate) -> dict[str, tuple[Any, Any]]:

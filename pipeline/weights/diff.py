@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import MAGNITUDE
+from pipeline.adapters.lora import MAGNITUDE
 from pipeline.adapters.peft.tensors import COPY
 from pipeline.adapters.peft.updates import LowRankUpdate, layer_sort_key
 from pipeline.errors import UserError
 from pipeline.files.shards import TensorLocation, tensor_locations
-from pipeline.models.meta import skeleton
+from pipeline.models.load import skeleton
 from pipeline.weights.merge_plan import stored_name
 from pipeline.weights.streaming import DTYPES, read_blocks, read_rows
 from pipeline.weights.svd import Read, Rows

@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.adapters.folder import CONFIG, refuse_foreign
+from pipeline.adapters.attach import adaptable
+from pipeline.adapters.config import CONFIG
+from pipeline.adapters.folder import refuse_foreign
 from pipeline.adapters.low_rank import LowRank
 from pipeline.adapters.peft.updates import load_update
-from pipeline.adapters.target_modules import adaptable
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import weight_files
 from pipeline.files.safetensors_header import fingerprint
 from pipeline.files.shards import TensorLocation
-from pipeline.models.base import CausalLM
-from pipeline.models.linears import is_conv1d
-from pipeline.models.meta import skeleton
+from pipeline.models.base import CausalLM, is_conv1d
+from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
 from pipeline.weights.as_low_rank import write_updates
 from pipeline.weights.diff import Delta, Differences, diff_adapter, diff_checkpoints, find_location, stored_tensors

@@ -6,15 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.folder import CONFIG, VIRTUAL, WEIGHTS, quantization_of, read_config, refuse_virtual
-from pipeline.adapters.peft.io import load_adapter
+from pipeline.adapters.config import CONFIG, VIRTUAL, WEIGHTS
+from pipeline.adapters.folder import quantization_of, read_config, refuse_virtual
+from pipeline.adapters.peft.load import load_adapter
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec
 from pipeline.data.tokenizers.chat_template import TEMPLATE
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.files.safetensors_header import fingerprint, read_header
 from pipeline.files.shards import tensor_locations
-from pipeline.models.meta import skeleton
+from pipeline.models.load import skeleton
 from pipeline.project import provenance
 from pipeline.weights.as_low_rank import low_rank_updates, write_updates
 from pipeline.weights.combine import CombineOptions, combine

@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import BY_ROWS, PREFIX, adapter_layers, tensors
-from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.attach import PREFIX, adapter_layers, tensors
+from pipeline.adapters.config import WEIGHTS, AdapterSpec
 from pipeline.adapters.dora import DoRALinear
-from pipeline.adapters.folder import WEIGHTS, quantization_of, refuse_virtual
+from pipeline.adapters.folder import quantization_of, refuse_virtual
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, fan_in_fan_out
-from pipeline.adapters.peft.io import load_adapter, other_embedding
+from pipeline.adapters.peft.load import load_adapter, other_embedding
 from pipeline.adapters.peft.tensors import COPY
+from pipeline.adapters.token_rows import BY_ROWS
 from pipeline.errors import UserError
 from pipeline.files.shards import TensorLocation, tensor_locations
-from pipeline.models.base import CausalLM
-from pipeline.models.linears import is_conv1d
-from pipeline.models.meta import skeleton
+from pipeline.models.base import CausalLM, is_conv1d
+from pipeline.models.load import skeleton
 from pipeline.models.quantization.quantized_linear import dequantized, quantizable
 from pipeline.models.save import load_tensors
 from pipeline.project.params.sections import Quantization
@@ -79,7 +79,8 @@ def _quantizers(model: CausalLM, kind: Quantization) -> dict[str, Callable[[Tens
         return {}
     linears = {name: model.get_submodule(name) for name in quantizable(model)}
     return {
-        f"{name}.weight": partial(dequantized, kind=kind, turned=is_conv1d(linear)) for name, linear in linears.items()
+        f"{name}.weight": partial(dequantized, kind=kind, transposed=is_conv1d(linear))
+        for name, linear in linears.items()
     }
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.adapters.attach import BY_ROWS, LOW_RANK
+from pipeline.adapters.attach import LOW_RANK
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, weight_of
-from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
+from pipeline.adapters.token_rows import BY_ROWS, EmbeddingRows, HeadRows
 from pipeline.models.base import CausalLM
 from pipeline.models.quantization.quantized_linear import QuantizedLinear
 from pipeline.weights.edits import RescaleRows, blocks

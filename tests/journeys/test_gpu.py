@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.adapters.attach import add_lora
+from pipeline.adapters.attach import add_lora, resolve
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.target_modules import resolve
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import FinetuningMethod, TrainingConfig

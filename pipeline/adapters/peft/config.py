@@ -1,18 +1,17 @@
-"""adapter_config.json ↔ AdapterSpec: written as PEFT writes it, read field by field or refused."""
+"""adapter_config.json ↔ AdapterSpec: written as PEFT writes it; on reading, an unsupported field is rejected."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.folder import CONFIG, VIRTUAL, read_config
+from pipeline.adapters.config import CONFIG, VIRTUAL, AdapterSpec
 from pipeline.errors import UserError
 from pipeline.files.patterns import block_pattern, end_pattern, problem
 
 KIND = "LORA"
-# PEFT's options that change what an adapter computes, each with the only value that is understood here ...
+# PEFT's options that change what an adapter computes, each with its only supported value;
 _PLAIN: dict[str, Any] = {"bias": "none", "lora_bias": False}
-# ... those that are read, and those that decide nothing once an adapter is trained. Any other must be empty.
+# options that are read; and options without effect once an adapter is trained. Any other option must be empty.
 _READ = {
     "peft_type",
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
@@ -30,18 +29,18 @@ _HARMLESS = {
     "megatron_core",
     "qalora_group_size",
     "runtime_config",
-    "fan_in_fan_out",  # of GPT-2's layers; PEFT sets it right itself, whatever the file says
-    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),  # of how A and B began: see _KEEPS_BASE
+    "fan_in_fan_out",  # for GPT-2's layers; PEFT corrects it itself, whatever the file says
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),  # initializations: see _KEEPS_BASE
 }
-EMBEDDING = "embed_tokens"  # what PEFT's list of rows means in most models
-# Initialisations that leave the base's weights as they are: EVA and MiCA begin at BA = 0 with an A or a B of their own.
+EMBEDDING = "embed_tokens"  # the module that a list of trainable_token_indices means in most models
+# Initializations that leave the base's weights unchanged: EVA and MiCA start at BA = 0 with their own A or B.
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
-# Far outside of what anybody trains, and far inside of what fp32 can multiply with.
+# Far beyond any value in use, and well within what fp32 can multiply.
 _RANKS, _ALPHAS = (1, 10**6), (1e-9, 1e9)
 
 
 def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, Any]:
-    """adapter_config.json; `fan_in_fan_out` says whether the layers store their weights as GPT-2's do."""
+    """adapter_config.json; `transposed`: whether the layers store their weights as GPT-2's Conv1D does."""
     return {
         "peft_type": KIND,
         **_PLAIN,
@@ -50,16 +49,16 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "revision": None,
         "inference_mode": True,
         "r": spec.rank,
-        "lora_alpha": _whole(spec.alpha),
+        "lora_alpha": _to_integer(spec.alpha),
         "use_rslora": spec.rslora,
         "use_dora": spec.dora,
         "rank_pattern": dict(spec.ranks),
-        "alpha_pattern": {name: _whole(alpha) for name, alpha in spec.alphas.items()},
+        "alpha_pattern": {name: _to_integer(alpha) for name, alpha in spec.alphas.items()},
         "lora_dropout": 0.0,
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
-        "target_modules": _listed(spec.targets),
-        "exclude_modules": _listed(spec.excluded),
+        "target_modules": _to_json(spec.targets),
+        "exclude_modules": _to_json(spec.excluded),
         "layers_to_transform": list(spec.layers) or None,
         "layers_pattern": list(spec.lists) or None,
         "modules_to_save": list(spec.saved) or None,
@@ -67,20 +66,22 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
     }
 
 
-def _whole(number: float) -> float:
-    """PEFT's alpha is a whole number where it can be."""
+def _to_integer(number: float) -> float:
+    """An alpha of 8.0 as 8, as PEFT writes it."""
     return int(number) if float(number).is_integer() else number
 
 
-def _listed(names: tuple[str, ...] | str) -> list[str] | str | None:
+def _to_json(names: tuple[str, ...] | str) -> list[str] | str | None:
     return names if isinstance(names, str) else list(names) or None
 
 
 def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
-    """What the adapter in `folder` says it changes; `embedding` is the last name of the model's own.
+    """What the adapter in `folder` changes, by its config; `embedding` is the last part of the embedding's name.
 
-    Raises UserError for all that is not understood.
+    Raises UserError for any option that is invalid or not supported.
     """
+    from pipeline.adapters.folder import read_config  # writing a config needs no folder
+
     config = _Config(read_config(folder), folder / CONFIG)
     config.refuse_options()
     return AdapterSpec(
@@ -101,10 +102,10 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
 
 @dataclass(frozen=True)
 class _Config:
-    """The file's values; each is given out once it is what it must be. Raises UserError."""
+    """The values of adapter_config.json, validated one by one. Raises UserError."""
 
     values: dict[str, Any]
-    place: Path
+    path: Path
 
     def get(self, key: str) -> Any:
         return self.values.get(key)
@@ -113,48 +114,48 @@ class _Config:
         kind = self.get("peft_type") or KIND
         if kind != KIND:
             raise UserError(
-                f"{self.place}: peft_type must be {KIND}, {' or '.join(VIRTUAL)}, got {_short(kind)}. Train one of "
-                "these, or convert the adapter with PEFT's save_as_lora if its method allows that."
+                f"{self.path}: peft_type must be {KIND}, {' or '.join(VIRTUAL)}, got {_abbreviate(kind)}. Train one "
+                "of these, or convert the adapter with PEFT's save_as_lora if its method allows that."
             )
         if self.values.get("init_lora_weights", True) not in _KEEPS_BASE:
             raise UserError(
-                f"{self.place}: init_lora_weights is {self.get('init_lora_weights')!r}, which also changes the base. "
+                f"{self.path}: init_lora_weights is {self.get('init_lora_weights')!r}, which also changes the base. "
                 "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
             )
-        for key, plain in _PLAIN.items():
-            if (self.get(key) or plain) != plain:
-                raise UserError(f"{self.place}: {key} is {self.get(key)!r}; only {plain!r} is supported so far.")
+        for key, supported in _PLAIN.items():
+            if (self.get(key) or supported) != supported:
+                raise UserError(f"{self.path}: {key} is {self.get(key)!r}; only {supported!r} is supported so far.")
         for key in sorted(self.values.keys() - _PLAIN.keys() - _READ - _HARMLESS):
             if self.get(key):
-                raise UserError(f"{self.place}: {key} is {self.get(key)!r}; it is not supported so far.")
+                raise UserError(f"{self.path}: {key} is {self.get(key)!r}; it is not supported so far.")
 
     def number(self, key: str, value: Any, whole: bool = False) -> Any:
         kinds, (least, most) = (int, _RANKS) if whole else ((int, float), _ALPHAS)
         if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
-            raise self._wrong(key, f"a {'whole ' * whole}number from {least} to {most}", value)
+            raise self._invalid(key, f"a {'whole ' * whole}number from {least} to {most}", value)
         return value if whole else float(value)
 
     def names(self, key: str, needed: bool = False, may_be_pattern: bool = False) -> Any:
-        """A tuple of names, or a pattern's text; a lone text is a name where no pattern may be."""
+        """A tuple of names, or a pattern as a string; where no pattern is allowed, a string is one name."""
         value = self.get(key) or []
         if isinstance(value, str):
             if not may_be_pattern:
                 return (value,)
             return self._pattern(key, value)
-        if not _all(value, str) or (needed and not value):
-            raise self._wrong(key, "a list of names", self.get(key))
+        if not _is_list_of(value, str) or (needed and not value):
+            raise self._invalid(key, "a list of names", self.get(key))
         return tuple(sorted(value))
 
     def pattern(self, key: str) -> dict[str, Any]:
         value = self.get(key) or {}
         if not isinstance(value, dict):
-            raise self._wrong(key, "a mapping of names to numbers", value)
+            raise self._invalid(key, "a mapping of names to numbers", value)
         return {self._pattern(key, name, end_pattern(name)): number for name, number in value.items()}
 
-    def _pattern(self, key: str, pattern: str, whole: str | None = None) -> str:
-        """The pattern, once it is one, and so is the `whole` that it is made part of."""
-        if why := problem(pattern) or problem(whole or pattern):
-            raise self._wrong(key, f"a regular expression ({why})", pattern)
+    def _pattern(self, key: str, pattern: str, full_pattern: str | None = None) -> str:
+        """`pattern`, if it and the `full_pattern` built from it are valid regular expressions."""
+        if why := problem(pattern) or problem(full_pattern or pattern):
+            raise self._invalid(key, f"a regular expression ({why})", pattern)
         return pattern
 
     def lists(self) -> tuple[str, ...]:
@@ -164,28 +165,28 @@ class _Config:
     def layers(self) -> tuple[int, ...]:
         value = self.get("layers_to_transform")
         numbers = [] if value is None else value if isinstance(value, list) else [value]
-        if not _all(numbers, int):
-            raise self._wrong("layers_to_transform", "the numbers of blocks", value)
+        if not _is_list_of(numbers, int):
+            raise self._invalid("layers_to_transform", "the numbers of blocks", value)
         return tuple(numbers)
 
     def rows(self, embedding: str) -> dict[str, tuple[int, ...]]:
         value = self.get("trainable_token_indices") or {}
         indices = {embedding: value} if isinstance(value, list) else value
         if not isinstance(indices, dict):
-            raise self._wrong("trainable_token_indices", "a mapping of modules to rows", value)
+            raise self._invalid("trainable_token_indices", "a mapping of modules to rows", value)
         for name, ids in indices.items():
-            if not _all(ids, int) or min(ids, default=0) < 0:
-                raise self._wrong(f"trainable_token_indices.{name}", "a list of rows", ids)
+            if not _is_list_of(ids, int) or min(ids, default=0) < 0:
+                raise self._invalid(f"trainable_token_indices.{name}", "a list of rows", ids)
         return {name: tuple(ids) for name, ids in indices.items()}
 
-    def _wrong(self, key: str, rule: str, value: Any) -> UserError:
-        return UserError(f"{self.place}: {key} must be {rule}, got {_short(value)}.")
+    def _invalid(self, key: str, rule: str, value: Any) -> UserError:
+        return UserError(f"{self.path}: {key} must be {rule}, got {_abbreviate(value)}.")
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _all(values: Any, kind: type) -> bool:
+def _is_list_of(values: Any, kind: type) -> bool:
     return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)

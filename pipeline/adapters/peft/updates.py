@@ -1,4 +1,4 @@
-"""What an adapter changes in a model's weights, from its files alone: no model is needed."""
+"""What an adapter changes in a model's weights, read from its files: no model is needed."""
 
 import re
 from collections.abc import Mapping
@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pipeline.adapters.attach import PREFIX, ROWS
-from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.folder import WEIGHTS, refuse_virtual
+from pipeline.adapters.attach import PREFIX
+from pipeline.adapters.config import WEIGHTS, AdapterSpec
+from pipeline.adapters.folder import refuse_virtual
+from pipeline.adapters.lora import ROWS
 from pipeline.adapters.low_rank import LowRank, singular_values
 from pipeline.adapters.peft.config import EMBEDDING, read_spec
 from pipeline.adapters.peft.tensors import read_tensors
@@ -23,16 +24,16 @@ _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 
 
 def tensors_of(module: str, update: LowRank) -> dict[str, Tensor]:
-    """A module's two factors by PEFT's key; the scale is the config's to say."""
-    first, second = (_EMBEDDING_A, _EMBEDDING_B) if update.embedding else (_A, _B)
-    return {f"{PREFIX}{module}{first}": update.a, f"{PREFIX}{module}{second}": update.b}
+    """A module's two factors by PEFT's keys; the scale follows from the config."""
+    a_key, b_key = (_EMBEDDING_A, _EMBEDDING_B) if update.embedding else (_A, _B)
+    return {f"{PREFIX}{module}{a_key}": update.a, f"{PREFIX}{module}{b_key}": update.b}
 
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """All of an adapter, by a module's full name, in the model's order; `whole` by a parameter's.
+    """All that an adapter changes, by full module name, in the model's order; `whole` are full parameters by name.
 
-    `base`: the sha256 of its base's tensors, where a manifest names it.
+    `base`: the sha256 of its base's tensors, if a manifest names it.
     """
 
     spec: AdapterSpec
@@ -44,49 +45,52 @@ class LowRankUpdate:
 
 @one_budget()
 def load_update(folder: Path) -> LowRankUpdate:
-    """Raises UserError for an adapter that was changed since it was made, is damaged, is not understood, or changes no
-    weight."""
+    """Raises UserError for an adapter that was edited, is damaged, is not supported, or changes no weights."""
     refuse_virtual(folder)
     manifest = artifact.verify(folder) if (folder / artifact.MANIFEST).exists() else {}
-    place = str(folder / WEIGHTS)
-    found = {
+    path = str(folder / WEIGHTS)
+    tensors = {
         key.removeprefix(PREFIX): value
         for key, value in sorted(read_tensors(folder).items(), key=lambda item: layer_sort_key(item[0]))
     }
-    by_rows = [key.removesuffix(ROWS) for key in found if key.endswith(ROWS)]
-    # a list of rows without a name is the embedding's, which the file alone calls by its name
-    spec = read_spec(folder, by_rows[0].rsplit(".", 1)[-1] if by_rows else EMBEDDING)
+    row_modules = [key.removesuffix(ROWS) for key in tensors if key.endswith(ROWS)]
+    # trainable_token_indices as a list is the embedding's, whose name only the tensors' keys give
+    spec = read_spec(folder, row_modules[0].rsplit(".", 1)[-1] if row_modules else EMBEDDING)
     low_rank = {}
-    for first, second in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
-        for key in [key for key in found if key.endswith(first)]:
-            name = key.removesuffix(first)
-            low_rank[name] = _pair(found.pop(key), found.pop(name + second, None), name, spec, place, first != _A)
-    rows = {name: (_ids(name, spec, place), found.pop(name + ROWS)) for name in by_rows}
-    return LowRankUpdate(spec, low_rank, rows, found, manifest.get("base", {}).get("tensors"))
+    for a_key, b_key in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
+        for key in [key for key in tensors if key.endswith(a_key)]:
+            name = key.removesuffix(a_key)
+            a, b = tensors.pop(key), tensors.pop(name + b_key, None)
+            low_rank[name] = _low_rank(a, b, name, spec, path, embedding=a_key != _A)
+    rows = {name: (_row_ids(name, spec, path), tensors.pop(name + ROWS)) for name in row_modules}
+    return LowRankUpdate(spec, low_rank, rows, tensors, manifest.get("base", {}).get("tensors"))
 
 
-def _pair(a: Tensor, b: Tensor | None, name: str, spec: AdapterSpec, place: str, embedding: bool) -> LowRank:
+def _low_rank(a: Tensor, b: Tensor | None, name: str, spec: AdapterSpec, path: str, embedding: bool) -> LowRank:
     if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise UserError(f"{place}: {name} has no A and B of one rank. Make the adapter again.")
+        raise UserError(f"{path}: {name} has no A and B of the same rank. Train or import the adapter again.")
     if a.shape[0] != spec.rank_of(name):
-        raise UserError(f"{place}: {name} has rank {a.shape[0]}, its config says {spec.rank_of(name)}.")
+        raise UserError(
+            f"{path}: {name} has rank {a.shape[0]}, but its config says {spec.rank_of(name)}. "
+            "Train or import the adapter again."
+        )
     return LowRank(a, b, spec.scale_of(name), embedding)
 
 
-def _ids(name: str, spec: AdapterSpec, place: str) -> tuple[int, ...]:
-    for end, ids in spec.rows.items():
-        if name.endswith(end):
+def _row_ids(name: str, spec: AdapterSpec, path: str) -> tuple[int, ...]:
+    for suffix, ids in spec.rows.items():
+        if name.endswith(suffix):
             return ids
-    raise UserError(f"{place}: {name} has rows that its config does not name. Make the adapter again.")
+    raise UserError(f"{path}: {name} has rows that its config does not name. Train or import the adapter again.")
 
 
 def layer_sort_key(name: str) -> str:
-    """What to sort names by: layer 10 after layer 9."""
+    """Sorts layer 10 after layer 9."""
     return re.sub(r"\d+", lambda match: match[0].zfill(6), name)
 
 
 class Spectrum(NamedTuple):
-    """Singular values of one module's s·BA, largest first: as many as its rank, or as its smaller side."""
+    """Singular values of one module's s·BA, largest first: min(O, I, R) of them."""
 
     name: str
     rank: int
@@ -94,13 +98,13 @@ class Spectrum(NamedTuple):
 
     @property
     def share_of_first(self) -> float:
-        """How much of ‖s·BA‖² the largest one has; 0 where the update is zero."""
+        """The largest one's share of ‖s·BA‖²; 0 if the update is zero."""
         squares = [value**2 for value in self.values]
         return squares[0] / sum(squares) if any(squares) else 0.0
 
 
 def spectra(folder: Path) -> list[Spectrum]:
-    """One spectrum a module, in the model's order. Raises UserError for a changed or damaged adapter."""
+    """One spectrum per module, in the model's order. Raises UserError as `load_update`."""
     return [
         Spectrum(name, update.rank, tuple((singular_values(update.a, update.b) * update.scale).tolist()))
         for name, update in load_update(folder).low_rank.items()

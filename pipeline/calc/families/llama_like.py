@@ -117,7 +117,7 @@ def gemma2(config: Config) -> Architecture:
     return decoder(config, style, GEMMA)
 
 
-def gemma3(config: Config) -> Architecture:
+def gemma3_text(config: Config) -> Architecture:
     style = BlockStyle(norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True)
     return decoder(config, style, GEMMA)
 

@@ -5,10 +5,10 @@ Defaults are those of transformers, which leaves them out of its files.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 from pipeline.calc.architecture import Architecture
-from pipeline.calc.families import gpt_like, llama_like
 from pipeline.calc.families.config import Config
 from pipeline.errors import UserError
 
@@ -21,13 +21,12 @@ def architecture(values: Mapping[str, Any], source: str) -> Architecture:
     family = values.get("model_type")
     if family == "opt" and _is_minigpt(values):
         family = "minigpt"
-    build = FAMILIES.get(family) if isinstance(family, str) else None
-    if build is None:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(
             f"{source}: the architecture {family!r} is not known. Known: {', '.join(sorted(FAMILIES))}. "
             "Give the folder of its .safetensors files instead: their headers contain every shape."
         )
-    built = replace(build(Config(values, source)), family=str(family), source=source)
+    built = replace(_builder(family)(Config(values, source)), family=family, source=source)
     if built.hidden * built.vocabulary * len(built.blocks) > 2**62:
         raise UserError(f"{source}: the shapes overflow: {built.total:,} parameters are more than any memory holds.")
     return built
@@ -39,23 +38,23 @@ def _is_minigpt(values: Mapping[str, Any]) -> bool:
     return all(key in values and values[key] == value for key, value in markers.items())
 
 
-FAMILIES: dict[str, Callable[[Config], Architecture]] = {
-    "gemma2": llama_like.gemma2,
-    "gemma3_text": llama_like.gemma3,
-    "gpt2": gpt_like.gpt2,
-    "gpt3": gpt_like.gpt3,
-    "gpt_neox": gpt_like.gpt_neox,
-    "gpt_oss": llama_like.gpt_oss,
-    "llama": llama_like.llama,
-    "minigpt": gpt_like.minigpt,
-    "mistral": llama_like.mistral,
-    "mixtral": llama_like.mixtral,
-    "olmo2": llama_like.olmo2,
-    "opt": gpt_like.opt,
-    "phi3": llama_like.phi3,
-    "qwen2": llama_like.qwen2,
-    "qwen3": llama_like.qwen3,
-    "qwen3_moe": llama_like.qwen3_moe,
-    "roberta": gpt_like.roberta,
-    "smollm3": llama_like.smollm3,
-}
+# Each family is built by the function of its name.
+GPT_LIKE = frozenset({"gpt2", "gpt3", "gpt_neox", "minigpt", "opt", "roberta"})
+LLAMA_LIKE = frozenset(
+    {
+        *("gemma2", "gemma3_text", "gpt_oss", "llama", "mistral", "mixtral", "olmo2", "phi3"),
+        *("qwen2", "qwen3", "qwen3_moe", "smollm3"),
+    }
+)
+FAMILIES = GPT_LIKE | LLAMA_LIKE
+
+
+def _builder(family: str) -> Callable[[Config], Architecture]:
+    """Imports only the module of this family: MiniGPT needs no Llama."""
+    module: ModuleType
+    if family in GPT_LIKE:
+        from pipeline.calc.families import gpt_like as module
+    else:
+        from pipeline.calc.families import llama_like as module
+    build: Callable[[Config], Architecture] = getattr(module, family)
+    return build

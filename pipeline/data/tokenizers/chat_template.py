@@ -5,10 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.data.tokenizers.template_process import RENDERER, Conversation, TemplateError
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data.tokenizers.template_process import Conversation, TemplateError
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -27,7 +29,7 @@ class Rendered(str):
     marks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, conversation: Conversation) -> "Rendered":
+    def of(cls, conversation: "Conversation") -> "Rendered":
         rendered = cls(conversation.text)
         rendered.marks = conversation.marks
         return rendered
@@ -79,6 +81,8 @@ def render_with(hf_tokenizer: Any, messages: Messages, prefixes: Prefixes, name:
     Raises UserError if the rendering process had to be stopped, or if a message contains a special token: among those
     that the template writes, it would begin or end a turn. `turn` formats a message's index for the error.
     """
+    from pipeline.data.tokenizers.template_process import RENDERER, TemplateError  # only conversations need a process
+
     for number, message in enumerate(messages):
         if token := _find_special_token(hf_tokenizer, str(message["content"])):
             raise UserError(
@@ -96,7 +100,7 @@ def render_with(hf_tokenizer: Any, messages: Messages, prefixes: Prefixes, name:
     return [_template_failure(name, r) if isinstance(r, TemplateError) else Rendered.of(r) for r in results]
 
 
-def _template_failure(name: str, error: TemplateError) -> UserError:
+def _template_failure(name: str, error: "TemplateError") -> UserError:
     return UserError(f"{name}: its chat template {error}")
 
 

@@ -9,7 +9,7 @@ from statistics import fmean
 
 import torch
 
-from pipeline.adapters.attach import switched_off
+from pipeline.adapters.attach import disable_adapter
 from pipeline.data.examples import Prompt
 from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask
 from pipeline.document.studies.shared.runner import DOCUMENT, named
@@ -228,7 +228,7 @@ def parts(words: Words, before: NextTokenAnswers, tuned: Sequence[Tuned]) -> Tab
 def _by_part(one: Tuned, base: LoadedModel, asked: Sequence[str]) -> Mapping[str, NextTokenAnswers]:
     loaded = engine.load(base.base, one.folder)
     found = {"both": one.spoken}
-    with switched_off(loaded.model):
+    with disable_adapter(loaded.model):
         found["embeddings and head"] = ask(loaded, asked)
     for ours, theirs in ((loaded.model.embeddings, base.model.embeddings), (loaded.model.head, base.model.head)):
         ours.load_state_dict(theirs.state_dict())

@@ -23,8 +23,7 @@ from pipeline.document.tables import Row, Spread, Table, min_max, shown
 from pipeline.inference import engine
 from pipeline.inference.score import EvalScores, score
 from pipeline.models.base import CausalLM
-from pipeline.models.load import count
-from pipeline.models.meta import untrained
+from pipeline.models.load import count, untrained
 from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import FinetuneFull, Training
 from pipeline.project.runner import Event, Facts, Job, Progress

@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.adapters.target_modules import adaptable
+from pipeline.adapters.attach import adaptable
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.data.examples import Prompt, read_examples, read_prompts
 from pipeline.document.params import StudyKnowledgeCorrection

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import switched_off
+from pipeline.adapters.attach import disable_adapter
 from pipeline.adapters.low_rank import LowRank, directions
 from pipeline.adapters.peft.updates import load_update
 from pipeline.document.params import StudySpectrum
@@ -121,7 +121,7 @@ def _extracted(
             one = drain(extract(base, folder, out, rank))
             loaded = engine.load(base, out)
             found[rank].append((one.held, measures.measure(loaded)))
-        with switched_off(loaded.model):
+        with disable_adapter(loaded.model):
             found[0].append((_of_ends(one), measures.measure(loaded)))
         yield Progress(number, len(tuned), "LoRA extracted")
     return found

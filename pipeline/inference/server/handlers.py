@@ -132,7 +132,7 @@ class RequestHandler:
         return {"modules": [{**m._asdict(), "share_of_first": m.share_of_first} for m in modules]}
 
     def _status(self, _: Request) -> Answer:
-        return {**device.facts(device.best_device()), "loaded": self.models.names, "pid": os.getpid()}
+        return {**device.device_info(device.best_device()), "loaded": self.models.names, "pid": os.getpid()}
 
     def _requested_model(self, request: Request) -> LoadedModel:
         return self.models.get(request.text("model")).at(request.strength())

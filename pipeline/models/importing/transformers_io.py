@@ -1,4 +1,4 @@
-"""Models through transformers, in and out: whole or refused, in silence, and the same bytes wherever it is done."""
+"""Load and save models with transformers: completely or not at all, silently, and the same bytes on every machine."""
 
 import re
 import warnings
@@ -13,43 +13,43 @@ from pipeline.files.safetensors_header import as_os_error
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 CODE = "*.py"
-# Fixed tables that older versions of a library stored beside the weights; the model computes them.
+# Fixed tables that older versions of transformers stored beside the weights; the model computes them.
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope_freqs\.weight$")
 OF_THIS_MACHINE = re.compile(r"name_or_path$|^is_local$|^local_files_only$")
-ONE_FILE = 2**60  # bytes a shard may have
-AGAIN = "Copy it anew, or choose another base"
+ONE_FILE = 2**60  # bytes per shard: never split
+AGAIN = "Copy it again, or choose another base"
 
 
-def open_whole(folder: Path, name: str, trust_remote_code: bool = False, hint: str = AGAIN, **how: Any) -> Any:
-    """The causal language model in `folder`, for evaluation; `name` is what users call it, `how` goes to transformers.
+def load_strict(folder: Path, name: str, trust_remote_code: bool = False, hint: str = AGAIN, **how: Any) -> Any:
+    """The causal language model in `folder`, in evaluation mode; errors call it `name`, `how` goes to transformers.
 
-    Raises UserError: nothing is filled in part, no pickle is read, and no code that comes with a model runs unless it
-    is trusted.
+    Raises UserError if weights are missing or left over. No pickle is read, and a model's own code runs only if it is
+    trusted.
     """
     from transformers import AutoModelForCausalLM
 
     with quiet(), reported(name, trust_remote_code, hint):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # they are rejected below, by name
             **how,
         )
-    _refuse_other_tensors(name, found)
+    _refuse_other_tensors(name, report)
     return model.eval()
 
 
-def save_whole(model: Any, folder: Path, generation: str | None) -> None:
+def save_checkpoint(model: Any, folder: Path, generation: str | None) -> None:
     """config.json, one model.safetensors, the model's own code, and `generation` as generation_config.json, if any.
 
     Raises OSError on a full disk.
     """
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig()  # an old one may not pass today's rules: the file stays as it is
+    model.generation_config = GenerationConfig()  # an old one may fail today's validation: `generation` replaces it
     with quiet(), as_os_error(folder / WEIGHTS):
         model.save_pretrained(folder, max_shard_size=ONE_FILE)
     if generation is None:
@@ -58,17 +58,17 @@ def save_whole(model: Any, folder: Path, generation: str | None) -> None:
         (folder / GENERATION).write_text(generation, encoding="utf-8")
     clean(folder / CONFIG)
     mode = (folder / CONFIG).stat().st_mode
-    (folder / WEIGHTS).chmod(mode)  # the library leaves its temporary file's, which only its owner may read
+    (folder / WEIGHTS).chmod(mode)  # transformers leaves the mode of a temporary file, readable by its owner only
 
 
 def generation_of(folder: Path) -> str | None:
-    """generation_config.json as it stands, if there is one."""
+    """The text of generation_config.json, if there is one."""
     path = folder / GENERATION
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def clean(path: Path) -> None:
-    """Take away from a config what speaks of this machine or run, and a reference to code that was not used."""
+    """Remove from a config what names this machine, and a reference to code that was not copied."""
     old = read_json(path, "Import it again")
     new = {key: value for key, value in old.items() if not OF_THIS_MACHINE.search(key)}
     if not any(path.parent.glob(CODE)):
@@ -77,31 +77,32 @@ def clean(path: Path) -> None:
         write_json(path, new)
 
 
-def _refuse_other_tensors(name: str, found: Mapping[str, Any]) -> None:
-    """A model that was filled in part by chance is not the base."""
-    left_over = [tensor for tensor in found["unexpected_keys"] if not HARMLESS.search(tensor)]
+def _refuse_other_tensors(name: str, report: Mapping[str, Any]) -> None:
+    """Raises UserError unless the weights are exactly the model's: transformers fills missing ones at random."""
+    left_over = [tensor for tensor in report["unexpected_keys"] if not HARMLESS.search(tensor)]
     problems = [
-        *_listed("the weights lack", found["missing_keys"]),
-        *_listed("the model has no place for", left_over),
-        *_listed("another shape than config.json says has", [str(one[0]) for one in found["mismatched_keys"]]),
-        *found["error_msgs"],
+        *_summarize("missing from the weights", report["missing_keys"]),
+        *_summarize("not part of the model", left_over),
+        *_summarize("of another shape than config.json gives", [str(key) for key, *_ in report["mismatched_keys"]]),
+        *report["error_msgs"],
     ]
     if problems:
         raise UserError(
-            f"{name} is not whole: {'; '.join(problems)}. Copy its weights and config.json anew, "
+            f"{name} has other weights than its config.json describes: {'; '.join(problems)}. Copy both again, "
             "or name a causal language model."
         )
 
 
-def _listed(what: str, names: Any) -> list[str]:
+def _summarize(problem: str, names: Any) -> list[str]:
+    """At most one text: the first name and how many more."""
     first = sorted(names)
     more = f" and {len(first) - 1} more" if len(first) > 1 else ""
-    return [f"{what} {first[0]}{more}"] if first else []
+    return [f"{first[0]}{more} {'are' if more else 'is'} {problem}"] if first else []
 
 
 @contextmanager
 def reported(name: str, trusted: bool, hint: str = AGAIN) -> Iterator[None]:
-    """Whatever a library or a model's own code raises, as one UserError; a full disk is not the model's fault."""
+    """Raise what a library or a model's own code raises as one UserError; a full disk or memory stays what it is."""
     try:
         yield
     except (UserError, MemoryError):
@@ -113,20 +114,20 @@ def reported(name: str, trusted: bool, hint: str = AGAIN) -> Iterator[None]:
         if "can't allocate memory" in because:
             raise
         if "trust_remote_code" in str(error) and not trusted:
-            because = "it is opened by code that comes with it"
-            hint = "If you have read and trust it, set pretrain.trust_remote_code: true, or give --trust-remote-code"
+            because = "it needs code that comes with it"
+            hint = "If you have read and trust it, set pretrain.trust_remote_code: true, or pass --trust-remote-code"
         raise UserError(f"{name} cannot be opened: {because}. {hint}.") from error
 
 
 def reason(error: Exception) -> str:
-    """The first line that says something."""
+    """The first non-empty line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".")[:300] if lines else type(error).__name__
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's progress bars and advice; errors are raised, not written."""
+    """Without transformers' progress bars and warnings; errors are still raised."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

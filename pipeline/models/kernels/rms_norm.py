@@ -1,6 +1,6 @@
-"""Parts of transformers' models with fewer passes over memory, for the same numbers.
+"""RMSNorm of transformers' models with fewer passes over memory and the same numbers.
 
-On the CPU these parts are what training waits for besides matrix products.
+On the CPU, norms are what training spends its time on besides matrix products.
 """
 
 from typing import Any
@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PROBES = 4  # rows of random input on which a replacement must agree with what it replaces
-AGREEMENT = 2**-6  # of bf16 outputs of order 1: two roundings
+PROBES = 4  # rows of random input on which a replacement must agree with the original
+AGREEMENT = 2**-6  # two bf16 roundings of an output of order 1
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) · (offset + w), computed in fp32 and rounded once; keeps x alone for backward."""
+    """x / √(mean x² + ε) · (offset + w), computed in fp32 and rounded once; keeps only x and 1/√… for backward."""
 
     def __init__(self, weight: nn.Parameter, eps: float, offset: float) -> None:
         super().__init__()
         self.weight, self.eps, self.offset = weight, eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Normed.apply(x, self.weight, self.eps, self.offset)  # type: ignore[no-untyped-call]
+        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.offset)  # type: ignore[no-untyped-call]
         return out
 
 
-class _Normed(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         wide = x.to(torch.float32, copy=True)
@@ -39,32 +39,32 @@ class _Normed(torch.autograd.Function):
         """With n = x·r: dx = r·(g − n·mean(g∘n)) for g = dy∘(offset + w); dw sums dy∘n."""
         x, weight, inverse = ctx.saved_tensors
         normed = x.to(torch.float32, copy=True).mul_(inverse)
-        wanted = outputs[0].to(torch.float32, copy=True)
-        of_weight = None
+        g = outputs[0].to(torch.float32, copy=True)
+        d_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (wanted * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        wanted.mul_(weight.float() + ctx.offset)
-        shared = torch.linalg.vecdot(wanted, normed).div_(-x.shape[-1]).unsqueeze(-1)
-        of_x = wanted.addcmul_(normed, shared).mul_(inverse).to(x.dtype)
-        return of_x, of_weight, None, None
+            d_weight = (g * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        g.mul_(weight.float() + ctx.offset)
+        mean = torch.linalg.vecdot(g, normed).div_(-x.shape[-1]).unsqueeze(-1)  # −mean(g∘n), (..., 1)
+        d_x = g.addcmul_(normed, mean).mul_(inverse).to(x.dtype)
+        return d_x, d_weight, None, None
 
 
 def fuse_rms_norms(model: nn.Module, checked: bool = True) -> list[str]:
-    """Replaces, in place, the norms that compute what ours does, and returns their names; others stay as they are.
+    """Replaces, in place, the norms that compute the same as ours; returns their names.
 
-    Fake tensors have no numbers to compare: not `checked`, every norm of that name is replaced.
+    Fake tensors have no numbers to compare: with `checked` False every norm of that name is replaced.
     """
     replaced = []
     for name, module in list(model.named_modules()):
-        ours = _alike(module, checked) if type(module).__name__.endswith("RMSNorm") else None
+        ours = _same_norm(module, checked) if type(module).__name__.endswith("RMSNorm") else None
         if ours is not None:
             model.set_submodule(name, ours)
             replaced.append(name)
     return replaced
 
 
-def _alike(module: nn.Module, checked: bool) -> RMSNorm | None:
-    """Our norm with `module`'s weight, if their outputs agree on random input."""
+def _same_norm(module: nn.Module, checked: bool) -> RMSNorm | None:
+    """Our norm with `module`'s weight, if both give the same on random input."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
@@ -76,7 +76,7 @@ def _alike(module: nn.Module, checked: bool) -> RMSNorm | None:
     for offset in (0.0, 1.0):
         ours = RMSNorm(weight, eps, offset).train(module.training)
         with torch.no_grad():
-            found, wanted = ours(probe), module(probe)
-        if found.dtype == wanted.dtype and torch.allclose(found, wanted, AGREEMENT, AGREEMENT):
+            actual, expected = ours(probe), module(probe)
+        if actual.dtype == expected.dtype and torch.allclose(actual, expected, AGREEMENT, AGREEMENT):
             return ours
     return None

@@ -1,4 +1,4 @@
-"""MiniGPT's attention, and what it has seen. Dimensions are those of `minigpt.py`."""
+"""MiniGPT's attention and its KV cache. Dimensions are those of `model.py`."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.virtual_tokens import Prefix, with_prefix
+from pipeline.models.base import Prefix
 
-JOINED = 128  # tokens of one row up to which sequences in it share a product of attention, each seeing itself alone
+PACK_UP_TO = 128  # tokens; a longer packed row computes attention sequence by sequence, a shorter one under one mask
 
 
 class KVCache:
@@ -54,29 +54,29 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, S, K)
         if prefix is not None:
-            k, v = with_prefix(prefix(self.layer), k, v, segments or [T])
+            k, v = prefix(self.layer, k, v, segments or [T])
         if segments is None:
-            y = _attended(q, k, v)
-        elif k.shape[2] == T <= JOINED:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=_apart(tuple(segments), x.dtype, x.device))
+            y = _causal_attention(q, k, v)
+        elif k.shape[2] == T <= PACK_UP_TO:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=_segment_mask(tuple(segments), x.dtype, x.device))
         else:
-            spans = [length + (k.shape[2] - T) // len(segments) for length in segments]
+            spans = [length + (k.shape[2] - T) // len(segments) for length in segments]  # with each prefix's keys
             parts = zip(q.split(list(segments), dim=2), k.split(spans, dim=2), v.split(spans, dim=2), strict=True)
-            y = torch.cat([_attended(*part) for part in parts], dim=2)
+            y = torch.cat([_causal_attention(*part) for part in parts], dim=2)  # (B, H, T, K)
         out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, D))
         return out
 
 
-@lru_cache(maxsize=16)  # all layers of a step have the same
-def _apart(segments: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(T, T), for sequences end to end: 0 where a token sees an earlier one of its own or itself, else −∞."""
-    of = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))  # each token's sequence
-    own = (of[:, None] == of).tril()
-    return torch.zeros(own.shape, dtype=dtype, device=device).masked_fill(~own.to(device), -torch.inf)
+@lru_cache(maxsize=16)  # all layers of a step use the same mask
+def _segment_mask(segments: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(T, T): 0 where a token sees a token of its own sequence up to itself, else −∞."""
+    sequence = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))  # (T,): each token's sequence
+    visible = (sequence[:, None] == sequence).tril()
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible.to(device), -torch.inf)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, T, K); of S keys, query t sees the S - T before the sequence's own and these up to itself."""
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, H, T, K); query t sees the first S - T keys, which precede the T tokens, and those of tokens 0 to t."""
     T, S = q.shape[2], k.shape[2]
     if S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

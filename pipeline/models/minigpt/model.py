@@ -3,9 +3,9 @@
 Dimensions, here and everywhere: B batch, T tokens, D width, H heads, K head size, V vocabulary,
 R rank, I and O a layer's inputs and outputs, S tokens seen so far (cached + new).
 
-Attributes carry OPT's names, so that the state dict is the checkpoint: no table of renamings. The token
-embeddings are stored as they are added (the sqrt(D) of the original Transformer folded in), and the
-sinusoids stand from row 2 of `embed_positions`, where OPT looks for position 0.
+Attributes have OPT's names, so that the state dict is the checkpoint: no table of renamings. The token
+embeddings are stored as they are added (multiplied by the original Transformer's sqrt(D) already), and the
+sinusoids start at row 2 of `embed_positions`, where OPT looks for position 0.
 """
 
 import math
@@ -21,10 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
-from pipeline.models.base import CausalLM, Checkpointing, Shape, checkpointed
-from pipeline.models.minigpt.attention import JOINED, Attention, KVCache
+from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed
+from pipeline.models.minigpt.attention import PACK_UP_TO, Attention, KVCache
 from pipeline.models.save import CONFIG, WEIGHTS, save_tensors
-from pipeline.models.virtual_tokens import Prefix
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
 EMBEDDING_STD = 0.3
@@ -66,12 +65,12 @@ class MiniGPTConfig:
 
     @staticmethod
     def describes(config: dict[str, Any]) -> bool:
-        """Whether `config` is that of a MiniGPT; any other OPT is opened by transformers."""
+        """Whether `config` is a MiniGPT's; transformers opens any other OPT."""
         return all(config.get(key) == value for key, value in _FIXED.items())
 
     @classmethod
     def from_opt(cls, config: dict[str, Any], source: str) -> "MiniGPTConfig":
-        """The shape that `config` describes. Raises UserError where MiniGPT would compute something else."""
+        """The shape that `config` describes. Raises UserError if MiniGPT would compute something else."""
         for key, value in _FIXED.items():
             if config.get(key) != value:
                 raise UserError(f"{source}: {key} is {config.get(key)!r}; MiniGPT needs {value!r}.")
@@ -151,7 +150,7 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, positions: int, d_model: int) -> None:
         super().__init__()
-        with torch.device("cpu"):  # for arithmetic on the meta device torch imports its compiler
+        with torch.device("cpu"):  # arithmetic on the meta device would import torch's compiler
             position = torch.arange(positions, dtype=torch.float64)[:, None]
             rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10_000) / d_model))
             table = torch.zeros(positions + OPT_OFFSET, d_model)
@@ -177,14 +176,15 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        read: Tensor,
+        inputs: Tensor,
         positions: Tensor,
         cache: KVCache | None,
         segments: Sequence[int] | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """`read`: ids, or embeddings (B, T, D) in their place."""
-        x = (read if read.is_floating_point() else self.embed_tokens(read)) + self.embed_positions(positions)
+        """`inputs`: ids (B, T), or embeddings (B, T, D)."""
+        x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)  # (B, T, D)
+        x = x + self.embed_positions(positions)
         for number, layer in enumerate(self.layers):
             if self.training and checkpointed(self.checkpointing, number):
                 x = checkpoint(layer, x, cache, segments, prefix, use_reentrant=False)
@@ -222,9 +222,9 @@ class MiniGPT(CausalLM):
     def blocks(self) -> nn.ModuleList:
         return self.body.layers
 
-    def plain(
+    def run_body(
         self,
-        read: Tensor,
+        inputs: Tensor,
         positions: Tensor | None = None,
         segments: Sequence[int] | None = None,
         cache: Any = None,
@@ -232,8 +232,8 @@ class MiniGPT(CausalLM):
     ) -> Tensor:
         if positions is None:
             past = len(cache) if cache is not None else 0
-            positions = torch.arange(past, past + read.shape[1], device=read.device).expand(read.shape[:2])
-        out: Tensor = self.body(read, positions, cache, segments, prefix)
+            positions = torch.arange(past, past + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
+        out: Tensor = self.body(inputs, positions, cache, segments, prefix)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class MiniGPT(CausalLM):
 
     def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         cache = KVCache()
-        self.plain(ids, cache=cache)
+        self.run_body(ids, cache=cache)
         return [cache[number] for number in range(len(self.blocks))]
 
     def describe(self) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class MiniGPT(CausalLM):
 
     @property
     def pack_up_to(self) -> int:
-        return JOINED
+        return PACK_UP_TO
 
     def set_rows(self, rows: int, tied: bool) -> None:
         self.config = replace(self.config, vocab_size=rows, tie_embeddings=tied)
@@ -273,7 +273,7 @@ class MiniGPT(CausalLM):
 
 
 def state(model: MiniGPT) -> dict[str, Tensor]:
-    """The model's tensors by checkpoint name; a tied head is the embedding and is not listed twice."""
+    """The model's tensors by checkpoint name; a tied head is left out, as it is the embedding."""
     tensors = dict(model.state_dict())
     if model.config.tie_embeddings:
         del tensors[f"{model.head_name}.weight"]

@@ -1,4 +1,5 @@
-"""Frozen linears in 4 or 8 bits through bitsandbytes (QLoRA, Dettmers et al. 2023, §3; the document's §10.1)."""
+"""Frozen linears in 4 or 8 bits, with bitsandbytes where installed (QLoRA, Dettmers et al. 2023, §3; the document's
+§10.1)."""
 
 import logging
 import math
@@ -11,45 +12,46 @@ from torch import Tensor, nn
 
 from pipeline.calc.precision import NF4_BLOCK, NF4_BLOCK_2
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM
-from pipeline.models.linears import is_linear, outputs_first
+from pipeline.models.base import CausalLM, LowBitLinear, is_conv1d, is_linear
 from pipeline.models.quantization import nf4
 
-Quantization = Literal["int8", "nf4", "nf4-dq"]  # as the calculator calls them
+Quantization = Literal["int8", "nf4", "nf4-dq"]  # the calculator's names
 DOUBLE = "nf4-dq"
 
 
-class QuantizedLinear(nn.Module):
-    """y = Wx + b. W (O, I) is kept in few bits and made anew, in x's precision, whenever it is used: no copy stays.
+class QuantizedLinear(LowBitLinear):
+    """y = Wx + b. W (O, I) is stored quantized and dequantized, in x's precision, for each use: no copy is kept.
 
-    LLM.int8's own products quantize x as well; here int8, like NF4, is a way to keep W, and x stays as it is.
+    LLM.int8's own products also quantize x; here int8, like NF4, only stores W, and x keeps its precision.
     """
 
     def __init__(self, linear: nn.Module, kind: Quantization, device: torch.device) -> None:
-        """W is quantized on `device`, and kept where it was."""
+        """Quantizes W on `device`; the result stays on W's own."""
         super().__init__()
-        weight = outputs_first(linear)
+        assert isinstance(linear.weight, Tensor)
+        weight = linear.weight.detach()
+        weight = weight.T.contiguous() if is_conv1d(linear) else weight  # (O, I)
         self.kind, self.dtype = kind, weight.dtype
-        self.bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
+        self.bias = linear.bias  # type: ignore[assignment]
         self.out_features, self.in_features = weight.shape
-        for name, tensor in packed(weight.to(device), kind).items():
+        for name, tensor in quantize_weight(weight.to(device), kind).items():
             self.register_buffer(name, tensor.to(weight.device), persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), in the precision that the rest of the model has."""
+        """(O, I), dequantized, in the precision of the rest of the model."""
         return self.weight_in(self.dtype)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        return unpacked(dict(self.named_buffers()), self.kind, (self.out_features, self.in_features), dtype)
+        return dequantize_weight(dict(self.named_buffers()), self.kind, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        out: Tensor = _QuantizedProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return out
 
 
-class _Product(torch.autograd.Function):
-    """autograd would keep W between forward and backward; here backward makes it again."""
+class _QuantizedProduct(torch.autograd.Function):
+    """autograd would keep W between forward and backward; here backward dequantizes it again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -61,17 +63,17 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.weight_in(gradient.dtype), None
 
 
-def packed(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
-    """What is kept of a weight (O, I), by name. Raises UserError.
+def quantize_weight(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
+    """The quantized form of a weight (O, I): its tensors by name. Raises UserError.
 
-    Without bitsandbytes, nf4.py makes the same bytes, and a step on MiniGPT takes 1.7 × the time.
+    Without bitsandbytes, nf4.py gives the same bytes; a step on MiniGPT then takes 1.7 × the time.
     """
     if kind == "int8":
-        codes, scales, _ = _needed().int8_vectorwise_quant(weight.half())
+        codes, scales, _ = _require_bitsandbytes().int8_vectorwise_quant(weight.half())
         return {"codes": codes, "scales": scales}
     functional = _bitsandbytes()
     if functional is None:
-        return _kept(nf4.quantize(weight, NF4_BLOCK, double=kind == DOUBLE))
+        return _to_tensors(nf4.quantize(weight, NF4_BLOCK, double=kind == DOUBLE))
     codes, state = functional.quantize_4bit(
         weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=kind == DOUBLE
     )
@@ -80,79 +82,81 @@ def packed(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
     return {"codes": codes, "scales": state.absmax, "scales_of_scales": state.state2.absmax, "offset": state.offset}
 
 
-def unpacked(kept: dict[str, Tensor], kind: Quantization, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight (O, I) that `kept` stands for."""
-    scales: Tensor = kept["scales"]
+def dequantize_weight(
+    quantized: dict[str, Tensor], kind: Quantization, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The weight (O, I) of the tensors that `quantize_weight` returned."""
+    scales: Tensor = quantized["scales"]
     if kind == "int8":
-        weight: Tensor = _needed().int8_vectorwise_dequant(kept["codes"], scales).to(dtype)
+        weight: Tensor = _require_bitsandbytes().int8_vectorwise_dequant(quantized["codes"], scales).to(dtype)
         return weight
     functional = _bitsandbytes()
     if functional is None:
-        return nf4.dequantize(_quantized(kept, shape, dtype))
+        return nf4.dequantize(_from_tensors(quantized, shape, dtype))
     if kind == DOUBLE:
-        absmax = kept["scales_of_scales"]
-        scales = functional.dequantize_blockwise(scales, absmax=absmax, blocksize=NF4_BLOCK_2) + kept["offset"]
-    state = functional.QuantState(scales, _by_block(shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
-    weight = functional.dequantize_4bit(kept["codes"], state).view(shape)
-    return weight  # noqa: RET504 (it gives a type to what the library gives none)
+        absmax = quantized["scales_of_scales"]
+        scales = functional.dequantize_blockwise(scales, absmax=absmax, blocksize=NF4_BLOCK_2) + quantized["offset"]
+    state = functional.QuantState(scales, _block_shape(shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
+    weight = functional.dequantize_4bit(quantized["codes"], state).view(shape)
+    return weight  # noqa: RET504 (the library's function has no types)
 
 
-def _by_block(shape: tuple[int, int]) -> tuple[int, ...]:
-    """A shape for as many weights in which no block goes over the end of a row.
+def _block_shape(shape: tuple[int, int]) -> tuple[int, ...]:
+    """A shape of the same size in which no block crosses the end of a row.
 
-    Where one does, bitsandbytes 0.50 takes other blocks' scales on CPUs with AVX-512: it counts I // block a row.
+    Otherwise bitsandbytes 0.50 uses wrong blocks' scales on CPUs with AVX-512: it counts I // block blocks per row.
     """
     count = math.prod(shape)
     return (count,) if count % NF4_BLOCK else (count // NF4_BLOCK, NF4_BLOCK)
 
 
-def _kept(weight: nf4.Quantized) -> dict[str, Tensor]:
-    """As bitsandbytes names and lays it out."""
-    codes = nf4.packed(weight.codes)[:, None]
+def _to_tensors(weight: nf4.Quantized) -> dict[str, Tensor]:
+    """The tensors of `quantize_weight`, in the layout of bitsandbytes."""
+    codes = nf4.pack(weight.codes)[:, None]
     if isinstance(weight.scales, Tensor):
         return {"codes": codes, "scales": weight.scales}
     double = weight.scales
     return {"codes": codes, "scales": double.codes, "scales_of_scales": double.scales, "offset": double.offset}
 
 
-def _quantized(kept: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> nf4.Quantized:
-    """The other way round."""
-    codes, scales = nf4.unpacked(kept["codes"].view(-1), math.prod(shape)), kept["scales"]
-    double = nf4.Scales(scales, kept["scales_of_scales"], kept["offset"]) if "offset" in kept else scales
+def _from_tensors(quantized: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> nf4.Quantized:
+    """The inverse of `_to_tensors`."""
+    codes, scales = nf4.unpack(quantized["codes"].view(-1), math.prod(shape)), quantized["scales"]
+    double = nf4.Scales(scales, quantized["scales_of_scales"], quantized["offset"]) if "offset" in quantized else scales
     return nf4.Quantized(codes, double, NF4_BLOCK, torch.Size(shape), dtype)
 
 
-def dequantized(weight: Tensor, kind: Quantization, turned: bool = False) -> Tensor:
-    """A weight (O, I), or (I, O) where it is `turned`, after a way to few bits and back."""
-    upright = weight.T.contiguous() if turned else weight
-    rows, columns = upright.shape
-    found = unpacked(packed(upright, kind), kind, (rows, columns), weight.dtype)
-    return found.T.contiguous() if turned else found
+def dequantized(weight: Tensor, kind: Quantization, transposed: bool = False) -> Tensor:
+    """A weight (O, I), or (I, O) if `transposed`, after quantizing and dequantizing."""
+    out_in = weight.T.contiguous() if transposed else weight
+    rows, columns = out_in.shape
+    result = dequantize_weight(quantize_weight(out_in, kind), kind, (rows, columns), weight.dtype)
+    return result.T.contiguous() if transposed else result
 
 
 def quantizable(model: CausalLM) -> list[str]:
-    """Full names of the linears that are kept in few bits: those of the blocks. Embeddings, head and norms stay."""
+    """Full names of the linears to quantize: those of the blocks. Embeddings, head and norms keep their precision."""
     inside = {id(module) for module in model.blocks.modules()}
     return [name for name, module in model.named_modules() if id(module) in inside and is_linear(module)]
 
 
 def quantize(model: CausalLM, kind: Quantization, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Keep the linears of `model`'s blocks in few bits, in place; the rest in `dtype`, or as it is.
+    """Quantize the linears of `model`'s blocks in place; cast the rest to `dtype`, if one is given.
 
-    What is quantized is the weights as they are stored, whatever `dtype` is: every use has the same. Raises UserError.
+    The stored weights are quantized, not those in `dtype`, so that every use gets the same. Raises UserError.
     """
     for name in quantizable(model):
         layer = QuantizedLinear(model.get_submodule(name), kind, device)
         layer.dtype = dtype or layer.dtype
         model.set_submodule(name, layer)
-    for tensor in model.state_dict(keep_vars=True).values():  # all that is stored: MiniGPT's table of positions too
+    for tensor in model.state_dict(keep_vars=True).values():  # MiniGPT's table of positions too
         tensor.data = tensor.data.to(dtype or tensor.dtype)
 
 
 @cache
 def _bitsandbytes() -> Any:
-    """Its functions, or None where it is not installed."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel from the hub that is not needed
+    """bitsandbytes.functional, or None if it is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about an optional kernel from the hub
     try:
         import bitsandbytes.functional
     except ImportError:
@@ -160,11 +164,11 @@ def _bitsandbytes() -> Any:
     return bitsandbytes.functional
 
 
-def _needed() -> Any:
+def _require_bitsandbytes() -> Any:
     functional = _bitsandbytes()
     if functional is None:
         raise UserError(
-            "A base in 8 bits needs bitsandbytes. Install it with `pip install 'lora-workbench[qlora]'`, or set "
-            "quantization to nf4-dq, which goes without, or to none."
+            "quantization int8 needs bitsandbytes. Install it with `pip install 'lora-workbench[qlora]'`, or set "
+            "quantization to nf4-dq, which does not need it, or to none."
         )
     return functional

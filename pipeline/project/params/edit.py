@@ -4,18 +4,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.project.params.sections import TOP_LEVEL, parse
+from pipeline.project.params.sections import TOP_LEVEL, Kinds, parse
 
 NULL = "tag:yaml.org,2002:null"
 
 
-def save(path: Path, values: Mapping[str, Any], more: Mapping[str, type] = MappingProxyType({})) -> None:
+def save(path: Path, values: Mapping[str, Any], more: Kinds = dict) -> None:
     """Set `section.key` → value in the file, whole or not at all; `more` as `sections.parse` takes it.
 
     Raises UserError if the file is not valid before or after, OSError if it cannot be written; it is then unchanged.

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.errors import UserError
 from pipeline.files.patterns import end_pattern, problem
-from pipeline.project.params.aliases import KEYS, suggest
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,8 @@ Steps = Annotated[int, AtLeast(0), Below(2**31)]
 def reject_unknown_keys(tree: Mapping[str, Any], known: Sequence[str], prefix: str, origin: ValueSource) -> None:
     for key in tree:
         if key not in known:
+            from pipeline.project.params.aliases import KEYS, suggest  # only for a message
+
             meant = suggest(str(key), known, KEYS, prefix.rstrip("."))
             hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known)}."
             raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")

@@ -5,10 +5,9 @@ Every problem is a UserError that names key, rule, value and next step.
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import yaml
@@ -31,6 +30,7 @@ from pipeline.project.params.schema import (
 )
 
 T = TypeVar("T")
+Kinds = Callable[[], Mapping[str, type]]  # gives name → class of sections
 Ranks = Annotated[Mapping[str, Count], AllowEmpty()]  # by a pattern of modules' names
 Scales = Annotated[Mapping[str, Rate], AllowEmpty()]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -239,8 +239,9 @@ Section = Any  # one of the classes above, or of the sections that are not the p
 class Params:
     """All of params.yaml: the product's sections by name, and `more`, those of the stages that are not the product's.
 
-    `written`: the sections that stand in the file; the others have their defaults. `project`: the params file whose
-    artifacts and settings this one builds on, relative to its folder; empty where it stands alone. `file`: its name.
+    `written`: the sections in the file; the others have their defaults, also those that only `kinds()` has. `project`:
+    the params file whose artifacts and settings this one builds on, relative to its folder; empty where it stands
+    alone. `file`: its name.
     """
 
     pretrain: Pretrain = field(default_factory=Pretrain)
@@ -255,17 +256,20 @@ class Params:
     merge: Merge = field(default_factory=Merge)
     evaluate: Evaluate = field(default_factory=Evaluate)
     more: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Kinds = field(default=dict, compare=False)
     written: frozenset[str] = field(default_factory=lambda: frozenset(SECTIONS))
     project: str = ""
     file: str = field(default="params.yaml", compare=False)
 
     def section(self, name: str) -> Section:
         """The section of this name, the product's or another."""
-        return self.more[name] if name in self.more else getattr(self, name)
+        if name in SECTIONS:
+            return getattr(self, name)
+        return self.more[name] if name in self.more else self.kinds()[name]()
 
     def of(self, kind: type[T]) -> T:
         """The section of this class, of those that are not the product's."""
-        return next(section for section in self.more.values() if isinstance(section, kind))
+        return next((section for section in self.more.values() if isinstance(section, kind)), kind())
 
     def replaced(self, sections: Mapping[str, Section]) -> "Params":
         """The same with other sections in place of those of these names."""
@@ -274,7 +278,9 @@ class Params:
 
 
 SECTIONS: Mapping[str, type] = {
-    name: hint for name, hint in get_type_hints(Params).items() if name not in ("more", "written", "project", "file")
+    name: hint
+    for name, hint in get_type_hints(Params).items()
+    if name not in ("more", "kinds", "written", "project", "file")
 }  # of the product
 PROJECT = "project"  # a key of params.yaml that is no section
 TOP_LEVEL: Mapping[str, str] = {  # the others: key → the section that holds it in memory
@@ -282,10 +288,10 @@ TOP_LEVEL: Mapping[str, str] = {  # the others: key → the section that holds i
 }
 
 
-def load(path: Path, overrides: Sequence[str] = (), more: Mapping[str, type] = MappingProxyType({})) -> Params:
+def load(path: Path, overrides: Sequence[str] = (), more: Kinds = dict) -> Params:
     """Read and check `path`, then apply `section.key=value` overrides. Raises UserError.
 
-    `more`: name → class of the sections that it may have besides the product's.
+    `more`: gives name → class of the sections that it may have besides the product's.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -300,9 +306,7 @@ def load(path: Path, overrides: Sequence[str] = (), more: Mapping[str, type] = M
     return parse(text, path, overrides, more)
 
 
-def parse(
-    text: str, path: Path, overrides: Sequence[str] = (), more: Mapping[str, type] = MappingProxyType({})
-) -> Params:
+def parse(text: str, path: Path, overrides: Sequence[str] = (), more: Kinds = dict) -> Params:
     """The same for a text that is, or is to be, in `path`. Raises UserError."""
     tree = _tree(text, path)
     project = tree.pop(PROJECT, "")
@@ -313,7 +317,7 @@ def parse(
     if project and (theirs := sorted(tree.keys() - written - TOP_LEVEL.keys())):
         raise UserError(f"--set {theirs[0]}: {path.name} has no such section. Set it in {project}, or add it here.")
     origin = ValueSource(path.name, frozenset({*overridden, *(tree.keys() - written)}))
-    kinds = {**SECTIONS, **more}
+    kinds = {**SECTIONS, **(more() if tree.keys() - SECTIONS.keys() - TOP_LEVEL.keys() else {})}
     schema.reject_unknown_keys(tree, [*kinds, *TOP_LEVEL, PROJECT], "", origin)
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
     read = {name: schema.section(kinds[name], tree[name], name, origin) for name in tree}
@@ -321,10 +325,7 @@ def parse(
         section = read.get(TOP_LEVEL[key]) or SECTIONS[TOP_LEVEL[key]]()
         hint = get_type_hints(type(section), include_extras=True)[key]
         read[TOP_LEVEL[key]] = replace(section, **{key: schema.validate(hint, value, key, origin)})
-    params = Params(
-        more={name: kind() for name, kind in more.items()}, written=written, project=project, file=path.name
-    )
-    return params.replaced(read)
+    return Params(written=written, project=project, file=path.name, kinds=more).replaced(read)
 
 
 def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]], away: str) -> Params:

@@ -126,7 +126,7 @@ def _head(model: CausalLM, routing: AdapterRouting, number: int) -> Head:
     """The logits function of one adapter."""
 
     def head(rows: Tensor) -> Tensor:
-        with routing.route(routing.alone(number, len(rows))):
+        with routing.route(routing.counts_for(number, len(rows))):
             return model.logits(rows)
 
     return head

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM
-from pipeline.models.device import free, size
-from pipeline.models.quantization.quantized_linear import QuantizedLinear
+from pipeline.models.base import CausalLM, LowBitLinear
+from pipeline.models.device import free_bytes, model_bytes
 
 Item = TypeVar("Item")
 
@@ -112,7 +111,7 @@ def is_lost(error: Exception) -> bool:
 
 def needs_shards(model: CausalLM, device: torch.device) -> bool:
     """Whether the weights exceed the free memory of this rank's device or of any other rank's."""
-    return dist.is_initialized() and bool(all_reduce_max(int(size(model) > free(device))))
+    return dist.is_initialized() and bool(all_reduce_max(int(model_bytes(model) > free_bytes(device))))
 
 
 def shard(model: CausalLM, device: torch.device) -> None:
@@ -123,7 +122,7 @@ def shard(model: CausalLM, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, LowBitLinear) for module in model.modules()):
         raise UserError(
             "--shard does not work with a quantized base: every rank keeps all of it. Train without --shard."
         )

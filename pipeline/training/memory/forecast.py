@@ -7,8 +7,6 @@ from pipeline.calc.memory import predict
 from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.kernels.short_attention import LONGEST, blocks
-from pipeline.models.minigpt.model import MiniGPT
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.sections import FinetuneLora, FinetuneVirtual, Training
 from pipeline.training.batches import Batch
@@ -62,7 +60,7 @@ def predict_peak_memory(
     if method.kind == "prompt":
         lengths = [method.virtual_tokens + n for n in lengths]
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
-    short = model.device.type == "cpu" and max(lengths) <= LONGEST and method.kind != "prefix"
+    kept_weights = None if method.kind == "prefix" else model.kept_attention_weights(lengths)
     all_logits = batch.label_index is None and len(batch.labels) <= CHUNK
     adapter = precision = str(settings.precision)
     if isinstance(settings, FinetuneLora | FinetuneVirtual):
@@ -76,8 +74,8 @@ def predict_peak_memory(
         sequence=length,
         span=span,
         sequences=len(batch.segments or ()) or rows,
-        scores=rows * sum(block.weights for block in blocks(lengths)),
-        attention="short" if short and not isinstance(model, MiniGPT) else "sdpa",
+        scores=rows * (kept_weights or 0),
+        attention="sdpa" if kept_weights is None else "short",
         precision=precision,
         adapter_precision=adapter,
         optimizer="adam-flat",

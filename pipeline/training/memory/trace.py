@@ -13,9 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pipeline.adapters.attach import add_lora
+from pipeline.adapters.attach import add_lora, resolve
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.target_modules import resolve
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.parameters import projections
 from pipeline.calc.settings import FinetuningMethod, TrainingConfig

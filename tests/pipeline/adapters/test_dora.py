@@ -13,17 +13,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.adapters.attach import adapter_layers, attach, switched_off
+from pipeline.adapters.attach import adapter_layers, attach, disable_adapter
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.lora import weight_out_in
-from pipeline.adapters.peft.io import load_adapter, save_adapter
+from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft.save import save_adapter
 from pipeline.adapters.peft.updates import load_update
 from pipeline.adapters.scale import AdapterScale
 from pipeline.errors import UserError
 from pipeline.export.model_card import card
 from pipeline.inference import catalog
-from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.kernels.fp32_compute import compute_in_fp32
 from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
 from pipeline.weights.as_low_rank import low_rank_updates
@@ -125,7 +126,7 @@ def test_norms_of_a_large_weight_are_found_without_the_product(dtype: torch.dtyp
         layer.lora_B.normal_(std=size)
     A, B = layer.lora_A.to(dtype), layer.lora_B.to(dtype)  # what forward multiplies by
     direct = (weight_out_in(base).double() + 2 * B.double() @ A.double()).norm(dim=1)
-    torch.testing.assert_close(layer._lengths(A, B).double(), direct, rtol=within, atol=0)
+    torch.testing.assert_close(layer._norms(A, B).double(), direct, rtol=within, atol=0)
 
 
 def test_pissa_begins_at_the_base_with_dora_too() -> None:
@@ -198,7 +199,7 @@ def test_switched_off_it_is_the_base_and_at_half_strength_half_the_change_of_eac
     for _, layer in adapter_layers(tuned):
         layer.lora_B.normal_(std=0.3)
     whole = tuned(IDS)
-    with switched_off(tuned):
+    with disable_adapter(tuned):
         assert torch.equal(tuned(IDS), base(IDS))
     strength = AdapterScale(tuned, base, spec)
     half = copy.deepcopy(base)
@@ -253,7 +254,7 @@ def test_a_sixteen_bit_model_is_compared_with_its_merge_in_fp32(family: str, kin
         layer.folds = False
         layer.lora_B.normal_(std=0.1)
     merged = merged_model(model)
-    with exact(model), exact(merged):
+    with compute_in_fp32(model), compute_in_fp32(merged):
         there, here = model(IDS), merged(IDS)
     assert there.dtype == torch.float32
     assert (there - here).abs().max() < 0.05 * there.abs().max()

@@ -13,7 +13,8 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.init import principal
 from pipeline.adapters.lora import LoRALinear, factors
-from pipeline.adapters.peft.io import load_adapter, save_adapter
+from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft.save import save_adapter
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Init
 from tests.helpers.real import ROWS, stock, toy

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.adapters.attach import attach, short_targets
+from pipeline.adapters.attach import attach, resolve, short_targets
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear, factors, weight_of
-from pipeline.adapters.target_modules import resolve
 from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.errors import UserError
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
@@ -121,7 +120,7 @@ def test_a_module_cannot_be_trained_twice() -> None:
         AdapterSpec(2, 2.0, ("lm_head",), saved=("embed_tokens", "lm_head")),
         AdapterSpec(2, 2.0, ("lm_head",), rows={"lm_head": (3,)}),
     ):
-        with pytest.raises(UserError, match="lm_head is trained in full or row by row already"):
+        with pytest.raises(UserError, match="lm_head already trains in full or row by row"):
             attach(model_of(), spec)
-    with pytest.raises(UserError, match="lm_head is trained in full or row by row already"):
+    with pytest.raises(UserError, match="lm_head already trains in full or row by row"):
         attach(model_of(tied=True), AdapterSpec(2, 2.0, ("lm_head",), rows={"embed_tokens": (3,)}))

@@ -86,7 +86,7 @@ def test_an_edited_rank_of_pissa_is_refused(project: Path) -> None:
     refuse_foreign(project / "artifacts/expanded", project / ADAPTER)
     path = project / ADAPTER / "adapter_config.json"
     path.write_text(json.dumps(read(path) | {"r": 4}), encoding="utf-8")  # what it trained with
-    with pytest.raises(UserError, match="r was edited: it says 4, the adapter was trained with 8"):
+    with pytest.raises(UserError, match="r was edited: it is 4, but the adapter was trained with 8"):
         refuse_foreign(project / "artifacts/expanded", project / ADAPTER)
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.peft.io import load_adapter
+from pipeline.adapters.peft.load import load_adapter
 from pipeline.errors import UserError
 from pipeline.inference.engine import load
 from tests.helpers.projects import BRIEF, make, new_project
@@ -86,7 +86,7 @@ def adapter_of(project: Path) -> tuple[Path, Path]:
 def test_an_adapter_on_another_base_of_the_same_shape_is_refused(project: Path) -> None:
     base, adapter = adapter_of(project)
     make(project, ["pretrain", "expand_vocab"], [*BRIEF, "pretrain.seed=1"])
-    assert "was trained on another base: its tensors have sha256" in refused(base, adapter)
+    assert "was trained on another base: the sha256 of its tensors is" in refused(base, adapter)
 
 
 def test_the_tokenizer_of_another_base_is_refused(project: Path) -> None:
@@ -94,14 +94,14 @@ def test_the_tokenizer_of_another_base_is_refused(project: Path) -> None:
     path = base / "tokenizer.json"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace('"tisch"', '"x"').replace('"sofa"', '"tisch"').replace('"x"', '"sofa"'), "utf-8")
-    assert "was trained on another base: its tokenizer has sha256" in refused(base, adapter)
+    assert "was trained on another base: the sha256 of its tokenizer is" in refused(base, adapter)
 
 
 @pytest.mark.parametrize("field", ["lora_alpha", "r"])
 def test_an_edited_alpha_or_rank_is_refused(project: Path, field: str) -> None:
     base, adapter = adapter_of(project)
     edit_config(adapter, field, 8)
-    assert f"{field} was edited: it says 8, the adapter was trained with" in refused(base, adapter)
+    assert f"{field} was edited: it is 8, but the adapter was trained with" in refused(base, adapter)
 
 
 def test_any_other_edit_is_refused(project: Path) -> None:
@@ -184,7 +184,7 @@ def test_an_initialisation_that_changes_the_base_is_refused(brief: Path, tmp_pat
         ("target_modules", ["q_proj", 1], "target_modules must be a list of names"),
         ("target_modules", [], "target_modules must be a list of names"),
         ("target_modules", "(q_proj", "target_modules must be a regular expression (missing )"),
-        ("target_modules", ".*nothing", "target_modules: '.*nothing' leaves no layer to adapt"),
+        ("target_modules", ".*nothing", "target_modules: '.*nothing' matches no layer that is not excluded"),
         ("target_modules", ".*q_proj", "does not fit: not expected base_model.model.model.decoder.layers.0"),
         ("exclude_modules", "[", "exclude_modules must be a regular expression"),
         ("layers_to_transform", ["1"], "layers_to_transform must be the numbers of blocks"),
@@ -192,8 +192,8 @@ def test_an_initialisation_that_changes_the_base_is_refused(brief: Path, tmp_pat
         ("rank_pattern", {"q_proj": 0}, "rank_pattern must be a whole number from 1 to 1000000, got 0"),
         ("rank_pattern", {"q_proj": 2}, "has shape [4, 64], expected [2, 64]"),
         ("alpha_pattern", ["q_proj"], "alpha_pattern must be a mapping of names to numbers"),
-        ("modules_to_save", ["layers.1.self_attn"], "is trained in full or row by row already"),
-        ("modules_to_save", ["fc9"], "modules_to_save: the model has no module called fc9"),
+        ("modules_to_save", ["layers.1.self_attn"], "already trains in full or row by row"),
+        ("modules_to_save", ["fc9"], "modules_to_save: no module of the model is named fc9"),
         ("trainable_token_indices", {"embed_tokens": 5}, "trainable_token_indices.embed_tokens must be a list of rows"),
         ("trainable_token_indices", {"embed_tokens": [-1]}, "embed_tokens must be a list of rows, got [-1]"),
         ("trainable_token_indices", "x", "trainable_token_indices must be a mapping of modules to rows, got 'x'"),

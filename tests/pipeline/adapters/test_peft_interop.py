@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.io import load_adapter, save_adapter
+from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft.save import save_adapter
 from pipeline.models.transformers_model import TransformersModel
 from tests.helpers.real import ROWS, stock, toy
 
@@ -34,7 +35,7 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: TransformersModel) -
     """LoraConfig's arguments."""
     some = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     pattern = rf".*\.({'|'.join(name.replace('.', '[.]') for name in some)})"
-    whole = () if "mixtral" in type(model._whole[0]).__name__.lower() else ("all-linear",)  # PEFT adapts experts too
+    whole = () if "mixtral" in type(model._model[0]).__name__.lower() else ("all-linear",)  # PEFT adapts experts too
     one = rf".*\.1\..*{some[0]}"  # PEFT sorts patterns as it writes them, and reads another rank if two mean a module
     chosen: dict[str, Any] = {
         "r": draw(RANKS),

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.io import save_adapter
+from pipeline.adapters.peft.save import save_adapter
 from pipeline.inference.engine import load
 from pipeline.inference.server.model_pool import ModelPool
 from pipeline.models.base import CausalLM
@@ -97,7 +97,7 @@ def on_another_base(project: Path) -> None:
     [
         (renamed, "does not fit: missing base_model.model.model.decoder.embed_tokens.weight and 16 more"),
         (with_more_layers, "does not fit: not expected base_model.model.model.decoder.layers.2.self_attn.k_proj"),
-        (on_another_base, "was trained on another base: its tensors have sha256"),
+        (on_another_base, "was trained on another base: the sha256 of its tensors is"),
     ],
 )
 def test_pitfall_2_an_adapter_that_does_not_fit_gives_no_answer(
@@ -200,8 +200,8 @@ def of_an_update(project: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (bound, "was trained on another base: its tensors have sha256"),
-        (of_rows, "trains row 98; artifacts/base has 74 rows"),
+        (bound, "was trained on another base: the sha256 of its tensors is"),
+        (of_rows, "trains row 98, but artifacts/base has 74 rows"),
         (of_whole_ends, "lm_head.weight has shape [99, 64], expected [74, 64]"),
         (of_an_update, "embed_tokens.lora_embedding_A has shape [3, 99], expected [3, 74]"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.peft.virtual_tokens import VirtualSpec, save_virtual, start
+from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens, save_virtual
 from pipeline.data.examples import IGNORED, Window
 from pipeline.errors import UserError
 from pipeline.inference.attention_weights import layer_attention, merge_virtual_tokens
@@ -77,7 +77,7 @@ def their_logits(model: Any, ids: Tensor = IDS) -> Tensor:
 def ours(base: Path, kind: str, noise: float = 0.1) -> CausalLM:
     """A base that reads virtual tokens, no longer those that it starts with."""
     model, tokenizer = load_base(base)
-    start(model, VirtualSpec(kind, N), len(tokenizer), seed=3)
+    attach_virtual_tokens(model, VirtualSpec(kind, N), len(tokenizer), seed=3)
     parameter = virtual(model).prompt_embeddings
     with torch.no_grad():
         parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * noise)
@@ -268,7 +268,7 @@ def test_more_virtual_tokens_than_positions_are_refused(bases: Bases, name: str,
     model = load_base(bases(name)).model
     positions = model.shape.positions
     with pytest.raises(UserError, match=f"finetune_{kind}.virtual_tokens must be below {positions}, the model's"):
-        start(model, VirtualSpec(kind, positions), 70, 0)
+        attach_virtual_tokens(model, VirtualSpec(kind, positions), 70, 0)
 
 
 def changes() -> Iterator[Any]:
@@ -276,12 +276,12 @@ def changes() -> Iterator[Any]:
         yield kind, {"num_virtual_tokens": 0}, "num_virtual_tokens must be a whole number from 1, got 0"
         yield kind, {"num_virtual_tokens": True}, "num_virtual_tokens must be a whole number from 1, got True"
         yield kind, {"num_virtual_tokens": 4}, rf"prompt_embeddings has shape \[{N}, "
-        yield kind, {"num_virtual_tokens": 64}, "num_virtual_tokens is 64; the base has 64 positions"
+        yield kind, {"num_virtual_tokens": 64}, "num_virtual_tokens must be below the base's 64 positions, got 64"
         yield kind, {"num_transformer_submodules": 2}, "num_transformer_submodules is 2; only 1 is supported"
         yield kind, {"task_type": "SEQ_2_SEQ_LM"}, "task_type is 'SEQ_2_SEQ_LM'; only 'CAUSAL_LM'"
         yield kind, {"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; it is not supported"
-    yield "prefix", {"num_attention_heads": 2, "token_dim": 8}, "num_attention_heads is 2, the base has 1"
-    yield "prefix", {"num_layers": 1}, "num_layers is 1, the base has 2"
+    yield "prefix", {"num_attention_heads": 2, "token_dim": 8}, "num_attention_heads is 2, but the base has 1"
+    yield "prefix", {"num_layers": 1}, "num_layers is 1, but the base has 2"
 
 
 @pytest.mark.parametrize(("kind", "change", "message"), changes())

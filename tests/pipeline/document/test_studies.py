@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.data.examples import Prompt
 from pipeline.document.params import StudyKnowledgeCorrection
-from pipeline.document.stages import SECTIONS
+from pipeline.document.stages import sections
 from pipeline.document.studies import knowledge_correction, methods
 from pipeline.document.studies.fact_tables import Said, Words
 from pipeline.document.studies.shared import runner
@@ -77,7 +77,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         monkeypatch.setattr(section, "__getattribute__", getting)
 
     for name in STUDIES:
-        watched(name, SECTIONS[name])
+        watched(name, sections()[name])
     return keys
 
 
@@ -97,7 +97,7 @@ def test_a_study_reads_each_setting_and_is_tables_a_picture_and_a_paragraph_the_
     make(root, [name], BRIEF, force=True)
     assert folder_bytes(root / STAGES[name].path) == before
     assert not (root / "runs" / name / "parts").exists()
-    assert {f"{name}.{each.name}" for each in fields(SECTIONS[name])} <= read
+    assert {f"{name}.{each.name}" for each in fields(sections()[name])} <= read
 
 
 def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(studied: Path, project: Path) -> None:

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from pipeline.adapters.attach import targeted
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.target_modules import targeted
 from pipeline.errors import UserError
 from pipeline.files import patterns
 from pipeline.models.load import load_base
@@ -141,5 +141,5 @@ def test_patterns_mean_what_they_mean_in_peft(pattern: str) -> None:
     config = LoraConfig(target_modules=pattern)
     for name in NAMES:
         assert patterns.full_match(pattern, name, "") is bool(check_target_module_exists(config, name))
-        assert spec.leaves_out(name) is bool(check_target_module_exists(config, name))
+        assert spec.excludes(name) is bool(check_target_module_exists(config, name))
         assert (spec.rank_of(name) == 5) is (get_pattern_key([pattern], name) == pattern)

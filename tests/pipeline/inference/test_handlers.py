@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.folder import WEIGHTS
+from pipeline.adapters.config import WEIGHTS, AdapterSpec
 from pipeline.errors import UserError
 from pipeline.inference.server.handlers import RequestHandler
 from pipeline.inference.server.request import Request
@@ -112,7 +111,7 @@ def test_a_token_that_a_model_lacks_has_no_probability_there(handler: RequestHan
 
 
 def test_the_device_is_the_best_there_is_and_its_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = device.facts(torch.device("cpu"))
+    facts = device.device_info(torch.device("cpu"))
     assert 0 < facts["memory_used"] < facts["memory_total"]
     assert facts["name"]
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -122,4 +121,4 @@ def test_the_device_is_the_best_there_is_and_its_memory_is_told(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3, 10))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
     expected = {"device": "cuda", "name": "A GPU", "memory_used": 7, "memory_total": 10}
-    assert device.facts(device.best_device()) == expected
+    assert device.device_info(device.best_device()) == expected

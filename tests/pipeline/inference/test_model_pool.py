@@ -125,7 +125,7 @@ def test_an_adapter_of_another_base_is_refused_and_the_others_stay(project: Path
     models = ModelPool()
     base, changes = project / "artifacts/base", project / "artifacts/lora_adapter"
     models.load("base", base, None)
-    with pytest.raises(UserError, match="was trained on another base: its tensors have sha256"):
+    with pytest.raises(UserError, match="was trained on another base: the sha256 of its tensors is"):
         models.load("base", base, changes)
     assert models.get("base").loaded.adapter is None
     good, _ = models.load("lora", project / "artifacts/expanded", changes)

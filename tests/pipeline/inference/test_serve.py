@@ -227,7 +227,10 @@ def test_a_line_that_is_no_request_is_refused_and_the_next_is_answered(talk: Tal
 
 
 def test_what_libraries_print_never_reaches_the_protocol() -> None:
-    talk = Talk("import pipeline.models.device as d\nf = d.facts\nd.facts = lambda on: print('hello from C') or f(on)")
+    talk = Talk(
+        "import pipeline.models.device as d\nf = d.device_info\n"
+        "d.device_info = lambda on: print('hello from C') or f(on)"
+    )
     assert talk.ask(1, "status")["event"] == "done"
     talk.process.send_signal(signal.SIGINT)
     code, errors = talk.end()

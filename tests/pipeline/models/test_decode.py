@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models.generate import generate
-from pipeline.models.kernels.decode import one_at_a_time
+from pipeline.models.kernels.decode import fast_decoding
 from pipeline.models.transformers_model import TransformersModel, from_config
 from tests.helpers.families import FAMILIES, OTHERS
 
@@ -55,7 +55,7 @@ def both(model: TransformersModel) -> tuple[Tensor, Tensor, int]:
     """With and without; how many modules were changed."""
     ids = torch.randint(1, 100, (24,), generator=torch.Generator().manual_seed(1)).tolist()
     wanted = read(model, ids, 5)
-    with one_at_a_time(model) as count:
+    with fast_decoding(model) as count:
         if not count:
             pytest.skip("this build of torch packs no weights")
         found = read(model, ids, 5)
@@ -131,7 +131,7 @@ def test_packed_linears_multiply_as_the_plain_ones(bias: bool) -> None:
     x = torch.randn(1, 3, 32, dtype=torch.bfloat16)
     with torch.no_grad():
         wanted = model(x)
-        with one_at_a_time(model) as count:
+        with fast_decoding(model) as count:
             if not count:
                 pytest.skip("this build of torch packs no weights")
             assert count == 2
@@ -139,5 +139,5 @@ def test_packed_linears_multiply_as_the_plain_ones(bias: bool) -> None:
 
 
 def test_linears_in_fp32_are_not_packed() -> None:
-    with one_at_a_time(nn.Sequential(nn.Linear(4, 4))) as count:
+    with fast_decoding(nn.Sequential(nn.Linear(4, 4))) as count:
         assert count == 0

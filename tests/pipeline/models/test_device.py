@@ -225,7 +225,7 @@ def test_the_terminal_uis_models_are_there(project: Path) -> None:
 
 @on_accelerator
 def test_a_model_that_finds_no_room_there_is_asked_on_the_cpu(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "free", lambda _: 1)
+    monkeypatch.setattr(device, "free_bytes", lambda _: 1)
     assert engine.load(brief / "artifacts/expanded").model.device.type == "cpu"
 
 
@@ -235,7 +235,7 @@ def test_two_models_that_are_compared_may_be_on_two_devices(
     project: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rooms = iter([float("inf"), 1] * 99)
-    monkeypatch.setattr(device, "free", lambda _: next(rooms))
+    monkeypatch.setattr(device, "free_bytes", lambda _: next(rooms))
     make(project, [stage], BRIEF, force=True)
     assert used()
 

@@ -139,7 +139,7 @@ def test_code_that_comes_with_a_base_goes_through_every_stage_once_it_is_trusted
             torch.testing.assert_close(ours, model.eval()(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
     for command in (["prompt", PROMPT, "--adapter"], ["adapters", "verify"]):
         code, _, err = cli(*command, "artifacts/lora_adapter", cwd=own)
-        assert code == 1 and "give --trust-remote-code" in " ".join(err.split())
+        assert code == 1 and "pass --trust-remote-code" in " ".join(err.split())
         code, _, err = cli(*command, "artifacts/lora_adapter", "--trust-remote-code", cwd=own)
         assert (code, err) == (0, "model: artifacts/lora_adapter on artifacts/expanded\n" * (command[0] == "prompt"))
 

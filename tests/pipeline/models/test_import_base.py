@@ -21,8 +21,7 @@ from pipeline.files import base_model
 from pipeline.files.artifact import file_digest
 from pipeline.files.base_model import base_fingerprint, identity, parse_source, resolve
 from pipeline.models.importing.import_base import import_base
-from pipeline.models.load import load_base
-from pipeline.models.meta import skeleton
+from pipeline.models.load import load_base, skeleton
 from tests.helpers.bases import (
     FAMILIES,
     ROWS,
@@ -332,10 +331,10 @@ def fp8(folder: Path) -> None:
     ("damage", "reason"),
     [
         (truncated, "is damaged or truncated: the header describes"),
-        (tensor_gone, r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"),
-        (tensor_added, r"the model has no place for score\.weight"),
-        (other_shape, r"another shape than config\.json says has model\.layers\.0\.mlp\.down_proj\.weight and 5 more"),
-        (not_a_number, "numbers that are not finite, in float32"),
+        (tensor_gone, r"model\.layers\.1\.mlp\.up_proj\.weight is missing from the weights"),
+        (tensor_added, r"score\.weight is not part of the model"),
+        (other_shape, r"down_proj\.weight and 5 more are of another shape than config\.json gives"),
+        (not_a_number, "logits that are not finite in float32"),
         (quantized, r"is quantized \(bitsandbytes\)"),
         (unknown_kind, "cannot be opened: .*nothing_known"),
         (encoder, "cannot be opened: "),
@@ -400,7 +399,7 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
         auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
     )
     said = refused("model", tmp_path)
-    assert "is opened by code that comes with it" in said and "set pretrain.trust_remote_code: true" in said
+    assert "needs code that comes with it" in said and "set pretrain.trust_remote_code: true" in said
     assert not (tmp_path / "modules").exists()
     out, facts = imported("model", tmp_path, trust_remote_code=True)
     assert facts["architecture"] == "OwnModel"
@@ -432,7 +431,7 @@ def test_a_config_that_describes_more_than_the_weights_is_refused_before_anythin
         lambda: imported("model", tmp_path),
         *(partial(use, tmp_path / "model") for use in (load_base, skeleton)),
     ):
-        with pytest.raises(UserError, match=r"config\.json describes another model than its weights") as error:
+        with pytest.raises(UserError, match=r"config\.json does not match its weights") as error:
             opens()
         assert reason in str(error.value)
 
@@ -485,7 +484,7 @@ def test_a_model_that_the_hub_does_not_give_is_refused_with_all_that_was_looked_
 ) -> None:
     assert hub.is_dir()
     said = refused(base, tmp_path)
-    assert f"{base} is not in the local hub cache, no folder of that name is in the project" in said
+    assert f"{base} is neither a folder in the project nor in the local hub cache" in said
     assert "Download it elsewhere and name its folder" in said
 
 
@@ -623,7 +622,7 @@ def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(
     monkeypatch.setattr(
         "pipeline.models.importing.import_base.find_spec", lambda name: None if name == "google.protobuf" else object()
     )
-    assert "needs protobuf to be read. pip install 'lora-workbench[gguf]'" in refused("toy.gguf", tmp_path)
+    assert "needs protobuf to be read: pip install 'lora-workbench[gguf]'" in refused("toy.gguf", tmp_path)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.models.quantization import nf4
-from pipeline.models.quantization.quantized_linear import Quantization, packed, unpacked
+from pipeline.models.quantization.quantized_linear import Quantization, dequantize_weight, quantize_weight
 
 bnb: Any = pytest.importorskip("bitsandbytes.functional")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -88,8 +88,8 @@ def test_every_code_scale_and_weight_is_bitsandbytes(
     weight = filled(how, max(1, blocks * block + more), block, seed).to(dtype)
     ours = nf4.quantize(weight, block, double)
     codes, state = theirs_of(weight, block, double)
-    assert same(nf4.packed(ours.codes), codes)
-    assert torch.equal(nf4.unpacked(codes.view(-1), weight.numel()), ours.codes)
+    assert same(nf4.pack(ours.codes), codes)
+    assert torch.equal(nf4.unpack(codes.view(-1), weight.numel()), ours.codes)
     if isinstance(ours.scales, nf4.Scales):
         assert same(ours.scales.codes, state.absmax)
         assert same(ours.scales.scales, state.state2.absmax)
@@ -126,7 +126,7 @@ def test_on_a_midpoint_the_lower_level_is_taken() -> None:
     weight = torch.cat([torch.ones(1), middles, torch.nextafter(middles, torch.ones(15)), torch.zeros(1)])
     codes = nf4.quantize(weight, 32).codes
     assert codes.tolist() == [15, *range(15), *range(1, 16), 7]
-    assert same(nf4.packed(codes), theirs_of(weight, 32, double=False)[0])
+    assert same(nf4.pack(codes), theirs_of(weight, 32, double=False)[0])
 
 
 def test_a_whole_block_is_multiplied_by_a_reciprocal_and_a_short_one_divided() -> None:
@@ -143,7 +143,7 @@ def test_a_whole_block_is_multiplied_by_a_reciprocal_and_a_short_one_divided() -
             weight[0], weight[1] = scales[at], x[at]
             found = nf4.quantize(weight, 32).codes
             assert found[1] == wanted
-            assert same(nf4.packed(found), theirs_of(weight, 32, double=False)[0])
+            assert same(nf4.pack(found), theirs_of(weight, 32, double=False)[0])
 
 
 def test_zeros_have_the_level_0_and_a_scale_of_0_or_in_a_short_block_the_smallest() -> None:
@@ -155,7 +155,7 @@ def test_zeros_have_the_level_0_and_a_scale_of_0_or_in_a_short_block_the_smalles
 
 
 def test_two_codes_are_a_byte_the_first_above() -> None:
-    assert nf4.packed(torch.tensor([1, 2, 15], dtype=torch.uint8)).tolist() == [0x12, 0xF7]
+    assert nf4.pack(torch.tensor([1, 2, 15], dtype=torch.uint8)).tolist() == [0x12, 0xF7]
 
 
 def test_equal_scales_are_their_mean() -> None:
@@ -170,7 +170,7 @@ def test_8_bit_codes_are_bitsandbytes_at_every_edge_between_two_steps() -> None:
     up, down = torch.ones(len(edges)), -torch.ones(len(edges))
     near = torch.stack([torch.nextafter(edges, down), edges, torch.nextafter(edges, up)]).view(-1, 255)
     x = F.pad(near, (0, 1), value=1.0).reshape(-1)  # each block's largest is 1
-    codes, largest = nf4.dynamic(x)
+    codes, largest = nf4.quantize_dynamic(x)
     theirs, state = bnb.quantize_blockwise(x, blocksize=256)
     assert same(codes, theirs) and same(largest, state.absmax)
     assert len(set(codes.tolist())) > 200
@@ -178,7 +178,7 @@ def test_8_bit_codes_are_bitsandbytes_at_every_edge_between_two_steps() -> None:
 
 def test_a_scale_equal_to_the_mean_gets_a_level_beside_0() -> None:
     """No step is 0."""
-    codes, _ = nf4.dynamic(torch.tensor([-1.0, 0.0, 1.0]))
+    codes, _ = nf4.quantize_dynamic(torch.tensor([-1.0, 0.0, 1.0]))
     assert 0 < nf4.dynamic_levels()[int(codes[1])] < 2.2e-5
 
 
@@ -191,6 +191,6 @@ def test_a_weight_whose_rows_are_no_whole_blocks_is_kept_as_well(kind: Quantizat
     """
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, shape[0])[:, None]
     with torch.compiler.set_stance("force_eager"):
-        found = unpacked(packed(weight, kind), kind, shape, torch.float32)
+        found = dequantize_weight(quantize_weight(weight, kind), kind, shape, torch.float32)
     assert same(found, nf4.dequantize(nf4.quantize(weight, 64, kind == "nf4-dq")))
     assert (found - weight).norm() < 0.15 * weight.norm()

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from pipeline.models.kernels import short_attention
-from pipeline.models.kernels.packed_attention import Rule, _flash, attend, register
+from pipeline.models.kernels.packed_attention import Rule, _varlen, attend, register
 
 MODULE = nn.Module()
 SMALL: dict[str, Any] = {
@@ -276,7 +276,7 @@ def test_what_flash_attention_is_asked_for_on_a_gpu_is_the_mask_of_the_cpu(
     rule = Rule(0.4, window)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(varlen, "varlen_attn", flash_by_hand)
-        found = _flash(q, k, v, lengths, spans, rule)
+        found = _varlen(q, k, v, lengths, spans, rule)
     parts = zip(*(torch.split(x, sizes, 2) for x, sizes in ((q, lengths), (k, spans), (v, spans))), strict=True)
     wanted = torch.cat([by_hand(a, b, c, rule.scale, window, None, None) for a, b, c in parts], 1)
     assert_close(found, wanted, atol=1e-5, rtol=1e-5)

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.io import save_adapter
+from pipeline.adapters.peft.save import save_adapter
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.precision import precision
 from pipeline.files.artifact import read_json, seal
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.kernels.fp32_compute import compute_in_fp32
 from pipeline.models.quantization import quantized_linear
 from pipeline.models.quantization.quantized_linear import Quantization, QuantizedLinear, quantizable, quantize
 from pipeline.project import provenance
@@ -165,7 +165,7 @@ def test_without_bitsandbytes_a_run_on_four_bits_writes_the_same_but_its_version
 @pytest.mark.usefixtures("without")
 def test_without_bitsandbytes_eight_bits_are_refused_with_what_goes_without(cli: Lora, project: Path) -> None:
     said = refusal(cli("finetune", "lora", "--set", "finetune_lora.quantization=int8", cwd=project))
-    assert "A base in 8 bits needs bitsandbytes" in said and "nf4-dq, which goes without" in said
+    assert "quantization int8 needs bitsandbytes" in said and "nf4-dq, which does not need it" in said
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def test_a_small_16_bit_linear_in_few_bits_is_compared_in_fp32() -> None:
     quantize(model, "nf4-dq", None, CPU)
     tuned, ids = with_lora(model, torch.float32), torch.arange(3, 12)[None]
     merged = merged_model(tuned)
-    with exact(tuned), exact(merged):
+    with compute_in_fp32(tuned), compute_in_fp32(merged):
         there, here = tuned(ids), merged(ids)
     assert there.dtype == torch.float32
     assert (there - here).abs().max() < 0.05 * there.abs().max(), "what writing it in bf16 rounds"

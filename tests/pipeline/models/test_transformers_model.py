@@ -9,12 +9,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from pipeline.adapters.attach import attach
+from pipeline.adapters.attach import attach, resolve
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.target_modules import resolve
 from pipeline.errors import UserError
 from pipeline.models.kernels import packed_attention
-from pipeline.models.kernels.fp32_compute import exact
+from pipeline.models.kernels.fp32_compute import compute_in_fp32
 from pipeline.models.transformers_model import TransformersModel, refuse_unlike
 from tests.helpers.families import FAMILIES
 from tests.helpers.real import toy
@@ -50,7 +49,7 @@ def test_exactly_means_as_a_copy_in_fp32(name: str, adapted: bool) -> None:
     ids = torch.arange(20)[None]
     wide = copy.deepcopy(model).float()
     with torch.no_grad():
-        with exact(model):
+        with compute_in_fp32(model):
             found = model(ids)
         assert_close(found, wide(ids), rtol=1e-4, atol=1e-4)
         assert model(ids).dtype == torch.bfloat16
@@ -59,7 +58,7 @@ def test_exactly_means_as_a_copy_in_fp32(name: str, adapted: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_that_are_made_otherwise_are_refused(dtype: torch.dtype) -> None:
     model = rough("llama", dtype)
-    whole = model._whole[0]
+    whole = model._model[0]
     plain: Callable[..., Any] = whole.forward
 
     def scaled(*arguments: Any, **options: Any) -> Any:
@@ -68,7 +67,7 @@ def test_logits_that_are_made_otherwise_are_refused(dtype: torch.dtype) -> None:
         return out
 
     whole.forward = scaled
-    with pytest.raises(UserError, match=r"toy: LlamaForCausalLM makes its logits otherwise than this project knows"):
+    with pytest.raises(UserError, match=r"toy: unsupported model LlamaForCausalLM: its logits are not its head"):
         refuse_unlike(model, "toy")
 
 
@@ -77,5 +76,5 @@ def test_another_attention_is_refused(dtype: torch.dtype, monkeypatch: pytest.Mo
     model = rough("qwen3", dtype)
     seen = packed_attention._row
     monkeypatch.setattr(packed_attention, "_row", lambda q, k, v, rule: seen(q * 1.02, k, v, rule))
-    with pytest.raises(UserError, match="makes its logits otherwise"):
+    with pytest.raises(UserError, match="its logits are not its head applied"):
         refuse_unlike(model, "toy")

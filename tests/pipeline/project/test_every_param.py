@@ -110,7 +110,7 @@ OTHER = {
     "figures.change": "[1, 0, 0, 1]",
     "figures.module": "layers.0.fc1",
 }
-KEYS = [key_path(name, field.name) for name, kind in {**SECTIONS, **GRAPH.sections}.items() for field in fields(kind)]
+KEYS = [key_path(name, field.name) for name, kind in {**SECTIONS, **GRAPH.sections()}.items() for field in fields(kind)]
 
 
 def section_of(key: str) -> str:

@@ -32,7 +32,7 @@ def test_the_shipped_files_name_every_field_and_the_products_is_the_design_cards
     )
     assert product.pop("base") == "minigpt" and document.pop("project") == "../params.yaml"
     assert tuple(product) == CARD
-    kinds = {**SECTIONS, **GRAPH.sections}
+    kinds = {**SECTIONS, **GRAPH.sections()}
     assert product.keys() | document.keys() == kinds.keys() and product.keys() & document.keys() == {"evaluate"}
     for name, section in (*product.items(), *document.items()):
         assert set(section) == {field.name for field in fields(kinds[name])} - TOP_LEVEL.keys(), name

@@ -347,7 +347,7 @@ def test_it_is_merged_or_the_merge_says_what_to_do_instead(
 def test_a_sweep_as_a_whole_is_no_adapter_and_names_one(workshop: Workshop, cli: Lora, tmp_path: Path) -> None:
     root = workshop.of("sweep", "llama")
     said = refusal(cli("merge", "--adapter", "artifacts/sweep", "--out", str(tmp_path / "out"), cwd=root))
-    assert "holds adapters and is none itself. Name one of them, such as artifacts/sweep/rank-2." in said
+    assert "contains adapters but is not one. Name one of them, such as artifacts/sweep/rank-2." in said
 
 
 @each

@@ -65,7 +65,7 @@ def test_another_base_an_edit_and_a_cut_are_refused(project: Path, kind: str) ->
     config = adapter / "adapter_config.json"
     text = config.read_text(encoding="utf-8")
     config.write_text(text.replace('"num_virtual_tokens": 8', '"num_virtual_tokens": 9'), encoding="utf-8")
-    with pytest.raises(UserError, match="num_virtual_tokens was edited: it says 9, the adapter was trained with 8"):
+    with pytest.raises(UserError, match="num_virtual_tokens was edited: it is 9, but the adapter was trained with 8"):
         load(base, adapter)
     config.write_text(text, encoding="utf-8")
     weights = adapter / "adapter_model.safetensors"
@@ -108,7 +108,7 @@ def test_what_needs_changed_weights_is_refused_in_one_message(
     cli: Lora, brief: Path, kind: str, command: tuple[str, ...]
 ) -> None:
     said = refusal(cli(*(word.format(kind=kind) for word in command), cwd=brief))
-    assert f"artifacts/{kind} is a {kind} of 8 virtual tokens: it changes no weight, so that there is nothing" in said
+    assert f"artifacts/{kind} is a {kind} of 8 virtual tokens: it changes no weights, so there is nothing" in said
     assert not (brief / "out").exists()
 
 

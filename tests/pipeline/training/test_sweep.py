@@ -161,13 +161,13 @@ def test_sequences_of_any_length_of_all_adapters_are_read_in_one_forward(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[int] = []
-    plain = TransformersModel.plain
+    run_body = TransformersModel.run_body
 
     def counted(self: TransformersModel, read: Any, *rest: Any, **options: Any) -> Any:
         reads.append(read.shape[1])
-        return plain(self, read, *rest, **options)
+        return run_body(self, read, *rest, **options)
 
-    monkeypatch.setattr(TransformersModel, "plain", counted)
+    monkeypatch.setattr(TransformersModel, "run_body", counted)
     found = []
     for ranks in ([2], [2, 4, 8]):
         reads.clear()

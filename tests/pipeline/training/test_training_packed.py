@@ -43,7 +43,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def one_at_a_time(model: TransformersModel, lengths: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
+def fast_decoding(model: TransformersModel, lengths: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the sequences, each alone, in stock transformers: a mean over labels."""
     theirs, found = stock(model), windows_of(lengths, half)
     labels = sum(length - half(length) for length in lengths)
@@ -53,7 +53,7 @@ def one_at_a_time(model: TransformersModel, lengths: Sequence[int]) -> tuple[flo
 
 
 def assert_same_gradient(model: TransformersModel, batches: list[Batch], lengths: Sequence[int]) -> None:
-    loss, expected = one_at_a_time(model, lengths)
+    loss, expected = fast_decoding(model, lengths)
     found = gradient(model.train(), batches, FlatAdam(model), None, 0)
     ours = gradients(model)
     assert found.loss == pytest.approx(loss, rel=1e-5)

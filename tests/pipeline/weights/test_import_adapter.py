@@ -104,7 +104,7 @@ def test_a_base_of_the_same_shape_is_refused_where_the_one_it_names_is_known_to_
         imported(cli, root, "--base", "base")
     )
     assert folder_bytes(root) == before
-    assert "names 'org/toy' as its base, and there is no such folder" in refusal(imported(cli, root))
+    assert "names 'org/toy' as its base, but there is no such folder" in refusal(imported(cli, root))
 
 
 def peft_of_embeddings(folder: Path, base: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_base_of_the_same_shape_is_refused_where_the_adapter_holds_an_embeddin
     peft_of_embeddings(root / "theirs", root / "base")
     checkpoint(root / "alike", seed=1)
     message = refusal(imported(cli, root, "--base", "alike", source="theirs"))
-    assert "comes with another model.decoder.embed_tokens.weight than its base has" in message
+    assert "contains its own model.decoder.embed_tokens.weight, which differs from the base model's" in message
     assert not (root / "mine").exists()
     assert imported(cli, root, "--base", "base", source="theirs")[0] == 0
     assert cli("adapters", "verify", "mine", cwd=root)[0] == 0

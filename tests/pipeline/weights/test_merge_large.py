@@ -18,7 +18,7 @@ from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.adapters.peft.config import config_of
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import INDEX
-from pipeline.models.meta import skeleton
+from pipeline.models.load import skeleton
 from tests.helpers.projects import LORA
 from tests.helpers.reference_merge import merged
 

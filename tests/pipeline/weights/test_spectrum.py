@@ -17,13 +17,13 @@ from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.low_rank import LowRank, directions
-from pipeline.adapters.peft.io import load_adapter
+from pipeline.adapters.peft.load import load_adapter
 from pipeline.adapters.peft.updates import load_update, spectra
 from pipeline.errors import UserError
 from pipeline.files.artifact import verify
 from pipeline.inference.engine import load
 from pipeline.models.base import CausalLM
-from pipeline.models.transformers_model import opened
+from pipeline.models.transformers_model import load_pretrained
 from pipeline.weights import svd as singular_module
 from pipeline.weights.extract import Extracted, Spectra, extract, spectra_of
 from pipeline.weights.spectrum import Measured, overlaps
@@ -264,14 +264,14 @@ def test_peft_opens_what_was_extracted_from_every_family_with_the_tuned_models_l
     tuned = tuned_from(tmp_path / "toy", tmp_path / "tuned", 2)
     found = extracted(tmp_path / "toy", tuned, tmp_path / "lora", 2)
     assert not found.left_out and found.held == pytest.approx(1)
-    model, wanted = opened(tmp_path / "toy"), opened(tuned)
+    model, wanted = load_pretrained(tmp_path / "toy"), load_pretrained(tuned)
     theirs = PeftModel.from_pretrained(stock(model), tmp_path / "lora").eval()
     load_adapter(model, tmp_path / "toy", tmp_path / "lora")
     with torch.no_grad():
         expected = wanted(IDS)
         torch.testing.assert_close(model(IDS), expected, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(theirs(input_ids=IDS).logits, expected, atol=1e-3, rtol=1e-3)
-        assert (opened(tmp_path / "toy")(IDS) - expected).abs().max() > 0.1
+        assert (load_pretrained(tmp_path / "toy")(IDS) - expected).abs().max() > 0.1
 
 
 def test_a_layer_that_did_not_change_gets_no_lora(base: Path, tmp_path: Path) -> None:
@@ -303,4 +303,4 @@ def test_experts_which_lora_does_not_reach_are_told(base: Path, tmp_path: Path) 
     found = extracted(tmp_path / "toy", tuned, tmp_path / "lora", 2)
     assert found.left_out and all("experts" in name or "gate" in name for name in found.left_out)
     assert 0 < found.held < 1
-    load_adapter(opened(tmp_path / "toy"), tmp_path / "toy", tmp_path / "lora")
+    load_adapter(load_pretrained(tmp_path / "toy"), tmp_path / "toy", tmp_path / "lora")

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.io import load_adapter, save_adapter
+from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft.save import save_adapter
 from pipeline.errors import UserError
-from pipeline.models.transformers_model import opened
+from pipeline.models.transformers_model import load_pretrained
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.real import toy
 from tests.pipeline.adapters.test_peft_interop import IDS
@@ -47,7 +48,7 @@ def with_head(weights: Weights) -> Weights:
 
 def in_full(out: Path, base: Path, *ends: str) -> Path:
     """An adapter with LoRA on some matrices, and modules in full; tied ones as one."""
-    model, spec = opened(base), AdapterSpec(2, 2.0, ("q_proj",), saved=ends)
+    model, spec = load_pretrained(base), AdapterSpec(2, 2.0, ("q_proj",), saved=ends)
     attach(model, spec)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -60,7 +61,7 @@ def in_full(out: Path, base: Path, *ends: str) -> Path:
 
 @torch.no_grad()
 def logits(base: Path, adapter: Path | None = None) -> Tensor:
-    model = opened(base)
+    model = load_pretrained(base)
     if adapter is not None:
         load_adapter(model, base, adapter)
     found: Tensor = model(IDS)

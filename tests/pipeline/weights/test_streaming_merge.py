@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.io import load_adapter
+from pipeline.adapters.peft.load import load_adapter
 from pipeline.inference.engine import load
-from pipeline.models.transformers_model import opened
+from pipeline.models.transformers_model import load_pretrained
 from pipeline.weights.merge_plan import plan_merge
 from pipeline.weights.streaming import update_ratios
 from tests.helpers.checkpoints import adapter, checkpoint
@@ -46,7 +46,7 @@ def test_a_merge_through_files_is_the_merge_in_memory(
     family: str, tied: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     toy(family, dtype, std=0.1, tie_word_embeddings=tied).save(tmp_path / "base")
-    base = opened(tmp_path / "base")
+    base = load_pretrained(tmp_path / "base")
 
     @settings(max_examples=6, deadline=None)
     @given(options(NAMES[family], base))

@@ -12,7 +12,7 @@ from textual.events import ScreenResume, ScreenSuspend
 from textual.message import Message
 from textual.widgets import Input, Static
 
-from pipeline.adapters.folder import CONFIG
+from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.project.params.sections import Params

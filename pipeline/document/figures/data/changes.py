@@ -7,9 +7,9 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from pipeline.adapters.attach import targeted
 from pipeline.adapters.config import AdapterSpec, lies_in
 from pipeline.adapters.peft.config import read_spec
-from pipeline.adapters.target_modules import targeted
 from pipeline.inference import engine
 from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job

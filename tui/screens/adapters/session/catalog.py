@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from pipeline.adapters.folder import CONFIG
+from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.digest_cache import DigestStore

@@ -1,7 +1,7 @@
-"""Makes the C library's allocator keep freed memory: the next training step allocates the same sizes again.
+"""Make the C library's allocator keep freed memory: a training step asks for the same sizes again at once.
 
-glibc returns freed blocks of megabytes to the system, and the next step pays a page fault for each 4 KiB of them. On
-two cores that took several times as long as the tensor operations themselves.
+glibc returns freed blocks of megabytes to the system, and the next step pays a page fault for each 4 KiB of them: on
+two cores that took several times as long as the tensors' operations.
 """
 
 import ctypes
