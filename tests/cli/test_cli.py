@@ -502,20 +502,28 @@ def test_the_report_has_a_line_a_model_on_80_columns(
     (tmp_path / "artifacts/evaluation/metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     monkeypatch.setattr(console.stdout, "width", 80)
     for root in (finished, tmp_path):
-        rows = cli("report", cwd=root)[1].splitlines()[:8]
-        assert all(len(row) <= 80 for row in rows)
-        assert [row.split()[0] for row in rows] == [
-            "model",
-            "base",
-            "expanded",
-            "scratch",
-            "full",
-            "freeze",
-            "lora",
-            "merged",
+        rows = cli("report", cwd=root)[1].splitlines()
+        assert all(len(row) <= 80 for row in rows if "artifacts/" not in row) and len(rows) <= 30
+        assert [row.split()[0] for row in rows[1:8]] == [
+            *("model", "base", "expanded", "scratch", "full", "freeze", "lora")
         ]
-        assert rows[0].split()[1:] == ["trained", "share", "new", "done", "old", "rise", "KL", "kept", "weights"]
-    assert "134.5M" in rows[1] and "538 MB" in rows[1]
+        assert rows[0].split() == [
+            "trained",
+            "share",
+            "new",
+            "new",
+            "old",
+            "old",
+            "loss",
+            "KL",
+            "from",
+            "answers",
+            "size",
+        ]
+        assert rows[1].split()[1:6] == ["params", "of", "all", "loss", "completed"]
+        legend = "\n".join(rows)
+        assert "nats per token" in legend and "answers kept: " in legend, "a line says what the headings mean"
+    assert rows[1].endswith("(MB)") and "134.5M" in rows[2] and rows[2].endswith(" 538")
 
 
 def test_cache_shows_and_prunes(cli: Lora, project: Path) -> None:

@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "another shape": (["x", "wide"], "wide/adapter_model.safetensors does not fit"),
     "another base": (["x", "other"], "name different bases"),
     "bound to another": (["x", "bound"], "bound was trained on another base"),
-    "no adapter": (["x", "base"], "base is a whole model, not an adapter"),
+    "no adapter": (["x", "base"], "base is a full model, not an adapter"),
     "a source": (["x", "y", "--out", "x"], "x is also an input"),
     "somebody's": (["x", "y", "--out", "narrow"], "narrow exists and holds other files"),
 }

@@ -1,5 +1,7 @@
 """The house stays one whose rooms can be guessed: few entries a folder, twelve packages, no file that is two."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,3 +36,25 @@ def test_the_library_is_twelve_packages_and_at_most_two_modules() -> None:
     found = set(entries(ROOT / "pipeline"))
     assert {name for name in found if (ROOT / "pipeline" / name).is_dir()} == PACKAGES
     assert {name.removesuffix(".py") for name in found if name.endswith(".py")} <= MODULES
+
+
+LOADED = """
+import atexit, sys
+from cli.main import main
+
+def count():
+    files = (getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith("pipeline."))
+    print(*(file for file in files if file and not file.endswith("__init__.py")), sep="\\n", file=sys.stderr)
+
+atexit.register(count)
+sys.argv = ["lora", "finetune", "lora", "--force", "--set", "finetune_lora.epochs=1"]
+main()
+"""
+
+
+def test_a_lora_run_loads_few_modules_of_the_library(project: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = [line for line in done.stderr.splitlines() if line.endswith(".py")]
+    assert len(loaded) <= 60 + 1, "\n".join(sorted(loaded))  # and the sections of the document, which this project has
+    assert any("stages/finetune" in path for path in loaded)

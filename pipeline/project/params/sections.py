@@ -38,8 +38,8 @@ Trained = Annotated[
     Literal["fp32", "bf16"],
     Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters"),
 ]
-Quantization = Literal["none", "int8", "nf4", "nf4-dq"]  # in how few bits; as the calculator calls them
-Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # how A and B begin: `adapters/init.py`
+Quantization = Literal["none", "int8", "nf4", "nf4-dq"]  # names as in the calculator
+Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see `adapters/init.py`
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class Training:
     data: str = "data/finetune.de.txt"
     epochs: Count = 50
     batch_size: Count = 4
-    window: Steps = 4  # tokens a training window holds; it keeps its place in the sentence; 0: whole examples
+    window: Steps = 4  # tokens per training window, at its position in the sentence; 0: whole examples
     learning_rate: Rate = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, to the last step
     warmup_steps: Steps = 0
-    max_grad_norm: Annotated[float, AtLeast(0)] = 0.0  # largest norm of the gradient; 0: any
-    gradient_accumulation_steps: Count = 1  # batches whose gradients make one step
-    max_length: Steps = 0  # tokens after which an example is cut; 0: none is
-    precision: Precision = "fp32"  # of the weights while they train, or stay frozen
-    gradient_checkpointing: Literal["none", "selective", "full"] = "none"  # blocks run again in backward: less memory
-    eval_share: Share = 0.0  # of the examples, held out by their hash
-    eval_every: Steps = 0  # steps between evaluations; 0: an epoch
-    patience: Steps = 0  # evaluations without a better loss before training stops at the best; 0: never
+    max_grad_norm: Annotated[float, AtLeast(0)] = 0.0  # gradients are clipped to this norm; 0: never
+    gradient_accumulation_steps: Count = 1  # batches per optimizer step
+    max_length: Steps = 0  # examples are truncated to this many tokens; 0: never
+    precision: Precision = "fp32"  # dtype of the weights, trained or frozen
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute blocks in backward
+    eval_share: Share = 0.0  # share of the examples held out, selected by hash
+    eval_every: Steps = 0  # steps between evaluations; 0: once per epoch
+    patience: Steps = 0  # evaluations without improvement before training stops; 0: never
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class Pretrain(Training):
         default="minigpt", metadata={schema.TOP_LEVEL: True}
     )  # or a checkpoint folder, a GGUF file, a hub id: imported instead of trained
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of an imported base's weights; auto: its own
-    trust_remote_code: bool = False  # run the code that comes with a base
+    trust_remote_code: bool = False  # run code that comes with a base
     data: str = "data/pretrain.de.txt"
     epochs: Count = 60
     d_model: Count = 64
@@ -105,11 +105,11 @@ class ExpandVocab:
     """New words: which files they come from, and how their rows start (§9.1)."""
 
     seed: Seed = 0
-    data: Names = ("data/finetune.de.txt",)  # of MiniGPT: each new word gets a row
+    data: Names = ("data/finetune.de.txt",)  # MiniGPT: files whose new words get a row
     tokens: Names = ()  # new words by name, for any base
-    special_tokens: Names = ()  # new tokens of a base that splits words: left out of answers
+    special_tokens: Names = ()  # for subword bases: not shown in answers
     noise_std: Annotated[float, AtLeast(0)] = 0.02
-    audit_data: str = "data/pretrain.de.txt"  # sentences on which nothing may change
+    audit_data: str = "data/pretrain.de.txt"  # sentences whose logits must not change
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class FinetuneLora(Training):
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     rank_pattern: Ranks = field(default_factory=dict)  # another rank for modules whose name ends so, as in PEFT
     alpha_pattern: Scales = field(default_factory=dict)
-    dora: bool = False  # each output's length trains apart from its direction (Liu et al. 2024)
+    dora: bool = False  # train magnitude and direction apart (Liu et al. 2024)
     rslora: bool = False  # the scale is alpha / √rank (Kalajdzievski 2023)
     init_lora_weights: Init = "document"
     loraplus_ratio: Rate = (
@@ -159,16 +159,16 @@ class FinetuneLora(Training):
     train_embeddings: Literal["all", "new_rows", "none"] = "all"
     adapter_precision: Trained = "fp32"
     quantization: Quantization = "none"  # of the frozen linears of the blocks
-    retention_data: File = ""  # texts on which answers are to stay the base's
-    retention_weight: Annotated[float, AtLeast(0)] = 0.0  # of the divergence from the base in the loss
-    retention_batch_size: Count = 8  # such texts a step
+    retention_data: File = ""  # texts on which answers must stay the base's
+    retention_weight: Annotated[float, AtLeast(0)] = 0.0  # weight of the KL divergence from the base
+    retention_batch_size: Count = 8  # these texts per step
 
     @property
     def retains(self) -> bool:
         return bool(self.retention_data) and self.retention_weight > 0
 
 
-SWEPT = (  # what adapters that train together can differ in
+SWEPT = (  # keys that a sweep may vary
     *("seed", "learning_rate", "schedule", "warmup_steps", "max_grad_norm", "loraplus_ratio"),
     *("rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "rslora", "dora", "init_lora_weights"),
     "retention_weight",
@@ -184,14 +184,14 @@ Grid = Annotated[
 
 @dataclass(frozen=True)
 class FinetuneSweep:
-    """Adapters that train together: one for each combination of these values of finetune_lora's keys."""
+    """One adapter per combination of these values of finetune_lora's keys, trained in one pass."""
 
     grid: Grid = field(default_factory=lambda: {"rank": (1, 2, 4, 8)})
 
 
 @dataclass(frozen=True)
 class FinetuneVirtual(Training):
-    """Virtual tokens before every sequence train, and nothing else (§7)."""
+    """Only the virtual tokens before every sequence train (§7)."""
 
     virtual_tokens: Count = 20
     adapter_precision: Trained = "fp32"
@@ -214,7 +214,7 @@ class FinetunePrompt(FinetuneVirtual):
 
 @dataclass(frozen=True)
 class Merge:
-    """The merged model must answer like base + adapter, on these prompts, within this difference."""
+    """The merged model's logits on these prompts must be those of base + adapter within this difference."""
 
     prompts: str = "data/prompts.yaml"
     max_logit_difference: Rate = 1e-5
@@ -222,13 +222,13 @@ class Merge:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """What is asked of every variant."""
+    """The data and prompts on which every variant is compared."""
 
     old_data: str = "data/pretrain.de.txt"
     new_data: str = "data/finetune.de.txt"
     prompts: str = "data/prompts.yaml"
     top_k: Count = 5
-    prompt_words: Count = 2  # words of a new sentence given before its completion is compared
+    prompt_words: Count = 2  # words of a new sentence given as its prompt
 
 
 Finetune = FinetuneFull | FinetuneFreeze | FinetuneLora | FinetuneVirtual | FinetuneSweep

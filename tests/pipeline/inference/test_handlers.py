@@ -85,7 +85,7 @@ def test_a_model_that_overflows_is_refused_and_the_base_answers(
     handler.models.load("wild", endless, filled(tmp_path / "wild", endless, 1e30))
     asked = {"model": "wild", "text": "w1", "layer": 1, "head": 0, "models": ["wild", "m"], "k": 1, "temperature": 1}
     for do in ("generate", "attention"):
-        with pytest.raises(UserError, match="The model's numbers are not finite"):
+        with pytest.raises(UserError, match="The model's outputs are not finite"):
             list(handler.answer(do, Request(asked)))
     (done,) = handler.answer("top_k", Request(asked))
     assert "are not finite" in done["answers"]["wild"]["error"]

@@ -25,7 +25,7 @@ KEYS = [*TOP_LEVEL, *(f"{section}.{key}" for section in TREE.keys() - TOP_LEVEL.
     ("key", "value", "line"),
     [
         ("finetune_lora.rank", 8, "  rank: 8"),
-        ("pretrain.window", 16, "  window: 16               # tokens a window"),
+        ("pretrain.window", 16, "  window: 16               # tokens per training"),
         ("finetune_lora.learning_rate", 1e-5, "  learning_rate: 1.0e-05"),
         ("finetune_lora.train_embeddings", "new_rows", "  train_embeddings: new_rows # embeddings and head"),
         ("finetune_lora.target_modules", ("q_proj",), "  target_modules: [q_proj]                           # names"),

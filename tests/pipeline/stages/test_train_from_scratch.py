@@ -199,4 +199,4 @@ def test_it_takes_as_many_steps_as_pretraining_and_full_fine_tuning_and_forgets_
     assert (scratch["new_completed"], scratch["old_prompts_kept"]) == (8, scratch["old_prompts"])
     assert scratch["forgetting"]["divergence"] < 0.1 < lora["forgetting"]["divergence"]
     report = (finished / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
-    assert "*Training from scratch* begins with random weights" in report
+    assert "*Training from scratch* starts from random weights" in report

@@ -581,7 +581,7 @@ async def test_a_refused_adapter_says_why_in_full_and_is_never_asked(project: Pa
     path.write_text(path.read_text(encoding="utf-8").replace('"r": 4', '"r": 8'), encoding="utf-8")
     async with opened(project) as s:
         await s.point("lora")
-        reason = "r was edited: it says 8, the adapter was trained with 4"
+        reason = "r was edited: it is 8, but the adapter was trained with 4"
         assert "✗ refused" in s.rows()[s.names().index("lora")]
         assert reason in s.details()
         await s.ask("die katze")
