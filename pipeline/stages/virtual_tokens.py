@@ -1,4 +1,4 @@
-"""Prompt and prefix tuning as a run: virtual tokens before every sequence train, nothing else (the document's §7)."""
+"""Prompt and prefix tuning: only virtual tokens before every sequence train (the document's §7)."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -19,10 +19,7 @@ from pipeline.training.optimizer import FlatAdam
 def virtual_learner(
     job: Job, settings: FinetuneVirtual, base: Base, folder: Path
 ) -> Generator[Event, None, TrainingSetup]:
-    """The base with virtual tokens, to be trained and saved in PEFT's format; `folder` is where the base came from.
-
-    Raises UserError.
-    """
+    """Set up training of virtual tokens on `base`, saved in PEFT's format; `folder` is the base's. Raises UserError."""
     model, tokenizer = base
     spec = VirtualSpec(job.stage.method, settings.virtual_tokens)
     start(model, spec, len(tokenizer), settings.seed)
@@ -30,8 +27,8 @@ def virtual_learner(
     in_precision(model.virtual, DTYPES[settings.adapter_precision])
     if spec.kind == "prefix" and settings.checkpointing != "none" and not model.supports_prefix:
         raise UserError(
-            f"{job.stage.name}.checkpointing must be none for this model, got {settings.checkpointing}: its blocks "
-            "take a prefix from a cache alone, which is gone when they run again. Set it to none."
+            f"{job.stage.name}.checkpointing must be none for this model, got {settings.checkpointing}: prefix "
+            "tuning does not work with gradient checkpointing here. Set it to none."
         )
     batches, evaluation = yield from prepare_data(job, settings, base)
     trainable = count(model)["trainable"]
