@@ -103,10 +103,7 @@ class StudySpectrum:
     old_data: str = "data/pretrain.de.txt"
     new_data: str = "data/finetune.de.txt"
     seeds: Seeds = (0, 1, 2)  # subspaces are compared between seeds
-    ranks: tuple[Annotated[int, AtLeast(8)], ...] = (
-        8,
-        64,
-    )  # of LoRA; the first and the last are compared
+    ranks: tuple[Annotated[int, AtLeast(8)], ...] = (8, 64)  # of LoRA; the first and the last are compared
     extracted: Counts = (1, 2, 4, 8, 16, 64)
 
 

@@ -54,9 +54,8 @@ def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, Tra
     spec, retain = None, None
     if isinstance(settings, FinetuneLora):
         spec = lora_spec(model, settings, new_rows(folder))
-        texts = yield from load_retention_texts(
-            job, settings, base
-        )  # before attach: the base generates completions for prompts
+        # Before attach, because the plain base generates the completions of prompts.
+        texts = yield from load_retention_texts(job, settings, base)
         attach(model, spec, DTYPES[settings.adapter_precision], settings.init_lora_weights)
         yield from note_wide_rank(model)
         retain = None if texts is None else RetentionLoss(model, texts, settings)
@@ -71,9 +70,7 @@ def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, Tra
         if spec is None:
             stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
             return save_checkpoint(job, base, optimizer, trained_from=stored)
-        total = count(skeleton(folder, trust))[
-            "total"
-        ]  # quantized weights are not parameters, so count the unquantized skeleton
+        total = count(skeleton(folder, trust))["total"]  # of the unquantized model: quantized weights are no parameters
         save_curve(job)
         return save_files(job.out, base, spec, folder, {"total": total, "trainable": trainable})
 

@@ -129,7 +129,7 @@ def _save_adapters(
             facts = save_files(out, base, specs[name], folder, {"total": total, "trainable": trained})
         copyfile(job.run / name / LOSS, out / LOSS)
         facts_of_adapter = {"kind": "adapter", "method": "lora", "seed": lora.seed, "params": asdict(lora)}
-        artifact.seal(out, {**job.known, **facts_of_adapter, "commit": commit, **facts})
+        artifact.seal(out, {**job.input_facts, **facts_of_adapter, "commit": commit, **facts})
     artifact.write_json(job.out / TABLE, rows)
     trained = sum(row["trainable"] for row in rows.values())
     return {"adapters": rows, "parameters": {"total": total, "trainable": trained}}

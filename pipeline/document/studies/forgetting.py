@@ -17,11 +17,7 @@ LINE_STYLES = {  # method → line style of its curve
     **{"LoRA": "-", "LoRA, new rows": "--", "LoRA, matrices alone": ":"},
     **{"prefix tuning": "-.", "prompt tuning": "-."},
 }
-ALL_EPOCHS = {
-    "eval_share": 0.0,
-    "eval_every": 0,
-    "patience": 0,
-}  # no early stopping: every curve goes to the last epoch
+ALL_EPOCHS = {"eval_share": 0.0, "eval_every": 0, "patience": 0}  # no early stopping, so that curves are complete
 TARGET_LOSS = 0.5  # nats per token on the new sentences, where the methods are compared
 Losses = tuple[float, float, float]  # new loss, old rise, old kept
 Curve = Mapping[int, Losses]  # epoch → losses

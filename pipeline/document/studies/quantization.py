@@ -253,9 +253,7 @@ def _draw(figure: Figure, quality: Table) -> None:
     names = [str(row["precision"]) for row in quality.rows]
     positions = range(len(names))
     for name, color, marker in (("error", COLORS["freeze"], "s"), ("output_error", COLORS["lora"], "o")):
-        cells = {
-            y: cell for y, row in enumerate(quality.rows) if (cell := spread(row[name])).low
-        }  # without FP32, whose error is 0
+        cells = {y: cell for y, row in enumerate(quality.rows) if (cell := spread(row[name])).low}  # FP32 has error 0
         bars = min_max(cells.values())
         style = {"color": color, "marker": marker, "linestyle": "", "label": name.replace("_", " ")}
         left.errorbar([c.mean for c in cells.values()], list(cells), xerr=bars, **style)

@@ -30,7 +30,7 @@ from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
 from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS
 from pipeline.project.params.sections import Params
-from pipeline.project.runner import Event, Job, Progress, known, run
+from pipeline.project.runner import Event, Job, Progress, input_facts, run
 from pipeline.stages.evaluate import weight_bytes
 from pipeline.workbench import open_project
 from tests.conftest import Lora
@@ -254,7 +254,7 @@ def test_a_is_faster_where_its_name_says_so() -> None:
 
 def test_bitsandbytes_counts_where_a_base_is_kept_in_few_bits(project: Path) -> None:
     def counts(name: str, *overrides: str) -> bool:
-        return "bitsandbytes" in known(open_project(project / "params.yaml", overrides), STAGES[name])["versions"]
+        return "bitsandbytes" in input_facts(open_project(project / "params.yaml", overrides), STAGES[name])["versions"]
 
     few = "finetune_lora.quantization=int8"
     assert counts("study_methods") and counts("study_knowledge_correction", few) and counts("finetune_lora", few)
@@ -407,7 +407,7 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
         ),
         (["rank", "--set", "study_rank.ranks=4"], "study_rank.ranks must be a list of values, such as [0, 1], got 4"),
         (["rank", "--set", "study_rank.ranks=[]"], "study_rank.ranks must be a list of values, such as [0, 1], got []"),
-        (["rank", "--set", "study_rank.seeds=[1, 1]"], "study_rank.seeds has 1 twice. Leave one of them out of --set"),
+        (["rank", "--set", "study_rank.seeds=[1, 1]"], "study_rank.seeds has 1 twice. Remove one of them from --set"),
         (
             ["rank", "--set", "study_rank.old_data=no.txt"],
             "no.txt is not a file. Name an existing one in section study_r",

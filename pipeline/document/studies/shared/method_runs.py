@@ -42,12 +42,8 @@ METHODS = {
     "QLoRA": Method(LORA, {"quantization": "nf4-dq"}, "lora"),
     "DoRA": Method(LORA, {"dora": True}, "lora"),
     "LoRA+": Method(LORA, {"loraplus_ratio": 16.0}, "lora"),  # B has the higher rate, as in the paper
-    "LoRA+, A faster": Method(
-        LORA, {"loraplus_ratio": 1 / 16}, "lora"
-    ),  # as in the document (§10.3): B has the lower rate
-    "LoRA+, A 16 × faster": Method(
-        LORA, {"loraplus_ratio": 1 / 16}, "lora", 16.0
-    ),  # B at LoRA's rate, everything else at 16 times that
+    "LoRA+, A faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora"),  # B has the lower rate, as in the document
+    "LoRA+, A 16 × faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora", 16.0),  # B has LoRA's rate, all else 16 ×
     "prefix tuning": Method("finetune_prefix", {}, "prefix"),
     "prompt tuning": Method("finetune_prompt", {}, "prompt"),
 }

@@ -104,9 +104,7 @@ def evaluate_checkpoints(
         results = {0: evaluate(loaded)} if 0 in wanted else {}
         for event in train(part, learner.task) if max(wanted) else ():
             if isinstance(event, Progress):
-                if event.done > max(
-                    wanted
-                ):  # if a signal arrives during the last evaluation, training stops only after one more step
+                if event.done > max(wanted):  # one step further, so that a signal during the last evaluation is handled
                     break
                 if event.done in wanted:
                     learner.base.model.eval()
@@ -162,7 +160,7 @@ def _part(job: Job, run: Run) -> Job:
     project = replace(job.project, params=job.project.params.replaced(run.sections))
     folder = job.run / PARTS / run.name
     facts = {
-        **job.known,
+        **job.input_facts,
         **{"kind": stage.kind, "method": stage.method, "stage": stage.name, "params": project.stage_params(stage)},
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -186,7 +184,7 @@ def _run_stage(part: Job, run: Run, number: int, count: int) -> Generator[Event,
         try:
             event = next(work)
         except StopIteration as stop:
-            artifact.seal(part.out, {**part.known, "key": part.key, **stop.value})
+            artifact.seal(part.out, {**part.input_facts, "key": part.key, **stop.value})
             return
         if isinstance(event, Progress):
             yield Progress(number * event.total + event.done, count * event.total, f"{run.name}  {event.text}")
