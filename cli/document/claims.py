@@ -33,12 +33,12 @@ def claims(
     Writes artifacts/claims.
     """
     from cli.console import print_json, stdout
-    from pipeline.document.claims.check import chosen, summary
+    from pipeline.document.claims.check import filter_rows, summary
     from pipeline.document.claims.stage import verdicts
 
     project = project_of(params)
     rows = verdicts(project)
-    found = chosen(rows, section, verdict)
+    found = filter_rows(rows, section, verdict)
     if as_json:
         print_json(found)
     elif UNDER_DVC:
@@ -84,7 +84,7 @@ def listed(rows: "Sequence[Row]") -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.document.claims.check import MARKS, titled
+    from pipeline.document.claims.check import MARKS, section_heading
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for name, width in (("claim, and why", None), ("document", 14), ("measured", 19), ("verdict", 10)):
@@ -93,7 +93,7 @@ def listed(rows: "Sequence[Row]") -> "RenderableType":
     for row in rows:
         if row["section"] != section:
             section = row["section"]
-            table.add_row(Text(titled(section), "bold underline"))
+            table.add_row(Text(section_heading(section), "bold underline"))
         claim = Group(Text(row["quote"]), Padding(Text(row["why"], "dim"), (0, 0, 0, 2)))
         shown, mark = row["shown"], Text(MARKS[row["verdict"]], COLOURS[row["verdict"]])
         table.add_row(claim, Text(shown["says"]), Text(shown["measured"]), mark)

@@ -1,6 +1,6 @@
-"""The sections of params.yaml that say how the document's statements are measured: one a study, and the figures'.
+"""The sections of params.yaml for the document's stages: one per study, the figures and the claims.
 
-What a study does not say itself, such as the batch size, is the document's (§9.2), or the pipeline's own stages'.
+A setting that a study does not have, such as the batch size, is the document's (§9.2) or its stage's own section's.
 """
 
 from dataclasses import dataclass
@@ -17,42 +17,42 @@ TwoByTwo = Annotated[tuple[float, ...], AllowDuplicates()]  # row by row
 
 @dataclass(frozen=True)
 class StudyFactCorrection:
-    """§6: V-only against all projections, at settings that the document leaves open, and with less that trains."""
+    """§6: V only against all projections, over the settings the document leaves open, and without full embeddings."""
 
     data: str = "data/fact_correction.de.txt"
     retention_data: str = "data/retain.de.txt"
     prompts: str = "data/prompts.yaml"
-    document: str = "data/document.yaml"  # what the document says of each prompt
+    document: str = "data/document.yaml"  # the document's answers to the prompts
     seeds: Seeds = (0, 1, 2)
     epochs: Count = 80
     rank: Count = 4
     alphas: Rates = (0.5, 1.0, 8.0)
     learning_rates: Rates = (1e-3, 2e-3)
-    windows: tuple[Steps, ...] = (4, 0)  # tokens a training window holds; 0: whole sentences
+    windows: tuple[Steps, ...] = (4, 0)  # tokens per training window; 0: whole sentences
     retention_weight: Rate = 5.0
     top_k: Count = 5
 
 
 @dataclass(frozen=True)
 class StudyKnowledgeCorrection:
-    """§6, steps 1 to 5, on whatever base the project has; training as finetune_lora says, but for these."""
+    """§6, steps 1 to 5, on the project's own base. Trains as finetune_lora, except for these settings."""
 
-    data: File = ""  # sentences that state the fact; none: the project has no such study
+    data: File = ""  # sentences that state the fact; empty: the project does not have this study
     retention_data: File = "data/retain.de.txt"
     prompts: str = "data/prompts.yaml"
-    groups: tuple[str, ...] = ("knowledge_correction",)  # of the prompts
-    old_data: str = "data/pretrain.de.txt"  # on which the divergence from the base is taken
+    groups: tuple[str, ...] = ("knowledge_correction",)  # groups of prompts
+    old_data: str = "data/pretrain.de.txt"  # where the divergence from the base is measured
     seeds: Seeds = (0, 1, 2)
     epochs: Count = 80
     rank: Count = 4
     learning_rate: Rate = 2e-3
-    recipe_rate: Rate = 2e-4  # of the recipe as the document writes it, on v_proj alone (§6, step 3)
+    recipe_rate: Rate = 2e-4  # learning rate of the document's recipe, on v_proj only (§6, step 3)
     retention_weight: Rate = 5.0
 
 
 @dataclass(frozen=True)
 class StudyTrajectory:
-    """§2.3: how probable some words are after so many steps of the fact correction."""
+    """§2.3: probabilities of some words after each step of the fact correction."""
 
     data: str = "data/fact_correction.de.txt"
     document: str = "data/document.yaml"
@@ -65,7 +65,7 @@ class StudyTrajectory:
 
 @dataclass(frozen=True)
 class StudyMethods:
-    """§7 and §9.3: every method on the same data, each as its own stage's section says."""
+    """§7 and §9.3: every method on the same data, each with its own stage's settings."""
 
     old_data: str = "data/pretrain.de.txt"
     new_data: str = "data/finetune.de.txt"
@@ -75,7 +75,7 @@ class StudyMethods:
 
 @dataclass(frozen=True)
 class StudyRank:
-    """§2.4, §5: what rank, alpha and learning rate change, on the new sentences."""
+    """§2.4, §5: the effect of rank, alpha and learning rate on the new sentences."""
 
     old_data: str = "data/pretrain.de.txt"
     new_data: str = "data/finetune.de.txt"
@@ -88,7 +88,7 @@ class StudyRank:
 
 @dataclass(frozen=True)
 class StudyForgetting:
-    """§9.3: what is gained and what is lost, epoch by epoch."""
+    """§9.3: new knowledge against forgetting, epoch by epoch."""
 
     old_data: str = "data/pretrain.de.txt"
     new_data: str = "data/finetune.de.txt"
@@ -98,46 +98,46 @@ class StudyForgetting:
 
 @dataclass(frozen=True)
 class StudySpectrum:
-    """§2.2: how few directions hold what full fine-tuning and LoRA change, and which; the LoRA that is extracted."""
+    """§2.2: singular values and subspaces of the updates of full fine-tuning and LoRA, and the extracted LoRA."""
 
     old_data: str = "data/pretrain.de.txt"
     new_data: str = "data/finetune.de.txt"
-    seeds: Seeds = (0, 1, 2)  # subspaces are compared between them
+    seeds: Seeds = (0, 1, 2)  # subspaces are compared between seeds
     ranks: tuple[Annotated[int, AtLeast(8)], ...] = (8, 64)  # of LoRA; the first and the last are compared
     extracted: Counts = (1, 2, 4, 8, 16, 64)
 
 
 @dataclass(frozen=True)
 class StudyQuantization:
-    """§10.1: what a base that is kept in fewer bits still knows, by precision."""
+    """§10.1: the quality of the quantized base, by precision."""
 
-    data: str = "data/pretrain.de.txt"  # on which perplexity is taken, and by whose inputs GPTQ and AWQ are calibrated
+    data: str = "data/pretrain.de.txt"  # for perplexity and for the calibration of GPTQ and AWQ
     document: str = "data/document.yaml"
-    seeds: Seeds = (0, 1, 2)  # of the base
-    group: Count = 64  # weights of a row that share a scale
+    seeds: Seeds = (0, 1, 2)  # of the base model
+    group: Count = 64  # group size: weights of a row that share a scale
 
 
 @dataclass(frozen=True)
 class StudyIntrinsicDimension:
-    """§2.2: full fine-tuning in random subspaces of so many dimensions."""
+    """§2.2: full fine-tuning in random subspaces of the given dimensions."""
 
     data: str = "data/finetune.de.txt"
     document: str = "data/document.yaml"
     seeds: Seeds = (0, 1)
     dimensions: Counts = (128, 256, 512)
-    learning_rate: Rate = 1e-2  # as far as a weight moves in a step
-    share: Share = 0.9  # of what full fine-tuning brings
+    learning_rate: Rate = 1e-2  # per weight; scaled up for the subspace's own parameters
+    share: Share = 0.9  # of full fine-tuning's accuracy that counts as enough
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures 1 to 5 and §2.1's attention; what trains for Figure 3 does so as study_trajectory says."""
+    """Figures 1 to 5 and §2.1's attention. Figure 3 trains with the settings of study_trajectory."""
 
-    window: Steps = 0  # Figure 3: tokens of a training window on the way from tisch to sofa; 0: whole sentences
-    reach: Rate = 4.0  # Figure 3: how far to each side one parameter is varied
+    window: Steps = 0  # Figure 3: tokens per training window; 0: whole sentences
+    reach: Rate = 4.0  # Figure 3: the parameter is varied by ± this much
     weight: TwoByTwo = (1.4, 0.5, -0.2, 0.9)  # Figure 4: W of the example
     change: TwoByTwo = (0.5, 0.35, 0.25, 0.1)  # Figure 4: its ΔW
-    module: str = "layers.1.self_attn.v_proj"  # Figure 4: whose ΔW of full fine-tuning is measured
+    module: str = "layers.1.self_attn.v_proj"  # Figure 4: module whose ΔW of full fine-tuning is measured
 
     def __post_init__(self) -> None:
         for key in ("weight", "change"):
@@ -150,7 +150,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Claims:
-    """What the document claims, and how each claim is measured."""
+    """The file of claims: what the document says, and how it is measured."""
 
     data: str = "data/claims.yaml"
 

@@ -1,7 +1,7 @@
-"""Training in a random subspace: θ = θ₀ + Pθ_d, and θ_d (d,) alone trains (Li et al. 2018; Aghajanyan et al. 2021).
+"""Training in a random subspace: θ = θ₀ + Pθ_d, where only θ_d (d,) trains (Li et al. 2018; Aghajanyan et al. 2021).
 
-P (D, d) is an isometry: ‖Pθ_d‖ = ‖θ_d‖. A dense Gaussian one takes D·d numbers; here each row has one entry that is
-not zero, which takes D, and is as random to a gradient that has no part in how it was drawn.
+P (D, d) is an isometry: ‖Pθ_d‖ = ‖θ_d‖. A dense Gaussian P takes D·d numbers. Here each row of P has a single nonzero
+entry, which takes D numbers; the draw is independent of the gradient, so the subspace is random all the same.
 """
 
 import math
@@ -16,7 +16,7 @@ from pipeline.training.optimizer import FlatAdam, adam_step, zero_moments
 
 
 class Projection(Protocol):
-    """P (D, d), its columns orthonormal."""
+    """P (D, d) with orthonormal columns."""
 
     small: int  # d
 
@@ -28,44 +28,47 @@ class Projection(Protocol):
 
 
 class OneHot:
-    """Each of D numbers follows one of d, with a sign, ±1/√n where n of them follow the same: P'P = 1 exactly.
+    """Each row of P has one nonzero entry: ±1/√n, where n rows share its column. So PᵀP = 1 exactly.
 
-    Who follows whom is drawn: a permutation, dealt out in turn. With d = D it is one, with signs.
+    The columns come from a random permutation modulo d, so that all n differ by at most 1. With d = D, P is a
+    signed permutation.
     """
 
     def __init__(self, large: int, small: int, seed: int) -> None:
-        """Raises UserError for a subspace that is larger than the space."""
+        """Raises UserError if small > large."""
         if small > large:
-            raise UserError(f"A subspace of {small:,} dimensions is larger than the model, of {large:,} parameters.")
+            raise UserError(
+                f"a subspace of {small:,} dimensions is larger than the model ({large:,} parameters). Use fewer."
+            )
         generator = torch.Generator().manual_seed(seed)
         self.small = small
-        self._follows = torch.randperm(large, generator=generator) % small  # (D,)
+        self._columns = torch.randperm(large, generator=generator) % small  # (D,)
         signs = 2.0 * torch.randint(0, 2, (large,), generator=generator) - 1
-        count = torch.bincount(self._follows, minlength=small)
-        self._entries = signs / count.sqrt()[self._follows]  # (D,)
+        count = torch.bincount(self._columns, minlength=small)
+        self._entries = signs / count.sqrt()[self._columns]  # (D,)
 
     def up(self, inner: Tensor) -> Tensor:
-        return inner[self._follows] * self._entries
+        return inner[self._columns] * self._entries
 
     def down(self, outer: Tensor) -> Tensor:
-        return outer.new_zeros(self.small).index_add_(0, self._follows, outer * self._entries)
+        return outer.new_zeros(self.small).index_add_(0, self._columns, outer * self._entries)
 
 
 class SubspaceAdam(FlatAdam):
-    """Adam on θ_d. Its rate is √(D/d) times the one that is given, so that each weight moves as far as without P."""
+    """Adam on θ_d. The learning rate is multiplied by √(D/d), so that each weight moves as far as without P."""
 
     def __init__(self, model: CausalLM, projection: Projection) -> None:
         super().__init__(model)
         self._projection = projection
-        self._first = self.weights.detach().clone()  # θ₀
-        self._inner = self._first.new_zeros(projection.small)
-        self._moments_of_inner = zero_moments(self._inner)
-        self._stretch = math.sqrt(len(self._first) / projection.small)
+        self._initial = self.weights.detach().clone()  # θ₀
+        self._inner = self._initial.new_zeros(projection.small)
+        self._inner_moments = zero_moments(self._inner)
+        self._rate_factor = math.sqrt(len(self._initial) / projection.small)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         assert self.weights.grad is not None
         gradient = self._projection.down(self.weights.grad)
-        adam_step(self._inner, gradient, self._moments_of_inner, [(slice(None), learning_rate * self._stretch)])
-        self.set_weights(self._first + self._projection.up(self._inner))
+        adam_step(self._inner, gradient, self._inner_moments, [(slice(None), learning_rate * self._rate_factor)])
+        self.set_weights(self._initial + self._projection.up(self._inner))
         self.clear()

@@ -1,7 +1,7 @@
-"""Ways to keep a weight in few bits, to be read: the rows of the document's §10.1.
+"""Reference implementations of the quantization methods of the document's §10.1.
 
-Each takes W (O, I) and gives what is left of it, in fp32, with the bits that a weight then takes, its scales included.
-Where inputs X (N, I) are known, by their Gram matrix G = XᵀX, the error that counts is that of the output:
+Each takes W (O, I) and returns the dequantized weight Q (O, I) in fp32, with the bits per weight including scales.
+Methods that are calibrated on inputs X (N, I) take their Gram matrix G = XᵀX (I, I) and reduce the error of the output:
 ‖(W − Q)Xᵀ‖² = tr (W − Q)G(W − Q)ᵀ.
 """
 
@@ -21,19 +21,19 @@ EXPONENTS = 21  # of AWQ's search, from 0 to 1
 
 
 class Rounded(NamedTuple):
-    """What is left of a weight, and the bits a number of it takes."""
+    """The dequantized weight (O, I), and the bits per weight."""
 
     weight: Tensor
     bits: float
 
 
 def as_dtype(weight: Tensor, dtype: torch.dtype) -> Rounded:
-    """Each number's nearest in a 16- or 32-bit precision."""
+    """Round to the nearest number of a 16- or 32-bit dtype."""
     return Rounded(weight.to(dtype).float(), 8 * dtype.itemsize)
 
 
 def tf32(weight: Tensor) -> Rounded:
-    """10 of fp32's 23 bits of fraction, nearest and ties to even: as a tensor core reads it. Stored it stays fp32."""
+    """Round to 10 of fp32's 23 mantissa bits, ties to even, as a tensor core does. It is stored as fp32."""
     bits = weight.float().contiguous().view(torch.int32)
     dropped = 13
     odd = (bits >> dropped) & 1
@@ -41,87 +41,85 @@ def tf32(weight: Tensor) -> Rounded:
 
 
 def fp8(weight: Tensor) -> Rounded:
-    """E4M3, 4 bits of exponent and 3 of fraction, the largest weight at its end: one fp32 scale for all."""
+    """E4M3: 4 exponent and 3 mantissa bits, one fp32 scale per tensor that maps its largest magnitude to 448."""
     scale = _not_zero(weight.abs().max()) / E4M3_LARGEST
     return Rounded((weight / scale).to(torch.float8_e4m3fn).float() * scale, 8 + 32 / weight.numel())
 
 
 def int8(weight: Tensor) -> Rounded:
-    """±127 steps of each row's largest magnitude (LLM.int8(), Dettmers et al. 2022, §2), without its outliers."""
+    """Absmax scaling per row to ±127 (LLM.int8(), Dettmers et al. 2022, §2), without outlier decomposition."""
     scale = _not_zero(weight.abs().amax(1, keepdim=True)) / 127
     return Rounded((weight / scale).round() * scale, 8 + 32 / weight.shape[1])
 
 
 def normal_float(weight: Tensor, double: bool = False) -> Rounded:
-    """NF4, of scales in fp32 or, `double`, in 8 bits: see nf4.py."""
+    """NF4 with scales in fp32, or in 8 bits (`double`): see nf4.py."""
     scales = (8 + 32 / NF4_BLOCK_2) / NF4_BLOCK if double else 32 / NF4_BLOCK
     return Rounded(nf4.dequantize(nf4.quantize(weight.float(), double=double)), 4 + scales)
 
 
 def ternary(weight: Tensor) -> Rounded:
-    """-1, 0 and 1 times the mean magnitude (BitNet b1.58, Ma et al. 2024, §2): trained so there, here only rounded."""
+    """{-1, 0, 1} times the mean magnitude (BitNet b1.58, Ma et al. 2024, §2). Here without BitNet's training."""
     scale = _not_zero(weight.abs().mean())
     return Rounded((weight / scale).round().clamp(-1, 1) * scale, math.log2(3) + 32 / weight.numel())
 
 
 class Grid(NamedTuple):
-    """2^bits even steps for each row of a group: scale·(code − zero), (O, 1) each, from its least to its greatest
-    weight."""
+    """An asymmetric uniform grid of 2^bits levels per row of a group: scale·(code − zero), both (O, 1)."""
 
     scale: Tensor
     zero: Tensor
-    most: int
+    max_code: int
 
     @classmethod
     def of(cls, group: Tensor, bits: int) -> "Grid":
-        """Of a group (O, n); 0 is one of its steps, scales are kept in fp16."""
+        """The grid of a group (O, n), from its smallest to its largest weight. 0 is a level; scales are in fp16."""
         low, high = group.amin(1, keepdim=True).clamp(max=0), group.amax(1, keepdim=True).clamp(min=0)
-        most = 2**bits - 1
-        scale = _not_zero(((high - low) / most).half().float())
-        return cls(scale, (-low / scale).round(), most)
+        max_code = 2**bits - 1
+        scale = _not_zero(((high - low) / max_code).half().float())
+        return cls(scale, (-low / scale).round(), max_code)
 
     def codes(self, weight: Tensor) -> Tensor:
-        """Of each weight's nearest step, from 0 to 2^bits − 1."""
-        return ((weight / self.scale).round() + self.zero).clamp(0, self.most)
+        """The code of each weight's nearest level, from 0 to 2^bits − 1."""
+        return ((weight / self.scale).round() + self.zero).clamp(0, self.max_code)
 
     def nearest(self, weight: Tensor) -> Tensor:
         return (self.codes(weight) - self.zero) * self.scale
 
 
 def grouped_bits(bits: int, group: int) -> float:
-    """A weight's, with its share of a group's scale and zero."""
+    """Bits per weight, including its share of the group's scale and zero point."""
     return bits + (SCALE + bits) / group
 
 
 def nearest(weight: Tensor, bits: int, group: int) -> Rounded:
-    """Each weight's nearest step of its group of `group` inputs, or fewer where a row has fewer."""
+    """Round each weight to the nearest level of its group of `group` inputs (at most the row's length)."""
     group = min(group, weight.shape[1])
     parts = [Grid.of(part, bits).nearest(part) for part in torch.split(weight.float(), group, dim=1)]
     return Rounded(torch.cat(parts, dim=1), grouped_bits(bits, group))
 
 
 def gptq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:
-    """One input after the other: its weights are rounded, and those still to come make up for the error.
+    """GPTQ (Frantar et al. 2023, §3.3): round column by column; the columns still to come compensate the error.
 
-    With U from G⁻¹ = UᵀU, upper triangular, rounding column i by e changes the best of the rest by −e·Uᵢⱼ/Uᵢᵢ
-    (Frantar et al. 2023, §3.3). A group's grid is that of its weights when the first of them is reached.
+    With G⁻¹ = UᵀU, U upper triangular, an error e in column i is compensated in column j by −e·Uᵢⱼ/Uᵢᵢ. A group's
+    grid is computed from its compensated weights when its first column is reached.
     """
     columns = weight.shape[1]
     group = min(group, columns)
-    left, found = weight.double().clone(), torch.empty_like(weight, dtype=torch.float32)
+    remaining, rounded = weight.double().clone(), torch.empty_like(weight, dtype=torch.float32)
     upper = _inverse_root(gram.double())
     for start in range(0, columns, group):
-        grid = Grid.of(left[:, start : start + group].float(), bits)
+        grid = Grid.of(remaining[:, start : start + group].float(), bits)
         for column in range(start, min(start + group, columns)):
-            rounded = grid.nearest(left[:, column : column + 1].float())
-            found[:, column] = rounded[:, 0]
-            error = (left[:, column] - rounded[:, 0]) / upper[column, column]
-            left[:, column:] -= torch.outer(error, upper[column, column:])
-    return Rounded(found, grouped_bits(bits, group))
+            rounded[:, column] = grid.nearest(remaining[:, column : column + 1].float())[:, 0]
+            error = (remaining[:, column] - rounded[:, column]) / upper[column, column]  # (O,)
+            remaining[:, column:] -= torch.outer(error, upper[column, column:])  # (O, I − column)
+    return Rounded(rounded, grouped_bits(bits, group))
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
-    """Upper triangular U with UᵀU = (G + damping)⁻¹. Inputs that are never there stand for themselves alone."""
+    """Upper triangular U (I, I) with UᵀU = (G + damping)⁻¹. The damping keeps it defined if inputs are always zero."""
     diagonal = gram.diagonal().mean().clamp(min=1e-30) * DAMPING
     damped = gram + diagonal * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -130,27 +128,27 @@ def _inverse_root(gram: Tensor) -> Tensor:
 
 
 def awq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:
-    """Inputs that are large are made larger before rounding, and smaller after it: Q(W·s)/s, s = (their size)ᵃ.
+    """AWQ (Lin et al. 2024, §3.2): scale up the columns of large inputs before rounding, Q(W·s)/s with s = |x|ᵃ.
 
-    Of exponents a from 0 to 1 that with the least error of the output (Lin et al. 2024, §3.2). In a model 1/s is a
-    part of the layer before, so that it takes no bits.
+    The exponent a in [0, 1] is the one with the smallest output error. In a model 1/s is folded into the preceding
+    layer, so it takes no bits.
     """
-    size = _not_zero(gram.diagonal().sqrt()).float()
-    tried = []
+    magnitude = _not_zero(gram.diagonal().sqrt()).float()  # (I,)
+    candidates = []
     for exponent in torch.linspace(0, 1, EXPONENTS):
-        s = size**exponent
+        s = magnitude**exponent
         s = s / (s.max() * s.min()).sqrt()
-        tried.append(nearest(weight * s, bits, group).weight / s)
-    best = min(tried, key=lambda found: output_error(weight, found, gram))
+        candidates.append(nearest(weight * s, bits, group).weight / s)
+    best = min(candidates, key=lambda candidate: output_error(weight, candidate, gram))
     return Rounded(best, grouped_bits(bits, min(group, weight.shape[1])))
 
 
 def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
     """‖(W − Q)Xᵀ‖²."""
-    off = weight.double() - rounded.double()
-    return float(((off @ gram.double()) * off).sum())
+    error = weight.double() - rounded.double()  # (O, I)
+    return float(((error @ gram.double()) * error).sum())
 
 
 def _not_zero(scale: Tensor) -> Tensor:
-    """To divide by: 1 where all that is scaled is 0."""
+    """Replace zeros, the scales of all-zero weights, by 1 to avoid dividing by 0."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)

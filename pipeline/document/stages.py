@@ -1,4 +1,4 @@
-"""The document's stages: studies, figures and claims, each a measurement of what the product's stages made."""
+"""The document's stages: studies, figures and claims. They measure the artifacts of the product's stages."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +11,14 @@ TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix",
 TRAINED = ("train_from_scratch", *TUNED)
 
 
-def _study(name: str, *data: str, needs: tuple[str, ...] = PARENTS, **more: Any) -> Stage:
-    """A study of the document's statements. It asks about MiniGPT unless `more` says otherwise."""
+def _study(name: str, *data: str, needs: tuple[str, ...] = PARENTS, **options: Any) -> Stage:
+    """A stage that measures statements of the document; on MiniGPT only, unless `options` say otherwise."""
     module, output = f"pipeline.document.studies.{name}", f"studies/{name}"
-    return Stage(f"study_{name}", module, output, "study", name, needs, data, **{"minigpt_only": True, **more})
+    return Stage(f"study_{name}", module, output, "study", name, needs, data, **{"minigpt_only": True, **options})
 
 
 def _training_data(sections: tuple[str, ...]) -> tuple[str, ...]:
-    """The keys that name what these stages learn from."""
+    """The params keys of these stages' training data."""
     return (*(f"{section}.data" for section in sections), "finetune_lora.retention_data")
 
 

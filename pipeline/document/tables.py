@@ -1,7 +1,7 @@
-"""Tables of what was measured: written as CSV, read back by those who check it, shown on a terminal or a page.
+"""Tables of measurements: written and read as CSV, shown in the terminal and as Markdown.
 
-A quantity that was measured several times, with other seeds, is a `Spread`: three columns x, x_low and x_high in the
-file, one cell where it is shown.
+A quantity measured with several seeds is a `Spread`: three columns x, x_low and x_high in the file, one cell "x ±y" on
+display.
 """
 
 import csv
@@ -18,7 +18,7 @@ TIME = "time"
 
 
 class Spread(NamedTuple):
-    """Mean, least and greatest of several runs."""
+    """Mean, minimum and maximum over several runs."""
 
     mean: float
     low: float
@@ -26,32 +26,32 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Raises ValueError where there are none."""
-        found = list(values)
-        if not found:
-            raise ValueError("a spread of no values")
-        return cls(math.fsum(found) / len(found), min(found), max(found))
+        """Raises ValueError if `values` is empty."""
+        numbers = list(values)
+        if not numbers:
+            raise ValueError("a spread needs at least one value")
+        return cls(math.fsum(numbers) / len(numbers), min(numbers), max(numbers))
 
 
 def min_max(cells: Iterable[Spread]) -> list[list[float]]:
-    """How far the least lies below each mean and the greatest above it: error bars."""
-    found = list(cells)
-    return [[c.mean - c.low for c in found], [c.high - c.mean for c in found]]
+    """matplotlib's error bars: the distances from each mean down to the minimum and up to the maximum."""
+    spreads = list(cells)
+    return [[c.mean - c.low for c in spreads], [c.high - c.mean for c in spreads]]
 
 
 def mean(cell: "Cell") -> float:
-    """A cell's number, of a spread the mean. Raises TypeError for a cell that holds none."""
+    """The cell's number, or a spread's mean. Raises TypeError for other cells."""
     if isinstance(cell, Spread):
         return cell.mean
     if not isinstance(cell, int | float):
-        raise TypeError(f"{cell!r} is no number")
+        raise TypeError(f"{cell!r} is not a number")
     return float(cell)
 
 
 def spread(cell: "Cell") -> Spread:
-    """A cell that is one. Raises TypeError for any other."""
+    """The cell as a Spread. Raises TypeError if it is not one."""
     if not isinstance(cell, Spread):
-        raise TypeError(f"{cell!r} is no spread")
+        raise TypeError(f"{cell!r} is not a spread")
     return cell
 
 
@@ -62,10 +62,10 @@ Row = Mapping[str, Cell]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of the same columns, at least one; `name` is the file's, without .csv.
+    """One or more rows with the same columns. `name` is the file's name without .csv.
 
-    `formats`: column → how its numbers are shown, such as ".0%"; others with four digits. `hidden`: columns that are
-    for who reads the file.
+    `formats`: column → format of its numbers, such as ".0%" (default: four digits). `hidden`: columns that are in the
+    file but not shown.
     """
 
     name: str
@@ -80,39 +80,39 @@ class Table:
 
     @property
     def heads(self) -> dict[str, bool]:
-        """The columns that are shown, in words, and whether they hold numbers."""
+        """Heading of each column shown → whether the column is numeric."""
         names = [name for name in self.columns if name not in self.hidden]
         return {n.replace("_", " "): not any(isinstance(row[n], str) for row in self.rows) for n in names}
 
     def shown(self) -> list[list[str]]:
-        """Every cell that is shown, as text."""
+        """The rows as text, without hidden columns."""
         names = [name for name in self.columns if name not in self.hidden]
         return [[shown(row[name], self.formats.get(name, "")) for name in names] for row in self.rows]
 
     def markdown(self) -> str:
-        """The table for a page, numbers to the right."""
-        ends = ["---:" if number else "---" for number in self.heads.values()]
-        return "".join(f"| {' | '.join(line)} |\n" for line in (list(self.heads), ends, *self.shown()))
+        """The table as Markdown, numbers right-aligned."""
+        alignments = ["---:" if number else "---" for number in self.heads.values()]
+        return "".join(f"| {' | '.join(line)} |\n" for line in (list(self.heads), alignments, *self.shown()))
 
     def write(self, folder: Path) -> None:
-        """`name`.csv, numbers to six digits."""
-        spread = {name for row in self.rows for name, cell in row.items() if isinstance(cell, Spread)}
-        columns = [name + end for name in self.columns for end in (("", LOW, HIGH) if name in spread else ("",))]
+        """Write `name`.csv, numbers with six digits. Columns with a Spread get `_low` and `_high` beside them."""
+        spreads = {name for row in self.rows for name, cell in row.items() if isinstance(cell, Spread)}
+        columns = [name + end for name in self.columns for end in (("", LOW, HIGH) if name in spreads else ("",))]
         with (folder / f"{self.name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
             for row in self.rows:
-                cells = (_values(row[name], name in spread) for name in self.columns)
-                writer.writerow([_written(value) for values in cells for value in values])
+                cells = (_csv_values(row[name], name in spreads) for name in self.columns)
+                writer.writerow([_format_csv(value) for values in cells for value in values])
 
 
-def _values(cell: Cell, spread: bool) -> tuple[Value, ...]:
+def _csv_values(cell: Cell, spread: bool) -> tuple[Value, ...]:
     if isinstance(cell, Spread):
         return tuple(cell)
     return (cell,) * 3 if spread else (cell,)
 
 
-def _written(value: Value) -> str:
+def _format_csv(value: Value) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -121,26 +121,26 @@ def _written(value: Value) -> str:
 
 
 def shown(cell: Cell, form: str = "") -> str:
-    """A cell as text; of a spread the mean and how far a run lies from it at most: 94% ±3."""
+    """A cell as text; a spread as its mean and the largest deviation from it: 94% ±3."""
     if cell is None or isinstance(cell, str):
         return cell or "–"
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     if isinstance(cell, Spread):
-        mean, far = (
+        mean, deviation = (
             f"{value:{form or '.3g'}}" for value in (cell.mean, max(cell.high - cell.mean, cell.mean - cell.low))
         )
-        return mean if float(far.rstrip("%")) == 0 else f"{mean} ±{far.rstrip('%')}"
+        return mean if float(deviation.rstrip("%")) == 0 else f"{mean} ±{deviation.rstrip('%')}"
     return f"{cell:{form or (',' if isinstance(cell, int) else '.4g')}}"
 
 
 def times(rows: Sequence[Row]) -> Table:
-    """TIME of a run's folder: seconds differ from run to run, and so are no part of what a study finds."""
+    """The table TIME of a run's folder. It is not part of the artifact, since seconds differ from run to run."""
     return Table(TIME, "Time on this machine", rows, {"steps": ".0f", "seconds": ".2f", "ms_a_step": ".2f"})
 
 
 def read_table(path: Path) -> list[dict[str, Cell]]:
-    """The rows of a file that `Table.write` wrote. Raises UserError."""
+    """Read the rows of a file written by `Table.write`. Raises UserError."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file, strict=True))
@@ -148,22 +148,22 @@ def read_table(path: Path) -> list[dict[str, Cell]]:
         raise UserError(f"{path} does not exist. Run its study, or `dvc repro`.") from None
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: {error}. Run its study again.") from None
-    return [_joined({name: _read(text) for name, text in line.items()}) for line in lines]
+    return [_join_spreads({name: _parse_value(text) for name, text in line.items()}) for line in lines]
 
 
-def _joined(values: Mapping[str, Value]) -> dict[str, Cell]:
-    """The three columns of a spread as one."""
-    found: dict[str, Cell] = {}
+def _join_spreads(values: Mapping[str, Value]) -> dict[str, Cell]:
+    """Merge x, x_low and x_high into one Spread."""
+    cells: dict[str, Cell] = {}
     for name, value in values.items():
         low, high = values.get(name + LOW), values.get(name + HIGH)
         if name.endswith((LOW, HIGH)) and name.removesuffix(LOW).removesuffix(HIGH) in values:
             continue
-        spread = all(isinstance(each, int | float) for each in (value, low, high))
-        found[name] = Spread(float(value), float(low), float(high)) if spread else value  # type: ignore[arg-type]
-    return found
+        is_spread = all(isinstance(number, int | float) for number in (value, low, high))
+        cells[name] = Spread(float(value), float(low), float(high)) if is_spread else value  # type: ignore[arg-type]
+    return cells
 
 
-def _read(text: str | None) -> Value:
+def _parse_value(text: str | None) -> Value:
     if not text:
         return None
     if text in ("true", "false"):

@@ -1,8 +1,8 @@
-"""A content-addressed store of finished artifacts: <root>/<stage>/<key>/.
+"""A content-addressed cache of finished artifacts: <root>/<stage>/<key>/.
 
-The key covers all that decides an artifact's bytes. Entries appear whole, by rename, are checked against
-their manifest when used, and are touched by one process at a time. Large files are one file under two names, so
-that a real model does not cost its size again. They are read-only: an edit in place would change both.
+The key covers everything that determines an artifact's bytes. Entries appear atomically by rename, are verified
+against their manifest on use, and are guarded by a lock. Large files are hard links, so that a real model takes no
+extra space; they are read-only, because an edit in place would change both copies.
 """
 
 import fcntl
@@ -18,12 +18,12 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.files import artifact
 
-LARGE = 64 * 2**20  # bytes from which a file is linked
+LARGE = 64 * 2**20  # bytes; larger files are hard-linked instead of copied
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
 class Damaged(Exception):
-    """An entry was not what its manifest says, and was removed; the message says what had changed."""
+    """An entry did not match its manifest and was removed; the message says what differed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Cache:
     root: Path
 
     def restore(self, stage: str, key: str, target: Path) -> bool:
-        """Put a verified copy at `target`; False if there is none.
+        """Copy the verified entry to `target`. Returns False if there is no entry.
 
         Raises Damaged, and OSError if the cache or the target cannot be written.
         """
@@ -57,12 +57,12 @@ class Cache:
                 raise Damaged(str(error)) from None
             with artifact.writing(target) as folder:
                 _copy(entry, folder)
-            with suppress(OSError):  # another user's entry: the copy is made, only its last use is not noted
+            with suppress(OSError):  # another user's entry: only its time of last use is not updated
                 (entry / artifact.MANIFEST).touch()
         return True
 
     def store(self, stage: str, key: str, source: Path) -> None:
-        """Keep a copy of `source`. If the same key was stored before, that copy stays."""
+        """Store a copy of `source`, unless the key exists already."""
         entry = self.root / stage / key
         with self._lock():
             if not entry.is_dir():
@@ -70,33 +70,33 @@ class Cache:
                     _copy(source, folder)
 
     def entries(self) -> list[CacheEntry]:
-        """Everything cached, last used first."""
+        """All entries, most recently used first."""
         if not self.root.is_dir():
             return []
         with self._lock():
             return self._entries()
 
     def _entries(self) -> list[CacheEntry]:
-        found = [
-            CacheEntry(path.parent.name, path.name, path, _size(path), _used(path))
+        entries = [
+            CacheEntry(path.parent.name, path.name, path, _size(path), _last_used(path))
             for path in self.root.glob("*/*")
             if path.is_dir() and not path.name.startswith(".")
         ]
-        return sorted(found, key=lambda entry: entry.used, reverse=True)
+        return sorted(entries, key=lambda entry: entry.used, reverse=True)
 
     def prune(self, keep: int = 0, older_than_days: float = 0.0) -> list[CacheEntry]:
-        """Remove entries last used before `older_than_days` ago, but keep the newest `keep` of each stage."""
+        """Remove entries unused for `older_than_days` days, except the newest `keep` of each stage. Returns them."""
         limit = time.time() - older_than_days * 86_400
-        kept: dict[str, int] = {}
+        seen: dict[str, int] = {}  # stage → entries so far
         removed: list[CacheEntry] = []
         if not self.root.is_dir():
             return removed
         with self._lock():
-            for begun in self.root.glob("*/.*"):  # by a process that was killed: a living one would hold the lock
-                shutil.rmtree(begun)
+            for unfinished in self.root.glob("*/.*"):  # of a killed process: a running one would hold the lock
+                shutil.rmtree(unfinished)
             for entry in self._entries():
-                kept[entry.stage] = kept.get(entry.stage, 0) + 1
-                if kept[entry.stage] > keep and entry.used <= limit:
+                seen[entry.stage] = seen.get(entry.stage, 0) + 1
+                if seen[entry.stage] > keep and entry.used <= limit:
                     shutil.rmtree(entry.path)
                     removed.append(entry)
         return removed
@@ -114,14 +114,14 @@ def _copy(source: Path, target: Path) -> None:
         if path.is_dir():
             (target / path.name).mkdir()
             _copy(path, target / path.name)
-        elif not _linked(path, target / path.name):
+        elif not _try_link(path, target / path.name):
             shutil.copyfile(path, target / path.name)
 
 
-def _linked(path: Path, target: Path) -> bool:
-    """Whether a large file was given a second name, and made read-only.
+def _try_link(path: Path, target: Path) -> bool:
+    """Hard-link a large file and make it read-only. Returns whether that worked.
 
-    It cannot be on another file system or one without links; another user's file cannot be made read-only.
+    It fails across file systems, on those without links, and for another user's file.
     """
     before = path.stat()
     if before.st_size < LARGE:
@@ -130,7 +130,7 @@ def _linked(path: Path, target: Path) -> bool:
         os.link(path.resolve(), target)
         target.chmod(stat.S_IMODE(before.st_mode) & ~WRITE)
     except OSError:
-        target.unlink(missing_ok=True)  # else a copy would be written into the shared file
+        target.unlink(missing_ok=True)  # otherwise the copy would overwrite the linked file
         return False
     return True
 
@@ -139,7 +139,7 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _used(folder: Path) -> float:
+def _last_used(folder: Path) -> float:
     try:
         return (folder / artifact.MANIFEST).stat().st_mtime
     except FileNotFoundError:

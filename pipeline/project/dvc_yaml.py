@@ -1,4 +1,4 @@
-"""dvc.yaml as text, from what pipeline/project/stage_graph.py and the params say of each stage."""
+"""Renders dvc.yaml from the stage graph and the params."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -14,8 +14,8 @@ from pipeline.project.params.sections import TOP_LEVEL, key_path
 from pipeline.project.stage_graph import Project, Stage
 
 CODE_FILE = "code.yaml"
-PARTS = ("finetuning_comparison.png", "manifest.json", "predictions.json", "report.md")  # of evaluation, for DVC
-METRICS = "metrics.json"  # the one part that git keeps
+PARTS = ("finetuning_comparison.png", "manifest.json", "predictions.json", "report.md")  # the evaluation's, for DVC
+METRICS = "metrics.json"  # the only part tracked by git
 HEADER = """\
 # What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists of params.yaml.
 # To write it anew, remove it and run `lora new .` here.
@@ -26,52 +26,52 @@ CODE_HEADER = "# The code that each stage runs. `lora new .` renews this; `dvc r
 def render(project: Project, code: str | None = None) -> str:
     """The text of dvc.yaml.
 
-    `code`: a folder of code for DVC to watch, relative to the project's; None where the code is installed
-    elsewhere: then `CODE_FILE` stands for it.
+    `code`: a folder of code that DVC tracks, relative to the project's; None if the code is installed elsewhere, in
+    which case DVC tracks the digests in `CODE_FILE`.
     """
     stages = {name: _stage(project, stage, code) for name, stage in project.stages.items()}
     plots = _plots(project)
-    return "\n".join([_dumped({"stages": stages}), *([_dumped({"plots": plots})] if plots else [])])
+    return "\n".join([_dump({"stages": stages}), *([_dump({"plots": plots})] if plots else [])])
 
 
 def code_file(project: Project) -> str:
-    """The text of `CODE_FILE`: stage → digest of the modules that it runs, as a params file of DVC."""
-    return CODE_HEADER + _dumped({name: provenance.code_digest(s.module) for name, s in project.graph.stages.items()})
+    """The text of `CODE_FILE`, a DVC params file: stage → digest of the modules that it runs."""
+    return CODE_HEADER + _dump({name: provenance.code_digest(s.module) for name, s in project.graph.stages.items()})
 
 
 def files(project: Project, stage: Stage) -> dict[str, str]:
-    """Key of its section, such as data[0], or section.key → the file that it names; what is left empty is left out."""
+    """Key of the stage's section (such as data[0]) or section.key → file name; empty values are omitted."""
     base = project.params.pretrain
     if stage.name == "pretrain" and base.imports:
         return {"base": base.base} if parse_source(base.base, project.root).is_local else {}
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}
     for key in stage.data:
         value = project.setting(stage, key)
         names = {key: value} if isinstance(value, str) else {f"{key}[{i}]": name for i, name in enumerate(value)}
-        found |= {place: name for place, name in names.items() if name and name not in found.values()}
-    return found
+        files |= {k: name for k, name in names.items() if name and name not in files.values()}
+    return files
 
 
 def command(stage: Stage) -> str:
-    """finetune_lora is `lora finetune lora`, expand_vocab `lora expand-vocab`."""
+    """The stage's command: `lora finetune lora` for finetune_lora, `lora expand-vocab` for expand_vocab."""
     if stage.kind == "study":
         return f"lora study {stage.method}"
     return "lora " + stage.name.replace("finetune_", "finetune ").replace("_", "-")
 
 
 def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
-    own = project.params.written
-    deps = [_dependency(stage, place, name, own) for place, name in files(project, stage).items()]
+    written = project.params.written
+    deps = [_dependency(stage, key, name, written) for key, name in files(project, stage).items()]
     deps += [*map(project.artifact_name, project.needs(stage)), *([code] if code else [])]
     sections = list(filter(None, (stage.name, stage.settings_from, *stage.extra_sections)))
-    theirs = [name for name in sections if name not in own]
-    above = [key for key, section in TOP_LEVEL.items() if section in sections and section in own]
+    inherited = [name for name in sections if name not in written]
+    above = [key for key, section in TOP_LEVEL.items() if section in sections and section in written]
     return {
         "cmd": command(stage),
         "params": [
             *above,
-            *(name for name in sections if name in own),
-            *([{project.params.project: theirs}] if theirs and project.parent else []),
+            *(name for name in sections if name in written),
+            *([{project.params.project: inherited}] if inherited and project.parent else []),
             *([] if code else [{CODE_FILE: [stage.name]}]),
         ],
         **({"deps": deps} if deps else {}),
@@ -80,7 +80,7 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
 
 
 def _dependency(stage: Stage, key: str, name: str, written: Collection[str]) -> str:
-    """A file by its key where params.yaml has that, so that DVC follows it. DVC does not know what ~ is."""
+    """A file as ${section.key} if params.yaml has the key, so that DVC follows it. ~ is expanded, as DVC does not."""
     if name.startswith("~"):
         return str(Path(name).expanduser())
     path = key if "." in key else key_path(stage.section, key)
@@ -97,9 +97,9 @@ def _outputs(stage: Stage) -> dict[str, Any]:
 
 
 def _plots(project: Project) -> list[Any]:
-    """The trained variants' losses in one picture, and the comparison as evaluate drew it.
+    """One plot of all training losses, and evaluate's comparison.
 
-    A sweep's are not among them: DVC takes no folder of logs, and its adapters have the names that the grid gives.
+    A sweep's losses are not included: DVC takes no folder of logs, and the adapters' names depend on the grid.
     """
     single = (stage for stage in project.readable.values() if stage.kind != "adapters")
     trained = [stage for stage in single if stage.name == "train_from_scratch" or stage.name.startswith("finetune_")]
@@ -110,13 +110,13 @@ def _plots(project: Project) -> list[Any]:
 
 
 class _Indented(yaml.SafeDumper):
-    """Lists stand further in than their key, as people write them."""
+    """Indents lists below their key."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
         super().increase_indent(flow, False)
 
 
-def _dumped(value: Mapping[str, Any]) -> str:
-    plain = json.loads(json.dumps(value))  # no two places share an object: YAML would write one as a reference
+def _dump(value: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(value))  # a deep copy without shared objects, which YAML would write as anchors
     text: str = yaml.dump(plain, Dumper=_Indented, sort_keys=False, allow_unicode=True, width=10_000)
     return text

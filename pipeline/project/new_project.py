@@ -1,4 +1,4 @@
-"""A project in a folder of its own: params, the data that they name, and what DVC needs to run it there."""
+"""Creates a project folder: the params file, the data files that it names, and DVC's files."""
 
 import os
 import shutil
@@ -19,9 +19,9 @@ from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, parse
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 
 PARAMS = "params.yaml"
-HERE = provenance.ROOT  # a clone of the repository, or where the packages are installed
+HERE = provenance.ROOT  # a clone of the repository, or the folder of the installed packages
 DEFAULTS = HERE if (HERE / PARAMS).is_file() else HERE / "lora_workbench_defaults"
-DOCUMENT = DEFAULTS / "document"  # the document's own data, which comes with the program
+DOCUMENT = DEFAULTS / "document"  # the document's data, packaged with the program
 IGNORED_BY_DVC = "# What no stage reads.\nruns\n.lora-cache\n__pycache__\n"
 IGNORED_BY_GIT = "/artifacts/\n/runs/\n/.lora-cache/\n/dvc_plots/\n*.gguf\n"
 DVC_CONFIG = """\
@@ -33,7 +33,7 @@ DVC_CONFIG = """\
 [cache]
     type = "reflink,hardlink,copy"
 """
-# What a pretrained model wants otherwise than MiniGPT: whole examples, few and small steps, embeddings left alone.
+# Defaults for a pretrained model, unlike MiniGPT's: whole examples, few epochs, low rates, old embeddings frozen.
 PRETRAINED: dict[str, Any] = {
     "finetune_full.learning_rate": 2e-5,
     "finetune_freeze.learning_rate": 1e-4,
@@ -42,15 +42,15 @@ PRETRAINED: dict[str, Any] = {
     "finetune_lora.precision": "bf16",
     "finetune_lora.rank": 8,
     "finetune_lora.alpha": 16.0,
-    "finetune_lora.target_modules": ["attention"],  # whatever the family calls them
+    "finetune_lora.target_modules": ["attention"],  # whatever their names in the model family
     "finetune_lora.train_embeddings": "new_rows",
     "finetune_prefix.learning_rate": 1e-2,
     "finetune_prompt.learning_rate": 3e-2,
-    "study_knowledge_correction.data": "",  # a fact of one's own, where there is one
-    "merge.max_logit_difference": 1.0,  # a 16-bit base rounds what is added to it; the certificate says how far
+    "study_knowledge_correction.data": "",  # none by default: the user has to state a fact
+    "merge.max_logit_difference": 1.0,  # merging into a 16-bit base rounds; the certificate has the difference
 }
 METHODS = ("full", "freeze", "lora", "prefix", "prompt", "sweep", "scratch")
-PRETRAINED |= {  # its shape with random weights: that the stage runs, not that it learns
+PRETRAINED |= {  # from random weights: enough to run the stage, not to learn
     f"train_from_scratch.{key}": value
     for key, value in {"epochs": 1, "window": 0, "schedule": "linear", "max_grad_norm": 1.0}.items()
 }
@@ -67,8 +67,8 @@ PRETRAINED |= {
 
 
 @dataclass(frozen=True)
-class Made:
-    """What `create` did: files that it wrote, and what it left as it was but would have written otherwise."""
+class CreateResult:
+    """The files that `create` wrote, and notes on existing files that it would have written differently."""
 
     added: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -80,206 +80,206 @@ def create(
     params: Path | None = None,
     base: str | None = None,
     methods: Sequence[str] | None = None,
-) -> Made:
-    """Make `folder` a project, or add what it lacks. Nothing that is there is overwritten.
+) -> CreateResult:
+    """Make `folder` a project, or add missing files. Existing files are not overwritten.
 
-    `params` is the file to begin with, default the program's own, changed to what a pretrained `base` needs; `base`
-    goes into its base, a path being relative to the caller's folder. `methods`: the fine-tuning methods that
-    it gets instead of the file's. Raises UserError before anything is written.
+    `params`: the file to start from; the default is the program's, adapted to a pretrained `base`. `base` becomes
+    base; a path is relative to the current folder. `methods`: fine-tuning methods instead of the file's.
+    Raises UserError before anything is written.
     """
-    _refuse_other_folder(folder)
+    _check_folder(folder)
     source = (params or DEFAULTS / PARAMS).resolve()
     if methods is not None:
         _check_methods(methods, folder, params)
-    base = _seen_from(folder, base) if base else None
-    standing = (folder / PARAMS).is_file()
-    given = {"base": base} if base else {}
-    wanted = PRETRAINED if base and base != MINIGPT and not params else {}
-    fresh = _fresh(folder, graph, source, given, wanted, methods) if params or not standing else ""
-    text = _standing(folder, graph, base) if standing else fresh
+    base = _base_relative_to(folder, base) if base else None
+    exists = (folder / PARAMS).is_file()
+    required = {"base": base} if base else {}
+    defaults = PRETRAINED if base and base != MINIGPT and not params else {}
+    new_text = _render_params(folder, graph, source, required, defaults, methods) if params or not exists else ""
+    text = _read_existing(folder, graph, base) if exists else new_text
     project = _project(folder, graph, text, folder / PARAMS)
-    data = _data(project, source.parent)
+    data = _data_sources(project, source.parent)
     rendered = dvc_yaml.HEADER + dvc_yaml.render(project)
-    made = Made()
+    result = CreateResult()
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in data.items():
-        _copy(folder / name, path, name, made)
+        _copy(folder / name, path, name, result)
     for name, content in ((PARAMS, text), (".dvcignore", IGNORED_BY_DVC), (".gitignore", IGNORED_BY_GIT)):
-        _write(folder, name, content, made)
-    _write(folder, "dvc.yaml", rendered, made)
-    _renew(folder, dvc_yaml.CODE_FILE, dvc_yaml.code_file(project), made)
-    _begin_dvc(folder, made)
+        _write(folder, name, content, result)
+    _write(folder, "dvc.yaml", rendered, result)
+    _write_generated(folder, dvc_yaml.CODE_FILE, dvc_yaml.code_file(project), result)
+    _init_dvc(folder, result)
     if params:
-        other = [name for name, path in data.items() if (folder / name).read_bytes() != path.read_bytes()]
-        made.notes.extend(_kept(folder / name, data[name]) for name in other)
-    if fresh and text != fresh:
-        made.notes.append(_kept(folder / PARAMS, source))
-    if _parsed(folder / "dvc.yaml") != yaml.safe_load(rendered):
-        made.notes.append(_kept(folder / "dvc.yaml", folder / PARAMS))
-    return made
+        differing = [name for name, path in data.items() if (folder / name).read_bytes() != path.read_bytes()]
+        result.notes.extend(_kept_note(folder / name, data[name]) for name in differing)
+    if new_text and text != new_text:
+        result.notes.append(_kept_note(folder / PARAMS, source))
+    if _load_yaml(folder / "dvc.yaml") != yaml.safe_load(rendered):
+        result.notes.append(_kept_note(folder / "dvc.yaml", folder / PARAMS))
+    return result
 
 
-def _kept(path: Path, source: Path) -> str:
-    return f"{path} is kept, though {source} would give another. Remove it and run this again to have that."
+def _kept_note(path: Path, source: Path) -> str:
+    return f"{path} is kept, although {source} would give a different one. To replace it, remove it and run this again."
 
 
-def _refuse_other_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Name another folder.")
     if folder.resolve() == HERE:
-        raise UserError(f"{folder} is the program's own repository, a project already. Name another folder.")
-    known = (folder / PARAMS).is_file() or (folder / ".dvc").is_dir()
-    if folder.is_dir() and any(folder.iterdir()) and not known:
-        raise UserError(f"{folder} holds files, but no {PARAMS}: it is not a project. Name a new folder.")
+        raise UserError(f"{folder} is the program's own repository, which is already a project. Name another folder.")
+    is_project = (folder / PARAMS).is_file() or (folder / ".dvc").is_dir()
+    if folder.is_dir() and any(folder.iterdir()) and not is_project:
+        raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
 
 
 def _check_methods(methods: Sequence[str], folder: Path, params: Path | None) -> None:
     if params or (folder / PARAMS).is_file():
-        raise UserError("--methods is for a new project: the sections of a params file say which methods it has.")
+        raise UserError("--methods is for a new project; here the sections of the params file determine the methods.")
     if unknown := [name for name in methods if name not in METHODS]:
         raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(METHODS)}.")
 
 
 def _project(folder: Path, graph: StageGraph, text: str, path: Path) -> Project:
-    """The project that `folder` is with this params file. Raises UserError."""
+    """The project in `folder` with this params text. Raises UserError."""
     return Project.of(folder / PARAMS, parse(text, path, (), graph.sections), graph)
 
 
-def _fresh(
+def _render_params(
     folder: Path,
     graph: StageGraph,
     source: Path,
-    given: Mapping[str, Any],
-    wanted: Mapping[str, Any],
+    required: Mapping[str, Any],
+    defaults: Mapping[str, Any],
     methods: Sequence[str] | None,
 ) -> str:
-    """The params file's text as it is to be written, with these values and every key that dvc.yaml names.
+    """The text of the new params file, with the `required` values and every key that dvc.yaml refers to.
 
-    Of `wanted` those of the sections that it has.
+    `defaults` apply to the sections that the file has.
     """
     text = _read(source)
     parse(text, source, (), graph.sections)
     if methods is not None:
-        text = _with_methods(text, graph, methods)
-    text = _with_needs(text, graph)
+        text = _select_methods(text, graph, methods)
+    text = _add_needed_sections(text, graph)
     written = parse(text, source, (), graph.sections).written
-    text = edit.changed(text, {**given, **{k: v for k, v in wanted.items() if k.partition(".")[0] in written}})
-    return edit.changed(text, _missing(text, _project(folder, graph, text, source)))
+    text = edit.set_values(text, {**required, **{k: v for k, v in defaults.items() if k.partition(".")[0] in written}})
+    return edit.set_values(text, _missing_keys(text, _project(folder, graph, text, source)))
 
 
-def _with_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str:
-    """The file's text with the sections of these methods alone, those that it lacks with every default."""
+def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str:
+    """The text with the sections of exactly these methods; missing sections are added with all defaults."""
     sections = {method: "train_from_scratch" if method == "scratch" else f"finetune_{method}" for method in METHODS}
     written = parse(text, Path(PARAMS), (), graph.sections).written
     for name in [name for method, name in sections.items() if method not in methods and name in written]:
-        text = edit.without(text, name)
-    if "lora" not in methods:  # what is merged is an adapter of LoRA
-        text = edit.without(text, "merge")
+        text = edit.remove_section(text, name)
+    if "lora" not in methods:  # merge needs the LoRA adapter
+        text = edit.remove_section(text, "merge")
     for name in [sections[method] for method in methods if sections[method] not in written]:
         text = f"{text.rstrip()}\n\n{edit.section_text(name, SECTIONS[name]())}"
     return text
 
 
-def _with_needs(text: str, graph: StageGraph) -> str:
-    """The file's text with defaults for each section that its stages need and it lacks."""
+def _add_needed_sections(text: str, graph: StageGraph) -> str:
+    """The text with default sections added for stages that its own stages need."""
     project = Project(Path(), parse(text, Path(PARAMS), (), graph.sections), graph)
     stages = project.stages.values()
     needs = {need for stage in stages for need in (*project.needs(stage), stage.section, *stage.extra_sections)}
-    lacks = [name for name in graph.stages if name in needs - project.params.written and name in SECTIONS]
-    if not lacks:
+    missing = [name for name in graph.stages if name in needs - project.params.written and name in SECTIONS]
+    if not missing:
         return text
-    added = [edit.section_text(name, SECTIONS[name]()) for name in lacks]
-    return _with_needs("\n\n".join([text.rstrip(), *added]), graph)
+    added = [edit.section_text(name, SECTIONS[name]()) for name in missing]
+    return _add_needed_sections("\n\n".join([text.rstrip(), *added]), graph)
 
 
-def _standing(folder: Path, graph: StageGraph, base: str | None) -> str:
-    """The text of the params file that is there. Raises UserError if it is not one for what was asked."""
+def _read_existing(folder: Path, graph: StageGraph, base: str | None) -> str:
+    """The text of the existing params file. Raises UserError if its base is another or it lacks keys."""
     path = folder / PARAMS
     text = _read(path)
     project = _project(folder, graph, text, path)
     if base and base != project.params.pretrain.base:
         raise UserError(f"base is {project.params.pretrain.base} in {path}, not {base}. Edit it there.")
-    missing = _missing(text, project)
+    missing = _missing_keys(text, project)
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}, which dvc.yaml names. Write it there.")
+        raise UserError(f"{path} lacks {', '.join(missing)}, to which dvc.yaml refers. Add it there.")
     return text
 
 
-def _missing(text: str, project: Project) -> dict[str, Any]:
-    """`section.key` → default value of all that DVC would look for in vain."""
+def _missing_keys(text: str, project: Project) -> dict[str, Any]:
+    """`section.key` → value, for the keys that dvc.yaml refers to and the text lacks."""
     tree = yaml.safe_load(text)
-    found: dict[str, Any] = {}
+    missing: dict[str, Any] = {}
     for stage in project.stages.values():
-        for place in dvc_yaml.files(project, stage):
-            name = place.partition("[")[0]
+        for file_key in dvc_yaml.files(project, stage):
+            name = file_key.partition("[")[0]
             if name in TOP_LEVEL:
                 continue
             section, key = name.split(".") if "." in name else (stage.section, name)
             if section in project.params.written and key not in (tree.get(section) or {}):
-                found[f"{section}.{key}"] = project.setting(stage, name)
-    return found
+                missing[f"{section}.{key}"] = project.setting(stage, name)
+    return missing
 
 
-def _seen_from(folder: Path, base: str) -> str:
-    """A base that its user named from the current folder, as the project names it. Raises UserError."""
+def _base_relative_to(folder: Path, base: str) -> str:
+    """A base given relative to the current folder, relative to the project's folder. Raises UserError."""
     source = resolve(base, Path.cwd())
     return os.path.relpath(source.path.resolve(), folder.resolve()) if source.is_local else base
 
 
-def _data(project: Project, beside: Path) -> dict[str, Path]:
-    """Name → file beside the params that it is copied from, of each data file. Raises UserError."""
-    found: dict[str, Path] = {}
+def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
+    """Name of each data file → the file to copy it from: beside the source params, or packaged. Raises UserError."""
+    sources: dict[str, Path] = {}
     for stage in project.stages.values():
-        for place, name in dvc_yaml.files(project, stage).items():
+        for key, name in dvc_yaml.files(project, stage).items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-            if place != "base" and inside and (beside / name).is_file():
-                found[name] = beside / name
-            elif inside and (ours := _of_the_program(stage, name)) and not (project.root / name).is_file():
-                found[name] = ours
-            elif place != "base" and not (project.root / name).is_file():
+            if key != "base" and inside and (source_folder / name).is_file():
+                sources[name] = source_folder / name
+            elif inside and (packaged := _packaged_file(stage, name)) and not (project.root / name).is_file():
+                sources[name] = packaged
+            elif key != "base" and not (project.root / name).is_file():
                 raise UserError(
-                    f"{stage.name}.{place} names {name}, which is not a file in {beside}. "
+                    f"{stage.name}.{key} names {name}, which is not a file in {source_folder}. "
                     "Put it there, or edit the params file."
                 )
-    return found
+    return sources
 
 
-def _of_the_program(stage: Stage, name: str) -> Path | None:
-    """A data file of the document's that comes with the program."""
+def _packaged_file(stage: Stage, name: str) -> Path | None:
+    """The packaged data file for a stage of the document, if there is one."""
     folders = (DOCUMENT, DEFAULTS) if stage.is_measurement else ()
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def _copy(path: Path, source: Path, name: str, made: Made) -> None:
+def _copy(path: Path, source: Path, name: str, result: CreateResult) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
-        made.added.append(name)
+        result.added.append(name)
 
 
-def _write(folder: Path, name: str, text: str, made: Made) -> None:
+def _write(folder: Path, name: str, text: str, result: CreateResult) -> None:
     if not (folder / name).exists():
         (folder / name).write_text(text, encoding="utf-8")
-        made.added.append(name)
+        result.added.append(name)
 
 
-def _parsed(path: Path) -> Any:
+def _load_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError):
         return None
 
 
-def _renew(folder: Path, name: str, text: str, made: Made) -> None:
-    """Write a file that is the program's own."""
+def _write_generated(folder: Path, name: str, text: str, result: CreateResult) -> None:
+    """Write a generated file, overwriting an older version."""
     path = folder / name
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
-        made.added.append(name)
+        result.added.append(name)
 
 
-def _begin_dvc(folder: Path, made: Made) -> None:
-    """DVC in a folder of its own, whatever repository it lies in. Raises UserError."""
+def _init_dvc(folder: Path, result: CreateResult) -> None:
+    """Run `dvc init --no-scm` in the folder, even inside another repository. Raises UserError."""
     if (folder / ".dvc").is_dir():
         return
     command = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
@@ -287,10 +287,10 @@ def _begin_dvc(folder: Path, made: Made) -> None:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(
-            f"DVC cannot begin in {folder}: {' '.join(done.stderr.split())}. Try `dvc init --no-scm` there."
+            f"`dvc init` failed in {folder}: {' '.join(done.stderr.split())}. Try `dvc init --no-scm` there."
         )
     (folder / ".dvc/config").write_text(DVC_CONFIG, encoding="utf-8")
-    made.added.append(".dvc")
+    result.added.append(".dvc")
 
 
 def _read(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""How a run looks wherever it is drawn: a colour of Okabe & Ito's, which every reader tells apart, and a sign."""
+"""The color and sign of a run in every chart. Colors are Okabe and Ito's, which color-blind readers can distinguish."""
 
 from dataclasses import dataclass
 
@@ -20,10 +20,10 @@ STAGES = (*(f"finetune_{name}" for name in COLORS if name != "scratch"), "train_
 METHODS = {
     stage: Look(color, sign) for stage, color, sign in zip(STAGES, COLORS.values(), SIGNS[: len(STAGES)], strict=True)
 }
-METHODS["finetune_sweep"] = Look("#F0E442", "★")  # of its best adapter; the others are dimmer
+METHODS["finetune_sweep"] = Look("#F0E442", "★")  # its best adapter; the others are dimmed
 
 
 def other(number: int) -> Look:
-    """The look of the `number`th run that is no method's last: 20 that differ, then again."""
+    """The look of the `number`th older run. There are 20 different looks, then they repeat."""
     signs = SIGNS[len(COLORS) :]
     return Look(OTHERS[number % len(OTHERS)], signs[(number + number // len(OTHERS)) % len(signs)])

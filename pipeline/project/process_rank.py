@@ -1,4 +1,4 @@
-"""Which of several processes this is, as torchrun tells each by its environment; one alone without it."""
+"""Rank and world size of this process, from torchrun's environment variables."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProcessRank:
-    """`rank` of `size` processes in all; `local_rank` of `local_size` on this machine."""
+    """`rank` of `size` processes in total; `local_rank` of `local_size` on this machine."""
 
     rank: int
     size: int
@@ -15,7 +15,7 @@ class ProcessRank:
 
     @property
     def first(self) -> bool:
-        """The one that writes and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
@@ -24,6 +24,7 @@ class ProcessRank:
 
 
 def world() -> ProcessRank:
+    """This process's rank; rank 0 of 1 without torchrun."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return ProcessRank(
         rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))

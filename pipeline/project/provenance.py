@@ -1,4 +1,4 @@
-"""What an artifact was made with: the code a stage runs, the commit, the library versions."""
+"""What an artifact was made with: the stage's code, the git commit, the library versions."""
 
 import hashlib
 import platform
@@ -16,17 +16,17 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "mat
 
 
 def code_files(module: str) -> list[Path]:
-    """The project's own files that running `module` imports, itself included, found without running it."""
-    found: set[Path] = set()
+    """The files of this repository that `module` imports, directly or not, including its own; nothing is executed."""
+    files: set[Path] = set()
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = _file_of(name)
-        if path is not None and path not in found:
-            found.add(path)
+        if path is not None and path not in files:
+            files.add(path)
             package, _, _ = name.rpartition(".")  # its __init__ runs before its modules
             waiting += [*_imports(path.read_bytes()), package]
-    return sorted(found)
+    return sorted(files)
 
 
 def _file_of(module: str) -> Path | None:
@@ -35,21 +35,21 @@ def _file_of(module: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-@cache  # by content: a run asks twice, a process that makes several stages many times
+@cache  # by content: a process that runs several stages asks for the same files many times
 def _imports(source: bytes) -> tuple[str, ...]:
-    """What a file imports of the project, inside functions too.
+    """The modules of `pipeline` that a file imports, also inside functions.
 
-    Read from its bytecode: `ast.parse` raises SystemError in CPython 3.11 where another thread parses at the same
-    time, as `inspect.signature` does.
+    Read from bytecode: in CPython 3.11, `ast.parse` raises SystemError if another thread parses at the same time, as
+    `inspect.signature` does.
     """
     names, imports_in = list[str](), ModuleFinder().scan_opcodes
     waiting = [compile(source, "<source>", "exec")]
     while waiting:
         code = waiting.pop()
         waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        for kind, found in imports_in(code):
+        for kind, imported in imports_in(code):
             if kind == "absolute_import":
-                members, module = found
+                members, module = imported
                 names += [module, *(f"{module}.{member}" for member in members or ())]
     return tuple(name for name in names if name.split(".")[0] == "pipeline")
 
@@ -64,7 +64,7 @@ def code_digest(module: str) -> str:
 
 
 def commit(module: str) -> str | None:
-    """The last git commit that changed the code that `module` runs, or None outside a repository.
+    """The last git commit that changed the code of `module`, or None outside a repository.
 
     Not HEAD: a commit that touches a README must not change the bytes of every artifact.
     """
@@ -77,7 +77,7 @@ def commit(module: str) -> str | None:
 
 
 def committed(path: Path) -> str | None:
-    """The text of a file in the last commit, or None where it has none."""
+    """The text of a file in the last commit, or None if it is not in it."""
     command = ["git", "show", f"HEAD:./{path.name}"]
     try:
         done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True)
@@ -88,13 +88,13 @@ def committed(path: Path) -> str | None:
 
 @cache
 def versions(*more: str) -> Mapping[str, str]:
-    """Python and the libraries whose code decides the bytes of an artifact; of `more`, those that are installed."""
+    """Versions of Python and of the libraries that affect an artifact's bytes, and of those in `more` if installed."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, **_installed(more)}
 
 
 def _installed(names: Iterable[str]) -> Mapping[str, str]:
-    found = {}
+    installed = {}
     for name in names:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed

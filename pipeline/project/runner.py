@@ -1,4 +1,4 @@
-"""Run a stage: lock, look in the cache, do the work in a temporary folder, seal it, keep a copy."""
+"""Run a stage: lock, look in the cache, work in a temporary folder, seal the artifact, store a copy in the cache."""
 
 import fcntl
 import hashlib
@@ -20,7 +20,7 @@ from pipeline.project.stage_graph import Project, Stage
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should know: a cache hit, a resumed or refused checkpoint.
+    """Something the user should know: a cache hit, a resumed or rejected checkpoint.
 
     `routine`: nothing out of the ordinary, left out where many stages run one after the other.
     """
@@ -31,7 +31,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the work is."""
+    """`done` of `total` units of work."""
 
     done: int
     total: int
@@ -44,9 +44,9 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's work gets: its project, the folder to fill, the folder of its run, and its cache key.
+    """What a stage's work gets: its project, the folder to fill, the run folder, and the cache key.
 
-    `known` is all that decides what it makes: the first part of the manifest.
+    `input_facts`: everything that determines the artifact, the first part of its manifest.
     """
 
     project: Project
@@ -55,21 +55,18 @@ class Job:
     run: Path
     key: str
     checkpoint_every: int
-    known: Facts = field(default_factory=dict)
+    input_facts: Facts = field(default_factory=dict)
 
     def artifact(self, stage: str) -> Path:
-        """Another stage's output, once it is what its manifest says and was made from what lies beside it.
-
-        Raises UserError.
-        """
+        """The folder of another stage's artifact. Raises UserError if it is damaged or out of date."""
         folder, home = self.project.artifact(stage), self.project.home(stage)
         made_from = artifact.verify(folder)["inputs"]
         needs = home.needs(home.graph.stages[stage])
         now = {home.artifact_name(need): artifact.digest(home.artifact(need)) for need in needs}
         for name in changed_inputs(made_from, now):
             raise UserError(
-                f"{self.project.artifact_name(stage)} was made from another {name} than the one that is "
-                f"there. Run {stage} again, or `dvc repro` for all that is out of date."
+                f"{self.project.artifact_name(stage)} was made from another {name} than the current "
+                f"one. Run {stage} again, or `dvc repro` for everything out of date."
             )
         return folder
 
@@ -78,7 +75,7 @@ class Job:
 
 
 def changed_inputs(made_from: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The names whose digest is not the one that a manifest's inputs give."""
+    """The names whose digest differs from the manifest's."""
     return [name for name, digest in now.items() if made_from.get(name) != digest]
 
 
@@ -87,7 +84,7 @@ Work = Callable[[Job], Generator[Event, None, Facts]]
 
 @dataclass(frozen=True)
 class Digests:
-    """How digests are taken: of a file or folder, and of the code that a module runs. Who watches remembers them."""
+    """Functions that compute the digest of a file or folder, and of a module's code; a watcher passes cached ones."""
 
     path: Callable[[Path], str] = artifact.digest
     code: Callable[[str], str] = provenance.code_digest
@@ -99,13 +96,13 @@ DIGESTS = Digests()
 def run(
     project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int = 100
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Yields events and returns the manifest of the stage's artifact, which is then in place.
+    """Run a stage. Yields events and returns the manifest of its artifact.
 
-    `work` fills `job.out` and returns the facts that only it knows (counts, fingerprints).
+    `work` fills `job.out` and returns its own part of the manifest (counts, fingerprints).
     """
     folder = project.run_folder(stage.name)
     with (yield from _lock(folder, stage)), run_state.writing(folder) as writer:
-        for event in _made(project, stage, work, force, checkpoint_every):
+        for event in _make(project, stage, work, force, checkpoint_every):
             if isinstance(event, Note):
                 writer.note(event.text)
             else:
@@ -114,26 +111,26 @@ def run(
     return artifact.read_manifest(project.artifact(stage.name))
 
 
-def _made(
+def _make(
     project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int
 ) -> Generator[Event, None, None]:
-    """The artifact in its place, from the cache or by work."""
+    """Put the artifact in place, from the cache or by running the work."""
     target, folder = project.artifact(stage.name), project.run_folder(stage.name)
-    facts_known = known(project, stage)
-    key = hashlib.sha256(json.dumps(facts_known, sort_keys=True).encode()).hexdigest()
+    manifest = input_facts(project, stage)
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     cache = Cache(project.cache)
-    if not force and (yield from _restored(cache, stage, key, target)):
+    if not force and (yield from _restore(cache, stage, key, target)):
         return
     with artifact.writing(target) as out:
-        facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, facts_known))
-        _refuse_changed(facts_known["inputs"], _inputs(project, stage), stage)
-        artifact.seal(out, {**facts_known, "commit": provenance.commit(stage.module), **facts})
+        facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, manifest))
+        _check_unchanged(manifest["inputs"], _inputs(project, stage), stage)
+        artifact.seal(out, {**manifest, "commit": provenance.commit(stage.module), **facts})
     yield from _store(cache, stage, key, target)
     discard_checkpoints(folder)
 
 
 def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
-    """The run folder's lock, held until the file is closed or the process dies."""
+    """Acquire the run folder's lock. It is held until the file is closed or the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / run_state.LOCK).open("a+")
     try:
@@ -148,13 +145,13 @@ def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
     return file
 
 
-def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
-    """All that decides the artifact's bytes: also the first part of its manifest. Raises UserError.
+def input_facts(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
+    """Everything that determines the artifact's bytes; the first part of its manifest. Raises UserError.
 
-    Files outside the project are called by their names alone: their sha256 says which they are, wherever they lie.
+    Files outside the project appear by name without folder; their sha256 identifies them.
     """
     section = project.stage_params(stage)
-    besides = ["bitsandbytes"] if _in_few_bits(stage, section) else []
+    extra = ["bitsandbytes"] if _uses_quantization(stage, section) else []
     return {
         "kind": stage.kind,
         "method": stage.method,
@@ -163,14 +160,17 @@ def known(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
         "params": {key: _without_paths(value) for key, value in section.items()},
         "inputs": _inputs(project, stage, digests),
         "code": digests.code(stage.module),
-        "versions": provenance.versions(*besides),
+        "versions": provenance.versions(*extra),
     }
 
 
-def _in_few_bits(stage: Stage, section: Facts) -> bool:
-    """Whether a base is kept so, by its own settings or by those of a stage that it does anew; QLoRA is a method."""
-    kept = [value for key, value in section.items() if key.rpartition(".")[2] == "quantization"]
-    return stage.name == "study_methods" or any(value != "none" for value in kept)
+def _uses_quantization(stage: Stage, section: Facts) -> bool:
+    """Whether a base is quantized, by the stage's own settings or those of a stage that it repeats.
+
+    study_methods always does, since QLoRA is one of its methods.
+    """
+    values = [value for key, value in section.items() if key.rpartition(".")[2] == "quantization"]
+    return stage.name == "study_methods" or any(value != "none" for value in values)
 
 
 def _without_paths(value: Any) -> Any:
@@ -180,34 +180,34 @@ def _without_paths(value: Any) -> Any:
 
 
 def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[str, str]:
-    """Digest of all that the stage reads. Raises UserError if something is missing."""
+    """Name → digest of everything that the stage reads. Raises UserError if something is missing."""
     for name in project.data_files(stage):
         if not (project.root / name).is_file():
             raise UserError(f"{name} is not a file. Name an existing one in section {stage.name} of the params.")
-    base = _base(project, digests) if stage.name == "pretrain" else {}
-    found = dict(base)
+    base = _base_identity(project, digests) if stage.name == "pretrain" else {}
+    inputs = dict(base)
     for name, path in project.inputs(stage).items():
         shared, number = base_model.shared_name(name), 2
-        while shared in found:  # files of one name from several folders
+        while shared in inputs:  # files of the same name in several folders
             shared, number = f"{base_model.shared_name(name)} {number}", number + 1
-        found[shared] = digests.path(path)
-    return found
+        inputs[shared] = digests.path(path)
+    return inputs
 
 
-def _base(project: Project, digests: Digests) -> dict[str, str]:
-    """What is imported instead of trained, if anything is."""
+def _base_identity(project: Project, digests: Digests) -> dict[str, str]:
+    """The identity of an imported base; empty if the base is trained."""
     return base_model.identity(base_model.resolve(project.params.pretrain.base, project.root), digests.path)
 
 
-def _refuse_changed(before: Mapping[str, str], after: Mapping[str, str], stage: Stage) -> None:
-    """The manifest and the cache must not say that something was made from what was read only in part."""
+def _check_unchanged(before: Mapping[str, str], after: Mapping[str, str], stage: Stage) -> None:
+    """Raises UserError if an input changed during the run, since the artifact would not match its manifest."""
     for name in before:
         if before[name] != after[name]:
             raise UserError(f"{name} changed while {stage.name} was running. Run {stage.name} again.")
 
 
-def _restored(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Event, None, bool]:
-    """Whether the artifact was in the cache. Without a cache that can be used, the stage does its work."""
+def _restore(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Event, None, bool]:
+    """Restore the artifact from the cache. Returns False if it is not there or the cache is unusable."""
     try:
         if not cache.restore(stage.name, key, target):
             return False
@@ -225,7 +225,7 @@ def _store(cache: Cache, stage: Stage, key: str, target: Path) -> Iterator[Event
     try:
         cache.store(stage.name, key, target)
     except OSError as error:
-        yield Note(f"{stage.name}: done, but not kept in the cache ({error.strerror})")
+        yield Note(f"{stage.name}: done, but not stored in the cache ({error.strerror})")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -234,7 +234,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def discard_checkpoints(run: Path, keep: Path | None = None) -> None:
-    """Remove a run's checkpoints but `keep`, and what a killed process had begun to write of one."""
+    """Remove a run's checkpoints except `keep`, and unfinished ones of a killed process."""
     for path in [*checkpoints(run), *run.glob(".checkpoint-*")]:
         if path != keep:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""The product's stages, what each reads and writes, and a project: which of them it has, and where it reads the others.
+"""The product's stages with their inputs and outputs, and `Project`: its stages and the parent's that it reads.
 
-dvc.yaml says the same to DVC; a test compares.
+dvc.yaml contains the same graph for DVC; a test compares them.
 """
 
 import os
@@ -17,7 +17,7 @@ ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 
 
 def cache_folder(root: Path) -> Path:
-    """Where results are kept by content: in the project, or where LORA_CACHE says, for all of a machine's projects."""
+    """The cache's folder: in the project, or LORA_CACHE, which several projects can share."""
     shared = os.environ.get("LORA_CACHE")
     return Path(shared) if shared else root / CACHE
 
@@ -33,28 +33,28 @@ class Stage:
     method: str
     needs: tuple[str, ...] = ()  # stages whose outputs it reads
     data: tuple[str, ...] = ()  # keys of its settings that name files, or section.key of other sections
-    settings_from: str = ""  # the section that says how it trains, if that is another stage's
-    extra_sections: tuple[str, ...] = ()  # further sections that decide what it makes
-    minigpt_only: bool = False  # whether it asks what the document does of MiniGPT, and means nothing on another base
-    compares: bool = False  # whether it reads those of `needs` that a project has, and not all of them
+    settings_from: str = ""  # the section with its training settings, if that is another stage's
+    extra_sections: tuple[str, ...] = ()  # further sections that affect its output
+    minigpt_only: bool = False  # whether it measures statements about MiniGPT, so not on other bases
+    compares: bool = False  # whether it reads only those of `needs` that the project has
 
     @property
     def section(self) -> str:
-        """The section of params.yaml that says how it trains."""
+        """The section of params.yaml with its training settings."""
         return self.settings_from or self.name
 
     @property
     def is_measurement(self) -> bool:
-        """Whether it measures statements, after all that the pipeline makes, and makes no model."""
+        """Whether it measures the document's statements and makes no model."""
         return self.kind in ("study", "figures", "claims")
 
     @property
     def path(self) -> str:
-        """Its output as users name it, such as artifacts/base."""
+        """Its output relative to the project, such as artifacts/base."""
         return f"{ARTIFACTS}/{self.output}"
 
 
-STAGES: Mapping[str, Stage] = {  # of the product: a project has those of which its params.yaml has a section
+STAGES: Mapping[str, Stage] = {  # of the product: a project has those with a section in its params.yaml
     stage.name: stage
     for stage in (
         Stage("pretrain", "pipeline.stages.pretrain", "base", "checkpoint", "pretrain", data=("data",)),
@@ -137,7 +137,7 @@ STAGES: Mapping[str, Stage] = {  # of the product: a project has those of which 
     )
 }
 
-# What `compare` and `evaluate` set side by side: name → (stage that made the model, stage that made its adapter).
+# What `compare` and `evaluate` compare: name → (stage that made the model, stage that made its adapter).
 VARIANTS: Mapping[str, tuple[str, str | None]] = {
     "base": ("pretrain", None),
     "expanded": ("expand_vocab", None),
@@ -153,7 +153,7 @@ VARIANTS: Mapping[str, tuple[str, str | None]] = {
 
 @dataclass(frozen=True)
 class StageGraph:
-    """The stages that a project may have, in the DAG's order, and the sections that its params.yaml may have for them.
+    """The stages that a project may have, in the DAG's order.
 
     `sections`: those of stages that are not the product's, by name; read where a file has one that the product has not.
     """
@@ -167,10 +167,10 @@ PRODUCT = StageGraph(STAGES)
 
 @dataclass(frozen=True)
 class Project:
-    """A params file and the folder that it stands in; every path in it is relative to that folder.
+    """A params file and its folder; all paths in it are relative to that folder.
 
-    `parent`: the project whose artifacts and settings it builds on, where its params file names one. What it does not
-    have itself, it reads there.
+    `parent`: the project that the params file names under `project`. Stages and sections that a project does not have
+    itself are read from its parent.
     """
 
     root: Path
@@ -191,29 +191,31 @@ class Project:
             return cls(root, params, graph)
         source = root / params.project
         try:
-            theirs = load(source, (), graph.sections)
+            parent_params = load(source, (), graph.sections)
         except UserError as error:
             raise UserError(f"{path}: project: {error}") from None
-        if theirs.project:
-            raise UserError(f"{path}: project names {params.project}, which names another. Name that one here.")
-        parent = cls(source.resolve().parent, theirs, graph)
-        away = os.path.relpath(parent.root, root)
-        return cls(root, inherit(params, theirs, _file_keys(graph), away), graph, parent)
+        if parent_params.project:
+            raise UserError(
+                f"{path}: project {params.project} itself builds on {parent_params.project}. Name that one here."
+            )
+        parent = cls(source.resolve().parent, parent_params, graph)
+        prefix = os.path.relpath(parent.root, root)
+        return cls(root, inherit(params, parent_params, _file_keys(graph), prefix), graph, parent)
 
     def section(self, stage: Stage) -> Section:
-        """The section of the stage's name."""
+        """The section with the stage's name."""
         return self.params.section(stage.name)
 
     def settings(self, stage: Stage) -> Section:
-        """The section that says how it trains: its own, or another stage's, of which it makes variants."""
+        """The section with the stage's training settings: its own, or another stage's of which it trains variants."""
         return self.params.section(stage.section)
 
     def stage_params(self, stage: Stage) -> dict[str, Any]:
-        """All of params.yaml that decides what the stage makes: the values of a sweep stand for its settings'."""
-        own = asdict(self.section(stage))
+        """All params that affect the stage's output. The keys of a sweep's grid replace those of its settings."""
+        section = asdict(self.section(stage))
         return {
-            **{key: value for key, value in asdict(self.settings(stage)).items() if key not in own.get("grid", ())},
-            **own,
+            **{key: value for key, value in asdict(self.settings(stage)).items() if key not in section.get("grid", ())},
+            **section,
             **{
                 f"{name}.{key}": value
                 for name in stage.extra_sections
@@ -222,14 +224,14 @@ class Project:
         }
 
     def setting(self, stage: Stage, key: str) -> Any:
-        """The value of a key of its settings, or of section.key."""
+        """The value of a key of the stage's settings, or of section.key."""
         section, _, name = key.rpartition(".")
         return getattr(self.params.section(section or stage.section), name)
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """Its own: of which its params file has a section, that mean something for its base and have data, by name, in
-        the DAG's order."""
+        """Its own stages by name, in the DAG's order: those with a section in its params file and with data,
+        except those that do not apply to its base."""
         imports = self.params.pretrain.imports
         return {
             name: stage
@@ -242,20 +244,20 @@ class Project:
 
     @cached_property
     def readable(self) -> dict[str, Stage]:
-        """The stages whose artifacts it can read, its own and its parent's, by name, in the DAG's order."""
-        theirs = self.parent.stages if self.parent else {}
-        return {name: stage for name, stage in self.graph.stages.items() if name in self.stages or name in theirs}
+        """Its own and its parent's stages, whose artifacts it can read, by name, in the DAG's order."""
+        inherited = self.parent.stages if self.parent else {}
+        return {name: stage for name, stage in self.graph.stages.items() if name in self.stages or name in inherited}
 
     def stage(self, name: str) -> Stage:
-        """One of its own stages. Raises UserError if it has none of this name."""
+        """One of its own stages. Raises UserError if it does not have it."""
         if name in self.stages:
             return self.stages[name]
         if self.parent and name in self.parent.stages:
             raise UserError(f"{name} is a stage of {self.params.project}. Run it in {self.parent.root}.")
-        raise UserError(self._why_not(self.graph.stages[name]))
+        raise UserError(self._missing_stage_message(self.graph.stages[name]))
 
-    def _why_not(self, stage: Stage) -> str:
-        """What the project lacks for a stage."""
+    def _missing_stage_message(self, stage: Stage) -> str:
+        """Why the project does not have a stage, and what to do."""
         file, base = self.params.file, self.params.pretrain.base
         if stage.name not in self.params.written:
             return (
@@ -268,20 +270,20 @@ class Project:
 
     @property
     def variants(self) -> dict[str, tuple[str, str | None]]:
-        """Those of VARIANTS whose stages it can read."""
-        there = self.readable
-        return {name: pair for name, pair in VARIANTS.items() if all(stage in there for stage in pair if stage)}
+        """The VARIANTS whose stages it can read."""
+        readable = self.readable
+        return {name: pair for name, pair in VARIANTS.items() if all(stage in readable for stage in pair if stage)}
 
     def home(self, name: str) -> "Project":
-        """The project that makes a stage's artifact: its parent for what it does not make itself."""
-        theirs = self.parent and name not in self.stages and name in self.parent.stages
-        return self.parent if self.parent and theirs else self
+        """The project that has a stage: itself, or its parent."""
+        is_parents = self.parent and name not in self.stages and name in self.parent.stages
+        return self.parent if self.parent and is_parents else self
 
     def artifact(self, stage: str) -> Path:
         return self.home(stage).root / self.graph.stages[stage].path
 
     def artifact_name(self, stage: str) -> str:
-        """The artifact as its users name it from the project's folder: artifacts/base, or ../artifacts/base."""
+        """The artifact's path relative to the project's folder: artifacts/base, or ../artifacts/base."""
         return Path(os.path.relpath(self.artifact(stage), self.root)).as_posix()
 
     def run_folder(self, stage: str) -> Path:
@@ -293,22 +295,22 @@ class Project:
 
     @property
     def cache(self) -> Path:
-        """Where its results are kept by content: a project keeps them with its parent's."""
+        """The cache's folder, shared with the parent."""
         return cache_folder(self.parent.root if self.parent else self.root)
 
     def data_files(self, stage: Stage) -> list[str]:
-        """The data files a stage reads, as params.yaml names them; an imported base reads none."""
+        """The data files that a stage reads, as named in params.yaml; none for an imported base."""
         if stage.name == "pretrain" and self.params.pretrain.imports:
             return []
         values: list[Any] = [self.setting(stage, key) for key in stage.data]
         return [name for value in values for name in ((value,) if isinstance(value, str) else value) if name]
 
     def needs(self, stage: Stage) -> list[str]:
-        """The stages whose outputs it reads: all that it needs, or where it compares, those that the project has."""
+        """The stages whose outputs it reads; for a stage that compares, only those that the project has."""
         return [need for need in stage.needs if need in self.readable or not stage.compares]
 
     def inputs(self, stage: Stage) -> dict[str, Path]:
-        """Name → path of all that a stage reads: other stages' outputs, then data files."""
+        """Name → path of everything that a stage reads: other stages' outputs, then data files."""
         outputs = {self.artifact_name(need): self.artifact(need) for need in self.needs(stage)}
         return outputs | {name: self.root / name for name in self.data_files(stage)}
 

@@ -1,1 +1,1 @@
-"""One module a stage; stages meet through files."""
+"""One module per stage. Stages communicate only through files."""

@@ -1,6 +1,6 @@
-"""`python -m pipeline.stages.charts`: a picture of runs, described in JSON on stdin, as SVG or PNG on stdout.
+"""`python -m pipeline.stages.charts`: reads a chart's description as JSON from stdin, writes SVG or PNG to stdout.
 
-A process of its own: the screen that asks for it never loads matplotlib.
+It runs in a separate process, so that the terminal UI never loads matplotlib.
 """
 
 import json
@@ -12,11 +12,11 @@ from typing import Any
 MARKERS = dict(zip("●▲■◈◆▼○△□◇▽◀▶◁▷★☆", "o^sPDvo^sDv<><>**", strict=True))
 HOLLOW = "○△□◇▽◁▷☆"
 DASHES = ("-", "--", "-.", ":")
-WIDTH, HEIGHT, PANEL = 8.0, 4.2, 1.8  # inches; PANEL: each further panel
+WIDTH, HEIGHT, PANEL = 8.0, 4.2, 1.8  # inches; PANEL: height of each further panel
 
 
 def draw(picture: Mapping[str, Any]) -> bytes:
-    """The file's bytes. `picture` is what `tui.screens.curves.export.picture` makes of a screen."""
+    """The file's bytes. `picture` comes from `tui.screens.curves.export.picture`."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -53,7 +53,7 @@ def _draw_panel(axis: Any, panel: Mapping[str, Any]) -> None:
 
 
 def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
-    """Raw and smoothed values, evaluations, and a stroke where it is flat: the legend says of what."""
+    """Raw and smoothed values, evaluations, and a stroke where the curve becomes flat."""
     x, mean, color, marker = curve["x"], curve["mean"], curve["color"], MARKERS[curve["sign"]]
     raw = [value for pair in zip(curve["low"], curve["high"], strict=True) for value in pair]
     axis.plot([value for value in x for _ in range(2)], raw, color=color, alpha=0.3, linewidth=0.6)
@@ -74,7 +74,7 @@ def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
 
 
 def main() -> None:
-    """Exit code 0, and the picture on stdout."""
+    """Read stdin, write the picture to stdout."""
     sys.stdout.buffer.write(draw(json.load(sys.stdin)))
 
 

@@ -1,4 +1,4 @@
-"""evaluate: the project's variants side by side: what was learned, what was forgotten (§9.3)."""
+"""evaluate: compares learning and forgetting of the project's variants (§9.3)."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -28,9 +28,9 @@ TRAINED = (
 
 
 def evaluate(job: Job) -> Generator[Event, None, Facts]:
-    """The project's variants on the same sentences and prompts → metrics, predictions, report.md and the picture.
+    """Evaluate all variants on the same sentences and prompts → metrics, predictions, report.md and the picture.
 
-    Its manifest has `variants`: which of its inputs each was measured on.
+    The manifest's `variants` maps each variant to the artifact that was measured.
     """
     settings, project = job.project.params.evaluate, job.project
     for stage in project.needs(job.stage):
@@ -44,8 +44,8 @@ def evaluate(job: Job) -> Generator[Event, None, Facts]:
         before = before or old
         predictions[loaded.name] = _predictions(loaded, prompts, settings)
         metrics[loaded.name] = {
-            **_knowledge(job, loaded, settings, old, before),
-            **_kept(predictions[loaded.name]),
+            **_score_sentences(job, loaded, settings, old, before),
+            **_count_prompts(predictions[loaded.name]),
             **_cost(project, loaded.name),
         }
         yield Progress(done, len(project.variants), loaded.name)
@@ -61,23 +61,23 @@ def evaluate(job: Job) -> Generator[Event, None, Facts]:
 
 
 def _old_examples(job: Job, loaded: LoadedModel, settings: Evaluate) -> list[Example]:
-    """The sentences that the base was trained on, or others of its words."""
+    """The sentences of evaluate.old_data. Raises UserError if one has a word that the model does not know."""
     examples = read_examples(job.path(settings.old_data), settings.old_data)
     for example in examples:
         unknown = loaded.tokenizer.unknown_words(example.text)
         if unknown:
             raise UserError(
-                f"{example.location}: {loaded.name} does not know {', '.join(unknown)}. evaluate.old_data must hold "
-                "words of the pretraining data only: it measures what is forgotten of them."
+                f"{example.location}: {loaded.name} does not know {', '.join(unknown)}. evaluate.old_data measures "
+                "forgetting: use only words of the pretraining data."
             )
     return examples
 
 
-def _knowledge(
+def _score_sentences(
     job: Job, loaded: LoadedModel, settings: Evaluate, old: EvalScores, before: EvalScores
 ) -> dict[str, Any]:
-    """Old and new sentences; forgetting is measured against the pretrained base."""
-    found: dict[str, Any] = {
+    """Scores on old and new sentences; forgetting is relative to the pretrained base (`before`)."""
+    scores: dict[str, Any] = {
         "old_loss": old.loss,
         "old_perplexity": old.perplexity,
         "forgetting": {
@@ -90,12 +90,12 @@ def _knowledge(
     if any(loaded.tokenizer.unknown_words(example.text) for example in examples):
         if loaded.name != "base":
             raise UserError(
-                f"{settings.new_data} has words that {loaded.name} does not know. Add it to expand_vocab.data."
+                f"{settings.new_data} has words that {loaded.name} does not know. Add the file to expand_vocab.data."
             )
-        return found  # the base has no rows for the new words: there is nothing to measure
+        return scores  # the base has no embeddings for the new words
     new = score(loaded, examples)
     completed = sum(completes_correctly(loaded, example, settings.prompt_words) for example in examples)
-    return found | {
+    return scores | {
         "new_loss": new.loss,
         "new_perplexity": new.perplexity,
         "new_completed": completed,
@@ -104,29 +104,29 @@ def _knowledge(
 
 
 def _predictions(loaded: LoadedModel, prompts: list[Prompt], settings: Evaluate) -> list[dict[str, Any]]:
-    """Each prompt's answers, in order; a prompt of which a word is unknown has none."""
-    known = [p for p in prompts if not loaded.tokenizer.unknown_words(p.prompt)]
-    pairs = [(p.prompt, words) for p in known for words in (p.answer, p.corrected)]
+    """The prediction for each prompt, in order; its scores are None if the prompt has an unknown word."""
+    askable = [p for p in prompts if not loaded.tokenizer.unknown_words(p.prompt)]
+    pairs = [(p.prompt, words) for p in askable for words in (p.answer, p.corrected)]
     answers = score_answers(loaded, pairs, settings.top_k)
-    both = {id(p): pair for p, pair in zip(known, zip(answers[::2], answers[1::2], strict=True), strict=True)}
+    both = {id(p): pair for p, pair in zip(askable, zip(answers[::2], answers[1::2], strict=True), strict=True)}
     return [_prediction(loaded, prompt, both.get(id(prompt)), settings) for prompt in prompts]
 
 
 def _prediction(
     loaded: LoadedModel, prompt: Prompt, both: tuple[AnswerScore, AnswerScore] | None, settings: Evaluate
 ) -> dict[str, Any]:
-    """What was expected, whether it comes first and how probable it is, and the top-k; None where a word is unknown."""
-    asked: dict[str, Any] = vars(prompt)
+    """The prompt's fields, the scores of its two answers, and the top-k; scores are None if `both` is None."""
+    fields: dict[str, Any] = vars(prompt)
     if both is None:
-        unknown = ("probability", "first", "corrected_probability", "corrected_first", "top_k")
-        return asked | dict.fromkeys(unknown)
+        missing = ("probability", "first", "corrected_probability", "corrected_first", "top_k")
+        return fields | dict.fromkeys(missing)
     answer, corrected = both
     if answer.probability is None and prompt.rule != "must_learn":
         raise UserError(
-            f"{settings.prompts}: {loaded.name} cannot say the answer {prompt.answer!r} to {prompt.prompt!r}: it has "
-            "no tokens for it. Use words of its training data, or the rule must_learn."
+            f"{settings.prompts}: {loaded.name} has no tokens for {prompt.answer!r}, the answer to {prompt.prompt!r}. "
+            "Use words of its training data, or the rule must_learn."
         )
-    return asked | {
+    return fields | {
         "probability": answer.probability,
         "first": answer.first,
         "corrected_probability": corrected.probability,
@@ -135,8 +135,8 @@ def _prediction(
     }
 
 
-def _kept(predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many prompts that must keep their answer do, and how many that a correction must change have the new one."""
+def _count_prompts(predictions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts over prompts: must_keep with the old answer first, and must_change with the corrected one first."""
     keep, change = ([p for p in predictions if p["rule"] == rule] for rule in ("must_keep", "must_change"))
     return {
         "old_prompts_kept": sum(bool(p["first"]) for p in keep),
@@ -147,7 +147,7 @@ def _kept(predictions: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _cost(project: Project, variant: str) -> dict[str, Any]:
-    """Parameters as the manifest of what was trained says, and bytes on disk of what must be kept for it."""
+    """Parameter counts from the variant's manifest, and the size of its weights on disk."""
     stages = [stage for stage in VARIANTS[variant] if stage]
     folder = project.artifact(stages[-1])
     parameters = read_manifest(folder)["parameters"]
@@ -162,5 +162,5 @@ def _cost(project: Project, variant: str) -> dict[str, Any]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of the weights in an artifact."""
+    """The size in bytes of an artifact's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""expand_vocab: rows for the words that fine-tuning brings, and proof that nothing else changed (§9.1)."""
+"""expand_vocab: adds embedding rows for the new words, and verifies that nothing else changed (§9.1)."""
 
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -22,15 +22,15 @@ AUDIT = "audit.json"
 
 
 def expand_vocab(job: Job) -> Generator[Event, None, Facts]:
-    """Old rows are copied bit for bit; each new one is the old rows' mean plus Gaussian noise."""
+    """Copy the old rows bit for bit; each new row is the mean of the old ones plus Gaussian noise. Raises UserError."""
     settings = job.project.params.expand_vocab
     folder, trust = job.artifact("pretrain"), job.project.params.pretrain.trust_remote_code
     old, new = load_base(folder, None, trust), load_base(folder, None, trust)
-    tokenizer, words = _expanded(job, settings, old.tokenizer)
+    tokenizer, words = _expand_tokenizer(job, settings, old.tokenizer)
     if words:
         add_rows(new.model, len(old.tokenizer), len(tokenizer), settings)
     else:
-        yield Note("expand_vocab: no new tokens; the model stays as it is")
+        yield Note("expand_vocab: no new tokens; the model is unchanged")
     new = Base(new.model, tokenizer)
     save_base(job.out, new)
     audit = _audit(old, new, words, read_examples(job.path(settings.audit_data), settings.audit_data))
@@ -43,15 +43,15 @@ def expand_vocab(job: Job) -> Generator[Event, None, Facts]:
     }
 
 
-def _expanded(job: Job, settings: ExpandVocab, old: Tokenizer) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer with what params name, and, where words are its tokens, with the words of the data.
+def _expand_tokenizer(job: Job, settings: ExpandVocab, old: Tokenizer) -> tuple[Tokenizer, list[str]]:
+    """Add the tokens of the params and, for a word tokenizer, the words of the data. Returns it and the new words.
 
-    Raises UserError for special tokens where there is no such thing.
+    Raises UserError for special tokens with a word tokenizer, which has none.
     """
     if settings.special_tokens and isinstance(old, WordTokenizer):
         raise UserError(
-            "expand_vocab.special_tokens are for a base that splits words; MiniGPT's tokens are words, all alike. "
-            "Name them in expand_vocab.tokens."
+            "expand_vocab.special_tokens need a subword tokenizer; MiniGPT's word tokenizer has no special tokens. "
+            "Put them in expand_vocab.tokens."
         )
     tokenizer, words = old, list[str]()
     if settings.data and isinstance(old, WordTokenizer):
@@ -65,19 +65,19 @@ def _expanded(job: Job, settings: ExpandVocab, old: Tokenizer) -> tuple[Tokenize
 
 
 def add_rows(model: CausalLM, first: int, stop: int, settings: ExpandVocab) -> None:
-    """Rows `first` to `stop` of embedding and head. Models are often padded: those rows may be there already."""
+    """Initialize the rows `first` to `stop` of embeddings and head. They may exist already if the model is padded."""
     if stop > model.shape.rows:
         set_row_count(model, stop)
     generator = torch.Generator().manual_seed(settings.seed)
-    for weight in {id(w): w for w in _ends(model)}.values():
+    for weight in {id(w): w for w in _embedding_and_head(model)}.values():
         _fill_rows(weight, first, stop, settings.noise_std, generator)
     if getattr(model.head, "bias", None) is not None:
         bias = model.head.get_parameter("bias").data  # (V,)
         bias[first:stop] = bias[:first].float().mean()
 
 
-def _ends(model: CausalLM) -> Iterator[Tensor]:
-    return (weight_of(end) for end in (model.embeddings, model.head))
+def _embedding_and_head(model: CausalLM) -> Iterator[Tensor]:
+    return (weight_of(module) for module in (model.embeddings, model.head))  # (V, D) each
 
 
 @torch.no_grad()
@@ -89,25 +89,25 @@ def _fill_rows(weight: Tensor, first: int, stop: int, std: float, generator: tor
 
 @torch.no_grad()
 def _audit(old: Base, new: Base, words: list[str], examples: list[Example]) -> dict[str, Any]:
-    """Old rows identical: yes or no; largest change of an old word's logit on sentences without new words.
+    """Compare ids, rows and logits of the old words before and after; logits on sentences without new words.
 
-    Raises UserError if anything changed: the artifact is then not written.
+    Raises UserError if anything changed, so that the artifact is not written.
     """
     V = len(old.tokenizer)
-    known = [e for e in examples if not old.tokenizer.unknown_words(e.text)]
-    known = [e for e in known if old.tokenizer.encode(e.text) == new.tokenizer.encode(e.text)]
-    if not known:
+    unchanged = [e for e in examples if not old.tokenizer.unknown_words(e.text)]
+    unchanged = [e for e in unchanged if old.tokenizer.encode(e.text) == new.tokenizer.encode(e.text)]
+    if not unchanged:
         raise UserError(
-            f"{examples[0].file}: every sentence has a new word, so none shows that old answers stay. "
-            "Name the pretraining data in expand_vocab.audit_data."
+            f"{examples[0].file}: every sentence has a new word, so the old answers cannot be checked. "
+            "Set expand_vocab.audit_data to the pretraining data."
         )
-    pairs = zip(_ends(old.model), _ends(new.model), strict=True)
+    pairs = zip(_embedding_and_head(old.model), _embedding_and_head(new.model), strict=True)
     audit = {
         "new_words": words,
         "old_ids_kept": new.tokenizer.words()[:V] == old.tokenizer.words(),
         "old_rows_identical": all(torch.equal(after[:V], before[:V]) for before, after in pairs),
-        "sentences_checked": len(known),
-        "drift": _drift(old, new, known),
+        "sentences_checked": len(unchanged),
+        "drift": _drift(old, new, unchanged),
     }
     if not audit["old_ids_kept"] or not audit["old_rows_identical"] or audit["drift"] != 0:
         raise UserError(f"the expanded model differs from the base on old words: {audit}. Please report this.")
@@ -115,10 +115,10 @@ def _audit(old: Base, new: Base, words: list[str], examples: list[Example]) -> d
 
 
 def _drift(old: Base, new: Base, examples: list[Example]) -> float:
-    """Largest change of an old word's logit. The head runs on its old rows alone, in the base's own shape:
-    a matrix product of another width may round differently, which is no change of the model."""
+    """The largest change of an old word's logit. Only the head's old rows are used: a matrix product with another
+    number of columns may round differently, although the model is the same."""
     V = len(old.tokenizer)
     ids = [old.tokenizer.encode(example.text) for example in examples]
-    (_, before), (_, after) = _ends(old.model), _ends(new.model)
+    (_, before), (_, after) = _embedding_and_head(old.model), _embedding_and_head(new.model)
     pairs = zip(packed_hidden_states(old.model, ids), packed_hidden_states(new.model, ids), strict=True)
     return max(float((F.linear(b, after[:V]) - F.linear(a, before[:V])).abs().max()) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""finetune_full, _freeze, _lora, _prefix, _prompt: five ways to teach the same sentences (the document's §7 and §9)."""
+"""finetune_full, _freeze, _lora, _prefix and _prompt: five methods on the same sentences (the document's §7 and §9)."""
 
 from collections.abc import Generator, Iterator, Sequence
 from math import prod
@@ -25,22 +25,22 @@ from pipeline.training.optimizer import FlatAdam
 
 
 def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Facts]:
-    """The expanded base, made trainable as the method says, trained, and saved as checkpoint or adapter.
+    """Train the expanded base with the stage's method, and save it as a checkpoint or an adapter.
 
-    `sharded` as in `Task`. Raises UserError, and what `train` does.
+    `sharded`: as in `TrainingTask`. Raises UserError, and whatever `train` raises.
     """
     learner = yield from prepare(job, sharded)
     return learner.save((yield from train(job, learner.task)))
 
 
 def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, TrainingSetup]:
-    """The expanded base, made trainable as the stage's method says, and its data. Raises UserError."""
+    """Load the expanded base and the data, and set up the stage's method. Raises UserError."""
     settings = job.project.section(job.stage)
     assert isinstance(settings, FinetuneFull | FinetuneFreeze | FinetuneLora | FinetuneVirtual)
     folder = job.artifact("expand_vocab")
     trust = job.project.params.pretrain.trust_remote_code
-    kept = settings.quantization if isinstance(settings, FinetuneLora | FinetuneVirtual) else "none"
-    base = load_base(folder, settings.precision, trust, kept)
+    quantization = settings.quantization if isinstance(settings, FinetuneLora | FinetuneVirtual) else "none"
+    base = load_base(folder, settings.precision, trust, quantization)
     if isinstance(settings, FinetuneVirtual):
         from pipeline.stages.virtual_tokens import virtual_learner  # LoRA needs none of it
 
@@ -73,7 +73,7 @@ def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, Tra
         if spec is None:
             stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
             return save_checkpoint(job, base, optimizer, trained_from=stored)
-        total = count(skeleton(folder, trust))["total"]  # what is kept in few bits is no parameter
+        total = count(skeleton(folder, trust))["total"]  # of the unquantized model: quantized weights are no parameters
         save_curve(job)
         return save_files(job.out, base, spec, folder, {"total": total, "trainable": trainable})
 
@@ -81,23 +81,23 @@ def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, Tra
 
 
 def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: AdapterSpec | None) -> FinetuningMethod:
-    """What trains, as the calculator says it."""
+    """The method as the calculator's settings."""
     if isinstance(settings, FinetuneFreeze):
         return FinetuningMethod("freeze", last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings)
     if spec is None or isinstance(settings, FinetuneFull):
         return FULL
     rows = max((len(ids) for ids in spec.rows.values()), default=0)
-    ends = "all" if spec.saved else "new_rows" if rows else "none"
+    train_embeddings = "all" if spec.saved else "new_rows" if rows else "none"
     targets = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     ranks = tuple(spec.ranks.items())
     pissa = settings.init_lora_weights == "pissa"
     return FinetuningMethod(
-        "lora", spec.rank, spec.alpha, targets, ranks, spec.rslora, spec.dora, ends, rows, pissa=pissa
+        "lora", spec.rank, spec.alpha, targets, ranks, spec.rslora, spec.dora, train_embeddings, rows, pissa=pissa
     )
 
 
 def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
-    """Only the last blocks, and embeddings and head if asked, train. Raises UserError if nothing would."""
+    """Freeze all but the last blocks and, if set, embeddings and head. Raises UserError if nothing would train."""
     blocks = list(model.blocks)
     if settings.last_blocks > len(blocks):
         raise UserError(
@@ -105,21 +105,21 @@ def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
             f"got {settings.last_blocks}. Lower it."
         )
     if not settings.last_blocks and not settings.train_embeddings:
-        raise UserError("finetune_freeze leaves nothing to train. Raise last_blocks or set train_embeddings: true.")
+        raise UserError("finetune_freeze leaves nothing to train. Increase last_blocks or set train_embeddings: true.")
     model.requires_grad_(False)
     for block in blocks[len(blocks) - settings.last_blocks :]:
         block.requires_grad_(True)
-    for end in (model.embeddings, model.head):
-        end.requires_grad_(settings.train_embeddings)
+    for module in (model.embeddings, model.head):
+        module.requires_grad_(settings.train_embeddings)
 
 
 @one_budget()
 def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> AdapterSpec:
-    """The settings, resolved against this model. Raises UserError for a target or pattern that means no layer."""
+    """Resolve the settings against the model. Raises UserError for a target or pattern that matches no layer."""
     rows = model.embedding_and_head[: 1 if model.shape.tied else 2]
     names = resolve(model, settings.target_modules)
     for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
-        _refuse_patterns(key, list(patterns), names)
+        _check_patterns(key, list(patterns), names)
     return AdapterSpec(
         rank=settings.rank,
         alpha=settings.alpha,
@@ -133,50 +133,52 @@ def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> 
     )
 
 
-def _refuse_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """One that means nothing would count for nothing; of two that mean one layer, PEFT takes another than is written
-    first once it has sorted them."""
+def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raises UserError for a pattern that matches no layer, and for two that match the same one.
+
+    PEFT sorts patterns before matching, so that which of two applies would depend on their names.
+    """
     for name in names:
-        meant = [pattern for pattern in patterns if end_match(pattern, name, f"finetune_lora.{key}")]
-        if len(meant) > 1:
+        matches = [pattern for pattern in patterns if end_match(pattern, name, f"finetune_lora.{key}")]
+        if len(matches) > 1:
             raise UserError(
-                f"finetune_lora.{key}: {meant[0]!r} and {meant[1]!r} both mean {name}. Keep one of them for it, or "
-                "write patterns that tell layers apart, such as layers.0.self_attn.q_proj."
+                f"finetune_lora.{key}: {matches[0]!r} and {matches[1]!r} both match {name}. Remove one, or use more "
+                "specific patterns, such as layers.0.self_attn.q_proj."
             )
     for pattern in patterns:
         if not any(end_match(pattern, name, f"finetune_lora.{key}") for name in names):
             adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise UserError(
-                f"finetune_lora.{key}: {pattern!r} means none of the layers that get LoRA, which are called {adapted}. "
-                "Mend the pattern, or name the layer in finetune_lora.target_modules."
+                f"finetune_lora.{key}: {pattern!r} matches no layer that gets LoRA ({adapted}). "
+                "Fix the pattern, or add the layer to finetune_lora.target_modules."
             )
 
 
 def note_wide_rank(model: CausalLM) -> Iterator[Event]:
-    """A rank above a matrix's smaller side costs parameters and expresses nothing more (§2.4)."""
+    """Yields a note if the rank exceeds a matrix's smaller side: more parameters, but no more expressiveness (§2.4)."""
     for name, layer in adapter_layers(model):
-        rank, widest = len(layer.lora_A), min(layer.lora_A.shape[1], layer.lora_B.shape[0])
-        if rank > widest:
-            yield Note(f"finetune_lora.rank {rank} is more than {name} can use: its rank is at most {widest}")
+        rank, max_rank = len(layer.lora_A), min(layer.lora_A.shape[1], layer.lora_B.shape[0])
+        if rank > max_rank:
+            yield Note(f"finetune_lora.rank {rank} is more than {name} can use; its rank is at most {max_rank}")
             return
 
 
 def new_rows(expanded: Path) -> tuple[int, ...]:
-    """Ids of the rows that expand_vocab added."""
+    """The token ids of the rows that expand_vocab added."""
     start, stop = read_manifest(expanded).get("new_rows", (0, 0))
     return tuple(range(start, stop))
 
 
 def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path, parameters: dict[str, int]) -> Facts:
-    """Write the adapter and its tokenizer to `out`; returns what a manifest says of them, `folder` being the base's.
+    """Write the adapter and its tokenizer to `out`; `folder` is the base's. Returns the manifest's entries.
 
-    Of PiSSA also what the files hold, which is not what trained.
+    For PiSSA they include `stored`: rank and alpha of the files, which differ from those that trained.
     """
     model, tokenizer = base
     save_adapter(out, model, spec, f"artifacts/{folder.name}")
     tokenizer.save(out, model.shape.positions)
     facts: Facts = {"base": base_fingerprint(folder), "parameters": parameters}
-    if (kept := stored_spec(model, spec)) is not spec:
-        held = sum(prod(shape) for shape in shapes(out / WEIGHTS).values())
-        facts |= {"stored": {"rank": kept.rank, "alpha": kept.alpha}, "parameters": {**parameters, "stored": held}}
+    if (saved := stored_spec(model, spec)) is not spec:
+        size = sum(prod(shape) for shape in shapes(out / WEIGHTS).values())
+        facts |= {"stored": {"rank": saved.rank, "alpha": saved.alpha}, "parameters": {**parameters, "stored": size}}
     return facts

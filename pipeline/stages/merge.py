@@ -1,4 +1,4 @@
-"""merge: W' = W + s·BA as a plain checkpoint, with a certificate measured on the files that were written (§4.4)."""
+"""merge: W' = W + s·BA as a plain checkpoint, with a certificate measured on the written files (§4.4)."""
 
 from collections.abc import Generator
 
@@ -11,7 +11,7 @@ from pipeline.weights.merge import Merging, merge_into
 
 
 def merge(job: Job) -> Generator[Event, None, Facts]:
-    """base + adapter → one checkpoint. Raises UserError, and writes nothing, if it does not answer the same."""
+    """Merge base + adapter into one checkpoint. Raises UserError and writes nothing if its logits differ too much."""
     settings, trust = job.project.params.merge, job.project.params.pretrain.trust_remote_code
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
     prompts = [prompt.prompt for prompt in read_prompts(job.path(settings.prompts), settings.prompts)]

@@ -1,4 +1,4 @@
-"""pretrain: a MiniGPT from scratch on the everyday sentences (the document's §9.1), or a base from elsewhere."""
+"""pretrain: trains a MiniGPT from scratch on the everyday sentences (the document's §9.1), or imports a base model."""
 
 from collections.abc import Generator
 
@@ -19,19 +19,19 @@ from pipeline.training.loop import TrainingTask, train
 
 
 def pretrain(job: Job) -> Generator[Event, None, Facts]:
-    """Words of the data → tokenizer → MiniGPT → checkpoint; or an imported checkpoint, as it is."""
+    """Build a tokenizer from the data and train a MiniGPT, or import a checkpoint. Raises UserError."""
     settings = job.project.params.pretrain
     if settings.imports:
-        return (yield from _imported(job, settings))
-    _refuse_unread(settings)
-    base = _new(job, settings)
+        return (yield from _import(job, settings))
+    _check_import_only_keys(settings)
+    base = _new_model(job, settings)
     batches, evaluation = yield from prepare_data(job, settings, base)
     optimizer = yield from train(job, TrainingTask(base.model, batches, settings, FULL, evaluation))
     return save_checkpoint(job, base, optimizer)
 
 
-def _imported(job: Job, settings: Pretrain) -> Generator[Event, None, Facts]:
-    """The base in the form that all stages read, and the proof that they read it as transformers does."""
+def _import(job: Job, settings: Pretrain) -> Generator[Event, None, Facts]:
+    """Import the base, and check that the stages compute the same logits as transformers."""
     trust = settings.trust_remote_code
     facts = import_base(resolve(settings.base, job.project.root), job.out, settings.dtype, trust)
     model = load_base(job.out, None, trust).model
@@ -41,8 +41,8 @@ def _imported(job: Job, settings: Pretrain) -> Generator[Event, None, Facts]:
     return facts
 
 
-def _new(job: Job, settings: Pretrain) -> Base:
-    """A MiniGPT that knows the data's words and nothing else."""
+def _new_model(job: Job, settings: Pretrain) -> Base:
+    """An untrained MiniGPT with the data's words as its vocabulary."""
     words = (word for example in training_examples(job, settings) for word in split(example.text))
     tokenizer = WordTokenizer.of_words(words)
     config = MiniGPTConfig(
@@ -60,11 +60,11 @@ def _new(job: Job, settings: Pretrain) -> Base:
     return Base(MiniGPT(config), tokenizer)
 
 
-def _refuse_unread(settings: Pretrain) -> None:
-    """Raises UserError for a setting that only an import reads."""
-    for key, plain in (("dtype", "auto"), ("trust_remote_code", False), ("precision", "fp32")):
-        if getattr(settings, key) != plain:
+def _check_import_only_keys(settings: Pretrain) -> None:
+    """Raises UserError for a setting that only imported bases use."""
+    for key, default in (("dtype", "auto"), ("trust_remote_code", False), ("precision", "fp32")):
+        if getattr(settings, key) != default:
             raise UserError(
-                f"pretrain.{key} is for a base that is imported; MiniGPT is trained in fp32 with no code but ours. "
-                f"Set it to {str(plain).lower()}, or name a base in base."
+                f"pretrain.{key} applies only to an imported base; MiniGPT is trained in fp32, without remote code. "
+                f"Set it to {str(default).lower()}, or set base to a model."
             )

@@ -1,4 +1,4 @@
-"""finetune_sweep: every combination of a grid as an adapter of its own, trained in one pass on one frozen base."""
+"""finetune_sweep: one adapter per combination of a grid, all trained in one pass on one frozen base."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,57 +32,59 @@ from pipeline.training.schedule import refuse_long_warmup
 
 
 def sweep(job: Job) -> Generator[Event, None, Facts]:
-    """The grid of finetune_sweep → an adapter folder for each combination, and sweep.json with how each ended.
+    """Train the grid → an adapter folder for each combination, and sweep.json with the outcome of each.
 
-    Raises UserError, and what `train_batched` does.
+    Raises UserError, and whatever `train_batched` raises.
     """
     params = job.project.params
-    settings, wanted = params.finetune_lora, variants(params.finetune_lora, params.finetune_sweep)
+    settings, grid = params.finetune_lora, variants(params.finetune_lora, params.finetune_sweep)
     if settings.precision == "fp16":
         raise UserError(
             "finetune_lora.precision fp16 trains one adapter at a time. Set it to bf16 or fp32 for a sweep."
         )
     folder = job.artifact("expand_vocab")
     base = load_base(folder, settings.precision, params.pretrain.trust_remote_code, settings.quantization)
-    learned, held_out = yield from build_datasets(job, settings, base)
-    strongest = max(own.retention_weight for own in wanted.values())
-    texts = yield from load_retention_texts(job, replace(settings, retention_weight=strongest), base)
+    dataset, held_out = yield from build_datasets(job, settings, base)
+    max_weight = max(lora.retention_weight for lora in grid.values())
+    texts = yield from load_retention_texts(job, replace(settings, retention_weight=max_weight), base)
     specs = {}
-    for name, own in wanted.items():
-        with _named(name):
-            specs[name] = lora_spec(base.model, own, new_rows(folder))
+    for name, lora in grid.items():
+        with _add_name_to_error(name):
+            specs[name] = lora_spec(base.model, lora, new_rows(folder))
     notes: list[Event] = []
-    ways = [_attaching(base, specs[name], name, own, notes) for name, own in wanted.items()]
-    share = attach_many(base.model, ways)
+    attach_each = [_attach_function(base, specs[name], name, lora, notes) for name, lora in grid.items()]
+    share = attach_many(base.model, attach_each)
     yield from dict.fromkeys(notes)
-    together = tuple(_variant(name, own, learned, texts) for name, own in wanted.items())
-    for each in together:
-        with _named(each.name):
-            refuse_long_warmup(each.settings, each.settings.epochs * len(each.batches), job.stage.section)
-    every = settings.eval_every or len(together[0].batches)
+    adapters = tuple(_variant(name, lora, dataset, texts) for name, lora in grid.items())
+    for adapter in adapters:
+        with _add_name_to_error(adapter.name):
+            refuse_long_warmup(adapter.settings, adapter.settings.epochs * len(adapter.batches), job.stage.section)
+    every = settings.eval_every or len(adapters[0].batches)
     evaluation = None
     if held_out is not None:
-        evaluation = BatchedEvaluation(held_out, settings.batch_size, every, settings.patience, len(wanted))
-    standing = yield from train_batched(job, BatchedTrainingTask(base.model, share, together, evaluation))
-    return _saved(job, base, wanted, specs, standing)
+        evaluation = BatchedEvaluation(held_out, settings.batch_size, every, settings.patience, len(grid))
+    progress = yield from train_batched(job, BatchedTrainingTask(base.model, share, adapters, evaluation))
+    return _save_adapters(job, base, grid, specs, progress)
 
 
 @contextmanager
-def _named(adapter: str) -> Iterator[None]:
-    """What is wrong with one of the adapters is said with its name: its value may be the grid's."""
+def _add_name_to_error(adapter: str) -> Iterator[None]:
+    """Prefix a UserError with the adapter's name, as the wrong value may come from the grid."""
     try:
         yield
     except UserError as error:
         raise UserError(f"finetune_sweep, {adapter}: {error}") from None
 
 
-def _attaching(base: Base, spec: AdapterSpec, name: str, own: FinetuneLora, notes: list[Event]) -> Callable[[], None]:
-    """Puts the adapter on the base just as where it trains alone; what is to be noted then goes to `notes`."""
+def _attach_function(
+    base: Base, spec: AdapterSpec, name: str, lora: FinetuneLora, notes: list[Event]
+) -> Callable[[], None]:
+    """A function that attaches the adapter exactly as finetune_lora does, and appends notes to `notes`."""
 
     def attach_one() -> None:
-        torch.manual_seed(own.seed)
-        with _named(name):
-            attach(base.model, spec, DTYPES[own.adapter_precision], own.init_lora_weights)
+        torch.manual_seed(lora.seed)
+        with _add_name_to_error(name):
+            attach(base.model, spec, DTYPES[lora.adapter_precision], lora.init_lora_weights)
         notes.extend(note_wide_rank(base.model))
 
     return attach_one
@@ -94,29 +96,29 @@ def _variant(name: str, own: FinetuneLora, learned: Dataset, texts: Dataset | No
     return Variant(name, own, batches, retained)
 
 
-def _saved(
+def _save_adapters(
     job: Job,
     base: Base,
-    wanted: Mapping[str, FinetuneLora],
+    grid: Mapping[str, FinetuneLora],
     specs: Mapping[str, AdapterSpec],
-    standing: AdapterProgress,
+    progress: AdapterProgress,
 ) -> Facts:
-    """Each adapter that learned something finite in a folder of its own, sealed as finetune_lora seals its one."""
+    """Save each adapter that did not diverge in its own folder, sealed like finetune_lora's artifact."""
     folder = job.project.artifact("expand_vocab")
     total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
     commit = provenance.commit(job.stage.module)
     rows: dict[str, Any] = {}
-    for number, (name, own) in enumerate(wanted.items()):
+    for number, (name, lora) in enumerate(grid.items()):
         steps = read_steps(job.run / name / LOSS)
         held_out = [step.eval_loss for step in steps if step.eval_loss is not None]
         trained = trained_by(base.model, number)
-        diverged = bool(standing.diverged[number])
+        diverged = bool(progress.diverged[number])
         rows[name] = {
-            "state": DIVERGED if diverged else STOPPED if standing.stopped[number] else DONE,
+            "state": DIVERGED if diverged else STOPPED if progress.stopped[number] else DONE,
             "trainable": trained,
             "steps": len(steps),
             "final_loss": final_loss(steps),
-            "eval_loss": min(held_out) if own.patience and held_out else held_out[-1] if held_out else None,
+            "eval_loss": min(held_out) if lora.patience and held_out else held_out[-1] if held_out else None,
         }
         if diverged:
             continue
@@ -125,8 +127,8 @@ def _saved(
         with only_adapter(base.model, number):
             facts = save_files(out, base, specs[name], folder, {"total": total, "trainable": trained})
         copyfile(job.run / name / LOSS, out / LOSS)
-        made = {"kind": "adapter", "method": "lora", "seed": own.seed, "params": asdict(own)}
-        artifact.seal(out, {**job.known, **made, "commit": commit, **facts})
+        facts_of_adapter = {"kind": "adapter", "method": "lora", "seed": lora.seed, "params": asdict(lora)}
+        artifact.seal(out, {**job.input_facts, **facts_of_adapter, "commit": commit, **facts})
     artifact.write_json(job.out / TABLE, rows)
     trained = sum(row["trainable"] for row in rows.values())
     return {"adapters": rows, "parameters": {"total": total, "trainable": trained}}

@@ -1,4 +1,4 @@
-"""train_from_scratch: the expanded base's shape, random weights, trained on old and new sentences (§1, §7)."""
+"""train_from_scratch: the expanded base's shape, trained from random weights on old and new sentences (§1, §7)."""
 
 from collections.abc import Generator
 
@@ -12,23 +12,23 @@ from pipeline.training.loop import TrainingTask, train
 
 
 def train_from_scratch(job: Job) -> Generator[Event, None, Facts]:
-    """Random weights → every parameter trained on all files → a checkpoint in the bits that the base is stored in.
+    """Train every parameter from random weights on all files → a checkpoint in the base's stored precision.
 
-    Raises UserError, and what `train` does.
+    Raises UserError, and whatever `train` raises.
     """
     settings = job.project.params.train_from_scratch
     folder = job.artifact("expand_vocab")
-    base = anew(job, settings.precision)
+    base = untrained_base(job, settings.precision)
     batches, evaluation = yield from prepare_data(job, settings, base)
     optimizer = yield from train(job, TrainingTask(base.model, batches, settings, FULL, evaluation))
-    stored = None if stored_precision(folder) == settings.precision else anew(job, None).model
+    stored = None if stored_precision(folder) == settings.precision else untrained_base(job, None).model
     return save_checkpoint(job, base, optimizer, trained_from=stored)
 
 
-def anew(job: Job, precision: str | None) -> Base:
-    """The expanded base with its tokenizer, in `precision` or its own, as if it had never learned anything.
+def untrained_base(job: Job, precision: str | None) -> Base:
+    """The expanded base's architecture and tokenizer with random weights, in `precision` or the base's own.
 
-    Nothing of its weights stays; those that take their place are drawn in fp32, so that the seed alone decides them.
+    Weights are drawn in fp32, so that they depend only on the seed.
     """
     folder, trust = job.project.artifact("expand_vocab"), job.project.params.pretrain.trust_remote_code
     base = load_base(folder, precision, trust)

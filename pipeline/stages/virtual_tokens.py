@@ -1,4 +1,4 @@
-"""Prompt and prefix tuning as a run: virtual tokens before every sequence train, nothing else (the document's §7)."""
+"""Prompt and prefix tuning: only virtual tokens before every sequence train (the document's §7)."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -18,10 +18,7 @@ from pipeline.training.optimizer import FlatAdam
 def virtual_learner(
     job: Job, settings: FinetuneVirtual, base: Base, folder: Path
 ) -> Generator[Event, None, TrainingSetup]:
-    """The base with virtual tokens, to be trained and saved in PEFT's format; `folder` is where the base came from.
-
-    Raises UserError.
-    """
+    """Set up training of virtual tokens on `base`, saved in PEFT's format; `folder` is the base's. Raises UserError."""
     model, tokenizer = base
     spec = VirtualSpec(job.stage.method, settings.virtual_tokens)
     attach_virtual_tokens(model, spec, len(tokenizer), settings.seed)
@@ -29,8 +26,8 @@ def virtual_learner(
     cast_virtual_tokens(model.virtual, DTYPES[settings.adapter_precision])
     if spec.kind == "prefix" and settings.gradient_checkpointing != "none" and not model.supports_prefix:
         raise UserError(
-            "prefix tuning does not work with gradient checkpointing on this model. "
-            f"Set {job.stage.name}.gradient_checkpointing to none, got {settings.gradient_checkpointing}."
+            f"{job.stage.name}.gradient_checkpointing must be none, got {settings.gradient_checkpointing}: "
+            "prefix tuning does not work with gradient checkpointing on this model. Set it to none."
         )
     batches, evaluation = yield from prepare_data(job, settings, base)
     trainable = count(model)["trainable"]

@@ -381,7 +381,7 @@ def test_evaluate_refuses_artifacts_that_do_not_belong_together(cli: Lora, proje
     assert cli("finetune", "lora", *sets(*BRIEF, "finetune_lora.rank=2"), cwd=project)[0] == 0
     code, out, err = cli("evaluate", *sets(*BRIEF), cwd=project)
     assert (code, out) == (1, "")
-    assert "artifacts/lora_merged was made from another artifacts/lora_adapter than the one that is there." in err
+    assert "artifacts/lora_merged was made from another artifacts/lora_adapter than the current one." in err
 
 
 def test_an_adapter_finds_its_base_from_any_folder(cli: Lora, finished: Path, tmp_path: Path) -> None:

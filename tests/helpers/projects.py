@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.project.params import edit
-from pipeline.project.params.edit import without
+from pipeline.project.params.edit import remove_section
 from pipeline.project.params.sections import Params
 from pipeline.project.runner import Event, Work, run
 from pipeline.stages.evaluate import evaluate
@@ -118,7 +118,7 @@ def all_params() -> str:
     """params.yaml and document/params.yaml in one, which then needs no other project."""
     product = (ROOT / "params.yaml").read_text(encoding="utf-8")
     document = (ROOT / "document/params.yaml").read_text(encoding="utf-8").partition("project: ../params.yaml\n")[2]
-    return product + "\n" + without(document, "evaluate").replace("../data/", "data/")
+    return product + "\n" + remove_section(document, "evaluate").replace("../data/", "data/")
 
 
 def make(root: Path, stages: Sequence[str], overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:

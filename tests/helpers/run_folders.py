@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS
-from pipeline.project.params.grid import tell_ends
+from pipeline.project.params.grid import write_run_outcomes
 
 HEADER = ",".join(COLUMNS) + "\n"
 START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0, "train_from_scratch": 3.5}
@@ -80,7 +80,7 @@ def write_sweep(
 
 
 def write_ends(folder: Path, ends: Mapping[str, tuple[str, int]]) -> None:
-    tell_ends(folder, {name: {"state": end, "steps": last} for name, (end, last) in ends.items()})
+    write_run_outcomes(folder, {name: {"state": end, "steps": last} for name, (end, last) in ends.items()})
 
 
 def journal(folder: Path, state: str, done: int, total: int = 300, message: str = "") -> None:

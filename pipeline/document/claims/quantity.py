@@ -1,4 +1,4 @@
-"""Numbers as the document writes them: 16 GB, 6.25%, 7.67 million; and measured ones shown in the same unit."""
+"""Reads numbers as the document writes them (16 GB, 6.25%, 7.67 million) and formats measured ones in the same unit."""
 
 import math
 import re
@@ -18,7 +18,7 @@ NUMBER = re.compile(r"(-?[\d,]*\.?\d+(?:e-?\d+)?)\s*([%×a-zA-Z]*)")
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number, a text, or true or false, in a unit of UNITS if it has one; `value` is in ones or bytes."""
+    """A number, text or bool. `unit` is one of UNITS or empty; `value` is without the unit's factor (16 GB is 16e9)."""
 
     value: float | int | str | bool
     unit: str = ""
@@ -28,7 +28,7 @@ class Quantity:
 
 
 def read(written: Any) -> Quantity:
-    """What stands in a claims file, such as 64, "16 GB" or tisch."""
+    """Read a value of a claims file, such as 64, "16 GB" or tisch."""
     if not isinstance(written, str):
         return Quantity(written)
     match = NUMBER.fullmatch(written.strip())
@@ -38,66 +38,66 @@ def read(written: Any) -> Quantity:
     value = int(text) if text.lstrip("-").isdigit() else float(text)
     if match[2]:
         exact = value * UNITS[match[2]]
-        value = float(f"{exact:.12g}")  # 6.25 of a hundred is 0.0625, not the double nearest to 6.25 × 0.01
+        value = float(f"{exact:.12g}")  # so that 6.25% is exactly 0.0625
     return Quantity(value, match[2])
 
 
 def in_unit(value: Any, unit: str) -> str:
-    """A value as people read it: three digits and its unit, a whole number in full; several seeds as mean ± rest.
+    """Format a value for display: three digits and its unit, integers in full, a Spread as mean ± deviation.
 
-    Conditions of which each has a value stand one after the other.
+    A mapping of conditions becomes "name: value; name: value", a list (a shape) "a × b".
     """
     if isinstance(value, Mapping):
-        return "; ".join(f"{name}: {in_unit(one, unit)}" for name, one in value.items())
+        return "; ".join(f"{name}: {in_unit(item, unit)}" for name, item in value.items())
     if isinstance(value, list):
-        return " × ".join(in_unit(one, unit) for one in value)  # a shape
+        return " × ".join(in_unit(item, unit) for item in value)
     if isinstance(value, Spread):
-        return _spread(value, unit)
+        return _format_spread(value, unit)
     if isinstance(value, str | bool) or value is None:
         return shown(value)
     if not unit:
-        return shown(value) if isinstance(value, int) else _digits(value)
-    number = _digits(value / UNITS[unit])
+        return shown(value) if isinstance(value, int) else _format_number(value)
+    number = _format_number(value / UNITS[unit])
     return f"{number}%" if unit == "%" else f"{number} {unit}"
 
 
-def _spread(value: Spread, unit: str) -> str:
-    """The mean, and how far a seed lies from it at most, to that one's first digit; alone where it is next to none."""
-    scale, most = UNITS.get(unit, 1), 1 if unit == "%" else 3
-    far = max(value.high - value.mean, value.mean - value.low) / scale
-    if round(far, most) == 0:
+def _format_spread(value: Spread, unit: str) -> str:
+    """Mean ± the largest deviation, both to the deviation's first digit; without it if it rounds to 0."""
+    scale, max_decimals = UNITS.get(unit, 1), 1 if unit == "%" else 3
+    deviation = max(value.high - value.mean, value.mean - value.low) / scale
+    if round(deviation, max_decimals) == 0:
         return in_unit(value.mean, unit)
-    places = min(most, max(0, -math.floor(math.log10(far))))
-    mean, rest = f"{value.mean / scale:,.{places}f}", f"±{far:,.{places}f}"
-    return f"{mean}% {rest}" if unit == "%" else f"{mean} {rest} {unit}".strip()
+    decimals = min(max_decimals, max(0, -math.floor(math.log10(deviation))))
+    mean, plus_minus = f"{value.mean / scale:,.{decimals}f}", f"±{deviation:,.{decimals}f}"
+    return f"{mean}% {plus_minus}" if unit == "%" else f"{mean} {plus_minus} {unit}".strip()
 
 
-def _digits(value: float) -> str:
-    """Three digits, or all before the point."""
+def _format_number(value: float) -> str:
+    """Three significant digits; from 1,000 on all digits before the point."""
     if abs(value) >= 999.5:
         return f"{value:,.0f}"
     text = f"{value:.3g}"
     return f"{value:.7f}".rstrip("0") if "e-0" in text and abs(value) >= 1e-5 else text
 
 
-PLACE = re.compile(r"\{(\w+)((?:\.\w+)*)(?::([^{}]*))?\}")  # {name}, {name.part}, {name:unit}
+PLACEHOLDER = re.compile(r"\{(\w+)((?:\.\w+)*)(?::([^{}]*))?\}")  # {name}, {name.part}, {name:unit}
 
 
 def check_template(template: str, names: Collection[str]) -> None:
-    """Raises UserError for a place that names no value, or a unit that there is not."""
-    for name, _, unit in PLACE.findall(template):
+    """Raises UserError for a placeholder with an unknown name or unit, and for a stray brace."""
+    for name, _, unit in PLACEHOLDER.findall(template):
         if name not in names:
-            raise UserError(f"{{{name}}} in `{template}` is no value. There are: {', '.join(names)}")
+            raise UserError(f"{{{name}}} in `{template}` is not a value. Values: {', '.join(names)}")
         if unit and unit not in UNITS:
-            raise UserError(f"{{{name}:{unit}}}: no unit {unit}. Use one of {', '.join(UNITS)}")
-    if set(PLACE.sub("", template)) & set("{}"):
-        raise UserError(f"`{template}` has a brace that belongs to no {{name}} or {{name:unit}}")
+            raise UserError(f"{{{name}:{unit}}}: there is no unit {unit}. Use one of {', '.join(UNITS)}")
+    if set(PLACEHOLDER.sub("", template)) & set("{}"):
+        raise UserError(f"`{template}` has a brace outside of {{name}} and {{name:unit}}")
 
 
-def filled(template: str, values: Mapping[str, Any]) -> str:
-    """A checked template with its values in their places. Raises UserError for a part that a value has not."""
+def fill_template(template: str, values: Mapping[str, Any]) -> str:
+    """Replace the placeholders of a checked template. Raises UserError if {name.part} does not exist."""
 
-    def put(match: re.Match[str]) -> str:
+    def replacement(match: re.Match[str]) -> str:
         value = values[match[1]]
         for part in match[2].split(".")[1:]:
             if not isinstance(value, Mapping) or part not in value:
@@ -105,4 +105,4 @@ def filled(template: str, values: Mapping[str, Any]) -> str:
             value = value[part]
         return in_unit(value, match[3] or "")
 
-    return PLACE.sub(put, template)
+    return PLACEHOLDER.sub(replacement, template)

@@ -1,4 +1,4 @@
-"""claims: every claim of the document beside what all stages before measured, as JSON and as a page."""
+"""The stage claims: compares every claim of the document with the measurements, as JSON and as a report."""
 
 import json
 from collections.abc import Generator
@@ -16,18 +16,18 @@ STAGE, CLAIMS, PAGE = "claims", "claims.json", "report.md"
 
 
 def verdicts(project: Project) -> list[Row]:
-    """One row a claim, in the document's order. Raises UserError for a file of claims that is wrong.
+    """One row per claim, in the document's order. Raises UserError if the file of claims is invalid.
 
-    A project of another base than the document's has no such file: those claims are held that come with the program.
+    A project without the stage has no file of claims; then the packaged claims are used.
     """
-    own = STAGE in project.stages
-    name = project.params.of(Claims).data if own else Claims().data
-    claims = read_claims((project.root if own else DOCUMENT) / name, name)
-    return [checked.row() for checked in check(claims, Sources(project))]
+    has_stage = STAGE in project.stages
+    name = project.params.of(Claims).data if has_stage else Claims().data
+    claims = read_claims((project.root if has_stage else DOCUMENT) / name, name)
+    return [result.row() for result in check(claims, Sources(project))]
 
 
 def claims(job: Job) -> Generator[Event, None, Facts]:
-    """Verdicts → claims.json and report.md. Raises UserError where one of the stages before is out of date."""
+    """Write claims.json and report.md. Raises UserError if a stage that it needs is out of date."""
     for need in job.project.needs(job.stage):
         job.artifact(need)
     rows = verdicts(job.project)

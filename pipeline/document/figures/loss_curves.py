@@ -1,4 +1,4 @@
-"""Figure 2: the loss curves of the three methods that the document compares, and what each trains (§2.3, §9.3)."""
+"""Figure 2: loss curves and trainable parameters of the three methods that the document compares (§2.3, §9.3)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,20 +14,20 @@ from pipeline.stages.report import NAMES, compare
 
 NAME = "loss_curves"
 COMPARED = ("finetune_full", "finetune_freeze", "finetune_lora")
-ENOUGH = 30  # epochs that the document says would have been enough
+ENOUGH = 30  # epochs that would have been enough, according to the document
 
 
 def loss_curves(job: Job) -> RenderedFigure:
     """Figure 2, from each run's loss.csv."""
     folders = {STAGES[stage].method: job.project.artifact(stage) for stage in COMPARED}
     curves = {method: read_steps(folder / LOSS) for method, folder in folders.items()}
-    counts = {method: _counted(read_manifest(folder)["parameters"]) for method, folder in folders.items()}
+    counts = {method: _trainable_counts(read_manifest(folder)["parameters"]) for method, folder in folders.items()}
     methods = _methods(curves, counts)
     return RenderedFigure(
         NAME,
         "Figure 2, §2.3",
         "Loss curves from MiniGPT fine-tuning",
-        _shows(methods),
+        _summary(methods),
         _caption(methods),
         (methods, _epochs(curves)),
         lambda figure: compare(figure, curves, counts),
@@ -35,7 +35,7 @@ def loss_curves(job: Job) -> RenderedFigure:
     )
 
 
-def _counted(parameters: Mapping[str, int]) -> dict[str, Any]:
+def _trainable_counts(parameters: Mapping[str, int]) -> dict[str, Any]:
     trainable = parameters["trainable"]
     return {"trainable": trainable, "trainable_percent": 100 * trainable / parameters["total"]}
 
@@ -46,7 +46,7 @@ def _epochs(curves: Mapping[str, Sequence[Step]]) -> Table:
         for method, steps in curves.items()
         for epoch, loss in enumerate(epoch_means(steps), 1)
     ]
-    return Table(NAME, "Mean loss of each epoch, nats a token", rows)
+    return Table(NAME, "Mean loss of each epoch, nats per token", rows)
 
 
 def _methods(curves: Mapping[str, Sequence[Step]], counts: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -57,41 +57,41 @@ def _methods(curves: Mapping[str, Sequence[Step]], counts: Mapping[str, Mapping[
             "share": counts[method]["trainable_percent"] / 100,
             "flat_from_epoch": flat_from(steps),
             "final_loss": final_loss(steps),
-            "drop_by_30": _drop_by(ENOUGH, epoch_means(steps)),
+            "drop_by_30": _share_of_drop(ENOUGH, epoch_means(steps)),
         }
         for method, steps in curves.items()
     ]
-    forms = {"share": ".1%", "final_loss": ".3f", "drop_by_30": ".1%", "flat_from_epoch": ""}
-    title = "What trains, and from which epoch the loss is flat: every later one within 5% of the whole drop"
-    return Table(f"{NAME}_methods", title, rows, forms)
+    formats = {"share": ".1%", "final_loss": ".3f", "drop_by_30": ".1%", "flat_from_epoch": ""}
+    title = "Trainable parameters, and the epoch from which the loss is flat: it stays within 5% of the total drop"
+    return Table(f"{NAME}_methods", title, rows, formats)
 
 
-def _drop_by(epoch: int, means: Sequence[float]) -> float | None:
-    """The share of the whole drop that is done; None where the run is no longer than that, or does not drop."""
+def _share_of_drop(epoch: int, means: Sequence[float]) -> float | None:
+    """The share of the total drop reached by `epoch`; None if the run ends by then or the loss does not drop."""
     drop = means[0] - means[-1] if means else 0.0
     return (means[0] - means[epoch - 1]) / drop if len(means) > epoch and drop > 0 else None
 
 
-def _flat(row: Row) -> str:
+def _describe_flat(row: Row) -> str:
     flat = row["flat_from_epoch"]
     return f"{NAMES[str(row['method'])]} {f'from epoch {flat}' if flat else 'not yet'}"
 
 
-def _shows(methods: Table) -> str:
-    return f"flat: {', '.join(_flat(row) for row in methods.rows)}"
+def _summary(methods: Table) -> str:
+    return f"flat: {', '.join(_describe_flat(row) for row in methods.rows)}"
 
 
 def _caption(methods: Table) -> str:
-    known = [(int(str(row["flat_from_epoch"])), str(row["method"])) for row in methods.rows if row["flat_from_epoch"]]
-    first = f" The earliest is {NAMES[min(known)[1]]}." if known else ""
+    flat = [(int(str(row["flat_from_epoch"])), str(row["method"])) for row in methods.rows if row["flat_from_epoch"]]
+    first = f" The earliest is {NAMES[min(flat)[1]]}." if flat else ""
     done = [row for row in methods.rows if row["drop_by_30"] is not None]
-    said = ", ".join(f"{NAMES[str(row['method'])]} {shown(row['drop_by_30'], '.1%')}" for row in done)
-    by = f" By epoch {ENOUGH}, which the document says would have been enough, of the whole drop is done: {said}."
+    shares = ", ".join(f"{NAMES[str(row['method'])]} {shown(row['drop_by_30'], '.1%')}" for row in done)
+    by_epoch = f" Share of the total drop by epoch {ENOUGH}, which the document says is enough: {shares}."
     return "\n\n".join(
         [
-            "Left: the mean training loss of each epoch, on a logarithmic scale, with a stroke at the first epoch from "
-            "which it is flat. Right: the parameters that each method trains.",
+            "Left: the mean training loss of each epoch on a logarithmic scale; a stroke marks the epoch from which it "
+            "is flat. Right: the trainable parameters of each method.",
             f"The document says that all three converge around epoch 25 to 35, LoRA first. Measured: "
-            f"{'; '.join(_flat(row) for row in methods.rows)}.{first}{by if done else ''}",
+            f"{'; '.join(_describe_flat(row) for row in methods.rows)}.{first}{by_epoch if done else ''}",
         ]
     )

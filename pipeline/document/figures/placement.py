@@ -1,4 +1,4 @@
-"""Figure 5: where the adapter sits in a Transformer block, from the modules of the loaded model (§6)."""
+"""Figure 5: the position of the adapter in a Transformer block, read from the loaded model's modules (§6)."""
 
 from dataclasses import dataclass, replace
 
@@ -18,8 +18,8 @@ NAME = "placement"
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Parameters of one block that are frozen, and those of its A and B."""
+class BlockCounts:
+    """The numbers of frozen and trainable (A and B) parameters of one block."""
 
     frozen: int
     trained: int
@@ -34,13 +34,13 @@ def placement(job: Job) -> RenderedFigure:
     model = engine.load(job.project.artifact("expand_vocab"), job.project.artifact("finetune_lora")).model
     block = _adapted_block(model)
     parts, heads = parts_of(block), _heads(block)
-    sums = Sums(sum(part.parameters for part in parts), sum(part.trained for part in parts))
+    counts = BlockCounts(sum(part.parameters for part in parts), sum(part.trained for part in parts))
     return RenderedFigure(
         NAME,
         "Figure 5, §6",
         "Where LoRA sits in a Transformer block",
-        _shows(parts, sums),
-        _caption(parts, sums, model),
+        _summary(parts, counts),
+        _caption(parts, counts, model),
         (_table(parts),),
         lambda figure: draw_block(figure, {part.name: part for part in parts}, heads),
         (WIDE, 4.5),
@@ -48,31 +48,31 @@ def placement(job: Job) -> RenderedFigure:
 
 
 def _adapted_block(model: CausalLM) -> nn.Module:
-    """The first that has A and B, as a config may name modules of one block alone; else the first."""
+    """The first block with A and B (target_modules may name modules of a single block); else the first block."""
     adapted = (block for block in model.blocks if any(isinstance(m, LoRALinear) for m in block.modules()))
     return next(adapted, model.blocks[0])
 
 
 def parts_of(block: nn.Module) -> list[Part]:
-    """Every module of the block that has a weight of its own, in the order in which the model has them."""
-    found: list[Part] = []
+    """Every module of the block with a weight, in the model's order."""
+    parts: list[Part] = []
     for name, module in block.named_modules():
-        if any(name.startswith(f"{part.name}.") for part in found):
+        if any(name.startswith(f"{part.name}.") for part in parts):
             continue
         if isinstance(module, LoRALinear):
             a, b = tuple(module.lora_A.shape), tuple(module.lora_B.shape)
             trained = sum(p.numel() for key, p in module.named_parameters() if not key.startswith("base."))
-            found.append(replace(_part(name, module.base), a=a, b=b, scale=module.scale, trained=trained))
+            parts.append(replace(_part(name, module.base), a=a, b=b, scale=module.scale, trained=trained))
         elif isinstance(getattr(module, "weight", None), Tensor):
-            found.append(_part(name, module))
-    return found
+            parts.append(_part(name, module))
+    return parts
 
 
 def _part(name: str, module: nn.Module) -> Part:
-    """A weight in few bits counts as the numbers that it stands for."""
+    """A module with its shape; a quantized weight counts as its dequantized numbers."""
     weight, bias = weight_of(module), getattr(module, "bias", None)
-    own = weight.numel() + (bias.numel() if isinstance(bias, Tensor) else 0)
-    return Part(name, type(module).__name__, tuple(weight.shape), own)
+    parameters = weight.numel() + (bias.numel() if isinstance(bias, Tensor) else 0)
+    return Part(name, type(module).__name__, tuple(weight.shape), parameters)
 
 
 def _heads(block: nn.Module) -> int:
@@ -93,29 +93,29 @@ def _table(parts: list[Part]) -> Table:
         }
         for part in parts
     ]
-    return Table(NAME, "The modules of a block: frozen as they are, with A and B where the adapter has them", rows)
+    return Table(NAME, "The modules of a block: frozen weights, and A and B if adapted", rows)
 
 
-def _adapted(parts: list[Part]) -> list[str]:
+def _adapted_names(parts: list[Part]) -> list[str]:
     return [part.name.rsplit(".", 1)[-1] for part in parts if part.trained]
 
 
-def _shows(parts: list[Part], sums: Sums) -> str:
-    names = _adapted(parts)
+def _summary(parts: list[Part], counts: BlockCounts) -> str:
+    names = _adapted_names(parts)
     return (
         f"A and B on {len(names)} of the block's {len(parts)} modules ({', '.join(names)}): "
-        f"{sums.trained:,} parameters beside {sums.frozen:,} frozen ones"
+        f"{counts.trained:,} parameters beside {counts.frozen:,} frozen ones"
     )
 
 
-def _caption(parts: list[Part], sums: Sums, model: CausalLM) -> str:
+def _caption(parts: list[Part], counts: BlockCounts, model: CausalLM) -> str:
     return "\n\n".join(
         [
-            "A block of MiniGPT as it is loaded with the adapter: names, shapes and scale are the model's own. Pale "
-            "boxes are frozen; green boxes with round corners, beside the matrices that the adapter's config names, "
-            "train, and what they give is added. The lines at the sides are the residual connections.",
-            f"Measured: A and B on {', '.join(_adapted(parts))}; {sums.trained:,} trainable parameters beside "
-            f"{sums.frozen:,} frozen ones in a block ({sums.share:.1%} of both), of which the model has "
-            f"{len(model.blocks)}. Each norm stands inside the residual's branch, as the document draws it.",
+            "A block of MiniGPT loaded with the adapter; names, shapes and scale are read from the model. Pale boxes "
+            "are frozen. Green boxes with round corners, beside the matrices in the adapter's target_modules, train, "
+            "and their output is added. The lines at the sides are the residual connections.",
+            f"Measured: A and B on {', '.join(_adapted_names(parts))}; {counts.trained:,} trainable parameters beside "
+            f"{counts.frozen:,} frozen ones per block ({counts.share:.1%} of their sum); the model has "
+            f"{len(model.blocks)} blocks. Each norm is inside the residual branch (pre-norm), as in the document.",
         ]
     )

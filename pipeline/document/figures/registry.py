@@ -1,4 +1,4 @@
-"""figures: the document's Figures 1 to 5 and its walk through attention, from what the pipeline made."""
+"""The stage figures: the document's Figures 1 to 5 and its attention example, drawn from the project's artifacts."""
 
 from collections.abc import Callable, Generator
 
@@ -15,17 +15,17 @@ MEASURED: tuple[Callable[[Job], RenderedFigure], ...] = (
     *(finetuning_subspace, loss_curves, lora_intuition),  # Figures 1, 2 and 4
     *(placement, attention),  # Figure 5, §2.1
 )
-THIRD = 2  # where Figure 3 stands among them: it alone trains
+GRADIENT_INDEX = 2  # of Figure 3 in the document's order; it is separate because it trains
 
 
 def figures(job: Job) -> Generator[Event, None, Facts]:
-    """Every figure as PNG and SVG with its numbers as CSV, and a report. Raises UserError."""
+    """Write every figure as PNG and SVG, its numbers as CSV, and a report. Raises UserError."""
     for stage in job.stage.needs:
         job.artifact(stage)
     drawn = [make(job) for make in MEASURED]
-    drawn.insert(THIRD, (yield from gradient_example(job)))
-    for number, one in enumerate(drawn, 1):
-        one.write(job.out)
-        yield Progress(number, len(drawn), one.name)
+    drawn.insert(GRADIENT_INDEX, (yield from gradient_example(job)))
+    for number, figure in enumerate(drawn, 1):
+        figure.write(job.out)
+        yield Progress(number, len(drawn), figure.name)
     write_report(job.out, drawn)
-    return {"figures": {one.name: one.facts() for one in drawn}}
+    return {"figures": {figure.name: figure.facts() for figure in drawn}}

@@ -1,8 +1,8 @@
-"""study_intrinsic_dimension: full fine-tuning in random subspaces, and the least that is enough (§2.2).
+"""study_intrinsic_dimension: full fine-tuning in random subspaces, and the smallest sufficient dimension (§2.2).
 
-The document has from Aghajanyan et al. 2021 how few dimensions are enough for RoBERTa-Large, as a property of what was
-pretrained. Here the same is done with MiniGPT, θ = θ₀ + Pθ_d, for as many steps as full fine-tuning: from the expanded
-base, and from weights that never learned anything.
+The document quotes Aghajanyan et al. 2021: few dimensions are enough for RoBERTa-Large, because it is pretrained. Here
+MiniGPT is trained as θ = θ₀ + Pθ_d, for as many steps as full fine-tuning, from the expanded base and from random
+weights.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -31,14 +31,14 @@ from pipeline.stages.finetune import finetune
 from pipeline.training.loop import build_optimizer
 from pipeline.training.optimizer import FlatAdam
 
-PAPERS = "RoBERTa-Large"
+PAPER_MODEL = "RoBERTa-Large"
 BASE, RANDOM = "base", "random weights"
-SLACK = 1e-9  # of shares of a few tokens, which are equal or are not
-Answers = Mapping[tuple[str, int], Sequence[EvalScores]]  # by beginning and dimensions, of each seed
+SLACK = 1e-9  # for rounding: accuracies are fractions of a few tokens
+Scores = Mapping[tuple[str, int], Sequence[EvalScores]]  # (start, dimensions) → a score per seed
 
 
 def intrinsic_dimension(job: Job) -> Generator[Event, None, Facts]:
-    """Each beginning and number of dimensions, and full fine-tuning, with each seed → two tables, a picture.
+    """Train from each start in each dimension and in full, with each seed → two tables and a picture.
 
     Raises UserError.
     """
@@ -48,87 +48,87 @@ def intrinsic_dimension(job: Job) -> Generator[Event, None, Facts]:
     folder = job.artifact("expand_vocab")
     base = engine.load(folder)
     large = count(base.model)["total"]
-    found: dict[tuple[str, int], list[EvalScores]] = {(BASE, 0): [score(base, examples)]}
+    scores: dict[tuple[str, int], list[EvalScores]] = {(BASE, 0): [score(base, examples)]}
     sizes = [*product((BASE, RANDOM), sorted(settings.dimensions)), (BASE, large)]
-    wanted = [(*each, seed) for each in sizes for seed in settings.seeds]
-    for number, (begins, size, seed) in enumerate(wanted, 1):
-        run = _run(settings, begins, size, seed, whole=size == large)
-        begin = partial(_begin, folder, begins, size, seed, size == large)
-        loaded = yield from train_variant(job, run, begin)
-        found.setdefault((begins, size), []).append(score(loaded, examples))
+    wanted = [(start, size, seed) for start, size in sizes for seed in settings.seeds]
+    for number, (start, size, seed) in enumerate(wanted, 1):
+        run = _run(settings, start, size, seed, in_full=size == large)
+        optimizer_of = partial(_initialize, folder, start, size, seed, size == large)
+        loaded = yield from train_variant(job, run, optimizer_of)
+        scores.setdefault((start, size), []).append(score(loaded, examples))
         yield Progress(number, len(wanted), run.name)
     delete_runs(job)
-    tables = _dimensions(settings, found, large), _least(settings, found, large, claimed)
-    text = _text(settings, *tables, len(found[BASE, 0][0].labels))
-    made = Findings("Intrinsic dimension", "§2.2", text, tables)
-    return write_report(job, made, lambda figure: _draw(figure, settings, tables[0]), (7, 4))
+    tables = _dimensions(settings, scores, large), _least(settings, scores, large, claimed)
+    text = _text(settings, *tables, len(scores[BASE, 0][0].labels))
+    findings = Findings("Intrinsic dimension", "§2.2", text, tables)
+    return write_report(job, findings, lambda figure: _draw(figure, settings, tables[0]), (7, 4))
 
 
-def _run(settings: StudyIntrinsicDimension, begins: str, size: int, seed: int, whole: bool) -> Run:
-    """Full fine-tuning at its own rate; in a subspace at the study's."""
+def _run(settings: StudyIntrinsicDimension, start: str, size: int, seed: int, in_full: bool) -> Run:
+    """Full fine-tuning with its own learning rate; in a subspace with the study's."""
     section = FinetuneFull(data=settings.data, seed=seed)
-    if not whole:
+    if not in_full:
         section = FinetuneFull(data=settings.data, seed=seed, learning_rate=settings.learning_rate)
-    return Run(f"{begins}, {size:,} dimensions, seed {seed}", "finetune_full", finetune, {"finetune_full": section})
+    return Run(f"{start}, {size:,} dimensions, seed {seed}", "finetune_full", finetune, {"finetune_full": section})
 
 
-def _begin(
-    folder: Path, begins: str, size: int, seed: int, whole: bool, model: CausalLM, settings: Training
+def _initialize(
+    folder: Path, start: str, size: int, seed: int, in_full: bool, model: CausalLM, settings: Training
 ) -> FlatAdam:
-    """The optimizer of a model that begins so."""
-    if begins == RANDOM:
+    """Load random weights if `start` is RANDOM, and build the optimizer."""
+    if start == RANDOM:
         torch.manual_seed(seed)
         model.load_state_dict(untrained(folder).state_dict())
-    if whole:
+    if in_full:
         return build_optimizer(model, settings)
     return SubspaceAdam(model, OneHot(count(model)["trainable"], size, seed))
 
 
-def _dimensions(settings: StudyIntrinsicDimension, found: Answers, large: int) -> Table:
-    full = Spread.of(one.accuracy for one in found[BASE, large]).mean
+def _dimensions(settings: StudyIntrinsicDimension, scores: Scores, large: int) -> Table:
+    full = Spread.of(result.accuracy for result in scores[BASE, large]).mean
     rows: list[Row] = []
-    for (begins, size), of in found.items():
-        right = Spread.of(one.accuracy for one in of)
+    for (start, size), by_seed in scores.items():
+        right = Spread.of(result.accuracy for result in by_seed)
         rows.append(
             {
-                "begins": begins,
+                "begins": start,
                 "dimensions": size,
                 "share": size / large,
                 "right": right,
                 "of_full": right.mean / full,
                 "enough": right.mean >= settings.share * full - SLACK,
-                "loss": Spread.of(one.loss for one in of),
+                "loss": Spread.of(result.loss for result in by_seed),
             }
         )
-    forms = {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"}
-    return Table("dimensions", "In so many dimensions; the last row is full fine-tuning", rows, forms)
+    formats = {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"}
+    return Table("dimensions", "Training in random subspaces; the last row is full fine-tuning", rows, formats)
 
 
-def _least(settings: StudyIntrinsicDimension, found: Answers, large: int, claimed: Mapping[str, Any]) -> Table:
-    """The least number that is enough, seed by seed, against that seed's full fine-tuning of the base."""
+def _least(settings: StudyIntrinsicDimension, scores: Scores, large: int, claimed: Mapping[str, Any]) -> Table:
+    """The smallest sufficient dimension, each seed compared with full fine-tuning of the base by the same seed."""
     sizes: dict[str, tuple[int, Spread | None]] = {
-        "MiniGPT": (large, _least_of(settings, found, large, BASE)),
-        f"MiniGPT, {RANDOM}": (large, _least_of(settings, found, large, RANDOM)),
+        "MiniGPT": (large, _smallest_sufficient(settings, scores, large, BASE)),
+        f"MiniGPT, {RANDOM}": (large, _smallest_sufficient(settings, scores, large, RANDOM)),
     }
-    low, high = claimed[PAPERS]["least"], claimed[PAPERS]["greatest"]
-    sizes[PAPERS] = (claimed[PAPERS]["parameters"], Spread((low + high) / 2, low, high))
+    low, high = claimed[PAPER_MODEL]["least"], claimed[PAPER_MODEL]["greatest"]
+    sizes[PAPER_MODEL] = (claimed[PAPER_MODEL]["parameters"], Spread((low + high) / 2, low, high))
     rows: list[Row] = [
-        {"model": name, "parameters": of, "least": cell, "share": cell.mean / of if cell else None}
-        for name, (of, cell) in sizes.items()
+        {"model": name, "parameters": parameters, "least": cell, "share": cell.mean / parameters if cell else None}
+        for name, (parameters, cell) in sizes.items()
     ]
-    forms = {"least": ".0f", "share": ".5%"}
-    return Table("least", f"Dimensions that reach {settings.share:.0%} of full fine-tuning", rows, forms)
+    formats = {"least": ".0f", "share": ".5%"}
+    return Table("least", f"Dimensions that reach {settings.share:.0%} of full fine-tuning", rows, formats)
 
 
-def _least_of(settings: StudyIntrinsicDimension, found: Answers, large: int, begins: str) -> Spread | None:
-    """None where what was tried is not enough for some seed."""
+def _smallest_sufficient(settings: StudyIntrinsicDimension, scores: Scores, large: int, start: str) -> Spread | None:
+    """None if no dimension tried is sufficient for some seed."""
     least = []
-    for number, full in enumerate(found[BASE, large]):
+    for number, full in enumerate(scores[BASE, large]):
         enough = settings.share * full.accuracy - SLACK
-        tried = {size: of for (begun, size), of in found.items() if begun == begins and 0 < size < large}
-        least.append(next((size for size, of in tried.items() if of[number].accuracy >= enough), None))
-    known = [size for size in least if size is not None]
-    return Spread.of(known) if len(known) == len(least) else None
+        tried = {size: by_seed for (start_, size), by_seed in scores.items() if start_ == start and 0 < size < large}
+        least.append(next((size for size, by_seed in tried.items() if by_seed[number].accuracy >= enough), None))
+    sufficient = [size for size in least if size is not None]
+    return Spread.of(sufficient) if len(sufficient) == len(least) else None
 
 
 def _text(settings: StudyIntrinsicDimension, dimensions: Table, least: Table, labels: int) -> str:
@@ -137,46 +137,46 @@ def _text(settings: StudyIntrinsicDimension, dimensions: Table, least: Table, la
     share = f"{settings.share:.0%}"
     low = min(settings.dimensions)
     base, scratch = (
-        shown(next(r["right"] for r in dimensions.rows if (r["begins"], r["dimensions"]) == (begins, low)), ".0%")
-        for begins in (BASE, RANDOM)
+        shown(next(r["right"] for r in dimensions.rows if (r["begins"], r["dimensions"]) == (start, low)), ".0%")
+        for start in (BASE, RANDOM)
     )
     paper = theirs["least"]
     assert isinstance(paper, Spread)
     return "\n\n".join(
         [
-            f"*Right*: share of the {labels} next tokens of `{settings.data}` that are the first choice. Before "
-            f"training it is {before}, after full fine-tuning {after}. In d dimensions all weights follow d numbers "
-            "alone, by a random isometry with one entry a row, for as many steps.",
-            f"From the base: {_series(dimensions, BASE)}. So {share} of what full fine-tuning reaches takes "
+            f"*Right*: the share of the {labels} next tokens of `{settings.data}` that are the model's first choice: "
+            f"{before} before training, {after} after full fine-tuning. In d dimensions only d numbers train; a random "
+            "isometry with one nonzero entry per row maps them to the weights. The number of steps is the same.",
+            f"From the base: {_series(dimensions, BASE)}. So {share} of full fine-tuning's accuracy takes "
             f"{_takes(ours)}. From random weights: {_series(dimensions, RANDOM)}; {share} takes {_takes(random)}.",
             f"The paper's {theirs['model']} takes {paper.low:.0f} to {paper.high:.0f} of "
-            f"{shown(theirs['parameters'])}. That few dimensions are enough is found here too. What pretraining adds: "
-            f"in {low:,} dimensions the base comes to {base}, random weights to {scratch}.",
+            f"{shown(theirs['parameters'])}. Few dimensions are enough here as well. The effect of pretraining: "
+            f"in {low:,} dimensions the base reaches {base}, random weights {scratch}.",
         ]
     )
 
 
-def _series(dimensions: Table, begins: str) -> str:
-    rows = [row for row in dimensions.rows[:-1] if row["begins"] == begins and row["dimensions"]]
+def _series(dimensions: Table, start: str) -> str:
+    rows = [row for row in dimensions.rows[:-1] if row["begins"] == start and row["dimensions"]]
     return ", ".join(f"{row['dimensions']:,} → {shown(row['right'], '.0%')}" for row in rows)
 
 
 def _takes(row: Row) -> str:
     if row["least"] is None:
-        return "more than was tried"
+        return "more dimensions than tried"
     return f"{shown(row['least'], '.0f')} of {shown(row['parameters'])} parameters ({shown(row['share'], '.2%')})"
 
 
 def _draw(figure: Figure, settings: StudyIntrinsicDimension, dimensions: Table) -> None:
     axis = figure.subplots()
     base, *inner, full = dimensions.rows
-    for begins, look in ((BASE, COLORS["lora"]), (RANDOM, COLORS["scratch"])):
-        rows = [row for row in inner if row["begins"] == begins]
+    for start, color in ((BASE, COLORS["lora"]), (RANDOM, COLORS["scratch"])):
+        rows = [row for row in inner if row["begins"] == start]
         cells = [cell for row in rows if isinstance(cell := row["right"], Spread)]
-        marker = "o" if begins == BASE else "s"
+        marker = "o" if start == BASE else "s"
         x = [row["dimensions"] for row in rows]
         axis.errorbar(
-            x, [c.mean for c in cells], yerr=min_max(cells), marker=marker, color=look, label=f"from {begins}"
+            x, [c.mean for c in cells], yerr=min_max(cells), marker=marker, color=color, label=f"from {start}"
         )
     for row, label, line in ((full, "full fine-tuning", "-"), (base, "the base", ":")):
         assert isinstance(row["right"], Spread)

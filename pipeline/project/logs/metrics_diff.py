@@ -1,4 +1,4 @@
-"""What the last evaluation measured otherwise than the one that was committed."""
+"""The difference between the last evaluation and the committed one."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from pipeline.project import provenance
 
 @dataclass(frozen=True)
 class Change:
-    """One number; None where one of the two has it not."""
+    """One number before and after; None if it is missing there."""
 
     name: str
     before: float | None
@@ -20,7 +20,7 @@ class Change:
 
 
 def since_commit(path: Path) -> list[Change]:
-    """Every number of `path` that differs from the last commit's in six digits: the rest is another machine's rounding.
+    """Every number of `path` that differs from the last commit's in six digits; further digits depend on the machine.
 
     Raises UserError if there is nothing to compare.
     """
@@ -28,21 +28,21 @@ def since_commit(path: Path) -> list[Change]:
         raise UserError("Nothing was evaluated yet.")
     text = provenance.committed(path)
     if text is None:
-        raise UserError(f"{path.name} was never committed: there is nothing to compare it with.")
+        raise UserError(f"{path.name} was never committed, so there is nothing to compare.")
     try:
-        before, after = (dict(_numbers(json.loads(one))) for one in (text, path.read_text(encoding="utf-8")))
+        before, after = (dict(_numbers(json.loads(document))) for document in (text, path.read_text(encoding="utf-8")))
     except (ValueError, OSError) as error:
         raise UserError(f"{path.name} cannot be read: {error}.") from None
     names = [*before, *(name for name in after if name not in before)]
-    return [Change(n, before.get(n), after.get(n)) for n in names if _shown(before.get(n)) != _shown(after.get(n))]
+    return [Change(n, before.get(n), after.get(n)) for n in names if _format(before.get(n)) != _format(after.get(n))]
 
 
-def _shown(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
 def _numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number with its dotted name."""
+    """Every number in the JSON tree with its dotted name."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _numbers(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,4 +1,4 @@
-"""The run log: `loss.csv`, deterministic and tracked, and `telemetry.csv`, which differs between runs."""
+"""The run log: `loss.csv`, deterministic and tracked by DVC, and `telemetry.csv`, which differs between runs."""
 
 import math
 import os
@@ -15,7 +15,7 @@ LOSS, TELEMETRY = "loss.csv", "telemetry.csv"
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: mean loss in nats a token, norm of the gradient, tokens learned from so far."""
+    """One optimizer step: mean loss in nats per token, gradient norm, labelled tokens so far."""
 
     step: int
     epoch: int
@@ -23,11 +23,11 @@ class Step:
     learning_rate: float
     grad_norm: float
     tokens: int
-    eval_loss: float | None = None  # on held-out examples, where the step was followed by an evaluation
-    divergence: float | None = None  # from the base on retained texts, in nats a token
+    eval_loss: float | None = None  # on held-out examples, if an evaluation followed the step
+    divergence: float | None = None  # from the base on retain texts, in nats per token
 
 
-OPTIONAL = ("eval_loss", "divergence")  # columns of the runs that have them
+OPTIONAL = ("eval_loss", "divergence")  # columns that only some runs have
 COLUMNS = tuple(f.name for f in fields(Step) if f.name not in OPTIONAL)
 TELEMETRY_COLUMNS = (
     *("step", "seconds", "tokens_per_second", "peak_memory_bytes", "device"),
@@ -37,14 +37,14 @@ TELEMETRY_COLUMNS = (
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of tensors at the peak of a step: what the calculator says, and what was counted (0: not yet)."""
+    """Bytes of tensors at the peak of a step, predicted by the calculator and measured (0: not yet)."""
 
     predicted: int = 0
     measured: int = 0
 
 
 def in_units(size: int) -> str:
-    """Bytes in the largest binary unit of which there is one: 1.21 MiB."""
+    """Format bytes in the largest suitable binary unit, such as 1.21 MiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:
             return f"{size / unit:.2f} {name}"
@@ -52,7 +52,7 @@ def in_units(size: int) -> str:
 
 
 def read_steps(path: Path) -> list[Step]:
-    """The whole lines of a run log, which may be growing: a half-written or foreign line ends it."""
+    """The steps of a run log that may still grow: reading stops at a half-written or invalid line."""
     steps: list[Step] = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -71,9 +71,9 @@ def read_steps(path: Path) -> list[Step]:
 
 
 class RunLog:
-    """Appends to loss.csv and telemetry.csv of a run folder; opened at a step, later lines are dropped.
+    """Appends to loss.csv and telemetry.csv of a run folder. Lines after `at_step` are dropped when it is opened.
 
-    Telemetry's seconds and speed count from when the log was opened.
+    Seconds and tokens per second in the telemetry count from the opening of the log.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class RunLog:
     ) -> None:
         wanted = dict(zip(OPTIONAL, (evaluated, retained), strict=True))
         self._columns = (*COLUMNS, *(name for name in OPTIONAL if wanted[name]))
-        self._loss = _opened(folder / LOSS, self._columns, at_step)
-        self._telemetry = _opened(folder / TELEMETRY, TELEMETRY_COLUMNS, at_step)
+        self._loss = _open_at(folder / LOSS, self._columns, at_step)
+        self._telemetry = _open_at(folder / TELEMETRY, TELEMETRY_COLUMNS, at_step)
         self._start, self._tokens = time.perf_counter(), at_tokens
 
     def __enter__(self) -> "RunLog":
@@ -92,24 +92,24 @@ class RunLog:
         self._loss.close()
         self._telemetry.close()
 
-    def append(self, step: Step, peak: Peak = Peak(), device: str = "cpu") -> None:  # it is frozen
-        numbers = [_written(getattr(step, name)) for name in self._columns]
+    def append(self, step: Step, peak: Peak = Peak(), device: str = "cpu") -> None:  # Peak is immutable
+        numbers = [_format(getattr(step, name)) for name in self._columns]
         self._loss.write(",".join(numbers) + "\n")
         self._loss.flush()
         seconds = time.perf_counter() - self._start
-        speed = (step.tokens - self._tokens) / seconds  # labels learned from
+        speed = (step.tokens - self._tokens) / seconds  # labelled tokens
         self._telemetry.write(
             f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},{peak.predicted},{peak.measured}\n"
         )
 
     def sync(self) -> None:
-        """What was logged is on the disk: called before a checkpoint that relies on it."""
+        """Flush the logs to disk. Called before writing a checkpoint that relies on them."""
         for file in (self._loss, self._telemetry):
             file.flush()
             os.fsync(file.fileno())
 
 
-def _written(value: float | None) -> str:
+def _format(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.7g}" if isinstance(value, float) else str(value)
@@ -121,8 +121,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _opened(path: Path, columns: Sequence[str], at_step: int) -> TextIO:
-    """`path` for appending, cut in place after the line of `at_step` (a kill at any moment keeps those before)."""
+def _open_at(path: Path, columns: Sequence[str], at_step: int) -> TextIO:
+    """Open `path` for appending, truncated after the line of `at_step`.
+
+    It is truncated in place, so that a kill at any moment keeps the lines before.
+    """
     header = ",".join(columns) + "\n"
     if not at_step or not path.exists():
         path.write_text(header, encoding="utf-8")
@@ -139,10 +142,9 @@ def _opened(path: Path, columns: Sequence[str], at_step: int) -> TextIO:
 
 
 def flat_from(steps: Sequence[Step], tolerance: float = 0.05) -> int | None:
-    """The first epoch from which every epoch's mean loss stays within `tolerance` of the whole drop.
+    """The first epoch from which the mean loss stays within `tolerance` × total drop of the last epoch's.
 
-    Measured from the last epoch's mean; None if that epoch is the first to come so close,
-    which is to say: the curve has not flattened.
+    None if only the last epoch does: the curve has not flattened.
     """
     means = epoch_means(steps)
     if len(means) < 2 or not all(map(math.isfinite, means)):
@@ -155,7 +157,7 @@ def flat_from(steps: Sequence[Step], tolerance: float = 0.05) -> int | None:
 
 
 def final_loss(steps: Sequence[Step]) -> float | None:
-    """Mean loss of the last epoch: a single batch's depends on which sentences are in it."""
+    """The mean loss of the last epoch; a single batch's loss would depend on its sentences."""
     return epoch_means(steps)[-1] if steps else None
 
 

@@ -1,4 +1,4 @@
-"""`runs/STAGE/run.json`: what a stage is doing or how it ended, for whoever watches from another process."""
+"""`runs/STAGE/run.json`: the state and progress of a stage's run, for other processes to watch."""
 
 import fcntl
 import json
@@ -14,14 +14,14 @@ from pipeline.errors import Interrupted, explain
 
 JOURNAL, LOCK = "run.json", "lock"
 PAUSE = 0.2  # seconds between two writes of progress
-LAST = 20  # notes that are kept
-LONGEST = 500  # characters of a message on a full disk
+MAX_NOTES = 20
+MAX_MESSAGE = 500  # characters of a message on a full disk
 State = Literal["running", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Journal:
-    """One run of a stage. Times are seconds since the epoch; `first` is the step it went on from, at `since`."""
+    """One run of a stage. Times are seconds since the epoch; `first`: the step it started or resumed at, at `since`."""
 
     state: State
     pid: int
@@ -36,14 +36,14 @@ class Journal:
 
     @property
     def eta(self) -> float | None:
-        """Seconds to the end at the pace so far; None before there is one."""
+        """Estimated seconds to the end; None before the first step."""
         if self.done <= self.first or not self.total:
             return None
         return (time.time() - self.since) / (self.done - self.first) * (self.total - self.done)
 
 
 def read(folder: Path) -> Journal | None:
-    """The journal of a run folder, or None where there is none that can be read."""
+    """The journal of a run folder, or None if there is no readable one."""
     try:
         return Journal(**json.loads((folder / JOURNAL).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -56,7 +56,7 @@ def alive(folder: Path) -> bool:
         with (folder / LOCK).open("rb") as file:
             pid = file.read()
             if not pid.isdigit() or not _exists(int(pid)):
-                return False  # the lock is not even tried: a stage that starts in this instant would have to wait
+                return False  # do not try the lock: a stage that starts at this moment would have to wait
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -76,7 +76,7 @@ def _exists(pid: int) -> bool:
 
 
 class Writer:
-    """Keeps a run's journal. A journal that cannot be written stops no stage."""
+    """Writes a run's journal. If it cannot be written, the stage continues without."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / JOURNAL
@@ -85,7 +85,7 @@ class Writer:
         self.change()
 
     def change(self, **values: Any) -> None:
-        """Write at once."""
+        """Update the journal and write it immediately."""
         self._journal = replace(self._journal, **values)
         new = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -97,20 +97,20 @@ class Writer:
                 self._overwrite()
 
     def _overwrite(self) -> None:
-        """On a full disk there is no room for a new file, but in the block that the old one has.
+        """On a full disk, write into the old file's block, as there is no room for a new file.
 
-        Without notes, so that one block is enough. Who reads it in this moment sees no journal.
+        Notes are dropped, so that one block is enough. A reader may see no journal at this moment.
         """
-        short = replace(self._journal, notes=[], message=self._journal.message[:LONGEST])
+        short = replace(self._journal, notes=[], message=self._journal.message[:MAX_MESSAGE])
         with self._path.open("rb+", buffering=0) as file:
             file.write(json.dumps(asdict(short), ensure_ascii=False).encode())
             file.truncate()
 
     def note(self, text: str) -> None:
-        self.change(notes=[*self._journal.notes, text][-LAST:])
+        self.change(notes=[*self._journal.notes, text][-MAX_NOTES:])
 
     def progress(self, done: int, total: int, text: str) -> None:
-        """Write unless it was done a moment ago: a step may take a millisecond."""
+        """Write the progress, at most every `PAUSE` seconds: a step may take a millisecond."""
         now = time.time()
         if not self._journal.total:
             self._journal = replace(self._journal, first=done, since=now)
@@ -121,7 +121,7 @@ class Writer:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Writer]:
-    """A journal that says, once the block has ended, how."""
+    """A writer whose journal records how the block ended: done, stopped or failed."""
     writer = Writer(folder)
     try:
         yield writer

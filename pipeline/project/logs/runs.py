@@ -1,4 +1,4 @@
-"""Which runs there are to look at: the last of each stage that trains, artifacts/, and what the cache kept."""
+"""Discovers the runs to compare: each training stage's last run, its artifact, and those in the cache."""
 
 import json
 import os
@@ -14,16 +14,16 @@ from pipeline.project.logs.run_log import LOSS, TELEMETRY
 from pipeline.project.params.grid import DIVERGED, read_run_outcomes
 from pipeline.project.stage_graph import ARTIFACTS, RUNS, STAGES, Project, Stage, cache_folder
 
-TRAINING = (  # as a reader wants to see them
+TRAINING = (  # in the order in which they are listed
     *("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt", "finetune_sweep"),
     *("train_from_scratch", "pretrain"),
 )
-SHORT_KEY = 8  # characters of a digest that tell two runs apart to a reader
+SHORT_KEY = 8  # characters of a cache key in a label
 
 
 @dataclass(frozen=True)
 class LogFiles:
-    """One curve: its log, and its telemetry where that is kept. `name` is its adapter's in a sweep, else empty."""
+    """The log of one curve, and its telemetry if it exists. `name`: the adapter's name in a sweep, else empty."""
 
     name: str
     loss: Path
@@ -32,15 +32,15 @@ class LogFiles:
 
 @dataclass(frozen=True)
 class Run:
-    """What was trained in one pass: one curve, or those of a sweep's adapters. `place` is the folder of their logs.
+    """One training run: one curve, or one per adapter of a sweep; `log_folder` contains the logs.
 
-    `folder` is the run folder of a stage's last run, which may be going on; `params` are what it ran with (as JSON has
-    them), `when` is the logs' last change in seconds since the epoch.
+    `folder`: the run folder if this is the stage's last run, which may still be running. `params`: the settings it ran
+    with, as in JSON. `when`: the logs' last change in seconds since the epoch.
     """
 
     stage: str
     label: str
-    place: Path
+    log_folder: Path
     curves: tuple[LogFiles, ...]
     folder: Path | None
     params: Mapping[str, Any]
@@ -50,19 +50,19 @@ class Run:
     def sweeps(self) -> bool:
         return STAGES[self.stage].kind == "adapters"
 
-    def called(self, curve: str) -> str:
-        """What to call one of its curves beside other runs'."""
+    def curve_label(self, curve: str) -> str:
+        """The label of one of its curves, unique among all runs."""
         return f"{self.label}, {curve}" if curve else self.label
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A finished artifact's logs, and the parts of its manifest that tell it from another.
+class _FinishedRun:
+    """The logs of a finished artifact and its manifest.
 
-    `digests`: curve → sha256 of its log; None for an adapter that diverged, of which the artifact has none.
+    `digests`: curve → sha256 of its log; None for an adapter that diverged, whose log is not in the artifact.
     """
 
-    place: Path
+    log_folder: Path
     curves: tuple[LogFiles, ...]
     digests: Mapping[str, str | None]
     manifest: Mapping[str, Any]
@@ -70,26 +70,26 @@ class _Made:
 
 
 def discover_runs(root: Path, project: Project | None) -> list[Run]:
-    """Every run of the stages that train, stage by stage, the last one first, then from new to old.
+    """All runs of the training stages, stage by stage: the last run first, then from new to old.
 
-    A project's stages that are its parent's have their runs there. A run whose logs are the same, byte for byte, as
-    those of one before it is left out. Labels say what of the params differs from today's; `project` is None where the
-    params file in `root` cannot be read. Reads whole logs to compare them: not for the UI's thread.
+    Runs with the same bytes in their logs are listed once. Labels show the params that differ from the current ones.
+    Inherited stages have their runs in the parent's folder. `project` is None if the params file in `root` cannot be
+    read. This reads whole logs to hash them, so do not call it on the UI thread.
     """
-    return [run for name in TRAINING for run in _named_apart(_runs(root, STAGES[name], project))]
+    return [run for name in TRAINING for run in _disambiguate(_runs(root, STAGES[name], project))]
 
 
 def stamp(root: Path, params: Path, project: Project | None) -> tuple[int, ...]:
-    """What is another when `discover_runs` may find other runs: calls of os.stat, a dozen and one for each adapter."""
+    """Changes when `discover_runs` may return other runs. Takes a dozen calls of os.stat, and one per adapter."""
     homes = {name: project.home(name).root if project else root for name in TRAINING}
-    kept = project.cache if project else cache_folder(root)
+    cache = project.cache if project else cache_folder(root)
     logs = [number for name, home in homes.items() for number in _identities(home / RUNS / name, STAGES[name])]
-    others = [params, *(home / STAGES[name].path for name, home in homes.items()), *(kept / name for name in TRAINING)]
+    others = [params, *(home / STAGES[name].path for name, home in homes.items()), *(cache / name for name in TRAINING)]
     return (*logs, *(number for path in others for number in _stat(path)))
 
 
 def _identities(folder: Path, stage: Stage) -> list[int]:
-    """What tells the logs in a run folder from others: inodes, and the names of a sweep's adapters."""
+    """The inodes of the logs in a run folder, and hashes of the names of a sweep's adapters."""
     if stage.kind != "adapters":
         return [_stat(folder / LOSS)[0]]
     try:
@@ -100,7 +100,7 @@ def _identities(folder: Path, stage: Stage) -> list[int]:
 
 
 def _stat(path: Path) -> tuple[int, int]:
-    """The inode, which another file has not, and the time of the last change; zeros if there is nothing."""
+    """The inode and the time of the last change in ns; zeros if the file does not exist."""
     try:
         info = path.stat()
     except OSError:
@@ -109,65 +109,67 @@ def _stat(path: Path) -> tuple[int, int]:
 
 
 def _logs(folder: Path, stage: Stage, telemetry: bool = True) -> tuple[LogFiles, ...]:
-    """The curves of a stage whose logs lie in `folder`; of a sweep one for each adapter that is there."""
-    places = [folder]
+    """The curves with logs in `folder`: one, or one per adapter of a sweep."""
+    folders = [folder]
     if stage.kind == "adapters":
-        places = sorted(
-            (log.parent for log in folder.glob(f"[!.]*/{LOSS}")), key=lambda place: natural_sort_key(place.name)
+        folders = sorted(
+            (log.parent for log in folder.glob(f"[!.]*/{LOSS}")), key=lambda path: natural_sort_key(path.name)
         )
     return tuple(
-        LogFiles("" if at == folder else at.name, at / LOSS, at / TELEMETRY if telemetry else None) for at in places
+        LogFiles("" if at == folder else at.name, at / LOSS, at / TELEMETRY if telemetry else None) for at in folders
     )
 
 
 def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
     home = project.home(stage.name) if project else None
     now = json.loads(json.dumps(home.stage_params(stage))) if home else {}
-    made = list(_made(home.root if home else root, project.cache if project else cache_folder(root), stage))
-    reference = made[0].manifest if made else {}
+    finished = list(
+        _finished_runs(home.root if home else root, project.cache if project else cache_folder(root), stage)
+    )
+    reference = finished[0].manifest if finished else {}
     seen: list[Mapping[str, str | None]] = []
 
-    def run(place: Path, curves: tuple[LogFiles, ...], folder: Path | None, manifest: Mapping[str, Any]) -> Run:
+    def run(log_folder: Path, curves: tuple[LogFiles, ...], folder: Path | None, manifest: Mapping[str, Any]) -> Run:
         difference = _difference(manifest, reference, now)
-        label = f"{_named(stage, curves)}{',' if difference and stage.kind == 'adapters' else ''}{difference}"
+        label = f"{_stage_label(stage, curves)}{',' if difference and stage.kind == 'adapters' else ''}{difference}"
         when = max(_changed(curve.loss) for curve in curves)
-        return Run(stage.name, label, place, curves, folder, _params(manifest), when)
+        return Run(stage.name, label, log_folder, curves, folder, _params(manifest), when)
 
     folder = (home.root if home else root) / RUNS / stage.name
     curves = _logs(folder, stage)
     digests = {curve.name: digest for curve in curves if (digest := _digest(curve.loss))}
     if digests:
         seen.append(digests)
-        manifest = next((known.manifest for known in made if _same(known.digests, digests)), {"params": now})
+        manifest = next((other.manifest for other in finished if _same(other.digests, digests)), {"params": now})
         yield run(folder, curves, folder, manifest)
-    for known in made:
-        if not any(_same(known.digests, other) for other in seen):
-            seen.append(known.digests)
-            yield run(known.place, known.curves, None, known.manifest)
+    for other in finished:
+        if not any(_same(other.digests, digests) for digests in seen):
+            seen.append(other.digests)
+            yield run(other.log_folder, other.curves, None, other.manifest)
 
 
-def _named(stage: Stage, curves: tuple[LogFiles, ...]) -> str:
+def _stage_label(stage: Stage, curves: tuple[LogFiles, ...]) -> str:
     if stage.kind != "adapters":
         return stage.name
     return f"{stage.name}  {len(curves)} adapter{'s' if len(curves) > 1 else ''}"
 
 
 def _same(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> bool:
-    """Whether two runs have the same curves, as far as both have kept them."""
+    """Whether two runs have the same adapters and equal logs, ignoring logs that one of them lacks (None)."""
     return one.keys() == other.keys() and all(None in (a, other[name]) or a == other[name] for name, a in one.items())
 
 
-def _made(root: Path, kept: Path, stage: Stage) -> Iterator[_Made]:
-    """What is in artifacts/, then what the cache in `kept` holds, newest first."""
-    entries = [entry for entry in (kept / stage.name).glob("[!.]*") if entry.is_dir()]
-    found = [made for entry in entries if (made := _made_in(entry, stage))]
-    last = _made_in(root / ARTIFACTS / stage.output, stage)
+def _finished_runs(root: Path, cache: Path, stage: Stage) -> Iterator[_FinishedRun]:
+    """The run in artifacts/, then those in the cache, newest first."""
+    entries = [entry for entry in (cache / stage.name).glob("[!.]*") if entry.is_dir()]
+    cached = [run for entry in entries if (run := _finished_run(entry, stage))]
+    last = _finished_run(root / ARTIFACTS / stage.output, stage)
     yield from [last] if last else []
-    yield from sorted(found, key=lambda made: made.when, reverse=True)
+    yield from sorted(cached, key=lambda run: run.when, reverse=True)
 
 
-def _made_in(folder: Path, stage: Stage) -> _Made | None:
-    """The artifact in `folder`, or None where there is none with a log."""
+def _finished_run(folder: Path, stage: Stage) -> _FinishedRun | None:
+    """The finished run in `folder`, or None if it has no artifact with a log."""
     try:
         manifest = artifact.read_manifest(folder)
     except UserError:
@@ -181,7 +183,7 @@ def _made_in(folder: Path, stage: Stage) -> _Made | None:
         digests[curve.name] = digest
     diverged = [name for name, end in read_run_outcomes(folder).items() if end == DIVERGED]
     when = max((_changed(curve.loss) for curve in curves), default=0.0)
-    return _Made(folder, curves, {**dict.fromkeys(diverged), **digests}, manifest, when) if curves else None
+    return _FinishedRun(folder, curves, {**dict.fromkeys(diverged), **digests}, manifest, when) if curves else None
 
 
 def _params(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,9 +192,9 @@ def _params(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(manifest: Mapping[str, Any], reference: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What to say of a run beside its stage's name: the params that are not today's, else other inputs or code."""
+    """The suffix of a run's label: params that differ from the current ones, or else "other inputs" or "other code"."""
     params = _params(manifest)
-    parts = [f" {key} {_short(value)}" for key, value in params.items() if now.get(key, value) != value]
+    parts = [f" {key} {_abbreviate(value)}" for key, value in params.items() if now.get(key, value) != value]
     if not parts:
         parts = [f" other {part}" for part in ("inputs", "code") if _differs(part, manifest, reference)]
     return ",".join(parts)
@@ -202,20 +204,20 @@ def _differs(part: str, manifest: Mapping[str, Any], reference: Mapping[str, Any
     return part in manifest and manifest[part] != reference.get(part)
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     if isinstance(value, Mapping):
-        return " × ".join(f"{key} {_short(item)}" for key, item in value.items()) or "none"
+        return " × ".join(f"{key} {_abbreviate(item)}" for key, item in value.items()) or "none"
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _named_apart(runs: Iterator[Run]) -> Iterator[Run]:
-    """Two runs that differ in nothing a reader would know are told apart by their key."""
-    taken: set[str] = set()
+def _disambiguate(runs: Iterator[Run]) -> Iterator[Run]:
+    """Append the cache key to labels that occur twice."""
+    labels: set[str] = set()
     for run in runs:
         label = run.label
-        if label in taken:
-            label = f"{label} ({run.place.name[:SHORT_KEY]})"
-        taken.add(label)
+        if label in labels:
+            label = f"{label} ({run.log_folder.name[:SHORT_KEY]})"
+        labels.add(label)
         yield replace(run, label=label)
 
 

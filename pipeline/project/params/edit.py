@@ -1,4 +1,4 @@
-"""Change values in params.yaml and nothing else: comments, order and layout stay as their writer left them."""
+"""Change values in params.yaml without touching comments, order and layout."""
 
 import os
 from collections.abc import Mapping
@@ -15,53 +15,53 @@ NULL = "tag:yaml.org,2002:null"
 
 
 def save(path: Path, values: Mapping[str, Any], more: Kinds = dict) -> None:
-    """Set `section.key` → value in the file, whole or not at all; `more` as `sections.parse` takes it.
+    """Set `section.key` → value in the file atomically; `more` as in `sections.parse`.
 
-    Raises UserError if the file is not valid before or after, OSError if it cannot be written; it is then unchanged.
+    Raises UserError if the file is invalid before or after, and OSError if it cannot be written. Then it is unchanged.
     """
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # so that a symlink is kept
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8. Mend it by hand.") from None
+        raise UserError(f"{path} is not UTF-8. Fix it by hand.") from None
     parse(text, path, (), more)
-    new = changed(text, values)
+    new = set_values(text, values)
     parse(new, path, (), more)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(new)
             file.flush()
             os.fsync(file.fileno())
-        beside.chmod(path.stat().st_mode)
-        beside.replace(path)
+        temporary.chmod(path.stat().st_mode)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def changed(text: str, values: Mapping[str, Any]) -> str:
-    """`text` with each `section.key` set. Raises UserError where the layout leaves no place for one."""
+def set_values(text: str, values: Mapping[str, Any]) -> str:
+    """`text` with each `section.key` set. Raises UserError if the layout does not allow it."""
     for key, value in values.items():
         section, _, name = key.partition(".")
         text = _set(text, section, name, value) if name else _set_above(text, key, value)
     return text
 
 
-def without(text: str, section: str) -> str:
-    """`text` without a section and the comments that end it."""
-    lines, keep, kept = text.splitlines(keepends=True), True, []
+def remove_section(text: str, section: str) -> str:
+    """`text` without a section and its trailing comments."""
+    lines, keep, remaining = text.splitlines(keepends=True), True, []
     for line in lines:
         if line[0] not in " \t\r\n#":
             keep = line.partition(":")[0] != section
         if keep:
-            kept.append(line)
-    return "".join(kept)
+            remaining.append(line)
+    return "".join(remaining)
 
 
 def section_text(name: str, section: Any) -> str:
-    """A section with every key, as params.yaml has it."""
+    """A section with all keys, as text for params.yaml."""
     return f"{name}:\n" + "".join(
-        f"  {f.name}: {dumped(getattr(section, f.name))}\n" for f in fields(section) if f.name not in TOP_LEVEL
+        f"  {f.name}: {dump_inline(getattr(section, f.name))}\n" for f in fields(section) if f.name not in TOP_LEVEL
     )
 
 
@@ -71,23 +71,23 @@ def _set(text: str, section: str, name: str, value: Any) -> str:
     except yaml.YAMLError as error:
         raise UserError(f"the params file is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):
-        raise UserError("the params file holds no sections. Mend it by hand.")
+        raise UserError("the params file has no sections. Fix it by hand.")
     branch = _child(root, section)
     if branch is None:
-        return f"{text.rstrip()}\n\n{section}:\n  {name}: {dumped(value)}\n"
+        return f"{text.rstrip()}\n\n{section}:\n  {name}: {dump_inline(value)}\n"
     if not branch.value and (isinstance(branch, yaml.MappingNode) or branch.tag == NULL):  # `section: {}`, `section:`
-        return f"{text[: branch.start_mark.index].rstrip(' ')}\n  {name}: {dumped(value)}{text[_end(branch) :]}"
+        return f"{text[: branch.start_mark.index].rstrip(' ')}\n  {name}: {dump_inline(value)}{text[_end(branch) :]}"
     if not isinstance(branch, yaml.MappingNode):
-        raise UserError(f"section {section} of the params file holds no keys. Write `{name}:` there by hand.")
+        raise UserError(f"section {section} of the params file has no keys. Add `{name}:` by hand.")
     leaf = _child(branch, name)
     if leaf is not None:
-        return _replaced(text, leaf, value)
+        return _replace_node(text, leaf, value)
     if branch.flow_style:
-        raise UserError(f"section {section} of the params file is in braces. Write {name} there by hand.")
+        raise UserError(f"section {section} of the params file is in braces. Add {name} by hand.")
     last = text.find("\n", _end(branch.value[-1][1]))
     last = len(text) if last < 0 else last
     indent = " " * branch.value[0][0].start_mark.column
-    return f"{text[:last]}\n{indent}{name}: {dumped(value)}{text[last:]}"
+    return f"{text[:last]}\n{indent}{name}: {dump_inline(value)}{text[last:]}"
 
 
 def _set_above(text: str, key: str, value: Any) -> str:
@@ -95,26 +95,26 @@ def _set_above(text: str, key: str, value: Any) -> str:
     root = yaml.compose(text)
     leaf = _child(root, key) if isinstance(root, yaml.MappingNode) else None
     if leaf is not None:
-        return _replaced(text, leaf, value)
+        return _replace_node(text, leaf, value)
     first = root.value[0][0].start_mark.index if isinstance(root, yaml.MappingNode) and root.value else len(text)
-    return f"{text[:first]}{key}: {dumped(value)}\n\n{text[first:]}"
+    return f"{text[:first]}{key}: {dump_inline(value)}\n\n{text[first:]}"
 
 
 def _child(node: yaml.MappingNode, name: str) -> yaml.Node | None:
     return next((child for key, child in node.value if key.value == name), None)
 
 
-def _replaced(text: str, node: yaml.Node, value: Any) -> str:
-    """`text` with `node`'s characters exchanged; a comment after them keeps its column."""
+def _replace_node(text: str, node: yaml.Node, value: Any) -> str:
+    """`text` with `node` replaced by `value`; a comment after it keeps its column."""
     start, end = node.start_mark.index, _end(node)
     block = isinstance(node, yaml.CollectionNode) and not node.flow_style
     if block and isinstance(node, yaml.SequenceNode) and isinstance(value, list | tuple) and value:
-        new = f"\n{' ' * node.start_mark.column}".join(f"- {dumped(item)}" for item in value)
+        new = f"\n{' ' * node.start_mark.column}".join(f"- {dump_inline(item)}" for item in value)
     elif block and isinstance(node, yaml.MappingNode) and isinstance(value, Mapping) and value:
-        lines = (dumped({key: item})[1:-1] for key, item in value.items())
+        lines = (dump_inline({key: item})[1:-1] for key, item in value.items())
         new = f"\n{' ' * node.start_mark.column}".join(lines)
     else:
-        new = dumped(value)
+        new = dump_inline(value)
     if start == end:  # `key:` with nothing after it: the mark is at the colon
         new = f" {new}"
     rest = text[end:]
@@ -125,7 +125,7 @@ def _replaced(text: str, node: yaml.Node, value: Any) -> str:
 
 
 def _end(node: yaml.Node) -> int:
-    """Where a node's own characters end: a block's mark would be after the comments that follow it."""
+    """The index where a node's own text ends. A block's end mark would be after the comments that follow."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _end(last[1] if isinstance(last, tuple) else last)
@@ -133,8 +133,8 @@ def _end(node: yaml.Node) -> int:
     return index
 
 
-def dumped(value: Any) -> str:
-    """`value` on one line: a text with a line break of Unicode's in it is escaped."""
+def dump_inline(value: Any) -> str:
+    """`value` as YAML on one line; strings with Unicode line breaks are escaped."""
     plain = list(value) if isinstance(value, tuple) else value
     readable = not any(mark in str(value) for mark in "\x85\u2028\u2029")
     text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=readable, width=float("inf"), sort_keys=False)

@@ -1,4 +1,4 @@
-"""The adapters of a sweep: every combination of the values in its grid, each with a name that says what is its own."""
+"""The adapters of a sweep: every combination of the grid's values, named after them."""
 
 import json
 import os
@@ -14,31 +14,39 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.project.params.sections import FinetuneLora, FinetuneSweep
 
-TABLE = "sweep.json"  # name → how the adapter ended; in the run folder as far as that is known
+TABLE = "sweep.json"  # adapter → outcome; in the run folder only those that ended so far
 DONE, STOPPED, DIVERGED = "done", "stopped early", "diverged"
-MOST = 256  # adapters in one pass
-LONGEST = 100  # characters of a name, which is a folder's
-SHORT = {"learning_rate": "lr", "target_modules": "targets", "init_lora_weights": "init", "loraplus_ratio": "plus"}
+MAX_ADAPTERS = 256  # adapters in one pass
+MAX_NAME = 100  # characters of a name, which is also a folder's
+ABBREVIATIONS = {
+    "learning_rate": "lr",
+    "target_modules": "targets",
+    "init_lora_weights": "init",
+    "loraplus_ratio": "plus",
+}
 
 
 def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora]:
-    """Name → settings of each adapter, in the grid's order; the base's own where the grid is empty.
+    """Name → settings of each adapter, in the grid's order; only `base` if the grid is empty.
 
-    Raises UserError for a combination that cannot be, for one that is there twice, and for too many.
+    Raises UserError for an invalid or duplicate combination, and for too many.
     """
     keys, lists = list(sweep.grid), list(sweep.grid.values())
-    if (count := prod(map(len, lists))) > MOST:
-        raise UserError(f"finetune_sweep.grid makes {count} adapters; {MOST} can train together. Shorten its lists.")
+    if (count := prod(map(len, lists))) > MAX_ADAPTERS:
+        raise UserError(
+            f"finetune_sweep.grid has {count} combinations; at most {MAX_ADAPTERS} adapters can train together. "
+            "Shorten its lists."
+        )
     combinations = [dict(zip(keys, values, strict=True)) for values in product(*lists)]
     twice = next((values for n, values in enumerate(combinations) if values in combinations[:n]), None)
     if twice is not None:
-        raise UserError(f"finetune_sweep.grid has {_name(twice)} twice. Leave one of them out.")
-    names = _apart([_name(values) or "adapter" for values in combinations])
+        raise UserError(f"finetune_sweep.grid has {_adapter_name(twice)} twice. Remove one of them.")
+    names = _disambiguate([_adapter_name(values) or "adapter" for values in combinations])
     return dict(zip(names, (replace(base, **values) for values in combinations), strict=True))
 
 
 def read_run_outcomes(folder: Path) -> dict[str, str]:
-    """Name → how it ended, of each adapter that has, from an artifact or a run folder. Never raises."""
+    """Name → outcome of each adapter that has ended, from an artifact or a run folder. Never raises."""
     try:
         rows = json.loads((folder / TABLE).read_text(encoding="utf-8"))
         return {name: str(row["state"]) for name, row in rows.items()}
@@ -46,33 +54,33 @@ def read_run_outcomes(folder: Path) -> dict[str, str]:
         return {}
 
 
-def tell_ends(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write which adapters have ended before the others, whole or not at all. What cannot be written stops no stage."""
+def write_run_outcomes(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the outcomes of adapters that ended early, atomically. If that fails, training continues without."""
     new = folder / f".{TABLE}.{os.getpid()}.tmp"
     with suppress(OSError):
         new.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         new.replace(folder / TABLE)
 
 
-def _name(values: Mapping[str, Any]) -> str:
-    """rank-4_seed-0: a folder's name anywhere."""
-    return "_".join(f"{SHORT.get(key, key)}-{_said(value)}" for key, value in values.items())
+def _adapter_name(values: Mapping[str, Any]) -> str:
+    """Such as rank-4_seed-0, a valid folder name on every file system."""
+    return "_".join(f"{ABBREVIATIONS.get(key, key)}-{_format_value(value)}" for key, value in values.items())
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "+".join(f"{_said(key)}={_said(item)}" for key, item in value.items()) or "none"
+        return "+".join(f"{_format_value(key)}={_format_value(item)}" for key, item in value.items()) or "none"
     if isinstance(value, tuple):
-        return "+".join(map(_said, value))
+        return "+".join(map(_format_value, value))
     return re.sub(r"[^\w.=+-]+", "~", f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def _apart(names: Iterable[str]) -> list[str]:
-    """The names, the long ones cut, each with a number behind it where there would be two of it."""
-    found: list[str] = []
+def _disambiguate(names: Iterable[str]) -> list[str]:
+    """Truncate long names, and append numbers to duplicates."""
+    unique: list[str] = []
     for name in names:
-        short, number = name[:LONGEST], 2
-        while short in found:
-            short, number = f"{name[:LONGEST]}.{number}", number + 1
-        found.append(short)
-    return found
+        short, number = name[:MAX_NAME], 2
+        while short in unique:
+            short, number = f"{name[:MAX_NAME]}.{number}", number + 1
+        unique.append(short)
+    return unique

@@ -237,7 +237,7 @@ Section = Any  # one of the classes above, or of the sections that are not the p
 
 @dataclass(frozen=True)
 class Params:
-    """All of params.yaml: the product's sections by name, and `more`, those of the stages that are not the product's.
+    """All of params.yaml: the product's sections by name, and in `more` those of other stages.
 
     `written`: the sections in the file; the others have their defaults, also those that only `kinds()` has. `project`:
     the params file whose artifacts and settings this one builds on, relative to its folder; empty where it stands
@@ -272,9 +272,9 @@ class Params:
         return next((section for section in self.more.values() if isinstance(section, kind)), kind())
 
     def replaced(self, sections: Mapping[str, Section]) -> "Params":
-        """The same with other sections in place of those of these names."""
-        own = {name: section for name, section in sections.items() if name in SECTIONS}
-        return replace(self, more={**self.more, **{n: s for n, s in sections.items() if n not in own}}, **own)
+        """A copy with some sections replaced."""
+        product = {name: section for name, section in sections.items() if name in SECTIONS}
+        return replace(self, more={**self.more, **{n: s for n, s in sections.items() if n not in product}}, **product)
 
 
 SECTIONS: Mapping[str, type] = {
@@ -307,15 +307,15 @@ def load(path: Path, overrides: Sequence[str] = (), more: Kinds = dict) -> Param
 
 
 def parse(text: str, path: Path, overrides: Sequence[str] = (), more: Kinds = dict) -> Params:
-    """The same for a text that is, or is to be, in `path`. Raises UserError."""
-    tree = _tree(text, path)
+    """Like `load`, for the text of `path`. Raises UserError."""
+    tree = _read_tree(text, path)
     project = tree.pop(PROJECT, "")
     if not isinstance(project, str):
         raise UserError(f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}.")
     written = frozenset(TOP_LEVEL.get(key, key) for key in tree)
-    overridden = {_apply(tree, override) for override in overrides}
-    if project and (theirs := sorted(tree.keys() - written - TOP_LEVEL.keys())):
-        raise UserError(f"--set {theirs[0]}: {path.name} has no such section. Set it in {project}, or add it here.")
+    overridden = {_apply_override(tree, override) for override in overrides}
+    if project and (inherited := sorted(tree.keys() - written - TOP_LEVEL.keys())):
+        raise UserError(f"--set {inherited[0]}: {path.name} has no such section. Set it in {project}, or add it here.")
     origin = ValueSource(path.name, frozenset({*overridden, *(tree.keys() - written)}))
     kinds = {**SECTIONS, **(more() if tree.keys() - SECTIONS.keys() - TOP_LEVEL.keys() else {})}
     schema.reject_unknown_keys(tree, [*kinds, *TOP_LEVEL, PROJECT], "", origin)
@@ -328,30 +328,30 @@ def parse(text: str, path: Path, overrides: Sequence[str] = (), more: Kinds = di
     return Params(written=written, project=project, file=path.name, kinds=more).replaced(read)
 
 
-def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]], away: str) -> Params:
-    """`params` with its parent's sections where it has none of its own.
+def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]], prefix: str) -> Params:
+    """`params` with the parent's sections for those that it does not have itself.
 
-    `files`: section → its keys that name files, which are then seen from the parent's folder, `away` from its own.
+    `files`: section → its keys that name files. Their paths get the `prefix` that leads to the parent's folder.
     """
-    theirs = {}
+    inherited = {}
     for name in parent.written - params.written:
         section = parent.section(name)
-        paths = {key: _moved(getattr(section, key), away) for key in files.get(name, ())}
-        theirs[name] = replace(section, **paths)
-    return params.replaced(theirs)
+        paths = {key: _prefix_paths(getattr(section, key), prefix) for key in files.get(name, ())}
+        inherited[name] = replace(section, **paths)
+    return params.replaced(inherited)
 
 
-def _moved(value: Any, away: str) -> Any:
+def _prefix_paths(value: Any, prefix: str) -> Any:
     if isinstance(value, tuple):
-        return tuple(_moved(one, away) for one in value)
-    return value if not value or value.startswith("~") else Path(os.path.normpath(Path(away) / value)).as_posix()
+        return tuple(_prefix_paths(path, prefix) for path in value)
+    return value if not value or value.startswith("~") else Path(os.path.normpath(Path(prefix) / value)).as_posix()
 
 
-def _tree(text: str, path: Path) -> dict[str, Any]:
+def _read_tree(text: str, path: Path) -> dict[str, Any]:
     try:
         try:
             tree = yaml.load(text, _UniqueKeysInC)
-        except yaml.YAMLError:  # its message does not quote the line
+        except yaml.YAMLError:  # read again in Python, whose message quotes the line
             tree = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
@@ -361,7 +361,7 @@ def _tree(text: str, path: Path) -> dict[str, Any]:
 
 
 class _Unique(yaml.constructor.SafeConstructor):
-    """PyYAML keeps the last of two equal keys in silence; a params file must not."""
+    """Rejects duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -377,20 +377,20 @@ class _UniqueKeys(_Unique, yaml.SafeLoader):
     pass
 
 
-# Every command reads the params, which takes a tenth of the time in C. Not every build of PyYAML has it.
+# Every command reads the params, and the C loader takes a tenth of the time. Not every build of PyYAML has it.
 class _UniqueKeysInC(_Unique, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     pass
 
 
-def _apply(tree: dict[str, Any], override: str) -> str:
-    """Put the value into the tree; returns its section.key."""
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Set the override's value in the tree. Returns its section.key."""
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not (equals and (key if dot else section in TOP_LEVEL)):
         raise UserError(f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}.")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that no calendar has
+    except (yaml.YAMLError, ValueError):  # ValueError: an invalid date
         raise UserError(f"--set {path.strip()}: {text!r} is not a YAML value.") from None
     if not dot:
         tree[section] = value
@@ -403,7 +403,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
 
 
 def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
-    """Raises UserError if `key` of section `name` must not be `value`, the others as they are; `source` is its file."""
+    """Raises UserError if `value` is invalid for `key` of section `name`, given its other keys; `source`: its file."""
     hints = get_type_hints(type(section), include_extras=True)
     replace(section, **{key: schema.validate(hints[key], value, key_path(name, key), ValueSource(source))})
 
@@ -414,5 +414,5 @@ def key_path(section: str, key: str) -> str:
 
 
 def rule(section: Section, key: str) -> str:
-    """What a value of `key` must be, in words: a whole number, at least 1, below 2147483648."""
+    """A description of the valid values of `key`, such as "a whole number, at least 1, below 2147483648"."""
     return schema.type_name(get_type_hints(type(section), include_extras=True)[key])

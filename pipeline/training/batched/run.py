@@ -8,7 +8,7 @@ import torch
 
 from pipeline.errors import Interrupted, first_line, is_out_of_memory
 from pipeline.project.logs.run_log import LOSS, Peak, RunLog, Step, in_units
-from pipeline.project.params.grid import DIVERGED, STOPPED, tell_ends
+from pipeline.project.params.grid import DIVERGED, STOPPED, write_run_outcomes
 from pipeline.project.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
 from pipeline.training.batched.loop import AdapterProgress, steps
@@ -160,7 +160,7 @@ def _show_messages(job: Job, task: BatchedTrainingTask, progress: AdapterProgres
 def _write_outcomes(job: Job, task: BatchedTrainingTask, progress: AdapterProgress) -> None:
     """Write which adapters ended early, for other processes that show the run."""
     ended = {n: DIVERGED if progress.diverged[n] else STOPPED for n in progress.ended}
-    tell_ends(
+    write_run_outcomes(
         job.run, {task.variants[n].name: {"state": end, "steps": progress.last(n, 0)} for n, end in ended.items()}
     )
 

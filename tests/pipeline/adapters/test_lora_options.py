@@ -93,10 +93,10 @@ def test_an_edited_rank_of_pissa_is_refused(project: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["rank_pattern={o_proj: 3}"], "rank_pattern: 'o_proj' means none of the layers that get LoRA"),
-        (["alpha_pattern={fc1: 3}"], "alpha_pattern: 'fc1' means none of the layers that get LoRA"),
-        (["rank_pattern={proj: 3}"], "'proj' means none"),
-        (["rank_pattern={v_proj: 3, '.*0.*proj': 4}"], "'v_proj' and '.*0.*proj' both mean model.decoder.layers.0"),
+        (["rank_pattern={o_proj: 3}"], "rank_pattern: 'o_proj' matches no layer that gets LoRA"),
+        (["alpha_pattern={fc1: 3}"], "alpha_pattern: 'fc1' matches no layer that gets LoRA"),
+        (["rank_pattern={proj: 3}"], "'proj' matches no layer"),
+        (["rank_pattern={v_proj: 3, '.*0.*proj': 4}"], "'v_proj' and '.*0.*proj' both match model.decoder.layers.0"),
         (["rank_pattern={v_proj: 3}", "init_lora_weights=orthogonal"], "orthogonal needs an even rank, got 3"),
         (["rank=65", "init_lora_weights=pissa"], "pissa takes 65 singular values of a weight that has 64"),
     ],

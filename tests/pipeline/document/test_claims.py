@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.document.claims import quantity
-from pipeline.document.claims.check import ClaimResult, check, chosen, summary, table_of
+from pipeline.document.claims.check import ClaimResult, check, filter_rows, markdown_table, summary
 from pipeline.document.claims.claims import read_claims
 from pipeline.document.claims.expression import parse
 from pipeline.document.claims.sources import MissingArtifact, Sources
@@ -297,7 +297,7 @@ def test_a_verdict_follows_from_rule_and_measure(tmp_path: Path, changes: Mappin
 def test_how_far_from_what_is_said_still_holds_is_shown(tmp_path: Path, changes: Mapping[str, Any], shown: str) -> None:
     (found,) = judged(tmp_path, claim(**changes))
     row = found.row()
-    assert found.says == row["shown"]["says"] == shown
+    assert found.says_text == row["shown"]["says"] == shown
     assert row["tolerance"] == (str(changes["tolerance"]) if "tolerance" in changes else None)
 
 
@@ -327,7 +327,7 @@ def test_seeds_are_judged_by_their_mean_or_each(tmp_path: Path, says: str, seeds
     tolerance = "14 points" if says == "80%" else "5 points"
     entry = claim(says=says, seeds=seeds, tolerance=tolerance, measure="study('a/b').p", why="{measured:%}")
     (found,) = judged(tmp_path, entry, sources=_Seeds())
-    assert (found.verdict, found.found, found.why) == (verdict, "94% ±14", "94% ±14")
+    assert (found.verdict, found.measured_text, found.why) == (verdict, "94% ±14", "94% ±14")
     assert found.row()["measured"] == {"mean": 0.94, "low": 0.8, "high": 0.99}
 
 
@@ -339,12 +339,12 @@ def test_a_reason_is_filled_with_what_was_measured(tmp_path: Path) -> None:
 
 def test_words_are_shown_with_how_they_are_taken(tmp_path: Path) -> None:
     (found,) = judged(tmp_path, claim(says="5%", rule="less_than", words="negligible", measure="0.01"))
-    assert (found.says, found.verdict) == ("negligible (< 5%)", "holds")
+    assert (found.says_text, found.verdict) == ("negligible (< 5%)", "holds")
 
 
 def test_conditions_are_shown_each_or_once_where_they_agree(tmp_path: Path) -> None:
     many, one = judged(tmp_path, claim(measure={"a": "4", "b": "5"}), claim(id="b", measure={"a": "4", "b": "4"}))
-    assert (many.found, one.found) == ("a: 4; b: 5", "4")
+    assert (many.measured_text, one.measured_text) == ("a: 4; b: 5", "4")
 
 
 @pytest.mark.parametrize(
@@ -354,18 +354,18 @@ def test_conditions_are_shown_each_or_once_where_they_agree(tmp_path: Path) -> N
         ({"says": [1, 2]}, "rule equal needs 1 in `says`, got 2"),
         ({"says": 4, "rule": "between"}, "rule between needs 2"),
         ({"says": "sofa", "rule": "at_least"}, "compares numbers"),
-        ({"tolerance": "5%", "rule": "at_most"}, "tolerance belongs to rule equal"),
-        ({"tolerance": "wide"}, "tolerance belongs to rule equal and is such as 5%"),
+        ({"tolerance": "5%", "rule": "at_most"}, "15 points or 0.5, with rule equal, got"),
+        ({"tolerance": "wide"}, "tolerance must be a positive number such as 5%"),
         ({"measure": "os.system('x')"}, "os.system('x') is not allowed"),
         ({"measure": {"a": ["4"]}}, "a measure must be an expression"),
-        ({"measure": {1: "4"}}, "measure must be names with an expression each"),
+        ({"measure": {1: "4"}}, "measure must map names to expressions"),
         ({"measure": "x"}, "there is no name x"),
         ({"values": {"x": "y"}}, "there is no name y"),
-        ({"why": "{x}"}, "{x} in `{x}` is no value"),
+        ({"why": "{x}"}, "{x} in `{x}` is not a value"),
         ({"why": "{measured:stone}"}, "no unit stone"),
-        ({"why": "{"}, "has a brace that belongs to no"),
+        ({"why": "{"}, "has a brace outside of"),
         ({"seeds": "some"}, "seeds must be mean or each"),
-        ({"verdict": "holds"}, "has no key verdict"),
+        ({"verdict": "holds"}, "has the unknown key verdict"),
         ({"why": ""}, "lacks why"),
         ({"id": 3}, "id must be a text"),
     ],
@@ -382,7 +382,7 @@ def test_a_claim_that_measures_another_kind_of_thing_is_refused(tmp_path: Path) 
     for changes in ({"measure": "'four'"}, {"measure": "1 < 2"}, {"measure": "calc()"}, {"says": "x"}):
         with pytest.raises(UserError, match="claim one: it measures"):
             judged(tmp_path, claim(**changes))
-    with pytest.raises(UserError, match=r"claim one: `1 / 0`: it divides by zero\. Edit the claim"):
+    with pytest.raises(UserError, match=r"claim one: `1 / 0`: division by zero\. Edit the claim"):
         judged(tmp_path, claim(measure="1 / 0"))
 
 
@@ -392,11 +392,11 @@ def test_a_file_that_holds_no_claims_is_refused(tmp_path: Path, text: str) -> No
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"claims\.yaml"):
         read_claims(path, "claims.yaml")
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match="is used twice"):
         judged(tmp_path, claim(), claim())
 
 
-def test_rows_are_chosen_counted_and_set_as_a_page(tmp_path: Path) -> None:
+def test_rows_are_filtered_counted_and_written_as_markdown(tmp_path: Path) -> None:
     entries = [
         claim(section="2.1"),
         claim(id="b", section="2.3", says=5, quote="a < b | c"),
@@ -406,11 +406,11 @@ def test_rows_are_chosen_counted_and_set_as_a_page(tmp_path: Path) -> None:
     rows = [one.row() for one in judged(tmp_path, *entries)]
     assert summary(rows) == "4 claims: 1 holds, 1 differs, 1 depends, 1 not run"
     assert summary(rows[:1]) == "1 claim: 1 holds, 0 differ, 0 depend"
-    assert [row["id"] for row in chosen(rows, "2")] == ["one", "b"]
-    assert [row["id"] for row in chosen(rows, "§2.3")] == ["b"]
-    assert [row["id"] for row in chosen(rows, "10")] == ["c", "d"]
-    assert [row["id"] for row in chosen(rows, None, "differs")] == ["b"]
+    assert [row["id"] for row in filter_rows(rows, "2")] == ["one", "b"]
+    assert [row["id"] for row in filter_rows(rows, "§2.3")] == ["b"]
+    assert [row["id"] for row in filter_rows(rows, "10")] == ["c", "d"]
+    assert [row["id"] for row in filter_rows(rows, None, "differs")] == ["b"]
     for wrong in (("1", None), ("3", None), (None, "wrong")):
         with pytest.raises(UserError, match="must be one of"):
-            chosen(rows, *wrong)
-    assert "| a &lt; b \\| c | 5 | 4 | ✗ differs | w |" in table_of(rows)
+            filter_rows(rows, *wrong)
+    assert "| a &lt; b \\| c | 5 | 4 | ✗ differs | w |" in markdown_table(rows)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.document.claims.check import VERDICTS, Row, calculated
-from pipeline.document.claims.claims import NEEDED, read_claims
+from pipeline.document.claims.claims import REQUIRED, read_claims
 from pipeline.document.claims.expression import parse
 from pipeline.document.claims.sources import Sources
 from pipeline.document.claims.stage import CLAIMS, PAGE, claims, verdicts
@@ -40,7 +40,7 @@ def ledger(finished: Path) -> dict[str, Row]:
 def test_at_least_80_claims_stand_in_the_documents_order_and_none_has_a_verdict() -> None:
     entries = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     assert len(entries) >= 95
-    assert all(set(NEEDED) <= entry.keys() and "verdict" not in entry for entry in entries)
+    assert all(set(REQUIRED) <= entry.keys() and "verdict" not in entry for entry in entries)
     places = [[int(n) for n in str(e["section"]).split(".")] for e in entries if e["section"] != "Introduction"]
     assert places == sorted(places)
     assert {str(entry["section"]).partition(".")[0] for entry in entries} == {"Introduction", *map(str, range(1, 11))}
@@ -113,7 +113,7 @@ def test_a_study_of_other_settings_leaves_its_claims_without_a_verdict(studied: 
     assert "studies/rank/ranks.csv has no row with rank=8" in rows["rank-64-no-gain"]["why"]
     assert rows["fact-katze-v"]["verdict"] == "differs", "two epochs change little"
     for row in (row for row in rows.values() if row["verdict"] == "not run"):
-        assert re.search("has no row with|got None|nothing, None", row["why"]), "no table or column is called wrongly"
+        assert re.search("has no row with|got None|measures null", row["why"]), "no table or column is called wrongly"
     assert rows["qwen-lora"]["verdict"] == "differs"
 
 
@@ -125,7 +125,7 @@ def test_a_project_of_another_base_is_not_the_documents(tmp_path: Path) -> None:
     left = [row for row in rows if row["verdict"] == "not run"]
     assert len(rows) - len(left) == len(calculated())
     assert {row["why"] for row in left if "MiniGPT" in row["why"]} == {
-        "it is about MiniGPT, and this project's base is org/model: make one with `lora new`"
+        "this claim is about MiniGPT, but the project's base is org/model: create a project with `lora new`"
     }
 
 

@@ -26,9 +26,9 @@ from pipeline.data.examples import read_examples
 from pipeline.document.figures.data.changes import held_by, held_if_normal, needed_for, needed_if_normal, trained_by
 from pipeline.document.figures.data.eckart_young import Plane, best_of_rank, circle, farthest, share_of_rank
 from pipeline.document.figures.data.formulas import GradientProbe, formulas
-from pipeline.document.figures.data.landscape import given_gradients
+from pipeline.document.figures.data.landscape import parameter_gradients
 from pipeline.document.figures.draw.figure import RenderedFigure
-from pipeline.document.figures.draw.style import FROZEN, GREEN, INK, LITTLE_TO_MUCH, PRINT, RED, SMALL, on, ramp
+from pipeline.document.figures.draw.style import FROZEN, GREEN, INK, LITTLE_TO_MUCH, PRINT, RED, SMALL, ink_on, ramp
 from pipeline.document.figures.gradient import gradient_example
 from pipeline.document.figures.placement import placement
 from pipeline.document.figures.registry import MEASURED
@@ -281,21 +281,21 @@ def test_the_documents_gradients_are_autograds_of_the_unfolded_product(init: Ini
     base, x = nn.Linear(6, 5), torch.randn(2, 7, 6, requires_grad=True)
     layer = LoRALinear(base, 2, 0.5, init=init)
     nn.init.normal_(layer.lora_B)
-    watched = GradientProbe(layer)
+    probe = GradientProbe(layer)
     torch.autograd.backward((layer(x) ** 3).sum())
     A, B = (p.detach().requires_grad_() for p in (layer.lora_A, layer.lora_B))
     moved = layer.neg_initial_B @ layer.initial_A if init == "pissa" else torch.zeros(5, 6)
     h = x.detach() @ (base.weight + 0.5 * moved).T + base.bias + 0.5 * (x.detach() @ A.T) @ B.T
     torch.autograd.backward((h**3).sum())
     assert A.grad is not None and B.grad is not None and x.grad is not None
-    assert_close(watched.of_A.float(), A.grad, rtol=1e-4, atol=1e-4)
-    assert_close(watched.of_B.float(), B.grad, rtol=1e-4, atol=1e-4)
-    row = watched.row("it")
+    assert_close(probe.of_A.float(), A.grad, rtol=1e-4, atol=1e-4)
+    assert_close(probe.of_B.float(), B.grad, rtol=1e-4, atol=1e-4)
+    row = probe.row("it")
     assert mean(row["error_A"]) < 1e-5 and mean(row["error_B"]) < 1e-5
     through = (3 * h.detach() ** 2) @ base.weight.detach()
     assert mean(row["through_W"]) == pytest.approx(float(through.norm() / x.grad.norm()), rel=1e-4)
     layer.lora_A.grad = 2 * A.grad
-    assert mean(watched.row("it")["error_A"]) == pytest.approx(1, rel=1e-4), "a factor that is missing is seen"
+    assert mean(probe.row("it")["error_A"]) == pytest.approx(1, rel=1e-4), "a factor that is missing is seen"
 
 
 def test_the_trained_adapter_has_a_row_for_each_matrix(figured: Path) -> None:
@@ -488,7 +488,7 @@ def written(one: RenderedFigure) -> tuple[list[Written], float, float]:
     found: list[Written] = []
     plain: Callable[..., None] = RendererAgg.draw_text
 
-    def watched(
+    def probe(
         self: Any, gc: Any, x: float, y: float, s: str, prop: Any, angle: float, ismath: Any = False, mtext: Any = None
     ) -> None:
         w, h, d = self.get_text_width_height_descent(s, prop, ismath)
@@ -501,7 +501,7 @@ def written(one: RenderedFigure) -> tuple[list[Written], float, float]:
         one.draw(figure)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()  # lays out
-        patch.setattr(RendererAgg, "draw_text", watched)
+        patch.setattr(RendererAgg, "draw_text", probe)
         canvas.draw()
     return found, figure.bbox.width, figure.bbox.height
 
@@ -564,7 +564,7 @@ def test_numbers_on_a_map_can_be_read(share: float) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    ink = {"white": "#FFFFFF"}.get(on(share), on(share))
+    ink = {"white": "#FFFFFF"}.get(ink_on(share), ink_on(share))
     assert contrast(to_hex(colormaps["Blues"](share)), ink) >= 4
 
 
@@ -634,5 +634,5 @@ def test_other_adapters_are_drawn_as_well(project: Path, given_: str) -> None:
     adapted = {row["module"] for row in table_.rows if row["trained"]}
     assert adapted == ({"fc1"} if "fc1" in given_ else {f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")})
     spec = trained_by(job, engine.load(project / "artifacts/expanded").model).spec
-    found = given_gradients(job, spec)
+    found = parameter_gradients(job, spec)
     assert sum(one.count for one in found if one.norm is not None) == manifest["parameters"]["trainable"]

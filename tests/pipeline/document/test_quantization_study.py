@@ -101,7 +101,7 @@ def test_nf4_uses_its_levels_more_evenly_than_int4_on_normal_numbers_and_neither
     assert isinstance(nf4, float) and isinstance(even, float)
     assert even < nf4 < 4 and {row["best"] for row in rows.values()} == {4}
     report = (studied / STUDY / "report.md").read_text(encoding="utf-8")
-    assert f"on normal numbers NF4's have {nf4:.2f}, INT4's {even:.2f}." in report
+    assert f"On normal numbers NF4 has {nf4:.2f}, INT4 {even:.2f}." in report
 
 
 def test_sizes_are_the_calculators_beside_the_documents(studied: Path, cli: Lora) -> None:

@@ -14,7 +14,7 @@ from pipeline.document import rounding
 from pipeline.document.rounding import Rounded
 from pipeline.document.studies.shared.precisions import entropy, four_bit_codes, precisions
 
-WAYS = {one.name: one.way for one in precisions(group=32)}
+WAYS = {one.name: one.quantize for one in precisions(group=32)}
 GROUPED: dict[str, Callable[[Tensor, Tensor, int, int], Rounded]] = {
     "nearest": lambda w, _, bits, group: rounding.nearest(w, bits, group),
     "gptq": rounding.gptq,

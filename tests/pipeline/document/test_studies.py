@@ -20,7 +20,7 @@ from pipeline.data.examples import Prompt
 from pipeline.document.params import StudyKnowledgeCorrection
 from pipeline.document.stages import sections
 from pipeline.document.studies import knowledge_correction, methods
-from pipeline.document.studies.fact_tables import Said, Words
+from pipeline.document.studies.fact_tables import DocumentCell, Words
 from pipeline.document.studies.shared import runner
 from pipeline.document.studies.shared.method_runs import METHODS
 from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask
@@ -30,7 +30,7 @@ from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
 from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS
 from pipeline.project.params.sections import Params
-from pipeline.project.runner import Event, Job, Progress, known, run
+from pipeline.project.runner import Event, Job, Progress, input_facts, run
 from pipeline.stages.evaluate import weight_bytes
 from pipeline.workbench import open_project
 from tests.conftest import Lora
@@ -154,8 +154,8 @@ def test_no_column_is_another_prompts_and_each_rule_has_its_own() -> None:
         Prompt("g", "must_change", "das kind sitzt im", "garten", "wald"),
         Prompt("g", "must_change", "wasser", "fließt", "kocht"),
     ]
-    said = [Said(asked[0].prompt, False, model, word, 0.8) for model, word in (("original", "garten"), ("all", "wald"))]
-    words = Words(asked, said)
+    answers = (("original", "garten"), ("all", "wald"))
+    words = Words(asked, [DocumentCell(asked[0].prompt, False, model, word, 0.8) for model, word in answers])
     assert words.of("must_keep") == ["kind_garten"]
     assert words.of("must_change") == ["ein_kind_spielt_im_wald", "das_kind_sitzt_im_wald", "wasser_kocht"]
     assert words.columns["das kind spielt im", "wald"] == "das_kind_spielt_im_wald"
@@ -254,7 +254,7 @@ def test_a_is_faster_where_its_name_says_so() -> None:
 
 def test_bitsandbytes_counts_where_a_base_is_kept_in_few_bits(project: Path) -> None:
     def counts(name: str, *overrides: str) -> bool:
-        return "bitsandbytes" in known(open_project(project / "params.yaml", overrides), STAGES[name])["versions"]
+        return "bitsandbytes" in input_facts(open_project(project / "params.yaml", overrides), STAGES[name])["versions"]
 
     few = "finetune_lora.quantization=int8"
     assert counts("study_methods") and counts("study_knowledge_correction", few) and counts("finetune_lora", few)
@@ -380,19 +380,18 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
 ) -> None:
     wanted = folder_bytes(studied / "artifacts/studies/fact_correction")
     command = ["lora", "study", "fact_correction", *(f"--set={one}" for one in BRIEF)]
-    assert (
-        Forked(command, project, dies=("pipeline.document.studies.shared.runner._work", 3)).end()[0] == -signal.SIGKILL
-    )
+    dies = ("pipeline.document.studies.shared.runner._run_stage", 3)
+    assert Forked(command, project, dies=dies).end()[0] == -signal.SIGKILL
     assert not (project / "artifacts/studies/fact_correction").exists()
     (broken,) = project.glob("runs/study_fact_correction/parts/whole sentences/made/sweep.json")
     broken.write_text("{}", encoding="utf-8")
-    begun, work = list[str](), runner._work
+    begun, work = list[str](), runner._run_stage
 
     def counted(part: Job, run: runner.Run, number: int, of: int) -> Generator[Event, None, None]:
         begun.append(run.name)
         return work(part, run, number, of)
 
-    monkeypatch.setattr(runner, "_work", counted)
+    monkeypatch.setattr(runner, "_run_stage", counted)
     make(project, ["study_fact_correction"], BRIEF)
     assert begun == ["whole sentences", "embeddings all", "embeddings new_rows", "embeddings none"]
     assert folder_bytes(project / "artifacts/studies/fact_correction") == wanted
@@ -408,7 +407,7 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
         ),
         (["rank", "--set", "study_rank.ranks=4"], "study_rank.ranks must be a list of values, such as [0, 1], got 4"),
         (["rank", "--set", "study_rank.ranks=[]"], "study_rank.ranks must be a list of values, such as [0, 1], got []"),
-        (["rank", "--set", "study_rank.seeds=[1, 1]"], "study_rank.seeds has 1 twice. Leave one of them out of --set"),
+        (["rank", "--set", "study_rank.seeds=[1, 1]"], "study_rank.seeds has 1 twice. Remove one of them from --set"),
         (
             ["rank", "--set", "study_rank.old_data=no.txt"],
             "no.txt is not a file. Name an existing one in section study_r",
@@ -436,13 +435,23 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
         *(
             (
                 [study, "--set", f"study_{study}.{key}={file}.yaml"],
-                f"{file}.yaml: 'thron', which is to follow 'die {of}",
+                f"{file}.yaml: 'thron', expected after 'die {of}",
             )
             for study, key, file, of in (
-                ("fact_correction", "document", "said", "katze sitzt auf dem', is no word of expanded. Name one that"),
-                ("fact_correction", "prompts", "asked", "katze sitzt auf dem', is no word of expanded."),
-                ("trajectory", "document", "said", "katze sitzt auf dem', is no word of expanded."),
-                ("knowledge_correction", "prompts", "asked", "währung von bulgarien ist der', is no word of expanded."),
+                (
+                    "fact_correction",
+                    "document",
+                    "said",
+                    "katze sitzt auf dem', is not in the vocabulary of expanded. Use another",
+                ),
+                ("fact_correction", "prompts", "asked", "katze sitzt auf dem', is not in the vocabulary of expanded."),
+                ("trajectory", "document", "said", "katze sitzt auf dem', is not in the vocabulary of expanded."),
+                (
+                    "knowledge_correction",
+                    "prompts",
+                    "asked",
+                    "währung von bulgarien ist der', is not in the vocabulary of expanded.",
+                ),
             )
         ),
     ],

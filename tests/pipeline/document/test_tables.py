@@ -76,7 +76,7 @@ def test_a_spread_is_mean_least_and_greatest(values: list[float]) -> None:
 
 
 def test_a_spread_of_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no values"):
+    with pytest.raises(ValueError, match="at least one value"):
         Spread.of([])
 
 

@@ -206,7 +206,7 @@ def test_a_stage_does_without_a_cache_that_cannot_be_made(
     monkeypatch.setenv("LORA_CACHE", str(place / "cache" if kind == "below a file" else place))
     looked, kept = notes(project)
     assert looked.startswith(f"finetune_lora: the cache is not used ({place}")
-    assert kept.startswith("finetune_lora: done, but not kept in the cache (")
+    assert kept.startswith("finetune_lora: done, but not stored in the cache (")
     assert folder_bytes(project / "artifacts/lora_adapter") == before
 
 

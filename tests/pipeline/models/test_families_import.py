@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import fingerprint
 from pipeline.inference import engine
-from pipeline.project.runner import known
+from pipeline.project.runner import input_facts
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import open_project
 from tests.conftest import Lora
@@ -159,16 +159,16 @@ def test_a_manifest_says_nothing_of_where_a_base_and_data_lie_and_moving_them_ch
     for path in ("base", "expanded"):
         (root / "artifacts" / path).mkdir(parents=True)
     project, stages = outside(tmp_path / "one"), [STAGES["pretrain"], STAGES["train_from_scratch"]]
-    before = [known(project, stage) for stage in stages]
+    before = [input_facts(project, stage) for stage in stages]
     assert str(tmp_path) not in json.dumps(before)
     assert before[0]["params"]["base"] == "base" and list(before[0]["inputs"]) == ["base"]
     assert {"texts.jsonl", "texts.jsonl 2"} <= before[1]["inputs"].keys()
     (tmp_path / "one").rename(tmp_path / "two")
     moved = outside(tmp_path / "two")
-    assert [known(moved, stage) for stage in stages] == before
+    assert [input_facts(moved, stage) for stage in stages] == before
     (tmp_path / "two/b/texts.jsonl").write_text('{"text": "changed"}\n', encoding="utf-8")
     edit_config(tmp_path / "two/base", rope_theta=5.0)
-    assert all(known(moved, stage)["inputs"] != was["inputs"] for stage, was in zip(stages, before, strict=True))
+    assert all(input_facts(moved, stage)["inputs"] != was["inputs"] for stage, was in zip(stages, before, strict=True))
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

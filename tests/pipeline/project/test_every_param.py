@@ -130,10 +130,10 @@ WITH = {
 REFUSED = {  # alone, or always: it would count for nothing
     "eval_every": "there is no evaluation set. Set {stage}.eval_share above 0",
     "patience": "there is no evaluation set. Set {stage}.eval_share above 0",
-    "pretrain.dtype": "pretrain.dtype is for a base that is imported",
-    "pretrain.trust_remote_code": "pretrain.trust_remote_code is for a base that is imported",
-    "pretrain.precision": "pretrain.precision is for a base that is imported",
-    "expand_vocab.special_tokens": "expand_vocab.special_tokens are for a base that splits words",
+    "pretrain.dtype": "pretrain.dtype applies only to an imported base",
+    "pretrain.trust_remote_code": "pretrain.trust_remote_code applies only to an imported base",
+    "pretrain.precision": "pretrain.precision applies only to an imported base",
+    "expand_vocab.special_tokens": "expand_vocab.special_tokens need a subword tokenizer",
     "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
     "finetune_lora.retention_weight": "finetune_lora.retention_data is not. Set it to a data file",
 }

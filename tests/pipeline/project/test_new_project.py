@@ -173,7 +173,7 @@ def test_nothing_is_written_where_something_is_wrong(cli: Lora, tmp_path: Path) 
     wrong = params_of(tmp_path / "wrong", "merge:\n  prompt: x\n")
     before = folder_bytes(tmp_path)
     for arguments, reason in (
-        (["full"], "holds files, but no params.yaml: it is not a project"),
+        (["full"], "has files, but no params.yaml: it is not a project"),
         (["file"], "is a file"),
         (["p", "--params", str(outside)], "merge.prompts names ../full/thesis.txt, which is not a file in"),
         (["p", "--params", str(missing)], "merge.prompts names gone.yaml, which is not a file in"),

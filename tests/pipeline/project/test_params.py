@@ -95,12 +95,18 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
             "finetune_lora:\n  train_embeddings: some\n",
             "train_embeddings must be one of all, new_rows, none, got 'some'",
         ),
-        ("finetune_lora:\n  rank_pattern: q_proj\n", "rank_pattern must be a mapping of patterns of names, such as"),
+        ("finetune_lora:\n  rank_pattern: q_proj\n", "rank_pattern must be a mapping of patterns of module names"),
         ("finetune_lora:\n  rank_pattern: {q_proj: 0}\n", "rank_pattern.q_proj must be at least 1, got 0. Edit params"),
         ("finetune_lora:\n  rank_pattern: {q_proj: 2.5}\n", "rank_pattern.q_proj must be a whole number, got 2.5"),
         ("finetune_lora:\n  rank_pattern: {q_proj: }\n", "rank_pattern.q_proj must be a whole number, got None"),
-        ("finetune_lora:\n  rank_pattern: {(q_proj: 2}\n", "rank_pattern: '(q_proj' is no pattern of names: missing )"),
-        ("finetune_lora:\n  rank_pattern: {1: 2}\n", "rank_pattern: 1 is no pattern of names: it is no text"),
+        (
+            "finetune_lora:\n  rank_pattern: {(q_proj: 2}\n",
+            "rank_pattern: '(q_proj' is not a regular expression for module names: missing )",
+        ),
+        (
+            "finetune_lora:\n  rank_pattern: {1: 2}\n",
+            "rank_pattern: 1 is not a regular expression for module names: it is not a text",
+        ),
         ("finetune_lora:\n  rank_pattern: {q_proj: 1, q_proj: 2}\n", "key 'q_proj' twice"),
         ("finetune_lora:\n  alpha_pattern: {q_proj: 0}\n", "alpha_pattern.q_proj must be more than 0, got 0"),
         ("finetune_lora:\n  alpha_pattern: {q_proj: a}\n", "alpha_pattern.q_proj must be a finite number, got 'a'"),
@@ -137,14 +143,14 @@ def test_bad_input_is_one_message_with_key_rule_and_value(tmp_path: Path, text: 
         ("finetune_lora.rang=8", "--set: unknown key finetune_lora.rang. Did you mean rank?"),
         ("finetune_lora.rank=0", "finetune_lora.rank must be at least 1, got 0. Change it in --set."),
         ("finetune_lora.rank_pattern={a.b: 0}", "rank_pattern.a.b must be at least 1, got 0. Change it in --set."),
-        ("finetune_lora.rank_pattern={(: 2}", "is no pattern of names: .*. Change it in --set."),
+        ("finetune_lora.rank_pattern={(: 2}", "is not a regular expression for module names: .*. Change it in --set."),
         (
             "finetune_sweep.grid={rank: [4, 0]}",
             "finetune_sweep.grid.rank must be at least 1, got 0. Change it",
         ),
         ("finetune_sweep.grid={rank: 4}", "must be a list of values, such as .*, got 4. Change it in --set."),
-        ("finetune_sweep.grid={batch_size: [4]}", "differ in .* alone. Change it in --set."),
-        ("study_rank.seeds=[1, 1]", "study_rank.seeds has 1 twice. Leave one of them out of --set."),
+        ("finetune_sweep.grid={batch_size: [4]}", "differ in .* only. Change it in --set."),
+        ("study_rank.seeds=[1, 1]", "study_rank.seeds has 1 twice. Remove one of them from --set."),
     ],
 )
 def test_bad_overrides_are_refused(override: str, message: str) -> None:
@@ -201,5 +207,5 @@ def test_a_rule_says_what_may_be_left_empty() -> None:
     assert rule(FinetuneLora(), "retention_data") == "a text, or empty"
     assert rule(FinetuneLora(), "rank") == "a whole number, at least 1, below 2147483648"
     assert rule(FinetuneLora(), "target_modules") == "a name or a list of names"
-    patterns = "a mapping of patterns of names, such as {q_proj: 8}, to a whole number, at least 1"
+    patterns = "a mapping of patterns of module names, such as {q_proj: 8}, to a whole number, at least 1"
     assert rule(FinetuneLora(), "rank_pattern") == f"{patterns}, below 2147483648, or empty"

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.project.params.edit import changed, section_text, without
+from pipeline.project.params.edit import remove_section, section_text, set_values
 from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, Params, Pretrain, parse
 from pipeline.workbench import GRAPH
 from tests.helpers.projects import ROOT, load, save
@@ -34,7 +34,7 @@ KEYS = [*TOP_LEVEL, *(f"{section}.{key}" for section in TREE.keys() - TOP_LEVEL.
     ],
 )  # fmt: skip
 def test_one_line_changes_and_its_comment_keeps_its_column(key: str, value: Any, line: str) -> None:
-    before, after = TEXT.splitlines(), changed(TEXT, {key: value}).splitlines()
+    before, after = TEXT.splitlines(), set_values(TEXT, {key: value}).splitlines()
     different = [new for old, new in zip(before, after, strict=True) if old != new]
     assert len(different) == 1
     assert different[0].startswith(line)
@@ -46,23 +46,23 @@ def test_whatever_the_value_it_is_read_back_and_every_other_line_stays(key: str,
     section, _, name = key.partition(".")
     expected = yaml.safe_load(TEXT)
     (expected[section] if name else expected)[name or key] = value
-    new = changed(TEXT, {key: value})
+    new = set_values(TEXT, {key: value})
     assert yaml.safe_load(new) == expected
     comments = [line.partition("#")[2] for line in TEXT.splitlines() if "#" in line]
     assert all(comment in new for comment in comments)
 
 
 def test_a_block_list_stays_one() -> None:
-    new = changed(TEXT, {"expand_vocab.data": ("data/a.txt", "data/b.txt")})
+    new = set_values(TEXT, {"expand_vocab.data": ("data/a.txt", "data/b.txt")})
     assert "    - data/a.txt\n    - data/b.txt\n  tokens: []               # new words" in new
     assert yaml.safe_load(new)["expand_vocab"]["data"] == ["data/a.txt", "data/b.txt"]
 
 
 def test_a_block_mapping_stays_one_in_the_order_that_is_given() -> None:
     text = "finetune_lora:\n  rank_pattern:\n    v_proj: 8   # more\n    q_proj: 2\n  rank: 4\n"
-    new = changed(text, {"finetune_lora.rank_pattern": {"z": 3, "*a": 1}})
+    new = set_values(text, {"finetune_lora.rank_pattern": {"z": 3, "*a": 1}})
     assert new == "finetune_lora:\n  rank_pattern:\n    z: 3\n    '*a': 1\n  rank: 4\n"
-    assert yaml.safe_load(changed(text, {"finetune_lora.rank_pattern": {}}))["finetune_lora"]["rank_pattern"] == {}
+    assert yaml.safe_load(set_values(text, {"finetune_lora.rank_pattern": {}}))["finetune_lora"]["rank_pattern"] == {}
 
 
 @pytest.mark.parametrize("value", ["", (), [], "a", ("a", "b")])
@@ -79,16 +79,16 @@ def test_a_block_mapping_stays_one_in_the_order_that_is_given() -> None:
 )
 def test_what_is_empty_reads_back_as_empty_and_can_be_filled_again(text: str, value: Any) -> None:
     plain = list(value) if isinstance(value, tuple) else value
-    new = changed(text, {"expand_vocab.tokens": value})
+    new = set_values(text, {"expand_vocab.tokens": value})
     assert yaml.safe_load(new) == {"expand_vocab": {"tokens": plain, "noise_std": 0.1}}
-    again = changed(new, {"expand_vocab.tokens": ["x", "y"]})
+    again = set_values(new, {"expand_vocab.tokens": ["x", "y"]})
     assert yaml.safe_load(again) == {"expand_vocab": {"tokens": ["x", "y"], "noise_std": 0.1}}
     assert all(comment in again for comment in ("# none yet",) if comment in text)
 
 
 def test_a_missing_key_joins_its_section_and_a_missing_section_the_file() -> None:
     text = "# mine\npretrain:\n    epochs: 3  # few\n\n# the rest\nevaluate:\n  top_k: 2"
-    new = changed(text, {"pretrain.seed": 5, "evaluate.prompt_words": 1, "finetune_lora.rank": 2})
+    new = set_values(text, {"pretrain.seed": 5, "evaluate.prompt_words": 1, "finetune_lora.rank": 2})
     assert new == (
         "# mine\npretrain:\n    epochs: 3  # few\n    seed: 5\n\n# the rest\nevaluate:\n  top_k: 2\n  prompt_words: 1"
         "\n\nfinetune_lora:\n  rank: 2\n"
@@ -100,15 +100,15 @@ def test_a_missing_key_joins_its_section_and_a_missing_section_the_file() -> Non
 def test_an_empty_section_has_its_defaults_and_takes_a_key(section: str, rest: str, tmp_path: Path) -> None:
     text = f"{section}\n{rest}"
     assert parse(text, tmp_path).pretrain == Pretrain()
-    new = changed(text, {"pretrain.seed": 5, "pretrain.epochs": 2})
+    new = set_values(text, {"pretrain.seed": 5, "pretrain.epochs": 2})
     assert yaml.safe_load(new)["pretrain"] == {"seed": 5, "epochs": 2}
     assert new.endswith(rest) and section.partition("#")[2] in new
 
 
 def test_a_section_is_taken_out_with_its_own_lines_alone() -> None:
     text = "# head\npretrain:\n  seed: 1\n\n# of merge\nmerge:\n  # inside\n  prompts: x\nevaluate: {}\n"
-    assert without(text, "merge") == "# head\npretrain:\n  seed: 1\n\n# of merge\nevaluate: {}\n"
-    assert without(without(text, "evaluate"), "nothing") == text.replace("evaluate: {}\n", "")
+    assert remove_section(text, "merge") == "# head\npretrain:\n  seed: 1\n\n# of merge\nevaluate: {}\n"
+    assert remove_section(remove_section(text, "evaluate"), "nothing") == text.replace("evaluate: {}\n", "")
     again = parse("".join(section_text(name, kind()) for name, kind in SECTIONS.items()), Path("params.yaml"))
     assert again == Params()
 
@@ -116,7 +116,7 @@ def test_a_section_is_taken_out_with_its_own_lines_alone() -> None:
 @pytest.mark.parametrize("text", ["[]", "pretrain: 7\n", "pretrain: {epochs: 3}\n"])
 def test_a_layout_without_a_place_for_the_key_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="by hand"):
-        changed(text, {"pretrain.seed": 1})
+        set_values(text, {"pretrain.seed": 1})
 
 
 def test_a_value_that_the_params_refuse_is_not_written(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_what_changes_in_the_parent_is_seen_in_the_child(copied: Path) -> None:
 def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
     found = discover_runs(houses / "document", open_project(houses / "document/params.yaml"))
     assert {run.stage for run in found} >= {"finetune_lora", "finetune_prefix", "train_from_scratch", "pretrain"}
-    place = {run.stage: run.place for run in found}
+    place = {run.stage: run.log_folder for run in found}
     assert place["finetune_lora"].is_relative_to(houses / "artifacts")
     assert place["finetune_prefix"].is_relative_to(houses / "document")
 
@@ -113,8 +113,8 @@ def test_the_parents_stages_and_settings_are_the_parents(
         ("project: ../gone.yaml\n", "gone.yaml does not exist"),
         ("project: [a]\n", "project must be the path of a params file, got ['a']. Edit params.yaml."),
         ("project: 3\n", "project must be the path of a params file, got 3"),
-        ("project: ../document/params.yaml\n", "project names ../document/params.yaml, which names another"),
-        ("project: params.yaml\n", "project names params.yaml, which names another"),
+        ("project: ../document/params.yaml\n", "project ../document/params.yaml itself builds on"),
+        ("project: params.yaml\n", "project params.yaml itself builds on"),
         ("project: ../broken.yaml\n", "unknown key finetune_lora.rang. Did you mean rank?"),
     ],
 )

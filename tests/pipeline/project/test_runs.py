@@ -68,7 +68,7 @@ def test_an_earlier_run_is_named_by_the_params_that_differ_from_now(project: Pat
 def test_without_a_run_folder_the_artifact_is_shown(root: Path, keep: Keep) -> None:
     folder = keep("artifacts/lora_adapter", "1")
     (run,) = found(root)
-    assert (run.stage, run.place, run.folder) == ("finetune_lora", folder, None)
+    assert (run.stage, run.log_folder, run.folder) == ("finetune_lora", folder, None)
     assert run.curves == (LogFiles("", folder / "loss.csv", None),)
 
 
@@ -76,7 +76,7 @@ def test_runs_with_the_same_log_are_shown_once(root: Path, keep: Keep) -> None:
     keep("artifacts/lora_adapter", "1")
     keep(".lora-cache/finetune_lora/aaaa", "1")
     keep(".lora-cache/finetune_lora/bbbb", "2")
-    assert [run.place.name for run in found(root)] == ["lora_adapter", "bbbb"]
+    assert [run.log_folder.name for run in found(root)] == ["lora_adapter", "bbbb"]
 
 
 def test_earlier_runs_stand_from_new_to_old(root: Path, keep: Keep) -> None:
@@ -109,7 +109,7 @@ def test_broken_manifests_and_missing_params_are_survived(root: Path, keep: Keep
 def test_a_sweep_is_one_run_with_a_curve_for_each_adapter(brief: Path) -> None:
     run = next(run for run in found(brief) if run.stage == "finetune_sweep")
     folder = brief / "runs/finetune_sweep"
-    assert (run.place, run.folder) == (folder, folder)
+    assert (run.log_folder, run.folder) == (folder, folder)
     assert run.label.startswith("finetune_sweep  2 adapters, ")  # then that its params are not those of params.yaml
     assert run.curves == tuple(
         LogFiles(name, folder / name / "loss.csv", folder / name / "telemetry.csv") for name in ("rank-1", "rank-2")
@@ -135,11 +135,11 @@ def test_a_sweep_of_which_an_adapter_diverged_is_the_artifact_that_came_of_it(pr
     run, *others = [run for run in discover_runs(project, open_project(project / "params.yaml", given)) if run.sweeps]
     assert [curve.name for curve in run.curves] == ["lr-0.001", "lr-1e+09"]
     assert run.folder and len(others) == 1 and "grid rank 1+2" in others[0].label
-    assert read_run_outcomes(run.place) == {"lr-1e+09": "diverged"}
+    assert read_run_outcomes(run.log_folder) == {"lr-1e+09": "diverged"}
     shutil.rmtree(project / "runs/finetune_sweep")
     run = next(run for run in discover_runs(project, open_project(project / "params.yaml", given)) if run.sweeps)
     assert [curve.name for curve in run.curves] == ["lr-0.001"]
-    assert read_run_outcomes(run.place) == {"lr-0.001": "done", "lr-1e+09": "diverged"}
+    assert read_run_outcomes(run.log_folder) == {"lr-0.001": "done", "lr-1e+09": "diverged"}
 
 
 def test_adapters_stand_in_the_order_of_their_numbers(root: Path) -> None:

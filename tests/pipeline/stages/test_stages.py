@@ -209,7 +209,7 @@ def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(p
     make(project, ["merge", "evaluate"], BRIEF)
     assert read(project / "artifacts/evaluation/metrics.json") == before
     prompts.write_text(prompts.read_text(encoding="utf-8").replace("answer: Tisch", "answer: tsich"), encoding="utf-8")
-    said = r"data/prompts.yaml: base cannot say the answer 'tsich' to 'die katze sitzt auf dem'"
+    said = r"data/prompts.yaml: base has no tokens for 'tsich', the answer to 'die katze sitzt auf dem'"
     with pytest.raises(UserError, match=said):
         make(project, ["merge", "evaluate"], BRIEF)
 

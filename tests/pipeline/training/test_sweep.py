@@ -274,9 +274,9 @@ def test_its_adapters_are_adapters_like_any_other(mini: Path) -> None:
         ("{rank: 4}", "finetune_sweep.grid.rank must be a list of values, such as [1, 2], got 4. Change it in --set."),
         ("{rank: [4, 0]}", "finetune_sweep.grid.rank must be at least 1, got 0. Change it in --set."),
         ("{batch_size: [4]}", "finetune_sweep.grid.batch_size: adapters that train together can differ in seed"),
-        ("{rank: [1, 1]}", "finetune_sweep.grid has rank-1 twice. Leave one of them out."),
+        ("{rank: [1, 1]}", "finetune_sweep.grid has rank-1 twice. Remove one of them."),
         ("[1]", "finetune_sweep.grid must be a mapping of keys to lists of values"),
-        ("{rank: [1], alpha: " + str(list(range(1, 300))) + "}", "makes 299 adapters; 256 can train together"),
+        ("{rank: [1], alpha: " + str(list(range(1, 300))) + "}", "has 299 combinations; at most 256 adapters"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused_in_one_line(cli: Any, mini: Path, grid: str, message: str) -> None:

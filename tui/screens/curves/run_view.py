@@ -71,13 +71,13 @@ class RunView:
 
     def _look_at_ends(self) -> bool:
         try:
-            stat = (self.run.place / TABLE).stat() if self.run.sweeps else None
+            stat = (self.run.log_folder / TABLE).stat() if self.run.sweeps else None
         except OSError:
             stat = None
         now = (stat.st_ino, stat.st_mtime_ns, stat.st_size) if stat else ()
         if now == self._ends:
             return False
-        self._ends, found = now, read_run_outcomes(self.run.place)
+        self._ends, found = now, read_run_outcomes(self.run.log_folder)
         for name, trace in self.traces.items():
             trace.end = end if (end := found.get(name, "")) in (DIVERGED, STOPPED) else ""
         self._choose()

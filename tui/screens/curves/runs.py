@@ -44,9 +44,9 @@ class Runs:
         runs = await asyncio.to_thread(discover_runs, self.root, project)
         known, self.watched = self.watched, {}
         for run in runs:
-            watched = known.get(str(run.place)) or RunView(run, self.smoothing)
+            watched = known.get(str(run.log_folder)) or RunView(run, self.smoothing)
             watched.renew(run)
-            self.watched[str(run.place)] = watched
+            self.watched[str(run.log_folder)] = watched
         self.stamp = now
         self._give_looks()
         return True

@@ -278,7 +278,7 @@ class CurvesScreen(WorkbenchScreen):
         try:
             if path.suffix.lower() == ".csv":
                 drawn = [watched for _, watched in self.runs.drawn()]
-                logs = [(one.run.called(name), trace.log) for one in drawn for name, trace in one.traces.items()]
+                logs = [(one.run.curve_label(name), trace.log) for one in drawn for name, trace in one.traces.items()]
                 pieces = export.csv_lines(logs)
             else:
                 pieces = iter([await export.drawn(self._picture(path.suffix[1:].lower()))])

@@ -69,7 +69,7 @@ class Line:
         if self.dim:
             return ""
         flat = self.trace.log.flat(self.watched.alive)
-        return self.watched.run.called(self.trace.name) + (f", | flat from epoch {flat[0]:.0f}" if flat else "")
+        return self.watched.run.curve_label(self.trace.name) + (f", | flat from epoch {flat[0]:.0f}" if flat else "")
 
 
 def lines(drawn: Drawn, looks: Mapping[str, Look], pointed: str = "") -> list[Line]:
@@ -88,7 +88,7 @@ def lines(drawn: Drawn, looks: Mapping[str, Look], pointed: str = "") -> list[Li
 
 def adapter(watched: RunView, trace: CurveLog) -> str:
     """What tells an adapter of a sweep from every other; empty for another run's only curve."""
-    return str(watched.run.place / trace.name) if trace.name else ""
+    return str(watched.run.log_folder / trace.name) if trace.name else ""
 
 
 def values(y: Range | None, log: bool) -> Range | None:

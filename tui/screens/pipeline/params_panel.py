@@ -15,7 +15,7 @@ from textual.message import Message
 from textual.widgets import Input, Label, Static
 
 from pipeline.errors import UserError
-from pipeline.project.params.edit import dumped
+from pipeline.project.params.edit import dump_inline
 from pipeline.project.params.sections import Section, Training, check, key_path, rule
 
 SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
@@ -69,7 +69,7 @@ def _as(kind: type, text: str) -> Any:
 
 def written(value: Any) -> str:
     if isinstance(value, Mapping):
-        return dumped(plain(value))[1:-1]
+        return dump_inline(plain(value))[1:-1]
     if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
         return ", ".join(map(str, value))
     if isinstance(value, tuple):

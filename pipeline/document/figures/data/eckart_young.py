@@ -1,4 +1,4 @@
-"""The best update of rank 1, and how far it is from the whole one: Eckart and Young, in two dimensions and in all."""
+"""The best low-rank approximation of an update and its error (Eckart–Young), in two dimensions and in general."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ Matrix = npt.NDArray[np.float64]
 
 
 def best_of_rank(change: Matrix, rank: int) -> Matrix:
-    """σ₁u₁v₁ᵀ + … + σᵣuᵣvᵣᵀ, of all matrices of rank r the nearest to ΔW (Eckart & Young 1936)."""
+    """σ₁u₁v₁ᵀ + … + σᵣuᵣvᵣᵀ, the matrix of rank r nearest to ΔW (Eckart & Young 1936)."""
     u, s, vt = np.linalg.svd(change, full_matrices=False)
     best: Matrix = (u[:, :rank] * s[:rank]) @ vt[:rank]
     return best
 
 
 def share_of_rank(values: Sequence[float], rank: int) -> float:
-    """Σσᵢ² of the first r singular values over that of all: what rank r has of ‖ΔW‖² at best; 1 where ΔW = 0."""
+    """The share of ‖ΔW‖² in its best approximation of rank r: Σσᵢ² of the first r values over all; 1 if ΔW = 0."""
     squares = np.square(values)
     return float(squares[:rank].sum() / squares.sum()) if squares.sum() else 1.0
 
 
 @dataclass(frozen=True)
 class Plane:
-    """W and ΔW as 2 × 2 matrices; `values`: all singular values of the ΔW that they are a part of."""
+    """W and ΔW as 2 × 2 matrices; `values`: all singular values of the full ΔW."""
 
     name: str
     weight: Matrix
@@ -33,9 +33,9 @@ class Plane:
 
     @classmethod
     def of(cls, name: str, weight: Matrix, change: Matrix) -> "Plane":
-        """Of a ΔW of any size: inputs along its first two right singular vectors, outputs along its first two left.
+        """Project W and ΔW onto the first two right (inputs) and left (outputs) singular vectors of ΔW.
 
-        There ΔW is diag(σ₁, σ₂). Each pair of vectors has the sign with which the left one's largest entry is positive.
+        ΔW becomes diag(σ₁, σ₂). Signs are fixed so that the largest entry of each left vector is positive.
         """
         u, s, vt = np.linalg.svd(change, full_matrices=False)
         signs = np.sign(u[np.abs(u).argmax(axis=0), np.arange(len(s))])
@@ -44,13 +44,13 @@ class Plane:
 
     @classmethod
     def example(cls, name: str, weight: Sequence[float], change: Sequence[float]) -> "Plane":
-        """From numbers row by row."""
+        """From four numbers each, row by row."""
         w, d = (np.array(numbers, dtype=np.float64).reshape(2, 2) for numbers in (weight, change))
         return cls(name, w, d, tuple(map(float, np.linalg.svd(d, compute_uv=False))))
 
     @property
     def update(self) -> Matrix:
-        """BA: the best of rank 1."""
+        """BA: the best approximation of ΔW of rank 1."""
         return best_of_rank(self.change, 1)
 
     @property
@@ -60,18 +60,18 @@ class Plane:
 
     @property
     def ratio(self) -> float:
-        """σ₂/σ₁: how far the two ellipses are from each other at most, where 1 is as far as training moved a point."""
+        """σ₂/σ₁: the largest distance between the two ellipses, relative to how far ΔW moves a point; 0 if ΔW = 0."""
         first, second = self.pair
         return second / first if first else 0.0
 
 
 def circle(points: int) -> Matrix:
-    """(2, points): unit vectors, the first again as the last."""
+    """Unit vectors (2, points); the last equals the first."""
     angles = np.linspace(0, 2 * np.pi, points)
     return np.stack((np.cos(angles), np.sin(angles)))
 
 
 def farthest(plane: Plane) -> tuple[Matrix, Matrix]:
-    """Where (W + ΔW)x and (W + BA)x are farthest from each other for |x| = 1: x is v₂, the distance σ₂."""
+    """(W + ΔW)x and (W + BA)x where they are farthest apart for |x| = 1: at x = v₂, with distance σ₂."""
     x = np.linalg.svd(plane.change)[2][1]
     return (plane.weight + plane.change) @ x, (plane.weight + plane.update) @ x

@@ -1,4 +1,4 @@
-"""§4.3: the gradients of A and B by the document's formulas, beside those that autograd finds."""
+"""§4.3: the gradients of A and B by the document's formulas, compared with autograd's."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,10 @@ from pipeline.project.runner import Job
 
 @dataclass
 class GradientProbe:
-    """An adapted matrix while a loss goes backward through it; sums are over all tokens, in fp64.
+    """Hooks on an adapted layer that compute the formulas during a backward pass, summed over all tokens, in fp64.
 
-    `of_A` (R, I) and `of_B` (O, R): the formulas' gradients. `back`: squares of the norms of ∂L/∂x, and of what is
-    left of it without what A and B carry back.
+    `of_A` (R, I) and `of_B` (O, R): the formulas' gradients. `back` (2,): ‖∂L/∂x‖², and the same without the path
+    through A and B.
     """
 
     layer: LoRALinear
@@ -42,34 +42,34 @@ class GradientProbe:
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
         def backward(_: Any, to: tuple[Tensor], of: tuple[Tensor]) -> None:
-            whole, h = (gradient[0].flatten(0, -2).double() for gradient in (to, of))
-            self.back += torch.stack([whole.square().sum(), (whole - h @ update).square().sum()])
+            x_grad, h_grad = (gradient[0].flatten(0, -2).double() for gradient in (to, of))  # (N, I), (N, O)
+            self.back += torch.stack([x_grad.square().sum(), (x_grad - h_grad @ update).square().sum()])
 
         self.layer.register_forward_hook(forward)
         self.layer.register_full_backward_hook(backward)
 
     def row(self, name: str) -> Row:
-        """How far the formulas are from autograd, and how much of ∂L/∂x comes through W₀, relative to their norms."""
-        whole, through_W = self.back.sqrt()
+        """Relative errors of the formulas against autograd, and the share of ‖∂L/∂x‖ that comes through W₀."""
+        total, through_W = self.back.sqrt()
         return {
             "module": name,
-            "error_A": _apart(self.of_A, self.layer.lora_A),
-            "error_B": _apart(self.of_B, self.layer.lora_B),
-            "through_W": float(through_W / whole),
+            "error_A": _relative_error(self.of_A, self.layer.lora_A),
+            "error_B": _relative_error(self.of_B, self.layer.lora_B),
+            "through_W": float(through_W / total),
         }
 
 
-def _apart(formula: Tensor, parameter: Tensor) -> float:
+def _relative_error(formula: Tensor, parameter: Tensor) -> float:
     assert parameter.grad is not None
     return float((formula - parameter.grad).norm() / formula.norm())
 
 
 def formulas(job: Job) -> Table:
-    """One backward pass of the fact correction through the trained adapter: a row for each matrix. Raises UserError."""
+    """One backward pass of the fact correction through the trained adapter: one row per matrix. Raises UserError."""
     loaded = engine.load(job.project.artifact("expand_vocab"), job.project.artifact("finetune_lora"))
     layers = {name: module for name, module in loaded.model.named_modules() if isinstance(module, LoRALinear)}
     loaded.model.requires_grad_(True)
-    watched = {name: GradientProbe(layer) for name, layer in layers.items()}
+    probes = {name: GradientProbe(layer) for name, layer in layers.items()}
     torch.autograd.backward(mean_loss(loaded.model, sentences(job, loaded)))
-    rows = [one.row(name) for name, one in watched.items()]
-    return Table("gradient_example_formulas", "§4.3's formulas, apart from autograd's gradients", rows)
+    rows = [probe.row(name) for name, probe in probes.items()]
+    return Table("gradient_example_formulas", "§4.3's formulas: relative errors against autograd", rows)

@@ -1,4 +1,4 @@
-"""What a backward pass finds: the parameter with the largest gradient, the loss along it, and who gets gradients."""
+"""One backward pass: the parameter with the largest gradient, the loss along it, and each parameter's gradient."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from pipeline.project.runner import Job
 from pipeline.training.batches import Batch, collate
 from pipeline.training.step import loss_of, to_model_device
 
-POINTS = 160  # intervals of the landscape, half of them to each side
+POINTS = 160  # intervals along the parameter, half on each side
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """The loss as a function of one parameter, all others as they are; `at` its own value, where the slope is taken."""
+    """The loss as a function of one parameter, the others fixed. `gradient` is the slope at its trained value `at`."""
 
     name: str
     index: tuple[int, ...]
@@ -38,13 +38,13 @@ class Landscape:
 
     @property
     def lowest(self) -> tuple[float, float]:
-        """θ and loss of the lowest point that was measured."""
+        """θ and loss of the lowest point of the curve."""
         loss, theta = min(zip(self.losses, self.thetas, strict=True))
         return theta, loss
 
     @property
-    def valleys(self) -> int:
-        """Points that lie lower than both their neighbours: 1 in a bowl."""
+    def minima(self) -> int:
+        """The number of points below both neighbours; a bowl has 1."""
         l = self.losses  # noqa: E741
         return sum(l[n] < l[n - 1] and l[n] < l[n + 1] for n in range(1, len(l) - 1))
 
@@ -53,32 +53,32 @@ class Landscape:
 
 
 def sentences(job: Job, loaded: LoadedModel) -> list[Batch]:
-    """The fact correction's sentences whole, as the model reads them. Raises UserError."""
+    """The fact correction's data in one batch of whole sentences, on the model's device. Raises UserError."""
     name = job.project.params.of(StudyTrajectory).data
     model = loaded.model
     encoded = [encode(e, loaded.tokenizer, 0, model.shape.positions) for e in read_examples(job.path(name), name)]
-    return list(to_model_device(model, [collate([as_window(one) for one in encoded])]))
+    return list(to_model_device(model, [collate([as_window(example) for example in encoded])]))
 
 
 def mean_loss(model: CausalLM, batches: Sequence[Batch]) -> Tensor:
-    """Mean cross-entropy over all labels, nats a token."""
+    """Mean cross-entropy over all labels, in nats per token."""
     labels = sum(batch.tokens for batch in batches)
     return torch.stack([loss_of(model, batch) * (batch.tokens / labels) for batch in batches]).sum()
 
 
 def landscape(model: CausalLM, batches: Sequence[Batch], reach: float) -> Landscape:
-    """The loss along the parameter with the largest gradient; the model is as before when it returns."""
+    """The loss along the parameter with the largest gradient. The model's weights are restored afterwards."""
     model.requires_grad_(True)
     loss = mean_loss(model, batches)
     torch.autograd.backward(loss)
     name, parameter = max(model.named_parameters(), key=lambda pair: float(_gradient(pair[1]).abs().max()))
-    number = int(_gradient(parameter).abs().argmax())
-    gradient = float(_gradient(parameter).flatten()[number])
+    position = int(_gradient(parameter).abs().argmax())  # in the flattened parameter
+    gradient = float(_gradient(parameter).flatten()[position])
     model.zero_grad()
-    at = float(parameter.detach().flatten()[number])
+    at = float(parameter.detach().flatten()[position])
     thetas = [at + reach * step / (POINTS // 2) for step in range(-POINTS // 2, POINTS // 2 + 1)]
-    losses = _along(model, batches, parameter, number, thetas)
-    index = tuple(int(i) for i in np.unravel_index(number, parameter.shape))
+    losses = _losses_along(model, batches, parameter, position, thetas)
+    index = tuple(int(i) for i in np.unravel_index(position, parameter.shape))
     return Landscape(name, index, at, float(loss.detach()), gradient, thetas, losses)
 
 
@@ -87,22 +87,22 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _along(
-    model: CausalLM, batches: Sequence[Batch], parameter: Tensor, number: int, thetas: Sequence[float]
+def _losses_along(
+    model: CausalLM, batches: Sequence[Batch], parameter: Tensor, position: int, thetas: Sequence[float]
 ) -> list[float]:
     flat = parameter.view(-1)
-    before = flat[number].clone()
+    before = flat[position].clone()
     losses = []
     for theta in thetas:
-        flat[number] = theta
+        flat[position] = theta
         losses.append(float(mean_loss(model, batches)))
-    flat[number] = before
+    flat[position] = before
     return losses
 
 
 @dataclass(frozen=True)
-class Given:
-    """A parameter after one backward pass: whether it was to train, and the norm of its gradient, None without one."""
+class ParameterGradient:
+    """A parameter after one backward pass: its requires_grad, and the norm of its gradient (None if it has none)."""
 
     name: str
     shape: tuple[int, ...]
@@ -115,7 +115,7 @@ class Given:
 
     @property
     def group(self) -> str:
-        """The part of the model that it belongs to, and for linears of the blocks W, A or B."""
+        """The part of the model; for the blocks' linears followed by "W, b", "A" or "B"."""
         *_, module, last = ("", *self.name.split("."))
         if "embed" in self.name or "lm_head" in self.name:
             return "embeddings" if "embed" in self.name else "head"
@@ -125,13 +125,13 @@ class Given:
         return f"{part} {last.removeprefix('lora_') if last.startswith('lora_') else 'W, b'}" if module else part
 
 
-def given_gradients(job: Job, spec: AdapterSpec) -> list[Given]:
-    """One backward pass of the expanded base with A and B as they begin, B = 0 (§4.1). Raises UserError."""
+def parameter_gradients(job: Job, spec: AdapterSpec) -> list[ParameterGradient]:
+    """One backward pass of the expanded base with freshly initialized A and B, so B = 0 (§4.1). Raises UserError."""
     loaded = engine.load(job.project.artifact("expand_vocab"))
     torch.manual_seed(job.project.params.finetune_lora.seed)
     attach(loaded.model, spec)
     torch.autograd.backward(mean_loss(loaded.model, sentences(job, loaded)))
     return [
-        Given(name, tuple(p.shape), p.requires_grad, None if p.grad is None else float(p.grad.norm()))
+        ParameterGradient(name, tuple(p.shape), p.requires_grad, None if p.grad is None else float(p.grad.norm()))
         for name, p in loaded.model.named_parameters()
     ]

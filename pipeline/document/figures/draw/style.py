@@ -1,6 +1,6 @@
-"""How figures look in print: type of 7 points and more, colours that stay apart in grey and for every reader.
+"""The style of printed figures: text of at least 7 points, colors that differ in grayscale and for the color-blind.
 
-Where two colours are near each other in grey, a shape, a dash or a hatch tells the things apart besides.
+If two colors are similar in grayscale, a marker, dash or hatch distinguishes them as well.
 """
 
 from typing import Any
@@ -16,24 +16,24 @@ PRINT: dict[str, Any] = {
 SMALL = 7  # points; no text is smaller
 WIDE = 7.2  # inches: a page's two columns
 
-BLUE, RED, GREEN, ORANGE = COLORS["lora"], COLORS["full"], COLORS["prefix"], COLORS["freeze"]  # the document's colours
+BLUE, RED, GREEN, ORANGE = COLORS["lora"], COLORS["full"], COLORS["prefix"], COLORS["freeze"]  # the document's colors
 FROZEN, EDGE, INK = "#DCE8F2", "#5B6B7A", "#1A1A1A"
 HATCH = "///////"
-LITTLE_TO_MUCH = ("#D5E4F0", "#E69F00", "#7A1B00")  # light to dark, so that grey says the same
+LITTLE_TO_MUCH = ("#D5E4F0", "#E69F00", "#7A1B00")  # light to dark, so that it works in grayscale
 
 
 def ramp() -> Any:
-    """matplotlib's colour map of little to much: blue, orange, red, darker all the way."""
+    """matplotlib's color map from light blue over orange to dark red."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("little to much", LITTLE_TO_MUCH)
 
 
-def on(share: float) -> str:
-    """The ink to write with on Blues, matplotlib's map, of which 0 is the light end; white is read better from 0.68."""
+def ink_on(share: float) -> str:
+    """The text color with the better contrast on matplotlib's map Blues at `share`; white from 0.68 on."""
     return "white" if share > 0.68 else INK
 
 
 def signed(number: float, form: str = "+.3f") -> str:
-    """With its sign as it is written in print."""
+    """Format with a sign, the minus as − instead of a hyphen."""
     return f"{number:{form}}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""The methods of the document's §7 and §10 as runs of their own stages: what the studies set side by side."""
+"""The methods of the document's §7 and §10 as runs of their stages, for the studies that compare them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,21 +12,21 @@ from pipeline.stages.train_from_scratch import train_from_scratch
 
 @dataclass(frozen=True)
 class Method:
-    """A stage, and what of its section is otherwise; `look`: the method whose colour it is drawn in.
+    """A stage with changed settings.
 
-    `faster`: the learning rate is so many times the section's.
+    `color`: the key of its color in COLORS. `faster`: factor on the section's learning rate.
     """
 
     stage: str
     changes: Mapping[str, Any]
-    look: str
+    color: str
     faster: float = 1.0
 
     def run(self, name: str, params: Params, seed: int, **more: Any) -> Run:
-        """Its training with one seed and `more` of its section, all else as the params say."""
-        own = params.section(self.stage)
-        changes = {"learning_rate": own.learning_rate * self.faster, **self.changes, **more}
-        section: Any = replace(own, seed=seed, **changes)
+        """The stage's training with one seed; `more` overrides further keys of its section."""
+        base = params.section(self.stage)
+        changes = {"learning_rate": base.learning_rate * self.faster, **self.changes, **more}
+        section: Any = replace(base, seed=seed, **changes)
         work = train_from_scratch if self.stage == "train_from_scratch" else finetune
         return Run(f"{name}, seed {seed}", self.stage, work, {self.stage: section})
 
@@ -41,9 +41,9 @@ METHODS = {
     "LoRA, matrices alone": Method(LORA, {"train_embeddings": "none"}, "lora"),
     "QLoRA": Method(LORA, {"quantization": "nf4-dq"}, "lora"),
     "DoRA": Method(LORA, {"dora": True}, "lora"),
-    "LoRA+": Method(LORA, {"loraplus_ratio": 16.0}, "lora"),  # B's rate the higher, as in the paper
-    "LoRA+, A faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora"),  # as the document has it (§10.3): B slower
-    "LoRA+, A 16 × faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora", 16.0),  # B as it is in LoRA, all else as A
+    "LoRA+": Method(LORA, {"loraplus_ratio": 16.0}, "lora"),  # B has the higher rate, as in the paper
+    "LoRA+, A faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora"),  # B has the lower rate, as in the document
+    "LoRA+, A 16 × faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora", 16.0),  # B has LoRA's rate, all else 16 ×
     "prefix tuning": Method("finetune_prefix", {}, "prefix"),
     "prompt tuning": Method("finetune_prompt", {}, "prompt"),
 }

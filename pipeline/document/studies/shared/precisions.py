@@ -1,4 +1,4 @@
-"""The rows of the document's table of precisions (§10.1), each as a way to round a weight."""
+"""The rows of the document's table of precisions (§10.1), each with its quantizer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from pipeline.document import rounding
 from pipeline.document.rounding import Grid, Rounded
 from pipeline.models.quantization import nf4
 
-Way = Callable[[Tensor, Tensor], Rounded]  # W (O, I) and XᵀX (I, I) of its inputs
+Quantizer = Callable[[Tensor, Tensor], Rounded]  # of W (O, I) and XᵀX (I, I) of its inputs
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`document`: its row there, if it has one; `calculator`: what `lora calc` calls it."""
+    """`document`: its row in the document's table, or None; `calculator`: its name in `lora calc`."""
 
     name: str
     document: str | None
     calculator: str
-    way: Way
+    quantize: Quantizer
 
 
 def precisions(group: int) -> list[Precision]:
-    """From most bits to fewest. Of whole numbers the document has GPTQ and AWQ; plain rounding stands beside them."""
+    """From most to fewest bits. The document's INT4 is GPTQ and AWQ; rounding to nearest is added."""
     return [
         Precision("FP32", "FP32", "fp32", lambda w, _: rounding.as_dtype(w, torch.float32)),
         Precision("TF32", "TF32", "tf32", lambda w, _: rounding.tf32(w)),
@@ -46,21 +46,21 @@ def precisions(group: int) -> list[Precision]:
 
 
 def four_bit_codes(weight: Tensor, group: int) -> dict[str, Tensor]:
-    """Which of its 16 levels each number gets, by precision: NF4 in its own blocks, INT4 in groups of a row."""
-    even = [Grid.of(part, 4).codes(part) for part in torch.split(weight, group, dim=1)]
-    return {"NF4": nf4.quantize(weight).codes, "INT4 nearest": torch.cat(even, dim=1)}
+    """The code (0 to 15) of each number: of NF4 in its blocks, of INT4 in groups of a row."""
+    int4 = [Grid.of(part, 4).codes(part) for part in torch.split(weight, group, dim=1)]
+    return {"NF4": nf4.quantize(weight).codes, "INT4 nearest": torch.cat(int4, dim=1)}
 
 
 def entropy(codes: Tensor) -> float:
-    """Of how often each code is used, in bits: their number's logarithm where all are used equally often."""
+    """The Shannon entropy of the codes in bits; at most log2 of their number, if all are equally frequent."""
     counts = torch.bincount(codes.flatten().int())
     shares = counts[counts > 0].double() / codes.numel()
     return -float((shares * shares.log2()).sum())
 
 
-def _nearest(bits: int, group: int) -> Way:
+def _nearest(bits: int, group: int) -> Quantizer:
     return lambda weight, _: rounding.nearest(weight, bits, group)
 
 
-def _gptq(bits: int, group: int) -> Way:
+def _gptq(bits: int, group: int) -> Quantizer:
     return lambda weight, gram: rounding.gptq(weight, gram, bits, group)

@@ -1,4 +1,4 @@
-"""What a study found: tables as CSV, a picture, and a paragraph that says it in words."""
+"""The output of a study: tables as CSV, a picture, and a text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +9,13 @@ from pipeline.document.tables import Table, read_table
 from pipeline.project.runner import Facts, Job
 
 REPORT = "report.md"
-DIGITS = 5  # of a place, as a share of the picture
+DIGITS = 5  # of positions, as a fraction of the figure's size
 Figure = Any  # matplotlib's, which has no types
 
 
 @dataclass(frozen=True)
 class Findings:
-    """`section`: of the document, such as §2.3. `text`: paragraphs in Markdown, with what was measured in words."""
+    """`section`: of the document, such as §2.3. `text`: Markdown paragraphs that describe the measurements."""
 
     title: str
     section: str
@@ -24,31 +24,30 @@ class Findings:
 
 
 def write_report(
-    job: Job, found: Findings, draw: Callable[[Figure], None], size: tuple[float, float] = (9, 4)
+    job: Job, findings: Findings, draw: Callable[[Figure], None], size: tuple[float, float] = (9, 4)
 ) -> Facts:
-    """Write everything to `job.out`; returns what the manifest says: the words, and each table's title and form.
+    """Write tables, picture and report to `job.out`. Returns the manifest's entries: texts, and each table's formats.
 
-    The report shows the tables as the files have them, as all do that read them later.
-
-    `draw` fills a figure of `size` inches, which becomes NAME.png.
+    `draw` fills a matplotlib figure of `size` inches, which becomes NAME.png. The report shows the tables as read back
+    from the CSV files, so that it has the same digits as later readers.
     """
     name = job.stage.method
-    for table in found.tables:
+    for table in findings.tables:
         table.write(job.out)
-    read = [replace(table, rows=read_table(job.out / f"{table.name}.csv")) for table in found.tables]
+    tables = [replace(table, rows=read_table(job.out / f"{table.name}.csv")) for table in findings.tables]
     save(job.out / name, draw, size)
     parts = [
-        f"# {found.title} ({found.section})\n",
-        found.text.strip() + "\n",
-        *(f"**{table.title}**\n\n{table.markdown()}" for table in read),
-        f"![{found.title}]({name}.png)\n",
+        f"# {findings.title} ({findings.section})\n",
+        findings.text.strip() + "\n",
+        *(f"**{table.title}**\n\n{table.markdown()}" for table in tables),
+        f"![{findings.title}]({name}.png)\n",
     ]
     (job.out / REPORT).write_text("\n".join(parts), encoding="utf-8")
-    told = {"title": found.title, "section": found.section, "text": found.text.strip()}
-    return {**told, "tables": {table.name: _described(table) for table in found.tables}}
+    texts = {"title": findings.title, "section": findings.section, "text": findings.text.strip()}
+    return {**texts, "tables": {table.name: _display_options(table) for table in findings.tables}}
 
 
-def _described(table: Table) -> dict[str, Any]:
+def _display_options(table: Table) -> dict[str, Any]:
     return {"title": table.title, "formats": dict(table.formats), "hidden": list(table.hidden)}
 
 
@@ -59,21 +58,21 @@ def save(
     endings: Sequence[str] = (".png",),
     style: Mapping[str, Any] | None = None,
 ) -> None:
-    """A picture at `path` + each ending, as PNG or SVG; the same drawing gives the same bytes.
+    """Draw once and write `path` + each ending, as PNG or SVG. The same drawing gives the same bytes.
 
-    `style`: matplotlib's rcParams, where they are to be others than its own.
+    `style`: rcParams that override matplotlib's defaults.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure as Drawn
+    from matplotlib.figure import Figure as MatplotlibFigure
 
-    ours = {"svg.hashsalt": path.name, "svg.fonttype": "none", "axes.formatter.min_exponent": 4}  # 0.3, not 3 × 10⁻¹
-    with matplotlib.rc_context({**(style or {}), **ours}):
-        figure = Drawn(figsize=size, layout="constrained")
+    fixed = {"svg.hashsalt": path.name, "svg.fonttype": "none", "axes.formatter.min_exponent": 4}  # 0.3, not 3 × 10⁻¹
+    with matplotlib.rc_context({**(style or {}), **fixed}):
+        figure = MatplotlibFigure(figsize=size, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         draw(figure)
-        _settle(figure)
+        _fix_layout(figure)
         for ending in endings:
             file = path.with_name(path.name + ending)
             if ending == ".svg":
@@ -82,10 +81,11 @@ def save(
                 canvas.print_png(file, metadata={"Software": None})
 
 
-def _settle(figure: Figure) -> None:
-    """Lay out, and round all places: the solver's last digits follow from where its objects lie in memory.
+def _fix_layout(figure: Figure) -> None:
+    """Compute the layout and round all positions.
 
-    By them an SVG names its parts, and a line falls on one pixel or its neighbour.
+    The layout solver's last digits depend on memory addresses. They would change the ids in an SVG and move a line in
+    a PNG to a neighbouring pixel.
     """
     from matplotlib.transforms import Bbox
 

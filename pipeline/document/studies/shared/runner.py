@@ -1,6 +1,6 @@
-"""Runs of other stages inside a study: trained by the code that `lora finetune …` runs, with other settings.
+"""Runs of other stages inside a study: the same code as `lora finetune …`, with other settings.
 
-Each is a folder of its own below the study's run: a study that was killed goes on with the run that it was in.
+Each run has its own folder below the study's run folder, so a study that was killed resumes at the run it was in.
 """
 
 import hashlib
@@ -25,20 +25,20 @@ from pipeline.stages.sweep import sweep
 from pipeline.training.loop import Diverged, NotFinite, TrainingTask, steps, train
 from pipeline.training.optimizer import FlatAdam
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 PARTS = "parts"
 DOCUMENT = FinetuneLora()  # the document's settings (§9.2)
 
 
-def named(window: int) -> str:
-    """What a run with this window trains on, in words."""
+def describe_window(window: int) -> str:
+    """What a run with this window trains on: "windows of 4 tokens" or "whole sentences"."""
     return f"windows of {window} tokens" if window else "whole sentences"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A stage's work with these sections in place of the project's; `name` is its own in the study."""
+    """A stage's work with `sections` instead of the project's. `name` is unique in the study."""
 
     name: str
     stage: str
@@ -46,87 +46,88 @@ class Run:
     sections: Mapping[str, Any]
 
 
-def together(name: str, base: FinetuneLora, **grid: Sequence[object]) -> Run:
-    """Adapters for each combination of the grid's values, all in one pass; their folders lie in the run's."""
-    values = FinetuneSweep({key: tuple(of) for key, of in grid.items()})
+def sweep_run(name: str, base: FinetuneLora, **grid: Sequence[object]) -> Run:
+    """A run that trains an adapter for each combination of the grid's values in one pass, each in a subfolder."""
+    values = FinetuneSweep({key: tuple(options) for key, options in grid.items()})
     return Run(name, "finetune_sweep", sweep, {"finetune_lora": base, "finetune_sweep": values})
 
 
 def adapters(run: Run, folder: Path) -> Iterator[tuple[Path, FinetuneLora]]:
-    """Folder and settings of each adapter that a run of `together` made; those that diverged have none."""
+    """The folder and settings of each adapter of a `sweep_run`, except those that diverged."""
     base, sweep = run.sections["finetune_lora"], run.sections["finetune_sweep"]
     assert isinstance(base, FinetuneLora) and isinstance(sweep, FinetuneSweep)
-    for name, own in variants(base, sweep).items():
+    for name, settings in variants(base, sweep).items():
         if (folder / name).is_dir():
-            yield folder / name, own
+            yield folder / name, settings
 
 
 def run_stage(
     job: Job, runs: Sequence[Run], resume: bool = True, diverging: bool = False
 ) -> Generator[Event, None, dict[str, Path]]:
-    """Name → folder of what each run made: an artifact as its stage makes it.
+    """Train the runs. Returns name → artifact folder.
 
-    Without `resume` a run that was not finished begins anew: its telemetry is then of all its steps. With `diverging`
-    one whose loss is not finite is left out. Raises UserError as the stages do.
+    Without `resume` an unfinished run starts from the beginning, so that its telemetry covers all steps. With
+    `diverging` a run with a non-finite loss is omitted instead of raising NotFinite. Raises UserError as the stages do.
     """
-    found = {}
+    folders = {}
     for number, run in enumerate(runs):
         part = _part(job, run)
-        if not _is_there(part):
+        if not _is_finished(part):
             if not resume:
                 shutil.rmtree(part.run, ignore_errors=True)
             try:
-                with _named(job, run):
-                    yield from _work(part, run, number, len(runs))
+                with _add_run_to_error(job, run):
+                    yield from _run_stage(part, run, number, len(runs))
             except NotFinite:
                 if not diverging:
                     raise
                 continue
-        found[run.name] = part.out
-    return found
+        folders[run.name] = part.out
+    return folders
 
 
 def evaluate_checkpoints(
-    job: Job, run: Run, when: Callable[[TrainingTask], Collection[int]], look: Callable[[LoadedModel], Found]
-) -> Generator[Event, None, dict[int, Found]]:
-    """Step → what `look` finds in the model after it; 0 is before the first. It ends after the last of `when`.
+    job: Job, run: Run, steps_of: Callable[[TrainingTask], Collection[int]], evaluate: Callable[[LoadedModel], Result]
+) -> Generator[Event, None, dict[int, Result]]:
+    """Train and evaluate the model after some steps. Returns step → result of `evaluate`; step 0 is before training.
 
-    It begins anew each time: what was seen before a kill is gone. Raises UserError as the stage does.
+    `steps_of` gives the steps; training ends after the last. It never resumes, since results of earlier steps would be
+    lost. Raises UserError as the stage does.
     """
-    part = replace(_part(job, run), checkpoint_every=2**31)
+    part = replace(_part(job, run), checkpoint_every=2**31)  # none: it starts from the beginning each time
     shutil.rmtree(part.run, ignore_errors=True)
     part.out.mkdir(parents=True)
-    with _named(job, run):
+    with _add_run_to_error(job, run):
         learner = yield from prepare(part)
-        wanted = when(learner.task)
+        wanted = steps_of(learner.task)
         loaded = LoadedModel(run.name, learner.base.model, learner.base.tokenizer, job.project.artifact("expand_vocab"))
-        found = {0: look(loaded)} if 0 in wanted else {}
+        results = {0: evaluate(loaded)} if 0 in wanted else {}
         for event in train(part, learner.task) if max(wanted) else ():
             if isinstance(event, Progress):
-                if event.done > max(wanted):  # a signal during the last look is acted on after one more step
+                if event.done > max(wanted):  # one step further, so that a signal during the last evaluation is handled
                     break
                 if event.done in wanted:
                     learner.base.model.eval()
-                    found[event.done] = look(loaded)
+                    results[event.done] = evaluate(loaded)
                     learner.base.model.train()
-    return found
+    return results
 
 
-def drain(events: Generator[Event, None, Found]) -> Found:
-    """What work returns, without a word of how it goes."""
+def drain(events: Generator[Event, None, Result]) -> Result:
+    """The generator's return value; its events are discarded."""
     while True:
         try:
             next(events)
         except StopIteration as stop:
-            found: Found = stop.value
-            return found
+            result: Result = stop.value
+            return result
 
 
 def train_variant(
     job: Job, run: Run, optimizer_of: Callable[[CausalLM, Training], FlatAdam]
 ) -> Generator[Event, None, LoadedModel]:
-    """The model after a run that another optimizer does; nothing is saved. Raises UserError as the stage does."""
-    with _named(job, run):
+    """Train a run with another optimizer. Returns the model; nothing is saved. Raises UserError as the stage does."""
+    with _add_run_to_error(job, run):
         learner = yield from prepare(_part(job, run))
         model, settings = learner.base.model, learner.task.settings
         model.train()
@@ -141,13 +142,13 @@ def train_variant(
 
 
 def delete_runs(job: Job) -> None:
-    """Remove what the runs made, once it is measured."""
+    """Remove the runs' folders after measuring."""
     shutil.rmtree(job.run / PARTS, ignore_errors=True)
 
 
 @contextmanager
-def _named(job: Job, run: Run) -> Iterator[None]:
-    """What is wrong in a run is said with the study's name and its own: of many runs it is one."""
+def _add_run_to_error(job: Job, run: Run) -> Iterator[None]:
+    """Prefix a UserError with the names of the study and of the run."""
     try:
         yield
     except UserError as error:
@@ -158,24 +159,24 @@ def _part(job: Job, run: Run) -> Job:
     stage = STAGES[run.stage]
     project = replace(job.project, params=job.project.params.replaced(run.sections))
     folder = job.run / PARTS / run.name
-    known = {
-        **job.known,
+    facts = {
+        **job.input_facts,
         **{"kind": stage.kind, "method": stage.method, "stage": stage.name, "params": project.stage_params(stage)},
     }
-    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-    return Job(project, stage, folder / "made", folder, key, job.checkpoint_every, known)
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Job(project, stage, folder / "made", folder, key, job.checkpoint_every, facts)
 
 
-def _is_there(part: Job) -> bool:
-    """Whether the run was finished before, with the same settings, and what it made is whole."""
+def _is_finished(part: Job) -> bool:
+    """Whether the run's artifact exists, is intact and was made with the same settings."""
     try:
         return bool(artifact.verify(part.out).get("key") == part.key)
     except UserError:
         return False
 
 
-def _work(part: Job, run: Run, number: int, of: int) -> Generator[Event, None, None]:
-    """Its progress is a part of the study's; of its notes, only that it goes on where it was."""
+def _run_stage(part: Job, run: Run, number: int, count: int) -> Generator[Event, None, None]:
+    """Run the stage and seal its artifact. Progress is scaled to the study; only notes on resuming are kept."""
     shutil.rmtree(part.out, ignore_errors=True)
     part.out.mkdir(parents=True)
     work = run.work(part)
@@ -183,9 +184,9 @@ def _work(part: Job, run: Run, number: int, of: int) -> Generator[Event, None, N
         try:
             event = next(work)
         except StopIteration as stop:
-            artifact.seal(part.out, {**part.known, "key": part.key, **stop.value})
+            artifact.seal(part.out, {**part.input_facts, "key": part.key, **stop.value})
             return
         if isinstance(event, Progress):
-            yield Progress(number * event.total + event.done, of * event.total, f"{run.name}  {event.text}")
+            yield Progress(number * event.total + event.done, count * event.total, f"{run.name}  {event.text}")
         elif "resumed" in event.text:
             yield Note(f"{run.name}, {event.text}")

@@ -105,8 +105,8 @@ async def test_stages_side_by_side_leave_the_panes_their_rows_and_the_list_scrol
     others = ("finetune_another", "finetune_a_third", "finetune_a_fourth")[:more]
     stages_of = {**STAGES, **{name: replace(STAGES["finetune_full"], name=name) for name in others}}
     for name in others:
-        monkeypatch.setitem(STAGES, name, stages_of[name])  # type: ignore[arg-type]
-        monkeypatch.setitem(SECTIONS, name, FinetuneFull)  # type: ignore[arg-type]
+        monkeypatch.setitem(STAGES, name, stages_of[name])
+        monkeypatch.setitem(SECTIONS, name, FinetuneFull)
         monkeypatch.setattr(Params, name, FinetuneFull(), raising=False)
     monkeypatch.setattr(Project, "readable", stages_of)
     monkeypatch.setattr(Status, "of", lambda *_: {n: StageState(s, "missing", (), None) for n, s in stages_of.items()})
