@@ -65,7 +65,7 @@ def answered(screen: Any) -> bool:
 async def main() -> None:
     for steps in (pipeline, curves, calculator, adapters):
         app = Workbench(PARAMS)
-        app.where = "~/lora-workbench"
+        app.folder_label = "~/lora-workbench"
         async with app.run_test(size=SIZE) as pilot:
             await steps(pilot)
             await pilot.pause(0.5)

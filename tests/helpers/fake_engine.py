@@ -8,7 +8,7 @@ from typing import Any
 from tui.services.engine_client import EngineDied, Inference
 
 TOKENS = (" tisch", " und", " stuhl")
-DEATH = "The inference process ended: it was killed. Prompt again: a fresh one starts."
+DEATH = "The inference process ended: it was killed. Prompt again to start a new one."
 
 
 class FakeInference(Inference):

@@ -104,13 +104,13 @@ def test_a_pipeline_whose_lock_cannot_be_written_is_ended(disk: Path, monkeypatc
     (disk / "runs").mkdir()
     filler, runner = fill(disk), Runner(disk)
     started: list[subprocess.Popen[bytes]] = []
-    spawn = runner._spawned
+    spawn = runner._spawn
 
     def spawned(command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
         started.append(spawn(command, lock))
         return started[0]
 
-    monkeypatch.setattr(runner, "_spawned", spawned)
+    monkeypatch.setattr(runner, "_spawn", spawned)
     with pytest.raises(OSError) as raised:
         runner.start(["repro"])
     assert raised.value.filename == str(disk / "runs/pipeline.lock")

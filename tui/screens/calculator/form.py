@@ -20,7 +20,7 @@ from pipeline.calc.target_modules import GROUPS
 from tui.screens.calculator.model import CUSTOM, FIELDS, CalculatorQuery, relevant
 from tui.screens.calculator.model_search import ModelSearch
 from tui.widgets.select import Choice
-from tui.widgets.text_field import Entry, counting, doubling, through
+from tui.widgets.text_field import Entry, counting, cycling, doubling
 
 TARGETS = (*GROUPS, "all-linear", "q_proj, v_proj", "q_proj, k_proj, v_proj, o_proj", "qkv_proj, o_proj", "c_attn")
 LABELS = {"ends": "embeddings", "gib": "GPU's GiB", "gpu": "GPU", "virtual_tokens": "virtual tok."}
@@ -78,9 +78,9 @@ class CalcForm(Vertical):
             elif name in choices:
                 yield name, Choice(choices[name], value, id=name)
             elif name == "targets":
-                yield name, Entry(value, id=name, step=through(TARGETS), suggested=TARGETS)
+                yield name, Entry(value, id=name, step=cycling(TARGETS), suggested=TARGETS)
             elif name == "precision":
-                yield name, Entry(value, id=name, step=through(list(PRECISIONS)), suggested=list(PRECISIONS))
+                yield name, Entry(value, id=name, step=cycling(list(PRECISIONS)), suggested=list(PRECISIONS))
             else:
                 yield name, Entry(value, id=name, step=steps.get(name, counting))
 

@@ -14,7 +14,7 @@ from textual.message import Message
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
-from tui.widgets.text_field import Entry, through
+from tui.widgets.text_field import Entry, cycling
 
 SHOWN = 9  # matches
 
@@ -46,7 +46,7 @@ class ModelSearch(Vertical):
         self._first, self._catalogue, self._fuzzy = value, catalogue, FuzzySearch()
 
     def compose(self) -> ComposeResult:
-        yield Entry(self._first, id="model", step=through(list(self._catalogue)))
+        yield Entry(self._first, id="model", step=cycling(list(self._catalogue)))
         matches = OptionList(compact=True, markup=False)
         matches.can_focus = False
         yield matches

@@ -22,7 +22,7 @@ def panel(title: str, labels: Sequence[str], curves: Sequence[Curve], y: Range |
 
 
 def _curve(label: str, curve: Curve) -> dict[str, Any]:
-    columns, mark = curve.columns, curve.mark()
+    columns, mark = curve.columns, curve.flat_column()
     return {
         "label": label,
         "color": curve.color,

@@ -69,7 +69,7 @@ class Session:
         return [row.lstrip("● ").split()[0] for row in self.rows()]
 
     def said(self) -> str:
-        return "\n".join(text for _, _, text in self.app.said)
+        return "\n".join(text for _, _, text in self.app.message_history)
 
     def completions(self) -> str:
         return "\n".join(str(child.render()) for child in self.screen.query_one(Completions).children)
@@ -545,9 +545,9 @@ async def test_a_full_disk_on_save_is_one_message_and_leaves_nothing(
         await s.press("w")
         await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
         monkeypatch.setattr("os.fsync", full)
-        said = len(s.app.said)
+        said = len(s.app.message_history)
         await s.press("enter")
-        await until(s.pilot, lambda: len(s.app.said) == said + 1)
+        await until(s.pilot, lambda: len(s.app.message_history) == said + 1)
         assert "No space left on device" in s.said() and "transcript.md" in s.said()
         assert not list(project.glob("*transcript*"))
 

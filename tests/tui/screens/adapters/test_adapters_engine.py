@@ -128,10 +128,10 @@ async def test_a_killed_engine_is_said_and_the_next_prompt_starts_a_fresh_one(br
         pid = engine.pid
         assert pid is not None
         s.screen._status_timer.pause()  # what waits below is the prompt, not a look at the engine's state
-        await until(s.pilot, lambda: engine._process is not None and not engine._process._waiting)
+        await until(s.pilot, lambda: engine._process is not None and not engine._process._pending)
         os.kill(pid, signal.SIGSTOP)  # so that it is in the middle of its answers
         await s.ask(PROMPT)
-        await until(s.pilot, lambda: engine._process is not None and engine._process._waiting)
+        await until(s.pilot, lambda: engine._process is not None and engine._process._pending)
         os.kill(pid, signal.SIGKILL)
         await until(s.pilot, lambda: s.screen.query_one(EngineBar).state == "died")
         await until(s.pilot, lambda: "it was killed" in s.said())

@@ -334,8 +334,8 @@ async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
         await pilot.press("l")
         await pilot.pause()
         await pilot.press("u")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "says so already" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert "says so already" in pilot.app.message_history[-1][2]
         await pilot.press("tab", "+", "escape", "u")
         await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
         assert str(pilot.app.screen.query_one("#changes").content) == "finetune_lora.rank: 4 → 8"
@@ -391,22 +391,22 @@ async def test_each_method_has_its_section(empty: Path) -> None:
 async def used(pilot: Pilot[None]) -> None:
     """Write the form to params.yaml, and wait until that is said."""
     app = workbench(pilot)
-    said = len(app.said)
+    said = len(app.message_history)
     await pilot.press("u")
     await until(pilot, lambda: isinstance(app.screen, Confirm))
     await pilot.press("enter")
-    await until(pilot, lambda: len(app.said) > said)
+    await until(pilot, lambda: len(app.message_history) > said)
 
 
 async def refused(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> str:
     """What is said when a form with these values is not written."""
     app = workbench(pilot)
-    said = len(app.said)
+    said = len(app.message_history)
     await fill(pilot, screen, **values)
     await pilot.press("u")
-    await until(pilot, lambda: len(app.said) > said)
+    await until(pilot, lambda: len(app.message_history) > said)
     assert app.screen is screen, values
-    return app.said[-1][2]
+    return app.message_history[-1][2]
 
 
 async def test_what_the_project_cannot_train_is_refused(empty: Path) -> None:
@@ -452,8 +452,8 @@ async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path
         )
         assert screen.result.method.rank == 4 and not screen.problem
         await pilot.press("u")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "says so already" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert "says so already" in pilot.app.message_history[-1][2]
 
 
 async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> None:
@@ -497,12 +497,14 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
         await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problem)
         await fill(pilot, screen, model="gpt2", targets="c_attn")
         await pilot.press("u")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "some/model@main, which this project trains, cannot have these targets" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert (
+            "some/model@main, which this project trains, cannot have these targets" in pilot.app.message_history[-1][2]
+        )
         save(empty / "params.yaml", {"pretrain.base": "./nowhere"})
         await pilot.press("l", "u")
-        await until(pilot, lambda: len(pilot.app.said) == 3)
-        assert all("pretrain.base must be minigpt" in text for _, _, text in list(pilot.app.said)[-2:])
+        await until(pilot, lambda: len(pilot.app.message_history) == 3)
+        assert all("pretrain.base must be minigpt" in text for _, _, text in list(pilot.app.message_history)[-2:])
 
 
 def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> None:
@@ -532,11 +534,11 @@ async def test_params_broken_by_hand_are_not_written_over(empty: Path, when: str
             await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
             path.write_text(broken, encoding="utf-8")
             await pilot.press("enter")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "not valid YAML" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert "not valid YAML" in pilot.app.message_history[-1][2]
         assert path.read_text(encoding="utf-8") == broken
         await pilot.press("l")
-        await until(pilot, lambda: len(pilot.app.said) == 2)
+        await until(pilot, lambda: len(pilot.app.message_history) == 2)
 
 
 async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,8 +552,8 @@ async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.Monk
         await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
         monkeypatch.setattr(os, "fsync", full)
         await pilot.press("enter")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "No space left on device" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert "No space left on device" in pilot.app.message_history[-1][2]
     assert (empty / "params.yaml").read_bytes() == before
     assert list(empty.glob(".params*")) == []
 

@@ -24,7 +24,7 @@ from tui.screens.curves.export_dialog import ExportScreen
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.screen import CurvesScreen
 from tui.screens.curves.series import QUANTITIES
-from tui.widgets.plot.curve import Range, possible
+from tui.widgets.plot.curve import Range, is_drawable
 from tui.widgets.plot.line_chart import LossChart
 
 
@@ -217,7 +217,7 @@ async def test_zooming_ends_where_numbers_end(root: Path, keys: list[str], x: Ra
         assert there.x != x and there.y != y
         await pilot.press(*keys)
         assert chart(screen).shown == there
-        assert there.y is not None and possible(there.x) and possible(there.y)
+        assert there.y is not None and is_drawable(there.x) and is_drawable(there.y)
 
 
 async def test_minus_zooms_out(root: Path) -> None:
@@ -619,7 +619,7 @@ async def test_the_form_proposes_a_free_name_and_follows_the_format(root: Path) 
 async def test_nothing_to_export_is_said(empty: Path) -> None:
     async with curves(empty) as (pilot, screen):
         await pilot.press("x")
-        assert "nothing to export" in screen.workbench.said[-1][2]
+        assert "nothing to export" in screen.workbench.message_history[-1][2]
 
 
 async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -631,9 +631,9 @@ async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypat
     before = sorted(path.name for path in root.iterdir())
     async with curves(root) as (pilot, screen):
         await ask_for(pilot, "all.csv", "csv")
-        await until(pilot, lambda: screen.workbench.said)
-        assert [severity for _, severity, _ in screen.workbench.said] == ["error"]
-        assert "No space left" in screen.workbench.said[-1][2]
+        await until(pilot, lambda: screen.workbench.message_history)
+        assert [severity for _, severity, _ in screen.workbench.message_history] == ["error"]
+        assert "No space left" in screen.workbench.message_history[-1][2]
     assert sorted(path.name for path in root.iterdir()) == before
     assert (root / "all.csv").read_text(encoding="utf-8") == "before"
 
@@ -642,6 +642,6 @@ async def test_a_picture_that_cannot_be_drawn_is_one_message(root: Path, monkeyp
     monkeypatch.setattr("tui.screens.curves.export.sys.executable", "/bin/false")
     async with curves(root) as (pilot, screen):
         await ask_for(pilot, "out.svg")
-        await until(pilot, lambda: screen.workbench.said)
-        assert "could not be drawn" in screen.workbench.said[-1][2]
+        await until(pilot, lambda: screen.workbench.message_history)
+        assert "could not be drawn" in screen.workbench.message_history[-1][2]
     assert not (root / "out.svg").exists()

@@ -62,7 +62,7 @@ def line(screen: PipelineScreen, stage: str) -> str:
 
 
 def said(screen: PipelineScreen) -> str:
-    return "\n".join(text for _, _, text in screen.workbench.said)
+    return "\n".join(text for _, _, text in screen.workbench.message_history)
 
 
 def brief_params(root: Path) -> None:
@@ -232,10 +232,10 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
             await typed(pilot, screen, "grid", text)
             assert problem in str(rule.content)
             await pilot.press("enter")
-        assert not screen.workbench.said
+        assert not screen.workbench.message_history
         await typed(pilot, screen, "grid", "rank: [2, 4], learning_rate: [1e-3, 0.002]")
         await pilot.press("enter")
-        await until(pilot, lambda: screen.workbench.said)
+        await until(pilot, lambda: screen.workbench.message_history)
         assert "finetune_sweep.grid: rank: [2, 4], learning_rate: [0.001, 0.002] is in params.yaml" in said(screen)
         assert load(empty / "params.yaml").finetune_sweep.grid == {"rank": (2, 4), "learning_rate": (0.001, 0.002)}
         await until(pilot, lambda: not grid.has_class("-edited"))
@@ -457,7 +457,7 @@ async def test_a_run_is_started_with_the_right_words_and_stopped(
             await pilot.press("escape", key)
             await until(pilot, partial(printed, screen, f"called {words}"))
             await pilot.press("r")
-            assert "running already" in said(screen)
+            assert "already running" in said(screen)
             await pilot.press("x")
             await until(pilot, lambda: runner.running() is None)
         await until(pilot, lambda: "All stages are up to date" in said(screen))
