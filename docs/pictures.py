@@ -58,7 +58,7 @@ async def adapters(pilot: Pilot[None]) -> None:
 
 def answered(screen: Any) -> bool:
     """Whether every model has said all that it says."""
-    answers = screen.talk.newest.answers if screen.talk.newest else []
+    answers = screen.conversation.newest.answers if screen.conversation.newest else []
     return len(answers) == len(PROJECT.variants) and all(a.error or a.ended in ("end", "length") for a in answers)
 
 

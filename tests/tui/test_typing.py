@@ -71,7 +71,10 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
         assert isinstance(screen, AdaptersScreen)
         burst(pilot, "t", *"0.7", "tab", *"5", "tab", *"0.9", "tab", *"3", "tab", *"40", "tab", *"7", "enter", "1")
         await until(pilot, lambda: isinstance(app.screen, PipelineScreen), 20)
-        assert str(screen.talk.sampling) == "temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates"
+        assert (
+            str(screen.conversation.sampling)
+            == "temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates"
+        )
 
 
 async def test_a_paste_waits_for_the_keys_before_it(empty: Path) -> None:
