@@ -88,7 +88,7 @@ def test_a_stage_that_dies_of_a_full_disk_is_failed_and_says_why(disk: Path) -> 
     done = lora("pretrain", *(word for one in BRIEF for word in ("--set", one)), cwd=root)
     assert done.returncode == 1
     assert "error: No space left on device" in done.stderr
-    assert "Free some space. What was there before is unchanged." in done.stderr
+    assert "Free some space. Existing results are unchanged." in done.stderr
     state = Status().of(open_project(root / "params.yaml"))["pretrain"]
     assert state.state == "failed"
     assert re.fullmatch(r"No space left on device(: \S+)?\. Free some space\.", state.reasons[0])

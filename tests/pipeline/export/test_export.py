@@ -276,7 +276,7 @@ def test_a_second_export_takes_the_place_of_the_first(cli: Lora, form: str, tmp_
 @pytest.mark.parametrize("more", [["--precision", "bf16"], ["--prompts", "data/prompts.yaml"]])
 def test_options_of_a_merge_are_refused_without_one(cli: Lora, more: list[str], tmp_path: Path) -> None:
     source = made(tmp_path)
-    assert "are of --as merged" in refusal(export(cli, "peft", source, tmp_path / "out", *more))
+    assert "need --as merged" in refusal(export(cli, "peft", source, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 
 
