@@ -1,4 +1,4 @@
-"""`lora adapters`: what lies there, and whether it is what was trained."""
+"""`lora adapters`: list, verify, compare, combine, import and export adapters."""
 
 from math import isfinite
 from os.path import commonprefix
@@ -35,12 +35,12 @@ def show(
     from pipeline.errors import UserError
     from pipeline.files.digest_cache import DigestStore
     from pipeline.inference.catalog import Adapter
-    from pipeline.inference.catalog import adapters as found_in
+    from pipeline.inference.catalog import adapters as list_adapters
 
     if folder != FOLDER and not folder.is_dir():
-        raise UserError(f"--folder must be a folder, got {folder}. Name one that has adapters in it.")
+        raise UserError(f"--folder must be an existing folder, got {folder}. Choose one that contains adapters.")
     store = DigestStore()
-    found = found_in(folder, store.fingerprint, store.contents)
+    found = list_adapters(folder, store.fingerprint, store.contents)
     store.save()
     if as_json:
         print_json([{**asdict(adapter), "path": str(adapter.path)} for adapter in found])
@@ -49,21 +49,21 @@ def show(
         stdout.print(f"No adapters in {folder}. Make one with `lora finetune lora`, or look elsewhere with --folder.")
         return
 
-    def cells(one: Adapter) -> tuple[str, ...]:
-        half = one.trained_rank not in (None, one.rank)
+    def cells(adapter: Adapter) -> tuple[str, ...]:
+        is_partial = adapter.trained_rank not in (None, adapter.rank)
         return (
-            str(one.path.relative_to(folder)),
-            one.method.removesuffix("_tuning"),
-            "–" if one.rank is None else f"{one.rank}{f', {one.trained_rank} trained' * half}",
-            " ".join(target.removesuffix("_proj").removesuffix(" tokens") for target in one.targets),
-            Path(one.base or "?").name,
-            f"{one.size / 1000:,.0f} kB",
-            "–" if one.final_loss is None else f"{one.final_loss:.3f}",
-            "–" if one.forgetting is None else f"{one.forgetting:+.3f}",
-            one.problem or "whole",
+            str(adapter.path.relative_to(folder)),
+            adapter.method.removesuffix("_tuning"),
+            "–" if adapter.rank is None else f"{adapter.rank}{f', {adapter.trained_rank} trained' * is_partial}",
+            " ".join(target.removesuffix("_proj").removesuffix(" tokens") for target in adapter.targets),
+            Path(adapter.base or "?").name,
+            f"{adapter.size / 1000:,.0f} kB",
+            "–" if adapter.final_loss is None else f"{adapter.final_loss:.3f}",
+            "–" if adapter.forgetting is None else f"{adapter.forgetting:+.3f}",
+            adapter.problem or "whole",
         )
 
-    stdout.print(table(COLUMNS, [cells(one) for one in found], right=("rank", "size", "loss", "forgot")))
+    stdout.print(table(COLUMNS, [cells(adapter) for adapter in found], right=("rank", "size", "loss", "forgot")))
 
 
 @adapters.command()
@@ -113,7 +113,7 @@ def diff(
         return
     for key, (here, there) in settings.items():
         stdout.print(f"{key}: {here} | {there}", markup=False, soft_wrap=True)
-    shared = _shared([row.module for row in rows])
+    shared = _common_prefix([row.module for row in rows])
     columns = (shared or "module", "‖one‖", "‖other‖", "‖one−other‖", "outputs", "inputs")
     cells = [
         (
@@ -125,17 +125,17 @@ def diff(
     ]
     stdout.print(table(columns, cells, right=columns[1:]))
     for name, difference in trained:
-        how_far = "not the same of it in both" if difference is None else f"‖one−other‖ {difference:.3f}"
-        stdout.print(f"{name}, its values: {how_far}", markup=False, soft_wrap=True)
+        distance = "not the same of it in both" if difference is None else f"‖one−other‖ {difference:.3f}"
+        stdout.print(f"{name}, its values: {distance}", markup=False, soft_wrap=True)
     if first.spec.dora or second.spec.dora:
-        stdout.print("Of DoRA this is s·BA alone; the lengths that it gives each output are not in it.", soft_wrap=True)
+        stdout.print("For DoRA, only s·BA is compared, without the magnitudes.", soft_wrap=True)
     stdout.print("outputs, inputs: share of directions in common, from 0 to 1 (Hu et al. 2021, §7.2).", soft_wrap=True)
 
 
-def _shared(names: list[str]) -> str:
-    """What several names begin with, to a dot."""
-    alike = commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (these are no paths)
-    return alike[: alike.rfind(".") + 1]
+def _common_prefix(names: list[str]) -> str:
+    """The common prefix of several names, up to a dot."""
+    prefix = commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (not paths)
+    return prefix[: prefix.rfind(".") + 1]
 
 
 @adapters.command()
@@ -165,25 +165,27 @@ def combine(
     from pipeline.weights.combine import CombineOptions
     from pipeline.weights.import_adapter import combine_adapters
 
-    numbers = _weights(weights, len(paths))
-    how = CombineOptions(method, rank, density, seed)
-    error = combine_adapters(paths, numbers, how, base or common_base(paths), out, trust_remote_code)
-    said = f"{out}  {method} of {len(paths)} adapters, {error:.2%} off their exact sum"
-    stdout.print(said, markup=False, soft_wrap=True)
+    numbers = _parse_weights(weights, len(paths))
+    options = CombineOptions(method, rank, density, seed)
+    error = combine_adapters(paths, numbers, options, base or common_base(paths), out, trust_remote_code)
+    summary = f"{out}  {method} of {len(paths)} adapters, {error:.2%} off their exact sum"
+    stdout.print(summary, markup=False, soft_wrap=True)
 
 
-def _weights(text: str | None, count: int) -> list[float]:
+def _parse_weights(text: str | None, count: int) -> list[float]:
     from pipeline.errors import UserError
 
     if count < 2:
-        raise UserError("combine takes two adapters or more. Name another.")
+        raise UserError(f"combine needs at least two adapters, got {count}. Add another.")
     try:
-        found = [1.0] * count if text is None else [float(number) for number in text.split(",")]
+        numbers = [1.0] * count if text is None else [float(number) for number in text.split(",")]
     except ValueError:
-        found = []
-    if len(found) != count or not all(map(isfinite, found)) or not any(found):
-        raise UserError(f"--weights must be {count} numbers with commas between them, one an adapter, got {text!r}.")
-    return found
+        numbers = []
+    if len(numbers) != count or not all(map(isfinite, numbers)) or not any(numbers):
+        raise UserError(
+            f"--weights must be {count} comma-separated numbers, one per adapter and not all 0, got {text!r}."
+        )
+    return numbers
 
 
 @adapters.command("import")
@@ -202,8 +204,10 @@ def import_(
     from pipeline.weights.import_adapter import import_adapter
 
     base = base or base_of(path)
-    known = import_adapter(path, base, out, trust_remote_code)
-    proof = "which has the weights of the model that it names" if known else "by names and shapes; no more is known"
+    is_verified = import_adapter(path, base, out, trust_remote_code)
+    proof = (
+        "which has the weights of the model that it names" if is_verified else "by names and shapes; no more is known"
+    )
     stdout.print(f"{out}  fits {base}, {proof}", markup=False, soft_wrap=True)
 
 

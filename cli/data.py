@@ -1,4 +1,4 @@
-"""`lora data`: what a data file teaches, token by token."""
+"""`lora data`: which tokens of a data file are trained on."""
 
 from collections.abc import Iterator
 from itertools import chain, groupby, islice
@@ -21,8 +21,8 @@ app = group()
 data = group(help="Show what is trained on in a data file.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
-LEARNED = "bold green"
-WIDEST = 100  # columns; longer lines of tokens are hard to follow
+TRAINED = "bold green"
+MAX_WIDTH = 100  # columns; longer lines of tokens are hard to read
 
 
 @data.callback()
@@ -56,28 +56,28 @@ def show(
 
     base = base or _default_base()
     tokenizer = load_tokenizer(base)
-    encode = encoder(tokenizer, max_length, _positions(base))
+    encode = encoder(tokenizer, max_length, _max_positions(base))
     examples = iter_examples(file, str(file))
     shown = [(example, encode(example)) for example in islice(examples, limit)]
     with TemporaryDirectory() as folder:
         corpus = Corpus.build(chain((example for example, _ in shown), examples), encode, Path(folder))
-        found = corpus.statistics
-        del corpus  # before the file that it maps
+        statistics = corpus.statistics
+        del corpus  # unmaps its file before the folder is removed
     if as_json:
-        numbers = {**asdict(found), "share": found.share}
+        numbers = {**asdict(statistics), "share": statistics.share}
         first = [_as_json(example, encoded, tokenizer) for example, encoded in shown]
         print_json({"file": str(file), "base": str(base), "statistics": numbers, "examples": first})
         return
     for example, encoded in shown:
         stdout.print(_heading(example, encoded), markup=False, style="bold", soft_wrap=True)
-        for line in _lines(encoded, tokenizer, min(stdout.width, WIDEST)):
+        for line in _lines(encoded, tokenizer, min(stdout.width, MAX_WIDTH)):
             stdout.print(line, soft_wrap=True)
         stdout.print()
-    _print_statistics(found, max_length)
+    _print_statistics(statistics, max_length)
 
 
 def _default_base() -> Path:
-    """The newest checkpoint that the pipeline has made here. Raises UserError."""
+    """The expanded checkpoint of the pipeline, else the base. Raises UserError if there is none."""
     from pipeline.errors import UserError
     from pipeline.project.stage_graph import STAGES
 
@@ -86,13 +86,13 @@ def _default_base() -> Path:
         if folder.is_dir():
             return folder
     raise UserError(
-        f"There is no model in {' or '.join(map(str, folders))}, and tokens are those of a model. "
-        "Name one with --base, or run `lora pretrain`."
+        f"There is no model in {' or '.join(map(str, folders))}, and its tokenizer is needed. "
+        "Name a model folder with --base, or run `lora pretrain`."
     )
 
 
-def _positions(base: Path) -> int | None:
-    """How many tokens the model takes, where its config says."""
+def _max_positions(base: Path) -> int | None:
+    """The maximum number of tokens of the model; None if its config has none."""
     from pipeline.files.artifact import read_json
 
     config = read_json(base / "config.json", "A model folder needs its config")
@@ -105,12 +105,14 @@ def _positions(base: Path) -> int | None:
 
 
 def _as_json(example: "Example", encoded: "Encoded", tokenizer: "Tokenizer") -> dict[str, Any]:
-    tokens = [{"id": id_, "token": tokenizer.word(id_), "learned": learned} for id_, learned in _learned(encoded)]
+    tokens = [
+        {"id": id_, "token": tokenizer.word(id_), "learned": trained} for id_, trained in _trained_tokens(encoded)
+    ]
     return {"place": example.location, "tokens": tokens, "labels": encoded.labels, "cut": encoded.cut}
 
 
-def _learned(encoded: "Encoded") -> Iterator[tuple[int, bool]]:
-    """Tokens, and whether each is learned: the first never is, nothing stands before it."""
+def _trained_tokens(encoded: "Encoded") -> Iterator[tuple[int, bool]]:
+    """Token ids, and whether each is trained on. The first never is, as no token predicts it."""
     return zip(encoded.ids, (False, *encoded.trained[1:]), strict=True)
 
 
@@ -120,48 +122,48 @@ def _heading(example: "Example", encoded: "Encoded") -> str:
 
 
 def _lines(encoded: "Encoded", tokenizer: "Tokenizer", width: int) -> Iterator["Text"]:
-    """Tokens side by side, those that are learned in ⟦ ⟧ and in colour; a new line where the text has one."""
+    """Lines of tokens, those trained on in ⟦ ⟧ and in colour; line breaks in the text are kept."""
     from rich.cells import cell_len
     from rich.text import Text
 
     line = Text()
-    for piece, learned in _pieces(encoded, tokenizer):
-        if line and line.cell_len + cell_len(piece) > width:
+    for text, trained in _token_texts(encoded, tokenizer):
+        if line and line.cell_len + cell_len(text) > width:
             yield line
             line = Text()
-        line.append(piece, LEARNED if learned else "")
-        if "↵" in piece:
+        line.append(text, TRAINED if trained else "")
+        if "↵" in text:
             yield line
             line = Text()
     if line:
         yield line
 
 
-def _pieces(encoded: "Encoded", tokenizer: "Tokenizer") -> Iterator[tuple[str, bool]]:
-    """Each token as it is printed: ⟦ before the first of a run that is learned, ⟧ behind its last, │ between others."""
-    for learned, run in groupby(_learned(encoded), key=lambda token: token[1]):
+def _token_texts(encoded: "Encoded", tokenizer: "Tokenizer") -> Iterator[tuple[str, bool]]:
+    """Each token as printed: ⟦ before and ⟧ after a run of trained tokens, │ between other tokens."""
+    for trained, run in groupby(_trained_tokens(encoded), key=lambda token: token[1]):
         words = [_visible(tokenizer.word(id_)) for id_, _ in run]
         for index, word in enumerate(words):
             last = index == len(words) - 1
-            opening = "⟦" if learned and not index else ""
-            yield f"{opening}{word}{'' if last and not learned else '⟧' if last else '│'}", learned
+            prefix = "⟦" if trained and not index else ""
+            yield f"{prefix}{word}{'' if last and not trained else '⟧' if last else '│'}", trained
 
 
 def _visible(word: str) -> str:
-    """White space and control characters as signs."""
-    signs = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
-    return "".join(signs.get(sign, sign if sign.isprintable() else f"\\x{ord(sign):02x}") for sign in word)
+    """The word with whitespace and control characters as symbols."""
+    symbols = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+    return "".join(symbols.get(char, char if char.isprintable() else f"\\x{ord(char):02x}") for char in word)
 
 
-def _print_statistics(found: "Statistics", max_length: int) -> None:
+def _print_statistics(statistics: "Statistics", max_length: int) -> None:
     from cli.console import stdout, table
 
     rows = [
-        ("examples", f"{found.examples:,}"),
-        ("tokens", f"{found.tokens:,}"),
-        ("learned", f"{found.labels:,} ({found.share:.1%})"),
-        ("length", f"{found.shortest:,} to {found.longest:,}, median {found.median:,}"),
-        ("cut off", f"{found.truncated:,} at {max_length:,} tokens" if max_length else "none"),
-        ("left out", f"{found.unlabelled:,} with nothing left to learn"),
+        ("examples", f"{statistics.examples:,}"),
+        ("tokens", f"{statistics.tokens:,}"),
+        ("learned", f"{statistics.labels:,} ({statistics.share:.1%})"),
+        ("length", f"{statistics.shortest:,} to {statistics.longest:,}, median {statistics.median:,}"),
+        ("cut off", f"{statistics.truncated:,} at {max_length:,} tokens" if max_length else "none"),
+        ("left out", f"{statistics.unlabelled:,} with nothing left to learn"),
     ]
     stdout.print(table(("whole file", ""), rows))

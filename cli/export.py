@@ -1,4 +1,4 @@
-"""`lora export`, and the merge of any adapter into files: what leaves the workbench."""
+"""`lora export`, and merging an adapter into checkpoint files."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,40 +40,39 @@ def export(
     from pipeline.export.formats import for_peft, for_vllm
 
     if form != "merged" and (precision or prompts):
-        raise UserError("--precision and --prompts are of --format merged.")
+        raise UserError("--precision and --prompts need --format merged.")
     if form == "peft" and (base or trust_remote_code):
-        raise UserError("--format peft copies the adapter: it takes neither --base nor --trust-remote-code.")
+        raise UserError("--format peft only copies the adapter, so it takes neither --base nor --trust-remote-code.")
     if form == "merged":
-        _merged(out, *merging_of(path, base, precision, prompts, trust_remote_code), base_name)
+        _export_merged(out, *merging_of(path, base, precision, prompts, trust_remote_code), base_name)
     elif form == "vllm":
-        _note_bits(path)
+        _note_quantization(path)
         base = base or base_of(path)
         rank = for_vllm(path, base, out, trust_remote_code, base_name)
         stdout.print(f"{out}  for vLLM. Serve it with:", markup=False, soft_wrap=True)
         modules = f"--max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
         stdout.print(f"vllm serve {base_name or base} --enable-lora {modules}", markup=False, soft_wrap=True)
     else:
-        _note_bits(path)
+        _note_quantization(path)
         for_peft(path, out, base_name)
         stdout.print(f"{out}  for PEFT", markup=False, soft_wrap=True)
 
 
-def _note_bits(adapter: Path) -> None:
+def _note_quantization(adapter: Path) -> None:
     from cli.console import stderr
     from pipeline.adapters.folder import quantization_of
     from pipeline.export.model_card import quantization_note
 
     kind = quantization_of(adapter)
     if kind != "none":
-        note = f"{adapter} was {quantization_note(kind)}"
-        said = f"{note}. Load the base in {kind}, or export the adapter with --format merged."
-        stderr.print(said, markup=False, soft_wrap=True)
+        note = f"{adapter} was {quantization_note(kind)}. Load the base in {kind}, or export it with --format merged."
+        stderr.print(note, markup=False, soft_wrap=True)
 
 
 def merging_of(
     adapter: Path, base: Path | None, precision: str | None, prompts: Path | None, trust: bool
 ) -> tuple["Merging", "Verify | None"]:
-    """What is merged, and the comparison of its answers where there are prompts."""
+    """The merge, and the check of its logits if there are prompts."""
     from pipeline.adapters.folder import base_of
     from pipeline.data.examples import read_prompts
     from pipeline.weights.merge import Merging
@@ -87,22 +86,22 @@ def merging_of(
     return merging, SameLogits(merging.base, adapter, texts, trust_remote_code=trust)
 
 
-def _merged(out: Path, merging: "Merging", verify: "Verify | None", base_name: str | None) -> None:
+def _export_merged(out: Path, merging: "Merging", verify: "Verify | None", base_name: str | None) -> None:
     from cli.progress import follow
     from pipeline.export.formats import merged
 
-    say_merged(out, follow(merged(out, merging, verify, base_name), "merge"))
+    print_merged(out, follow(merged(out, merging, verify, base_name), "merge"))
 
 
 def merge_files(out: Path, merging: "Merging", verify: "Verify | None") -> None:
-    """The merged checkpoint alone."""
+    """Write the merged checkpoint without a model card."""
     from cli.progress import follow
     from pipeline.weights.merge import merge_to
 
-    say_merged(out, follow(merge_to(out, merging, verify), "merge"))
+    print_merged(out, follow(merge_to(out, merging, verify), "merge"))
 
 
-def say_merged(out: Path, certificate: dict[str, Any]) -> None:
+def print_merged(out: Path, certificate: dict[str, Any]) -> None:
     from cli.console import stdout
 
     ratios = [ratio for ratio in certificate["delta_ratios"].values() if ratio is not None]

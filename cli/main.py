@@ -1,4 +1,4 @@
-"""`lora`: the Typer app, and the one place where an error becomes a message and an exit code."""
+"""`lora`: the Typer app, and the conversion of errors to messages and exit codes."""
 
 import sys
 from io import TextIOWrapper
@@ -46,10 +46,10 @@ def root(
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 done, 1 a UserError, 2 wrong usage, 128 + n stopped by signal n."""
+    """Run a command. Exit codes: 0 success, 1 UserError, 2 wrong usage, 128 + n interrupted by signal n."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ?, not a traceback
+            stream.reconfigure(errors="replace")  # print ? for characters that the terminal cannot encode
     if not world().alone:
         from pipeline.training.distributed.launch import end_with_launcher
 
@@ -57,28 +57,28 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if not world().first:  # the first says it; had this one failed, torchrun would stop that before it has spoken
+        if not world().first:  # rank 0 reports it; if this rank failed, torchrun would stop rank 0 before it does
             raise SystemExit(0) from None
-        _fail(str(error), 1)
+        _exit(str(error), 1)
     except Interrupted as stop:
-        _fail(f"{stop}. Run the same command to go on.", 128 + stop.signal_number)
+        _exit(f"{stop}. Run the same command to resume.", 128 + stop.signal_number)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _fail(
+        _exit(
             f"out of memory ({first_line(error)}). Use a smaller model, shorter texts or smaller params (rank, "
-            "batch_size): `lora calc` says what they need. CUDA_VISIBLE_DEVICES= before a command runs it on the CPU.",
+            "batch_size): `lora calc` shows what they need. Set CUDA_VISIBLE_DEVICES= to run on the CPU.",
             1,
         )
     except OSError as error:
-        _fail(f"{explain(error)} What was there before is unchanged.", 1)
+        _exit(f"{explain(error)} Existing results are unchanged.", 1)
 
 
-def _fail(message: str, code: int) -> None:
+def _exit(message: str, code: int) -> None:
     message = printable(message)
     sys.stderr.write(f"error: {message}\n" if code == 1 else f"{message}\n")
     raise SystemExit(code)
 
 
-if __name__ == "__main__":  # what torchrun calls: torchrun --nproc-per-node 2 -m cli.main finetune lora
+if __name__ == "__main__":  # for torchrun: torchrun --nproc-per-node 2 -m cli.main finetune lora
     main()

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the project they name."""
+"""Options that several commands share, and the project that --params names."""
 
 import os
 from math import isfinite
@@ -33,7 +33,7 @@ UNDER_DVC = "DVC_STAGE" in os.environ  # DVC runs the command as one of many sta
 
 
 def finite(value: float) -> float:
-    """A callback for options that take a float: no range excludes nan, and only some exclude inf."""
+    """Callback for float options: min and max do not reject nan, nor inf if only one is given."""
     if not isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
@@ -64,12 +64,12 @@ class _Group(TyperGroup):
 
 
 def group(**settings: Any) -> typer.Typer:
-    """A Typer with plain help: Rich's boxes cost as much time again as all the rest of `lora --help`."""
+    """A Typer with plain help: Rich's boxes would double the time of `lora --help`."""
     return typer.Typer(rich_markup_mode=None, cls=_Group, **settings)
 
 
 def project_of(params: Path, overrides: list[str] | None = None) -> "Project":
-    """The project that `--params` names, its values checked."""
+    """Open the project of `--params` and validate its values."""
     from pipeline.workbench import open_project
 
     return open_project(params, overrides or ())

@@ -1,4 +1,4 @@
-"""A stage's events on stderr: notes as lines, progress as a bar."""
+"""Show the events of a stage on stderr: notes as lines, progress as a bar."""
 
 from collections.abc import Generator
 from typing import TypeVar
@@ -12,7 +12,10 @@ Result = TypeVar("Result")
 
 
 def follow(events: Generator[Event, None, Result], title: str, quiet: bool = False) -> Result:
-    """Show notes, and a progress bar with loss and ETA on a terminal, until `events` returns; `quiet`: few notes."""
+    """Show notes, and on a terminal a progress bar with loss and ETA. Returns what `events` returns.
+
+    `quiet`: without the routine notes.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""`lora prompt` and `lora compare`: ask one model, or all of them side by side."""
+"""`lora prompt` and `lora compare`: prompt one model, or all variants side by side."""
 
 import os
 from pathlib import Path
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
 
 app = group()
-MOST_COLUMNS = 8  # of candidates: a table with a column for each token of a vocabulary takes minutes to lay out
+MAX_COLUMNS = 8  # of candidates: a table with a column per token of a vocabulary takes minutes to lay out
 
 
-def _utf8(text: str) -> str:
+def _validate_utf8(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise typer.BadParameter("it is not UTF-8.") from None
+        raise typer.BadParameter("it is not valid UTF-8.") from None
     return text
 
 
@@ -31,7 +31,7 @@ PromptBase = Annotated[
         "model trained last, artifacts/expanded if there is none.",
     ),
 ]
-Text = Annotated[str, typer.Argument(metavar="TEXT", callback=_utf8, help="Text to complete.")]
+Text = Annotated[str, typer.Argument(metavar="TEXT", callback=_validate_utf8, help="Text to complete.")]
 TopK = Annotated[int, typer.Option("--top-k", min=1, help="Number of next-token candidates to show.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put TEXT as a user turn into the model's chat template.")]
 MaxTokens = Annotated[int, typer.Option(min=0, help="Maximum number of tokens to generate.")]
@@ -75,17 +75,17 @@ def prompt(
         base, adapter = (path and Path(os.path.relpath(path)) for path in newest_model(current_project()))
     base = base or base_of(adapter)
     loaded = load(base, adapter, trust_remote_code=trust_remote_code)
-    asked = _asked(loaded, text, chat)
-    said = continued(loaded, asked, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
-    answer = _answer(loaded, text, asked, top_k, said)
+    model_input = _model_input(loaded, text, chat)
+    completion = continued(loaded, model_input, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
+    answer = _answer(loaded, text, model_input, top_k, completion)
     _note_unbound(adapter)
     if as_json:
         print_json(answer)
         return
-    _name(loaded, chosen)
+    _print_model_name(loaded, chosen)
     rows = [(escape_whitespace(c["token"]), f"{c['probability']:.1%}", bar(c["probability"])) for c in answer["top_k"]]
     stdout.print(table(("next", "probability", ""), rows, right=("probability",)))
-    before, after = (f"{text}\n→ ", said.strip()) if chat else (text, said.rstrip())
+    before, after = (f"{text}\n→ ", completion.strip()) if chat else (text, completion.rstrip())
     stdout.print(Line.assemble("\n", before, (after, "bold")), soft_wrap=True)
 
 
@@ -108,34 +108,36 @@ def compare(
     project = project_of(params)
     answers: dict[str, dict[str, Any]] = {}
     for loaded in variants(project):
-        asked = _asked(loaded, text, chat)
+        model_input = _model_input(loaded, text, chat)
         if unknown := loaded.tokenizer.unknown_words(text):
             answers[loaded.name] = {"prompt": text, "unknown_words": unknown}
         else:
-            answers[loaded.name] = _answer(loaded, text, asked, top_k, continued(loaded, asked, max_tokens))
+            answers[loaded.name] = _answer(loaded, text, model_input, top_k, continued(loaded, model_input, max_tokens))
     if not answers:
         raise UserError("There is no model yet. Run `make repro` for all of them, or `lora pretrain` to begin.")
     if all("unknown_words" in answer for answer in answers.values()):
         words = ", ".join(next(reversed(answers.values()))["unknown_words"])
         raise UserError(f"No variant knows: {words}. Use words of the training data, or add them with expand_vocab.")
-    made_by = {name: VARIANTS[name][1] or VARIANTS[name][0] for name in answers}
-    old = outdated(project, list(made_by.values()))
+    stage_of = {name: VARIANTS[name][1] or VARIANTS[name][0] for name in answers}
+    old = outdated(project, list(stage_of.values()))
     for name, answer in answers.items():
-        answer["outdated"] = list(old.get(made_by[name], ()))
-    if marked := [name for name in answers if answers[name]["outdated"]]:
-        reasons = dict.fromkeys(reason for name in marked for reason in answers[name]["outdated"])
-        warn(f"{', '.join(marked)} {'is' if len(marked) == 1 else 'are'}", list(reasons), old)
+        answer["outdated"] = list(old.get(stage_of[name], ()))
+    if outdated_names := [name for name in answers if answers[name]["outdated"]]:
+        reasons = dict.fromkeys(reason for name in outdated_names for reason in answers[name]["outdated"])
+        warn(f"{', '.join(outdated_names)} {'is' if len(outdated_names) == 1 else 'are'}", list(reasons), old)
     if as_json:
         print_json(answers)
         return
-    shown = min(top_k, MOST_COLUMNS)
-    columns = ("model", *(f"#{place}" for place in range(1, shown + 1)), "completion")
-    stdout.print(table(columns, [(_marked(name, answer), *_cells(answer, shown)) for name, answer in answers.items()]))
+    shown = min(top_k, MAX_COLUMNS)
+    columns = ("model", *(f"#{number}" for number in range(1, shown + 1)), "completion")
+    stdout.print(
+        table(columns, [(_mark_outdated(name, answer), *_cells(answer, shown)) for name, answer in answers.items()])
+    )
     if shown < top_k:
         stderr.print(f"The table shows {shown} candidates; --json has all.")
 
 
-def _marked(name: str, answer: dict[str, Any]) -> str:
+def _mark_outdated(name: str, answer: dict[str, Any]) -> str:
     return f"{name} (outdated)" if answer["outdated"] else name
 
 
@@ -148,37 +150,37 @@ def _cells(answer: dict[str, Any], k: int) -> list[str]:
     return [*choices, *[""] * (k - len(choices)), " ".join(answer["completion"].split())]
 
 
-def _asked(loaded: "LoadedModel", text: str, chat: bool) -> str:
-    """What the model reads. Raises UserError where it has no chat template."""
+def _model_input(loaded: "LoadedModel", text: str, chat: bool) -> str:
+    """The input of the model. Raises UserError if it has no chat template."""
     from pipeline.data.tokenizers.chat_template import render
 
     return render(loaded.base, text) if chat else text
 
 
-def _answer(loaded: "LoadedModel", text: str, asked: str, k: int, said: str) -> dict[str, Any]:
-    """`asked` is `text` as the model read it, `said` what it answered."""
+def _answer(loaded: "LoadedModel", text: str, model_input: str, k: int, completion: str) -> dict[str, Any]:
+    """The JSON answer. `model_input` is `text` with the chat template applied, `completion` what was generated."""
     from pipeline.inference import engine
 
     return {
         "prompt": text,
         "model": str(loaded.base),
         "adapter": str(loaded.adapter) if loaded.adapter else None,
-        "top_k": [vars(choice) for choice in engine.top_k(loaded, asked, k)],
-        "completion": said.strip(),
+        "top_k": [vars(choice) for choice in engine.top_k(loaded, model_input, k)],
+        "completion": completion.strip(),
     }
 
 
-def _name(loaded: "LoadedModel", chosen: bool) -> None:
-    """Says which model answers, and how to ask another where it was not named."""
+def _print_model_name(loaded: "LoadedModel", chosen: bool) -> None:
+    """Print which model answers, and if it was chosen by default, how to choose another."""
     from cli.console import stderr
 
     model = f"{loaded.adapter} on {loaded.base}" if loaded.adapter else str(loaded.base)
-    how = ", the newest trained model here; name another with --base or --adapter" * chosen
-    stderr.print(f"model: {model}{how}", markup=False, soft_wrap=True)
+    hint = ", the newest trained model here; name another with --base or --adapter" * chosen
+    stderr.print(f"model: {model}{hint}", markup=False, soft_wrap=True)
 
 
 def _note_unbound(adapter: Path | None) -> None:
-    """Says so where nothing binds an adapter to its base: it was made elsewhere."""
+    """Note that an adapter without a manifest, made elsewhere, is not bound to its base."""
     from cli.console import stderr
     from pipeline.files.artifact import MANIFEST
 

@@ -1,4 +1,4 @@
-"""`lora spectrum`: what fine-tuning changed, how few directions hold it, and the LoRA that is nearest to it."""
+"""`lora spectrum`: the singular values of what fine-tuning changed, and the nearest LoRA of a given rank."""
 
 import re
 from pathlib import Path
@@ -46,62 +46,64 @@ def spectrum(
         raise UserError("--json and --csv exclude each other.")
     if as_csv and data is not None:
         raise UserError(
-            "--csv has one row a tensor, and none for what --data measures: take --json, or leave out --csv."
+            "--csv has one row per tensor and cannot include the results of --data. Use --json, or omit --csv."
         )
     if (rank is None) != (out is None):
-        raise UserError("A LoRA is extracted with --rank and --out together: name the other one too.")
+        raise UserError("--rank and --out must be used together to extract a LoRA. Add the other one.")
     if out is None or rank is None:
         if data is not None:
-            raise UserError("--data compares the extracted LoRA: name --rank and --out too.")
-        _show(follow(spectra_of(base, tuned, trust_remote_code), "spectrum"), as_json, as_csv)
+            raise UserError("--data evaluates the extracted LoRA. Add --rank and --out.")
+        _print_spectra(follow(spectra_of(base, tuned, trust_remote_code), "spectrum"), as_json, as_csv)
         return
     examples = read_examples(data, str(data)) if data else []
     if examples:
         refuse_other_tokens(base, tuned, examples)
-    found = follow(extract(base, tuned, out, rank, embeddings == "all", trust_remote_code), "spectrum")
-    if not as_json:  # before the models are loaded, which may fail
-        _show(found.spectra, as_json, as_csv)
+    extracted = follow(extract(base, tuned, out, rank, embeddings == "all", trust_remote_code), "spectrum")
+    if not as_json:  # shown before the models are loaded, which may fail
+        _print_spectra(extracted.spectra, as_json, as_csv)
     if not (as_json or as_csv):
-        _say_extracted(found, out)
+        _print_extracted(extracted, out)
     answers = quality(base, tuned, out, examples, trust_remote_code) if examples else {}
     if as_json:
-        said = {name: one._asdict() for name, one in answers.items()}
-        _show(found.spectra, as_json, as_csv, extracted=_facts(found, out), quality=said)
+        quality_by_name = {name: scores._asdict() for name, scores in answers.items()}
+        _print_spectra(
+            extracted.spectra, as_json, as_csv, extracted=_extraction_json(extracted, out), quality=quality_by_name
+        )
     else:
-        _say_quality(answers)
+        _print_quality(answers)
 
 
-def _show(spectra: "Spectra", as_json: bool, as_csv: bool, **more: Any) -> None:
+def _print_spectra(spectra: "Spectra", as_json: bool, as_csv: bool, **more: Any) -> None:
     if as_json:
         from cli.console import print_json
 
-        print_json({"tensors": [_document(one) for one in spectra.tensors], "unsaid": spectra.skipped, **more})
+        print_json({"tensors": [_tensor_json(tensor) for tensor in spectra.tensors], "unsaid": spectra.skipped, **more})
     elif as_csv:
-        _csv(spectra)
+        _write_csv(spectra)
     else:
-        _table(spectra)
+        _print_table(spectra)
 
 
-def _document(one: "Measured") -> dict[str, Any]:
-    """One tensor, with up to 64 singular values."""
+def _tensor_json(tensor: "Measured") -> dict[str, Any]:
+    """A tensor as JSON, with up to MAX_VALUES singular values."""
     from pipeline.weights.spectrum import MAX_VALUES, RANKS
 
     return {
-        "name": one.name,
-        "shape": list(one.shape),
-        "norm": one.before,
-        "change": one.change,
-        "relative": one.relative,
-        "energy": {str(rank): one.energy(rank) for rank in RANKS},
-        "stable_rank": one.stable_rank,
-        "effective_rank": one.effective_rank,
-        "rank_of_90": one.rank_of(0.9),
-        "values": list(one.values[:MAX_VALUES]),
-        "error": one.error,
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "norm": tensor.before,
+        "change": tensor.change,
+        "relative": tensor.relative,
+        "energy": {str(rank): tensor.energy(rank) for rank in RANKS},
+        "stable_rank": tensor.stable_rank,
+        "effective_rank": tensor.effective_rank,
+        "rank_of_90": tensor.rank_of(0.9),
+        "values": list(tensor.values[:MAX_VALUES]),
+        "error": tensor.error,
     }
 
 
-def _csv(spectra: "Spectra") -> None:
+def _write_csv(spectra: "Spectra") -> None:
     import csv
     import sys
 
@@ -111,27 +113,27 @@ def _csv(spectra: "Spectra") -> None:
     energies = [f"energy_{rank}" for rank in RANKS]
     last = ("stable_rank", "effective_rank", "rank_of_90", "error")
     writer.writerow(["name", "shape", "norm", "change", "relative", *energies, *last])
-    for one in spectra.tensors:
-        held = [one.energy(rank) for rank in RANKS]
-        numbers = [one.before, one.change, one.relative, *held, one.stable_rank, one.effective_rank]
+    for tensor in spectra.tensors:
+        share = [tensor.energy(rank) for rank in RANKS]
+        numbers = [tensor.before, tensor.change, tensor.relative, *share, tensor.stable_rank, tensor.effective_rank]
         written = ["" if number is None else f"{number:.6g}" for number in numbers]
-        shape = "x".join(map(str, one.shape))
-        writer.writerow([one.name, shape, *written, one.rank_of(0.9), f"{one.error:.2g}"])
+        shape = "x".join(map(str, tensor.shape))
+        writer.writerow([tensor.name, shape, *written, tensor.rank_of(0.9), f"{tensor.error:.2g}"])
 
 
-def _table(spectra: "Spectra") -> None:
+def _print_table(spectra: "Spectra") -> None:
     from cli.console import stdout, table
     from pipeline.weights.spectrum import RANKS
 
-    changed = [one for one in spectra.tensors if one.change]
-    matrices = [one for one in changed if one.values]
+    changed = [tensor for tensor in spectra.tensors if tensor.change]
+    matrices = [tensor for tensor in changed if tensor.values]
     if not changed:
         stdout.print("No tensor differs.")
     if matrices:
         columns = ("matrix", "‖Δ‖/‖W‖", *map(str, RANKS), "stable", "90%")
-        stdout.print(table(columns, [_cells(one) for one in matrices], right=columns[1:]))
+        stdout.print(table(columns, [_cells(tensor) for tensor in matrices], right=columns[1:]))
         stdout.print(_LEGEND, soft_wrap=True)
-    for line in _besides(spectra, changed):
+    for line in _notes(spectra, changed):
         stdout.print(line, markup=False, soft_wrap=True)
 
 
@@ -140,88 +142,92 @@ _LEGEND = (
 )
 
 
-def _cells(one: "Measured") -> tuple[str, ...]:
+def _cells(tensor: "Measured") -> tuple[str, ...]:
     from pipeline.weights.spectrum import RANKS
 
-    stable, least = one.stable_rank, one.rank_of(0.9)
+    stable, least = tensor.stable_rank, tensor.rank_of(0.9)
     return (
-        short(one.name),
-        _percent(one.relative),
-        *("–" if (held := one.energy(rank)) is None else f"{held:.0%}" for rank in RANKS),
+        short(tensor.name),
+        _percent(tensor.relative),
+        *("–" if (share := tensor.energy(rank)) is None else f"{share:.0%}" for rank in RANKS),
         "–" if stable is None else f"{stable:.1f}",
-        f">{len(one.values)}" if least is None else str(least),
+        f">{len(tensor.values)}" if least is None else str(least),
     )
 
 
-def _besides(spectra: "Spectra", changed: list["Measured"]) -> list[str]:
-    """What the table has not: vectors, what is estimated, and what nothing is said of."""
+def _notes(spectra: "Spectra", changed: list["Measured"]) -> list[str]:
+    """Lines below the table: vectors, estimated matrices, unchanged and skipped tensors."""
     lines = []
-    vectors = [one for one in changed if not one.values]
+    vectors = [tensor for tensor in changed if not tensor.values]
     if vectors:
-        shares = [one.relative for one in vectors if one.relative is not None]
-        how_far = f", by {_percent(min(shares))} to {_percent(max(shares))}" if shares else ""
+        shares = [tensor.relative for tensor in vectors if tensor.relative is not None]
+        change_range = f", by {_percent(min(shares))} to {_percent(max(shares))}" if shares else ""
         tensors = f"{len(vectors)} other tensor{'s' * (len(vectors) > 1)}, norms and biases for the most part,"
-        lines.append(f"{tensors} changed too{how_far}: no low rank carries them.")
-    wide = [one for one in changed if not one.complete]
+        lines.append(f"{tensors} changed too{change_range}: no low rank carries them.")
+    wide = [tensor for tensor in changed if not tensor.complete]
     if wide:
-        which = f"{len(wide)} wide matri{'ces' if len(wide) > 1 else 'x'} the {len(wide[0].values)} largest values"
+        matrices = f"{len(wide)} wide matri{'ces' if len(wide) > 1 else 'x'}"
+        error = max(tensor.error for tensor in wide)
         lines.append(
-            f"Of {which} come from a random subspace, each at most {max(one.error for one in wide):.1%} of the first "
-            "from a true one; no share is too high."
+            f"Of {matrices} the {len(wide[0].values)} largest values come from a random subspace, each within "
+            f"{error:.1%} of the first from a true one; no share is too high."
         )
-    same = [one.name for one in spectra.tensors if not one.change]
+    same = [tensor.name for tensor in spectra.tensors if not tensor.change]
     if same and changed:
-        lines.append(f"Unchanged: {_listed(same)}.")
-    return [*lines, *(f"Nothing is said of {what}." for what in spectra.skipped)]
+        lines.append(f"Unchanged: {_join_names(same)}.")
+    return [*lines, *(f"Not included: {reason}." for reason in spectra.skipped)]
 
 
 def short(name: str) -> str:
-    """A tensor's name from its block's number on, or its last parts: 0.self_attn.q_proj, lm_head, final_norm.bias."""
+    """A tensor's name from its block number on, or its last parts: 0.self_attn.q_proj, lm_head, final_norm.bias."""
     module = name.removesuffix(".weight")
     numbered = re.search(r"(?:^|\.)(\d+\..*)", module)
     return numbered[1] if numbered else ".".join(module.split(".")[-1 - (module == name) :])
 
 
 def _percent(share: float | None) -> str:
-    """Three digits, or as many as there is room for."""
+    """12.3%, or 4e-05 if it is below 0.05%."""
     if share is None:
         return "–"
     return f"{share:.1%}" if share >= 0.0005 else f"{share:.0e}"
 
 
-def _facts(found: "Extracted", out: Path) -> dict[str, Any]:
+def _extraction_json(extracted: "Extracted", out: Path) -> dict[str, Any]:
     return {
         "folder": str(out),
-        "rank": found.rank,
-        "low_rank": found.low_rank,
-        "in_full": found.in_full,
-        "left_out": found.left_out,
-        "held": found.held,
+        "rank": extracted.rank,
+        "low_rank": extracted.low_rank,
+        "in_full": extracted.in_full,
+        "left_out": extracted.left_out,
+        "held": extracted.held,
     }
 
 
-def _say_extracted(found: "Extracted", out: Path) -> None:
+def _print_extracted(extracted: "Extracted", out: Path) -> None:
     from cli.console import stdout
 
-    held = f"{len(found.low_rank)} matrices at rank {found.rank}, {found.held:.1%} of all that changed"
-    lines = [f"{out}  {held}"]
-    if found.in_full:
-        lines.append(f"In full: {', '.join(map(short, found.in_full))}.")
-    if found.left_out:
-        lines.append(f"Left out: {_listed(found.left_out)}.")
+    share = f"{len(extracted.low_rank)} matrices at rank {extracted.rank}, {extracted.held:.1%} of all that changed"
+    lines = [f"{out}  {share}"]
+    if extracted.in_full:
+        lines.append(f"In full: {', '.join(map(short, extracted.in_full))}.")
+    if extracted.left_out:
+        lines.append(f"Left out: {_join_names(extracted.left_out)}.")
     for line in lines:
         stdout.print(line, markup=False, soft_wrap=True)
 
 
-def _listed(names: list[str], most: int = 4) -> str:
-    more = len(names) - most
-    return ", ".join(map(short, names[:most])) + (f" and {more} more" if more > 0 else "")
+def _join_names(names: list[str], limit: int = 4) -> str:
+    more = len(names) - limit
+    return ", ".join(map(short, names[:limit])) + (f" and {more} more" if more > 0 else "")
 
 
-def _say_quality(answers: dict[str, "Quality"]) -> None:
+def _print_quality(answers: dict[str, "Quality"]) -> None:
     from cli.console import stdout, table
 
     if answers:
         columns = ("model", "loss", "right", "as tuned")
-        rows = [(name, f"{one.loss:.4f}", f"{one.right:.1%}", f"{one.as_tuned:.1%}") for name, one in answers.items()]
+        rows = [
+            (name, f"{scores.loss:.4f}", f"{scores.right:.1%}", f"{scores.as_tuned:.1%}")
+            for name, scores in answers.items()
+        ]
         stdout.print(table(columns, rows, right=columns[1:]))

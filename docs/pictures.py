@@ -58,14 +58,14 @@ async def adapters(pilot: Pilot[None]) -> None:
 
 def answered(screen: Any) -> bool:
     """Whether every model has said all that it says."""
-    answers = screen.talk.newest.answers if screen.talk.newest else []
+    answers = screen.conversation.newest.answers if screen.conversation.newest else []
     return len(answers) == len(PROJECT.variants) and all(a.error or a.ended in ("end", "length") for a in answers)
 
 
 async def main() -> None:
     for steps in (pipeline, curves, calculator, adapters):
         app = Workbench(PARAMS)
-        app.where = "~/lora-workbench"
+        app.folder_label = "~/lora-workbench"
         async with app.run_test(size=SIZE) as pilot:
             await steps(pilot)
             await pilot.pause(0.5)

@@ -1,4 +1,4 @@
-"""`python -m tui`: the same as `lora-tui`."""
+"""`python -m tui`: same as `lora-tui`."""
 
 from tui.app import main
 

@@ -27,35 +27,37 @@ from tui.config import Config, State, config_path, load_config, state_path
 from tui.dialogs.help import HelpScreen
 from tui.dialogs.messages import Message, MessagesScreen, Severity
 from tui.registry import SCREENS
-from tui.services.key_queue import Typed
+from tui.services.key_queue import KeyQueue
 from tui.services.pipeline_process import Runner
 
 if TYPE_CHECKING:
     from tui.services.engine_client import Inference
 
 
-class _Printable(LineFilter):
-    """Takes control characters out of what is drawn: names of folders, logs and answers come from others.
+class _ControlCharacterFilter(LineFilter):
+    """Removes control characters from everything drawn: folder names, logs and model answers are untrusted.
 
-    They take no room in a line, so that its width stays; on the command line, which has room, each becomes a sign.
+    Control characters have no width, so removing them keeps the layout. The command line shows each as a symbol.
     """
 
-    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:  # noqa: ARG002 (it is called so)
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:  # noqa: ARG002 (name given by Textual)
         return [
-            segment if segment.control or segment.text.isprintable() else Segment(_drawn(segment.text), segment.style)
+            segment
+            if segment.control or segment.text.isprintable()
+            else Segment(_without_control_characters(segment.text), segment.style)
             for segment in segments
         ]
 
 
-def _drawn(text: str) -> str:
+def _without_control_characters(text: str) -> str:
     return "".join(c for c in text if ord(c) not in OBEYED)
 
 
-PRINTABLE = _Printable()
+CONTROL_CHARACTER_FILTER = _ControlCharacterFilter()
 
 
 class Workbench(App[None]):
-    """The app: which project it is on, what it remembers, and what was said. Screens do the rest."""
+    """The app: its project, saved state and message history. The screens do the rest."""
 
     CSS_PATH = "app.tcss"
     TITLE = "lora"
@@ -76,26 +78,26 @@ class Workbench(App[None]):
         self.params_path = params.absolute()
         self.root = self.params_path.parent
         self.config = config or Config()
-        self.where = _short(self.root)
+        self.folder_label = _abbreviate_home(self.root)
         self.runner = Runner(self.root)
         self.state = State.load(state_path())
-        self.inference: Inference | None = None  # the adapters screen makes it
-        self.first_screen = "pipeline"  # the screen that is opened at the start
-        self.said: deque[Message] = deque(maxlen=1000)
+        self.inference: Inference | None = None  # created by the adapters screen
+        self.first_screen = "pipeline"
+        self.message_history: deque[Message] = deque(maxlen=1000)
         super().__init__()
-        self._typed = Typed(self, super().on_event)
+        self._key_queue = KeyQueue(self, super().on_event)
 
     def on_mount(self) -> None:
-        self.theme = self._first_theme()
+        self.theme = self._initial_theme()
         self.theme_changed_signal.subscribe(self, lambda _: self._remember_theme())
         self.set_keymap(self.config.keys)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
         self.switch_mode(self.first_screen)
 
     async def on_event(self, event: Event) -> None:
-        """Keys wait for the keys before them; all else goes its way."""
+        """Queue keys and pastes, so that each is handled before the next; pass on everything else."""
         if isinstance(event, Key | Paste) and not event.is_forwarded:
-            self._typed.add(event)
+            self._key_queue.add(event)
         else:
             await super().on_event(event)
 
@@ -103,24 +105,24 @@ class Workbench(App[None]):
         if self.inference:
             await self.inference.stop()
 
-    def _hung_up(self) -> None:
-        """The terminal is gone: the pipeline goes on or stops, as configured, and this program ends."""
+    def _handle_hangup(self) -> None:
+        """The terminal was closed: stop the pipeline or let it run (`on_hangup`), then exit."""
         if self.config.on_hangup == "stop" and self.runner.groups():
             self.runner.stop()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGHUP)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Textual's own, and one through which nothing passes that a terminal would obey."""
-        return [*super().get_line_filters(), PRINTABLE]
+        """Textual's filters, and one that removes control characters."""
+        return [*super().get_line_filters(), CONTROL_CHARACTER_FILTER]
 
-    def _first_theme(self) -> str:
-        """The one in the config, the one chosen last, or one that suits the terminal's background."""
+    def _initial_theme(self) -> str:
+        """The theme of the config, else the one last chosen, else one that suits the terminal's background."""
         light = os.environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
         fallback = "textual-light" if light else "textual-dark"
         wanted = self.config.theme or self.state.theme or fallback
         if wanted not in self.available_themes:
-            self.log_message(f"There is no theme {wanted!r}; {fallback} is used.", "warning")
+            self.log_message(f"Unknown theme {wanted!r}; using {fallback}.", "warning")
             return fallback
         return wanted
 
@@ -129,21 +131,19 @@ class Workbench(App[None]):
         self.remember()
 
     def remember(self) -> None:
-        """Write down what should be known the next time."""
+        """Save the state for the next start."""
         try:
             self.state.save(state_path())
         except OSError as error:
-            self.log_message(
-                f"{state_path()}: {error.strerror}. Theme, folders and prompts are not remembered.", "warning"
-            )
+            self.log_message(f"{state_path()}: {error.strerror}. Theme, folders and prompts were not saved.", "warning")
 
     def log_message(self, text: str, severity: Severity = "information") -> None:
-        """A toast, and a line on the messages screen."""
-        self.said.append(Message(datetime.now(), severity, text))
+        """Show a toast and add a line to the messages screen."""
+        self.message_history.append(Message(datetime.now(), severity, text))
         self.notify(text, severity=severity, markup=False, timeout=8 if severity == "error" else 4)
 
     def fail(self, error: UserError | OSError) -> None:
-        """Say what went wrong, as a user can understand it."""
+        """Show an error to the user."""
         if isinstance(error, OSError):
             self.log_message(f"{explain(error)} Nothing was changed.", "error")
         else:
@@ -158,13 +158,13 @@ class Workbench(App[None]):
 
     def action_messages(self) -> None:
         if not isinstance(self.screen, MessagesScreen):
-            self.push_screen(MessagesScreen(self.said))
+            self.push_screen(MessagesScreen(self.message_history))
 
     def action_toggle_dark(self) -> None:
         self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """Textual's own, and every key of the screen by its description."""
+        """Textual's commands, and every key binding of the screen by its description."""
         yield from super().get_system_commands(screen)
         for keys, binding in self.keys_of(screen):
             if not binding.system:
@@ -176,36 +176,36 @@ class Workbench(App[None]):
                 yield SystemCommand(binding.description, f"key {keys}", run)
 
     def keys_of(self, screen: Screen[object]) -> list[tuple[str, Binding]]:
-        """What does something on a screen: its own keys first, those of one action together."""
-        found: dict[str, tuple[list[str], Binding]] = {}
+        """Keys and binding of every action of a screen: the screen's own first, then the app's, then others."""
+        by_action: dict[str, tuple[list[str], Binding]] = {}
         for active in screen.active_bindings.values():
             if active.binding.description:
-                keys, _ = found.setdefault(active.binding.action, ([], active.binding))
+                keys, _ = by_action.setdefault(active.binding.action, ([], active.binding))
                 keys.append(self.get_key_display(active.binding))
-        together = [(" ".join(dict.fromkeys(keys)), binding) for keys, binding in found.values()]
-        return sorted(together, key=lambda one: (one[1].id is None, (one[1].id or "").startswith("app.")))
+        rows = [(" ".join(dict.fromkeys(keys)), binding) for keys, binding in by_action.values()]
+        return sorted(rows, key=lambda row: (row[1].id is None, (row[1].id or "").startswith("app.")))
 
     def handle_bindings_clash(self, clashed_bindings: set[Binding], node: DOMNode) -> None:
-        """A key of the config that was another's: the other has none now."""
+        """Warn that a key of the config was already taken: its former action has no key now."""
         lost = ", ".join(sorted(binding.id or binding.description for binding in clashed_bindings))
-        self.log_message(f"{config_path().name}: keys of {node} clash, so that nothing is left for {lost}.", "warning")
+        self.log_message(f"{config_path().name}: conflicting keys on {node}; no key is left for {lost}.", "warning")
 
 
-def _short(path: Path) -> str:
-    """A path with ~ for the home folder."""
+def _abbreviate_home(path: Path) -> str:
+    """The path with ~ for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
 
 
 def main() -> None:
-    """`lora-tui`. Exit codes as `lora`'s: 0 done, 1 a UserError, 2 wrong usage."""
-    arguments = _arguments()
+    """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
+    arguments = _parse_arguments()
     try:
         if not arguments.params.parent.is_dir():
             raise UserError(f"{arguments.params.parent} is not a folder. Name a params file with --params.")
         config = load_config(config_path())
         if arguments.web:
-            _serve(arguments.params, arguments.port)
+            _serve_web(arguments.params, arguments.port)
             return
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -214,8 +214,8 @@ def main() -> None:
     sys.exit(app.return_code or 0)
 
 
-def _serve(params: Path, port: int) -> None:
-    """The same app in a browser, on this machine alone: who reaches it can run the pipeline."""
+def _serve_web(params: Path, port: int) -> None:
+    """Serve the app to a browser on this machine only: whoever reaches it can run the pipeline."""
     try:
         from tui.services.web import serve
     except ImportError:
@@ -223,16 +223,16 @@ def _serve(params: Path, port: int) -> None:
     serve(params, port)
 
 
-def _port(text: str) -> int:
+def _parse_port(text: str) -> int:
     if not (text.isdecimal() and 1 <= int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
     return int(text)
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
     parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
-    parser.add_argument("--port", type=_port, default=8000, help="port of --web")
+    parser.add_argument("--port", type=_parse_port, default=8000, help="port of --web")
     parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
     return parser.parse_args()

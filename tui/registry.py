@@ -1,4 +1,4 @@
-"""The screens, in the order of their keys: one line each. A screen is imported when it is first shown."""
+"""The screens, in the order of their keys. A screen is imported when it is first shown."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -8,7 +8,7 @@ from textual.screen import Screen
 
 
 class ScreenEntry(NamedTuple):
-    """A screen's label in the bar, and where its class is: module:class."""
+    """A screen: its label in the tab bar, and its class as `module:class`."""
 
     label: str
     source: str

@@ -62,7 +62,7 @@ def calc(
     from pipeline.calc.sources.open_model import open_model
 
     out = Output(as_json, as_csv)
-    asked_for = {
+    questions = {
         "--list": list_,
         "--document": document,
         "--sweep": sweep is not None,
@@ -71,19 +71,19 @@ def calc(
         "--trace": trace,
         "--explain": explain,
     }
-    question = _the_one(name for name, given in asked_for.items() if given)
+    question = _only(name for name, is_given in questions.items() if is_given)
     if question in ("--list", "--document"):
         from cli.calc import render
 
         (render.models if list_ else render.document)(out)
         return
-    opened = open_model(model)
-    asked = parse_method(
+    loaded = open_model(model)
+    parsed_method = parse_method(
         method,
         rank,
         alpha,
         targets,
-        rank_pattern=tuple(map(_pattern, rank_pattern or [])),
+        rank_pattern=tuple(map(_parse_rank_pattern, rank_pattern or [])),
         rslora=rslora,
         dora=dora,
         embeddings=embeddings,
@@ -93,7 +93,7 @@ def calc(
         virtual_tokens=virtual_tokens,
     )
     run = parse_training_config(
-        opened.shapes,
+        loaded.shapes,
         method,
         batch=batch,
         sequence=sequence,
@@ -109,49 +109,51 @@ def calc(
         context=None if context is None else context * 2**20,
         virtual_tokens=virtual_tokens,
     )
-    validate(asked, run)
-    refuse_impossible(opened.shapes, asked, run)
-    _answer(out, Question(opened, asked, run), question, sweep or "", fit, gpu)
+    validate(parsed_method, run)
+    refuse_impossible(loaded.shapes, parsed_method, run)
+    _render(out, Question(loaded, parsed_method, run), question, sweep or "", fit, gpu)
 
 
-def _the_one(given: Iterable[str]) -> str:
-    """The question among the options, or none. Raises UserError for more than one."""
+def _only(given: Iterable[str]) -> str:
+    """The only option in `given`, or "". Raises UserError for more than one."""
     names = list(given)
     if len(names) > 1:
-        raise UserError(f"one question at a time: {' and '.join(names)} were asked together.")
+        raise UserError(f"{' and '.join(names)} exclude each other. Use one of them.")
     return names[0] if names else ""
 
 
-def _answer(out: "Output", asked: "Question", question: str, sweep: str, fit: float | None, gpu: str | None) -> None:
+def _render(
+    out: "Output", configuration: "Question", question: str, sweep: str, fit: float | None, gpu: str | None
+) -> None:
     if not question:
         from cli.calc.overview import overview
 
-        overview(out, asked)
+        overview(out, configuration)
         return
     from cli.calc import render
 
     if question == "--sweep":
-        render.sweep(out, asked, *_sweep(sweep))
+        render.sweep(out, configuration, *_parse_sweep(sweep))
     elif question == "--trace":
-        render.trace(out, asked)
+        render.trace(out, configuration)
     elif question == "--explain":
-        render.explain(out, asked)
+        render.explain(out, configuration)
     else:
-        render.fit(out, asked, fit, gpu)
+        render.fit(out, configuration, fit, gpu)
 
 
-def _pattern(text: str) -> tuple[str, int]:
+def _parse_rank_pattern(text: str) -> tuple[str, int]:
     pattern, _, rank = text.rpartition("=")
     if not pattern or not re.fullmatch(r"[0-9]{1,9}", rank) or not int(rank):
         raise UserError(f"rank-pattern takes PATTERN=RANK, such as q_proj=16, got {text[:60]!r}.")
-    if why := problem(end_pattern(pattern)):
-        raise UserError(f"rank-pattern {pattern[:60]!r} is no regular expression: {why}.")
+    if reason := problem(end_pattern(pattern)):
+        raise UserError(f"rank-pattern {pattern[:60]!r} is not a valid regular expression: {reason}.")
     return pattern, int(rank)
 
 
-def _sweep(text: str) -> tuple[str, list[str]]:
+def _parse_sweep(text: str) -> tuple[str, list[str]]:
     key, _, values = text.partition("=")
-    found = [value.strip() for value in values.split(",") if value.strip()]
-    if not found:
+    choices = [value.strip() for value in values.split(",") if value.strip()]
+    if not choices:
         raise UserError(f"sweep takes KEY=A,B,..., such as rank=1,2,4,8, got {text!r}.")
-    return key.strip(), found
+    return key.strip(), choices

@@ -1,4 +1,4 @@
-"""The options of `lora calc`: one line each, checked by the calculator, so that each mistake is one message."""
+"""The options of `lora calc`. Values are checked by the calculator, so that each mistake is one message."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ from typer import Option
 
 Model = Annotated[str, Option("--model", help="Built-in name, folder, config.json, .safetensors, .gguf or hub id.")]
 
-# what trains
+# what is trained
 Kind = Annotated[str, Option("--method", help="Method: full, freeze, lora, qlora, prefix or prompt.")]
 Rank = Annotated[int, Option("--rank", "--r", help="LoRA rank.")]
 Alpha = Annotated[float | None, Option("--alpha", help="LoRA alpha; default: the rank.")]
@@ -25,7 +25,7 @@ LastBlocks = Annotated[int, Option("--last-blocks", help="Number of last blocks 
 Ends = Annotated[bool, Option("--train-embeddings/--freeze-embeddings", help="Train embedding and head too (freeze).")]
 VirtualTokens = Annotated[int, Option("--virtual-tokens", help="Number of virtual tokens (prefix, prompt).")]
 
-# how it runs
+# how it is trained
 Batch = Annotated[int, Option("--batch", help="Batch size, in sequences.")]
 Sequence = Annotated[
     int | None, Option("--sequence", "--seq", help="Sequence length, in tokens; default: 2,048 or the model's maximum.")
@@ -56,7 +56,7 @@ Casts = Annotated[
 ]
 Context = Annotated[int | None, Option("--context", help="CUDA context outside the allocator, in MiB; default: 512.")]
 
-# what is asked
+# what to show
 Fit = Annotated[
     float | None, Option("--fit", metavar="GIB", help="Show what fits into this memory, and what to change.")
 ]

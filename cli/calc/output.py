@@ -1,4 +1,4 @@
-"""What all answers of `lora calc` share: where they go, and what was asked."""
+"""What all outputs of `lora calc` share: the format and the question."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Output:
-    """Where an answer goes: one JSON document, CSV rows, or a table on the terminal."""
+    """The output format: one JSON document, CSV rows, or a table on the terminal."""
 
     json: bool
     csv: bool
@@ -23,7 +23,7 @@ class Output:
             raise UserError("--json and --csv exclude each other.")
 
     def rows(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> bool:
-        """Print rows as JSON or CSV; False where neither was asked for."""
+        """Print rows as JSON or CSV. Returns False, without printing, if neither was requested."""
         if self.json:
             print_json([dict(zip(columns, row, strict=True)) for row in rows])
         elif self.csv:
@@ -35,7 +35,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Question:
-    """A model and one configuration of it."""
+    """A model and a training configuration."""
 
     model: Model
     method: FinetuningMethod

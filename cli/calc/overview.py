@@ -1,4 +1,4 @@
-"""The one screen of `lora calc`: parameters, memory of four methods side by side, and what holds each."""
+"""The overview of `lora calc`: parameters, memory of four methods side by side, and the GPUs that fit each."""
 
 from rich.text import Text
 
@@ -13,24 +13,24 @@ from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 
 
 def overview(out: Output, question: Question) -> None:
-    """The one screen: parameters, memory of four methods, and what holds each."""
+    """Print the overview."""
     model, method, run = question.model.shapes, question.method, question.run
     if out.json:
         print_json(calc.answer(model, method, run))
         return
     columns = calc.side_by_side(model, method, run)
     if out.csv:
-        head = ("method", "precision", "total", "trainable", *PARTS, "peak", "peak_at")
+        header = ("method", "precision", "total", "trainable", *PARTS, "peak", "peak_at")
         rows = [
             (name, r.precision, model.total, trainable(model, m), *memory.parts().values(), memory.peak, memory.where)
             for name, (m, r, memory) in columns.items()
         ]
-        out.rows(head, rows)
+        out.rows(header, rows)
         return
     _parameters(question)
     _memory(columns)
     _inference(question)
-    _holders(columns)
+    _fitting_devices(columns)
     _notes(question)
 
 
@@ -43,25 +43,25 @@ def _parameters(question: Question) -> None:
     trained = trainable(model, method)
     title = f"{title_of(method)}: {trained:,} trainable, {100 * trained / model.total:.4g}%"
     stdout.print(Text.assemble("\n", (title, "bold")))
-    found = projections(model, method) if method.kind == "lora" else ()
-    if found:
-        stdout.print(table(PROJECTION, list(map(cells_of, found)), right=PROJECTION[1:]))
+    adapted = projections(model, method) if method.kind == "lora" else ()
+    if adapted:
+        stdout.print(table(PROJECTION, list(map(cells_of, adapted)), right=PROJECTION[1:]))
     simplified = document_count(model, method)
     if simplified is not None and simplified != trained:
-        why = why_they_differ(model, method)
-        stdout.print(f"by the document's rule (§3): {simplified:,}; {why}", style="dim", markup=False)
+        reason = why_they_differ(model, method)
+        stdout.print(f"by the document's rule (§3): {simplified:,}; {reason}", style="dim", markup=False)
 
 
 Columns = dict[str, tuple[FinetuningMethod, TrainingConfig, Memory]]
 
 
 def _memory(columns: Columns) -> None:
-    """Parts in GiB, one column a method, and a bar each."""
+    """The parts in GiB, one column per method, and a bar per method."""
     run = next(reversed(columns.values()))[1]
-    how = (
+    description = (
         f"{run.batch} × {run.sequence:,} tokens, {run.attention}, checkpointing {run.checkpointing}, {run.loss} logits"
     )
-    stdout.print(Text.assemble(("\nmemory of a step, GiB", "bold"), (f"  {how}", "dim")))
+    stdout.print(Text.assemble(("\nmemory of a step, GiB", "bold"), (f"  {description}", "dim")))
     parts = [[memory.parts()[part] for _, _, memory in columns.values()] for part in PARTS]
     rows = [(part, *map(gib, sizes)) for part, sizes in zip(PARTS, parts, strict=True) if any(sizes)]
     rows.append(("peak", *(gib(memory.peak) for _, _, memory in columns.values())))
@@ -75,12 +75,12 @@ def _memory(columns: Columns) -> None:
 
 
 def _inference(question: Question) -> None:
-    """Memory while the merged model generates, on one line."""
+    """The memory of generation with the merged model, on one line."""
     model, run = question.model.shapes, question.run
     *parts, total = inference(model, None, run).items()
     sizes = " + ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in parts if size)
-    how = f"merged, {run.precision}, {run.batch} × {run.sequence:,} tokens: {sizes} = {gib(total[1])}"
-    stdout.print(Text.assemble(("\nto generate, GiB", "bold"), (f"  {how}", "dim")))
+    description = f"merged, {run.precision}, {run.batch} × {run.sequence:,} tokens: {sizes} = {gib(total[1])}"
+    stdout.print(Text.assemble(("\nto generate, GiB", "bold"), (f"  {description}", "dim")))
 
 
 def _bar(name: str, memory: Memory, widest: int, width: int = 36) -> Text:
@@ -94,27 +94,26 @@ def _bar(name: str, memory: Memory, widest: int, width: int = 36) -> Text:
     return line.append(f" {gib(memory.peak)}").append(f"  {memory.where}", "dim")
 
 
-def _holders(columns: Columns) -> None:
-    """Which common GPUs hold each method, by size class."""
-    classes = _classes()
+def _fitting_devices(columns: Columns) -> None:
+    """Which common GPUs fit each method, by size class."""
+    classes = _size_classes()
     stdout.print(Text.assemble(("\nfits on", "bold"), ("  ● holds the peak, · does not; sizes in GB", "dim")))
     rows = [
-        (name, *("●" if memory.peak <= one.bytes else "·" for one in classes.values()))
+        (name, *("●" if memory.peak <= device.bytes else "·" for device in classes.values()))
         for name, (_, _, memory) in columns.items()
     ]
     stdout.print(table(("", *classes), rows, right=tuple(classes)))
 
 
-def _classes() -> dict[str, Gpu]:
+def _size_classes() -> dict[str, Gpu]:
     """One device of each common size, smallest first."""
     cards = ("rtx4060", "rtx3060", "rtx4080", "rtx4090", "rtx5090", "a100-40", "l40s", "h100", "h200")
     sizes = ("8", "12", "16", "24", "32", "40", "48", "80", "141")
-    macs = {f"Mac {name[4:]}": found for name, found in gpus().items() if name.startswith("mac-")}
+    macs = {f"Mac {name[4:]}": device for name, device in gpus().items() if name.startswith("mac-")}
     return {**{size: gpus()[card] for size, card in zip(sizes, cards, strict=True)}, **macs}
 
 
 def _notes(question: Question) -> None:
     model = question.model.shapes
-    said = [*model.notes, *notes(model, question.method)]
-    for note in said:
+    for note in (*model.notes, *notes(model, question.method)):
         stdout.print(f"note: {note}", style="dim", markup=False)

@@ -1,4 +1,4 @@
-"""`lora claims`: the document's claims, each beside what was measured; a stage, the last."""
+"""`lora claims`: the document's claims, each beside the measured value; the last stage."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -38,18 +38,18 @@ def claims(
 
     project = project_of(params)
     rows = verdicts(project)
-    found = filter_rows(rows, section, verdict)
+    selected = filter_rows(rows, section, verdict)
     if as_json:
-        print_json(found)
+        print_json(selected)
     elif UNDER_DVC:
-        stdout.print(f"claims: {summary(found)}", markup=False, soft_wrap=True)
+        stdout.print(f"claims: {summary(selected)}", markup=False, soft_wrap=True)
     else:
-        show(found)
-    _keep(project)
+        show(selected)
+    _run_stage(project)
 
 
-def _keep(project: "Project") -> None:
-    """Run the stage, where all that it reads is there and up to date; what hinders it is said."""
+def _run_stage(project: "Project") -> None:
+    """Run the stage if all its inputs exist and are up to date; otherwise print why not."""
     from cli.console import stderr
     from cli.progress import follow
     from pipeline.document.claims.stage import claims
@@ -62,23 +62,23 @@ def _keep(project: "Project") -> None:
     try:
         for name, path in project.inputs(stage).items():
             if not path.exists():
-                raise UserError(f"{name} is not there. Run `dvc repro` for all.")
+                raise UserError(f"{name} is missing. Run `dvc repro` to make everything.")
         follow(run(project, stage, claims), stage.name)
     except UserError as error:
-        stderr.print(f"{stage.path} is not written: {error}", markup=False, soft_wrap=True)
+        stderr.print(f"{stage.path} was not written: {error}", markup=False, soft_wrap=True)
 
 
 def show(rows: "Sequence[Row]") -> None:
-    """One table: quote and reason, what the document says, what was measured, the verdict; a heading each section."""
+    """Print the table of claims and the summary."""
     from cli.console import stdout
     from pipeline.document.claims.check import summary
 
-    stdout.print(listed(rows))
+    stdout.print(claims_table(rows))
     stdout.print(f"\n{summary(rows)}.")
 
 
-def listed(rows: "Sequence[Row]") -> "RenderableType":
-    """The rows as a table."""
+def claims_table(rows: "Sequence[Row]") -> "RenderableType":
+    """A table of quote and reason, the document's value, the measured one and the verdict, grouped by section."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.table import Table
@@ -95,6 +95,6 @@ def listed(rows: "Sequence[Row]") -> "RenderableType":
             section = row["section"]
             table.add_row(Text(section_heading(section), "bold underline"))
         claim = Group(Text(row["quote"]), Padding(Text(row["why"], "dim"), (0, 0, 0, 2)))
-        shown, mark = row["shown"], Text(MARKS[row["verdict"]], COLOURS[row["verdict"]])
-        table.add_row(claim, Text(shown["says"]), Text(shown["measured"]), mark)
+        values, mark = row["shown"], Text(MARKS[row["verdict"]], COLOURS[row["verdict"]])
+        table.add_row(claim, Text(values["says"]), Text(values["measured"]), mark)
     return table

@@ -1,4 +1,4 @@
-"""`lora figures`: the document's figures, drawn from what was trained and measured."""
+"""`lora figures`: the document's figures, drawn from trained and measured artifacts."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,16 +51,18 @@ def figures(
 
 
 def show(folder: Path, path: str) -> None:
-    """Each figure, what it shows, and its files; where the rest is: `path` is the folder's as users name it."""
+    """Print each figure with its files, and the path of the report. `path`: the folder as users name it."""
     from cli.console import stdout, table
     from pipeline.files.artifact import read_manifest
 
-    found = read_manifest(folder)["figures"].items()
-    rows = [(f"{name} ({about['place']})", about["shows"], _files(name, about["files"])) for name, about in found]
+    manifest = read_manifest(folder)["figures"].items()
+    rows = [
+        (f"{name} ({about['place']})", about["shows"], _file_suffixes(name, about["files"])) for name, about in manifest
+    ]
     stdout.print(table(("figure", "what it shows", "files"), rows))
     stdout.print(f"\nIn words: {path}/report.md", markup=False, soft_wrap=True)
 
 
-def _files(name: str, files: list[str]) -> str:
-    """A figure's files, its own name left out of them."""
+def _file_suffixes(name: str, files: list[str]) -> str:
+    """A figure's files without the prefix that is its name."""
     return " ".join(file.removeprefix(name) for file in files)

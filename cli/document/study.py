@@ -1,4 +1,4 @@
-"""`lora study NAME`: one of the document's statements, measured; a stage like the others."""
+"""`lora study NAME`: measure one of the document's statements, as a stage."""
 
 from importlib import import_module
 from pathlib import Path
@@ -27,12 +27,12 @@ STUDIES = {
 }
 
 
-def _names(incomplete: str) -> list[tuple[str, str]]:
+def _complete_name(incomplete: str) -> list[tuple[str, str]]:
     return [(name, about) for name, about in STUDIES.items() if name.startswith(incomplete)]
 
 
 NameArgument = Annotated[
-    str | None, typer.Argument(help="Study to run. Omit to list all studies.", autocompletion=_names)
+    str | None, typer.Argument(help="Study to run. Omit to list all studies.", autocompletion=_complete_name)
 ]
 
 
@@ -56,15 +56,15 @@ def study(
     if name is None:
         stdout.print(table(("study", "what it measures"), list(STUDIES.items())))
         return
-    known = name.replace("-", "_")
-    if known not in STUDIES:
-        raise UserError(f"{name} is no study. Name one of {', '.join(STUDIES)}.")
-    project, stage = project_of(params, overrides), f"study_{known}"
+    study_name = name.replace("-", "_")
+    if study_name not in STUDIES:
+        raise UserError(f"Unknown study {name}. Choose one of {', '.join(STUDIES)}.")
+    project, stage = project_of(params, overrides), f"study_{study_name}"
     path = project.stage(stage).path
 
     def work(job: "Job") -> "Generator[Event, None, Facts]":
-        done: Generator[Event, None, Facts] = getattr(import_module(job.stage.module), known)(job)
-        return done
+        events: Generator[Event, None, Facts] = getattr(import_module(job.stage.module), study_name)(job)
+        return events
 
     run_stage(stage, work, params, overrides, force, checkpoint_every)
     if UNDER_DVC:
@@ -73,24 +73,24 @@ def study(
     stdout.print(f"\nIn words: {path}/report.md", markup=False, soft_wrap=True)
 
 
-def _repeated_once(rows: list[list[str]]) -> list[list[str]]:
-    """A first cell that is that of the row above is left empty."""
+def _blank_repeated(rows: list[list[str]]) -> list[list[str]]:
+    """Blank the first cell of a row if it equals that of the row above."""
     return [["" if n and row[0] == rows[n - 1][0] else row[0], *row[1:]] for n, row in enumerate(rows)]
 
 
 def show(folder: Path, run: Path) -> None:
-    """A study's tables, and what its run says of this machine."""
+    """Print a study's tables, and the times that its run measured on this machine."""
     from cli.console import stdout, table
     from pipeline.document.tables import TIME, Table, read_table, times
     from pipeline.files.artifact import read_manifest
 
-    found = [
+    tables = [
         Table(name, rows=read_table(folder / f"{name}.csv"), **about)
         for name, about in read_manifest(folder)["tables"].items()
     ]
     if (time := run / f"{TIME}.csv").is_file():
-        found.append(times(read_table(time)))
-    for one in found:
-        stdout.print(f"\n{one.title}", markup=False)
-        right = [head for head, number in one.heads.items() if number]
-        stdout.print(table(list(one.heads), _repeated_once(one.shown()), right=right))
+        tables.append(times(read_table(time)))
+    for item in tables:
+        stdout.print(f"\n{item.title}", markup=False)
+        right = [head for head, is_number in item.heads.items() if is_number]
+        stdout.print(table(list(item.heads), _blank_repeated(item.shown()), right=right))

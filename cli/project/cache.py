@@ -1,4 +1,4 @@
-"""`lora cache`: what is kept, and throwing it away."""
+"""`lora cache`: show and prune the cache of finished stages."""
 
 from datetime import datetime
 from pathlib import Path

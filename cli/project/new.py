@@ -1,4 +1,4 @@
-"""`lora new`: a project in a folder of its own."""
+"""`lora new`: create a project in a new folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,9 +30,9 @@ def new(
     from pipeline.project.new_project import create
     from pipeline.workbench import GRAPH
 
-    made = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
-    for note in made.notes:
+    project = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
+    for note in project.notes:
         stderr.print(note, markup=False, soft_wrap=True)
-    done = f"{folder}: added {', '.join(made.added)}" if made.added else f"{folder}: nothing to add"
-    stdout.print(done, markup=False, soft_wrap=True)
+    summary = f"{folder}: added {', '.join(project.added)}" if project.added else f"{folder}: nothing to add"
+    stdout.print(summary, markup=False, soft_wrap=True)
     stdout.print(f"Next: cd {folder}; dvc repro; lora-tui", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`lora adapters diff` against dense updates, and `lora adapters card` against the files that it tells of."""
+"""`lora adapters diff` compared with dense updates, and `lora adapters card` with the files that it describes."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ Q_PROJ = "model.decoder.layers.0.self_attn.q_proj"
 
 
 def two_adapters(tmp_path: Path) -> Path:
-    """A base, and on it the adapters `one` and `other`, as from elsewhere."""
+    """A base, and the adapters `one` and `other` on it, as if made elsewhere."""
     base = checkpoint(tmp_path / "base")
     adapter(tmp_path / "one", base, ONE)
     adapter(tmp_path / "other", base, OTHER, seed=2)
@@ -51,28 +51,28 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, T
 
 
 def dense(folder: Path) -> dict[str, Tensor]:
-    """(O, I) of each module, from the files alone."""
-    config, found = read_json(folder / CONFIG, ""), load_file(folder / WEIGHTS)
+    """The update of each module, (O, I), computed from the files."""
+    config, result = read_json(folder / CONFIG, ""), load_file(folder / WEIGHTS)
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
-    names = [key.removesuffix(".lora_A.weight") for key in found if key.endswith(".lora_A.weight")]
+    names = [key.removesuffix(".lora_A.weight") for key in result if key.endswith(".lora_A.weight")]
     return {
         name.removeprefix("base_model.model."): scale
-        * (found[f"{name}.lora_B.weight"].double() @ found[f"{name}.lora_A.weight"].double())
+        * (result[f"{name}.lora_B.weight"].double() @ result[f"{name}.lora_A.weight"].double())
         for name in names
     }
 
 
 def diff(cli: Lora, one: str, other: str, cwd: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Settings that differ, and the rest by module."""
-    found = read_diff(cli, one, other, cwd)
-    return found["settings"], {row.pop("module"): row for row in found["modules"]}
+    """The settings that differ, and the rows by module."""
+    result = read_diff(cli, one, other, cwd)
+    return result["settings"], {row.pop("module"): row for row in result["modules"]}
 
 
 def read_diff(cli: Lora, one: str, other: str, cwd: Path) -> dict[str, Any]:
     code, out, err = cli("adapters", "diff", one, other, "--json", cwd=cwd)
     assert (code, err) == (0, "")
-    found: dict[str, Any] = json.loads(out)
-    return found
+    result: dict[str, Any] = json.loads(out)
+    return result
 
 
 def test_diff_names_the_settings_that_differ(cli: Lora, root: Path) -> None:
@@ -118,12 +118,12 @@ def test_an_adapter_shares_all_of_its_space_with_itself(cli: Lora, root: Path) -
 def test_its_overlap_is_the_share_of_directions_in_common(
     cli: Lora, root: Path, inputs: tuple[int, int], outputs: tuple[int, int]
 ) -> None:
-    """A and B are made of unit vectors: the one has the directions 0 and 1, the other those given."""
+    """A and B consist of unit vectors: one adapter has directions 0 and 1, the other those given."""
     for name, rows, columns in (("one", (0, 1), (0, 1)), ("two", inputs, outputs)):
         adapter(root / name, root / "base", AdapterSpec(2, 2.0, ("q_proj",)))
         made = {f"base_model.model.{Q_PROJ}.lora_A.weight": torch.eye(64)[list(rows)]}
         made[f"base_model.model.{Q_PROJ}.lora_B.weight"] = torch.eye(64)[:, list(columns)]
-        edit_tensors(root / name, lambda found, made=made: found | made)  # type: ignore[misc]
+        edit_tensors(root / name, lambda tensors, made=made: tensors | made)  # type: ignore[misc]
     row = diff(cli, "one", "two", root)[1][Q_PROJ]
     assert row["inputs"] == pytest.approx(len({0, 1} & {*inputs}) / 2)
     assert row["outputs"] == pytest.approx(len({0, 1} & {*outputs}) / 2)
@@ -136,7 +136,7 @@ def test_diff_is_a_table_for_people(cli: Lora, root: Path) -> None:
     norms = [f"{float(update[Q_PROJ].norm()):.3f}" for update in (dense(root / "one"), dense(root / "other"))]
     shared, _, rest = Q_PROJ.partition("0")
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
-    assert lines[shared][0] == "‖one‖", "what all names begin with is said once"
+    assert lines[shared][0] == "‖one‖", "the common prefix is shown once"
     assert lines[f"0{rest}"][:2] == norms
     assert lines["0.fc1"][-2:] == ["–", "–"]
 
@@ -153,8 +153,8 @@ def test_what_was_trained_itself_is_compared_as_it_is(cli: Lora, root: Path) -> 
         key = f"base_model.model.{name}{rest}"
         assert values.pop(name) == pytest.approx(float((first[key] - second[key]).norm()), rel=1e-5)
     assert not values
-    found = read_diff(cli, "a", "c", root)["values"]
-    assert [(row["name"], row["difference"]) for row in found] == [(name, None) for name in keys], "not the same of it"
+    result = read_diff(cli, "a", "c", root)["values"]
+    assert [(row["name"], row["difference"]) for row in result] == [(name, None) for name in keys], "not the same of it"
 
 
 def wide(root: Path) -> None:
@@ -166,11 +166,11 @@ def deep(root: Path) -> None:
 
 
 def with_more_words(root: Path) -> None:
-    """The same blocks, and an embedding with a row more: as before and after expand_vocab."""
+    """The same blocks, and an embedding with one more row, as before and after expand_vocab."""
     for name in ("one", "else"):
         adapter(root / name, root / "base", AdapterSpec(2, 3.0, ("q_proj",), saved=ENDS))
     edit_tensors(
-        root / "else", lambda found: {n: torch.cat((t, t[:1])) if "lm_head" in n else t for n, t in found.items()}
+        root / "else", lambda tensors: {n: torch.cat((t, t[:1])) if "lm_head" in n else t for n, t in tensors.items()}
     )
 
 
@@ -209,10 +209,10 @@ OTHER_MODELS: dict[Callable[[Path], None], str] = {
 def test_adapters_of_two_models_are_not_compared(cli: Lora, root: Path, other: Callable[[Path], None]) -> None:
     other(root)
     for pair in (("one", "else"), ("else", "one")):
-        said = refusal(cli("adapters", "diff", *pair, cwd=root))
+        output = refusal(cli("adapters", "diff", *pair, cwd=root))
         assert (
-            OTHER_MODELS[other] in said
-            and ": the adapters belong to different models. Name two adapters of the same model." in said
+            OTHER_MODELS[other] in output
+            and ": the adapters belong to different models. Name two adapters of the same model." in output
         )
 
 
@@ -253,7 +253,7 @@ def test_the_card_says_how_an_adapter_was_made_what_it_learned_and_what_it_forgo
     assert (tmp_path / "out/README.md").read_text(encoding="utf-8") == card
 
 
-def test_the_card_of_an_adapter_trained_anew_has_no_numbers_of_the_one_before(cli: Lora, project: Path) -> None:
+def test_the_card_of_a_retrained_adapter_has_no_numbers_of_the_earlier_one(cli: Lora, project: Path) -> None:
     assert cli("finetune", "lora", "--set", "finetune_lora.epochs=1", cwd=project)[0] == 0
     card = cli("adapters", "card", "artifacts/lora_adapter", cwd=project)[1]
     assert "epochs: 1\n" in card

@@ -1,4 +1,4 @@
-"""`lora calc` as a user types it: one screen, one JSON document, CSV rows, and one line for what is wrong."""
+"""`lora calc` as a user types it: one screen, one JSON document, CSV rows, and one line per error."""
 
 import csv
 import io
@@ -76,14 +76,14 @@ def test_no_number_is_cut_at_any_width(tmp_path: Path, width: str, model: str) -
 def test_json_is_one_document_and_the_contract(cli: Lora, tmp_path: Path) -> None:
     code, out, err = cli("calc", *QWEN, "--json", cwd=tmp_path)
     assert (code, err) == (0, "")
-    found = json.loads(out)
+    result = json.loads(out)
     contract = ("model", "method", "rank", "alpha", "targets", "parameters", "projections", "adapter_bytes", "memory")
-    assert set(contract) <= found.keys()
-    assert (found["rank"], found["alpha"], found["scale"]) == (8, 8, 1)
+    assert set(contract) <= result.keys()
+    assert (result["rank"], result["alpha"], result["scale"]) == (8, 8, 1)
     rs = json.loads(cli("calc", *QWEN, "--alpha", "16", "--rslora", "--json", cwd=tmp_path)[1])
     assert rs["scale"] == pytest.approx(16 / 8**0.5)
-    assert found["parameters"]["trainable_percent"] == 0.0936
-    assert found["memory"]["peak"] == predict(built_in("qwen3-8b").shapes, LORA, TrainingConfig(context=2**29)).peak
+    assert result["parameters"]["trainable_percent"] == 0.0936
+    assert result["memory"]["peak"] == predict(built_in("qwen3-8b").shapes, LORA, TrainingConfig(context=2**29)).peak
     assert cli("calc", "--model", "qwen3-8b", "--rank", "8", "--json", cwd=tmp_path)[1] == out
 
 
@@ -127,7 +127,7 @@ def test_fit_gives_the_largest_settings_and_what_to_change(cli: Lora, tmp_path: 
     assert "a larger device is needed: RTX 4060" in out
 
 
-def test_a_sweep_is_a_row_a_value(cli: Lora, tmp_path: Path) -> None:
+def test_a_sweep_has_a_row_per_value(cli: Lora, tmp_path: Path) -> None:
     rows = json.loads(cli("calc", *QWEN, "--sweep", "rank=1,2,4,8,16,64", "--json", cwd=tmp_path)[1])
     assert [row["rank"] for row in rows] == [1, 2, 4, 8, 16, 64]
     assert [row["trainable"] for row in rows] == [958_464 * rank for rank in (1, 2, 4, 8, 16, 64)]
@@ -139,11 +139,11 @@ def test_trace_prints_both_peaks(cli: Lora, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**entry("smollm2-135m")["config"], "num_hidden_layers": 2}), encoding="utf-8")
     _, out, _ = cli("calc", "--model", str(config), "--seq", "128", "--trace", "--json", cwd=tmp_path)
-    (found,) = json.loads(out)
-    assert abs(found["difference_percent"]) < 3
-    assert found["traced"] > 10_000_000
+    (result,) = json.loads(out)
+    assert abs(result["difference_percent"]) < 3
+    assert result["traced"] > 10_000_000
     _, out, _ = cli("calc", "--model", str(config), "--seq", "128", "--trace", cwd=tmp_path)
-    assert f"{found['traced']:,}" in out
+    assert f"{result['traced']:,}" in out
 
 
 def test_qlora_is_lora_on_nf4(cli: Lora, tmp_path: Path) -> None:
@@ -151,17 +151,17 @@ def test_qlora_is_lora_on_nf4(cli: Lora, tmp_path: Path) -> None:
         (["--method", "qlora"], "nf4-dq"),
         (["--method", "qlora", "--precision", "int8"], "int8"),
     ):
-        found = json.loads(cli("calc", *arguments, "--json", cwd=tmp_path)[1])
-        assert (found["method"], found["assumptions"]["precision"]) == ("lora", precision)
+        result = json.loads(cli("calc", *arguments, "--json", cwd=tmp_path)[1])
+        assert (result["method"], result["assumptions"]["precision"]) == ("lora", precision)
 
 
 def test_minigpt_is_asked_about_as_it_trains(cli: Lora, tmp_path: Path) -> None:
-    found = json.loads(cli("calc", "--model", "minigpt", "--r", "4", "--json", cwd=tmp_path)[1])
-    assert found["parameters"]["total"] == 109_568
-    assert found["parameters"]["trainable"] == found["parameters"]["document"] == 4_096
-    used = found["assumptions"]
+    result = json.loads(cli("calc", "--model", "minigpt", "--r", "4", "--json", cwd=tmp_path)[1])
+    assert result["parameters"]["total"] == 109_568
+    assert result["parameters"]["trainable"] == result["parameters"]["document"] == 4_096
+    used = result["assumptions"]
     assert (used["precision"], used["checkpointing"], used["sequence"]) == ("fp32", False, 32)
-    assert found["memory"]["overhead"] == 0
+    assert result["memory"]["overhead"] == 0
 
 
 BAD = [
@@ -197,7 +197,7 @@ BAD = [
     (["--new-rows", "-1"], "new-rows must be a whole number from 0"),
     (["--virtual-tokens", "0"], "virtual-tokens must be a whole number from 1"),
     (["--rank-pattern", "q_proj"], "rank-pattern takes PATTERN=RANK"),
-    (["--rank-pattern", "(=4"], "is no regular expression"),
+    (["--rank-pattern", "(=4"], "is not a valid regular expression"),
     (["--fit", "0"], "fit takes GiB"),
     (["--fit", "nan"], "fit takes GiB"),
     (["--gpu", "rtx9090"], "'rtx9090' is not known. Nearest: rtx"),
@@ -207,8 +207,8 @@ BAD = [
     (["--sweep", "rank=0"], "rank must be a whole number from 1"),
     (["--sweep", "precision=int3"], "'int3' is not known"),
     (["--json", "--csv"], "exclude each other"),
-    (["--fit", "24", "--gpu", "rtx4090"], "one question at a time: --fit and --gpu"),
-    (["--list", "--sweep", "rank=1"], "one question at a time: --list and --sweep"),
+    (["--fit", "24", "--gpu", "rtx4090"], "--fit and --gpu exclude each other. Use one of them."),
+    (["--list", "--sweep", "rank=1"], "--list and --sweep exclude each other. Use one of them."),
     (["--embeddings", ""], "embeddings must be one of"),
     (["--sweep", "optimizer=qlora"], "optimizer must be one of"),
     (["--sweep", "rank=--5"], "takes whole numbers"),
@@ -216,7 +216,7 @@ BAD = [
     (["--sweep", "rank=" + "9" * 400], "takes whole numbers"),
     (["--rank-pattern", "q_proj=²"], "rank-pattern takes PATTERN=RANK"),
     (["--rank-pattern", "q_proj=" + "9" * 400], "rank-pattern takes PATTERN=RANK"),
-    (["--rank-pattern", "(?i)q_proj=16"], "is no regular expression"),
+    (["--rank-pattern", "(?i)q_proj=16"], "is not a valid regular expression"),
     (["--model", "gpt-3-175b", "--trace"], "--trace does not support GPT-3"),
     (["--model", "gpt2", "--trace"], "does not support LoRA on GPT-2's Conv1D layers"),
     (["--model", "gpt2", "--method", "prompt", "--sequence", "1024"], "sequence must be at most 1,024"),
@@ -275,7 +275,7 @@ def test_explain_ends_in_the_peak(cli: Lora, tmp_path: Path) -> None:
     assert last["what"] == "peak" and f"{peak:,} B" in last["formula"]
 
 
-def test_other_methods_beside_the_one_that_is_asked_never_stop_it(cli: Lora, tmp_path: Path) -> None:
+def test_other_methods_of_the_comparison_never_cause_an_error(cli: Lora, tmp_path: Path) -> None:
     code, out, err = cli("calc", "--last-blocks", "0", "--freeze-embeddings", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert not re.search(r"^freeze ", out, re.MULTILINE)
@@ -300,10 +300,10 @@ def test_what_to_change_is_found_for_every_method_and_model(cli: Lora, tmp_path:
         ["--model", "gpt2", "--method", "prompt", "--sequence", "100", "--fit", "24"],
         ["--method", "full", "--targets", "nope", "--fit", "24"],
     ):
-        found = json.loads(cli("calc", *arguments, "--json", cwd=tmp_path)[1])
-        peaks = [found["peak"], *(change["peak"] for change in found["changes"])]
+        result = json.loads(cli("calc", *arguments, "--json", cwd=tmp_path)[1])
+        peaks = [result["peak"], *(change["peak"] for change in result["changes"])]
         assert all(later < earlier for earlier, later in pairwise(peaks)), "each change helps"
-        assert not found["fits"] or found["batch"] >= 1
+        assert not result["fits"] or result["batch"] >= 1
     kept = json.loads(
         cli(
             "calc", "--method", "full", "--rank", "64", "--targets", "all-linear", "--fit", "26", "--json", cwd=tmp_path

@@ -126,8 +126,8 @@ def test_prompt_shows_bars_and_a_completion(cli: Lora, finished: Path) -> None:
     assert out.splitlines()[-1] == "Die Katze sitzt auf dem tisch"
 
 
-def test_prompt_asks_the_model_that_was_trained_last_and_names_it(cli: Lora, project: Path) -> None:
-    """By when it was made; the base only where nothing is trained on it, or where it is named."""
+def test_prompt_uses_the_model_trained_last_and_names_it(cli: Lora, project: Path) -> None:
+    """The newest by time; the base only if nothing is trained on it, or if it is named."""
 
     def asked(*options: str) -> str:
         code, out, err = cli("prompt", "die katze", *options, cwd=project)
@@ -189,12 +189,12 @@ def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(cli: Lora
     assert cli("report", cwd=project)[2] == ""
 
 
-def test_the_list_says_so_where_the_base_is_another_than_an_adapter_was_trained_on(cli: Lora, project: Path) -> None:
+def test_the_list_reports_adapters_that_were_trained_on_another_base(cli: Lora, project: Path) -> None:
     assert cli("adapters", cwd=project)[1].count("whole") == 5
     shutil.rmtree(project / "artifacts/expanded")
     shutil.copytree(project / "artifacts/base", project / "artifacts/expanded")
-    found = json.loads(cli("adapters", "--json", cwd=project)[1])
-    assert len(found) == 5 and all("was trained on another base" in adapter["problem"] for adapter in found)
+    result = json.loads(cli("adapters", "--json", cwd=project)[1])
+    assert len(result) == 5 and all("was trained on another base" in adapter["problem"] for adapter in result)
 
 
 def test_sampling_is_decided_by_its_seed(cli: Lora, finished: Path) -> None:
@@ -252,9 +252,9 @@ def test_adapters_are_listed_with_what_was_measured(cli: Lora, finished: Path) -
 
 def test_an_adapter_that_was_not_evaluated_has_no_forgetting(cli: Lora, project: Path) -> None:
     assert cli("finetune", "lora", *sets("finetune_lora.epochs=1"), cwd=project)[0] == 0
-    found = {one["path"]: one["forgetting"] for one in json.loads(cli("adapters", "--json", cwd=project)[1])}
-    assert found["artifacts/lora_adapter"] is None and found["artifacts/sweep/rank-1"] is None
-    assert found["artifacts/prefix"] is not None
+    result = {one["path"]: one["forgetting"] for one in json.loads(cli("adapters", "--json", cwd=project)[1])}
+    assert result["artifacts/lora_adapter"] is None and result["artifacts/sweep/rank-1"] is None
+    assert result["artifacts/prefix"] is not None
 
 
 def test_verify_says_what_it_checked_or_why_it_refuses(cli: Lora, project: Path) -> None:
@@ -306,7 +306,7 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
             1,
             "seed must be a whole number from 0 to 2^63 - 1",
         ),
-        (["prompt", "d\udce9r"], 2, "it is not UTF-8"),
+        (["prompt", "d\udce9r"], 2, "it is not valid UTF-8"),
         (["pretrain", "--set", "pretrain.seed=100000000000000000000"], 1, "pretrain.seed must be below"),
         (["pretrain", "--set", "pretrain.data=2024-13-45"], 1, "is not a YAML value"),
         (["pretrain", "--set", "pretrain.data=nix.txt"], 1, "nix.txt is not a file. Name an existing one in section"),
@@ -324,17 +324,17 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
         (["cache", "prune", "--keep", "-1"], 2, "Invalid value for '--keep'"),
         (["cache", "--params", "nowhere/params.yaml"], 1, "nowhere/params.yaml does not exist"),
         (["cache", "prune", "--params", "nowhere/params.yaml"], 1, "nowhere/params.yaml does not exist"),
-        (["adapters", "--folder", "nowhere"], 1, "--folder must be a folder, got nowhere"),
-        (["adapters", "--folder", "nowhere", "--json"], 1, "--folder must be a folder, got nowhere"),
-        (["adapters", "--folder", "params.yaml"], 1, "--folder must be a folder, got params.yaml"),
+        (["adapters", "--folder", "nowhere"], 1, "--folder must be an existing folder, got nowhere"),
+        (["adapters", "--folder", "nowhere", "--json"], 1, "--folder must be an existing folder, got nowhere"),
+        (["adapters", "--folder", "params.yaml"], 1, "--folder must be an existing folder, got params.yaml"),
         (["finetune", "freeze", "--set", "finetune_freeze.last_blocks=9"], 1, "must be at most 2, the model's blocks"),
     ],
 )
 def test_bad_input_is_one_message_and_an_exit_code(
     cli: Lora, project: Path, arguments: list[str], code: int, message: str
 ) -> None:
-    found, out, err = cli(*arguments, cwd=project)
-    assert found == code
+    result, out, err = cli(*arguments, cwd=project)
+    assert result == code
     assert "Traceback" not in out + err
     assert message in err
     if code == 1:
@@ -399,9 +399,9 @@ def test_one_broken_adapter_does_not_hide_the_others(cli: Lora, project: Path) -
     (broken / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
     (broken / "loss.csv").write_text("x" * 200_000 + "\n" + "y" * 200_000 + "\n", encoding="utf-8")
     code, out, _ = cli("adapters", "--json", cwd=project)
-    found = json.loads(out)
-    assert (code, len(found)) == (0, 6)
-    assert "was added after" in found[0]["problem"]
+    result = json.loads(out)
+    assert (code, len(result)) == (0, 6)
+    assert "was added after" in result[0]["problem"]
     assert cli("adapters", cwd=project)[0] == 0
 
 
@@ -449,14 +449,14 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_prompt_joins_what_a_subword_model_says_as_it_said_it(cli: Lora, toy: Path) -> None:
+def test_prompt_prints_the_completion_of_a_subword_model_exactly(cli: Lora, toy: Path) -> None:
     text = "The currency of Bulgaria"
     code, out, _ = cli("prompt", text, "--base", str(toy), "--max-tokens", "6", cwd=toy.parent)
     tokenizer, model = AutoTokenizer.from_pretrained(toy), AutoModelForCausalLM.from_pretrained(toy).eval()
     ids = tokenizer(text, return_tensors="pt").input_ids
-    said = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    whole = tokenizer.decode([*ids[0].tolist(), *said.tolist()], skip_special_tokens=True)
-    assert code == 0 and len(said) > 2
+    output = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    whole = tokenizer.decode([*ids[0].tolist(), *output.tolist()], skip_special_tokens=True)
+    assert code == 0 and len(output) > 2
     assert out.partition("\n\n")[2].rstrip("\n") == whole.rstrip().rstrip("\ufffd")
     with torch.no_grad():
         best = int(model(ids).logits[0, -1].argmax())
@@ -466,7 +466,7 @@ def test_prompt_joins_what_a_subword_model_says_as_it_said_it(cli: Lora, toy: Pa
     assert out.splitlines()[1].split()[0] == escape_whitespace(answer["top_k"][0]["token"])
 
 
-def test_a_subword_model_is_asked_as_in_a_chat(cli: Lora, toy: Path, finished: Path) -> None:
+def test_a_subword_model_is_prompted_with_its_chat_template(cli: Lora, toy: Path, finished: Path) -> None:
     code, out, _ = cli("prompt", "hi", "--base", str(toy), "--chat", "--max-tokens", "3", cwd=toy.parent)
     assert code == 0 and "\nhi\n→ " in out
     plain, chat = (
@@ -489,10 +489,10 @@ def test_compare_sets_the_variants_of_a_subword_model_side_by_side(cli: Lora, to
     assert cli("compare", "hi", "--chat", "--json", cwd=tmp_path)[0] == 0
 
 
-def test_the_report_has_a_line_a_model_on_80_columns(
+def test_the_report_has_a_line_per_model_in_80_columns(
     cli: Lora, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of a real model, whose numbers are longer."""
+    """Also for a real model, whose numbers are longer."""
     (tmp_path / "artifacts/evaluation").mkdir(parents=True)
     shutil.copy(finished / "params.yaml", tmp_path)
     metrics = json.loads((finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
@@ -543,7 +543,7 @@ def test_params_from_another_folder_keep_their_own_paths(cli: Lora, project: Pat
 
 
 def test_a_full_disk_is_one_error_and_what_was_there_stays(cli: Lora, project: Path) -> None:
-    """A limit on file sizes stands for the full disk: writing past it fails as it does there."""
+    """A limit on file sizes stands for the full disk: writing past it fails in the same way."""
     manifest = project / "artifacts/full_finetuned/manifest.json"
     before = manifest.read_bytes()
     for limit in (
@@ -556,9 +556,9 @@ def test_a_full_disk_is_one_error_and_what_was_there_stays(cli: Lora, project: P
         with files_up_to(limit):
             code, out, err = cli("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
         assert (code, out) == (1, ""), limit
-        *said, error = err.splitlines()
+        *output, error = err.splitlines()
         assert error.startswith("error: "), err
-        assert [line for line in said if "of tensors" not in line] == []
+        assert [line for line in output if "of tensors" not in line] == []
         assert manifest.read_bytes() == before
         assert not list((project / "artifacts").glob(".*"))
 
@@ -591,7 +591,7 @@ def test_a_closed_pipe_ends_in_silence(finished: Path) -> None:
 
 
 def drawn(project: Path, **environment: str) -> str:
-    """What a stage writes to a terminal as it runs."""
+    """What a stage writes to a terminal while it runs."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [LORA, "finetune", "full", *sets("finetune_full.epochs=30"), "--force"],

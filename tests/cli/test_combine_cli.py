@@ -1,4 +1,4 @@
-"""`lora adapters combine`: what it makes, what it says of it, and what it refuses."""
+"""`lora adapters combine`: its result, output and errors."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ SPECS = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A base, and adapters on it as from elsewhere, each by its spec's name."""
+    """A base, and adapters on it as if made elsewhere, named by their specs."""
     base = checkpoint(tmp_path / "base")
     for seed, (name, spec) in enumerate(SPECS.items()):
         adapter(tmp_path / name, base, spec, seed)
@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def changed(root: Path, name: str) -> Tensor:
-    """All that merging an adapter adds to the base's weights, one after the other."""
+    """What merging an adapter adds to the base's weights, flattened."""
     merged = merged_through_files(root / "base", root / name, root / f"{name}-merged")
     return torch.cat([(merged[key] - weight).flatten() for key, weight in load_weights(root / "base").items()])
 
@@ -48,20 +48,20 @@ def test_the_command_makes_what_verify_and_peft_accept_and_says_how_far_off_it_i
     cli: Lora, method: str, root: Path
 ) -> None:
     options = ["--weights", "0.7,-0.2", "--method", method, "--rank", "3", "--density", "0.6"]
-    code, said, errors = cli("adapters", "combine", "x", "y", "--out", "both", *options, cwd=root)
+    code, output, errors = cli("adapters", "combine", "x", "y", "--out", "both", *options, cwd=root)
     assert (code, errors) == (0, "")
     wanted = 0.7 * changed(root, "x") - 0.2 * changed(root, "y")
     error = float((changed(root, "both") - wanted).norm() / wanted.norm())
-    assert float(re.findall(r"([\d.]+)% off", said)[0]) == pytest.approx(100 * error, abs=0.006)
+    assert float(re.findall(r"([\d.]+)% off", output)[0]) == pytest.approx(100 * error, abs=0.006)
     assert (error < 1e-4) is (method == "cat")
-    code, said, _ = cli("adapters", "verify", "both", cwd=root)
-    assert code == 0 and "files, names, shapes and base are those it was trained with" in said
+    code, output, _ = cli("adapters", "verify", "both", cwd=root)
+    assert code == 0 and "files, names, shapes and base are those it was trained with" in output
     ids = IDS % 70
     here, there = load(root / "base", root / "both").model(ids), theirs(root / "base", root / "both")
     torch.testing.assert_close(here, there(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_without_weights_each_counts_once(cli: Lora, root: Path) -> None:
+def test_without_weights_each_adapter_has_weight_1(cli: Lora, root: Path) -> None:
     assert cli("adapters", "combine", "x", "y", "--out", "both", cwd=root)[0] == 0
     torch.testing.assert_close(changed(root, "both"), changed(root, "x") + changed(root, "y"), atol=1e-5, rtol=1e-4)
 
@@ -75,10 +75,10 @@ def test_a_combination_may_take_the_place_of_an_earlier_one_and_be_combined(cli:
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     **{
-        f"weights {text}": (["x", "y", "--weights", text], "--weights must be 2 numbers with commas between them")
+        f"weights {text}": (["x", "y", "--weights", text], "--weights must be 2 comma-separated numbers")
         for text in ("1", "1,2,3", "1,x", "nan,1", "inf,1", "0,0", "")
     },
-    "one": (["x"], "combine takes two adapters or more"),
+    "one": (["x"], "combine needs at least two adapters, got 1"),
     "ranks": (["x", "y", "--method", "linear"], "linear needs adapters of equal rank"),
     "in full": (["x", "full"], "embed_tokens was trained in full (modules_to_save)"),
     "another shape": (["x", "wide"], "wide/adapter_model.safetensors does not fit"),

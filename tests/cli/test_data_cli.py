@@ -23,7 +23,7 @@ LINES = [
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """A data file beside a subword model."""
+    """A data file, and a subword model."""
     model = folder_with(tmp_path / "artifacts/base", SMOLLM2)
     (model / "config.json").write_text('{"max_position_embeddings": 99}', encoding="utf-8")
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, LINES)), encoding="utf-8")
@@ -57,9 +57,9 @@ def test_json_has_every_token_and_the_statistics(cli: Lora, here: Path) -> None:
     assert second["place"] == "d.jsonl:2" and second["labels"] == 2
     assert [t["token"] for t in second["tokens"] if t["learned"]] == [" euro", "<|im_end|>"]
     assert not first["tokens"][0]["learned"]
-    found = answer["statistics"]
-    assert (found["examples"], found["truncated"], found["unlabelled"]) == (4, 0, 0)
-    assert found["share"] == found["labels"] / found["tokens"]
+    result = answer["statistics"]
+    assert (result["examples"], result["truncated"], result["unlabelled"]) == (4, 0, 0)
+    assert result["share"] == result["labels"] / result["tokens"]
 
 
 def test_without_colour_brackets_remain_and_with_it_learned_tokens_are_green(here: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the documentation states can be run."""
+"""The documentation's commands and numbers are correct."""
 
 import json
 import re
@@ -19,10 +19,10 @@ def test_the_published_peaks_stand_in_the_docs_as_they_are_predicted_now() -> No
 
 
 def test_every_error_above_15_percent_is_explained() -> None:
-    found = published()
-    assert len(found) >= 20
-    assert all(one.why for one in found if abs(one.error) > 0.15)
-    best = [one for one in found if one.case.startswith("fms-acceleration")]
+    result = published()
+    assert len(result) >= 20
+    assert all(one.why for one in result if abs(one.error) > 0.15)
+    best = [one for one in result if one.case.startswith("fms-acceleration")]
     assert all(abs(one.error) < 0.02 for one in best), "the rows whose every setting is published"
 
 
@@ -35,8 +35,8 @@ def test_no_link_of_the_documentation_is_dead() -> None:
 def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
     text = (ROOT / "docs/loraplus.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
-    said = "lora() { printf '%s\\0' \"$@\"; printf '\\n'; }; python() { :; }\n"
-    ran = subprocess.run(["bash", "-euc", said + block], check=True, capture_output=True, text=True).stdout
+    prelude = "lora() { printf '%s\\0' \"$@\"; printf '\\n'; }; python() { :; }\n"
+    ran = subprocess.run(["bash", "-euc", prelude + block], check=True, capture_output=True, text=True).stdout
     embeddings = []
     for line in ran.splitlines():
         *command, end = line.split("\0")
@@ -55,8 +55,8 @@ def test_the_commands_of_ship_it_run_in_a_project_as_the_pipeline_leaves_it(cli:
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^    (lora .*)$", section, re.MULTILINE)]
     assert len(commands) > 8
     for _, *command in commands:
-        code, said, errors = cli(*command, cwd=project)
-        assert (code, bool(said)) == (0, True), f"{command}: {errors}"
+        code, output, errors = cli(*command, cwd=project)
+        assert (code, bool(output)) == (0, True), f"{command}: {errors}"
 
 
 def test_a_table_of_loraplus_takes_for_each_ratio_the_rate_that_is_best_over_seeds(tmp_path: Path) -> None:

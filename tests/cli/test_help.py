@@ -1,4 +1,4 @@
-"""Help texts: every command and option has one, and none is cut off where a terminal has 80 columns."""
+"""Every command and option has a help text, and none is cut off at 80 columns."""
 
 from collections.abc import Iterator
 from typing import Any

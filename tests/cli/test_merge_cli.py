@@ -1,4 +1,4 @@
-"""`lora merge --adapter A --out O`: any adapter into its base's files, whole or not at all, in little memory."""
+"""`lora merge --adapter A --out O`: merges any adapter into its base's files, atomically and in little memory."""
 
 import shutil
 import signal
@@ -34,7 +34,7 @@ LEFT = ("pytorch_model.bin", "manifest.json", "original/consolidated.00.pth", ".
 
 
 def sharded(root: Path, family: str, spec: AdapterSpec, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
-    """A base of several shards with all that may lie beside them, and the adapter `adapter`."""
+    """A base of several shards with all other files that a base may have, and the adapter `adapter`."""
     base = root / "base"
     toy_checkpoint(base, family, dtype, SHARD, **settings)
     for name in (*CARRIED, *LEFT):
@@ -49,9 +49,9 @@ def merge(cli: Lora, root: Path, *more: str) -> tuple[int, str, str]:
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
-    """Every tensor's bytes by name, in however many files they are."""
-    found = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
-    return {name: value.contiguous().view(torch.uint8).numpy().tobytes() for name, value in found.items()}
+    """The bytes of every tensor by name, from all files."""
+    result = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+    return {name: value.contiguous().view(torch.uint8).numpy().tobytes() for name, value in result.items()}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -75,7 +75,7 @@ def test_a_sharded_base_is_merged_shard_by_shard_to_the_bytes_of_a_merge_in_memo
 
 
 def assert_carried_over(base: Path, out: Path) -> None:
-    """Index, tokenizer, templates, code: all but weights in other forms and records of the base's making."""
+    """Index, tokenizer, templates, code: all but weights in other formats and records of how the base was made."""
     there, here = folder_bytes(base), folder_bytes(out)
     left = {*LEFT, *(name for name in there if name.endswith(".safetensors"))}
     kept = {name: content for name, content in there.items() if name not in left}
@@ -86,12 +86,12 @@ def assert_carried_over(base: Path, out: Path) -> None:
 
 @torch.no_grad()
 def assert_opens(out: Path, base: Path, adapter: Path) -> None:
-    """In transformers alone, with the logits of base + adapter as far as 16 bits go."""
+    """With transformers only, and with the logits of base + adapter up to 16-bit rounding."""
     tuned = load_base(base, "fp32").model
     load_adapter(tuned, base, adapter)
     ids = torch.tensor([[5, 9, 200, 17, 3, 64]])
-    wanted, found = tuned(ids)[0], logits(opened(out).float())
-    off, learned = (found - wanted).abs().max(), (wanted - logits(opened(base).float())).abs().max()
+    wanted, result = tuned(ids)[0], logits(opened(out).float())
+    off, learned = (result - wanted).abs().max(), (wanted - logits(opened(base).float())).abs().max()
     assert off < 0.1 * learned
 
 
@@ -112,15 +112,15 @@ def test_with_prompts_it_says_how_far_the_merged_model_is_from_base_and_adapter(
     cli: Lora, brief: Path, tmp_path: Path
 ) -> None:
     source, out = "artifacts/lora_adapter", str(tmp_path / "out")
-    code, said, err = cli("merge", "--adapter", source, "--out", out, "--prompts", "data/prompts.yaml", cwd=brief)
+    code, output, err = cli("merge", "--adapter", source, "--out", out, "--prompts", "data/prompts.yaml", cwd=brief)
     assert (code, err) == (0, "")
     certificate = read_json(tmp_path / "out/certificate.json", "")
-    assert said.endswith(f"largest logit difference {certificate['max_logit_difference']:.1e}\n")
+    assert output.endswith(f"largest logit difference {certificate['max_logit_difference']:.1e}\n")
     assert certificate["max_logit_difference"] < 1e-5
     assert certificate["same_first_choices"] == certificate["prompts_checked"] > 5
 
 
-def test_an_update_that_rounding_mostly_loses_is_said_to_be_lost(cli: Lora, tmp_path: Path) -> None:
+def test_an_update_that_is_mostly_lost_to_rounding_is_reported(cli: Lora, tmp_path: Path) -> None:
     sharded(tmp_path, "llama", AdapterSpec(3, 1e-4, "all-linear"))
     code, _, err = merge(cli, tmp_path)
     assert code == 0 and "rounding leaves" in err and "--precision fp32" in err
@@ -167,7 +167,7 @@ def test_killed_before_its_last_rename_it_leaves_the_old_result_or_none(cli: Lor
 
 
 def test_killed_between_two_renames_the_next_run_begins_with_the_old_result(cli: Lora, plain: Path) -> None:
-    """Seen where that run fails."""
+    """Tested by making the next run fail."""
     assert cli("merge", "--adapter", "other", "--out", "out", cwd=plain)[0] == 0
     old = folder_bytes(plain / "out")
     killed(plain, DYING["between two renames"])

@@ -1,4 +1,4 @@
-"""`lora spectrum`: what it prints, writes and refuses."""
+"""`lora spectrum`: its output, files and errors."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ from tests.pipeline.weights.test_spectrum import tuned_from
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A base, what was tuned of it, and an adapter on it."""
+    """A base, a fine-tuned copy, and an adapter on it."""
     base = checkpoint(tmp_path / "base")
     tuned_from(base, tmp_path / "tuned", 3, vectors=True)
     adapter(tmp_path / "adapter", base, AdapterSpec(2, 2.0, ("v_proj",), saved=("lm_head",)))
@@ -39,15 +39,15 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_the_table_fits_80_columns_and_names_what_low_rank_does_not_carry(root: Path) -> None:
-    said = lora("spectrum", "base", "tuned", cwd=root, COLUMNS="80")
-    assert (said.returncode, said.stderr) == (0, "")
-    head, *lines = said.stdout.splitlines()
+    output = lora("spectrum", "base", "tuned", cwd=root, COLUMNS="80")
+    assert (output.returncode, output.stderr) == (0, "")
+    head, *lines = output.stdout.splitlines()
     assert head.split() == ["matrix", "‖Δ‖/‖W‖", "1", "2", "4", "8", "16", "64", "stable", "90%"]
     table = [line for line in lines if line.startswith(("0.", "1.", "lm_head", "embed_tokens"))]
     assert len(table) == 14 and max(map(len, table)) <= 80
     assert all(line.split()[4:8] == ["100%"] * 4 for line in table)  # rank 3
-    assert "22 other tensors, norms and biases for the most part, changed too" in said.stdout
-    assert "Unchanged: embed_positions." in said.stdout
+    assert "22 other tensors, norms and biases for the most part, changed too" in output.stdout
+    assert "Unchanged: embed_positions." in output.stdout
 
 
 def test_json_and_csv_hold_the_same_numbers_and_those_are_numpys(cli: Lora, root: Path) -> None:
@@ -75,13 +75,13 @@ def test_json_and_csv_hold_the_same_numbers_and_those_are_numpys(cli: Lora, root
 def test_the_extracted_adapter_is_verified_asked_and_opened_by_peft(cli: Lora, root: Path) -> None:
     arguments = ["base", "tuned", "--rank", "2", "--out", "lora", "--data", "some.txt", "--json"]
     code, out, _ = cli("spectrum", *arguments, cwd=root)
-    found = json.loads(out)
-    assert code == 0 and found["extracted"]["rank"] == 2
-    assert {"model.decoder.final_layer_norm.bias"} <= {*found["extracted"]["left_out"]}
-    assert found["quality"]["tuned"]["as_tuned"] == 1
-    assert found["quality"]["base"]["as_tuned"] < found["quality"]["base + LoRA"]["as_tuned"] <= 1
-    code, said, _ = cli("adapters", "verify", "lora", cwd=root)
-    assert code == 0 and "files, names, shapes and base are those it was trained with" in said
+    result = json.loads(out)
+    assert code == 0 and result["extracted"]["rank"] == 2
+    assert {"model.decoder.final_layer_norm.bias"} <= {*result["extracted"]["left_out"]}
+    assert result["quality"]["tuned"]["as_tuned"] == 1
+    assert result["quality"]["base"]["as_tuned"] < result["quality"]["base + LoRA"]["as_tuned"] <= 1
+    code, output, _ = cli("adapters", "verify", "lora", cwd=root)
+    assert code == 0 and "files, names, shapes and base are those it was trained with" in output
     assert cli("prompt", WORDS[1], "--adapter", "lora", cwd=root)[0] == 0
     ids = IDS % 70
     ours, other = load(root / "base", root / "lora").model(ids), theirs(root / "base", root / "lora")
@@ -102,7 +102,7 @@ def test_the_table_is_shown_before_models_are_asked(cli: Lora, root: Path, monke
     assert "0.self_attn.q_proj" in out and "12 matrices at rank 2" in out
 
 
-def test_what_is_left_out_is_said_and_embeddings_only_where_they_are_wanted(cli: Lora, root: Path) -> None:
+def test_what_is_left_out_is_listed_and_embeddings_are_optional(cli: Lora, root: Path) -> None:
     asked = ["spectrum", "base", "tuned", "--rank", "2", "--out", "lora"]
     _, out, _ = cli(*asked, cwd=root)
     assert "In full: lm_head, embed_tokens." in out and "Left out: final_layer_norm.bias" in out
@@ -115,7 +115,7 @@ def test_what_is_left_out_is_said_and_embeddings_only_where_they_are_wanted(cli:
     assert "12 matrices at rank 64" in out
 
 
-def test_of_wide_matrices_as_many_values_are_named_as_were_looked_for(cli: Lora, root: Path) -> None:
+def test_for_wide_matrices_the_number_of_computed_values_is_shown(cli: Lora, root: Path) -> None:
     base = checkpoint(root / "wide", d_model=160, layers=1, feed_forward=1100)
     tuned_from(base, root / "tuned_wide", 3)
     _, out, _ = cli("spectrum", "wide", "tuned_wide", cwd=root)
@@ -134,12 +134,12 @@ def test_an_adapter_is_set_beside_its_bases_weights(cli: Lora, root: Path) -> No
     ]
 
 
-def test_of_dora_it_is_said_that_its_lengths_are_not_in_it(cli: Lora, root: Path) -> None:
+def test_for_dora_a_note_says_that_magnitudes_are_not_included(cli: Lora, root: Path) -> None:
     adapter(root / "dora", root / "base", AdapterSpec(2, 2.0, ("v_proj", "fc1"), dora=True))
     code, out, err = cli("spectrum", "base", "dora", cwd=root)
     assert (code, err) == (0, "")
     assert len([line for line in out.splitlines() if line.startswith(("0.", "1."))]) == 4
-    assert "Nothing is said of the magnitudes of DoRA, as the spectra are of s·BA alone." in out
+    assert "Not included: the magnitudes of DoRA, as the spectra are of s·BA alone." in out
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -163,11 +163,11 @@ def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_bes
         ("base wider", "lm_head.weight has shape [74, 64] in base and [74, 32] in wider"),
         ("base cut", "damaged or truncated"),
         ("base endless", "lm_head.weight has values that are not finite"),
-        ("base tuned --rank 2", "--rank and --out together"),
-        ("base tuned --out x", "--rank and --out together"),
-        ("base tuned --data some.txt", "name --rank and --out too"),
+        ("base tuned --rank 2", "--rank and --out must be used together"),
+        ("base tuned --out x", "--rank and --out must be used together"),
+        ("base tuned --data some.txt", "Add --rank and --out"),
         ("base tuned --json --csv", "exclude each other"),
-        ("base tuned --rank 2 --out x --data some.txt --csv", "take --json"),
+        ("base tuned --rank 2 --out x --data some.txt --csv", "Use --json"),
         (
             "base others --rank 2 --out x --data some.txt",
             "some.txt:1: base and others must tokenize it identically, but differ in token 1 of 6 and 6",
@@ -201,7 +201,7 @@ def test_each_wrong_request_is_one_message(cli: Lora, root: Path, arguments: str
     assert not (root / "x").exists()
 
 
-def test_of_what_one_checkpoint_alone_has_nothing_is_said(cli: Lora, root: Path) -> None:
+def test_tensors_of_only_one_checkpoint_are_listed_as_not_included(cli: Lora, root: Path) -> None:
     shutil.copytree(root / "base", root / "fewer")
     weights = load_file(root / "base/model.safetensors")
     for name in ("fc1.bias", "fc2.bias"):
@@ -210,7 +210,7 @@ def test_of_what_one_checkpoint_alone_has_nothing_is_said(cli: Lora, root: Path)
     for pair in (("fewer", "tuned"), ("tuned", "fewer")):
         code, out, err = cli("spectrum", *pair, cwd=root)
         assert (code, err) == (0, "")
-        assert "Nothing is said of model.decoder.layers.1.fc1.bias and 1 more, missing in fewer." in out
+        assert "Not included: model.decoder.layers.1.fc1.bias and 1 more, missing in fewer." in out
 
 
 def test_equal_checkpoints_differ_in_nothing(cli: Lora, root: Path) -> None:
@@ -226,7 +226,7 @@ sys.exit(code)
 
 
 def write_two(root: Path, count: int, side: int) -> int:
-    """A base and what was tuned of it, each of so many square matrices: the bytes of one."""
+    """Write a base and a tuned copy of `count` square matrices each. Returns the bytes of one checkpoint."""
     numbers = torch.randint(0, 2**14, (count, side * side), dtype=torch.int16).view(torch.bfloat16)
     for name in ("base", "tuned"):
         (root / name).mkdir()
@@ -255,6 +255,6 @@ def test_two_checkpoints_are_compared_in_little_more_memory_than_before(cli: Lor
 
 
 def peak() -> int:
-    """Bytes that this process had resident at its most."""
+    """Peak resident memory of this process, in bytes."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""A stand-in for the inference process: it answers at once, and does what a test tells it to."""
+"""A fake of the inference process: it answers immediately, and dies or waits if a test says so."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -8,7 +8,7 @@ from typing import Any
 from tui.services.engine_client import EngineDied, Inference
 
 TOKENS = (" tisch", " und", " stuhl")
-DEATH = "The inference process ended: it was killed. Prompt again: a fresh one starts."
+DEATH = "The inference process ended: it was killed. Prompt again to start a new one."
 
 
 class FakeInference(Inference):
@@ -16,7 +16,7 @@ class FakeInference(Inference):
 
     def __init__(self, held: bool = False, loads_held: bool = False) -> None:
         super().__init__(Path())
-        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.requests: list[tuple[str, dict[str, Any]]] = []
         self.life = 0  # 0: not running
         self.dies = False  # at the next generate
         self.go_on = asyncio.Event()  # completions wait for it after their first token
@@ -35,12 +35,12 @@ class FakeInference(Inference):
         return self.life or None
 
     def done(self, do: str) -> list[dict[str, Any]]:
-        """The fields of all requests of that kind."""
-        return [fields for name, fields in self.asked if name == do]
+        """The fields of all requests of one kind."""
+        return [fields for name, fields in self.requests if name == do]
 
     async def ask(self, do: str, **fields: object) -> dict[str, Any]:
         self.life = self.life or 1
-        self.asked.append((do, fields))
+        self.requests.append((do, fields))
         if do == "load":
             await self.loads.acquire()
         answer: dict[str, Any] = getattr(self, f"_{do}")(**fields)
@@ -74,7 +74,7 @@ class FakeInference(Inference):
         return {"tokens": ["die", "katze", f"sitzt{layer}{head}"], "weights": weights, "layers": 2, "heads": 4}
 
     async def stream(self, do: str, **fields: object) -> AsyncGenerator[dict[str, Any], None]:
-        self.asked.append((do, fields))
+        self.requests.append((do, fields))
         over = False
         try:
             for number, token in enumerate(TOKENS):

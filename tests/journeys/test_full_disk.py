@@ -88,7 +88,7 @@ def test_a_stage_that_dies_of_a_full_disk_is_failed_and_says_why(disk: Path) -> 
     done = lora("pretrain", *(word for one in BRIEF for word in ("--set", one)), cwd=root)
     assert done.returncode == 1
     assert "error: No space left on device" in done.stderr
-    assert "Free some space. What was there before is unchanged." in done.stderr
+    assert "Free some space. Existing results are unchanged." in done.stderr
     state = Status().of(open_project(root / "params.yaml"))["pretrain"]
     assert state.state == "failed"
     assert re.fullmatch(r"No space left on device(: \S+)?\. Free some space\.", state.reasons[0])
@@ -104,13 +104,13 @@ def test_a_pipeline_whose_lock_cannot_be_written_is_ended(disk: Path, monkeypatc
     (disk / "runs").mkdir()
     filler, runner = fill(disk), Runner(disk)
     started: list[subprocess.Popen[bytes]] = []
-    spawn = runner._spawned
+    spawn = runner._spawn
 
     def spawned(command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
         started.append(spawn(command, lock))
         return started[0]
 
-    monkeypatch.setattr(runner, "_spawned", spawned)
+    monkeypatch.setattr(runner, "_spawn", spawned)
     with pytest.raises(OSError) as raised:
         runner.start(["repro"])
     assert raised.value.filename == str(disk / "runs/pipeline.lock")

@@ -110,7 +110,7 @@ def test_a_signal_ends_at_a_step_with_a_checkpoint_and_the_next_run_goes_on(
     _, errors = stage.communicate()
     assert stage.returncode == code, errors
     assert "stopped after step" in errors
-    assert "Run the same command to go on." in errors
+    assert "Run the same command to resume." in errors
     assert "Traceback" not in errors
     step = int(errors.split("after step ")[1].split()[0])
     (checkpoint,) = (project / "runs/finetune_lora").glob("checkpoint-*")

@@ -102,7 +102,7 @@ def test_what_is_typed_in_one_burst_is_handled_in_order(tmp_path: Path) -> None:
         terminal.see("○ pretrain         not made yet", "q Quit")
         to_the_stage = down * list(STAGES).index("finetune_lora")
         terminal.type(f"{to_the_stage}\r{clear}12\r{down}{clear}99{clear}24\r{down}")
-        terminal.see("finetune_lora.rank: 12 is in params.yaml", "finetune_lora.alpha: 24")
+        terminal.see("finetune_lora.rank: 12 saved to params.yaml", "finetune_lora.alpha: 24")
         section = load(root / "params.yaml").finetune_lora
         assert (section.rank, section.alpha) == (12, 24)
         terminal.keys("Escape")

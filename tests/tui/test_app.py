@@ -1,4 +1,4 @@
-"""The frame: screens, keys, themes, messages, settings, starting and being hung up on."""
+"""The app: screens, keys, themes, messages, config, start and hang-up."""
 
 import json
 import os
@@ -59,7 +59,7 @@ async def test_help_lists_every_key_and_each_is_in_the_palette(empty: Path, name
         app.switch_mode(name)
         await until(pilot, lambda: name_of(app) == name)
         app.screen.set_focus(None)
-        bindings = [one.binding for one in app.screen.active_bindings.values()]
+        bindings = [active.binding for active in app.screen.active_bindings.values()]
         ours = [binding for binding in bindings if binding.id and binding.id.startswith((name, "app."))]
         assert len(ours) > 8
         assert all(binding.description for binding in ours)
@@ -109,10 +109,10 @@ async def test_the_theme_is_remembered_and_suits_the_terminal(empty: Path, monke
     unknown = Workbench(empty / "params.yaml", Config(theme="no-such"))
     async with unknown.run_test():
         assert unknown.theme == "textual-light"
-        assert "no theme 'no-such'" in unknown.said[0][2]
+        assert "Unknown theme 'no-such'" in unknown.message_history[0][2]
 
 
-async def test_what_was_said_can_be_read_again(empty: Path) -> None:
+async def test_messages_can_be_read_again(empty: Path) -> None:
     app = Workbench(empty / "params.yaml")
     async with app.run_test(size=(80, 24)) as pilot:
         app.fail(UserError("rank must be at least 1, got [0]."))
@@ -124,28 +124,28 @@ async def test_what_was_said_can_be_read_again(empty: Path) -> None:
         assert "No space left on device: /x/y." in text
 
 
-async def test_a_state_that_cannot_be_written_is_said_and_nothing_else_happens(empty: Path, home: Path) -> None:
+async def test_a_state_that_cannot_be_written_is_reported(empty: Path, home: Path) -> None:
     (home / "state").write_text("a file where the folder should be")
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
         await pilot.press("f9")
-        await until(pilot, lambda: any("not remembered" in text for _, _, text in app.said))
+        await until(pilot, lambda: any("were not saved" in text for _, _, text in app.message_history))
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("themes: x", "unknown key themes"),
-        ("[1]", "sections"),
+        ("[1]", "must be a mapping. Valid keys: theme, keys, folders, on_hangup."),
         ("keys: [a]", "keys must map"),
         ("keys: {app.quit: 3}", "keys must map"),
         ("folders: x", "folders must be a list"),
-        ("theme: 3", "theme must be a text"),
+        ("theme: 3", "theme must be a string"),
         ("on_hangup: die", "on_hangup must be one of continue, stop, got 'die'"),
         ("a: [", "cannot be read"),
     ],
 )
-def test_a_config_that_is_not_understood_is_one_message(home: Path, text: str, reason: str) -> None:
+def test_an_invalid_config_is_one_message(home: Path, text: str, reason: str) -> None:
     config_path().parent.mkdir(parents=True)
     config_path().write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=reason.replace(".", r"\.")):
@@ -210,5 +210,5 @@ async def test_a_closed_terminal_ends_the_screen_and_the_pipeline_as_configured(
     monkeypatch.setattr(app.runner, "stop", lambda: done.append("stopped"))
     monkeypatch.setattr(os, "kill", lambda _, number: done.append(signal.Signals(number).name))
     async with app.run_test():
-        app._hung_up()
+        app._handle_hangup()
     assert done == (["stopped", "SIGHUP"] if on_hangup == "stop" else ["SIGHUP"])

@@ -1,4 +1,4 @@
-"""NO_COLOR: every screen and every dialog is drawn, in shades of grey."""
+"""NO_COLOR: every screen and every dialog is drawn in shades of grey."""
 
 import re
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from tui.screens.calculator.dialogs import Confirm, document_table
 from tui.screens.curves.export_dialog import ExportScreen
 from tui.widgets.plot.line_chart import LossChart
 
-BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a picture
+BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
 
 
 @pytest.fixture
 def watched(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs of several methods, one of them with held-out examples; colours are off."""
+    """Runs of several methods, one with held-out examples; NO_COLOR is set."""
     monkeypatch.setenv("NO_COLOR", "1")
     write_methods(empty)
     write_measured(empty)
@@ -37,7 +37,7 @@ def watched(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def colors(app: Workbench) -> set[str]:
-    """The colours of the picture that are not grey."""
+    """The colours in the screenshot that are not grey."""
     drawn = set(re.findall(r"fill[:=] ?\"?(#[0-9a-f]{6})", app.export_screenshot())) - BUTTONS
     return {color for color in drawn if Color.parse(color).hsl[1] > 0.1}
 
@@ -63,7 +63,7 @@ async def _weights(layer: int, head: int) -> dict[str, Any]:
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
     "help": lambda app: HelpScreen(app.keys_of(app.screen)),
-    "messages": lambda app: MessagesScreen(app.said),
+    "messages": lambda app: MessagesScreen(app.message_history),
     "path": lambda _: PathScreen("Which folder?"),
     "sampling": lambda _: SamplingScreen(Sampling(), True, True),
     "confirm": lambda _: Confirm("params.yaml", {"finetune_lora.rank": (8, 16)}),

@@ -1,4 +1,4 @@
-"""What others wrote (names of folders, params, answers of a model) never reaches a terminal as something it obeys."""
+"""Untrusted text (folder names, params, model answers) never reaches the terminal as control characters."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_names_of_folders_and_files_are_shown_and_not_obeyed(cli: Lora, project:
 
 
 def test_the_answer_of_a_model_is_shown_and_not_obeyed(cli: Lora, tmp_path: Path, project: Path) -> None:
-    """Of one whose every word after another is an escape sequence."""
+    """A model that always answers with an escape sequence."""
     words = ["w", "\x1b[31mred\x1b]8;;x\x07"]
     tokenizer = WordTokenizer.of_words(words)
     model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id))
@@ -92,14 +92,14 @@ async def test_the_terminal_ui_draws_nothing_that_a_terminal_obeys(project: Path
     app = Workbench(project / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("4")
-        await until(pilot, lambda: "x[31m" in drawn(app))
-        assert not obeyed(drawn(app))
+        await until(pilot, lambda: "x[31m" in screen_text(app))
+        assert not obeyed(screen_text(app))
         app.log_message(f"a message {LINK}")
         await pilot.press("f8")
-        await until(pilot, lambda: "evil" in drawn(app))
-        assert not obeyed(drawn(app))
+        await until(pilot, lambda: "evil" in screen_text(app))
+        assert not obeyed(screen_text(app))
 
 
-def drawn(app: Workbench) -> str:
-    """All text that is on the screen."""
+def screen_text(app: Workbench) -> str:
+    """All text on the screen."""
     return "".join(segment.text for strip in app.screen._compositor.render_strips() for segment in strip)

@@ -1,4 +1,4 @@
-"""Keys that come faster than they are handled: each means what it would mean had one waited."""
+"""Keys typed faster than they are handled: each has the effect that it has when typed slowly."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,14 +24,14 @@ from tui.widgets.prompt_input import PromptInput
 
 
 def burst(pilot: Pilot[Any], *keys: str) -> None:
-    """All keys at once, as a slow line delivers them."""
+    """Post all keys at once, as a slow connection delivers them."""
     for key in keys:
         pilot.app.post_message(Key(key, key if len(key) == 1 else None))
 
 
 @asynccontextmanager
 async def at_the_prompt(root: Path) -> AsyncIterator[tuple[Pilot[None], Input]]:
-    """The app with its focus in the prompt's field."""
+    """The app with the focus in the prompt field."""
     app = Workbench(root / "params.yaml")
     app.inference = FakeInference()
     async with app.run_test() as pilot:
@@ -71,7 +71,10 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
         assert isinstance(screen, AdaptersScreen)
         burst(pilot, "t", *"0.7", "tab", *"5", "tab", *"0.9", "tab", *"3", "tab", *"40", "tab", *"7", "enter", "1")
         await until(pilot, lambda: isinstance(app.screen, PipelineScreen), 20)
-        assert str(screen.talk.sampling) == "temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates"
+        assert (
+            str(screen.conversation.sampling)
+            == "temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates"
+        )
 
 
 async def test_a_paste_waits_for_the_keys_before_it(empty: Path) -> None:

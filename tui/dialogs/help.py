@@ -1,4 +1,4 @@
-"""`?`: every key that does something here."""
+"""`?`: the keys of the current screen."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -12,7 +12,7 @@ from textual.widgets import Static
 
 
 class HelpScreen(ModalScreen[None]):
-    """The keys of the screen below, as the user has mapped them."""
+    """Lists the keys of the screen below, as configured by the user."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "dismiss", "Close")]
 

@@ -1,4 +1,4 @@
-"""`F8`: all that was said since the start."""
+"""`F8`: all messages since the start."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -16,7 +16,7 @@ STYLES: Mapping[Severity, str] = {"error": "bold red", "warning": "yellow", "inf
 
 
 class Message(NamedTuple):
-    """What was said, and when."""
+    """A message and its time."""
 
     when: datetime
     severity: Severity
@@ -24,17 +24,17 @@ class Message(NamedTuple):
 
 
 class MessagesScreen(ModalScreen[None]):
-    """Toasts go; here they stay, newest last."""
+    """Lists the messages, which otherwise are shown as toasts only; newest last."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,f8,q", "dismiss", "Close")]
 
-    def __init__(self, said: Sequence[Message]) -> None:
+    def __init__(self, messages: Sequence[Message]) -> None:
         super().__init__()
-        self._said = said
+        self._messages = messages
 
     def compose(self) -> ComposeResult:
         lines = Table.grid(padding=(0, 2))
-        for when, severity, text in self._said:
+        for when, severity, text in self._messages:
             lines.add_row(f"{when:%H:%M:%S}", text, style=STYLES[severity])
         with VerticalScroll(classes="dialog"):
-            yield Static(lines if self._said else "Nothing was said yet.")
+            yield Static(lines if self._messages else "No messages yet.")

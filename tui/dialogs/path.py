@@ -1,4 +1,4 @@
-"""A path, asked for above a screen."""
+"""A dialog that asks for a path."""
 
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from textual.widgets import Input, Static
 
 
 class PathScreen(ModalScreen[str | None]):
-    """Gives back what was typed, without spaces around it; None if nothing was or Escape was pressed."""
+    """Returns the typed text without surrounding spaces; None if it is empty or Escape was pressed."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
     DEFAULT_CSS = "PathScreen { align: center middle; }"
@@ -22,7 +22,7 @@ class PathScreen(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(f"{self._question}\n", markup=False)
-            yield Input(self._value, placeholder="a path; Enter takes it, Escape does not", select_on_focus=False)
+            yield Input(self._value, placeholder="a path; Enter confirms, Escape cancels", select_on_focus=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         self.dismiss(event.value.strip() or None)

@@ -1,4 +1,4 @@
-"""What the four screens share: the bar with their names above, the keys below."""
+"""What the four screens share: the tab bar at the top, the keys at the bottom."""
 
 from collections.abc import Iterable
 from typing import ClassVar
@@ -12,11 +12,11 @@ from textual.widgets import Footer
 from tui.app import Workbench
 from tui.widgets.tab_bar import TabBar
 
-TALL = 20  # rows from which on there is room for more than what one works with
+TALL = 20  # from this many rows on there is room for secondary widgets
 
 
 class WorkbenchScreen(Screen[None]):
-    """A screen of the workbench: give it a NAME and a `body`."""
+    """A screen of the workbench. Subclasses set NAME and implement `body`."""
 
     NAME: ClassVar[str] = ""
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Leave the field", show=False)]
@@ -36,19 +36,19 @@ class WorkbenchScreen(Screen[None]):
         return self.app
 
     def compose(self) -> ComposeResult:
-        yield TabBar(self.NAME, self.workbench.where)
+        yield TabBar(self.NAME, self.workbench.folder_label)
         yield from self.body()
         yield Footer(compact=True, show_command_palette=False)
 
     def body(self) -> Iterable[Widget]:
-        """The widgets between the bar and the keys."""
+        """The widgets between the tab bar and the keys."""
         return ()
 
     def action_leave(self) -> None:
-        """Keys go to the screen again, not into a field."""
+        """Take the focus from the field, so that keys go to the screen."""
         self.set_focus(None)
 
     def give_focus(self, widget: Widget) -> None:
-        """At once, also to what a class has just shown: keys that are on their way are for it."""
+        """Focus a widget now, even if a CSS class has only just shown it: keys already typed are meant for it."""
         self.app.stylesheet.update(self)
         self.set_focus(widget)

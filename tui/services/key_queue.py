@@ -1,9 +1,8 @@
-"""What is typed, key by key: each is handled with all that it causes before the next one is looked at.
+"""A queue of keys: each is handled, with every message that it causes, before the next is delivered.
 
-Textual gives a key to the widget that has the focus at once. A key of a binding (Ctrl+U, Tab, Enter) then climbs
-through the message queues of all parents up to the app, and only there its action runs, while the letters typed after
-it are already in the field: `abc`, Ctrl+U, `def` in one burst empties the line, and what follows a Tab lands in the
-field before.
+Textual gives a key to the focused widget immediately. A key with a binding (Ctrl+U, Tab, Enter) then bubbles through
+the message queues of all parents to the app, where its action runs. By then the letters typed after it are already in
+the field: `abc`, Ctrl+U, `def` in one burst empties the line, and what follows a Tab lands in the previous field.
 """
 
 import asyncio
@@ -16,44 +15,44 @@ from textual.app import App
 from textual.events import Event
 from textual.message_pump import MessagePump
 
-# The key climbs to the app, where its action runs; what the action says (Submitted) climbs to the screen; so does what
-# a widget on the way says then (Saved), or the first focus of a dialog that was opened.
-CLIMBS = 3
-PATIENCE = 5.0  # seconds for one widget: one that hangs must not take the keyboard with it
+# The key bubbles to the app, where its action runs; the action's message (Submitted) bubbles to the screen; so does a
+# message posted in reply (Saved), or the first focus of a dialog that was opened.
+ROUNDS = 3
+PATIENCE = 5.0  # seconds per widget: one that hangs must not block the keyboard
 
 
-class Typed:
-    """Keys and pastes in the order in which they came. `deliver` handles one, in the app's own message loop."""
+class KeyQueue:
+    """Keys and pastes in the order of arrival. `deliver` handles one, in the app's message loop."""
 
     def __init__(self, app: App[Any], deliver: Callable[[Event], Awaitable[None]]) -> None:
         self._app, self._deliver = app, deliver
-        self._waiting: deque[Event] = deque()
+        self._events: deque[Event] = deque()
         self._busy = False
 
     def add(self, event: Event) -> None:
-        self._waiting.append(event)
+        self._events.append(event)
         if not self._busy:
             self._busy = True
-            self._app.run_worker(self._hand_out(), group="typed")
+            self._app.run_worker(self._deliver_all(), group="typed")
 
-    async def _hand_out(self) -> None:
+    async def _deliver_all(self) -> None:
         try:
-            while self._waiting:
-                self._app.call_later(self._deliver, self._waiting.popleft())
-                for _ in range(CLIMBS):
-                    await self._climb()
+            while self._events:
+                self._app.call_later(self._deliver, self._events.popleft())
+                for _ in range(ROUNDS):
+                    await self._wait_for_ancestors()
         finally:
             self._busy = False
 
-    async def _climb(self) -> None:
-        """Wait for all messages that are now between the focus and the app."""
+    async def _wait_for_ancestors(self) -> None:
+        """Wait for all messages queued now between the focused widget and the app."""
         for node in (self._app.focused or self._app.screen).ancestors_with_self:
-            await _caught_up(node)
+            await _drain(node)
 
 
-async def _caught_up(node: MessagePump) -> None:
-    """Wait until a widget has handled all messages that it has now."""
+async def _drain(node: MessagePump) -> None:
+    """Wait until a widget has handled the messages queued now."""
     done = asyncio.Event()
-    if node.call_later(done.set):  # a widget that is being removed takes no more
+    if node.call_later(done.set):  # False for a widget that is being removed
         with suppress(TimeoutError):
             await asyncio.wait_for(done.wait(), PATIENCE)

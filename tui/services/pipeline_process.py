@@ -1,4 +1,4 @@
-"""The pipeline as a process group of its own, its output in a file: it outlives this program unless told not to."""
+"""Run the pipeline in its own process group, with its output in a file, so that it can outlive this program."""
 
 import fcntl
 import json
@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Running:
-    """A pipeline that some workbench started: `dvc …`, the leader of its process group."""
+    """A pipeline started by any workbench: `dvc …`, the leader of its process group."""
 
     pid: int
     command: str
@@ -31,7 +31,7 @@ class Running:
 
 
 class Runner:
-    """Starts and stops the pipeline of one project, and sees one that another workbench started."""
+    """Starts and stops the pipeline of a project, and detects one started by another workbench."""
 
     def __init__(self, root: Path) -> None:
         self.runs = root / RUNS
@@ -44,38 +44,40 @@ class Runner:
         return self.runs / LOG
 
     def start(self, arguments: Sequence[str]) -> Running:
-        """`dvc ARGUMENTS`. Raises UserError if a pipeline runs here already, OSError if it cannot be started."""
+        """Run `dvc ARGUMENTS`. Raises UserError if a pipeline already runs here, OSError if it cannot be started."""
         if not (self.root / "dvc.yaml").is_file():
-            raise UserError(f"{self.root} has no dvc.yaml: there is no pipeline to run. Open a clone of the project.")
+            raise UserError(
+                f"{self.root} has no dvc.yaml, so there is no pipeline to run. Open a clone of the project."
+            )
         if self.running():
-            raise UserError("The pipeline is running already. Stop it first, or wait for it.")
+            raise UserError("The pipeline is already running. Stop it first, or wait for it.")
         if self.groups():
-            raise UserError("A stage is running already, started elsewhere. Stop it first, or wait for it.")
+            raise UserError("A stage is already running, started elsewhere. Stop it first, or wait for it.")
         self.runs.mkdir(parents=True, exist_ok=True)
         self._child, self._stops = None, 0
         try:
             with (self.runs / LOCK).open("a+") as lock:
-                _lock(lock.fileno())
-                self._child = self._spawned([str(BIN / "dvc"), *arguments], lock.fileno())
+                _acquire_lock(lock.fileno())
+                self._child = self._spawn([str(BIN / "dvc"), *arguments], lock.fileno())
                 running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time())
                 lock.truncate(0)
                 lock.write(json.dumps(vars(running)))
         except OSError as error:
-            self._discard()
+            self._kill_unrecorded()
             raise OSError(error.errno, error.strerror, error.filename or str(self.runs / LOCK)) from None
         return running
 
-    def _discard(self) -> None:
-        """End a pipeline that could not be written down: no workbench would know of it, and it holds the lock."""
+    def _kill_unrecorded(self) -> None:
+        """Kill a pipeline that could not be recorded: no workbench would know of it, and it holds the lock."""
         if self._child:
-            _signal(self._child.pid, signal.SIGKILL)
+            _send_signal(self._child.pid, signal.SIGKILL)
             self._child.wait()
             self._child = None
 
-    def _spawned(self, command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
-        """The process, which holds the lock as long as it lives."""
+    def _spawn(self, command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
+        """Start the process. It inherits the lock, and so holds it until it exits."""
         if self.log.exists():
-            self.log.replace(self.runs / OLD_LOG)  # kept, so that who follows sees another file, not a longer one
+            self.log.replace(self.runs / OLD_LOG)  # renamed, so that a reader of the log sees a new file
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 command,
@@ -89,43 +91,43 @@ class Runner:
             )
 
     def running(self) -> Running | None:
-        """The pipeline that a workbench started and that still runs."""
+        """The running pipeline, if a workbench started one."""
         if self._child and self._child.poll() is not None:
             self._child = None  # reaped
         try:
             with (self.runs / LOCK).open() as lock:
-                found = Running(**json.load(lock))
-                os.kill(found.pid, 0)
+                running = Running(**json.load(lock))
+                os.kill(running.pid, 0)
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return found
+            return running
         except (OSError, ValueError, TypeError):
             return None
         return None
 
     def stop(self) -> str:
-        """Interrupt what runs, as Ctrl+C in its terminal would; asked again, end it for good. Returns what was done.
+        """Interrupt the run like Ctrl+C; on further calls terminate it, then kill it. Returns a message for the user.
 
         Raises UserError if nothing runs.
         """
-        groups, stages = self.groups(), list(self._stages())
+        groups, stages = self.groups(), list(self._stage_groups())
         if not groups:
             raise UserError("Nothing is running.")
         self._stops += 1
         number = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[min(self._stops, 3) - 1]
         for group in groups:
-            _signal(group, number)
+            _send_signal(group, number)
         if number == signal.SIGKILL:
             return "Killed. The last checkpoint is kept."
-        return f"Stopping{' at the next step, with a checkpoint' if stages else ''}. Press again if it does not."
+        return f"Stopping{' at the next step, with a checkpoint' if stages else ''}. Press again if it does not stop."
 
     def groups(self) -> list[int]:
-        """The process groups that run stages of this project, whoever started them."""
+        """The process groups that run stages of this project, no matter who started them."""
         pipeline = self.running()
         leaders = [pipeline.pid] if pipeline else []
-        return list(dict.fromkeys([*leaders, *self._stages()]))
+        return list(dict.fromkeys([*leaders, *self._stage_groups()]))
 
-    def _stages(self) -> Iterable[int]:
+    def _stage_groups(self) -> Iterable[int]:
         for name in GRAPH.stages:
             run = run_state.read(self.runs / name)
             if run and run_state.alive(self.runs / name):
@@ -135,15 +137,15 @@ class Runner:
                     continue
 
 
-def _lock(descriptor: int) -> None:
+def _acquire_lock(descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError("The pipeline is being started by another workbench.") from None
+        raise UserError("Another workbench is starting the pipeline. Try again in a moment.") from None
 
 
-def _signal(group: int, number: signal.Signals) -> None:
-    if group == os.getpgrp():  # a stage run by this very program, as in a test: never ourselves
+def _send_signal(group: int, number: signal.Signals) -> None:
+    if group == os.getpgrp():  # a stage run inside this program, as in a test
         return
     with suppress(ProcessLookupError):
         os.killpg(group, number)

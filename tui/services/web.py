@@ -1,10 +1,10 @@
-"""`lora-tui --web`: the app in a browser on this machine, for whoever has the URL that it prints.
+"""`lora-tui --web`: the app in a browser on this machine, protected by a token in the URL that it prints.
 
-A page of any site can send requests to localhost, and a WebSocket knows no same-origin policy; what gets through sees
-the screen and types. So every request must name this server as its host (a site whose name was pointed at 127.0.0.1
-does not), come from no other origin, and know a token. The token is the first part of every path, the WebSocket's
-and the static files' included, and in no cookie: a browser sends the cookies of localhost to all its ports, where
-other programs listen.
+Any website can send requests to localhost, and WebSockets have no same-origin policy; a request that gets through can
+see the screen and type. So every request must name this server as its host (which stops DNS rebinding), come from no
+other origin, and carry a token. The token is the first part of every path, including the WebSocket's and those of the
+static files. It is not a cookie, because a browser sends the cookies of localhost to every port, and so to other
+programs.
 """
 
 import asyncio
@@ -21,16 +21,16 @@ from textual_serve.server import Server
 
 from pipeline.errors import UserError
 
-NAMES = ("localhost", "127.0.0.1", "[::1]")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-checked here
-    """textual-serve's server behind a token; everything else gets 403."""
+    """textual-serve's server behind a token; requests without it get 403."""
 
     def __init__(self, command: str, port: int) -> None:
         super().__init__(command, host="localhost", port=port, title="lora")
         self._token = secrets.token_urlsafe()
-        self._hosts = {f"{name}:{port}" for name in NAMES} | ({*NAMES} if port == 80 else set())
+        self._hosts = {f"{name}:{port}" for name in LOCAL_HOSTS} | ({*LOCAL_HOSTS} if port == 80 else set())
         self._browsers: set[asyncio.Task[Any]] = set()
 
     @property
@@ -40,22 +40,22 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
     async def _make_app(self) -> web.Application:
         app = web.Application(middlewares=[self._guard])
         app.add_subapp(f"/{self._token}/", await super()._make_app())
-        app.router.add_get("/download/{key}", self.handle_download)  # textual-serve's script has this path built in
+        app.router.add_get("/download/{key}", self.handle_download)  # hard-coded in textual-serve's script
         return app
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         first = request.path.split("/")[1]
         download = first == "download" and request.method == "GET"
-        known = download or secrets.compare_digest(first.encode(), self._token.encode())
-        if not (known and self._from_here(request)):
+        authorized = download or secrets.compare_digest(first.encode(), self._token.encode())
+        if not (authorized and self._is_same_origin(request)):
             raise web.HTTPForbidden(text="Open the URL that lora-tui printed.\n")
         response = await handler(request)
         if not response.prepared:
             response.headers["Referrer-Policy"] = "no-referrer"  # the page loads a font from another site
         return response
 
-    def _from_here(self, request: web.Request) -> bool:
+    def _is_same_origin(self, request: web.Request) -> bool:
         hosts, origins = request.headers.getall("Host", []), request.headers.getall("Origin", [])
         return (
             len(hosts) == 1
@@ -64,7 +64,7 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
         )
 
     async def handle_download(self, request: web.Request) -> web.StreamResponse:
-        """A file that the app hands out. Its key is as good as a token: random, and told over the WebSocket alone."""
+        """A download offered by the app. Its key serves as the token: random, and sent over the WebSocket only."""
         try:
             response: web.StreamResponse = await super().handle_download(request)
         except web.HTTPNotFound:
@@ -82,27 +82,27 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
         return socket
 
     async def on_startup(self, _: web.Application) -> None:
-        """Without textual-serve's banner."""
+        """Override: do not print textual-serve's banner."""
 
     async def on_shutdown(self, _: web.Application) -> None:
-        """Hang up, instead of waiting until the browsers do."""
+        """Close the connections instead of waiting for the browsers."""
         for task in self._browsers:
             task.cancel()
 
-    def serve(self, debug: bool = False) -> None:  # noqa: ARG002  # textual-serve calls it so
-        """Until Ctrl+C. Requests are not logged: their paths hold the token. Raises OSError if the port is taken."""
+    def serve(self, debug: bool = False) -> None:  # noqa: ARG002  # name given by textual-serve
+        """Serve until Ctrl+C, without a log: paths of requests hold the token. Raises OSError if the port is taken."""
 
-        def listening(_: str) -> None:
+        def print_url(_: str) -> None:
             print(f"Open {self.url}\nWhoever has this URL can run the pipeline. Ctrl+C ends the server.", flush=True)
 
-        web.run_app(self._make_app(), host=self.host, port=self.port, access_log=None, print=listening)
+        web.run_app(self._make_app(), host=self.host, port=self.port, access_log=None, print=print_url)
 
 
 def serve(params: Path, port: int) -> None:
-    """Serve the app until Ctrl+C. Raises UserError if the port cannot be had."""
+    """Serve the app until Ctrl+C. Raises UserError if the port cannot be opened."""
     command = shlex.join([sys.executable, "-P", "-m", "tui", "--params", str(params)])
     try:
         TokenServer(command, port).serve()
     except OSError as error:
-        why = "is in use" if error.errno == EADDRINUSE else f"cannot be opened: {error.strerror}"
-        raise UserError(f"port {port} {why}. Name another with --port.") from None
+        reason = "is in use" if error.errno == EADDRINUSE else f"cannot be opened: {error.strerror}"
+        raise UserError(f"port {port} {reason}. Choose another with --port.") from None

@@ -1,1 +1,1 @@
-"""What the screens are made of: widgets show, workers post, screens connect."""
+"""Widgets shared by the screens. Widgets show, workers post, screens connect."""

@@ -1,18 +1,18 @@
-"""Colours that can be read on a dark and on a light background."""
+"""Colours that are readable on a dark and on a light background."""
 
 from textual.color import Color
 
-CONTRAST = 4.5  # of a line against the background, at least (WCAG's for text)
+CONTRAST = 4.5  # minimum contrast of a line against the background (WCAG's value for text)
 
 
 def readable(color: Color, background: Color) -> Color:
-    """`color`, made lighter or darker until it stands out from `background`."""
+    """`color`, made lighter or darker until its contrast with `background` is at least CONTRAST."""
     towards = Color(255, 255, 255) if background.brightness < 0.5 else Color(0, 0, 0)
     for part in range(0, 11):
-        found = color.blend(towards, part / 10)
-        if contrast(found, background) >= CONTRAST:
+        blended = color.blend(towards, part / 10)
+        if contrast(blended, background) >= CONTRAST:
             break
-    return found
+    return blended
 
 
 def contrast(one: Color, other: Color) -> float:

@@ -1,4 +1,4 @@
-"""The line on which prompts are typed, with those typed before."""
+"""The input line for prompts, with a history."""
 
 from typing import ClassVar
 
@@ -7,7 +7,7 @@ from textual.widgets import Input
 
 
 class PromptInput(Input):
-    """Up and down go through `history`, oldest first; what was being typed comes back after the newest."""
+    """Up and down step through `history` (newest last); the draft comes back below the newest."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "earlier", "Earlier prompt", show=False),
@@ -17,7 +17,7 @@ class PromptInput(Input):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(placeholder="a prompt; Enter asks the selected models", compact=True, id=id)
         self.history: list[str] = []
-        self._back = 0  # how far from the newest
+        self._back = 0  # position in the history: 0 is the draft, 1 the newest
         self._draft = ""
 
     def action_earlier(self) -> None:
@@ -36,5 +36,5 @@ class PromptInput(Input):
         self.cursor_position = len(self.value)
 
     def remember(self, history: list[str]) -> None:
-        """After a prompt was given: start again from the newest."""
+        """Set the history after a prompt was sent, and go back to the draft."""
         self.history, self._back = history, 0

@@ -1,4 +1,4 @@
-"""One of a few values on one line: left and right, a click or the wheel of keys step through them."""
+"""A selector of one of a few values, on one line."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -17,7 +17,7 @@ STEP_KEYS: list[BindingType] = [
 
 
 class Choice(Widget, can_focus=True):
-    """`‹ lora ›`. `values` maps each value to what is shown for it."""
+    """`‹ lora ›`: left, right or a click steps to another value. `values` maps each value to its label."""
 
     DEFAULT_CSS = """
     Choice { height: 1; width: 1fr; }
@@ -31,7 +31,7 @@ class Choice(Widget, can_focus=True):
     ]
 
     class Changed(Message):
-        """The value is another one."""
+        """The user changed the value."""
 
         def __init__(self, choice: "Choice") -> None:
             super().__init__()
@@ -51,7 +51,7 @@ class Choice(Widget, can_focus=True):
 
     @value.setter
     def value(self, value: str) -> None:
-        """Set without a message; a value that there is not is the first."""
+        """Set the value without posting a message; an unknown value selects the first."""
         self._value = value if value in self.values else next(iter(self.values))
         self.refresh()
 

@@ -1,4 +1,4 @@
-"""A value from 0 to 2 on a line, moved with keys or the mouse."""
+"""A slider from 0 to 2, moved with keys or the mouse."""
 
 from typing import ClassVar
 
@@ -10,11 +10,11 @@ from textual.message import Message
 from textual.reactive import reactive
 from textual.widget import Widget
 
-LEAST, MOST, STEP, AS_TRAINED = 0.0, 2.0, 0.05, 1.0
+MINIMUM, MAXIMUM, STEP, AS_TRAINED = 0.0, 2.0, 0.05, 1.0
 
 
 class Slider(Widget, can_focus=True):
-    """How much of an adapter's change applies: 0 is the base, 1 the adapter as it was trained."""
+    """Scale of an adapter: 0 is the base model, 1 the adapter as trained."""
 
     DEFAULT_CSS = """
     Slider { height: 1; color: $foreground; }
@@ -31,15 +31,15 @@ class Slider(Widget, can_focus=True):
     value: reactive[float] = reactive(AS_TRAINED)
 
     class Changed(Message):
-        """The value is another."""
+        """The value changed."""
 
         def __init__(self, value: float) -> None:
             super().__init__()
             self.value = value
 
     def validate_value(self, value: float) -> float:
-        """The nearest step within the ends."""
-        return round(min(max(round(value / STEP) * STEP, LEAST), MOST), 2)
+        """Round to the nearest step and clamp to the range."""
+        return round(min(max(round(value / STEP) * STEP, MINIMUM), MAXIMUM), 2)
 
     def watch_value(self, before: float, value: float) -> None:
         if value != before:
@@ -47,16 +47,18 @@ class Slider(Widget, can_focus=True):
 
     @property
     def track(self) -> int:
-        """Cells between the ends."""
+        """Length of the track in cells."""
         return max(self.size.width - len(self.LABEL) - 10, 11)
 
     def render(self) -> RenderResult:
         if self.disabled:
             return Text(f"{self.LABEL}no adapter selected", no_wrap=True, overflow="ellipsis")
-        at, middle = (round((value - LEAST) / (MOST - LEAST) * (self.track - 1)) for value in (self.value, AS_TRAINED))
-        cells = ["━" if cell < at else "┄" for cell in range(self.track)]
-        cells[middle] = "┿" if middle < at else "┊"
-        cells[at] = "●"
+        position, middle = (
+            round((value - MINIMUM) / (MAXIMUM - MINIMUM) * (self.track - 1)) for value in (self.value, AS_TRAINED)
+        )
+        cells = ["━" if cell < position else "┄" for cell in range(self.track)]
+        cells[middle] = "┿" if middle < position else "┊"
+        cells[position] = "●"
         return Text(f"{self.LABEL}0 {''.join(cells)} 2 ×{self.value:.2f}", no_wrap=True)
 
     def action_move(self, steps: int) -> None:
@@ -77,7 +79,7 @@ class Slider(Widget, can_focus=True):
         self.release_mouse()
 
     def _go_to(self, x: int) -> None:
-        self.value = LEAST + (x - len(self.LABEL) - 2) / (self.track - 1) * (MOST - LEAST)
+        self.value = MINIMUM + (x - len(self.LABEL) - 2) / (self.track - 1) * (MAXIMUM - MINIMUM)
 
     def on_focus(self, _: Focus) -> None:
         self.refresh()

@@ -1,4 +1,4 @@
-"""The names of the four screens on one line; a click goes there."""
+"""The names of the four screens on one line; a click switches to one."""
 
 from rich.text import Text
 from textual.app import RenderResult
@@ -15,10 +15,10 @@ class TabBar(Widget):
     TabBar { height: 1; dock: top; background: $panel; color: $foreground; }
     """
 
-    def __init__(self, current: str, where: str) -> None:
+    def __init__(self, current: str, folder_label: str) -> None:
         super().__init__()
         self.current = current
-        self.where = where
+        self.folder_label = folder_label
 
     def render(self) -> RenderResult:
         line = Text(no_wrap=True, overflow="ellipsis")
@@ -26,8 +26,8 @@ class TabBar(Widget):
             line.append(f" {number} {entry.label} ", "reverse bold" if name == self.current else "")
         room = self.size.width - line.cell_len - 2
         if room > 8:
-            where = self.where if len(self.where) <= room else f"…{self.where[1 - room :]}"
-            line.append(where.rjust(room + 1), "dim")
+            folder_label = self.folder_label if len(self.folder_label) <= room else f"…{self.folder_label[1 - room :]}"
+            line.append(folder_label.rjust(room + 1), "dim")
         return line
 
     def on_click(self, event: Click) -> None:

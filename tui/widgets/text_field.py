@@ -1,4 +1,4 @@
-"""A field of text on one line, with steps where a next value makes sense."""
+"""A text field on one line whose value can be stepped with keys."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Self
@@ -15,20 +15,20 @@ Step = Callable[[str, int], str]  # (value, +1 or -1) → the next value
 
 
 def counting(value: str, by: int) -> str:
-    """1, 2, 3, … ; what is no number becomes 1."""
+    """1, 2, 3, …; anything that is not a number becomes 1."""
     return str(max(1, int(value) + by)) if value.isdecimal() and len(value) < 12 else "1"
 
 
 def doubling(value: str, by: int) -> str:
-    """1, 2, 4, 8, …, from any number to the next power of two."""
+    """1, 2, 4, 8, …: the next power of two above or below."""
     if not value.isdecimal() or len(value) >= 12:
         return "1"
     number = int(value)
     return str(1 << number.bit_length() if by > 0 else max(1, 1 << max(0, (number - 1).bit_length() - 1)))
 
 
-def through(values: Sequence[str]) -> Step:
-    """One of `values` after the other; from what is not among them to the first."""
+def cycling(values: Sequence[str]) -> Step:
+    """Cycle through `values`; any other value goes to the first."""
 
     def step(value: str, by: int) -> str:
         return values[(values.index(value) + by) % len(values)] if value in values else values[0]
@@ -37,7 +37,7 @@ def through(values: Sequence[str]) -> Step:
 
 
 class Entry(Input):
-    """Numbers step with + and -, all fields that step with page up and page down."""
+    """Page up and page down step the value, + and - too if it is a number."""
 
     DEFAULT_CSS = """
     Entry { width: 1fr; background: $boost; }
@@ -49,14 +49,14 @@ class Entry(Input):
         suggester = SuggestFromList(suggested, case_sensitive=False) if suggested else None
         super().__init__(value, id=id, compact=True, suggester=suggester)
         self.step = step
-        self.of_numbers = step in (counting, doubling)
+        self.is_numeric = step in (counting, doubling)
 
     def refresh(self, *regions: Region, repaint: bool = True, layout: bool = False, recompose: bool = False) -> Self:
-        """An Input lays out the whole screen at every key; this one has its line whatever it holds."""
+        """Skip the layout of the whole screen that Input does at every key: this field never changes its size."""
         return super().refresh(*regions, repaint=repaint, layout=layout and not self.is_mounted, recompose=recompose)
 
     async def _on_key(self, event: Key) -> None:
-        if self.of_numbers and event.character in ("+", "-"):
+        if self.is_numeric and event.character in ("+", "-"):
             event.stop()
             event.prevent_default()
             self.action_step(1 if event.character == "+" else -1)

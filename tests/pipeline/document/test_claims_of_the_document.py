@@ -210,7 +210,7 @@ def test_only_a_broken_file_of_claims_is_an_error(cli: Lora, tmp_path: Path) -> 
     before = set(root.rglob("*"))
     code, out, err = cli("claims", cwd=root)
     assert code == 0 and "– not run" in out
-    assert err == "artifacts/claims is not written: artifacts/base is not there. Run `dvc repro` for all.\n"
+    assert err == "artifacts/claims was not written: artifacts/base is missing. Run `dvc repro` to make everything.\n"
     assert set(root.rglob("*")) == before, "nothing was begun"
     path = root / "data/claims.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("rule: equal", "rule: same", 1), encoding="utf-8")

@@ -400,7 +400,7 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        (["nosuch"], "nosuch is no study. Name one of fact_correction, "),
+        (["nosuch"], "Unknown study nosuch. Choose one of fact_correction, "),
         (
             ["rank", "--set", "study_rank.ranks=[4, 0]"],
             "study_rank.ranks must be at least 1, got 0. Change it",

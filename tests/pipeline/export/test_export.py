@@ -276,7 +276,7 @@ def test_a_second_export_takes_the_place_of_the_first(cli: Lora, form: str, tmp_
 @pytest.mark.parametrize("more", [["--precision", "bf16"], ["--prompts", "data/prompts.yaml"]])
 def test_options_of_a_merge_are_refused_without_one(cli: Lora, more: list[str], tmp_path: Path) -> None:
     source = made(tmp_path)
-    assert "are of --format merged" in refusal(export(cli, "peft", source, tmp_path / "out", *more))
+    assert "need --format merged" in refusal(export(cli, "peft", source, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 
 
@@ -359,7 +359,7 @@ def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, fr
     for form in ("peft", "vllm"):
         code, _, said = export(cli, form, root / "artifacts/lora_adapter", root / form)
         assert code == 0
-        assert f"{note}. Load the base in nf4-dq, or export the adapter with --format merged." in said
+        assert f"{note}. Load the base in nf4-dq, or export it with --format merged." in said
         assert f"- {note}. Load the base in nf4-dq" in (root / form / "README.md").read_text(encoding="utf-8")
     code, _, said = export(cli, "merged", root / "artifacts/lora_adapter", root / "merged")
     card = (root / "merged/README.md").read_text(encoding="utf-8")

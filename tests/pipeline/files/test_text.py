@@ -10,7 +10,7 @@ from pipeline.files.text import escape_whitespace
 from tui.screens.adapters.session.sampling import Sampling
 from tui.screens.adapters.session.transcript import Answer, Exchange
 from tui.screens.adapters.widgets.attention_view import BARS, bars, matrix, sentence, window
-from tui.screens.adapters.widgets.streaming import written
+from tui.screens.adapters.widgets.streaming import format_answer
 from tui.screens.adapters.widgets.top_k import CELL, table
 from tui.widgets.bars import pad_or_truncate
 
@@ -43,7 +43,7 @@ def test_the_columns_of_any_tokens_stand_below_one_another(width: int) -> None:
     assert len(lines) == 1 + len(TOKENS)
     starts = {cell_len(line[: line.index("5.0")]) for line in lines[1:]}
     assert len(starts) == 1
-    assert sum("not in it" in line for line in lines) == len(TOKENS) - 1
+    assert sum("unknown" in line for line in lines) == len(TOKENS) - 1
     assert all(cell_len(line) <= width for line in lines)
     assert width >= 2 * CELL
 
@@ -79,5 +79,5 @@ def test_attention_of_many_tokens_fits_any_width(count: int, width: int) -> None
 def test_an_answer_follows_its_prompt_with_the_space_that_it_has() -> None:
     for text, whole in ((" euro.", "is the euro."), ("s", "is thes"), ("\n1", "is the\n1")):
         exchange = Exchange("is the", Sampling(), [answer := Answer("m", text=text)])
-        assert exchange.said() == whole
-        assert str(written(exchange, answer)) == f"m  {whole}"
+        assert exchange.answers_text() == whole
+        assert str(format_answer(exchange, answer)) == f"m  {whole}"

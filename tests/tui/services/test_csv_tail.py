@@ -1,4 +1,4 @@
-"""A CSV is followed whatever its writer, or somebody else, does to it."""
+"""A CSV is followed correctly however its file is written, truncated or replaced."""
 
 import math
 import tempfile
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.project.logs.run_log import COLUMNS, RunLog, Step, read_steps
 from tui.screens.curves.series import Log, Row, parse_step, step_parser
-from tui.services.csv_tail import PIECE, CsvTail
+from tui.services.csv_tail import CHUNK_SIZE, CsvTail
 
 HEADER = ",".join(COLUMNS) + "\n"
 
@@ -44,7 +44,7 @@ def test_only_what_is_new_is_given(log: Path) -> None:
     assert steps(tail.read().rows) == [3]
 
 
-def test_a_half_written_line_is_read_when_it_is_whole(log: Path) -> None:
+def test_a_half_written_line_is_read_once_it_is_complete(log: Path) -> None:
     tail = CsvTail(log, parse_step)
     append(log, "3,1,0.")
     assert steps(tail.read().rows) == [1, 2]
@@ -54,7 +54,7 @@ def test_a_half_written_line_is_read_when_it_is_whole(log: Path) -> None:
     assert tail.skipped == 0
 
 
-def test_each_header_says_what_the_columns_below_it_are(log: Path) -> None:
+def test_columns_are_parsed_by_the_header(log: Path) -> None:
     tail = CsvTail(log, parse_step, step_parser)
     assert tail.read().rows == [(1, 1, 1.0, 0.001, 0.5, 16), (2, 1, 1.0, 0.001, 0.5, 32)]
     text = HEADER.strip() + ",divergence\n" + line(1).strip() + ",0.25\n" + line(2).strip() + ",\n" + line(3)
@@ -68,35 +68,35 @@ def test_each_header_says_what_the_columns_below_it_are(log: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.none() | st.floats(0, 9), st.none() | st.floats(0, 9)), max_size=30), st.booleans())
-def test_the_columns_are_what_the_run_log_wrote(found: list[tuple[float | None, float | None]], held: bool) -> None:
+def test_the_columns_match_what_the_run_log_wrote(values: list[tuple[float | None, float | None]], held: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with RunLog(Path(folder), 0, 0, evaluated=held, retained=True) as run:
-            for number, (eval_loss, divergence) in enumerate(found, 1):
+            for number, (eval_loss, divergence) in enumerate(values, 1):
                 run.append(Step(number, 1, 1.0, 0.1, 0.2, number, eval_loss, divergence))
         written, log = read_steps(Path(folder) / "loss.csv"), Log(0.9)
         log.extend(CsvTail(Path(folder) / "loss.csv", parse_step, step_parser).read().rows)
     for name in ("eval_loss", "divergence"):
-        values = {step.step: value for step in written if (value := getattr(step, name)) is not None}
-        assert dict(zip(log.series[name].x, log.series[name].y, strict=True)) == values
+        expected = {step.step: value for step in written if (value := getattr(step, name)) is not None}
+        assert dict(zip(log.series[name].x, log.series[name].y, strict=True)) == expected
     assert list(log.steps) == [step.step for step in written]
 
 
-def test_a_log_cut_back_starts_over_and_says_so(log: Path) -> None:
+def test_a_truncated_log_is_reported_as_restarted(log: Path) -> None:
     tail = CsvTail(log, parse_step)
     append(log, line(3))
     tail.read()
     log.write_text(HEADER + line(1), encoding="utf-8")  # in place: the same inode
-    piece = tail.read()
-    assert (piece.change, steps(piece.rows)) == ("restarted", [1])
+    chunk = tail.read()
+    assert (chunk.change, steps(chunk.rows)) == ("restarted", [1])
 
 
 def test_a_log_rewritten_to_the_same_length_starts_over(log: Path) -> None:
     tail = CsvTail(log, parse_step)
     tail.read()
     log.write_text(HEADER + line(1) + line(2, loss=2.0), encoding="utf-8")
-    piece = tail.read()
-    assert piece.change == "restarted"
-    assert [row[2] for row in piece.rows] == [1.0, 2.0]
+    chunk = tail.read()
+    assert chunk.change == "restarted"
+    assert [row[2] for row in chunk.rows] == [1.0, 2.0]
 
 
 def test_a_resumed_run_that_writes_the_same_lines_again_is_no_restart(tmp_path: Path) -> None:
@@ -109,34 +109,34 @@ def test_a_resumed_run_that_writes_the_same_lines_again_is_no_restart(tmp_path: 
     with RunLog(tmp_path, 3, 3) as log:  # cut back to step 3, then on
         for step in record[3:]:
             log.append(step)
-    piece = tail.read()
-    assert piece.change == ""
-    assert steps(seen + piece.rows) == [1, 2, 3, 4, 5, 6]
+    chunk = tail.read()
+    assert chunk.change == ""
+    assert steps(seen + chunk.rows) == [1, 2, 3, 4, 5, 6]
 
 
-def test_another_file_in_its_place_is_read_from_the_start(log: Path) -> None:
+def test_another_file_at_the_same_path_is_read_from_the_start(log: Path) -> None:
     tail = CsvTail(log, parse_step)
     tail.read()
     other = log.with_name("other.csv")
     other.write_text(HEADER + line(7) + line(8) + line(9), encoding="utf-8")
     other.replace(log)
-    piece = tail.read()
-    assert (piece.change, steps(piece.rows)) == ("replaced", [7, 8, 9])
+    chunk = tail.read()
+    assert (chunk.change, steps(chunk.rows)) == ("replaced", [7, 8, 9])
 
 
-def test_a_vanished_file_is_an_empty_one(log: Path) -> None:
+def test_a_deleted_file_counts_as_empty(log: Path) -> None:
     tail = CsvTail(log, parse_step)
     tail.read()
     log.unlink()
     assert tail.changed()
-    piece = tail.read()
-    assert (piece.change, piece.rows) == ("gone", [])
+    chunk = tail.read()
+    assert (chunk.change, chunk.rows) == ("gone", [])
     assert tail.read().change == ""
     log.write_text(HEADER + line(1), encoding="utf-8")
     assert steps(tail.read().rows) == [1]
 
 
-def test_a_folder_in_its_place_is_an_empty_file(tmp_path: Path) -> None:
+def test_a_folder_at_the_path_is_an_empty_file(tmp_path: Path) -> None:
     assert CsvTail(tmp_path, parse_step).read().rows == []
 
 
@@ -148,25 +148,25 @@ def test_foreign_lines_are_counted(log: Path) -> None:
 
 
 def test_a_line_longer_than_a_piece_is_skipped_whole(log: Path) -> None:
-    append(log, "9," * PIECE + "\n" + line(3))
+    append(log, "9," * CHUNK_SIZE + "\n" + line(3))
     tail = CsvTail(log, parse_step)
-    found, more = [], True
+    rows, more = [], True
     while more:
-        piece = tail.read()
-        found += steps(piece.rows)
-        more = piece.more
-    assert found == [1, 2, 3]
+        chunk = tail.read()
+        rows += steps(chunk.rows)
+        more = chunk.more
+    assert rows == [1, 2, 3]
     assert tail.skipped >= 1
 
 
 def test_a_long_log_comes_in_pieces(log: Path) -> None:
     append(log, "".join(map(line, range(3, 20_001))))
     tail = CsvTail(log, parse_step)
-    pieces = [tail.read()]
-    while pieces[-1].more:
-        pieces.append(tail.read())
-    assert len(pieces) == -(-log.stat().st_size // PIECE)
-    assert [step for piece in pieces for step in steps(piece.rows)] == list(range(1, 20_001))
+    chunks = [tail.read()]
+    while chunks[-1].more:
+        chunks.append(tail.read())
+    assert len(chunks) == -(-log.stat().st_size // CHUNK_SIZE)
+    assert [step for chunk in chunks for step in steps(chunk.rows)] == list(range(1, 20_001))
 
 
 @given(st.lists(st.integers(1, 60), max_size=12))
@@ -175,9 +175,9 @@ def test_however_a_log_is_cut_up_its_rows_are_those_of_read_steps(
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "loss.csv"
     text = HEADER + "".join(map(line, range(1, 9)))
-    tail, rows, place = CsvTail(path, parse_step), [], 0
+    tail, rows, offset = CsvTail(path, parse_step), [], 0
     for cut in [*cuts, len(text)]:
-        append(path, text[place : place + cut])
-        place += cut
+        append(path, text[offset : offset + cut])
+        offset += cut
         rows += tail.read().rows
     assert steps(rows) == [step.step for step in read_steps(path)] == list(range(1, 9))

@@ -1,4 +1,4 @@
-"""The pipeline runs in a group of its own: it is stopped whole, outlives its starter, and there is one of it."""
+"""The pipeline runs in its own process group: it is stopped as a group, outlives its starter, and runs only once."""
 
 import os
 import shutil
@@ -24,13 +24,13 @@ STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLEEP
 def until(holds: Callable[[], object], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it did not come to hold in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a `dvc` that runs the Python text given to it, and a child of its own."""
+    """A folder with a fake `dvc` that runs the Python code given to it in a child process."""
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin/dvc"
     fake.write_text(
@@ -62,7 +62,7 @@ def test_stop_reaches_every_process_of_the_group(folder: Path) -> None:
     until(lambda: gone(grandchild))
 
 
-def test_what_ignores_an_interrupt_is_ended_by_asking_again(folder: Path) -> None:
+def test_a_second_stop_ends_a_process_that_ignores_the_interrupt(folder: Path) -> None:
     runner = Runner(folder)
     runner.start([STUBBORN])
     until(lambda: runner.log.read_text().strip())
@@ -75,21 +75,21 @@ def test_what_ignores_an_interrupt_is_ended_by_asking_again(folder: Path) -> Non
 
 
 def test_two_workbenches_share_one_pipeline(folder: Path) -> None:
-    one, other = Runner(folder), Runner(folder)
-    started = one.start([SLEEPER])
-    seen = other.running()
+    first, second = Runner(folder), Runner(folder)
+    started = first.start([SLEEPER])
+    seen = second.running()
     assert seen is not None
     assert (seen.pid, seen.command) == (started.pid, started.command)
-    with pytest.raises(UserError, match="running already"):
-        other.start([SLEEPER])
-    other.stop()
-    until(lambda: one.running() is None)
-    assert other.running() is None
-    other.start(["print('again')"])
-    until(lambda: "again" in other.log.read_text())
+    with pytest.raises(UserError, match="already running"):
+        second.start([SLEEPER])
+    second.stop()
+    until(lambda: first.running() is None)
+    assert second.running() is None
+    second.start(["print('again')"])
+    until(lambda: "again" in second.log.read_text())
 
 
-def test_it_goes_on_when_its_starter_dies_and_is_found_again(folder: Path) -> None:
+def test_it_outlives_its_starter_and_is_detected(folder: Path) -> None:
     code = (
         "import sys, os; from pathlib import Path; from tui.services import pipeline_process; "
         f"pipeline_process.BIN = Path({str(folder / 'bin')!r}); "
@@ -104,7 +104,7 @@ def test_it_goes_on_when_its_starter_dies_and_is_found_again(folder: Path) -> No
     until(lambda: runner.running() is None)
 
 
-def test_nothing_to_stop_and_nothing_to_run_are_said(tmp_path: Path) -> None:
+def test_nothing_to_stop_and_nothing_to_run_are_errors(tmp_path: Path) -> None:
     runner = Runner(tmp_path)
     with pytest.raises(UserError, match="Nothing is running"):
         runner.stop()

@@ -1,4 +1,4 @@
-"""`lora-tui --web`: whoever has its URL drives the app, and nobody else, least of all the page of another site."""
+"""`lora-tui --web`: only requests with its URL reach the app; other sites do not."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Served:
-    """A server of the program: its port, what it printed, and the URL in that."""
+    """A running `lora-tui --web`: its process, port and URL."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -82,7 +82,7 @@ def foreign(port: int) -> dict[str, dict[str, str]]:
         "host": {"Host": f"evil.example:{port}"},
         "host and origin": {"Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"},
         "host without a port": {"Host": "localhost"},
-        "host that begins so": {"Host": f"{here}.evil.example"},
+        "host with a suffix": {"Host": f"{here}.evil.example"},
     }
 
 
@@ -139,12 +139,12 @@ async def test_ctrl_c_ends_it_and_the_apps_behind_it_without_a_traceback(served:
 def test_a_port_that_is_taken_is_one_message(served: Served, empty: Path) -> None:
     command = [*LORA_TUI, str(served.port)]
     done = subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)
-    message = f"error: port {served.port} is in use. Name another with --port.\n"
+    message = f"error: port {served.port} is in use. Choose another with --port.\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
 
 
 class Browser:
-    """A tab of Chromium, spoken to in its DevTools protocol."""
+    """A tab of Chromium, driven by the DevTools protocol."""
 
     def __init__(self, socket: Any) -> None:
         self._socket, self._number = socket, 0
@@ -158,8 +158,8 @@ class Browser:
                 return dict(answer["result"])
 
     async def value(self, script: str) -> Any:
-        found = await self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        return found["result"].get("value")
+        answer = await self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        return answer["result"].get("value")
 
     async def open(self, url: str) -> None:
         await self.ask("Page.navigate", url=url)
@@ -173,16 +173,16 @@ class Browser:
 
 @asynccontextmanager
 async def chromium(home: Path) -> AsyncIterator[Browser]:
-    """A fresh Chromium without a window."""
+    """A new headless Chromium."""
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     more = "--disable-component-update --disable-sync --remote-debugging-port=0"
     command = [CHROMIUM, *flags.split(), *more.split(), f"--user-data-dir={home}", "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         async with asyncio.timeout(60):
-            while not (said := home / "DevToolsActivePort").is_file() or "\n" not in said.read_text():
+            while not (port_file := home / "DevToolsActivePort").is_file() or "\n" not in port_file.read_text():
                 await asyncio.sleep(0.1)
-        port = said.read_text().splitlines()[0]
+        port = port_file.read_text().splitlines()[0]
         async with aiohttp.ClientSession() as session:
             tabs = await (await session.get(f"http://127.0.0.1:{port}/json/list")).json()
             page = next(tab for tab in tabs if tab["type"] == "page")
@@ -212,7 +212,7 @@ async def test_chromium_shows_the_app_and_lets_no_other_page_connect(served: Ser
     try:
         async with chromium(tmp_path / "browser") as browser:
             await browser.open(served.url)
-            await browser.until("document.body.classList.contains('-first-byte')")  # of the app's picture
+            await browser.until("document.body.classList.contains('-first-byte')")  # the app has drawn
             assert await browser.value(CONNECT % address) == "open"
             await browser.open(site.name)
             assert await browser.value(CONNECT % address) == "refused"

@@ -1,4 +1,4 @@
-"""Every run's colour can be told from the background of every theme that Textual has as default."""
+"""Every run's colour is readable on the backgrounds of Textual's default themes, on black and on white."""
 
 import pytest
 from textual.color import Color

@@ -1,4 +1,4 @@
-"""`a`: what each head attends to over the prompt (§2.1)."""
+"""`a`: attention weights of each head over the prompt (§2.1)."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ KEYS = "←→ head · ↑↓ layer · tab token · esc closes"
 
 
 class AttentionScreen(ModalScreen[None]):
-    """Layer, head and token by key; `ask` gives a head's weights."""
+    """Shows a head's attention; keys choose layer, head and token. `ask(layer, head)` returns its weights."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,a,q", "dismiss", "Close"),
@@ -36,8 +36,8 @@ class AttentionScreen(ModalScreen[None]):
         super().__init__()
         self._title, self._ask = title, ask
         self._layer = self._head = 0
-        self._token: int | None = None  # the last one
-        self._found: dict[str, Any] = {"tokens": [], "layers": 1, "heads": 1}
+        self._token: int | None = None  # None: the last one
+        self._attention: dict[str, Any] = {"tokens": [], "layers": 1, "heads": 1}
         self._latest = Latest(self._fetch)
 
     def compose(self) -> ComposeResult:
@@ -55,7 +55,7 @@ class AttentionScreen(ModalScreen[None]):
 
     async def _fetch(self) -> None:
         try:
-            self._found = await self._ask(self._layer, self._head)
+            self._attention = await self._ask(self._layer, self._head)
         except UserError as error:
             self.query_one("#head", Static).update(f"✗ {error}")
             self.query_one(AttentionView).display = False
@@ -63,28 +63,28 @@ class AttentionScreen(ModalScreen[None]):
         self._show()
 
     def _show(self) -> None:
-        found = self._found
-        where = f"layer {self._layer + 1} of {found['layers']} · head {self._head + 1} of {found['heads']}"
-        self.query_one("#head", Static).update(f"{self._title} · {where}\n{KEYS}\n")
+        attention = self._attention
+        position = f"layer {self._layer + 1} of {attention['layers']} · head {self._head + 1} of {attention['heads']}"
+        self.query_one("#head", Static).update(f"{self._title} · {position}\n{KEYS}\n")
         self.query_one(AttentionView).display = True
-        if found["tokens"]:
-            self.query_one(AttentionView).show(found["tokens"], found["weights"], self._chosen())
+        if attention["tokens"]:
+            self.query_one(AttentionView).show(attention["tokens"], attention["weights"], self._chosen_token())
 
-    def _chosen(self) -> int:
-        last = len(self._found["tokens"]) - 1
+    def _chosen_token(self) -> int:
+        last = len(self._attention["tokens"]) - 1
         return last if self._token is None else min(self._token, last)
 
     def action_head(self, by: int) -> None:
-        self._head = (self._head + by) % self._found["heads"]
+        self._head = (self._head + by) % self._attention["heads"]
         self._load()
 
     def action_layer(self, by: int) -> None:
-        self._layer = (self._layer + by) % self._found["layers"]
+        self._layer = (self._layer + by) % self._attention["layers"]
         self._load()
 
     def action_token(self, by: int) -> None:
-        if self._found["tokens"]:
-            self._token = (self._chosen() + by) % len(self._found["tokens"])
+        if self._attention["tokens"]:
+            self._token = (self._chosen_token() + by) % len(self._attention["tokens"])
             self._show()
 
     @on(AttentionView.Chosen)

@@ -1,4 +1,4 @@
-"""The half of the adapters screen that finds models: table, filter, folders, details, selection."""
+"""The browsing half of the adapters screen: table, filter, folders, details, selection."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,22 +19,22 @@ from pipeline.project.params.sections import Params
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import GRAPH, open_project
 from tui.dialogs.path import PathScreen
-from tui.screens.adapters.session.catalog import Entry, Library, documents
-from tui.screens.adapters.session.request_queue import MOST
+from tui.screens.adapters.session.catalog import Entry, Library, read_documents
+from tui.screens.adapters.session.request_queue import MAX_LOADED
 from tui.screens.adapters.session.scanner import Scanner
 from tui.screens.adapters.widgets.model_details import Details, ModelDetails
 from tui.screens.adapters.widgets.model_table import ModelTable
 from tui.screens.base import WorkbenchScreen
 
-LOOKING = "looking for models…"
-NONE = "no models yet: press 1 then r, or type `make repro`\n\no looks in another folder"
-WHICH = "Look for models in which folder? One that was added before is taken away."
-EVERY = 1.0  # seconds between looks at whether files changed
-GATHER = 0.1  # seconds for which verdicts are gathered before they are drawn
+SEARCHING = "looking for models…"
+NO_MODELS = "no models yet: press 1 then r, or type `make repro`\n\no looks in another folder"
+FOLDER_QUESTION = "Search which folder for models? A folder that was added before is removed."
+EVERY = 1.0  # seconds between checks for changed files
+BATCH = 0.1  # seconds for which verdicts are collected before a redraw
 
 
-class Found(Message):
-    """All models, those not checked before without a verdict."""
+class Scanned(Message):
+    """A scan found these models; those not checked yet have no verdict."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Found(Message):
 
 
 class Checked(Message):
-    """One model's verdict."""
+    """A model was checked."""
 
     def __init__(self, entry: Entry) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Checked(Message):
 
 
 class BrowseScreen(WorkbenchScreen):
-    """Keeps the list of models as the files are, and which of them are selected."""
+    """Keeps the list of models in step with the files, and the selection."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "select", "Select", id="adapters.select"),
@@ -65,19 +65,21 @@ class BrowseScreen(WorkbenchScreen):
     def __init__(self) -> None:
         super().__init__()
         self.add_class("-none")
-        self.library = Library(_project(self.workbench.params_path))
+        self.library = Library(_open_project(self.workbench.params_path))
         self.scanner = Scanner(
-            self.library, lambda found: self.post_message(Found(found)), lambda one: self.post_message(Checked(one))
+            self.library,
+            lambda entries: self.post_message(Scanned(entries)),
+            lambda entry: self.post_message(Checked(entry)),
         )
-        self.table, self.model_details = ModelTable(), ModelDetails()  # kept: messages come while the screen closes
-        self.nothing = Static(LOOKING, id="none", markup=False)
+        self.table, self.model_details = ModelTable(), ModelDetails()  # messages arrive while the screen closes
+        self.nothing = Static(SEARCHING, id="none", markup=False)
         self.entries: list[Entry] = []
-        self._verdicts: dict[Path, Entry] = {}  # those that are not drawn yet
+        self._verdicts: dict[Path, Entry] = {}  # not drawn yet
         self.selected: list[Path] = []
         self.details: Details | None = None
 
     def models(self) -> Vertical:
-        """The table with its filter, or what to do where there is nothing to show."""
+        """The filter and the table, or a hint if there are no models."""
         field = Input(placeholder="only models with … (Escape: all)", id="filter", compact=True)
         return Vertical(field, self.nothing, self.table, id="models")
 
@@ -85,49 +87,49 @@ class BrowseScreen(WorkbenchScreen):
         self._watcher = self.set_interval(EVERY, self._watch, pause=True)
         for folder in self._folders():
             if not folder.is_dir():
-                self.workbench.log_message(f"{folder} is not a folder; no models are looked for in it.", "warning")
+                self.workbench.log_message(f"{folder} is not a folder, so it is not searched for models.", "warning")
 
     @on(ScreenResume)
-    def look(self) -> None:
+    def start_watching(self) -> None:
         self.library.folders[1:] = self._folders()
         self.scanner.start()
         self._watcher.resume()
 
     @on(ScreenSuspend)
-    def rest(self) -> None:
+    def stop_watching(self) -> None:
         self._watcher.pause()
 
     def on_unmount(self) -> None:
         self.scanner.stop()
 
     def _folders(self) -> list[Path]:
-        """Those that the user named: in the config, and here."""
-        named = [*self.workbench.config.folders, *self.workbench.state.folders]
-        return list(dict.fromkeys(self.workbench.root / Path(name).expanduser() for name in named))
+        """The folders that the user added, in the config and here."""
+        names = [*self.workbench.config.folders, *self.workbench.state.folders]
+        return list(dict.fromkeys(self.workbench.root / Path(name).expanduser() for name in names))
 
     @work(exclusive=True, group="watch")
     async def _watch(self) -> None:
         if await asyncio.to_thread(self.library.changed):
             self.scanner.start()
 
-    @on(Found)
-    def list_found(self, event: Found) -> None:
-        here = [entry.model.path for entry in event.entries]
-        for gone in [path for path in self.selected if path not in here]:
+    @on(Scanned)
+    def show_scan(self, event: Scanned) -> None:
+        paths = [entry.model.path for entry in event.entries]
+        for gone in [path for path in self.selected if path not in paths]:
             self.selected.remove(gone)
             self.workbench.log_message(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
         self.entries = list(event.entries)
-        self._verdicts.clear()  # of an earlier scan; those that still hold are in these entries
+        self._verdicts.clear()  # of an earlier scan; the valid ones are in these entries
         self.set_class(not self.entries, "-none")
-        self.nothing.update(NONE)
+        self.nothing.update(NO_MODELS)
         self.redraw()
-        self._describe()
+        self._show_details()
 
     @on(Checked)
-    def note_verdict(self, event: Checked) -> None:
-        """Verdicts of small models come faster than the table can be drawn, and keys must come through."""
+    def collect_verdict(self, event: Checked) -> None:
+        """Collect verdicts: those of small models arrive faster than the table is drawn, which would block keys."""
         if not self._verdicts:
-            self.set_timer(GATHER, self._show_verdicts)
+            self.set_timer(BATCH, self._show_verdicts)
         self._verdicts[event.entry.model.path] = event.entry
 
     def _show_verdicts(self) -> None:
@@ -139,22 +141,22 @@ class BrowseScreen(WorkbenchScreen):
             self.model_details.show(self.details)
 
     def redraw(self) -> None:
-        """Show the table as entries and selection are."""
+        """Redraw the table from the entries and the selection."""
         self.table.show(self.entries, self.selected)
 
     def entry(self, path: Path | None) -> Entry | None:
         return next((entry for entry in self.entries if entry.model.path == path), None)
 
-    def chosen(self) -> list[Entry]:
-        """The selected models in the order in which they stand side by side, or the one under the cursor."""
+    def selected_entries(self) -> list[Entry]:
+        """The selected models in display order, or the one under the cursor."""
         paths: set[Path | None] = {*self.selected} or {self.table.pointed}
-        return sorted((e for e in self.entries if e.model.path in paths), key=lambda entry: entry.place)
+        return sorted((e for e in self.entries if e.model.path in paths), key=lambda entry: entry.sort_key)
 
     def selection_changed(self) -> None:
-        """Another model would be asked now."""
+        """Called when the selection or the cursor changed."""
 
     @on(ModelTable.Pointed)
-    def _describe(self) -> None:
+    def _show_details(self) -> None:
         entry = self.entry(self.table.pointed)
         if entry is None:
             self.details = None
@@ -165,16 +167,16 @@ class BrowseScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="details")
     async def _read(self, entry: Entry) -> None:
-        found = await asyncio.to_thread(documents, entry.model.path)
-        self.details = Details(self.entry(entry.model.path) or entry, found[MANIFEST], found[CONFIG])
+        documents = await asyncio.to_thread(read_documents, entry.model.path)
+        self.details = Details(self.entry(entry.model.path) or entry, documents[MANIFEST], documents[CONFIG])
         self.model_details.show(self.details)
         self.details_read(self.details)
 
     def details_read(self, details: Details) -> None:
-        """The details pane shows another model."""
+        """Called when the details pane shows another model."""
 
     @on(ModelTable.Marked)
-    def _mark(self, event: ModelTable.Marked) -> None:
+    def _toggle_marked(self, event: ModelTable.Marked) -> None:
         self._toggle(event.path)
 
     def action_select(self) -> None:
@@ -184,19 +186,23 @@ class BrowseScreen(WorkbenchScreen):
     def _toggle(self, path: Path) -> None:
         if path in self.selected:
             self.selected.remove(path)
-        elif len(self.selected) < MOST:
+        elif len(self.selected) < MAX_LOADED:
             self.selected.append(path)
         else:
-            self.workbench.log_message(f"{MOST} models at most are asked side by side. Take one away first.", "warning")
+            self.workbench.log_message(
+                f"At most {MAX_LOADED} models are compared side by side. Deselect one first.", "warning"
+            )
         self.redraw()
         self.selection_changed()
 
     def action_usual(self) -> None:
-        """The pipeline's models, or none if they were selected."""
-        usual = [entry.model.path for entry in self.entries if entry.model.path in self.library.project_variants()]
-        if not usual:
-            self.workbench.log_message(f"The pipeline has made no model yet. {NONE.splitlines()[0]}", "warning")
-        self.selected = [] if self.selected == usual else usual
+        """Select the pipeline's models; if they are selected, deselect them."""
+        pipeline_models = [
+            entry.model.path for entry in self.entries if entry.model.path in self.library.project_variants()
+        ]
+        if not pipeline_models:
+            self.workbench.log_message(f"The pipeline has made no model yet. {NO_MODELS.splitlines()[0]}", "warning")
+        self.selected = [] if self.selected == pipeline_models else pipeline_models
         self.redraw()
         self.selection_changed()
 
@@ -218,7 +224,7 @@ class BrowseScreen(WorkbenchScreen):
         self.give_focus(self.table)
 
     def clear_filter(self) -> bool:
-        """Show all models again; False if they were."""
+        """Remove the filter. Returns False if there was none."""
         field = self.query_one("#filter", Input)
         if not field.has_class("-open"):
             return False
@@ -230,28 +236,28 @@ class BrowseScreen(WorkbenchScreen):
     def action_verify(self) -> None:
         self.library.forget()
         self.scanner.start()
-        self.workbench.log_message("All models are checked again.")
+        self.workbench.log_message("All models are being checked again.")
 
     @work
     async def action_folder(self) -> None:
-        """Look in another folder too, now and the next time; named again, it is looked in no more."""
-        named = await self.app.push_screen_wait(PathScreen(WHICH))
-        if named is None:
+        """Add a folder to search, also in later sessions; a folder that was added before is removed."""
+        name = await self.app.push_screen_wait(PathScreen(FOLDER_QUESTION))
+        if name is None:
             return
-        state, folder = self.workbench.state, self.workbench.root / Path(named).expanduser()
+        state, folder = self.workbench.state, self.workbench.root / Path(name).expanduser()
         if str(folder) in state.folders:
             state.folders.remove(str(folder))
         elif folder.is_dir():
             state.folders.append(str(folder))
         else:
-            self.workbench.log_message(f"{folder} is not a folder. Give the folder that holds the models.", "error")
+            self.workbench.log_message(f"{folder} is not a folder. Enter the folder that contains the models.", "error")
             return
         self.workbench.remember()
-        self.look()
+        self.start_watching()
 
 
-def _project(params: Path) -> Project:
-    """The project of a params file, with the default settings where that cannot be read: the models are there."""
+def _open_project(params: Path) -> Project:
+    """The project of a params file, with default settings if it is invalid, so that its models are listed anyway."""
     try:
         return open_project(params)
     except (UserError, OSError):

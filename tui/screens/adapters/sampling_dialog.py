@@ -1,4 +1,4 @@
-"""`t`: how the selected models are asked."""
+"""`t`: the sampling settings."""
 
 from dataclasses import asdict
 from typing import ClassVar, NamedTuple
@@ -14,15 +14,15 @@ from pipeline.errors import UserError
 from tui.screens.adapters.session.sampling import RULES, Sampling, parse
 
 
-class Chosen(NamedTuple):
-    """What was set."""
+class PromptSettings(NamedTuple):
+    """The settings that the user confirmed."""
 
     sampling: Sampling
     chat: bool
 
 
-class Tick(Checkbox):
-    """A check box that is empty where it is off: Textual's tells by colour alone."""
+class ClearCheckbox(Checkbox):
+    """A check box that is empty when off: Textual's differs in colour only."""
 
     @property
     def _button(self) -> Content:
@@ -30,8 +30,8 @@ class Tick(Checkbox):
         return super()._button
 
 
-class SamplingScreen(ModalScreen[Chosen | None]):
-    """Nothing that is wrong gets out of here; Escape changes nothing."""
+class SamplingScreen(ModalScreen[PromptSettings | None]):
+    """Edits the settings; returns them only if all are valid, or None on Escape."""
 
     AUTO_FOCUS = "Input"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
@@ -56,7 +56,7 @@ class SamplingScreen(ModalScreen[Chosen | None]):
                     yield Input(f"{value:g}" if isinstance(value, float) else str(value), compact=True, id=name)
                     yield Static(RULES[name][0], classes="rule")
             label = "chat template" if self._has_chat else "chat template (no model asked so far has one)"
-            yield Tick(label, self._chat and self._has_chat, compact=True, disabled=not self._has_chat)
+            yield ClearCheckbox(label, self._chat and self._has_chat, compact=True, disabled=not self._has_chat)
             yield Static(classes="wrong", markup=False)
             yield Button("Use", compact=True, variant="primary")
 
@@ -72,4 +72,4 @@ class SamplingScreen(ModalScreen[Chosen | None]):
         except UserError as error:
             self.query_one(".wrong", Static).update(f"✗ {error}")
             return
-        self.dismiss(Chosen(sampling, self.query_one(Checkbox).value))
+        self.dismiss(PromptSettings(sampling, self.query_one(Checkbox).value))

@@ -1,4 +1,4 @@
-"""The adapters screen: what models there are, and what they answer."""
+"""The adapters screen: browse models, prompt them, and compare their answers."""
 
 import asyncio
 from collections.abc import Iterable
@@ -33,15 +33,15 @@ from tui.services.engine_client import EngineDied, Inference
 from tui.widgets.prompt_input import PromptInput
 from tui.widgets.slider import STEP, Slider
 
-PROMPTS = 200  # that are remembered
-STATUS_EVERY = 2.0  # seconds
-FRAME = 0.05  # seconds between two drawings of an answer that streams in
+MAX_PROMPTS = 200  # in the saved history
+STATUS_EVERY = 2.0  # seconds between status requests
+FRAME = 0.05  # seconds between redraws of a streaming answer, at least
 BROWSING = {"select", "filter", "sort", "reverse", "usual", "folder"}  # actions on the table
 PROMPTING = {"strength", "sampling", "attention", "copy", "save"}  # actions on the answers
 
 
 class AdaptersScreen(BrowseScreen):
-    """Below 110 columns one of two views, table or prompt; above both."""
+    """Table and prompt side by side; below 110 columns one of the two."""
 
     NAME: ClassVar[str] = "adapters"
     CSS_PATH = "adapters.tcss"
@@ -65,8 +65,8 @@ class AdaptersScreen(BrowseScreen):
         if self.workbench.inference is None:
             self.workbench.inference = Inference(self.workbench.root)
         self.engine = self.workbench.inference
-        self.talk = Conversation(RequestQueue(self.engine, self.library, self.workbench.params_path))
-        # kept: answers come while the screen closes
+        self.conversation = Conversation(RequestQueue(self.engine, self.library, self.workbench.params_path))
+        # attributes, because answers can arrive while the screen closes and queries fail
         self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
         self.sampling = Static(id="sampling", markup=False)
         self._probe = Latest(self._probe_once)
@@ -84,19 +84,19 @@ class AdaptersScreen(BrowseScreen):
         self._show_sampling()
 
     @on(ScreenResume)
-    def _wake(self) -> None:
+    def _resume(self) -> None:
         self._status_timer.resume()
 
     @on(ScreenSuspend)
-    def _sleep(self) -> None:
+    def _pause(self) -> None:
         self._status_timer.pause()
 
-    # what is shown, and where keys go
+    # views and focus
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         narrow, prompting = self.app.size.width < 110, self.has_class("-prompt")
         if action == "interrupt":
-            return self._asking()
+            return self._is_generating()
         if action == "browse":
             return prompting
         if narrow and action in (BROWSING if prompting else PROMPTING):
@@ -106,23 +106,23 @@ class AdaptersScreen(BrowseScreen):
     def on_resize(self, _: Resize) -> None:
         self.refresh_bindings()
 
-    def _view(self, name: str) -> None:
+    def _switch_view(self, name: str) -> None:
         self.set_class(name == "-browse", "-browse")
         self.set_class(name == "-prompt", "-prompt")
         self.refresh_bindings()
 
     @on(ModelTable.Chosen)
     def action_prompt(self) -> None:
-        self._view("-prompt")
+        self._switch_view("-prompt")
         self.give_focus(self.prompt)
 
     def action_browse(self) -> None:
-        self._view("-browse")
+        self._switch_view("-browse")
         self.give_focus(self.table)
 
     def action_leave(self) -> None:
-        """Escape: stop an answer, else out of a field to what it belongs to, else back to the table."""
-        if self._asking():
+        """Escape: interrupt the answer, else leave the prompt or the filter, else go back to the table."""
+        if self._is_generating():
             self.action_interrupt()
         elif self.prompt.has_focus:
             self.give_focus(self.answers)
@@ -130,179 +130,181 @@ class AdaptersScreen(BrowseScreen):
             self.action_browse()
 
     def selection_changed(self) -> None:
-        self.slider.disabled = not any(entry.model.scales for entry in self.chosen())
+        self.slider.disabled = not any(entry.model.scales for entry in self.selected_entries())
 
-    # asking
+    # prompting
 
     @on(Input.Submitted, "PromptInput")
     def submit(self, event: Input.Submitted) -> None:
-        prompt, entries = event.value.strip(), self.chosen()
+        prompt, entries = event.value.strip(), self.selected_entries()
         if not prompt:
-            self.workbench.log_message("The prompt is empty. Give at least one word.", "warning")
+            self.workbench.log_message("The prompt is empty. Enter at least one word.", "warning")
         elif not entries:
-            self.workbench.log_message("There is no model to ask. Press b and select one.", "warning")
+            self.workbench.log_message("No model is selected. Press b and select one.", "warning")
         else:
             self._remember(prompt)
             self.give_focus(self.answers)
-            self._ask(prompt)
+            self._prompt_models(prompt)
 
     def _remember(self, prompt: str) -> None:
-        known = [known for known in self.workbench.state.prompts if known != prompt]
-        self.workbench.state.prompts = [*known, prompt][-PROMPTS:]
+        others = [other for other in self.workbench.state.prompts if other != prompt]
+        self.workbench.state.prompts = [*others, prompt][-MAX_PROMPTS:]
         self.prompt.remember(self.workbench.state.prompts)
         self.workbench.remember()
 
     @work(exclusive=True, group="ask")
-    async def _ask(self, prompt: str) -> None:
-        self._engine_is("busy" if self.engine.running else "starting")
-        earlier = list(self.talk.exchanges)
-        exchange = self.talk.begin(prompt, self.chosen(), self.slider.value)
+    async def _prompt_models(self, prompt: str) -> None:
+        self._set_engine_state("busy" if self.engine.running else "starting")
+        earlier = list(self.conversation.exchanges)
+        exchange = self.conversation.begin(prompt, self.selected_entries(), self.slider.value)
         await self.answers.start(exchange, earlier)
         try:
-            async with aclosing(self.talk.answers(exchange)) as changes:
-                drawn = 0.0
+            async with aclosing(self.conversation.answers(exchange)) as changes:
+                drawn_at = 0.0
                 async for _ in changes:
                     loading = any(answer.ended == LOADING for answer in exchange.answers)
-                    if loading or monotonic() - drawn >= FRAME:  # nothing more may come for as long as a load takes
-                        self._engine_is("loading" if loading else "busy")
+                    if loading or monotonic() - drawn_at >= FRAME:  # a load yields nothing until it is done
+                        self._set_engine_state("loading" if loading else "busy")
                         self.answers.show(exchange)
-                        drawn = monotonic()
-                    await asyncio.sleep(0)  # tokens may come faster than one is drawn, and a key must come through
+                        drawn_at = monotonic()
+                    await asyncio.sleep(0)  # tokens may arrive faster than they are drawn: let keys through
         except UserError as error:
-            self._failed(error)
+            self._show_error(error)
         else:
-            self._engine_is("ready")
+            self._set_engine_state("ready")
             self._status()
-            if self.talk.chat and not exchange.chat:
+            if self.conversation.chat and not exchange.chat:
                 self.workbench.log_message(
-                    "Not all of these have a chat template: they were prompted without it.", "warning"
+                    "Not all of these models have a chat template, so they were prompted without it.", "warning"
                 )
         finally:
             self.answers.show(exchange)
             self.call_later(self.refresh_bindings)
 
-    def _failed(self, error: UserError) -> None:
-        self._engine_is("died" if isinstance(error, EngineDied) else "ready")
+    def _show_error(self, error: UserError) -> None:
+        self._set_engine_state("died" if isinstance(error, EngineDied) else "ready")
         self.workbench.fail(error)
 
-    def _asking(self) -> bool:
+    def _is_generating(self) -> bool:
         return any(worker.group == "ask" and worker.is_running for worker in self.workers)
 
     def action_interrupt(self) -> None:
         self.workers.cancel_group(self, "ask")
-        self._engine_is("ready" if self.engine.running else "not started")
+        self._set_engine_state("ready" if self.engine.running else "not started")
 
     # strength
 
     @on(Slider.Changed)
     def move(self) -> None:
-        if self.engine.running and self.talk.newest:
+        if self.engine.running and self.conversation.newest:
             self.run_worker(self._probe.run(), group="probe")
 
     async def _probe_once(self) -> None:
         try:
-            self.answers.show_table(await self.talk.probe(self.slider.value))
+            self.answers.show_table(await self.conversation.probe(self.slider.value))
         except UserError as error:
-            self._failed(error)
+            self._show_error(error)
 
     def action_strength(self, steps: int) -> None:
         if self.slider.disabled:
             self.workbench.log_message(
-                "Strength scales a change of weights, and virtual tokens change none. Select another adapter."
-                if any(entry.model.kind == "adapter" for entry in self.chosen())
+                "Strength scales weight changes; prefix and prompt tuning change no weights. Select another adapter."
+                if any(entry.model.kind == "adapter" for entry in self.selected_entries())
                 else "Strength scales an adapter's change. Select an adapter.",
                 "warning",
             )
         else:
             self.slider.value += steps * STEP
 
-    # how they are asked
+    # sampling and attention
 
     def _show_sampling(self) -> None:
-        chat = " · chat template" if self.talk.chat else ""
-        self.sampling.update(f"{self.talk.sampling}{chat}")
+        chat = " · chat template" if self.conversation.chat else ""
+        self.sampling.update(f"{self.conversation.sampling}{chat}")
 
     @work
     async def action_sampling(self) -> None:
-        has_chat = self.talk.asker.has_chat(self.chosen())
-        chosen = await self.app.push_screen_wait(SamplingScreen(self.talk.sampling, self.talk.chat, has_chat))
-        if chosen:
-            self.talk.sampling, self.talk.chat = chosen
+        has_chat = self.conversation.requests.has_chat(self.selected_entries())
+        settings = await self.app.push_screen_wait(
+            SamplingScreen(self.conversation.sampling, self.conversation.chat, has_chat)
+        )
+        if settings:
+            self.conversation.sampling, self.conversation.chat = settings
             self._show_sampling()
 
     def action_attention(self) -> None:
-        entries, exchange = self.chosen(), self.talk.newest
+        entries, exchange = self.selected_entries(), self.conversation.newest
         if not entries or exchange is None:
-            self.workbench.log_message("Attention is shown over a prompt. Ask one first.", "warning")
+            self.workbench.log_message("Attention is shown for a prompt. Enter one first.", "warning")
             return
         pointed = self.entry(self.table.pointed)
         entry = pointed if pointed in entries else entries[0]
-        ask = partial(self.talk.asker.attention, entry, exchange.prompt, self.slider.value, exchange.chat)
+        ask = partial(self.conversation.requests.attention, entry, exchange.prompt, self.slider.value, exchange.chat)
         self.app.push_screen(AttentionScreen(entry.label, ask))
 
-    # what was answered
+    # copy and save
 
     def action_copy(self) -> None:
-        if self.talk.newest is None:
+        if self.conversation.newest is None:
             self.workbench.log_message("There is no answer to copy yet.", "warning")
         else:
-            self.app.copy_to_clipboard(self.talk.newest.said())
-            self.workbench.log_message("The last answer is in the clipboard.")
+            self.app.copy_to_clipboard(self.conversation.newest.answers_text())
+            self.workbench.log_message("Copied the last answer to the clipboard.")
 
     @work
     async def action_save(self) -> None:
-        if not self.talk.exchanges:
+        if not self.conversation.exchanges:
             self.workbench.log_message("There is nothing to save yet.", "warning")
             return
-        question = "Write the transcript to which file? .jsonl gives JSON lines, any other name Markdown."
-        named = await self.app.push_screen_wait(PathScreen(question, "transcript.md"))
-        if named is None:
+        question = "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
+        name = await self.app.push_screen_wait(PathScreen(question, "transcript.md"))
+        if name is None:
             return
-        path = self.workbench.root / Path(named).expanduser()
+        path = self.workbench.root / Path(name).expanduser()
         try:
-            save(path, [transcript(self.talk.exchanges, path.suffix).encode()])
+            save(path, [transcript(self.conversation.exchanges, path.suffix).encode()])
         except OSError as error:
             self.workbench.fail(error)
         else:
-            self.workbench.log_message(f"{path} has all {len(self.talk.exchanges)} prompts of this session.")
+            self.workbench.log_message(f"Saved {len(self.conversation.exchanges)} prompts to {path}.")
 
-    # what the engine says of itself and of adapters
+    # engine status and spectra
 
-    def _engine_is(self, state: str) -> None:
+    def _set_engine_state(self, state: str) -> None:
         self.bar.state = state
         self.refresh_bindings()
 
     def _tick(self) -> None:
         bar = self.bar
-        if self.engine.running and not self._asking():
+        if self.engine.running and not self._is_generating():
             self._status()
-        elif not self.engine.running and bar.state in ("ready", "busy") and not self._asking():
-            self._engine_is("died")
+        elif not self.engine.running and bar.state in ("ready", "busy") and not self._is_generating():
+            self._set_engine_state("died")
 
     @work(exclusive=True, group="status")
     async def _status(self) -> None:
         try:
             self.bar.facts = await self.engine.ask("status")
         except UserError:
-            self._engine_is("died")
+            self._set_engine_state("died")
         else:
-            if not self._asking():
-                self._engine_is("ready")
+            if not self._is_generating():
+                self._set_engine_state("ready")
 
     def action_spectrum(self) -> None:
         if self.details and self.details.entry.model.scales:
-            self._measure(self.details)
+            self._measure_spectrum(self.details)
 
     @work(exclusive=True, group="spectrum")
-    async def _measure(self, details: Details) -> None:
+    async def _measure_spectrum(self, details: Details) -> None:
         stamp = await asyncio.to_thread(self.library.stamp, details.entry.model)
         details.spectrum = self._spectra.get(stamp, "measuring…")
         self._show_spectrum(details)
         if stamp in self._spectra:
             return
         try:
-            done = await self.engine.ask("spectrum", adapter=str(details.entry.model.path))
-            details.spectrum = self._spectra[stamp] = done["modules"]
+            answer = await self.engine.ask("spectrum", adapter=str(details.entry.model.path))
+            details.spectrum = self._spectra[stamp] = answer["modules"]
         except UserError as error:
             details.spectrum = f"✗ {error}"
         self._show_spectrum(details)
@@ -312,6 +314,6 @@ class AdaptersScreen(BrowseScreen):
             self.model_details.show(details)
 
     def details_read(self, details: Details) -> None:
-        """Measure the spectrum too, if that costs nobody anything."""
-        if details.entry.model.scales and self.engine.running and not self._asking():
-            self._measure(details)
+        """Measure the spectrum too, if the engine is running and idle."""
+        if details.entry.model.scales and self.engine.running and not self._is_generating():
+            self._measure_spectrum(details)

@@ -1,4 +1,4 @@
-"""A configuration as a section of params.yaml, for the model that the project trains, and back."""
+"""Convert between the calculator's form and the fine-tuning sections of a project's params.yaml."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +16,14 @@ from tui.screens.calculator.model import CalculatorQuery, Result
 MINIGPT = "MiniGPT"
 
 
-def asked_for(project: Project) -> CalculatorQuery:
-    """What `finetune_lora` trains, as the trainer does it: the project's model, one batch after the other.
-
-    Raises UserError if the base is nothing that there could be.
-    """
+def query_from_project(project: Project) -> CalculatorQuery:
+    """The query that describes `finetune_lora` as the trainer runs it. Raises UserError if the base is invalid."""
     lora, imports = project.params.finetune_lora, project.params.pretrain.imports
-    longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]  # none: as long as suits the model
+    longest = [
+        tokens for tokens in (lora.window, lora.max_length) if tokens
+    ]  # empty: the calculator's default for the model
     return CalculatorQuery(
-        model=_model(project),
+        model=_model_source(project),
         rank=str(lora.rank),
         alpha=f"{lora.alpha:g}",
         targets=", ".join(lora.target_modules),
@@ -41,28 +40,28 @@ def asked_for(project: Project) -> CalculatorQuery:
 
 
 def trained_model(project: Project) -> tuple[str, Architecture]:
-    """The model that this project trains: as messages call it, and its shapes. Reads files. Raises UserError."""
+    """The model that this project trains: its name in messages, and its shapes. Reads files. Raises UserError."""
     pretrain = project.params.pretrain
     return (
-        (pretrain.base, open_model(_model(project)).shapes)
+        (pretrain.base, open_model(_model_source(project)).shapes)
         if pretrain.imports
         else (MINIGPT, built_in("minigpt").shapes)
     )
 
 
-def _model(project: Project) -> str:
-    """What the calculator opens for it: what the pipeline has made of the base, else the base."""
+def _model_source(project: Project) -> str:
+    """The name or path that the calculator opens: a checkpoint that the pipeline made of the base, else the base."""
     pretrain = project.params.pretrain
     if not pretrain.imports:
         return "minigpt"
-    for folder in _made(project):
+    for folder in _made_checkpoints(project):
         return str(folder)
     source = base_model.parse_source(pretrain.base, project.home("pretrain").root)
     return str(source.path) if source.is_local else source.hub_id
 
 
-def _made(project: Project) -> Iterator[Path]:
-    """The checkpoints that were made of this base, the expanded one first."""
+def _made_checkpoints(project: Project) -> Iterator[Path]:
+    """The checkpoints that the pipeline made of the current base, the expanded one first."""
     base, expanded = map(project.artifact, ("pretrain", "expand_vocab"))
     try:
         imported = artifact.read_manifest(base)
@@ -77,7 +76,7 @@ def _made(project: Project) -> Iterator[Path]:
 
 
 def _new_rows(project: Project) -> int:
-    """How many rows expand_vocab added; 1 where that is not known."""
+    """How many embedding rows expand_vocab added; 1 if it has not run."""
     try:
         start, stop = artifact.read_manifest(project.artifact("expand_vocab"))["new_rows"]
         return max(int(stop) - int(start), 1)
@@ -85,15 +84,17 @@ def _new_rows(project: Project) -> int:
         return 1
 
 
-def settings_of(
-    asked: CalculatorQuery, result: Result, params: Params, trained: tuple[str, Architecture]
+def params_from_result(
+    query: CalculatorQuery, result: Result, params: Params, trained: tuple[str, Architecture]
 ) -> dict[str, Any]:
-    """`section.key` → value of what this project would train so. Raises UserError for what it cannot train."""
+    """The params of a configuration as `section.key` → value. Raises UserError if this project cannot train it."""
     method, run = result.method, result.run
-    if asked.method not in ("full", "freeze", "lora", "qlora"):
-        raise UserError(f"{asked.method} is not trainable here yet. Choose lora, qlora, freeze or full.")
-    kept = run.precision if run.precision in get_args(Quantization) else "none"
-    precision = "bf16" if kept != "none" else run.precision  # as the calculator takes it, beside few bits
+    if query.method not in ("full", "freeze", "lora", "qlora"):
+        raise UserError(f"{query.method} is not trainable here yet. Choose lora, qlora, freeze or full.")
+    quantization = run.precision if run.precision in get_args(Quantization) else "none"
+    precision = (
+        "bf16" if quantization != "none" else run.precision
+    )  # the calculator assumes bf16 besides quantized weights
     if precision not in get_args(Precision):
         choices = "fp32, bf16, fp16, int8, nf4 or nf4-dq"
         raise UserError(f"{run.precision} weights are not trainable here yet. Choose {choices}.")
@@ -103,21 +104,21 @@ def settings_of(
         "gradient_checkpointing": run.checkpointing,
     }
     if method.kind == "freeze":
-        _refuse_blocks(method.last_blocks, params, trained)
+        _check_last_blocks(method.last_blocks, params, trained)
         values |= {"last_blocks": method.last_blocks, "train_embeddings": method.train_embeddings}
     if method.kind == "lora":
         name, model = trained
         try:
             ranks(model, method)
         except UserError as error:
-            raise UserError(f"{name}, which this project trains, cannot have these targets. {error}") from None
+            raise UserError(f"{name}, the model of this project, does not have these targets. {error}") from None
         values |= {"rank": method.rank, "alpha": method.alpha, "target_modules": list(method.targets)}
         values |= {"train_embeddings": method.embeddings, "adapter_precision": run.adapter_precision}
-        values |= {"quantization": kept}
+        values |= {"quantization": quantization}
     return {f"finetune_{method.kind}.{key}": value for key, value in values.items()}
 
 
-def _refuse_blocks(last_blocks: int, params: Params, trained: tuple[str, Architecture]) -> None:
+def _check_last_blocks(last_blocks: int, params: Params, trained: tuple[str, Architecture]) -> None:
     name, model = trained
     blocks = len(model.blocks) if params.pretrain.imports else params.pretrain.layers
     if last_blocks > blocks:
@@ -126,12 +127,12 @@ def _refuse_blocks(last_blocks: int, params: Params, trained: tuple[str, Archite
 
 
 def differences(params: Params, values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`section.key` → (value now, value then) of what is not so already."""
-    found = {}
+    """`section.key` → (current value, new value) of the values that differ."""
+    changes = {}
     for key, new in values.items():
         section, _, name = key.partition(".")
         old = getattr(getattr(params, section), name)
         old = list(old) if isinstance(old, tuple) else old
         if old != new:
-            found[key] = (old, new)
-    return found
+            changes[key] = (old, new)
+    return changes

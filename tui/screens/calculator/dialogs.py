@@ -1,4 +1,4 @@
-"""Above the calculator: the document's table, the formulas, and what is about to be written to params.yaml."""
+"""The calculator's dialogs: the document's claims, the formulas, and the changes to params.yaml."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ COLORS = {"holds": "green", "differs": "bold red", "depends": "yellow"}
 
 
 class Reader(ModalScreen[None]):
-    """A text to scroll in, closed by Escape or the key that opened it."""
+    """A scrollable text, closed by Escape or the key that opened it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,d,e", "dismiss", "Close")]
 
@@ -35,10 +35,10 @@ class Reader(ModalScreen[None]):
 
 
 def document_table() -> Reader:
-    """The claims that the calculator decides: what the document says, what is exact, and why where they differ."""
-    summary, found = calculated_claims()
+    """The document's claims about numbers of the calculator: its value, the exact one, and why they differ."""
+    summary, claims = calculated_claims()
     rows = Table("", "claim", "document", "exact", "", box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    for row in found:
+    for row in claims:
         shown, mark = row["shown"], Text(row["mark"], COLORS[row["verdict"]])
         rows.add_row(row["title"], Text(row["quote"]), Text(shown["says"]), Text(shown["measured"]), mark)
         if row["verdict"] != "holds":
@@ -47,7 +47,7 @@ def document_table() -> Reader:
 
 
 def formulas(result: Result) -> Reader:
-    """Each number's formula with the values put in."""
+    """The formula of each number with the values inserted."""
     rows = Table.grid(padding=(0, 2))
     for what, formula in explain(result.model, result.method, result.run, result.memory):
         rows.add_row(Text(what, "bold"), Text(formula))
@@ -55,7 +55,7 @@ def formulas(result: Result) -> Reader:
 
 
 class Confirm(ModalScreen[bool]):
-    """Each change as `key: old → new`; Enter writes, Escape leaves."""
+    """Shows each change as `key: old → new`. Enter writes them, Escape cancels."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "dismiss(True)", "Write"),
@@ -67,14 +67,14 @@ class Confirm(ModalScreen[bool]):
         self._file, self._changes = file, changes
 
     def compose(self) -> ComposeResult:
-        lines = [f"{key}: {_said(old)} → {_said(new)}" for key, (old, new) in self._changes.items()]
+        lines = [f"{key}: {_format_value(old)} → {_format_value(new)}" for key, (old, new) in self._changes.items()]
         with VerticalScroll(classes="dialog"):
             yield Static(Text(f"Write to {self._file}:\n", "bold"))
             yield Static(Text("\n".join(lines)), id="changes")
             yield Static(Text("\nEnter writes, Escape leaves it as it is.", "dim"))
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The calculator's form: a line a field, only those that matter to the method."""
+"""The calculator's form: one line per field, showing only fields relevant to the method."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,10 +17,10 @@ from pipeline.calc.precision import PRECISIONS
 from pipeline.calc.settings import CHOICES, METHODS, OPTIMIZERS
 from pipeline.calc.sources.open_model import hub_ids
 from pipeline.calc.target_modules import GROUPS
-from tui.screens.calculator.model import CUSTOM, FIELDS, CalculatorQuery, relevant
+from tui.screens.calculator.model import CUSTOM, FIELDS, CalculatorQuery, relevant_fields
 from tui.screens.calculator.model_search import ModelSearch
 from tui.widgets.select import Choice
-from tui.widgets.text_field import Entry, counting, doubling, through
+from tui.widgets.text_field import Entry, counting, cycling, doubling
 
 TARGETS = (*GROUPS, "all-linear", "q_proj, v_proj", "q_proj, k_proj, v_proj, o_proj", "qkv_proj, o_proj", "c_attn")
 LABELS = {"ends": "embeddings", "gib": "GPU's GiB", "gpu": "GPU", "virtual_tokens": "virtual tok."}
@@ -28,7 +28,7 @@ LABELS["adapter_precision"] = "adapter prec."
 
 
 class CalcForm(Vertical):
-    """Posts Changed at every change of a field, Fetch where a model is to be looked for elsewhere."""
+    """Posts Changed at every change of a field, and Fetch when a model was entered."""
 
     DEFAULT_CSS = """
     CalcForm { height: auto; }
@@ -43,14 +43,14 @@ class CalcForm(Vertical):
     ]
 
     class Changed(Message):
-        """A field has another value."""
+        """The value of a field changed."""
 
     class Fetch(Message):
-        """The model's field was entered: what is neither built in nor a path may be fetched."""
+        """A model was entered: if it is neither built in nor a path, it may be fetched from the hub."""
 
-    def __init__(self, asked: CalculatorQuery) -> None:
+    def __init__(self, query: CalculatorQuery) -> None:
         super().__init__()
-        self._shown = asked
+        self._values = query
 
     def compose(self) -> ComposeResult:
         for name, editor in self._editors():
@@ -59,16 +59,16 @@ class CalcForm(Vertical):
                 yield editor
 
     def _editors(self) -> Iterable[tuple[str, Widget]]:
-        shown = self._shown
+        shown = self._values
         choices = {
             "method": {name: name for name in METHODS},
             "embeddings": {name: name.replace("_", " ") for name in CHOICES["embeddings"]},
             "ends": {"train": "train", "freeze": "freeze"},
             "adapter_precision": {name: name for name in CHOICES["adapter-precision"]},
-            "checkpointing": {"": "as suits", **{name: name for name in CHOICES["checkpointing"]}},
+            "checkpointing": {"": "auto", **{name: name for name in CHOICES["checkpointing"]}},
             "optimizer": {name: name for name in OPTIMIZERS},
             "loss": {name: name for name in CHOICES["loss"]},
-            "gpu": {one.name: one.label for one in gpus().values()} | {CUSTOM: "custom, GiB below"},
+            "gpu": {gpu.name: gpu.label for gpu in gpus().values()} | {CUSTOM: "custom, GiB below"},
         }
         steps = {"alpha": doubling, "rank": doubling, "batch": counting, "sequence": doubling, "gib": doubling}
         for name in FIELDS:
@@ -78,79 +78,79 @@ class CalcForm(Vertical):
             elif name in choices:
                 yield name, Choice(choices[name], value, id=name)
             elif name == "targets":
-                yield name, Entry(value, id=name, step=through(TARGETS), suggested=TARGETS)
+                yield name, Entry(value, id=name, step=cycling(TARGETS), suggested=TARGETS)
             elif name == "precision":
-                yield name, Entry(value, id=name, step=through(list(PRECISIONS)), suggested=list(PRECISIONS))
+                yield name, Entry(value, id=name, step=cycling(list(PRECISIONS)), suggested=list(PRECISIONS))
             else:
                 yield name, Entry(value, id=name, step=steps.get(name, counting))
 
     def on_mount(self) -> None:
-        self._enable()
+        self._show_relevant()
 
     @property
-    def asked(self) -> CalculatorQuery:
-        """What the fields hold."""
-        return self._shown
+    def values(self) -> CalculatorQuery:
+        """The values of the fields."""
+        return self._values
 
-    def fill(self, asked: CalculatorQuery) -> None:
-        """Put values into all fields, with one Changed."""
+    def fill(self, query: CalculatorQuery) -> None:
+        """Set all fields, and post a single Changed."""
         with self.prevent(Input.Changed):
             for name in FIELDS:
-                self._editor(name).value = getattr(asked, name)
+                self._editor(name).value = getattr(query, name)
         self.query_one(ModelSearch).close()
-        self._shown = asked
-        self._enable()
+        self._values = query
+        self._show_relevant()
         self.post_message(self.Changed())
 
-    def hint(self, **values: str) -> None:
-        """What a field that is left empty means now."""
+    def set_placeholders(self, **values: str) -> None:
+        """Set placeholders: the values that empty fields stand for."""
         for name, value in values.items():
             editor = self._editor(name)
             if isinstance(editor, Input) and editor.placeholder != value:
                 editor.placeholder = value
 
-    def mark(self, wrong: str | None) -> None:
-        """Mark one field as wrong, or none."""
+    def mark_invalid(self, invalid: str | None) -> None:
+        """Mark one field as invalid, or none."""
         for name in FIELDS:
             row = self.query_one(f"#field-{name}")
-            if row.has_class("-wrong") != (name == wrong):
-                row.set_class(name == wrong, "-wrong")
-                row.query_one(Label).update(self._label(name, name == wrong))
+            if row.has_class("-wrong") != (name == invalid):
+                row.set_class(name == invalid, "-wrong")
+                row.query_one(Label).update(self._label(name, name == invalid))
 
     def step(self, name: str) -> None:
-        """The next value of a field, as its own keys do it."""
+        """Step a field to its next value."""
         self._editor(name).action_step(1)
 
-    def _label(self, name: str, wrong: bool = False) -> str:
-        return f"{'✗' if wrong else ' '} {LABELS.get(name, name.replace('_', ' '))}"
+    def _label(self, name: str, invalid: bool = False) -> str:
+        return f"{'✗' if invalid else ' '} {LABELS.get(name, name.replace('_', ' '))}"
 
     def _editor(self, name: str) -> Entry | Choice:
-        found = self.query_one(f"#{name}")
-        assert isinstance(found, Entry | Choice)
-        return found
+        editor = self.query_one(f"#{name}")
+        assert isinstance(editor, Entry | Choice)
+        return editor
 
     @on(Input.Changed)
     @on(Choice.Changed)
     def _changed(self, event: Input.Changed | Choice.Changed) -> None:
         event.stop()
         editor = event.control
-        if editor.id and getattr(self._shown, editor.id) != editor.value:
-            self._shown = replace(self._shown, **{editor.id: editor.value})
-            self._enable()
+        if editor.id and getattr(self._values, editor.id) != editor.value:
+            self._values = replace(self._values, **{editor.id: editor.value})
+            self._show_relevant()
             self.post_message(self.Changed())
 
-    @on(ModelSearch.Typed)
-    @on(ModelSearch.Taken)
-    def _model(self, event: ModelSearch.Typed | ModelSearch.Taken) -> None:
+    @on(ModelSearch.Changed)
+    @on(ModelSearch.Selected)
+    def _model(self, event: ModelSearch.Changed | ModelSearch.Selected) -> None:
         event.stop()
-        self._shown = replace(self._shown, model=self._editor("model").value)
-        self.post_message(self.Fetch() if isinstance(event, ModelSearch.Taken) else self.Changed())
+        self._values = replace(self._values, model=self._editor("model").value)
+        self.post_message(self.Fetch() if isinstance(event, ModelSearch.Selected) else self.Changed())
 
-    def _enable(self) -> None:
-        """Fields of other methods are neither shown nor in the way of tab."""
-        matter = relevant(self._shown)
+    def _show_relevant(self) -> None:
+        """Hide and disable the fields that are not relevant to the method, so that tab skips them."""
+        names = relevant_fields(self._values)
         for name in FIELDS:
             row = self.query_one(f"#field-{name}")
-            if row.display != (name in matter):
-                row.display = name in matter
-                row.disabled = name not in matter
+            if row.display != (name in names):
+                row.display = name in names
+                row.disabled = name not in names

@@ -1,4 +1,4 @@
-"""From what the calculator's form holds, as text, to an answer of `pipeline.calc`."""
+"""Parse the calculator's form and calculate the result with `pipeline.calc`."""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -19,12 +19,12 @@ from pipeline.calc.settings import (
 )
 from pipeline.errors import UserError
 
-CUSTOM = "custom"  # a GPU of so many GiB
+CUSTOM = "custom"  # a GPU with the memory of the field `gib`
 
 
 @dataclass(frozen=True)
 class CalculatorQuery:
-    """The form's fields, each as it is written there; empty is what suits the model."""
+    """The fields of the form, as typed; an empty one means the default for the model."""
 
     model: str = "qwen3-8b"
     method: str = "lora"
@@ -47,12 +47,12 @@ class CalculatorQuery:
     gib: str = "24"
 
     def effective(self) -> "CalculatorQuery":
-        """The fields that matter to the method as they are, the others as they are in an untouched form."""
-        return replace(CalculatorQuery(), **{name: getattr(self, name) for name in relevant(self)})
+        """The query with the defaults in fields that are not relevant to the method."""
+        return replace(CalculatorQuery(), **{name: getattr(self, name) for name in relevant_fields(self)})
 
 
 FIELDS = tuple(field.name for field in fields(CalculatorQuery))
-_OWN = {
+_METHOD_FIELDS = {
     "lora": ("rank", "alpha", "targets", "embeddings", "new_rows", "adapter_precision"),
     "qlora": ("rank", "alpha", "targets", "embeddings", "new_rows", "adapter_precision"),
     "freeze": ("last_blocks", "ends"),
@@ -61,16 +61,18 @@ _OWN = {
 }
 
 
-def relevant(asked: CalculatorQuery) -> list[str]:
-    """The fields that decide something: not those of other methods."""
-    out = {name for names in _OWN.values() for name in names} - set(_OWN.get(asked.method, ()))
-    out |= {"new_rows"} if asked.embeddings != "new_rows" else set()
-    out |= {"gib"} if asked.gpu != CUSTOM else set()
-    return [name for name in FIELDS if name not in out]
+def relevant_fields(query: CalculatorQuery) -> list[str]:
+    """The fields that affect the result."""
+    irrelevant = {name for names in _METHOD_FIELDS.values() for name in names} - set(
+        _METHOD_FIELDS.get(query.method, ())
+    )
+    irrelevant |= {"new_rows"} if query.embeddings != "new_rows" else set()
+    irrelevant |= {"gib"} if query.gpu != CUSTOM else set()
+    return [name for name in FIELDS if name not in irrelevant]
 
 
 class FieldError(UserError):
-    """What is wrong with one field of the form."""
+    """An error in one field of the form."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -79,7 +81,7 @@ class FieldError(UserError):
 
 @dataclass(frozen=True)
 class Result:
-    """One configuration, calculated: `columns` are the methods side by side, `chosen` the one that is asked for."""
+    """The result for a configuration. `columns`: several methods to compare; `chosen`: the name of this one."""
 
     model: Architecture
     method: FinetuningMethod
@@ -102,93 +104,93 @@ class Result:
 
     @property
     def spare(self) -> int:
-        """Bytes that stay free on the device; negative where it does not fit."""
+        """Free bytes on the device; negative if it does not fit."""
         return self.device.bytes - self.memory.peak
 
     @property
     def title(self) -> str:
-        """The configuration in words: model, method, how it runs."""
+        """The configuration in words: model, method, precision, batch."""
         run = self.run
         return f"{self.model.name}, {title_of(self.method)}, {run.precision}, {run.batch} × {run.sequence:,} tokens"
 
 
-def calculate(asked: CalculatorQuery, model: Architecture) -> Result:
-    """The answer for `asked` of `model`. Raises FieldError, with the field that is wrong."""
-    asked = asked.effective()
-    method, run, device = _method(asked), _run(asked, model), _device(asked)
+def calculate(query: CalculatorQuery, model: Architecture) -> Result:
+    """The result for `query` and `model`. Raises FieldError, which names the invalid field."""
+    query = query.effective()
+    method, run, device = _parse_method_fields(query), _parse_training_fields(query, model), _parse_device(query)
     try:
         validate(method, run)
         refuse_impossible(model, method, run)
         columns = side_by_side(model, method, replace(run, precision="bf16") if run.precision == QLORA else run)
         chosen = next((name for name, (m, r, _) in columns.items() if (m, r) == (method, run)), None)
         if chosen is None:
-            columns[chosen := asked.method] = (method, run, predict(model, method, run))
+            columns[chosen := query.method] = (method, run, predict(model, method, run))
     except UserError as error:
-        raise FieldError(_field_of(str(error)), str(error)) from None
+        raise FieldError(_field_in_message(str(error)), str(error)) from None
     return Result(model, method, run, device, columns, chosen)
 
 
-def _method(asked: CalculatorQuery) -> FinetuningMethod:
+def _parse_method_fields(query: CalculatorQuery) -> FinetuningMethod:
     return parse_method(
-        asked.method,
-        _whole(asked, "rank"),
-        _number(asked, "alpha") if asked.alpha.strip() else None,
-        asked.targets,
-        embeddings=asked.embeddings,
-        new_rows=_whole(asked, "new_rows") if asked.embeddings == "new_rows" else 0,
-        last_blocks=_whole(asked, "last_blocks"),
-        train_embeddings=asked.ends == "train",
-        virtual_tokens=_whole(asked, "virtual_tokens"),
+        query.method,
+        _parse_int(query, "rank"),
+        _parse_float(query, "alpha") if query.alpha.strip() else None,
+        query.targets,
+        embeddings=query.embeddings,
+        new_rows=_parse_int(query, "new_rows") if query.embeddings == "new_rows" else 0,
+        last_blocks=_parse_int(query, "last_blocks"),
+        train_embeddings=query.ends == "train",
+        virtual_tokens=_parse_int(query, "virtual_tokens"),
     )
 
 
-def _run(asked: CalculatorQuery, model: Architecture) -> TrainingConfig:
+def _parse_training_fields(query: CalculatorQuery, model: Architecture) -> TrainingConfig:
     return parse_training_config(
         model,
-        asked.method,
-        batch=_whole(asked, "batch"),
-        sequence=_whole(asked, "sequence") if asked.sequence.strip() else None,
-        precision=asked.precision.strip() or None,
-        adapter_precision=asked.adapter_precision,
-        checkpointing=asked.checkpointing or None,
-        optimizer=asked.optimizer,
-        loss=asked.loss,
-        virtual_tokens=_whole(asked, "virtual_tokens"),
+        query.method,
+        batch=_parse_int(query, "batch"),
+        sequence=_parse_int(query, "sequence") if query.sequence.strip() else None,
+        precision=query.precision.strip() or None,
+        adapter_precision=query.adapter_precision,
+        checkpointing=query.checkpointing or None,
+        optimizer=query.optimizer,
+        loss=query.loss,
+        virtual_tokens=_parse_int(query, "virtual_tokens"),
     )
 
 
-def _device(asked: CalculatorQuery) -> Gpu:
-    if asked.gpu != CUSTOM:
-        return gpu(asked.gpu)
+def _parse_device(query: CalculatorQuery) -> Gpu:
+    if query.gpu != CUSTOM:
+        return gpu(query.gpu)
     try:
-        return of_size(_number(asked, "gib"))
+        return of_size(_parse_float(query, "gib"))
     except FieldError:
         raise
     except UserError as error:
         raise FieldError("gib", str(error)) from None
 
 
-def _whole(asked: CalculatorQuery, field: str) -> int:
-    text = getattr(asked, field).strip()
+def _parse_int(query: CalculatorQuery, field: str) -> int:
+    text = getattr(query, field).strip()
     if not re.fullmatch(r"-?[0-9]{1,12}", text):
-        raise FieldError(field, f"{_key(field)} must be a whole number, got {text[:40]!r}.")
+        raise FieldError(field, f"{_display_name(field)} must be a whole number, got {text[:40]!r}.")
     return int(text)
 
 
-def _number(asked: CalculatorQuery, field: str) -> float:
-    text = getattr(asked, field).strip()
+def _parse_float(query: CalculatorQuery, field: str) -> float:
+    text = getattr(query, field).strip()
     try:
         return float(text)
     except ValueError:
-        raise FieldError(field, f"{_key(field)} must be a number, got {text[:40]!r}.") from None
+        raise FieldError(field, f"{_display_name(field)} must be a number, got {text[:40]!r}.") from None
 
 
-def _key(field: str) -> str:
+def _display_name(field: str) -> str:
     return field.replace("_", "-")
 
 
-def _field_of(message: str) -> str:
-    """The field that a message of `pipeline.calc` begins with."""
+def _field_in_message(message: str) -> str:
+    """The field that a message of `pipeline.calc` is about, mostly its first word."""
     word = re.split(r"[ :]", message, maxsplit=1)[0].replace("-", "_")
     if word in FIELDS:
         return "new_rows" if message.startswith("embeddings new_rows") else word

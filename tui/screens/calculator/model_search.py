@@ -1,4 +1,4 @@
-"""A field for a model, and below it the built-in names that match while one types."""
+"""A field for a model, with a list of matching built-in names while typing."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -14,13 +14,13 @@ from textual.message import Message
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
-from tui.widgets.text_field import Entry, through
+from tui.widgets.text_field import Entry, cycling
 
-SHOWN = 9  # matches
+MAX_MATCHES = 9
 
 
 class ModelSearch(Vertical):
-    """`catalogue`: name → hub id, or empty."""
+    """`catalogue`: name → hub id, which may be empty."""
 
     DEFAULT_CSS = """
     ModelSearch { height: 1; width: 1fr; }
@@ -35,18 +35,18 @@ class ModelSearch(Vertical):
         Binding("up", "highlight(-1)", "Match before", show=False),
     ]
 
-    class Typed(Message):
-        """The text is another one: a name, the beginning of one, or a path."""
+    class Changed(Message):
+        """The text changed: a name, the start of one, or a path."""
 
-    class Taken(Message):
-        """This is the model that is meant, fetched if need be."""
+    class Selected(Message):
+        """A model was selected or entered; it may have to be fetched."""
 
     def __init__(self, value: str, catalogue: Mapping[str, str], *, id: str) -> None:
         super().__init__(id=id)
-        self._first, self._catalogue, self._fuzzy = value, catalogue, FuzzySearch()
+        self._initial, self._catalogue, self._fuzzy = value, catalogue, FuzzySearch()
 
     def compose(self) -> ComposeResult:
-        yield Entry(self._first, id="model", step=through(list(self._catalogue)))
+        yield Entry(self._initial, id="model", step=cycling(list(self._catalogue)))
         matches = OptionList(compact=True, markup=False)
         matches.can_focus = False
         yield matches
@@ -60,21 +60,21 @@ class ModelSearch(Vertical):
         return self.has_class("-open")
 
     def matches(self, text: str) -> Sequence[str]:
-        """Names with `text` in their name or hub id, those that begin with it first; else names that look like it."""
+        """Names whose name or hub id contains `text`, prefix matches first; if there are none, fuzzy matches."""
         text = text.strip().lower()
-        found = [name for name, hub_id in self._catalogue.items() if text in name or text in hub_id.lower()]
-        if found or not text:
-            return sorted(found, key=lambda name: not name.startswith(text))
+        names = [name for name, hub_id in self._catalogue.items() if text in name or text in hub_id.lower()]
+        if names or not text:
+            return sorted(names, key=lambda name: not name.startswith(text))
         scores = {name: self._fuzzy.match(text, f"{name} {hub_id}")[0] for name, hub_id in self._catalogue.items()}
         return sorted((name for name, score in scores.items() if score), key=lambda name: -scores[name])
 
     @on(Input.Changed)
-    def _typed(self, event: Input.Changed) -> None:
+    def _text_changed(self, event: Input.Changed) -> None:
         event.stop()
-        self.post_message(self.Typed())
-        found = self.matches(event.value)[:SHOWN] if event.value.strip() != "" else []
-        if self.entry.has_focus and found and found != [event.value]:
-            self._show(found)
+        self.post_message(self.Changed())
+        names = self.matches(event.value)[:MAX_MATCHES] if event.value.strip() != "" else []
+        if self.entry.has_focus and names and names != [event.value]:
+            self._show(names)
         else:
             self.close()
 
@@ -87,7 +87,7 @@ class ModelSearch(Vertical):
     def close(self) -> None:
         self.remove_class("-open")
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # Textual calls it so
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # name given by Textual
         return self.open if action == "highlight" else True
 
     def action_highlight(self, by: int) -> None:
@@ -95,27 +95,27 @@ class ModelSearch(Vertical):
         options.highlighted = ((options.highlighted or 0) + by) % options.option_count
 
     @on(Input.Submitted)
-    def _enter(self, event: Input.Submitted) -> None:
+    def _submitted(self, event: Input.Submitted) -> None:
         event.stop()
         options = self.query_one(OptionList)
         if self.open and options.highlighted is not None and "/" not in event.value:
-            self._take(options.get_option_at_index(options.highlighted).id or "")
+            self._select(options.get_option_at_index(options.highlighted).id or "")
         else:
             self.close()
-            self.post_message(self.Taken())
+            self.post_message(self.Selected())
 
     @on(OptionList.OptionSelected)
     def _clicked(self, event: OptionList.OptionSelected) -> None:
         event.stop()
-        self._take(event.option_id or "")
+        self._select(event.option_id or "")
 
-    def _take(self, name: str) -> None:
+    def _select(self, name: str) -> None:
         with self.prevent(Input.Changed):
             self.entry.value = name
         self.entry.cursor_position = len(name)
         self.close()
-        self.post_message(self.Taken())
+        self.post_message(self.Selected())
 
     @on(DescendantBlur)
-    def _left(self) -> None:
+    def _focus_lost(self) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""The calculator: a form, and what `pipeline.calc` says of it at every key press."""
+"""The calculator: a form, and the result of `pipeline.calc`, updated at every key press."""
 
 import asyncio
 import time
@@ -20,18 +20,18 @@ from pipeline.errors import UserError
 from pipeline.project.params import edit
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import WorkbenchScreen
-from tui.screens.calculator.apply_to_params import asked_for, differences, settings_of, trained_model
+from tui.screens.calculator.apply_to_params import differences, params_from_result, query_from_project, trained_model
 from tui.screens.calculator.form import CalcForm
 from tui.screens.calculator.memory_bars import MemoryBars
 from tui.screens.calculator.model import CalculatorQuery, FieldError, Result, calculate
 from tui.screens.calculator.result import Advice, Parameters, Pinned, Verdict
 
-PAUSE = 0.15  # seconds without a key press before the longer search begins
+PAUSE = 0.15  # seconds without a key press before the slow search starts
 PINS = 2
 
 
 class CalculatorScreen(WorkbenchScreen):
-    """Holds the last good answer, two pinned ones, and the models that were opened from files."""
+    """Holds the last valid result, up to PINS pinned ones, and the last model that was opened."""
 
     NAME: ClassVar[str] = "calculator"
     CSS_PATH = "calculator.tcss"
@@ -49,14 +49,14 @@ class CalculatorScreen(WorkbenchScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.result: Result | None = None  # the last good one
-        self.problem = ""  # what is wrong with what the form holds now
+        self.result: Result | None = None  # the last valid one
+        self.problem = ""  # the error in the form, if any
         self.pins: list[Result] = []
-        self._opened: dict[str, Architecture | UserError] = {}
+        self._models: dict[str, Architecture | UserError] = {}
 
     def body(self) -> Iterable[Widget]:
         with Horizontal(id="columns"):
-            with VerticalScroll(id="asked", can_focus=False):
+            with VerticalScroll(id="form", can_focus=False):
                 yield CalcForm(CalculatorQuery())
                 yield Pinned()
             with VerticalScroll(id="answer"):
@@ -76,102 +76,102 @@ class CalculatorScreen(WorkbenchScreen):
 
     @on(CalcForm.Changed)
     def _calculate(self) -> None:
-        """The form's answer; or what is wrong, beside the last good one."""
-        asked = self.form.asked
+        """Show the result for the form, or its error and the last valid result."""
+        query = self.form.values
         try:
-            result = calculate(asked, self._model(asked.model.strip()))
+            result = calculate(query, self._get_model(query.model.strip()))
         except UserError as error:
-            self._refuse(error)
+            self._show_problem(error)
         else:
             self._show(result)
 
     def _show(self, result: Result) -> None:
         self.result, self.problem = result, ""
-        self.form.mark(None)
+        self.form.mark_invalid(None)
         run = result.run
-        self.form.hint(sequence=str(run.sequence), precision=run.precision, alpha=f"{result.method.rank}")
+        self.form.set_placeholders(sequence=str(run.sequence), precision=run.precision, alpha=f"{result.method.rank}")
         self.query_one("#problem").remove_class("-shown")
         self.query_one("#results").remove_class("-stale")
-        self.query_one(Verdict).tell(result, None)
+        self.query_one(Verdict).show_result(result, None)
         memories = {name: memory for name, (_, _, memory) in result.columns.items()}
         self.query_one(MemoryBars).compare(memories, result.chosen, result.device)
-        self.query_one(Parameters).tell(result)
+        self.query_one(Parameters).show_result(result)
         if self.pins:
             self.query_one(Pinned).compare(self.pins, result)
-        self._advise(result)
+        self._find_advice(result)
 
-    def _refuse(self, error: UserError) -> None:
+    def _show_problem(self, error: UserError) -> None:
         self.problem = str(error)
-        self.form.mark(error.field if isinstance(error, FieldError) else "model")
-        last = f"\nBelow, dim: {self.result.title}." if self.result else ""
+        self.form.mark_invalid(error.field if isinstance(error, FieldError) else "model")
+        last = f"\nLast valid: {self.result.title}." if self.result else ""
         problem = self.query_one("#problem", Static)
         problem.update(f"✗ {error}{last}")
         problem.add_class("-shown")
         self.query_one("#results").add_class("-stale")
 
     @work(thread=True, exclusive=True, group="advice")
-    def _advise(self, result: Result) -> None:
-        """The most that fits, or what to change: many questions, so not at every key press."""
+    def _find_advice(self, result: Result) -> None:
+        """Search for the largest values that fit, or for changes. Slow, so not at every key press."""
         worker = get_current_worker()
         time.sleep(PAUSE)
         if worker.is_cancelled:
             return
-        asked = (result.model, result.method, result.run, result.device.bytes)
-        found = [] if result.spare >= 0 else [(words, peak) for words, _, _, peak in changes(*asked)]
-        advice = Advice(largest(*asked), found)
+        configuration = (result.model, result.method, result.run, result.device.bytes)
+        fixes = [] if result.spare >= 0 else [(change, peak) for change, _, _, peak in changes(*configuration)]
+        advice = Advice(largest(*configuration), fixes)
         if not worker.is_cancelled:
-            self.app.call_from_thread(self._advised, result, advice)
+            self.app.call_from_thread(self._show_advice, result, advice)
 
-    def _advised(self, result: Result, advice: Advice) -> None:
+    def _show_advice(self, result: Result, advice: Advice) -> None:
         if result is self.result:
-            for verdict in self.query(Verdict):  # none: the screen is being closed
-                verdict.tell(result, advice)
+            for verdict in self.query(Verdict):  # empty while the screen closes
+                verdict.show_result(result, advice)
 
-    def _model(self, name: str) -> Architecture:
-        """A built-in model at once; a path's when it has been read. Raises UserError until then."""
+    def _get_model(self, name: str) -> Architecture:
+        """The shapes of a built-in or loaded model. Starts to load any other path, and raises FieldError meanwhile."""
         if name.lower() in hub_ids() or name.lower() in (hub_id.lower() for hub_id in hub_ids().values() if hub_id):
             return open_model(name).shapes
-        found = self._opened.pop(name, None)
-        if isinstance(found, UserError):
-            raise found
-        if found is not None:
-            self._opened[name] = found
-            return found
-        path = _path(name)
+        model = self._models.pop(name, None)
+        if isinstance(model, UserError):
+            raise model
+        if model is not None:
+            self._models[name] = model
+            return model
+        path = _existing_path(name)
         if path is not None:
-            self._open(name, str(path))
+            self._load_model(name, str(path))
             raise FieldError("model", f"model: {name} is being read …")
         hub = " Enter fetches it from the hub." if name.count("/") == 1 and name[:1] not in "./~" else ""
         raise FieldError("model", f"model must be a built-in name, a hub id or a path, got {name[:60]!r}.{hub}")
 
     @on(CalcForm.Fetch)
     def _fetch(self) -> None:
-        name = self.form.asked.model.strip()
-        if name.count("/") == 1 and name[:1] not in "./~" and _path(name) is None and name not in self._opened:
-            self._open(name, name)
+        name = self.form.values.model.strip()
+        if name.count("/") == 1 and name[:1] not in "./~" and _existing_path(name) is None and name not in self._models:
+            self._load_model(name, name)
         self._calculate()
 
     @work(thread=True, exclusive=True, group="model")
-    def _open(self, name: str, where: str) -> None:
-        """Read or fetch a model: a slow disk or network does not hold up the keys."""
+    def _load_model(self, name: str, source: str) -> None:
+        """Read or fetch a model in a thread, so that a slow disk or network does not block the keys."""
         worker = get_current_worker()
-        found: Architecture | UserError
+        model: Architecture | UserError
         try:
-            found = open_model(where).shapes
+            model = open_model(source).shapes
         except UserError as error:
-            found = error
+            model = error
         except OSError as error:
-            found = UserError(f"{where}: {error.strerror or error}.")
+            model = UserError(f"{source}: {error.strerror or error}.")
         if not worker.is_cancelled:
-            self.app.call_from_thread(self._open_done, name, found)
+            self.app.call_from_thread(self._model_loaded, name, model)
 
-    def _open_done(self, name: str, found: Architecture | UserError) -> None:
-        self._opened = {name: found}  # one at a time: a file may be another one later
-        if self.form.asked.model.strip() == name:
+    def _model_loaded(self, name: str, model: Architecture | UserError) -> None:
+        self._models = {name: model}  # only the last: a file may change later
+        if self.form.values.model.strip() == name:
             self._calculate()
 
     def action_pin(self) -> None:
-        if self._answered("pinned"):
+        if self._has_current_result("pinned"):
             assert self.result is not None
             self.pins = [*self.pins, self.result][-PINS:]
             self.query_one(Pinned).compare(self.pins, self.result)
@@ -186,7 +186,7 @@ class CalculatorScreen(WorkbenchScreen):
         self.app.push_screen(document_table())
 
     def action_explain(self) -> None:
-        if self._answered("explained"):
+        if self._has_current_result("explained"):
             from tui.screens.calculator.dialogs import formulas
 
             assert self.result is not None
@@ -200,43 +200,43 @@ class CalculatorScreen(WorkbenchScreen):
 
     def action_load(self) -> None:
         try:
-            self.form.fill(asked_for(open_project(self.workbench.params_path)))
+            self.form.fill(query_from_project(open_project(self.workbench.params_path)))
             self._fetch()
         except (UserError, OSError) as error:
             self.workbench.fail(error)
 
     @work
     async def action_use(self) -> None:
-        """Write the configuration to params.yaml, once the user has seen what changes."""
-        if not self._answered("written"):
+        """Write the configuration to params.yaml after the user has confirmed the changes."""
+        if not self._has_current_result("written"):
             return
         from tui.screens.calculator.dialogs import Confirm
 
         try:
-            asked, result, project = self.form.asked, self.result, open_project(self.workbench.params_path)
+            query, result, project = self.form.values, self.result, open_project(self.workbench.params_path)
             assert result is not None
             model = await asyncio.to_thread(trained_model, project)
-            values = settings_of(asked, result, project.params, model)
+            values = params_from_result(query, result, project.params, model)
             path = project.home(next(iter(values)).partition(".")[0]).params_path
             changed = differences(project.params, values)
             if not changed:
-                self.workbench.log_message(f"{path.name} says so already.")
+                self.workbench.log_message(f"{path.name} already has these values.")
             elif await self.app.push_screen_wait(Confirm(path.name, changed)):
                 edit.save(path, {key: new for key, (_, new) in changed.items()}, GRAPH.sections)
-                self.workbench.log_message(f"{path.name}: {', '.join(changed)} written.")
+                self.workbench.log_message(f"{path.name}: {', '.join(changed)} saved.")
         except (UserError, OSError) as error:
             self.workbench.fail(error)
 
-    def _answered(self, what: str) -> bool:
-        """Whether the form's own answer is on screen, not the last good one; says so if not."""
+    def _has_current_result(self, action: str) -> bool:
+        """Whether the result is that of the form, which must be valid. If not, shows a warning."""
         if self.problem or self.result is None:
-            self.workbench.log_message(f"Nothing is {what} while a field is wrong. {self.problem}", "warning")
+            self.workbench.log_message(f"Nothing was {action}: a field is invalid. {self.problem}", "warning")
             return False
         return True
 
 
-def _path(name: str) -> Path | None:
-    """The file or folder that `name` is, if there is one; no pipe or device, which would hold up a reader."""
+def _existing_path(name: str) -> Path | None:
+    """The path of the file or folder `name`, if it exists. Not of pipes and devices, which would block a reader."""
     try:
         path = Path(name).expanduser()
         return path if name and (path.is_file() or path.is_dir()) else None

@@ -1,4 +1,4 @@
-"""One curve that is looked at: its log as it grows, and what its telemetry says."""
+"""The log and the telemetry of one curve, read as they grow."""
 
 import asyncio
 from collections import deque
@@ -10,12 +10,12 @@ from pipeline.project.logs.runs import LogFiles
 from tui.screens.curves.series import HELD_OUT, Log, parse_step, step_parser
 from tui.services.csv_tail import Change, CsvTail
 
-RECENT = 200  # steps over which the speed for the ETA is taken
+RECENT = 200  # steps from which the ETA is estimated
 
 
 @dataclass(frozen=True)
 class Telemetry:
-    """A line of telemetry.csv: seconds since its process began, and bytes (0: not measured)."""
+    """A line of telemetry.csv: seconds since the start of its process; sizes in bytes (0: not measured)."""
 
     step: int
     seconds: float
@@ -26,53 +26,53 @@ class Telemetry:
 
 
 def parse_telemetry(line: str) -> Telemetry:
-    """Raises ValueError."""
+    """A line of telemetry.csv. Raises ValueError."""
     step, seconds, speed, resident, _, predicted, measured = line.split(",")[: len(TELEMETRY_COLUMNS)]
     return Telemetry(int(step), float(seconds), float(speed), int(resident), int(predicted), int(measured))
 
 
 class CurveLog:
-    """All that was read of one curve so far. `end` says how a sweep's adapter ended before the others, if it did."""
+    """Everything read of one curve. `outcome`: how a sweep's adapter ended before the others, if it did."""
 
     def __init__(self, files: LogFiles, smoothing: float) -> None:
         self.name, self.log, self.smoothing = files.name, Log(smoothing), smoothing
         self.change: Change = ""
-        self.end = ""
+        self.outcome = ""
         self.recent: deque[Telemetry] = deque(maxlen=RECENT)
-        self._loss = CsvTail(files.loss, parse_step, step_parser)
-        self._telemetry = CsvTail(files.telemetry, parse_telemetry) if files.telemetry else None
+        self._loss_tail = CsvTail(files.loss, parse_step, step_parser)
+        self._telemetry_tail = CsvTail(files.telemetry, parse_telemetry) if files.telemetry else None
 
     def changed(self) -> bool:
-        """Whether there is something to `read`."""
-        return self._loss.changed()
+        """Whether `read` has something to read."""
+        return self._loss_tail.changed()
 
     async def read(self) -> None:
-        """Read all that is new, giving way to the screen after every piece."""
+        """Read all new rows, yielding to the event loop after every chunk."""
         more = True
         while more:
-            piece = self._loss.read()
-            if piece.change:
-                self.change, self.log = piece.change, Log(self.smoothing)
-            self.log.extend(piece.rows)
-            more = piece.more
+            chunk = self._loss_tail.read()
+            if chunk.change:
+                self.change, self.log = chunk.change, Log(self.smoothing)
+            self.log.extend(chunk.rows)
+            more = chunk.more
             await asyncio.sleep(0)
 
-    def measured(self) -> bool:
-        """Whether there is something to `measure`."""
-        return self._telemetry is not None and self._telemetry.changed()
+    def telemetry_changed(self) -> bool:
+        """Whether `read_telemetry` has something to read."""
+        return self._telemetry_tail is not None and self._telemetry_tail.changed()
 
-    async def measure(self) -> None:
-        """The same for the telemetry."""
-        more = self._telemetry is not None
-        while more and self._telemetry is not None:
-            lines = self._telemetry.read()
-            if lines.change:
+    async def read_telemetry(self) -> None:
+        """Read all new telemetry, yielding to the event loop after every chunk."""
+        more = self._telemetry_tail is not None
+        while more and self._telemetry_tail is not None:
+            chunk = self._telemetry_tail.read()
+            if chunk.change:
                 self.recent.clear()
-            for line in lines.rows:
+            for line in chunk.rows:
                 if self.recent and line.seconds < self.recent[-1].seconds:
-                    self.recent.clear()  # another process goes on: its clock begins again
+                    self.recent.clear()  # resumed by another process, whose clock starts at 0
                 self.recent.append(line)
-            more = lines.more
+            more = chunk.more
             await asyncio.sleep(0)
 
     def smooth(self, strength: float) -> None:
@@ -81,11 +81,11 @@ class CurveLog:
 
     @property
     def skipped(self) -> int:
-        """Lines that are not this log's."""
-        return self._loss.skipped + self.log.foreign
+        """Number of lines that are not valid rows of this log."""
+        return self._loss_tail.skipped + self.log.foreign
 
-    def held_out(self, least: bool) -> float | None:
-        """The last loss on held-out examples, or the `least`, at which training ended; None if none was measured."""
+    def held_out(self, lowest: bool) -> float | None:
+        """The last loss on held-out examples, or the `lowest` (early stopping keeps that one); None if not measured."""
         values = self.log.series[HELD_OUT].y
-        found = min(values) if least and values else values[-1] if values else None
-        return found if found is not None and isfinite(found) else None
+        loss = min(values) if lowest and values else values[-1] if values else None
+        return loss if loss is not None and isfinite(loss) else None

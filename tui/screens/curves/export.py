@@ -1,4 +1,4 @@
-"""What is on the Curves screen as a file: a picture, drawn by another process, or the numbers as CSV."""
+"""Export the Curves screen: a chart, drawn by another process, or the numbers as CSV."""
 
 import asyncio
 import json
@@ -17,18 +17,18 @@ FORMATS = ("svg", "png", "csv")
 
 
 def panel(title: str, labels: Sequence[str], curves: Sequence[Curve], y: Range | None, log: bool) -> dict[str, Any]:
-    """One panel for `pipeline.stages.charts`; `y` and the curves' values as they are, not as powers of ten."""
-    return {"title": title, "log": log, "y": y, "curves": list(map(_curve, labels, curves))}
+    """A panel for `pipeline.stages.charts`. `y` and the curves hold plain values, not exponents of ten."""
+    return {"title": title, "log": log, "y": y, "curves": list(map(_curve_data, labels, curves))}
 
 
-def _curve(label: str, curve: Curve) -> dict[str, Any]:
-    columns, mark = curve.columns, curve.mark()
+def _curve_data(label: str, curve: Curve) -> dict[str, Any]:
+    columns, flat = curve.columns, curve.flat_column()
     return {
         "label": label,
         "color": curve.color,
         "sign": curve.sign,
         "dim": curve.dim,
-        "flat": (mark.x, mark.mean) if mark else None,
+        "flat": (flat.x, flat.mean) if flat else None,
         "x": [column.x for column in columns],
         "low": [column.low for column in columns],
         "high": [column.high for column in columns],
@@ -37,47 +37,47 @@ def _curve(label: str, curve: Curve) -> dict[str, Any]:
     }
 
 
-async def drawn(picture: dict[str, Any]) -> bytes:
-    """The picture's file. Raises UserError if the process that draws it fails."""
+async def render_chart(chart: dict[str, Any]) -> bytes:
+    """The chart as the bytes of an image file. Raises UserError if the drawing process fails."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "pipeline.stages.charts"), stdin=pipe, stdout=pipe, stderr=pipe
     )
-    out, err = await process.communicate(json.dumps(picture).encode())
+    out, err = await process.communicate(json.dumps(chart).encode())
     if process.returncode:
         reason = (err.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise UserError(f"The picture could not be drawn: {reason}. Export CSV, or look at `lora doctor`.")
+        raise UserError(f"The chart could not be drawn: {reason}. Export CSV instead, or run `lora doctor`.")
     return out
 
 
 def csv_lines(logs: Sequence[tuple[str, Log]]) -> Iterator[bytes]:
-    """The header, then every row of every run, in pieces of one run. A column that no run has is left out."""
+    """The header, then all rows, one chunk per run. A column that no run has is left out."""
     optional = [name for name in OPTIONAL if any(log.series[name].y for _, log in logs)]
     yield (",".join(("run", *COLUMNS, *optional)) + "\n").encode()
     for label, log in logs:
         name = '"' + label.replace('"', '""') + '"' if set(label) & set(',"\n') else label
-        columns: list[Iterator[str]] = [map(_number, log.columns[column]) for column in COLUMNS]
-        columns += [_sparse(log.steps, log.series[column]) for column in optional]
+        columns: list[Iterator[str]] = [map(_format_number, log.columns[column]) for column in COLUMNS]
+        columns += [_sparse_cells(log.steps, log.series[column]) for column in optional]
         yield "".join(f"{name},{','.join(row)}\n" for row in zip(*columns, strict=True)).encode()
 
 
-def _sparse(steps: Iterable[float], series: Series) -> Iterator[str]:
-    """A cell a step, empty where the series has no value."""
+def _sparse_cells(steps: Iterable[float], series: Series) -> Iterator[str]:
+    """A cell per step, empty where the series has no value."""
     values = dict(zip(series.x, series.y, strict=True))
-    return (_number(values[step]) if step in values else "" for step in steps)
+    return (_format_number(values[step]) if step in values else "" for step in steps)
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:.10g}"
 
 
-def save(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write beside `path`, then rename: it is whole or not there. Raises OSError."""
+def save(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write to a temporary file, then rename it to `path` (atomic). Raises OSError."""
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with new.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
@@ -88,7 +88,7 @@ def save(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def free_name(root: Path, stem: str, kind: str) -> Path:
-    """A file of that name that is not there yet: curves.svg, else curves-2.svg, …"""
+    """A path that does not exist yet: curves.svg, else curves-2.svg, …"""
     numbers = ["", *(f"-{number}" for number in range(2, 1000))]
     paths = (root / f"{stem}{number}.{kind}" for number in numbers)
     return next((path for path in paths if not path.exists()), root / f"{stem}.{kind}")

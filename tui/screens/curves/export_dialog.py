@@ -1,4 +1,4 @@
-"""`x` on the Curves screen: as what, and where to."""
+"""The export dialog of the Curves screen: format and path."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -13,11 +13,11 @@ from textual.widgets import Button, Input, RadioButton, RadioSet, Static
 
 from tui.screens.curves.export import FORMATS, free_name
 
-SAYS = {"svg": "SVG, a picture for print", "png": "PNG, a picture", "csv": "CSV, the numbers"}
+LABELS = {"svg": "SVG, a picture for print", "png": "PNG, a picture", "csv": "CSV, the numbers"}
 
 
 class Format(RadioButton):
-    """A button that is empty where it is off: Textual's tells by colour alone."""
+    """A radio button that is empty when off: Textual's differs in colour only."""
 
     @property
     def _button(self) -> Content:
@@ -26,7 +26,7 @@ class Format(RadioButton):
 
 
 class ExportScreen(ModalScreen[Path | None]):
-    """Asks for a format and a path; gives the path, whose suffix is the format."""
+    """Asks for a format and a path; returns the path, whose suffix is the format."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss", "Close")]
     DEFAULT_CSS = """
@@ -46,7 +46,7 @@ class ExportScreen(ModalScreen[Path | None]):
             yield Static("Export what is shown: the runs that are switched on, this range, this smoothing.")
             with RadioSet():
                 for kind in FORMATS:
-                    yield Format(SAYS[kind], value=kind == FORMATS[0], id=kind)
+                    yield Format(LABELS[kind], value=kind == FORMATS[0], id=kind)
             yield Input(self._default(FORMATS[0]), placeholder="a path, from the project's folder")
             yield Static(id="note")
             with Horizontal():
@@ -64,23 +64,23 @@ class ExportScreen(ModalScreen[Path | None]):
         return self.root / Path(self.query_one(Input).value.strip()).expanduser()
 
     @on(RadioSet.Changed)
-    def _other_format(self, event: RadioSet.Changed) -> None:
+    def _format_changed(self, event: RadioSet.Changed) -> None:
         kind, field = str(event.pressed.id), self.query_one(Input)
         chosen = Path(field.value)
-        defaults = [self._default(known) for known in FORMATS]
+        defaults = [self._default(name) for name in FORMATS]
         field.value = self._default(kind) if field.value in defaults else str(chosen.with_suffix(f".{kind}"))
 
     @on(Input.Changed)
-    def _say(self) -> None:
+    def _update_note(self) -> None:
         self.query_one("#note", Static).update(
             self._problem() or ("" if not self.path.exists() else "will be replaced")
         )
 
     def _problem(self) -> str:
-        """Why the path cannot be taken; nothing if it can."""
+        """Why the path is invalid; empty if it is valid."""
         kind = self.path.suffix.removeprefix(".").lower()
         if kind not in FORMATS:
-            return f"The path must end in {', '.join(f'.{known}' for known in FORMATS)}."
+            return f"The path must end in {', '.join(f'.{name}' for name in FORMATS)}."
         return "" if self.path.parent.is_dir() else f"{self.path.parent} is not a folder."
 
     @on(Input.Submitted)

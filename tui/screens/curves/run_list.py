@@ -1,4 +1,4 @@
-"""The runs there are: switched on or off, each with its sign, its colour and what is known of it."""
+"""The list of runs: shown or hidden, symbol, colour and status of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ OPENS = "enter lists them"
 
 @dataclass(frozen=True)
 class Row:
-    """One run: its key, whether it is drawn, its sign and colour, its name, and facts that may take several lines.
+    """A run, or an adapter of a sweep. `on`: whether it is drawn. `facts` may wrap to several lines.
 
-    `open`: of a sweep, whether its adapters are listed. Each of these has a row with the sweep's key in `of`.
+    `expanded`: whether a sweep's adapters are listed (None: not a sweep). Their rows have the sweep's key in `sweep`.
     """
 
     key: str
@@ -30,12 +30,12 @@ class Row:
     color: str
     label: str
     facts: Sequence[str] = ()
-    open: bool | None = None
-    of: str = ""
+    expanded: bool | None = None
+    sweep: str = ""
 
 
 class RunList(OptionList):
-    """Legend, status and switches in one."""
+    """Legend, status and switches of the runs."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "select", "Show or hide the run", id="curves.toggle", show=False),
@@ -48,19 +48,19 @@ class RunList(OptionList):
 
     @dataclass
     class Toggled(Message):
-        """The run with this key is to be shown, or to be hidden."""
+        """Show or hide the run with this key."""
 
         key: str
 
     @dataclass
     class Opened(Message):
-        """The adapters of the sweep with this key are to be listed, or no longer."""
+        """Expand or collapse the sweep with this key."""
 
         key: str
 
     @dataclass
     class Pointed(Message):
-        """The highlight is on this row: a run or an adapter."""
+        """The highlight moved to this row: a run or an adapter."""
 
         key: str
 
@@ -70,36 +70,36 @@ class RunList(OptionList):
 
     @property
     def pointed(self) -> Row | None:
-        """The row with the highlight."""
-        at = self.highlighted
-        return self._rows[at] if at is not None and at < len(self._rows) else None
+        """The highlighted row."""
+        index = self.highlighted
+        return self._rows[index] if index is not None and index < len(self._rows) else None
 
     def show(self, rows: Sequence[Row]) -> None:
-        """Show `rows`; the highlight stays on its run, or where it was if that is gone."""
+        """Show `rows`. The highlight stays on its run, or at its index if the run is gone."""
         if [row.key for row in rows] == [row.key for row in self._rows]:
             for index, (row, before) in enumerate(zip(rows, self._rows, strict=True)):
                 if row != before:
-                    self.replace_option_prompt_at_index(index, self._text(row))
+                    self.replace_option_prompt_at_index(index, self._format_row(row))
         else:
-            places, pointed, at = {row.key: n for n, row in enumerate(rows)}, self.pointed, self.highlighted or 0
+            indices, pointed, index = {row.key: n for n, row in enumerate(rows)}, self.pointed, self.highlighted or 0
             if pointed is not None:
-                at = places.get(pointed.key, places.get(pointed.of, at))
+                index = indices.get(pointed.key, indices.get(pointed.sweep, index))
             self.clear_options()
-            self.add_options([Option(self._text(row), id=row.key) for row in rows])
+            self.add_options([Option(self._format_row(row), id=row.key) for row in rows])
             self._rows = list(rows)
-            self.highlighted = min(at, len(rows) - 1) if rows else None
+            self.highlighted = min(index, len(rows) - 1) if rows else None
         self._rows = list(rows)
 
     def on_resize(self) -> None:
-        """Lines are filled anew."""
+        """Wrap the lines again."""
         for index, row in enumerate(self._rows):
-            self.replace_option_prompt_at_index(index, self._text(row))
+            self.replace_option_prompt_at_index(index, self._format_row(row))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """A sweep is shown or hidden as one."""
+        """Toggle the run; for an adapter, its whole sweep."""
         event.stop()
         row = self._rows[event.option_index]
-        self.post_message(self.Toggled(row.of or row.key))
+        self.post_message(self.Toggled(row.sweep or row.key))
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         event.stop()
@@ -108,18 +108,18 @@ class RunList(OptionList):
 
     def action_open(self) -> None:
         row = self.pointed
-        if row is not None and (row.of or row.open is not None):
-            self.post_message(self.Opened(row.of or row.key))
+        if row is not None and (row.sweep or row.expanded is not None):
+            self.post_message(self.Opened(row.sweep or row.key))
         else:
             self.action_select()
 
-    def _text(self, row: Row) -> Text:
+    def _format_row(self, row: Row) -> Text:
         color = readable(Color.parse(row.color), self.background_colors[1]).hex
-        box = " " * INDENT if row.of else "[x] " if row.on else "[ ] "
-        opens = "" if row.open is None else "▾ " if row.open else "▸ "
-        bold = "bold" if row.on and not row.of else ""
-        first = Text.assemble(box, (row.sign, color), " ", (opens + row.label, bold))
-        facts = [*row.facts[:2], OPENS, *row.facts[2:]] if row.open is False else row.facts
+        box = " " * INDENT if row.sweep else "[x] " if row.on else "[ ] "
+        arrow = "" if row.expanded is None else "▾ " if row.expanded else "▸ "
+        bold = "bold" if row.on and not row.sweep else ""
+        first = Text.assemble(box, (row.sign, color), " ", (arrow + row.label, bold))
+        facts = [*row.facts[:2], OPENS, *row.facts[2:]] if row.expanded is False else row.facts
         lines, width = [first], max(self.size.width - 1, 40)
         for fact in facts:
             if lines[-1].cell_len + 2 + len(fact) > width and lines[-1].cell_len > INDENT:

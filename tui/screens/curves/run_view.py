@@ -1,4 +1,4 @@
-"""One run that is looked at: its curves as they grow, what its telemetry, its journal and its table of ends say."""
+"""A run as the curves screen shows it: its curves, telemetry, run state and, for a sweep, outcomes of its adapters."""
 
 from collections.abc import Iterator
 from math import isfinite
@@ -12,123 +12,128 @@ from tui.screens.curves.curve_log import CurveLog, Telemetry
 from tui.screens.curves.series import HELD_OUT, Log
 from tui.services.csv_tail import Change
 
-WORDS = {"done": "finished", "stopped": "stopped", "failed": "failed"}
-DIED = "its process ended without a word; started again, it goes on from its last checkpoint"
-NAMED = 2  # adapters that are named where several have ended
+STATE_TEXT = {"done": "finished", "stopped": "stopped", "failed": "failed"}
+DIED = "the process died (no error recorded). Run again to resume from the last checkpoint"
+MAX_NAMES = 2  # adapters named in a list of those that ended
 
 
 class RunView:
-    """A run and all that was read of it so far: a trace for each of its curves, by name."""
+    """A run and everything read of it, with a CurveLog for each of its curves, by name."""
 
     def __init__(self, run: Run, smoothing: float) -> None:
         self.smoothing = smoothing
         self.journal: Journal | None = None
         self.alive = False
-        self.traces: dict[str, CurveLog] = {}
-        self._ends: tuple[int, ...] = ()  # of the table of ends, as it was read
-        self.renew(run)
-        self.best = next(iter(self.traces.values()))
+        self.curve_logs: dict[str, CurveLog] = {}
+        self._outcomes_stamp: tuple[int, ...] = ()  # inode, mtime and size of the outcomes file, when last read
+        self.update(run)
+        self.best = next(iter(self.curve_logs.values()))
 
-    def renew(self, run: Run) -> None:
-        """The same run, which may have other curves by now."""
-        self.run, known = run, self.traces
-        self.traces = {files.name: known.get(files.name) or CurveLog(files, self.smoothing) for files in run.curves}
-        self.best = next(iter(self.traces.values()))
+    def update(self, run: Run) -> None:
+        """Update to a later state of the run, which may have more curves."""
+        self.run, previous = run, self.curve_logs
+        self.curve_logs = {
+            files.name: previous.get(files.name) or CurveLog(files, self.smoothing) for files in run.curves
+        }
+        self.best = next(iter(self.curve_logs.values()))
 
     @property
     def log(self) -> Log:
-        """The run's only log, or that of a sweep's best adapter."""
+        """The log of the run, or of a sweep's best adapter."""
         return self.best.log
 
     @property
     def logs(self) -> list[Log]:
-        return [trace.log for trace in self.traces.values()]
+        return [curve_log.log for curve_log in self.curve_logs.values()]
 
     def changed(self) -> bool:
-        """Whether there is something to `read`."""
-        return any(trace.changed() for trace in self.traces.values()) or self._leader.measured()
+        """Whether `read` has something to read."""
+        return (
+            any(curve_log.changed() for curve_log in self.curve_logs.values())
+            or self._telemetry_source.telemetry_changed()
+        )
 
     async def read(self) -> None:
-        """Read all that is new, giving way to the screen after every piece; telemetry of one curve for all."""
-        for trace in self.traces.values():
-            if trace.changed():
-                await trace.read()
-        await self._leader.measure()
-        self._choose()
+        """Read all new rows, and the telemetry of one curve for all; yields to the event loop after every chunk."""
+        for curve_log in self.curve_logs.values():
+            if curve_log.changed():
+                await curve_log.read()
+        await self._telemetry_source.read_telemetry()
+        self._select_best()
 
     def smooth(self, strength: float) -> None:
         self.smoothing = strength
-        for trace in self.traces.values():
-            trace.smooth(strength)
+        for curve_log in self.curve_logs.values():
+            curve_log.smooth(strength)
 
-    def look(self) -> bool:
-        """Read the journal again, and how adapters ended; whether they say something new."""
+    def poll_state(self) -> bool:
+        """Read the run state and the outcomes of adapters again. Returns whether they changed."""
         before = self.journal, self.alive
         folder = self.run.folder
         self.journal = run_state.read(folder) if folder else None
         self.alive = bool(folder and self.journal and self.journal.state == "running" and run_state.alive(folder))
-        return self._look_at_ends() or before != (self.journal, self.alive)
+        return self._read_outcomes() or before != (self.journal, self.alive)
 
-    def _look_at_ends(self) -> bool:
+    def _read_outcomes(self) -> bool:
         try:
             stat = (self.run.log_folder / TABLE).stat() if self.run.sweeps else None
         except OSError:
             stat = None
         now = (stat.st_ino, stat.st_mtime_ns, stat.st_size) if stat else ()
-        if now == self._ends:
+        if now == self._outcomes_stamp:
             return False
-        self._ends, found = now, read_run_outcomes(self.run.log_folder)
-        for name, trace in self.traces.items():
-            trace.end = end if (end := found.get(name, "")) in (DIVERGED, STOPPED) else ""
-        self._choose()
+        self._outcomes_stamp, outcomes = now, read_run_outcomes(self.run.log_folder)
+        for name, curve_log in self.curve_logs.items():
+            curve_log.outcome = outcome if (outcome := outcomes.get(name, "")) in (DIVERGED, STOPPED) else ""
+        self._select_best()
         return True
 
-    # Which of its curves stand for it
+    # Which curve represents the run
 
     @property
-    def _leader(self) -> CurveLog:
-        """The first that still goes on: what its telemetry says of the process is so for all."""
-        traces = list(self.traces.values())
-        return next((trace for trace in traces if not trace.end), traces[0])
+    def _telemetry_source(self) -> CurveLog:
+        """The first curve that is still training: its telemetry describes the process, so it holds for all."""
+        curve_logs = list(self.curve_logs.values())
+        return next((curve_log for curve_log in curve_logs if not curve_log.outcome), curve_logs[0])
 
-    def _choose(self) -> None:
-        self.best = min(self.traces.values(), key=self._rank)
+    def _select_best(self) -> None:
+        self.best = min(self.curve_logs.values(), key=self._rank)
 
-    def _rank(self, trace: CurveLog) -> tuple[bool, float]:
-        loss = self.loss_of(trace)[1]
-        return trace.end == DIVERGED, loss if loss is not None and isfinite(loss) else float("inf")
+    def _rank(self, curve_log: CurveLog) -> tuple[bool, float]:
+        loss = self.loss_of(curve_log)[1]
+        return curve_log.outcome == DIVERGED, loss if loss is not None and isfinite(loss) else float("inf")
 
-    def loss_of(self, trace: CurveLog) -> tuple[str, float | None]:
-        """What adapters are compared by, and its name: the loss on held-out examples where there is one."""
-        held_out = trace.held_out(least=bool(self.run.params.get("patience")))
+    def loss_of(self, curve_log: CurveLog) -> tuple[str, float | None]:
+        """The loss by which adapters are compared, and its name: on held-out examples if measured."""
+        held_out = curve_log.held_out(lowest=bool(self.run.params.get("patience")))
         if held_out is not None:
             return "held out", held_out
-        return "loss", trace.log.settled(self.alive and not trace.end)
+        return "loss", curve_log.log.final_loss(self.alive and not curve_log.outcome)
 
-    # What there is to say
+    # Status
 
     @property
     def change(self) -> Change:
-        return next((trace.change for trace in self.traces.values() if trace.change), "")
+        return next((curve_log.change for curve_log in self.curve_logs.values() if curve_log.change), "")
 
     @property
     def state(self) -> str:
-        """live, finished, stopped, failed or died; and whether the log was cut back, replaced or is gone."""
+        """live, finished, stopped, failed, died or last run; and whether the log was restarted, replaced or is gone."""
         if self.journal is None:
-            word = "last run" if self.run.folder else "finished"
+            text = "last run" if self.run.folder else "finished"
         else:
-            word = WORDS.get(self.journal.state) or ("live" if self.alive else "died")
-        return f"{word}, {self.change}" if self.change else word
+            text = STATE_TEXT.get(self.journal.state) or ("live" if self.alive else "died")
+        return f"{text}, {self.change}" if self.change else text
 
     @property
     def step(self) -> int:
-        """The last step that any of its curves has."""
+        """The last step of any of its curves."""
         return max((int(log.steps[-1]) for log in self.logs if log.steps), default=0)
 
     @property
     def eta(self) -> float | None:
-        """Seconds to the last step at the speed of the last RECENT steps; None if the run is not going on."""
-        recent = self._leader.recent
+        """Seconds to the last step, at the speed of the last RECENT steps; None if it is not running."""
+        recent = self._telemetry_source.recent
         if not self.alive or self.journal is None or len(recent) < 2:
             return None
         first, last = recent[0], recent[-1]
@@ -138,59 +143,61 @@ class RunView:
         return left * (last.seconds - first.seconds) / (last.step - first.step)
 
     def facts(self) -> list[str]:
-        """What there is to say of the run, in words, the most important first."""
+        """The status of the run as short texts, the most important first."""
         facts = [self.state]
         if step := self.step:
             facts.append(f"{step:,}/{self.journal.total if self.journal and self.journal.total else step:,}")
-            facts += self._adapters() if self.run.sweeps else self._curve()
-        if recent := self._leader.recent:
-            facts += _measured(recent[-1], sum(not trace.end for trace in self.traces.values()))
+            facts += self._sweep_facts() if self.run.sweeps else self._curve_facts()
+        if recent := self._telemetry_source.recent:
+            facts += _format_telemetry(recent[-1], sum(not curve_log.outcome for curve_log in self.curve_logs.values()))
         if (eta := self.eta) is not None:
             facts.append(f"{duration(eta)} left")
-        if skipped := sum(trace.skipped for trace in self.traces.values()):
+        if skipped := sum(curve_log.skipped for curve_log in self.curve_logs.values()):
             facts.append(f"{skipped:,} foreign lines skipped")
-        if why := self._why():
-            facts.append(why)
+        if reason := self._failure_reason():
+            facts.append(reason)
         return facts
 
-    def _curve(self) -> Iterator[str]:
+    def _curve_facts(self) -> Iterator[str]:
         yield f"loss {self.log.columns['loss'][-1]:.4g}"
-        for name, words in ((HELD_OUT, "held out"), ("divergence", "divergence")):
+        for name, label in ((HELD_OUT, "held out"), ("divergence", "divergence")):
             if values := self.log.series[name].y:
-                yield f"{words} {values[-1]:.4g}"
+                yield f"{label} {values[-1]:.4g}"
         if flat := self.log.flat(self.alive):
             yield f"» flat from epoch {flat[0]:.0f}"
 
-    def _adapters(self) -> Iterator[str]:
-        word, loss = self.loss_of(self.best)
-        if loss is not None and self.best.end != DIVERGED:
-            yield f"best {self.best.name}: {word} {loss:.4g}"
-        for end in (DIVERGED, STOPPED):
-            if names := [trace.name for trace in self.traces.values() if trace.end == end]:
-                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-                yield f"{len(names)} {end}: {', '.join(names[:NAMED])}{more}"
+    def _sweep_facts(self) -> Iterator[str]:
+        name, loss = self.loss_of(self.best)
+        if loss is not None and self.best.outcome != DIVERGED:
+            yield f"best {self.best.name}: {name} {loss:.4g}"
+        for outcome in (DIVERGED, STOPPED):
+            if names := [curve_log.name for curve_log in self.curve_logs.values() if curve_log.outcome == outcome]:
+                more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+                yield f"{len(names)} {outcome}: {', '.join(names[:MAX_NAMES])}{more}"
 
-    def facts_of(self, trace: CurveLog) -> list[str]:
-        """The same for one adapter of a sweep."""
-        word, loss = self.loss_of(trace)
-        facts = [] if loss is None else [f"{word} {loss:.4g}"]
-        if trace.end:
-            facts.append(f"{'diverged' if trace.end == DIVERGED else 'stopped'} after {len(trace.log.steps):,}")
+    def facts_of(self, curve_log: CurveLog) -> list[str]:
+        """The status of one adapter of a sweep as short texts."""
+        name, loss = self.loss_of(curve_log)
+        facts = [] if loss is None else [f"{name} {loss:.4g}"]
+        if curve_log.outcome:
+            facts.append(
+                f"{'diverged' if curve_log.outcome == DIVERGED else 'stopped'} after {len(curve_log.log.steps):,}"
+            )
         return facts
 
-    def _why(self) -> str:
+    def _failure_reason(self) -> str:
         if self.journal is None:
             return ""
         return self.journal.message or (DIED if self.state.startswith("died") else "")
 
 
-def _measured(last: Telemetry, adapters: int) -> list[str]:
-    found = [f"{f'{adapters} × ' if adapters > 1 else ''}{last.tokens_per_second:,.0f} tok/s"]
+def _format_telemetry(last: Telemetry, adapters: int) -> list[str]:
+    facts = [f"{f'{adapters} × ' if adapters > 1 else ''}{last.tokens_per_second:,.0f} tok/s"]
     if last.predicted:
         measured = in_units(last.measured) if last.measured else "not yet"
-        found.append(f"{in_units(last.predicted)} predicted, {measured} measured")
-    found.append(f"process {in_units(last.resident)}")
-    return found
+        facts.append(f"{in_units(last.predicted)} predicted, {measured} measured")
+    facts.append(f"process {in_units(last.resident)}")
+    return facts
 
 
 def duration(seconds: float) -> str:

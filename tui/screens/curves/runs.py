@@ -1,4 +1,4 @@
-"""The runs that the curves screen knows: which there are, which of them are shown, and how each looks."""
+"""The runs of the curves screen: which exist, which are shown, and the look of each."""
 
 import asyncio
 from pathlib import Path
@@ -12,71 +12,71 @@ from tui.screens.curves.run_view import RunView
 
 
 class Runs:
-    """Keyed by the place of their logs, newest of a stage first."""
+    """RunViews by the folder of their logs, the newest of a stage first."""
 
     def __init__(self, root: Path, params: Path, smoothing: float) -> None:
         self.root, self.params, self.smoothing = root, params, smoothing
-        self.watched: dict[str, RunView] = {}
+        self.views: dict[str, RunView] = {}
         self.shown: set[str] = set()
         self.looks: dict[str, Look] = {}
-        self.stamp: tuple[int, ...] | None = None  # of the folders when they were searched last
-        self._followed: set[str] = set()  # those that were live last
-        self._chosen = False  # the user has switched a run on or off: the default does not come back
+        self.stamp: tuple[int, ...] | None = None  # of the folders when last searched
+        self._live: set[str] = set()  # runs that were live most recently
+        self._user_toggled = False  # the user has toggled a run: the default selection no longer applies
 
-    def drawn(self) -> list[tuple[str, RunView]]:
-        return [(key, watched) for key, watched in self.watched.items() if key in self.shown]
+    def visible(self) -> list[tuple[str, RunView]]:
+        return [(key, view) for key, view in self.views.items() if key in self.shown]
 
     def toggle(self, key: str) -> None:
-        self._chosen = True
+        self._user_toggled = True
         self.shown ^= {key}
 
     def smooth(self, smoothing: float) -> None:
         self.smoothing = smoothing
-        for watched in self.watched.values():
-            watched.smooth(smoothing)
+        for view in self.views.values():
+            view.smooth(smoothing)
 
     async def rediscover(self) -> bool:
-        """Look for runs again if there may be others; whether it did."""
-        project = _project(self.params)
+        """Search for runs if the folders changed. Returns whether it searched."""
+        project = _open_project(self.params)
         now = stamp(self.root, self.params, project)
         if now == self.stamp:
             return False
         runs = await asyncio.to_thread(discover_runs, self.root, project)
-        known, self.watched = self.watched, {}
+        previous, self.views = self.views, {}
         for run in runs:
-            watched = known.get(str(run.log_folder)) or RunView(run, self.smoothing)
-            watched.renew(run)
-            self.watched[str(run.log_folder)] = watched
+            view = previous.get(str(run.log_folder)) or RunView(run, self.smoothing)
+            view.update(run)
+            self.views[str(run.log_folder)] = view
         self.stamp = now
-        self._give_looks()
+        self._assign_looks()
         return True
 
-    def _give_looks(self) -> None:
-        """The last run of a method has the method's look everywhere; any other run keeps the first that was free."""
-        for key, watched in self.watched.items():
-            first = next(k for k, w in self.watched.items() if w.run.stage == watched.run.stage)
-            if key == first and watched.run.stage in METHODS:
-                self.looks[key] = METHODS[watched.run.stage]
+    def _assign_looks(self) -> None:
+        """The last run of a method gets the method's look; any other run keeps the first look that was free."""
+        for key, view in self.views.items():
+            first = next(k for k, w in self.views.items() if w.run.stage == view.run.stage)
+            if key == first and view.run.stage in METHODS:
+                self.looks[key] = METHODS[view.run.stage]
             elif self.looks.get(key) in (None, *METHODS.values()):
-                taken = {self.looks[k] for k in self.watched if k in self.looks}
+                taken = {self.looks[k] for k in self.views if k in self.looks}
                 self.looks[key] = next((o for n in range(20) if (o := other(n)) not in taken), other(len(taken)))
 
     def show_default(self) -> None:
-        """The last run of each fine-tuning; of pretraining and scratch while one runs, or if nothing else is there."""
-        if self._chosen:
-            self.shown &= self.watched.keys()
+        """Show the last run of each fine-tuning method; others only while one is live, or if there are no such runs."""
+        if self._user_toggled:
+            self.shown &= self.views.keys()
             return
         last: dict[str, str] = {}
-        for key, watched in self.watched.items():
-            last.setdefault(watched.run.stage, key)
+        for key, view in self.views.items():
+            last.setdefault(view.run.stage, key)
         methods = {key for stage, key in last.items() if stage.startswith("finetune_")}
-        live = {key for key in last.values() if self.watched[key].alive}
-        self._followed = live or self._followed & self.watched.keys()  # what has died or ended stays until another runs
-        self.shown = self._followed if self._followed - methods else methods or set(last.values())
+        live = {key for key in last.values() if self.views[key].alive}
+        self._live = live or self._live & self.views.keys()  # a run that ended stays until another is live
+        self.shown = self._live if self._live - methods else methods or set(last.values())
 
 
-def _project(params: Path) -> Project | None:
+def _open_project(params: Path) -> Project | None:
     try:
         return open_project(params)
-    except UserError:  # the pipeline screen says what is wrong with it
+    except UserError:  # the pipeline screen reports it
         return None

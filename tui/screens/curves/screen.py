@@ -1,4 +1,4 @@
-"""The curves screen: every run's loss over its steps, live, beside the runs before it."""
+"""The curves screen: the loss of every run over its steps, live."""
 
 import asyncio
 from collections.abc import Iterable
@@ -19,20 +19,30 @@ from tui.screens.curves import export
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.runs import Runs
 from tui.screens.curves.series import QUANTITIES
-from tui.screens.curves.view_model import TITLES, Line, Window, has, lines, mode, rows, values
+from tui.screens.curves.view_model import (
+    TITLES,
+    Line,
+    Window,
+    chart_lines,
+    from_log10,
+    has_values,
+    list_rows,
+    status_line,
+)
 from tui.widgets.plot.curve import Range, View, range_of
 from tui.widgets.plot.line_chart import LossChart
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
-SMOOTHING = 0.9  # at first
+SMOOTHING = 0.9  # initial
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-POLL = 0.5  # seconds between two looks at the files
-SHARE, LATEST = 0.03, 2.0  # of a core for a live picture; where that is little, seconds until it is drawn anyway
-PRINTED = 600  # columns of an exported picture
+POLL = 0.5  # seconds between checks of the files
+CPU_SHARE = 0.03  # of a core for drawing a live chart, since training needs the rest
+MAX_DELAY = 2.0  # seconds after which it is drawn anyway
+EXPORT_COLUMNS = 600  # columns of an exported chart
 
 
 class CurvesScreen(WorkbenchScreen):
-    """Connects the files, the charts and the list of runs."""
+    """Connects files, charts and the list of runs."""
 
     NAME: ClassVar[str] = "curves"
     CSS_PATH = "curves.tcss"
@@ -63,12 +73,12 @@ class CurvesScreen(WorkbenchScreen):
         super().__init__()
         self.window = Window()
         self.runs = Runs(self.workbench.root, self.workbench.params_path, SMOOTHING)
-        self._panels: dict[str, bool] = {}  # as the user has switched them; else shown where there is room
+        self._panels: dict[str, bool] = {}  # toggled by the user; the others are shown if there is room
         self._opened: set[str] = set()  # sweeps whose adapters are listed
-        self._pointed = ""  # the one of these that the highlight is on
+        self._pointed = ""  # the highlighted adapter
         self._reading = False
-        self._diverging = False  # whether the footer offers the panel of divergence
-        self._drawn_at = self._spent = 0.0  # seconds of the clock and of this process, at the last picture
+        self._has_divergence = False  # whether the footer offers the divergence panel
+        self._drawn_at = self._cpu_time = 0.0  # wall-clock and CPU seconds at the last redraw
 
     def body(self) -> Iterable[Widget]:
         with Vertical(id="charts"):
@@ -89,10 +99,10 @@ class CurvesScreen(WorkbenchScreen):
         self._timer.resume()
         self._poll()
 
-    # What the files say
+    # Reading files
 
     def _poll(self) -> None:
-        """A look at everything that may have changed: os.stat, and the small journals of live runs."""
+        """Check everything that may have changed: os.stat, and the small run states of live runs."""
         if not self._reading:
             self._read()
 
@@ -100,82 +110,83 @@ class CurvesScreen(WorkbenchScreen):
     async def _read(self) -> None:
         self._reading = True
         try:
-            found = await self.runs.rediscover()
-            spoke = [watched.look() for watched in self.runs.watched.values()]
-            if found or any(spoke):
+            rediscovered = await self.runs.rediscover()
+            state_changes = [view.poll_state() for view in self.runs.views.values()]
+            if rediscovered or any(state_changes):
                 self.runs.show_default()
-            due = found or self._due()
-            changed = [watched for _, watched in self.runs.drawn() if due and watched.changed()]
-            for watched in changed:
-                await watched.read()
-            if found or changed:
+            due = rediscovered or self._due()
+            changed = [view for _, view in self.runs.visible() if due and view.changed()]
+            for view in changed:
+                await view.read()
+            if rediscovered or changed:
                 self.redraw()
-            elif any(spoke):
-                self._list()
+            elif any(state_changes):
+                self._update_list()
         finally:
             self._reading = False
 
     def _due(self) -> bool:
-        """Whether a new picture keeps this process within its share: training needs the core."""
+        """Whether a redraw keeps this process within its CPU_SHARE, or the last one is MAX_DELAY ago."""
         since = monotonic() - self._drawn_at
-        return since > LATEST or process_time() - self._spent < SHARE * since
+        return since > MAX_DELAY or process_time() - self._cpu_time < CPU_SHARE * since
 
-    # What is drawn
+    # Drawing
 
     def redraw(self) -> None:
-        """Every chart, the line below and the list, from what was read; nothing before the first look."""
+        """Draw every chart, the status line and the list. Does nothing before the first search for runs."""
         if self.runs.stamp is None:
             return
-        self._drawn_at, self._spent = monotonic(), process_time()
-        appeared = self.has_class("-empty") and bool(self.runs.watched)
-        self.set_class(not self.runs.watched, "-empty")
-        if appeared and self.focused is None:  # the chart lost the focus when it was hidden
+        self._drawn_at, self._cpu_time = monotonic(), process_time()
+        first_run = self.has_class("-empty") and bool(self.runs.views)
+        self.set_class(not self.runs.views, "-empty")
+        if first_run and self.focused is None:  # the chart lost the focus when it was hidden
             self.give_focus(self._chart)
         self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
-        shown, x = self._lines(), self._x()
+        lines, x = self._lines(), self._step_range()
         for chart in self.query(LossChart):
             name = str(chart.id)
             chart.display = name == "loss" or self._panel_shown(name)
             if chart.display:
                 loss = name == "loss"
                 view = View(x, self.window.y if loss else None, loss and self.window.log, self.window.cursor)
-                chart.draw([line.curve(name, x, chart.columns) for line in shown], view)
-        self.query_one("#mode", Static).update(mode(self.window, self.runs.smoothing, shown))
-        self._list()
-        if self._diverging != has(self.runs.drawn(), "divergence"):  # each refresh builds the footer anew: not per key
-            self._diverging = not self._diverging
+                chart.draw([line.curve(name, x, chart.columns) for line in lines], view)
+        self.query_one("#mode", Static).update(status_line(self.window, self.runs.smoothing, lines))
+        self._update_list()
+        # refresh_bindings rebuilds the footer, so not at every redraw
+        if self._has_divergence != has_values(self.runs.visible(), "divergence"):
+            self._has_divergence = not self._has_divergence
             self.refresh_bindings()
 
     def _lines(self) -> list[Line]:
-        return lines(self.runs.drawn(), self.runs.looks, self._pointed)
+        return chart_lines(self.runs.visible(), self.runs.looks, self._pointed)
 
-    def _x(self) -> Range:
-        return self.window.steps(self.runs.drawn())
+    def _step_range(self) -> Range:
+        return self.window.steps(self.runs.visible())
 
     def _panel_shown(self, name: str) -> bool:
-        return self._panels.get(name, self.has_class("-tall")) and has(self.runs.drawn(), name)
+        return self._panels.get(name, self.has_class("-tall")) and has_values(self.runs.visible(), name)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "panel":
-            return has(self.runs.drawn(), str(parameters[0]))
+            return has_values(self.runs.visible(), str(parameters[0]))
         return super().check_action(action, parameters)
 
-    def _list(self) -> None:
+    def _update_list(self) -> None:
         runs = self.runs
-        self.query_one(RunList).show(list(rows(runs.watched, runs.looks, runs.shown, self._opened)))
+        self.query_one(RunList).show(list(list_rows(runs.views, runs.looks, runs.shown, self._opened)))
 
-    # What the user does
+    # User input
 
     @on(RunList.Toggled)
     def _toggle(self, event: RunList.Toggled) -> None:
         self.runs.toggle(event.key)
         self.redraw()
-        self._drawn_at = 0.0  # what is switched on is read and drawn at once
+        self._drawn_at = 0.0  # so that a run that is switched on is read and drawn at once
         self._poll()
 
     @on(RunList.Opened)
     def _open(self, event: RunList.Opened) -> None:
-        """A sweep whose adapters are listed is shown too: of others nothing is read."""
+        """Expand or collapse a sweep. An expanded sweep is shown too, as hidden runs are not read."""
         self._opened ^= {event.key}
         if event.key in self._opened and event.key not in self.runs.shown:
             self._toggle(RunList.Toggled(event.key))
@@ -183,28 +194,28 @@ class CurvesScreen(WorkbenchScreen):
             self.redraw()
 
     @on(RunList.Pointed)
-    def _point(self, event: RunList.Pointed) -> None:
+    def _highlight(self, event: RunList.Pointed) -> None:
         row = self.query_one(RunList).pointed
-        pointed = event.key if row is not None and row.of else ""
+        pointed = event.key if row is not None and row.sweep else ""
         if pointed != self._pointed:
             self._pointed = pointed
             self.redraw()
 
     @on(LossChart.Moved)
     def _moved(self, event: LossChart.Moved) -> None:
-        """Zoomed or panned: frozen there. The panels' values always fit."""
+        """Freeze at the new ranges. The panels always fit their values."""
         y = event.y if event.chart.id == "loss" and event.y != event.chart.shown.y else self.window.y
-        self._look_at(x=event.x, y=y, following=False)
+        self._set_window(x=event.x, y=y, following=False)
 
     @on(LossChart.Clicked)
     def _clicked(self, event: LossChart.Clicked) -> None:
-        self._look_at(cursor=round(event.step))
+        self._set_window(cursor=round(event.step))
 
     @on(LossChart.Resized)
     def _resized(self) -> None:
         self.redraw()
 
-    def _look_at(self, **change: object) -> None:
+    def _set_window(self, **change: object) -> None:
         self.window = replace(self.window, **change)  # type: ignore[arg-type]
         self.redraw()
 
@@ -213,25 +224,25 @@ class CurvesScreen(WorkbenchScreen):
         return self.query_one("#loss", LossChart)
 
     def action_log(self) -> None:
-        self._look_at(log=not self.window.log, y=None)
+        self._set_window(log=not self.window.log, y=None)
 
     def action_follow(self) -> None:
-        self._look_at(following=True, y=None)
+        self._set_window(following=True, y=None)
 
     def action_reset(self) -> None:
-        self._look_at(x=None, y=None, following=True)
+        self._set_window(x=None, y=None, following=True)
 
     def action_cursor(self) -> None:
-        self._look_at(cursor=round(sum(self._x()) / 2) if self.window.cursor is None else None)
+        self._set_window(cursor=round(sum(self._step_range()) / 2) if self.window.cursor is None else None)
 
     def action_sideways(self, direction: int) -> None:
-        """With the cursor on, it moves by a column, at least by a step; else the picture does."""
+        """Move the cursor by a column, at least by a step; without a cursor, pan."""
         if self.window.cursor is None:
             self._chart.pan(0.1 * direction)
             return
-        first, last = self._x()
+        first, last = self._step_range()
         by = max(round((last - first) * 2 / self._chart.columns), 1)
-        self._look_at(cursor=min(max(self.window.cursor + by * direction, round(first)), round(last)))
+        self._set_window(cursor=min(max(self.window.cursor + by * direction, round(first)), round(last)))
 
     def action_pan_values(self, part: float) -> None:
         self._chart.pan(0, part)
@@ -243,33 +254,33 @@ class CurvesScreen(WorkbenchScreen):
         self._chart.zoom(1, factor)
 
     def action_panel(self, name: str) -> None:
-        """Show or hide a panel; on a low terminal there is room for one of them."""
-        wanted = not self._panel_shown(name)
-        if wanted and self.has_class("-short"):
+        """Show or hide a panel; a short terminal has room for one only."""
+        visible = not self._panel_shown(name)
+        if visible and self.has_class("-short"):
             self._panels = dict.fromkeys(TITLES, False)
-        self._panels[name] = wanted
+        self._panels[name] = visible
         self.redraw()
 
     def action_smooth(self, direction: Literal[-1, 1]) -> None:
-        place = min(max(SMOOTHINGS.index(self.runs.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
-        if self.runs.smoothing != SMOOTHINGS[place]:
-            self.runs.smooth(SMOOTHINGS[place])
+        index = min(max(SMOOTHINGS.index(self.runs.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
+        if self.runs.smoothing != SMOOTHINGS[index]:
+            self.runs.smooth(SMOOTHINGS[index])
             self.redraw()
 
-    # What leaves the screen
+    # Export
 
     def action_export(self) -> None:
         from tui.screens.curves.export_dialog import ExportScreen
 
-        drawn = self.runs.drawn()
-        if not any(log.steps for _, watched in drawn for log in watched.logs):
-            hint = "switch a run on in the list below" if self.runs.watched else "there are no runs yet"
+        views = self.runs.visible()
+        if not any(log.steps for _, view in views for log in view.logs):
+            hint = "switch a run on in the list below" if self.runs.views else "there are no runs yet"
             self.workbench.log_message(f"There is nothing to export: {hint}.", "warning")
             return
-        stem = f"curves-{drawn[0][1].run.stage}" if len(drawn) == 1 else "curves"
-        self.workbench.push_screen(ExportScreen(self.workbench.root, stem), self._chosen_path)
+        stem = f"curves-{views[0][1].run.stage}" if len(views) == 1 else "curves"
+        self.workbench.push_screen(ExportScreen(self.workbench.root, stem), self._export_to)
 
-    def _chosen_path(self, path: Path | None) -> None:
+    def _export_to(self, path: Path | None) -> None:
         if path is not None:
             self._export(path)
 
@@ -277,26 +288,32 @@ class CurvesScreen(WorkbenchScreen):
     async def _export(self, path: Path) -> None:
         try:
             if path.suffix.lower() == ".csv":
-                drawn = [watched for _, watched in self.runs.drawn()]
-                logs = [(one.run.curve_label(name), trace.log) for one in drawn for name, trace in one.traces.items()]
-                pieces = export.csv_lines(logs)
+                views = [view for _, view in self.runs.visible()]
+                logs = [
+                    (view.run.curve_label(name), curve_log.log)
+                    for view in views
+                    for name, curve_log in view.curve_logs.items()
+                ]
+                chunks = export.csv_lines(logs)
             else:
-                pieces = iter([await export.drawn(self._picture(path.suffix[1:].lower()))])
-            await asyncio.to_thread(export.save, path, pieces)
+                chunks = iter([await export.render_chart(self._chart_data(path.suffix[1:].lower()))])
+            await asyncio.to_thread(export.save, path, chunks)
         except (UserError, OSError) as error:
             self.workbench.fail(error)
         else:
-            self.workbench.log_message(f"Written: {path}")
+            self.workbench.log_message(f"Exported to {path}.")
 
-    def _picture(self, kind: str) -> dict[str, object]:
-        """What is on the screen, in more columns."""
-        shown, x, panels = lines(self.runs.drawn(), self.runs.looks), self._x(), []
+    def _chart_data(self, kind: str) -> dict[str, object]:
+        """The visible charts, at a higher resolution."""
+        lines, x, panels = chart_lines(self.runs.visible(), self.runs.looks), self._step_range(), []
         for chart in self.query(LossChart):
             if chart.display:
                 name, log = str(chart.id), chart.id == "loss" and self.window.log
-                curves = [line.curve(name, x, PRINTED) for line in shown]
+                curves = [line.curve(name, x, EXPORT_COLUMNS) for line in lines]
                 y = self.window.y if name == "loss" else None
                 if y is None and not log and any(curve.stray for curve in curves):
                     y = range_of(curves)
-                panels.append(export.panel(TITLES[name], [line.label for line in shown], curves, values(y, log), log))
+                panels.append(
+                    export.panel(TITLES[name], [line.label for line in lines], curves, from_log10(y, log), log)
+                )
         return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}

@@ -1,4 +1,4 @@
-"""The DAG as a picture: every stage with a sign for its state, and arrows; a click chooses one."""
+"""The DAG of the stages, each with a symbol for its state; a click chooses one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from textual.widget import Widget
 
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
-from tui.screens.pipeline.dag_layout import Layout, Place, layout
+from tui.screens.pipeline.dag_layout import Layout, Position, layout
 
 SIGNS = {
     "missing": ("○", "dim"),
@@ -26,18 +26,15 @@ SIGNS = {
     "stopped": ("‖", "magenta"),
     "died": ("✗", "bold red"),
 }
-WORDS = {"current": "up to date", "missing": "not made yet", "waits": "will run again"}
-LABEL = 3  # sign and space before a name, a space after it
+STATE_TEXT = {"current": "up to date", "missing": "not made yet", "waits": "will run again"}
+LABEL_MARGIN = 3  # symbol and space before a name, a space after it
 STUDIES = "studies "
 
 
-class DagPicture(Widget):
-    """As wide as the DAG needs; in fewer columns the names alone show, one after the other, as the list does.
+class DagView(Widget):
+    """The DAG of the stages that make models; below it a row with a symbol per study and the stages after them."""
 
-    What measures statements stands in one row below: a sign for each study, then the stages that follow them.
-    """
-
-    DEFAULT_CSS = "DagPicture { height: auto; width: auto; }"
+    DEFAULT_CSS = "DagView { height: auto; width: auto; }"
     states: reactive[Mapping[str, StageState]] = reactive(dict)
     stages: reactive[Mapping[str, Stage]] = reactive(dict, layout=True)
     chosen: reactive[str] = reactive("")
@@ -50,11 +47,11 @@ class DagPicture(Widget):
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
         super().__init__()
-        self._layout: Layout = pictured(stages)
-        self.set_reactive(DagPicture.stages, stages)
+        self._layout: Layout = pipeline_layout(stages)
+        self.set_reactive(DagView.stages, stages)
 
     def watch_stages(self) -> None:
-        self._layout = pictured(self.stages)
+        self._layout = pipeline_layout(self.stages)
 
     def get_content_width(self, *_: object) -> int:
         return self._layout.columns
@@ -66,40 +63,40 @@ class DagPicture(Widget):
         cells = [[Segment(" ")] * self._layout.columns for _ in range(self._layout.rows)]
         for (row, column), character in self._layout.lines.items():
             cells[row][column] = Segment(character, Style(dim=True))
-        for name, place in self._layout.places.items():
+        for name, position in self._layout.positions.items():
             state = self.states.get(name)
             sign, style = SIGNS[state.state] if state else ("·", "dim")
-            bare = place.width < len(name)  # a study, of which the sign alone has room
-            cells[place.row][place.column] = Segment(
-                sign, Style.parse(style) + Style(reverse=bare and name == self.chosen)
+            symbol_only = position.width < len(name)  # a study
+            cells[position.row][position.column] = Segment(
+                sign, Style.parse(style) + Style(reverse=symbol_only and name == self.chosen)
             )
-            for offset, letter in enumerate("" if bare else name, 2):
-                cells[place.row][place.column + offset] = Segment(letter, Style(reverse=name == self.chosen))
+            for offset, letter in enumerate("" if symbol_only else name, 2):
+                cells[position.row][position.column + offset] = Segment(letter, Style(reverse=name == self.chosen))
         return Text("\n").join(Text.assemble(*((c.text, c.style or "") for c in row)) for row in cells)
 
     def on_click(self, event: Click) -> None:
-        for name, place in self._layout.places.items():
-            if event.y == place.row and place.column <= event.x < place.column + place.width:
+        for name, position in self._layout.positions.items():
+            if event.y == position.row and position.column <= event.x < position.column + position.width:
                 self.post_message(self.Chosen(name))
 
 
-def pictured(stages: Mapping[str, Stage]) -> Layout:
-    """The DAG of what makes models, and below it a row of what measures them."""
-    making = {name: stage for name, stage in stages.items() if not stage.is_measurement}
-    needs = {name: [need for need in stage.needs if need in making] for name, stage in making.items()}
-    made = layout(needs, LABEL) if needs else Layout({}, {}, 0, 0)
-    measuring = {name: stage for name, stage in stages.items() if stage.is_measurement}
-    if not measuring:
-        return made
-    row, places, lines = made.rows, dict(made.places), dict(made.lines)
+def pipeline_layout(stages: Mapping[str, Stage]) -> Layout:
+    """The DAG of the stages that make models, with a row for those that measure below it."""
+    models = {name: stage for name, stage in stages.items() if not stage.is_measurement}
+    needs = {name: [need for need in stage.needs if need in models] for name, stage in models.items()}
+    dag = layout(needs, LABEL_MARGIN) if needs else Layout({}, {}, 0, 0)
+    measurements = {name: stage for name, stage in stages.items() if stage.is_measurement}
+    if not measurements:
+        return dag
+    row, positions, lines = dag.rows, dict(dag.positions), dict(dag.lines)
     lines |= {(row, column): letter for column, letter in enumerate(STUDIES)}
     column = len(STUDIES)
-    for name, stage in measuring.items():
+    for name, stage in measurements.items():
         if stage.kind == "study":
-            places[name] = Place(row, column, 2)
+            positions[name] = Position(row, column, 2)
             column += 2
         else:
             lines |= {(row, column + number): character for number, character in enumerate("─▶")}
-            places[name] = Place(row, column + 3, LABEL + len(name))
-            column += 3 + LABEL + len(name)
-    return Layout(places, lines, row + 1, max(made.columns, column))
+            positions[name] = Position(row, column + 3, LABEL_MARGIN + len(name))
+            column += 3 + LABEL_MARGIN + len(name)
+    return Layout(positions, lines, row + 1, max(dag.columns, column))

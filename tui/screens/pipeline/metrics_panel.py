@@ -1,4 +1,4 @@
-"""Metrics against those of the last commit."""
+"""Metrics compared with the last commit."""
 
 from rich.table import Table
 from rich.text import Text
@@ -6,8 +6,8 @@ from rich.text import Text
 from pipeline.project.logs.metrics_diff import Change
 
 
-def table(changes: list[Change] | str) -> Table | Text:
-    """Committed, now, difference."""
+def metrics_table(changes: list[Change] | str) -> Table | Text:
+    """A table of each changed metric: committed, now, difference. A string is shown as it is."""
     if isinstance(changes, str):
         return Text(changes, "dim")
     if not changes:
@@ -16,8 +16,10 @@ def table(changes: list[Change] | str) -> Table | Text:
     for column, side in (("", "left"), ("committed", "right"), ("now", "right"), ("difference", "right")):
         rows.add_column(column, justify="right" if side == "right" else "left")
     rows.add_row("", Text("committed", "dim"), Text("now", "dim"), Text("difference", "dim"))
-    for one in changes:
-        both = one.before is not None and one.after is not None
-        difference = f"{(one.after or 0) - (one.before or 0):+.4g}" if both else ""
-        rows.add_row(one.name, *(f"{v:,.6g}" if v is not None else "–" for v in (one.before, one.after)), difference)
+    for change in changes:
+        both = change.before is not None and change.after is not None
+        difference = f"{(change.after or 0) - (change.before or 0):+.4g}" if both else ""
+        rows.add_row(
+            change.name, *(f"{v:,.6g}" if v is not None else "–" for v in (change.before, change.after)), difference
+        )
     return rows

@@ -1,4 +1,4 @@
-"""The params of one stage, each in a field of its own: checked while one types, written on Enter."""
+"""A form for the params of a stage: values are checked while typing and saved on Enter."""
 
 import json
 import re
@@ -22,109 +22,109 @@ SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 
 
 class ParamInput(Input):
-    """One param: what the file says of it, and what is typed."""
+    """The field of a param: its saved value and the typed text."""
 
     def __init__(self, key: str, value: Any) -> None:
         self.key, self.saved = key, value
-        super().__init__(written(value), "empty", id=f"param-{key}", compact=True, select_on_focus=False)
+        super().__init__(format_value(value), "empty", id=f"param-{key}", compact=True, select_on_focus=False)
 
     @property
     def edited(self) -> bool:
-        return bool(self.typed != plain(self.saved))
+        return bool(self.typed_value != to_yaml_value(self.saved))
 
     @property
-    def typed(self) -> Any:
-        """What the text means in the file; a list and a mapping may be written without brackets and braces."""
+    def typed_value(self) -> Any:
+        """The text as a value. Lists and mappings may be typed without brackets and braces."""
         if isinstance(self.saved, tuple):
             kind = type(self.saved[0]) if self.saved else str
-            return [_as(kind, name) for name in names(self.value)]
+            return [_parse_as(kind, name) for name in parse_names(self.value)]
         if isinstance(self.saved, Mapping):
-            return pairs(self.value)
-        return _as(type(self.saved), self.value)
+            return parse_mapping(self.value)
+        return _parse_as(type(self.saved), self.value)
 
-    def renew(self, value: Any) -> None:
-        """The file says something else; what is being typed stays."""
-        kept, self.saved = self.edited, value
-        if not kept:
-            self.value = written(value)
+    def update_saved(self, value: Any) -> None:
+        """Set a new saved value; text that is being edited stays."""
+        was_edited, self.saved = self.edited, value
+        if not was_edited:
+            self.value = format_value(value)
 
     def revert(self) -> None:
-        self.value = written(self.saved)
+        self.value = format_value(self.saved)
 
 
-def plain(value: Any) -> Any:
-    """As YAML has it: lists, also in a mapping, where the params have tuples."""
+def to_yaml_value(value: Any) -> Any:
+    """The value with lists for tuples, also inside a mapping, as YAML loads it."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_yaml_value(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
-def _as(kind: type, text: str) -> Any:
-    """The text as a value of `kind`, or as it is: int and float, not YAML's, where 023 is 19 and 1:30 is 90."""
+def _parse_as(kind: type, text: str) -> Any:
+    """The text as a `kind`, or unchanged if invalid. Numbers are Python's: in YAML, 023 is 19 and 1:30 is 90."""
     try:
         return yaml.safe_load(text) if kind is bool else kind(text.strip())
     except (yaml.YAMLError, ValueError):
         return text
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return dump_inline(plain(value))[1:-1]
+        return dump_inline(to_yaml_value(value))[1:-1]
     if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
         return ", ".join(map(str, value))
     if isinstance(value, tuple):
         return ", ".join(
-            name if _listed(f"{name}, x") == [name, "x"] else json.dumps(name, ensure_ascii=False) for name in value
+            name if _parse_list(f"{name}, x") == [name, "x"] else json.dumps(name, ensure_ascii=False) for name in value
         )
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def names(text: str) -> list[str]:
-    """Those that are written with commas between them: quoted where they must be, as a token `"[INST]"` must."""
-    found = _listed(text)
-    if len(found) == 1 and isinstance(found[0], list):  # a list in its own brackets
-        found = found[0]
-    if not found or not all(isinstance(name, str) for name in found):
-        found = [name.strip() for name in text.split(",")]
-    return [name for name in found if name]
+def parse_names(text: str) -> list[str]:
+    """Split comma-separated names. Names may be quoted, as `"[INST]"` must be."""
+    items = _parse_list(text)
+    if len(items) == 1 and isinstance(items[0], list):  # the text has brackets
+        items = items[0]
+    if not items or not all(isinstance(name, str) for name in items):
+        items = [name.strip() for name in text.split(",")]
+    return [name for name in items if name]
 
 
-def pairs(text: str) -> Any:
-    """`v_proj: 8, fc1: 2` or `rank: [1, 2]` as a mapping; a text that is none as it is."""
+def parse_mapping(text: str) -> Any:
+    """`v_proj: 8, fc1: 2` or `rank: [1, 2]` as a mapping; any other text unchanged."""
     braced = text if text.strip().startswith("{") else f"{{{text}}}"
     try:
-        found = yaml.safe_load(braced)
+        items = yaml.safe_load(braced)
     except (yaml.YAMLError, ValueError):
         return text
-    return _numbers(found) if isinstance(found, dict) else text
+    return _parse_scientific(items) if isinstance(items, dict) else text
 
 
-def _numbers(value: Any) -> Any:
-    """1e-3 is a number to who writes it; PyYAML takes it for a text."""
+def _parse_scientific(value: Any) -> Any:
+    """Convert strings like 1e-3 to floats: PyYAML reads them as strings."""
     if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
+        return {key: _parse_scientific(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_numbers(item) for item in value]
+        return [_parse_scientific(item) for item in value]
     return float(value) if isinstance(value, str) and SCIENTIFIC.fullmatch(value) else value
 
 
-def _listed(text: str) -> list[Any]:
-    """The items of a YAML list without its brackets; none where it is no such list."""
+def _parse_list(text: str) -> list[Any]:
+    """The items of a YAML list typed without brackets; empty if it is not one."""
     try:
-        found = yaml.load(f"[{text}]", yaml.BaseLoader)  # all scalars are texts there
+        items = yaml.load(f"[{text}]", yaml.BaseLoader)  # reads all scalars as strings
     except yaml.YAMLError:
         return []
-    return found if isinstance(found, list) else []
+    return items if isinstance(items, list) else []
 
 
-def ordered(section: Section) -> Sequence[str]:
-    """The stage's own params, then those that all training stages have."""
+def param_order(section: Section) -> Sequence[str]:
+    """Names of the stage's own params, then of those that all training stages share."""
     shared = {f.name for f in fields(Training)} if isinstance(section, Training) else set()
     return sorted((f.name for f in fields(section)), key=lambda name: name in shared)
 
 
 class _Fields(VerticalScroll, can_focus=False):
-    """Up and down go from field to field, and what scrolls is what the field needs to be seen."""
+    """Up and down move from field to field."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", "Param above", show=False),
@@ -138,14 +138,14 @@ class _Fields(VerticalScroll, can_focus=False):
             self.screen.set_focus(inputs[min(max(inputs.index(focused) + by, 0), len(inputs) - 1)])
 
     def on_resize(self) -> None:
-        """Where the text below took some of the lines, the field that is edited stays in sight."""
+        """Keep the focused field visible when the text below takes some of the lines."""
         focused = self.screen.focused
         if isinstance(focused, ParamInput) and self in focused.ancestors:
             focused.scroll_visible(animate=False)
 
 
 class ParamForm(Vertical):
-    """`show` fills it; `Saved` asks for a value to be written."""
+    """Filled by `show`; posts `Saved` for a value to be written."""
 
     DEFAULT_CSS = """
     ParamForm { height: 1fr; }
@@ -160,7 +160,7 @@ class ParamForm(Vertical):
 
     @dataclass
     class Saved(Message):
-        """Enter was pressed in a field that holds another value than the file."""
+        """Enter was pressed in a field whose value differs from the file."""
 
         key: str
         value: Any
@@ -176,37 +176,37 @@ class ParamForm(Vertical):
         yield Static(id="rule")
 
     async def show(self, stage: str, section: Section) -> None:
-        """The values of a stage's section; fields that are being edited keep what was typed."""
+        """Show the values of a stage's section; edited fields keep their text."""
         changed, self._section = section != self._section, section
         if stage != self.stage:
             await self._rebuild(stage, section)
         elif changed:
             for field in self.query(ParamInput):
-                field.renew(getattr(section, field.key))
+                field.update_saved(getattr(section, field.key))
                 self._mark(field)
                 if field.has_focus:
                     self._explain(field)
 
     async def _rebuild(self, stage: str, section: Section) -> None:
         self.stage = stage
-        rows = [Horizontal(Label(name), ParamInput(name, getattr(section, name))) for name in ordered(section)]
+        rows = [Horizontal(Label(name), ParamInput(name, getattr(section, name))) for name in param_order(section)]
         with self.app.batch_update():
             await self.query(Horizontal).remove()
             await self.query_one(_Fields).mount_all(rows)
         self.query_one("#rule", Static).update("")
 
     def unsaved(self) -> Mapping[str, str]:
-        """What was typed and not written, by key."""
+        """The text of edited fields, by key."""
         return {key_path(self.stage, field.key): field.value for field in self.query(ParamInput) if field.edited}
 
     def revert(self) -> None:
-        """Back to what the file says."""
+        """Reset all fields to the saved values."""
         for field in self.query(ParamInput):
             field.revert()
         self.query_one("#rule", Static).update("")
 
     @on(Input.Changed)
-    def _typed(self, event: Input.Changed) -> None:
+    def _input_changed(self, event: Input.Changed) -> None:
         event.stop()
         if isinstance(event.input, ParamInput) and event.input.is_attached:
             self._mark(event.input)
@@ -219,31 +219,31 @@ class ParamForm(Vertical):
             self._explain(focused)
 
     @on(Input.Submitted)
-    def _enter(self, event: Input.Submitted) -> None:
+    def _input_submitted(self, event: Input.Submitted) -> None:
         event.stop()
         field = event.input
         if isinstance(field, ParamInput) and field.edited and not self._problem(field):
-            self.post_message(self.Saved(key_path(self.stage, field.key), field.typed))
+            self.post_message(self.Saved(key_path(self.stage, field.key), field.typed_value))
 
     def _mark(self, field: ParamInput) -> None:
         field.set_class(field.edited, "-edited")
         field.set_class(field.edited and bool(self._problem(field)), "-bad")
 
     def _explain(self, field: ParamInput) -> None:
-        """Below the fields: what is wrong, or what the value must be."""
+        """Show below the fields what is wrong, or which values are allowed."""
         if self._section is None or not hasattr(self._section, field.key):
             return
         problem = self._problem(field) if field.edited else ""
-        said = problem or f"{field.key}: {rule(self._section, field.key)}"
+        text = problem or f"{field.key}: {rule(self._section, field.key)}"
         pending = "  Enter writes it, Escape takes it back." if field.edited and not problem else ""
-        self.query_one("#rule", Static).update(f"{'✗ ' if problem else ''}{said}{pending}", layout=True)
-        self.call_after_refresh(field.scroll_visible, animate=False)  # a longer text leaves the fields fewer lines
+        self.query_one("#rule", Static).update(f"{'✗ ' if problem else ''}{text}{pending}", layout=True)
+        self.call_after_refresh(field.scroll_visible, animate=False)  # a longer text leaves fewer lines for the fields
 
     def _problem(self, field: ParamInput) -> str:
         if self._section is None or not hasattr(self._section, field.key):
-            return ""  # a field of the stage before, on its way out
+            return ""  # a field of the previous stage, about to be removed
         try:
-            check(self._section, self.stage, field.key, field.typed, self._source)
+            check(self._section, self.stage, field.key, field.typed_value, self._source)
         except UserError as error:
             return str(error)
         return ""

@@ -1,4 +1,4 @@
-"""Pipeline: the DAG and the state of each stage; its params, its log, what it changed; run and stop."""
+"""The pipeline screen: DAG, state of each stage, params, log, metrics; run and stop."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,22 +19,23 @@ from pipeline.project.stage_graph import STAGES, Project, Stage
 from pipeline.project.status import StageState, Status, project_signature
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
-from tui.screens.pipeline.dag_view import DagPicture
+from tui.screens.pipeline.dag_view import DagView
 from tui.screens.pipeline.log_panel import LogView
-from tui.screens.pipeline.metrics_panel import table
-from tui.screens.pipeline.params_panel import ParamForm, written
+from tui.screens.pipeline.metrics_panel import metrics_table
+from tui.screens.pipeline.params_panel import ParamForm, format_value
 from tui.screens.pipeline.stage_list import StageList
 from tui.services.pipeline_process import Running
 
-TICK = 0.4  # seconds between two looks at the files
+TICK = 0.4  # seconds between checks of the files
 EVALUATION = STAGES["evaluate"].path
 PANES = {"params": "Params", "log": "Log", "metrics": "Metrics"}
-ROOM = 2**20  # bytes; with fewer, a disk is full
-AROUND, PANE, LEAST, LINES = 2, 8, 6, 3  # rows of the bar and the keys; of a pane, at least; of the list
+MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
+BAR_ROWS = 2  # of tab bar and footer
+PANE_ROWS, MIN_PANE_ROWS, MIN_LIST_ROWS = 8, 6, 3
 
 
 class PipelineScreen(WorkbenchScreen):
-    """It watches files: a pipeline that was started elsewhere looks like one that was started here."""
+    """Shows what the files say, so that a pipeline started elsewhere looks like one started here."""
 
     NAME: ClassVar[str] = "pipeline"
     CSS_PATH = "pipeline.tcss"
@@ -51,25 +52,26 @@ class PipelineScreen(WorkbenchScreen):
         self.status = Status()
         self.project: Project | None = None
         self.states: dict[str, StageState] = {}
-        self.stages = _stages(self.workbench.params_path)
+        self.stages = _initial_stages(self.workbench.params_path)
         self.chosen = next(iter(self.stages))
-        self.problem = ""  # of the params file as it is now; the project is then of the last good one
-        self._seen: tuple[object, object] | None = None  # of the params file and of all else, as they were looked at
-        self._compared: object = None  # and that of the metrics
-        self._looking = False
-        self._beside = "log"  # the pane beside the params
+        self.problem = ""  # with the params file; `project` is then the last valid one
+        # of the params file and of all other files, when last loaded
+        self._seen_signature: tuple[object, object] | None = None
+        self._metrics_signature: object = None  # of the metrics file and .git, when last compared
+        self._loading = False
+        self._side_pane = "log"  # the pane shown beside the params
         self._pipeline: Running | None = None
-        self._ended: Running | None = None  # a pipeline whose end is still to be said
+        self._ended_pipeline: Running | None = None  # a pipeline whose end is not reported yet
 
     def body(self) -> Iterable[Widget]:
         yield Static(id="problem", markup=False)
-        yield DagPicture(self.stages)
+        yield DagView(self.stages)
         yield StageList(self.stages, id="stages")
         with Container(id="panes"):
             with Vertical(id="params", classes="pane"):
                 yield ParamForm(self.workbench.params_path.name)
             with Vertical(id="log", classes="pane"):
-                yield Static(id="said", markup=False)
+                yield Static(id="notes", markup=False)
                 yield LogView()
             with VerticalScroll(id="metrics", classes="pane"):
                 yield Static(id="changes")
@@ -82,32 +84,34 @@ class PipelineScreen(WorkbenchScreen):
         self.tick()
 
     def on_resize(self, event: Resize) -> None:
-        """The list gets what picture and panes leave of the rows, and scrolls where it has more lines."""
-        picture = self.query_one(DagPicture)
-        rows = picture.get_content_height() + 1
-        picture.display = event.size.height >= max(TALL, AROUND + rows + LINES + LEAST)
-        shown = rows if picture.display else 0
-        self.query_one(StageList).styles.max_height = max(LINES, event.size.height - AROUND - shown - PANE)
+        """Give the list the rows that the DAG and the panes leave; hide the DAG if there are too few."""
+        dag = self.query_one(DagView)
+        rows = dag.get_content_height() + 1
+        dag.display = event.size.height >= max(TALL, BAR_ROWS + rows + MIN_LIST_ROWS + MIN_PANE_ROWS)
+        shown = rows if dag.display else 0
+        self.query_one(StageList).styles.max_height = max(
+            MIN_LIST_ROWS, event.size.height - BAR_ROWS - shown - PANE_ROWS
+        )
 
-    # Looking
+    # Watching files
 
     def tick(self) -> None:
-        """Look again if files changed, or while something runs: a killed process changes none.
+        """Load again if files changed, or while something runs, since a killed process changes no file.
 
-        That a pipeline has ended is noticed, and said, on whichever screen one is.
+        The end of a pipeline is noticed and reported on every screen.
         """
         running = self.workbench.runner.running()
         if self._pipeline and not running:
-            self._ended, self._seen = self._pipeline, None
+            self._ended_pipeline, self._seen_signature = self._pipeline, None
         self._pipeline = running
-        if self._looking or not (self.is_current or self._ended):
+        if self._loading or not (self.is_current or self._ended_pipeline):
             return
         now = self._signature()
         busy = running or any(state.state == "running" for state in self.states.values())
-        if now != self._seen or busy:
-            self._looking = True
-            self._look(now, self._ended)
-            self._ended = None
+        if now != self._seen_signature or busy:
+            self._loading = True
+            self._load(now, self._ended_pipeline)
+            self._ended_pipeline = None
         self.query_one(LogView).follow(self.workbench.runner.log)
 
     def _signature(self) -> tuple[object, object]:
@@ -118,46 +122,46 @@ class PipelineScreen(WorkbenchScreen):
             file = (0, 0, 0)
         return file, self.project and project_signature(self.project)
 
-    @work(thread=True, group="look")
-    def _look(self, seen: tuple[object, object] | None, ended: Running | None) -> None:
+    @work(thread=True, group="load")
+    def _load(self, seen: tuple[object, object] | None, ended: Running | None) -> None:
         project, problem = self.project, self.problem
-        if project is None or self._seen is None or seen is None or seen[0] != self._seen[0]:
+        if project is None or self._seen_signature is None or seen is None or seen[0] != self._seen_signature[0]:
             try:
                 project, problem = open_project(self.workbench.params_path), ""
             except (UserError, OSError) as error:
                 problem = str(error)
         states: dict[str, StageState] = {}
         try:
-            if project and not self.states:  # the first look, which hashes all there is
-                self.call_later(self._begin, project)
-                states = self.status.of(project, lambda state: self.call_later(self._show_one, state))
+            if project and not self.states:  # the first load hashes all artifacts, so show each state once known
+                self.call_later(self._show_params, project)
+                states = self.status.of(project, lambda state: self.call_later(self._show_state, state))
             elif project:
                 states = self.status.of(project)
-        except (UserError, OSError):  # something vanished while it was read: the next look sees what is there then
+        except (UserError, OSError):  # a file vanished while it was read: try again
             seen = None
         self.call_later(self._show, project, states or self.states, problem, seen)
         if ended:
-            self.call_later(self._say_the_end, ended)
+            self.call_later(self._report_end, ended)
 
-    async def _begin(self, project: Project) -> None:
-        """Params are there at once."""
-        if self.query(DagPicture) and self.project is None:
+    async def _show_params(self, project: Project) -> None:
+        """Show the params before the states are known."""
+        if self.query(DagView) and self.project is None:
             self.project = project
             self._show_stages(project)
             await self._show_stage()
 
     def _show_stages(self, project: Project) -> None:
-        """The project's stages, and its parent's."""
+        """Show the stages of the project and of its parent."""
         self.stages = project.readable
         if self.chosen not in self.stages and self.stages:
             self.chosen = next(iter(self.stages))
-        self.query_one(StageList).keep(self.stages)
-        self.query_one(DagPicture).stages = self.stages
+        self.query_one(StageList).set_stages(self.stages)
+        self.query_one(DagView).stages = self.stages
 
-    def _show_one(self, state: StageState) -> None:
-        if self.query(DagPicture) and not self.states:
-            picture = self.query_one(DagPicture)
-            picture.states = {**picture.states, state.stage.name: state}
+    def _show_state(self, state: StageState) -> None:
+        if self.query(DagView) and not self.states:
+            dag = self.query_one(DagView)
+            dag.states = {**dag.states, state.stage.name: state}
             self.query_one(StageList).show({state.stage.name: state})
 
     async def _show(
@@ -167,38 +171,38 @@ class PipelineScreen(WorkbenchScreen):
         problem: str,
         seen: tuple[object, object] | None,
     ) -> None:
-        if not self.query(DagPicture):  # the screen is closing
+        if not self.query(DagView):  # the screen is closing
             return
-        first = project is not None and self.project is None  # what else is to be watched was not known before
-        self.project, self.problem, self.states, self._looking = project, problem, states, False
-        self._seen = None if first else seen
+        first = project is not None and self.project is None  # so `seen` does not cover its files: load again
+        self.project, self.problem, self.states, self._loading = project, problem, states, False
+        self._seen_signature = None if first else seen
         banner = self.query_one("#problem", Static)
         banner.display = bool(problem)
         banner.update(f"✗ {problem}\nShowing the last valid state." if project else f"✗ {problem}")
         if project:
             self._show_stages(project)
-        self.query_one(DagPicture).states = states
+        self.query_one(DagView).states = states
         self.query_one(StageList).show(states)
         await self._show_stage()
-        self._compare()
+        self._refresh_metrics()
 
     async def _show_stage(self) -> None:
-        """The panes of the chosen stage."""
-        self.query_one(DagPicture).chosen = self.chosen
+        """Fill the panes for the chosen stage."""
+        self.query_one(DagView).chosen = self.chosen
         if self.project and self.chosen in self.stages:
             await self.query_one(ParamForm).show(
-                self.chosen, self._home(self.project).section(self.stages[self.chosen])
+                self.chosen, self._home_project(self.project).section(self.stages[self.chosen])
             )
         self.query_one("#params").border_title = f"Params of {self.chosen}"
         self.query_one("#log").border_title = f"Log of {self.chosen}, output of the pipeline"
-        self.query_one("#said", Static).update(self._said())
+        self.query_one("#notes", Static).update(self._stage_notes())
 
-    def _home(self, project: Project) -> Project:
-        """The project that the chosen stage is of: this one or its parent."""
+    def _home_project(self, project: Project) -> Project:
+        """The project of the chosen stage: this one or its parent."""
         return project.home(self.chosen)
 
-    def _said(self) -> str:
-        """Why the chosen stage is as it is, and what it said in its last run, whoever ran it."""
+    def _stage_notes(self) -> str:
+        """The reasons for the state of the chosen stage, and the message and notes of its last run."""
         state = self.states.get(self.chosen)
         if state is None:
             return ""
@@ -210,18 +214,18 @@ class PipelineScreen(WorkbenchScreen):
             lines.append("Nothing was run yet: press r for all stages, or type `make repro`.")
         return "\n".join(lines)
 
-    def _compare(self) -> None:
+    def _refresh_metrics(self) -> None:
         path = (self.project or self.workbench).root / EVALUATION / "metrics.json"
         try:
             stats = [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat(), (self.workbench.root / ".git").stat())]
         except OSError:
             stats = []
-        if stats != self._compared:
-            self._compared = stats
-            self._look_at_metrics(path)
+        if stats != self._metrics_signature:
+            self._metrics_signature = stats
+            self._load_metrics(path)
 
     @work(thread=True, group="metrics", exclusive=True)
-    def _look_at_metrics(self, path: Path) -> None:
+    def _load_metrics(self, path: Path) -> None:
         try:
             changes: list[Change] | str = since_commit(path)
         except UserError as error:
@@ -229,42 +233,42 @@ class PipelineScreen(WorkbenchScreen):
         self.call_later(self._show_changes, changes)
 
     def _show_changes(self, changes: list[Change] | str) -> None:
-        for widget in self.query("#changes").results(Static):  # none is there while the screen closes
-            widget.update(table(changes))
+        for widget in self.query("#changes").results(Static):  # empty while the screen closes
+            widget.update(metrics_table(changes))
 
-    # Choosing and editing
+    # Selecting and editing
 
     @on(OptionList.OptionHighlighted)
     async def _highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        await self._choose(str(event.option_id))
+        await self._select_stage(str(event.option_id))
 
-    @on(DagPicture.Chosen)
-    def _clicked(self, event: DagPicture.Chosen) -> None:
+    @on(DagView.Chosen)
+    def _clicked(self, event: DagView.Chosen) -> None:
         self.query_one(StageList).choose(event.stage)
 
     @on(OptionList.OptionSelected)
     def _entered(self) -> None:
         self.action_pane("params")
 
-    async def _choose(self, stage: str) -> None:
+    async def _select_stage(self, stage: str) -> None:
         if stage == self.chosen:
             return
-        lost = self.query_one(ParamForm).unsaved()
-        if lost:
-            self.workbench.log_message(f"Not written: {', '.join(f'{k}: {v}' for k, v in lost.items())}", "warning")
+        unsaved = self.query_one(ParamForm).unsaved()
+        if unsaved:
+            self.workbench.log_message(f"Not saved: {', '.join(f'{k}: {v}' for k, v in unsaved.items())}", "warning")
         self.chosen = stage
         await self._show_stage()
 
     @on(ParamForm.Saved)
     def _save(self, event: ParamForm.Saved) -> None:
         try:
-            path = self._home(self.project).params_path if self.project else self.workbench.params_path
+            path = self._home_project(self.project).params_path if self.project else self.workbench.params_path
             edit.save(path, {event.key: event.value}, GRAPH.sections)
         except (UserError, OSError) as error:
             self.workbench.fail(error)
             return
-        value = ", ".join(map(str, event.value)) if isinstance(event.value, list) else written(event.value)
-        self.workbench.log_message(f"{event.key}: {value or 'nothing'} is in {path.name}.")
+        value = ", ".join(map(str, event.value)) if isinstance(event.value, list) else format_value(event.value)
+        self.workbench.log_message(f"{event.key}: {value or '(empty)'} saved to {path.name}.")
         self.tick()
 
     def action_leave(self) -> None:
@@ -272,12 +276,12 @@ class PipelineScreen(WorkbenchScreen):
         self.give_focus(self.query_one(StageList))
 
     def action_pane(self, name: str, focus: bool = True) -> None:
-        """Show a pane and give it the keys. Where there is room, params are always there and one other beside them."""
-        beside = name if name != "params" else self._beside
-        self._beside = beside
+        """Show a pane and focus it. On wide terminals, the params stay visible beside another pane."""
+        side_pane = name if name != "params" else self._side_pane
+        self._side_pane = side_pane
         for pane in self.query(".pane"):
             pane.set_class(pane.id == name, "-chosen")
-            pane.set_class(pane.id == beside, "-beside")
+            pane.set_class(pane.id == side_pane, "-beside")
             pane.border_subtitle = "  ".join(f"{key[0]} {label}" for key, label in PANES.items() if key != pane.id)
         if focus:
             target = {"params": "ParamForm Input", "log": "LogView", "metrics": "#metrics"}[name]
@@ -288,10 +292,10 @@ class PipelineScreen(WorkbenchScreen):
     # Running
 
     def action_run(self) -> None:
-        self._start("repro")
+        self._run_dvc("repro")
 
     def action_run_stage(self, force: bool = False) -> None:
-        """The chosen stage alone, once all that it reads is there."""
+        """Run the chosen stage only, if all artifacts that it needs exist."""
         project, missing = self.project, list[str]()
         if project:
             try:
@@ -305,17 +309,17 @@ class PipelineScreen(WorkbenchScreen):
                 f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning"
             )
             return
-        self._start("repro", "--single-item", *(["--force"] if force else []), self.chosen)
+        self._run_dvc("repro", "--single-item", *(["--force"] if force else []), self.chosen)
 
-    def _start(self, *arguments: str) -> None:
+    def _run_dvc(self, *arguments: str) -> None:
         try:
             if self.workbench.params_path.name != "params.yaml":
-                raise UserError("The pipeline reads params.yaml; start lora-tui on that file to run it.")
+                raise UserError("The pipeline reads params.yaml. Start lora-tui with --params params.yaml to run it.")
             self._pipeline = self.workbench.runner.start(arguments)
         except (UserError, OSError) as error:
             self.workbench.fail(error)
             return
-        self.workbench.log_message(f"Started: {self._pipeline.command}. It goes on if this program ends.")
+        self.workbench.log_message(f"Started: {self._pipeline.command}. It continues if you quit.")
 
     def action_stop(self) -> None:
         try:
@@ -323,27 +327,29 @@ class PipelineScreen(WorkbenchScreen):
         except UserError as error:
             self.workbench.fail(error)
 
-    def _say_the_end(self, ended: Running) -> None:
-        """How a pipeline ended, by what its own stages say: an older failure is not its."""
-        own = [state for state in self.states.values() if state.run and state.run.started >= ended.started]
-        bad = [state for state in own if state.state in ("failed", "died")]
-        if bad:
-            self.workbench.log_message(f"{bad[0].stage.name} {bad[0].state}: {', '.join(bad[0].reasons)}", "error")
-            self.query_one(StageList).choose(bad[0].stage.name)
-        elif any(state.state == "stopped" for state in own):
-            self.workbench.log_message("Stopped. Run it again to go on from the checkpoint.")
+    def _report_end(self, ended: Running) -> None:
+        """Report how a pipeline ended, judged by the stages that it ran: older failures are not its own."""
+        stages = [state for state in self.states.values() if state.run and state.run.started >= ended.started]
+        failed = [state for state in stages if state.state in ("failed", "died")]
+        if failed:
+            self.workbench.log_message(
+                f"{failed[0].stage.name} {failed[0].state}: {', '.join(failed[0].reasons)}", "error"
+            )
+            self.query_one(StageList).choose(failed[0].stage.name)
+        elif any(state.state == "stopped" for state in stages):
+            self.workbench.log_message("Stopped. Run again to resume from the checkpoint.")
         elif all(state.state == "current" for state in self.states.values()):
             self.workbench.log_message("All stages are up to date.")
-        elif disk_usage(self.workbench.root).free < ROOM:  # too full for the log and the journals to say so
+        elif disk_usage(self.workbench.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
             self.workbench.log_message(
                 "The pipeline ended, and the disk is full. Free some space, then run it again.", "error"
             )
         else:
-            self.workbench.log_message("The pipeline ended; its log (l) says how.", "warning")
+            self.workbench.log_message("The pipeline ended early. See its log (l).", "warning")
 
 
-def _stages(params: Path) -> Mapping[str, Stage]:
-    """What is shown before the first look: the project's stages, or the product's where its params cannot be read."""
+def _initial_stages(params: Path) -> Mapping[str, Stage]:
+    """The stages shown before the first load: the project's, or STAGES if its params cannot be read."""
     try:
         return open_project(params).readable or STAGES
     except (UserError, OSError):

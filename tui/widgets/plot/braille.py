@@ -1,19 +1,22 @@
-"""Lines as braille dots, two across and four down in a cell. Their x never decreases: they are quick to draw."""
+"""Lines as braille dots, two across and four down per cell. Fast because x never decreases along a line."""
 
 from collections.abc import Iterator, Sequence
 from math import floor
 
 ACROSS, DOWN = 2, 4
-_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # the bit of each dot of the left and the right half
+_DOTS = (
+    (0x01, 0x02, 0x04, 0x40),
+    (0x08, 0x10, 0x20, 0x80),
+)  # Unicode bits of the left and right column of dots, from the top
 _SPANS = [[[sum(half[top : end + 1]) for end in range(DOWN)] for top in range(DOWN)] for half in _DOTS]
 Point = tuple[float, float]
 Cell = tuple[int, int]
 
 
 def cells(points: Sequence[Point], width: int, height: int) -> dict[Cell, str]:
-    """The character of every cell of `width` × `height` that the line through `points` (in cells, from the top) meets.
+    """Characters that draw the line through `points` on a grid of `width` × `height` cells, by cell (x, y).
 
-    What is outside is left out; `points` must be in order of x.
+    Points are in cells from the top left, sorted by x. What lies outside the grid is clipped.
     """
     bits: dict[Cell, int] = {}
     bottom = height * DOWN - 1
@@ -30,7 +33,7 @@ def cells(points: Sequence[Point], width: int, height: int) -> dict[Cell, str]:
 
 
 def _spans(points: Sequence[Point], columns: int) -> dict[int, tuple[int, int]]:
-    """Column of dots → highest and lowest dot of the line in it."""
+    """Column of dots → smallest and largest y of the line in it, in dots."""
     spans: dict[int, tuple[int, int]] = {}
     for column, y in _dots(points, columns):
         low, high = spans.get(column, (y, y))
@@ -39,15 +42,15 @@ def _spans(points: Sequence[Point], columns: int) -> dict[int, tuple[int, int]]:
 
 
 def _dots(points: Sequence[Point], columns: int) -> Iterator[tuple[int, int]]:
-    """Every point, and between two points the line's height where it goes from one column to the next."""
+    """Every point as a dot, and the two dots where the line crosses from one column of dots to the next."""
     before: Point | None = None
     for x, y in points:
         x, y = x * ACROSS, y * DOWN
         column = floor(x)
         if before is not None and floor(before[0]) != column:
-            wide, high = x - before[0], y - before[1]
+            dx, dy = x - before[0], y - before[1]
             for edge in range(max(floor(before[0]) + 1, 0), min(column, columns) + 1):
-                height = floor(before[1] + high * ((edge - before[0]) / wide))  # no slope: it can be infinite
+                height = floor(before[1] + dy * ((edge - before[0]) / dx))  # not dy / dx, which can be infinite
                 yield from ((edge - 1, height), (edge, height)) if 0 < edge < columns else ()
         if 0 <= column < columns:
             yield column, floor(y)

@@ -1,4 +1,4 @@
-"""What a chart draws, as plain numbers: curves, the window on them, and the arithmetic of both."""
+"""What a chart draws, as plain numbers: curves and the visible ranges."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Column:
-    """What falls into a column of the picture: where, least and most of the raw values, mean of the smoothed."""
+    """The steps in one column of the chart: x, minimum and maximum of the raw values, mean of the smoothed ones."""
 
     x: float
     low: float
@@ -19,9 +19,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's columns, its colour as #rrggbb, its sign, the step from which it is flat, and its evaluations.
+    """A run's columns, its colour as #rrggbb, its symbol, the step at which it became flat, and its evaluations.
 
-    One that is `dim` is a line alone; a `stray` one does not decide which values are shown.
+    A `dim` curve is drawn as a line only. A `stray` (diverged) curve does not affect the y range.
     """
 
     columns: Sequence[Column]
@@ -32,8 +32,8 @@ class Curve:
     dim: bool = False
     stray: bool = False
 
-    def mark(self) -> Column | None:
-        """Where to say that it is flat, if that is in view."""
+    def flat_column(self) -> Column | None:
+        """The column at which it became flat, if that is in view."""
         if self.flat is None or not self.columns or not self.columns[0].x <= self.flat <= self.columns[-1].x:
             return None
         return nearest(self.columns, self.flat)
@@ -41,8 +41,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class View:
-    """What of the curves is shown: steps from and to, values from and to (None: all that is there), logarithms or not,
-    and the step of the cursor. With `log`, `y` is in powers of ten."""
+    """The visible range of steps `x` and of values `y` (None: fit to the curves), and the step of the cursor.
+
+    With `log`, `y` is in exponents of ten.
+    """
 
     x: Range
     y: Range | None = None
@@ -51,28 +53,28 @@ class View:
 
 
 def power_of_ten(exponent: float) -> float:
-    """10^exponent, or the nearest number that there is."""
+    """10^exponent, clamped to the range of a float."""
     return float(10 ** min(max(exponent, -307.0), 308.0))
 
 
-def in_powers(curve: Curve) -> Curve:
-    """Values as exponents of ten; what is not above zero has none: a band begins at its column's mean or greatest."""
+def to_log10(curve: Curve) -> Curve:
+    """The curve with log10 of its values. Where `low` or `mean` is not positive, the next higher value is used."""
     return replace(curve, columns=_logarithms(curve.columns), held_out=_logarithms(curve.held_out))
 
 
 def _logarithms(columns: Sequence[Column]) -> list[Column]:
-    found = []
+    logarithms = []
     for column in columns:
         if column.high > 0:
             high = log10(column.high)
             mean = log10(column.mean) if column.mean > 0 else high
             low = log10(column.low) if column.low > 0 else min(mean, high)
-            found.append(Column(column.x, low, high, mean))
-    return found
+            logarithms.append(Column(column.x, low, high, mean))
+    return logarithms
 
 
 def range_of(curves: Iterable[Curve]) -> Range:
-    """From the least to the greatest value of all and a little more; 0 to 1 if there is none."""
+    """The y range of all curves with a small margin; (0, 1) if there are no values."""
     every = list(curves)
     decisive = [curve for curve in every if not curve.stray] or every
     columns = [column for curve in decisive for column in (*curve.columns, *curve.held_out)]
@@ -80,19 +82,19 @@ def range_of(curves: Iterable[Curve]) -> Range:
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
-    spread = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else 0.0  # less is only rounding
+    spread = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else 0.0  # a smaller one is a rounding error
     margin = spread * 0.04 or abs(high) * 0.1 or 1.0
     return low - margin, high + margin
 
 
-def possible(range_: Range) -> bool:
-    """Whether a chart can draw it: wider than rounding, and narrow enough to be multiplied with the chart's cells."""
+def is_drawable(range_: Range) -> bool:
+    """Whether a chart can draw it: wider than a rounding error, and finite when multiplied by a number of cells."""
     low, high = range_
     return isfinite((high - low) * 1e6) and high - low > 1e-9 * max(abs(low), abs(high))
 
 
-def between(one: Column, other: Column) -> Column:
-    """Half way."""
+def midpoint(one: Column, other: Column) -> Column:
+    """The midpoint of two columns."""
     y = (one.mean + other.mean) / 2
     return Column((one.x + other.x) / 2, y, y, y)
 

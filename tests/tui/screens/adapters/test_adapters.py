@@ -1,4 +1,4 @@
-"""The adapters screen: every key and action, and every fault, with an engine that answers at once."""
+"""The adapters screen: every key, action and fault, with a fake engine that answers immediately."""
 
 import asyncio
 import errno
@@ -29,10 +29,10 @@ from tui.dialogs.path import PathScreen
 from tui.screens.adapters.sampling_dialog import SamplingScreen
 from tui.screens.adapters.screen import AdaptersScreen
 from tui.screens.adapters.session.catalog import Entry, Library
-from tui.screens.adapters.session.request_queue import trusts
+from tui.screens.adapters.session.request_queue import trusts_remote_code
 from tui.screens.adapters.widgets.attention_view import AttentionView
 from tui.screens.adapters.widgets.engine_bar import EngineBar
-from tui.screens.adapters.widgets.model_details import ModelDetails, described
+from tui.screens.adapters.widgets.model_details import ModelDetails, format_details
 from tui.screens.adapters.widgets.model_table import ModelTable
 from tui.screens.adapters.widgets.streaming import Completions
 from tui.screens.adapters.widgets.top_k import TopK
@@ -44,7 +44,7 @@ MODELS = [*USUAL[:-1], "sweep/rank-1", "sweep/rank-2", "merged"]
 
 
 class Session:
-    """The app on its adapters screen, and what a test asks of it."""
+    """The app on its adapters screen, with helpers for tests."""
 
     def __init__(self, pilot: Pilot[None], engine: FakeInference | None = None) -> None:
         self.pilot, self.engine = pilot, engine or FakeInference()
@@ -68,8 +68,8 @@ class Session:
     def names(self) -> list[str]:
         return [row.lstrip("● ").split()[0] for row in self.rows()]
 
-    def said(self) -> str:
-        return "\n".join(text for _, _, text in self.app.said)
+    def messages(self) -> str:
+        return "\n".join(text for _, _, text in self.app.message_history)
 
     def completions(self) -> str:
         return "\n".join(str(child.render()) for child in self.screen.query_one(Completions).children)
@@ -91,14 +91,16 @@ class Session:
         await self.press("enter")
 
     async def answered(self) -> None:
-        await until(self.pilot, lambda: self.screen.talk.newest is not None and not self.screen._asking())
+        await until(
+            self.pilot, lambda: self.screen.conversation.newest is not None and not self.screen._is_generating()
+        )
 
     async def checked(self, count: int) -> None:
-        def whole() -> bool:
+        def all_checked() -> bool:
             entries = self.screen.entries
             return len(entries) == count and all(entry.verdict for entry in entries)
 
-        await until(self.pilot, whole)
+        await until(self.pilot, all_checked)
 
     async def point(self, name: str) -> None:
         self.table.move_cursor(row=self.names().index(name))
@@ -106,11 +108,11 @@ class Session:
 
     def details(self) -> str:
         assert self.screen.details is not None
-        return str(described(self.screen.details))
+        return str(format_details(self.screen.details))
 
 
 @asynccontextmanager
-async def opened(
+async def open_adapters(
     root: Path, count: int = len(MODELS), size: tuple[int, int] = (80, 24), **engine: Any
 ) -> AsyncIterator[Session]:
     app = Workbench(root / "params.yaml")
@@ -123,22 +125,22 @@ async def opened(
 
 
 async def test_an_empty_project_says_what_to_do(empty: Path) -> None:
-    async with opened(empty, 0) as s:
+    async with open_adapters(empty, 0) as s:
         await until(s.pilot, lambda: "no models yet: press 1 then r" in str(s.screen.nothing.render()))
         await s.press("u")
-        assert "has made no model yet" in s.said()
+        assert "has made no model yet" in s.messages()
         await s.ask("die katze")
-        assert "There is no model to ask" in s.said()
+        assert "No model is selected" in s.messages()
 
 
 async def test_all_models_are_listed_in_the_order_of_the_pipeline(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         assert s.names() == MODELS
         assert all("✓ verified" in row for row in s.rows())
 
 
 async def test_narrow_shows_the_important_columns_and_wide_all(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         assert [str(c.label).strip() for c in s.table.ordered_columns] == [
             *("", "name", "method", "rank", "loss", "forgot", "state"),
         ]
@@ -149,7 +151,7 @@ async def test_narrow_shows_the_important_columns_and_wide_all(brief: Path) -> N
 
 
 async def test_sorting_cycles_through_columns_and_turns_around(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("s")
         assert (s.names(), str(s.table.ordered_columns[1].label).strip()) == (sorted(s.names()), "name▲")
         await s.press("S")
@@ -165,7 +167,7 @@ async def test_sorting_cycles_through_columns_and_turns_around(brief: Path) -> N
 
 
 async def test_a_click_on_the_header_sorts_and_on_the_mark_selects(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.pilot.click(ModelTable, offset=(18, 0))
         await s.pilot.pause()
         assert "▲" in str(s.table.ordered_columns[2].label)
@@ -175,7 +177,7 @@ async def test_a_click_on_the_header_sorts_and_on_the_mark_selects(brief: Path) 
 
 
 async def test_the_filter_looks_in_all_columns_and_escape_clears_it(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("slash", *"adapter")
         names = ["lora", "prefix", "prompt", "sweep/rank-1", "sweep/rank-2"]
         assert s.names() == names  # their kind, which is not among the columns shown
@@ -184,19 +186,19 @@ async def test_the_filter_looks_in_all_columns_and_escape_clears_it(brief: Path)
 
 
 async def test_space_selects_and_takes_away_and_u_selects_the_usual_set(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("space")
         assert s.rows()[0].startswith("●")
         await s.press("space")
         assert s.screen.selected == []
         await s.press("u")
-        assert [entry.label for entry in s.screen.chosen()] == USUAL
+        assert [entry.label for entry in s.screen.selected_entries()] == USUAL
         await s.press("u")
         assert s.screen.selected == []
 
 
 async def test_details_show_manifest_config_and_on_demand_the_spectrum(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.point("lora")
         manifest = artifact.read_manifest(brief / "artifacts/lora_adapter")
         shown = s.details()
@@ -211,13 +213,13 @@ async def test_details_show_manifest_config_and_on_demand_the_spectrum(brief: Pa
 
 
 async def test_side_by_side_differences_are_signed_and_count_from_the_first(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("u")
         await s.ask("die katze")
         await s.answered()
 
         def row(name: str) -> list[str]:
-            """Over all blocks: not all models have room beside one another."""
+            """A row across all blocks, since not all models fit side by side."""
             found = [line.split() for line in s.text(TopK).splitlines() if line.startswith(name)]
             return [cell for _, *cells in found for cell in cells if "█" not in cell]
 
@@ -225,12 +227,12 @@ async def test_side_by_side_differences_are_signed_and_count_from_the_first(brie
         cells = {"base": ["50.0"], "lora": ["75.0", "+25.0"]}
         assert row("tisch") == [cell for name in USUAL for cell in cells.get(name, ["50.0", "="])]
         assert row("sofa").count("-25.0") == 1
-        assert s.screen.talk.newest is not None
-        assert {answer.text for answer in s.screen.talk.newest.answers} == {" tisch und stuhl"}
+        assert s.screen.conversation.newest is not None
+        assert {answer.text for answer in s.screen.conversation.newest.answers} == {" tisch und stuhl"}
 
 
 async def test_one_model_has_bars_and_percent(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.ask("die katze")
         await s.answered()
         line = s.text(TopK).splitlines()[1]
@@ -239,7 +241,7 @@ async def test_one_model_has_bars_and_percent(brief: Path) -> None:
 
 
 async def test_strength_moves_by_key_and_asks_again_with_the_newest_value_only(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.point("lora")
         await s.ask("die katze")
         await s.answered()
@@ -254,17 +256,17 @@ async def test_strength_moves_by_key_and_asks_again_with_the_newest_value_only(b
         slider.value = 1.9
         await s.press(*["right_square_bracket"] * 4)
         await until(s.pilot, lambda: "lora ×2.00" in s.text(TopK))
-        assert s.screen.talk.newest is not None
-        assert s.screen.talk.newest.answers[0].title == "lora"  # what was asked stays as it was asked
+        assert s.screen.conversation.newest is not None
+        assert s.screen.conversation.newest.answers[0].title == "lora"  # the exchange itself is not changed
 
 
 async def test_the_slider_takes_the_mouse_and_is_off_without_an_adapter(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("p")
         slider = s.screen.query_one(Slider)
         assert slider.disabled
         await s.press("escape", "right_square_bracket")
-        assert "Select an adapter" in s.said()
+        assert "Select an adapter" in s.messages()
         await s.press("escape")
         await s.point("lora")
         await s.press("p")
@@ -277,10 +279,10 @@ async def test_the_slider_takes_the_mouse_and_is_off_without_an_adapter(brief: P
 
 
 async def test_interrupt_stops_at_once_and_keeps_what_came(brief: Path) -> None:
-    async with opened(brief, held=True) as s:
+    async with open_adapters(brief, held=True) as s:
         await s.press("u")
         await s.ask("die katze")
-        newest = s.screen.talk.newest
+        newest = s.screen.conversation.newest
         assert newest is not None
         await until(s.pilot, lambda: newest.answers[0].text == " tisch")
         await s.press("escape")
@@ -290,39 +292,41 @@ async def test_interrupt_stops_at_once_and_keeps_what_came(brief: Path) -> None:
         s.engine.go_on.set()
         await s.ask("der wind")
         await s.answered()
-        assert s.screen.talk.newest is not None
-        assert s.screen.talk.newest.answers[5].text == " tisch und stuhl"
+        assert s.screen.conversation.newest is not None
+        assert s.screen.conversation.newest.answers[5].text == " tisch und stuhl"
 
 
 async def test_x_interrupts_too(brief: Path) -> None:
-    async with opened(brief, held=True) as s:
+    async with open_adapters(brief, held=True) as s:
         await s.ask("die katze")
-        await until(s.pilot, lambda: bool(s.screen.talk.newest and s.screen.talk.newest.answers[0].text))
+        await until(
+            s.pilot, lambda: bool(s.screen.conversation.newest and s.screen.conversation.newest.answers[0].text)
+        )
         await s.press("x")
         await s.answered()
-        assert s.screen.talk.newest is not None
-        assert s.screen.talk.newest.answers[0].ended == "interrupted"
+        assert s.screen.conversation.newest is not None
+        assert s.screen.conversation.newest.answers[0].ended == "interrupted"
 
 
-async def test_an_engine_that_dies_is_said_and_the_next_prompt_loads_again(brief: Path) -> None:
-    async with opened(brief) as s:
+async def test_an_engine_that_dies_is_reported_and_the_next_prompt_loads_again(brief: Path) -> None:
+    async with open_adapters(brief) as s:
         s.engine.dies = True
         await s.press("u")
         await s.ask("die katze")
         await s.answered()
-        newest = s.screen.talk.newest
+        newest = s.screen.conversation.newest
         assert newest is not None
-        assert (DEATH in s.said(), s.screen.query_one(EngineBar).state) == (True, "died")
+        assert (DEATH in s.messages(), s.screen.query_one(EngineBar).state) == (True, "died")
         assert [answer.error for answer in newest.answers] == ["the engine ended"] * len(VARIANTS)
         await s.ask("die katze")
         await s.answered()
         assert len(s.engine.done("load")) == 2 * len(VARIANTS)
         assert s.screen.query_one(EngineBar).state == "ready"
-        assert len(s.screen.talk.exchanges) == 2
+        assert len(s.screen.conversation.exchanges) == 2
 
 
 async def test_models_stay_loaded_while_their_files_stay(project: Path) -> None:
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         await s.press("u")
         for _ in range(2):
             await s.ask("die katze")
@@ -332,30 +336,32 @@ async def test_models_stay_loaded_while_their_files_stay(project: Path) -> None:
         base.write_text(base.read_text(encoding="utf-8") + "\n", encoding="utf-8")
         await s.ask("die katze")
         await s.answered()
-        assert s.screen.talk.newest is not None
-        errors = {answer.name: answer.error for answer in s.screen.talk.newest.answers}
+        assert s.screen.conversation.newest is not None
+        errors = {answer.name: answer.error for answer in s.screen.conversation.newest.answers}
         assert "was changed after the artifact was made" in errors["full"]
 
 
-async def test_a_word_that_models_do_not_know_is_said_in_each_column(brief: Path) -> None:
-    async with opened(brief) as s:
+async def test_a_word_that_models_do_not_know_is_reported_in_each_column(brief: Path) -> None:
+    async with open_adapters(brief) as s:
         await s.press("u")
         await s.ask("wortlos")
         await s.answered()
-        assert s.screen.talk.newest is not None
-        assert [answer.error for answer in s.screen.talk.newest.answers] == ["it does not know: wortlos."] * len(USUAL)
+        assert s.screen.conversation.newest is not None
+        assert [answer.error for answer in s.screen.conversation.newest.answers] == [
+            "it does not know: wortlos."
+        ] * len(USUAL)
         assert s.engine.done("generate") == []
 
 
 async def test_an_empty_prompt_asks_nothing(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.ask("  ")
-        assert "The prompt is empty" in s.said()
-        assert s.engine.asked == []
+        assert "The prompt is empty" in s.messages()
+        assert s.engine.requests == []
 
 
 async def test_up_and_down_bring_earlier_prompts_back_and_they_are_remembered(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         for prompt in ("eins", "zwei"):
             await s.ask(prompt)
             await s.answered()
@@ -367,19 +373,19 @@ async def test_up_and_down_bring_earlier_prompts_back_and_they_are_remembered(br
             await s.press(key)
             seen.append(field.value)
         assert seen == ["zwei", "eins", "eins", "zwei", "neu"]
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         assert s.screen.query_one(PromptInput).history == ["eins", "zwei"]
 
 
 async def test_at_most_200_prompts_are_remembered(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         s.app.state.prompts = [str(number) for number in range(200)]
         await s.ask("neu")
         assert (len(s.app.state.prompts), s.app.state.prompts[0], s.app.state.prompts[-1]) == (200, "1", "neu")
 
 
 async def test_sampling_is_validated_and_used(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("p", "escape", "t")
         await until(s.pilot, lambda: isinstance(s.app.screen, SamplingScreen))
         top_p = s.app.screen.query_one("#top_p", Input)
@@ -401,13 +407,13 @@ async def test_sampling_is_validated_and_used(brief: Path) -> None:
 
 
 async def test_the_chat_template_is_only_for_models_that_have_one(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         s.engine.chat = True
         await s.ask("die katze")
         await s.answered()
         await s.press("t")
         await until(s.pilot, lambda: isinstance(s.app.screen, SamplingScreen))
-        box = s.app.screen.query_one("Tick")
+        box = s.app.screen.query_one("ClearCheckbox")
         assert not box.disabled
         box.focus()
         await s.press("space", "shift+tab", "enter")
@@ -417,13 +423,13 @@ async def test_the_chat_template_is_only_for_models_that_have_one(brief: Path) -
 
 
 async def test_the_answer_in_a_chat_is_a_turn_of_its_own(brief: Path) -> None:
-    async with opened(brief) as s:
-        s.engine.chat = s.screen.talk.chat = True
+    async with open_adapters(brief) as s:
+        s.engine.chat = s.screen.conversation.chat = True
         await s.ask("die katze")
         await s.answered()
-        exchange = s.screen.talk.newest
+        exchange = s.screen.conversation.newest
         assert exchange is not None and exchange.chat
-        assert exchange.said() == "die katze → tisch und stuhl"
+        assert exchange.answers_text() == "die katze → tisch und stuhl"
         assert "die katze → tisch und stuhl" in s.completions()
         await s.press("a")
         await until(s.pilot, lambda: s.engine.done("attention"))
@@ -433,12 +439,15 @@ async def test_the_answer_in_a_chat_is_a_turn_of_its_own(brief: Path) -> None:
         s.engine.life += 1  # another process: it is loaded anew, and has no template now
         await s.ask("die katze")
         await s.answered()
-        assert "prompted without it" in s.said()
-        assert s.screen.talk.newest is not None and s.screen.talk.newest.said() == "die katze tisch und stuhl"
+        assert "prompted without it" in s.messages()
+        assert (
+            s.screen.conversation.newest is not None
+            and s.screen.conversation.newest.answers_text() == "die katze tisch und stuhl"
+        )
 
 
 async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path) -> None:
-    async with opened(brief, loads_held=True) as s:
+    async with open_adapters(brief, loads_held=True) as s:
         await s.press("space", "down", "space")
         await s.ask("die katze")
         await until(s.pilot, lambda: "… loading" in s.completions())
@@ -463,29 +472,29 @@ async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path)
 async def test_code_of_the_projects_own_models_runs_where_params_trust_it(project: Path, trusted: bool) -> None:
     params = project / "params.yaml"
     save(params, {"pretrain.trust_remote_code": trusted})
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         await s.ask("die katze")
         await s.answered()
         assert s.engine.done("load")[0]["trust_remote_code"] is trusted
-    assert trusts(params, project / "artifacts/expanded") is trusted
-    assert not trusts(params, project / "elsewhere/base")
+    assert trusts_remote_code(params, project / "artifacts/expanded") is trusted
+    assert not trusts_remote_code(params, project / "elsewhere/base")
     params.write_text("[", encoding="utf-8")
-    assert not trusts(params, project / "artifacts/expanded")
+    assert not trusts_remote_code(params, project / "artifacts/expanded")
 
 
 async def test_a_slow_load_is_interrupted(brief: Path) -> None:
-    async with opened(brief, loads_held=True) as s:
+    async with open_adapters(brief, loads_held=True) as s:
         await s.ask("die katze")
         await until(s.pilot, lambda: "… loading" in s.completions())
         await s.press("escape")
-        await until(s.pilot, lambda: not s.screen._asking())
+        await until(s.pilot, lambda: not s.screen._is_generating())
         assert "interrupted" in s.completions() and "loading" not in s.completions()
 
 
 async def test_attention_walks_heads_layers_and_tokens(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("p", "escape", "a")
-        assert "Ask one first" in s.said()
+        assert "Enter one first" in s.messages()
         await s.ask("die katze")
         await s.answered()
         await s.press("a")
@@ -503,9 +512,9 @@ async def test_attention_walks_heads_layers_and_tokens(brief: Path) -> None:
 
 
 async def test_copy_takes_the_last_answer(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("p", "escape", "y")
-        assert "no answer to copy" in s.said()
+        assert "no answer to copy" in s.messages()
         await s.ask("die katze")
         await s.answered()
         await s.press("y")
@@ -513,7 +522,7 @@ async def test_copy_takes_the_last_answer(brief: Path) -> None:
 
 
 async def test_a_transcript_has_every_exchange(project: Path) -> None:
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         for prompt in ("eins", "zwei"):
             await s.ask(prompt)
             await s.answered()
@@ -539,31 +548,31 @@ async def test_a_full_disk_on_save_is_one_message_and_leaves_nothing(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         await s.ask("eins")
         await s.answered()
         await s.press("w")
         await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
         monkeypatch.setattr("os.fsync", full)
-        said = len(s.app.said)
+        messages = len(s.app.message_history)
         await s.press("enter")
-        await until(s.pilot, lambda: len(s.app.said) == said + 1)
-        assert "No space left on device" in s.said() and "transcript.md" in s.said()
+        await until(s.pilot, lambda: len(s.app.message_history) == messages + 1)
+        assert "No space left on device" in s.messages() and "transcript.md" in s.messages()
         assert not list(project.glob("*transcript*"))
 
 
-async def test_a_model_deleted_while_selected_is_taken_out_with_a_word(project: Path) -> None:
-    async with opened(project) as s:
+async def test_a_model_deleted_while_selected_is_deselected_with_a_message(project: Path) -> None:
+    async with open_adapters(project) as s:
         await s.point("lora")
         await s.press("space")
         shutil.rmtree(project / "artifacts/lora_adapter")
-        await until(s.pilot, lambda: "lora is gone, and no longer selected" in s.said())
+        await until(s.pilot, lambda: "lora is gone, and no longer selected" in s.messages())
         assert (s.screen.selected, len(s.names())) == ([], len(MODELS) - 1)
         await until(s.pilot, lambda: s.screen.details is not None and s.screen.details.entry.label != "lora")
 
 
 async def test_a_model_deleted_between_selecting_and_asking_says_so_in_its_column(project: Path) -> None:
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         await s.press("u")
         s.screen._watcher.pause()
         looks = [worker for worker in s.app.workers if worker.group == "watch"]
@@ -571,46 +580,46 @@ async def test_a_model_deleted_between_selecting_and_asking_says_so_in_its_colum
         shutil.rmtree(project / "artifacts/layer_frozen")
         await s.ask("die katze")
         await s.answered()
-        assert s.screen.talk.newest is not None
-        errors = {answer.name: answer.error for answer in s.screen.talk.newest.answers if answer.error}
-        assert list(errors) == ["freeze"] and "does not exist any more" in errors["freeze"]
+        assert s.screen.conversation.newest is not None
+        errors = {answer.name: answer.error for answer in s.screen.conversation.newest.answers if answer.error}
+        assert list(errors) == ["freeze"] and "no longer exists" in errors["freeze"]
 
 
 async def test_a_refused_adapter_says_why_in_full_and_is_never_asked(project: Path) -> None:
     path = project / "artifacts/lora_adapter/adapter_config.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"r": 4', '"r": 8'), encoding="utf-8")
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         await s.point("lora")
         reason = "r was edited: it is 8, but the adapter was trained with 4"
         assert "✗ refused" in s.rows()[s.names().index("lora")]
         assert reason in s.details()
         await s.ask("die katze")
         await s.answered()
-        assert s.screen.talk.newest is not None
-        assert reason in s.screen.talk.newest.answers[0].error
+        assert s.screen.conversation.newest is not None
+        assert reason in s.screen.conversation.newest.answers[0].error
         assert s.engine.done("load") == []
 
 
 async def test_v_checks_again_and_new_models_appear_by_themselves(project: Path) -> None:
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         shutil.copytree(project / "artifacts/lora_adapter", project / "artifacts/second")
         await s.checked(len(MODELS) + 1)
         assert "second" in s.names()
         await s.press("v")
         await s.checked(len(MODELS) + 1)
-        assert "checked again" in s.said()
+        assert "checked again" in s.messages()
 
 
 async def test_forty_adapters_are_listed_and_at_most_nine_stay_loaded(project: Path) -> None:
     for number in range(40):
         shutil.copytree(project / "artifacts/lora_adapter", project / f"artifacts/many/a{number:02d}")
-    async with opened(project, 40 + len(MODELS)) as s:
+    async with open_adapters(project, 40 + len(MODELS)) as s:
         await s.press("slash", *"many")
         assert len(s.names()) == 40
         await s.press("enter")
         for _ in range(10):
             await s.press("space", "down")
-        assert "9 models at most" in s.said()
+        assert "At most 9 models" in s.messages()
         await s.ask("die katze")
         await s.answered()
         await s.press("escape")
@@ -632,27 +641,27 @@ async def test_a_folder_is_added_remembered_and_taken_away(project: Path, tmp_pa
         s.app.screen.query_one(Input).value = str(folder)
         await s.press("enter")
 
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         await name(s, tmp_path / "nowhere")
-        await until(s.pilot, lambda: "nowhere is not a folder" in s.said())
+        await until(s.pilot, lambda: "nowhere is not a folder" in s.messages())
         await name(s, other)
         await s.checked(len(MODELS) + 1)
         assert "others/mine" in s.names()
-    async with opened(project, len(MODELS) + 1) as s:
+    async with open_adapters(project, len(MODELS) + 1) as s:
         await name(s, other)
         await s.checked(len(MODELS))
 
 
-async def test_a_remembered_folder_that_is_gone_is_said(project: Path) -> None:
+async def test_a_saved_folder_that_is_gone_is_reported(project: Path) -> None:
     app = Workbench(project / "params.yaml")
     app.state.folders = [str(project / "gone")]
     app.remember()
-    async with opened(project) as s:
-        assert "gone is not a folder" in s.said()
+    async with open_adapters(project) as s:
+        assert "gone is not a folder" in s.messages()
 
 
 async def test_the_status_bar_has_device_and_absolute_memory(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         bar = s.screen.query_one(EngineBar)
         assert "engine not started" in str(bar.render())
         await s.ask("die katze")
@@ -663,7 +672,7 @@ async def test_the_status_bar_has_device_and_absolute_memory(brief: Path) -> Non
 
 
 async def test_keys_of_a_view_that_is_not_shown_do_nothing(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         assert "adapters.copy" not in {a.binding.id for a in s.screen.active_bindings.values()}
         await s.press("p", "escape")
         shown = {a.binding.id for a in s.screen.active_bindings.values()}
@@ -673,28 +682,30 @@ async def test_keys_of_a_view_that_is_not_shown_do_nothing(brief: Path) -> None:
 
 
 async def test_switching_screens_keeps_the_conversation_and_the_engine(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.ask("die katze")
         await s.answered()
         await s.press("escape", "2", "4")
-        assert len(s.screen.talk.exchanges) == 1
+        assert len(s.screen.conversation.exchanges) == 1
         assert s.app.inference is s.engine
         assert s.screen.query_one(ModelDetails)
     assert not s.engine.running  # quitting stopped it
 
 
 async def test_quitting_in_the_middle_of_an_answer_is_no_error(brief: Path) -> None:
-    async with opened(brief, held=True) as s:
+    async with open_adapters(brief, held=True) as s:
         await s.press("u")
         await s.ask("die katze")
-        await until(s.pilot, lambda: bool(s.screen.talk.newest and s.screen.talk.newest.answers[0].text))
+        await until(
+            s.pilot, lambda: bool(s.screen.conversation.newest and s.screen.conversation.newest.answers[0].text)
+        )
         await s.press("q")
         assert s.app.return_code == 0
     assert not s.engine.running
 
 
 async def test_adapters_of_a_sweep_are_prompted_and_compared_beside_others(brief: Path) -> None:
-    async with opened(brief, size=(120, 40)) as s:
+    async with open_adapters(brief, size=(120, 40)) as s:
         await s.press("slash", *"sweep/")
         assert s.names() == ["sweep/rank-1", "sweep/rank-2"]
         await s.press("enter", "space", "down", "space")
@@ -713,7 +724,7 @@ async def test_adapters_of_a_sweep_are_prompted_and_compared_beside_others(brief
 async def test_verdicts_redraw_cells_and_what_is_typed_meanwhile_comes_through(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys come from a thread, as a terminal's do: a screen that is busy drawing gets them all too late."""
+    """Keys arrive from a thread, as from a terminal: a screen that is busy drawing gets them too late."""
     tables: list[int] = []
     clear = ModelTable.clear
 
@@ -753,7 +764,7 @@ async def test_verdicts_redraw_cells_and_what_is_typed_meanwhile_comes_through(
 async def test_digests_of_an_earlier_start_are_shown_and_never_loaded_by(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint is hashed when it is asked for the first time, whatever the list says of it."""
+    """A checkpoint is hashed at its first prompt, whatever verdict the list shows."""
     monkeypatch.setattr(digest_cache, "SETTLED", -1)
     full = project / "artifacts/full_finetuned"
     sealed = artifact.contents(full)
@@ -765,7 +776,7 @@ async def test_digests_of_an_earlier_start_are_shown_and_never_loaded_by(
         store = DigestStore()
         store.contents(full)
         store.save()
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         assert "✓ verified" in s.rows()[s.names().index("full")]
         await s.point("full")
         await s.ask("die katze")

@@ -28,7 +28,7 @@ PROMPT = "die katze sitzt auf dem"
 
 
 @asynccontextmanager
-async def opened(root: Path, count: int = len(VARIANTS) + 2) -> AsyncIterator[Session]:
+async def open_adapters(root: Path, count: int = len(VARIANTS) + 2) -> AsyncIterator[Session]:
     app = Workbench(root / "params.yaml")
     app.first_screen = "adapters"
     async with app.run_test(size=(120, 40)) as pilot:
@@ -39,102 +39,104 @@ async def opened(root: Path, count: int = len(VARIANTS) + 2) -> AsyncIterator[Se
 
 async def answers(s: Session, prompt: str) -> list[Answer]:
     await s.ask(prompt)
-    await until(s.pilot, lambda: not s.screen._asking(), 60)
-    assert s.screen.talk.newest is not None
-    return s.screen.talk.newest.answers
+    await until(s.pilot, lambda: not s.screen._is_generating(), 60)
+    assert s.screen.conversation.newest is not None
+    return s.screen.conversation.newest.answers
 
 
 async def test_answers_are_those_of_the_library(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("u")
-        found = {answer.name: answer for answer in await answers(s, PROMPT)}
+        by_name = {answer.name: answer for answer in await answers(s, PROMPT)}
     folder = brief / "artifacts"
     for name, loaded in {
         "base": load(folder / "base"),
         "full": load(folder / "full_finetuned"),
         "lora": load(folder / "expanded", folder / "lora_adapter"),
     }.items():
-        assert found[name].text.strip() == complete(loaded, PROMPT)
+        assert by_name[name].text.strip() == complete(loaded, PROMPT)
         expected = top_k(loaded, PROMPT, 5)
-        assert [token for token, _ in found[name].top_k] == [choice.token for choice in expected]
-        for (_, probability), choice in zip(found[name].top_k, expected, strict=True):
+        assert [token for token, _ in by_name[name].top_k] == [choice.token for choice in expected]
+        for (_, probability), choice in zip(by_name[name].top_k, expected, strict=True):
             assert probability == pytest.approx(choice.probability, abs=1e-5)
 
 
 @pytest.mark.slow
 async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) -> None:
-    """Text with its own spaces, in a chat too, and attention over as many tokens as are shown."""
+    """Text with its own spaces, with a chat template too, and attention over the maximum of tokens."""
     folder = project / "artifacts/toy"
     toy_checkpoint(folder, max_position_embeddings=600)
     loaded = load(folder)
-    async with opened(project, len(VARIANTS) + 3) as s:
+    async with open_adapters(project, len(VARIANTS) + 3) as s:
         await s.point("toy")
         await s.press("space")
         await s.point("base")
         await s.press("space")
-        found = {answer.name: answer for answer in await answers(s, "The currency")}
-        assert "does not know: The, currency" in found["base"].error and not found["toy"].error
-        assert found["toy"].text == continued(loaded, "The currency")
-        assert [token for token, _ in found["toy"].top_k] == [c.token for c in top_k(loaded, "The currency", 5)]
-        assert all(escape_whitespace(token) in s.text(TopK) for token, _ in found["toy"].top_k)
+        by_name = {answer.name: answer for answer in await answers(s, "The currency")}
+        assert "does not know: The, currency" in by_name["base"].error and not by_name["toy"].error
+        assert by_name["toy"].text == continued(loaded, "The currency")
+        assert [token for token, _ in by_name["toy"].top_k] == [c.token for c in top_k(loaded, "The currency", 5)]
+        assert all(escape_whitespace(token) in s.text(TopK) for token, _ in by_name["toy"].top_k)
 
         await s.press("b")
         await s.point("base")
         await s.press("space")
-        s.screen.talk.chat = True
+        s.screen.conversation.chat = True
         (answer,) = await answers(s, "hi")
         assert answer.text == continued(loaded, render(folder, "hi"))
-        assert s.screen.talk.newest is not None and s.screen.talk.newest.said().startswith("hi → ")
+        assert s.screen.conversation.newest is not None and s.screen.conversation.newest.answers_text().startswith(
+            "hi → "
+        )
 
-        (entry,) = s.screen.chosen()
+        (entry,) = s.screen.selected_entries()
         text, tokens = "", 0
         while tokens < 512:
             text += " euro."
             tokens = len(loaded.tokenizer.encode(text))
-        weights = (await s.screen.talk.asker.attention(entry, text, 1.0, False, 1, 3))["weights"]
+        weights = (await s.screen.conversation.requests.attention(entry, text, 1.0, False, 1, 3))["weights"]
         assert len(weights) == tokens == 512
         assert sum(weights[-1]) == pytest.approx(1, abs=1e-4)
         with pytest.raises(UserError, match="attention is shown for up to 512"):
-            await s.screen.talk.asker.attention(entry, text + " euro.", 1.0, False, 1, 3)
+            await s.screen.conversation.requests.attention(entry, text + " euro.", 1.0, False, 1, 3)
 
 
 @pytest.mark.slow
 async def test_strength_0_is_the_base_and_1_the_adapter(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await s.press("u")
         before = await answers(s, PROMPT)
         expanded, lora = before[1], before[5]
         s.screen.query_one(Slider).value = 0.0
-        probed = await s.screen.talk.probe(0.0)
+        probed = await s.screen.conversation.probe(0.0)
         assert probed[5].of["tisch"] == pytest.approx(expanded.of["tisch"], abs=1e-6)
-        probed = await s.screen.talk.probe(1.0)
+        probed = await s.screen.conversation.probe(1.0)
         assert probed[5].of["tisch"] == pytest.approx(lora.of["tisch"], abs=1e-6)
 
 
 @pytest.mark.slow
-async def test_unknown_words_and_long_prompts_are_said_in_each_column(brief: Path) -> None:
-    async with opened(brief) as s:
+async def test_unknown_words_and_long_prompts_are_reported_in_each_column(brief: Path) -> None:
+    async with open_adapters(brief) as s:
         await s.press("u")
         assert all("wortlos" in answer.error for answer in await answers(s, "die wortlos"))
         assert all(re.search("takes (32|24)", answer.error) for answer in await answers(s, "die " * 40))
 
 
-async def test_a_killed_engine_is_said_and_the_next_prompt_starts_a_fresh_one(brief: Path) -> None:
-    async with opened(brief) as s:
+async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(brief: Path) -> None:
+    async with open_adapters(brief) as s:
         await s.press("u")
         first = await answers(s, PROMPT)
         engine = s.app.inference
         assert engine is not None
         pid = engine.pid
         assert pid is not None
-        s.screen._status_timer.pause()  # what waits below is the prompt, not a look at the engine's state
-        await until(s.pilot, lambda: engine._process is not None and not engine._process._waiting)
-        os.kill(pid, signal.SIGSTOP)  # so that it is in the middle of its answers
+        s.screen._status_timer.pause()  # so that only the prompt is pending below
+        await until(s.pilot, lambda: engine._process is not None and not engine._process._pending)
+        os.kill(pid, signal.SIGSTOP)  # so that it has not answered yet
         await s.ask(PROMPT)
-        await until(s.pilot, lambda: engine._process is not None and engine._process._waiting)
+        await until(s.pilot, lambda: engine._process is not None and engine._process._pending)
         os.kill(pid, signal.SIGKILL)
         await until(s.pilot, lambda: s.screen.query_one(EngineBar).state == "died")
-        await until(s.pilot, lambda: "it was killed" in s.said())
+        await until(s.pilot, lambda: "it was killed" in s.messages())
         assert len(s.screen.entries) == len(VARIANTS) + 2
         again = await answers(s, PROMPT)
         assert [answer.text for answer in again] == [answer.text for answer in first]
@@ -143,16 +145,16 @@ async def test_a_killed_engine_is_said_and_the_next_prompt_starts_a_fresh_one(br
 
 @pytest.mark.slow
 async def test_an_engine_that_hangs_is_interrupted_at_once(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await answers(s, PROMPT)
         engine = s.app.inference
         assert engine is not None
         assert engine.pid is not None
         os.kill(engine.pid, signal.SIGSTOP)
         await s.ask(PROMPT)
-        await until(s.pilot, s.screen._asking)
+        await until(s.pilot, s.screen._is_generating)
         await s.press("escape")
-        await until(s.pilot, lambda: not s.screen._asking(), 1)
+        await until(s.pilot, lambda: not s.screen._is_generating(), 1)
         os.kill(engine.pid, signal.SIGCONT)
         assert (await answers(s, PROMPT))[0].text
 
@@ -160,7 +162,7 @@ async def test_an_engine_that_hangs_is_interrupted_at_once(brief: Path) -> None:
 async def test_an_adapter_on_another_base_is_refused_with_the_reason(project: Path) -> None:
     shutil.rmtree(project / "artifacts/expanded")
     shutil.copytree(project / "artifacts/full_finetuned", project / "artifacts/expanded")
-    async with opened(project) as s:
+    async with open_adapters(project) as s:
         await s.point("lora")
         assert "was trained on another base" in s.details()
         assert "was trained on another base" in (await answers(s, PROMPT))[0].error
@@ -168,7 +170,7 @@ async def test_an_adapter_on_another_base_is_refused_with_the_reason(project: Pa
 
 @pytest.mark.slow
 async def test_the_spectrum_is_measured_by_itself_once_the_engine_is_warm(brief: Path) -> None:
-    async with opened(brief) as s:
+    async with open_adapters(brief) as s:
         await answers(s, PROMPT)
         await s.press("escape", "escape")
         await s.point("lora")

@@ -1,4 +1,4 @@
-"""Pictures of the adapters screen: empty, full, and with answers side by side."""
+"""Snapshots of the adapters screen: empty, with models, and with answers side by side."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from tui.widgets.prompt_input import PromptInput
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "120x40"])
 Snap = Callable[..., bool]
-MADE = 1_790_000_000  # when, in seconds since the epoch
+MADE_AT = 1_790_000_000  # seconds since the epoch
 
 
 @pytest.fixture(autouse=True)
 def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No zone of this machine in a picture."""
+    """Snapshots do not depend on the time zone."""
     with monkeypatch.context() as patch:
         patch.setenv("TZ", "UTC")
         time.tzset()
@@ -34,8 +34,8 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
-def made(folder: Path, method: str, kind: str, files: dict[str, str], **facts: object) -> Path:
-    """An artifact of fixed bytes: a weight of four numbers, a run of one step."""
+def write_artifact(folder: Path, method: str, kind: str, files: dict[str, str], **facts: object) -> Path:
+    """Write an artifact of fixed bytes: a weight of four numbers, a run of one step."""
     folder.mkdir(parents=True)
     name = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
     header = json.dumps({"weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
@@ -44,7 +44,7 @@ def made(folder: Path, method: str, kind: str, files: dict[str, str], **facts: o
     for file, text in {"tokenizer.json": "{}", "loss.csv": loss, **files}.items():
         (folder / file).write_text(text, encoding="utf-8")
     artifact.seal(folder, {"kind": kind, "method": method, "commit": "0123456789abcdef", **facts})
-    os.utime(folder / artifact.MANIFEST, (MADE, MADE))
+    os.utime(folder / artifact.MANIFEST, (MADE_AT, MADE_AT))
     return folder
 
 
@@ -52,9 +52,11 @@ def made(folder: Path, method: str, kind: str, files: dict[str, str], **facts: o
 def fixed(empty: Path) -> Path:
     """A project with four models, the last of them an adapter whose rank was edited."""
     folder, config = empty / "artifacts", {"config.json": "{}"}
-    made(folder / "base", "pretrain", "checkpoint", config, parameters={"total": 109_568, "trainable": 109_568})
-    expanded = made(folder / "expanded", "expand_vocab", "checkpoint", config, parameters={"total": 112_768})
-    made(folder / "full_finetuned", "full", "checkpoint", config, parameters={"total": 112_768})
+    write_artifact(
+        folder / "base", "pretrain", "checkpoint", config, parameters={"total": 109_568, "trainable": 109_568}
+    )
+    expanded = write_artifact(folder / "expanded", "expand_vocab", "checkpoint", config, parameters={"total": 112_768})
+    write_artifact(folder / "full_finetuned", "full", "checkpoint", config, parameters={"total": 112_768})
     for name, rank in (("lora_adapter", 4), ("edited", 8)):
         text = json.dumps(
             {
@@ -67,7 +69,7 @@ def fixed(empty: Path) -> Path:
         )
         params = {"rank": 4, "alpha": 1.0}
         bound = base_fingerprint(expanded)
-        made(folder / name, "lora", "adapter", {"adapter_config.json": text}, params=params, base=bound)
+        write_artifact(folder / name, "lora", "adapter", {"adapter_config.json": text}, params=params, base=bound)
     return empty
 
 
@@ -77,7 +79,7 @@ def workbench(root: Path) -> Workbench:
     return app
 
 
-async def settled(pilot: Pilot[None], count: int) -> AdaptersScreen:
+async def wait_until_checked(pilot: Pilot[None], count: int) -> AdaptersScreen:
     await pilot.press("4")
     screen = pilot.app.screen
     assert isinstance(screen, AdaptersScreen)
@@ -87,7 +89,7 @@ async def settled(pilot: Pilot[None], count: int) -> AdaptersScreen:
     return screen
 
 
-async def painted(pilot: Pilot[None], screen: AdaptersScreen) -> None:
+async def wait_until_drawn(pilot: Pilot[None], screen: AdaptersScreen) -> None:
     """The table is drawn again in the frame after the one in which it changed."""
     await until(pilot, lambda: not screen.table.size.height or screen.table.render_line(1).text.strip())
     await pilot.pause()
@@ -96,7 +98,7 @@ async def painted(pilot: Pilot[None], screen: AdaptersScreen) -> None:
 @SIZES
 def test_empty(snap_compare: Snap, empty: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[None]) -> None:
-        await settled(pilot, 0)
+        await wait_until_checked(pilot, 0)
 
     assert snap_compare(workbench(empty), terminal_size=size, run_before=before)
 
@@ -104,10 +106,10 @@ def test_empty(snap_compare: Snap, empty: Path, size: tuple[int, int]) -> None:
 @SIZES
 def test_models_with_one_refused(snap_compare: Snap, fixed: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[None]) -> None:
-        screen = await settled(pilot, 5)
+        screen = await wait_until_checked(pilot, 5)
         await pilot.press("space", "down", "down", "down")
         await until(pilot, lambda: screen.details is not None and screen.details.entry.label == "edited")
-        await painted(pilot, screen)
+        await wait_until_drawn(pilot, screen)
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)
 
@@ -115,12 +117,12 @@ def test_models_with_one_refused(snap_compare: Snap, fixed: Path, size: tuple[in
 @SIZES
 def test_answers_side_by_side(snap_compare: Snap, fixed: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[None]) -> None:
-        screen = await settled(pilot, 5)
+        screen = await wait_until_checked(pilot, 5)
         await pilot.press("u", "p")
         screen.query_one(PromptInput).value = "die katze sitzt auf dem"
         await pilot.press("enter")
-        await until(pilot, lambda: screen.talk.newest is not None and not screen._asking())
+        await until(pilot, lambda: screen.conversation.newest is not None and not screen._is_generating())
         await until(pilot, lambda: "1 model" in str(screen.query_one("EngineBar").render()))
-        await painted(pilot, screen)
+        await wait_until_drawn(pilot, screen)
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)

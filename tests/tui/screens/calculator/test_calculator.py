@@ -1,4 +1,4 @@
-"""The calculator's screen: what it shows is what `pipeline.calc` says, and every key does its work."""
+"""The calculator screen: its numbers are those of `pipeline.calc`, and every key works."""
 
 import errno
 import json
@@ -23,11 +23,11 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
 from tests.helpers.projects import load, make, save
 from tui.app import Workbench
-from tui.screens.calculator.apply_to_params import asked_for, trained_model
+from tui.screens.calculator.apply_to_params import query_from_project, trained_model
 from tui.screens.calculator.dialogs import Confirm, Reader
 from tui.screens.calculator.form import CalcForm
 from tui.screens.calculator.memory_bars import MemoryBars
-from tui.screens.calculator.model import FIELDS, CalculatorQuery, FieldError, calculate, relevant
+from tui.screens.calculator.model import FIELDS, CalculatorQuery, FieldError, calculate, relevant_fields
 from tui.screens.calculator.result import Parameters, Pinned, Verdict
 from tui.screens.calculator.screen import CalculatorScreen
 from tui.widgets.text_block import Lines
@@ -54,7 +54,7 @@ async def calculator(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIter
         yield pilot, app.screen
 
 
-def shown(screen: CalculatorScreen, kind: type[Lines]) -> str:
+def text_of(screen: CalculatorScreen, kind: type[Lines]) -> str:
     return str(screen.query_one(kind).content)
 
 
@@ -83,47 +83,47 @@ async def test_the_numbers_are_those_of_the_library(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for values in NUMBERS:
             await fill(pilot, screen, **values)
-            expected = answered(values)
-            found = screen.result
-            assert found.trainable == expected["parameters"]["trainable"], values
-            assert {**found.memory.parts(), "peak": found.memory.peak} == {
+            expected = expected_answer(values)
+            result = screen.result
+            assert result.trainable == expected["parameters"]["trainable"], values
+            assert {**result.memory.parts(), "peak": result.memory.peak} == {
                 key: size for key, size in expected["memory"].items() if key != "peak_at"
             }, values
-            assert f"{expected['parameters']['trainable']:,} trainable" in shown(screen, Verdict), values
-            assert all(f"{p['in']:,} → {p['out']:,}" in shown(screen, Parameters) for p in expected["projections"])
+            assert f"{expected['parameters']['trainable']:,} trainable" in text_of(screen, Verdict), values
+            assert all(f"{p['in']:,} → {p['out']:,}" in text_of(screen, Parameters) for p in expected["projections"])
 
 
-def answered(values: dict[str, str]) -> dict[str, Any]:
-    """What the library says of a form with these fields."""
-    asked, model = replace(CalculatorQuery(), **values), built_in(values["model"]).shapes
+def expected_answer(values: dict[str, str]) -> dict[str, Any]:
+    """The library's answer for a form with these fields."""
+    query, model = replace(CalculatorQuery(), **values), built_in(values["model"]).shapes
     method = parse_method(
-        asked.method,
-        int(asked.rank),
-        float(asked.alpha) if asked.alpha else None,
-        asked.targets,
-        embeddings=asked.embeddings,
-        new_rows=int(asked.new_rows) if asked.embeddings == "new_rows" else 0,
-        virtual_tokens=int(asked.virtual_tokens),
+        query.method,
+        int(query.rank),
+        float(query.alpha) if query.alpha else None,
+        query.targets,
+        embeddings=query.embeddings,
+        new_rows=int(query.new_rows) if query.embeddings == "new_rows" else 0,
+        virtual_tokens=int(query.virtual_tokens),
     )
     run = parse_training_config(
         model,
-        asked.method,
-        batch=int(asked.batch),
-        sequence=int(asked.sequence) if asked.sequence else None,
-        precision=asked.precision or None,
-        checkpointing=asked.checkpointing or None,
-        optimizer=asked.optimizer,
-        loss=asked.loss,
-        virtual_tokens=int(asked.virtual_tokens),
+        query.method,
+        batch=int(query.batch),
+        sequence=int(query.sequence) if query.sequence else None,
+        precision=query.precision or None,
+        checkpointing=query.checkpointing or None,
+        optimizer=query.optimizer,
+        loss=query.loss,
+        virtual_tokens=int(query.virtual_tokens),
     )
     return answer(model, method, run)
 
 
 async def test_qwen3_8b_shows_the_exact_number_beside_the_documents(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (_, screen):
-        assert "7,667,712 trainable" in shown(screen, Verdict)
-        assert "9,437,184 · exact 7,667,712" in shown(screen, Parameters)
-        assert "the document takes every projection as 4,096 × 4,096" in " ".join(shown(screen, Parameters).split())
+        assert "7,667,712 trainable" in text_of(screen, Verdict)
+        assert "9,437,184 · exact 7,667,712" in text_of(screen, Parameters)
+        assert "the document takes every projection as 4,096 × 4,096" in " ".join(text_of(screen, Parameters).split())
 
 
 async def test_every_built_in_model_opens(empty: Path) -> None:
@@ -132,7 +132,7 @@ async def test_every_built_in_model_opens(empty: Path) -> None:
             result = calculate(replace(CalculatorQuery(), model=name, method=method), open_model(name).shapes)
             assert result.model.name == name
     async with calculator(empty) as (pilot, screen):
-        assert all(screen._model(name).name == name for name in names())
+        assert all(screen._get_model(name).name == name for name in names())
         for name in (names()[0], names()[-1]):
             await fill(pilot, screen, model=name)
             assert (screen.problem, screen.result.model.name) == ("", name)
@@ -140,18 +140,18 @@ async def test_every_built_in_model_opens(empty: Path) -> None:
 
 @pytest.mark.parametrize("field", WRITTEN)
 def test_garbage_is_refused_in_one_line_that_is_about_its_field(field: str) -> None:
-    model, refused = open_model("qwen3-8b").shapes, 0
+    model, rejected_with = open_model("qwen3-8b").shapes, 0
     for text in GARBAGE:
         try:
             calculate(replace(CalculatorQuery(), **NEEDS.get(field, {}), **{field: text}), model)
         except FieldError as error:
-            refused += 1
+            rejected_with += 1
             assert (error.field, "\n" in str(error)) == (field, False), text
-    assert refused >= 5
+    assert rejected_with >= 5
 
 
 async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Path) -> None:
-    """A model is looked for as a name and as a path: all garbage there; of the others what has signs of markup."""
+    """All garbage for the model, which may be a name or a path; two values for the other fields, one with markup."""
     tried = [("model", text) for text in GARBAGE] + [(field, text) for field in WRITTEN for text in ("x", "[red]")]
     async with calculator(empty) as (pilot, screen):
         for field, text in tried:
@@ -175,7 +175,7 @@ async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
         for method in ("full", "freeze", "lora", "qlora", "prefix", "prompt"):
             await fill(pilot, screen, method=method)
             rows = {name: screen.query_one(f"#field-{name}") for name in FIELDS}
-            matter = relevant(screen.form.asked)
+            matter = relevant_fields(screen.form.values)
             assert [name for name, row in rows.items() if not row.disabled] == matter, method
             assert [name for name, row in rows.items() if row.display] == matter, method
 
@@ -183,11 +183,11 @@ async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
 async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("right")
-        assert screen.form.asked.method == "qlora"
+        assert screen.form.values.method == "qlora"
         await pilot.press("left", "down", "+")
-        assert (screen.form.asked.method, screen.form.asked.rank, screen.result.method.rank) == ("lora", "16", 16)
+        assert (screen.form.values.method, screen.form.values.rank, screen.result.method.rank) == ("lora", "16", 16)
         await pilot.press("-", "-", "tab", "shift+tab", "pagedown")
-        assert screen.focused.id == "rank" and screen.form.asked.rank == "8"
+        assert screen.focused.id == "rank" and screen.form.values.rank == "8"
         screen.query_one("#sequence").focus()
         await pilot.press("+")
         assert screen.result.run.sequence == 4096, "an empty field steps from what it means"
@@ -196,17 +196,17 @@ async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
         assert (screen.result.run.batch, screen.focused.id) == (2, "adapter_precision")
         await pilot.press("escape", "g")
         names_ = list(gpus())
-        assert screen.form.asked.gpu == names_[names_.index("rtx4090") + 1]
+        assert screen.form.values.gpu == names_[names_.index("rtx4090") + 1]
 
 
 async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for name in ("method", "embeddings", "checkpointing", "optimizer", "loss", "gpu"):
-            before = getattr(screen.form.asked, name)
+            before = getattr(screen.form.values, name)
             await pilot.click(f"#{name}", offset=(4, 0))
-            assert getattr(screen.form.asked, name) != before
+            assert getattr(screen.form.values, name) != before
             await pilot.click(f"#{name}", offset=(0, 0))
-            assert getattr(screen.form.asked, name) == before
+            assert getattr(screen.form.values, name) == before
 
 
 async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: Path) -> None:
@@ -260,32 +260,32 @@ async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pyte
 
 async def test_advice_is_the_librarys_and_never_of_another_configuration(empty: Path) -> None:
     async with calculator(empty, (200, 60)) as (pilot, screen):
-        await until(pilot, lambda: "the most that fits: " in shown(screen, Verdict))
+        await until(pilot, lambda: "the most that fits: " in text_of(screen, Verdict))
         result = screen.result
         most = largest(result.model, result.method, result.run, result.device.bytes)
-        assert f"batch {most.batch} · sequence {most.sequence:,} · rank {most.rank}" in shown(screen, Verdict)
+        assert f"batch {most.batch} · sequence {most.sequence:,} · rank {most.rank}" in text_of(screen, Verdict)
         await fill(pilot, screen, batch="16")
-        assert "looking for" in shown(screen, Verdict) and "does not fit" in shown(screen, Verdict)
-        await until(pilot, lambda: "change this" in shown(screen, Verdict))
+        assert "looking for" in text_of(screen, Verdict) and "does not fit" in text_of(screen, Verdict)
+        await until(pilot, lambda: "change this" in text_of(screen, Verdict))
         result = screen.result
         words = [way[0] for way in changes(result.model, result.method, result.run, result.device.bytes)]
-        assert words[-1].replace("--", "") in " ".join(shown(screen, Verdict).split())
+        assert words[-1].replace("--", "") in " ".join(text_of(screen, Verdict).split())
 
 
 async def test_a_mistake_does_not_stop_what_is_looked_for(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await fill(pilot, screen, batch="2")
         await fill(pilot, screen, batch="x")
-        await until(pilot, lambda: "the most that fits: " in shown(screen, Verdict))
+        await until(pilot, lambda: "the most that fits: " in text_of(screen, Verdict))
         assert screen.problem.startswith("batch must be")
 
 
 async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (pilot, screen):
-        text = shown(screen, MemoryBars)
+        text = text_of(screen, MemoryBars)
         assert all(name in text for name in ("full", "freeze", "▶ LoRA", "QLoRA", "▼ RTX 4090 23.99 GiB"))
         await fill(pilot, screen, gpu="custom", gib="7.5", method="freeze")
-        assert "7.50 GiB" in shown(screen, MemoryBars) and "▶ freeze" in shown(screen, MemoryBars)
+        assert "7.50 GiB" in text_of(screen, MemoryBars) and "▶ freeze" in text_of(screen, MemoryBars)
 
 
 async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
@@ -294,7 +294,7 @@ async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
         await fill(pilot, screen, method="qlora")
         await pilot.press("p")
         await fill(pilot, screen, rank="16")
-        text = shown(screen, Pinned)
+        text = text_of(screen, Pinned)
         first, second = screen.pins
         assert first.title.split(",")[0] in text and "②" in text
         assert f"{first.trainable - screen.result.trainable:+,}" in text
@@ -324,7 +324,7 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         assert screen.result.run == TrainingConfig(4, 4, "fp32", checkpointing="none", optimizer="adam-flat")
         assert screen.result.model is built_in("minigpt").shapes
         await pilot.press("2", "3")
-        assert pilot.app.screen is screen and screen.form.asked.model == "minigpt"
+        assert pilot.app.screen is screen and screen.form.values.model == "minigpt"
 
 
 async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
@@ -334,8 +334,8 @@ async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
         await pilot.press("l")
         await pilot.pause()
         await pilot.press("u")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "says so already" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert "already has these values" in pilot.app.message_history[-1][2]
         await pilot.press("tab", "+", "escape", "u")
         await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
         assert str(pilot.app.screen.query_one("#changes").content) == "finetune_lora.rank: 4 → 8"
@@ -381,46 +381,46 @@ async def test_each_method_has_its_section(empty: Path) -> None:
         for values, section in SECTIONS:
             path.write_text(before, encoding="utf-8")
             await fill(pilot, screen, **values)
-            await used(pilot)
+            await write_to_params(pilot)
             params = load(path)
             for key, value in section.items():
                 name, _, leaf = key.partition(".")
                 assert getattr(getattr(params, name), leaf) == value, values
 
 
-async def used(pilot: Pilot[None]) -> None:
-    """Write the form to params.yaml, and wait until that is said."""
+async def write_to_params(pilot: Pilot[None]) -> None:
+    """Write the form to params.yaml, and wait for the message."""
     app = workbench(pilot)
-    said = len(app.said)
+    message = len(app.message_history)
     await pilot.press("u")
     await until(pilot, lambda: isinstance(app.screen, Confirm))
     await pilot.press("enter")
-    await until(pilot, lambda: len(app.said) > said)
+    await until(pilot, lambda: len(app.message_history) > message)
 
 
-async def refused(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> str:
-    """What is said when a form with these values is not written."""
+async def rejected_with(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> str:
+    """The message when a form with these values is not written."""
     app = workbench(pilot)
-    said = len(app.said)
+    message = len(app.message_history)
     await fill(pilot, screen, **values)
     await pilot.press("u")
-    await until(pilot, lambda: len(app.said) > said)
+    await until(pilot, lambda: len(app.message_history) > message)
     assert app.screen is screen, values
-    return app.said[-1][2]
+    return app.message_history[-1][2]
 
 
 async def test_what_the_project_cannot_train_is_refused(empty: Path) -> None:
     before = (empty / "params.yaml").read_bytes()
     async with calculator(empty) as (pilot, screen):
-        for values, why in (
+        for values, reason in (
             ({"method": "prefix"}, "prefix is not trainable here yet"),
             ({"precision": "gptq-g64"}, "gptq-g64 weights are not trainable here yet"),
-            ({"targets": "gate_proj"}, "MiniGPT, which this project trains, cannot have these targets"),
+            ({"targets": "gate_proj"}, "MiniGPT, the model of this project, does not have these targets"),
             ({"method": "freeze", "last_blocks": "9"}, "last-blocks must be at most 2"),
-            ({"rank": "x"}, "Nothing is written while a field is wrong"),
+            ({"rank": "x"}, "Nothing was written: a field is invalid"),
         ):
-            said = await refused(pilot, screen, **values)
-            assert why in said and "\n" not in said
+            message = await rejected_with(pilot, screen, **values)
+            assert reason in message and "\n" not in message
     assert (empty / "params.yaml").read_bytes() == before
 
 
@@ -436,7 +436,7 @@ SETTINGS = {
 
 @pytest.fixture
 def toy(empty: Path) -> Path:
-    """A project whose base is a small Llama."""
+    """A project whose base model is a small Llama."""
     toy_checkpoint(empty / "models/toy")
     save(empty / "params.yaml", SETTINGS)
     return empty
@@ -452,14 +452,14 @@ async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path
         )
         assert screen.result.method.rank == 4 and not screen.problem
         await pilot.press("u")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "says so already" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert "already has these values" in pilot.app.message_history[-1][2]
 
 
 async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> None:
     async with calculator(toy) as (pilot, screen):
         await fill(pilot, screen, targets="gate_proj", precision="fp32", checkpointing="none", rank="2", batch="3")
-        await used(pilot)
+        await write_to_params(pilot)
         lora = load(toy / "params.yaml").finetune_lora
         assert (lora.target_modules, lora.precision, lora.gradient_checkpointing) == (("gate_proj",), "fp32", "none")
         assert (lora.rank, lora.batch_size, lora.adapter_precision, lora.max_length) == (2, 3, "fp32", 48)
@@ -467,10 +467,10 @@ async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> Non
 
 async def test_what_the_projects_own_model_cannot_have_is_refused(toy: Path) -> None:
     async with calculator(toy) as (pilot, screen):
-        for values, why in (
+        for values, reason in (
             (
                 {"model": "gpt2", "targets": "c_attn"},
-                "models/toy, which this project trains, cannot have these targets",
+                "models/toy, the model of this project, does not have these targets",
             ),
             (
                 {"method": "freeze", "last_blocks": "9"},
@@ -478,8 +478,8 @@ async def test_what_the_projects_own_model_cannot_have_is_refused(toy: Path) -> 
             ),
             ({"precision": "tf32"}, "tf32 weights are not trainable here yet"),
         ):
-            said = await refused(pilot, screen, **values)
-            assert why in said and "MiniGPT" not in said
+            message = await rejected_with(pilot, screen, **values)
+            assert reason in message and "MiniGPT" not in message
 
 
 async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
@@ -487,38 +487,41 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
 ) -> None:
     save(empty / "params.yaml", {"base": "some/model@main"})
 
-    def found(name: str) -> Model:
+    def result(name: str) -> Model:
         return built_in("qwen3-0.6b") if name == "some/model" else open_model(name)
 
-    monkeypatch.setattr("tui.screens.calculator.screen.open_model", found)
-    monkeypatch.setattr("tui.screens.calculator.apply_to_params.open_model", found)
+    monkeypatch.setattr("tui.screens.calculator.screen.open_model", result)
+    monkeypatch.setattr("tui.screens.calculator.apply_to_params.open_model", result)
     async with calculator(empty) as (pilot, screen):
         await pilot.press("l")
         await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problem)
         await fill(pilot, screen, model="gpt2", targets="c_attn")
         await pilot.press("u")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "some/model@main, which this project trains, cannot have these targets" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert (
+            "some/model@main, the model of this project, does not have these targets"
+            in pilot.app.message_history[-1][2]
+        )
         save(empty / "params.yaml", {"base": "./nowhere"})
         await pilot.press("l", "u")
-        await until(pilot, lambda: len(pilot.app.said) == 3)
-        assert all("base must be minigpt" in text for _, _, text in list(pilot.app.said)[-2:])
+        await until(pilot, lambda: len(pilot.app.message_history) == 3)
+        assert all("base must be minigpt" in text for _, _, text in list(pilot.app.message_history)[-2:])
 
 
 def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> None:
     path = toy / "params.yaml"
     (toy / "data/tiny.txt").write_text("The euro.\n", encoding="utf-8")
     save(path, {"expand_vocab.audit_data": "data/tiny.txt", "expand_vocab.tokens": ["zloty", "koruna"]})
-    assert asked_for(open_project(path)).model == str(toy / "models/toy")
+    assert query_from_project(open_project(path)).model == str(toy / "models/toy")
     make(toy, ["pretrain"])
-    assert asked_for(open_project(path)).model == str(toy / "artifacts/base")
+    assert query_from_project(open_project(path)).model == str(toy / "artifacts/base")
     make(toy, ["expand_vocab"])
-    asked = asked_for(open_project(path, ["finetune_lora.train_embeddings=new_rows"]))
+    asked = query_from_project(open_project(path, ["finetune_lora.train_embeddings=new_rows"]))
     assert (asked.model, asked.new_rows) == (str(toy / "artifacts/expanded"), "2")
     assert trained_model(open_project(path))[1].total > open_model(str(toy / "models/toy")).shapes.total - 1
-    make(toy, ["pretrain"], ["pretrain.dtype=bf16"])  # what was expanded is another's now
-    assert asked_for(open_project(path)).model == str(toy / "artifacts/base")
-    assert asked_for(open_project(path, ["base=some/model"])).model == "some/model"
+    make(toy, ["pretrain"], ["pretrain.dtype=bf16"])  # the expanded checkpoint belongs to the former base
+    assert query_from_project(open_project(path)).model == str(toy / "artifacts/base")
+    assert query_from_project(open_project(path, ["base=some/model"])).model == "some/model"
 
 
 @pytest.mark.parametrize("when", ["before", "while it is confirmed"])
@@ -532,11 +535,11 @@ async def test_params_broken_by_hand_are_not_written_over(empty: Path, when: str
             await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
             path.write_text(broken, encoding="utf-8")
             await pilot.press("enter")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "not valid YAML" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert "not valid YAML" in pilot.app.message_history[-1][2]
         assert path.read_text(encoding="utf-8") == broken
         await pilot.press("l")
-        await until(pilot, lambda: len(pilot.app.said) == 2)
+        await until(pilot, lambda: len(pilot.app.message_history) == 2)
 
 
 async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,15 +553,15 @@ async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.Monk
         await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
         monkeypatch.setattr(os, "fsync", full)
         await pilot.press("enter")
-        await until(pilot, lambda: bool(pilot.app.said))
-        assert "No space left on device" in pilot.app.said[-1][2]
+        await until(pilot, lambda: bool(pilot.app.message_history))
+        assert "No space left on device" in pilot.app.message_history[-1][2]
     assert (empty / "params.yaml").read_bytes() == before
     assert list(empty.glob(".params*")) == []
 
 
 async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (_, screen):
-        for name in relevant(screen.form.asked):
+        for name in relevant_fields(screen.form.values):
             assert screen.query_one(f"#{name}").region.bottom <= 23
         assert screen.query_one(Verdict).region.bottom <= 23
         assert screen.query_one(CalcForm).region.right <= screen.query_one(Verdict).region.x

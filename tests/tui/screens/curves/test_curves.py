@@ -1,4 +1,4 @@
-"""The curves screen: every key, the mouse, and what becomes of a run that is watched."""
+"""The curves screen: every key, the mouse, and runs that change while they are shown."""
 
 import csv
 import errno
@@ -24,30 +24,32 @@ from tui.screens.curves.export_dialog import ExportScreen
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.screen import CurvesScreen
 from tui.screens.curves.series import QUANTITIES
-from tui.widgets.plot.curve import Range, possible
+from tui.widgets.plot.curve import Range, is_drawable
 from tui.widgets.plot.line_chart import LossChart
 
 
 @asynccontextmanager
-async def curves(root: Path, size: tuple[int, int] = (80, 24)) -> AsyncIterator[tuple[Pilot[Any], CurvesScreen]]:
-    """The screen, once it has looked at the files."""
+async def open_curves(root: Path, size: tuple[int, int] = (80, 24)) -> AsyncIterator[tuple[Pilot[Any], CurvesScreen]]:
+    """Open the screen and wait until it has read the files."""
     app = Workbench(root / "params.yaml")
     app.first_screen = "curves"
     async with app.run_test(size=size) as pilot:
         screen = app.screen
         assert isinstance(screen, CurvesScreen)
-        await settled(pilot, screen)
+        await wait_until_drawn(pilot, screen)
         yield pilot, screen
 
 
-async def settled(pilot: Pilot[Any], screen: CurvesScreen) -> None:
-    """All there is was read and drawn."""
+async def wait_until_drawn(pilot: Pilot[Any], screen: CurvesScreen) -> None:
+    """Wait until all files are read and drawn."""
 
     def done() -> bool:
-        shown = [screen.runs.watched[key] for key in screen.runs.shown]
-        return screen.runs.stamp is not None and not screen._reading and not any(watched.changed() for watched in shown)
+        shown_labels = [screen.runs.views[key] for key in screen.runs.shown]
+        return (
+            screen.runs.stamp is not None and not screen._reading and not any(view.changed() for view in shown_labels)
+        )
 
-    await until(pilot, lambda: not screen._reading)  # a look that began before may not see what was written since
+    await until(pilot, lambda: not screen._reading)  # a read that began earlier may miss what was written since
     screen._poll()
     await pilot.pause()
     await until(pilot, done)
@@ -64,7 +66,7 @@ def chart(screen: CurvesScreen, name: str = "loss") -> LossChart:
     return screen.query_one(f"#{name}", LossChart)
 
 
-def mode(screen: CurvesScreen) -> str:
+def status_line(screen: CurvesScreen) -> str:
     return str(screen.query_one("#mode", Static).render())
 
 
@@ -80,17 +82,17 @@ def options(screen: CurvesScreen) -> list[str]:
     return [str(option.prompt) for option in screen.query_one(RunList).options]
 
 
-def listed(screen: CurvesScreen) -> str:
+def list_text(screen: CurvesScreen) -> str:
     return "\n".join(options(screen))
 
 
-def offered(screen: CurvesScreen) -> list[str]:
-    """The keys in the line at the foot."""
+def footer_keys(screen: CurvesScreen) -> list[str]:
+    """The descriptions of the keys in the footer."""
     return [key.description for key in screen.query(FooterKey)]
 
 
-def shown(screen: CurvesScreen) -> set[str]:
-    return {screen.runs.watched[key].run.label for key in screen.runs.shown}
+def shown_labels(screen: CurvesScreen) -> set[str]:
+    return {screen.runs.views[key].run.label for key in screen.runs.shown}
 
 
 @pytest.fixture
@@ -100,27 +102,27 @@ def root(empty: Path) -> Path:
 
 
 async def test_without_runs_it_says_what_to_do(empty: Path) -> None:
-    async with curves(empty) as (_, screen):
+    async with open_curves(empty) as (_, screen):
         assert screen.query_one("#nothing").display
         assert "make repro" in str(screen.query_one("#nothing", Static).render())
         assert not screen.query_one("#charts").display
 
 
 async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
-    async with curves(empty) as (pilot, screen):
+    async with open_curves(empty) as (pilot, screen):
         write_run(empty, "pretrain", 10)
-        await settled(pilot, screen)
+        await wait_until_drawn(pilot, screen)
         assert screen.query_one("#charts").display
         assert screen.focused is chart(screen)
-        assert shown(screen) == {"pretrain"}
+        assert shown_labels(screen) == {"pretrain"}
 
 
-async def test_until_the_first_look_is_done_nothing_is_said_and_the_chart_keeps_the_keys(
+async def test_before_the_first_search_for_runs_there_is_no_hint_and_the_chart_keeps_the_focus(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a slow disk, the layout is there before the runs: it took the chart for one that has none."""
-    look, seen = discover_runs, threading.Event()
-    monkeypatch.setattr(runs, "discover_runs", lambda *of: seen.wait(30) and look(*of))
+    """On a slow disk, the layout is drawn before the runs are found; this must not look like a project without runs."""
+    discover, ready = discover_runs, threading.Event()
+    monkeypatch.setattr(runs, "discover_runs", lambda *args: ready.wait(30) and discover(*args))
     app = Workbench(root / "params.yaml")
     async with app.run_test() as pilot:
         await pilot.press("2")
@@ -131,67 +133,67 @@ async def test_until_the_first_look_is_done_nothing_is_said_and_the_chart_keeps_
         await pilot.pause()
         assert screen.focused is chart(screen)
         assert not screen.query_one("#nothing").display
-        seen.set()
-        await settled(pilot, screen)
+        ready.set()
+        await wait_until_drawn(pilot, screen)
         assert screen.focused is chart(screen)
-        assert shown(screen)
+        assert shown_labels(screen)
 
 
 async def test_the_three_methods_are_shown_first(root: Path) -> None:
     write_run(root, "pretrain")
     write_run(root, "train_from_scratch")
-    async with curves(root) as (_, screen):
-        assert shown(screen) == {"finetune_full", "finetune_freeze", "finetune_lora"}
+    async with open_curves(root) as (_, screen):
+        assert shown_labels(screen) == {"finetune_full", "finetune_freeze", "finetune_lora"}
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "train_from_scratch"])
 async def test_a_running_training_from_random_weights_is_shown_instead(root: Path, stage: str) -> None:
     with hold(write_run(root, stage, 20, "running")):
-        async with curves(root) as (_, screen):
-            assert shown(screen) == {stage}
+        async with open_curves(root) as (_, screen):
+            assert shown_labels(screen) == {stage}
 
 
 async def test_space_enter_and_a_click_switch_a_run(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await to_the_list(pilot, screen)
         await pilot.press("space")
-        await until(pilot, lambda: shown(screen) == {"finetune_freeze", "finetune_lora"})
+        await until(pilot, lambda: shown_labels(screen) == {"finetune_freeze", "finetune_lora"})
         await pilot.press("enter")
-        await until(pilot, lambda: len(shown(screen)) == 3)
+        await until(pilot, lambda: len(shown_labels(screen)) == 3)
         await pilot.click(RunList, offset=(2, 0))
-        await until(pilot, lambda: shown(screen) == {"finetune_freeze", "finetune_lora"})
-        assert "[ ] ● finetune_full" in listed(screen)
+        await until(pilot, lambda: shown_labels(screen) == {"finetune_freeze", "finetune_lora"})
+        assert "[ ] ● finetune_full" in list_text(screen)
 
 
 async def test_log_turns_the_values_into_powers_of_ten_and_back(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         linear = chart(screen).shown.y
         await pilot.press("l")
         assert chart(screen).shown.log
         assert chart(screen).shown.y != linear
-        assert "log" in mode(screen)
+        assert "log" in status_line(screen)
         await pilot.press("l")
         assert chart(screen).shown.y == linear
 
 
 async def test_zoom_and_pan_freeze_and_f_follows_with_the_same_width(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         assert chart(screen).shown.x == (1, 300)
         await pilot.press("plus")
         await until(pilot, lambda: not screen.window.following)
         low, high = chart(screen).shown.x
         assert high - low == pytest.approx(0.7 * 299)
-        assert "frozen: f follows again" in mode(screen)
+        assert "frozen: f follows again" in status_line(screen)
         await pilot.press("left")
         await until(pilot, lambda: chart(screen).shown.x[0] < low)
         assert chart(screen).shown.x == pytest.approx((low - 0.07 * 299, high - 0.07 * 299))
         await pilot.press("f")
         assert chart(screen).shown.x == pytest.approx((300 - 0.7 * 299, 300))
-        assert "following" in mode(screen)
+        assert "following" in status_line(screen)
 
 
 async def test_reset_shows_everything_again(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         before = chart(screen).shown
         for key in ("0", "home"):
             await pilot.press("plus", "up", "y")
@@ -209,25 +211,25 @@ async def test_reset_shows_everything_again(root: Path) -> None:
     ],
 )
 async def test_zooming_ends_where_numbers_end(root: Path, keys: list[str], x: Range, y: Range) -> None:
-    """From a window that many presses of the keys lead to."""
-    async with curves(root) as (pilot, screen):
-        screen._look_at(x=x, y=y, following=False)
+    """Starting from a window that is reached by many key presses."""
+    async with open_curves(root) as (pilot, screen):
+        screen._set_window(x=x, y=y, following=False)
         await pilot.press(*keys * 8)
         there = chart(screen).shown
         assert there.x != x and there.y != y
         await pilot.press(*keys)
         assert chart(screen).shown == there
-        assert there.y is not None and possible(there.x) and possible(there.y)
+        assert there.y is not None and is_drawable(there.x) and is_drawable(there.y)
 
 
 async def test_minus_zooms_out(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await pilot.press("minus")
         await until(pilot, lambda: chart(screen).shown.x[1] > 300)
 
 
 async def test_values_zoom_alone(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         for key, factor in (("y", 0.7), ("Y", 1.43)):
             low, high = chart(screen)._y
             await pilot.press(key)
@@ -237,7 +239,7 @@ async def test_values_zoom_alone(root: Path) -> None:
 
 
 async def test_up_and_down_pan_the_values(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         low = chart(screen)._y[0]
         await pilot.press("up")
         await until(pilot, lambda: chart(screen)._y[0] > low)
@@ -246,7 +248,7 @@ async def test_up_and_down_pan_the_values(root: Path) -> None:
 
 
 async def test_the_cursor_reads_what_the_log_says(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await pilot.press("c")
         step = int(screen.window.cursor or 0)
         assert 1 < step < 300
@@ -255,22 +257,22 @@ async def test_the_cursor_reads_what_the_log_says(root: Path) -> None:
         assert screen.window.following
         for stage in ("finetune_full", "finetune_lora"):
             loss = read_steps(root / "runs" / stage / "loss.csv")[step - 1].loss
-            assert f"{loss:.4g}" in mode(screen)
-        assert f"step {step}:" in mode(screen)
+            assert f"{loss:.4g}" in status_line(screen)
+        assert f"step {step}:" in status_line(screen)
         await pilot.press("c")
-        assert "step" not in mode(screen)
+        assert "step" not in status_line(screen)
 
 
 async def test_the_cursor_stays_among_the_steps(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         for at, key, end in ((290, "right", 300), (10, "left", 1)):
-            screen._look_at(cursor=at)
+            screen._set_window(cursor=at)
             await pilot.press(*[key] * 5)
             assert screen.window.cursor == end
 
 
 async def test_a_click_sets_the_cursor_and_a_drag_pans(root: Path) -> None:
-    async with curves(root, (120, 40)) as (pilot, screen):
+    async with open_curves(root, (120, 40)) as (pilot, screen):
         await pilot.click("#loss #plot", offset=(20, 5))
         await until(pilot, lambda: screen.window.cursor is not None)
         width = chart(screen).columns / 2
@@ -286,7 +288,7 @@ async def test_a_click_sets_the_cursor_and_a_drag_pans(root: Path) -> None:
 async def test_the_wheel_zooms_and_freezes(root: Path) -> None:
     from textual.events import MouseScrollUp
 
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await pilot._post_mouse_events([MouseScrollUp], "#loss #plot", offset=(30, 5), button=0)
         await until(pilot, lambda: not screen.window.following)
         low, high = chart(screen).shown.x
@@ -294,18 +296,18 @@ async def test_the_wheel_zooms_and_freezes(root: Path) -> None:
 
 
 async def test_brackets_change_the_smoothing(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
-        line = next(iter(screen.runs.watched.values())).log.series["loss"]
+    async with open_curves(root) as (pilot, screen):
+        line = next(iter(screen.runs.views.values())).log.series["loss"]
         await pilot.press("right_square_bracket")
-        assert "smoothing 0.95" in mode(screen)
+        assert "smoothing 0.95" in status_line(screen)
         await pilot.press(*["left_square_bracket"] * 9)
-        assert "smoothing 0 " in mode(screen) + " "
-        line = next(iter(screen.runs.watched.values())).log.series["loss"]
+        assert "smoothing 0 " in status_line(screen) + " "
+        line = next(iter(screen.runs.views.values())).log.series["loss"]
         assert list(line.smooth) == list(line.y)
 
 
 async def test_a_low_terminal_has_room_for_one_panel(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         assert panels(screen) == ["loss"]
         await pilot.press("r")
         assert panels(screen) == ["loss", "learning_rate"]
@@ -316,7 +318,7 @@ async def test_a_low_terminal_has_room_for_one_panel(root: Path) -> None:
 
 
 async def test_a_high_terminal_shows_both_panels(root: Path) -> None:
-    async with curves(root, (200, 60)) as (pilot, screen):
+    async with open_curves(root, (200, 60)) as (pilot, screen):
         assert panels(screen) == ["loss", "learning_rate", "grad_norm"]
         await pilot.press("r")
         assert panels(screen) == ["loss", "grad_norm"]
@@ -324,28 +326,28 @@ async def test_a_high_terminal_shows_both_panels(root: Path) -> None:
 
 async def test_evaluations_are_drawn_beside_the_loss_of_the_runs_that_have_them(root: Path) -> None:
     write_measured(root, every=30)
-    async with curves(root) as (pilot, screen):
-        found = {line.watched.run.stage: line.curve("loss", (1, 300), 152).held_out for line in screen._lines()}
-        assert [column.x for column in found["finetune_lora"]] == list(range(30, 301, 30))
-        assert not found["finetune_full"] and not found["finetune_freeze"]
+    async with open_curves(root) as (pilot, screen):
+        result = {line.view.run.stage: line.curve("loss", (1, 300), 152).held_out for line in screen._lines()}
+        assert [column.x for column in result["finetune_lora"]] == list(range(30, 301, 30))
+        assert not result["finetune_full"] and not result["finetune_freeze"]
         assert "× on held-out examples" in title(screen)
-        assert "held out 0.3" in listed(screen) and listed(screen).count("held out") == 1
+        assert "held out 0.3" in list_text(screen) and list_text(screen).count("held out") == 1
         await pilot.press("c", "l", "plus", "0")
         loss = read_steps(root / "runs/finetune_lora/loss.csv")
         held_out = next(
             s.eval_loss for s in reversed(loss[: int(screen.window.cursor or 0)]) if s.eval_loss is not None
         )
-        assert f"held out {held_out:.4g}" in mode(screen) and mode(screen).count("held out") == 1
+        assert f"held out {held_out:.4g}" in status_line(screen) and status_line(screen).count("held out") == 1
 
 
-async def test_marks_of_evaluations_are_on_the_picture_and_differ_from_the_line(root: Path) -> None:
+async def test_marks_of_evaluations_are_in_the_chart_and_differ_from_the_line(root: Path) -> None:
     write_measured(root, every=60)
-    async with curves(root, (120, 40)) as (pilot, screen):
+    async with open_curves(root, (120, 40)) as (pilot, screen):
         canvas = screen.query_one("#loss #plot")
         plot = "".join(strip.text for strip in canvas.render_lines(canvas.size.region))
         assert plot.count("×") == 5
         assert re.search("([⠁-⣿]{2} ){2}", plot), "a dashed line from one to the next"
-        for key in screen.runs.watched:
+        for key in screen.runs.views:
             if "lora" in key:
                 screen.runs.toggle(key)
         screen.redraw()
@@ -355,111 +357,111 @@ async def test_marks_of_evaluations_are_on_the_picture_and_differ_from_the_line(
 
 async def test_divergence_has_a_panel_where_a_run_that_is_shown_measured_it(root: Path) -> None:
     folder = write_measured(root)
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await pilot.press("d")
         assert panels(screen) == ["loss", "divergence"]
-        series = screen.runs.watched[str(folder)].log.series["divergence"]
+        series = screen.runs.views[str(folder)].log.series["divergence"]
         assert [step.divergence for step in read_steps(folder / "loss.csv")] == list(series.y)
-        assert "divergence 0.01987" in listed(screen)
-        await until(pilot, lambda: "Divergence" in offered(screen))
+        assert "divergence 0.01987" in list_text(screen)
+        await until(pilot, lambda: "Divergence" in footer_keys(screen))
         screen.runs.toggle(str(folder))
         screen.redraw()
         assert panels(screen) == ["loss"]
-        await until(pilot, lambda: "Divergence" not in offered(screen))
+        await until(pilot, lambda: "Divergence" not in footer_keys(screen))
 
 
 async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_waits(root: Path) -> None:
     log = root / "runs/finetune_lora/loss.csv"
-    async with curves(root) as (pilot, screen):
-        watched = screen.runs.watched[str(log.parent)]
+    async with open_curves(root) as (pilot, screen):
+        view = screen.runs.views[str(log.parent)]
         plain = log.read_text(encoding="utf-8")
         text = measured(plain, 300)
         log.write_text(text[: -len("0.01986524") - 4], encoding="utf-8")  # within the last evaluation
-        await until(pilot, lambda: len(watched.log.steps) == 299)
-        await settled(pilot, screen)
-        assert len(watched.log.series["divergence"].y) == 299 and not watched.log.series["eval_loss"].y
+        await until(pilot, lambda: len(view.log.steps) == 299)
+        await wait_until_drawn(pilot, screen)
+        assert len(view.log.series["divergence"].y) == 299 and not view.log.series["eval_loss"].y
         log.write_text(text, encoding="utf-8")
-        await until(pilot, lambda: list(watched.log.series["eval_loss"].x) == [300])
+        await until(pilot, lambda: list(view.log.series["eval_loss"].x) == [300])
         log.write_text(plain, encoding="utf-8")
-        await until(pilot, lambda: not watched.log.series["divergence"].y)
-        assert len(watched.log.steps) == 300
+        await until(pilot, lambda: not view.log.series["divergence"].y)
+        assert len(view.log.steps) == 300
 
 
 async def test_the_curve_moves_while_the_run_goes_on(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
     with hold(folder):
-        async with curves(empty, (160, 40)) as (pilot, screen):
+        async with open_curves(empty, (160, 40)) as (pilot, screen):
             assert chart(screen).shown.x == (1, 20)
-            assert "live" in listed(screen)
-            assert "20/300" in listed(screen)
-            assert "32 tok/s" in listed(screen)
-            assert "2:20 left" in listed(screen)  # 280 steps of half a second
-            assert "1.94 MiB predicted, 1.94 MiB measured" in listed(screen)
+            assert "live" in list_text(screen)
+            assert "20/300" in list_text(screen)
+            assert "32 tok/s" in list_text(screen)
+            assert "2:20 left" in list_text(screen)  # 280 steps of half a second
+            assert "1.94 MiB predicted, 1.94 MiB measured" in list_text(screen)
             with (folder / "loss.csv").open("a", encoding="utf-8") as file:
                 file.write(lines(6.0, 21, 40))
             await until(pilot, lambda: chart(screen).shown.x == (1, 40))
-            assert "40/300" in listed(screen)
+            assert "40/300" in list_text(screen)
 
 
 async def test_a_frozen_picture_stays_while_the_run_goes_on(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
-    async with curves(empty) as (pilot, screen):
+    async with open_curves(empty) as (pilot, screen):
         await pilot.press("plus")
         await until(pilot, lambda: not screen.window.following)
         before = chart(screen).shown.x
         with (folder / "loss.csv").open("a", encoding="utf-8") as file:
             file.write(lines(6.0, 21, 40))
-        await until(pilot, lambda: "40/300" in listed(screen))
+        await until(pilot, lambda: "40/300" in list_text(screen))
         assert chart(screen).shown.x == before
 
 
-async def test_how_a_run_ended_is_said(empty: Path) -> None:
+async def test_how_a_run_ended_is_shown(empty: Path) -> None:
     write_run(empty, "finetune_full", 20, "done")
     write_run(empty, "finetune_freeze", 20, "stopped")
     write_run(empty, "finetune_lora", 20, "failed", "the loss is nan")
-    async with curves(empty) as (_, screen):
-        said = [" ".join(option.split()) for option in options(screen)]
+    async with open_curves(empty) as (_, screen):
+        rows = [" ".join(option.split()) for option in options(screen)]
         for stage, word, message in (
             ("finetune_full", "finished", False),
             ("finetune_freeze", "stopped", False),
             ("finetune_lora", "failed", True),
         ):
-            own = next(text for text in said if stage in text)
-            assert (word in own, "the loss is nan" in own) == (True, message), own
+            row = next(text for text in rows if stage in text)
+            assert (word in row, "the loss is nan" in row) == (True, message), row
 
 
 async def test_a_run_whose_process_is_gone_has_died(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
-    async with curves(empty) as (pilot, screen):
-        assert "died" in listed(screen)
-        assert "last checkpoint" in listed(screen)
+    async with open_curves(empty) as (pilot, screen):
+        assert "died" in list_text(screen)
+        assert "last checkpoint" in list_text(screen)
         with hold(folder):
-            await until(pilot, lambda: "live" in listed(screen))
+            await until(pilot, lambda: "live" in list_text(screen))
             journal(folder, "done", 20)
-            await until(pilot, lambda: "finished" in listed(screen))
+            await until(pilot, lambda: "finished" in list_text(screen))
 
 
-async def test_a_log_cut_back_or_replaced_or_gone_is_said(empty: Path) -> None:
+async def test_a_truncated_replaced_or_deleted_log_is_reported(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 100, "done")
-    async with curves(empty) as (pilot, screen):
+    async with open_curves(empty) as (pilot, screen):
         (folder / "loss.csv").write_text(HEADER + lines(6.0, 1, 30), encoding="utf-8")
-        await until(pilot, lambda: "restarted" in listed(screen))
+        await until(pilot, lambda: "restarted" in list_text(screen))
         assert chart(screen).shown.x == (1, 30)
         (folder / "new").write_text(HEADER + lines(5.0, 1, 50), encoding="utf-8")
         (folder / "new").replace(folder / "loss.csv")
-        await until(pilot, lambda: "replaced" in listed(screen))
+        await until(pilot, lambda: "replaced" in list_text(screen))
         assert chart(screen).shown.x == (1, 50)
         (folder / "loss.csv").unlink()
-        await until(pilot, lambda: not screen.runs.watched)
+        await until(pilot, lambda: not screen.runs.views)
         assert screen.query_one("#nothing").display
 
 
 async def test_a_half_written_line_waits_and_a_foreign_one_is_counted(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "done")
-    async with curves(empty) as (pilot, screen):
+    async with open_curves(empty) as (pilot, screen):
         with (folder / "loss.csv").open("a", encoding="utf-8") as file:
             file.write("what is this\n" + lines(6.0, 21, 21)[:-4])
-        await until(pilot, lambda: "1 foreign lines" in listed(screen))
+        await until(pilot, lambda: "1 foreign lines" in list_text(screen))
         assert chart(screen).shown.x == (1, 20)
         with (folder / "loss.csv").open("a", encoding="utf-8") as file:
             file.write(lines(6.0, 21, 21)[-4:])
@@ -468,8 +470,8 @@ async def test_a_half_written_line_waits_and_a_foreign_one_is_counted(empty: Pat
 
 async def test_a_broken_params_file_does_not_hide_the_runs(root: Path) -> None:
     (root / "params.yaml").write_text("a: [", encoding="utf-8")
-    async with curves(root) as (_, screen):
-        assert len(screen.runs.watched) == 3
+    async with open_curves(root) as (_, screen):
+        assert len(screen.runs.views) == 3
 
 
 ODD = {
@@ -490,7 +492,7 @@ async def test_odd_logs_are_drawn(empty: Path, text: str) -> None:
     header = measured(HEADER) if text.split("\n")[0].count(",") > 5 else HEADER
     (folder / "loss.csv").write_text(header + text, encoding="utf-8")
     keys = ("l", "c", "r", "plus", "left", "minus", "y", "Y", "up", "0", "l", "g", "right_square_bracket")
-    async with curves(empty, (80, 24)) as (pilot, screen):
+    async with open_curves(empty, (80, 24)) as (pilot, screen):
         for size, pressed in (((80, 24), keys), ((30, 10), ("l", "plus")), ((200, 60), ("0", "l"))):
             await pilot.resize_terminal(*size)
             await pilot.press(*pressed)
@@ -509,20 +511,20 @@ async def test_ten_long_runs_at_once(root: Path) -> None:
         (folder / "loss.csv").write_text(HEADER + text, encoding="utf-8")
         digest = file_digest(folder / "loss.csv")
         write_json(folder / "manifest.json", {"params": {"rank": number + 10}, "files": {"loss.csv": digest}})
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await to_the_list(pilot, screen)
-        for number, watched in enumerate(screen.runs.watched.values()):
-            if "rank" in watched.run.label:
+        for number, view in enumerate(screen.runs.views.values()):
+            if "rank" in view.run.label:
                 screen.query_one(RunList).highlighted = number
                 await pilot.press("space")
         await until(pilot, lambda: len(screen.runs.shown) == 13)
-        await settled(pilot, screen)
+        await wait_until_drawn(pilot, screen)
         assert chart(screen).shown.x == (1, 100_000)
         assert len({screen.runs.looks[key] for key in screen.runs.shown}) == 13
 
 
 async def ask_for(pilot: Pilot[Any], path: str, kind: str = "svg") -> None:
-    """Press x and fill in the form."""
+    """Press x and fill in the dialog."""
     await pilot.press("x")
     await until(pilot, lambda: isinstance(pilot.app.screen, ExportScreen))
     if kind != "svg":
@@ -533,7 +535,7 @@ async def ask_for(pilot: Pilot[Any], path: str, kind: str = "svg") -> None:
 
 
 async def test_csv_has_every_row_of_the_visible_runs(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await ask_for(pilot, "all.csv", "csv")
         await until(pilot, lambda: (root / "all.csv").exists())
         assert isinstance(pilot.app.screen, CurvesScreen), screen
@@ -549,7 +551,7 @@ async def test_csv_has_every_row_of_the_visible_runs(root: Path) -> None:
 
 async def test_csv_has_the_optional_columns_of_the_runs_that_have_them(root: Path) -> None:
     folder = write_measured(root)
-    async with curves(root) as (pilot, _):
+    async with open_curves(root) as (pilot, _):
         await ask_for(pilot, "all.csv", "csv")
         await until(pilot, lambda: (root / "all.csv").exists())
     with (root / "all.csv").open(encoding="utf-8") as file:
@@ -563,20 +565,20 @@ async def test_csv_has_the_optional_columns_of_the_runs_that_have_them(root: Pat
 
 async def test_an_exported_picture_has_the_evaluations_too(root: Path) -> None:
     write_measured(root)
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await pilot.press("d")
-        picture: Any = screen._picture("svg")
+        picture: Any = screen._chart_data("svg")
         loss, divergence = picture["panels"]
         assert [len(curve["held_out"]["x"]) for curve in loss["curves"]] == [0, 0, 10]
         assert [len(curve["held_out"]["x"]) for curve in divergence["curves"]] == [0, 0, 0]
         assert divergence["title"] == "divergence from the base (nats a token)"
-        drawn = await export.drawn(picture)
+        drawn = await export.render_chart(picture)
     assert b"finetune_lora, held out" in drawn or drawn.count(b"<use") > 10
 
 
 @pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
 async def test_pictures_are_written(root: Path, kind: str, start: bytes) -> None:
-    async with curves(root, (200, 60)) as (pilot, _):
+    async with open_curves(root, (200, 60)) as (pilot, _):
         await pilot.press("l")
         await ask_for(pilot, f"out.{kind}", kind)
         await until(pilot, lambda: (root / f"out.{kind}").exists(), 60)
@@ -584,10 +586,10 @@ async def test_pictures_are_written(root: Path, kind: str, start: bytes) -> None
 
 
 async def test_the_picture_is_what_is_on_the_screen(root: Path) -> None:
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await pilot.press("l", "plus", "y", "g")
         await until(pilot, lambda: screen.window.y is not None)
-        picture: Any = screen._picture("svg")
+        picture: Any = screen._chart_data("svg")
         view = chart(screen).shown
         loss, norm = picture["panels"]
         assert picture["x"] == view.x
@@ -600,7 +602,7 @@ async def test_the_picture_is_what_is_on_the_screen(root: Path) -> None:
 
 async def test_the_form_proposes_a_free_name_and_follows_the_format(root: Path) -> None:
     (root / "curves.svg").touch()
-    async with curves(root) as (pilot, _):
+    async with open_curves(root) as (pilot, _):
         await pilot.press("x")
         await until(pilot, lambda: isinstance(pilot.app.screen, ExportScreen))
         field = pilot.app.screen.query_one(Input)
@@ -616,10 +618,10 @@ async def test_the_form_proposes_a_free_name_and_follows_the_format(root: Path) 
         await until(pilot, lambda: isinstance(pilot.app.screen, CurvesScreen))
 
 
-async def test_nothing_to_export_is_said(empty: Path) -> None:
-    async with curves(empty) as (pilot, screen):
+async def test_nothing_to_export_is_a_warning(empty: Path) -> None:
+    async with open_curves(empty) as (pilot, screen):
         await pilot.press("x")
-        assert "nothing to export" in screen.workbench.said[-1][2]
+        assert "nothing to export" in screen.workbench.message_history[-1][2]
 
 
 async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,19 +631,19 @@ async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypat
     monkeypatch.setattr("tui.screens.curves.export.os.fsync", full)
     (root / "all.csv").write_text("before", encoding="utf-8")
     before = sorted(path.name for path in root.iterdir())
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await ask_for(pilot, "all.csv", "csv")
-        await until(pilot, lambda: screen.workbench.said)
-        assert [severity for _, severity, _ in screen.workbench.said] == ["error"]
-        assert "No space left" in screen.workbench.said[-1][2]
+        await until(pilot, lambda: screen.workbench.message_history)
+        assert [severity for _, severity, _ in screen.workbench.message_history] == ["error"]
+        assert "No space left" in screen.workbench.message_history[-1][2]
     assert sorted(path.name for path in root.iterdir()) == before
     assert (root / "all.csv").read_text(encoding="utf-8") == "before"
 
 
 async def test_a_picture_that_cannot_be_drawn_is_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.screens.curves.export.sys.executable", "/bin/false")
-    async with curves(root) as (pilot, screen):
+    async with open_curves(root) as (pilot, screen):
         await ask_for(pilot, "out.svg")
-        await until(pilot, lambda: screen.workbench.said)
-        assert "could not be drawn" in screen.workbench.said[-1][2]
+        await until(pilot, lambda: screen.workbench.message_history)
+        assert "could not be drawn" in screen.workbench.message_history[-1][2]
     assert not (root / "out.svg").exists()

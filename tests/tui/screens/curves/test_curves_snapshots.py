@@ -1,4 +1,4 @@
-"""Pictures of the curves screen."""
+"""Snapshots of the curves screen."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 from textual.pilot import Pilot
 
 from tests.helpers.run_folders import write_measured, write_methods, write_sweep
-from tests.tui.screens.curves.test_curves import settled
+from tests.tui.screens.curves.test_curves import wait_until_drawn
 from tui.app import Workbench
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.screen import CurvesScreen
@@ -20,10 +20,10 @@ async def to_curves(pilot: Pilot[Any]) -> None:
     await pilot.press("2")
     await pilot.pause()
     assert isinstance(pilot.app.screen, CurvesScreen)
-    await settled(pilot, pilot.app.screen)
+    await wait_until_drawn(pilot, pilot.app.screen)
 
 
-async def logarithmic(pilot: Pilot[Any]) -> None:
+async def show_log_scale(pilot: Pilot[Any]) -> None:
     await to_curves(pilot)
     await pilot.press("l", "c", "g")
     await pilot.pause()
@@ -40,9 +40,9 @@ def test_three_methods(snap_compare: Any, empty: Path, size: tuple[int, int]) ->
     assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=to_curves)
 
 
-async def diverged(pilot: Pilot[Any]) -> None:
+async def show_divergence(pilot: Pilot[Any]) -> None:
     await to_curves(pilot)
-    await pilot.press("c", *(["d"] if pilot.app.size.height < 36 else []))  # else there is room for it already
+    await pilot.press("c", *(["d"] if pilot.app.size.height < 36 else []))  # a tall terminal shows the panel anyway
     await pilot.pause()
 
 
@@ -51,7 +51,7 @@ def test_evaluations_and_divergence(snap_compare: Any, empty: Path, size: tuple[
     write_methods(empty)
     write_measured(empty, "finetune_lora")
     write_measured(empty, "finetune_full", every=6)
-    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=diverged)
+    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=show_divergence)
 
 
 @pytest.mark.parametrize("theme", ["textual-dark", "textual-light"])
@@ -59,11 +59,11 @@ def test_log_cursor_and_a_panel(snap_compare: Any, empty: Path, theme: str) -> N
     write_methods(empty)
     app = Workbench(empty / "params.yaml")
     app.state.theme = theme
-    assert snap_compare(app, terminal_size=(120, 40), run_before=logarithmic)
+    assert snap_compare(app, terminal_size=(120, 40), run_before=show_log_scale)
 
 
-async def listed(pilot: Pilot[Any]) -> None:
-    """The sweep's adapters are listed, and the highlight is on the second."""
+async def expand_sweep(pilot: Pilot[Any]) -> None:
+    """Expand the sweep and highlight its second adapter."""
     await to_curves(pilot)
     pilot.app.screen.set_focus(pilot.app.screen.query_one(RunList))
     await pilot.press("down", "down", "down", "enter")
@@ -77,4 +77,4 @@ def test_a_sweep(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
     write_methods(empty)
     losses = {f"rank-{rank}_lr-{rate}": 2.0 + rank + rate * 1e3 for rank in (2, 4) for rate in (0.001, 0.002)}
     write_sweep(empty, losses, {"rank-2_lr-0.002": ("stopped early", 180), "rank-4_lr-0.002": ("diverged", 40)})
-    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=listed)
+    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=expand_sweep)

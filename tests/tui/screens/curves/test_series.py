@@ -1,4 +1,4 @@
-"""Smoothing and decimation, compared with their plain definitions."""
+"""Smoothing and decimation, compared with their definitions."""
 
 import math
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ def series(values: Sequence[float], strength: float = 0.0) -> Series:
     return log.series["loss"]
 
 
-def plainly(values: Sequence[float], strength: float) -> list[float]:
-    """Weights strength^age of all values up to each, normalised."""
-    found = []
+def weighted_means(values: Sequence[float], strength: float) -> list[float]:
+    """For each value, the mean of all values up to it, with weights strength^age."""
+    means = []
     for end in range(1, len(values) + 1):
         weights = [strength ** (end - 1 - i) for i in range(end)]
-        found.append(sum(w * v for w, v in zip(weights, values[:end], strict=True)) / sum(weights))
-    return found
+        means.append(sum(w * v for w, v in zip(weights, values[:end], strict=True)) / sum(weights))
+    return means
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=60), st.sampled_from([0.0, 0.5, 0.9, 0.99]))
 def test_the_smoothed_line_is_the_weighted_mean_of_all_before(values: list[float], strength: float) -> None:
-    assert list(series(values, strength).smooth) == pytest.approx(plainly(values, strength), abs=1e-9)
+    assert list(series(values, strength).smooth) == pytest.approx(weighted_means(values, strength), abs=1e-9)
 
 
-def test_smoothing_anew_is_as_if_it_had_been_so_from_the_start() -> None:
+def test_changing_the_smoothing_equals_smoothing_from_the_start() -> None:
     log = Log(0.5)
     log.extend([(i, 1, math.sin(i), 1.0, 1.0, i) for i in range(1, 300)])
     log.smooth(0.9)
@@ -43,50 +43,50 @@ def test_smoothing_anew_is_as_if_it_had_been_so_from_the_start() -> None:
 
 
 @given(VALUES, st.integers(1, 50), st.floats(-10, 250), st.floats(0, 250))
-def test_columns_hold_every_point_and_are_no_more_than_asked(
+def test_columns_hold_every_point_and_are_at_most_as_many_as_requested(
     values: list[float], columns: int, first: float, width: float
 ) -> None:
     last = first + width
-    found = series(values).visible(first, last, columns)
-    assert len(found) <= columns
+    result = series(values).visible(first, last, columns)
+    assert len(result) <= columns
     inside = [(i + 1, value) for i, value in enumerate(values) if first <= i + 1 <= last]
-    assert bool(found) == bool(inside)
-    for column in found:
+    assert bool(result) == bool(inside)
+    for column in result:
         assert column.low <= column.high
         margin = 1e-9 * max(abs(column.low), abs(column.high))
         assert column.low - margin <= column.mean <= column.high + margin
     for _, value in inside:
-        assert any(column.low <= value <= column.high for column in found)
+        assert any(column.low <= value <= column.high for column in result)
     if inside:
-        assert min(column.low for column in found) == min(value for _, value in inside)
-        assert max(column.high for column in found) == max(value for _, value in inside)
-        assert [column.x for column in found] == sorted(column.x for column in found)
+        assert min(column.low for column in result) == min(value for _, value in inside)
+        assert max(column.high for column in result) == max(value for _, value in inside)
+        assert [column.x for column in result] == sorted(column.x for column in result)
 
 
 @given(LOOSE, st.integers(1, 40))
 def test_values_that_are_not_finite_are_left_out_and_the_others_kept(values: list[float], columns: int) -> None:
-    found = series(values).visible(1, len(values), columns)
+    result = series(values).visible(1, len(values), columns)
     finite = [value for value in values if math.isfinite(value)]
-    assert bool(found) == bool(finite)
+    assert bool(result) == bool(finite)
     for value in finite:
-        assert any(column.low <= value <= column.high for column in found)
+        assert any(column.low <= value <= column.high for column in result)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 100, 376])
-def test_blocks_give_what_looking_at_every_point_gives(columns: int) -> None:
+def test_cached_blocks_give_the_same_columns_as_reading_every_point(columns: int) -> None:
     values = [math.sin(i * i) for i in range(5000)]
     for first, last in ((1, 5000), (777, 3131)):
         line = series(values, 0.9)
-        found = line.visible(first, last, columns)
+        result = line.visible(first, last, columns)
         width = (last - first) / columns
         edges = [first + width * i for i in range(columns)]
-        for number, column in enumerate(found):
+        for number, column in enumerate(result):
             end = edges[number + 1] if number + 1 < columns else last + 1
-            at = [i for i in range(5000) if edges[number] <= i + 1 < end]
-            raw, smooth = [values[i] for i in at], [line.smooth[i] for i in at]
-            wanted = Column((at[0] + at[-1]) / 2 + 1, min(raw), max(raw), sum(smooth) / len(smooth))
-            assert (column.x, column.low, column.high) == (wanted.x, wanted.low, wanted.high)
-            assert column.mean == pytest.approx(wanted.mean)
+            indices = [i for i in range(5000) if edges[number] <= i + 1 < end]
+            raw, smooth = [values[i] for i in indices], [line.smooth[i] for i in indices]
+            expected = Column((indices[0] + indices[-1]) / 2 + 1, min(raw), max(raw), sum(smooth) / len(smooth))
+            assert (column.x, column.low, column.high) == (expected.x, expected.low, expected.high)
+            assert column.mean == pytest.approx(expected.mean)
 
 
 def test_a_learning_rate_is_not_smoothed() -> None:
@@ -116,18 +116,18 @@ def test_flat_is_what_flat_from_says(means: list[float], each: int) -> None:
     log = Log(0.0)
     log.extend([(s.step, s.epoch, s.loss, s.learning_rate, s.grad_norm, s.tokens) for s in steps])
     epoch = flat_from(steps)
-    assert log.flat(going_on=False) == (None if epoch is None else (epoch, 1 + (epoch - 1) * each))
+    assert log.flat(running=False) == (None if epoch is None else (epoch, 1 + (epoch - 1) * each))
 
 
-def test_while_a_run_goes_on_its_last_epoch_does_not_count() -> None:
+def test_while_a_run_is_running_its_last_epoch_does_not_count() -> None:
     log = Log(0.0)
     log.extend([(i + 1, i + 1, loss, 1.0, 1.0, 1) for i, loss in enumerate([5, 1, 1, 1, 4])])
-    assert log.flat(going_on=True) == (2, 2)
-    assert log.flat(going_on=False) is None
+    assert log.flat(running=True) == (2, 2)
+    assert log.flat(running=False) is None
 
 
 def test_the_nearest_point_is_found() -> None:
     log = Log(0.0)
-    assert log.at(3) is None
+    assert log.index_at(3) is None
     log.extend([(step, 1, 1.0, 1.0, 1.0, 1) for step in (10, 20, 40)])
-    assert [log.at(step) for step in (1, 14, 16, 29, 31, 99)] == [0, 0, 1, 1, 2, 2]
+    assert [log.index_at(step) for step in (1, 14, 16, 29, 31, 99)] == [0, 0, 1, 1, 2, 2]

@@ -1,27 +1,27 @@
-"""The picture of the DAG."""
+"""Layout of the DAG."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.projects import STAGES
 from tui.screens.pipeline.dag_layout import Layout, layout
-from tui.screens.pipeline.dag_view import pictured
+from tui.screens.pipeline.dag_view import pipeline_layout
 
 LABEL = 3
 
 
-def drawn(found: Layout) -> list[str]:
-    cells = [[" "] * found.columns for _ in range(found.rows)]
-    for (row, column), character in found.lines.items():
+def drawn(result: Layout) -> list[str]:
+    cells = [[" "] * result.columns for _ in range(result.rows)]
+    for (row, column), character in result.lines.items():
         cells[row][column] = character
-    for name, place in found.places.items():
-        label = f"* {name} " if place.width > len(name) else "* "
-        cells[place.row][place.column : place.column + len(label)] = label
+    for name, position in result.positions.items():
+        label = f"* {name} " if position.width > len(name) else "* "
+        cells[position.row][position.column : position.column + len(label)] = label
     return ["".join(row).rstrip() for row in cells]
 
 
 def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None:
-    assert drawn(pictured(STAGES)) == [
+    assert drawn(pipeline_layout(STAGES)) == [
         "                             ┌▶ * train_from_scratch ───────────┐",
         "                             ├▶ * finetune_full ────────────────┤",
         "                             ├▶ * finetune_freeze ──────────────┤",
@@ -49,15 +49,15 @@ def dags(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
 
 @given(dags())
 def test_no_label_covers_another_and_every_need_has_an_arrow(needs: dict[str, tuple[str, ...]]) -> None:
-    found = layout(needs, LABEL)
+    result = layout(needs, LABEL)
     cells = [
-        (place.row, column)
-        for place in found.places.values()
-        for column in range(place.column, place.column + place.width)
+        (position.row, column)
+        for position in result.positions.values()
+        for column in range(position.column, position.column + position.width)
     ]
     assert len(cells) == len(set(cells))
     for node, sources in needs.items():
-        place = found.places[node]
+        position = result.positions[node]
         if sources:
-            assert found.lines[place.row, place.column - 2] == "▶"
-            assert all(found.places[source].column < place.column for source in sources)
+            assert result.lines[position.row, position.column - 2] == "▶"
+            assert all(result.positions[source].column < position.column for source in sources)

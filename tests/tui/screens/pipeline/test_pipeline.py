@@ -1,4 +1,4 @@
-"""The pipeline's screen, on projects that change under it."""
+"""The pipeline screen, on projects that change while it is open."""
 
 import errno
 import os
@@ -27,9 +27,9 @@ from pipeline.project.status import StageState, Status
 from tests.helpers.pilot import until
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, load, make, save
 from tui.app import Workbench
-from tui.screens.pipeline.dag_view import DagPicture
+from tui.screens.pipeline.dag_view import DagView
 from tui.screens.pipeline.log_panel import LINES, LogView
-from tui.screens.pipeline.params_panel import ParamForm, ParamInput, names, written
+from tui.screens.pipeline.params_panel import ParamForm, ParamInput, format_value, parse_names
 from tui.screens.pipeline.screen import PipelineScreen
 from tui.screens.pipeline.stage_list import StageList
 from tui.services import pipeline_process
@@ -38,7 +38,7 @@ Opened = tuple[Pilot[None], PipelineScreen]
 
 
 @asynccontextmanager
-async def opened(root: Path, size: tuple[int, int] = (80, 24)) -> AsyncIterator[Opened]:
+async def open_screen(root: Path, size: tuple[int, int] = (80, 24)) -> AsyncIterator[Opened]:
     app = Workbench(root / "params.yaml")
     async with app.run_test(size=size) as pilot:
         await pilot.pause()
@@ -52,8 +52,8 @@ def lines(screen: PipelineScreen) -> list[str]:
     return [re.sub(" {2,}", "  ", str(option.prompt)) for option in screen.query_one(StageList).options]
 
 
-def made(screen: PipelineScreen) -> list[str]:
-    """The lines of what makes models; `project` has none of what measures them."""
+def model_lines(screen: PipelineScreen) -> list[str]:
+    """The lines of the stages that make models; the fixture `project` has not run the others."""
     return lines(screen)[: len(PIPELINE)]
 
 
@@ -61,12 +61,12 @@ def line(screen: PipelineScreen, stage: str) -> str:
     return next(line for line in lines(screen) if line.split()[1] == stage)
 
 
-def said(screen: PipelineScreen) -> str:
-    return "\n".join(text for _, _, text in screen.workbench.said)
+def message_text(screen: PipelineScreen) -> str:
+    return "\n".join(text for _, _, text in screen.workbench.message_history)
 
 
 def brief_params(root: Path) -> None:
-    """The file says what the fixture was made with."""
+    """Write the params that the fixture was made with."""
     given = (setting.partition("=") for setting in BRIEF)
     save(root / "params.yaml", {key: yaml.safe_load(value) for key, _, value in given})
 
@@ -91,10 +91,10 @@ async def typed(pilot: Pilot[None], screen: PipelineScreen, key: str, text: str)
 
 
 async def test_an_empty_project_says_what_is_missing_and_what_to_press(empty: Path) -> None:
-    async with opened(empty) as (_, screen):
+    async with open_screen(empty) as (_, screen):
         assert line(screen, "pretrain") == "○ pretrain  not made yet"
         assert line(screen, "merge") == "○ merge  not made yet: needs expand_vocab, finetune_lora"
-        assert "press r" in str(screen.query_one("#said", Static).content)
+        assert "press r" in str(screen.query_one("#notes", Static).content)
         assert "Nothing was evaluated yet" in str(screen.query_one("#changes", Static).content)
 
 
@@ -110,8 +110,8 @@ async def test_stages_side_by_side_leave_the_panes_their_rows_and_the_list_scrol
         monkeypatch.setattr(Params, name, FinetuneFull(), raising=False)
     monkeypatch.setattr(Project, "readable", stages_of)
     monkeypatch.setattr(Status, "of", lambda *_: {n: StageState(s, "missing", (), None) for n, s in stages_of.items()})
-    async with opened(empty) as (pilot, screen):
-        picture, stages, panes = screen.query_one(DagPicture), screen.query_one(StageList), screen.query_one("#panes")
+    async with open_screen(empty) as (pilot, screen):
+        picture, stages, panes = screen.query_one(DagView), screen.query_one(StageList), screen.query_one("#panes")
         for size in ((80, 24), (80, 20), (60, 16)):
             await pilot.resize_terminal(*size)
             await pilot.pause()
@@ -126,19 +126,19 @@ async def test_stages_side_by_side_leave_the_panes_their_rows_and_the_list_scrol
 
 async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_seen(project: Path) -> None:
     brief_params(project)
-    async with opened(project) as (pilot, screen):
-        await until(pilot, lambda: all("up to date" in line for line in made(screen)))
+    async with open_screen(project) as (pilot, screen):
+        await until(pilot, lambda: all("up to date" in line for line in model_lines(screen)))
         save(project / "params.yaml", {"finetune_lora.rank": 2})
         await until(pilot, lambda: "changed: rank 4 → 2" in line(screen, "finetune_lora"))
         assert line(screen, "merge") == "◌ merge  will run again: after finetune_lora"
-        picture = screen.query_one(DagPicture)
+        picture = screen.query_one(DagView)
         assert "● finetune_lora" in str(picture.render())
 
 
 async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: Path) -> None:
     path = project / "params.yaml"
     before = path.read_text(encoding="utf-8")
-    async with opened(project) as (pilot, screen):
+    async with open_screen(project) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         await typed(pilot, screen, "rank", "0")
         rule = screen.query_one("#rule", Static)
@@ -173,7 +173,7 @@ KINDS: tuple[tuple[str, str, str, object], ...] = (
 
 
 async def test_every_kind_of_value_is_written(empty: Path) -> None:
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         for stage, key, text, value in KINDS:
             await choose(pilot, screen, stage)
             await until(pilot, lambda key=key: not field(screen, key).has_class("-edited"))  # type: ignore[misc]
@@ -189,7 +189,7 @@ def is_written(root: Path, stage: str, key: str, value: object) -> bool:
 async def test_a_text_that_may_be_empty_is_cleared_and_one_that_may_not_is_refused(empty: Path) -> None:
     path = empty / "params.yaml"
     save(path, {"finetune_lora.retention_data": "data/keep.txt"})
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         assert field(screen, "retention_data").value == "data/keep.txt"
         await typed(pilot, screen, "retention_data", "")
@@ -197,26 +197,26 @@ async def test_a_text_that_may_be_empty_is_cleared_and_one_that_may_not_is_refus
         await pilot.press("enter")
         await until(pilot, lambda: load(path).finetune_lora.retention_data == "")
         assert "  retention_data: ''" in path.read_text(encoding="utf-8")
-        assert "finetune_lora.retention_data: nothing is in params.yaml" in said(screen)
+        assert "finetune_lora.retention_data: (empty) saved to params.yaml" in message_text(screen)
         await typed(pilot, screen, "data", "")
         await pilot.press("enter")
         assert "finetune_lora.data must be a text, got ''" in str(screen.query_one("#rule", Static).content)
 
 
 @pytest.mark.parametrize(
-    "found", [(), ("a",), ("a b", " euro"), ("[INST]", "a,b", '"', "'", "#", "a: b", "-", "\n", "ß🤗", "on", "1")]
+    "values", [(), ("a",), ("a b", " euro"), ("[INST]", "a,b", '"', "'", "#", "a: b", "-", "\n", "ß🤗", "on", "1")]
 )
-def test_names_are_written_so_that_they_read_back(found: tuple[str, ...]) -> None:
-    assert names(written(found)) == list(found)
+def test_names_round_trip(values: tuple[str, ...]) -> None:
+    assert parse_names(format_value(values)) == list(values)
 
 
 def seen(form: ParamForm, field: ParamInput) -> bool:
-    """Nothing of the field is scrolled away."""
+    """Whether the field is completely visible."""
     return form.query_one(VerticalScroll).region.contains_region(field.region)
 
 
 async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Path) -> None:
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_sweep")
         grid = field(screen, "grid")
         grid.focus()
@@ -233,11 +233,13 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
             await typed(pilot, screen, "grid", text)
             assert problem in str(rule.content)
             await pilot.press("enter")
-        assert not screen.workbench.said
+        assert not screen.workbench.message_history
         await typed(pilot, screen, "grid", "rank: [2, 4], learning_rate: [1e-3, 0.002]")
         await pilot.press("enter")
-        await until(pilot, lambda: screen.workbench.said)
-        assert "finetune_sweep.grid: rank: [2, 4], learning_rate: [0.001, 0.002] is in params.yaml" in said(screen)
+        await until(pilot, lambda: screen.workbench.message_history)
+        assert "finetune_sweep.grid: rank: [2, 4], learning_rate: [0.001, 0.002] saved to params.yaml" in message_text(
+            screen
+        )
         assert load(empty / "params.yaml").finetune_sweep.grid == {"rank": (2, 4), "learning_rate": (0.001, 0.002)}
         await until(pilot, lambda: not grid.has_class("-edited"))
 
@@ -253,11 +255,11 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
 async def test_every_param_is_reached_by_keys_and_seen_while_it_is_edited(
     empty: Path, keys: tuple[str, str], every: int
 ) -> None:
-    """Of the longest form, on the smallest terminal, also while a message below it takes its lines.
+    """Of the longest form, on the smallest terminal, also while a message below takes some of its lines.
 
-    One in `every` fields is edited, and where that is not each of them, the way back is shorter too.
+    One in `every` fields is edited, and the way back is shorter by the same factor.
     """
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         await pilot.press("p")
         form, reached = screen.query_one(ParamForm), list[str]()
@@ -302,14 +304,14 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
             await choose(pilot, screen, "finetune_lora")
             assert field(screen, "rank").value == "4"
             hold.set()
-            await until(pilot, lambda: all("up to date" in line for line in made(screen)))
+            await until(pilot, lambda: all("up to date" in line for line in model_lines(screen)))
     finally:
         hold.set()
 
 
 async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: Path) -> None:
     save(empty / "params.yaml", {"base": "./models/mine"})
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         await until(pilot, lambda: "not made yet: base must be minigpt" in line(screen, "pretrain"))
         (empty / "models/mine").mkdir(parents=True)
         (empty / "models/mine/notes.txt").touch()
@@ -322,7 +324,7 @@ async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: P
 
 async def test_garbage_in_a_field_is_one_line(empty: Path) -> None:
     before = (empty / "params.yaml").read_bytes()
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         rule = screen.query_one("#rule", Static)
         for text in ("", " ", "[", "{", "nan", "1:30", "0x10", "5.0", "x: y", "9" * 30, "ß", "&a", "2026-99-99"):
             await typed(pilot, screen, "epochs", "60")
@@ -334,18 +336,18 @@ async def test_garbage_in_a_field_is_one_line(empty: Path) -> None:
 
 
 async def test_escape_takes_back_and_leaving_a_stage_says_what_was_not_written(empty: Path) -> None:
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         await typed(pilot, screen, "epochs", "7")
         await pilot.press("escape")
         assert field(screen, "epochs").value == "60"
         assert screen.query_one(StageList).has_focus
         await typed(pilot, screen, "epochs", "7")
         await choose(pilot, screen, "merge")
-        assert "Not written: pretrain.epochs: 7" in said(screen)
+        assert "Not saved: pretrain.epochs: 7" in message_text(screen)
 
 
 async def test_a_change_by_hand_shows_but_not_over_what_is_being_typed(empty: Path) -> None:
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         await typed(pilot, screen, "epochs", "7")
         save(empty / "params.yaml", {"pretrain.epochs": 9, "pretrain.seed": 3})
         await until(pilot, lambda: field(screen, "seed").value == "3")
@@ -355,7 +357,7 @@ async def test_a_change_by_hand_shows_but_not_over_what_is_being_typed(empty: Pa
 async def test_params_broken_by_hand_are_reported_and_mended(empty: Path) -> None:
     path = empty / "params.yaml"
     text = path.read_text(encoding="utf-8")
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         banner = screen.query_one("#problem", Static)
         path.write_text("pretrain: [", encoding="utf-8")
         await until(pilot, lambda: bool(banner.display))
@@ -369,17 +371,17 @@ async def test_params_broken_by_hand_are_reported_and_mended(empty: Path) -> Non
 
 async def test_it_opens_on_a_broken_and_on_a_missing_file(empty: Path, tmp_path: Path) -> None:
     (empty / "params.yaml").write_text("pretrain: [", encoding="utf-8")
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         assert "is not valid YAML" in str(screen.query_one("#problem", Static).content)
         await pilot.press("s", "r", "x", "p", "l", "m", "down")
-    async with opened(tmp_path) as (pilot, screen):
+    async with open_screen(tmp_path) as (pilot, screen):
         assert "does not exist" in str(screen.query_one("#problem", Static).content)
         await pilot.press("s", "p", "enter")
 
 
 async def test_a_full_disk_while_saving_is_one_toast(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (empty / "params.yaml").read_bytes()
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
 
         def full(_: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -387,16 +389,16 @@ async def test_a_full_disk_while_saving_is_one_toast(empty: Path, monkeypatch: p
         monkeypatch.setattr(os, "fsync", full)
         await typed(pilot, screen, "epochs", "7")
         await pilot.press("enter")
-        await until(pilot, lambda: "No space left" in said(screen))
+        await until(pilot, lambda: "No space left" in message_text(screen))
     assert (empty / "params.yaml").read_bytes() == before
 
 
 async def test_stages_are_chosen_by_key_and_mouse_and_panes_by_key(empty: Path) -> None:
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         await pilot.press("down", "down", "down")
         await until(pilot, lambda: screen.chosen == "finetune_full")
-        place = screen.query_one(DagPicture)._layout.places["merge"]
-        await pilot.click(DagPicture, offset=(place.column + 2, place.row))
+        position = screen.query_one(DagView)._layout.positions["merge"]
+        await pilot.click(DagView, offset=(position.column + 2, position.row))
         await until(pilot, lambda: screen.chosen == "merge")
         assert screen.query_one(ParamForm).stage == "merge"
         for key, pane in (("l", "log"), ("m", "metrics"), ("p", "params")):
@@ -408,7 +410,7 @@ async def test_stages_are_chosen_by_key_and_mouse_and_panes_by_key(empty: Path) 
 
 
 async def test_params_stay_beside_another_pane_where_there_is_room(empty: Path) -> None:
-    async with opened(empty, (120, 40)) as (pilot, screen):
+    async with open_screen(empty, (120, 40)) as (pilot, screen):
         for key, panes in (("p", ["params", "log"]), ("m", ["params", "metrics"]), ("p", ["params", "metrics"])):
             await pilot.press("escape", key)
             await pilot.pause()
@@ -416,27 +418,27 @@ async def test_params_stay_beside_another_pane_where_there_is_room(empty: Path) 
 
 
 async def test_a_run_without_a_pipeline_and_a_stage_without_inputs_are_refused(empty: Path) -> None:
-    async with opened(empty) as (pilot, screen):
+    async with open_screen(empty) as (pilot, screen):
         await pilot.press("r")
-        assert "has no dvc.yaml" in said(screen)
+        assert "has no dvc.yaml" in message_text(screen)
         await choose(pilot, screen, "merge")
         await pilot.press("s")
-        assert "merge needs expand_vocab, finetune_lora first" in said(screen)
+        assert "merge needs expand_vocab, finetune_lora first" in message_text(screen)
         await pilot.press("x")
-        assert "Nothing is running" in said(screen)
+        assert "Nothing is running" in message_text(screen)
 
 
 @pytest.fixture
 def dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Put a program of some lines of Python in dvc's place."""
+    """Replace dvc by a Python program."""
 
-    def place(code: str) -> None:
+    def install(code: str) -> None:
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin/dvc").write_text(f"#!{sys.executable}\n{code}", encoding="utf-8")
         (tmp_path / "bin/dvc").chmod(0o755)
 
     monkeypatch.setattr(pipeline_process, "BIN", tmp_path / "bin")
-    return place
+    return install
 
 
 async def test_a_run_is_started_with_the_right_words_and_stopped(
@@ -447,7 +449,7 @@ async def test_a_run_is_started_with_the_right_words_and_stopped(
     (project / "dvc.yaml").write_text("", encoding="utf-8")
     brief_params(project)
     dvc("import sys, time\nprint('called', *sys.argv[1:], flush=True)\ntime.sleep(60)")
-    async with opened(project, (200, 40)) as (pilot, screen):
+    async with open_screen(project, (200, 40)) as (pilot, screen):
         runner = screen.workbench.runner
         for key, words in (
             ("r", "repro"),
@@ -458,32 +460,32 @@ async def test_a_run_is_started_with_the_right_words_and_stopped(
             await pilot.press("escape", key)
             await until(pilot, partial(printed, screen, f"called {words}"))
             await pilot.press("r")
-            assert "running already" in said(screen)
+            assert "already running" in message_text(screen)
             await pilot.press("x")
             await until(pilot, lambda: runner.running() is None)
-        await until(pilot, lambda: "All stages are up to date" in said(screen))
+        await until(pilot, lambda: "All stages are up to date" in message_text(screen))
 
 
 async def test_a_failed_stage_shows_why_and_is_chosen(project: Path, dvc: Callable[[str], None]) -> None:
-    """A real stage fails: its message is on the screen, whoever ran it."""
+    """A real stage fails: its message is shown, no matter who ran it."""
     (project / "dvc.yaml").write_text("", encoding="utf-8")
     brief_params(project)
     dvc(f"import subprocess\nsubprocess.run([{str(Path(sys.executable).parent / 'lora')!r}, 'finetune', 'freeze'])")
-    async with opened(project) as (pilot, screen):
+    async with open_screen(project) as (pilot, screen):
         save(project / "params.yaml", {"finetune_freeze.last_blocks": 9})
         await pilot.press("r")
         await until(pilot, lambda: "✗ finetune_freeze" in line(screen, "finetune_freeze"), 30)
         assert "failed: finetune_freeze.last_blocks must be at most 2" in line(screen, "finetune_freeze")
         await until(pilot, lambda: screen.chosen == "finetune_freeze")
-        assert "last_blocks must be at most 2" in str(screen.query_one("#said", Static).content)
-        assert "finetune_freeze failed" in said(screen)
+        assert "last_blocks must be at most 2" in str(screen.query_one("#notes", Static).content)
+        assert "finetune_freeze failed" in message_text(screen)
 
 
 @pytest.mark.slow
 async def test_a_stage_that_prints_100_mb_leaves_the_screen_alive(project: Path, dvc: Callable[[str], None]) -> None:
     (project / "dvc.yaml").write_text("", encoding="utf-8")
     dvc("line = 'x' * 99\nfor _ in range(1_000_000): print(line)\nprint('the last line', flush=True)")
-    async with opened(project) as (pilot, screen):
+    async with open_screen(project) as (pilot, screen):
         await pilot.press("r", "l")
         log = screen.query_one(LogView)
         await until(pilot, lambda: bool(log.lines) and "the last line" in log.lines[-1].text, 60)
@@ -494,7 +496,7 @@ async def test_a_stage_that_prints_100_mb_leaves_the_screen_alive(project: Path,
 
 async def test_a_run_elsewhere_is_followed(project: Path) -> None:
     brief_params(project)
-    async with opened(project) as (pilot, screen):
+    async with open_screen(project) as (pilot, screen):
         await until(pilot, lambda: "up to date" in line(screen, "finetune_lora"))
         save(project / "params.yaml", {"finetune_lora.epochs": 50})
         lora = str(Path(sys.executable).parent / "lora")
@@ -505,17 +507,17 @@ async def test_a_run_elsewhere_is_followed(project: Path) -> None:
         assert "/300" in line(screen, "finetune_lora")
         await until(pilot, lambda: process.poll() is not None, 60)
         await until(pilot, lambda: line(screen, "finetune_lora") == "✓ finetune_lora  up to date")
-        assert "measured at the peak" in str(await _said_of(pilot, screen, "finetune_lora"))
+        assert "measured at the peak" in str(await _notes_of(pilot, screen, "finetune_lora"))
 
 
-async def _said_of(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> str:
+async def _notes_of(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> str:
     await choose(pilot, screen, stage)
-    return str(screen.query_one("#said", Static).content)
+    return str(screen.query_one("#notes", Static).content)
 
 
 async def test_an_artifact_that_vanishes_is_missing(project: Path) -> None:
     brief_params(project)
-    async with opened(project) as (pilot, screen):
+    async with open_screen(project) as (pilot, screen):
         await until(pilot, lambda: "up to date" in line(screen, "merge"))
         shutil.rmtree(project / "artifacts/lora_merged")
         await until(pilot, lambda: line(screen, "merge") == "○ merge  not made yet")
@@ -525,7 +527,7 @@ async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     for words in (["init", "-q"], ["add", "-A", "artifacts/evaluation"], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], cwd=project, check=True)
-    async with opened(project, (120, 40)) as (pilot, screen):
+    async with open_screen(project, (120, 40)) as (pilot, screen):
         changes = screen.query_one("#changes", Static)
         await until(pilot, lambda: "As in the last commit" in str(changes.content))
         save(project / "params.yaml", {"finetune_lora.rank": 2})
@@ -540,7 +542,7 @@ def _trained() -> list[str]:
 
 
 def pilot_text(widget: Static) -> str:
-    """What a widget that holds a table shows."""
+    """The text of a widget that shows a table."""
     from io import StringIO
 
     from rich.console import Console

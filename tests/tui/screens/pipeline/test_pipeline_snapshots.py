@@ -1,4 +1,4 @@
-"""Pictures of the pipeline's screen, of help and of messages."""
+"""Snapshots of the pipeline screen, help and messages."""
 
 import dataclasses
 from pathlib import Path
@@ -35,12 +35,12 @@ STATES: dict[str, tuple[State, tuple[str, ...], Journal | None]] = {
 
 @pytest.fixture
 def every_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage in each state; a run that is followed has no pace yet, which would be another at each picture."""
-    found = {name: StageState(STAGES[name], *rest) for name, rest in STATES.items()}
-    monkeypatch.setattr(Status, "of", lambda *_: found)
+    """A stage in each state. The running one shows no pace, which would differ from snapshot to snapshot."""
+    states = {name: StageState(STAGES[name], *rest) for name, rest in STATES.items()}
+    monkeypatch.setattr(Status, "of", lambda *_: states)
 
 
-async def looked(pilot: Pilot[Any]) -> PipelineScreen:
+async def wait_until_loaded(pilot: Pilot[Any]) -> PipelineScreen:
     screen = pilot.app.screen
     assert isinstance(screen, PipelineScreen)
     await until(pilot, lambda: screen.states)
@@ -50,14 +50,14 @@ async def looked(pilot: Pilot[Any]) -> PipelineScreen:
 
 @SIZES
 def test_empty(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
-    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=looked)
+    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=wait_until_loaded)
 
 
 @SIZES
 @pytest.mark.usefixtures("every_state")
 def test_a_stage_in_each_state(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[Any]) -> None:
-        screen = await looked(pilot)
+        screen = await wait_until_loaded(pilot)
         await pilot.press(*["down"] * list(STAGES).index("finetune_freeze"), "l")
         await until(pilot, lambda: screen.chosen == "finetune_freeze")
 
@@ -71,7 +71,7 @@ def test_params_of_which_one_is_wrong(snap_compare: Any, empty: Path, theme: str
     app.config = dataclasses.replace(app.config, theme=theme)
 
     async def before(pilot: Pilot[Any]) -> None:
-        screen = await looked(pilot)
+        screen = await wait_until_loaded(pilot)
         for field in screen.query(Input):
             field.cursor_blink = False
         await pilot.press("enter", "tab", "tab", "x")
@@ -83,7 +83,7 @@ def test_params_of_which_one_is_wrong(snap_compare: Any, empty: Path, theme: str
 @pytest.mark.parametrize("key", ["question_mark", "f8"])
 def test_help_and_messages(snap_compare: Any, empty: Path, key: str) -> None:
     async def before(pilot: Pilot[Any]) -> None:
-        await looked(pilot)
+        await wait_until_loaded(pilot)
         await pilot.press(key)
         await until(pilot, lambda: len(pilot.app.screen_stack) == 2)
 

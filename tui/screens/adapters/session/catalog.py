@@ -1,4 +1,4 @@
-"""The models in some folders: what was read of each and what was found when it was checked, kept while files stay."""
+"""The models in some folders: their descriptions and verdicts, cached until their files change."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -26,32 +26,32 @@ from pipeline.inference.catalog import (
 )
 from pipeline.project.stage_graph import ARTIFACTS, Project
 
-# Side by side, from left to right.
+# Display order, from left to right.
 ORDER = ("pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
-MAX_JSON = 1_000_000  # bytes of a manifest or config that are shown
-SAVE_EVERY = 5.0  # seconds of hashing that are lost at most when the program ends
+MAX_JSON = 1_000_000  # bytes; a larger manifest or config is not shown
+SAVE_EVERY = 5.0  # seconds of hashing that are lost at most if the program ends
 Stamp = tuple[Signature, ...]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model as the screen shows it; no verdict means: not checked yet."""
+    """A model as the screen shows it. Without a verdict, it is not checked yet."""
 
     label: str
     model: Model
     verdict: VerificationResult | None
-    shown: str = ""  # its path as it is shown: in the project, or whole
+    shown_path: str = ""  # relative to the project if it is inside, else absolute
 
     @property
-    def place(self) -> tuple[int, list[str | float]]:
-        """Where it stands beside others: in the order of the comparison, then all else by name."""
+    def sort_key(self) -> tuple[int, list[str | float]]:
+        """Pipeline models in ORDER, then all others by name."""
         kind = "adapter" if self.model.kind == "adapter" else self.model.method
         return (ORDER.index(kind) if kind in ORDER else len(ORDER), natural_sort_key(self.label))
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What the verdicts of many models depend on, looked at once for all: evaluations and bases."""
+class CheckContext:
+    """What the verdicts of many models depend on, read once for all: evaluations and bases."""
 
     evaluations: tuple[Signature, ...]
     measurements: Measurements
@@ -59,24 +59,26 @@ class Surroundings:
 
 
 class Library:
-    """Finds and checks models, a project's and its parent's. Every method reads files: call it from a thread, but
-    `project_variants`."""
+    """Finds and checks the models of a project and its parent.
+
+    All methods but `project_variants` read files: call them from a thread.
+    """
 
     def __init__(self, project: Project) -> None:
         self.project, self.root = project, project.root
-        self._artifacts = [one.root / ARTIFACTS for one in (project, project.parent) if one]
+        self._artifacts = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
         self.folders: list[Path] = list(self._artifacts)
         self._models: dict[Path, tuple[Signature, Model]] = {}
-        self._places: dict[Path, int] = {}  # folder that models lie in → when it was modified (ns)
+        self._folder_times: dict[Path, int] = {}  # folder that contains models → modification time (ns)
         self._verdicts: dict[Path, tuple[Stamp, VerificationResult]] = {}
         self._digests = DigestStore()
 
     def project_variants(self) -> dict[Path, str]:
-        """Folder → name of the models that the pipeline makes."""
+        """Folder → name, for the models that the pipeline makes."""
         return {self.project.artifact(pair[1] or pair[0]): name for name, pair in self.project.variants.items()}
 
     def label(self, path: Path) -> str:
-        """A short name: the pipeline's own, or where it lies in the folder that it was found in."""
+        """A short name: the pipeline's, or the path within the searched folder."""
         if name := self.project_variants().get(path):
             return name
         for folder in self.folders:
@@ -86,33 +88,33 @@ class Library:
         return str(path)
 
     def scan(self) -> Iterator[Entry]:
-        """Every model in the folders, with the verdict where it is known."""
+        """Yield every model in the folders, with its verdict if that is cached."""
         models: dict[Path, tuple[Signature, Model]] = {}
-        places, around = {folder: _modified(folder) for folder in self.folders}, self._surroundings()
-        for path in dict.fromkeys(found for folder in self.folders for found in model_folders(folder)):
-            places.setdefault(path.parent, _modified(path.parent))
+        folder_times, context = {folder: _modified(folder) for folder in self.folders}, self._check_context()
+        for path in dict.fromkeys(model for folder in self.folders for model in model_folders(folder)):
+            folder_times.setdefault(path.parent, _modified(path.parent))
             now = signature(path)
-            known = self._models.get(path)
-            model = known[1] if known and known[0] == now else describe(path)
+            cached = self._models.get(path)
+            model = cached[1] if cached and cached[0] == now else describe(path)
             models[path] = now, model
-            ours = any(path.is_relative_to(folder) for folder in (self.root, *self._artifacts))
-            shown = os.path.relpath(path, self.root) if ours else str(path)
-            yield Entry(self.label(path), model, self._known(path, self._stamp(model, around)), shown)
-        self._models, self._places = models, places
+            in_project = any(path.is_relative_to(folder) for folder in (self.root, *self._artifacts))
+            shown_path = os.path.relpath(path, self.root) if in_project else str(path)
+            yield Entry(self.label(path), model, self._cached_verdict(path, self._stamp(model, context)), shown_path)
+        self._models, self._folder_times = models, folder_times
 
     def changed(self) -> bool:
-        """Whether a model came, went or changed since the last whole scan. Costs a stat a file."""
-        return any(_modified(place) != before for place, before in list(self._places.items())) or any(
+        """Whether a model was added, removed or changed since the last complete scan. Costs a stat per file."""
+        return any(_modified(folder) != before for folder, before in list(self._folder_times.items())) or any(
             signature(path) != before for path, (before, _) in list(self._models.items())
         )
 
     def check_all(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """Each entry that has no verdict, with one: for the list, where digests of an earlier process are enough."""
-        around, saved = self._surroundings(), monotonic()
+        """Yield the unchecked entries with a verdict. For the list: accepts digests cached by an earlier process."""
+        context, saved = self._check_context(), monotonic()
         try:
             for entry in entries:
                 if entry.verdict is None:
-                    yield self._checked(entry, around, earlier=True)
+                    yield self._check(entry, context, earlier=True)
                 if monotonic() - saved > SAVE_EVERY:
                     self._digests.save()
                     saved = monotonic()
@@ -120,46 +122,46 @@ class Library:
             self._digests.save()
 
     def check(self, entry: Entry) -> Entry:
-        """The entry with its verdict, before it is loaded: reads all bytes that this process has not hashed yet."""
-        return self._checked(entry, self._surroundings(), earlier=False)
+        """The entry with its verdict, for loading: hashes all files that this process has not hashed yet."""
+        return self._check(entry, self._check_context(), earlier=False)
 
-    def _checked(self, entry: Entry, around: Surroundings, earlier: bool) -> Entry:
-        """Reasons name paths in the project short."""
-        model, stamp = entry.model, self._stamp(entry.model, around)  # before the files are read
+    def _check(self, entry: Entry, context: CheckContext, earlier: bool) -> Entry:
+        """Check a model. Paths in the reason are relative to the project."""
+        model, stamp = entry.model, self._stamp(entry.model, context)  # before the files are read
         fingerprint = partial(self._digests.fingerprint, earlier=earlier)
         contents = partial(self._digests.contents, earlier=earlier)
-        verdict = check(model, self.root, around.measurements, fingerprint, contents)
+        verdict = check(model, self.root, context.measurements, fingerprint, contents)
         verdict = replace(verdict, reason=verdict.reason and verdict.reason.replace(f"{self.root}/", ""))
         self._verdicts[model.path] = stamp, verdict
         return replace(entry, verdict=verdict)
 
-    def _known(self, path: Path, stamp: Stamp) -> VerificationResult | None:
-        known = self._verdicts.get(path)
-        return known[1] if known and known[0] == stamp else None
+    def _cached_verdict(self, path: Path, stamp: Stamp) -> VerificationResult | None:
+        cached = self._verdicts.get(path)
+        return cached[1] if cached and cached[0] == stamp else None
 
     def forget(self) -> None:
-        """Check everything again the next time."""
+        """Drop all verdicts and digests, so that everything is checked again."""
         self._verdicts.clear()
         self._digests.forget()
 
     def stamp(self, model: Model) -> Stamp:
-        """What a verdict depends on: the model's files, its base's, and the evaluations'. ((),) if it is gone."""
-        return self._stamp(model, self._surroundings())
+        """Signatures that a verdict depends on: the model, its base, the evaluations. ((),) if it is gone."""
+        return self._stamp(model, self._check_context())
 
-    def _stamp(self, model: Model, around: Surroundings) -> Stamp:
-        own = signature(model.path)
-        if not own:
+    def _stamp(self, model: Model, context: CheckContext) -> Stamp:
+        files = signature(model.path)
+        if not files:
             return ((),)
         base = self.base(model)
-        return (own, around.signature(base) if base and base != model.path else own, *around.evaluations)
+        return (files, context.signature(base) if base and base != model.path else files, *context.evaluations)
 
-    def _surroundings(self) -> Surroundings:
+    def _check_context(self) -> CheckContext:
         evaluations = [path.parent for folder in self.folders for path in folder.glob("*/metrics.json")]
         signatures = tuple(map(signature, evaluations))  # before the files are read
-        return Surroundings(signatures, measured(self.folders), cache(signature))
+        return CheckContext(signatures, measured(self.folders), cache(signature))
 
     def base(self, model: Model) -> Path | None:
-        """The folder that the model stands on: its own, or the base of an adapter if there is one."""
+        """The folder of the base model: the model's own, or for an adapter its base (None if it is missing)."""
         if model.kind != "adapter":
             return model.path
         try:
@@ -175,13 +177,13 @@ def _modified(folder: Path) -> int:
         return 0
 
 
-def documents(folder: Path) -> dict[str, dict[str, Any]]:
-    """The manifest and the adapter's config, each {} where it is missing, broken or too big to show."""
-    found: dict[str, dict[str, Any]] = {}
+def read_documents(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest and the adapter's config, each {} if it is missing, broken or too large."""
+    contents: dict[str, dict[str, Any]] = {}
     for name in (artifact.MANIFEST, CONFIG):
         path = folder / name
         try:
-            found[name] = artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {}
+            contents[name] = artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {}
         except (UserError, OSError):
-            found[name] = {}
-    return found
+            contents[name] = {}
+    return contents

@@ -1,4 +1,4 @@
-"""Prompts given to several models at once, and what they answered."""
+"""Prompts sent to several models at once, and their answers."""
 
 import asyncio
 from collections import deque
@@ -14,16 +14,16 @@ from tui.screens.adapters.session.sampling import Sampling
 from tui.screens.adapters.session.transcript import Answer, Exchange
 from tui.services.engine_client import EngineDied
 
-KEPT = 200  # exchanges
-LOADING = "loading"  # how an answer stands while its model is brought into memory
+MAX_EXCHANGES = 200
+LOADING = "loading"  # state of an answer while its model is loaded
 
 
 class Conversation:
-    """The exchanges of this session, the newest last, and what the newest one was asked of."""
+    """The exchanges of this session, the newest last, and the models of the newest one."""
 
-    def __init__(self, asker: RequestQueue) -> None:
-        self.asker = asker
-        self.exchanges: deque[Exchange] = deque(maxlen=KEPT)
+    def __init__(self, requests: RequestQueue) -> None:
+        self.requests = requests
+        self.exchanges: deque[Exchange] = deque(maxlen=MAX_EXCHANGES)
         self.sampling = Sampling()
         self.chat = False
         self._entries: list[Entry] = []
@@ -33,60 +33,60 @@ class Conversation:
         return self.exchanges[-1] if self.exchanges else None
 
     def begin(self, prompt: str, entries: Sequence[Entry], strength: float) -> Exchange:
-        """The exchange that `answers` fills: `strength` is of the adapters among `entries` that scale."""
+        """Append an exchange for `answers` to fill. `strength` applies to adapters that can be scaled."""
         answers = [Answer(e.label, strength if e.model.scales else None, ended="waiting") for e in entries]
         self._entries = list(entries)
         self.exchanges.append(Exchange(prompt, self.sampling, answers))
         return self.exchanges[-1]
 
     async def answers(self, exchange: Exchange) -> AsyncGenerator[int | None, None]:
-        """Ask. Yields whenever something is to be shown: the index of an answer that changed, or None for the table.
+        """Prompt the models. Yields the index of every answer that changed, or None for the top-k table.
 
-        What one model refuses is its answer's `error`. Raises UserError if nothing more can be answered; what came
-        until then, or until it is cancelled or closed, stays.
+        If one model fails, the reason is its answer's `error`. Raises UserError if no model can continue. Text that
+        arrived before that, or before the generator was cancelled or closed, stays.
         """
         prompt, answers, entries = exchange.prompt, exchange.answers, self._entries
         try:
             for index, (entry, answer) in enumerate(zip(entries, answers, strict=True)):
-                if not self.asker.ready(entry):
+                if not self.requests.is_loaded(entry):
                     answer.ended = LOADING
                     yield index
-                await _or_error(answer, self.asker.load(entry))
+                await _store_error(answer, self.requests.load(entry))
                 answer.ended = "" if answer.error else "waiting"
                 if answer.error:
                     yield index
-            exchange.chat = self._chats()
-            await self._top_k(prompt, self._able(answers))
+            exchange.chat = self._uses_chat_template()
+            await self._top_k(prompt, self._without_errors(answers))
             yield None
             for index, (entry, answer) in enumerate(zip(entries, answers, strict=True)):
                 if not answer.error:
                     async for _ in self._complete(entry.model.path, answer, exchange):
                         yield index
         except UserError as error:
-            _end(answers, "the engine ended" if isinstance(error, EngineDied) else str(error))
+            _mark_unfinished(answers, "the engine ended" if isinstance(error, EngineDied) else str(error))
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            _end(answers, "")
+            _mark_unfinished(answers, "")
             raise
 
-    def _able(self, answers: Sequence[Answer]) -> dict[Path, Answer]:
+    def _without_errors(self, answers: Sequence[Answer]) -> dict[Path, Answer]:
         pairs = zip(self._entries, answers, strict=True)
         return {entry.model.path: answer for entry, answer in pairs if not answer.error}
 
-    def _chats(self) -> bool:
-        return self.chat and self.asker.has_chat(self._entries)
+    def _uses_chat_template(self) -> bool:
+        return self.chat and self.requests.has_chat(self._entries)
 
-    async def _top_k(self, prompt: str, able: dict[Path, Answer]) -> None:
-        if not able:
+    async def _top_k(self, prompt: str, models: dict[Path, Answer]) -> None:
+        if not models:
             return
-        found = await self.asker.top_k(able, prompt, self.sampling, self._chats())
-        for path, answer in able.items():
-            answer.error = found[path].get("error", "")
-            answer.top_k = [(choice["token"], choice["probability"]) for choice in found[path].get("top_k", [])]
-            answer.of = found[path].get("of", {})
+        result = await self.requests.top_k(models, prompt, self.sampling, self._uses_chat_template())
+        for path, answer in models.items():
+            answer.error = result[path].get("error", "")
+            answer.top_k = [(choice["token"], choice["probability"]) for choice in result[path].get("top_k", [])]
+            answer.of = result[path].get("of", {})
 
     async def _complete(self, path: Path, answer: Answer, exchange: Exchange) -> AsyncGenerator[None, None]:
-        events = self.asker.complete(path, answer, exchange.prompt, self.sampling, exchange.chat)
+        events = self.requests.complete(path, answer, exchange.prompt, self.sampling, exchange.chat)
         try:
             async with aclosing(events):
                 async for event in events:
@@ -100,25 +100,25 @@ class Conversation:
             yield
 
     async def probe(self, strength: float) -> list[Answer]:
-        """The newest exchange's table with the adapters at another strength. Its record stays as it was asked."""
+        """The newest exchange's top-k table at another strength. The exchange itself is not changed."""
         if self.newest is None:
             return []
         answers = [replace(a, strength=None if a.strength is None else strength) for a in self.newest.answers]
         for entry, answer in zip(self._entries, answers, strict=True):
-            if not answer.error:  # it may have made room for others
-                await _or_error(answer, self.asker.load(entry))
-        await self._top_k(self.newest.prompt, self._able(answers))
+            if not answer.error:  # it may have been evicted
+                await _store_error(answer, self.requests.load(entry))
+        await self._top_k(self.newest.prompt, self._without_errors(answers))
         return answers
 
 
-def _end(answers: Sequence[Answer], error: str) -> None:
-    """Say of those that were not done that they were cut off."""
+def _mark_unfinished(answers: Sequence[Answer], error: str) -> None:
+    """Mark unfinished answers with the error, or as interrupted."""
     for answer in answers:
         if answer.ended in ("waiting", LOADING) and not answer.error:
             answer.ended, answer.error = ("", error) if error else ("interrupted", "")
 
 
-async def _or_error(answer: Answer, work: Awaitable[object]) -> None:
+async def _store_error(answer: Answer, work: Awaitable[object]) -> None:
     try:
         await work
     except EngineDied:
@@ -128,7 +128,7 @@ async def _or_error(answer: Answer, work: Awaitable[object]) -> None:
 
 
 class Latest:
-    """Runs a job once at a time; wanted again meanwhile, it runs once more after: there is never a queue."""
+    """Runs a job one at a time. Any number of requests during a run cause a single further run."""
 
     def __init__(self, job: Callable[[], Awaitable[None]]) -> None:
         self._job = job

@@ -1,4 +1,4 @@
-"""How the selected models are asked."""
+"""Sampling settings."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing. `limit` tokens at most, `k` candidates in the table."""
+    """Temperature 0 is greedy; top_k 0 and top_p 1 are off. `limit`: maximum tokens; `k`: rows of the top-k table."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -20,15 +20,15 @@ class Sampling:
 
     def __str__(self) -> str:
         cuts = [f"top-k {self.top_k}"] * (self.top_k > 0) + [f"top-p {self.top_p:g}"] * (self.top_p < 1)
-        drawn = [f"temperature {self.temperature:g}", *cuts, f"seed {self.seed}"] if self.temperature else ["greedy"]
-        return " · ".join([*drawn, f"{self.limit} tokens", f"{self.k} candidates"])
+        parts = [f"temperature {self.temperature:g}", *cuts, f"seed {self.seed}"] if self.temperature else ["greedy"]
+        return " · ".join([*parts, f"{self.limit} tokens", f"{self.k} candidates"])
 
     def fields(self) -> dict[str, float | int]:
-        """Those that the engine's `generate` takes."""
+        """The arguments of the engine's `generate`."""
         return {name: value for name, value in asdict(self).items() if name != "k"}
 
 
-# name → (what it may be, the test of it)
+# name → (rule in words, test)
 RULES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("a number from 0", lambda value: 0 <= value < math.inf),
     "top_k": ("a whole number from 0 (0 cuts nothing)", lambda value: value >= 0),
@@ -40,7 +40,7 @@ RULES: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def parse(texts: Mapping[str, str]) -> Sampling:
-    """Sampling from what was typed. Raises UserError with name, rule and value of the first that is wrong."""
+    """Parse typed values. Raises UserError with name, rule and value of the first invalid one."""
     values = {}
     for field in fields(Sampling):
         text = texts[field.name].strip()

@@ -1,4 +1,4 @@
-"""Finds and checks models in a thread of its own, which never holds up the screen nor the end of the program."""
+"""Finds and checks models in a daemon thread, which blocks neither the screen nor the exit."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from tui.screens.adapters.session.catalog import Entry, Library
 
 
 class Scanner:
-    """Tells `found` all models at once, then `checked` each as its bytes were read. Both are called in the thread."""
+    """Calls `found` with all models, then `checked` with each once it is verified. Both run in the thread."""
 
     def __init__(
         self, library: Library, found: Callable[[Sequence[Entry]], object], checked: Callable[[Entry], object]
@@ -16,10 +16,10 @@ class Scanner:
         self._stop = threading.Event()
 
     def start(self) -> None:
-        """Scan from the start; a scan that is under way tells nothing more."""
+        """Start a new scan; a running one stops and reports nothing more."""
         self.stop()
         self._stop = threading.Event()
-        # a daemon: gigabytes may be hashed, and quitting does not wait for that
+        # a daemon, so that quitting does not wait until gigabytes are hashed
         threading.Thread(target=self._scan, args=(self._stop,), daemon=True).start()
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""What was asked and answered in this session, and how it is written down."""
+"""The exchanges of a session, and their export as a transcript."""
 
 import json
 from collections.abc import Sequence
@@ -10,12 +10,14 @@ from tui.screens.adapters.session.sampling import Sampling
 
 @dataclass
 class Answer:
-    """One model's answer. `ended` says how: end, length, interrupted; `error` why there is none or only a part."""
+    """A model's answer. `ended`: end, length or interrupted; `error`: why it is missing or incomplete."""
 
     name: str
-    strength: float | None = None  # of an adapter
+    strength: float | None = None  # scale of an adapter
     top_k: list[tuple[str, float]] = field(default_factory=list)
-    of: dict[str, float | None] = field(default_factory=dict)  # probability of every token in the table; None: no such
+    of: dict[str, float | None] = field(
+        default_factory=dict
+    )  # probability of every token in the table; None: not in the vocabulary
     text: str = ""
     ended: str = ""
     error: str = ""
@@ -27,29 +29,29 @@ class Answer:
 
 @dataclass
 class Exchange:
-    """A prompt and the answers to it, in the order they stand side by side."""
+    """A prompt and its answers, in display order. Field names are the keys of the JSON transcript."""
 
     prompt: str
     sampling: Sampling
     answers: list[Answer]
-    chat: bool = False  # asked as a turn of a conversation: the answer is a turn too, not what follows the prompt
+    chat: bool = False  # prompted with the chat template: the answer is a turn, not a continuation of the prompt
 
     def parts(self, answer: Answer) -> tuple[str, str]:
-        """What stands before an answer, and the answer."""
+        """The text shown before an answer, and the answer."""
         return (f"{self.prompt} → ", answer.text.lstrip()) if self.chat else (self.prompt, answer.text)
 
-    def whole(self, answer: Answer) -> str:
+    def full_text(self, answer: Answer) -> str:
         return "".join(self.parts(answer))
 
-    def said(self) -> str:
-        """The completions as text: one alone, or each with its model's name."""
+    def answers_text(self) -> str:
+        """All answers as text, with the models' names if there are several."""
         if len(self.answers) == 1:
-            return self.whole(self.answers[0])
-        return "\n".join(f"{answer.title}: {self.whole(answer)}" for answer in self.answers)
+            return self.full_text(self.answers[0])
+        return "\n".join(f"{answer.title}: {self.full_text(answer)}" for answer in self.answers)
 
 
 def transcript(exchanges: Sequence[Exchange], suffix: str) -> str:
-    """JSON lines for .jsonl, Markdown otherwise."""
+    """The transcript: JSON lines if the suffix is .jsonl, else Markdown."""
     if suffix == ".jsonl":
         return "".join(json.dumps(asdict(exchange), ensure_ascii=False) + "\n" for exchange in exchanges)
     return "# Transcript\n" + "".join(map(_markdown, exchanges))
@@ -59,7 +61,7 @@ def _markdown(exchange: Exchange) -> str:
     lines = [f"\n## {exchange.prompt}\n", f"{exchange.sampling}\n"]
     for answer in exchange.answers:
         top = ", ".join(f"{escape_whitespace(token)} {100 * probability:.1f}%" for token, probability in answer.top_k)
-        how = answer.error or {"interrupted": "interrupted"}.get(answer.ended, "")
-        lines.append(f"- **{answer.title}**: {exchange.whole(answer)}" + (f" ({how})" if how else ""))
+        note = answer.error or {"interrupted": "interrupted"}.get(answer.ended, "")
+        lines.append(f"- **{answer.title}**: {exchange.full_text(answer)}" + (f" ({note})" if note else ""))
         lines += [f"  - next: {top}"] if top else []
     return "\n".join(lines) + "\n"

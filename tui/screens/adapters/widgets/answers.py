@@ -1,4 +1,4 @@
-"""The newest exchange as table and sentences, and those before it below."""
+"""The newest exchange as a table and as text, with earlier ones below."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from tui.screens.adapters.widgets.transcript_view import ExchangeLog
 
 
 class Answers(VerticalScroll):
-    """Scrolls. The parts are kept, so that an answer which comes while the screen closes has somewhere to go."""
+    """Scrollable answers. The widgets are attributes, as answers can arrive while the screen closes."""
 
     DEFAULT_CSS = """
     Answers { height: 1fr; margin-top: 1; scrollbar-size-vertical: 1; }
@@ -30,13 +30,13 @@ class Answers(VerticalScroll):
         yield self._log
 
     async def start(self, exchange: Exchange, earlier: Sequence[Exchange]) -> None:
-        """Show an exchange of which nothing is answered yet."""
+        """Show a new exchange, without answers yet."""
         self._log.show(earlier)
         self._top_k.show([])
         await self._completions.start(exchange)
 
     def show(self, exchange: Exchange) -> None:
-        """The answers as they are now."""
+        """Update the shown answers."""
         self.show_table(exchange.answers)
         self._completions.show(exchange)
 

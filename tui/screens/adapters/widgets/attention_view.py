@@ -1,4 +1,4 @@
-"""What one head attends to: a line for the chosen token, and the whole matrix."""
+"""Attention of one head: the weights of the chosen token, and the matrix."""
 
 from collections.abc import Sequence
 
@@ -12,19 +12,19 @@ from textual.widget import Widget
 from pipeline.files.text import escape_whitespace
 from tui.widgets.bars import bar, pad_or_truncate, shade
 
-NUMBERS, SHADES = 6, 2  # cells a weight takes in the matrix: " 0.45 ", "▓▓"
-LONGEST = 12  # cells of a token's name in the matrix
+NUMBERS, SHADES = 6, 2  # cells per weight in the matrix: " 0.45 ", "▓▓"
+MAX_NAME = 12  # cells of a token's name in the matrix
 BAR = 20
-SENTENCE, BARS = 12, 24  # of the heaviest tokens, in a line and as bars; what the others have is said as one number
+SENTENCE, BARS = 12, 24  # tokens with the largest weights in the line and as bars; the rest is summed
 
 
 class AttentionView(Widget):
-    """Row t of `weights` is what token t attends to; rows sum to 1. A click on a row chooses its token."""
+    """`weights` is (T, T): row t has the weights of token t and sums to 1. A click on a row chooses its token."""
 
     DEFAULT_CSS = "AttentionView { height: auto; width: 1fr; }"
 
     class Chosen(Message):
-        """Another token was clicked."""
+        """A token was clicked."""
 
         def __init__(self, token: int) -> None:
             super().__init__()
@@ -44,8 +44,8 @@ class AttentionView(Widget):
     def render(self) -> RenderResult:
         if not self._tokens:
             return Text("asking…", "dim")
-        shown = self._tokens, self._weights, self._token
-        return Text("\n").join([sentence(*shown), *bars(*shown), Text(), *matrix(*shown, self.size.width)])
+        arguments = self._tokens, self._weights, self._token
+        return Text("\n").join([sentence(*arguments), *bars(*arguments), Text(), *matrix(*arguments, self.size.width)])
 
     def on_click(self, event: Click) -> None:
         if self._tokens:
@@ -55,14 +55,14 @@ class AttentionView(Widget):
                 self.post_message(self.Chosen(row))
 
     def _first_row(self) -> int:
-        """The line of the matrix's first row: below the sentence, the bars, an empty line and the header."""
-        shown = self._tokens, self._weights, self._token
-        above = sentence(*shown).wrap(self.app.console, max(self.size.width, 1))
-        return len(above) + len(bars(*shown)) + 2
+        """The line of the first row of the matrix: below the sentence, the bars, an empty line and the header."""
+        arguments = self._tokens, self._weights, self._token
+        above = sentence(*arguments).wrap(self.app.console, max(self.size.width, 1))
+        return len(above) + len(bars(*arguments)) + 2
 
 
 def ranked(weights: Sequence[float], token: int) -> list[tuple[int, float]]:
-    """Those that `token` can see, the heaviest first."""
+    """(token, weight) for the tokens that `token` can see, largest weight first."""
     return sorted(enumerate(weights[: token + 1]), key=lambda pair: -pair[1])
 
 
@@ -70,60 +70,60 @@ def sentence(tokens: Sequence[str], weights: Sequence[Sequence[float]], token: i
     """`dem attends to: katze 0.45 · sitzt 0.30`"""
     heaviest = ranked(weights[token], token)
     parts = [f"{tokens[other]} {weight:.2f}" for other, weight in heaviest[:SENTENCE]]
-    parts += _rest(heaviest[SENTENCE:])
+    parts += _format_rest(heaviest[SENTENCE:])
     return Text.assemble((tokens[token], "bold"), " attends to: ", " · ".join(parts))
 
 
 def bars(tokens: Sequence[str], weights: Sequence[Sequence[float]], token: int) -> list[Text]:
-    """A line for each of the heaviest."""
+    """A bar for each of the largest weights."""
     heaviest = ranked(weights[token], token)
     width = max(cell_len(tokens[other]) for other, _ in heaviest[:BARS])
     lines = [
         Text.assemble(f"  {pad_or_truncate(tokens[other], width)} {weight:.2f} ", (bar(weight, BAR), "dim"))
         for other, weight in heaviest[:BARS]
     ]
-    return lines + [Text(f"  {rest}", "dim") for rest in _rest(heaviest[BARS:])]
+    return lines + [Text(f"  {rest}", "dim") for rest in _format_rest(heaviest[BARS:])]
 
 
-def _rest(others: Sequence[tuple[int, float]]) -> list[str]:
+def _format_rest(others: Sequence[tuple[int, float]]) -> list[str]:
     return [f"{len(others)} others {sum(weight for _, weight in others):.2f}"] if others else []
 
 
 def window(tokens: Sequence[str], token: int, width: int) -> tuple[int, int]:
-    """The tokens that the matrix has room for: all, or as many as fit up to `token`, or the first ones."""
-    fits = max(width - _margin(tokens), 1)
-    stop = min(max(token + 1, fits), len(tokens))
-    return max(stop - fits, 0), stop
+    """The range of tokens shown in the matrix: all if they fit, else those up to `token`, or the first ones."""
+    count = max(width - _margin(tokens), 1)
+    stop = min(max(token + 1, count), len(tokens))
+    return max(stop - count, 0), stop
 
 
 def _margin(tokens: Sequence[str]) -> int:
-    """Cells before the first column: a name, and the mark of the chosen row."""
-    return min(max(map(cell_len, tokens)), LONGEST) + 3
+    """Cells before the first column: the name, and the mark of the chosen row."""
+    return min(max(map(cell_len, tokens)), MAX_NAME) + 3
 
 
 def matrix(tokens: Sequence[str], weights: Sequence[Sequence[float]], token: int, width: int) -> list[Text]:
-    """A row a token, a column for each that it attends to: numbers where there is room, else shades.
+    """A row per token, a column per token that it attends to: numbers if they fit, else shades.
 
-    Of more tokens than fit, those of `window`.
+    If not all tokens fit, those of `window`.
     """
     first, (start, stop) = _margin(tokens), window(tokens, token, width)
     cell = next((cell for cell in (NUMBERS, SHADES) if first + cell * (stop - start) <= width), 1)
-    header = "".join(_above(name, cell) for name in tokens[start:stop]) if cell == NUMBERS else ""
+    header = "".join(_format_header(name, cell) for name in tokens[start:stop]) if cell == NUMBERS else ""
     if stop - start < len(tokens):
         header = f"tokens {start + 1} to {stop} of {len(tokens)}"
     lines = [Text(" " * first + header, "dim", no_wrap=True)]
     for row in range(start, stop):
         line = Text(("▸ " if row == token else "  ") + pad_or_truncate(tokens[row], first - 3) + " ", no_wrap=True)
-        line.append("".join(_weight(weight, cell) for weight in weights[row][start : row + 1]))
+        line.append("".join(_format_weight(weight, cell) for weight in weights[row][start : row + 1]))
         line.stylize("bold" if row == token else "")
         lines.append(line)
     return lines
 
 
-def _above(name: str, cell: int) -> str:
-    """To the right, over the numbers."""
+def _format_header(name: str, cell: int) -> str:
+    """A column header, right-aligned over the numbers."""
     return " " * max(cell - 1 - cell_len(name), 0) + pad_or_truncate(name, min(cell_len(name), cell - 1)) + " "
 
 
-def _weight(weight: float, cell: int) -> str:
+def _format_weight(weight: float, cell: int) -> str:
     return f"{shade(weight)}{weight:.2f} " if cell == NUMBERS else shade(weight) * cell

@@ -1,4 +1,4 @@
-"""What each model says after the prompt, as it comes."""
+"""The completions of each model, as they stream in."""
 
 from rich.text import Text
 from textual.containers import Grid
@@ -7,13 +7,13 @@ from textual.widgets import Static
 
 from tui.screens.adapters.session.transcript import Answer, Exchange
 
-LEAST = 24  # cells of a column in which a sentence can be read
-SHOWN = 4000  # characters: of more than a screen the end; a transcript has all
-ENDED = {"interrupted": " ▪ interrupted", "length": " …", "waiting": " …", "loading": " … loading"}
+MIN_COLUMN = 24  # cells; narrower columns are hard to read
+MAX_SHOWN = 4000  # last characters of an answer; the transcript has all
+ENDINGS = {"interrupted": " ▪ interrupted", "length": " …", "waiting": " …", "loading": " … loading"}
 
 
 class Completions(Grid):
-    """One column a model where there is room, one below the other where there is not."""
+    """One column per model if there is room, else one below the other."""
 
     DEFAULT_CSS = """
     Completions { height: auto; grid-gutter: 0 1; grid-rows: auto; }
@@ -25,7 +25,7 @@ class Completions(Grid):
         self._count = 1
 
     async def start(self, exchange: Exchange) -> None:
-        """Show these answers in place of the last."""
+        """Replace the shown answers by those of `exchange`."""
         answers = exchange.answers
         self._count = max(len(answers), 1)
         self._arrange(self.size.width)
@@ -35,26 +35,26 @@ class Completions(Grid):
         self.show(exchange)
 
     def show(self, exchange: Exchange) -> None:
-        """The answers as they are now."""
+        """Update the shown answers."""
         for child, answer in zip(self.children, exchange.answers, strict=False):
             assert isinstance(child, Static)
-            child.update(written(exchange, answer))
+            child.update(format_answer(exchange, answer))
 
     def on_resize(self, event: Resize) -> None:
         self._arrange(event.size.width)
 
     def _arrange(self, width: int) -> None:
-        self.styles.grid_size_columns = self._count if width // self._count >= LEAST else 1
+        self.styles.grid_size_columns = self._count if width // self._count >= MIN_COLUMN else 1
 
 
-def written(exchange: Exchange, answer: Answer) -> Text:
-    """The model's name, the prompt dimmed, what follows it; then how it ended or why there is none."""
+def format_answer(exchange: Exchange, answer: Answer) -> Text:
+    """The model's name, the prompt (dim), the answer; then how it ended, or the error."""
     text = Text(f"{answer.title}  ", "bold")
     if answer.text or not answer.error:
-        before, said = exchange.parts(answer)
+        before, after = exchange.parts(answer)
         text.append(before, "not bold dim")
-        text.append("…" if len(said) > SHOWN else "", "not bold dim").append(said[-SHOWN:], "not bold")
-    text.append(ENDED.get(answer.ended, ""), "not bold dim")
+        text.append("…" if len(after) > MAX_SHOWN else "", "not bold dim").append(after[-MAX_SHOWN:], "not bold")
+    text.append(ENDINGS.get(answer.ended, ""), "not bold dim")
     if answer.error:
         text.append(f" ✗ {answer.error}", "not bold red")
     return text

@@ -1,4 +1,4 @@
-"""The likeliest next tokens of one model, or of several side by side with the differences to the first."""
+"""The most likely next tokens of one or more models, with differences to the first model."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from pipeline.files.text import escape_whitespace
 from tui.screens.adapters.session.transcript import Answer
 from tui.widgets.bars import bar, pad_or_truncate
 
-CELL = 11  # least width of a model's column: a percentage and a difference, each with a space before it
-NUMBERS = 5  # width of a percentage
-LONGEST_TOKEN = 24
+CELL = 11  # minimum width of a model's column: a percentage and a difference, each after a space
+PERCENT_WIDTH = 5  # width of a percentage
+MAX_TOKEN = 24  # cells
 
 
 class TopK(Widget):
-    """Rows are tokens, columns are models. Probabilities are percent, differences percentage points."""
+    """Rows are tokens, columns are models. Probabilities in percent, differences in percentage points."""
 
     DEFAULT_CSS = "TopK { height: auto; }"
 
@@ -34,7 +34,7 @@ class TopK(Widget):
 
 
 def tokens(answers: Sequence[Answer]) -> list[str]:
-    """Every token that is among the likeliest of some model, by its largest probability."""
+    """Every token in the top k of any model, sorted by its largest probability."""
     largest: dict[str, float] = {}
     for answer in answers:
         for token, probability in answer.top_k:
@@ -43,14 +43,14 @@ def tokens(answers: Sequence[Answer]) -> list[str]:
 
 
 def table(answers: Sequence[Answer], width: int) -> Text:
-    """As many models beside one another as fit in `width` cells, the others below."""
+    """The table: as many models side by side as fit in `width` cells, the others below."""
     rows = tokens(answers)
     if not rows:
         return Text()
-    first = min(max(map(cell_len, ("next", *map(escape_whitespace, rows)))), LONGEST_TOKEN) + 1
-    fits = max((width - first) // CELL, 1)
+    first = min(max(map(cell_len, ("next", *map(escape_whitespace, rows)))), MAX_TOKEN) + 1
+    columns = max((width - first) // CELL, 1)
     reference = next(answer for answer in answers if answer.top_k)
-    blocks = [answers[start : start + fits] for start in range(0, len(answers), fits)]
+    blocks = [answers[start : start + columns] for start in range(0, len(answers), columns)]
     return Text("\n\n").join(_block(rows, block, reference, first, width) for block in blocks)
 
 
@@ -72,34 +72,34 @@ def _cell(token: str, answer: Answer, reference: Answer, width: int) -> Text:
     if not answer.top_k:
         return Text("no answer".ljust(width), "dim")
     if probability is None:
-        return Text("not in it".ljust(width), "dim")
-    text = Text(f"{percent(probability):>{NUMBERS}}")
+        return Text("unknown".ljust(width), "dim")
+    text = Text(f"{percent(probability):>{PERCENT_WIDTH}}")
     if answer is not reference:
-        text.append_text(_difference(probability, reference.of.get(token)))
+        text.append_text(_format_difference(probability, reference.of.get(token)))
     elif len(answer.of) and width < 2 * CELL:
-        return _padded(text, width)
-    room = width - text.cell_len - 2
-    seen = probability if probability >= 0.0005 else 0.0  # what rounds to 0.0 has no bar
-    text.append(" " + bar(seen, room) if room >= 4 else "", "dim")
-    return _padded(text, width)
+        return _pad(text, width)
+    bar_width = width - text.cell_len - 2
+    visible = probability if probability >= 0.0005 else 0.0  # no bar if it rounds to 0.0
+    text.append(" " + bar(visible, bar_width) if bar_width >= 4 else "", "dim")
+    return _pad(text, width)
 
 
-def _difference(probability: float, before: float | None) -> Text:
-    """In percentage points, with its sign: nothing is said by colour alone."""
+def _format_difference(probability: float, before: float | None) -> Text:
+    """The difference in percentage points, with its sign: colour is not the only cue."""
     if before is None:
         return Text("   new", "green")
     points = 100 * (probability - before)
-    shown = f"{points:+.1f}" if abs(points) < 99.95 else f"{points:+.0f}"
-    if shown in ("+0.0", "-0.0"):
+    text = f"{points:+.1f}" if abs(points) < 99.95 else f"{points:+.0f}"
+    if text in ("+0.0", "-0.0"):
         return Text("     =", "dim")
-    return Text(f"{shown:>6}", "green" if points > 0 else "red")
+    return Text(f"{text:>6}", "green" if points > 0 else "red")
 
 
 def percent(probability: float) -> str:
-    """97.3, or 100 for what rounds to it."""
+    """97.3, or 100 if it rounds to 100.0."""
     return f"{100 * probability:.1f}" if probability < 0.9995 else "100"
 
 
-def _padded(text: Text, width: int) -> Text:
+def _pad(text: Text, width: int) -> Text:
     text.pad_right(max(width - text.cell_len, 0))
     return text

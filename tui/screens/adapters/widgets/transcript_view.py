@@ -1,4 +1,4 @@
-"""The questions and answers of this session before the one that is shown above."""
+"""The earlier exchanges of this session."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,18 @@ from textual.widgets import Static
 
 from tui.screens.adapters.session.transcript import Exchange
 
-SHOWN = 50  # the others are in the transcript
+MAX_SHOWN = 50  # exchanges; the transcript has all
 
 
 class ExchangeLog(Static):
-    """Newest first, short: the prompt, then a line a model."""
+    """Earlier exchanges, newest first: the prompt, then a line per model."""
 
     DEFAULT_CSS = "ExchangeLog { height: auto; margin-top: 1; }"
 
     def show(self, exchanges: Sequence[Exchange]) -> None:
-        """`exchanges` are in the order in which they were asked."""
+        """Show `exchanges`, which are in order of time."""
         text = Text()
-        for exchange in list(exchanges)[: -SHOWN - 1 : -1]:
+        for exchange in list(exchanges)[: -MAX_SHOWN - 1 : -1]:
             text.append(f"› {exchange.prompt}", "bold")
             text.append(f"  {exchange.sampling}\n", "dim")
             for answer in exchange.answers:
