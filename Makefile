@@ -23,6 +23,7 @@ repro: install          ## run the pipeline and show the comparison
 	@echo '       make document                         all that the document claims'
 
 document: repro         ## all that the document says, run and measured; it prints where its report is
+	@lora new document > /dev/null  # renews code.yaml, by which DVC sees that the code of a stage has changed
 	@cd document && dvc repro --quiet && lora report
 
 test: install-dev       ## every check: lint, types, import contracts, all tests but the slow ones
@@ -72,7 +73,7 @@ $(SMOLLM2): | $(VENV)/.installed-real
 # One line while packages come: a dot for each.
 define install
 	@printf 'Installing packages into $(VENV), some minutes the first time '
-	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --editable $(1) \
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --editable '.$(EXTRAS)' \
 	  | awk '/^ *(Collecting|Downloading|Building|Installing)/ { printf "."; fflush() } END { print "" }'
 endef
 
@@ -84,19 +85,19 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(call install,.)
-	@$(BIN)/python -m compileall -q cli tui pipeline  # the document's project watches pipeline/, byte code included
+	$(install)
 	@touch $@
 
+$(VENV)/.installed-real: private EXTRAS := [gguf,qlora]
 $(VENV)/.installed-real: pyproject.toml | $(VENV)/.installed
-	$(call install,'.[gguf,qlora]')
+	$(install)
 	@touch $@
 
+$(VENV)/.installed-dev: private EXTRAS := [dev]
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(call install,'.[dev]')
+	$(install)
 	@touch $(VENV)/.installed $(VENV)/.installed-real $@
 
 clean:                  ## remove results and run state; keeps the environment
-	rm -rf artifacts/base artifacts/expanded artifacts/from_scratch artifacts/full_finetuned artifacts/layer_frozen \
-	  artifacts/lora_adapter artifacts/lora_merged artifacts/prefix artifacts/prompt artifacts/sweep artifacts/studies \
-	  artifacts/figures artifacts/claims runs .lora-cache dvc.lock
+	rm -rf artifacts/base artifacts/expanded artifacts/full_finetuned artifacts/layer_frozen artifacts/lora_adapter \
+	  artifacts/lora_merged runs .lora-cache dvc.lock document/artifacts document/runs document/dvc.lock document/code.yaml

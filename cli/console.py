@@ -59,7 +59,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     """A plain table for the terminal's width; `right` names the columns of numbers, which are never cut.
 
     A heading may have two lines. Where the columns do not fit, texts wrap between words and longer words are shortened
-    in the middle; what still does not fit goes on below, as a table with the same first column.
+    in the middle; what still does not fit goes on below, as a table that begins with the same columns.
     """
     cells = [[printable(cell) for cell in row] for row in rows]  # before widths are measured: a sign takes a column
     natural = [max(map(_longest, column)) for column in zip(columns, *cells, strict=True)]
@@ -69,18 +69,20 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     ]
     room = stdout.width
     gap = 2 if sum(natural) + 2 * (len(columns) - 1) <= room else 1
-    blocks = list(_blocks(least, room, gap))
-    parts = [_block([*dict.fromkeys([0, *block])], columns, cells, natural, least, right, gap) for block in blocks]
-    return Group(*parts)
+    lead = 1  # columns that every part begins with: the first, and further texts that say which row it is
+    while lead < len(columns) and columns[lead] not in right and sum(least[: lead + 1]) <= room // 3:
+        lead += 1
+    parts = _blocks(least, lead, room, gap)
+    return Group(*(_block(part, columns, cells, natural, least, right, gap) for part in parts))
 
 
-def _blocks(least: Sequence[int], room: int, gap: int) -> Iterator[list[int]]:
-    """The columns' numbers, as many together as fit beside the first."""
-    block: list[int] = [0]
-    for number in range(1, len(least)):
-        if len(block) > 1 and sum(least[n] + gap for n in {0, *block, number}) - gap > room:
+def _blocks(least: Sequence[int], lead: int, room: int, gap: int) -> Iterator[list[int]]:
+    """The columns' numbers, as many together as fit beside the `lead` first."""
+    block = [*range(lead)]
+    for number in range(lead, len(least)):
+        if len(block) > lead and sum(least[n] + gap for n in (*block, number)) - gap > room:
             yield block
-            block = []
+            block = [*range(lead)]
         block.append(number)
     yield block
 
@@ -96,6 +98,10 @@ def _block(
 ) -> Table:
     widths = {number: least[number] for number in chosen}
     spare = stdout.width - sum(widths.values()) - gap * (len(chosen) - 1)
+    for number in chosen if spare < 0 else ():  # two columns and still too wide: texts give way down to their headings
+        less = min(-spare, widths[number] - _longest(columns[number])) if columns[number] not in right else 0
+        widths[number] -= less
+        spare += less
     narrow = sorted(
         (number for number in chosen if least[number] < natural[number]), key=lambda number: natural[number]
     )

@@ -29,6 +29,7 @@ BaseNameOption = Annotated[
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that came with the base.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")
+WIDEST = len("finetune_freeze")  # of the names of the design card's stages
 UNDER_DVC = "DVC_STAGE" in os.environ  # DVC runs the command as one of many stages: it prints one line
 
 

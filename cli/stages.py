@@ -9,6 +9,7 @@ from cli.export import PromptsOption, WidthOption
 from cli.options import (
     DEFAULT_PARAMS,
     UNDER_DVC,
+    WIDEST,
     BaseOption,
     CheckpointOption,
     ForceOption,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     Making = Generator[Event, None, Facts]
 
-WIDEST = len("finetune_freeze")  # of the names of the product's stages
 SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
 app = group()
 finetune = group(help="Fine-tune: full, freeze, lora, prefix, prompt, sweep.", no_args_is_help=True)
@@ -283,7 +283,7 @@ def run_stage(
     manifest = follow(events, name, quiet=UNDER_DVC)
     if not manifest:  # not the process that writes
         return
-    line = _summary(project.artifact(name), manifest)
+    line = _summary(project.artifact_name(name), project.artifact(name), manifest)
     stdout.print(f"{name:{WIDEST}}  {line}" if UNDER_DVC else line, markup=False, soft_wrap=True)
 
 
@@ -300,11 +300,11 @@ def _show_sweep(folder: Path) -> None:
     stdout.print(table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS))
 
 
-def _summary(folder: Path, manifest: dict[str, object]) -> str:
+def _summary(path: str, folder: Path, manifest: dict[str, object]) -> str:
     """One line: where the artifact is and what can be said of it at once."""
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 
-    parts = [f"{folder.parent.name}/{folder.name}"]
+    parts = [path]
     parameters = manifest.get("parameters")
     if isinstance(parameters, dict):
         parts.append(f"{parameters['total']:,} parameters")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import DEFAULT_PARAMS, UNDER_DVC, JsonOption, ParamsOption, group, project_of
+from cli.options import DEFAULT_PARAMS, UNDER_DVC, WIDEST, JsonOption, ParamsOption, group, project_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,7 +42,7 @@ def claims(
     if as_json:
         print_json(selected)
     elif UNDER_DVC:
-        stdout.print(f"claims: {summary(selected)}", markup=False, soft_wrap=True)
+        stdout.print(f"{'claims':{WIDEST}}  {summary(selected)}", markup=False, soft_wrap=True)
     else:
         show(selected)
     _run_stage(project)
@@ -63,7 +63,7 @@ def _run_stage(project: "Project") -> None:
         for name, path in project.inputs(stage).items():
             if not path.exists():
                 raise UserError(f"{name} is missing. Run `dvc repro` to make everything.")
-        follow(run(project, stage, claims), stage.name)
+        follow(run(project, stage, claims), stage.name, quiet=UNDER_DVC)
     except UserError as error:
         stderr.print(f"{stage.path} was not written: {error}", markup=False, soft_wrap=True)
 

@@ -35,7 +35,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     )
     whole = folder.parent / "claims/report.md"
     if whole.exists():
-        stdout.print(f"what the document claims, and what was measured: {whole}")
+        stdout.print(f"what the document claims, and what was measured: {whole}", markup=False, soft_wrap=True)
     for name in ("evaluate", *["claims"] * whole.exists()):
         old = outdated(project, [name])
         if name in old:

@@ -111,6 +111,7 @@ def test_a_writer_that_lives_is_left_alone_between_its_two_renames(tmp_path: Pat
     command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "stop"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None and writer.stdout.readline()
+        os.waitid(os.P_PID, writer.pid, os.WSTOPPED | os.WNOWAIT)  # continued before it stops, it would stop for good
         with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
             raise RuntimeError
         assert not (tmp_path / "x").exists(), "it is the writer's"

@@ -103,7 +103,7 @@ def test_what_is_no_pattern_is_refused_everywhere(cli: Lora, root: Path, pattern
     said = refusal(cli("adapters", "verify", "theirs", "--base", "base", cwd=root))
     assert "rank_pattern must be a regular expression" in said and why in said and len(said) < 500
     said = refusal(cli("calc", "--model", "qwen3-8b", "--rank-pattern", f"{pattern}=3", cwd=root))
-    assert "is no regular expression" in said and why in said
+    assert "is not a valid regular expression" in said and why in said
 
 
 PIECES = st.sampled_from(

@@ -339,7 +339,7 @@ def fp8(folder: Path) -> None:
         (unknown_kind, "cannot be opened: .*nothing_known"),
         (encoder, "cannot be opened: "),
         (no_tokenizer, "has no tokenizer"),
-        (large_tokenizer, f"a tokenizer of 325 tokens and a model of {ROWS} rows"),
+        (large_tokenizer, f"a tokenizer of 325 tokens and an embedding of {ROWS} rows"),
         (fp8, "F8_E4M3, which is not supported. Use the 16-bit model"),
     ],
 )

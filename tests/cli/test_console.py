@@ -1,0 +1,69 @@
+"""Tables fit the terminal: no word is broken, no number is cut, nothing is lost."""
+
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from cli import console
+
+WORD = st.text("abcdefghijklmnopqrstuvwxyzäöü-_/.", min_size=1, max_size=30)
+CELL = st.lists(WORD, min_size=1, max_size=4).map(" ".join)
+NUMBER = st.integers(0, 10**9).map(lambda number: f"{number:,}")
+
+
+def drawn(width: int, columns: list[str], rows: list[list[str]], right: list[str]) -> list[str]:
+    """The lines of the table on a terminal of this width."""
+    plain, before = Console(width=width, color_system=None, highlight=False), console.stdout.width
+    console.stdout.width = width
+    try:
+        with plain.capture() as captured:
+            plain.print(console.table(columns, rows, right=right))
+    finally:
+        console.stdout._width = None if before is None else before
+    return captured.get().splitlines()
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[list[str], list[list[str]], list[str]]:
+    texts, numbers = draw(st.integers(1, 3)), draw(st.integers(0, 6))
+    columns = [f"text {n}" for n in range(texts)] + [f"number\n{n}" for n in range(numbers)]
+    rows = draw(st.lists(st.tuples(*[CELL] * texts, *[NUMBER] * numbers).map(list), min_size=1, max_size=4))
+    return columns, rows, columns[texts:]
+
+
+@given(tables(), st.integers(40, 120))
+@example((["a", "b"], [["x" * 30, "12,345"]], ["b"]), 40)
+def test_lines_fit_and_every_number_and_short_word_is_there_whole(
+    table: tuple[list[str], list[list[str]], list[str]], width: int
+) -> None:
+    columns, rows, right = table
+    lines = drawn(width, *table)
+    assert all(len(line.rstrip()) <= width for line in lines)
+    words = re.split(r"\s+", " ".join(lines))
+    for row in rows:
+        for name, cell in zip(columns, row, strict=True):
+            for word in cell.split():
+                if name in right or len(word) <= 8:
+                    assert word in words
+                elif word not in words:
+                    pieces = [w.split("…") for w in words if "…" in w]
+                    assert any(word.startswith(a) and word.endswith(b) for a, b in pieces), (word, lines)
+
+
+def test_a_long_name_is_shortened_in_the_middle_and_a_sentence_wraps_between_words() -> None:
+    name = "pipeline/some/very/long/path/name-of-something.safetensors"
+    lines = drawn(60, ["name", "what", "n"], [[name, "a text of several words that wraps", "12,345"]], ["n"])
+    assert re.search(r"^pipeline/\S*…\S*safetensors ", lines[1])
+    assert "12,345" in lines[1] and "words" in " ".join(lines)
+
+
+@pytest.mark.parametrize(("width", "parts"), [(100, 1), (80, 1), (60, 2), (40, 3)])
+def test_columns_that_do_not_fit_go_on_below_beside_the_rows_names(width: int, parts: int) -> None:
+    columns = ["model", *(f"heading\n{n}" for n in range(9))]
+    rows = [["base", *["12.345"] * 9], ["expanded", *["6.789"] * 9]]
+    lines = drawn(width, columns, rows, columns[1:])
+    assert sum(line.startswith("expanded") for line in lines) == parts
+    assert sum(line.count("12.345") for line in lines) == 9
