@@ -8,14 +8,11 @@ from textual.geometry import Region
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
-from pipeline.project.stage_graph import STAGES
 from pipeline.project.status import StageState
 from tui.screens.pipeline.dag_view import SIGNS, STATE_TEXT
 from tui.widgets.format import duration
 
-NAME_WIDTH = max(
-    len(name) for name, stage in STAGES.items() if not stage.is_measurement
-)  # studies have longer names but no progress bar
+NAME_WIDTH = len("finetune_freeze")  # of the design card's stages; longer names move their line to the right
 BAR = 8  # cells of a progress bar
 
 
