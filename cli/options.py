@@ -55,12 +55,13 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:  # Typer does not export the class of an unknown option's error
-            from pipeline.project.params.aliases import OPTIONS
+            unknown: Any = error if hasattr(error, "option_name") else None
+            if unknown and unknown.ctx and unknown.ctx.parent is ctx:  # of a command of this very group
+                from pipeline.project.params.aliases import OPTIONS
 
-            meant = OPTIONS.get(getattr(error, "option_name", None) or "")
-            known = [name for option in error.ctx.command.params for name in option.opts] if meant and error.ctx else ()  # type: ignore[attr-defined]
-            if meant in known:
-                error.message, error.possibilities = f"{error.message}. Did you mean {meant}?", None  # type: ignore[attr-defined]
+                meant = OPTIONS.get(unknown.option_name)
+                if any(meant in option.opts for option in unknown.ctx.command.params):
+                    unknown.message, unknown.possibilities = f"{unknown.message}. Did you mean {meant}?", None
             raise
 
 

@@ -83,9 +83,9 @@ def create(
 ) -> CreateResult:
     """Make `folder` a project, or add missing files. Existing files are not overwritten.
 
-    `params`: the file to start from; the default is the program's, adapted to a pretrained `base`. `base` becomes
-    base; a path is relative to the current folder. `methods`: fine-tuning methods instead of the file's.
-    Raises UserError before anything is written.
+    `params`: the file to start from; the default is the program's, adapted to a pretrained `base`. `base`: the model to
+    write into it, a path relative to the current folder. `methods`: fine-tuning methods instead of the file's. Raises
+    UserError before anything is written.
     """
     _check_folder(folder)
     source = (params or DEFAULTS / PARAMS).resolve()
@@ -208,7 +208,11 @@ def _read_existing(folder: Path, graph: StageGraph, base: str | None) -> str:
 def _missing_keys(text: str, project: Project) -> dict[str, Any]:
     """`section.key` → value, for the keys that dvc.yaml refers to and the text lacks."""
     tree = yaml.safe_load(text)
-    missing: dict[str, Any] = {}
+    missing: dict[str, Any] = {
+        key: getattr(project.params.section(section), key)
+        for key, section in TOP_LEVEL.items()
+        if section in project.params.written and key not in tree
+    }
     for stage in project.stages.values():
         for file_key in dvc_yaml.files(project, stage):
             name = file_key.partition("[")[0]
