@@ -59,6 +59,7 @@ def test_a_key_above_the_sections_is_answered_too(cli: Lora, tmp_path: Path) -> 
         (("generate", "hi"), "No such command 'generate'. Did you mean 'prompt'?"),
         (("pretrian",), "Did you mean 'pretrain'?"),
         (("export", "a", "--out", "b", "--as", "peft"), "No such option: --as. Did you mean --format?"),
+        (("adapters", "combine", "a", "b", "--output", "c"), "No such option: --output. Did you mean --out?"),
         (("calc", "--lora-r", "8"), "No such option: --lora-r. Did you mean --rank?"),
         (("prompt", "hi", "--max-new-tokens", "8"), "No such option: --max-new-tokens. Did you mean --max-tokens?"),
         (("doctor", "--lora-r", "8"), "No such option: --lora-r\n"),
@@ -68,7 +69,7 @@ def test_a_command_or_option_of_another_name_is_answered_with_ours(
     command: tuple[str, ...], message: str, cli: Lora, tmp_path: Path
 ) -> None:
     code, out, err = cli(*command, cwd=tmp_path)
-    assert (code, out) == (2, "") and message in err
+    assert (code, out) == (2, "") and message in err and err.count("Did you mean") <= 1
 
 
 def test_every_alias_names_something_that_there_is_and_is_itself_no_name_here() -> None:

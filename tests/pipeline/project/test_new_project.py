@@ -125,6 +125,9 @@ def test_a_params_file_gets_the_sections_of_what_its_stages_need(cli: Lora, tmp_
     assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
     project = open_project(tmp_path / "project/params.yaml")
     assert list(project.stages) == ["pretrain", "expand_vocab", "finetune_lora", "merge"]
+    written = yaml.safe_load((tmp_path / "project/params.yaml").read_text(encoding="utf-8"))
+    assert written["base"] == "minigpt", "dvc.yaml refers to it"
+    dvc(tmp_path / "project", "status")
     assert project.params == replace(load(source), written=project.params.written), "with their defaults"
 
 

@@ -162,7 +162,10 @@ def test_a_warm_up_that_lasts_as_long_as_the_training_is_refused(project: Path) 
     last = read_steps(project / FOLDER / "loss.csv")[-1]
     assert last.learning_rate == load(project / "params.yaml").train_from_scratch.learning_rate, "it is reached"
     for steps in (total, 1_000_000):
-        problem = rf"train_from_scratch.warmup_steps must be below {total}, the total number of training steps, got {steps}. Lower it."  # noqa: E501
+        problem = (
+            rf"train_from_scratch.warmup_steps must be below {total}, the total number of training steps, "
+            rf"got {steps}. Lower it."
+        )
         with pytest.raises(UserError, match=problem):
             make(project, ["train_from_scratch"], [*BRIEF, f"train_from_scratch.warmup_steps={steps}"])
     rows = "finetune_sweep, warmup_steps-1000000: finetune_lora.warmup_steps must be below "
