@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.workbench import open_project
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.projects import LORA, STAGES, git, load, new_project
 from tests.helpers.tmux import Terminal, lora_tui, needs_tmux
@@ -72,7 +73,7 @@ def test_from_an_empty_project_a_run_is_started_watched_resized_stopped_and_resu
 
 def lengthen(terminal: Terminal, clone: Path) -> None:
     """Type another number of epochs into finetune_lora's params."""
-    terminal.keys(*["Down"] * list(STAGES).index("finetune_lora"))
+    terminal.keys(*["Down"] * list(open_project(clone / "params.yaml").stages).index("finetune_lora"))
     terminal.see("Params of finetune_lora", "target_modules")
     terminal.keys("Enter")
     terminal.see("rank: a whole number")
