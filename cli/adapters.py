@@ -60,7 +60,7 @@ def show(
             f"{adapter.size / 1000:,.0f} kB",
             "–" if adapter.final_loss is None else f"{adapter.final_loss:.3f}",
             "–" if adapter.forgetting is None else f"{adapter.forgetting:+.3f}",
-            adapter.problem or "whole",
+            adapter.problem or "verified",
         )
 
     stdout.print(table(COLUMNS, [cells(adapter) for adapter in found], right=("rank", "size", "loss", "forgot")))

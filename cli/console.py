@@ -109,7 +109,7 @@ def _block(
         more = max(0, min(natural[number] - least[number], spare // left))
         widths[number] += more
         spare -= more
-    built = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, gap - 1))
+    built = Table(box=None, pad_edge=False, show_header=any(columns), header_style="bold", padding=(0, 1, 0, gap - 1))
     lines = max(columns[number].count("\n") for number in chosen)
     for number in chosen:
         justify: JustifyMethod = "right" if columns[number] in right else "left"

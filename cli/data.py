@@ -117,8 +117,8 @@ def _trained_tokens(encoded: "Encoded") -> Iterator[tuple[int, bool]]:
 
 
 def _heading(example: "Example", encoded: "Encoded") -> str:
-    parts = [example.location, f"{len(encoded.ids):,} tokens", f"{encoded.labels:,} learned"]
-    return "  ".join(parts + ([f"{encoded.cut:,} cut off"] if encoded.cut else []))
+    parts = [example.location, f"{len(encoded.ids):,} tokens", f"{encoded.labels:,} trained on"]
+    return "  ".join(parts + ([f"{encoded.cut:,} truncated"] if encoded.cut else []))
 
 
 def _lines(encoded: "Encoded", tokenizer: "Tokenizer", width: int) -> Iterator["Text"]:
@@ -161,9 +161,9 @@ def _print_statistics(statistics: "Statistics", max_length: int) -> None:
     rows = [
         ("examples", f"{statistics.examples:,}"),
         ("tokens", f"{statistics.tokens:,}"),
-        ("learned", f"{statistics.labels:,} ({statistics.share:.1%})"),
+        ("trained on", f"{statistics.labels:,} ({statistics.share:.1%})"),
         ("length", f"{statistics.shortest:,} to {statistics.longest:,}, median {statistics.median:,}"),
-        ("cut off", f"{statistics.truncated:,} at {max_length:,} tokens" if max_length else "none"),
-        ("left out", f"{statistics.unlabelled:,} with nothing left to learn"),
+        ("truncated", f"{statistics.truncated:,} at {max_length:,} tokens" if max_length else "none"),
+        ("skipped", f"{statistics.unlabelled:,} without a label"),
     ]
-    stdout.print(table(("whole file", ""), rows))
+    stdout.print(table(("the file", ""), rows))

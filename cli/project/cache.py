@@ -46,7 +46,7 @@ def prune(
         typer.Option(min=0, callback=finite, metavar="DAYS", help="Only entries unused for at least DAYS days."),
     ] = 0.0,
 ) -> None:
-    """Remove what is kept; artifacts stay."""
+    """Remove cached results; artifacts stay."""
     from cli.console import stdout
 
     removed = _cache_of(params).prune(keep, older_than)

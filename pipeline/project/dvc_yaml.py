@@ -104,7 +104,7 @@ def _plots(project: Project) -> list[Any]:
     single = (stage for stage in project.readable.values() if stage.kind != "adapters")
     trained = [stage for stage in single if stage.name == "train_from_scratch" or stage.name.startswith("finetune_")]
     curves = {f"{project.artifact_name(stage.name)}/{LOSS}": "loss" for stage in trained}
-    axes = {"title": "Training loss", "x": "step", "x_label": "step", "y_label": "loss (nats a token)"}
+    axes = {"title": "Training loss", "x": "step", "x_label": "step", "y_label": "loss (nats per token)"}
     compared = [f"{stage.path}/{PARTS[0]}" for stage in project.stages.values() if stage.kind == "evaluation"]
     return [*([{"training_loss": {**axes, "y": curves}}] if curves else []), *compared]
 

@@ -57,7 +57,7 @@ def compare(figure: Any, curves: Mapping[str, Sequence[Step]], metrics: Mapping[
     left, right = figure.subplots(1, 2)
     for method, steps in curves.items():
         _draw_curve(left, method, steps)
-    left.set(xlabel="epoch", ylabel="training loss (nats a token)", title="Training loss", yscale="log")
+    left.set(xlabel="epoch", ylabel="training loss (nats per token)", title="Training loss", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")  # no powers: their digits are too small in print
     left.grid(alpha=0.3)
     left.legend(labelspacing=0.25)

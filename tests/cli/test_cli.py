@@ -190,7 +190,7 @@ def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(cli: Lora
 
 
 def test_the_list_reports_adapters_that_were_trained_on_another_base(cli: Lora, project: Path) -> None:
-    assert cli("adapters", cwd=project)[1].count("whole") == 5
+    assert cli("adapters", cwd=project)[1].count("verified") == 5
     shutil.rmtree(project / "artifacts/expanded")
     shutil.copytree(project / "artifacts/base", project / "artifacts/expanded")
     result = json.loads(cli("adapters", "--json", cwd=project)[1])
@@ -247,7 +247,7 @@ def test_adapters_are_listed_with_what_was_measured(cli: Lora, finished: Path) -
     rows = {line.split()[0]: line.split()[1:8] for line in out.splitlines() if line}
     assert rows["lora_adapter"] == ["lora", "4", "k", "out", "q", "v", "expanded"]
     assert rows["sweep/rank-8"] == ["lora", "8", "k", "out", "q", "v", "expanded"]
-    assert out.rstrip().endswith("whole")
+    assert out.rstrip().endswith("verified")
 
 
 def test_an_adapter_that_was_not_evaluated_has_no_forgetting(cli: Lora, project: Path) -> None:

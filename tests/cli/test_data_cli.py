@@ -44,7 +44,7 @@ def test_numbers_are_of_the_whole_file_and_lines_fit_the_terminal(cli: Lora, her
     code, out, _ = cli("data", "show", "d.jsonl", "--max-length", "7", "--limit", "1", cwd=here)
     assert code == 0 and out.count("d.jsonl:") == 1
     assert "3 at 7 tokens" in out
-    assert "1 with nothing left to learn" in out
+    assert "1 without a label" in out
     _, out, _ = cli("data", "show", "d.jsonl", cwd=here)
     assert all(len(line) <= 100 for line in out.splitlines())
 

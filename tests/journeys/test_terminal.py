@@ -47,14 +47,14 @@ def test_from_an_empty_project_a_run_is_started_watched_resized_stopped_and_resu
         terminal.keys("r")
         terminal.see("▶ finetune_lora", "left", seconds=120)
         terminal.keys("2")
-        first = terminal.see("finetune_lora  live", "loss (nats a token)")
+        first = terminal.see("finetune_lora  live", "loss (nats per token)")
         deadline = time.monotonic() + 20
         while chart(terminal.screen()) == chart(first):
             assert time.monotonic() < deadline, "the curve does not move"
             time.sleep(0.1)
         for size in ((200, 60), (60, 16), (80, 24)):
             terminal.resize(*size)
-            terminal.see("loss (nats a token)", "following")
+            terminal.see("loss (nats per token)", "following")
         terminal.keys("1")
         terminal.see("▶ finetune_lora")
         terminal.keys("x")

@@ -205,7 +205,7 @@ def test_the_list_of_adapters_hashes_each_once_in_all_calls(
     hashed.clear()
     code, first, err = cli("adapters", cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert first.count("+0.125") == first.count("whole") == 12, "all copies are the one that was measured"
+    assert first.count("+0.125") == first.count("verified") == 12, "all copies are the one that was measured"
     assert len([path for path in hashed if path.name == WEIGHTS]) == 12
     assert read.count(Path("artifacts/evaluation/metrics.json")) == 1
     hashed.clear()
@@ -213,7 +213,7 @@ def test_the_list_of_adapters_hashes_each_once_in_all_calls(
     assert not hashed
     edit(adapters[5] / WEIGHTS)
     out = cli("adapters", cwd=tmp_path)[1]
-    assert out.count("whole") == 11
+    assert out.count("verified") == 11
     assert {path.parent.name for path in hashed} == {"a-5"}
 
 
@@ -232,7 +232,7 @@ def test_no_model_is_loaded_on_the_word_of_the_store(
         store.contents(adapter)
         store.fingerprint(base)
         store.save()
-    assert "whole" in cli("adapters", cwd=tmp_path)[1], "the list believes it"
+    assert "verified" in cli("adapters", cwd=tmp_path)[1], "the list believes it"
     for command in (
         ["prompt", "w1", "--adapter", str(adapter)],
         ["adapters", "verify", str(adapter)],

@@ -129,7 +129,7 @@ def test_what_dvc_was_told_of_is_up_to_date_and_a_changed_rank_concerns_what_dep
     curves = {value["filename"] for value in json.loads(plot)["data"]["values"]}
     assert len(curves) == 3
     drawn = Path(page.strip().removeprefix("file://")).read_text(encoding="utf-8")
-    assert drawn.count('"loss (nats a token)"') >= 1
+    assert drawn.count('"loss (nats per token)"') >= 1
 
 
 def test_a_changed_rank_concerns_the_documents_stages_that_read_its_section_or_an_artifact_made_with_it() -> None:

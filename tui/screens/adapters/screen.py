@@ -283,6 +283,9 @@ class AdaptersScreen(BrowseScreen):
 
     @work(exclusive=True, group="status")
     async def _status(self) -> None:
+        if not self.engine.running:  # it ended before this worker began, and asking would start a new one
+            self._set_engine_state("died")
+            return
         try:
             self.bar.facts = await self.engine.ask("status")
         except UserError:

@@ -14,10 +14,10 @@ from tui.screens.curves.series import HELD_OUT, QUANTITIES, Log
 from tui.widgets.plot.curve import Curve, Range, power_of_ten
 
 TITLES = {
-    "loss": "loss (nats a token)",
+    "loss": "loss (nats per token)",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
-    "divergence": "divergence from the base (nats a token)",
+    "divergence": "divergence from the base (nats per token)",
 }
 POINTED = Look("#FFFFFF", "☆")  # look of the highlighted adapter; drawn black on a light background
 MAX_NAME = 44  # characters of an adapter's name in the list, at most

@@ -137,6 +137,8 @@ async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(
         os.kill(pid, signal.SIGKILL)
         await until(s.pilot, lambda: s.screen.query_one(EngineBar).state == "died")
         await until(s.pilot, lambda: "it was killed" in s.messages())
+        await s.screen._status().wait()
+        assert not engine.running, "a check of its status must not start a new one"
         assert len(s.screen.entries) == len(VARIANTS) + 2
         again = await answers(s, PROMPT)
         assert [answer.text for answer in again] == [answer.text for answer in first]

@@ -571,7 +571,7 @@ async def test_an_exported_picture_has_the_evaluations_too(root: Path) -> None:
         loss, divergence = picture["panels"]
         assert [len(curve["held_out"]["x"]) for curve in loss["curves"]] == [0, 0, 10]
         assert [len(curve["held_out"]["x"]) for curve in divergence["curves"]] == [0, 0, 0]
-        assert divergence["title"] == "divergence from the base (nats a token)"
+        assert divergence["title"] == "divergence from the base (nats per token)"
         drawn = await export.render_chart(picture)
     assert b"finetune_lora, held out" in drawn or drawn.count(b"<use") > 10
 
