@@ -73,10 +73,12 @@ def discover_runs(root: Path, project: Project | None) -> list[Run]:
     """All runs of the training stages, stage by stage: the last run first, then from new to old.
 
     Runs with the same bytes in their logs are listed once. Labels show the params that differ from the current ones.
-    Inherited stages have their runs in the parent's folder. `project` is None if the params file in `root` cannot be
-    read. This reads whole logs to hash them, so do not call it on the UI thread.
+    Inherited stages have their runs in the parent's folder; stages of other projects with the same cache are left out.
+    `project` is None if the params file in `root` cannot be read. This reads whole logs to hash them, so do not call
+    it on the UI thread.
     """
-    return [run for name in TRAINING for run in _disambiguate(_runs(root, STAGES[name], project))]
+    names = [name for name in TRAINING if project is None or name in project.readable]
+    return [run for name in names for run in _disambiguate(_runs(root, STAGES[name], project))]
 
 
 def stamp(root: Path, params: Path, project: Project | None) -> tuple[int, ...]:

@@ -88,6 +88,12 @@ def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
     assert place["finetune_prefix"].is_relative_to(houses / "document")
 
 
+def test_the_parent_lists_no_runs_of_its_child_though_both_have_one_cache(houses: Path) -> None:
+    project = open_project(houses / "params.yaml")
+    assert (project.cache / "finetune_prefix").is_dir()
+    assert {run.stage for run in discover_runs(houses, project)} <= set(project.stages)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

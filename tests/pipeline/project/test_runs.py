@@ -21,7 +21,8 @@ BASE = {"rank": 4, "alpha": 1.0}
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(f"{text}\nfinetune_sweep:\n", encoding="utf-8")
     return tmp_path
 
 
