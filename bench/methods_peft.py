@@ -28,9 +28,8 @@ def peft_side(folder: Path, method: str, virtual: int) -> tuple[Callable[[], obj
     def step() -> float:
         (batch,) = batch_list[next(step_numbers)]
         optimizer.zero_grad()
-        positions = (
-            {} if method in ("prefix", "prompt") else {"position_ids": batch.positions}
-        )  # not with virtual tokens
+        # with virtual tokens PEFT numbers the positions itself
+        positions = {} if method in ("prefix", "prompt") else {"position_ids": batch.positions}
         logits = model(input_ids=batch.ids, **positions).logits[:, -batch.ids.shape[1] :]  # without the prompt's logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels)
         torch.autograd.backward(loss)

@@ -20,6 +20,12 @@ def escape_whitespace(token: str) -> str:
     return "".join(shown) or "∅"
 
 
+def abbreviate_repr(value: object, limit: int = 60) -> str:
+    """The repr of a value of unknown size, for an error message: at most `limit` characters and an ellipsis."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def natural_sort_key(name: str) -> list[str | float]:
     """A key that sorts names by the numbers in them: rank-2 before rank-16, lr-1e-05 before lr-0.001."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name)

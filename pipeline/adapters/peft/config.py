@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.adapters.config import CONFIG, VIRTUAL, AdapterSpec
 from pipeline.errors import UserError
 from pipeline.files.patterns import block_pattern, end_pattern, problem
+from pipeline.files.text import abbreviate_repr
 
 KIND = "LORA"
 # PEFT's options that change what an adapter computes, each with its only supported value;
@@ -114,8 +115,8 @@ class _Config:
         kind = self.get("peft_type") or KIND
         if kind != KIND:
             raise UserError(
-                f"{self.path}: peft_type must be {KIND}, {' or '.join(VIRTUAL)}, got {_abbreviate(kind)}. Train one "
-                "of these, or convert the adapter with PEFT's save_as_lora if its method allows that."
+                f"{self.path}: peft_type must be {KIND}, {' or '.join(VIRTUAL)}, got {abbreviate_repr(kind, 200)}. "
+                "Train one of these, or convert the adapter with PEFT's save_as_lora if its method allows that."
             )
         if self.values.get("init_lora_weights", True) not in _KEEPS_BASE:
             raise UserError(
@@ -180,12 +181,7 @@ class _Config:
         return {name: tuple(ids) for name, ids in indices.items()}
 
     def _invalid(self, key: str, rule: str, value: Any) -> UserError:
-        return UserError(f"{self.path}: {key} must be {rule}, got {_abbreviate(value)}.")
-
-
-def _abbreviate(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+        return UserError(f"{self.path}: {key} must be {rule}, got {abbreviate_repr(value, 200)}.")
 
 
 def _is_list_of(values: Any, kind: type) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files.text import abbreviate_repr
 
 MAX_SIZE = 2**31 - 1  # larger than any dimension of a tensor on a GPU
 MOST_LAYERS = 10_000
@@ -23,7 +24,7 @@ class Config:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise UserError(
-                    f"{self.source}: {key} must be a whole number from 1 to {most:,}, got {_abbreviate(value)}."
+                    f"{self.source}: {key} must be a whole number from 1 to {most:,}, got {abbreviate_repr(value)}."
                 )
             return value
         if default is None:
@@ -33,14 +34,14 @@ class Config:
     def flag(self, key: str, default: bool) -> bool:
         value = self._values.get(key)
         if value is not None and not isinstance(value, bool):
-            raise UserError(f"{self.source}: {key} must be true or false, got {_abbreviate(value)}.")
+            raise UserError(f"{self.source}: {key} must be true or false, got {abbreviate_repr(value)}.")
         return default if value is None else value
 
     def share(self, key: str, default: float) -> float:
         """A number above 0 and at most 1."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise UserError(f"{self.source}: {key} must be more than 0 and at most 1, got {_abbreviate(value)}.")
+            raise UserError(f"{self.source}: {key} must be more than 0 and at most 1, got {abbreviate_repr(value)}.")
         return float(value)
 
     def layers(self, key: str, count: int) -> set[int]:
@@ -48,7 +49,9 @@ class Config:
         value = self.get(key, [])
         valid = isinstance(value, list) and all(type(n) is int and 0 <= n < count for n in value)
         if not valid:
-            raise UserError(f"{self.source}: {key} must list layers from 0 to {count - 1}, got {_abbreviate(value)}.")
+            raise UserError(
+                f"{self.source}: {key} must list layers from 0 to {count - 1}, got {abbreviate_repr(value)}."
+            )
         return set(value)
 
     def is_null(self, key: str) -> bool:
@@ -58,8 +61,3 @@ class Config:
     def get(self, key: str, default: Any = None) -> Any:
         value = self._values.get(key)
         return default if value is None else value
-
-
-def _abbreviate(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

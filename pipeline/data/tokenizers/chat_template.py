@@ -70,7 +70,7 @@ def render_in(folder: Path, messages: Messages, prefixes: Prefixes, turn: str = 
     try:
         hf_tokenizer = _open_tokenizer(folder, times)
     except Exception as error:  # whatever the library raises
-        raise UserError(f"{folder}: cannot open its tokenizer: {_abbreviate(error)}") from None
+        raise UserError(f"{folder}: cannot open its tokenizer: {_one_line(error)}") from None
     return render_with(hf_tokenizer, messages, prefixes, str(folder), turn)
 
 
@@ -92,7 +92,7 @@ def render_with(hf_tokenizer: Any, messages: Messages, prefixes: Prefixes, name:
     try:
         template = hf_tokenizer.get_chat_template()
     except ValueError as error:  # several templates, none of them the default
-        raise UserError(f"{name}: its chat template fails: {_abbreviate(error)}") from None
+        raise UserError(f"{name}: its chat template fails: {_one_line(error)}") from None
     try:
         results = RENDERER.render(template, messages, prefixes, hf_tokenizer.special_tokens_map)
     except TemplateError as error:
@@ -133,7 +133,7 @@ def no_template(name: str) -> UserError:
     )
 
 
-def _abbreviate(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.document.tables import Spread
 from pipeline.errors import UserError
+from pipeline.files.text import abbreviate_repr
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_BITS = 1000, 40, 1024  # of an expression, of its syntax tree, of an integer
 ALLOWED = (
@@ -197,7 +198,7 @@ def number(value: Any) -> int | float:
     if isinstance(value, Spread):
         return value.mean
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Rejected(f"expected a number, got {_abbreviate(value)}")
+        raise _Rejected(f"expected a number, got {abbreviate_repr(value)}")
     return value
 
 
@@ -229,7 +230,7 @@ def _compare(left: Any, ops: list[ast.cmpop], others: list[Any]) -> bool:
         if type(op) in ORDER:
             holds = ORDER[type(op)](number(left), number(right))
         elif isinstance(op, ast.In | ast.NotIn) and not isinstance(right, list | dict | str):
-            raise _Rejected(f"`in` needs a list, got {_abbreviate(right)}")
+            raise _Rejected(f"`in` needs a list, got {abbreviate_repr(right)}")
         else:
             holds = EQUAL[type(op)](_mean_of_seeds(left), _mean_of_seeds(right))
         if not holds:
@@ -255,9 +256,4 @@ def _get_item(container: Any, key: Any) -> Any:
         if not -len(container) <= key < len(container):
             raise _Rejected(f"there is no element {key} in a list of {len(container)}")
         return container[key]
-    raise _Rejected(f"{_abbreviate(container)} has no element {key!r}")
-
-
-def _abbreviate(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "…"
+    raise _Rejected(f"{abbreviate_repr(container)} has no element {key!r}")

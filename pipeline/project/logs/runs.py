@@ -77,17 +77,22 @@ def discover_runs(root: Path, project: Project | None) -> list[Run]:
     `project` is None if the params file in `root` cannot be read. This reads whole logs to hash them, so do not call
     it on the UI thread.
     """
-    names = [name for name in TRAINING if project is None or name in project.readable]
-    return [run for name in names for run in _disambiguate(_runs(root, STAGES[name], project))]
+    return [run for name in _training_stages(project) for run in _disambiguate(_runs(root, STAGES[name], project))]
 
 
 def stamp(root: Path, params: Path, project: Project | None) -> tuple[int, ...]:
     """Changes when `discover_runs` may return other runs. Takes a dozen calls of os.stat, and one per adapter."""
-    homes = {name: project.home(name).root if project else root for name in TRAINING}
+    stages = _training_stages(project)
+    homes = {name: project.home(name).root if project else root for name in stages}
     cache = project.cache if project else cache_folder(root)
     logs = [number for name, home in homes.items() for number in _identities(home / RUNS / name, STAGES[name])]
-    others = [params, *(home / STAGES[name].path for name, home in homes.items()), *(cache / name for name in TRAINING)]
+    others = [params, *(home / STAGES[name].path for name, home in homes.items()), *(cache / name for name in stages)]
     return (*logs, *(number for path in others for number in _stat(path)))
+
+
+def _training_stages(project: Project | None) -> list[str]:
+    """Those of TRAINING that the project has itself or from its parent; without a project, all."""
+    return [name for name in TRAINING if project is None or name in project.readable]
 
 
 def _identities(folder: Path, stage: Stage) -> list[int]:

@@ -73,9 +73,8 @@ class Training:
 class Pretrain(Training):
     """MiniGPT's shape (the document's Introduction and §9) and its training, or the base that stands in its place."""
 
-    base: str = field(
-        default="minigpt", metadata={schema.TOP_LEVEL: True}
-    )  # or a checkpoint folder, a GGUF file, a hub id: imported instead of trained
+    # minigpt is trained; a checkpoint folder, a GGUF file or a hub id is imported instead
+    base: str = field(default="minigpt", metadata={schema.TOP_LEVEL: True})
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of an imported base's weights; auto: its own
     trust_remote_code: bool = False  # run code that comes with a base
     data: str = "data/pretrain.de.txt"

@@ -19,9 +19,8 @@ MINIGPT = "MiniGPT"
 def query_from_project(project: Project) -> CalculatorQuery:
     """The query that describes `finetune_lora` as the trainer runs it. Raises UserError if the base is invalid."""
     lora, imports = project.params.finetune_lora, project.params.pretrain.imports
-    longest = [
-        tokens for tokens in (lora.window, lora.max_length) if tokens
-    ]  # empty: the calculator's default for the model
+    # if empty, the calculator's default for the model applies
+    longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]
     return CalculatorQuery(
         model=_model_source(project),
         rank=str(lora.rank),
@@ -92,9 +91,8 @@ def params_from_result(
     if query.method not in ("full", "freeze", "lora", "qlora"):
         raise UserError(f"{query.method} is not trainable here yet. Choose lora, qlora, freeze or full.")
     quantization = run.precision if run.precision in get_args(Quantization) else "none"
-    precision = (
-        "bf16" if quantization != "none" else run.precision
-    )  # the calculator assumes bf16 besides quantized weights
+    # the calculator assumes bf16 for what is not quantized
+    precision = "bf16" if quantization != "none" else run.precision
     if precision not in get_args(Precision):
         choices = "fp32, bf16, fp16, int8, nf4 or nf4-dq"
         raise UserError(f"{run.precision} weights are not trainable here yet. Choose {choices}.")

@@ -15,9 +15,8 @@ class Answer:
     name: str
     strength: float | None = None  # scale of an adapter
     top_k: list[tuple[str, float]] = field(default_factory=list)
-    of: dict[str, float | None] = field(
-        default_factory=dict
-    )  # probability of every token in the table; None: not in the vocabulary
+    # probability of every token in the table; None: not in the vocabulary
+    of: dict[str, float | None] = field(default_factory=dict)
     text: str = ""
     ended: str = ""
     error: str = ""

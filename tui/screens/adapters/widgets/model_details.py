@@ -53,12 +53,12 @@ def format_details(details: Details) -> Text:
         text.append_text(_spectrum(details.spectrum))
     if entry.model.kind == "adapter":
         text.append_text(_section("adapter", _set_options(details.config)))
-    facts = {"commit": _abbreviate(manifest.get("commit")), **_flatten(manifest.get("parameters"), "parameters ")}
+    facts = {"commit": _short_hash(manifest.get("commit")), **_flatten(manifest.get("parameters"), "parameters ")}
     text.append_text(_section("manifest", {key: value for key, value in facts.items() if value}))
     text.append_text(_section("params", _flatten(manifest.get("params"))))
     for name in ("inputs", "base", "fingerprint"):
         text.append_text(
-            _section(name, {key: _abbreviate(value) for key, value in _flatten(manifest.get(name)).items()})
+            _section(name, {key: _short_hash(value) for key, value in _flatten(manifest.get(name)).items()})
         )
     return text.append_text(_section("versions", _flatten(manifest.get("versions"))))
 
@@ -76,7 +76,7 @@ def _set_options(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: _format_value(value) for key, value in config.items() if value not in (None, False, {}, [], "none")}
 
 
-def _abbreviate(value: Any) -> str:
+def _short_hash(value: Any) -> str:
     return str(value or "")[:HASH_LENGTH]
 
 
