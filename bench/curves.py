@@ -14,7 +14,8 @@ from textual.widget import Widget
 
 from bench.measure import Row, in_turns
 from pipeline.project.logs.run_log import COLUMNS
-from pipeline.project.palette import METHODS, Look, other
+from pipeline.project.palette import Look, other
+from pipeline.stages.registry import STAGES
 from tui.screens.curves.series import Log, parse_step
 from tui.screens.curves.series import Row as LogRow
 from tui.services.csv_tail import CsvTail
@@ -58,7 +59,7 @@ class _Chart(App[None]):
 async def _time_redraws() -> dict[str, float]:
     """Median seconds from the log to the rendered lines."""
     three, many = _logs(len(SHOWN), POINTS), _logs(ADAPTERS, STEPS)
-    looks = [METHODS[name] for name in SHOWN]
+    looks = [look for name in SHOWN if (look := STAGES[name].look)]
     async with _Chart().run_test(size=(200, 60)) as pilot:
         chart = pilot.app.query_one(LossChart)
 
@@ -72,7 +73,7 @@ async def _time_redraws() -> dict[str, float]:
                 widget.render_lines(widget.size.region)
 
         await pilot.pause()
-        sweep = [METHODS["finetune_sweep"]] * ADAPTERS
+        sweep = [STAGES["finetune_sweep"].look or other(0)] * ADAPTERS
         return in_turns(
             {
                 "three": lambda: draw(three, looks, POINTS),

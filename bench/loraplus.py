@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from pipeline.project.logs.outcomes import TABLE
 from pipeline.project.logs.run_log import LOSS, epoch_means, read_steps
-from pipeline.project.params.grid import TABLE
-from pipeline.project.params.sections import FinetuneLora
+from pipeline.stages.methods.lora import FinetuneLora
 
 EARLY = 10  # epochs
 Losses = Sequence[tuple[float, float]]  # per seed: epoch 10 and last epoch, nats per token

@@ -22,8 +22,11 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens
 from pipeline.calc.settings import FULL
 from pipeline.models.load import load_base
-from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneVirtual, Quantization, Training
-from pipeline.stages.finetune import lora_spec
+from pipeline.project.params.sections import Quantization, Training
+from pipeline.stages.methods.full import FinetuneFull
+from pipeline.stages.methods.lora import FinetuneLora, lora_spec
+from pipeline.stages.methods.prefix import FinetunePrefix
+from pipeline.stages.methods.prompt import FinetunePrompt
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.memory.live_bytes import TensorMemoryMeter
 
@@ -35,8 +38,8 @@ METHODS: dict[str, Training] = {
     "DoRA": replace(LORA, dora=True),
     "PiSSA": replace(LORA, init_lora_weights="pissa"),
     "QLoRA (nf4-dq)": replace(LORA, quantization="nf4-dq"),
-    "prefix": FinetuneVirtual(epochs=10**9, virtual_tokens=VIRTUAL),
-    "prompt": FinetuneVirtual(epochs=10**9, virtual_tokens=VIRTUAL),
+    "prefix": FinetunePrefix(epochs=10**9, virtual_tokens=VIRTUAL),
+    "prompt": FinetunePrompt(epochs=10**9, virtual_tokens=VIRTUAL),
     "full": FinetuneFull(epochs=10**9),
 }
 
@@ -90,7 +93,7 @@ def our_side(folder: Path, method: str, settings: Any) -> Side:
     model, tokenizer = load_base(folder, quantization=quantization)
     if isinstance(settings, FinetuneLora):
         attach(model, lora_spec(model, settings, ()), init=settings.init_lora_weights)
-    elif isinstance(settings, FinetuneVirtual):
+    elif isinstance(settings, FinetunePrefix | FinetunePrompt):
         attach_virtual_tokens(model, VirtualSpec(method, settings.virtual_tokens), len(tokenizer), settings.seed)
     optimizer = build_optimizer(model, settings)
     records = steps(TrainingTask(model.train(), batches(), settings, FULL), optimizer)

@@ -23,8 +23,7 @@ from pipeline.models.base import CausalLM
 from pipeline.models.kernels.allocator import keep_freed_memory
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import load_base
-from pipeline.project.params.sections import FinetuneLora
-from pipeline.stages.finetune import lora_spec
+from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.training.batched.loop import AdapterProgress, steps
 from pipeline.training.batched.step import BatchedTrainingTask, Variant
 from pipeline.training.batches import Batches

@@ -18,8 +18,9 @@ from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.data.windows import InMemoryDataset
 from pipeline.models.load import Base, load_base, save_base
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
-from pipeline.project.params.sections import FinetuneFreeze, FinetuneLora, Training
-from pipeline.stages.finetune import freeze, lora_spec
+from pipeline.project.params.sections import Training
+from pipeline.stages.methods.freeze import FinetuneFreeze, freeze
+from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, steps
 from pipeline.training.optimizer import FlatAdam

@@ -14,7 +14,7 @@ Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
 adapters = group(help="List, verify, compare, combine, export adapters.", invoke_without_command=True)
 app.add_typer(adapters, name="adapters")
-adapters.command()(export)
+adapters.command(hidden=True)(export)  # its former place
 
 FOLDER = Path("artifacts")
 COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "state")

@@ -49,8 +49,8 @@ def show(
     from tempfile import TemporaryDirectory
 
     from cli.console import print_json, stdout
-    from pipeline.data.examples import iter_examples
     from pipeline.data.masking import encoder
+    from pipeline.data.read import iter_examples
     from pipeline.data.token_file import Corpus
     from pipeline.data.tokenizers.word import load_tokenizer
 
@@ -79,9 +79,8 @@ def show(
 def _default_base() -> Path:
     """The expanded checkpoint of the pipeline, else the base. Raises UserError if there is none."""
     from pipeline.errors import UserError
-    from pipeline.project.stage_graph import STAGES
 
-    folders = [Path(STAGES[stage].path) for stage in ("expand_vocab", "pretrain")]
+    folders = [Path("artifacts/expanded"), Path("artifacts/base")]
     for folder in folders:
         if folder.is_dir():
             return folder

@@ -74,7 +74,7 @@ def merging_of(
 ) -> tuple["Merging", "Verify | None"]:
     """The merge, and the check of its logits if there are prompts."""
     from pipeline.adapters.folder import base_of
-    from pipeline.data.examples import read_prompts
+    from pipeline.data.prompts import read_prompts
     from pipeline.weights.merge import Merging
 
     merging = Merging(base or base_of(adapter), adapter, precision, trust)

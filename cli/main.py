@@ -1,31 +1,69 @@
-"""`lora`: the Typer app, and the conversion of errors to messages and exit codes."""
+"""`lora`: the commands, each in a module of its own, and the conversion of errors to messages and exit codes."""
 
 import sys
+from importlib import import_module
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cli import adapters, data, export, prompt, spectrum, stages
-from cli.calc import command
-from cli.document import claims, figures, study
-from cli.options import group
-from cli.project import cache, doctor, new, report
+from cli.options import Group, group
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
 from pipeline.project.process_rank import world
+
+# Command → its module and its line in `lora --help`, which so imports no module: it takes a third of the time.
+COMMANDS = {
+    "new": ("cli.project.new", "Make a project: params, data, dvc.yaml."),
+    "params": ("cli.params", "Show every setting, where it comes from, what it means."),
+    "pretrain": ("cli.stages", "Train MiniGPT from scratch → artifacts/base."),
+    "expand-vocab": ("cli.stages", "Add rows for new words → artifacts/expanded."),
+    "train-from-scratch": ("cli.stages", "Train a model from random weights on old and new data."),
+    "merge": ("cli.stages", "Merge the adapter into its base."),
+    "evaluate": ("cli.stages", "Compare all variants → artifacts/evaluation."),
+    "finetune": ("cli.stages", "Fine-tune the expanded base with one method."),
+    "report": ("cli.project.report", "Show the last comparison, and where the report is."),
+    "study": ("cli.document.study", "Run a study of the document, or list the studies."),
+    "figures": ("cli.document.figures", "Draw the document's figures from our own runs."),
+    "claims": ("cli.document.claims", "Compare the document's claims with what was measured."),
+    "spectrum": ("cli.spectrum", "Singular values of a fine-tuning; extract its LoRA."),
+    "calc": ("cli.calc.command", "Exact parameters, training memory, what fits your GPU."),
+    "prompt": ("cli.prompt", "Prompt a model: its top next tokens and a completion."),
+    "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
+    "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
+    "export": ("cli.export", "Export an adapter: for PEFT, for vLLM, or merged."),
+    "data": ("cli.data", "Show what is trained on in a data file."),
+    "cache": ("cli.project.cache", "Show or prune the cache of finished stages."),
+    "doctor": ("cli.project.doctor", "Show versions, devices, memory and disk."),
+}
+
+
+class _Commands(Group):
+    """Imports a command's module when it is called."""
+
+    def list_commands(self, _ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: Any, name: str) -> Any:
+        if name not in COMMANDS:
+            return None
+        whole = group()
+        whole.add_typer(import_module(COMMANDS[name][0]).app)
+        whole.callback()(lambda: None)  # or Typer makes of a single command no group
+        return typer.main.get_group(whole).commands[name]
+
+    def format_commands(self, _ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
 
 app = group(
     help="Adapt language models with LoRA: train, merge, evaluate, prompt. Settings are in params.yaml.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    cls=_Commands,
 )
-for part in (
-    *(new, stages, report, study, figures, claims, spectrum),
-    *(command, prompt, adapters, export, data, cache, doctor),
-):
-    app.add_typer(part.app)
 
 
 def _version(wanted: bool) -> None:

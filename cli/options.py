@@ -40,14 +40,15 @@ def finite(value: float) -> float:
     return value
 
 
-class _Group(TyperGroup):
+class Group(TyperGroup):
     """Answers an unknown command or option that is a former name, or another tool's, with the name here."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in self.commands:
+        known = self.list_commands(ctx)
+        if args[0] not in known:
             from pipeline.project.params.aliases import COMMANDS
 
-            if (meant := COMMANDS.get(args[0])) in self.commands:
+            if (meant := COMMANDS.get(args[0])) in known:
                 ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
         return super().resolve_command(ctx, args)
 
@@ -67,7 +68,7 @@ class _Group(TyperGroup):
 
 def group(**settings: Any) -> typer.Typer:
     """A Typer with plain help: Rich's boxes would double the time of `lora --help`."""
-    return typer.Typer(rich_markup_mode=None, cls=_Group, **settings)
+    return typer.Typer(rich_markup_mode=None, **{"cls": Group, **settings})
 
 
 def project_of(params: Path, overrides: list[str] | None = None) -> "Project":

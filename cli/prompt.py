@@ -103,7 +103,6 @@ def compare(
     from cli.project.report import outdated, warn
     from pipeline.errors import UserError
     from pipeline.inference.engine import continued, variants
-    from pipeline.project.stage_graph import VARIANTS
 
     project = project_of(params)
     answers: dict[str, dict[str, Any]] = {}
@@ -118,7 +117,7 @@ def compare(
     if all("unknown_words" in answer for answer in answers.values()):
         words = ", ".join(next(reversed(answers.values()))["unknown_words"])
         raise UserError(f"No variant knows: {words}. Use words of the training data, or add them with expand_vocab.")
-    stage_of = {name: VARIANTS[name][1] or VARIANTS[name][0] for name in answers}
+    stage_of = {name: project.variants[name][1] or project.variants[name][0] for name in answers}
     old = outdated(project, list(stage_of.values()))
     for name, answer in answers.items():
         answer["outdated"] = list(old.get(stage_of[name], ()))

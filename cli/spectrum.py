@@ -37,7 +37,7 @@ def spectrum(
     Of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds.
     """
     from cli.progress import follow
-    from pipeline.data.examples import read_examples
+    from pipeline.data.read import read_examples
     from pipeline.errors import UserError
     from pipeline.inference.agreement import quality, refuse_other_tokens
     from pipeline.weights.extract import extract, spectra_of

@@ -1,7 +1,11 @@
 """The pipeline's stages as commands. What a stage runs is imported only once the cache has missed."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +17,7 @@ from cli.options import (
     BaseOption,
     CheckpointOption,
     ForceOption,
+    Group,
     ParamsOption,
     SetOption,
     TrustOption,
@@ -21,16 +26,91 @@ from cli.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from pipeline.project.runner import Event, Facts, Job, Work
-
-    Making = Generator[Event, None, Facts]
+    from pipeline.project.stage_graph import Stage
 
 SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
+
+
+class _Methods(Group):
+    """`lora finetune`: one command for each method that the registry finds."""
+
+    def list_commands(self, _ctx: Any) -> list[str]:
+        from pipeline.stages.registry import METHODS
+
+        return [name for name, stage in METHODS.items() if stage.name.startswith("finetune_")]
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        from pipeline.stages.registry import METHODS
+
+        if name not in self.list_commands(ctx):
+            return None
+        one = typer.Typer(rich_markup_mode=None, add_completion=False)
+        stage = METHODS[name]
+        one.command(name, help=_help(stage))(_trains_together if stage.kind == "adapters" else _distributes(stage))
+        return typer.main.get_command(one)
+
+
 app = group()
-finetune = group(help="Fine-tune: full, freeze, lora, prefix, prompt, sweep.", no_args_is_help=True)
+finetune = group(help="Fine-tune the expanded base with one method.", no_args_is_help=True, cls=_Methods)
 app.add_typer(finetune, name="finetune")
+
+
+def _help(stage: Stage) -> str:
+    note = ", in PEFT's format" if stage.kind == "adapter" else ""
+    return f"{stage.summary} → {stage.path}{note}.\n\n{stage.settings.__doc__}"
+
+
+def _distributes(stage: Stage) -> Callable[..., None]:
+    """The command of a method that several processes can run together."""
+
+    def command(
+        params: ParamsOption = DEFAULT_PARAMS,
+        overrides: SetOption = None,
+        force: ForceOption = False,
+        checkpoint_every: CheckpointOption = 100,
+        devices: Annotated[int, typer.Option(min=1, help="Number of processes, one per GPU.")] = 1,
+        shard: Annotated[
+            bool | None, typer.Option(help="Shard the base over the devices; default: if one cannot hold it.")
+        ] = None,
+    ) -> None:
+        from pipeline.errors import UserError
+        from pipeline.project.process_rank import world
+
+        if shard and devices == 1 and world().alone:
+            raise UserError("--shard shares the base among several devices. Say how many with --devices.")
+        if devices > 1 and world().alone:  # the same from torchrun: torchrun --nproc-per-node 2 -m cli.main finetune …
+            from pipeline.training.distributed.launch import launch
+
+            project_of(params, overrides).stage(stage.name)  # what is wrong is said before anything starts
+            given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
+            given += [f"--set={override}" for override in overrides or ()]
+            given += [] if shard is None else ["--shard" if shard else "--no-shard"]
+            raise typer.Exit(launch(devices, ["finetune", stage.method, *given]))
+        run_stage(stage.name, params, overrides, force, checkpoint_every, shard)
+
+    return command
+
+
+def _trains_together(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = 100,
+) -> None:
+    """The command of a sweep, which ends with the table of its adapters."""
+    run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
+    if UNDER_DVC:
+        return
+    from cli.console import stdout, table
+    from pipeline.files.artifact import read_json
+    from pipeline.project.logs.outcomes import TABLE
+
+    folder = project_of(params, overrides).artifact("finetune_sweep")
+    rows = []
+    for name, end in read_json(folder / TABLE, "Run `lora finetune sweep`").items():
+        losses = ("" if end[key] is None else f"{end[key]:.4f}" for key in ("final_loss", "eval_loss"))
+        rows.append((name, f"{end['trainable']:,}", f"{end['steps']:,}", *losses, end["state"]))
+    stdout.print(table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS))
 
 
 @app.command()
@@ -41,13 +121,7 @@ def pretrain(
     checkpoint_every: CheckpointOption = 100,
 ) -> None:
     """Train MiniGPT from scratch → artifacts/base."""
-
-    def work(job: "Job") -> "Making":
-        from pipeline.stages.pretrain import pretrain
-
-        return pretrain(job)
-
-    run_stage("pretrain", work, params, overrides, force, checkpoint_every)
+    run_stage("pretrain", params, overrides, force, checkpoint_every)
 
 
 @app.command("expand-vocab")
@@ -55,13 +129,7 @@ def expand_vocab(
     params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False
 ) -> None:
     """Add rows for new words → artifacts/expanded."""
-
-    def work(job: "Job") -> "Making":
-        from pipeline.stages.expand_vocab import expand_vocab
-
-        return expand_vocab(job)
-
-    run_stage("expand_vocab", work, params, overrides, force)
+    run_stage("expand_vocab", params, overrides, force)
 
 
 @app.command("train-from-scratch")
@@ -75,134 +143,7 @@ def train_from_scratch(
 
     It has the base's shape; writes artifacts/from_scratch.
     """
-
-    def work(job: "Job") -> "Making":
-        from pipeline.stages.train_from_scratch import train_from_scratch
-
-        return train_from_scratch(job)
-
-    run_stage("train_from_scratch", work, params, overrides, force, checkpoint_every)
-
-
-@finetune.command()
-def full(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
-) -> None:
-    """Train every parameter → artifacts/full_finetuned."""
-    run_stage("finetune_full", _finetune, params, overrides, force, checkpoint_every)
-
-
-@finetune.command()
-def freeze(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
-) -> None:
-    """Train the last blocks and embeddings → artifacts/layer_frozen."""
-    run_stage("finetune_freeze", _finetune, params, overrides, force, checkpoint_every)
-
-
-@finetune.command()
-def lora(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
-    devices: Annotated[int, typer.Option(min=1, help="Number of processes, one per GPU.")] = 1,
-    shard: Annotated[
-        bool | None,
-        typer.Option(help="Shard the base over the devices; default: if one cannot hold it."),
-    ] = None,
-) -> None:
-    """Train low-rank updates → artifacts/lora_adapter, in PEFT's format.
-
-    The same from torchrun: torchrun --nproc-per-node 2 -m cli.main finetune lora
-    """
-    from pipeline.errors import UserError
-    from pipeline.project.process_rank import world
-
-    if shard and devices == 1 and world().alone:
-        raise UserError("--shard shares the base among several devices. Say how many with --devices.")
-    if devices > 1 and world().alone:
-        from pipeline.training.distributed.launch import launch
-
-        project_of(params, overrides).stage("finetune_lora")  # what is wrong is said before anything starts
-        given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
-        given += [f"--set={override}" for override in overrides or ()]
-        given += [] if shard is None else ["--shard" if shard else "--no-shard"]
-        raise typer.Exit(launch(devices, ["finetune", "lora", *given]))
-
-    def work(job: "Job") -> "Making":
-        from pipeline.stages.finetune import finetune
-
-        return finetune(job, shard)
-
-    run_stage("finetune_lora", work, params, overrides, force, checkpoint_every)
-
-
-@finetune.command()
-def prefix(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
-) -> None:
-    """Prefix tuning → artifacts/prefix, in PEFT's format.
-
-    Trains keys and values of virtual tokens in every block.
-    """
-    run_stage("finetune_prefix", _finetune, params, overrides, force, checkpoint_every)
-
-
-@finetune.command()
-def prompt(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
-) -> None:
-    """Prompt tuning → artifacts/prompt, in PEFT's format.
-
-    Trains the embeddings of virtual tokens.
-    """
-    run_stage("finetune_prompt", _finetune, params, overrides, force, checkpoint_every)
-
-
-@finetune.command()
-def sweep(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
-) -> None:
-    """Train one adapter per combination of a grid → artifacts/sweep.
-
-    The grid is finetune_sweep.grid; all adapters train in one pass.
-    """
-    from pipeline.project.params.grid import variants
-
-    project = project_of(params, overrides)
-    project.stage("finetune_sweep")
-    variants(project.params.finetune_lora, project.params.finetune_sweep)  # what is wrong is said first
-
-    def work(job: "Job") -> "Making":
-        from pipeline.stages.sweep import sweep
-
-        return sweep(job)
-
-    run_stage("finetune_sweep", work, params, overrides, force, checkpoint_every)
-    if not UNDER_DVC:
-        _show_sweep(project.artifact("finetune_sweep"))
-
-
-def _finetune(job: "Job") -> "Making":
-    from pipeline.stages.finetune import finetune
-
-    return finetune(job)
+    run_stage("train_from_scratch", params, overrides, force, checkpoint_every)
 
 
 @app.command()
@@ -235,47 +176,46 @@ def merge(
             raise UserError("--params, --set and --force are of the pipeline's merge: leave out --adapter, or them.")
         merge_files(out, *merging_of(adapter, base, precision, prompts, trust_remote_code))
         return
-
-    def work(job: "Job") -> "Making":
-        from pipeline.stages.merge import merge
-
-        return merge(job)
-
-    run_stage("merge", work, params, overrides, force)
+    run_stage("merge", params, overrides, force)
 
 
 @app.command()
 def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
     """Compare all variants → artifacts/evaluation."""
-
-    def work(job: "Job") -> "Making":
-        from pipeline.stages.evaluate import evaluate
-
-        return evaluate(job)
-
     from cli.project.report import report
 
-    run_stage("evaluate", work, params, overrides, force)
+    run_stage("evaluate", params, overrides, force)
     if not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
         report(params)
 
 
 def run_stage(
-    name: str, work: "Work", params: Path, overrides: list[str] | None, force: bool, checkpoint_every: int = 100
+    name: str,
+    params: Path,
+    overrides: list[str] | None,
+    force: bool,
+    checkpoint_every: int = 100,
+    shard: bool | None = None,
 ) -> None:
     """Run a stage, show how it goes, and say in a line what came of it."""
     from cli.console import stdout
     from cli.progress import follow
     from pipeline.errors import UserError
     from pipeline.project.process_rank import world
-    from pipeline.project.runner import run
+    from pipeline.project.runner import Event, Facts, Job, run
 
     project = project_of(params, overrides)
     stage = project.stage(name)
+    if stage.check:  # what is wrong is said first
+        stage.check(project)
+
+    def work(job: Job) -> Generator[Event, None, Facts]:
+        return stage.run(replace(job, sharded=shard))
+
     if world().alone:
         events = run(project, stage, work, force=force, checkpoint_every=checkpoint_every)
     else:
-        if not name.startswith("finetune_") or name == "finetune_sweep":
+        if not name.startswith("finetune_") or stage.kind == "adapters":
             raise UserError(f"{name} runs in one process. Call it without torchrun.")
         from pipeline.training.distributed.run import run_distributed
 
@@ -287,26 +227,12 @@ def run_stage(
     stdout.print(f"{name:{WIDEST}}  {line}" if UNDER_DVC else line, markup=False, soft_wrap=True)
 
 
-def _show_sweep(folder: Path) -> None:
-    """The table of a sweep's adapters."""
-    from cli.console import stdout, table
-    from pipeline.files.artifact import read_json
-    from pipeline.project.params.grid import TABLE
-
-    rows = []
-    for name, end in read_json(folder / TABLE, "Run `lora finetune sweep`").items():
-        losses = ("" if end[key] is None else f"{end[key]:.4f}" for key in ("final_loss", "eval_loss"))
-        rows.append((name, f"{end['trainable']:,}", f"{end['steps']:,}", *losses, end["state"]))
-    stdout.print(table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS))
-
-
-def _summary(path: str, folder: Path, manifest: dict[str, object]) -> str:
+def _summary(path: str, folder: Path, manifest: dict[str, Any]) -> str:
     """One line: where the artifact is and what can be said of it at once."""
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 
     parts = [path]
-    parameters = manifest.get("parameters")
-    if isinstance(parameters, dict):
+    if parameters := manifest.get("parameters"):
         parts.append(f"{parameters['total']:,} parameters")
         if parameters["trainable"]:
             parts.append(f"{parameters['trainable']:,} trained")
@@ -314,7 +240,6 @@ def _summary(path: str, folder: Path, manifest: dict[str, object]) -> str:
             parts.append(f"{parameters['stored']:,} in the adapter's file")
     if isinstance(manifest.get("adapters"), dict):
         parts.append(f"{len(list(folder.glob(f'*/{LOSS}')))} adapters")
-    steps = read_steps(folder / LOSS)
-    if steps:
+    if steps := read_steps(folder / LOSS):
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
     return "  ".join(parts)

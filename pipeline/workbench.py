@@ -5,21 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.document import stages as document
-from pipeline.project.params.sections import Params
-from pipeline.project.stage_graph import STAGES, Project, StageGraph
+from pipeline.project.params.load import Params
+from pipeline.project.stage_graph import Project, StageGraph
+from pipeline.stages.registry import STAGES
 
-GRAPH = StageGraph({**STAGES, **document.STAGES}, document.sections)
+GRAPH = StageGraph({**STAGES, **document.STAGES})
 
 
 def open_project(params: Path, overrides: Sequence[str] = ()) -> Project:
     """Open the project of a params file with `section.key=value` overrides. Raises UserError."""
-    return Project.load(params, overrides, GRAPH)
+    return Project.load(params, GRAPH, overrides)
 
 
 def current_project() -> Project:
     """The project in the current folder; without a params file, a project with default settings."""
     params = Path("params.yaml")
-    return open_project(params) if params.is_file() else Project(Path(), Params(), GRAPH)
+    return open_project(params) if params.is_file() else Project(Path(), Params(kinds=GRAPH.sections), GRAPH)
 
 
 def calculated_claims() -> tuple[str, list[Mapping[str, Any]]]:

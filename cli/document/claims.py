@@ -52,7 +52,6 @@ def _run_stage(project: "Project") -> None:
     """Run the stage if all its inputs exist and are up to date; otherwise print why not."""
     from cli.console import stderr
     from cli.progress import follow
-    from pipeline.document.claims.stage import claims
     from pipeline.errors import UserError
     from pipeline.project.runner import run
 
@@ -63,7 +62,7 @@ def _run_stage(project: "Project") -> None:
         for name, path in project.inputs(stage).items():
             if not path.exists():
                 raise UserError(f"{name} is missing. Run `dvc repro` to make everything.")
-        follow(run(project, stage, claims), stage.name, quiet=UNDER_DVC)
+        follow(run(project, stage), stage.name, quiet=UNDER_DVC)
     except UserError as error:
         stderr.print(f"{stage.path} was not written: {error}", markup=False, soft_wrap=True)
 

@@ -15,9 +15,7 @@ from cli.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from pipeline.project.runner import Event, Facts, Job
+    pass
 
 app = group()
 STAGE = "figures"
@@ -38,13 +36,7 @@ def figures(
 
     project = project_of(params, overrides)
     project.stage(STAGE)
-
-    def work(job: "Job") -> "Generator[Event, None, Facts]":
-        from pipeline.document.figures.registry import figures
-
-        return figures(job)
-
-    run_stage(STAGE, work, params, overrides, force, checkpoint_every)
+    run_stage(STAGE, params, overrides, force, checkpoint_every)
     if UNDER_DVC:
         return
     show(project.artifact(STAGE), project.stages[STAGE].path)

@@ -1,6 +1,5 @@
 """`lora study NAME`: measure one of the document's statements, as a stage."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,9 +8,7 @@ import typer
 from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOption, SetOption, group
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from pipeline.project.runner import Event, Facts, Job
+    pass
 
 app = group()
 STUDIES = {
@@ -61,12 +58,7 @@ def study(
         raise UserError(f"Unknown study {name}. Choose one of {', '.join(STUDIES)}.")
     project, stage = project_of(params, overrides), f"study_{study_name}"
     path = project.stage(stage).path
-
-    def work(job: "Job") -> "Generator[Event, None, Facts]":
-        events: Generator[Event, None, Facts] = getattr(import_module(job.stage.module), study_name)(job)
-        return events
-
-    run_stage(stage, work, params, overrides, force, checkpoint_every)
+    run_stage(stage, params, overrides, force, checkpoint_every)
     if UNDER_DVC:
         return
     show(project.artifact(stage), project.run_folder(stage))

@@ -22,7 +22,7 @@ def new(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option("--methods", help="Methods to train: full,freeze,lora,prefix,prompt,sweep,scratch."),
+        typer.Option("--methods", help="Methods to train, such as full,lora; `lora finetune --help` lists them."),
     ] = None,
 ) -> None:
     """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten."""

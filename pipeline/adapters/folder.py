@@ -9,11 +9,10 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.project.params.sections import Quantization
-from pipeline.project.stage_graph import STAGES
 
 PICKLE = "adapter_model.bin"
 MODEL = "config.json"  # in the folder of a full model instead of CONFIG
-DEFAULT_BASE = STAGES["expand_vocab"].path
+DEFAULT_BASE = "artifacts/expanded"  # expand_vocab's
 Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: base_fingerprint, or a caching one
 Contents = Callable[[Path], Mapping[str, str]]  # of any folder: artifact.contents, or a caching one
 
@@ -85,8 +84,8 @@ def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
         manifest, added = artifact.read_manifest(base), 0
         if manifest.get("stage") == "expand_vocab":
             start, stop = manifest["new_rows"]
-            imported = artifact.read_manifest(base.parent / STAGES["pretrain"].output)
-            if manifest["inputs"][STAGES["pretrain"].path] != artifact.sealed_digest(imported):
+            imported = artifact.read_manifest(base.parent / "base")
+            if manifest["inputs"]["artifacts/base"] != artifact.sealed_digest(imported):
                 return None
             manifest, added = imported, stop - start
         if manifest.get("source") != "hub":

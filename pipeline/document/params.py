@@ -3,20 +3,20 @@
 A setting that a study does not have, such as the batch size, is the document's (§9.2) or its stage's own section's.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
+from msgspec import Meta
+
 from pipeline.errors import UserError
-from pipeline.project.params.schema import AllowDuplicates, AtLeast, Count, File, Rate, Seed, Share, Steps
+from pipeline.project.params.schema import ALLOW_DUPLICATES, Count, File, Rate, Section, Seed, Share, Steps
 
 Seeds = tuple[Seed, ...]
 Rates = tuple[Rate, ...]
 Counts = tuple[Count, ...]
-TwoByTwo = Annotated[tuple[float, ...], AllowDuplicates()]  # row by row
+TwoByTwo = Annotated[tuple[float, ...], ALLOW_DUPLICATES]  # row by row
 
 
-@dataclass(frozen=True)
-class StudyFactCorrection:
+class StudyFactCorrection(Section, frozen=True, kw_only=True):
     """§6: V only against all projections, over the settings the document leaves open, and without full embeddings."""
 
     data: str = "data/fact_correction.de.txt"
@@ -33,8 +33,7 @@ class StudyFactCorrection:
     top_k: Count = 5
 
 
-@dataclass(frozen=True)
-class StudyKnowledgeCorrection:
+class StudyKnowledgeCorrection(Section, frozen=True, kw_only=True):
     """§6, steps 1 to 5, on the project's own base. Trains as finetune_lora, except for these settings."""
 
     data: File = ""  # sentences that state the fact; empty: the project does not have this study
@@ -50,8 +49,7 @@ class StudyKnowledgeCorrection:
     retention_weight: Rate = 5.0
 
 
-@dataclass(frozen=True)
-class StudyTrajectory:
+class StudyTrajectory(Section, frozen=True, kw_only=True):
     """§2.3: probabilities of some words after each step of the fact correction."""
 
     data: str = "data/fact_correction.de.txt"
@@ -63,8 +61,7 @@ class StudyTrajectory:
     windows: tuple[Steps, ...] = (4, 0)
 
 
-@dataclass(frozen=True)
-class StudyMethods:
+class StudyMethods(Section, frozen=True, kw_only=True):
     """§7 and §9.3: every method on the same data, each with its own stage's settings."""
 
     old_data: str = "data/pretrain.de.txt"
@@ -73,8 +70,7 @@ class StudyMethods:
     seeds: Seeds = (0, 1)
 
 
-@dataclass(frozen=True)
-class StudyRank:
+class StudyRank(Section, frozen=True, kw_only=True):
     """§2.4, §5: the effect of rank, alpha and learning rate on the new sentences."""
 
     old_data: str = "data/pretrain.de.txt"
@@ -86,29 +82,26 @@ class StudyRank:
     learning_rates: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
-@dataclass(frozen=True)
-class StudyForgetting:
+class StudyForgetting(Section, frozen=True, kw_only=True):
     """§9.3: new knowledge against forgetting, epoch by epoch."""
 
     old_data: str = "data/pretrain.de.txt"
     new_data: str = "data/finetune.de.txt"
     seeds: Seeds = (0, 1, 2)
-    every: Annotated[int, AtLeast(1)] = 2  # epochs between two measurements
+    every: Count = 2  # epochs between two measurements
 
 
-@dataclass(frozen=True)
-class StudySpectrum:
+class StudySpectrum(Section, frozen=True, kw_only=True):
     """§2.2: singular values and subspaces of the updates of full fine-tuning and LoRA, and the extracted LoRA."""
 
     old_data: str = "data/pretrain.de.txt"
     new_data: str = "data/finetune.de.txt"
     seeds: Seeds = (0, 1, 2)  # subspaces are compared between seeds
-    ranks: tuple[Annotated[int, AtLeast(8)], ...] = (8, 64)  # of LoRA; the first and the last are compared
+    ranks: tuple[Annotated[int, Meta(ge=8)], ...] = (8, 64)  # of LoRA; the first and the last are compared
     extracted: Counts = (1, 2, 4, 8, 16, 64)
 
 
-@dataclass(frozen=True)
-class StudyQuantization:
+class StudyQuantization(Section, frozen=True, kw_only=True):
     """§10.1: the quality of the quantized base, by precision."""
 
     data: str = "data/pretrain.de.txt"  # for perplexity and for the calibration of GPTQ and AWQ
@@ -117,8 +110,7 @@ class StudyQuantization:
     group: Count = 64  # group size: weights of a row that share a scale
 
 
-@dataclass(frozen=True)
-class StudyIntrinsicDimension:
+class StudyIntrinsicDimension(Section, frozen=True, kw_only=True):
     """§2.2: full fine-tuning in random subspaces of the given dimensions."""
 
     data: str = "data/finetune.de.txt"
@@ -129,8 +121,7 @@ class StudyIntrinsicDimension:
     share: Share = 0.9  # of full fine-tuning's accuracy that counts as enough
 
 
-@dataclass(frozen=True)
-class Figures:
+class Figures(Section, frozen=True, kw_only=True):
     """Figures 1 to 5 and §2.1's attention. Figure 3 trains with the settings of study_trajectory."""
 
     window: Steps = 0  # Figure 3: tokens per training window; 0: whole sentences
@@ -148,8 +139,7 @@ class Figures:
                 )
 
 
-@dataclass(frozen=True)
-class Claims:
+class Claims(Section, frozen=True, kw_only=True):
     """The file of claims: what the document says, and how it is measured."""
 
     data: str = "data/claims.yaml"

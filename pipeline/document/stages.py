@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.project.stage_graph import STAGES as PRODUCT
+from pipeline.document import params
 from pipeline.project.stage_graph import Stage
+from pipeline.stages.registry import STAGES as PRODUCT
 
 PARENTS = ("pretrain", "expand_vocab")
 TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
@@ -14,7 +15,11 @@ TRAINED = ("train_from_scratch", *TUNED)
 def _study(name: str, *data: str, needs: tuple[str, ...] = PARENTS, **options: Any) -> Stage:
     """A stage that measures statements of the document; on MiniGPT only, unless `options` say otherwise."""
     module, output = f"pipeline.document.studies.{name}", f"studies/{name}"
-    return Stage(f"study_{name}", module, output, "study", name, needs, data, **{"minigpt_only": True, **options})
+    options.setdefault("loads", tuple(PRODUCT[s].module for s in options.get("extra_sections", ()) if s in PRODUCT))
+    settings = getattr(params, "Study" + name.title().replace("_", ""))
+    return Stage(
+        f"study_{name}", module, output, "study", name, settings, needs, data, **{"minigpt_only": True, **options}
+    )
 
 
 def _training_data(sections: tuple[str, ...]) -> tuple[str, ...]:
@@ -42,6 +47,7 @@ MEASUREMENTS = (
         "figures",
         "figures",
         "figures",
+        params.Figures,
         needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
         data=("study_trajectory.data", "study_trajectory.document"),
         extra_sections=("study_trajectory",),
@@ -54,6 +60,7 @@ CLAIMS = Stage(
     "claims",
     "claims",
     "claims",
+    params.Claims,
     needs=(*PRODUCT, *(stage.name for stage in MEASUREMENTS)),
     data=(
         *("data", "pretrain.data", "finetune_lora.data", "finetune_lora.retention_data"),
@@ -63,22 +70,3 @@ CLAIMS = Stage(
     compares=True,
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MEASUREMENTS, CLAIMS)}
-
-
-def sections() -> Mapping[str, type]:
-    """Name → class of the document's sections of params.yaml, which few projects have."""
-    from pipeline.document import params
-
-    return {
-        "study_fact_correction": params.StudyFactCorrection,
-        "study_knowledge_correction": params.StudyKnowledgeCorrection,
-        "study_trajectory": params.StudyTrajectory,
-        "study_methods": params.StudyMethods,
-        "study_rank": params.StudyRank,
-        "study_spectrum": params.StudySpectrum,
-        "study_intrinsic_dimension": params.StudyIntrinsicDimension,
-        "study_quantization": params.StudyQuantization,
-        "study_forgetting": params.StudyForgetting,
-        "figures": params.Figures,
-        "claims": params.Claims,
-    }

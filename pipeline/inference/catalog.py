@@ -18,7 +18,7 @@ from pipeline.files.file_stamp import Signature, signature
 from pipeline.files.safetensors_header import read_header
 from pipeline.files.text import natural_sort_key
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
-from pipeline.project.stage_graph import STAGES, VARIANTS, Project
+from pipeline.project.stage_graph import Project
 
 UNSEALED = "no manifest: base unknown"
 NOT_CHECKED = "It has no manifest, so only names and shapes can be checked, when it is loaded."
@@ -223,11 +223,11 @@ def newest_model(project: Project) -> tuple[Path, Path | None]:
     """
     folders = {
         name: [project.artifact(stage) for stage in pair if stage]
-        for name, pair in VARIANTS.items()
+        for name, pair in project.graph.variants.items()
         if name == "expanded" or name in project.variants
     }
     existing = {name: pair for name, pair in folders.items() if all(map(Path.is_dir, pair))}
-    trained = [pair for name, pair in existing.items() if STAGES[VARIANTS[name][0]].method not in BASES or pair[1:]]
+    trained = [pair for name, pair in existing.items() if name not in ("base", "expanded")]
     base, *adapter = max(
         reversed(trained),  # of two with the same time, the later in the pipeline
         key=lambda pair: _modified_at(signature(pair[-1])) or 0.0,

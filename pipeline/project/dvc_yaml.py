@@ -10,7 +10,8 @@ import yaml
 from pipeline.files.base_model import parse_source
 from pipeline.project import provenance
 from pipeline.project.logs.run_log import LOSS
-from pipeline.project.params.sections import TOP_LEVEL, key_path
+from pipeline.project.params.load import TOP_LEVEL, TRAINING, key_path
+from pipeline.project.params.sections import Training
 from pipeline.project.stage_graph import Project, Stage
 
 CODE_FILE = "code.yaml"
@@ -36,7 +37,8 @@ def render(project: Project, code: str | None = None) -> str:
 
 def code_file(project: Project) -> str:
     """The text of `CODE_FILE`, a DVC params file: stage → digest of the modules that it runs."""
-    return CODE_HEADER + _dump({name: provenance.code_digest(s.module) for name, s in project.graph.stages.items()})
+    stages = project.graph.stages.values()
+    return CODE_HEADER + _dump({stage.name: provenance.code_digest(*stage.code) for stage in stages})
 
 
 def files(project: Project, stage: Stage) -> dict[str, str]:
@@ -66,6 +68,9 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
     sections = list(filter(None, (stage.name, stage.settings_from, *stage.extra_sections)))
     inherited = [name for name in sections if name not in written]
     above = [key for key, section in TOP_LEVEL.items() if section in sections and section in written]
+    if any(issubclass(project.params.kinds[name], Training) for name in sections):
+        above += [TRAINING] if TRAINING in project.params.tree else []
+        inherited += [TRAINING] if project.parent and TRAINING in project.parent.params.tree else []
     return {
         "cmd": command(stage),
         "params": [
@@ -101,8 +106,7 @@ def _plots(project: Project) -> list[Any]:
 
     A sweep's losses are not included: DVC takes no folder of logs, and the adapters' names depend on the grid.
     """
-    single = (stage for stage in project.readable.values() if stage.kind != "adapters")
-    trained = [stage for stage in single if stage.name == "train_from_scratch" or stage.name.startswith("finetune_")]
+    trained = [stage for stage in project.readable.values() if stage.look and stage.kind != "adapters"]
     curves = {f"{project.artifact_name(stage.name)}/{LOSS}": "loss" for stage in trained}
     axes = {"title": "Training loss", "x": "step", "x_label": "step", "y_label": "loss (nats per token)"}
     compared = [f"{stage.path}/{PARTS[0]}" for stage in project.stages.values() if stage.kind == "evaluation"]

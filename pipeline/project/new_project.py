@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
 from pipeline.project import dvc_yaml, provenance
 from pipeline.project.params import edit
-from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, parse
+from pipeline.project.params.load import TOP_LEVEL, TRAINING, parse
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 
 PARAMS = "params.yaml"
@@ -33,36 +33,11 @@ DVC_CONFIG = """\
 [cache]
     type = "reflink,hardlink,copy"
 """
-# Defaults for a pretrained model, unlike MiniGPT's: whole examples, few epochs, low rates, old embeddings frozen.
-PRETRAINED: dict[str, Any] = {
-    "finetune_full.learning_rate": 2e-5,
-    "finetune_freeze.learning_rate": 1e-4,
-    "finetune_freeze.train_embeddings": False,
-    "finetune_lora.learning_rate": 2e-4,
-    "finetune_lora.precision": "bf16",
-    "finetune_lora.rank": 8,
-    "finetune_lora.alpha": 16.0,
-    "finetune_lora.target_modules": ["attention"],  # whatever their names in the model family
-    "finetune_lora.train_embeddings": "new_rows",
-    "finetune_prefix.learning_rate": 1e-2,
-    "finetune_prompt.learning_rate": 3e-2,
+# Defaults on a pretrained model, unlike MiniGPT's: whole examples, few epochs. Rates and sizes are the methods' own.
+PRETRAINED: Mapping[str, Any] = {
+    **{"training.epochs": 3, "training.window": 0, "training.schedule": "linear", "training.max_grad_norm": 1.0},
     "study_knowledge_correction.data": "",  # none by default: the user has to state a fact
     "merge.max_logit_difference": 1.0,  # merging into a 16-bit base rounds; the certificate has the difference
-}
-METHODS = ("full", "freeze", "lora", "prefix", "prompt", "sweep", "scratch")
-PRETRAINED |= {  # from random weights: enough to run the stage, not to learn
-    f"train_from_scratch.{key}": value
-    for key, value in {"epochs": 1, "window": 0, "schedule": "linear", "max_grad_norm": 1.0}.items()
-}
-PRETRAINED |= {
-    f"finetune_{method}.{key}": value
-    for method in ("prefix", "prompt")
-    for key, value in {"precision": "bf16", "virtual_tokens": 20}.items()
-}
-PRETRAINED |= {
-    f"finetune_{method}.{key}": value
-    for method in ("full", "freeze", "lora", "prefix", "prompt")
-    for key, value in {"epochs": 3, "window": 0, "schedule": "linear", "max_grad_norm": 1.0}.items()
 }
 
 
@@ -90,11 +65,11 @@ def create(
     _check_folder(folder)
     source = (params or DEFAULTS / PARAMS).resolve()
     if methods is not None:
-        _check_methods(methods, folder, params)
+        _check_methods(methods, graph, folder, params)
     base = _base_relative_to(folder, base) if base else None
     exists = (folder / PARAMS).is_file()
     required = {"base": base} if base else {}
-    defaults = PRETRAINED if base and base != MINIGPT and not params else {}
+    defaults = _pretrained(graph) if base and base != MINIGPT and not params else {}
     new_text = _render_params(folder, graph, source, required, defaults, methods) if params or not exists else ""
     text = _read_existing(folder, graph, base) if exists else new_text
     project = _project(folder, graph, text, folder / PARAMS)
@@ -133,11 +108,22 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
 
 
-def _check_methods(methods: Sequence[str], folder: Path, params: Path | None) -> None:
+def _methods(graph: StageGraph) -> dict[str, Stage]:
+    """The fine-tuning methods by name, in the DAG's order."""
+    return {stage.method: stage for stage in graph.stages.values() if stage.look}
+
+
+def _check_methods(methods: Sequence[str], graph: StageGraph, folder: Path, params: Path | None) -> None:
     if params or (folder / PARAMS).is_file():
         raise UserError("--methods is for a new project; here the sections of the params file determine the methods.")
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(METHODS)}.")
+    if unknown := [name for name in methods if name not in _methods(graph)]:
+        raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(_methods(graph))}.")
+
+
+def _pretrained(graph: StageGraph) -> dict[str, Any]:
+    """`section.key` → value on a pretrained base, for every method."""
+    own = {f"{s.name}.{key}": value for s in graph.stages.values() for key, value in s.pretrained.items()}
+    return {**PRETRAINED, **own}
 
 
 def _project(folder: Path, graph: StageGraph, text: str, path: Path) -> Project:
@@ -163,20 +149,21 @@ def _render_params(
         text = _select_methods(text, graph, methods)
     text = _add_needed_sections(text, graph)
     written = parse(text, source, (), graph.sections).written
-    text = edit.set_values(text, {**required, **{k: v for k, v in defaults.items() if k.partition(".")[0] in written}})
+    known = {TRAINING, *written}
+    text = edit.set_values(text, {**required, **{k: v for k, v in defaults.items() if k.partition(".")[0] in known}})
     return edit.set_values(text, _missing_keys(text, _project(folder, graph, text, source)))
 
 
 def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str:
-    """The text with the sections of exactly these methods; missing sections are added with all defaults."""
-    sections = {method: "train_from_scratch" if method == "scratch" else f"finetune_{method}" for method in METHODS}
+    """The text with the sections of exactly these methods; missing sections are added with their defaults."""
+    sections = {method: stage.name for method, stage in _methods(graph).items()}
     written = parse(text, Path(PARAMS), (), graph.sections).written
     for name in [name for method, name in sections.items() if method not in methods and name in written]:
         text = edit.remove_section(text, name)
     if "lora" not in methods:  # merge needs the LoRA adapter
         text = edit.remove_section(text, "merge")
     for name in [sections[method] for method in methods if sections[method] not in written]:
-        text = f"{text.rstrip()}\n\n{edit.section_text(name, SECTIONS[name]())}"
+        text = f"{text.rstrip()}\n\n{edit.section_text(name, graph.sections[name])}"
     return text
 
 
@@ -185,10 +172,12 @@ def _add_needed_sections(text: str, graph: StageGraph) -> str:
     project = Project(Path(), parse(text, Path(PARAMS), (), graph.sections), graph)
     stages = project.stages.values()
     needs = {need for stage in stages for need in (*project.needs(stage), stage.section, *stage.extra_sections)}
-    missing = [name for name in graph.stages if name in needs - project.params.written and name in SECTIONS]
+    missing = [
+        name for name, s in graph.stages.items() if name in needs - project.params.written and not s.is_measurement
+    ]
     if not missing:
         return text
-    added = [edit.section_text(name, SECTIONS[name]()) for name in missing]
+    added = [edit.section_text(name, graph.sections[name]) for name in missing]
     return _add_needed_sections("\n\n".join([text.rstrip(), *added]), graph)
 
 

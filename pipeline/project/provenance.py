@@ -15,17 +15,24 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
 
 
-def code_files(module: str) -> list[Path]:
-    """The files of this repository that `module` imports, directly or not, including its own; nothing is executed."""
+def code_files(*modules: str) -> list[Path]:
+    """The files of this repository that `modules` import, directly or not, including their own; nothing is executed.
+
+    A package whose __init__ finds its modules (data formats) runs them all. What a registry elsewhere finds is not
+    among them: so a method's file concerns the stages that run that method.
+    """
     files: set[Path] = set()
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         path = _file_of(name)
         if path is not None and path not in files:
             files.add(path)
             package, _, _ = name.rpartition(".")  # its __init__ runs before its modules
-            waiting += [*_imports(path.read_bytes()), package]
+            imported = _imports(path.read_bytes())
+            if path.name == "__init__.py" and "pkgutil" in imported:  # a package that finds its own modules runs all
+                imported += tuple(f"{name}.{module.stem}" for module in path.parent.glob("*.py"))
+            waiting += [*(each for each in imported if each.split(".")[0] == "pipeline"), package]
     return sorted(files)
 
 
@@ -37,7 +44,7 @@ def _file_of(module: str) -> Path | None:
 
 @cache  # by content: a process that runs several stages asks for the same files many times
 def _imports(source: bytes) -> tuple[str, ...]:
-    """The modules of `pipeline` that a file imports, also inside functions.
+    """The modules that a file imports, also inside functions.
 
     Read from bytecode: in CPython 3.11, `ast.parse` raises SystemError if another thread parses at the same time, as
     `inspect.signature` does.
@@ -51,24 +58,24 @@ def _imports(source: bytes) -> tuple[str, ...]:
             if kind == "absolute_import":
                 members, module = imported
                 names += [module, *(f"{module}.{member}" for member in members or ())]
-    return tuple(name for name in names if name.split(".")[0] == "pipeline")
+    return tuple(names)
 
 
-def code_digest(module: str) -> str:
-    """sha256 of the names and contents of `code_files(module)`."""
+def code_digest(*modules: str) -> str:
+    """sha256 of the names and contents of `code_files(*modules)`."""
     digest = hashlib.sha256()
-    for path in code_files(module):
+    for path in code_files(*modules):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def commit(module: str) -> str | None:
-    """The last git commit that changed the code of `module`, or None outside a repository.
+def commit(*modules: str) -> str | None:
+    """The last git commit that changed the code of `modules`, or None outside a repository.
 
     Not HEAD: a commit that touches a README must not change the bytes of every artifact.
     """
-    command = ["git", "log", "-1", "--format=%H", "--", *map(str, code_files(module))]
+    command = ["git", "log", "-1", "--format=%H", "--", *map(str, code_files(*modules))]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

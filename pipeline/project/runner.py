@@ -56,6 +56,7 @@ class Job:
     key: str
     checkpoint_every: int
     input_facts: Facts = field(default_factory=dict)
+    sharded: bool | None = None  # whether what is frozen is split over the devices; None: if one cannot hold it
 
     def artifact(self, stage: str) -> Path:
         """The folder of another stage's artifact. Raises UserError if it is damaged or out of date."""
@@ -87,22 +88,22 @@ class Digests:
     """Functions that compute the digest of a file or folder, and of a module's code; a watcher passes cached ones."""
 
     path: Callable[[Path], str] = artifact.digest
-    code: Callable[[str], str] = provenance.code_digest
+    code: Callable[..., str] = provenance.code_digest
 
 
 DIGESTS = Digests()
 
 
 def run(
-    project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int = 100
+    project: Project, stage: Stage, work: Work | None = None, *, force: bool = False, checkpoint_every: int = 100
 ) -> Generator[Event, None, dict[str, Any]]:
     """Run a stage. Yields events and returns the manifest of its artifact.
 
-    `work` fills `job.out` and returns its own part of the manifest (counts, fingerprints).
+    `work` fills `job.out` and returns its own part of the manifest (counts, fingerprints); by default the stage's.
     """
     folder = project.run_folder(stage.name)
     with (yield from _lock(folder, stage)), run_state.writing(folder) as writer:
-        for event in _make(project, stage, work, force, checkpoint_every):
+        for event in _make(project, stage, work or stage.run, force, checkpoint_every):
             if isinstance(event, Note):
                 writer.note(event.text)
             else:
@@ -124,7 +125,7 @@ def _make(
     with artifact.writing(target) as out:
         facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, manifest))
         _check_unchanged(manifest["inputs"], _inputs(project, stage), stage)
-        artifact.seal(out, {**manifest, "commit": provenance.commit(stage.module), **facts})
+        artifact.seal(out, {**manifest, "commit": provenance.commit(*stage.code), **facts})
     yield from _store(cache, stage, key, target)
     discard_checkpoints(folder)
 
@@ -159,7 +160,7 @@ def input_facts(project: Project, stage: Stage, digests: Digests = DIGESTS) -> F
         "seed": section.get("seed"),
         "params": {key: _without_paths(value) for key, value in section.items()},
         "inputs": _inputs(project, stage, digests),
-        "code": digests.code(stage.module),
+        "code": digests.code(*stage.code),
         "versions": provenance.versions(*extra),
     }
 

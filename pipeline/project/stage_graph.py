@@ -1,17 +1,23 @@
-"""The product's stages with their inputs and outputs, and `Project`: its stages and the parent's that it reads.
+"""A stage and the graph of those that a project may have, and `Project`: its stages and the parent's that it reads.
 
-dvc.yaml contains the same graph for DVC; a test compares them.
+Which stages there are the registries say: `pipeline/stages/registry.py`, `pipeline/document/stages.py`. dvc.yaml
+contains the same graph for DVC; a test compares them.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import asdict
+
 from pipeline.errors import UserError
-from pipeline.project.params.sections import Params, Section, inherit, load
+from pipeline.project.palette import Look
+from pipeline.project.params.load import Params, inherit, load
+from pipeline.project.params.schema import Section
 
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 
@@ -24,19 +30,36 @@ def cache_folder(root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Stage:
-    """One node. Its name is its DVC stage and its section of params.yaml."""
+    """One node. Its name is its DVC stage and its section of params.yaml.
+
+    Its module has `run(job)`, which does the work: it yields events and returns its part of the artifact's manifest.
+    """
 
     name: str
     module: str
     output: str  # a folder below artifacts/
     kind: str  # checkpoint, adapter, adapters (a folder of them), evaluation, study, figures or claims
     method: str
+    settings: type[Section]  # its section's class
     needs: tuple[str, ...] = ()  # stages whose outputs it reads
     data: tuple[str, ...] = ()  # keys of its settings that name files, or section.key of other sections
     settings_from: str = ""  # the section with its training settings, if that is another stage's
     extra_sections: tuple[str, ...] = ()  # further sections that affect its output
     minigpt_only: bool = False  # whether it measures statements about MiniGPT, so not on other bases
     compares: bool = False  # whether it reads only those of `needs` that the project has
+    loads: tuple[str, ...] = ()  # modules of the methods whose adapters it loads, which no import shows
+    summary: str = ""  # what it does, for `lora --help`
+    title: str = ""  # its name in reports and charts
+    variant: str = ""  # its model's name in comparisons; empty: it is not compared
+    look: Look | None = None  # its curve's
+    order: float = 0  # among the fine-tuning methods, in every list
+    pretrained: Mapping[str, Any] = field(default_factory=dict, hash=False)  # defaults on a pretrained base
+    check: Callable[["Project"], object] | None = None  # raises UserError for settings that cannot run
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """The modules whose code makes its artifact: its own, and where it loads adapters of several methods theirs."""
+        return (self.module, *self.loads)
 
     @property
     def section(self) -> str:
@@ -53,116 +76,31 @@ class Stage:
         """Its output relative to the project, such as artifacts/base."""
         return f"{ARTIFACTS}/{self.output}"
 
-
-STAGES: Mapping[str, Stage] = {  # of the product: a project has those with a section in its params.yaml
-    stage.name: stage
-    for stage in (
-        Stage("pretrain", "pipeline.stages.pretrain", "base", "checkpoint", "pretrain", data=("data",)),
-        Stage(
-            "expand_vocab",
-            "pipeline.stages.expand_vocab",
-            "expanded",
-            "checkpoint",
-            "expand_vocab",
-            needs=("pretrain",),
-            data=("data", "audit_data"),
-        ),
-        Stage(
-            "train_from_scratch",
-            "pipeline.stages.train_from_scratch",
-            "from_scratch",
-            "checkpoint",
-            "scratch",
-            needs=("expand_vocab",),
-            data=("data",),
-        ),
-        *(
-            Stage(
-                f"finetune_{method}",
-                "pipeline.stages.finetune",
-                output,
-                kind,
-                method,
-                needs=("expand_vocab",),
-                data=("data", "retention_data") if method == "lora" else ("data",),
-            )
-            for method, output, kind in (
-                ("full", "full_finetuned", "checkpoint"),
-                ("freeze", "layer_frozen", "checkpoint"),
-                ("lora", "lora_adapter", "adapter"),
-                ("prefix", "prefix", "adapter"),
-                ("prompt", "prompt", "adapter"),
-            )
-        ),
-        Stage(
-            "finetune_sweep",
-            "pipeline.stages.sweep",
-            "sweep",
-            "adapters",
-            "sweep",
-            needs=("expand_vocab",),
-            data=("data", "retention_data"),
-            settings_from="finetune_lora",
-        ),
-        Stage(
-            "merge",
-            "pipeline.stages.merge",
-            "lora_merged",
-            "checkpoint",
-            "merge",
-            needs=("expand_vocab", "finetune_lora"),
-            data=("prompts",),
-        ),
-        Stage(
-            "evaluate",
-            "pipeline.stages.evaluate",
-            "evaluation",
-            "evaluation",
-            "evaluate",
-            needs=(
-                *(
-                    "pretrain",
-                    "expand_vocab",
-                    "train_from_scratch",
-                    "finetune_full",
-                    "finetune_freeze",
-                    "finetune_lora",
-                    "merge",
-                ),
-                *("finetune_prefix", "finetune_prompt"),
-            ),
-            data=("old_data", "new_data", "prompts"),
-            compares=True,
-        ),
-    )
-}
-
-# What `compare` and `evaluate` compare: name → (stage that made the model, stage that made its adapter).
-VARIANTS: Mapping[str, tuple[str, str | None]] = {
-    "base": ("pretrain", None),
-    "expanded": ("expand_vocab", None),
-    "scratch": ("train_from_scratch", None),
-    "full": ("finetune_full", None),
-    "freeze": ("finetune_freeze", None),
-    "lora": ("expand_vocab", "finetune_lora"),
-    "merged": ("merge", None),
-    "prefix": ("expand_vocab", "finetune_prefix"),
-    "prompt": ("expand_vocab", "finetune_prompt"),
-}
+    def run(self, job: Any) -> Generator[Any, None, dict[str, Any]]:
+        """Its work. Only now is its module imported, and with it torch."""
+        work: Generator[Any, None, dict[str, Any]] = import_module(self.module).run(job)
+        return work
 
 
 @dataclass(frozen=True)
 class StageGraph:
-    """The stages that a project may have, in the DAG's order.
-
-    `sections`: those of stages that are not the product's, by name; read where a file has one that the product has not.
-    """
+    """The stages that a project may have, by name, in the DAG's order."""
 
     stages: Mapping[str, Stage]
-    sections: Callable[[], Mapping[str, type]] = dict
 
+    @cached_property
+    def sections(self) -> Mapping[str, type[Section]]:
+        """Name → class of every section that a params file may have."""
+        return {name: stage.settings for name, stage in self.stages.items()}
 
-PRODUCT = StageGraph(STAGES)
+    @cached_property
+    def variants(self) -> Mapping[str, tuple[str, str | None]]:
+        """What `compare` and `evaluate` compare: name → (stage that made the model, stage that made its adapter)."""
+        return {
+            stage.variant: ("expand_vocab", name) if stage.kind == "adapter" else (name, None)
+            for name, stage in self.stages.items()
+            if stage.variant
+        }
 
 
 @dataclass(frozen=True)
@@ -175,16 +113,16 @@ class Project:
 
     root: Path
     params: Params
-    graph: StageGraph = PRODUCT
+    graph: StageGraph
     parent: "Project | None" = None
 
     @classmethod
-    def load(cls, path: Path, overrides: Sequence[str] = (), graph: StageGraph = PRODUCT) -> "Project":
+    def load(cls, path: Path, graph: StageGraph, overrides: Sequence[str] = ()) -> "Project":
         """The project of a params file, and its parent. Raises UserError."""
         return cls.of(path, load(path, overrides, graph.sections), graph)
 
     @classmethod
-    def of(cls, path: Path, params: Params, graph: StageGraph = PRODUCT) -> "Project":
+    def of(cls, path: Path, params: Params, graph: StageGraph) -> "Project":
         """The project whose params file at `path` holds `params`. Raises UserError if its parent cannot be read."""
         root = path.resolve().parent
         if not params.project:
@@ -202,11 +140,11 @@ class Project:
         prefix = os.path.relpath(parent.root, root)
         return cls(root, inherit(params, parent_params, _file_keys(graph), prefix), graph, parent)
 
-    def section(self, stage: Stage) -> Section:
+    def section(self, stage: Stage) -> Any:
         """The section with the stage's name."""
         return self.params.section(stage.name)
 
-    def settings(self, stage: Stage) -> Section:
+    def settings(self, stage: Stage) -> Any:
         """The section with the stage's training settings: its own, or another stage's of which it trains variants."""
         return self.params.section(stage.section)
 
@@ -270,9 +208,9 @@ class Project:
 
     @property
     def variants(self) -> dict[str, tuple[str, str | None]]:
-        """The VARIANTS whose stages it can read."""
-        readable = self.readable
-        return {name: pair for name, pair in VARIANTS.items() if all(stage in readable for stage in pair if stage)}
+        """The graph's variants whose stages it can read."""
+        variants = self.graph.variants.items()
+        return {name: pair for name, pair in variants if all(one in self.readable for one in pair if one)}
 
     def home(self, name: str) -> "Project":
         """The project that has a stage: itself, or its parent."""

@@ -44,8 +44,8 @@ class Status:
         """
         code = signature(provenance.ROOT / "pipeline")
 
-        def code_of(module: str) -> str:
-            return self._cached(("code", module), code, lambda: provenance.code_digest(module))
+        def code_of(*modules: str) -> str:
+            return self._cached(("code", " ".join(modules)), code, lambda: provenance.code_digest(*modules))
 
         digests = Digests(self._digest, code_of)
         states: dict[str, StageState] = {}

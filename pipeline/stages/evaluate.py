@@ -4,7 +4,9 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.examples import Example, Prompt, read_examples, read_prompts
+from pipeline.data.examples import Example
+from pipeline.data.prompts import Prompt, read_prompts
+from pipeline.data.read import read_examples
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest, write_json
 from pipeline.inference import engine
@@ -13,21 +15,13 @@ from pipeline.inference.score import AnswerScore, EvalScores, completes_correctl
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.sections import Evaluate
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.project.stage_graph import VARIANTS, Project
+from pipeline.project.stage_graph import Project
 from pipeline.stages.report import draw_comparison, write_report
 
 METRICS, PREDICTIONS, REPORT, PICTURE = "metrics.json", "predictions.json", "report.md", "finetuning_comparison.png"
-TRAINED = (
-    "train_from_scratch",
-    "finetune_full",
-    "finetune_freeze",
-    "finetune_lora",
-    "finetune_prefix",
-    "finetune_prompt",
-)
 
 
-def evaluate(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Evaluate all variants on the same sentences and prompts → metrics, predictions, report.md and the picture.
 
     The manifest's `variants` maps each variant to the artifact that was measured.
@@ -49,14 +43,14 @@ def evaluate(job: Job) -> Generator[Event, None, Facts]:
             **_cost(project, loaded.name),
         }
         yield Progress(done, len(project.variants), loaded.name)
-    trained = [project.readable[stage] for stage in TRAINED if stage in project.readable]
-    curves = {stage.method: read_steps(project.artifact(stage.name) / LOSS) for stage in trained}
-    for method, steps in curves.items():
-        metrics[method] |= {"final_loss": final_loss(steps), "flat_from_epoch": flat_from(steps)}
+    trained = [stage for stage in project.readable.values() if stage.variant and stage.look]
+    curves = {stage.variant: read_steps(project.artifact(stage.name) / LOSS) for stage in trained}
+    for variant, steps in curves.items():
+        metrics[variant] |= {"final_loss": final_loss(steps), "flat_from_epoch": flat_from(steps)}
     write_json(job.out / METRICS, metrics)
     write_json(job.out / PREDICTIONS, predictions)
-    draw_comparison(job.out / PICTURE, curves, metrics)
-    write_report(job.out / REPORT, metrics, predictions, settings)
+    draw_comparison(job.out / PICTURE, project, curves, metrics)
+    write_report(job.out / REPORT, project, metrics, predictions)
     return {"variants": {name: project.artifact_name(pair[1] or pair[0]) for name, pair in project.variants.items()}}
 
 
@@ -148,12 +142,12 @@ def _count_prompts(predictions: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _cost(project: Project, variant: str) -> dict[str, Any]:
     """Parameter counts from the variant's manifest, and the size of its weights on disk."""
-    stages = [stage for stage in VARIANTS[variant] if stage]
-    folder = project.artifact(stages[-1])
+    base, adapter = project.variants[variant]
+    stage = project.readable[adapter or base]
+    folder = project.artifact(stage.name)
     parameters = read_manifest(folder)["parameters"]
-    trained = stages[-1] in TRAINED
     cost: dict[str, Any] = {"parameters": parameters["total"], "bytes": weight_bytes(folder)}
-    if trained:
+    if stage.look:  # a method's, which trains
         cost |= {
             "trainable": parameters["trainable"],
             "trainable_percent": 100 * parameters["trainable"] / parameters["total"],

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.adapters.lora import weight_of
-from pipeline.data.examples import Example, read_examples
+from pipeline.data.examples import Example
+from pipeline.data.read import read_examples
 from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
@@ -21,7 +22,7 @@ from pipeline.project.runner import Event, Facts, Job, Note, Progress
 AUDIT = "audit.json"
 
 
-def expand_vocab(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Copy the old rows bit for bit; each new row is the mean of the old ones plus Gaussian noise. Raises UserError."""
     settings = job.project.params.expand_vocab
     folder, trust = job.artifact("pretrain"), job.project.params.pretrain.trust_remote_code

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 
-from pipeline.data.examples import read_prompts
+from pipeline.data.prompts import read_prompts
 from pipeline.files.base_model import base_fingerprint
 from pipeline.inference.agreement import SameLogits
 from pipeline.models.load import count, skeleton
@@ -10,7 +10,7 @@ from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.weights.merge import Merging, merge_into
 
 
-def merge(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Merge base + adapter into one checkpoint. Raises UserError and writes nothing if its logits differ too much."""
     settings, trust = job.project.params.merge, job.project.params.pretrain.trust_remote_code
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")

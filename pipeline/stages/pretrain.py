@@ -18,7 +18,7 @@ from pipeline.training.data import prepare_data, save_checkpoint, training_examp
 from pipeline.training.loop import TrainingTask, train
 
 
-def pretrain(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Build a tokenizer from the data and train a MiniGPT, or import a checkpoint. Raises UserError."""
     settings = job.project.params.pretrain
     if settings.imports:

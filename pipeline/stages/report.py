@@ -5,25 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.project.logs.run_log import Step, epoch_means, flat_from
-from pipeline.project.palette import COLORS
 from pipeline.project.params.sections import Evaluate
+from pipeline.project.stage_graph import Project, Stage
 
-NAMES = {
-    "base": "Base",
-    "scratch": "Training from scratch",
-    "expanded": "Expanded base",
-    "full": "Full fine-tuning",
-    "freeze": "Layer freezing",
-    "lora": "LoRA",
-    "merged": "LoRA, merged",
-    "prefix": "Prefix tuning",
-    "prompt": "Prompt tuning",
-}
-STYLES = {
-    **{"scratch": ":", "full": "-", "freeze": "--", "lora": "-."},
-    **{"prefix": (0, (1, 1)), "prompt": (0, (5, 1, 1, 1, 1, 1))},
-}
-HATCHES = {"scratch": "..", "full": "", "freeze": "//", "lora": "xx", "prefix": "||", "prompt": "\\\\"}
 COLUMNS = (  # of the comparison, in two lines each; sizes follow, with their unit
     *("trained\nparams", "share\nof all", "new\nloss", "new\ncompleted", "old\nloss", "old loss\nchange"),
     *("KL from\nbase", "answers\nkept"),
@@ -36,72 +20,74 @@ answers kept: old next-token first choices that are still the base's.
 size: weights to store; an adapter's beside one copy of the expanded base."""
 
 SCRATCH = (
-    f"*{NAMES['scratch']}* starts from random weights and learns old and new sentences together. It never was the "
+    "*Training from scratch* starts from random weights and learns old and new sentences together. It never was the "
     "base, so it has forgotten nothing: its change, KL and kept answers say how far from it such a model is.\n"
 )
 UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"))
 
 
-def draw_comparison(path: Path, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]) -> None:
+def draw_comparison(
+    path: Path, project: Project, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]
+) -> None:
     """The document's Figure 2, of all methods, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    compare(figure, curves, metrics)
+    compare(figure, stages_by_variant(project), curves, metrics)
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
 
 
-def compare(figure: Any, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]) -> None:
+def stages_by_variant(project: Project) -> dict[str, Stage]:
+    """The stage that made each of the project's variants, with its title and look."""
+    return {name: project.readable[adapter or base] for name, (base, adapter) in project.variants.items()}
+
+
+def compare(
+    figure: Any, stages: Mapping[str, Stage], curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]
+) -> None:
     """Left the loss curves, with a stroke from where each is flat; right the trainable parameters."""
     left, right = figure.subplots(1, 2)
-    for method, steps in curves.items():
-        _draw_curve(left, method, steps)
+    looks = {variant: stages[variant].look for variant in curves}
+    for variant, steps in curves.items():
+        look = looks[variant]
+        assert look is not None
+        means, flat, epochs = epoch_means(steps), flat_from(steps), sorted({step.epoch for step in steps})
+        label = f"{stages[variant].title}, flat from {flat}" if flat else stages[variant].title
+        left.plot(epochs, means, label=label, linestyle=look.dash, color=look.color, linewidth=1.8)
+        if flat:
+            left.plot(epochs[flat - 1], means[flat - 1], "|", color=look.color, markersize=14, markeredgewidth=2)
     left.set(xlabel="epoch", ylabel="training loss (nats per token)", title="Training loss", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")  # no powers: their digits are too small in print
     left.grid(alpha=0.3)
     left.legend(labelspacing=0.25)
-    counts = [metrics[method]["trainable"] for method in curves]
+    counts = [metrics[variant]["trainable"] for variant in curves]
     bars = right.bar(
-        [NAMES[method].replace(" ", "\n") for method in curves],
+        [stages[variant].title.replace(" ", "\n") for variant in curves],
         counts,
-        color=[COLORS[method] for method in curves],
-        hatch=[HATCHES[method] for method in curves],
+        color=[look.color for look in looks.values() if look],
+        hatch=[look.hatch for look in looks.values() if look],
         edgecolor="white",
         linewidth=0,
     )
-    labels = [f"{metrics[m]['trainable']:,}\n{metrics[m]['trainable_percent']:.1f}%" for m in curves]
+    labels = [f"{metrics[v]['trainable']:,}\n{metrics[v]['trainable_percent']:.1f}%" for v in curves]
     right.bar_label(bars, labels, padding=2)
     right.yaxis.set_major_formatter("{x:,.0f}")
     right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts)))
 
 
-def _draw_curve(axis: Any, method: str, steps: Sequence[Step]) -> None:
-    """An epoch's mean each; a stroke stands at the first from which it is flat."""
-    means, flat = epoch_means(steps), flat_from(steps)
-    epochs = sorted({step.epoch for step in steps})
-    label = f"{NAMES[method]}, flat from {flat}" if flat else NAMES[method]
-    axis.plot(epochs, means, label=label, linestyle=STYLES[method], color=COLORS[method], linewidth=1.8)
-    if flat:
-        axis.plot(epochs[flat - 1], means[flat - 1], "|", color=COLORS[method], markersize=14, markeredgewidth=2)
-
-
-def write_report(path: Path, metrics: Mapping[str, Any], predictions: Mapping[str, Any], settings: Evaluate) -> None:
+def write_report(path: Path, project: Project, metrics: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """The comparison as a page to read."""
+    titles = {variant: stage.title for variant, stage in stages_by_variant(project).items()}
+    columns, rows = comparison(metrics)
     parts = [
         "# What was learned, what was forgotten\n",
-        _summary(metrics),
-        _findings(metrics, settings),
+        _table([column.replace("\n", " ") for column in columns], [[titles[name], *cells] for name, *cells in rows]),
+        _findings(metrics, project.params.evaluate, titles),
         "![Loss curves and trainable parameters](finetuning_comparison.png)\n",
-        *(_prompt_table(predictions, group, rule) for group, rule in _groups(predictions)),
+        *(_prompt_table(predictions, group, rule, titles) for group, rule in _groups(predictions)),
     ]
     path.write_text("\n".join(parts), encoding="utf-8")
-
-
-def _summary(metrics: Mapping[str, Any]) -> str:
-    columns, rows = comparison(metrics)
-    named = [[NAMES[name], *cells] for name, *cells in rows]
-    return _table([column.replace("\n", " ") for column in columns], named)
 
 
 def comparison(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -131,7 +117,7 @@ def _count(number: int) -> str:
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.1f}M"
 
 
-def _findings(metrics: Mapping[str, Any], settings: Evaluate) -> str:
+def _findings(metrics: Mapping[str, Any], settings: Evaluate, titles: Mapping[str, str]) -> str:
     lines = [
         f"*New*: `{settings.new_data}`, the sentences trained on; *old*: `{settings.old_data}`, those of the base. "
         "*Loss*: mean cross-entropy over sentences, in nats per token. *Completed*: new sentences completed word for "
@@ -140,19 +126,19 @@ def _findings(metrics: Mapping[str, Any], settings: Evaluate) -> str:
         "next-token first choices on the old sentences that are still the base's. *Size*: weights to store for this "
         "variant; an adapter's are stored beside one copy of the expanded base.\n",
         *([SCRATCH] if "scratch" in metrics else []),
-        *(_curve_line(method, numbers) for method, numbers in metrics.items() if method in STYLES),
+        *(_curve_line(titles[name], numbers) for name, numbers in metrics.items() if "final_loss" in numbers),
         "",
     ]
     return "\n".join(lines)
 
 
-def _curve_line(method: str, numbers: Mapping[str, Any]) -> str:
+def _curve_line(title: str, numbers: Mapping[str, Any]) -> str:
     flat = numbers["flat_from_epoch"]
     when = f"is flat from epoch {flat}" if flat else "has not flattened"
     kept, old = numbers["old_prompts_kept"], numbers["old_prompts"]
     corrected, wrong = numbers["prompts_corrected"], numbers["prompts_to_correct"]
     return (
-        f"- **{NAMES[method]}**: the training loss {when} (every later epoch within 5% of the whole drop) and ends "
+        f"- **{title}**: the training loss {when} (every later epoch within 5% of the whole drop) and ends "
         f"with an epoch at {numbers['final_loss']:.3f}; {numbers['new_completed']} of {numbers['new_sentences']} new "
         f"sentences are completed; {kept} of {old} prompts that must keep their answer do; {corrected} of {wrong} "
         "that a correction changes have the corrected one."
@@ -164,7 +150,7 @@ def _groups(predictions: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((entry["group"], entry["rule"]) for entry in first))
 
 
-def _prompt_table(predictions: Mapping[str, Any], group: str, rule: str) -> str:
+def _prompt_table(predictions: Mapping[str, Any], group: str, rule: str, titles: Mapping[str, str]) -> str:
     chosen = {
         name: [entry for entry in entries if (entry["group"], entry["rule"]) == (group, rule)]
         for name, entries in predictions.items()
@@ -177,7 +163,7 @@ def _prompt_table(predictions: Mapping[str, Any], group: str, rule: str) -> str:
     note = (
         "First choices; **bold** where it is not the answer" + (", ✓ where it is the corrected one" * changes) + ".\n"
     )
-    columns = ["prompt", "answer", *(["corrected"] if changes else []), *(NAMES[name] for name in chosen)]
+    columns = ["prompt", "answer", *(["corrected"] if changes else []), *(titles[name] for name in chosen)]
     return f"## {group}: {rule}\n\n{note}\n" + _table(columns, rows)
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.data.examples import Example, in_evaluation, iter_examples
+from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.masking import encoder
+from pipeline.data.read import iter_examples
 from pipeline.data.token_file import Corpus, refuse_empty
 from pipeline.data.windows import Dataset, dataset_from
 from pipeline.errors import UserError

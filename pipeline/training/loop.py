@@ -14,7 +14,7 @@ from pipeline.models.base import CausalLM, Checkpointing
 from pipeline.models.device import device_for
 from pipeline.models.load import Base
 from pipeline.project.logs.run_log import Peak, RunLog, Step, in_units
-from pipeline.project.params.sections import FinetuneLora, Training
+from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
 from pipeline.training.batches import Batches
@@ -181,7 +181,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
 
 
 def build_optimizer(model: CausalLM, settings: Training) -> FlatAdam:
-    ratio = settings.loraplus_ratio if isinstance(settings, FinetuneLora) else 1.0
+    ratio = getattr(settings, "loraplus_ratio", 1.0)
     return FlatAdam(model, settings.precision == "fp16", ratio)
 
 

@@ -2,23 +2,42 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import disable_adapter
-from pipeline.data.examples import Example, Window, iter_examples
+from pipeline.data.examples import Example, Window
 from pipeline.data.masking import encode
+from pipeline.data.read import iter_examples
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.device import move_for_inference
 from pipeline.models.generate import generate
 from pipeline.models.load import Base
-from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.losses import chunked_mean, divergence
+
+
+class RetentionSettings(Protocol):
+    """The keys of a method's section that retention takes."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def retention_data(self) -> str: ...
+    @property
+    def retention_weight(self) -> float: ...
+    @property
+    def retention_batch_size(self) -> int: ...
+    @property
+    def retains(self) -> bool: ...
+
 
 COMPLETION = 32  # tokens that the base generates for a prompt, at most
 
@@ -29,7 +48,7 @@ class RetentionLoss:
     Of parameters that train in full beside the adapter (embeddings, head) it keeps a copy of the original values.
     """
 
-    def __init__(self, model: CausalLM, texts: Dataset, settings: FinetuneLora) -> None:
+    def __init__(self, model: CausalLM, texts: Dataset, settings: RetentionSettings) -> None:
         self.weight = settings.retention_weight
         self._model = model
         self._batches = Batches(texts, settings.retention_batch_size, settings.seed)
@@ -76,7 +95,7 @@ class RetentionLoss:
                     p.data = data
 
 
-def load_retention_texts(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Dataset | None]:
+def load_retention_texts(job: Job, settings: RetentionSettings, base: Base) -> Generator[Event, None, Dataset | None]:
     """The texts of finetune_lora.retention_data, encoded; the base completes prompts. None if unset.
 
     Raises UserError for a weight without a file.
@@ -104,7 +123,7 @@ def _is_prompt(example: Example) -> bool:
     return example.prompt == example.text
 
 
-def _encode_text(example: Example, settings: FinetuneLora, base: Base) -> tuple[int, ...]:
+def _encode_text(example: Example, settings: RetentionSettings, base: Base) -> tuple[int, ...]:
     """The ids without the last one: it is the end token, after which predictions do not matter."""
     return encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids[:-1]
 

@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from cli.main import app
 from pipeline.project.params.aliases import COMMANDS, KEYS, OPTIONS, suggest
-from pipeline.project.params.sections import SECTIONS, TOP_LEVEL
+from pipeline.project.params.load import TOP_LEVEL
 from pipeline.workbench import GRAPH
 from tests.conftest import Lora
 from tests.helpers.projects import new_houses, refusal
@@ -73,7 +73,7 @@ def test_a_command_or_option_of_another_name_is_answered_with_ours(
 
 
 def test_every_alias_names_something_that_there_is_and_is_itself_no_name_here() -> None:
-    kinds = {**SECTIONS, **GRAPH.sections()}
+    kinds = GRAPH.sections
     keys = {field.name for kind in kinds.values() for field in fields(kind)} | kinds.keys() | TOP_LEVEL.keys()
     for alias, meant in KEYS.items():
         assert meant.format(alias) in keys and ("." in alias or alias not in keys), alias

@@ -20,7 +20,7 @@ from cli import console
 from cli.main import app
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.files.text import escape_whitespace
-from pipeline.project.stage_graph import VARIANTS
+from pipeline.workbench import GRAPH
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, STAGES, files_up_to, folder_bytes, refusal
@@ -142,7 +142,7 @@ def test_prompt_uses_the_model_trained_last_and_names_it(cli: Lora, project: Pat
     def made(folder: str, when: int) -> None:
         os.utime(project / "artifacts" / folder / "manifest.json", (when, when))
 
-    for number, (base, adapter) in enumerate(VARIANTS.values()):
+    for number, (base, adapter) in enumerate(GRAPH.variants.values()):
         made(STAGES[adapter or base].output, number)
     made("expanded", 200)
     made("base", 300)
@@ -181,7 +181,7 @@ def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(cli: Lora
     code, out, err = cli("compare", "der wind", "--json", cwd=project)
     marked = {name: answer["outdated"] for name, answer in json.loads(out).items()}
     assert (code, err) == (0, merge)
-    assert marked == {name: ["artifacts/lora_adapter changed"] if name == "merged" else [] for name in VARIANTS}
+    assert marked == {name: ["artifacts/lora_adapter changed"] if name == "merged" else [] for name in GRAPH.variants}
     assert cli("merge", *sets(*BRIEF), cwd=project)[0] == 0
     assert cli("compare", "der wind", cwd=project)[2] == ""
     assert cli("report", cwd=project)[2].endswith("artifacts/lora_merged changed. Run `lora evaluate`.\n")
@@ -209,7 +209,7 @@ def test_compare_sets_all_variants_side_by_side(cli: Lora, finished: Path) -> No
     code, out, _ = cli("compare", "der wind", "--json", cwd=finished)
     answers = json.loads(out)
     assert code == 0
-    assert list(answers) == list(VARIANTS)
+    assert list(answers) == list(GRAPH.variants)
     assert answers["base"]["unknown_words"] == ["wind"]
     assert answers["lora"]["top_k"][0]["token"] == answers["merged"]["top_k"][0]["token"] == "weht"
     code, out, _ = cli("compare", "der wind", cwd=finished)

@@ -9,7 +9,7 @@ from pathlib import Path
 from bench import loraplus
 from bench.published import published, table
 from pipeline.project.logs.run_log import RunLog, Step
-from pipeline.project.params.grid import variants
+from pipeline.stages.methods.sweep import variants
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT, load
 

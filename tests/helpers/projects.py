@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,15 +15,8 @@ import yaml
 
 from pipeline.project.params import edit
 from pipeline.project.params.edit import remove_section
-from pipeline.project.params.sections import Params
+from pipeline.project.params.load import Params
 from pipeline.project.runner import Event, Work, run
-from pipeline.stages.evaluate import evaluate
-from pipeline.stages.expand_vocab import expand_vocab
-from pipeline.stages.finetune import finetune
-from pipeline.stages.merge import merge
-from pipeline.stages.pretrain import pretrain
-from pipeline.stages.sweep import sweep
-from pipeline.stages.train_from_scratch import train_from_scratch
 from pipeline.workbench import GRAPH, open_project
 
 T = TypeVar("T")
@@ -34,28 +26,10 @@ STAGES = GRAPH.stages
 LORA = str(Path(sys.executable).parent / "lora")
 
 
-def _measuring(name: str) -> Work:
-    """A study's work, which its module has by the study's name."""
-    stage = STAGES[name]
-    work: Work = getattr(import_module(stage.module), stage.method)
-    return work
-
-
-WORK: dict[str, Work] = {
-    "pretrain": pretrain,
-    "expand_vocab": expand_vocab,
-    "train_from_scratch": train_from_scratch,
-    "finetune_full": finetune,
-    "finetune_freeze": finetune,
-    "finetune_lora": finetune,
-    "finetune_prefix": finetune,
-    "finetune_prompt": finetune,
-    "finetune_sweep": sweep,
-    "merge": merge,
-    "evaluate": evaluate,
-}
-PIPELINE = list(WORK)  # what makes models, and evaluate; what measures statements takes as long again
-WORK |= {name: _measuring(name) for name, stage in STAGES.items() if stage.is_measurement}
+WORK: dict[str, Work] = {name: stage.run for name, stage in STAGES.items()}
+PIPELINE = [  # what makes models, and evaluate; what measures statements takes as long again
+    name for name, stage in STAGES.items() if not stage.is_measurement
+]
 COMMAND = {
     "pretrain": ["pretrain"],
     "expand_vocab": ["expand-vocab"],

@@ -13,7 +13,7 @@ from pipeline.calc.report import answer
 from pipeline.calc.settings import FinetuningMethod, TrainingConfig, parse_method, parse_training_config
 from pipeline.calc.sources.open_model import built_in, nearest
 from pipeline.calc.sources.open_model import names as models
-from pipeline.data.examples import read_examples
+from pipeline.data.read import read_examples
 from pipeline.document.claims.expression import Function, number
 from pipeline.document.stages import CLAIMS
 from pipeline.document.tables import Cell, read_table

@@ -26,7 +26,7 @@ def verdicts(project: Project) -> list[Row]:
     return [result.row() for result in check(claims, Sources(project))]
 
 
-def claims(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Write claims.json and report.md. Raises UserError if a stage that it needs is out of date."""
     for need in job.project.needs(job.stage):
         job.artifact(need)

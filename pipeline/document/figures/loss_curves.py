@@ -9,8 +9,8 @@ from pipeline.document.tables import Row, Table, shown
 from pipeline.files.artifact import read_manifest
 from pipeline.project.logs.run_log import LOSS, Step, epoch_means, final_loss, flat_from, read_steps
 from pipeline.project.runner import Job
-from pipeline.project.stage_graph import STAGES
-from pipeline.stages.report import NAMES, compare
+from pipeline.stages.registry import METHODS, STAGES
+from pipeline.stages.report import compare
 
 NAME = "loss_curves"
 COMPARED = ("finetune_full", "finetune_freeze", "finetune_lora")
@@ -30,7 +30,7 @@ def loss_curves(job: Job) -> RenderedFigure:
         _summary(methods),
         _caption(methods),
         (methods, _epochs(curves)),
-        lambda figure: compare(figure, curves, counts),
+        lambda figure: compare(figure, METHODS, curves, counts),
         (WIDE, 3.0),
     )
 
@@ -74,7 +74,7 @@ def _share_of_drop(epoch: int, means: Sequence[float]) -> float | None:
 
 def _describe_flat(row: Row) -> str:
     flat = row["flat_from_epoch"]
-    return f"{NAMES[str(row['method'])]} {f'from epoch {flat}' if flat else 'not yet'}"
+    return f"{METHODS[str(row['method'])]} {f'from epoch {flat}' if flat else 'not yet'}"
 
 
 def _summary(methods: Table) -> str:
@@ -83,9 +83,9 @@ def _summary(methods: Table) -> str:
 
 def _caption(methods: Table) -> str:
     flat = [(int(str(row["flat_from_epoch"])), str(row["method"])) for row in methods.rows if row["flat_from_epoch"]]
-    first = f" The earliest is {NAMES[min(flat)[1]]}." if flat else ""
+    first = f" The earliest is {METHODS[min(flat)[1]]}." if flat else ""
     done = [row for row in methods.rows if row["drop_by_30"] is not None]
-    shares = ", ".join(f"{NAMES[str(row['method'])]} {shown(row['drop_by_30'], '.1%')}" for row in done)
+    shares = ", ".join(f"{METHODS[str(row['method'])]} {shown(row['drop_by_30'], '.1%')}" for row in done)
     by_epoch = f" Share of the total drop by epoch {ENOUGH}, which the document says is enough: {shares}."
     return "\n\n".join(
         [

@@ -18,7 +18,7 @@ MEASURED: tuple[Callable[[Job], RenderedFigure], ...] = (
 GRADIENT_INDEX = 2  # of Figure 3 in the document's order; it is separate because it trains
 
 
-def figures(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Write every figure as PNG and SVG, its numbers as CSV, and a report. Raises UserError."""
     for stage in job.stage.needs:
         job.artifact(stage)

@@ -5,11 +5,12 @@ tables show the setting that comes nearest to the document's numbers.
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.data.examples import Prompt
+from msgspec.structs import replace
+
+from pipeline.data.prompts import Prompt
 from pipeline.document.params import StudyFactCorrection
 from pipeline.document.studies import fact_tables, fact_words
 from pipeline.document.studies.fact_tables import TARGETS, DocumentCell, Tuned, Words
@@ -26,13 +27,13 @@ from pipeline.document.studies.shared.runner import (
 )
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Facts, Job
+from pipeline.stages.methods.lora import FinetuneLora
 
 GROUP = "fact_correction"
 
 
-def fact_correction(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Train the grid and the variants of embeddings with all seeds → five tables and a picture. Raises UserError."""
     settings = job.project.params.of(StudyFactCorrection)
     prompts = prompts_of(job, settings.prompts, GROUP)

@@ -10,13 +10,13 @@ from statistics import fmean
 import torch
 
 from pipeline.adapters.attach import disable_adapter
-from pipeline.data.examples import Prompt
+from pipeline.data.prompts import Prompt
 from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask
 from pipeline.document.studies.shared.runner import DOCUMENT, describe_window
 from pipeline.document.tables import Cell, Row, Spread, Table
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
-from pipeline.project.params.sections import FinetuneLora
+from pipeline.stages.methods.lora import FinetuneLora
 
 TARGETS = {"v_proj": ("v_proj",), "all": DOCUMENT.target_modules}
 POINTS = 0.15  # a probability this close to the document's counts as equal

@@ -6,7 +6,7 @@ from statistics import fmean
 from pipeline.document.studies.fact_tables import PERCENT, POINTS, Words
 from pipeline.document.studies.shared.report import Figure
 from pipeline.document.tables import Row, Spread, Table, min_max, shown
-from pipeline.project.palette import COLORS
+from pipeline.stages.registry import COLORS
 
 
 def describe(words: Words, rows: Table, settings: Table, embeddings: Table, parts: Table) -> str:

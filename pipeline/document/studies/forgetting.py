@@ -8,8 +8,8 @@ from pipeline.document.studies.shared.report import Figure, Findings, write_repo
 from pipeline.document.studies.shared.retention_score import FORMATS, RetentionScorer, retention_scorer
 from pipeline.document.studies.shared.runner import Run, delete_runs, evaluate_checkpoints
 from pipeline.document.tables import Row, Spread, Table, mean, shown
-from pipeline.project.palette import COLORS
 from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.stages.registry import COLORS
 from pipeline.training.loop import TrainingTask
 
 LINE_STYLES = {  # method → line style of its curve
@@ -24,7 +24,7 @@ Curve = Mapping[int, Losses]  # epoch → losses
 QUANTITIES = ("new_loss", "old_rise", "old_kept")
 
 
-def forgetting(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Train each method with each seed, measure every few epochs → two tables and a picture. Raises UserError."""
     settings = job.project.params.of(StudyForgetting)
     scorer = retention_scorer(job, settings.old_data, settings.new_data)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.data.examples import read_examples
+from pipeline.data.read import read_examples
 from pipeline.document.params import StudyIntrinsicDimension
 from pipeline.document.random_subspace import OneHot, SubspaceAdam
 from pipeline.document.studies.shared.next_token import document
@@ -24,10 +24,10 @@ from pipeline.inference import engine
 from pipeline.inference.score import EvalScores, score
 from pipeline.models.base import CausalLM
 from pipeline.models.load import count, untrained
-from pipeline.project.palette import COLORS
-from pipeline.project.params.sections import FinetuneFull, Training
+from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.stages.finetune import finetune
+from pipeline.stages.methods.full import FinetuneFull
+from pipeline.stages.registry import COLORS
 from pipeline.training.loop import build_optimizer
 from pipeline.training.optimizer import FlatAdam
 
@@ -37,7 +37,7 @@ SLACK = 1e-9  # for rounding: accuracies are fractions of a few tokens
 Scores = Mapping[tuple[str, int], Sequence[EvalScores]]  # (start, dimensions) → a score per seed
 
 
-def intrinsic_dimension(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Train from each start in each dimension and in full, with each seed → two tables and a picture.
 
     Raises UserError.
@@ -69,7 +69,7 @@ def _run(settings: StudyIntrinsicDimension, start: str, size: int, seed: int, in
     section = FinetuneFull(data=settings.data, seed=seed)
     if not in_full:
         section = FinetuneFull(data=settings.data, seed=seed, learning_rate=settings.learning_rate)
-    return Run(f"{start}, {size:,} dimensions, seed {seed}", "finetune_full", finetune, {"finetune_full": section})
+    return Run(f"{start}, {size:,} dimensions, seed {seed}", "finetune_full", {"finetune_full": section})
 
 
 def _initialize(

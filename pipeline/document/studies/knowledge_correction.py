@@ -6,12 +6,15 @@ measured.
 
 import shutil
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from pipeline.adapters.attach import adaptable
 from pipeline.calc.target_modules import matches_suffix
-from pipeline.data.examples import Prompt, read_examples, read_prompts
+from pipeline.data.prompts import Prompt, read_prompts
+from pipeline.data.read import read_examples
 from pipeline.document.params import StudyKnowledgeCorrection
 from pipeline.document.studies.shared.next_token import check_words
 from pipeline.document.studies.shared.report import Figure, Findings, write_report
@@ -23,10 +26,10 @@ from pipeline.inference.agreement import SameLogits
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.score import AnswerScore, score, score_answers
 from pipeline.models.base import CausalLM
-from pipeline.project.palette import COLORS
-from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.evaluate import weight_bytes
+from pipeline.stages.methods.lora import FinetuneLora
+from pipeline.stages.registry import COLORS
 from pipeline.weights.merge import Merging, merge_into
 
 V_PROJ = ("v_proj",)
@@ -49,7 +52,7 @@ class Corrected:
     divergence: float  # from the base on other sentences, nats per token
 
 
-def knowledge_correction(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Train v_proj only, all targets, both with retain texts, and the recipe as written → two tables and a picture.
 
     Each variant is trained with all seeds. Raises UserError.

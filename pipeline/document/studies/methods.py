@@ -18,9 +18,9 @@ from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
 from pipeline.project.logs.run_log import TELEMETRY
-from pipeline.project.palette import COLORS
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.evaluate import weight_bytes
+from pipeline.stages.registry import COLORS
 
 LARGE = "qwen3-8b"
 COST = {"share": ".1%", "predicted_kB": ".0f", "measured_kB": ".0f", "stored_kB": ".0f"}
@@ -28,7 +28,7 @@ FROM_SCRATCH = "training from scratch"
 NEARLY_ALL = 7  # of 8 sentences
 
 
-def methods(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Train every method with each seed → three tables, a picture, and a table of times in the run's folder."""
     settings = job.project.params.of(StudyMethods)
     scorer = retention_scorer(job, settings.old_data, settings.new_data, settings.prompt_words)

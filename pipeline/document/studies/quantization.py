@@ -5,17 +5,19 @@ QLoRA. Activations are not quantized, unlike in tensor cores, LLM.int8() or BitN
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log2
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from pipeline.calc.memory import weight_bytes
 from pipeline.calc.sources.open_model import built_in
-from pipeline.data.examples import Example, read_examples
+from pipeline.data.examples import Example
+from pipeline.data.read import read_examples
 from pipeline.document import rounding
 from pipeline.document.params import StudyQuantization
 from pipeline.document.rounding import Rounded
@@ -28,9 +30,8 @@ from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.score import EvalScores, score
 from pipeline.models.quantization.quantized_linear import quantizable
-from pipeline.project.palette import COLORS
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.stages.pretrain import pretrain
+from pipeline.stages.registry import COLORS
 
 LARGE = "qwen3-8b"
 NEGLIGIBLE_RISE = 0.001  # relative, of perplexity
@@ -48,7 +49,7 @@ class QuantizedQuality:
     kept: float
 
 
-def quantization(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Measure every precision on each seed's base → three tables and a picture. Raises UserError."""
     settings = job.project.params.of(StudyQuantization)
     examples = read_examples(job.path(settings.data), settings.data)
@@ -71,7 +72,7 @@ def _bases(job: Job, settings: StudyQuantization) -> Generator[Event, None, list
     params = job.project.params
     project_seed = params.pretrain.seed
     runs = {
-        seed: Run(f"base, seed {seed}", "pretrain", pretrain, {"pretrain": replace(params.pretrain, seed=seed)})
+        seed: Run(f"base, seed {seed}", "pretrain", {"pretrain": replace(params.pretrain, seed=seed)})
         for seed in settings.seeds
         if seed != project_seed
     }

@@ -1,8 +1,9 @@
 """study_rank: the effect of rank, alpha and learning rate on the new sentences (§2.4, §5)."""
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
 from itertools import product
+
+from msgspec.structs import replace
 
 from pipeline.document.params import StudyRank
 from pipeline.document.studies.shared.report import Figure, Findings, write_report
@@ -16,17 +17,17 @@ from pipeline.document.studies.shared.retention_score import (
 from pipeline.document.studies.shared.runner import DOCUMENT, Run, adapters, delete_runs, run_stage, sweep_run
 from pipeline.document.tables import Row, Spread, Table, mean, min_max
 from pipeline.inference import engine
-from pipeline.project.palette import COLORS
-from pipeline.project.params.sections import FinetuneFull, FinetuneLora
 from pipeline.project.runner import Event, Facts, Job
-from pipeline.stages.finetune import finetune
+from pipeline.stages.methods.full import FinetuneFull
+from pipeline.stages.methods.lora import FinetuneLora
+from pipeline.stages.registry import COLORS
 
 NEAR = 0.05  # nats per token: a loss this close to the best counts as equal
 Tuned = Mapping[str, Sequence[tuple[FinetuneLora, Knowledge]]]  # run's name → its adapters
 FullTuned = Mapping[float, Sequence[Knowledge]]  # learning rate of full fine-tuning → scores by seed
 
 
-def rank(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Train every rank, alpha and learning rate, and full fine-tuning at every rate, with all seeds → three tables."""
     settings = job.project.params.of(StudyRank)
     scorer = retention_scorer(job, settings.old_data, settings.new_data, settings.prompt_words)
@@ -78,7 +79,7 @@ def _full_runs(settings: StudyRank) -> dict[float, list[Run]]:
 
 def _full_run(settings: StudyRank, rate: float, seed: int) -> Run:
     section = FinetuneFull(data=settings.new_data, learning_rate=rate, seed=seed)
-    return Run(f"full, rate {rate:g}, seed {seed}", "finetune_full", finetune, {"finetune_full": section})
+    return Run(f"full, rate {rate:g}, seed {seed}", "finetune_full", {"finetune_full": section})
 
 
 def _ranks(settings: StudyRank, tuned: Tuned, full: FullTuned) -> Table:

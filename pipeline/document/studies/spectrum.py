@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from pipeline.adapters.attach import disable_adapter
@@ -31,9 +32,8 @@ from pipeline.document.studies.shared.runner import (
 )
 from pipeline.document.studies.spectrum_tables import FULL, RANDOM, SQUARE, Overlaps
 from pipeline.inference import engine
-from pipeline.project.params.sections import FinetuneFull
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.stages.finetune import finetune
+from pipeline.stages.methods.full import FinetuneFull
 from pipeline.weights.diff import Delta, diff_checkpoints
 from pipeline.weights.extract import Extracted, extract
 from pipeline.weights.spectrum import Measured, in_blocks, measure, measure_update, overlaps
@@ -42,7 +42,7 @@ from pipeline.weights.svd import Read
 Updates = Mapping[str, LowRank]  # module → update, of one adapter
 
 
-def spectrum(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Train full fine-tuning and LoRA of two ranks with each seed → four tables and a picture. Raises UserError."""
     settings = job.project.params.of(StudySpectrum)
     base = job.artifact("expand_vocab")
@@ -70,7 +70,6 @@ def _full(settings: StudySpectrum) -> list[Run]:
         Run(
             f"full, seed {seed}",
             "finetune_full",
-            finetune,
             {"finetune_full": FinetuneFull(data=settings.new_data, seed=seed)},
         )
         for seed in settings.seeds
@@ -78,8 +77,10 @@ def _full(settings: StudySpectrum) -> list[Run]:
 
 
 def _sweeps(settings: StudySpectrum) -> list[Run]:
-    base = replace(DOCUMENT, data=settings.new_data)
-    return [sweep_run(f"LoRA, r = {rank}", replace(base, rank=rank), seed=settings.seeds) for rank in settings.ranks]
+    base = structs.replace(DOCUMENT, data=settings.new_data)
+    return [
+        sweep_run(f"LoRA, r = {rank}", structs.replace(base, rank=rank), seed=settings.seeds) for rank in settings.ranks
+    ]
 
 
 def _spectra(

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.document.studies.shared.report import Figure
 from pipeline.document.studies.shared.retention_score import FORMATS, Knowledge, spreads
 from pipeline.document.tables import Row, Spread, Table, min_max, shown, spread
-from pipeline.project.palette import COLORS
+from pipeline.stages.registry import COLORS
 from pipeline.weights.spectrum import Measured
 
 RANKS = (1, 2, 4, 8, 16)  # whose share of a change is in the table

@@ -1,10 +1,12 @@
 """study_trajectory: probabilities of tisch, sofa, bett and boden by training step of the fact correction (§2.3)."""
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
+
+from msgspec.structs import replace
 
 from pipeline.document.params import StudyTrajectory
 from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask, check_words, document
@@ -12,9 +14,9 @@ from pipeline.document.studies.shared.report import Figure, Findings, write_repo
 from pipeline.document.studies.shared.runner import DOCUMENT, Run, delete_runs, describe_window, evaluate_checkpoints
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.inference import engine
-from pipeline.project.palette import COLORS, OTHERS
+from pipeline.project.palette import OTHERS
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.stages.finetune import finetune
+from pipeline.stages.registry import COLORS
 
 SECTION = "trajectory"
 PERCENT = ".1%"
@@ -30,7 +32,7 @@ class Curve:
     answers: Mapping[int, NextTokenAnswers]
 
 
-def trajectory(job: Job) -> Generator[Event, None, Facts]:
+def run(job: Job) -> Generator[Event, None, Facts]:
     """Train with each window and seed, and ask after each step → two tables and a picture. Raises UserError."""
     settings = job.project.params.of(StudyTrajectory)
     claimed = document(job.path(settings.document), settings.document, SECTION)
@@ -59,7 +61,7 @@ def run_of(settings: StudyTrajectory, window: int, seed: int, steps: int) -> Run
     lora = replace(
         DOCUMENT, data=settings.data, seed=seed, epochs=epochs, learning_rate=rate, batch_size=batch, window=window
     )
-    return Run(f"{describe_window(window)}, seed {seed}", "finetune_lora", finetune, {"finetune_lora": lora})
+    return Run(f"{describe_window(window)}, seed {seed}", "finetune_lora", {"finetune_lora": lora})
 
 
 def words_of(claimed: Mapping[str, Any]) -> list[str]:

@@ -10,14 +10,10 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.text import natural_sort_key
+from pipeline.project.logs.outcomes import DIVERGED, read_run_outcomes
 from pipeline.project.logs.run_log import LOSS, TELEMETRY
-from pipeline.project.params.grid import DIVERGED, read_run_outcomes
-from pipeline.project.stage_graph import ARTIFACTS, RUNS, STAGES, Project, Stage, cache_folder
+from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage, StageGraph, cache_folder
 
-TRAINING = (  # in the order in which they are listed
-    *("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt", "finetune_sweep"),
-    *("train_from_scratch", "pretrain"),
-)
 SHORT_KEY = 8  # characters of a cache key in a label
 
 
@@ -35,7 +31,7 @@ class Run:
     """One training run: one curve, or one per adapter of a sweep; `log_folder` contains the logs.
 
     `folder`: the run folder if this is the stage's last run, which may still be running. `params`: the settings it ran
-    with, as in JSON. `when`: the logs' last change in seconds since the epoch.
+    with, as in JSON. `when`: the logs' last change in seconds since the epoch. `sweeps`: whether it is a sweep's.
     """
 
     stage: str
@@ -45,10 +41,7 @@ class Run:
     folder: Path | None
     params: Mapping[str, Any]
     when: float
-
-    @property
-    def sweeps(self) -> bool:
-        return STAGES[self.stage].kind == "adapters"
+    sweeps: bool = False
 
     def curve_label(self, curve: str) -> str:
         """The label of one of its curves, unique among all runs."""
@@ -69,7 +62,7 @@ class _FinishedRun:
     when: float
 
 
-def discover_runs(root: Path, project: Project | None) -> list[Run]:
+def discover_runs(root: Path, project: Project | None, graph: StageGraph) -> list[Run]:
     """All runs of the training stages, stage by stage: the last run first, then from new to old.
 
     Runs with the same bytes in their logs are listed once. Labels show the params that differ from the current ones.
@@ -77,22 +70,24 @@ def discover_runs(root: Path, project: Project | None) -> list[Run]:
     `project` is None if the params file in `root` cannot be read. This reads whole logs to hash them, so do not call
     it on the UI thread.
     """
-    return [run for name in _training_stages(project) for run in _disambiguate(_runs(root, STAGES[name], project))]
+    return [run for stage in training_stages(project, graph) for run in _disambiguate(_runs(root, stage, project))]
 
 
-def stamp(root: Path, params: Path, project: Project | None) -> tuple[int, ...]:
+def stamp(root: Path, params: Path, project: Project | None, graph: StageGraph) -> tuple[int, ...]:
     """Changes when `discover_runs` may return other runs. Takes a dozen calls of os.stat, and one per adapter."""
-    stages = _training_stages(project)
-    homes = {name: project.home(name).root if project else root for name in stages}
+    stages = training_stages(project, graph)
+    homes = [(stage, project.home(stage.name).root if project else root) for stage in stages]
     cache = project.cache if project else cache_folder(root)
-    logs = [number for name, home in homes.items() for number in _identities(home / RUNS / name, STAGES[name])]
-    others = [params, *(home / STAGES[name].path for name, home in homes.items()), *(cache / name for name in stages)]
+    logs = [number for stage, home in homes for number in _identities(home / RUNS / stage.name, stage)]
+    others = [params, *(home / stage.path for stage, home in homes), *(cache / stage.name for stage in stages)]
     return (*logs, *(number for path in others for number in _stat(path)))
 
 
-def _training_stages(project: Project | None) -> list[str]:
-    """Those of TRAINING that the project has itself or from its parent; without a project, all."""
-    return [name for name in TRAINING if project is None or name in project.readable]
+def training_stages(project: Project | None, graph: StageGraph) -> list[Stage]:
+    """The stages that train, which the project has itself or from its parent; without a project, all of the graph."""
+    trained = sorted((stage for stage in graph.stages.values() if stage.look), key=lambda stage: stage.order)
+    every = [*trained, graph.stages["pretrain"]]
+    return [stage for stage in every if project is None or stage.name in project.readable]
 
 
 def _identities(folder: Path, stage: Stage) -> list[int]:
@@ -140,7 +135,7 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
         difference = _difference(manifest, reference, now)
         label = f"{_stage_label(stage, curves)}{',' if difference and stage.kind == 'adapters' else ''}{difference}"
         when = max(_changed(curve.loss) for curve in curves)
-        return Run(stage.name, label, log_folder, curves, folder, _params(manifest), when)
+        return Run(stage.name, label, log_folder, curves, folder, _params(manifest), when, stage.kind == "adapters")
 
     folder = (home.root if home else root) / RUNS / stage.name
     curves = _logs(folder, stage)

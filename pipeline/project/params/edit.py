@@ -2,20 +2,21 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.project.params.sections import TOP_LEVEL, Kinds, parse
+from pipeline.project.params.load import FIXED, TOP_LEVEL, Kinds, parse
+from pipeline.project.params.schema import Section
+from pipeline.project.params.sections import Training
 
 NULL = "tag:yaml.org,2002:null"
 
 
-def save(path: Path, values: Mapping[str, Any], more: Kinds = dict) -> None:
-    """Set `section.key` → value in the file atomically; `more` as in `sections.parse`.
+def save(path: Path, values: Mapping[str, Any], kinds: Kinds = FIXED) -> None:
+    """Set `section.key` → value in the file atomically; `kinds` as in `load.parse`.
 
     Raises UserError if the file is invalid before or after, and OSError if it cannot be written. Then it is unchanged.
     """
@@ -24,9 +25,9 @@ def save(path: Path, values: Mapping[str, Any], more: Kinds = dict) -> None:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8. Fix it by hand.") from None
-    parse(text, path, (), more)
+    parse(text, path, (), kinds)
     new = set_values(text, values)
-    parse(new, path, (), more)
+    parse(new, path, (), kinds)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -58,11 +59,18 @@ def remove_section(text: str, section: str) -> str:
     return "".join(remaining)
 
 
-def section_text(name: str, section: Any) -> str:
-    """A section with all keys, as text for params.yaml."""
-    return f"{name}:\n" + "".join(
-        f"  {f.name}: {dump_inline(getattr(section, f.name))}\n" for f in fields(section) if f.name not in TOP_LEVEL
-    )
+def section_text(name: str, kind: type[Section], values: Mapping[str, Any] | None = None) -> str:
+    """A new section as text for params.yaml: its own keys, and of those that all training stages share the ones whose
+    default is another here; or those in `values`."""
+    default, shared = kind(), Training()
+    keys = {
+        key: getattr(default, key)
+        for key in kind.__struct_fields__
+        if key not in TOP_LEVEL
+        and (key == "data" or key not in Training.__struct_fields__ or getattr(default, key) != getattr(shared, key))
+    }
+    lines = "".join(f"  {key}: {dump_inline(value)}\n" for key, value in {**keys, **(values or {})}.items())
+    return f"{name}:\n{lines}" if lines else f"{name}: {{}}\n"
 
 
 def _set(text: str, section: str, name: str, value: Any) -> str:

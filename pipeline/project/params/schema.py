@@ -1,67 +1,27 @@
-"""Validation of params.yaml: rules that annotate the types of a dataclass, and the check of values against them.
+"""What a value of params.yaml may be: sections as msgspec structs, their rules, and what is said of a wrong value.
 
-Every violation is a UserError with key, rule, value and next step.
+A field is declared once, with its type, its rules and its meaning:
+
+    rank: Annotated[Count, "rank of the update: A is (rank, inputs), B is (outputs, rank)"] = 4
+
+Errors, forms, `lora params` and the reference all read that declaration.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from pipeline.errors import UserError
 from pipeline.files.patterns import end_pattern, problem
 
 
-@dataclass(frozen=True)
-class AtLeast:
-    bound: float
-
-    def violation(self, value: float) -> str | None:
-        return None if value >= self.bound else f"must be at least {self.bound:g}"
-
-
-@dataclass(frozen=True)
-class MoreThan:
-    bound: float
-
-    def violation(self, value: float) -> str | None:
-        return None if value > self.bound else f"must be more than {self.bound:g}"
-
-
-@dataclass(frozen=True)
-class Below:
-    bound: int
-
-    def violation(self, value: float) -> str | None:
-        return None if value < self.bound else f"must be below {self.bound}"
-
-
-@dataclass(frozen=True)
-class GridOf:
-    """A mapping of some keys of a section to lists of values; `rule` introduces the allowed keys in an error."""
-
-    kind: type
-    keys: tuple[str, ...]
-    rule: str
-
-    def violation(self, _value: Any) -> str | None:
-        return None
-
-
-@dataclass(frozen=True)
-class AllowEmpty:
-    """A text, list or mapping that may be empty."""
-
-    def violation(self, _value: Any) -> str | None:
-        return None
-
-
-@dataclass(frozen=True)
-class AllowDuplicates:
-    """A list that may contain a value twice, such as the numbers of a matrix."""
-
-    def violation(self, _value: Any) -> str | None:
-        return None
+class Section(msgspec.Struct, frozen=True, kw_only=True):
+    """A section of params.yaml: one stage's settings, all with defaults."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +30,26 @@ class Because:
 
     reason: str
 
-    def violation(self, _value: Any) -> str | None:
-        return None
+
+@dataclass(frozen=True)
+class ReadBy:
+    """A field that is read by a function of its own: (value, key, origin) → typed value, or UserError."""
+
+    read: Callable[[Any, str, "ValueSource"], Any]
+    rule: str  # a description of the valid values
+
+
+ALLOW_EMPTY = object()  # a text, list or mapping that may be empty
+ALLOW_DUPLICATES = object()  # a list that may have a value twice, such as the numbers of a matrix
+LARGEST = 1e30  # of a float, so that products stay finite in fp32
+Count = Annotated[int, Meta(ge=1, lt=2**31)]
+Steps = Annotated[int, Meta(ge=0, lt=2**31)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Rate = Annotated[float, Meta(gt=0)]
+Weight = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+File = Annotated[str, ALLOW_EMPTY]
+Names = Annotated[tuple[str, ...], ALLOW_EMPTY]
 
 
 @dataclass(frozen=True)
@@ -90,15 +68,21 @@ class ValueSource:
         return "--set" if ".".join(key.split(".")[:2]) in self.overridden else self.file
 
 
-TOP_LEVEL = "top_level"  # in a field's metadata: its key stands above the sections, and names no section
-LARGEST = 1e30  # of a float, so that products stay finite in fp32
-Count = Annotated[int, AtLeast(1), Below(2**31)]
-Seed = Annotated[int, AtLeast(0), Below(2**63)]
-Rate = Annotated[float, MoreThan(0)]
-File = Annotated[str, AllowEmpty()]
-Names = Annotated[tuple[str, ...], AllowEmpty()]
-Share = Annotated[float, AtLeast(0), Below(1)]
-Steps = Annotated[int, AtLeast(0), Below(2**31)]
+@cache
+def hints(kind: type[Section]) -> Mapping[str, Any]:
+    """Field → its annotated type, in the order of declaration."""
+    types = get_type_hints(kind, include_extras=True)
+    return {name: types[name] for name in kind.__struct_fields__}
+
+
+def meaning(kind: type[Section], key: str) -> str:
+    """What a field is for, as its declaration says; empty if it says nothing."""
+    return next((note for note in reversed(_split(hints(kind)[key])[1]) if isinstance(note, str)), "")
+
+
+def rule(kind: type[Section], key: str) -> str:
+    """A description of the valid values of a field, such as "a whole number, at least 1, below 2147483648"."""
+    return _describe(hints(kind)[key])
 
 
 def reject_unknown_keys(tree: Mapping[str, Any], known: Sequence[str], prefix: str, origin: ValueSource) -> None:
@@ -111,121 +95,123 @@ def reject_unknown_keys(tree: Mapping[str, Any], known: Sequence[str], prefix: s
             raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")
 
 
-def type_name(hint: Any) -> str:
-    hint, rules = _split(hint)
-    violations = (rule_.violation(math.nan) for rule_ in rules)
-    description = ", ".join([_convert(hint, None)[1], *(text.removeprefix("must be ") for text in violations if text)])
-    return f"{description}, or empty" if AllowEmpty() in rules else description
-
-
-def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The type without its annotation, and the annotated rules."""
-    if get_origin(hint) is not Annotated:
-        return hint, ()
-    hint, *rules = get_args(hint)
-    return hint, tuple(rules)
-
-
-def section(kind: type, tree: Any, name: str, origin: ValueSource) -> Any:
-    tree = {} if tree is None else tree  # `section:` without keys has all defaults
-    if not isinstance(tree, dict):
-        raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {tree!r}.")
-    reject_unknown_keys(tree, [f.name for f in fields(kind) if not f.metadata.get(TOP_LEVEL)], f"{name}.", origin)
-    hints = get_type_hints(kind, include_extras=True)
-    values = {key: validate(hints[key], value, f"{name}.{key}", origin) for key, value in tree.items()}
-    return kind(**values)
-
-
-def validate(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
-    """Convert `value` to the annotated type. Raises UserError if it violates the type or a rule."""
-    hint, rules = _split(hint)
-    if value in (None, "", [], {}) and AllowEmpty() in rules:
-        return {tuple: (), Mapping: {}}.get(get_origin(hint), "")
-    if get_origin(hint) is Mapping and isinstance(value, dict):
-        grid = next((rule for rule in rules if isinstance(rule, GridOf)), None)
-        if grid is not None:
-            return _validate_grid(grid, value, key, origin)
-        return _validate_patterns(get_args(hint)[1], value, key, origin)
-    if get_origin(hint) is tuple and (item := get_args(hint)[0]) is not str:
-        return _validate_list(item, value, key, origin, AllowDuplicates() in rules)
-    typed, expected = _convert(hint, value)
-    problem = f"must be {expected}" if typed is None else next(filter(None, (r.violation(typed) for r in rules)), None)
-    if problem:
-        because = "".join(f": {rule.reason}" for rule in rules if isinstance(rule, Because))
-        raise UserError(f"{key} {problem}, got {value!r}{because}. {origin.edit(key)}")
+def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
+    """`value`, as YAML loads it, as the annotated type. Raises UserError with key, rule, value and next step."""
+    kind, notes = _split(hint)
+    container = get_origin(kind)
+    if value in (None, "", [], {}) and ALLOW_EMPTY in notes:
+        return {tuple: (), Mapping: {}}.get(container, "")
+    own = next((note for note in notes if isinstance(note, ReadBy)), None)
+    typed: Any
+    if own is not None:
+        typed = own.read(value, key, origin)
+    elif container is tuple and get_args(kind)[0] is not str:
+        typed = _check_list(get_args(kind)[0], value, key, origin, ALLOW_DUPLICATES in notes)
+    elif container is Mapping and isinstance(value, dict):
+        typed = _check_mapping(get_args(kind)[1], value, key, origin)
+    else:
+        typed = _convert(kind, value)
+    wrong = None if typed is not None else f"must be {_type_name(kind, value)}"
+    wrong = wrong or next(filter(None, (_violation(note, typed) for note in notes)), None)
+    if wrong:
+        because = "".join(f": {note.reason}" for note in notes if isinstance(note, Because))
+        raise UserError(f"{key} {wrong}, got {value!r}{because}. {origin.edit(key)}")
     return typed
 
 
-def _validate_list(hint: Any, values: Any, key: str, origin: ValueSource, repeats: bool = False) -> tuple[Any, ...]:
-    """Validate each value of a list. Raises UserError, also for duplicates unless `repeats`."""
+def _check_list(item: Any, values: Any, key: str, origin: ValueSource, duplicates: bool) -> tuple[Any, ...]:
     if not isinstance(values, list) or not values:
-        raise UserError(f"{key} must be a list of values, such as [0, 1], got {values!r}. {origin.edit(key)}")
-    typed = tuple(validate(hint, value, key, origin) for value in values)
+        raise UserError(f"{key} must be a list of values, such as [1, 2], got {values!r}. {origin.edit(key)}")
+    typed = tuple(check_value(item, value, key, origin) for value in values)
     twice = next((value for n, value in enumerate(typed) if value in typed[:n]), None)
-    if twice is not None and not repeats:
+    if twice is not None and not duplicates:
         raise UserError(f"{key} has {twice!r} twice. Remove one of them from {origin.of(key)}.")
     return typed
 
 
-def _validate_patterns(hint: Any, values: dict[Any, Any], key: str, origin: ValueSource) -> dict[str, Any]:
-    """Validate a mapping of regular expressions to values. Raises UserError."""
+def _check_mapping(item: Any, values: dict[Any, Any], key: str, origin: ValueSource) -> dict[str, Any]:
+    """A mapping of regular expressions to values."""
     for pattern in values:
         if why := problem(pattern) or problem(end_pattern(pattern)) if isinstance(pattern, str) else "it is not a text":
             raise UserError(
                 f"{key}: {pattern!r} is not a regular expression for module names: {why}. {origin.edit(key)}"
             )
-    return {pattern: validate(hint, value, f"{key}.{pattern}", origin) for pattern, value in values.items()}
+    return {pattern: check_value(item, value, f"{key}.{pattern}", origin) for pattern, value in values.items()}
 
 
-def _validate_grid(grid: GridOf, values: dict[Any, Any], key: str, origin: ValueSource) -> dict[str, tuple[Any, ...]]:
-    """Validate a mapping of a section's keys to lists of their values. Raises UserError."""
-    hints = get_type_hints(grid.kind, include_extras=True)
-    for name, options in values.items():
-        if name not in grid.keys:
-            raise UserError(f"{key}.{name}: {grid.rule} {', '.join(grid.keys)} only. {origin.edit(key)}")
-        if not isinstance(options, list) or not options:
-            raise UserError(
-                f"{key}.{name} must be a list of values, such as [1, 2], got {options!r}. {origin.edit(key)}"
-            )
-    return {
-        name: tuple(validate(hints[name], value, f"{key}.{name}", origin) for value in options)
-        for name, options in values.items()
-    }
-
-
-def _convert(hint: Any, value: Any) -> tuple[Any, str]:
-    """The value converted to `hint`, or None if that fails; and a description of the expected type."""
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        return (value if value in choices else None), "one of " + ", ".join(choices)
-    if get_origin(hint) is tuple and get_args(hint)[0] is not str:  # lists are validated value by value
-        return None, f"a list, each value {type_name(get_args(hint)[0])}"
-    if get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        good = isinstance(items, list) and items and all(isinstance(i, str) and i for i in items)
-        return (tuple(items) if good else None), "a name or a list of names"
-    if get_origin(hint) is Mapping and get_origin(get_args(hint)[1]) is tuple:
-        return None, "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}"
-    if get_origin(hint) is Mapping:  # mappings are validated value by value
-        return None, f"a mapping of patterns of module names, such as {{q_proj: 8}}, to {type_name(get_args(hint)[1])}"
-    if hint is bool:
-        return (value if isinstance(value, bool) else None), "true or false"
-    if hint is int:
-        return (value if isinstance(value, int) and not isinstance(value, bool) else None), "a whole number"
-    if hint is float:
-        number = _number(value)
-        if number is not None and abs(number) > LARGEST:
-            return None, f"at most {LARGEST:g} in size"
-        return number, "a finite number"
-    return (value if isinstance(value, str) and value else None), "a text"
-
-
-def _number(value: Any) -> float | None:
-    """A float, also from a string such as `1e-4`, which PyYAML does not read as a number; None if not finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
+def _convert(kind: Any, value: Any) -> Any:
+    """The value as `kind`, or None. PyYAML reads 1e-4 as a text; a name is a list of one."""
+    if kind is float:
+        try:
+            value = float(value) if isinstance(value, str) else value
+        except ValueError:
+            return None
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:  # also nan
+            return None
+    if get_origin(kind) is tuple and isinstance(value, str):
+        value = [value]
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
+        typed = msgspec.convert(value, kind)
+    except msgspec.ValidationError:
         return None
-    return number if math.isfinite(number) else None
+    empty = typed in ("", ()) or (isinstance(typed, tuple) and "" in typed)
+    return None if empty else typed
+
+
+def _violation(note: Any, value: Any) -> str | None:
+    """What of a bound the value violates: "must be at least 1"."""
+    return next((f"must be {text}" for text, holds in _bounds(note) if not holds(value)), None)
+
+
+def _bounds(note: Any) -> list[tuple[str, Callable[[float], bool]]]:
+    """The bounds of a msgspec.Meta, in words and as tests."""
+    if not isinstance(note, Meta):
+        return []
+    ge, gt, le, lt = note.ge, note.gt, note.le, note.lt
+    bounds: list[tuple[str, Callable[[float], bool]]] = []
+    if ge is not None:
+        bounds.append((f"at least {ge}", lambda value: value >= ge))
+    if gt is not None:
+        bounds.append((f"more than {gt}", lambda value: value > gt))
+    if le is not None:
+        bounds.append((f"at most {le}", lambda value: value <= le))
+    if lt is not None:
+        bounds.append((f"below {lt}", lambda value: value < lt))
+    return bounds
+
+
+def _describe(hint: Any) -> str:
+    kind, notes = _split(hint)
+    bounds = [text for note in notes for text, _ in _bounds(note)]
+    own = next((note.rule for note in notes if isinstance(note, ReadBy)), None)
+    return ", ".join([own or _type_name(kind), *bounds]) + (", or empty" if ALLOW_EMPTY in notes else "")
+
+
+def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The type without its annotation, and the annotated notes."""
+    if get_origin(hint) is not Annotated:
+        return hint, ()
+    kind, *notes = get_args(hint)
+    return kind, tuple(notes)
+
+
+def _type_name(kind: Any, value: Any = 0) -> str:
+    container, arguments = get_origin(kind), get_args(kind)
+    if container is Literal:
+        return "one of " + ", ".join(arguments)
+    if container is tuple:
+        return "a name or a list of names" if arguments[0] is str else f"a list, each value {_describe(arguments[0])}"
+    if container is Mapping:
+        return f"a mapping of patterns of module names, such as {{q_proj: 8}}, to {_describe(arguments[1])}"
+    if kind is float and _is_too_large(value):
+        return f"at most {LARGEST:g} in size"
+    return {bool: "true or false", int: "a whole number", float: "a finite number"}.get(kind, "a text")
+
+
+def _is_too_large(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value)) and abs(float(value)) > LARGEST
+    except (TypeError, ValueError):
+        return False
+    except OverflowError:
+        return False

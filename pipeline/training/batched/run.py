@@ -7,8 +7,8 @@ from contextlib import ExitStack
 import torch
 
 from pipeline.errors import Interrupted, first_line, is_out_of_memory
+from pipeline.project.logs.outcomes import DIVERGED, STOPPED, write_run_outcomes
 from pipeline.project.logs.run_log import LOSS, Peak, RunLog, Step, in_units
-from pipeline.project.params.grid import DIVERGED, STOPPED, write_run_outcomes
 from pipeline.project.runner import Event, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
 from pipeline.training.batched.loop import AdapterProgress, steps

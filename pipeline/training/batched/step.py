@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.adapters.batched import AdapterRouting
 from pipeline.models.base import CausalLM
-from pipeline.project.params.sections import FinetuneLora
 from pipeline.training.batched.batch import LossFunction, Reader, adapter_divergences, adapter_losses
 from pipeline.training.batched.evaluation import BatchedEvaluation
 from pipeline.training.batches import Batches
@@ -22,7 +22,7 @@ class Variant:
     """One of the adapters: its name, settings, batches of the training data and batches of the retention texts."""
 
     name: str
-    settings: FinetuneLora
+    settings: Any
     batches: Batches
     retained: Batches | None = None
 
@@ -40,7 +40,7 @@ class BatchedTrainingTask:
     def total(self) -> int:
         """Number of steps without early stopping."""
         first = self.variants[0]
-        return first.settings.epochs * len(first.batches)
+        return int(first.settings.epochs) * len(first.batches)
 
     @cached_property
     def training_reader(self) -> Reader:

@@ -1,6 +1,6 @@
 """The memory calculator's prediction for a training step, and settings that would lower it."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
@@ -8,7 +8,7 @@ from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.project.logs.run_log import in_units
-from pipeline.project.params.sections import FinetuneLora, FinetuneVirtual, Training
+from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.training.batches import Batch
 from pipeline.training.losses import CHUNK
 
@@ -27,7 +27,7 @@ def suggest_less_memory(model: CausalLM, method: FinetuningMethod, settings: Tra
     if settings.batch_size > 1:
         sequences = settings.batch_size * settings.gradient_accumulation_steps
         options.append((f"{stage}.batch_size=1 with gradient_accumulation_steps={sequences}", settings, single))
-    if isinstance(settings, FinetuneLora) and settings.quantization == "none":
+    if isinstance(settings, AdapterTraining) and settings.quantization == "none":
         quantized = replace(settings, quantization="nf4-dq", precision="bf16")
         options.append((f"{stage}.quantization=nf4-dq", quantized, batch))
     predictions = [(option, predict_peak_memory(model, method, changed, read)) for option, changed, read in options]
@@ -63,7 +63,7 @@ def predict_peak_memory(
     kept_weights = None if method.kind == "prefix" else model.kept_attention_weights(lengths)
     all_logits = batch.label_index is None and len(batch.labels) <= CHUNK
     adapter = precision = str(settings.precision)
-    if isinstance(settings, FinetuneLora | FinetuneVirtual):
+    if isinstance(settings, AdapterTraining):
         adapter = settings.adapter_precision
         if settings.quantization != "none":
             if precision == "fp32":

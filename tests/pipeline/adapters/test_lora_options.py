@@ -14,7 +14,7 @@ from pipeline.calc.parameters import trainable
 from pipeline.errors import UserError
 from pipeline.inference import catalog
 from pipeline.models.load import load_base
-from pipeline.stages.finetune import lora_spec, method_of, new_rows
+from pipeline.stages.methods.lora import counted, lora_spec, new_rows
 from tests.helpers.projects import BRIEF, load, make
 from tests.pipeline.adapters.test_peft import assert_same_logits
 
@@ -62,7 +62,7 @@ def calculated(project: Path, overrides: list[str]) -> int:
     model = load_base(project / "artifacts/expanded").model
     settings = load(project / "params.yaml", overrides).finetune_lora
     spec = lora_spec(model, settings, new_rows(project / "artifacts/expanded"))
-    return trainable(architecture(model.describe(), "MiniGPT"), method_of(settings, spec))
+    return trainable(architecture(model.describe(), "MiniGPT"), counted(spec, settings.init_lora_weights == "pissa"))
 
 
 def test_pissa_says_what_trained_and_what_its_file_holds(project: Path) -> None:

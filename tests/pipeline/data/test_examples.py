@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.examples import Example, in_evaluation, iter_examples, read_examples, read_prompts, windows
+from pipeline.data.examples import Example, in_evaluation, windows
+from pipeline.data.prompts import read_prompts
+from pipeline.data.read import iter_examples, read_examples
 from pipeline.errors import UserError
 from tests.helpers.projects import ROOT
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.examples import Example, iter_examples
+from pipeline.data.examples import Example
 from pipeline.data.masking import Encoded
+from pipeline.data.read import iter_examples
 from pipeline.data.token_file import Corpus, refuse_empty
 from pipeline.errors import UserError
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipeline.data.examples import Example, read_examples
+from pipeline.data.examples import Example
 from pipeline.data.masking import encode
+from pipeline.data.read import read_examples
 from pipeline.data.tokenizers.word import SPECIAL, WordTokenizer, split
 from pipeline.errors import UserError
 from tests.helpers.projects import ROOT

@@ -16,7 +16,7 @@ from pipeline.document.claims.check import VERDICTS, Row, calculated
 from pipeline.document.claims.claims import REQUIRED, read_claims
 from pipeline.document.claims.expression import parse
 from pipeline.document.claims.sources import Sources
-from pipeline.document.claims.stage import CLAIMS, PAGE, claims, verdicts
+from pipeline.document.claims.stage import CLAIMS, PAGE, verdicts
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.project.runner import run
@@ -224,7 +224,7 @@ def test_the_stage_writes_every_verdict_as_json_and_as_a_page_twice_the_same(ran
         root = tmp_path / name
         shutil.copytree(ran, root)
         project = open_project(root / "params.yaml")
-        manifest, events = played(run(project, stage, claims, force=True))
+        manifest, events = played(run(project, stage, force=True))
         assert events and manifest["stage"] == "claims"
         found.append(folder_bytes(root / "artifacts/claims"))
     assert found[0] == found[1]
@@ -243,7 +243,7 @@ def test_a_stage_that_is_out_of_date_is_not_judged(ran: Path, tmp_path: Path) ->
     (root / "artifacts/base/config.json").write_text("{}", encoding="utf-8")
     stage = replace(STAGES["claims"], needs=("pretrain",))
     with pytest.raises(UserError, match="changed after the artifact was made"):
-        played(run(open_project(root / "params.yaml"), stage, claims))
+        played(run(open_project(root / "params.yaml"), stage))
 
 
 # lora calc --document

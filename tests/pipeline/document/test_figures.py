@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from transformers import OPTForCausalLM
 
 from pipeline.adapters.lora import LoRALinear
-from pipeline.data.examples import read_examples
+from pipeline.data.read import read_examples
 from pipeline.document.figures.data.changes import held_by, held_if_normal, needed_for, needed_if_normal, trained_by
 from pipeline.document.figures.data.eckart_young import Plane, best_of_rank, circle, farthest, share_of_rank
 from pipeline.document.figures.data.formulas import GradientProbe, formulas

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.calc.settings import FULL
-from pipeline.data.examples import Window, read_examples
+from pipeline.data.examples import Window
+from pipeline.data.read import read_examples
 from pipeline.data.windows import InMemoryDataset
 from pipeline.document.random_subspace import OneHot, Projection, SubspaceAdam
 from pipeline.document.tables import Cell, Spread, read_table
@@ -18,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.inference.engine import load
 from pipeline.inference.score import score
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
-from pipeline.project.params.sections import FinetuneFull
+from pipeline.stages.methods.full import FinetuneFull
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.optimizer import FlatAdam

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ import pytest
 import yaml
 from torch import nn
 
-from pipeline.data.examples import Prompt
+from pipeline.data.prompts import Prompt
 from pipeline.document.params import StudyKnowledgeCorrection
-from pipeline.document.stages import sections
 from pipeline.document.studies import knowledge_correction, methods
 from pipeline.document.studies.fact_tables import DocumentCell, Words
 from pipeline.document.studies.shared import runner
@@ -29,10 +27,11 @@ from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
 from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS
-from pipeline.project.params.sections import Params
+from pipeline.project.params.load import Params
+from pipeline.project.params.schema import hints
 from pipeline.project.runner import Event, Job, Progress, input_facts, run
 from pipeline.stages.evaluate import weight_bytes
-from pipeline.workbench import open_project
+from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers.process import Forked
 from tests.helpers.projects import BRIEF, ROOT, STAGES, WORK, folder_bytes, load, make, make_one, refusal
@@ -77,7 +76,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         monkeypatch.setattr(section, "__getattribute__", getting)
 
     for name in STUDIES:
-        watched(name, sections()[name])
+        watched(name, GRAPH.sections[name])
     return keys
 
 
@@ -97,7 +96,7 @@ def test_a_study_reads_each_setting_and_is_tables_a_picture_and_a_paragraph_the_
     make(root, [name], BRIEF, force=True)
     assert folder_bytes(root / STAGES[name].path) == before
     assert not (root / "runs" / name / "parts").exists()
-    assert {f"{name}.{each.name}" for each in fields(sections()[name])} <= read
+    assert {f"{name}.{key}" for key in hints(GRAPH.sections[name])} <= read
 
 
 def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(studied: Path, project: Path) -> None:
@@ -246,7 +245,8 @@ def test_a_time_is_divided_by_the_steps_of_its_own_run(tmp_path: Path) -> None:
 def test_a_is_faster_where_its_name_says_so() -> None:
     faster = "LoRA+, A 16 × faster"
     plain, slower_b, faster_a = (
-        METHODS[name].run("", Params(), 0).sections["finetune_lora"] for name in ("LoRA", "LoRA+, A faster", faster)
+        METHODS[name].run("", Params(kinds=GRAPH.sections), 0).sections["finetune_lora"]
+        for name in ("LoRA", "LoRA+, A faster", faster)
     )
     assert slower_b.learning_rate == plain.learning_rate == faster_a.learning_rate * faster_a.loraplus_ratio
     assert faster_a.learning_rate == 16 * plain.learning_rate

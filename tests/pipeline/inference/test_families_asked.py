@@ -16,7 +16,7 @@ from pipeline.inference.server.request import Request
 from pipeline.models.generate import Sampling, generate
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel
-from pipeline.project.stage_graph import VARIANTS
+from pipeline.workbench import GRAPH
 from tests.conftest import Lora
 from tests.helpers.families import END, FAMILIES, NEW, TOOL
 
@@ -83,7 +83,7 @@ def test_prompt_compare_and_verify_answer(family: Made, name: str, cli: Lora) ->
     assert json.loads(out)["top_k"] == [vars(choice) for choice in engine.top_k(loaded, PROMPT, 5)]
     code, out, err = cli("compare", PROMPT, "--json", cwd=root)
     assert (code, err) == (0, "")
-    assert list(json.loads(out)) == list(VARIANTS)
+    assert list(json.loads(out)) == list(GRAPH.variants)
     code, out, err = cli("adapters", "verify", "artifacts/lora_adapter", cwd=root)
     assert (code, err) == (0, "")
     assert "files, names, shapes and base are those it was trained with" in out

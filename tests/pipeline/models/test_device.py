@@ -27,8 +27,8 @@ from pipeline.models.generate import generate
 from pipeline.models.load import load_base
 from pipeline.models.quantization import quantized_linear
 from pipeline.project.logs.run_log import in_units, read_steps
-from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import checkpoints
+from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batches import collate
 from pipeline.training.loop import prepare_model
 from pipeline.training.memory.forecast import longest_sequence, predict_peak_memory, suggest_less_memory

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, key_path
+from pipeline.project.params.load import TOP_LEVEL, key_path
 from pipeline.workbench import GRAPH
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make
@@ -110,7 +110,7 @@ OTHER = {
     "figures.change": "[1, 0, 0, 1]",
     "figures.module": "layers.0.fc1",
 }
-KEYS = [key_path(name, field.name) for name, kind in {**SECTIONS, **GRAPH.sections()}.items() for field in fields(kind)]
+KEYS = [key_path(name, field.name) for name, kind in GRAPH.sections.items() for field in fields(kind)]
 
 
 def section_of(key: str) -> str:

@@ -1,7 +1,6 @@
 """`lora new`: a project in a folder of its own, which DVC runs wherever it lies."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,7 +127,7 @@ def test_a_params_file_gets_the_sections_of_what_its_stages_need(cli: Lora, tmp_
     written = yaml.safe_load((tmp_path / "project/params.yaml").read_text(encoding="utf-8"))
     assert written["base"] == "minigpt", "dvc.yaml refers to it"
     dvc(tmp_path / "project", "status")
-    assert project.params == replace(load(source), written=project.params.written), "with their defaults"
+    assert project.params == load(source).replaced(project.params.sections), "with their defaults"
 
 
 @pytest.mark.parametrize("base", [None, "org/model"])
@@ -146,7 +145,7 @@ def test_a_project_has_the_methods_that_are_asked_for_and_no_other(base: str | N
     assert list(two.stages) == [*CARD[:3], *CARD[4:]]
     dvc(tmp_path / "two", "status")
     for arguments, reason in (
-        (("three", "--methods", "lora,qlora"), "--methods: unknown method qlora. Known: full, freeze, lora"),
+        (("three", "--methods", "lora,qlora"), "--methods: unknown method qlora. Known: scratch, full, freeze, lora"),
         (("two", "--methods", "lora"), "--methods is for a new project"),
     ):
         code, _, err = cli("new", *arguments, cwd=tmp_path)
@@ -213,7 +212,7 @@ def test_the_code_that_stages_run_is_one_more_of_their_params(tmp_path: Path, mo
     new_project.create(folder, GRAPH)
     found = yaml.safe_load((folder / "code.yaml").read_text(encoding="utf-8"))
     assert list(found) == list(STAGES)
-    monkeypatch.setattr("pipeline.project.provenance.code_digest", lambda module: f"another {module}")
+    monkeypatch.setattr("pipeline.project.provenance.code_digest", lambda *modules: f"another {modules[0]}")
     assert new_project.create(folder, GRAPH).added == ["code.yaml"]
 
 

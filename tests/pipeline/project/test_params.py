@@ -1,6 +1,5 @@
 """params.yaml: what is read, and every way in which it is refused."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, FinetuneLora, Params, rule
+from pipeline.project.params.load import Params
+from pipeline.project.params.schema import Section, hints, meaning, rule
+from pipeline.project.params.sections import Training
+from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.workbench import GRAPH
 from tests.helpers.projects import ROOT, load
 
@@ -26,16 +28,53 @@ CARD = (
 )
 
 
-def test_the_shipped_files_name_every_field_and_the_products_is_the_design_cards_pipeline() -> None:
+def test_the_shipped_files_are_the_design_cards_pipeline_in_sixty_lines_and_all_other_stages_of_the_document() -> None:
+    lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
     product, document = (
         yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("params.yaml", "document/params.yaml")
     )
+    assert len(lines) <= 60
     assert product.pop("base") == "minigpt" and document.pop("project") == "../params.yaml"
-    assert tuple(product) == CARD
-    kinds = {**SECTIONS, **GRAPH.sections()}
-    assert product.keys() | document.keys() == kinds.keys() and product.keys() & document.keys() == {"evaluate"}
-    for name, section in (*product.items(), *document.items()):
-        assert set(section) == {field.name for field in fields(kinds[name])} - TOP_LEVEL.keys(), name
+    assert tuple(product) == ("training", *CARD)
+    assert product.keys() | document.keys() == {"training", *GRAPH.sections}
+    assert product.keys() & document.keys() == {"evaluate"}
+
+
+def test_every_key_says_what_it_means_and_what_it_may_be() -> None:
+    kinds: list[type[Section]] = [Training, *GRAPH.sections.values()]
+    for kind in kinds:
+        for key in hints(kind):
+            assert meaning(kind, key), f"{kind.__name__}.{key}"
+            assert rule(kind, key)
+
+
+def test_the_training_block_is_beneath_every_section_that_trains_and_above_its_own_defaults(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "training: {epochs: 7, learning_rate: 1e-5}\nfinetune_lora: {epochs: 3}\nfinetune_prefix: {}\n"
+    )
+    params = load(path, ["finetune_lora.seed=4"])
+    assert [params.finetune_lora.epochs, params.finetune_prefix.epochs, params.finetune_full.epochs] == [3, 7, 7]
+    assert params.finetune_prefix.learning_rate == params.pretrain.learning_rate == 1e-5
+    sources = {key: params.source("finetune_lora", key) for key in ("epochs", "learning_rate", "seed", "rank")}
+    assert sources == {
+        **{"epochs": "params.yaml", "learning_rate": "params.yaml, training"},
+        **{"seed": "--set", "rank": "default"},
+    }
+    assert load(path, ["training.epochs=9"]).finetune_prefix.epochs == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {epochs: 0}\n", "training.epochs must be at least 1, got 0. Edit params.yaml."),
+        ("training: {rank: 4}\n", "unknown key training.rank"),
+        ("training: {data: a.txt}\n", "training.data: each stage names its own data"),
+        ("training: 7\n", "training must be a section of key: value lines, got 7"),
+    ],
+)
+def test_a_wrong_training_block_is_refused_wherever_it_counts(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(written(tmp_path, text))
 
 
 def test_the_shipped_values_are_those_of_the_document() -> None:
@@ -204,8 +243,8 @@ def test_a_mapping_is_read_in_its_order_from_the_file_and_from_the_command_line(
 
 
 def test_a_rule_says_what_may_be_left_empty() -> None:
-    assert rule(FinetuneLora(), "retention_data") == "a text, or empty"
-    assert rule(FinetuneLora(), "rank") == "a whole number, at least 1, below 2147483648"
-    assert rule(FinetuneLora(), "target_modules") == "a name or a list of names"
+    assert rule(FinetuneLora, "retention_data") == "a text, or empty"
+    assert rule(FinetuneLora, "rank") == "a whole number, at least 1, below 2147483648"
+    assert rule(FinetuneLora, "target_modules") == "a name or a list of names"
     patterns = "a mapping of patterns of module names, such as {q_proj: 8}, to a whole number, at least 1"
-    assert rule(FinetuneLora(), "rank_pattern") == f"{patterns}, below 2147483648, or empty"
+    assert rule(FinetuneLora, "rank_pattern") == f"{patterns}, below 2147483648, or empty"

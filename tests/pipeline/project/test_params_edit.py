@@ -12,11 +12,45 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.project.params.edit import remove_section, section_text, set_values
-from pipeline.project.params.sections import SECTIONS, TOP_LEVEL, Params, Pretrain, parse
+from pipeline.project.params.load import TOP_LEVEL, parse
+from pipeline.project.params.sections import Pretrain
+from pipeline.stages.methods.full import FinetuneFull
+from pipeline.stages.methods.prefix import FinetunePrefix
 from pipeline.workbench import GRAPH
-from tests.helpers.projects import ROOT, load, save
+from tests.helpers.projects import load, save
 
-TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
+TEXT = """\
+# One section a stage.
+
+base: minigpt              # or a folder
+
+training:
+  epochs: 50
+  schedule: constant       # after warm-up
+
+pretrain:
+  window: 4                # tokens per training window
+  learning_rate: 1.0e-3
+  tie_embeddings: false    # one matrix
+
+expand_vocab:
+  data:                    # dvc.yaml lists each file
+    - data/finetune.de.txt
+    - data/fact_correction.de.txt
+  tokens: []               # new words by name
+  noise_std: 0.02
+
+finetune_lora:
+  data: data/finetune.de.txt
+  learning_rate: 2.0e-3
+  rank: 4
+  target_modules: [q_proj, k_proj, v_proj, o_proj]   # names, or attention
+  rank_pattern: {}         # other ranks by name
+  train_embeddings: all    # embeddings and head
+
+evaluate:
+  prompts: data/prompts.yaml
+"""
 TREE = yaml.safe_load(TEXT)
 KEYS = [*TOP_LEVEL, *(f"{section}.{key}" for section in TREE.keys() - TOP_LEVEL.keys() for key in TREE[section])]
 
@@ -109,8 +143,15 @@ def test_a_section_is_taken_out_with_its_own_lines_alone() -> None:
     text = "# head\npretrain:\n  seed: 1\n\n# of merge\nmerge:\n  # inside\n  prompts: x\nevaluate: {}\n"
     assert remove_section(text, "merge") == "# head\npretrain:\n  seed: 1\n\n# of merge\nevaluate: {}\n"
     assert remove_section(remove_section(text, "evaluate"), "nothing") == text.replace("evaluate: {}\n", "")
-    again = parse("".join(section_text(name, kind()) for name, kind in SECTIONS.items()), Path("params.yaml"))
-    assert again == Params()
+
+
+def test_a_new_section_has_its_own_keys_and_those_in_which_it_differs_from_the_training_block() -> None:
+    text = "".join(section_text(name, kind) for name, kind in GRAPH.sections.items())
+    again = parse(text, Path("params.yaml"), (), GRAPH.sections)
+    assert all(again.section(name) == kind() for name, kind in GRAPH.sections.items())
+    assert section_text("finetune_full", FinetuneFull) == "finetune_full:\n  data: data/finetune.de.txt\n"
+    prefix = section_text("finetune_prefix", FinetunePrefix)
+    assert "  learning_rate: 0.01\n" in prefix and "  virtual_tokens: 20\n" in prefix
 
 
 @pytest.mark.parametrize("text", ["[]", "pretrain: 7\n", "pretrain: {epochs: 3}\n"])

@@ -9,7 +9,6 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.logs.runs import discover_runs
-from pipeline.project.stage_graph import VARIANTS
 from pipeline.project.status import Status, outdated
 from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora
@@ -33,7 +32,7 @@ def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_i
     assert child.artifact("evaluate") == houses / "document/artifacts/evaluation" != parent.artifact("evaluate")
     assert child.cache == parent.cache, "one cache for both"
     assert list(parent.variants) == ["base", "expanded", "full", "freeze", "lora", "merged"]
-    assert list(child.variants) == [*VARIANTS]
+    assert list(child.variants) == [*GRAPH.variants]
 
 
 def test_settings_of_the_parent_name_the_same_files_from_the_childs_folder(houses: Path) -> None:
@@ -81,7 +80,7 @@ def test_what_changes_in_the_parent_is_seen_in_the_child(copied: Path) -> None:
 
 
 def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
-    found = discover_runs(houses / "document", open_project(houses / "document/params.yaml"))
+    found = discover_runs(houses / "document", open_project(houses / "document/params.yaml"), GRAPH)
     assert {run.stage for run in found} >= {"finetune_lora", "finetune_prefix", "train_from_scratch", "pretrain"}
     place = {run.stage: run.log_folder for run in found}
     assert place["finetune_lora"].is_relative_to(houses / "artifacts")
@@ -91,7 +90,7 @@ def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
 def test_the_parent_lists_no_runs_of_its_child_though_both_have_one_cache(houses: Path) -> None:
     project = open_project(houses / "params.yaml")
     assert (project.cache / "finetune_prefix").is_dir()
-    assert {run.stage for run in discover_runs(houses, project)} <= set(project.stages)
+    assert {run.stage for run in discover_runs(houses, project, GRAPH)} <= set(project.stages)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.files.artifact import file_digest, write_json
-from pipeline.project.logs.runs import TRAINING, LogFiles, Run, discover_runs, stamp
-from pipeline.project.palette import METHODS, SIGNS, other
-from pipeline.project.params.grid import read_run_outcomes
+from pipeline.project.logs.outcomes import read_run_outcomes
+from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp, training_stages
+from pipeline.project.palette import other
 from pipeline.stages.charts import MARKERS
-from pipeline.workbench import open_project
+from pipeline.stages.registry import METHODS
+from pipeline.workbench import GRAPH, open_project
 from tests.helpers.projects import BRIEF, ROOT, make
 from tui.screens.curves.view_model import POINTED
 
@@ -27,7 +28,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def found(root: Path) -> list[Run]:
-    return discover_runs(root, open_project(root / "params.yaml"))
+    return discover_runs(root, open_project(root / "params.yaml"), GRAPH)
 
 
 Keep = Callable[..., Path]
@@ -55,14 +56,14 @@ def test_an_empty_project_has_no_runs(root: Path) -> None:
 
 def test_a_finished_pipeline_shows_each_training_once(brief: Path) -> None:
     runs = found(brief)
-    assert [run.stage for run in runs] == list(TRAINING)
+    assert [run.stage for run in runs] == [stage.name for stage in training_stages(None, GRAPH)]
     assert all(run.folder == brief / "runs" / run.stage for run in runs)
 
 
 def test_an_earlier_run_is_named_by_the_params_that_differ_from_now(project: Path) -> None:
     make(project, ["finetune_lora"], ["finetune_lora.epochs=1", "finetune_lora.rank=8"])
     today = open_project(project / "params.yaml", ["finetune_lora.epochs=1", "finetune_lora.rank=8"])
-    labels = [run.label for run in discover_runs(project, today) if run.stage == "finetune_lora"]
+    labels = [run.label for run in discover_runs(project, today, GRAPH) if run.stage == "finetune_lora"]
     assert labels == ["finetune_lora", "finetune_lora epochs 2, rank 4"]
 
 
@@ -104,7 +105,7 @@ def test_broken_manifests_and_missing_params_are_survived(root: Path, keep: Keep
     (keep(".lora-cache/finetune_lora/aaaa", "1") / "manifest.json").write_text("{", encoding="utf-8")
     (keep("artifacts/lora_adapter", "2") / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
     keep(".lora-cache/pretrain/bbbb", "3", params=None)
-    assert [run.label for run in discover_runs(root, None)] == ["pretrain"]
+    assert [run.label for run in discover_runs(root, None, GRAPH)] == ["pretrain"]
 
 
 def test_a_sweep_is_one_run_with_a_curve_for_each_adapter(brief: Path) -> None:
@@ -121,11 +122,11 @@ def test_an_earlier_sweep_says_its_grid_and_one_that_was_kept_too_is_shown_once(
     other = ["finetune_lora.epochs=2", "finetune_sweep.grid={rank: [1], seed: [0, 1, 2]}"]
     make(project, ["finetune_sweep"], other)
     today = open_project(project / "params.yaml", other)
-    runs = [run for run in discover_runs(project, today) if run.stage == "finetune_sweep"]
+    runs = [run for run in discover_runs(project, today, GRAPH) if run.stage == "finetune_sweep"]
     assert [run.label for run in runs] == ["finetune_sweep  3 adapters", "finetune_sweep  2 adapters, grid rank 1+2"]
     assert [run.folder is None for run in runs] == [False, True]
     shutil.rmtree(project / "runs/finetune_sweep")
-    assert [run.label for run in discover_runs(project, today) if run.sweeps] == [run.label for run in runs]
+    assert [run.label for run in discover_runs(project, today, GRAPH) if run.sweeps] == [run.label for run in runs]
 
 
 def test_a_sweep_of_which_an_adapter_diverged_is_the_artifact_that_came_of_it(project: Path) -> None:
@@ -133,12 +134,13 @@ def test_a_sweep_of_which_an_adapter_diverged_is_the_artifact_that_came_of_it(pr
     given = [*BRIEF, "finetune_sweep.grid={learning_rate: [1e-3, 1e9]}"]
     make(project, ["finetune_sweep"], given)
     assert [path.name for path in (project / "artifacts/sweep").iterdir() if path.is_dir()] == ["lr-0.001"]
-    run, *others = [run for run in discover_runs(project, open_project(project / "params.yaml", given)) if run.sweeps]
+    today = open_project(project / "params.yaml", given)
+    run, *others = [run for run in discover_runs(project, today, GRAPH) if run.sweeps]
     assert [curve.name for curve in run.curves] == ["lr-0.001", "lr-1e+09"]
     assert run.folder and len(others) == 1 and "grid rank 1+2" in others[0].label
     assert read_run_outcomes(run.log_folder) == {"lr-1e+09": "diverged"}
     shutil.rmtree(project / "runs/finetune_sweep")
-    run = next(run for run in discover_runs(project, open_project(project / "params.yaml", given)) if run.sweeps)
+    run = next(run for run in discover_runs(project, today, GRAPH) if run.sweeps)
     assert [curve.name for curve in run.curves] == ["lr-0.001"]
     assert read_run_outcomes(run.log_folder) == {"lr-0.001": "done", "lr-1e+09": "diverged"}
 
@@ -152,32 +154,34 @@ def test_adapters_stand_in_the_order_of_their_numbers(root: Path) -> None:
 
 
 def test_the_stamp_changes_with_every_adapter_of_a_sweep(root: Path) -> None:
-    seen = {stamp(root, root / "params.yaml", None)}
+    seen = {stamp(root, root / "params.yaml", None, GRAPH)}
     for number, name in enumerate(("rank-1", "rank-2"), 2):
         (root / "runs/finetune_sweep" / name).mkdir(parents=True)
         (root / f"runs/finetune_sweep/{name}/loss.csv").write_text("step\n", encoding="utf-8")
-        seen.add(stamp(root, root / "params.yaml", None))
+        seen.add(stamp(root, root / "params.yaml", None, GRAPH))
         assert len(seen) == number
     (root / "runs/finetune_sweep/rank-2").rename(root / "runs/finetune_sweep/rank-3")  # the same inodes
-    assert stamp(root, root / "params.yaml", None) not in seen
+    assert stamp(root, root / "params.yaml", None, GRAPH) not in seen
 
 
 def test_the_stamp_changes_when_when_there_is_another_run(root: Path, keep: Keep) -> None:
-    before = stamp(root, root / "params.yaml", None)
-    assert stamp(root, root / "params.yaml", None) == before
+    before = stamp(root, root / "params.yaml", None, GRAPH)
+    assert stamp(root, root / "params.yaml", None, GRAPH) == before
     keep("artifacts/lora_adapter", "1")
-    after = stamp(root, root / "params.yaml", None)
+    after = stamp(root, root / "params.yaml", None, GRAPH)
     assert after != before
     (root / "runs/finetune_lora").mkdir(parents=True)
     (root / "runs/finetune_lora/loss.csv").write_text("step\n", encoding="utf-8")
-    assert stamp(root, root / "params.yaml", None) != after
+    assert stamp(root, root / "params.yaml", None, GRAPH) != after
 
 
 def test_twenty_runs_beside_the_methods_look_different() -> None:
-    looks = {*METHODS.values(), *map(other, range(20))}
+    methods = [stage.look for stage in METHODS.values()]
+    looks = {(look.color, look.sign) for look in (*methods, *map(other, range(20))) if look}
     assert len(looks) == len(METHODS) + 20
-    assert len(set(SIGNS)) == len(SIGNS)
+    assert len({look.sign for look in methods if look}) == len(METHODS)
 
 
 def test_every_sign_has_a_marker_in_an_exported_picture() -> None:
-    assert {*SIGNS, *(look.sign for look in METHODS.values()), POINTED.sign} <= MARKERS.keys()
+    looks = (*(stage.look for stage in METHODS.values()), *map(other, range(20)), POINTED)
+    assert {look.sign for look in looks if look} <= MARKERS.keys()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pipeline.data.examples import in_evaluation, read_examples
+from pipeline.data.examples import in_evaluation
+from pipeline.data.read import read_examples
 from pipeline.files import artifact
 from pipeline.inference.catalog import check, describe
 from pipeline.inference.engine import load
@@ -26,7 +27,7 @@ from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.params.sections import Quantization
 from pipeline.project.runner import run
 from pipeline.project.stage_graph import Project
-from pipeline.stages.sweep import sweep
+from pipeline.stages.methods.sweep import run as sweep
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import families

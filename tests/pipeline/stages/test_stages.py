@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.data.examples import read_prompts
+from pipeline.data.prompts import read_prompts
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.project.runner import run
-from pipeline.project.stage_graph import VARIANTS
-from pipeline.stages.finetune import finetune
-from pipeline.workbench import open_project
+from pipeline.workbench import GRAPH, open_project
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, STAGES, make, make_one
 
 
@@ -194,7 +192,7 @@ def test_an_update_near_the_rounding_of_its_weights_is_merged(project: Path, tin
 
 def test_an_input_that_changes_while_a_stage_runs_is_refused_and_not_cached(project: Path) -> None:
     data = project / "data/finetune.de.txt"
-    events = run(open_project(project / "params.yaml", BRIEF), STAGES["finetune_full"], finetune, force=True)
+    events = run(open_project(project / "params.yaml", BRIEF), STAGES["finetune_full"], force=True)
     next(events)
     text = data.read_text(encoding="utf-8")
     data.write_text(text + "der wind weht im winter\n", encoding="utf-8")
@@ -260,7 +258,7 @@ def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None
 def test_predictions_hold_every_prompt_of_every_variant(finished: Path) -> None:
     predictions = read(finished / "artifacts/evaluation/predictions.json")
     prompts = [p.prompt for p in read_prompts(ROOT / "data/prompts.yaml", "p")]
-    assert list(predictions) == list(VARIANTS)
+    assert list(predictions) == list(GRAPH.variants)
     for name, entries in predictions.items():
         assert [entry["prompt"] for entry in entries] == prompts
         for entry in entries:

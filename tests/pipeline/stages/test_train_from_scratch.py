@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.data.examples import in_evaluation, read_examples
+from pipeline.data.examples import in_evaluation
+from pipeline.data.read import read_examples
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig

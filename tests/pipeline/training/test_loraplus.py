@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models.transformers_model import TransformersModel
-from pipeline.project.params.sections import FinetuneLora
+from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.loop import build_optimizer
 from pipeline.training.optimizer import FlatAdam
 from tests.helpers.real import stock, toy, with_lora

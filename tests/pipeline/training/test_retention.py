@@ -19,8 +19,8 @@ from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import read_steps
-from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Job, Note
+from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam

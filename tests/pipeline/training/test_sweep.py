@@ -22,10 +22,10 @@ from pipeline.files import artifact
 from pipeline.inference.catalog import adapters, check, describe
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import Step, read_steps
-from pipeline.project.params.grid import variants
-from pipeline.project.params.sections import FinetuneLora, FinetuneSweep
 from pipeline.project.runner import Note, run
-from pipeline.stages.sweep import sweep
+from pipeline.stages.methods.lora import FinetuneLora
+from pipeline.stages.methods.sweep import FinetuneSweep, variants
+from pipeline.stages.methods.sweep import run as sweep
 from pipeline.training.optimizer import BatchedAdam
 from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES
@@ -309,9 +309,9 @@ def test_names_say_what_differs_and_fit_a_folder() -> None:
         "target_modules": (("q_proj", "v_proj"),),
         "rank_pattern": ({"a|b": 2},),
     }
-    (name,) = variants(FinetuneLora(), FinetuneSweep(grid))
+    (name,) = variants(FinetuneLora(), FinetuneSweep(grid=grid))
     assert name == "rank-1_lr-0.001_targets-q_proj+v_proj_rank_pattern-a~b=2"
-    long = variants(FinetuneLora(), FinetuneSweep({"target_modules": tuple(("x" * 120, c) for c in "ab")}))
+    long = variants(FinetuneLora(), FinetuneSweep(grid={"target_modules": tuple(("x" * 120, c) for c in "ab")}))
     assert len(long) == 2 and max(map(len, long)) <= 110
 
 
@@ -377,7 +377,7 @@ def test_adam_on_rows_is_adam_on_each_row(starts: list[list[float]], data: st.Da
 def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
     """Rows of a lower rank and layers that are not targeted: training must leave them zero."""
     from pipeline.models.load import load_base
-    from pipeline.stages.finetune import lora_spec
+    from pipeline.stages.methods.lora import lora_spec
     from pipeline.training.batched.loop import AdapterProgress, steps
     from pipeline.training.batched.step import BatchedTrainingTask, Variant
     from pipeline.training.batches import Batches

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.models.load import Base, load_base
 from pipeline.project.logs.run_log import Step, epoch_means, read_steps
-from pipeline.project.params.sections import Params, Quantization, Training
+from pipeline.project.params.load import Params
+from pipeline.project.params.sections import Quantization, Training
 from pipeline.training import optimizer as optimizers
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import LARGEST_SCALE, FlatAdam

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.data.examples import in_evaluation, iter_examples
+from pipeline.data.examples import in_evaluation
+from pipeline.data.read import iter_examples
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base

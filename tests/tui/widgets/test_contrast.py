@@ -3,10 +3,11 @@
 import pytest
 from textual.color import Color
 
-from pipeline.project.palette import METHODS, other
+from pipeline.project.palette import other
+from pipeline.stages.registry import STAGES
 from tui.widgets.contrast import CONTRAST, contrast, readable
 
-COLORS = sorted({look.color for look in (*METHODS.values(), *map(other, range(20)))})
+COLORS = sorted({look.color for look in (*(stage.look for stage in STAGES.values()), *map(other, range(20))) if look})
 
 
 def test_contrast_is_wcags() -> None:

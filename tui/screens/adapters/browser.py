@@ -15,7 +15,7 @@ from textual.widgets import Input, Static
 from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
-from pipeline.project.params.sections import Params
+from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import GRAPH, open_project
 from tui.dialogs.path import PathScreen
@@ -261,4 +261,4 @@ def _open_project(params: Path) -> Project:
     try:
         return open_project(params)
     except (UserError, OSError):
-        return Project(params.parent, Params(), GRAPH)
+        return Project(params.parent, Params(kinds=GRAPH.sections), GRAPH)

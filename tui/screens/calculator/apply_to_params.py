@@ -9,8 +9,9 @@ from pipeline.calc.parameters import ranks
 from pipeline.calc.sources.open_model import built_in, open_model
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
-from pipeline.project.params.sections import Params, Precision, Quantization
-from pipeline.project.stage_graph import STAGES, Project
+from pipeline.project.params.load import Params
+from pipeline.project.params.sections import Precision, Quantization
+from pipeline.project.stage_graph import Project
 from tui.screens.calculator.model import CalculatorQuery, Result
 
 MINIGPT = "MiniGPT"
@@ -67,7 +68,7 @@ def _made_checkpoints(project: Project) -> Iterator[Path]:
         if imported["params"]["base"] != base_model.shared_name(project.params.pretrain.base):
             return
         made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
-        if made_from.get(STAGES["pretrain"].path) == artifact.sealed_digest(imported):
+        if made_from.get("artifacts/base") == artifact.sealed_digest(imported):
             yield expanded
         yield base
     except (UserError, KeyError, TypeError, AttributeError):  # another tool's folder

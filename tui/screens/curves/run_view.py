@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from math import isfinite
 
 from pipeline.project.logs import run_state
+from pipeline.project.logs.outcomes import DIVERGED, STOPPED, TABLE, read_run_outcomes
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.logs.runs import Run
-from pipeline.project.params.grid import DIVERGED, STOPPED, TABLE, read_run_outcomes
 from tui.screens.curves.curve_log import CurveLog, Telemetry
 from tui.screens.curves.series import HELD_OUT, Log
 from tui.services.csv_tail import Change

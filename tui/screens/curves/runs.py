@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.project.logs.runs import discover_runs, stamp
-from pipeline.project.palette import METHODS, Look, other
+from pipeline.project.palette import Look, other
 from pipeline.project.stage_graph import Project
-from pipeline.workbench import open_project
+from pipeline.workbench import GRAPH, open_project
 from tui.screens.curves.run_view import RunView
 
 
@@ -38,10 +38,10 @@ class Runs:
     async def rediscover(self) -> bool:
         """Search for runs if the folders changed. Returns whether it searched."""
         project = _open_project(self.params)
-        now = stamp(self.root, self.params, project)
+        now = stamp(self.root, self.params, project, GRAPH)
         if now == self.stamp:
             return False
-        runs = await asyncio.to_thread(discover_runs, self.root, project)
+        runs = await asyncio.to_thread(discover_runs, self.root, project, GRAPH)
         previous, self.views = self.views, {}
         for run in runs:
             view = previous.get(str(run.log_folder)) or RunView(run, self.smoothing)
@@ -55,9 +55,9 @@ class Runs:
         """The last run of a method gets the method's look; any other run keeps the first look that was free."""
         for key, view in self.views.items():
             first = next(k for k, w in self.views.items() if w.run.stage == view.run.stage)
-            if key == first and view.run.stage in METHODS:
-                self.looks[key] = METHODS[view.run.stage]
-            elif self.looks.get(key) in (None, *METHODS.values()):
+            if key == first and (look := GRAPH.stages[view.run.stage].look):
+                self.looks[key] = look
+            elif self.looks.get(key) in (None, *(stage.look for stage in GRAPH.stages.values())):
                 taken = {self.looks[k] for k in self.views if k in self.looks}
                 self.looks[key] = next((o for n in range(20) if (o := other(n)) not in taken), other(len(taken)))
 

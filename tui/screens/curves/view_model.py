@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from pipeline.project.logs.outcomes import DIVERGED
 from pipeline.project.palette import Look
-from pipeline.project.params.grid import DIVERGED
 from tui.screens.curves.curve_log import CurveLog
 from tui.screens.curves.run_list import Row
 from tui.screens.curves.run_view import RunView

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import yaml
@@ -16,7 +16,9 @@ from textual.widgets import Input, Label, Static
 
 from pipeline.errors import UserError
 from pipeline.project.params.edit import dump_inline
-from pipeline.project.params.sections import Section, Training, check, key_path, rule
+from pipeline.project.params.load import check, key_path
+from pipeline.project.params.schema import Section, hints, rule
+from pipeline.project.params.sections import Training
 
 SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 
@@ -119,8 +121,8 @@ def _parse_list(text: str) -> list[Any]:
 
 def param_order(section: Section) -> Sequence[str]:
     """Names of the stage's own params, then of those that all training stages share."""
-    shared = {f.name for f in fields(Training)} if isinstance(section, Training) else set()
-    return sorted((f.name for f in fields(section)), key=lambda name: name in shared)
+    shared = hints(Training) if isinstance(section, Training) else {}
+    return sorted(hints(type(section)), key=lambda name: name in shared)
 
 
 class _Fields(VerticalScroll, can_focus=False):
@@ -234,7 +236,7 @@ class ParamForm(Vertical):
         if self._section is None or not hasattr(self._section, field.key):
             return
         problem = self._problem(field) if field.edited else ""
-        text = problem or f"{field.key}: {rule(self._section, field.key)}"
+        text = problem or f"{field.key}: {rule(type(self._section), field.key)}"
         pending = "  Enter writes it, Escape takes it back." if field.edited and not problem else ""
         self.query_one("#rule", Static).update(f"{'✗ ' if problem else ''}{text}{pending}", layout=True)
         self.call_after_refresh(field.scroll_visible, animate=False)  # a longer text leaves fewer lines for the fields

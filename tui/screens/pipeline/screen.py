@@ -15,7 +15,7 @@ from textual.widgets import OptionList, Static
 from pipeline.errors import UserError
 from pipeline.project.logs.metrics_diff import Change, since_commit
 from pipeline.project.params import edit
-from pipeline.project.stage_graph import STAGES, Project, Stage
+from pipeline.project.stage_graph import Project, Stage
 from pipeline.project.status import StageState, Status, project_signature
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
@@ -27,7 +27,7 @@ from tui.screens.pipeline.stage_list import StageList
 from tui.services.pipeline_process import Running
 
 TICK = 0.4  # seconds between checks of the files
-EVALUATION = STAGES["evaluate"].path
+EVALUATION = GRAPH.stages["evaluate"].path
 PANES = {"params": "Params", "log": "Log", "metrics": "Metrics"}
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
 BAR_ROWS = 2  # of tab bar and footer
@@ -349,8 +349,8 @@ class PipelineScreen(WorkbenchScreen):
 
 
 def _initial_stages(params: Path) -> Mapping[str, Stage]:
-    """The stages shown before the first load: the project's, or STAGES if its params cannot be read."""
+    """The stages shown before the first load: the project's, or GRAPH.stages if its params cannot be read."""
     try:
-        return open_project(params).readable or STAGES
+        return open_project(params).readable or GRAPH.stages
     except (UserError, OSError):
-        return STAGES
+        return GRAPH.stages

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.data.examples import read_examples
 from pipeline.data.masking import encode
+from pipeline.data.read import read_examples
 from pipeline.data.windows import as_window
 from pipeline.document.params import StudyTrajectory
 from pipeline.inference import engine

@@ -5,7 +5,7 @@ If two colors are similar in grayscale, a marker, dash or hatch distinguishes th
 
 from typing import Any
 
-from pipeline.project.palette import COLORS
+from pipeline.stages.registry import COLORS
 
 PRINT: dict[str, Any] = {
     **{"font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7, "legend.title_fontsize": 7},

@@ -1,13 +1,13 @@
 """The methods of the document's §7 and §10 as runs of their stages, for the studies that compare them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
 from pipeline.document.studies.shared.runner import Run
-from pipeline.project.params.sections import Params
-from pipeline.stages.finetune import finetune
-from pipeline.stages.train_from_scratch import train_from_scratch
+from pipeline.project.params.load import Params
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Method:
         base = params.section(self.stage)
         changes = {"learning_rate": base.learning_rate * self.faster, **self.changes, **more}
         section: Any = replace(base, seed=seed, **changes)
-        work = train_from_scratch if self.stage == "train_from_scratch" else finetune
-        return Run(f"{name}, seed {seed}", self.stage, work, {self.stage: section})
+        return Run(f"{name}, seed {seed}", self.stage, {self.stage: section})
 
 
 LORA = "finetune_lora"

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.data.examples import Prompt, read_prompts
+from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.errors import UserError
 from pipeline.inference.engine import LoadedModel, TokenProbability, encode, top_tokens
 from pipeline.models.base import packed_hidden_states

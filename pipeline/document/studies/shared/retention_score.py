@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
-from pipeline.data.examples import Example, read_examples
+from pipeline.data.examples import Example
+from pipeline.data.read import read_examples
 from pipeline.document.tables import Cell, Spread
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel

@@ -16,12 +16,12 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.inference.engine import LoadedModel
 from pipeline.models.base import CausalLM
-from pipeline.project.params.grid import variants
-from pipeline.project.params.sections import FinetuneLora, FinetuneSweep, Training
-from pipeline.project.runner import Event, Job, Note, Progress, Work
-from pipeline.project.stage_graph import STAGES
+from pipeline.project.params.sections import Training
+from pipeline.project.runner import Event, Job, Note, Progress
 from pipeline.stages.finetune import prepare
-from pipeline.stages.sweep import sweep
+from pipeline.stages.methods.lora import FinetuneLora
+from pipeline.stages.methods.sweep import FinetuneSweep, variants
+from pipeline.stages.registry import STAGES
 from pipeline.training.loop import Diverged, NotFinite, TrainingTask, steps, train
 from pipeline.training.optimizer import FlatAdam
 
@@ -42,14 +42,13 @@ class Run:
 
     name: str
     stage: str
-    work: Work
     sections: Mapping[str, Any]
 
 
 def sweep_run(name: str, base: FinetuneLora, **grid: Sequence[object]) -> Run:
     """A run that trains an adapter for each combination of the grid's values in one pass, each in a subfolder."""
-    values = FinetuneSweep({key: tuple(options) for key, options in grid.items()})
-    return Run(name, "finetune_sweep", sweep, {"finetune_lora": base, "finetune_sweep": values})
+    values = FinetuneSweep(grid={key: tuple(options) for key, options in grid.items()})
+    return Run(name, "finetune_sweep", {"finetune_lora": base, "finetune_sweep": values})
 
 
 def adapters(run: Run, folder: Path) -> Iterator[tuple[Path, FinetuneLora]]:
@@ -179,7 +178,7 @@ def _run_stage(part: Job, run: Run, number: int, count: int) -> Generator[Event,
     """Run the stage and seal its artifact. Progress is scaled to the study; only notes on resuming are kept."""
     shutil.rmtree(part.out, ignore_errors=True)
     part.out.mkdir(parents=True)
-    work = run.work(part)
+    work = part.stage.run(part)
     while True:
         try:
             event = next(work)

@@ -18,8 +18,9 @@ from textual.widgets import Input
 from pipeline.files import artifact, digest_cache
 from pipeline.files.digest_cache import DigestStore
 from pipeline.inference.catalog import check
-from pipeline.project.params.sections import Params
-from pipeline.project.stage_graph import VARIANTS, Project
+from pipeline.project.params.load import Params
+from pipeline.project.stage_graph import Project
+from pipeline.workbench import GRAPH
 from tests.helpers.checkpoints import sealed_copies
 from tests.helpers.fake_engine import DEATH, FakeInference
 from tests.helpers.pilot import until
@@ -287,7 +288,7 @@ async def test_interrupt_stops_at_once_and_keeps_what_came(brief: Path) -> None:
         await until(s.pilot, lambda: newest.answers[0].text == " tisch")
         await s.press("escape")
         await s.answered()
-        assert [answer.ended for answer in newest.answers] == ["interrupted"] * len(VARIANTS)
+        assert [answer.ended for answer in newest.answers] == ["interrupted"] * len(GRAPH.variants)
         assert (newest.answers[0].text, s.engine.cancelled) == (" tisch", 1)
         s.engine.go_on.set()
         await s.ask("der wind")
@@ -317,10 +318,10 @@ async def test_an_engine_that_dies_is_reported_and_the_next_prompt_loads_again(b
         newest = s.screen.conversation.newest
         assert newest is not None
         assert (DEATH in s.messages(), s.screen.query_one(EngineBar).state) == (True, "died")
-        assert [answer.error for answer in newest.answers] == ["the engine ended"] * len(VARIANTS)
+        assert [answer.error for answer in newest.answers] == ["the engine ended"] * len(GRAPH.variants)
         await s.ask("die katze")
         await s.answered()
-        assert len(s.engine.done("load")) == 2 * len(VARIANTS)
+        assert len(s.engine.done("load")) == 2 * len(GRAPH.variants)
         assert s.screen.query_one(EngineBar).state == "ready"
         assert len(s.screen.conversation.exchanges) == 2
 
@@ -331,7 +332,7 @@ async def test_models_stay_loaded_while_their_files_stay(project: Path) -> None:
         for _ in range(2):
             await s.ask("die katze")
             await s.answered()
-        assert len(s.engine.done("load")) == len(VARIANTS)
+        assert len(s.engine.done("load")) == len(GRAPH.variants)
         base = project / "artifacts/full_finetuned/config.json"
         base.write_text(base.read_text(encoding="utf-8") + "\n", encoding="utf-8")
         await s.ask("die katze")
@@ -792,7 +793,7 @@ def test_the_next_start_hashes_nothing_again(tmp_path: Path, monkeypatch: pytest
     sealed_copies(tmp_path, 3)
 
     def start() -> list[Entry]:
-        library = Library(Project(tmp_path, Params()))
+        library = Library(Project(tmp_path, Params(), GRAPH))
         return list(library.check_all(library.scan()))
 
     first = start()

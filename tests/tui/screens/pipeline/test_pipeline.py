@@ -21,9 +21,10 @@ from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
 from pipeline.files import artifact
-from pipeline.project.params.sections import SECTIONS, FinetuneFull, Params
 from pipeline.project.stage_graph import Project
 from pipeline.project.status import StageState, Status
+from pipeline.stages.methods.full import FinetuneFull
+from pipeline.workbench import GRAPH
 from tests.helpers.pilot import until
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, load, make, save
 from tui.app import Workbench
@@ -106,8 +107,7 @@ async def test_stages_side_by_side_leave_the_panes_their_rows_and_the_list_scrol
     stages_of = {**STAGES, **{name: replace(STAGES["finetune_full"], name=name) for name in others}}
     for name in others:
         monkeypatch.setitem(STAGES, name, stages_of[name])
-        monkeypatch.setitem(SECTIONS, name, FinetuneFull)
-        monkeypatch.setattr(Params, name, FinetuneFull(), raising=False)
+        monkeypatch.setitem(GRAPH.sections, name, FinetuneFull)
     monkeypatch.setattr(Project, "readable", stages_of)
     monkeypatch.setattr(Status, "of", lambda *_: {n: StageState(s, "missing", (), None) for n, s in stages_of.items()})
     async with open_screen(empty) as (pilot, screen):

@@ -1,0 +1,67 @@
+"""prompts.yaml: prompts with the answers that fine-tuning must keep, change or teach."""
+
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from pipeline.errors import UserError
+
+Rule = Literal["must_change", "must_keep", "must_learn"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with the expected top-1 prediction before (`answer`) and after fine-tuning (`corrected`).
+
+    They differ only for must_change; for must_learn, `answer` is expected of the fine-tuned model alone.
+    """
+
+    group: str
+    rule: Rule
+    prompt: str
+    answer: str
+    corrected: str
+
+
+def read_prompts(path: Path, name: str) -> list[Prompt]:
+    """Group → rule → list of {prompt, answer[, corrected]}. Raises UserError."""
+    try:
+        tree = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{name} must map groups to rules and their prompts, got {tree!r}.")
+    prompts = []
+    for group, rules in tree.items():
+        if not isinstance(rules, dict):
+            known = ", ".join(get_args(Rule))
+            raise UserError(f"{name}: {group} must map rules ({known}) to prompts, got {rules!r}.")
+        for rule, entries in rules.items():
+            if not isinstance(entries, list):
+                raise UserError(f"{name}: {group}.{rule} must be a list of prompts, got {entries!r}.")
+            prompts += [_read_prompt(entry, str(group), rule, name) for entry in entries]
+    if not prompts:
+        raise UserError(f"{name} contains no prompts. Add at least one.")
+    return prompts
+
+
+def _read_prompt(entry: Any, group: str, rule: Any, name: str) -> Prompt:
+    location = f"{name}: {group}.{rule}"
+    if rule not in get_args(Rule):
+        raise UserError(f"{location}: unknown rule. Use one of {', '.join(get_args(Rule))}.")
+    required = {"prompt", "answer"} | ({"corrected"} if rule == "must_change" else set())
+    if not isinstance(entry, dict) or set(entry) != required:
+        raise UserError(f"{location}: each prompt needs exactly {', '.join(sorted(required))}, got {entry!r}.")
+    if not all(isinstance(value, str) and value.strip() for value in entry.values()):
+        raise UserError(
+            f"{location}: every value must be a string that is not empty (quote yes, no and numbers), got {entry!r}."
+        )
+    words = {key: unicodedata.normalize("NFC", value.strip()) for key, value in entry.items() if key != "prompt"}
+    return Prompt(group, rule, entry["prompt"], **{"corrected": words["answer"], **words})

@@ -1,0 +1,235 @@
+"""params.yaml as `Params`: its sections, typed and checked, and where each value comes from.
+
+Precedence: a section's own defaults < the `training:` block, for what trains < the section < `--set section.key=value`.
+Every problem is a UserError that names key, rule, value and next step.
+"""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from msgspec import structs
+
+from pipeline.errors import UserError
+from pipeline.project.params.schema import Section, ValueSource, check_value, hints, reject_unknown_keys
+from pipeline.project.params.sections import Evaluate, ExpandVocab, Merge, Pretrain, Training
+
+T = TypeVar("T", bound=Section)
+Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
+TRAINING = "training"  # the block of defaults for every section that trains
+PROJECT = "project"  # names the params file that this one builds on
+TOP_LEVEL: Mapping[str, str] = {"base": "pretrain"}  # keys above the sections → the section that holds them in memory
+FIXED: Kinds = {  # sections of the stages that every project may have; methods add theirs
+    **{"pretrain": Pretrain, "expand_vocab": ExpandVocab},
+    **{"merge": Merge, "evaluate": Evaluate},
+}
+
+
+@dataclass(frozen=True)
+class Params:
+    """All of params.yaml. `params.section(name)`, or `params.name`, is a section; one not in the file has its defaults.
+
+    `kinds`: every section that a file may have. `tree`: what the file says, section → key → value as YAML loads it.
+    `training`: the block of defaults for what trains, the file's own on that of the file that it builds on. `sources`:
+    section.key → where it is set, for keys that are. `project`: the params file whose artifacts and settings this one
+    builds on, relative to its folder; empty where it stands alone. `file`: its name.
+    """
+
+    sections: Mapping[str, Section] = field(default_factory=dict)
+    kinds: Kinds = field(default_factory=lambda: FIXED, compare=False)
+    tree: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+    training: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    project: str = ""
+    file: str = field(default="params.yaml", compare=False)
+
+    @property
+    def written(self) -> frozenset[str]:
+        """The sections in the file."""
+        return frozenset(self.tree) - {TRAINING}
+
+    def section(self, name: str) -> Any:
+        """The section of this name: from the file, or with its defaults."""
+        if name in self.sections:
+            return self.sections[name]
+        return _read_section(name, self, ValueSource(self.file))
+
+    def __getattr__(self, name: str) -> Any:
+        """A section as an attribute: `params.finetune_lora`."""
+        if name.startswith("_") or name == "kinds" or name not in self.kinds:
+            raise AttributeError(name)
+        return self.section(name)
+
+    def of(self, kind: type[T]) -> T:
+        """The section of this class."""
+        name = next((name for name, known in self.kinds.items() if known is kind), None)
+        return kind() if name is None else self.section(name)
+
+    def replaced(self, sections: Mapping[str, Section]) -> "Params":
+        """A copy with some sections replaced."""
+        return replace(self, sections={**self.sections, **sections})
+
+    def source(self, section: str, key: str) -> str:
+        """Where a value comes from: "--set", a params file, its training block, or "default"."""
+        path, shared = key_path(section, key), f"{TRAINING}.{key}"
+        if path not in self.sources and shared in self.sources and issubclass(self.kinds[section], Training):
+            return f"{self.sources[shared]}, {TRAINING}"
+        return self.sources.get(path, "default")
+
+
+def load(path: Path, overrides: Sequence[str] = (), kinds: Kinds = FIXED) -> Params:
+    """Read and check `path`, then apply `section.key=value` overrides. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist. Run this in the project's folder, or name the file with --params."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. Name a params file with --params.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return parse(text, path, overrides, kinds)
+
+
+def parse(text: str, path: Path, overrides: Sequence[str] = (), kinds: Kinds = FIXED) -> Params:
+    """Like `load`, for the text of `path`. Raises UserError."""
+    tree = _read_tree(text, path)
+    project = tree.pop(PROJECT, "")
+    if not isinstance(project, str):
+        raise UserError(f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}.")
+    written = set(tree)
+    overridden = {_apply_override(tree, override) for override in overrides}
+    added = tree.keys() - written - TOP_LEVEL.keys()
+    if project and (inherited := sorted(added - {TRAINING})):
+        raise UserError(f"--set {inherited[0]}: {path.name} has no such section. Set it in {project}, or add it here.")
+    origin = ValueSource(path.name, frozenset({*overridden, *added}))
+    reject_unknown_keys(tree, [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
+    above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
+    for name, keys in tree.items():
+        if keys is not None and not isinstance(keys, dict):
+            raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {keys!r}.")
+        known = [key for key in hints(Training if name == TRAINING else kinds[name]) if key not in TOP_LEVEL]
+        reject_unknown_keys(keys or {}, known, f"{name}.", origin)
+    tree = {name: keys or {} for name, keys in tree.items()}  # `section:` without keys has all defaults
+    if "data" in tree.get(TRAINING, {}):
+        raise UserError(
+            "training.data: each stage names its own data, which dvc.yaml watches. Move it to the stages' sections."
+        )
+    for key, value in above.items():  # `base: …` alone makes pretrain one of the file's sections
+        tree[TOP_LEVEL[key]] = {**tree.get(TOP_LEVEL[key], {}), key: value}
+    sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
+    training = tree.get(TRAINING, {})
+    params = Params({}, kinds, tree, training, sources, project, path.name)
+    for key, value in training.items():  # also where nothing trains
+        check_value(hints(Training)[key], value, f"{TRAINING}.{key}", origin)
+    return _build(params, origin)
+
+
+def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]], prefix: str) -> Params:
+    """`params` with the parent's block of training defaults beneath its own, and the parent's sections where it has
+    none itself.
+
+    `files`: section → its keys that name files. Their paths get the `prefix` that leads to the parent's folder.
+    """
+    sources = {key: f"{prefix}/{source}" for key, source in parent.sources.items()}
+    training = {**parent.training, **params.training}
+    own = replace(params, training=training, sources={**sources, **params.sources})
+    overridden = frozenset(key for key, source in params.sources.items() if source == "--set")
+    inherited = {}
+    for name in parent.written - params.written:
+        section = parent.section(name)
+        paths = {key: _prefix_paths(getattr(section, key), prefix) for key in files.get(name, ())}
+        inherited[name] = structs.replace(section, **paths)
+    return _build(own, ValueSource(params.file, overridden)).replaced(inherited)
+
+
+def _build(params: Params, origin: ValueSource) -> Params:
+    """`params` with the sections that its tree says, checked."""
+    return params.replaced({name: _read_section(name, params, origin) for name in params.written})
+
+
+def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
+    """What the file says of a section, on the training block if it trains, on the section's own defaults."""
+    kind = params.kinds[name]
+    types = hints(kind)
+    shared = params.training if issubclass(kind, Training) else {}
+    values = {key: check_value(types[key], value, f"{TRAINING}.{key}", origin) for key, value in shared.items()}
+    for key, value in params.tree.get(name, {}).items():
+        values[key] = check_value(types[key], value, key_path(name, key), origin)
+    return kind(**values)
+
+
+def _prefix_paths(value: Any, prefix: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_prefix_paths(path, prefix) for path in value)
+    return value if not value or value.startswith("~") else Path(os.path.normpath(Path(prefix) / value)).as_posix()
+
+
+def _read_tree(text: str, path: Path) -> dict[str, Any]:
+    try:
+        try:
+            tree = yaml.load(text, _UniqueKeysInC)
+        except yaml.YAMLError:  # read again in Python, whose message quotes the line
+            tree = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections such as `pretrain:`, got {tree!r}.")
+    return tree
+
+
+class _Unique(yaml.constructor.SafeConstructor):
+    """Rejects duplicate keys, of which PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _UniqueKeys(_Unique, yaml.SafeLoader):
+    pass
+
+
+# Every command reads the params, and the C loader takes a tenth of the time. Not every build of PyYAML has it.
+class _UniqueKeysInC(_Unique, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    pass
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Set the override's value in the tree. Returns its section.key."""
+    path, equals, text = override.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not (equals and (key if dot else section in TOP_LEVEL)):
+        raise UserError(f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: an invalid date
+        raise UserError(f"--set {path.strip()}: {text!r} is not a YAML value.") from None
+    if not dot:
+        tree[section] = value
+        return section
+    branch = tree[section] = {} if tree.get(section) is None else tree[section]
+    if not isinstance(branch, dict):
+        raise UserError(f"--set {path.strip()}: {section} is not a section in the params file.")
+    branch[key] = value
+    return f"{section}.{key}"
+
+
+def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
+    """Raises UserError if `value` is invalid for `key` of section `name`, given its other keys; `source`: its file."""
+    checked = check_value(hints(type(section))[key], value, key_path(name, key), ValueSource(source))
+    structs.replace(section, **{key: checked})
+
+
+def key_path(section: str, key: str) -> str:
+    """A key as params.yaml has it: base, or section.key."""
+    return key if TOP_LEVEL.get(key) == section else f"{section}.{key}"

@@ -1,0 +1,81 @@
+"""Training from scratch: the expanded base's shape, from random weights, on old and new sentences (§1, §7)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Annotated
+
+from pipeline.project.palette import Look
+from pipeline.project.params.schema import Count
+from pipeline.project.params.sections import Training
+from pipeline.project.stage_graph import Stage
+
+if TYPE_CHECKING:
+    from pipeline.models.load import Base
+    from pipeline.project.runner import Event, Facts, Job
+
+
+class TrainFromScratch(Training, frozen=True, kw_only=True):
+    """A model of the base's shape with random weights learns old and new sentences together (§1, §7).
+
+    60 epochs of both files are 1,200 steps: as many as pretraining and full fine-tuning take one after the other.
+    """
+
+    data: Annotated[tuple[str, ...], "old and new sentences, whose words expand_vocab knows"] = (  # type: ignore[assignment] # see `files`
+        "data/pretrain.de.txt",
+        "data/finetune.de.txt",
+    )
+    epochs: Annotated[Count, "times that every sentence is seen"] = 60
+
+
+STAGE = Stage(
+    "train_from_scratch",
+    __name__,
+    output="from_scratch",
+    kind="checkpoint",
+    method="scratch",
+    settings=TrainFromScratch,
+    needs=("expand_vocab",),
+    data=("data",),
+    summary="Train a model of the base's shape from random weights, on old and new data",
+    title="Training from scratch",
+    variant="scratch",
+    look=Look("#56B4E9", "▼", ":", ".."),
+    order=0,
+    pretrained={"epochs": 1},  # from random weights: enough to run the stage, not to learn
+)
+
+
+def run(job: Job) -> Generator[Event, None, Facts]:
+    """Train every parameter from random weights on all files → a checkpoint in the base's stored precision.
+
+    Raises UserError, and whatever `train` raises.
+    """
+    from pipeline.calc.settings import FULL
+    from pipeline.models.load import stored_precision
+    from pipeline.training.data import prepare_data, save_checkpoint
+    from pipeline.training.loop import TrainingTask, train
+
+    settings = job.project.section(job.stage)
+    folder = job.artifact("expand_vocab")
+    base = untrained_base(job, settings.precision)
+    batches, evaluation = yield from prepare_data(job, settings, base)
+    optimizer = yield from train(job, TrainingTask(base.model, batches, settings, FULL, evaluation))
+    stored = None if stored_precision(folder) == settings.precision else untrained_base(job, None).model
+    return save_checkpoint(job, base, optimizer, trained_from=stored)
+
+
+def untrained_base(job: Job, precision: str | None) -> Base:
+    """The expanded base's architecture and tokenizer with random weights, in `precision` or the base's own.
+
+    Weights are drawn in fp32, so that they depend only on the seed.
+    """
+    import torch
+
+    from pipeline.models.load import load_base, untrained
+
+    folder, trust = job.project.artifact("expand_vocab"), job.project.params.pretrain.trust_remote_code
+    base = load_base(folder, precision, trust)
+    torch.manual_seed(job.project.section(job.stage).seed)
+    base.model.load_state_dict(untrained(folder, trust).state_dict())
+    return base

@@ -1,0 +1,79 @@
+"""The product's stages. Those of fine-tuning methods are found: each file of `pipeline/stages/methods/` has `STAGE`.
+
+From a stage come the command, its DVC stage, its section of params.yaml and the form for it, its model's name among the
+compared ones, its row and color in reports. Reading the registry imports no torch.
+"""
+
+import pkgutil
+from collections.abc import Mapping
+from importlib import import_module
+
+from pipeline.project.params.sections import Evaluate, ExpandVocab, Merge, Pretrain
+from pipeline.project.stage_graph import Stage, StageGraph
+from pipeline.stages import methods
+
+METHODS: Mapping[str, Stage] = {  # by the method's name
+    stage.method: stage
+    for stage in sorted(
+        (import_module(f"{methods.__name__}.{module.name}").STAGE for module in pkgutil.iter_modules(methods.__path__)),
+        key=lambda stage: stage.order,
+    )
+}
+MERGE = Stage(
+    "merge",
+    "pipeline.stages.merge",
+    output="lora_merged",
+    kind="checkpoint",
+    method="merge",
+    settings=Merge,
+    needs=("expand_vocab", "finetune_lora"),
+    data=("prompts",),
+    summary="Merge the adapter into its base",
+    title="LoRA, merged",
+    variant="merged",
+    order=METHODS["lora"].order + 0.5,
+)
+MODELS = (
+    Stage(
+        "pretrain",
+        "pipeline.stages.pretrain",
+        output="base",
+        kind="checkpoint",
+        method="pretrain",
+        settings=Pretrain,
+        data=("data",),
+        summary="Train MiniGPT from scratch",
+        title="Base",
+        variant="base",
+    ),
+    Stage(
+        "expand_vocab",
+        "pipeline.stages.expand_vocab",
+        output="expanded",
+        kind="checkpoint",
+        method="expand_vocab",
+        settings=ExpandVocab,
+        needs=("pretrain",),
+        data=("data", "audit_data"),
+        summary="Add rows for new words",
+        title="Expanded base",
+        variant="expanded",
+    ),
+    *sorted((*METHODS.values(), MERGE), key=lambda stage: stage.order),
+)
+EVALUATE = Stage(
+    "evaluate",
+    "pipeline.stages.evaluate",
+    output="evaluation",
+    kind="evaluation",
+    method="evaluate",
+    settings=Evaluate,
+    needs=tuple(stage.name for stage in MODELS if stage.variant),
+    data=("old_data", "new_data", "prompts"),
+    compares=True,
+    loads=tuple(stage.module for stage in METHODS.values() if stage.kind == "adapter"),
+    summary="Compare all variants",
+)
+COLORS: Mapping[str, str] = {name: stage.look.color for name, stage in METHODS.items() if stage.look}
+STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MODELS, EVALUATE)}
+GRAPH = StageGraph(STAGES)
