@@ -32,7 +32,7 @@ def cache_folder(root: Path) -> Path:
 class Stage:
     """One node. Its name is its DVC stage and its section of params.yaml.
 
-    Its module has `run(job)`, which does the work: it yields events and returns its part of the artifact's manifest.
+    Its module, or that of `work`, has `run(job)`: it yields events and returns its part of the artifact's manifest.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Stage:
     extra_sections: tuple[str, ...] = ()  # further sections that affect its output
     minigpt_only: bool = False  # whether it measures statements about MiniGPT, so not on other bases
     compares: bool = False  # whether it reads only those of `needs` that the project has
+    work: str = ""  # the module that has `run(job)`, if it is another
     loads: tuple[str, ...] = ()  # modules of the methods whose adapters it loads, which no import shows
     summary: str = ""  # what it does, for `lora --help`
     title: str = ""  # its name in reports and charts
@@ -59,7 +60,7 @@ class Stage:
     @property
     def code(self) -> tuple[str, ...]:
         """The modules whose code makes its artifact: its own, and where it loads adapters of several methods theirs."""
-        return (self.module, *self.loads)
+        return (self.module, *filter(None, (self.work,)), *self.loads)
 
     @property
     def section(self) -> str:
@@ -78,7 +79,7 @@ class Stage:
 
     def run(self, job: Any) -> Generator[Any, None, dict[str, Any]]:
         """Its work. Only now is its module imported, and with it torch."""
-        work: Generator[Any, None, dict[str, Any]] = import_module(self.module).run(job)
+        work: Generator[Any, None, dict[str, Any]] = import_module(self.work or self.module).run(job)
         return work
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,31 +36,24 @@ class Attached:
     shardable: bool = False
 
 
-Attach = Callable[[Job, Any, Base], Generator[Event, None, Attached]]
-
-
-def finetune(job: Job, attach: Attach) -> Generator[Event, None, Facts]:
-    """Train the expanded base with a method, and save it as a checkpoint or an adapter.
+def run(job: Job) -> Generator[Event, None, Facts]:
+    """Train the expanded base with the stage's method, and save it as a checkpoint or an adapter.
 
     Raises UserError, and whatever `train` raises.
     """
-    learner = yield from prepare(job, attach)
+    learner = yield from prepare(job)
     return learner.save((yield from train(job, learner.task)))
 
 
-def prepare(job: Job, attach: Attach | None = None) -> Generator[Event, None, TrainingSetup]:
-    """Load the expanded base and the data, and attach what trains; by default as the stage's module does it.
-
-    Raises UserError.
-    """
+def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
+    """Load the expanded base and the data, and attach what the stage's method trains. Raises UserError."""
     settings = job.project.section(job.stage)
-    attach = attach or import_module(job.stage.module).attach
     folder, trust = job.artifact("expand_vocab"), job.project.params.pretrain.trust_remote_code
     quantization = settings.quantization if isinstance(settings, AdapterTraining) else "none"
     base = load_base(folder, settings.precision, trust, quantization)
     torch.manual_seed(settings.seed)
     # before the data: virtual tokens take positions from it
-    attached = yield from attach(job, settings, base)
+    attached: Attached = yield from import_module(job.stage.module).attach(job, settings, base)
     batches, evaluation = yield from prepare_data(job, settings, base)
     trainable = count(base.model)["trainable"]
     task = TrainingTask(

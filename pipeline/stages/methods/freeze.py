@@ -9,12 +9,12 @@ from pipeline.errors import UserError
 from pipeline.project.palette import Look
 from pipeline.project.params.schema import Steps
 from pipeline.project.params.sections import Training
-from pipeline.project.stage_graph import Stage
+from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
     from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
-    from pipeline.project.runner import Event, Facts, Job
+    from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
 
 
@@ -25,28 +25,18 @@ class FinetuneFreeze(Training, frozen=True, kw_only=True):
     train_embeddings: Annotated[bool, "embeddings and head train too"] = True
 
 
-STAGE = Stage(
-    "finetune_freeze",
+STAGE = method(
+    "freeze",
     __name__,
+    FinetuneFreeze,
     output="layer_frozen",
     kind="checkpoint",
-    method="freeze",
-    settings=FinetuneFreeze,
-    needs=("expand_vocab",),
-    data=("data",),
     summary="Train the last blocks and embeddings",
     title="Layer freezing",
-    variant="freeze",
     look=Look("#E69F00", "▲", "--", "//"),
     order=2,
     pretrained={"learning_rate": 1e-4, "train_embeddings": False},
 )
-
-
-def run(job: Job) -> Generator[Event, None, Facts]:
-    from pipeline.stages.finetune import finetune
-
-    return finetune(job, attach)
 
 
 def attach(_job: Job, settings: FinetuneFreeze, base: Base) -> Generator[Event, None, Attached]:

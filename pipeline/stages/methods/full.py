@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.project.palette import Look
 from pipeline.project.params.sections import Training
-from pipeline.project.stage_graph import Stage
+from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
     from pipeline.models.load import Base
-    from pipeline.project.runner import Event, Facts, Job
+    from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
 
 
@@ -19,28 +19,18 @@ class FinetuneFull(Training, frozen=True, kw_only=True):
     """Every parameter trains."""
 
 
-STAGE = Stage(
-    "finetune_full",
+STAGE = method(
+    "full",
     __name__,
+    FinetuneFull,
     output="full_finetuned",
     kind="checkpoint",
-    method="full",
-    settings=FinetuneFull,
-    needs=("expand_vocab",),
-    data=("data",),
     summary="Train every parameter",
     title="Full fine-tuning",
-    variant="full",
     look=Look("#D55E00", "●"),
     order=1,
     pretrained={"learning_rate": 2e-5},
 )
-
-
-def run(job: Job) -> Generator[Event, None, Facts]:
-    from pipeline.stages.finetune import finetune
-
-    return finetune(job, attach)
 
 
 def attach(_job: Job, _settings: FinetuneFull, _base: Base) -> Generator[Event, None, Attached]:

@@ -15,7 +15,7 @@ from pipeline.files.patterns import end_match, one_budget
 from pipeline.project.palette import Look
 from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Rate, Weight
 from pipeline.project.params.sections import AdapterTraining, Init
-from pipeline.project.stage_graph import Stage
+from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
     from pipeline.adapters.config import AdapterSpec
@@ -60,18 +60,15 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
         return bool(self.retention_data) and self.retention_weight > 0
 
 
-STAGE = Stage(
-    "finetune_lora",
+STAGE = method(
+    "lora",
     __name__,
+    FinetuneLora,
     output="lora_adapter",
     kind="adapter",
-    method="lora",
-    settings=FinetuneLora,
-    needs=("expand_vocab",),
     data=("data", "retention_data"),
     summary="Train low-rank updates",
     title="LoRA",
-    variant="lora",
     look=Look("#0072B2", "■", "-.", "xx"),
     order=3,
     pretrained={
@@ -83,12 +80,6 @@ STAGE = Stage(
         "train_embeddings": "new_rows",
     },
 )
-
-
-def run(job: Job) -> Generator[Event, None, Facts]:
-    from pipeline.stages.finetune import finetune
-
-    return finetune(job, attach)
 
 
 def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Attached]:

@@ -9,11 +9,11 @@ from pipeline.errors import UserError
 from pipeline.project.palette import Look
 from pipeline.project.params.schema import Count, Rate
 from pipeline.project.params.sections import AdapterTraining
-from pipeline.project.stage_graph import Stage
+from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
     from pipeline.models.load import Base
-    from pipeline.project.runner import Event, Facts, Job
+    from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
 
 
@@ -24,28 +24,18 @@ class FinetunePrefix(AdapterTraining, frozen=True, kw_only=True):
     virtual_tokens: Annotated[Count, "virtual tokens before every sequence; each takes one position"] = 20
 
 
-STAGE = Stage(
-    "finetune_prefix",
+STAGE = method(
+    "prefix",
     __name__,
+    FinetunePrefix,
     output="prefix",
     kind="adapter",
-    method="prefix",
-    settings=FinetunePrefix,
-    needs=("expand_vocab",),
-    data=("data",),
     summary="Prefix tuning",
     title="Prefix tuning",
-    variant="prefix",
     look=Look("#009E73", "◈", (0, (1, 1)), "||"),
     order=4,
     pretrained={"precision": "bf16", "learning_rate": 1e-2, "virtual_tokens": 20},
 )
-
-
-def run(job: Job) -> Generator[Event, None, Facts]:
-    from pipeline.stages.finetune import finetune
-
-    return finetune(job, attach)
 
 
 def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, None, Attached]:

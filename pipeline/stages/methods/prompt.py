@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 from pipeline.project.palette import Look
 from pipeline.project.params.schema import Count, Rate
 from pipeline.project.params.sections import AdapterTraining
-from pipeline.project.stage_graph import Stage
+from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
     from pipeline.models.load import Base
-    from pipeline.project.runner import Event, Facts, Job
+    from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
 
 
@@ -23,28 +23,18 @@ class FinetunePrompt(AdapterTraining, frozen=True, kw_only=True):
     virtual_tokens: Annotated[Count, "virtual tokens before every sequence; each takes one position"] = 20
 
 
-STAGE = Stage(
-    "finetune_prompt",
+STAGE = method(
+    "prompt",
     __name__,
+    FinetunePrompt,
     output="prompt",
     kind="adapter",
-    method="prompt",
-    settings=FinetunePrompt,
-    needs=("expand_vocab",),
-    data=("data",),
     summary="Prompt tuning",
     title="Prompt tuning",
-    variant="prompt",
     look=Look("#CC79A7", "◆", (0, (5, 1, 1, 1, 1, 1)), "\\\\"),
     order=5,
     pretrained={"precision": "bf16", "learning_rate": 3e-2, "virtual_tokens": 20},
 )
-
-
-def run(job: Job) -> Generator[Event, None, Facts]:
-    from pipeline.stages.finetune import finetune
-
-    return finetune(job, attach)
 
 
 def attach(job: Job, settings: FinetunePrompt, base: Base) -> Generator[Event, None, Attached]:
