@@ -71,6 +71,10 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
     if any(issubclass(project.params.kinds[name], Training) for name in sections):
         above += [TRAINING] if TRAINING in project.params.tree else []
         inherited += [TRAINING] if project.parent and TRAINING in project.parent.params.tree else []
+    outputs: dict[str, Any] = {"outs": [stage.path]}
+    if stage.kind == "evaluation":
+        outputs["outs"] = [f"{stage.path}/{part}" for part in PARTS]
+        outputs["metrics"] = [{f"{stage.path}/{METRICS}": {"cache": False}}]
     return {
         "cmd": command(stage),
         "params": [
@@ -80,7 +84,7 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
             *([] if code else [{CODE_FILE: [stage.name]}]),
         ],
         **({"deps": deps} if deps else {}),
-        **_outputs(stage),
+        **outputs,
     }
 
 
@@ -90,15 +94,6 @@ def _dependency(stage: Stage, key: str, name: str, written: Collection[str]) -> 
         return str(Path(name).expanduser())
     path = key if "." in key else key_path(stage.section, key)
     return f"${{{path}}}" if path in TOP_LEVEL or path.partition(".")[0] in written else name
-
-
-def _outputs(stage: Stage) -> dict[str, Any]:
-    if stage.kind != "evaluation":
-        return {"outs": [stage.path]}
-    return {
-        "outs": [f"{stage.path}/{part}" for part in PARTS],
-        "metrics": [{f"{stage.path}/{METRICS}": {"cache": False}}],
-    }
 
 
 def _plots(project: Project) -> list[Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +25,9 @@ def code_files(*modules: str) -> list[Path]:
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        path = _file_of(name)
+        place = ROOT.joinpath(*name.split("."))
+        candidates = (place.with_suffix(".py"), place / "__init__.py")
+        path = next((candidate for candidate in candidates if candidate.is_file()), None)
         if path is not None and path not in files:
             files.add(path)
             package, _, _ = name.rpartition(".")  # its __init__ runs before its modules
@@ -34,12 +36,6 @@ def code_files(*modules: str) -> list[Path]:
                 imported += tuple(f"{name}.{module.stem}" for module in path.parent.glob("*.py"))
             waiting += [*(each for each in imported if each.split(".")[0] == "pipeline"), package]
     return sorted(files)
-
-
-def _file_of(module: str) -> Path | None:
-    path = ROOT.joinpath(*module.split("."))
-    candidates = (path.with_suffix(".py"), path / "__init__.py")
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 @cache  # by content: a process that runs several stages asks for the same files many times
@@ -96,12 +92,8 @@ def committed(path: Path) -> str | None:
 @cache
 def versions(*more: str) -> Mapping[str, str]:
     """Versions of Python and of the libraries that affect an artifact's bytes, and of those in `more` if installed."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, **_installed(more)}
-
-
-def _installed(names: Iterable[str]) -> Mapping[str, str]:
-    installed = {}
-    for name in names:
+    found = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    for name in more:
         with suppress(PackageNotFoundError):
-            installed[name] = version(name)
-    return installed
+            found[name] = version(name)
+    return found

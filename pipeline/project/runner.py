@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -124,9 +124,14 @@ def _make(
         return
     with artifact.writing(target) as out:
         facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, manifest))
-        _check_unchanged(manifest["inputs"], _inputs(project, stage), stage)
+        for name, digest in _inputs(project, stage).items():
+            if digest != manifest["inputs"].get(name):  # the artifact would not match its manifest
+                raise UserError(f"{name} changed while {stage.name} was running. Run {stage.name} again.")
         artifact.seal(out, {**manifest, "commit": provenance.commit(*stage.code), **facts})
-    yield from _store(cache, stage, key, target)
+    try:
+        cache.store(stage.name, key, target)
+    except OSError as error:
+        yield Note(f"{stage.name}: done, but not stored in the cache ({error.strerror})")
     discard_checkpoints(folder)
 
 
@@ -185,26 +190,16 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
     for name in project.data_files(stage):
         if not (project.root / name).is_file():
             raise UserError(f"{name} is not a file. Name an existing one in section {stage.name} of the params.")
-    base = _base_identity(project, digests) if stage.name == "pretrain" else {}
-    inputs = dict(base)
+    inputs: dict[str, str] = {}
+    if stage.name == "pretrain":  # the identity of an imported base; empty if the base is trained
+        source = base_model.resolve(project.params.pretrain.base, project.root)
+        inputs |= base_model.identity(source, digests.path)
     for name, path in project.inputs(stage).items():
         shared, number = base_model.shared_name(name), 2
         while shared in inputs:  # files of the same name in several folders
             shared, number = f"{base_model.shared_name(name)} {number}", number + 1
         inputs[shared] = digests.path(path)
     return inputs
-
-
-def _base_identity(project: Project, digests: Digests) -> dict[str, str]:
-    """The identity of an imported base; empty if the base is trained."""
-    return base_model.identity(base_model.resolve(project.params.pretrain.base, project.root), digests.path)
-
-
-def _check_unchanged(before: Mapping[str, str], after: Mapping[str, str], stage: Stage) -> None:
-    """Raises UserError if an input changed during the run, since the artifact would not match its manifest."""
-    for name in before:
-        if before[name] != after[name]:
-            raise UserError(f"{name} changed while {stage.name} was running. Run {stage.name} again.")
 
 
 def _restore(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Event, None, bool]:
@@ -220,13 +215,6 @@ def _restore(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Ev
         return False
     yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})", routine=True)
     return True
-
-
-def _store(cache: Cache, stage: Stage, key: str, target: Path) -> Iterator[Event]:
-    try:
-        cache.store(stage.name, key, target)
-    except OSError as error:
-        yield Note(f"{stage.name}: done, but not stored in the cache ({error.strerror})")
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -138,8 +138,10 @@ class Project:
                 f"{path}: project {params.project} itself builds on {parent_params.project}. Name that one here."
             )
         parent = cls(source.resolve().parent, parent_params, graph)
-        prefix = os.path.relpath(parent.root, root)
-        return cls(root, inherit(params, parent_params, _file_keys(graph), prefix), graph, parent)
+        files: dict[str, set[str]] = {}  # section → its keys that name data files
+        for stage in graph.stages.values():
+            files.setdefault(stage.section, set()).update(key for key in stage.data if "." not in key)
+        return cls(root, inherit(params, parent_params, files, os.path.relpath(parent.root, root)), graph, parent)
 
     def section(self, stage: Stage) -> Any:
         """The section with the stage's name."""
@@ -193,19 +195,15 @@ class Project:
             return self.stages[name]
         if self.parent and name in self.parent.stages:
             raise UserError(f"{name} is a stage of {self.params.project}. Run it in {self.parent.root}.")
-        raise UserError(self._missing_stage_message(self.graph.stages[name]))
-
-    def _missing_stage_message(self, stage: Stage) -> str:
-        """Why the project does not have a stage, and what to do."""
-        file, base = self.params.file, self.params.pretrain.base
-        if stage.name not in self.params.written:
-            return (
-                f"{stage.name} is not a stage of this project: {file} has no such section. "
-                f"Add `{stage.name}: {{}}` to it; for `dvc repro`, remove dvc.yaml and run `lora new .`."
+        file = self.params.file
+        if name not in self.params.written:
+            raise UserError(
+                f"{name} is not a stage of this project: {file} has no such section. "
+                f"Add `{name}: {{}}` to it; for `dvc repro`, remove dvc.yaml and run `lora new .`."
             )
-        if not self._has_data(stage):
-            return f"{stage.name}.data names no file. Name one in {file}."
-        return f"{stage.name} measures what the document says of MiniGPT; base is {base}."
+        if not self._has_data(self.graph.stages[name]):
+            raise UserError(f"{name}.data names no file. Name one in {file}.")
+        raise UserError(f"{name} measures what the document says of MiniGPT; base is {self.params.pretrain.base}.")
 
     @property
     def variants(self) -> dict[str, tuple[str, str | None]]:
@@ -252,11 +250,3 @@ class Project:
         """Name → path of everything that a stage reads: other stages' outputs, then data files."""
         outputs = {self.artifact_name(need): self.artifact(need) for need in self.needs(stage)}
         return outputs | {name: self.root / name for name in self.data_files(stage)}
-
-
-def _file_keys(graph: StageGraph) -> dict[str, set[str]]:
-    """Section → its keys that name data files."""
-    keys: dict[str, set[str]] = {}
-    for stage in graph.stages.values():
-        keys.setdefault(stage.section, set()).update(key for key in stage.data if "." not in key)
-    return keys

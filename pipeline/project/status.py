@@ -6,6 +6,7 @@ A stage is up to date if the inputs recorded in its artifact equal the current o
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,10 @@ class Status:
         def code_of(*modules: str) -> str:
             return self._cached(("code", " ".join(modules)), code, lambda: provenance.code_digest(*modules))
 
-        digests = Digests(self._digest, code_of)
+        def digest_of(path: Path) -> str:
+            return self._cached(("digest", path), signature(path), lambda: artifact.digest(path))
+
+        digests = Digests(digest_of, code_of)
         states: dict[str, StageState] = {}
         for stage in project.readable.values():
             states[stage.name] = self._state(project.home(stage.name), stage, digests, states)
@@ -76,10 +80,12 @@ class Status:
         folder = project.artifact(stage.name)
         if not (folder / artifact.MANIFEST).is_file():
             missing = [need for need in project.needs(stage) if not project.artifact(need).is_dir()]
-            reason = f"needs {', '.join(missing)}" if missing else _base_problem(project, stage)
+            reason = f"needs {', '.join(missing)}" if missing else ""
+            if stage.name == "pretrain":  # can the base be imported? Its weights are not read for that
+                reason = _error_of(lambda: base_model.resolve(project.params.pretrain.base, project.root))
             return "missing", (reason,) if reason else ()
-        problem = self._problem(folder)
-        if problem:
+        verify = partial(_error_of, partial(artifact.verify, folder))
+        if problem := self._cached(("verified", folder), signature(folder), verify):
             return "changed", (problem,)
         try:
             now = input_facts(project, stage, digests)
@@ -90,13 +96,6 @@ class Status:
         reasons = tuple(differences(artifact.read_manifest(folder), now))
         return ("changed", reasons) if reasons else ("current", ())
 
-    def _digest(self, path: Path) -> str:
-        return self._cached(("digest", path), signature(path), lambda: artifact.digest(path))
-
-    def _problem(self, folder: Path) -> str:
-        """How the artifact differs from its manifest; empty if it does not."""
-        return self._cached(("verified", folder), signature(folder), lambda: _verification_error(folder))
-
     def _cached(self, key: tuple[str, Path | str], now: Signature, make: Callable[[], str]) -> str:
         entry = self._cache.get(key)
         if entry is None or entry[0] != now:
@@ -104,20 +103,10 @@ class Status:
         return entry[1]
 
 
-def _verification_error(folder: Path) -> str:
+def _error_of(call: Callable[[], object]) -> str:
+    """The message of the UserError that `call` raises; empty if it raises none."""
     try:
-        artifact.verify(folder)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _base_problem(project: Project, stage: Stage) -> str:
-    """Why the base cannot be imported, without reading its weights; empty if nothing is wrong."""
-    if stage.name != "pretrain":
-        return ""
-    try:
-        base_model.resolve(project.params.pretrain.base, project.root)
+        call()
     except UserError as error:
         return str(error)
     return ""

@@ -9,6 +9,7 @@ Errors, forms, `lora params` and the reference all read that declaration.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -111,11 +112,12 @@ def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
         typed = _check_mapping(get_args(kind)[1], value, key, origin)
     else:
         typed = _convert(kind, value)
-    wrong = None if typed is not None else f"must be {_type_name(kind, value)}"
-    wrong = wrong or next(filter(None, (_violation(note, typed) for note in notes)), None)
+    wrong = _type_name(kind, value) if typed is None else None
+    bounds = (bound for note in notes for bound in _bounds(note))
+    wrong = wrong or next((text for text, holds in bounds if not holds(typed)), None)
     if wrong:
         because = "".join(f": {note.reason}" for note in notes if isinstance(note, Because))
-        raise UserError(f"{key} {wrong}, got {value!r}{because}. {origin.edit(key)}")
+        raise UserError(f"{key} must be {wrong}, got {value!r}{because}. {origin.edit(key)}")
     return typed
 
 
@@ -158,11 +160,6 @@ def _convert(kind: Any, value: Any) -> Any:
     return None if empty else typed
 
 
-def _violation(note: Any, value: Any) -> str | None:
-    """What of a bound the value violates: "must be at least 1"."""
-    return next((f"must be {text}" for text, holds in _bounds(note) if not holds(value)), None)
-
-
 def _bounds(note: Any) -> list[tuple[str, Callable[[float], bool]]]:
     """The bounds of a msgspec.Meta, in words and as tests."""
     if not isinstance(note, Meta):
@@ -203,15 +200,8 @@ def _type_name(kind: Any, value: Any = 0) -> str:
         return "a name or a list of names" if arguments[0] is str else f"a list, each value {_describe(arguments[0])}"
     if container is Mapping:
         return f"a mapping of patterns of module names, such as {{q_proj: 8}}, to {_describe(arguments[1])}"
-    if kind is float and _is_too_large(value):
-        return f"at most {LARGEST:g} in size"
+    if kind is float:
+        with suppress(TypeError, ValueError, OverflowError):
+            if LARGEST < abs(float(value)) < math.inf:
+                return f"at most {LARGEST:g} in size"
     return {bool: "true or false", int: "a whole number", float: "a finite number"}.get(kind, "a text")
-
-
-def _is_too_large(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value)) and abs(float(value)) > LARGEST
-    except (TypeError, ValueError):
-        return False
-    except OverflowError:
-        return False
