@@ -65,13 +65,16 @@ def _expand_tokenizer(job: Job, settings: ExpandVocab, old: Tokenizer) -> tuple[
     return tokenizer, words
 
 
+@torch.no_grad()
 def add_rows(model: CausalLM, first: int, stop: int, settings: ExpandVocab) -> None:
     """Initialize the rows `first` to `stop` of embeddings and head. They may exist already if the model is padded."""
     if stop > model.shape.rows:
         set_row_count(model, stop)
     generator = torch.Generator().manual_seed(settings.seed)
     for weight in {id(w): w for w in _embedding_and_head(model)}.values():
-        _fill_rows(weight, first, stop, settings.noise_std, generator)
+        new = weight[first:stop]  # (n, D)
+        noise = torch.randn(new.shape, generator=generator) * settings.noise_std
+        new.copy_(weight[:first].float().mean(dim=0) + noise)
     if getattr(model.head, "bias", None) is not None:
         bias = model.head.get_parameter("bias").data  # (V,)
         bias[first:stop] = bias[:first].float().mean()
@@ -79,13 +82,6 @@ def add_rows(model: CausalLM, first: int, stop: int, settings: ExpandVocab) -> N
 
 def _embedding_and_head(model: CausalLM) -> Iterator[Tensor]:
     return (weight_of(module) for module in (model.embeddings, model.head))  # (V, D) each
-
-
-@torch.no_grad()
-def _fill_rows(weight: Tensor, first: int, stop: int, std: float, generator: torch.Generator) -> None:
-    new = weight[first:stop]  # (n, D)
-    noise = torch.randn(new.shape, generator=generator) * std
-    new.copy_(weight[:first].float().mean(dim=0) + noise)
 
 
 @torch.no_grad()
@@ -102,24 +98,18 @@ def _audit(old: Base, new: Base, words: list[str], examples: list[Example]) -> d
             f"{examples[0].file}: every sentence has a new word, so the old answers cannot be checked. "
             "Set expand_vocab.audit_data to the pretraining data."
         )
-    pairs = zip(_embedding_and_head(old.model), _embedding_and_head(new.model), strict=True)
+    matrices = list(zip(_embedding_and_head(old.model), _embedding_and_head(new.model), strict=True))
+    # only the head's old rows: a matrix product with more columns may round differently, though the model is the same
+    before, after = (head[:V] for head in matrices[1])  # (V, D)
+    ids = [old.tokenizer.encode(example.text) for example in unchanged]
+    hidden = zip(packed_hidden_states(old.model, ids), packed_hidden_states(new.model, ids), strict=True)
     audit = {
         "new_words": words,
         "old_ids_kept": new.tokenizer.words()[:V] == old.tokenizer.words(),
-        "old_rows_identical": all(torch.equal(after[:V], before[:V]) for before, after in pairs),
+        "old_rows_identical": all(torch.equal(one[:V], other[:V]) for one, other in matrices),
         "sentences_checked": len(unchanged),
-        "drift": _drift(old, new, unchanged),
+        "drift": max(float((F.linear(b, after) - F.linear(a, before)).abs().max()) for a, b in hidden),
     }
     if not audit["old_ids_kept"] or not audit["old_rows_identical"] or audit["drift"] != 0:
         raise UserError(f"the expanded model differs from the base on old words: {audit}. Please report this.")
     return audit
-
-
-def _drift(old: Base, new: Base, examples: list[Example]) -> float:
-    """The largest change of an old word's logit. Only the head's old rows are used: a matrix product with another
-    number of columns may round differently, although the model is the same."""
-    V = len(old.tokenizer)
-    ids = [old.tokenizer.encode(example.text) for example in examples]
-    (_, before), (_, after) = _embedding_and_head(old.model), _embedding_and_head(new.model)
-    pairs = zip(packed_hidden_states(old.model, ids), packed_hidden_states(new.model, ids), strict=True)
-    return max(float((F.linear(b, after[:V]) - F.linear(a, before[:V])).abs().max()) for a, b in pairs)
