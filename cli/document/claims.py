@@ -33,8 +33,7 @@ def claims(
     Writes artifacts/claims.
     """
     from cli.console import print_json, stdout
-    from pipeline.document.claims.check import filter_rows, summary
-    from pipeline.document.claims.stage import verdicts
+    from pipeline.document.claims.check import filter_rows, summary, verdicts
 
     project = project_of(params)
     rows = verdicts(project)
@@ -52,7 +51,7 @@ def _run_stage(project: "Project") -> None:
     """Run the stage if all its inputs exist and are up to date; otherwise print why not."""
     from cli.console import stderr
     from cli.progress import follow
-    from pipeline.document.claims.stage import claims
+    from pipeline.document.claims.report import claims
     from pipeline.errors import UserError
     from pipeline.project.runner import run
 

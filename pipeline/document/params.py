@@ -150,9 +150,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Claims:
-    """The file of claims: what the document says, and how it is measured."""
-
-    data: str = "data/claims.yaml"
+    """The document's claims beside what was measured: no settings; `claims: {}` in params.yaml adds the stage."""
 
 
 Study = (
