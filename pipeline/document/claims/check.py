@@ -3,12 +3,30 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from pipeline.document.claims.chapters import CLAIMS
-from pipeline.document.claims.claim import Claim, in_unit
+# Imported by name, not found in the folder: what an artifact was made with follows import statements.
+from pipeline.document.claims import (
+    s01_problem,
+    s02_core_idea,
+    s03_numbers,
+    s04_step_by_step,
+    s05_hyperparameters,
+    s06_where,
+    s07_comparison,
+    s08_practice,
+    s09_implementation,
+    s10_further,
+)
+from pipeline.document.claims.claim import Claim
+from pipeline.document.claims.quantity import in_unit
 from pipeline.document.claims.sources import MissingArtifact, Seeds, Sources
 from pipeline.errors import UserError
 from pipeline.project.stage_graph import Project
 
+CHAPTERS = (
+    *(s01_problem, s02_core_idea, s03_numbers, s04_step_by_step, s05_hyperparameters),
+    *(s06_where, s07_comparison, s08_practice, s09_implementation, s10_further),
+)
+CLAIMS = [claim for chapter in CHAPTERS for claim in chapter.claim]  # in the document's order
 Verdict = Literal["holds", "differs", "depends", "not run"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 VERB_FORMS = {"holds": ("holds", "hold"), "differs": ("differs", "differ"), "depends": ("depends", "depend")}

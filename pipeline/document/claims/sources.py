@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
 from pipeline.files.safetensors_header import read_header
 from pipeline.project import dvc_yaml
-from pipeline.project.logs.run_log import epoch_means, read_steps
+from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.stage_graph import ARTIFACTS, Project
 
 
@@ -31,10 +31,9 @@ class Seeds(float):
     low: float
     high: float
 
-    @classmethod
-    def of(cls, spread: Spread) -> "Seeds":
-        seeds = cls(spread.mean)
-        seeds.low, seeds.high = spread.low, spread.high
+    def __new__(cls, mean: float, low: float, high: float) -> "Seeds":
+        seeds = super().__new__(cls, mean)
+        seeds.low, seeds.high = low, high
         return seeds
 
 
@@ -56,7 +55,7 @@ class Sources:
 
     def artifact(self, path: str) -> Record:
         """A JSON file below artifacts/."""
-        return _as_record(read_json(self._file(path), "Make it again"))
+        return Record(_as_record(read_json(self._file(path), "Make it again")))
 
     def row(self, table: str, **where: Any) -> Record:
         """The only row with these values of the table STUDY/TABLE, or figures/NAME."""
@@ -80,16 +79,10 @@ class Sources:
         return [row for row in self._table(table) if _matches(row, where)][values.index(min(values))]
 
     def lines(self, key: str) -> list[str]:
-        """The sentences of the data file that `key` (`section.key` of params.yaml) names."""
+        """The sentences of the data file that `key` (`section.key` of params.yaml) names: one of CLAIMS.data."""
         project = self._minigpt()
-        if key not in CLAIMS.data:
-            raise UserError(f"{key} is not a data file that claims may read. Use one of {', '.join(CLAIMS.data)}")
         path = str(project.setting(CLAIMS, key))
         return [example.text for example in read_examples(project.root / path, path)]
-
-    def words(self, key: str) -> set[str]:
-        """The words of a data file."""
-        return set(" ".join(self.lines(key)).split())
 
     def tensor_shape(self, path: str, name: str) -> list[int]:
         """The shape of the only tensor whose name ends in `name`, in a safetensors file below artifacts/."""
@@ -102,13 +95,9 @@ class Sources:
         """The size in bytes of a file below artifacts/."""
         return self._file(path).stat().st_size
 
-    def losses(self, path: str) -> list[float]:
-        """The training loss of each step, from a loss.csv below artifacts/."""
-        return [step.loss for step in read_steps(self._file(path))]
-
-    def epoch_losses(self, path: str) -> list[float]:
-        """Mean training loss of each epoch, from a loss.csv below artifacts/."""
-        return epoch_means(read_steps(self._file(path)))
+    def steps(self, path: str) -> list[Step]:
+        """The steps of training, from a loss.csv below artifacts/."""
+        return read_steps(self._file(path))
 
     @cached_property
     def _tables(self) -> dict[str, list[Record]]:
@@ -184,7 +173,7 @@ def _format_conditions(where: Mapping[str, Any]) -> str:
 def _as_record(value: Any) -> Any:
     """JSON with a Record for each object, a table's row with Seeds for each Spread."""
     if isinstance(value, Spread):
-        return Seeds.of(value)
+        return Seeds(*value)
     if isinstance(value, Mapping):
         return Record({key: _as_record(item) for key, item in value.items()})
     return [_as_record(item) for item in value] if isinstance(value, list) else value

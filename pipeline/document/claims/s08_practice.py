@@ -1,6 +1,7 @@
 """8. Practice: Saving and Loading LoRA Adapters."""
 
-from pipeline.document.claims.claim import Chapter, Result, about, n
+from pipeline.document.claims.claim import Chapter, Result, about
+from pipeline.document.claims.quantity import n
 from pipeline.document.claims.sources import calc
 
 claim = Chapter()

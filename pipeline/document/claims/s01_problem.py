@@ -3,19 +3,8 @@
 from typing import Any
 
 from pipeline.calc.precision import precision
-from pipeline.document.claims.claim import (
-    GB,
-    MB,
-    Chapter,
-    Result,
-    about,
-    at_least,
-    less_than,
-    more_than,
-    n,
-    percent,
-    times,
-)
+from pipeline.document.claims.claim import Chapter, Result, about, at_least, less_than, more_than
+from pipeline.document.claims.quantity import GB, MB, n, percent, times
 from pipeline.document.claims.sources import Sources, calc, model
 
 claim = Chapter()
@@ -57,7 +46,7 @@ def qwen_parameters() -> Result:
     "1", "Full Fine-Tuning is orders of magnitude cheaper than training from scratch", at_least("100 ×"), words="orders"
 )
 def cheaper_than_scratch(m: Sources) -> Result:
-    scratch, full = len(m.losses("from_scratch/loss.csv")), len(m.losses("full_finetuned/loss.csv"))
+    scratch, full = len(m.steps("from_scratch/loss.csv")), len(m.steps("full_finetuned/loss.csv"))
     return scratch / full, (
         f"{n(scratch)} steps to learn MiniGPT's old and new sentences from random weights, "
         f"{n(full)} to add the new ones, on 22 and 8 sentences"
@@ -78,9 +67,8 @@ def half_of_fp32() -> Result:
 @claim("1", "with negligible quality loss", less_than("1%"), words="negligible")
 def half_precision_quality(m: Sources) -> Result:
     full, fp16, bf16 = m.rows("quantization/precisions", precision=("FP32", "FP16", "BF16"))
-    return {name: row.perplexity / full.perplexity - 1 for name, row in (("FP16", fp16), ("BF16", bf16))}, (
-        f"by how much MiniGPT's perplexity rises; {percent(bf16.kept)} of its first choices stay in BF16"
-    )
+    why = f"by how much MiniGPT's perplexity rises; {percent(bf16.kept)} of its first choices stay in BF16"
+    return {name: row.perplexity / full.perplexity - 1 for name, row in (("FP16", fp16), ("BF16", bf16))}, why
 
 
 @claim("1", "loading Qwen3-8B alone requires 16 GB", about("16 GB", "5%"))
@@ -91,9 +79,8 @@ def weights_16_gb() -> Result:
 @claim("1", ">16 GB GPU RAM just to hold the model", more_than("16 GB"))
 def more_than_16_gb() -> Result:
     run = calc(precision="bf16", sequence=2048).inference
-    return run.total, (
-        f"weights, {MB(run.kv_cache)} of keys and values for 2,048 tokens, {MB(run.overhead)} of CUDA context"
-    )
+    why = f"weights, {MB(run.kv_cache)} of keys and values for 2,048 tokens, {MB(run.overhead)} of CUDA context"
+    return run.total, why
 
 
 @claim("1", "one gradient per parameter doubles the memory footprint to ~32 GB", about("32 GB", "5%"))

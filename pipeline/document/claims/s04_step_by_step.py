@@ -1,6 +1,7 @@
 """4. Step by Step: What Happens Mathematically?"""
 
-from pipeline.document.claims.claim import Chapter, Result, about, n
+from pipeline.document.claims.claim import Chapter, Result, about
+from pipeline.document.claims.quantity import n
 from pipeline.document.claims.sources import Sources, calc
 
 claim = Chapter()
@@ -8,19 +9,17 @@ claim = Chapter()
 
 @claim("4", "B = 0: the model therefore behaves identically to the original at first", True)
 def starts_identical(m: Sources) -> Result:
-    lora, full = m.losses("lora_adapter/loss.csv")[0], m.losses("full_finetuned/loss.csv")[0]
-    return lora == full, (
-        f"loss of the same first batch before any step, {n(lora)} nats with the adapter and {n(full)} without"
-    )
+    lora, full = m.steps("lora_adapter/loss.csv")[0].loss, m.steps("full_finetuned/loss.csv")[0].loss
+    why = f"loss of the same first batch before any step, {n(lora)} nats with the adapter and {n(full)} without"
+    return lora == full, why
 
 
 @claim("4", "only A and B receive gradient updates", 4096)
 def only_a_and_b(m: Sources) -> Result:
     shipped = m.artifact("lora_adapter/manifest.json").parameters.trainable
     without_ends = calc("minigpt", rank=4, embeddings="none").parameters.trainable
-    return {"as §4 has it": without_ends, "as §9.2 trains": shipped}, (
-        f"§9.2 trains embeddings and head as well, which makes {n(shipped)} parameters"
-    )
+    why = f"§9.2 trains embeddings and head as well, which makes {n(shipped)} parameters"
+    return {"as §4 has it": without_ends, "as §9.2 trains": shipped}, why
 
 
 @claim("4", "∂L/∂B = (α/r) · ∂L/∂h · (Ax)ᵀ, ∂L/∂A = (α/r) · Bᵀ · ∂L/∂h · xᵀ", about(0, 0.00001))

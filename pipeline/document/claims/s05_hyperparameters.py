@@ -1,6 +1,7 @@
 """5. Hyperparameters."""
 
-from pipeline.document.claims.claim import Chapter, Result, at_least, at_most, between, more_than, n
+from pipeline.document.claims.claim import Chapter, Result, at_least, at_most, between, more_than
+from pipeline.document.claims.quantity import n
 from pipeline.document.claims.sources import Sources, calc
 
 claim = Chapter()
@@ -26,9 +27,8 @@ def rank_1_limited(m: Sources) -> Result:
 )
 def start_with_8(m: Sources) -> Result:
     eight, best = m.row("rank/ranks", rank=8, alpha="r"), m.row_of_least("rank/ranks", "new_loss", alpha="r")
-    return eight.new_loss - best.new_loss, (
-        f"new loss {n(eight.new_loss)} at r = 8, {n(best.new_loss)} at r = {best.rank}, the best that was tried"
-    )
+    why = f"new loss {n(eight.new_loss)} at r = 8, {n(best.new_loss)} at r = {best.rank}, the best that was tried"
+    return eight.new_loss - best.new_loss, why
 
 
 @claim("5.1", "rank 64: almost like Full FT", True)
@@ -51,9 +51,8 @@ def alpha_equals_rank() -> Result:
 @claim("5.2", "α > r: LoRA contribution is amplified; α < r: dampened", True)
 def alpha_amplifies(m: Sources) -> Result:
     damped, plain, amplified = (row.old_rise for row in m.rows("rank/alphas", alpha=(1, 4, 16)))
-    return {"amplified": amplified > plain, "dampened": damped < plain}, (
-        f"r = 4: the old loss rises by {n(damped)} with α = 1, {n(plain)} with α = 4, {n(amplified)} with α = 16"
-    )
+    why = f"r = 4: the old loss rises by {n(damped)} with α = 1, {n(plain)} with α = 4, {n(amplified)} with α = 16"
+    return {"amplified": amplified > plain, "dampened": damped < plain}, why
 
 
 @claim("5.2", "rule of thumb: set α = r or α = 2r", True)

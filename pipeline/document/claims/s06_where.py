@@ -1,7 +1,6 @@
 """6. Where is LoRA Applied?"""
 
 from pipeline.document.claims.claim import (
-    KB,
     Chapter,
     Result,
     at_least,
@@ -9,10 +8,9 @@ from pipeline.document.claims.claim import (
     between,
     less_than,
     more_than,
-    n,
-    percent,
     probability,
 )
+from pipeline.document.claims.quantity import KB, n, percent
 from pipeline.document.claims.sources import Record, Sources, calc, find
 
 claim = Chapter()
@@ -22,17 +20,15 @@ claim = Chapter()
 def placement(m: Sources) -> Result:
     fc1, fc2 = m.rows("figures/placement", module=("fc1", "fc2"))
     norms = m.column("figures/placement", "trained", kind="LayerNorm")
-    return {"LayerNorm": max(norms), "Feed-Forward": fc1.trained + fc2.trained}, (
-        "parameters that the adapter trains there, in a block of the model as it is loaded with it"
-    )
+    why = "parameters that the adapter trains there, in a block of the model as it is loaded with it"
+    return {"LayerNorm": max(norms), "Feed-Forward": fc1.trained + fc2.trained}, why
 
 
 @claim("6", "FACT_CORRECTION_DATA with three sentences", 3)
 def fact_data(m: Sources) -> Result:
     measured = len(m.lines("study_fact_correction.data"))
-    return measured, (
-        f"the table of results has a fourth fact, der mann liest das buch; the data here has {measured} sentences"
-    )
+    why = f"the table of results has a fourth fact, der mann liest das buch; the data here has {measured} sentences"
+    return measured, why
 
 
 @claim("6", "both tables: the first choice of each model after each prompt, 21 in all", 21)
@@ -48,9 +44,8 @@ def fact_first_choices(m: Sources) -> Result:
 @claim("6", "both variants successfully learn the corrected facts", more_than("50%"), words="successfully")
 def fact_every_setting(m: Sources) -> Result:
     v, every = (m.column("fact_correction/rows", "least", kind="corrected", model=model) for model in ("v_proj", "all"))
-    return {"V-only": min(v), "All": min(every)}, (
-        "the least probable of the four corrected words, over all windows, rates and alphas tried"
-    )
+    why = "the least probable of the four corrected words, over all windows, rates and alphas tried"
+    return {"V-only": min(v), "All": min(every)}, why
 
 
 def fact_before(prompt: str, word: str, share: str) -> None:
@@ -282,6 +277,5 @@ def still_knows(m: Sources) -> Result:
 def adapter_a_few_mb() -> Result:
     four, eight = (calc(rank=rank, targets="v_proj").adapter_bytes.fp16 for rank in (4, 8))
     mini = calc("minigpt", rank=4, targets="v_proj").adapter_bytes.fp16
-    return {"Qwen3-8B, V, r=4": four, "Qwen3-8B, V, r=8": eight}, (
-        f"in FP16, on W_V alone as the recipe has it; MiniGPT's would take {KB(mini)}"
-    )
+    why = f"in FP16, on W_V alone as the recipe has it; MiniGPT's would take {KB(mini)}"
+    return {"Qwen3-8B, V, r=4": four, "Qwen3-8B, V, r=8": eight}, why

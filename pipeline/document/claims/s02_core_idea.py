@@ -1,20 +1,7 @@
 """2. The Core Idea."""
 
-from pipeline.document.claims.claim import (
-    KB,
-    Chapter,
-    Result,
-    about,
-    at_least,
-    at_most,
-    between,
-    billion,
-    million,
-    more_than,
-    n,
-    percent,
-    probability,
-)
+from pipeline.document.claims.claim import Chapter, Result, about, at_least, at_most, between, more_than, probability
+from pipeline.document.claims.quantity import KB, billion, million, n, percent
 from pipeline.document.claims.sources import Record, Sources, calc, model
 
 claim = Chapter()
@@ -40,9 +27,8 @@ def small_subset(m: Sources) -> Result:
 @claim("2.1", "four parallel projections, W_Q, W_K, W_V, and W_O", 4)
 def four_projections() -> Result:
     parallel = calc("minigpt", rank=4, targets="q_proj,k_proj,v_proj").projections
-    return {"all": len(calc("minigpt", rank=4).projections), "those that read the same input": len(parallel)}, (
-        "linears in a block's attention; W_O reads what the three others made, and is not beside them"
-    )
+    why = "linears in a block's attention; W_O reads what the three others made, and is not beside them"
+    return {"all": len(calc("minigpt", rank=4).projections), "those that read the same input": len(parallel)}, why
 
 
 def attention_of_dem(m: Sources) -> tuple[Record, Record]:
@@ -151,9 +137,8 @@ def most_of_the_energy(m: Sources) -> Result:
     kinds = ("attention", "feed-forward", "embedding", "head")
     rows = m.rows("spectrum/energy", change="full", matrices=kinds)
     random = m.row("spectrum/energy", change="random", matrices="attention")
-    return {kind: row.rank_8 for kind, row in zip(kinds, rows, strict=True)}, (
-        f"of ‖ΔW‖² in the top 8 of 64 on MiniGPT; of a random matrix {percent(random.rank_8)}"
-    )
+    why = f"of ‖ΔW‖² in the top 8 of 64 on MiniGPT; of a random matrix {percent(random.rank_8)}"
+    return {kind: row.rank_8 for kind, row in zip(kinds, rows, strict=True)}, why
 
 
 # 2.3 The LoRA Formulation
@@ -170,17 +155,15 @@ def rank_much_smaller() -> Result:
 
 @claim("2.3", "the product BA has rank at most r", about("100%", "0.0001 points"))
 def rank_of_the_product(m: Sources) -> Result:
-    return m.row("spectrum/energy", change="LoRA, r = 8", matrices="attention").rank_8, (
-        "share of ‖BA‖² in its 8 largest singular values, of adapters with r = 8, the mean over matrices"
-    )
+    why = "share of ‖BA‖² in its 8 largest singular values, of adapters with r = 8, the mean over matrices"
+    return m.row("spectrum/energy", change="LoRA, r = 8", matrices="attention").rank_8, why
 
 
 @claim("2.3", "the original weights W remain untouched", True)
 def weights_untouched(m: Sources) -> Result:
     base, made = m.artifact("lora_adapter/manifest.json").base, m.artifact("expanded/manifest.json").fingerprint
-    return base.tensors == made.tensors, (
-        "sha256 of the base's tensors as the trained adapter names it, and as the base has it"
-    )
+    why = "sha256 of the base's tensors as the trained adapter names it, and as the base has it"
+    return base.tensors == made.tensors, why
 
 
 @claim("2.3", "the original weights do not consume optimizer memory", at_most("5%"), words="none")
@@ -199,9 +182,8 @@ def word_at(step: int, word: str, share: str) -> None:
         row = m.row("trajectory/steps", step=step, word=word)
         if step == 0:
             return row.window_0, "the pretrained model, before any training"
-        return {"windows of 4 tokens": row.window_4, "whole sentences": row.window_0}, (
-            "the document gives neither the window nor the rate of these steps; here §9.2's batch and rate"
-        )
+        why = "the document gives neither the window nor the rate of these steps; here §9.2's batch and rate"
+        return {"windows of 4 tokens": row.window_4, "whole sentences": row.window_0}, why
 
 
 def bett_and_boden_at(step: int, bett: str, boden: str, both: str) -> None:
@@ -248,9 +230,8 @@ def sofa_by_step_30(m: Sources) -> Result:
 @claim("2.3", "Figure 3: gradient descent over 3 steps from tisch to sofa", at_most(3))
 def three_steps(m: Sources) -> Result:
     short, long = steps_to_sofa(m)
-    return {"windows of 4 tokens": min(short), "whole sentences": min(long)}, (
-        "the step from which sofa is the first choice, of the quickest seed, at §9.2's learning rate"
-    )
+    why = "the step from which sofa is the first choice, of the quickest seed, at §9.2's learning rate"
+    return {"windows of 4 tokens": min(short), "whole sentences": min(long)}, why
 
 
 @claim("2.3", "a negative slope means decrease θ to reduce loss, a positive slope means increase it", True)
@@ -274,9 +255,8 @@ def flat_from(m: Sources) -> list[int]:
 @claim("2.3", "all three converge around epoch 25–35", between(25, 35))
 def flat_25_to_35(m: Sources) -> Result:
     full, freeze, lora = flat_from(m)
-    return {"Full Fine-Tuning": full, "Layer Freezing": freeze, "LoRA": lora}, (
-        "the epoch from which every later one's mean loss is within 5% of the whole drop"
-    )
+    why = "the epoch from which every later one's mean loss is within 5% of the whole drop"
+    return {"Full Fine-Tuning": full, "Layer Freezing": freeze, "LoRA": lora}, why
 
 
 @claim("2.3", "LoRA (blue) flattens earliest", True)

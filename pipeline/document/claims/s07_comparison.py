@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from pipeline.document.claims.claim import GB, Chapter, Result, between, less_than, million, n, percent
+from pipeline.document.claims.claim import Chapter, Result, between, less_than
+from pipeline.document.claims.quantity import GB, million, n, percent
 from pipeline.document.claims.sources import Sources, calc
 
 claim = Chapter()
@@ -63,9 +64,8 @@ def share_of_virtual_tokens(title: str, method: str, limit: str, what: str) -> N
     def measure(m: Sources) -> Result:
         mini = m.artifact(f"{method}/manifest.json").parameters
         qwen = calc(method=method, virtual_tokens=20).parameters
-        return {"MiniGPT": share(mini), "Qwen3-8B, 20 tokens": share(qwen)}, (
-            f"{n(mini.trainable)} parameters of MiniGPT, {n(qwen.trainable)} of Qwen3-8B: {what}"
-        )
+        why = f"{n(mini.trainable)} parameters of MiniGPT, {n(qwen.trainable)} of Qwen3-8B: {what}"
+        return {"MiniGPT": share(mini), "Qwen3-8B, 20 tokens": share(qwen)}, why
 
 
 share_of_virtual_tokens("Prefix Tuning", "prefix", "0.1%", "keys and values in every block")
@@ -116,9 +116,8 @@ def original_unchanged(m: Sources) -> Result:
     base = m.artifact("expanded/manifest.json").fingerprint.tensors
     adapters = {"LoRA": "lora_adapter", "Prefix Tuning": "prefix", "Prompt Tuning": "prompt"}
     named = {name: m.artifact(f"{folder}/manifest.json").base.tensors for name, folder in adapters.items()}
-    return {name: tensors == base for name, tensors in named.items()}, (
-        "sha256 of the base's tensors as each adapter names it, and as the base has it"
-    )
+    why = "sha256 of the base's tensors as each adapter names it, and as the base has it"
+    return {name: tensors == base for name, tensors in named.items()}, why
 
 
 @claim(

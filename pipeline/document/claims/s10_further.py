@@ -3,20 +3,8 @@
 from math import log2
 
 from pipeline.calc.precision import precision
-from pipeline.document.claims.claim import (
-    GB,
-    B,
-    Chapter,
-    GiB,
-    Result,
-    about,
-    at_least,
-    at_most,
-    less_than,
-    more_than,
-    n,
-    percent,
-)
+from pipeline.document.claims.claim import Chapter, Result, about, at_least, at_most, less_than, more_than
+from pipeline.document.claims.quantity import GB, B, GiB, n, percent
 from pipeline.document.claims.sources import Sources, calc, find, model
 
 claim = Chapter()
@@ -45,9 +33,7 @@ def memory_of_qwen(title: str, name: str, gb: str, kind: str) -> None:
         why = f"{n(rest)} parameters, embeddings and head among them, stay at 16 bits; "
         if kind == "nf4":
             double = calc(precision="nf4-dq").memory.weights
-            return {"NF4": weights, "with double quantization": double}, (
-                f"{why}with double quantization {GiB(double)}"
-            )
+            return {"NF4": weights, "with double quantization": double}, f"{why}with double quantization {GiB(double)}"
         return weights, f"{why}{percent(1 - rest / qwen.total)} of all are quantized"
 
 
@@ -66,8 +52,7 @@ memory_of_qwen("BF16", "bf16", "16", "bf16")
 bytes_per_parameter("FP8 (E4M3)", "fp8", "1", {"": "fp8"}, "nothing beside")
 memory_of_qwen("FP8 (E4M3)", "fp8", "8", "fp8")
 bytes_per_parameter(
-    *("INT8", "int8", "1", {"": "int8"}),
-    "scales and zero points take {} a weight in rows of 4,096, as of Qwen3-8B",
+    *("INT8", "int8", "1", {"": "int8"}), "scales and zero points take {} a weight in rows of 4,096, as of Qwen3-8B"
 )
 memory_of_qwen("INT8", "int8", "8", "int8")
 bytes_per_parameter(
@@ -111,9 +96,8 @@ def nf4_optimal(m: Sources) -> Result:
 @claim("10.1", "FP8: near-lossless compression", less_than("1%"), words="near-lossless")
 def fp8_near_lossless(m: Sources) -> Result:
     full, eight = m.rows("quantization/precisions", precision=("FP32", "FP8 E4M3"))
-    return eight.perplexity / full.perplexity - 1, (
-        f"by how much MiniGPT's perplexity rises; {percent(eight.kept)} of its first choices stay"
-    )
+    why = f"by how much MiniGPT's perplexity rises; {percent(eight.kept)} of its first choices stay"
+    return eight.perplexity / full.perplexity - 1, why
 
 
 @claim("10.1", "8-bit provides only marginal improvement over 4-bit", less_than("1%"), words="marginal")
@@ -176,17 +160,15 @@ def one_bit_meaningless(m: Sources) -> Result:
 def each_halving_halves() -> Result:
     sizes = [calc(precision=name).memory.weights for name in ("fp32", "bf16", "int8", "nf4-dq")]
     fp32, bf16, int8, nf4 = sizes
-    return {"32 to 16 bits": fp32 / bf16, "16 to 8 bits": bf16 / int8, "8 to 4 bits": int8 / nf4}, (
-        f"Qwen3-8B: {', '.join(map(GB, sizes))}; embeddings and head stay at 16 bits"
-    )
+    why = f"Qwen3-8B: {', '.join(map(GB, sizes))}; embeddings and head stay at 16 bits"
+    return {"32 to 16 bits": fp32 / bf16, "16 to 8 bits": bf16 / int8, "8 to 4 bits": int8 / nf4}, why
 
 
 @claim("10.1", "4-bit Qwen3-8B fits into the VRAM of a single consumer GPU (RTX 4090 with 24 GB)", at_most("24 GB"))
 def qwen_fits_24_gb() -> Result:
     qlora = calc(method="qlora", precision="nf4-dq")
-    return {"to generate": qlora.inference.total, "to train with LoRA": qlora.memory.peak}, (
-        f"weights {GB(qlora.memory.weights)}, the rest for 2,048 tokens and the CUDA context"
-    )
+    why = f"weights {GB(qlora.memory.weights)}, the rest for 2,048 tokens and the CUDA context"
+    return {"to generate": qlora.inference.total, "to train with LoRA": qlora.memory.peak}, why
 
 
 @claim("10.1", "the frozen base weights W₀ are only read during the forward pass", about("0%", "1 points"))
@@ -230,9 +212,8 @@ def dora_magnitudes() -> Result:
 @claim("10.2", "often yields better results than standard LoRA", True)
 def dora_is_better(m: Sources) -> Result:
     dora, lora = (row.new_loss for row in m.rows("methods/knowledge", method=("DoRA", "LoRA")))
-    return {"in the mean": dora < lora, "beyond the spread over seeds": dora.high < lora.low}, (
-        f"new loss on MiniGPT: {n(dora)} with DoRA, {n(lora)} with LoRA"
-    )
+    why = f"new loss on MiniGPT: {n(dora)} with DoRA, {n(lora)} with LoRA"
+    return {"in the mean": dora < lora, "beyond the spread over seeds": dora.high < lora.low}, why
 
 
 @claim("10.3", "matrix A: higher learning rate, matrix B: lower; often leads to better convergence", True)

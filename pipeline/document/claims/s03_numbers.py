@@ -1,6 +1,7 @@
 """3. Example with Concrete Numbers."""
 
-from pipeline.document.claims.claim import GB, KB, MB, Chapter, Result, about, billion, n
+from pipeline.document.claims.claim import Chapter, Result, about
+from pipeline.document.claims.quantity import GB, KB, MB, billion, n
 from pipeline.document.claims.sources import Record, calc, find, model
 
 claim = Chapter()
@@ -59,9 +60,8 @@ def qwen_width() -> Result:
 @claim("3", "Qwen3-8B, W (one projection): 4096 × 4096 = 16,777,216 params; here W_Q and W_O", 16777216)
 def qwen_w() -> Result:
     q, _, _, o = projections("qwen3-8b", 8).values()
-    return {"W_Q": q["in"] * q.out, "W_O": o["in"] * o.out}, (
-        f"q_proj is {n(q['in'])} → {n(q.out)}, o_proj {n(o['in'])} → {n(o.out)}"
-    )
+    why = f"q_proj is {n(q['in'])} → {n(q.out)}, o_proj {n(o['in'])} → {n(o.out)}"
+    return {"W_Q": q["in"] * q.out, "W_O": o["in"] * o.out}, why
 
 
 @claim("3", "the same of Qwen3-8B's W_K and W_V: 4096 × 4096 = 16,777,216 params", 16777216)
@@ -84,18 +84,16 @@ def qwen_a() -> Result:
 @claim("3", "Qwen3-8B, B: 4096 × 8 = 32,768 params", 32768)
 def qwen_b() -> Result:
     rows = projections("qwen3-8b", 8)
-    return {name: row.B[0] * row.B[1] for name, row in rows.items()}, (
-        f"B has as many rows as W gives numbers; of q_proj {n(rows['W_Q'].out)}, of k_proj {n(rows['W_K'].out)}"
-    )
+    why = f"B has as many rows as W gives numbers; of q_proj {n(rows['W_Q'].out)}, of k_proj {n(rows['W_K'].out)}"
+    return {name: row.B[0] * row.B[1] for name, row in rows.items()}, why
 
 
 @claim("3", "Qwen3-8B, trainable per projection: 65,536", 65536)
 def qwen_projection() -> Result:
     rows = projections("qwen3-8b", 8)
     q, k = rows["W_Q"], rows["W_K"]
-    return {name: row.parameters_each for name, row in rows.items()}, (
-        f"8 × (in + out); q_proj is {n(q['in'])} → {n(q.out)}, k_proj {n(k['in'])} → {n(k.out)}"
-    )
+    why = f"8 × (in + out); q_proj is {n(q['in'])} → {n(q.out)}, k_proj {n(k['in'])} → {n(k.out)}"
+    return {name: row.parameters_each for name, row in rows.items()}, why
 
 
 @claim("3", "Layers: MiniGPT 2", 2)
@@ -111,9 +109,8 @@ def qwen_layers() -> Result:
 @claim("3", "Projections per layer: 4", 4)
 def projections_per_layer() -> Result:
     of_minigpt = calc("minigpt", rank=4).parameters.trainable / 512 / len(model("minigpt").blocks)
-    return {"MiniGPT": of_minigpt, "Qwen3-8B": len(calc(rank=8).projections)}, (
-        "linears with LoRA in a block's attention"
-    )
+    why = "linears with LoRA in a block's attention"
+    return {"MiniGPT": of_minigpt, "Qwen3-8B": len(calc(rank=8).projections)}, why
 
 
 @claim("3", "MiniGPT, total (frozen): ≈ 109,000", about(109000, "1%"))
@@ -124,16 +121,14 @@ def minigpt_total() -> Result:
 @claim("3", "Qwen3-8B, total (frozen): 8 × 10⁹", about("8 billion", "5%"))
 def qwen_total() -> Result:
     parts = model("qwen3-8b").components()
-    return model("qwen3-8b").total, (
-        f"{billion(parts['embeddings'])} of them embeddings and {billion(parts['head'])} the head"
-    )
+    why = f"{billion(parts['embeddings'])} of them embeddings and {billion(parts['head'])} the head"
+    return model("qwen3-8b").total, why
 
 
 @claim("3", "MiniGPT, LoRA (trainable): 4,096", 4096)
 def minigpt_lora() -> Result:
-    return calc("minigpt", rank=4).parameters.trainable, (
-        "512 for each of 4 projections in 2 blocks, as long as embeddings and head do not train"
-    )
+    why = "512 for each of 4 projections in 2 blocks, as long as embeddings and head do not train"
+    return calc("minigpt", rank=4).parameters.trainable, why
 
 
 @claim("3", "Qwen3-8B, LoRA (trainable): ≈ 9.4 × 10⁶", about("9.4 million", "2%"))

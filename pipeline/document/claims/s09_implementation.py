@@ -1,6 +1,7 @@
 """9. Our Implementation: MiniGPT Fine-Tuning."""
 
-from pipeline.document.claims.claim import KB, Chapter, Result, at_least, between, less_than, n, percent
+from pipeline.document.claims.claim import Chapter, Result, at_least, between, less_than
+from pipeline.document.claims.quantity import KB, n, percent
 from pipeline.document.claims.sources import Sources, calc, find
 
 claim = Chapter()
@@ -19,7 +20,7 @@ def data_8_sentences(m: Sources) -> Result:
 
 @claim("9.1", "new vocabulary: 7 words of weather and 9 of cooking, absent from the base vocabulary", 16)
 def new_words(m: Sources) -> Result:
-    base, tuned = m.words("pretrain.data"), m.words("finetune_lora.data")
+    base, tuned = (set(" ".join(lines).split()) for lines in (m.lines("pretrain.data"), m.lines("finetune_lora.data")))
     return len(tuned - base), (
         "words of the new sentences that the old ones lack; "
         f"kocht, which the document lists as new, is among the old: {n('kocht' in base)}"
@@ -95,7 +96,7 @@ def config_twice_the_rate(m: Sources) -> Result:
 
 @claim("9.2", "50 epochs", 50)
 def config_epochs(m: Sources) -> Result:
-    return len(m.epoch_losses("lora_adapter/loss.csv")), "epochs in the run's log"
+    return len({step.epoch for step in m.steps("lora_adapter/loss.csv")}), "epochs in the run's log"
 
 
 @claim("9.2", "batch size 4", 4)
@@ -112,9 +113,8 @@ def config_window(m: Sources) -> Result:
 @claim("9.2", "our training sentences are short (5–7 tokens)", between(5, 7))
 def sentence_lengths(m: Sources) -> Result:
     lengths = [len(line.split()) for line in m.lines("finetune_lora.data")]
-    return {"the shortest": min(lengths), "the longest": max(lengths)}, (
-        "words of the 8 new sentences, each of which is a token"
-    )
+    why = "words of the 8 new sentences, each of which is a token"
+    return {"the shortest": min(lengths), "the longest": max(lengths)}, why
 
 
 @claim("9.2", "only LoRA parameters, embeddings, and the LM head receive gradients", True)
@@ -122,9 +122,8 @@ def what_trains(m: Sources) -> Result:
     trainable = m.artifact("lora_adapter/manifest.json").parameters.trainable
     ends = m.tensor_shape("expanded/model.safetensors", "lm_head.weight")
     matrices = calc("minigpt", rank=4).parameters.trainable
-    return trainable == matrices + 2 * ends[0] * ends[1], (
-        f"{n(trainable)} train: {n(matrices)} of A and B, and two tables of {n(ends)}"
-    )
+    why = f"{n(trainable)} train: {n(matrices)} of A and B, and two tables of {n(ends)}"
+    return trainable == matrices + 2 * ends[0] * ends[1], why
 
 
 @claim("9.2", "A ∈ ℝ^(r × d) and B ∈ ℝ^(d × r)", True)
@@ -145,9 +144,8 @@ def compared_full(m: Sources) -> Result:
 @claim("9.3", "Layer Freezing: ~30-50% (last block + embeddings)", between("30%", "50%"))
 def compared_freeze(m: Sources) -> Result:
     made = m.artifact("layer_frozen/manifest.json").parameters
-    return made.trainable / made.total, (
-        f"{n(made.trainable)} of {n(made.total)} parameters: one of two blocks, embeddings and head"
-    )
+    why = f"{n(made.trainable)} of {n(made.total)} parameters: one of two blocks, embeddings and head"
+    return made.trainable / made.total, why
 
 
 @claim("9.3", "LoRA: <5% (LoRA matrices + embeddings)", less_than("5%"))
@@ -185,9 +183,8 @@ def old_prompts_degrade(m: Sources) -> Result:
     answers = m.artifact("evaluation/predictions.json")
     cats = [find(rows, prompt="die katze").probability for rows in (answers.base, answers.full)]
     dogs = [find(rows, prompt="der hund").probability for rows in (answers.base, answers.full)]
-    return {"die katze": cats[1] < cats[0], "der hund": dogs[1] < dogs[0]}, (
-        f"sitzt from {percent(cats[0])} to {percent(cats[1])}, läuft from {percent(dogs[0])} to {percent(dogs[1])}"
-    )
+    why = f"sitzt from {percent(cats[0])} to {percent(cats[1])}, läuft from {percent(dogs[0])} to {percent(dogs[1])}"
+    return {"die katze": cats[1] < cats[0], "der hund": dogs[1] < dogs[0]}, why
 
 
 @claim("9.3", "the LoRA model retains the original predictions because W₀ is never modified", "100%")
@@ -225,9 +222,8 @@ def four_variants(m: Sources) -> Result:
     whole = [m.size(f"{folder}/model.safetensors") for folder in ("full_finetuned", "layer_frozen", "lora_merged")]
     adapter = m.size("lora_adapter/adapter_model.safetensors")
     full, frozen, merged = whole
-    return adapter < min(whole) / 2 and max(whole) < 1.01 * min(whole), (
-        f"{KB(full)} in full, {KB(frozen)} frozen, {KB(adapter)} adapter, {KB(merged)} merged"
-    )
+    why = f"{KB(full)} in full, {KB(frozen)} frozen, {KB(adapter)} adapter, {KB(merged)} merged"
+    return adapter < min(whole) / 2 and max(whole) < 1.01 * min(whole), why
 
 
 @claim(
@@ -239,6 +235,5 @@ def four_variants(m: Sources) -> Result:
 def adapter_magnitudes_smaller(m: Sources) -> Result:
     adapter, full = m.size("lora_adapter/adapter_model.safetensors"), m.size("full_finetuned/model.safetensors")
     qwen = calc(rank=8, precision="fp16")
-    return {"MiniGPT": full / adapter, "Qwen3-8B, r=8": qwen.memory.weights / qwen.adapter_bytes.fp16}, (
-        f"two orders are 100 ×; MiniGPT's adapter, {KB(adapter)} with embeddings and head, beside {KB(full)}"
-    )
+    why = f"two orders are 100 ×; MiniGPT's adapter, {KB(adapter)} with embeddings and head, beside {KB(full)}"
+    return {"MiniGPT": full / adapter, "Qwen3-8B, r=8": qwen.memory.weights / qwen.adapter_bytes.fp16}, why
