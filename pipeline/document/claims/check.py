@@ -3,33 +3,28 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-# Imported by name, not found in the folder: what an artifact was made with follows import statements.
-from pipeline.document.claims import (
-    s01_problem,
-    s02_core_idea,
-    s03_numbers,
-    s04_step_by_step,
-    s05_hyperparameters,
-    s06_where,
-    s07_comparison,
-    s08_practice,
-    s09_implementation,
-    s10_further,
-)
 from pipeline.document.claims.claim import Claim
 from pipeline.document.claims.quantity import in_unit
+from pipeline.document.claims.s01_problem import claim as s01
+from pipeline.document.claims.s02_core_idea import claim as s02
+from pipeline.document.claims.s03_numbers import claim as s03
+from pipeline.document.claims.s04_step_by_step import claim as s04
+from pipeline.document.claims.s05_hyperparameters import claim as s05
+from pipeline.document.claims.s06_where import claim as s06
+from pipeline.document.claims.s07_comparison import claim as s07
+from pipeline.document.claims.s08_practice import claim as s08
+from pipeline.document.claims.s09_implementation import claim as s09
+from pipeline.document.claims.s10_further import claim as s10
 from pipeline.document.claims.sources import MissingArtifact, Seeds, Sources
 from pipeline.errors import UserError
 from pipeline.project.stage_graph import Project
 
-CHAPTERS = (
-    *(s01_problem, s02_core_idea, s03_numbers, s04_step_by_step, s05_hyperparameters),
-    *(s06_where, s07_comparison, s08_practice, s09_implementation, s10_further),
-)
-CLAIMS = [claim for chapter in CHAPTERS for claim in chapter.claim]  # in the document's order
+# In the document's order. Each chapter is imported by name: what an artifact was made with follows import statements.
+CLAIMS = [*s01, *s02, *s03, *s04, *s05, *s06, *s07, *s08, *s09, *s10]
+
 Verdict = Literal["holds", "differs", "depends", "not run"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-VERB_FORMS = {"holds": ("holds", "hold"), "differs": ("differs", "differ"), "depends": ("depends", "depend")}
+PLURALS = {"holds": "hold", "differs": "differ", "depends": "depend"}
 MARKS: Mapping[str, str] = {"holds": "✓ holds", "differs": "✗ differs", "depends": "◐ depends", "not run": "– not run"}
 
 Row = Mapping[str, Any]  # a claim beside its verdict, as `judge` returns it
@@ -55,10 +50,9 @@ def judge(claim: Claim, sources: Sources | None = None) -> Row:
     verdict: Verdict = "not run"
     try:
         result, why = claim.measure(*() if claim.calculated else (sources,))
-        values: list[Any] = []
-        for value in _by_condition(result).values():
-            extremes = (value.low, value.high) if claim.each_seed and isinstance(value, Seeds) else ()
-            values += [value, *extremes]
+        values = list(_by_condition(result).values())
+        if claim.each_seed:
+            values += [end for value in values if isinstance(value, Seeds) for end in (value.low, value.high)]
         holds = [claim.rule.holds(value) for value in values]
         measured, verdict = result, "holds" if all(holds) else "depends" if any(holds) else "differs"
     except MissingArtifact as missing:
@@ -68,10 +62,10 @@ def judge(claim: Claim, sources: Sources | None = None) -> Row:
         if claim.calculated:
             raise  # it reads no artifact: the claim is wrong
         why = f"it cannot be measured on this project's artifacts: {error}"
-    rule, unit = claim.rule, claim.rule.says[0].unit
-    says = [said.value for said in rule.says]
-    shown = {name: in_unit(value, unit) for name, value in _by_condition(measured).items()}
-    agreed = len(set(shown.values())) == 1  # then the value is shown once, without its conditions
+    rule, says = claim.rule, [said.value for said in claim.rule.says]
+    shown = {name: in_unit(value, rule.says[0].unit) for name, value in _by_condition(measured).items()}
+    if len(set(shown.values())) == 1:  # all conditions agree
+        shown = {"": next(iter(shown.values()))}
     return {
         "id": claim.id,
         "section": claim.section,
@@ -84,9 +78,7 @@ def judge(claim: Claim, sources: Sources | None = None) -> Row:
         "why": why,
         "shown": {
             "says": f"{claim.words} ({rule})" if claim.words else str(rule),
-            "measured": next(iter(shown.values()))
-            if agreed
-            else "; ".join(f"{name}: {text}" for name, text in shown.items()),
+            "measured": "; ".join(f"{name}: {text}" if name else text for name, text in shown.items()),
         },
     }
 
@@ -119,7 +111,7 @@ def filter_rows(rows: Sequence[Row], section: str | None = None, verdict: str | 
 def summary(rows: Sequence[Row]) -> str:
     """Such as "98 claims: 61 hold, 25 differ, 9 depend, 3 not run"; without "not run" if there are none."""
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
-    parts = [f"{n} {VERB_FORMS.get(verdict, (verdict, verdict))[n != 1]}" for verdict, n in counts.items()]
+    parts = [f"{n} {verdict if n == 1 else PLURALS.get(verdict, verdict)}" for verdict, n in counts.items()]
     shown = parts if counts["not run"] else parts[:-1]
     return f"{len(rows)} claim{'s' * (len(rows) != 1)}: {', '.join(shown)}"
 

@@ -11,7 +11,7 @@ from pipeline.document.claims.claim import (
     probability,
 )
 from pipeline.document.claims.quantity import KB, n, percent
-from pipeline.document.claims.sources import Record, Sources, calc, find
+from pipeline.document.claims.sources import Record, Seeds, Sources, calc, find
 
 claim = Chapter()
 
@@ -22,6 +22,36 @@ def placement(m: Sources) -> Result:
     norms = m.column("figures/placement", "trained", kind="LayerNorm")
     why = "parameters that the adapter trains there, in a block of the model as it is loaded with it"
     return {"LayerNorm": max(norms), "Feed-Forward": fc1.trained + fc2.trained}, why
+
+
+def loss_of(m: Sources, targets: str) -> Seeds:
+    """The loss on the corrections with LoRA on these projections."""
+    return m.over_seeds("fact_correction/projections", "new_loss", targets=targets)
+
+
+@claim("6", "W_Q and W_V are the most important (largest effect)", True)
+def q_and_v_matter_most(m: Sources) -> Result:
+    table, modules = "fact_correction/projections", ("q_proj", "k_proj", "v_proj", "o_proj")
+    q, k, v, o = (m.over_seeds(table, "probability_target", targets=name) for name in modules)
+    return {"W_Q": q > max(k, o), "W_V": v > max(k, o)}, (
+        "more than W_K and W_O, each trained alone; the corrected word gets "
+        f"{percent(q)} by W_Q, {percent(k)} by W_K, {percent(v)} by W_V, {percent(o)} by W_O"
+    )
+
+
+@claim("6", "W_K and W_O provide additional gain", True)
+def k_and_o_add(m: Sources) -> Result:
+    two, four = loss_of(m, "q_proj+v_proj"), loss_of(m, "attention")
+    why = f"loss on the corrections: {n(two)} with W_Q and W_V, {n(four)} with all four"
+    return {"in the mean": four < two, "beyond the spread over seeds": four.high < two.low}, why
+
+
+@claim("6", "Feed-Forward layers optional, helps with some tasks", True)
+def feed_forward_optional(m: Sources) -> Result:
+    attention, alone, both = (loss_of(m, targets) for targets in ("attention", "feed_forward", "all"))
+    return {"optional: within 0.05 nats without": attention - both <= 0.05, "helps here": both < attention}, (
+        f"loss on the corrections: {n(attention)} with attention, {n(alone)} with feed-forward, {n(both)} with both"
+    )
 
 
 @claim("6", "FACT_CORRECTION_DATA with three sentences", 3)
@@ -206,6 +236,17 @@ def fact_suffer_equally(m: Sources) -> Result:
         "how far himmel, garten or frühling part at most; garten, V-only and All: "
         f"{percent(v.kind_garten)} and {percent(every.kind_garten)}; "
         f"with A and B alone {percent(v_alone.kind_garten)} and {percent(every_alone.kind_garten)}"
+    )
+
+
+@claim("6", "make MiniGPT larger, say d_model = 256 instead of 64: this would not help", True)
+def wider_does_not_help(m: Sources) -> Result:
+    table, widths = "fact_correction/widths", (64, 256)
+    narrow, wide = (m.over_seeds(table, "probability_target", d_model=width) for width in widths)
+    moved, wide_moved = (m.over_seeds(table, "share_moved", d_model=width) for width in widths)
+    return {"first choices corrected": wide_moved <= moved, "beyond the spread over seeds": wide.low <= narrow.high}, (
+        f"V-only: the corrected word has {percent(narrow)} at 64 and {percent(wide)} at 256, "
+        f"and is first with {percent(moved)} and {percent(wide_moved)} of the seeds"
     )
 
 

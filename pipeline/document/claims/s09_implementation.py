@@ -27,6 +27,22 @@ def new_words(m: Sources) -> Result:
     )
 
 
+@claim("9.1", "new embeddings are initialized from the mean of existing embeddings plus small Gaussian noise", True)
+def new_rows_start(m: Sources) -> Result:
+    table, starts = "fact_correction/new_rows", ("mean_noise", "zeros", "copy")
+    before = [m.over_seeds(table, "new_loss_before", start=start) for start in starts]
+    after = [m.over_seeds(table, "new_loss_after", start=start) for start in starts]
+    return {
+        "better than zeros, before training": before[0] < before[1],
+        "better than copies, before training": before[0] < before[2],
+        "better than zeros, after training": after[0] < after[1],
+        "better than copies, after training": after[0] < after[2],
+    }, (
+        f"loss on the new sentences with mean and noise, zeros and copies: {n(before[0])}, {n(before[1])} and "
+        f"{n(before[2])} before training, {n(after[0])}, {n(after[1])} and {n(after[2])} after"
+    )
+
+
 # 9.2 LoRA Configuration
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
+from statistics import fmean
 from typing import Any
 
 from pipeline.calc.architecture import Architecture
@@ -72,6 +73,11 @@ class Sources:
         if not values:
             raise UserError(f"{_table_path(table)} has no row with {_format_conditions(where)}")
         return [float(value) if isinstance(value, Seeds) else value for value in values]
+
+    def over_seeds(self, table: str, name: str, **where: Any) -> Seeds:
+        """A column's mean and extremes over the rows with these values, in a table that has a row for each seed."""
+        values = self.column(table, name, **where)
+        return Seeds(fmean(values), min(values), max(values))
 
     def row_of_least(self, table: str, name: str, **where: Any) -> Record:
         """Among the rows with these values, the first with the smallest number in column `name`."""

@@ -244,6 +244,8 @@ def test_rows_columns_and_json_are_reached(asked: Sources) -> None:
     assert asked.row("rank/ranks", rank=4).loss.high == 0.7
     assert [row.loss for row in asked.rows("rank/ranks", rank=(8, 4), alpha="r")] == [0.3, 0.5]
     assert asked.column("rank/ranks", "loss", alpha="r") == [0.5, 0.3]
+    assert asked.over_seeds("rank/ranks", "loss", alpha="r") == 0.4
+    assert asked.over_seeds("rank/ranks", "loss", alpha="r").low == 0.3
     assert asked.row_of_least("rank/ranks", "loss", alpha="r").rank == 8
     assert asked.row_of_least("figures/attention_row", "distance", model="base").katze == 0.6
     metrics = asked.artifact("evaluation/metrics.json")
