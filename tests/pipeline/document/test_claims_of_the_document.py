@@ -137,7 +137,7 @@ def test_a_study_of_other_settings_leaves_its_claims_without_a_verdict(studied: 
     assert "studies/rank/ranks.csv has no row with rank=8" in rows["rank-64-no-gain"]["why"]
     assert rows["fact-katze-v"]["verdict"] == "differs", "two epochs change little"
     for row in (row for row in rows.values() if row["verdict"] == "not run"):
-        assert re.search("has no row with|no value for|measures null", row["why"]), (
+        assert re.search("has no row with|no value for|measures null|does not exist", row["why"]), (
             "no table or column is called wrongly"
         )
     assert rows["qwen-lora"]["verdict"] == "differs"
@@ -184,7 +184,7 @@ def test_claims_read_nothing_that_their_stage_does_not_depend_on() -> None:
         folder = path.partition("/")[0]
         if call in ("artifact", "size", "steps", "tensor_shape"):
             assert folder in outputs, path
-        elif call in ("row", "rows", "column", "row_of_least"):
+        elif call in ("row", "rows", "column", "over_seeds", "row_of_least"):
             assert (folder if folder == "figures" else f"studies/{folder}") in outputs, path
         else:
             assert call == "lines" and path in STAGES["claims"].data, path
