@@ -78,17 +78,15 @@ def fact_every_setting(m: Sources) -> Result:
     return {"V-only": min(v), "All": min(every)}, why
 
 
-def fact_before(prompt: str, word: str, share: str) -> None:
-    quote, id = f"{prompt} → Original: {word} ({share})", f"fact-{prompt.split()[1]}-original"
-
-    @claim("6", quote, probability(share), id=id)
+def fact_before(prompt: str, noun: str, word: str, share: str) -> None:
+    @claim("6", f"{prompt} → Original: {word} ({share})", probability(share), id=f"fact-{noun}-original")
     def measure(m: Sources) -> Result:
         row = m.row("fact_correction/rows", prompt=prompt, model="original")
         return row.measured, "the pretrained model before any correction"
 
 
-def fact_after(prompt: str, name: str, model: str, word: str, share: str) -> None:
-    noun, end = prompt.split()[1], "v" if model == "v_proj" else "all"
+def fact_after(prompt: str, noun: str, model: str, word: str, share: str) -> None:
+    name, end = {"v_proj": ("LoRA V-only", "v"), "all": ("LoRA All", "all")}[model]
 
     @claim("6", f"{prompt} → {name}: {word} ({share})", probability(share), id=f"fact-{noun}-{end}")
     def measure(m: Sources) -> Result:
@@ -101,54 +99,43 @@ def fact_after(prompt: str, name: str, model: str, word: str, share: str) -> Non
         )
 
 
-def fact_choices(prompt: str, place: int, words: str, shares: str) -> None:
-    name = {2: "second", 3: "third"}[place]
-    quote = f"{prompt} → {name} choices: {words} ({shares})"
+def fact_choices(prompt: str, noun: str, place: int, choices: str) -> None:
+    name, words = {2: "second", 3: "third"}[place], choices.partition(" (")[0].split(", ")
 
-    @claim("6", quote, True, id=f"fact-{prompt.split()[1]}-{name}")
+    @claim("6", f"{prompt} → {name} choices: {choices}", True, id=f"fact-{noun}-{name}")
     def measure(m: Sources) -> Result:
         rows = m.rows("fact_correction/top", prompt=prompt, model=("original", "v_proj", "all"))
-        tops = [row[f"top_{place}"] for row in rows]
+        tops = [getattr(row, f"top_{place}") for row in rows]
         names = ("Original", "LoRA V-only", "LoRA All")
-        same = {name: f"{word} " in top for name, word, top in zip(names, words.split(", "), tops, strict=True)}
+        same = {name: f"{word} " in top for name, word, top in zip(names, words, tops, strict=True)}
         return same, f"{tops[0]}, {tops[1]} and {tops[2]}, at the setting nearest to the document's first choices"
 
 
-for prompt, original, v_proj, all_targets, second, third in (
-    (
-        *("die katze sitzt auf dem", "tisch 98%", "sofa 94%", "sofa 97%"),
-        *(("spielplatz, bett, bett", "1%, 2% and 1%"), ("sofa, tisch, tisch", "0%, 2% and 1%")),
-    ),
-    (
-        *("der hund läuft im", "garten 99%", "wald 97%", "wald 98%"),
-        *(("park, garten, garten", "0%, 1% and 0%"), ("frühling, katze, flughafen", "0% each")),
-    ),
-    (
-        *("die frau kocht", "das 99%", "die 98%", "die 98%"),
-        *(("teller, das, das", "0% each"), ("vom, sofa, bahnhof", "0% each")),
-    ),
-    (
-        *("der mann liest", "die 100%", "das 96%", "das 98%"),
-        *(("sofa, die, buch", "0%, 1% and 0%"), ("essen, buch, die", "0% each")),
-    ),
-    (
-        *("die sonne scheint am", "himmel 96%", "himmel 53%", "himmel 63%"),
-        *(("bahnhof, flughafen, flughafen", "3%, 17% and 11%"), ("spielen, spielen, spielen", "0%, 3% and 2%")),
-    ),
-    (
-        *("das kind spielt im", "garten 99%", "wald 82%", "wald 81%"),
-        *(("park, garten, garten", "0%, 13% and 13%"), ("frühling, dem, dem", "0%, 1% and 2%")),
-    ),
-    (
-        *("die blume blüht im", "frühling 99%", "frühling 85%", "frühling 88%"),
-        *(("park, wald, liest", "0%, 4% and 3%"), ("liest, liest, wald", "0%, 2% and 2%")),
-    ),
-):
-    fact_before(prompt, *original.split())
-    fact_after(prompt, "LoRA V-only", "v_proj", *v_proj.split())
-    fact_after(prompt, "LoRA All", "all", *all_targets.split())
-    fact_choices(prompt, 2, *second)
-    fact_choices(prompt, 3, *third)
+FIRST = {  # §6's two tables: the first choice of the original model, of LoRA V-only and of LoRA All
+    "die katze sitzt auf dem": ("tisch 98%", "sofa 94%", "sofa 97%"),
+    "der hund läuft im": ("garten 99%", "wald 97%", "wald 98%"),
+    "die frau kocht": ("das 99%", "die 98%", "die 98%"),
+    "der mann liest": ("die 100%", "das 96%", "das 98%"),
+    "die sonne scheint am": ("himmel 96%", "himmel 53%", "himmel 63%"),
+    "das kind spielt im": ("garten 99%", "wald 82%", "wald 81%"),
+    "die blume blüht im": ("frühling 99%", "frühling 85%", "frühling 88%"),
+}
+NEXT = {  # their second and third choices
+    "katze": ("spielplatz, bett, bett (1%, 2% and 1%)", "sofa, tisch, tisch (0%, 2% and 1%)"),
+    "hund": ("park, garten, garten (0%, 1% and 0%)", "frühling, katze, flughafen (0% each)"),
+    "frau": ("teller, das, das (0% each)", "vom, sofa, bahnhof (0% each)"),
+    "mann": ("sofa, die, buch (0%, 1% and 0%)", "essen, buch, die (0% each)"),
+    "sonne": ("bahnhof, flughafen, flughafen (3%, 17% and 11%)", "spielen, spielen, spielen (0%, 3% and 2%)"),
+    "kind": ("park, garten, garten (0%, 13% and 13%)", "frühling, dem, dem (0%, 1% and 2%)"),
+    "blume": ("park, wald, liest (0%, 4% and 3%)", "liest, liest, wald (0%, 2% and 2%)"),
+}
+for prompt, (original, v_proj, every) in FIRST.items():
+    noun = prompt.split()[1]
+    fact_before(prompt, noun, *original.split())
+    fact_after(prompt, noun, "v_proj", *v_proj.split())
+    fact_after(prompt, noun, "all", *every.split())
+    fact_choices(prompt, noun, 2, NEXT[noun][0])
+    fact_choices(prompt, noun, 3, NEXT[noun][1])
 
 
 @claim("6", "the V-only variant shows slightly lower confidence", True)

@@ -10,66 +10,65 @@ from pipeline.document.claims.sources import Sources, calc, find, model
 claim = Chapter()
 
 
-def bytes_per_parameter(title: str, name: str, size: str, conditions: dict[str, str], why: str) -> None:
-    """`conditions`: condition → precision. In `why`, {} stands for the bytes of scales and zero points of each."""
-    quote = f"{title}: {size} byte{'s' * (size != '1')} per param"
+VARIANTS = {  # what a row of the document's table can mean, if more than one precision
+    "nf4": {"NF4": "nf4", "with double quantization": "nf4-dq"},
+    **{k: {"groups of 128": k, "groups of 64, as in the study": f"{k}-g64"} for k in ("gptq", "awq", "3bit")},
+}
+SCALES = {  # {}: the bytes of scales and zero points, of each variant
+    **dict.fromkeys(("fp32", "fp8"), "nothing beside"),
+    "int8": "scales and zero points take {} a weight in rows of 4,096, as of Qwen3-8B",
+    "nf4": "the scales of blocks take {}, or {} where they are quantized in turn",
+    **dict.fromkeys(("gptq", "awq", "3bit"), "scales and zero points take {} or {} a weight"),
+    "2bit": "scales and zero points take {} a weight",
+    "1.58bit": "packed five to a byte",
+}
 
-    @claim("10.1", quote, about(f"{size} B", "5%"), id=f"bytes-{name}")
+
+def bytes_per_parameter(title: str, name: str, size: str) -> None:
+    quote, id = f"{title}: {size} byte{'s' * (size != '1')} per param", f"bytes-{name.replace('.', '-')}"
+
+    @claim("10.1", quote, about(f"{size} B", "5%"), id=id)
     def measure() -> Result:
-        kinds = [precision(kind) for kind in conditions.values()]
-        measured = dict(zip(conditions, (kind.bytes for kind in kinds), strict=True))
-        scales = why.format(*(B(kind.scales) for kind in kinds))
-        return measured if len(kinds) > 1 else kinds[0].bytes, f"{n(kinds[0].bits)} bits of code; {scales}"
+        kinds = {condition: precision(variant) for condition, variant in VARIANTS.get(name, {"": name}).items()}
+        scales = SCALES[name].format(*(B(kind.scales) for kind in kinds.values()))
+        measured = {condition: kind.bytes for condition, kind in kinds.items()}
+        return measured.get("", measured), f"{n(precision(name).bits)} bits of code; {scales}"
 
 
-def memory_of_qwen(title: str, name: str, gb: str, kind: str) -> None:
-    @claim("10.1", f"{title}: Qwen3-8B memory ≈ {gb} GB", about(f"{gb} GB", "5%"), id=f"qwen-{name}")
+def memory_of_qwen(title: str, name: str, gb: str) -> None:
+    quote, id = f"{title}: Qwen3-8B memory ≈ {gb} GB", f"qwen-{name.replace('.', '-')}"
+
+    @claim("10.1", quote, about(f"{gb} GB", "5%"), id=id)
     def measure() -> Result:
-        weights, qwen = calc(precision=kind).memory.weights, model("qwen3-8b")
-        if not precision(kind).quantized:
+        weights, qwen = calc(precision=name).memory.weights, model("qwen3-8b")
+        if not precision(name).quantized:
             return weights, f"all {n(qwen.total)} parameters alike"
         parts = qwen.components()
         rest = qwen.total - parts["attention"] - parts["feed-forward"]
         why = f"{n(rest)} parameters, embeddings and head among them, stay at 16 bits; "
-        if kind == "nf4":
+        if name == "nf4":
             double = calc(precision="nf4-dq").memory.weights
             return {"NF4": weights, "with double quantization": double}, f"{why}with double quantization {GiB(double)}"
         return weights, f"{why}{percent(1 - rest / qwen.total)} of all are quantized"
 
 
-GROUPS = "scales and zero points take {} or {} a weight"
-
-
-def groups(kind: str) -> dict[str, str]:
-    return {"groups of 128": kind, "groups of 64, as in the study": f"{kind}-g64"}
-
-
-bytes_per_parameter("FP32", "fp32", "4", {"": "fp32"}, "nothing beside")
-memory_of_qwen("FP32", "fp32", "32", "fp32")
-memory_of_qwen("TF32", "tf32", "32", "tf32")
-memory_of_qwen("FP16", "fp16", "16", "fp16")
-memory_of_qwen("BF16", "bf16", "16", "bf16")
-bytes_per_parameter("FP8 (E4M3)", "fp8", "1", {"": "fp8"}, "nothing beside")
-memory_of_qwen("FP8 (E4M3)", "fp8", "8", "fp8")
-bytes_per_parameter(
-    *("INT8", "int8", "1", {"": "int8"}), "scales and zero points take {} a weight in rows of 4,096, as of Qwen3-8B"
-)
-memory_of_qwen("INT8", "int8", "8", "int8")
-bytes_per_parameter(
-    *("NF4", "nf4", "0.5", {"NF4": "nf4", "with double quantization": "nf4-dq"}),
-    "the scales of blocks take {}, or {} where they are quantized in turn",
-)
-memory_of_qwen("NF4", "nf4", "4", "nf4")
-bytes_per_parameter("INT4 (GPTQ)", "gptq", "0.5", groups("gptq"), GROUPS)
-memory_of_qwen("INT4 (GPTQ)", "gptq", "4", "gptq")
-bytes_per_parameter("INT4 (AWQ)", "awq", "0.5", groups("awq"), GROUPS)
-memory_of_qwen("INT4 (AWQ)", "awq", "4", "awq")
-bytes_per_parameter("3-bit", "3bit", "0.375", groups("3bit"), GROUPS)
-memory_of_qwen("3-bit", "3bit", "3", "3bit")
-bytes_per_parameter("2-bit", "2bit", "0.25", {"": "2bit"}, "scales and zero points take {} a weight")
-memory_of_qwen("2-bit", "2bit", "2", "2bit")
-bytes_per_parameter("1-bit (BitNet)", "1-58bit", "0.2", {"": "1.58bit"}, "packed five to a byte")
-memory_of_qwen("1-bit (BitNet)", "1-58bit", "1.6", "1.58bit")
+for title, name, size, gb in (  # the document's table: bytes per parameter, GB of Qwen3-8B
+    ("FP32", "fp32", "4", "32"),
+    ("TF32", "tf32", "", "32"),
+    ("FP16", "fp16", "", "16"),
+    ("BF16", "bf16", "", "16"),
+    ("FP8 (E4M3)", "fp8", "1", "8"),
+    ("INT8", "int8", "1", "8"),
+    ("NF4", "nf4", "0.5", "4"),
+    ("INT4 (GPTQ)", "gptq", "0.5", "4"),
+    ("INT4 (AWQ)", "awq", "0.5", "4"),
+    ("3-bit", "3bit", "0.375", "3"),
+    ("2-bit", "2bit", "0.25", "2"),
+    ("1-bit (BitNet)", "1.58bit", "0.2", "1.6"),
+):
+    if size:  # those of §1 are measured there, and TF32 is stored as FP32
+        bytes_per_parameter(title, name, size)
+    memory_of_qwen(title, name, gb)
 
 
 @claim("10.1", "ternary weights: log₂ 3 ≈ 1.58 bits per parameter", about(1.58, 0.005))
