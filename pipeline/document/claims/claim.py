@@ -1,10 +1,12 @@
 """A claim of the document: what it says, by which rule that holds, and the function that measures it.
 
-    claim = Chapter()
+    chapter = Chapter()
 
-    @claim("3", "MiniGPT, adapter size (FP16): ≈ 8 KB", about("8 KB", "5%"))
-    def minigpt_adapter_size() -> Result:
-        return calc("minigpt", rank=4).adapter_bytes.fp16, "2 bytes for each of 4,096 parameters"
+    with chapter.section("3") as claim:
+
+        @claim("MiniGPT, adapter size (FP16): ≈ 8 KB", about("8 KB", "5%"))
+        def minigpt_adapter_size() -> Result:
+            return calc("minigpt", rank=4).adapter_bytes.fp16, "2 bytes for each of 4,096 parameters"
 
 The function's name is the claim's id. It takes the project's Sources, or nothing if it needs only the calculator, and
 returns what it measured, a value or one for each condition, with the reason: a text that is true whichever way the
@@ -13,7 +15,8 @@ verdict falls. The verdict is computed: all conditions hold, none does (differs)
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,17 +114,22 @@ class Claim:
 
 
 class Chapter(list[Claim]):
-    """The claims of a chapter, in the document's order; called, it is the decorator that adds one."""
+    """The claims of a chapter, in the document's order."""
 
-    def __call__(
-        self, section: str, quote: str, says: Any, *, id: str = "", words: str = "", each_seed: bool = False
-    ) -> Callable[[Measure], Measure]:
-        """`says` is a Rule, or a value that must be measured exactly; `id` is for functions that are made in a loop."""
+    @contextmanager
+    def section(self, number: str) -> Iterator[Callable[..., Callable[[Measure], Measure]]]:
+        """Gives the decorator for a section's claims: `claim(quote, says, words=…, each_seed=…)`.
 
-        def add(measure: Measure) -> Measure:
-            name = id or measure.__name__.strip("_").replace("_", "-")
-            rule = says if isinstance(says, Rule) else equal(says)
-            self.append(Claim(name, section, quote, rule, measure, words, each_seed))
-            return measure
+        `says` is a Rule, or a value that must be measured exactly. `id` is for functions that are made in a loop.
+        """
 
-        return add
+        def claim(quote: str, says: Any, *, id: str = "", **options: Any) -> Callable[[Measure], Measure]:
+            def add(measure: Measure) -> Measure:
+                name = id or measure.__name__.strip("_").replace("_", "-")
+                rule = says if isinstance(says, Rule) else equal(says)
+                self.append(Claim(name, number, quote, rule, measure, **options))
+                return measure
+
+            return add
+
+        yield claim

@@ -86,13 +86,14 @@ def test_seeds_compute_as_their_mean() -> None:
 
 def judged(measured: Any, says: Any = 4, why: str = "w", section: str = "1", quote: str = "q", **options: Any) -> Row:
     """The row of a claim that needs no project."""
-    claim = Chapter()
+    chapter = Chapter()
+    with chapter.section(section) as claim:
 
-    @claim(section, quote, says, **options)
-    def one() -> tuple[Any, str]:
-        return measured, why
+        @claim(quote, says, **options)
+        def one() -> tuple[Any, str]:
+            return measured, why
 
-    return judge(claim[0])
+    return judge(chapter[0])
 
 
 @pytest.mark.parametrize(
@@ -177,17 +178,18 @@ def test_conditions_are_shown_each_or_once_where_they_agree() -> None:
 
 
 def test_a_claim_is_named_after_its_function_and_calculated_if_that_asks_no_project() -> None:
-    claim = Chapter()
+    chapter = Chapter()
+    with chapter.section("1") as claim:
 
-    @claim("1", "a", 4)
-    def _4_apples() -> tuple[Any, str]:
-        return 4, "w"
+        @claim("a", 4)
+        def _4_apples() -> tuple[Any, str]:
+            return 4, "w"
 
-    @claim("1", "b", at_least(4), id="given")
-    def measure(m: Sources) -> tuple[Any, str]:
-        return m.size("base/config.json"), "w"
+        @claim("b", at_least(4), id="given")
+        def measure(m: Sources) -> tuple[Any, str]:
+            return m.size("base/config.json"), "w"
 
-    assert [(one.id, one.calculated, one.rule.name) for one in claim] == [
+    assert [(one.id, one.calculated, one.rule.name) for one in chapter] == [
         ("4-apples", True, "equal"),
         ("given", False, "at_least"),
     ]
@@ -197,10 +199,11 @@ def test_a_calculated_claim_that_fails_is_an_error_of_ours() -> None:
     for measured in ("four", True, None, [4]):
         with pytest.raises(TypeError, match=r"it measures .*, but the document says a number"):
             judged(measured)
-    claim = Chapter()
-    claim("1", "q", 4)(lambda: (1 / 0, "w"))
+    chapter = Chapter()
+    with chapter.section("1") as claim:
+        claim("q", 4)(lambda: (1 / 0, "w"))
     with pytest.raises(ZeroDivisionError):
-        judge(claim[0])
+        judge(chapter[0])
 
 
 def test_rows_are_filtered_counted_and_written_as_markdown() -> None:
@@ -274,13 +277,14 @@ def test_rows_columns_and_json_are_reached(asked: Sources) -> None:
 def test_what_is_not_there_is_a_reason_and_no_error(
     asked: Sources, measure: Callable[[Sources], Any], said: str
 ) -> None:
-    claim = Chapter()
+    chapter = Chapter()
+    with chapter.section("1") as claim:
 
-    @claim("1", "q", 4)
-    def one(m: Sources) -> tuple[Any, str]:
-        return measure(m), "w"
+        @claim("q", 4)
+        def one(m: Sources) -> tuple[Any, str]:
+            return measure(m), "w"
 
-    row = judge(claim[0], asked)
+    row = judge(chapter[0], asked)
     assert row["verdict"] == "not run" and row["measured"] is None and row["shown"]["measured"] == "–"
     assert row["why"].startswith("it cannot be measured on this project's artifacts: ") and said in row["why"]
 
