@@ -285,3 +285,8 @@ def test_no_verdict_of_the_calculator_needs_a_project() -> None:
     by_id = {claim.id: claim for claim in CLAIMS}
     assert by_id["qwen-lora"].calculated and by_id["70b-in-24-gb"].calculated
     assert not by_id["share-prefix"].calculated, "MiniGPT's virtual tokens are the project's"
+
+
+def test_the_stage_has_no_settings(cli: Lora, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("claims:\n  data: data/claims.yaml\n", encoding="utf-8")
+    assert "params.yaml: unknown key claims.data. Known: none." in refusal(cli("claims", cwd=tmp_path))
