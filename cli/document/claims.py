@@ -33,8 +33,7 @@ def claims(
     Writes artifacts/claims.
     """
     from cli.console import print_json, stdout
-    from pipeline.document.claims.check import filter_rows, summary
-    from pipeline.document.claims.stage import verdicts
+    from pipeline.document.claims.check import filter_rows, summary, verdicts
 
     project = project_of(params)
     rows = verdicts(project)

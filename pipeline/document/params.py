@@ -140,9 +140,7 @@ class Figures(Section, frozen=True, kw_only=True):
 
 
 class Claims(Section, frozen=True, kw_only=True):
-    """The file of claims: what the document says, and how it is measured."""
-
-    data: str = "data/claims.yaml"
+    """The document's claims beside what was measured: no settings; `claims: {}` in params.yaml adds the stage."""
 
 
 Study = (

@@ -56,14 +56,14 @@ MEASUREMENTS = (
 )
 CLAIMS = Stage(
     "claims",
-    "pipeline.document.claims.stage",
+    "pipeline.document.claims.report",
     "claims",
     "claims",
     "claims",
     params.Claims,
     needs=(*PRODUCT, *(stage.name for stage in MEASUREMENTS)),
     data=(
-        *("data", "pretrain.data", "finetune_lora.data", "finetune_lora.retention_data"),
+        *("pretrain.data", "finetune_lora.data", "finetune_lora.retention_data"),
         *("study_fact_correction.data", "study_knowledge_correction.data"),
     ),
     minigpt_only=True,

@@ -1,21 +1,22 @@
-"""Writes report.md: the measurements and the verdicts, section by section of the document."""
+"""The stage claims: every verdict as JSON, and report.md, which follows the document section by section."""
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from pipeline.document.claims.check import VERDICTS, Row, markdown_table, section_heading, summary
+from pipeline.document.claims.check import MARKS, VERDICTS, Row, section_heading, summary, verdicts
 from pipeline.document.tables import Table, read_table
 from pipeline.files.artifact import read_manifest
+from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import Project
 
+CLAIMS, PAGE = "claims.json", "report.md"
 HEAD = """\
 # The document, measured
 
 This report follows the document section by section: first the figures and studies of the section, then each of its
-statements that can be checked. Every verdict is computed by the rule that `data/claims.yaml` gives for the claim.
+statements that can be checked. Every verdict is computed by the claim's rule.
 
 - **✓ holds**: the measurement agrees with the document, within the claim's tolerance.
 - **✗ differs**: it does not agree, under any of the conditions tried.
@@ -23,67 +24,70 @@ statements that can be checked. Every verdict is computed by the rule that `data
 """
 
 
-@dataclass(frozen=True)
-class Part:
-    """A figure or a study: its section and its Markdown."""
-
-    section: str
-    text: str
+def run(job: Job) -> Generator[Event, None, Facts]:
+    """Write claims.json and report.md. Raises UserError if a stage that it needs is out of date."""
+    for need in job.project.needs(job.stage):
+        job.artifact(need)
+    rows = verdicts(job.project)
+    (job.out / CLAIMS).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (job.out / PAGE).write_text(page(rows, job.project), encoding="utf-8")
+    yield Progress(len(rows), len(rows), summary(rows))
+    return {}
 
 
 def page(rows: Sequence[Row], project: Project) -> str:
     """The whole report as Markdown. Its pictures are relative links from artifacts/claims."""
-    parts = [*_figures(project.artifact("figures")), *_studies(project)]
-    sections = list(dict.fromkeys(row["section"] for row in rows))
-    lines = [HEAD, f"{summary(rows)}.\n", _overview(rows, sections)]
-    for section in sections:
-        lines.append(f"## {section_heading(section)}\n")
-        lines += [part.text for part in parts if _nearest_section(part.section, sections) == section]
-        lines.append(markdown_table([row for row in rows if row["section"] == section]))
+    by_section: dict[str, list[Row]] = {}
+    for row in rows:
+        by_section.setdefault(row["section"], []).append(row)
+    parts: dict[str, list[str]] = {section: [] for section in by_section}
+    for place, text in (*_figures(project), *_studies(project)):
+        section = re.findall(r"§([\d.]+)", place)[0].rstrip(".")  # the first of "Figure 1, §2" or "§2.4, §5"
+        while section and section not in parts:  # the nearest enclosing section that has claims
+            section = section.rpartition(".")[0]
+        parts[section or list(parts)[-1]].append(text)
+    there = [verdict for verdict in VERDICTS if any(row["verdict"] == verdict for row in rows)]
+    overview = [["section", *there], ["---", *["---:"] * len(there)]]
+    for section, own in by_section.items():
+        counts = [sum(row["verdict"] == verdict for row in own) for verdict in there]
+        overview.append([section_heading(section), *(str(count or "") for count in counts)])
+    lines = [HEAD, f"{summary(rows)}.\n", _markdown(overview)]
+    for section, own in by_section.items():
+        lines += [f"## {section_heading(section)}\n", *parts[section], markdown_table(own)]
     return "\n".join(lines)
 
 
-def _overview(rows: Sequence[Row], sections: Sequence[str]) -> str:
-    """A Markdown table: the number of claims by section and verdict."""
-    verdicts = [verdict for verdict in VERDICTS if any(row["verdict"] == verdict for row in rows)]
-    lines: list[list[str]] = [["section", *verdicts], ["---", *["---:"] * len(verdicts)]]
-    for section in sections:
-        of_section = [row["verdict"] for row in rows if row["section"] == section]
-        lines.append([section_heading(section), *(str(of_section.count(verdict) or "") for verdict in verdicts)])
+def markdown_table(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [["claim", "document", "measured", "verdict", "why"], ["---"] * 5]
+    for row in rows:
+        cells = row["quote"], row["shown"]["says"], row["shown"]["measured"], MARKS[row["verdict"]], row["why"]
+        lines.append([text.replace("|", "\\|").replace("<", "&lt;") for text in cells])
+    return _markdown(lines)
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _nearest_section(section: str, sections: Sequence[str]) -> str:
-    """The section itself, or the nearest enclosing one that has claims."""
-    while section and section not in sections:
-        section = section.rpartition(".")[0]
-    return section or sections[-1]
+def _figures(project: Project) -> Iterator[tuple[str, str]]:
+    """Each figure's place in the document, and its title and picture."""
+    folder = project.artifact("figures")
+    for name, about in read_manifest(folder)["figures"].items() if folder.is_dir() else ():
+        picture = f"![]({_link(folder)}/{name}.png)\n"
+        yield about["place"], f"**{about['title']}** ({about['place']}). {about['shows']}\n\n{picture}"
 
 
-def _first_section(sections: str) -> str:
-    """The first section of "Figure 1, §2" or "§2.4, §5"."""
-    return str(re.findall(r"§([\d.]+)", sections)[0]).rstrip(".")
-
-
-def _figures(folder: Path) -> Iterator[Part]:
-    for name, about in _read_manifest_key(folder, "figures").items():
-        lines = (
-            f"**{about['title']}** ({about['place']}). {about['shows']}\n",
-            f"![]({_relative_link(folder)}/{name}.png)\n",
-        )
-        yield Part(_first_section(about["place"]), "\n".join(lines))
-
-
-def _studies(project: Project) -> Iterator[Part]:
-    """Each study's text, its first table, its picture, and a link to its own report."""
-    for stage in (stage for stage in project.readable.values() if stage.kind == "study"):
+def _studies(project: Project) -> Iterator[tuple[str, str]]:
+    """Each study's place in the document, and its text, its first table, its picture and a link to its own report."""
+    for stage in project.readable.values():
         folder = project.artifact(stage.name)
-        if not folder.is_dir():
+        if stage.kind != "study" or not folder.is_dir():
             continue
         about = read_manifest(folder)
         name, described = next(iter(about["tables"].items()))
         table = Table(name, rows=read_table(folder / f"{name}.csv"), **described)
-        link = _relative_link(folder)
+        link = _link(folder)
         parts = (
             f"### {about['title']} ({about['section']})\n",
             f"{about['text']}\n",
@@ -91,16 +95,10 @@ def _studies(project: Project) -> Iterator[Part]:
             f"![]({link}/{stage.method}.png)\n",
             f"Measured by `lora study {stage.method}`; [all tables]({link}/report.md).\n",
         )
-        yield Part(_first_section(about["section"]), "\n".join(parts))
+        yield about["section"], "\n".join(parts)
 
 
-def _read_manifest_key(folder: Path, key: str) -> Mapping[str, Any]:
-    """One key of a folder's manifest; an empty mapping if the folder does not exist."""
-    value: Mapping[str, Any] = read_manifest(folder)[key] if folder.is_dir() else {}
-    return value
-
-
-def _relative_link(folder: Path) -> str:
+def _link(folder: Path) -> str:
     """A folder below artifacts/, relative to artifacts/claims."""
     inside = folder.parts[len(folder.parts) - folder.parts[::-1].index("artifacts") :]
     return "/".join(("..", *inside))

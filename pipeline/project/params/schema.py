@@ -92,7 +92,7 @@ def reject_unknown_keys(tree: Mapping[str, Any], known: Sequence[str], prefix: s
             from pipeline.project.params.aliases import KEYS, suggest  # only for a message
 
             meant = suggest(str(key), known, KEYS, prefix.rstrip("."))
-            hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known)}."
+            hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known) or 'none'}."
             raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")
 
 

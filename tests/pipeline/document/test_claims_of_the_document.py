@@ -1,30 +1,29 @@
 """The document's claims, on a project that ran: what is known to differ is found to, by the code and not by hand."""
 
 import csv
+import inspect
 import io
 import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from pipeline.document.claims.check import VERDICTS, Row, calculated
-from pipeline.document.claims.claims import REQUIRED, read_claims
-from pipeline.document.claims.expression import parse
-from pipeline.document.claims.sources import Sources
-from pipeline.document.claims.stage import CLAIMS, PAGE, verdicts
+from pipeline.document.claims.check import CLAIMS, VERDICTS, Row, calculated, verdicts
+from pipeline.document.claims.report import CLAIMS as JSON
+from pipeline.document.claims.report import PAGE
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
+from pipeline.project import provenance
 from pipeline.project.runner import run
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.projects import PIPELINE, ROOT, STAGES, folder_bytes, lora, new_project, played, refusal
 
-FILE = ROOT / "document/data/claims.yaml"
+FILES = sorted((ROOT / "pipeline/document/claims").glob("s[0-9]*.py"))
 
 
 def rows_of(root: Path) -> dict[str, Row]:
@@ -37,15 +36,40 @@ def ledger(finished: Path) -> dict[str, Row]:
     return rows_of(finished)
 
 
-def test_at_least_80_claims_stand_in_the_documents_order_and_none_has_a_verdict() -> None:
-    entries = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    assert len(entries) >= 95
-    assert all(set(REQUIRED) <= entry.keys() and "verdict" not in entry for entry in entries)
-    places = [[int(n) for n in str(e["section"]).split(".")] for e in entries if e["section"] != "Introduction"]
+def test_at_least_226_claims_stand_in_the_documents_order_with_an_id_each() -> None:
+    assert len(CLAIMS) >= 226
+    sections = [claim.section for claim in CLAIMS]
+    places = [[int(n) for n in section.split(".")] for section in sections if section != "Introduction"]
     assert places == sorted(places)
-    assert {str(entry["section"]).partition(".")[0] for entry in entries} == {"Introduction", *map(str, range(1, 11))}
-    ids = [claim.id for claim in read_claims(FILE, "claims.yaml")]
-    assert ids == [entry["id"] for entry in entries]
+    assert {section.partition(".")[0] for section in sections} == {"Introduction", *map(str, range(1, 11))}
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
+    assert all(re.fullmatch("[a-z0-9-]+", claim.id) and claim.quote for claim in CLAIMS)
+
+
+def test_each_file_of_claims_counts_for_the_stage_and_for_no_other() -> None:
+    """So that an edited claim is judged again, and nothing else runs again."""
+    modules = dict.fromkeys(claim.measure.__module__ for claim in CLAIMS)
+    assert [module.rpartition(".")[2] for module in modules] == [file.stem for file in FILES]
+    assert set(FILES) < set(provenance.code_files(STAGES["claims"].module))
+    others = {stage.module for name, stage in STAGES.items() if name != "claims"}
+    assert not {path for module in others for path in provenance.code_files(module)} & set(FILES)
+
+
+def test_an_edited_claim_changes_the_stages_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = STAGES["claims"].module
+    for path in provenance.code_files(module):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "code_files", inspect.unwrap(provenance.code_files))  # conftest caches it
+    before = provenance.code_digest(module)
+    for file in FILES:
+        chapter = tmp_path / file.relative_to(ROOT)
+        chapter.write_text(chapter.read_text(encoding="utf-8") + "# edited\n", encoding="utf-8")
+        after = provenance.code_digest(module)
+        assert after != before
+        before = after
 
 
 DIFFER = {  # the issue's list, and what else the calculator and the pipeline's own artifacts can tell
@@ -108,12 +132,14 @@ def test_a_claim_whose_source_was_not_run_says_what_to_run_and_has_no_verdict(tm
 
 
 def test_a_study_of_other_settings_leaves_its_claims_without_a_verdict(studied: Path) -> None:
-    rows = {row["id"]: row for row in json.loads((studied / "artifacts/claims" / CLAIMS).read_text(encoding="utf-8"))}
+    rows = {row["id"]: row for row in json.loads((studied / "artifacts/claims" / JSON).read_text(encoding="utf-8"))}
     assert rows["rank-64-no-gain"]["verdict"] == "not run"
     assert "studies/rank/ranks.csv has no row with rank=8" in rows["rank-64-no-gain"]["why"]
     assert rows["fact-katze-v"]["verdict"] == "differs", "two epochs change little"
     for row in (row for row in rows.values() if row["verdict"] == "not run"):
-        assert re.search("has no row with|got None|measures null", row["why"]), "no table or column is called wrongly"
+        assert re.search("has no row with|no value for|measures null|does not exist", row["why"]), (
+            "no table or column is called wrongly"
+        )
     assert rows["qwen-lora"]["verdict"] == "differs"
 
 
@@ -137,14 +163,14 @@ def test_a_changed_project_changes_verdicts(tmp_path: Path) -> None:
     assert (rows["22-sentences"]["verdict"], rows["20-sentences"]["verdict"]) == ("differs", "holds")
 
 
-def test_the_two_files_of_the_documents_numbers_agree() -> None:
+def test_the_claims_and_the_file_of_the_documents_numbers_agree() -> None:
     document = yaml.safe_load((ROOT / "document/data/document.yaml").read_text(encoding="utf-8"))
-    claims = {claim.id: claim for claim in read_claims(FILE, "claims.yaml")}
+    claims = {claim.id: claim for claim in CLAIMS}
     for row in document["fact_correction"]:
         for model, end in (("original", "original"), ("v_proj", "v"), ("all", "all")):
             ((word, probability),) = row[model].items()
             claim = claims[f"fact-{row['prompt'].split()[1]}-{end}"]
-            assert claim.says[0].value == probability
+            assert claim.rule.says[0].value == probability
             assert claim.quote.startswith(f"{row['prompt']} → ") and f": {word} (" in claim.quote
 
 
@@ -152,20 +178,16 @@ def test_claims_read_nothing_that_their_stage_does_not_depend_on() -> None:
     """What DVC and the cache must know of: every artifact, and the data files that the stage names."""
     outputs = {STAGES[name].output for name in STAGES["claims"].needs}
     assert STAGES["claims"].needs == tuple(name for name in STAGES if name != "claims")
-    functions = Sources().functions
-    for claim in read_claims(FILE, "claims.yaml"):
-        for one in (*claim.measure.values(), *claim.values.values()):
-            for call, path in re.findall(r"(\w+)\(\"([^\"]+)\"", one.text):
-                if call in ("artifact", "size", "losses", "epoch_losses", "tensor_shape"):
-                    assert any(path.startswith(f"{output}/") for output in outputs), one.text
-                if call in ("study", "column", "row_of_least"):
-                    folder = path.partition("/")[0]
-                    assert (folder if folder == "figures" else f"studies/{folder}") in outputs, one.text
-                if call in ("lines", "words"):
-                    assert path in STAGES["claims"].data, one.text
-    for text in ("lines('data/pretrain.de.txt')", "artifact('../params.yaml')", "size('/etc/hostname')"):
-        with pytest.raises(UserError):
-            parse(text, [], functions).value({}, Sources(open_project(ROOT / "params.yaml")).functions)
+    calls = [call for file in FILES for call in re.findall(r"\bm\.(\w+)\(\s*f?\"([^\"{]+)", file.read_text("utf-8"))]
+    assert len(calls) > 100
+    for call, path in calls:
+        folder = path.partition("/")[0]
+        if call in ("artifact", "size", "steps", "tensor_shape"):
+            assert folder in outputs, path
+        elif call in ("row", "rows", "column", "over_seeds", "row_of_least"):
+            assert (folder if folder == "figures" else f"studies/{folder}") in outputs, path
+        else:
+            assert call == "lines" and path in STAGES["claims"].data, path
 
 
 # lora claims
@@ -205,16 +227,13 @@ def test_sections_and_verdicts_are_chosen(cli: Lora, ran: Path) -> None:
     assert "verdict must be one of holds, differs" in refusal(cli("claims", "--verdict", "maybe", cwd=ran))
 
 
-def test_only_a_broken_file_of_claims_is_an_error(cli: Lora, tmp_path: Path) -> None:
+def test_claims_of_what_was_not_run_are_no_error_and_nothing_is_begun(cli: Lora, tmp_path: Path) -> None:
     root = new_project(tmp_path / "fresh")
     before = set(root.rglob("*"))
     code, out, err = cli("claims", cwd=root)
     assert code == 0 and "– not run" in out
     assert err == "artifacts/claims was not written: artifacts/base is missing. Run `dvc repro` to make everything.\n"
     assert set(root.rglob("*")) == before, "nothing was begun"
-    path = root / "data/claims.yaml"
-    path.write_text(path.read_text(encoding="utf-8").replace("rule: equal", "rule: same", 1), encoding="utf-8")
-    assert "claim 1 (width): rule must be one of" in refusal(cli("claims", cwd=root))
 
 
 def test_the_stage_writes_every_verdict_as_json_and_as_a_page_twice_the_same(ran: Path, tmp_path: Path) -> None:
@@ -228,13 +247,13 @@ def test_the_stage_writes_every_verdict_as_json_and_as_a_page_twice_the_same(ran
         assert events and manifest["stage"] == "claims"
         found.append(folder_bytes(root / "artifacts/claims"))
     assert found[0] == found[1]
-    assert found[0].keys() == {CLAIMS, PAGE, MANIFEST}
-    rows = json.loads(found[0][CLAIMS])
+    assert found[0].keys() == {JSON, PAGE, MANIFEST}
+    rows = json.loads(found[0][JSON])
     assert rows == json.loads(json.dumps(list(rows_of(ran).values())))
     page = found[0][PAGE].decode()
     assert all(row["quote"].replace("|", "\\|").replace("<", "&lt;") in page for row in rows)
     assert {row["verdict"] for row in rows} <= set(VERDICTS)
-    assert str(tmp_path) not in found[0][CLAIMS].decode() + page
+    assert str(tmp_path) not in found[0][JSON].decode() + page
 
 
 def test_a_stage_that_is_out_of_date_is_not_judged(ran: Path, tmp_path: Path) -> None:
@@ -263,6 +282,11 @@ def test_the_calculator_shows_the_claims_that_it_alone_can_tell_anywhere(cli: Lo
 
 
 def test_no_verdict_of_the_calculator_needs_a_project() -> None:
-    by_id: dict[str, Any] = {claim.id: claim for claim in read_claims(FILE, "claims.yaml")}
+    by_id = {claim.id: claim for claim in CLAIMS}
     assert by_id["qwen-lora"].calculated and by_id["70b-in-24-gb"].calculated
     assert not by_id["share-prefix"].calculated, "MiniGPT's virtual tokens are the project's"
+
+
+def test_the_stage_has_no_settings(cli: Lora, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("claims:\n  data: data/claims.yaml\n", encoding="utf-8")
+    assert "params.yaml: unknown key claims.data. Known: none." in refusal(cli("claims", cwd=tmp_path))

@@ -97,7 +97,6 @@ OTHER = {
     **{"study_rank.ranks": "[3]", "study_rank.alphas": "[2.0]", "study_rank.learning_rates": "[2e-3]"},
     "study_forgetting.every": "2",
     **{f"{name}.seeds": "[1]" for name, stage in STAGES.items() if stage.kind == "study"},
-    "claims.data": "claims.yaml",
     **{"study_spectrum.old_data": "other.txt", "study_spectrum.new_data": "data/fact_correction.de.txt"},
     **{"study_spectrum.ranks": "[8, 16]", "study_spectrum.extracted": "[2]"},
     "study_intrinsic_dimension.data": "data/fact_correction.de.txt",
@@ -143,7 +142,6 @@ ONLY_REFUSED = {
 }  # tests/pipeline/models/test_import_base.py has code that is trusted
 QUICK = (
     "study_trajectory",
-    "claims",
 )  # the others take seconds a key; tests/pipeline/document/test_studies.py sees that they read each
 MEASURING = [
     pytest.param(key, marks=() if key.startswith(QUICK) else pytest.mark.slow)
@@ -180,8 +178,6 @@ def prepared(project: Path) -> Path:
     for group in ("fact_correction:", "knowledge_correction:"):
         asked = re.sub(f"({group}.*?must_keep:\n)", r"\1    - {prompt: der hund, answer: läuft}\n", asked, flags=re.S)
     (project / "more.yaml").write_text(asked, encoding="utf-8")
-    claims = (project / "data/claims.yaml").read_text(encoding="utf-8")
-    (project / "claims.yaml").write_text(claims.replace("says: 64\n", "says: 65\n", 1), encoding="utf-8")
     return project
 
 

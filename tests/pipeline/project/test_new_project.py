@@ -115,7 +115,7 @@ def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Pa
 def test_what_the_documents_studies_read_comes_with_the_program(cli: Lora, tmp_path: Path) -> None:
     source = params_of(tmp_path / "from", "study_fact_correction: {}\nclaims: {}\n")
     assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
-    for name in ("document/data/document.yaml", "document/data/claims.yaml", "data/fact_correction.de.txt"):
+    for name in ("document/data/document.yaml", "data/fact_correction.de.txt"):
         assert (tmp_path / "project/data" / Path(name).name).read_bytes() == (ROOT / name).read_bytes()
 
 
