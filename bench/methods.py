@@ -20,7 +20,7 @@ from bench.methods_peft import peft_side
 from bench.training import batches, minigpt
 from pipeline.adapters.attach import attach
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens
-from pipeline.calc.settings import FULL
+from pipeline.calc.methods import FULL
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneVirtual, Quantization, Training
 from pipeline.stages.finetune import lora_spec

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.settings import FinetuningMethod
+from pipeline.calc.methods import Lora
 from pipeline.data.masking import Encoded
 from pipeline.data.windows import InMemoryDataset, as_window
 from pipeline.models.generate import generate
@@ -193,7 +193,7 @@ class Ours(Side):
         settings = Training(
             epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, max_grad_norm=CLIP, precision="bf16"
         )
-        task = TrainingTask(model.train(), InOrder(windows, BATCH, 0), settings, FinetuningMethod())
+        task = TrainingTask(model.train(), InOrder(windows, BATCH, 0), settings, Lora())
         self.steps, self.steps_per_epoch = steps(task, FlatAdam(model)), len(task.batches)
         return model
 

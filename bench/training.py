@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.measure import Row, in_turns
 from pipeline.adapters.attach import attach
-from pipeline.calc.settings import FULL
+from pipeline.calc.methods import FULL
 from pipeline.data.examples import windows
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.data.windows import InMemoryDataset

@@ -9,7 +9,8 @@ import torch
 from pipeline.adapters.attach import adapter_layers, attach, resolve, short_targets
 from pipeline.adapters.config import WEIGHTS, AdapterSpec
 from pipeline.adapters.peft.save import save_adapter, stored_spec
-from pipeline.calc.settings import FULL, FinetuningMethod
+from pipeline.calc.method import FinetuningMethod
+from pipeline.calc.methods import FULL, Freeze, Lora
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.base_model import base_fingerprint
@@ -83,7 +84,7 @@ def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, Tra
 def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: AdapterSpec | None) -> FinetuningMethod:
     """The method as the calculator's settings."""
     if isinstance(settings, FinetuneFreeze):
-        return FinetuningMethod("freeze", last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings)
+        return Freeze(last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings)
     if spec is None or isinstance(settings, FinetuneFull):
         return FULL
     rows = max((len(ids) for ids in spec.rows.values()), default=0)
@@ -91,9 +92,7 @@ def method_of(settings: FinetuneFull | FinetuneFreeze | FinetuneLora, spec: Adap
     targets = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     ranks = tuple(spec.ranks.items())
     pissa = settings.init_lora_weights == "pissa"
-    return FinetuningMethod(
-        "lora", spec.rank, spec.alpha, targets, ranks, spec.rslora, spec.dora, train_embeddings, rows, pissa=pissa
-    )
+    return Lora(spec.rank, spec.alpha, targets, ranks, spec.rslora, spec.dora, train_embeddings, rows, pissa)
 
 
 def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 import torch
 
-from pipeline.calc.settings import FULL
+from pipeline.calc.methods import FULL
 from pipeline.data.tokenizers.word import WordTokenizer, split
 from pipeline.errors import UserError
 from pipeline.files.base_model import resolve

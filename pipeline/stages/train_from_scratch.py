@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 import torch
 
-from pipeline.calc.settings import FULL
+from pipeline.calc.methods import FULL
 from pipeline.models.load import Base, load_base, stored_precision, untrained
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.data import prepare_data, save_checkpoint

@@ -4,7 +4,8 @@ from collections.abc import Generator
 from pathlib import Path
 
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens, cast_virtual_tokens, save_virtual
-from pipeline.calc.settings import FinetuningMethod
+from pipeline.calc.method import with_options
+from pipeline.calc.methods import METHODS
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.load import DTYPES, Base, count, skeleton
@@ -31,7 +32,7 @@ def virtual_learner(
         )
     batches, evaluation = yield from prepare_data(job, settings, base)
     trainable = count(model)["trainable"]
-    method = FinetuningMethod(spec.kind, virtual_tokens=spec.tokens)
+    method = with_options(METHODS, virtual_tokens=spec.tokens)[spec.kind]
 
     def save(_: FlatAdam) -> Facts:
         save_virtual(job.out, model, f"artifacts/{folder.name}")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.settings import FULL
+from pipeline.calc.methods import FULL
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import InMemoryDataset
 from pipeline.models.base import CausalLM

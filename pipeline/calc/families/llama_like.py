@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
-from pipeline.calc.families.config import MOST_LAYERS, Config
+from pipeline.calc.families import MOST_LAYERS, Config
 from pipeline.errors import UserError
 
 
@@ -39,17 +39,24 @@ def decoder(config: Config, style: BlockStyle, default: Defaults = LLAMA) -> Arc
     bias = config.flag("attention_bias", default.bias) if default.reads_bias else default.bias
     out_bias = bias and default.out_bias
     q, kv = heads * head_size, kv_heads * head_size
+    inner, mlp_bias = config.size("intermediate_size"), default.reads_mlp_bias and config.flag("mlp_bias", False)
     attention: tuple[Linear, ...] = (
         Linear("self_attn.q_proj", hidden, q, bias),
         Linear("self_attn.k_proj", hidden, kv, bias),
         Linear("self_attn.v_proj", hidden, kv, bias),
         Linear("self_attn.o_proj", q, hidden, out_bias),
     )
+    feed_forward: tuple[Linear, ...] = (
+        Linear("mlp.gate_proj", hidden, inner, mlp_bias),
+        Linear("mlp.up_proj", hidden, inner, mlp_bias),
+        Linear("mlp.down_proj", inner, hidden, mlp_bias),
+    )
     if default.fused:
         attention = (Linear("self_attn.o_proj", q, hidden), Linear("self_attn.qkv_proj", hidden, q + 2 * kv))
+        feed_forward = (Linear("mlp.gate_up_proj", hidden, 2 * inner), Linear("mlp.down_proj", inner, hidden))
     qk_norm = {"": 0, "head": 2 * head_size, "width": q + kv}[style.qk_norm]
     norms = hidden * (4 if style.norms == "both" else 2) + qk_norm
-    dense = Block(attention, _feed_forward(config, hidden, default), norms)
+    dense = Block(attention, feed_forward, norms)
     return Architecture(
         family="",
         hidden=hidden,
@@ -63,18 +70,6 @@ def decoder(config: Config, style: BlockStyle, default: Defaults = LLAMA) -> Arc
         final_norm=hidden,
         tied=config.flag("tie_word_embeddings", default.tie),
         style=style,
-    )
-
-
-def _feed_forward(config: Config, hidden: int, default: Defaults) -> tuple[Linear, ...]:
-    inner = config.size("intermediate_size")
-    bias = default.reads_mlp_bias and config.flag("mlp_bias", False)
-    if default.fused:
-        return (Linear("mlp.gate_up_proj", hidden, 2 * inner), Linear("mlp.down_proj", inner, hidden))
-    return (
-        Linear("mlp.gate_proj", hidden, inner, bias),
-        Linear("mlp.up_proj", hidden, inner, bias),
-        Linear("mlp.down_proj", inner, hidden, bias),
     )
 
 
@@ -168,3 +163,10 @@ def _with_experts(built: Architecture, experts: int, inner: int, bias: bool = Fa
     router = Linear("mlp.gate", built.hidden, experts, bias)
     block = replace(built.blocks[0], feed_forward=linears, router=router)
     return replace(built, blocks=(block,) * len(built.blocks))
+
+
+_BUILDERS = (
+    *(gemma2, gemma3_text, gpt_oss, llama, mistral, mixtral, olmo2, phi3),
+    *(qwen2, qwen3, qwen3_moe, smollm3),
+)
+FAMILIES = {build.__name__: build for build in _BUILDERS}

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.calc.fit import gpu
+from pipeline.calc.method import configure
+from pipeline.calc.methods import METHODS
+from pipeline.calc.open_model import built_in, nearest
+from pipeline.calc.open_model import names as models
 from pipeline.calc.precision import precision
 from pipeline.calc.report import answer
-from pipeline.calc.settings import FinetuningMethod, TrainingConfig, parse_method, parse_training_config
-from pipeline.calc.sources.open_model import built_in, nearest
-from pipeline.calc.sources.open_model import names as models
 from pipeline.data.examples import read_examples
 from pipeline.document.claims.expression import Function, number
 from pipeline.document.stages import CLAIMS
@@ -143,19 +144,8 @@ class Sources:
 def calc(model: str = "qwen3-8b", method: str = "lora", rank: int = 8, **options: Any) -> Mapping[str, Any]:
     """The output of `lora calc --json`; options as on the command line, with _ for -. Raises UserError."""
     shapes = _built_in(model)
-    method_options = {field.name for field in fields(FinetuningMethod)} - {"kind", "rank", "alpha", "targets"}
-    run_options = {field.name for field in fields(TrainingConfig)}
-    unknown = options.keys() - method_options - run_options - {"alpha", "targets"}
-    if unknown:
-        raise UserError(f"calc has no option {', '.join(sorted(unknown))}")
-    extra = {name: value for name, value in options.items() if name in method_options}
-    finetuning = parse_method(method, rank, options.get("alpha"), options.get("targets", "attention"), **extra)
-    run = {name: value for name, value in options.items() if name in run_options}
-    return answer(
-        shapes,
-        finetuning,
-        parse_training_config(shapes, method, virtual_tokens=finetuning.virtual_tokens, **run),
-    )
+    _, finetuning, run = configure(shapes, METHODS, method, rank=rank, **options)
+    return answer(shapes, finetuning, run)
 
 
 def model(name: str) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.calc.memory import weight_bytes
-from pipeline.calc.sources.open_model import built_in
+from pipeline.calc.open_model import built_in
 from pipeline.data.examples import Example, read_examples
 from pipeline.document import rounding
 from pipeline.document.params import StudyQuantization

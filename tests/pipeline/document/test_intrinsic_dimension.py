@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.calc.settings import FULL
+from pipeline.calc.methods import FULL
 from pipeline.data.examples import Window, read_examples
 from pipeline.data.windows import InMemoryDataset
 from pipeline.document.random_subspace import OneHot, Projection, SubspaceAdam

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.calc.settings import FinetuningMethod
+from pipeline.calc.methods import Lora as LoraMethod
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.inference import engine
@@ -294,7 +294,7 @@ def test_the_advice_is_the_calculators() -> None:
     batch = collate(windows_of((5, 9, 2, 14)))
     settings, method = (
         FinetuneLora(batch_size=4, gradient_accumulation_steps=2),
-        FinetuningMethod("lora", 4, 4.0, ("attention",)),
+        LoraMethod(4, 4.0, ("attention",)),
     )
     said = suggest_less_memory(model, method, settings, batch, "finetune_lora")
     sizes = {

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from pipeline.calc.settings import FULL
+from pipeline.calc.methods import FULL
 from pipeline.data.examples import IGNORED, Window, read_examples, windows
 from pipeline.data.masking import encode
 from pipeline.data.windows import InMemoryDataset
