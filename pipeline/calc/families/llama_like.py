@@ -1,6 +1,8 @@
 """Llama and its variants: RMSNorm, rotary positions, grouped-query attention, gated feed-forward, experts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
 from pipeline.calc.families import MOST_LAYERS, Config
@@ -21,10 +23,7 @@ class Defaults:
     reads_mlp_bias: bool = False
 
 
-LLAMA = Defaults(reads_bias=True, reads_mlp_bias=True)
-
-
-def decoder(config: Config, style: BlockStyle, default: Defaults = LLAMA) -> Architecture:
+def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architecture:
     """A model of this family, without experts. Raises UserError."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers = config.size("num_hidden_layers", most=MOST_LAYERS)
@@ -73,30 +72,6 @@ def decoder(config: Config, style: BlockStyle, default: Defaults = LLAMA) -> Arc
     )
 
 
-def llama(config: Config) -> Architecture:
-    return decoder(config, BlockStyle())
-
-
-def smollm3(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(), replace(LLAMA, tie=True))
-
-
-def mistral(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(), Defaults(kv_heads=8))
-
-
-def qwen2(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(), Defaults(bias=True, out_bias=False))
-
-
-def qwen3(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(qk_norm="head"), Defaults(head_size=128, reads_bias=True))
-
-
-def olmo2(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(norm="rms32", norms="inside", qk_norm="width"), Defaults(reads_bias=True))
-
-
 GEMMA = Defaults(tie=True, head_size=256, kv_heads=4, reads_bias=True)
 
 
@@ -109,11 +84,6 @@ def gemma2(config: Config) -> Architecture:
         final_softcap=not config.is_null("final_logit_softcapping"),
         scaled_embeddings=True,
     )
-    return decoder(config, style, GEMMA)
-
-
-def gemma3_text(config: Config) -> Architecture:
-    style = BlockStyle(norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True)
     return decoder(config, style, GEMMA)
 
 
@@ -165,8 +135,25 @@ def _with_experts(built: Architecture, experts: int, inner: int, bias: bool = Fa
     return replace(built, blocks=(block,) * len(built.blocks))
 
 
-_BUILDERS = (
-    *(gemma2, gemma3_text, gpt_oss, llama, mistral, mixtral, olmo2, phi3),
-    *(qwen2, qwen3, qwen3_moe, smollm3),
-)
-FAMILIES = {build.__name__: build for build in _BUILDERS}
+def _family(default: Defaults, **style: Any) -> Callable[[Config], Architecture]:
+    """A family that is told apart by its defaults and its blocks' style alone."""
+    return lambda config: decoder(config, BlockStyle(**style), default)
+
+
+_LLAMA = Defaults(reads_bias=True, reads_mlp_bias=True)
+FAMILIES = {
+    "llama": _family(_LLAMA),
+    "smollm3": _family(replace(_LLAMA, tie=True)),
+    "mistral": _family(Defaults(kv_heads=8)),
+    "qwen2": _family(Defaults(bias=True, out_bias=False)),
+    "qwen3": _family(Defaults(head_size=128, reads_bias=True), qk_norm="head"),
+    "olmo2": _family(Defaults(reads_bias=True), norm="rms32", norms="inside", qk_norm="width"),
+    "gemma2": gemma2,
+    "gemma3_text": _family(
+        GEMMA, norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True
+    ),
+    "phi3": phi3,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
+}
