@@ -17,7 +17,6 @@ from pipeline.calc.method import Configuration, projections, trainable, why_they
 from pipeline.calc.open_model import built_in, names
 from pipeline.calc.report import PROJECTION, SHADES, capped, gib, smallest, swept
 from pipeline.errors import UserError
-from pipeline.project.logs.run_log import in_units
 
 BAR = 36  # cells of the largest peak's bar
 # one card of each common size in GB; Macs follow
@@ -146,6 +145,8 @@ def document(out: Output) -> None:
 
 def sweep(out: Output, model: Model, given: Configuration, text: str) -> None:
     """`--sweep KEY=A,B`: one row per value."""
+    from pipeline.project.logs.run_log import in_units  # the overview starts without
+
     key, _, values = text.partition("=")
     key, choices = key.strip(), [value.strip() for value in values.split(",") if value.strip()]
     if not choices:
@@ -166,6 +167,8 @@ def sweep(out: Output, model: Model, given: Configuration, text: str) -> None:
 
 def fit(out: Output, model: Model, given: Configuration, budget: float | None, name: str | None) -> None:
     """`--fit` and `--gpu`: the largest values that fit, and what to change if the configuration does not."""
+    from pipeline.project.logs.run_log import in_units
+
     device = find_gpu(name) if name is not None else of_size(budget or 0)
     shapes, (methods, method, run) = model.shapes, given
     peak, most = predict(shapes, method, run).peak, vars(largest(shapes, method, run, device.bytes))
@@ -196,6 +199,7 @@ def fit(out: Output, model: Model, given: Configuration, budget: float | None, n
 
 def trace(out: Output, model: Model, given: Configuration) -> None:
     """`--trace`: the peak of the real training step under fake tensors, beside that of the formula."""
+    from pipeline.project.logs.run_log import in_units
     from pipeline.training.memory.trace import traced_peak
 
     if model.config is None:
