@@ -91,13 +91,11 @@ def calc(
         return render.models(out)
     if document:
         return render.document(out)
-    units = {name: rule.unit for name, rule in options_of(TrainingConfig).items()}
-    values = {
-        name: value if value is None or units.get(name, 1) == 1 else value * units[name]
-        for name, value in options.items()
-    }
+    for name, rule in options_of(TrainingConfig).items():
+        if options[name] is not None and rule.unit != 1:
+            options[name] *= rule.unit
     loaded = open_model(model)
-    given = configure(loaded.shapes, METHODS, method, **values)
+    given = configure(loaded.shapes, METHODS, method, **options)
     refuse_impossible(loaded.shapes, given.method, given.run)
     if sweep is not None:
         return render.sweep(out, loaded, given, sweep)

@@ -19,14 +19,10 @@ from pipeline.calc.report import PROJECTION, SHADES, capped, gib, smallest, swep
 from pipeline.errors import UserError
 
 BAR = 36  # cells of the largest peak's bar
-# one card of each common size in GB; Macs follow
-CLASSES = dict(
-    zip(
-        ("8", "12", "16", "24", "32", "40", "48", "80", "141"),
-        ("rtx4060", "rtx3060", "rtx4080", "rtx4090", "rtx5090", "a100-40", "l40s", "h100", "h200"),
-        strict=True,
-    )
-)
+CLASSES = {  # one card of each common size in GB; Macs follow
+    **{"8": "rtx4060", "12": "rtx3060", "16": "rtx4080", "24": "rtx4090", "32": "rtx5090"},
+    **{"40": "a100-40", "48": "l40s", "80": "h100", "141": "h200"},
+}
 
 
 @dataclass(frozen=True)
@@ -64,15 +60,17 @@ def overview(out: Output, model: Model, given: Configuration) -> None:
     memories = {name: memory for name, (_, _, memory) in columns.items()}
     if out.csv:
         header = ("method", "precision", "total", "trainable", *PARTS, "peak", "peak_at")
-        sizes = [(*memory.parts().values(), memory.peak, memory.where) for memory in memories.values()]
-        counts = [(name, r.precision, shapes.total, trainable(shapes, m)) for name, (m, r, _) in columns.items()]
-        out.rows(header, [(*count, *size) for count, size in zip(counts, sizes, strict=True)])
+        rows = [
+            (name, r.precision, shapes.total, trainable(shapes, m), *size.parts().values(), size.peak, size.where)
+            for name, (m, r, size) in columns.items()
+        ]
+        out.rows(header, rows)
         return None
 
     published = f" (published: {shapes.published})" if shapes.published else ""
     stdout.print(Text.assemble((shapes.name, "bold"), f"  {shapes.total:,} parameters{published}"))
-    components = " · ".join(f"{name} {count:,}" for name, count in shapes.components().items())
-    stdout.print(components, style="dim", markup=False)
+    components = [f"{name} {count:,}" for name, count in shapes.components().items()]
+    stdout.print(" · ".join(components), style="dim", markup=False)
     trained = trainable(shapes, method)
     title = f"{method.title}: {trained:,} trainable, {100 * trained / shapes.total:.4g}%"
     stdout.print(Text.assemble("\n", (title, "bold")))
@@ -87,18 +85,18 @@ def overview(out: Output, model: Model, given: Configuration) -> None:
     step = f"{run.batch} × {run.sequence:,} tokens, {run.attention}, checkpointing {run.checkpointing}"
     headline("memory of a step, GiB", f"{step}, {run.loss} logits")
     used = [part for part in PARTS if any(memory.parts()[part] for memory in memories.values())]
-    rows = [("base in", *(r.precision for _, r, _ in columns.values()))]
-    rows += [(part, *(gib(memory.parts()[part]) for memory in memories.values())) for part in used]
-    rows.append(("peak", *(gib(memory.peak) for memory in memories.values())))
-    stdout.print(table(("", *columns), rows, right=tuple(columns)))
+    cells = [("base in", *(r.precision for _, r, _ in columns.values()))]
+    cells += [(part, *(gib(memory.parts()[part]) for memory in memories.values())) for part in used]
+    cells.append(("peak", *(gib(memory.peak) for memory in memories.values())))
+    stdout.print(table(("", *columns), cells, right=tuple(columns)))
     widest, longest = max(memory.peak for memory in memories.values()), max(map(len, columns))
     for name, memory in memories.items():
         line, done, filled = Text(f"{name:{longest}} "), 0, 0
         for part, size in memory.parts().items():
             done += size
-            cells = round(done / widest * BAR) - filled  # of the sum, so that roundings do not add up
-            filled += cells
-            line.append("█" * cells, SHADES[part])
+            width = round(done / widest * BAR) - filled  # of the sum, so that roundings do not add up
+            filled += width
+            line.append("█" * width, SHADES[part])
         stdout.print(line.append(f" {gib(memory.peak)}").append(f"  {memory.where}", "dim"))
     stdout.print(Text(" ").join(Text(f"█ {part}", SHADES[part]) for part in used))
 
@@ -180,10 +178,10 @@ def fit(out: Output, model: Model, given: Configuration, budget: float | None, n
     change_rows = [(f"change: {words}", size) for words, size in fixes]
     if out.rows(("what", "value"), [*most.items(), ("peak", peak), ("fits", fits), *change_rows]):
         return None
-    verdict = f"{in_units(peak)} {'fits' if fits else 'does not fit'}"
-    stdout.print(Text(f"{shapes.name}, {method.title}, {run.precision}: {verdict}", "bold"))
-    memory = f", {in_units(device.bytes)}" if name else ""
-    stdout.print(f"on {device.label}{memory}; {run.batch} × {run.sequence:,} tokens", markup=False)
+    verdict = "fits" if fits else "does not fit"
+    stdout.print(Text(f"{shapes.name}, {method.title}, {run.precision}: {in_units(peak)} {verdict}", "bold"))
+    room = f"{device.label}, {in_units(device.bytes)}" if name else device.label
+    stdout.print(f"on {room}; {run.batch} × {run.sequence:,} tokens", markup=False)
     if fits:
         rows = [(key, capped(value, LARGEST.get(key))) for key, value in most.items() if value is not None]
         stdout.print("\nthe most that fits, the rest as given")
