@@ -7,10 +7,13 @@ from itertools import product
 from typing import Any
 
 from bench.measure import Row
-from pipeline.calc.families.registry import architecture
+from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import FinetuningMethod, TrainingConfig
-from pipeline.calc.sources.open_model import entry
+from pipeline.calc.method import FinetuningMethod, with_options
+from pipeline.calc.open_model import entry
+from pipeline.calc.settings import TrainingConfig
+from pipeline.stages.methods.lora import Lora
+from pipeline.stages.registry import COUNTED
 from pipeline.training.memory.trace import traced_peak
 
 
@@ -32,7 +35,7 @@ class Corner:
             self.batch, self.sequence, self.precision, checkpointing=self.checkpointing, loss=self.loss, chunk=512
         )
         targets = ("all-linear",) if self.model.startswith("smollm") else ("attention",)
-        return shortened(self.model, 8), FinetuningMethod(self.method, targets=targets), run
+        return shortened(self.model, 8), with_options(COUNTED, targets=targets)[self.method], run
 
 
 SIZES = ((1, 2048), (4, 512))
@@ -74,8 +77,8 @@ def memory() -> Iterator[Row]:
     """Time of the formula and of a trace, and the largest error over the grid."""
     model, config, times = architecture(entry("qwen3-8b")["config"], "qwen3-8b"), entry("qwen3-8b")["config"], []
     for run in (
-        lambda: predict(model, FinetuningMethod(), TrainingConfig()),
-        lambda: traced_peak(config, FinetuningMethod(), TrainingConfig()),
+        lambda: predict(model, Lora(), TrainingConfig()),
+        lambda: traced_peak(config, Lora(), TrainingConfig()),
     ):
         start = time.perf_counter()
         run()

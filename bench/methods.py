@@ -20,9 +20,9 @@ from bench.methods_peft import peft_side
 from bench.training import batches, minigpt
 from pipeline.adapters.attach import attach
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens
-from pipeline.calc.settings import FULL
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import Quantization, Training
+from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.stages.methods.prefix import FinetunePrefix

@@ -6,10 +6,13 @@
 from dataclasses import dataclass, replace
 
 from pipeline.calc.architecture import Architecture
-from pipeline.calc.families.registry import architecture
+from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import FULL, FinetuningMethod, TrainingConfig
-from pipeline.calc.sources.open_model import built_in
+from pipeline.calc.method import FinetuningMethod
+from pipeline.calc.open_model import built_in
+from pipeline.calc.settings import TrainingConfig
+from pipeline.stages.methods.full import COUNTED as FULL
+from pipeline.stages.methods.lora import Lora
 
 GB, GIB = 10**9, 2**30
 QV = ("q_proj", "v_proj")
@@ -46,7 +49,7 @@ def published() -> list[Published]:
 
 def _fms() -> list[Published]:
     """fms-acceleration's benchmark on an A100-80: peak allocated; packed to 4,096, checkpointing, FlashAttention 2."""
-    mistral, lora = built_in("mistral-7b-v0.1").shapes, FinetuningMethod(rank=16)
+    mistral, lora = built_in("mistral-7b-v0.1").shapes, Lora(rank=16)
     cases = []
     for batch, full, plain, quantized in ((4, 67.46, 23.89, 14.27), (8, 67.46, 34.13, 24.51)):
         run = TrainingConfig(batch, 4096, casts="inputs", optimizer="adamw-foreach")
@@ -66,8 +69,8 @@ def _peft() -> list[Published]:
     run = replace(run, optimizer="adamw-foreach")
     name = "PEFT's MetaMathQA, Llama 3.2 3B, 4 × 768:"
     return [
-        Published(f"{name} LoRA r32 q,v", llama, FinetuningMethod(rank=32, targets=QV), run, 20.76),
-        Published(f"{name} DoRA r32 q,v", llama, FinetuningMethod(rank=32, targets=QV, dora=True), run, 22.85),
+        Published(f"{name} LoRA r32 q,v", llama, Lora(rank=32, targets=QV), run, 20.76),
+        Published(f"{name} DoRA r32 q,v", llama, Lora(rank=32, targets=QV, dora=True), run, 22.85),
         Published(f"{name} full", llama, FULL, run, 36.20),
     ]
 
@@ -81,8 +84,8 @@ def _torchtune() -> list[Published]:
     chunked = replace(plain, loss="chunked", chunk=1024)
     name, ablation = "torchtune, Llama 3.1 8B, 2 × 2,048:", "torchtune, Llama 3.2 3B full, 2 × 4,096:"
     return [
-        Published(f"{name} LoRA r8 q,v", big, FinetuningMethod(targets=QV), run, 16.2),
-        Published(f"{name} QLoRA r8 all-linear", big, FinetuningMethod(targets=("all-linear",)), four_bit, 7.4),
+        Published(f"{name} LoRA r8 q,v", big, Lora(targets=QV), run, 16.2),
+        Published(f"{name} QLoRA r8 all-linear", big, Lora(targets=("all-linear",)), four_bit, 7.4),
         Published(
             f"{name} full, paged 8-bit AdamW in backward",
             big,
@@ -103,7 +106,7 @@ def _litgpt() -> list[Published]:
     seven, thirteen = built_in("llama-2-7b").shapes, built_in("llama-2-13b").shapes
     run = TrainingConfig(1, 1304, checkpointing="none", adapter_precision="bf16", loss="chunked", chunk=128)
     run = replace(run, optimizer="adamw-foreach")
-    lora, name = FinetuningMethod(targets=QV), "litgpt, Llama 2"
+    lora, name = Lora(targets=QV), "litgpt, Llama 2"
     inputs = (
         "1.9 GB are the inputs of every 4-bit linear, which bitsandbytes 0.41 saved for backward and today's does not; "
         "the rest is what the 16-bit row misses too, its dropout and its norms in it"
@@ -130,7 +133,7 @@ def _qwen() -> list[Published]:
         "vocab_size": 151936,
         "tie_word_embeddings": False,
     }
-    model, method = architecture(config, "Qwen-7B"), FinetuningMethod(rank=64, targets=("all-linear",))
+    model, method = architecture(config, "Qwen-7B"), Lora(rank=64, targets=("all-linear",))
     lengths = (256, 512, 1024, 2048, 4096, 8192)
     plain = (20.1, 20.4, 21.5, 23.8, 29.7, 36.6)
     quantized = (11.5, 11.5, 12.3, 13.9, 16.9, 23.5)

@@ -22,7 +22,6 @@ from typing_extensions import override
 
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.settings import FinetuningMethod
 from pipeline.data.masking import Encoded
 from pipeline.data.windows import InMemoryDataset, as_window
 from pipeline.models.generate import generate
@@ -30,6 +29,7 @@ from pipeline.models.kernels.allocator import keep_freed_memory
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.project.params.sections import Training
+from pipeline.stages.methods.lora import Lora
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, steps
 from pipeline.training.optimizer import FlatAdam
@@ -193,7 +193,7 @@ class Ours(Side):
         settings = Training(
             epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, max_grad_norm=CLIP, precision="bf16"
         )
-        task = TrainingTask(model.train(), InOrder(windows, BATCH, 0), settings, FinetuningMethod())
+        task = TrainingTask(model.train(), InOrder(windows, BATCH, 0), settings, Lora())
         self.steps, self.steps_per_epoch = steps(task, FlatAdam(model)), len(task.batches)
         return model
 

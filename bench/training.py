@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from bench.measure import Row, in_turns
 from pipeline.adapters.attach import attach
-from pipeline.calc.settings import FULL
 from pipeline.data.examples import windows
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.data.windows import InMemoryDataset
@@ -20,6 +19,7 @@ from pipeline.models.load import Base, load_base, save_base
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.freeze import FinetuneFreeze, freeze
+from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, steps

@@ -1,19 +1,122 @@
-"""The other outputs of `lora calc`: models, the document's claims, sweeps, what fits, traces, formulas."""
+"""The outputs of `lora calc`: the overview, models, the document's claims, sweeps, what fits, traces, formulas."""
 
-from dataclasses import replace
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.text import Text
 
-from cli.calc.output import Output, Question
 from cli.console import print_json, stdout, table
-from pipeline.calc.fit import LARGEST, changes, gpu, largest, of_size
-from pipeline.calc.memory import PARTS, predict
-from pipeline.calc.parameters import trainable
-from pipeline.calc.report import capped, smallest, swept, title_of
-from pipeline.calc.sources.open_model import built_in, names
+from pipeline.calc import report
+from pipeline.calc.architecture import Model
+from pipeline.calc.fit import LARGEST, changes, gpus, largest, of_size
+from pipeline.calc.fit import gpu as find_gpu
+from pipeline.calc.memory import PARTS, inference, predict
+from pipeline.calc.method import Configuration, projections, trainable, why_they_differ
+from pipeline.calc.open_model import built_in, names
+from pipeline.calc.report import PROJECTION, SHADES, capped, gib, smallest, swept
 from pipeline.errors import UserError
-from pipeline.project.logs.run_log import in_units
+
+BAR = 36  # cells of the largest peak's bar
+CLASSES = {  # one card of each common size in GB; Macs follow
+    **{"8": "rtx4060", "12": "rtx3060", "16": "rtx4080", "24": "rtx4090", "32": "rtx5090"},
+    **{"40": "a100-40", "48": "l40s", "80": "h100", "141": "h200"},
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output format: one JSON document, CSV rows, or a table on the terminal."""
+
+    json: bool
+    csv: bool
+
+    def __post_init__(self) -> None:
+        if self.json and self.csv:
+            raise UserError("--json and --csv exclude each other.")
+
+    def rows(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> bool:
+        """Print rows as JSON or CSV. Returns False, without printing, if neither was requested."""
+        if self.json:
+            print_json([dict(zip(columns, row, strict=True)) for row in rows])
+        elif self.csv:
+            import csv
+
+            csv.writer(sys.stdout, lineterminator="\n").writerows([columns, *rows])
+        return self.json or self.csv
+
+
+def headline(title: str, description: str) -> None:
+    stdout.print(Text.assemble((f"\n{title}", "bold"), (f"  {description}", "dim")))
+
+
+def overview(out: Output, model: Model, given: Configuration) -> None:
+    """Parameters, memory of four methods side by side, and the GPUs that fit each."""
+    shapes, (methods, method, run) = model.shapes, given
+    if out.json:
+        return print_json(report.answer(shapes, method, run))
+    columns = report.side_by_side(shapes, method, run, methods)
+    memories = {name: memory for name, (_, _, memory) in columns.items()}
+    if out.csv:
+        header = ("method", "precision", "total", "trainable", *PARTS, "peak", "peak_at")
+        rows = [
+            (name, r.precision, shapes.total, trainable(shapes, m), *size.parts().values(), size.peak, size.where)
+            for name, (m, r, size) in columns.items()
+        ]
+        out.rows(header, rows)
+        return None
+
+    published = f" (published: {shapes.published})" if shapes.published else ""
+    stdout.print(Text.assemble((shapes.name, "bold"), f"  {shapes.total:,} parameters{published}"))
+    components = [f"{name} {count:,}" for name, count in shapes.components().items()]
+    stdout.print(" · ".join(components), style="dim", markup=False)
+    trained = trainable(shapes, method)
+    title = f"{method.title}: {trained:,} trainable, {100 * trained / shapes.total:.4g}%"
+    stdout.print(Text.assemble("\n", (title, "bold")))
+    if adapted := projections(shapes, method):
+        stdout.print(table(PROJECTION, list(map(report.cells_of, adapted)), right=PROJECTION[1:]))
+    simplified = method.document_count(shapes)
+    if simplified is not None and simplified != trained:
+        reason = why_they_differ(shapes, method)
+        stdout.print(f"by the document's rule (§3): {simplified:,}; {reason}", style="dim", markup=False)
+
+    run = next(reversed(columns.values()))[1]
+    step = f"{run.batch} × {run.sequence:,} tokens, {run.attention}, checkpointing {run.checkpointing}"
+    headline("memory of a step, GiB", f"{step}, {run.loss} logits")
+    used = [part for part in PARTS if any(memory.parts()[part] for memory in memories.values())]
+    cells = [("base in", *(r.precision for _, r, _ in columns.values()))]
+    cells += [(part, *(gib(memory.parts()[part]) for memory in memories.values())) for part in used]
+    cells.append(("peak", *(gib(memory.peak) for memory in memories.values())))
+    stdout.print(table(("", *columns), cells, right=tuple(columns)))
+    widest, longest = max(memory.peak for memory in memories.values()), max(map(len, columns))
+    for name, memory in memories.items():
+        line, done, filled = Text(f"{name:{longest}} "), 0, 0
+        for part, size in memory.parts().items():
+            done += size
+            width = round(done / widest * BAR) - filled  # of the sum, so that roundings do not add up
+            filled += width
+            line.append("█" * width, SHADES[part])
+        stdout.print(line.append(f" {gib(memory.peak)}").append(f"  {memory.where}", "dim"))
+    stdout.print(Text(" ").join(Text(f"█ {part}", SHADES[part]) for part in used))
+
+    run = given.run
+    *parts, total = inference(shapes, None, run).items()
+    generating = " + ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in parts if size)
+    step = f"merged, {run.precision}, {run.batch} × {run.sequence:,} tokens"
+    headline("to generate, GiB", f"{step}: {generating} = {gib(total[1])}")
+
+    devices = {size: gpus()[card] for size, card in CLASSES.items()}
+    devices |= {f"Mac {name[4:]}": device for name, device in gpus().items() if name.startswith("mac-")}
+    headline("fits on", "● holds the peak, · does not; sizes in GB")
+    marks = [
+        (name, *("●" if memory.peak <= device.bytes else "·" for device in devices.values()))
+        for name, memory in memories.items()
+    ]
+    stdout.print(table(("", *devices), marks, right=tuple(devices)))
+    for note in (*shapes.notes, *method.notes(shapes)):
+        stdout.print(f"note: {note}", style="dim", markup=False)
+    return None
 
 
 def models(out: Output) -> None:
@@ -38,69 +141,70 @@ def document(out: Output) -> None:
         show(claims)
 
 
-def sweep(out: Output, question: Question, key: str, values: list[str]) -> None:
-    """`--sweep`: one row per value."""
-    model = question.model.shapes
-    rows: list[tuple[Any, ...]] = []
-    for value, method, run in swept(question.method, question.run, key, values):
-        memory, trained = predict(model, method, run), trainable(model, method)
+def sweep(out: Output, model: Model, given: Configuration, text: str) -> None:
+    """`--sweep KEY=A,B`: one row per value."""
+    from pipeline.project.logs.run_log import in_units  # the overview starts without
+
+    key, _, values = text.partition("=")
+    key, choices = key.strip(), [value.strip() for value in values.split(",") if value.strip()]
+    if not choices:
+        raise UserError(f"sweep takes KEY=A,B,..., such as rank=1,2,4,8, got {text!r}.")
+    shapes, rows = model.shapes, list[tuple[Any, ...]]()
+    for value, method, run in swept(given.method, given.run, key, choices, given.methods):
+        memory, trained = predict(shapes, method, run), trainable(shapes, method)
         number = int(value) if key in LARGEST else value
-        percent = round(100 * trained / model.total, 4)
+        percent = round(100 * trained / shapes.total, 4)
         rows.append((number, trained, percent, *memory.parts().values(), memory.peak))
-    columns = (key, "trainable", "percent", *PARTS, "peak")
-    if out.rows(columns, rows):
+    if out.rows((key, "trainable", "percent", *PARTS, "peak"), rows):
         return
     shown = [(str(row[0]), f"{row[1]:,}", f"{row[2]:g}", in_units(row[-1]), smallest(row[-1])) for row in rows]
     headers = (key, "trainable", "%", "peak", "smallest device")
     stdout.print(table(headers, shown, right=headers[:4]))
-    stdout.print(
-        f"{question.model.shapes.name}, {title_of(question.method)}; --csv has every part", style="dim", markup=False
-    )
+    stdout.print(f"{shapes.name}, {given.method.title}; --csv has every part", style="dim", markup=False)
 
 
-def fit(out: Output, question: Question, budget: float | None, name: str | None) -> None:
+def fit(out: Output, model: Model, given: Configuration, budget: float | None, name: str | None) -> None:
     """`--fit` and `--gpu`: the largest values that fit, and what to change if the configuration does not."""
-    device = gpu(name) if name is not None else of_size(budget or 0)
-    model, method, run = question.model.shapes, question.method, question.run
-    peak, largest_fit = predict(model, method, run).peak, largest(model, method, run, device.bytes)
+    from pipeline.project.logs.run_log import in_units
+
+    device = find_gpu(name) if name is not None else of_size(budget or 0)
+    shapes, (methods, method, run) = model.shapes, given
+    peak, most = predict(shapes, method, run).peak, vars(largest(shapes, method, run, device.bytes))
     fits = peak <= device.bytes
-    fixes = [] if fits else list(changes(model, method, run, device.bytes))
+    fixes = [] if fits else [(w, size) for w, _, _, size in changes(shapes, method, run, device.bytes, methods)]
     if out.json:
-        summary = {**vars(largest_fit), "peak": peak, "budget": device.bytes, "fits": fits}
-        print_json({"model": model.name, **summary, "changes": [{"change": w, "peak": p} for w, _, _, p in fixes]})
-        return
-    change_rows = [(f"change: {words}", needed) for words, _, _, needed in fixes]
-    if out.rows(("what", "value"), [*vars(largest_fit).items(), ("peak", peak), ("fits", fits), *change_rows]):
-        return
+        summary = {"model": shapes.name, **most, "peak": peak, "budget": device.bytes, "fits": fits}
+        return print_json({**summary, "changes": [{"change": words, "peak": size} for words, size in fixes]})
+    change_rows = [(f"change: {words}", size) for words, size in fixes]
+    if out.rows(("what", "value"), [*most.items(), ("peak", peak), ("fits", fits), *change_rows]):
+        return None
     verdict = "fits" if fits else "does not fit"
-    stdout.print(
-        Text.assemble((f"{model.name}, {title_of(method)}, {run.precision}: {in_units(peak)} {verdict}", "bold"))
-    )
-    memory_text = f", {in_units(device.bytes)}" if name else ""
-    stdout.print(f"on {device.label}{memory_text}; {run.batch} × {run.sequence:,} tokens", markup=False)
+    stdout.print(Text(f"{shapes.name}, {method.title}, {run.precision}: {in_units(peak)} {verdict}", "bold"))
+    room = f"{device.label}, {in_units(device.bytes)}" if name else device.label
+    stdout.print(f"on {room}; {run.batch} × {run.sequence:,} tokens", markup=False)
     if fits:
-        rows = [(key, capped(value, LARGEST.get(key))) for key, value in vars(largest_fit).items() if value is not None]
+        rows = [(key, capped(value, LARGEST.get(key))) for key, value in most.items() if value is not None]
         stdout.print("\nthe most that fits, the rest as given")
-        stdout.print(table(("setting", "largest"), rows, right=("largest",)))
-        return
+        return stdout.print(table(("setting", "largest"), rows, right=("largest",)))
     stdout.print("\nchange this" if fixes else "\nno setting makes it fit")
-    for words, _, _, size in fixes:
+    for words, size in fixes:
         stdout.print(f"  {words}  → {in_units(size)}{'  fits' if size <= device.bytes else ''}", markup=False)
-    needed = fixes[-1][3] if fixes else peak
+    needed = fixes[-1][1] if fixes else peak
     if needed > device.bytes:
         stdout.print(f"a larger device is needed: {smallest(needed)}")
+    return None
 
 
-def trace(out: Output, question: Question) -> None:
+def trace(out: Output, model: Model, given: Configuration) -> None:
     """`--trace`: the peak of the real training step under fake tensors, beside that of the formula."""
+    from pipeline.project.logs.run_log import in_units
     from pipeline.training.memory.trace import traced_peak
 
-    model = question.model
     if model.config is None:
         raise UserError(f"--trace builds the model, which needs a config.json; {model.shapes.name} has shapes only.")
-    run = replace(question.run, context=0)
-    traced = traced_peak(model.config, question.method, run)
-    formula = predict(model.shapes, question.method, run).peak
+    run = replace(given.run, context=0)
+    traced = traced_peak(model.config, given.method, run)
+    formula = predict(model.shapes, given.method, run).peak
     difference = round(100 * (formula / traced - 1), 3)
     if out.rows(("traced", "formula", "difference_percent"), [(traced, formula, difference)]):
         return
@@ -109,11 +213,9 @@ def trace(out: Output, question: Question) -> None:
     stdout.print(f"the formula differs by {difference:+.3g}%; without the CUDA context")
 
 
-def explain(out: Output, question: Question) -> None:
+def explain(out: Output, model: Model, given: Configuration) -> None:
     """`--explain`: the formula of each number with the values inserted."""
-    from pipeline.calc.explain import explain as explanations
-
-    model, method, run = question.model.shapes, question.method, question.run
-    formulas = list(explanations(model, method, run, predict(model, method, run)))
+    shapes, (_, method, run) = model.shapes, given
+    formulas = list(report.explain(shapes, method, run, predict(shapes, method, run)))
     if not out.rows(("what", "formula"), formulas):
-        stdout.print(table(("", f"{model.name}, {title_of(method)}, {run.precision}"), formulas))
+        stdout.print(table(("", f"{shapes.name}, {method.title}, {run.precision}"), formulas))

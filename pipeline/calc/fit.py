@@ -1,21 +1,22 @@
 """GPUs and their memory, the largest settings that fit, and what to change when a run does not fit."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.memory import possible, predict
+from pipeline.calc.method import FinetuningMethod, first_adapter
+from pipeline.calc.open_model import nearest
 from pipeline.calc.precision import precision
-from pipeline.calc.settings import FinetuningMethod, TrainingConfig, qlora
-from pipeline.calc.sources.open_model import nearest
+from pipeline.calc.settings import QLORA, TrainingConfig, qlora
 from pipeline.errors import UserError
 
 GIB = 2**30
 LARGEST = {"batch": 4096, "sequence": 2**20, "rank": 4096}
-PRECISIONS_BY_QUALITY = ("fp32", "bf16", "int8", "nf4-dq")  # the first that fits is the most accurate
+PRECISIONS_BY_QUALITY = ("fp32", "bf16", "int8", QLORA)  # the first that fits is the most accurate
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,25 @@ class Largest:
 
 def largest(model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int) -> Largest:
     """The largest batch, sequence and rank, and the least quantized precision, within `budget` bytes."""
-    context = min(LARGEST["sequence"], model.context)
+
+    def most(limit: int, change: Callable[[int], tuple[FinetuningMethod, TrainingConfig]]) -> int:
+        """The largest n up to `limit` that fits: doubling, then bisection (a larger n never needs less memory)."""
+        if not _fits(model, *change(1), budget):
+            return 0
+        low, high = 1, 2
+        while high <= limit and _fits(model, *change(high), budget):
+            low, high = high, 2 * high
+        high = min(high, limit + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if _fits(model, *change(middle), budget) else (low, middle)
+        return low
+
+    ranked = method.with_rank(1) is not None
     return Largest(
-        batch=_largest_fitting(lambda n: _fits(model, method, replace(run, batch=n), budget), LARGEST["batch"]),
-        sequence=_largest_fitting(lambda n: _fits(model, method, replace(run, sequence=n), budget), context),
-        rank=_largest_fitting(
-            lambda n: _fits(model, replace(method, rank=n, rank_pattern=()), run, budget), LARGEST["rank"]
-        )
-        if method.kind == "lora"
-        else None,
+        batch=most(LARGEST["batch"], lambda n: (method, replace(run, batch=n))),
+        sequence=most(min(LARGEST["sequence"], model.context), lambda n: (method, replace(run, sequence=n))),
+        rank=most(LARGEST["rank"], lambda n: (method.with_rank(n) or method, run)) if ranked else None,
         precision=next(
             (p for p in PRECISIONS_BY_QUALITY if _fits(model, method, replace(run, precision=p), budget)), None
         ),
@@ -84,35 +95,38 @@ def _fits(model: Architecture, method: FinetuningMethod, run: TrainingConfig, bu
     return possible(model, method, run) and predict(model, method, run).peak <= budget
 
 
-def _largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest n up to `limit` that fits: doubling, then bisection (a larger n never needs less memory)."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high <= limit and fits(high):
-        low, high = high, 2 * high
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def changes(
-    model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int
+    model: Architecture,
+    method: FinetuningMethod,
+    run: TrainingConfig,
+    budget: int,
+    methods: Mapping[str, FinetuningMethod],
 ) -> Iterator[tuple[str, FinetuningMethod, TrainingConfig, int]]:
-    """Changes that make a run fit: (options, method, config, peak in bytes).
+    """Changes that make a run fit: (options, method, config, peak in bytes). `methods`: those to change to.
 
     The first single change that fits, in the order of least cost in quality and time. If none does, every change that
     helps in that order, cumulatively, until the run fits.
     """
-    for words, change in _CHANGES:
+    adapter = first_adapter(methods)
+    in_order: tuple[tuple[str, Change], ...] = (
+        ("--loss chunked", lambda m, r: (m, replace(r, loss="chunked"))),
+        ("--checkpointing full", lambda m, r: (m, replace(r, checkpointing="full"))),
+        ("--attention sdpa", lambda m, r: (m, replace(r, attention="sdpa"))),
+        ("--batch 1 and accumulate gradients", lambda m, r: (m, replace(r, batch=1))),
+        (f"--method {adapter.name}", lambda m, r: (m if m.adapter else adapter, r)),
+        (
+            f"--precision {QLORA} (QLoRA)",
+            lambda m, r: (m.without_base(), r if precision(r.precision).bits <= 4 else qlora(r)),
+        ),
+        ("--sequence 512", lambda m, r: (m, replace(r, sequence=min(512, r.sequence)))),
+    )
+    for words, change in in_order:
         m, r = change(method, run)
         if (m, r) != (method, run) and _fits(model, m, r, budget):
             yield words, m, r, predict(model, m, r).peak
             return
     m, r, applied, best = method, run, list[str](), predict(model, method, run).peak
-    for words, change in _CHANGES:
+    for words, change in in_order:
         changed = change(m, r)
         if changed == (m, r) or not possible(model, *changed):
             continue
@@ -126,24 +140,3 @@ def changes(
 
 
 Change = Callable[[FinetuningMethod, TrainingConfig], tuple[FinetuningMethod, TrainingConfig]]
-
-
-def _use_lora(method: FinetuningMethod, run: TrainingConfig) -> tuple[FinetuningMethod, TrainingConfig]:
-    return (method, run) if method.kind in ("lora", "prefix", "prompt") else (replace(method, kind="lora"), run)
-
-
-_CHANGES: tuple[tuple[str, Change], ...] = (
-    ("--loss chunked", lambda m, r: (m, replace(r, loss="chunked"))),
-    ("--checkpointing full", lambda m, r: (m, replace(r, checkpointing="full"))),
-    ("--attention sdpa", lambda m, r: (m, replace(r, attention="sdpa"))),
-    ("--batch 1 and accumulate gradients", lambda m, r: (m, replace(r, batch=1))),
-    ("--method lora", _use_lora),
-    (
-        "--precision nf4-dq (QLoRA)",
-        lambda m, r: (
-            m if m.embeddings != "all" else replace(m, embeddings="none"),
-            r if precision(r.precision).bits <= 4 else qlora(r),
-        ),
-    ),
-    ("--sequence 512", lambda m, r: (m, replace(r, sequence=min(512, r.sequence)))),
-)

@@ -1,7 +1,7 @@
 """Precisions of weights: every row of the document's §10.1, with the bytes of scales and zero points."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from pipeline.errors import UserError
@@ -20,7 +20,6 @@ class Precision:
     bytes: float
     scales: float
     compute: int
-    what: str
 
     @property
     def quantized(self) -> bool:
@@ -36,44 +35,34 @@ class Precision:
         return round(quantizable * self.bytes) + (total - quantizable) * self.rest
 
 
-def _unquantized(name: str, bits: float, width: int, what: str) -> Precision:
-    return Precision(name, bits, width, 0, width, what)
-
-
-def _quantized(name: str, bits: float, scales: float, what: str, packed: float | None = None) -> Precision:
-    return Precision(name, bits, (packed or bits) / 8 + scales, scales, 2, what)
-
-
 GROUP = 128  # weights per scale, the usual group size of GPTQ and AWQ checkpoints
 NF4_BLOCK, NF4_BLOCK_2 = 64, 256  # QLoRA's blocks (Dettmers et al. 2023, §3)
 
 
-def group_overhead(bits: int, group: int) -> float:
-    """Bytes per weight for the scale (16 bit) and zero point (`bits`) of a group of weights."""
-    return (2 + bits / 8) / group
+def _quantized(name: str, bits: float, scales: float, packed: float | None = None) -> Precision:
+    """Weights of `bits`, stored in `packed`, with so many bytes of scales each."""
+    return Precision(name, bits, (packed or bits) / 8 + scales, scales, 2)
+
+
+def _grouped(name: str, bits: int, group: int = GROUP) -> Precision:
+    """A scale of 16 bit and a zero point of `bits` per group of weights."""
+    return _quantized(name, bits, (2 + bits / 8) / group)
 
 
 PRECISIONS: dict[str, Precision] = {
     p.name: p
     for p in (
-        _unquantized("fp32", 32, 4, "reference"),
-        _unquantized("tf32", 32, 4, "fp32 storage, 19-bit products on Ampere and later"),
-        _unquantized("fp16", 16, 2, "half precision"),
-        _unquantized("bf16", 16, 2, "half precision with fp32's range"),
-        _quantized("fp8", 8, 0, "E4M3, one scale per tensor"),
-        _quantized("int8", 8, 4 / 4096, "LLM.int8(): one fp32 scale per row (4,096 weights assumed)"),
-        _quantized("nf4", 4, 4 / NF4_BLOCK, f"one fp32 scale per {NF4_BLOCK} weights"),
-        _quantized(
-            "nf4-dq",
-            4,
-            1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_BLOCK_2),
-            "NF4, its scales quantized to 8 bit (double quantization)",
-        ),
-        _quantized("gptq", 4, group_overhead(4, GROUP), f"INT4, scale and zero point per {GROUP} weights"),
-        _quantized("awq", 4, group_overhead(4, GROUP), f"INT4, scale and zero point per {GROUP} weights"),
-        _quantized("3bit", 3, group_overhead(3, GROUP), f"scale and zero point per {GROUP} weights"),
-        _quantized("2bit", 2, group_overhead(2, GROUP), f"scale and zero point per {GROUP} weights"),
-        _quantized("1.58bit", 1.58, 0, "BitNet b1.58: ternary, five weights per byte", packed=1.6),
+        Precision("fp32", 32, 4, 0, 4),
+        Precision("tf32", 32, 4, 0, 4),  # fp32 storage, 19-bit products on Ampere and later
+        Precision("fp16", 16, 2, 0, 2),
+        Precision("bf16", 16, 2, 0, 2),
+        _quantized("fp8", 8, 0),  # E4M3, one scale per tensor
+        _quantized("int8", 8, 4 / 4096),  # LLM.int8(): one fp32 scale per row, of 4,096 weights by assumption
+        _quantized("nf4", 4, 4 / NF4_BLOCK),  # one fp32 scale per block
+        # double quantization: scales of 8 bit, with an fp32 scale per block of them
+        _quantized("nf4-dq", 4, 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_BLOCK_2)),
+        *(_grouped(name, bits) for name, bits in (("gptq", 4), ("awq", 4), ("3bit", 3), ("2bit", 2))),
+        _quantized("1.58bit", 1.58, 0, packed=1.6),  # BitNet b1.58: ternary, five weights per byte
     )
 }
 
@@ -83,10 +72,7 @@ def precision(name: str) -> Precision:
     """The precision called `name`; `gptq-g64` has groups of 64. Raises UserError with the known names."""
     match = re.fullmatch(r"(gptq|awq|3bit|2bit)-g(\d{1,6})", name)
     if match and int(match[2]):
-        preset, group = PRECISIONS[match[1]], int(match[2])
-        scales = group_overhead(int(preset.bits), group)
-        what = f"{preset.bits:g} bit, scale and zero point per {group} weights"
-        return replace(preset, name=name, bytes=preset.bits / 8 + scales, scales=scales, what=what)
+        return _grouped(name, int(PRECISIONS[match[1]].bits), int(match[2]))
     if name not in PRECISIONS:
         raise UserError(f"precision {name!r} is not known. Known: {', '.join(PRECISIONS)}; gptq-g64 has groups of 64.")
     return PRECISIONS[name]

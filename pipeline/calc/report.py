@@ -1,23 +1,27 @@
 """The calculator's results as plain data, and their formatting for the command line and the terminal app."""
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import GIB, LARGEST, gpus
-from pipeline.calc.memory import PARTS, Memory, inference, possible, predict, trained_split
-from pipeline.calc.parameters import (
+from pipeline.calc.memory import PARTS, Memory, inference, possible, predict
+from pipeline.calc.method import (
+    FinetuningMethod,
     Projection,
-    document_count,
-    notes,
+    find_method,
+    first_adapter,
     projections,
     ranks,
     trained_parts,
+    trained_split,
     why_they_differ,
+    with_options,
 )
 from pipeline.calc.precision import precision
-from pipeline.calc.settings import FinetuningMethod, TrainingConfig, qlora
+from pipeline.calc.settings import TrainingConfig, qlora
 from pipeline.errors import UserError
 
 SWEEPS = ("rank", "sequence", "batch", "precision", "optimizer", "checkpointing", "loss", "method", "targets")
@@ -30,19 +34,19 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
     """All results for one configuration, sizes in bytes. Raises UserError for invalid settings."""
     memory = predict(model, method, run)
     added, base = trained_split(model, method)
-    lora = method.kind == "lora"
     return {
         "model": model.name,
-        "method": method.kind,
-        "rank": method.rank if lora else None,
-        "alpha": method.alpha if lora else None,
-        "scale": method.scale if lora else None,
-        "targets": target_names(model, method),
+        "method": method.name,
+        "rank": getattr(method, "rank", None),
+        "alpha": getattr(method, "effective_alpha", None),
+        "scale": getattr(method, "scale", None),
+        # last names of the adapted linears, in the model's order
+        "targets": list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in ranks(model, method))),
         "parameters": {
             "total": model.total,
             "trainable": added + base,
             "trainable_percent": round(100 * (added + base) / model.total, 4),
-            "document": document_count(model, method),
+            "document": method.document_count(model),
             "components": model.components(),
             "trained": trained_parts(model, method),
         },
@@ -64,64 +68,51 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
         "memory": {**memory.parts(), "peak": memory.peak, "peak_at": memory.where},
         "inference": inference(model, method, run),
         "fits": [gpu.name for gpu in gpus().values() if memory.peak <= gpu.bytes],
-        "assumptions": assumptions(run),
-        "notes": [*model.notes, *notes(model, method), *filter(None, [why_they_differ(model, method)])],
+        "assumptions": {  # checkpointing: true, false or "selective"
+            **asdict(run),
+            "checkpointing": {"full": True, "none": False}.get(run.checkpointing, run.checkpointing),
+        },
+        "notes": [*model.notes, *method.notes(model), *filter(None, [why_they_differ(model, method)])],
         "source": model.source,
     }
 
 
-def assumptions(run: TrainingConfig) -> dict[str, Any]:
-    """The settings of the step; `checkpointing` is true, false or "selective"."""
-    values = asdict(run)
-    values["checkpointing"] = {"full": True, "none": False}.get(run.checkpointing, run.checkpointing)
-    return values
-
-
-def target_names(model: Architecture, method: FinetuningMethod) -> list[str]:
-    """Last names of the linears that get LoRA, in the model's order."""
-    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in ranks(model, method)))
-
-
 def side_by_side(
-    model: Architecture, method: FinetuningMethod, run: TrainingConfig
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig, methods: Mapping[str, FinetuningMethod]
 ) -> dict[str, tuple[FinetuningMethod, TrainingConfig, Memory]]:
-    """The same step as full fine-tuning, freezing, the adapter at the run's precision, and the adapter on NF4."""
-    adapter = method if method.kind not in ("full", "freeze") else replace(method, kind="lora")
+    """The same step with each of `methods` that trains the base, with the adapter, and with the adapter on NF4."""
+    adapter = method if method.adapter else first_adapter(methods)
     plain = replace(run, precision="bf16") if precision(run.precision).quantized else run
-    freeze = replace(method, kind="freeze", last_blocks=min(method.last_blocks, len(model.blocks)))
-    columns = {"full": (replace(method, kind="full"), plain), "freeze": (freeze, plain)}
-    lora = adapter.kind == "lora"
-    columns["LoRA" if lora else adapter.kind] = (adapter, run)
+    columns = {name: (m.fitted(model), plain) for name, m in methods.items() if not m.adapter}
+    heading, quantized = adapter.columns
+    columns[heading or adapter.name] = (adapter, run)
     if not model.style.ours:
-        columns["QLoRA" if lora else f"{adapter.kind} NF4"] = (adapter, qlora(run))
+        columns[quantized or f"{adapter.name} NF4"] = (adapter, qlora(run))
     # leave out those that this model cannot run
     return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items() if possible(model, m, r)}
 
 
 def swept(
-    method: FinetuningMethod, run: TrainingConfig, key: str, values: list[str]
+    method: FinetuningMethod, run: TrainingConfig, key: str, values: list[str], methods: Mapping[str, FinetuningMethod]
 ) -> list[tuple[str, FinetuningMethod, TrainingConfig]]:
     """The configuration for each value of `key`. Raises UserError for an unknown key or an invalid value."""
     if key not in SWEEPS:
         raise UserError(f"--sweep takes one of {', '.join(SWEEPS)}, got {key!r}.")
-    return [(value, *_replace_setting(method, run, key, value)) for value in values]
-
-
-def _replace_setting(
-    method: FinetuningMethod, run: TrainingConfig, key: str, value: str
-) -> tuple[FinetuningMethod, TrainingConfig]:
-    new_value: Any = value
-    if key in LARGEST:
-        if not re.fullmatch(r"-?[0-9]{1,12}", value):
-            raise UserError(f"--sweep {key} takes whole numbers, got {value[:40]!r}.")
-        new_value = int(value)
-    if key == "rank":
-        return replace(method, rank=new_value, alpha=method.alpha * new_value / method.rank), run
-    if key == "targets":
-        return replace(method, targets=(value,)), run
-    if key == "method":
-        return (replace(method, kind="lora"), qlora(run)) if value == "qlora" else (replace(method, kind=value), run)
-    return method, replace(run, **{key: new_value})
+    rows = []
+    for text in values:
+        if key in LARGEST and not re.fullmatch(r"-?[0-9]{1,12}", text):
+            raise UserError(f"--sweep {key} takes whole numbers, got {text[:40]!r}.")
+        value: Any = int(text) if key in LARGEST else text
+        m, r = method, run
+        if key == "method":
+            m, implied = find_method(methods, value)
+            r = replace(run, **implied)
+        elif key in TrainingConfig.__dataclass_fields__:
+            r = replace(run, **{key: value})
+        else:
+            m = with_options({**methods, method.name: method}, **{key: value})[method.name]
+        rows.append((text, m, r))
+    return rows
 
 
 def cells_of(projection: Projection) -> tuple[str, ...]:
@@ -135,20 +126,6 @@ def cells_of(projection: Projection) -> tuple[str, ...]:
         f"{p.count} × {p.experts} experts" if p.experts > 1 else f"{p.count}",
         f"{p.parameters:,}",
     )
-
-
-def title_of(method: FinetuningMethod) -> str:
-    """The method in words."""
-    if method.kind == "lora":
-        name = "DoRA" if method.dora else "rsLoRA" if method.rslora else "LoRA"
-        ends = {"none": "", "all": ", embeddings and head", "new_rows": f", {method.new_rows} new rows"}
-        return f"{name} r={method.rank} on {', '.join(method.targets)}{ends[method.embeddings]}"
-    if method.kind == "freeze":
-        blocks = f"freeze, last {method.last_blocks} blocks"
-        return f"{blocks}, embeddings and head" if method.train_embeddings else blocks
-    if method.kind in ("prefix", "prompt"):
-        return f"{method.kind} tuning, {method.virtual_tokens} virtual tokens"
-    return "full fine-tuning"
 
 
 def gib(size: float) -> str:
@@ -169,3 +146,60 @@ def smallest(size: int) -> str:
 def capped(value: int | str, limit: int | None) -> str:
     """A result of `largest`; “or more” if the search stopped at its `limit`."""
     return f"{value:,} or more" if value == limit else f"{value:,}" if isinstance(value, int) else value
+
+
+def explain(
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig, memory: Memory
+) -> Iterator[tuple[str, str]]:
+    """Each number of the memory table as (quantity, formula with its values), in the order of the screen."""
+
+    def result(size: int) -> str:
+        return f" = {size:,} B = {size / GIB:.2f} GiB"
+
+    yield "parameters", " + ".join(f"{name} {count:,}" for name, count in model.components().items())
+    for p in projections(model, method):
+        each = f"A {p.rank} × {p.inputs:,} + B {p.outputs:,} × {p.rank}"
+        each += f" + magnitude {p.magnitudes:,}" if p.magnitudes else ""
+        each = f"{p.experts} × ({each})" if p.experts > 1 else each
+        yield p.name, f"{each} = {p.parameters_each:,}; × {p.count} = {p.parameters:,}"
+    added, base = trained_split(model, method)
+    yield "trainable", f"{added:,} added + {base:,} of the base = {added + base:,}"
+
+    kind = precision(run.precision)
+    if kind.quantized:
+        scales = f" + {8 * kind.scales:.3g} for scales" if kind.scales else ""
+        weights = f"{model.quantizable:,} × {kind.bytes:.4g} B ({run.precision}: {kind.bits:g} bit{scales})"
+        rest = f" + {model.total - model.quantizable:,} × {kind.rest} B (embeddings, head, norms, biases)"
+    else:
+        weights = f"{model.total:,} × {kind.bytes:g} B ({run.precision})"
+        table = f" + {model.fixed_positions:,} × {kind.compute} B (table of positions)"
+        rest = table if model.fixed_positions else ""
+    yield "weights", weights + rest + result(memory.weights)
+    width = precision(run.adapter_precision).compute
+    yield "adapter", f"{added:,} × {width} B ({run.adapter_precision})" + result(memory.adapter)
+    alive = f"alive at the peak, of {added:,} × {width} B + {base:,} × {run.width} B"
+    yield "gradients", alive + result(memory.gradients)
+    trained = added * width + base * run.width
+    state = f"{memory.optimizer / trained:.3g} bytes of state a trained byte, of {trained:,} B" if trained else ""
+    yield "optimizer", f"{run.optimizer}: {state or 'nothing trains'}" + result(memory.optimizer)
+
+    size, blocks = run.tokens * model.hidden * run.width, len(model.blocks)
+    inputs = sum(run.checkpointed(index) for index in range(blocks))
+    each = f"{run.batch} × {run.sequence:,} × {model.hidden:,} × {run.width} B = {size / MIB:,.1f} MiB"
+    if inputs == blocks:
+        total = f"{blocks * size / GIB:.2f} GiB"
+        kept = f"{blocks} blocks keep their input, {each} each ({total}); and what the peak's phase works with"
+    elif inputs:
+        every = "the others every tensor that backward needs"
+        kept = f"{inputs} of {blocks} blocks keep their input, {each} each; {every}"
+    else:
+        every = "every tensor that backward needs, counted operation by operation"
+        kept = f"{blocks} blocks keep {every}, in units of {each}"
+    yield "activations", kept + result(memory.activations)
+
+    rows = min(run.chunk, run.labels) if run.loss == "chunked" else run.labels
+    alive = f"as many as are alive in the peak's phase; {rows * model.vocabulary * 4 / GIB:.2f} GiB for each 4 B"
+    bytes_each = f"({run.width} B logits + 4 B in fp32, 4 B log-softmax and 4 B gradient, {alive})"
+    yield "logits", f"{rows:,} labels × {model.vocabulary:,} words × {bytes_each}" + result(memory.logits)
+    yield "overhead", "CUDA context and kernels, assumed" + result(memory.overhead)
+    yield "peak", f"the sum, in phase “{memory.where}”" + result(memory.peak)

@@ -1,30 +1,20 @@
-"""The calculator's input: what is trained (FinetuningMethod), and how a step runs (TrainingConfig)."""
+"""How a training step runs (TrainingConfig), and the rules and help of options, here and in the fine-tuning methods."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
-from pipeline.calc.architecture import Architecture
 from pipeline.calc.precision import precision
 from pipeline.errors import UserError
 
-METHODS = ("full", "freeze", "lora", "qlora", "prefix", "prompt")  # names that users give
 CONTEXT = 512 * 2**20  # bytes of CUDA context and kernels, assumed
-CHOICES = {
-    "method": ("full", "freeze", "lora", "prefix", "prompt"),
-    "embeddings": ("none", "all", "new_rows"),
-    "checkpointing": ("none", "selective", "full"),
-    "attention": ("sdpa", "eager", "short"),
-    "loss": ("full", "labels", "chunked", "divergence"),
-    "casts": ("weights", "inputs"),
-    "adapter-precision": ("fp32", "bf16"),  # as in training: the calculator's form writes params.yaml
-}
+QLORA = "nf4-dq"  # precision of its base: NF4 with double quantization (Dettmers et al. 2023)
+LARGEST_INT = 2**31 - 1
 
 OPTIMIZERS: dict[str, Callable[[int], float]] = {  # width of a trained parameter → bytes of its state
     "adamw": lambda width: 2 * width,  # torch's fused: both moments in the parameter's precision
-    "adam-flat": lambda width: (
-        8 if width == 4 else 16
-    ),  # our trainer's: fp32 moments; for 16 bits fp32 master weights too
+    # our trainer's: fp32 moments; for 16 bits fp32 master weights too
+    "adam-flat": lambda width: 8 if width == 4 else 16,
     "adamw-foreach": lambda width: 2 * width,  # torch's default: copies all parameters during the update
     "adamw-fp32": lambda _: 8,
     "adamw-bf16": lambda _: 4,
@@ -35,46 +25,91 @@ OPTIMIZERS: dict[str, Callable[[int], float]] = {  # width of a trained paramete
 }
 
 
-@dataclass(frozen=True)
-class FinetuningMethod:
-    """What is trained. `embeddings` (embedding and head) and `new_rows` apply to LoRA, `last_blocks` to freezing."""
+class Option(NamedTuple):
+    """What a user needs to know of a setting, and the rule for its values. (A dataclass would start more slowly.)"""
 
-    kind: str = "lora"
-    rank: int = 8
-    alpha: float = 8.0
-    targets: tuple[str, ...] = ("attention",)
-    rank_pattern: tuple[tuple[str, int], ...] = ()  # (pattern, rank), matched as PEFT does
-    rslora: bool = False
-    dora: bool = False
-    embeddings: str = "none"
-    new_rows: int = 0
-    last_blocks: int = 1
-    train_embeddings: bool = True  # with freezing
-    virtual_tokens: int = 20
-    pissa: bool = False  # our trainer keeps the initial A and B; PEFT changes the base instead
+    default: Any
+    help: str
+    flags: tuple[str, ...] = ()  # on the command line, if not --the-name
+    choices: tuple[str, ...] = ()
+    least: int | None = None  # of a whole number
+    unit: int = 1  # users give multiples of it
+    kind: type | None = None  # of its values, if not the default's
+    automatic: bool = False  # the default depends on the model or on other options
+    metavar: str | None = None
+    parse: Callable[[Any], Any] | None = None  # text (with a metavar: several) → value
 
-    @property
-    def scale(self) -> float:
-        """α/r, or α/√r with rsLoRA (Kalajdzievski 2023)."""
-        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+def option(default: Any, help: str, **rule: Any) -> Any:
+    """A dataclass field that users can set. Fields without `option` are set by code only."""
+    return field(default=default, metadata={"option": Option(default, help, **rule)})
+
+
+def options_of(settings: Any) -> dict[str, Option]:
+    """The options of a dataclass or an instance of one, by name."""
+    return {f.name: f.metadata["option"] for f in fields(settings) if "option" in f.metadata}
+
+
+def check_options(settings: Any) -> None:
+    """Raises UserError for a value that breaks the rule of its option."""
+    for name, rule in options_of(settings).items():
+        value, shown = getattr(settings, name), name.replace("_", "-")
+        if rule.choices and value not in rule.choices:
+            raise UserError(f"{shown} must be one of {', '.join(rule.choices)}, got {value!r}.")
+        if rule.least is not None and not rule.least <= value // rule.unit <= LARGEST_INT:
+            raise UserError(
+                f"{shown} must be a whole number from {rule.least} to {LARGEST_INT:,}, got {value // rule.unit:,}."
+            )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a training step runs. `batch` sequences of `sequence` tokens; precisions by name."""
 
-    batch: int = 1
-    sequence: int = 2048
-    precision: str = "bf16"  # of the base's weights
-    adapter_precision: str = "fp32"
-    optimizer: str = "adamw"
-    checkpointing: str = "full"
-    attention: str = "sdpa"
-    loss: str = "full"
-    label_share: float = 1.0  # share of tokens with a label; used by "labels" and "chunked"
-    chunk: int = 1024  # labels per chunk of the chunked loss
-    casts: str = "weights"  # for a 16-bit x and a 32-bit A: our trainer casts A, PEFT casts x
-    context: int = 0  # bytes of CUDA context and kernels, outside the allocator
+    batch: int = option(1, "Batch size, in sequences.", least=1)
+    sequence: int = option(
+        2048,
+        "Sequence length, in tokens; default: 2,048 or the model's maximum.",
+        flags=("--sequence", "--seq"),
+        least=1,
+        automatic=True,
+    )
+    precision: str = option(
+        "bf16",
+        "Precision of the base: fp32, bf16, int8, nf4, nf4-dq, gptq-g64 ...; default: bf16.",
+        automatic=True,
+    )
+    adapter_precision: str = option(
+        "fp32", "Precision of the adapter: fp32 or bf16.", choices=("fp32", "bf16")
+    )  # as in training: the calculator's form writes params.yaml
+    optimizer: str = option(
+        "adamw",
+        "Optimizer: adamw, adamw-fp32, adamw-8bit, paged-adamw, adam-flat (this trainer's), sgd ...",
+        choices=tuple(OPTIMIZERS),
+    )
+    checkpointing: str = option(
+        "full",
+        "Gradient checkpointing: none, selective (every second block) or full; default: full.",
+        choices=("none", "selective", "full"),
+        automatic=True,
+    )
+    attention: str = option("sdpa", "Attention: sdpa (flash and similar) or eager.", choices=("sdpa", "eager", "short"))
+    loss: str = option(
+        "full",
+        "Logits in memory at once: full, labels or chunked.",
+        choices=("full", "labels", "chunked", "divergence"),
+    )
+    label_share: float = option(1.0, "Fraction of tokens with a label (labels, chunked).")
+    chunk: int = option(1024, "Labels per chunk (chunked).", least=1)
+    casts: str = option(
+        "weights",
+        "What an fp32 adapter on a 16-bit base casts: weights (ours) or inputs (PEFT).",
+        choices=("weights", "inputs"),
+    )
+    # bytes of CUDA context and kernels, outside the allocator
+    context: int = option(
+        0, "CUDA context outside the allocator, in MiB; default: 512.", least=0, unit=2**20, automatic=True
+    )
     sequences: int = 0  # packed into the rows; 0: one per row
     span: int = 0  # of packed sequences: length of a token's own sequence, averaged over tokens
     scores: int = 0  # kept by "short" attention per head and layer; 0: S² per sequence
@@ -107,80 +142,14 @@ class TrainingConfig:
         """Whether block number `block` saves only its input: every block, or with `selective` every second."""
         return self.checkpointing == "full" or (self.checkpointing == "selective" and block % 2 == 0)
 
-
-def validate(method: FinetuningMethod, run: TrainingConfig) -> None:
-    """Raises UserError for an invalid value."""
-    for name, choices in {**CHOICES, "optimizer": tuple(OPTIMIZERS)}.items():
-        field = {"method": "kind"}.get(name, name.replace("-", "_"))
-        value = getattr(method if hasattr(method, field) else run, field)
-        if value not in choices:
-            raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-    precision(run.precision)
-    for value, name, least in (
-        (method.rank, "rank", 1),
-        (method.new_rows, "new-rows", 0),
-        (method.last_blocks, "last-blocks", 0),
-        (method.virtual_tokens, "virtual-tokens", 1),
-        (run.batch, "batch", 1),
-        (run.sequence, "sequence", 1),
-        (run.chunk, "chunk", 1),
-        (run.context // 2**20, "context", 0),
-    ):
-        if not least <= value < 2**31:
-            raise UserError(f"{name} must be a whole number from {least} to {2**31 - 1:,}, got {value:,}.")
-    if method.embeddings == "new_rows" and not method.new_rows:
-        raise UserError("embeddings new_rows needs --new-rows, the number of trainable rows.")
-    if not 0 < run.label_share <= 1:
-        raise UserError(f"label-share must be more than 0 and at most 1, got {run.label_share:g}.")
-    if not 0 < method.alpha < float("inf"):
-        raise UserError(f"alpha must be more than 0, got {method.alpha:g}.")
-
-
-FULL, FREEZE, LORA = FinetuningMethod("full"), FinetuningMethod("freeze"), FinetuningMethod("lora")
-
-
-QLORA = "nf4-dq"  # the precision of its base
+    def check(self) -> None:
+        """Raises UserError for an invalid value."""
+        check_options(self)
+        precision(self.precision)
+        if not 0 < self.label_share <= 1:
+            raise UserError(f"label-share must be more than 0 and at most 1, got {self.label_share:g}.")
 
 
 def qlora(run: TrainingConfig) -> TrainingConfig:
-    """The same step on a base in NF4 with double quantization (Dettmers et al. 2023)."""
+    """The same step on a base in QLoRA's precision."""
     return replace(run, precision=QLORA)
-
-
-def parse_method(kind: str, rank: int, alpha: float | None, targets: str, **more: Any) -> FinetuningMethod:
-    """A method from command-line values: `qlora` is LoRA, alpha defaults to the rank, `targets` are comma-separated."""
-    if more.get("new_rows") and more.get("embeddings") == "none":
-        more["embeddings"] = "new_rows"
-    return FinetuningMethod(
-        kind="lora" if kind == "qlora" else kind,
-        rank=rank,
-        alpha=float(rank) if alpha is None else alpha,
-        targets=tuple(name.strip() for name in targets.split(",")),
-        **more,
-    )
-
-
-def parse_training_config(
-    model: Architecture,
-    kind: str,
-    *,
-    sequence: int | None = None,
-    precision: str | None = None,
-    checkpointing: str | None = None,
-    context: int | None = None,
-    virtual_tokens: int = 0,
-    **more: Any,
-) -> TrainingConfig:
-    """A step of this model; `context` in bytes. Defaults of MiniGPT: fp32, no checkpointing, no CUDA context.
-
-    The default sequence is the longest up to 2,048, less the positions of prompt tuning's `virtual_tokens`.
-    """
-    ours, positions_left = model.style.ours, model.context - (virtual_tokens if kind == "prompt" else 0)
-    fallback = QLORA if kind == "qlora" else "fp32" if ours else "bf16"
-    return TrainingConfig(
-        sequence=max(1, min(2048, positions_left)) if sequence is None else sequence,
-        precision=precision or fallback,
-        checkpointing=checkpointing or ("none" if ours else "full"),
-        context=(0 if ours else CONTEXT) if context is None else context,
-        **more,
-    )

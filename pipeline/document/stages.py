@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.document import params
 from pipeline.project.stage_graph import Stage
+from pipeline.stages.registry import METHODS
 from pipeline.stages.registry import STAGES as PRODUCT
 
 PARENTS = ("pretrain", "expand_vocab")
@@ -68,5 +69,6 @@ CLAIMS = Stage(
     ),
     minigpt_only=True,
     compares=True,
+    loads=tuple(stage.module for stage in METHODS.values()),  # the calculator counts them
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MEASUREMENTS, CLAIMS)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.calc.settings import FinetuningMethod
+from pipeline.calc.method import FinetuningMethod
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.load import Base, count, load_base, skeleton, stored_precision
 from pipeline.project.params.sections import AdapterTraining

@@ -4,7 +4,6 @@ from collections.abc import Generator
 
 import torch
 
-from pipeline.calc.settings import FULL
 from pipeline.data.tokenizers.word import WordTokenizer, split
 from pipeline.errors import UserError
 from pipeline.files.base_model import resolve
@@ -14,6 +13,7 @@ from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, refuse_unlike
 from pipeline.project.params.sections import Pretrain
 from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.training.data import prepare_data, save_checkpoint, training_examples
 from pipeline.training.loop import TrainingTask, train
 

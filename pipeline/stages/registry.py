@@ -8,16 +8,18 @@ import pkgutil
 from collections.abc import Mapping
 from importlib import import_module
 
+from pipeline.calc.method import FinetuningMethod
 from pipeline.project.params.sections import Evaluate, ExpandVocab, Merge, Pretrain
 from pipeline.project.stage_graph import Stage, StageGraph
 from pipeline.stages import methods
 
-METHODS: Mapping[str, Stage] = {  # by the method's name
-    stage.method: stage
-    for stage in sorted(
-        (import_module(f"{methods.__name__}.{module.name}").STAGE for module in pkgutil.iter_modules(methods.__path__)),
-        key=lambda stage: stage.order,
-    )
+_FILES = sorted(
+    (import_module(f"{methods.__name__}.{module.name}") for module in pkgutil.iter_modules(methods.__path__)),
+    key=lambda file: float(file.STAGE.order),
+)
+METHODS: Mapping[str, Stage] = {file.STAGE.method: file.STAGE for file in _FILES}
+COUNTED: Mapping[str, FinetuningMethod] = {  # as the calculator counts them, with default options
+    file.STAGE.method: file.COUNTED for file in _FILES if hasattr(file, "COUNTED")
 }
 MERGE = Stage(
     "merge",

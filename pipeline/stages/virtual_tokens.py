@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens, cast_virtual_tokens, save_virtual
-from pipeline.calc.settings import FinetuningMethod
+from pipeline.calc.method import FinetuningMethod
 from pipeline.models.load import DTYPES, Base
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.finetune import Attached
 
 
-def attach_virtual(job: Job, settings: Any, base: Base) -> Generator[Event, None, Attached]:
+def attach_virtual(job: Job, settings: Any, base: Base, counted: FinetuningMethod) -> Generator[Event, None, Attached]:
     """Put virtual tokens of the stage's kind before every sequence; they are saved in PEFT's format."""
     yield from ()
     model = base.model
@@ -24,4 +24,4 @@ def attach_virtual(job: Job, settings: Any, base: Base) -> Generator[Event, None
         save_virtual(out, model, "artifacts/expanded")
         return {}
 
-    return Attached(FinetuningMethod(spec.kind, virtual_tokens=spec.tokens), save)
+    return Attached(counted, save)

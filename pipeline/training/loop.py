@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
-from pipeline.calc.settings import FinetuningMethod
+from pipeline.calc.method import FinetuningMethod
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.models.base import CausalLM, Checkpointing
 from pipeline.models.device import device_for

@@ -14,8 +14,10 @@ import pytest
 
 from pipeline.calc.fit import GIB
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import LORA, FinetuningMethod, TrainingConfig
-from pipeline.calc.sources.open_model import built_in, entry, names
+from pipeline.calc.open_model import built_in, entry, names
+from pipeline.calc.settings import TrainingConfig
+from pipeline.stages.methods.lora import COUNTED as LORA
+from pipeline.stages.methods.lora import Lora as LoraMethod
 from tests.conftest import Lora
 from tests.helpers.projects import lora
 
@@ -271,7 +273,7 @@ def test_help_names_every_option_with_its_choices(cli: Lora, tmp_path: Path) -> 
 def test_explain_ends_in_the_peak(cli: Lora, tmp_path: Path) -> None:
     lines = json.loads(cli("calc", *QWEN, "--explain", "--json", cwd=tmp_path)[1])
     last = lines[-1]
-    peak = predict(built_in("qwen3-8b").shapes, FinetuningMethod(), TrainingConfig(context=2**29)).peak
+    peak = predict(built_in("qwen3-8b").shapes, LoraMethod(), TrainingConfig(context=2**29)).peak
     assert last["what"] == "peak" and f"{peak:,} B" in last["formula"]
 
 
@@ -311,7 +313,7 @@ def test_what_to_change_is_found_for_every_method_and_model(cli: Lora, tmp_path:
     )
     lora = predict(
         built_in("qwen3-8b").shapes,
-        FinetuningMethod(rank=64, alpha=64, targets=("all-linear",)),
+        LoraMethod(rank=64, alpha=64, targets=("all-linear",)),
         TrainingConfig(context=2**29),
     )
     assert kept["changes"][0] == {"change": "--method lora", "peak": lora.peak}

@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.settings import FULL
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import InMemoryDataset
 from pipeline.models.base import CausalLM
@@ -18,6 +17,7 @@ from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.project.logs.run_log import Step
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event
+from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.optimizer import FlatAdam

@@ -9,14 +9,15 @@ import torch
 
 from pipeline.adapters.attach import add_lora, resolve
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.families.registry import architecture
+from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import FinetuningMethod, TrainingConfig
-from pipeline.calc.sources.open_model import entry
+from pipeline.calc.open_model import entry
+from pipeline.calc.settings import TrainingConfig
 from pipeline.data.examples import Window
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel, from_config
+from pipeline.stages.methods.lora import Lora
 from pipeline.training.batches import Batch, collate
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of
@@ -78,5 +79,5 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
         optimizer.step(1e-4)
         assert number or torch.cuda.max_memory_allocated() > 0
     sequence = step.ids.shape[1]
-    formula = predict(architecture(config, "qwen3-8b"), FinetuningMethod(), replace(run, sequence=sequence)).peak
+    formula = predict(architecture(config, "qwen3-8b"), Lora(), replace(run, sequence=sequence)).peak
     assert torch.cuda.max_memory_allocated() == pytest.approx(formula, rel=0.05)

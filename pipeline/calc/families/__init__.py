@@ -1,0 +1,99 @@
+"""Builds the shapes of a Hugging Face `config.json`.
+
+A family is a function from a Config to an Architecture, listed under its `model_type` in FAMILIES of a module in this
+folder; the modules are found, not listed. Defaults are those of transformers, which leaves them out of its files.
+"""
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from pipeline.calc.architecture import Architecture
+from pipeline.errors import UserError
+from pipeline.files.text import abbreviate_repr
+
+MAX_SIZE = 2**31 - 1  # larger than any dimension of a tensor on a GPU
+MOST_LAYERS = 10_000
+
+
+class Config:
+    """Values of the config `source`; a missing key gives the default. Raises UserError for an invalid value."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self._values, self.source = values, source
+
+    def size(self, *keys: str, default: int | None = None, most: int = MAX_SIZE) -> int:
+        """An integer from 1 to `most`, from the first of `keys` that is present. Raises UserError."""
+        for key in keys:
+            value = self._values.get(key)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise UserError(
+                    f"{self.source}: {key} must be a whole number from 1 to {most:,}, got {abbreviate_repr(value)}."
+                )
+            return value
+        if default is None:
+            raise UserError(f"{self.source}: {keys[0]} is missing, and the shapes depend on it. Add it.")
+        return default
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"{self.source}: {key} must be true or false, got {abbreviate_repr(value)}.")
+        return default if value is None else value
+
+    def share(self, key: str, default: float) -> float:
+        """A number above 0 and at most 1."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise UserError(f"{self.source}: {key} must be more than 0 and at most 1, got {abbreviate_repr(value)}.")
+        return float(value)
+
+    def layers(self, key: str, count: int) -> set[int]:
+        """A set of layer indices below `count`."""
+        value = self.get(key, [])
+        valid = isinstance(value, list) and all(type(n) is int and 0 <= n < count for n in value)
+        if not valid:
+            raise UserError(
+                f"{self.source}: {key} must list layers from 0 to {count - 1}, got {abbreviate_repr(value)}."
+            )
+        return set(value)
+
+    def is_null(self, key: str) -> bool:
+        """Whether `key` is explicitly null, which switches it off; a missing key means the default."""
+        return key in self._values and self._values[key] is None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self._values.get(key)
+        return default if value is None else value
+
+
+@cache
+def families() -> dict[str, Callable[[Config], Architecture]]:
+    """model_type → function that builds the shapes."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return {family: build for module in modules for family, build in module.FAMILIES.items()}
+
+
+def architecture(values: Mapping[str, Any], source: str) -> Architecture:
+    """The shapes of a config. Raises UserError, with the known families if this one is not supported."""
+    if isinstance(values.get("text_config"), Mapping):  # a vision-language model: only its language model
+        text = architecture({"model_type": f"{values.get('model_type')}_text", **values["text_config"]}, source)
+        return replace(text, notes=(*text.notes, "text model only: the image encoder is not counted"))
+    family = values.get("model_type")
+    markers = {"activation_function": "gelu", "dropout": 0.0, "layerdrop": 0.0, "bos_token_id": None}
+    if family == "opt" and all(key in values and values[key] == value for key, value in markers.items()):
+        family = "minigpt"  # this project wrote the config: OPT with GELU, without dropout and BOS token
+    if not isinstance(family, str) or family not in families():
+        raise UserError(
+            f"{source}: the architecture {family!r} is not known. Known: {', '.join(sorted(families()))}. "
+            "Give the folder of its .safetensors files instead: their headers contain every shape."
+        )
+    built = replace(families()[family](Config(values, source)), family=family, source=source)
+    if built.hidden * built.vocabulary * len(built.blocks) > 2**62:
+        raise UserError(f"{source}: the shapes overflow: {built.total:,} parameters are more than any memory holds.")
+    return built

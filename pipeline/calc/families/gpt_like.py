@@ -1,15 +1,15 @@
 """Models with LayerNorm, biases and a plain feed-forward: GPT-2, GPT-3, GPT-NeoX, OPT, MiniGPT, RoBERTa."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
-from pipeline.calc.families.config import MOST_LAYERS, Config
+from pipeline.calc.families import MOST_LAYERS, Config
 from pipeline.errors import UserError
 
 
 def gpt2(config: Config) -> Architecture:
-    hidden, layers = config.size("n_embd", "hidden_size"), config.size("n_layer", "num_hidden_layers", most=MOST_LAYERS)
-    heads, context = config.size("n_head", "num_attention_heads"), config.size("n_positions", default=1024)
+    hidden, context = config.size("n_embd", "hidden_size"), config.size("n_positions", default=1024)
     inner = config.size("n_inner", default=4 * hidden)
     block = Block(
         (Linear("attn.c_attn", hidden, 3 * hidden, True), Linear("attn.c_proj", hidden, hidden, True)),
@@ -18,7 +18,8 @@ def gpt2(config: Config) -> Architecture:
     )
     activation = config.get("activation_function", "gelu_new")
     style = BlockStyle(norm="layer", gated=False, rotary=0, activation=activation, softmax32=False)
-    built = _build(config, block, hidden, heads, layers, context, context * hidden, True, style)
+    keys = ("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers")
+    built = _build(config, block, hidden, context, style, positions=context, keys=keys)
     return replace(built, layers="transformer.h")
 
 
@@ -41,18 +42,16 @@ def gpt_neox(config: Config) -> Architecture:
         (Linear("mlp.dense_h_to_4h", hidden, inner, True), Linear("mlp.dense_4h_to_h", inner, hidden, True)),
         norms=4 * hidden,
     )
-    parallel = config.flag("use_parallel_residual", True)
     style = BlockStyle(
         norm="layer",
-        norms="parallel" if parallel else "before",
+        norms="parallel" if config.flag("use_parallel_residual", True) else "before",
         gated=False,
         rotary=config.share("rotary_pct", 0.25),
         rejoins=True,
         activation=config.get("hidden_act", "gelu"),
     )
-    heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
     context = config.size("max_position_embeddings", default=2048)
-    return replace(_build(config, block, hidden, heads, layers, context, 0, False, style), layers="gpt_neox.layers")
+    return replace(_build(config, block, hidden, context, style, tie=False), layers="gpt_neox.layers")
 
 
 def opt(config: Config) -> Architecture:
@@ -72,10 +71,8 @@ def opt(config: Config) -> Architecture:
         activation=config.get("activation_function", "relu"),
         scaled_queries=True,
     )
-    heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
     context = config.size("max_position_embeddings", default=2048)
-    rows = (context + 2) * hidden  # OPT's table has two unused rows
-    built = _build(config, block, hidden, heads, layers, context, rows, True, style)
+    built = _build(config, block, hidden, context, style, positions=context + 2)  # OPT's table has two unused rows
     width = config.size("word_embed_proj_dim", default=hidden)
     outside = (Linear("project_out", hidden, width), Linear("project_in", width, hidden)) if width != hidden else ()
     has_final_norm = before and not config.flag("_remove_final_layer_norm", False)
@@ -106,10 +103,9 @@ def roberta(config: Config) -> Architecture:
         norms=4 * hidden,
     )
     style = BlockStyle(norm="layer", norms="after", gated=False, rotary=0, activation=config.get("hidden_act", "gelu"))
-    heads, layers = config.size("num_attention_heads"), config.size("num_hidden_layers", most=MOST_LAYERS)
     context = config.size("max_position_embeddings", default=512)
-    rows = (context + config.size("type_vocab_size", default=2)) * hidden
-    built = _build(config, block, hidden, heads, layers, context, rows, True, style)
+    # the types of tokens have a table of their own
+    built = _build(config, block, hidden, context, style, positions=context + config.size("type_vocab_size", default=2))
     return replace(
         built,
         final_norm=0,
@@ -125,13 +121,14 @@ def _build(
     config: Config,
     block: Block,
     hidden: int,
-    heads: int,
-    layers: int,
     context: int,
-    positions: int,
-    tie: bool,
     style: BlockStyle,
+    *,
+    positions: int = 0,  # rows of the table
+    tie: bool = True,
+    keys: tuple[Sequence[str], Sequence[str]] = (("num_attention_heads",), ("num_hidden_layers",)),
 ) -> Architecture:
+    heads, layers = config.size(*keys[0]), config.size(*keys[1], most=MOST_LAYERS)
     if hidden % heads:
         raise UserError(f"{config.source}: the width {hidden} is not a multiple of the {heads} heads.")
     return Architecture(
@@ -146,6 +143,9 @@ def _build(
         embedding_width=hidden,
         final_norm=2 * hidden,
         tied=config.flag("tie_word_embeddings", tie),
-        positions=positions,
+        positions=positions * hidden,
         style=style,
     )
+
+
+FAMILIES = {build.__name__: build for build in (gpt2, gpt3, gpt_neox, minigpt, opt, roberta)}

@@ -1,9 +1,11 @@
 """Llama and its variants: RMSNorm, rotary positions, grouped-query attention, gated feed-forward, experts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
-from pipeline.calc.families.config import MOST_LAYERS, Config
+from pipeline.calc.families import MOST_LAYERS, Config
 from pipeline.errors import UserError
 
 
@@ -21,10 +23,7 @@ class Defaults:
     reads_mlp_bias: bool = False
 
 
-LLAMA = Defaults(reads_bias=True, reads_mlp_bias=True)
-
-
-def decoder(config: Config, style: BlockStyle, default: Defaults = LLAMA) -> Architecture:
+def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architecture:
     """A model of this family, without experts. Raises UserError."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers = config.size("num_hidden_layers", most=MOST_LAYERS)
@@ -39,17 +38,24 @@ def decoder(config: Config, style: BlockStyle, default: Defaults = LLAMA) -> Arc
     bias = config.flag("attention_bias", default.bias) if default.reads_bias else default.bias
     out_bias = bias and default.out_bias
     q, kv = heads * head_size, kv_heads * head_size
+    inner, mlp_bias = config.size("intermediate_size"), default.reads_mlp_bias and config.flag("mlp_bias", False)
     attention: tuple[Linear, ...] = (
         Linear("self_attn.q_proj", hidden, q, bias),
         Linear("self_attn.k_proj", hidden, kv, bias),
         Linear("self_attn.v_proj", hidden, kv, bias),
         Linear("self_attn.o_proj", q, hidden, out_bias),
     )
+    feed_forward: tuple[Linear, ...] = (
+        Linear("mlp.gate_proj", hidden, inner, mlp_bias),
+        Linear("mlp.up_proj", hidden, inner, mlp_bias),
+        Linear("mlp.down_proj", inner, hidden, mlp_bias),
+    )
     if default.fused:
         attention = (Linear("self_attn.o_proj", q, hidden), Linear("self_attn.qkv_proj", hidden, q + 2 * kv))
+        feed_forward = (Linear("mlp.gate_up_proj", hidden, 2 * inner), Linear("mlp.down_proj", inner, hidden))
     qk_norm = {"": 0, "head": 2 * head_size, "width": q + kv}[style.qk_norm]
     norms = hidden * (4 if style.norms == "both" else 2) + qk_norm
-    dense = Block(attention, _feed_forward(config, hidden, default), norms)
+    dense = Block(attention, feed_forward, norms)
     return Architecture(
         family="",
         hidden=hidden,
@@ -66,42 +72,6 @@ def decoder(config: Config, style: BlockStyle, default: Defaults = LLAMA) -> Arc
     )
 
 
-def _feed_forward(config: Config, hidden: int, default: Defaults) -> tuple[Linear, ...]:
-    inner = config.size("intermediate_size")
-    bias = default.reads_mlp_bias and config.flag("mlp_bias", False)
-    if default.fused:
-        return (Linear("mlp.gate_up_proj", hidden, 2 * inner), Linear("mlp.down_proj", inner, hidden))
-    return (
-        Linear("mlp.gate_proj", hidden, inner, bias),
-        Linear("mlp.up_proj", hidden, inner, bias),
-        Linear("mlp.down_proj", inner, hidden, bias),
-    )
-
-
-def llama(config: Config) -> Architecture:
-    return decoder(config, BlockStyle())
-
-
-def smollm3(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(), replace(LLAMA, tie=True))
-
-
-def mistral(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(), Defaults(kv_heads=8))
-
-
-def qwen2(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(), Defaults(bias=True, out_bias=False))
-
-
-def qwen3(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(qk_norm="head"), Defaults(head_size=128, reads_bias=True))
-
-
-def olmo2(config: Config) -> Architecture:
-    return decoder(config, BlockStyle(norm="rms32", norms="inside", qk_norm="width"), Defaults(reads_bias=True))
-
-
 GEMMA = Defaults(tie=True, head_size=256, kv_heads=4, reads_bias=True)
 
 
@@ -114,11 +84,6 @@ def gemma2(config: Config) -> Architecture:
         final_softcap=not config.is_null("final_logit_softcapping"),
         scaled_embeddings=True,
     )
-    return decoder(config, style, GEMMA)
-
-
-def gemma3_text(config: Config) -> Architecture:
-    style = BlockStyle(norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True)
     return decoder(config, style, GEMMA)
 
 
@@ -168,3 +133,27 @@ def _with_experts(built: Architecture, experts: int, inner: int, bias: bool = Fa
     router = Linear("mlp.gate", built.hidden, experts, bias)
     block = replace(built.blocks[0], feed_forward=linears, router=router)
     return replace(built, blocks=(block,) * len(built.blocks))
+
+
+def _family(default: Defaults, **style: Any) -> Callable[[Config], Architecture]:
+    """A family that is told apart by its defaults and its blocks' style alone."""
+    return lambda config: decoder(config, BlockStyle(**style), default)
+
+
+_LLAMA = Defaults(reads_bias=True, reads_mlp_bias=True)
+FAMILIES = {
+    "llama": _family(_LLAMA),
+    "smollm3": _family(replace(_LLAMA, tie=True)),
+    "mistral": _family(Defaults(kv_heads=8)),
+    "qwen2": _family(Defaults(bias=True, out_bias=False)),
+    "qwen3": _family(Defaults(head_size=128, reads_bias=True), qk_norm="head"),
+    "olmo2": _family(Defaults(reads_bias=True), norm="rms32", norms="inside", qk_norm="width"),
+    "gemma2": gemma2,
+    "gemma3_text": _family(
+        GEMMA, norm="rms32", norms="both", qk_norm="head", activation="gelu", scaled_embeddings=True
+    ),
+    "phi3": phi3,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
+}

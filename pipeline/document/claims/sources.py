@@ -1,16 +1,16 @@
 """What a claim can be measured on: the calculator, and a project's files, artifacts and tables of measurements."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any
 
 from pipeline.calc.architecture import Architecture
+from pipeline.calc.method import configure
+from pipeline.calc.open_model import built_in
 from pipeline.calc.report import answer
-from pipeline.calc.settings import FinetuningMethod, parse_method, parse_training_config
-from pipeline.calc.sources.open_model import built_in
 from pipeline.data.read import read_examples
 from pipeline.document.stages import CLAIMS
 from pipeline.document.tables import Spread, read_table
@@ -20,6 +20,7 @@ from pipeline.files.safetensors_header import read_header
 from pipeline.project import dvc_yaml
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.stage_graph import ARTIFACTS, Project
+from pipeline.stages.registry import COUNTED
 
 
 class MissingArtifact(Exception):
@@ -137,16 +138,11 @@ class Sources:
 
 
 @lru_cache(maxsize=256)
-def calc(
-    model: str = "qwen3-8b", *, method: str = "lora", rank: int = 8, targets: str = "attention", **options: Any
-) -> Any:
+def calc(model: str = "qwen3-8b", *, method: str = "lora", rank: int = 8, **options: Any) -> Any:
     """The Record of `lora calc --json`; options as on the command line, with _ for -."""
-    shapes, of_method = built_in(model).shapes, {field.name for field in fields(FinetuningMethod)}
-    extra = {name: value for name, value in options.items() if name in of_method}
-    run = {name: value for name, value in options.items() if name not in of_method}
-    finetuning = parse_method(method, rank, None, targets, **extra)
-    config = parse_training_config(shapes, method, virtual_tokens=finetuning.virtual_tokens, **run)
-    return _as_record(answer(shapes, finetuning, config))
+    shapes = built_in(model).shapes
+    _, finetuning, run = configure(shapes, COUNTED, method, rank=rank, **options)
+    return _as_record(answer(shapes, finetuning, run))
 
 
 def model(name: str) -> Architecture:

@@ -5,9 +5,9 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.calc.method import configure
+from pipeline.calc.open_model import built_in
 from pipeline.calc.report import answer
-from pipeline.calc.settings import parse_method, parse_training_config
-from pipeline.calc.sources.open_model import built_in
 from pipeline.document.params import StudyMethods
 from pipeline.document.studies.shared.method_runs import METHODS
 from pipeline.document.studies.shared.report import Figure, Findings, write_report
@@ -20,7 +20,7 @@ from pipeline.inference.engine import LoadedModel
 from pipeline.project.logs.run_log import TELEMETRY
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.evaluate import weight_bytes
-from pipeline.stages.registry import COLORS
+from pipeline.stages.registry import COLORS, COUNTED
 
 LARGE = "qwen3-8b"
 COST = {"share": ".1%", "predicted_kB": ".0f", "measured_kB": ".0f", "stored_kB": ".0f"}
@@ -108,8 +108,8 @@ def _large() -> Table:
     }
     rows: list[Row] = []
     for name, (kind, rank, options) in settings.items():
-        run = parse_training_config(model, kind, virtual_tokens=options.get("virtual_tokens", 0))
-        numbers = answer(model, parse_method(kind, rank, None, "attention", **options), run)
+        _, finetuning, run = configure(model, COUNTED, kind, rank=rank, **options)
+        numbers = answer(model, finetuning, run)
         rows.append(
             {
                 "method": name,

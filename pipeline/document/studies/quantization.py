@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from pipeline.calc.memory import weight_bytes
-from pipeline.calc.sources.open_model import built_in
+from pipeline.calc.open_model import built_in
 from pipeline.data.examples import Example
 from pipeline.data.read import read_examples
 from pipeline.document import rounding

@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.calc.families.registry import architecture
+from pipeline.calc.families import architecture
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
 from pipeline.files.safetensors_header import read_header
@@ -49,10 +49,10 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
 
 def refuse_implausible_gguf(path: Path) -> None:
     """The same for a GGUF file's metadata. A parameter takes at least one bit."""
-    from pipeline.calc.sources import gguf  # loading a model checks its folder only
+    from pipeline.calc import headers  # loading a model checks its folder only
 
-    metadata, shapes = gguf.read_header(path)
-    _refuse_sizes(gguf.sizes(metadata, shapes), len(shapes), 8 * path.stat().st_size + SLACK, path)
+    metadata, shapes = headers.read_gguf(path)
+    _refuse_sizes(headers.gguf_config(metadata, shapes), len(shapes), 8 * path.stat().st_size + SLACK, path)
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -1,10 +1,14 @@
+# ruff: noqa: ARG002 (most methods need only some of what a hook gets)
 """Layer freezing: the last blocks, embeddings and head train (the document's §9.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
+from pipeline.calc.method import FinetuningMethod, TrainedBase, TrainedParts
+from pipeline.calc.settings import option
 from pipeline.errors import UserError
 from pipeline.project.palette import Look
 from pipeline.project.params.schema import Steps
@@ -12,6 +16,7 @@ from pipeline.project.params.sections import Training
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
+    from pipeline.calc.architecture import Architecture
     from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Job
@@ -40,13 +45,11 @@ STAGE = method(
 
 
 def attach(_job: Job, settings: FinetuneFreeze, base: Base) -> Generator[Event, None, Attached]:
-    from pipeline.calc.settings import FinetuningMethod
     from pipeline.stages.finetune import Attached
 
     yield from ()
     freeze(base.model, settings)
-    counted = FinetuningMethod("freeze", last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings)
-    return Attached(counted)
+    return Attached(Freeze(last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings))
 
 
 def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
@@ -64,3 +67,48 @@ def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
         block.requires_grad_(True)
     for module in (model.embeddings, model.head):
         module.requires_grad_(settings.train_embeddings)
+
+
+# What the calculator counts, and what it adds to a simulated step.
+
+
+@dataclass(frozen=True)
+class Freeze(FinetuningMethod):
+    """The last blocks train, and with `train_embeddings` the embedding and the head."""
+
+    name = "freeze"
+    adapter = False
+
+    last_blocks: int = option(1, "Number of last blocks to train (freeze).", least=0)
+    train_embeddings: bool = option(
+        True,
+        "Train embedding and head too (freeze).",
+        flags=("--train-embeddings/--freeze-embeddings",),
+    )
+
+    @property
+    def title(self) -> str:
+        blocks = f"freeze, last {self.last_blocks} blocks"
+        return f"{blocks}, embeddings and head" if self.train_embeddings else blocks
+
+    def refuse(self, model: Architecture) -> None:
+        if not (self.last_blocks or self.train_embeddings):
+            raise UserError("freeze leaves nothing to train. Raise last-blocks, or train the embeddings.")
+
+    def fitted(self, model: Architecture) -> Freeze:
+        return replace(self, last_blocks=min(self.last_blocks, len(model.blocks)))
+
+    def trained_parts(self, model: Architecture) -> TrainedParts:
+        if self.last_blocks > len(model.blocks):
+            raise UserError(
+                f"last-blocks must be at most {len(model.blocks)}, the model's blocks, got {self.last_blocks}."
+            )
+        blocks = sum(block.parameters for block in model.blocks[len(model.blocks) - self.last_blocks :])
+        ends = {"embeddings": model.embedding, "head": model.head} if self.train_embeddings else {}
+        return TrainedParts(base={"blocks": blocks, **ends})
+
+    def trained_base(self, model: Architecture) -> TrainedBase:
+        return TrainedBase(len(model.blocks) - self.last_blocks, ends=self.train_embeddings)
+
+
+COUNTED = Freeze()

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002 (most methods need only some of what a hook gets)
 """Full fine-tuning: every parameter trains (the document's §1 and §9)."""
 
 from __future__ import annotations
@@ -5,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+from pipeline.calc.method import FinetuningMethod, TrainedBase, TrainedParts
 from pipeline.project.palette import Look
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
+    from pipeline.calc.architecture import Architecture
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
@@ -35,8 +38,27 @@ STAGE = method(
 
 def attach(_job: Job, _settings: FinetuneFull, _base: Base) -> Generator[Event, None, Attached]:
     """Nothing is added, and all of it trains already."""
-    from pipeline.calc.settings import FULL
     from pipeline.stages.finetune import Attached
 
     yield from ()
-    return Attached(FULL)
+    return Attached(COUNTED)
+
+
+# What the calculator counts, and what it adds to a simulated step.
+
+
+class Full(FinetuningMethod):
+    """Every weight of the base trains."""
+
+    name = "full"
+    adapter = False
+    title = "full fine-tuning"
+
+    def trained_parts(self, model: Architecture) -> TrainedParts:
+        return TrainedParts(base={"all": model.total})
+
+    def trained_base(self, model: Architecture) -> TrainedBase:
+        return TrainedBase(0, ends=True, rest=True)
+
+
+COUNTED = Full()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+from pipeline.calc.method import FinetuningMethod, TrainedParts
+from pipeline.calc.settings import option
 from pipeline.errors import UserError
 from pipeline.project.palette import Look
 from pipeline.project.params.schema import Count, Rate
@@ -12,6 +15,9 @@ from pipeline.project.params.sections import AdapterTraining
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
+    from pipeline.calc.architecture import Architecture
+    from pipeline.calc.ops import Ops
+    from pipeline.calc.tape import Value
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
@@ -41,10 +47,42 @@ STAGE = method(
 def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, None, Attached]:
     from pipeline.stages.virtual_tokens import attach_virtual
 
-    attached = yield from attach_virtual(job, settings, base)
+    attached = yield from attach_virtual(job, settings, base, Prefix(settings.virtual_tokens))
     if settings.gradient_checkpointing != "none" and not base.model.supports_prefix:
         raise UserError(
             f"finetune_prefix.gradient_checkpointing must be none, got {settings.gradient_checkpointing}: "
             "prefix tuning does not work with gradient checkpointing on this model. Set it to none."
         )
     return attached
+
+
+# What the calculator counts, and what it adds to a simulated step.
+
+
+@dataclass(frozen=True)
+class Prefix(FinetuningMethod):
+    """Trained keys and values before those of every sequence, in every block (Li and Liang 2021)."""
+
+    name = "prefix"
+    short_attention = False
+
+    virtual_tokens: int = option(20, "Number of virtual tokens (prefix, prompt).", least=1)
+
+    @property
+    def title(self) -> str:
+        return f"prefix tuning, {self.virtual_tokens} virtual tokens"
+
+    def trained_parts(self, model: Architecture) -> TrainedParts:
+        return TrainedParts({"prefix": len(model.blocks) * self.block_parameters(model)})
+
+    def block_parameters(self, model: Architecture) -> int:
+        return 2 * self.virtual_tokens * model.kv_heads * model.head_size
+
+    def extend_keys(self, ops: Ops, x: Value) -> Value:
+        """A copy of x and the virtual tokens' keys for each sequence: (B, T + virtual, kv_heads · head_size)."""
+        size = self.virtual_tokens * ops.model.kv_heads * ops.model.head_size
+        added = [ops.adapter_weight(size)]
+        return ops.tape.op(x, elements=x.elements + ops.run.virtual_places * size, weights=added)
+
+
+COUNTED = Prefix()

@@ -1,16 +1,23 @@
+# ruff: noqa: ARG002 (most methods need only some of what a hook gets)
 """Prompt tuning (Lester et al. 2021): embeddings of virtual tokens train, before every sequence (§7)."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+from pipeline.calc.method import FinetuningMethod, TrainedParts
+from pipeline.calc.settings import option
 from pipeline.project.palette import Look
 from pipeline.project.params.schema import Count, Rate
 from pipeline.project.params.sections import AdapterTraining
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
+    from pipeline.calc.architecture import Architecture
+    from pipeline.calc.ops import Ops
+    from pipeline.calc.tape import Value
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
@@ -40,4 +47,35 @@ STAGE = method(
 def attach(job: Job, settings: FinetunePrompt, base: Base) -> Generator[Event, None, Attached]:
     from pipeline.stages.virtual_tokens import attach_virtual
 
-    return (yield from attach_virtual(job, settings, base))
+    return (yield from attach_virtual(job, settings, base, Prompt(settings.virtual_tokens)))
+
+
+# What the calculator counts, and what it adds to a simulated step.
+
+
+@dataclass(frozen=True)
+class Prompt(FinetuningMethod):
+    """Trained embeddings before every sequence (Lester et al. 2021)."""
+
+    name = "prompt"
+
+    virtual_tokens: int = option(20, "Number of virtual tokens (prefix, prompt).", least=1)
+
+    @property
+    def title(self) -> str:
+        return f"prompt tuning, {self.virtual_tokens} virtual tokens"
+
+    @property
+    def positions(self) -> int:
+        return self.virtual_tokens
+
+    def trained_parts(self, model: Architecture) -> TrainedParts:
+        return TrainedParts({"prompt": self.virtual_tokens * model.embedding_width})
+
+    def embed(self, ops: Ops, x: Value, ids: Value) -> Value:
+        """(B, virtual + T, D): the same virtual tokens before every sequence."""
+        width = ops.model.embedding_width
+        return ops.tape.op(x, elements=ops.n * width, weights=[ops.adapter_weight(self.virtual_tokens * width)])
+
+
+COUNTED = Prompt()

@@ -9,6 +9,7 @@ from pipeline.project.palette import Look
 from pipeline.project.params.schema import Count
 from pipeline.project.params.sections import Training
 from pipeline.project.stage_graph import Stage
+from pipeline.stages.methods.full import COUNTED as FULL
 
 if TYPE_CHECKING:
     from pipeline.models.load import Base
@@ -51,7 +52,6 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 
     Raises UserError, and whatever `train` raises.
     """
-    from pipeline.calc.settings import FULL
     from pipeline.models.load import stored_precision
     from pipeline.training.data import prepare_data, save_checkpoint
     from pipeline.training.loop import TrainingTask, train

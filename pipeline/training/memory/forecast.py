@@ -2,9 +2,10 @@
 
 from msgspec.structs import replace
 
-from pipeline.calc.families.registry import architecture
+from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import FinetuningMethod, TrainingConfig
+from pipeline.calc.method import FinetuningMethod
+from pipeline.calc.settings import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.project.logs.run_log import in_units
@@ -56,11 +57,9 @@ def predict_peak_memory(
     `retained`: whether the step computes the retention loss.
     """
     rows, length = batch.ids.shape
-    lengths = batch.segments or [length]
-    if method.kind == "prompt":
-        lengths = [method.virtual_tokens + n for n in lengths]
+    lengths = [method.positions + n for n in batch.segments or [length]]
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
-    kept_weights = None if method.kind == "prefix" else model.kept_attention_weights(lengths)
+    kept_weights = model.kept_attention_weights(lengths) if method.short_attention else None
     all_logits = batch.label_index is None and len(batch.labels) <= CHUNK
     adapter = precision = str(settings.precision)
     if isinstance(settings, AdapterTraining):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.calc.simulator.tape import ROUNDING
+from pipeline.calc.tape import ROUNDING
 
 
 class TensorMemoryMeter(TorchDispatchMode):

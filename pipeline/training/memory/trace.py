@@ -15,9 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.adapters.attach import add_lora, resolve
 from pipeline.adapters.config import AdapterSpec
-from pipeline.calc.families.registry import architecture
-from pipeline.calc.parameters import projections
-from pipeline.calc.settings import FinetuningMethod, TrainingConfig
+from pipeline.calc.families import architecture
+from pipeline.calc.method import FinetuningMethod, projections
+from pipeline.calc.settings import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import packed_attention
@@ -59,17 +59,17 @@ def _trace_peak(config: Mapping[str, Any], method: FinetuningMethod, run: Traini
 
 
 def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> None:
-    adapted = projections(architecture(config, "the config"), method) if method.kind == "lora" else []
+    adapted = projections(architecture(config, "the config"), method)
     if any(p.experts > 1 or p.name == "gate" for p in adapted):
         raise UserError("--trace does not support LoRA on experts. Leave them out: --targets attention.")
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
         raise UserError(f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision.")
     project_lora = run.trainer or architecture(config, "the config").style.ours
-    if method.dora and not project_lora:
+    if getattr(method, "dora", False) and not project_lora:
         raise UserError("--trace supports DoRA only as implemented here, not in PEFT. Add --optimizer adam-flat.")
-    if method.kind not in ("full", "freeze", "lora") or method.embeddings == "new_rows":
+    if method.name not in ("full", "freeze", "lora") or getattr(method, "new_rows", False):
         raise UserError("--trace supports full, freeze, LoRA and DoRA, without trainable token rows.")
-    if method.kind == "lora" and config.get("model_type") == "gpt2":
+    if method.name == "lora" and config.get("model_type") == "gpt2":
         raise UserError("--trace does not support LoRA on GPT-2's Conv1D layers. Use --method full or freeze.")
     if config.get("model_type") == "gpt3":
         raise UserError("--trace does not support GPT-3: no library implements it. Run without --trace.")
@@ -149,13 +149,13 @@ def _eager_only(config: Any) -> bool:
     return getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
 
 
-def _make_trainable(model: CausalLM, method: FinetuningMethod, dtype: torch.dtype) -> None:
-    if method.kind == "full":
+def _make_trainable(model: CausalLM, method: Any, dtype: torch.dtype) -> None:
+    if method.name == "full":
         return
     model.requires_grad_(False)
-    if method.kind == "lora":
+    if method.name == "lora":
         ranks = dict(method.rank_pattern)
-        spec = AdapterSpec(method.rank, method.alpha, (), ranks=ranks, rslora=method.rslora, dora=method.dora)
+        spec = AdapterSpec(method.rank, method.effective_alpha, (), ranks=ranks, rslora=method.rslora, dora=method.dora)
         add_lora(model, resolve(model, method.targets), spec, dtype, "pissa" if method.pissa else "document")
         train_embeddings = method.embeddings == "all"
     else:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.adapters.folder import refuse_foreign
-from pipeline.calc.families.registry import architecture
-from pipeline.calc.parameters import trainable
+from pipeline.calc.families import architecture
+from pipeline.calc.method import trainable
 from pipeline.errors import UserError
 from pipeline.inference import catalog
 from pipeline.models.load import load_base

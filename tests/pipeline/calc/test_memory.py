@@ -10,17 +10,25 @@ from hypothesis import strategies as st
 
 from bench.memory import CORNERS, shortened, worst
 from pipeline.calc.architecture import Architecture, Block
-from pipeline.calc.explain import explain
-from pipeline.calc.families.registry import architecture
+from pipeline.calc.families import architecture
 from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
-from pipeline.calc.memory import inference, predict, step, weight_bytes
-from pipeline.calc.parameters import projections, trainable
+from pipeline.calc.memory import inference, predict, weight_bytes
+from pipeline.calc.method import FinetuningMethod, projections, trainable, with_options
+from pipeline.calc.open_model import built_in, entry, names
 from pipeline.calc.precision import PRECISIONS, precision
-from pipeline.calc.report import answer, side_by_side, swept
-from pipeline.calc.settings import FREEZE, FULL, LORA, OPTIMIZERS, FinetuningMethod, TrainingConfig, qlora
-from pipeline.calc.simulator.tape import ROUNDING, Tape
-from pipeline.calc.sources.open_model import built_in, entry, names
+from pipeline.calc.report import answer, explain, side_by_side, swept
+from pipeline.calc.settings import OPTIMIZERS, TrainingConfig, qlora
+from pipeline.calc.step import run_step
+from pipeline.calc.tape import ROUNDING, Tape
 from pipeline.errors import UserError
+from pipeline.stages.methods.freeze import COUNTED as FREEZE
+from pipeline.stages.methods.freeze import Freeze
+from pipeline.stages.methods.full import COUNTED as FULL
+from pipeline.stages.methods.lora import COUNTED as LORA
+from pipeline.stages.methods.lora import Lora
+from pipeline.stages.methods.prefix import Prefix
+from pipeline.stages.methods.prompt import Prompt
+from pipeline.stages.registry import COUNTED
 from pipeline.training.memory.trace import traced_peak
 
 QWEN = built_in("qwen3-8b").shapes
@@ -32,16 +40,16 @@ VIRTUAL = 16  # the most virtual tokens that are drawn: with learned positions t
 models = st.sampled_from([name for name in names() if name not in ("roberta-large",)])
 methods = st.one_of(
     st.just(FULL),
-    st.builds(FinetuningMethod, kind=st.just("freeze"), last_blocks=st.integers(1, 2), train_embeddings=st.booleans()),
+    st.builds(Freeze, last_blocks=st.integers(1, 2), train_embeddings=st.booleans()),
     st.builds(
-        FinetuningMethod,
-        kind=st.just("lora"),
+        Lora,
         rank=st.integers(1, 128),
         targets=st.sampled_from([("attention",), ("all-linear",), ("feed_forward",)]),
         dora=st.booleans(),
         embeddings=st.sampled_from(["none", "all"]),
     ),
-    st.builds(FinetuningMethod, kind=st.sampled_from(["prefix", "prompt"]), virtual_tokens=st.integers(1, VIRTUAL)),
+    st.builds(Prefix, virtual_tokens=st.integers(1, VIRTUAL)),
+    st.builds(Prompt, virtual_tokens=st.integers(1, VIRTUAL)),
 )
 runs = st.builds(
     TrainingConfig,
@@ -97,14 +105,14 @@ def traced_settings(draw: st.DrawFn) -> tuple[dict[str, Any], FinetuningMethod, 
     name = draw(st.sampled_from(TRACED))
     config = shortened(name, draw(st.integers(1, 12)))
     kinds = ["full", "freeze"] if name == "gpt2" else ["full", "freeze", "lora"]  # its Conv1D gets no LoRA yet
-    method = FinetuningMethod(
-        draw(st.sampled_from(kinds)),
+    method = with_options(
+        COUNTED,
         rank=draw(st.sampled_from([1, 8, 64])),
         targets=draw(st.sampled_from([("attention",), ("all-linear",)])),
         embeddings=draw(st.sampled_from(["none", "all"])),
         last_blocks=1,
         train_embeddings=draw(st.booleans()),
-    )
+    )[draw(st.sampled_from(kinds))]
     wide = "fp32" if name != "gpt-oss-20b" else "bf16"  # grouped products of experts are 16 bit
     run = TrainingConfig(
         batch=draw(st.integers(1, 4)),
@@ -137,7 +145,7 @@ def test_the_formula_is_within_three_percent_of_the_traced_step(
 ])  # fmt: skip
 def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, checkpointing: str, gib: float) -> None:
     """Traced independently of this project: batch 1 × 2,048, bf16, r = 8, full logits."""
-    memory = predict(built_in(name).shapes, FinetuningMethod(kind), TrainingConfig(checkpointing=checkpointing))
+    memory = predict(built_in(name).shapes, COUNTED[kind], TrainingConfig(checkpointing=checkpointing))
     assert memory.peak / GIB == pytest.approx(gib, rel=0.001)
 
 
@@ -147,16 +155,17 @@ def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, ch
 def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int, checkpointing: str) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
     run = TrainingConfig(batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
-    traced = traced_peak(config, FinetuningMethod(kind, rank=4), run)
-    formula = predict(architecture(config, "minigpt"), FinetuningMethod(kind, rank=4), run).peak
+    method = with_options(COUNTED, rank=4)[kind]
+    traced = traced_peak(config, method, run)
+    formula = predict(architecture(config, "minigpt"), method, run).peak
     assert formula == pytest.approx(traced, rel=0.015)
 
 
 @pytest.mark.parametrize("method", [
-    FinetuningMethod(rank=4, dora=True),
-    FinetuningMethod(rank=4, pissa=True),
-    FinetuningMethod(rank=4, targets=("all-linear",), dora=True, pissa=True, embeddings="all"),
-    FinetuningMethod(rank=4, rank_pattern=(("v_proj", 16),)),
+    Lora(rank=4, dora=True),
+    Lora(rank=4, pissa=True),
+    Lora(rank=4, targets=("all-linear",), dora=True, pissa=True, embeddings="all"),
+    Lora(rank=4, rank_pattern=(("v_proj", 16),)),
 ], ids=["dora", "pissa", "both", "patterns"])  # fmt: skip
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
 def test_minigpts_own_step_with_refinements_of_lora(
@@ -169,17 +178,17 @@ def test_minigpts_own_step_with_refinements_of_lora(
 
 
 @pytest.mark.parametrize("method", [
-    FinetuningMethod(targets=("layers.11.self_attn.q_proj",)),
-    FinetuningMethod(targets=("layers.6.mlp.up_proj",)),
-    FinetuningMethod("freeze", train_embeddings=False),
-    FinetuningMethod(rank_pattern=((r".*layers\.[0-5]\..*", 64),)),
+    Lora(targets=("layers.11.self_attn.q_proj",)),
+    Lora(targets=("layers.6.mlp.up_proj",)),
+    Freeze(train_embeddings=False),
+    Lora(rank_pattern=((r".*layers\.[0-5]\..*", 64),)),
 ])  # fmt: skip
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMethod, checkpointing: str) -> None:
     """No gradient flows this far; and blocks with different ranks are not treated as equal."""
     config = shortened("smollm2-135m", 12)
     run = TrainingConfig(2, 256, checkpointing=checkpointing, loss="labels", label_share=0.01)
-    if not method.rank_pattern:
+    if not getattr(method, "rank_pattern", ()):
         traced = traced_peak(config, method, run)
         assert predict(architecture(config, "twelve"), method, run).peak == pytest.approx(traced, rel=0.03)
     else:
@@ -206,15 +215,15 @@ def test_what_cannot_be_traced_is_said() -> None:
     config = entry("qwen3-0.6b")["config"]
     for method, run in (
         (LORA, TrainingConfig(precision="nf4-dq")),
-        (FinetuningMethod("prefix"), TrainingConfig()),
-        (FinetuningMethod(dora=True), TrainingConfig()),
+        (Prefix(), TrainingConfig()),
+        (Lora(dora=True), TrainingConfig()),
         (LORA, TrainingConfig(optimizer="adamw-8bit")),
         (LORA, TrainingConfig(casts="inputs")),
     ):
         with pytest.raises(UserError, match="--trace"):
             traced_peak(config, method, run)
     with pytest.raises(UserError, match="does not support LoRA on experts"):
-        traced_peak(entry("qwen3-30b-a3b")["config"], FinetuningMethod(targets=("all-linear",)), TrainingConfig())
+        traced_peak(entry("qwen3-30b-a3b")["config"], Lora(targets=("all-linear",)), TrainingConfig())
     with pytest.raises(UserError, match="supports MiniGPT only with --precision fp32"):
         traced_peak(entry("minigpt")["config"], LORA, TrainingConfig())
 
@@ -257,7 +266,7 @@ def test_a_higher_rank_never_needs_less(
     name: str, run: TrainingConfig, one: int, other: int, targets: str, dora: bool
 ) -> None:
     shapes, run = shapes_of(name, run)
-    low, high = (FinetuningMethod(rank=rank, targets=(targets,), dora=dora) for rank in sorted((one, other)))
+    low, high = (Lora(rank=rank, targets=(targets,), dora=dora) for rank in sorted((one, other)))
     assert predict(shapes, low, run).peak <= predict(shapes, high, run).peak
 
 
@@ -265,7 +274,7 @@ def test_a_higher_rank_never_needs_less(
 def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: int, targets: str) -> None:
     """At usual ranks, with an adapter no wider than the base: r more values per token cost less than W's state."""
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
-    method = FinetuningMethod(rank=rank, targets=(targets,))
+    method = Lora(rank=rank, targets=(targets,))
     lora, full = predict(shapes, method, run), predict(shapes, FULL, run)
     if OPTIMIZERS[run.optimizer](2):
         assert lora.peak <= full.peak
@@ -281,13 +290,9 @@ def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: i
 @given(models, runs, st.integers(1, 64))
 def test_merged_inference_is_the_bases(name: str, run: TrainingConfig, rank: int) -> None:
     shapes, run = shapes_of(name, run)
-    base, merged, beside = (inference(shapes, method, run) for method in (None, None, FinetuningMethod(rank=rank)))
+    base, merged, beside = (inference(shapes, method, run) for method in (None, None, Lora(rank=rank)))
     assert merged == base
-    assert (
-        beside["total"] - base["total"]
-        == beside["adapter"]
-        == trainable(shapes, FinetuningMethod(rank=rank)) * run.width
-    )
+    assert beside["total"] - base["total"] == beside["adapter"] == trainable(shapes, Lora(rank=rank)) * run.width
     assert base["kv_cache"] == shapes.kv_bytes(run.batch, run.sequence, run.width)
 
 
@@ -333,7 +338,7 @@ def test_a_narrower_precision_never_needs_more(name: str, one: str, other: str) 
 
 def test_training_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="freeze leaves nothing to train"):
-        predict(QWEN, FinetuningMethod("freeze", last_blocks=0, train_embeddings=False), TrainingConfig())
+        predict(QWEN, Freeze(last_blocks=0, train_embeddings=False), TrainingConfig())
 
 
 def test_training_quantized_weights_is_refused() -> None:
@@ -345,7 +350,7 @@ def test_training_quantized_weights_is_refused() -> None:
 
 def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
     """They are not quantized, so their gradients and optimizer state are the same."""
-    method = FinetuningMethod(embeddings="all")
+    method = Lora(embeddings="all")
     few, plain = predict(QWEN, method, qlora(TrainingConfig())), predict(QWEN, method, TrainingConfig())
     assert (few.optimizer, few.gradients) == (plain.optimizer, plain.gradients) and few.weights < plain.weights
 
@@ -381,12 +386,12 @@ def test_the_answer_has_the_contracts_keys() -> None:
 
 
 def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
-    columns = side_by_side(QWEN, LORA, TrainingConfig())
+    columns = side_by_side(QWEN, LORA, TrainingConfig(), COUNTED)
     assert list(columns) == ["full", "freeze", "LoRA", "QLoRA"]
     peaks = [memory.peak for _, _, memory in columns.values()]
     assert peaks == sorted(peaks, reverse=True)
     assert columns["QLoRA"][2] == predict(QWEN, LORA, qlora(TrainingConfig()))
-    assert list(side_by_side(QWEN, FinetuningMethod("prompt"), TrainingConfig())) == [
+    assert list(side_by_side(QWEN, Prompt(), TrainingConfig(), COUNTED)) == [
         "full",
         "freeze",
         "prompt",
@@ -410,11 +415,11 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str,
 
 
 def test_what_does_not_fit_is_told_what_to_change_first() -> None:
-    fits = list(changes(QWEN, FULL, TrainingConfig(), 24 * GIB))
+    fits = list(changes(QWEN, FULL, TrainingConfig(), 24 * GIB, COUNTED))
     assert [words for words, *_ in fits] == ["--method lora"]
     _, method, run, peak = fits[0]
     assert predict(QWEN, method, run).peak == peak <= 24 * GIB
-    stacked = list(changes(QWEN, LORA, TrainingConfig(), 8 * GIB))
+    stacked = list(changes(QWEN, LORA, TrainingConfig(), 8 * GIB, COUNTED))
     assert [words for words, *_ in stacked][-1] == "--loss chunked; --precision nf4-dq (QLoRA); --sequence 512"
     assert stacked[-1][3] <= 8 * GIB < stacked[0][3]
     assert largest(QWEN, LORA, TrainingConfig(), 8 * GIB).batch == 0
@@ -430,17 +435,19 @@ def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
 
 
 def test_a_sweep_changes_one_thing() -> None:
-    ranks = swept(LORA, TrainingConfig(), "rank", ["1", "16"])
-    assert [(value, m.rank, m.scale) for value, m, _ in ranks] == [("1", 1, 1), ("16", 16, 1)]
-    assert [r.precision for _, _, r in swept(LORA, TrainingConfig(), "precision", ["bf16", "nf4"])] == ["bf16", "nf4"]
+    ranks = swept(LORA, TrainingConfig(), "rank", ["1", "16"], COUNTED)
+    assert [(value, m) for value, m, _ in ranks] == [("1", Lora(rank=1)), ("16", Lora(rank=16))]
+    assert {Lora(rank=rank).scale for rank in (1, 16)} == {1}, "alpha follows the rank"
+    precisions = swept(LORA, TrainingConfig(), "precision", ["bf16", "nf4"], COUNTED)
+    assert [r.precision for _, _, r in precisions] == ["bf16", "nf4"]
     for key, values, message in (("seed", ["1"], "takes one of rank"), ("batch", ["x"], "takes whole numbers")):
         with pytest.raises(UserError, match=message):
-            swept(LORA, TrainingConfig(), key, values)
+            swept(LORA, TrainingConfig(), key, values, COUNTED)
 
 
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
-    assert FinetuningMethod(rank=16, alpha=8, rslora=True).scale == 2
-    assert FinetuningMethod(rank=16, alpha=8).scale == 0.5
+    assert Lora(rank=16, alpha=8, rslora=True).scale == 2
+    assert Lora(rank=16, alpha=8).scale == 0.5
 
 
 @given(models, methods, runs)
@@ -479,6 +486,6 @@ def test_every_configuration_ends_with_gradients_alone() -> None:
     """After backward only the gradients of trainable weights are alive: the tape does not leak."""
     for method, parameters in ((FULL, 8_190_735_360 * 2), (LORA, 7_667_712 * 4)):
         for checkpointing in ("none", "selective", "full"):
-            tape = step(QWEN, method, TrainingConfig(checkpointing=checkpointing))
+            tape = run_step(QWEN, method, TrainingConfig(checkpointing=checkpointing))
             assert tape.live["activations"] == tape.live["logits"] == 0
             assert tape.live["gradients"] == pytest.approx(parameters, rel=1e-3)

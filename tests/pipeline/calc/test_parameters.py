@@ -12,11 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from bench.memory import shortened
 from pipeline.calc.architecture import Architecture
-from pipeline.calc.families.registry import architecture
-from pipeline.calc.parameters import document_count, notes, projections, trainable, why_they_differ
-from pipeline.calc.settings import FULL, LORA, FinetuningMethod
-from pipeline.calc.sources.open_model import built_in, entry, names
+from pipeline.calc.families import architecture
+from pipeline.calc.method import projections, trainable, why_they_differ
+from pipeline.calc.open_model import built_in, entry, names
 from pipeline.errors import UserError
+from pipeline.stages.methods.freeze import Freeze
+from pipeline.stages.methods.full import COUNTED as FULL
+from pipeline.stages.methods.lora import COUNTED as LORA
+from pipeline.stages.methods.lora import Lora
+from pipeline.stages.methods.prefix import Prefix
+from pipeline.stages.methods.prompt import Prompt
 
 NOT_IN_TRANSFORMERS = ("gpt-3-175b", "minigpt")
 STOCK = [name for name in names() if name not in NOT_IN_TRANSFORMERS]
@@ -90,7 +95,7 @@ def assert_counts_are_theirs(shapes: Architecture, model: Any) -> None:
     for wanted in choices:
         config = LoraConfig(r=8, target_modules=peft_targets(shapes, wanted, model))
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        assert trainable(shapes, FinetuningMethod(targets=wanted)) == trained(adapted), wanted
+        assert trainable(shapes, Lora(targets=wanted)) == trained(adapted), wanted
         model = adapted.unload()
 
 
@@ -100,17 +105,15 @@ def test_dora_patterns_and_new_rows_are_those_of_peft(name: str) -> None:
     model = meta_model(name)
     modules = peft_targets(shapes, wanted, model)
     dora = get_peft_model(model, LoraConfig(r=4, target_modules=modules, use_dora=True))
-    assert trainable(shapes, FinetuningMethod(rank=4, targets=wanted, dora=True)) == trained(dora)
+    assert trainable(shapes, Lora(rank=4, targets=wanted, dora=True)) == trained(dora)
     model = dora.unload()
     last = shapes.blocks[0].attention[-1].name.rsplit(".", 1)[-1]
     for pattern in (last, rf"\w+\.1\..*{last}", rf".*\.0\..*{last}"):
         ranked = get_peft_model(model, LoraConfig(r=4, target_modules=modules, rank_pattern={pattern: 16}))
-        assert trainable(shapes, FinetuningMethod(rank=4, targets=wanted, rank_pattern=((pattern, 16),))) == trained(
-            ranked
-        )
+        assert trainable(shapes, Lora(rank=4, targets=wanted, rank_pattern=((pattern, 16),))) == trained(ranked)
         model = ranked.unload()
     rows = get_peft_model(model, LoraConfig(r=4, target_modules=modules, trainable_token_indices=[1, 5, 9]))
-    ours = trainable(shapes, FinetuningMethod(rank=4, targets=wanted, embeddings="new_rows", new_rows=3))
+    ours = trainable(shapes, Lora(rank=4, targets=wanted, embeddings="new_rows", new_rows=3))
     head = 0 if shapes.tied else 3 * shapes.embedding_width  # PEFT was asked for the embedding's rows alone
     assert ours - head == trained(rows)
 
@@ -122,7 +125,7 @@ def test_embeddings_and_head_in_full_are_those_of_peft(name: str) -> None:
     adapted = get_peft_model(
         model, LoraConfig(r=8, target_modules=peft_targets(shapes, ("attention",), model), modules_to_save=ends)
     )
-    assert trainable(shapes, FinetuningMethod(embeddings="all")) == trained(adapted)
+    assert trainable(shapes, Lora(embeddings="all")) == trained(adapted)
 
 
 def test_experts_are_those_that_peft_adapts() -> None:
@@ -130,28 +133,28 @@ def test_experts_are_those_that_peft_adapts() -> None:
     shapes, model = built_in("gpt-oss-20b").shapes, meta_model("gpt-oss-20b")
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=parameters))
-    asked = FinetuningMethod(rank=2, targets=("feed_forward",))
+    asked = Lora(rank=2, targets=("feed_forward",))
     assert trainable(shapes, asked) == trained(adapted)
-    assert "target_parameters" in notes(shapes, asked)[0]
-    assert "leaves these experts out" in notes(shapes, FinetuningMethod(targets=("all-linear",)))[0]
+    assert "target_parameters" in asked.notes(shapes)[0]
+    assert "leaves these experts out" in Lora(targets=("all-linear",)).notes(shapes)[0]
     for name, old in (("qwen3-30b-a3b", ["gate_proj", "up_proj", "down_proj"]), ("mixtral-8x7b", ["w1", "w2", "w3"])):
         shapes, model = built_in(name).shapes, meta_model(name)
         adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[*old, "gate", "q_proj"]))
-        assert trainable(shapes, FinetuningMethod(rank=2, targets=(*old, "gate", "q_proj"))) == trained(adapted)
-        assert trainable(shapes, FinetuningMethod(rank=2, targets=("feed_forward",))) == trainable(
-            shapes, FinetuningMethod(rank=2, targets=tuple(old))
+        assert trainable(shapes, Lora(rank=2, targets=(*old, "gate", "q_proj"))) == trained(adapted)
+        assert trainable(shapes, Lora(rank=2, targets=("feed_forward",))) == trainable(
+            shapes, Lora(rank=2, targets=tuple(old))
         )
-        assert "twice the rank" in notes(shapes, asked)[0]
+        assert "twice the rank" in asked.notes(shapes)[0]
         with pytest.raises(UserError, match="are one tensor in this model's experts; name both"):
-            trainable(shapes, FinetuningMethod(targets=(old[0],)))
+            trainable(shapes, Lora(targets=(old[0],)))
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "gpt2", "opt-125m", "mistral-7b-v0.3", "qwen2.5-0.5b"])
 def test_prefix_and_prompt_tuning_are_those_of_peft(name: str) -> None:
     shapes = built_in(name).shapes
-    for kind, config in (("prefix", PrefixTuningConfig), ("prompt", PromptTuningConfig)):
+    for method, config in ((Prefix(10), PrefixTuningConfig), (Prompt(10), PromptTuningConfig)):
         adapted = get_peft_model(meta_model(name), config(task_type="CAUSAL_LM", num_virtual_tokens=10))
-        assert trainable(shapes, FinetuningMethod(kind, virtual_tokens=10)) == trained(adapted), kind
+        assert trainable(shapes, method) == trained(adapted), method
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "gpt2", "gpt-neox-20b", "opt-350m", "mixtral-8x7b"])
@@ -166,9 +169,7 @@ def test_freezing_counts_the_last_blocks_embeddings_and_head(name: str) -> None:
             model.get_input_embeddings().requires_grad_(ends)
             if ends:
                 model.get_output_embeddings().requires_grad_(True)
-            assert trainable(shapes, FinetuningMethod("freeze", last_blocks=blocks, train_embeddings=ends)) == trained(
-                model
-            )
+            assert trainable(shapes, Freeze(last_blocks=blocks, train_embeddings=ends)) == trained(model)
 
 
 @pytest.mark.parametrize("name", names())
@@ -186,16 +187,16 @@ def test_totals_are_the_published_ones_to_the_digits_published(name: str) -> Non
 
 def test_gpt3_has_the_lora_papers_counts() -> None:
     shapes = built_in("gpt-3-175b").shapes
-    assert round(trainable(shapes, FinetuningMethod(rank=1, targets=("q_proj", "v_proj"))) / 1e6, 1) == 4.7
-    assert round(trainable(shapes, FinetuningMethod(rank=8, targets=("q_proj", "v_proj"))) / 1e6, 1) == 37.7
+    assert round(trainable(shapes, Lora(rank=1, targets=("q_proj", "v_proj"))) / 1e6, 1) == 4.7
+    assert round(trainable(shapes, Lora(rank=8, targets=("q_proj", "v_proj"))) / 1e6, 1) == 37.7
 
 
 def test_qwen3_8b_has_the_counts_that_are_known() -> None:
     shapes = built_in("qwen3-8b").shapes
     assert shapes.total == 8_190_735_360
     assert trainable(shapes, LORA) == 7_667_712
-    assert trainable(shapes, FinetuningMethod(rank=16, targets=("all-linear",))) == 43_646_976
-    assert document_count(shapes, LORA) == 9_437_184
+    assert trainable(shapes, Lora(rank=16, targets=("all-linear",))) == 43_646_976
+    assert LORA.document_count(shapes) == 9_437_184
     assert why_they_differ(shapes, LORA) == (
         "the document takes every projection as 4,096 × 4,096; here k_proj 4,096 → 1,024, v_proj 4,096 → 1,024"
     )
@@ -205,14 +206,14 @@ def test_the_documents_rule_has_no_count_where_it_does_not_apply() -> None:
     qwen, gpt2, mini = (built_in(name).shapes for name in ("qwen3-8b", "gpt2", "minigpt"))
     for method in (
         FULL,
-        FinetuningMethod(targets=("all-linear",)),
-        FinetuningMethod(dora=True),
-        FinetuningMethod(embeddings="all"),
-        FinetuningMethod("prefix"),
+        Lora(targets=("all-linear",)),
+        Lora(dora=True),
+        Lora(embeddings="all"),
+        Prefix(),
     ):
-        assert document_count(qwen, method) is None
-    assert document_count(gpt2, LORA) is None
-    assert document_count(mini, LORA) == trainable(mini, LORA) == 8_192
+        assert method.document_count(qwen) is None
+    assert LORA.document_count(gpt2) is None
+    assert LORA.document_count(mini) == trainable(mini, LORA) == 8_192
     assert why_they_differ(mini, LORA) == ""
 
 
@@ -224,10 +225,8 @@ def test_projections_give_the_shapes_of_a_and_b() -> None:
 
 def test_a_rank_above_the_smallest_dimension_is_allowed_with_a_note() -> None:
     shapes = built_in("qwen3-8b").shapes
-    assert notes(shapes, FinetuningMethod(rank=2000)) == [
-        "rank 2000 is more than k_proj can use: its rank is at most 1024"
-    ]
-    assert notes(shapes, FinetuningMethod(rank=1024)) == []
+    assert Lora(rank=2000).notes(shapes) == ["rank 2000 is more than k_proj can use: its rank is at most 1024"]
+    assert Lora(rank=1024).notes(shapes) == []
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "opt-125m", "gpt-neox-20b", "gpt2", "phi-4-mini"])
@@ -236,22 +235,22 @@ def test_one_block_and_the_head_are_meant_by_full_names_as_in_peft(name: str) ->
     known = linears(model)
     for full in (next(iter(known)), next(n for n in known if n.rsplit(".", 1)[-1] == "lm_head" or "h.1." in n)):
         adapted = get_peft_model(model, LoraConfig(r=8, target_modules=[full]))
-        assert trainable(shapes, FinetuningMethod(targets=(full,))) == trained(adapted), full
+        assert trainable(shapes, Lora(targets=(full,))) == trained(adapted), full
         model = adapted.unload()
 
 
 def test_unknown_targets_are_refused_with_those_that_exist() -> None:
     with pytest.raises(UserError, match=r"'c_attn' matches no linear layer. The model has down_proj, gate_proj"):
-        trainable(built_in("qwen3-8b").shapes, FinetuningMethod(targets=("attention", "c_attn")))
+        trainable(built_in("qwen3-8b").shapes, Lora(targets=("attention", "c_attn")))
     with pytest.raises(UserError, match="last-blocks must be at most 36, the model's blocks, got 37"):
-        trainable(built_in("qwen3-8b").shapes, FinetuningMethod("freeze", last_blocks=37))
+        trainable(built_in("qwen3-8b").shapes, Freeze(last_blocks=37))
 
 
 @given(st.sampled_from(names()), st.integers(1, 300), st.integers(1, 300))
 def test_a_higher_rank_never_trains_fewer(name: str, one: int, other: int) -> None:
     shapes = built_in(name).shapes
     low, high = sorted((one, other))
-    counts = [trainable(shapes, FinetuningMethod(rank=rank, targets=("all-linear",))) for rank in (low, high)]
+    counts = [trainable(shapes, Lora(rank=rank, targets=("all-linear",))) for rank in (low, high)]
     assert counts[0] <= counts[1]
     assert counts[0] * high == counts[1] * low, "they are proportional to the rank"
 
@@ -260,6 +259,6 @@ def test_a_higher_rank_never_trains_fewer(name: str, one: int, other: int) -> No
 def test_components_sum_to_the_total_and_parts_to_the_trainable(name: str, rank: int) -> None:
     shapes = built_in(name).shapes
     assert sum(shapes.components().values()) == shapes.total
-    adapted = projections(shapes, FinetuningMethod(rank=rank))
-    assert sum(p.parameters for p in adapted) == trainable(shapes, FinetuningMethod(rank=rank))
+    adapted = projections(shapes, Lora(rank=rank))
+    assert sum(p.parameters for p in adapted) == trainable(shapes, Lora(rank=rank))
     assert all(p.parameters_each == p.experts * rank * (p.inputs + p.outputs) for p in adapted)

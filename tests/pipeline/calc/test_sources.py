@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.calc.families.registry import FAMILIES, architecture
+from pipeline.calc.families import architecture, families
 from pipeline.calc.memory import predict
-from pipeline.calc.parameters import trainable
-from pipeline.calc.settings import FULL, LORA, FinetuningMethod, TrainingConfig
-from pipeline.calc.sources.open_model import built_in, entry, names, open_model
+from pipeline.calc.method import trainable
+from pipeline.calc.open_model import built_in, entry, names, open_model
+from pipeline.calc.settings import TrainingConfig
 from pipeline.errors import UserError
+from pipeline.stages.methods.full import COUNTED as FULL
+from pipeline.stages.methods.lora import COUNTED as LORA
+from pipeline.stages.methods.lora import Lora
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
@@ -65,7 +68,7 @@ def test_a_folder_that_transformers_saved_is_read_from_its_config(tmp_path: Path
     assert predict(opened.shapes, LORA, TrainingConfig(sequence=16)).peak > 0
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"minigpt", "gpt3", "roberta"}))
+@pytest.mark.parametrize("family", sorted(set(families()) - {"minigpt", "gpt3", "roberta"}))
 def test_a_config_of_sizes_alone_has_the_librarys_defaults(family: str) -> None:
     sizes: dict[str, Any] = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}
     config = AutoConfig.for_model(family, **sizes)
@@ -93,9 +96,7 @@ def test_headers_alone_give_the_same_counts(tmp_path: Path, family: str) -> None
         assert shapes.total == known.total
         for targets in (("attention",), ("feed_forward",)):
             if family != "mixtral":  # its checkpoint has separate experts, the model stacks them
-                assert trainable(shapes, FinetuningMethod(targets=targets)) == trainable(
-                    known, FinetuningMethod(targets=targets)
-                )
+                assert trainable(shapes, Lora(targets=targets)) == trainable(known, Lora(targets=targets))
         run = TrainingConfig(batch=2, sequence=32)
         assert predict(shapes, LORA, run).peak == pytest.approx(predict(known, LORA, run).peak, rel=0.5)
         assert predict(shapes, FULL, run).weights == predict(known, FULL, run).weights
@@ -132,7 +133,7 @@ def test_names_are_found_in_any_case_and_by_hub_id() -> None:
     assert open_model("qwen/qwen3-8b") is built_in("qwen3-8b")
     for name in names():
         known = entry(name)
-        assert known["source"] and known["published"] and known["config"]["model_type"] in FAMILIES, name
+        assert known["source"] and known["published"] and known["config"]["model_type"] in families(), name
 
 
 # GGUF

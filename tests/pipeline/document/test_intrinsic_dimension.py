@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.calc.settings import FULL
 from pipeline.data.examples import Window
 from pipeline.data.read import read_examples
 from pipeline.data.windows import InMemoryDataset
@@ -19,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.inference.engine import load
 from pipeline.inference.score import score
 from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.calc.settings import FinetuningMethod
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.inference import engine
@@ -29,6 +28,7 @@ from pipeline.models.quantization import quantized_linear
 from pipeline.project.logs.run_log import in_units, read_steps
 from pipeline.project.runner import checkpoints
 from pipeline.stages.methods.lora import FinetuneLora
+from pipeline.stages.methods.lora import Lora as LoraMethod
 from pipeline.training.batches import collate
 from pipeline.training.loop import prepare_model
 from pipeline.training.memory.forecast import longest_sequence, predict_peak_memory, suggest_less_memory
@@ -294,7 +294,7 @@ def test_the_advice_is_the_calculators() -> None:
     batch = collate(windows_of((5, 9, 2, 14)))
     settings, method = (
         FinetuneLora(batch_size=4, gradient_accumulation_steps=2),
-        FinetuningMethod("lora", 4, 4.0, ("attention",)),
+        LoraMethod(4, 4.0, ("attention",)),
     )
     said = suggest_less_memory(model, method, settings, batch, "finetune_lora")
     sizes = {

@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 
 from bench.memory import shortened
-from pipeline.calc.families.registry import architecture
+from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.settings import FinetuningMethod, TrainingConfig
+from pipeline.calc.method import FinetuningMethod
+from pipeline.calc.settings import TrainingConfig
+from pipeline.stages.methods.freeze import Freeze
+from pipeline.stages.methods.full import Full
+from pipeline.stages.methods.lora import Lora
 from pipeline.training.memory.trace import traced_peak
 
 STEP = TrainingConfig(batch=1, sequence=2048, optimizer="adam-flat", loss="chunked", chunk=256, label_share=0.4)
@@ -22,8 +26,8 @@ SHORT = replace(STEP, batch=4, sequence=256, attention="short", checkpointing="n
 def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: TrainingConfig, adapter: str, blocks: int) -> None:
     """Exact shapes under fake tensors, LoRA r = 8 on q, k, v, o; the model has 36 blocks."""
     config, run = shortened("qwen3-8b", blocks), replace(run, adapter_precision=adapter)
-    formula = predict(architecture(config, "qwen3-8b"), FinetuningMethod(), run).peak
-    assert formula == pytest.approx(traced_peak(config, FinetuningMethod(), run), rel=0.01)
+    formula = predict(architecture(config, "qwen3-8b"), Lora(), run).peak
+    assert formula == pytest.approx(traced_peak(config, Lora(), run), rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -31,10 +35,10 @@ def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: TrainingConf
 @pytest.mark.parametrize(
     "method",
     [
-        FinetuningMethod("full"),
-        FinetuningMethod("freeze"),
-        FinetuningMethod(targets=("all-linear",)),
-        FinetuningMethod(embeddings="all"),
+        Full(),
+        Freeze(),
+        Lora(targets=("all-linear",)),
+        Lora(embeddings="all"),
     ],
     ids=["full", "freeze", "all-linear", "embeddings"],
 )
@@ -48,12 +52,10 @@ def test_other_models_and_methods_fit_within_three_percent(
 
 
 REFINED = {
-    "dora": FinetuningMethod(targets=("all-linear",), dora=True),
-    "pissa": FinetuningMethod(targets=("all-linear",), pissa=True),
-    "dora from pissa": FinetuningMethod(targets=("all-linear",), dora=True, pissa=True),
-    "patterns": FinetuningMethod(
-        targets=("all-linear",), rank_pattern=(("q_proj", 64), (r".*[01]\.mlp\..*", 2)), rslora=True
-    ),
+    "dora": Lora(targets=("all-linear",), dora=True),
+    "pissa": Lora(targets=("all-linear",), pissa=True),
+    "dora from pissa": Lora(targets=("all-linear",), dora=True, pissa=True),
+    "patterns": Lora(targets=("all-linear",), rank_pattern=(("q_proj", 64), (r".*[01]\.mlp\..*", 2)), rslora=True),
 }
 
 
@@ -71,7 +73,7 @@ def test_dora_and_pissa_need_more_than_lora_and_the_formula_says_how_much() -> N
     """With activations rather than logits at the peak, the formula predicts the difference."""
     config = shortened("smollm2-135m", 4)
     run = replace(SHORT, precision="fp32", label_share=0.01)
-    shapes, plain = architecture(config, "four"), FinetuningMethod(targets=("all-linear",))
+    shapes, plain = architecture(config, "four"), Lora(targets=("all-linear",))
     base = predict(shapes, plain, run).peak, traced_peak(config, plain, run)
     for name in ("dora", "pissa"):
         more = predict(shapes, REFINED[name], run).peak - base[0], traced_peak(config, REFINED[name], run) - base[1]
@@ -82,7 +84,5 @@ def test_dora_and_pissa_need_more_than_lora_and_the_formula_says_how_much() -> N
 def test_our_step_needs_less_than_the_libraries() -> None:
     """Logits only at labels and in chunks, norms that save their input, LoRA added in place."""
     config = shortened("qwen3-8b", 6)
-    ours = traced_peak(config, FinetuningMethod(), replace(STEP, checkpointing="none"))
-    assert ours < 0.85 * traced_peak(
-        config, FinetuningMethod(), TrainingConfig(batch=1, sequence=2048, checkpointing="none")
-    )
+    ours = traced_peak(config, Lora(), replace(STEP, checkpointing="none"))
+    assert ours < 0.85 * traced_peak(config, Lora(), TrainingConfig(batch=1, sequence=2048, checkpointing="none"))

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from pipeline.calc.settings import FULL
 from pipeline.data.examples import IGNORED, Window, windows
 from pipeline.data.masking import encode
 from pipeline.data.read import read_examples
@@ -22,6 +21,7 @@ from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import COLUMNS, Step, epoch_means, flat_from, read_steps
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Note, Progress
+from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.loop import TrainingTask, steps
 from pipeline.training.optimizer import FlatAdam

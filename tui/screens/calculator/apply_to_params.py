@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipeline.calc.architecture import Architecture
-from pipeline.calc.parameters import ranks
-from pipeline.calc.sources.open_model import built_in, open_model
+from pipeline.calc.method import ranks
+from pipeline.calc.open_model import built_in, open_model
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project.params.load import Params
 from pipeline.project.params.sections import Precision, Quantization
 from pipeline.project.stage_graph import Project
+from pipeline.stages.methods.freeze import Freeze
+from pipeline.stages.methods.lora import Lora
 from tui.screens.calculator.model import CalculatorQuery, Result
 
 MINIGPT = "MiniGPT"
@@ -102,19 +104,19 @@ def params_from_result(
         "precision": precision,
         "gradient_checkpointing": run.checkpointing,
     }
-    if method.kind == "freeze":
+    if isinstance(method, Freeze):
         _check_last_blocks(method.last_blocks, params, trained)
         values |= {"last_blocks": method.last_blocks, "train_embeddings": method.train_embeddings}
-    if method.kind == "lora":
+    if isinstance(method, Lora):
         name, model = trained
         try:
             ranks(model, method)
         except UserError as error:
             raise UserError(f"{name}, the model of this project, does not have these targets. {error}") from None
-        values |= {"rank": method.rank, "alpha": method.alpha, "target_modules": list(method.targets)}
+        values |= {"rank": method.rank, "alpha": method.effective_alpha, "target_modules": list(method.targets)}
         values |= {"train_embeddings": method.embeddings, "adapter_precision": run.adapter_precision}
         values |= {"quantization": quantization}
-    return {f"finetune_{method.kind}.{key}": value for key, value in values.items()}
+    return {f"finetune_{method.name}.{key}": value for key, value in values.items()}
 
 
 def _check_last_blocks(last_blocks: int, params: Params, trained: tuple[str, Architecture]) -> None:

@@ -12,7 +12,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from pipeline.calc.explain import explain
+from pipeline.calc.report import explain
 from pipeline.workbench import calculated_claims
 from tui.screens.calculator.model import Result
 

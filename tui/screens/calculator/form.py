@@ -13,10 +13,13 @@ from textual.widget import Widget
 from textual.widgets import Input, Label
 
 from pipeline.calc.fit import gpus
+from pipeline.calc.method import names_of
+from pipeline.calc.open_model import hub_ids
 from pipeline.calc.precision import PRECISIONS
-from pipeline.calc.settings import CHOICES, METHODS, OPTIMIZERS
-from pipeline.calc.sources.open_model import hub_ids
+from pipeline.calc.settings import OPTIMIZERS, TrainingConfig, options_of
 from pipeline.calc.target_modules import GROUPS
+from pipeline.stages.methods.lora import COUNTED as LORA
+from pipeline.stages.registry import COUNTED
 from tui.screens.calculator.model import CUSTOM, FIELDS, CalculatorQuery, relevant_fields
 from tui.screens.calculator.model_search import ModelSearch
 from tui.widgets.select import Choice
@@ -59,15 +62,15 @@ class CalcForm(Vertical):
                 yield editor
 
     def _editors(self) -> Iterable[tuple[str, Widget]]:
-        shown = self._values
+        shown, rules = self._values, options_of(TrainingConfig)
         choices = {
-            "method": {name: name for name in METHODS},
-            "embeddings": {name: name.replace("_", " ") for name in CHOICES["embeddings"]},
+            "method": {name: name for name in names_of(COUNTED.values())},
+            "embeddings": {name: name.replace("_", " ") for name in options_of(LORA)["embeddings"].choices},
             "ends": {"train": "train", "freeze": "freeze"},
-            "adapter_precision": {name: name for name in CHOICES["adapter-precision"]},
-            "checkpointing": {"": "auto", **{name: name for name in CHOICES["checkpointing"]}},
+            "adapter_precision": {name: name for name in rules["adapter_precision"].choices},
+            "checkpointing": {"": "auto", **{name: name for name in rules["checkpointing"].choices}},
             "optimizer": {name: name for name in OPTIMIZERS},
-            "loss": {name: name for name in CHOICES["loss"]},
+            "loss": {name: name for name in rules["loss"].choices},
             "gpu": {gpu.name: gpu.label for gpu in gpus().values()} | {CUSTOM: "custom, GiB below"},
         }
         steps = {"alpha": doubling, "rank": doubling, "batch": counting, "sequence": doubling, "gib": doubling}

@@ -1,23 +1,19 @@
 """Parse the calculator's form and calculate the result with `pipeline.calc`."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import Gpu, gpu, of_size
 from pipeline.calc.memory import Memory, predict, refuse_impossible
-from pipeline.calc.parameters import trainable
-from pipeline.calc.report import side_by_side, title_of
-from pipeline.calc.settings import (
-    QLORA,
-    FinetuningMethod,
-    TrainingConfig,
-    parse_method,
-    parse_training_config,
-    validate,
-)
+from pipeline.calc.method import FinetuningMethod, configure, trainable
+from pipeline.calc.report import side_by_side
+from pipeline.calc.settings import QLORA, TrainingConfig
 from pipeline.errors import UserError
+from pipeline.stages.registry import COUNTED
 
 CUSTOM = "custom"  # a GPU with the memory of the field `gib`
 
@@ -84,6 +80,7 @@ class Result:
     """The result for a configuration. `columns`: several methods to compare; `chosen`: the name of this one."""
 
     model: Architecture
+    methods: Mapping[str, FinetuningMethod]
     method: FinetuningMethod
     run: TrainingConfig
     device: Gpu
@@ -111,52 +108,45 @@ class Result:
     def title(self) -> str:
         """The configuration in words: model, method, precision, batch."""
         run = self.run
-        return f"{self.model.name}, {title_of(self.method)}, {run.precision}, {run.batch} × {run.sequence:,} tokens"
+        return f"{self.model.name}, {self.method.title}, {run.precision}, {run.batch} × {run.sequence:,} tokens"
 
 
 def calculate(query: CalculatorQuery, model: Architecture) -> Result:
     """The result for `query` and `model`. Raises FieldError, which names the invalid field."""
     query = query.effective()
-    method, run, device = _parse_method_fields(query), _parse_training_fields(query, model), _parse_device(query)
+    device, values = _parse_device(query), _option_values(query)
     try:
-        validate(method, run)
+        methods, method, run = configure(model, COUNTED, query.method, **values)
         refuse_impossible(model, method, run)
-        columns = side_by_side(model, method, replace(run, precision="bf16") if run.precision == QLORA else run)
+        plain = replace(run, precision="bf16") if run.precision == QLORA else run
+        columns = side_by_side(model, method, plain, methods)
         chosen = next((name for name, (m, r, _) in columns.items() if (m, r) == (method, run)), None)
         if chosen is None:
             columns[chosen := query.method] = (method, run, predict(model, method, run))
     except UserError as error:
         raise FieldError(_field_in_message(str(error)), str(error)) from None
-    return Result(model, method, run, device, columns, chosen)
+    return Result(model, methods, method, run, device, columns, chosen)
 
 
-def _parse_method_fields(query: CalculatorQuery) -> FinetuningMethod:
-    return parse_method(
-        query.method,
-        _parse_int(query, "rank"),
-        _parse_float(query, "alpha") if query.alpha.strip() else None,
-        query.targets,
-        embeddings=query.embeddings,
-        new_rows=_parse_int(query, "new_rows") if query.embeddings == "new_rows" else 0,
-        last_blocks=_parse_int(query, "last_blocks"),
-        train_embeddings=query.ends == "train",
-        virtual_tokens=_parse_int(query, "virtual_tokens"),
-    )
-
-
-def _parse_training_fields(query: CalculatorQuery, model: Architecture) -> TrainingConfig:
-    return parse_training_config(
-        model,
-        query.method,
-        batch=_parse_int(query, "batch"),
-        sequence=_parse_int(query, "sequence") if query.sequence.strip() else None,
-        precision=query.precision.strip() or None,
-        adapter_precision=query.adapter_precision,
-        checkpointing=query.checkpointing or None,
-        optimizer=query.optimizer,
-        loss=query.loss,
-        virtual_tokens=_parse_int(query, "virtual_tokens"),
-    )
+def _option_values(query: CalculatorQuery) -> dict[str, Any]:
+    """The calculator's options; None for the default. Raises FieldError for a field that is not a number."""
+    return {
+        "rank": _parse_int(query, "rank"),
+        "alpha": _parse_float(query, "alpha") if query.alpha.strip() else None,
+        "targets": query.targets,
+        "embeddings": query.embeddings,
+        "new_rows": _parse_int(query, "new_rows") if query.embeddings == "new_rows" else 0,
+        "last_blocks": _parse_int(query, "last_blocks"),
+        "train_embeddings": query.ends == "train",
+        "virtual_tokens": _parse_int(query, "virtual_tokens"),
+        "batch": _parse_int(query, "batch"),
+        "sequence": _parse_int(query, "sequence") if query.sequence.strip() else None,
+        "precision": query.precision.strip() or None,
+        "adapter_precision": query.adapter_precision,
+        "checkpointing": query.checkpointing or None,
+        "optimizer": query.optimizer,
+        "loss": query.loss,
+    }
 
 
 def _parse_device(query: CalculatorQuery) -> Gpu:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from rich.text import Text
 
 from pipeline.calc.fit import LARGEST, Largest
-from pipeline.calc.parameters import document_count, notes, projections, why_they_differ
-from pipeline.calc.report import PROJECTION, capped, cells_of, gib, smallest, title_of
+from pipeline.calc.method import projections, why_they_differ
+from pipeline.calc.report import PROJECTION, capped, cells_of, gib, smallest
 from pipeline.project.logs.run_log import in_units
 from tui.screens.calculator.model import Result
 from tui.widgets.text_block import Lines, cells
@@ -33,7 +33,7 @@ def verdict(result: Result, advice: Advice | None, width: int) -> Sequence[Text]
     text = f"✓ fits: {in_units(result.spare)} free" if fits else f"✗ does not fit: {in_units(-result.spare)} too much"
     return [
         Text.assemble((result.model.name, "bold"), f"  {result.model.total:,} parameters"),
-        Text.assemble((title_of(result.method), "bold"), f"  {run.precision}, {run.batch} × {run.sequence:,}"),
+        Text.assemble((result.method.title, "bold"), f"  {run.precision}, {run.batch} × {run.sequence:,}"),
         Text.assemble((f"{result.trainable:,} trainable", "bold"), f", {result.percent:.4g}%"),
         Text.assemble((f"peak {in_units(peak.peak)}", "bold"), f"  in {peak.where}"),
         Text.assemble((text, "bold green" if fits else "bold red"), f"  on {result.device.label}"),
@@ -64,7 +64,7 @@ class Parameters(Lines):
 
 
 def _table(result: Result, width: int) -> Sequence[Text]:
-    adapted = projections(result.model, result.method) if result.method.kind == "lora" else ()
+    adapted = projections(result.model, result.method)
     if not adapted:
         return [Text(" · ".join(f"{name} {count:,}" for name, count in result.model.components().items()))]
     rows = list(map(cells_of, adapted))
@@ -79,7 +79,7 @@ def _table(result: Result, width: int) -> Sequence[Text]:
 
 
 def _document(result: Result) -> Sequence[Text]:
-    simplified = document_count(result.model, result.method)
+    simplified = result.method.document_count(result.model)
     if simplified is None:
         return [Text("the document's rule (§3) does not apply to this method", "dim")]
     reason = why_they_differ(result.model, result.method) or "they agree"
@@ -91,7 +91,7 @@ def _document(result: Result) -> Sequence[Text]:
 
 def _notes(result: Result) -> Sequence[Text]:
     published = [f"published as {result.model.published} parameters"] if result.model.published else []
-    lines = (*published, *result.model.notes, *notes(result.model, result.method))
+    lines = (*published, *result.model.notes, *result.method.notes(result.model))
     return [Text(f"note: {note}", "dim") for note in lines]
 
 

@@ -15,7 +15,7 @@ from textual.worker import get_current_worker
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import changes, largest
-from pipeline.calc.sources.open_model import hub_ids, open_model
+from pipeline.calc.open_model import hub_ids, open_model
 from pipeline.errors import UserError
 from pipeline.project.params import edit
 from pipeline.workbench import GRAPH, open_project
@@ -89,7 +89,7 @@ class CalculatorScreen(WorkbenchScreen):
         self.result, self.problem = result, ""
         self.form.mark_invalid(None)
         run = result.run
-        self.form.set_placeholders(sequence=str(run.sequence), precision=run.precision, alpha=f"{result.method.rank}")
+        self.form.set_placeholders(sequence=str(run.sequence), precision=run.precision, alpha=self.form.values.rank)
         self.query_one("#problem").remove_class("-shown")
         self.query_one("#results").remove_class("-stale")
         self.query_one(Verdict).show_result(result, None)
@@ -117,7 +117,8 @@ class CalculatorScreen(WorkbenchScreen):
         if worker.is_cancelled:
             return
         configuration = (result.model, result.method, result.run, result.device.bytes)
-        fixes = [] if result.spare >= 0 else [(change, peak) for change, _, _, peak in changes(*configuration)]
+        ways = [] if result.spare >= 0 else changes(*configuration, result.methods)
+        fixes = [(change, peak) for change, _, _, peak in ways]
         advice = Advice(largest(*configuration), fixes)
         if not worker.is_cancelled:
             self.app.call_from_thread(self._show_advice, result, advice)

@@ -15,9 +15,13 @@ from textual.widgets import Input, OptionList
 
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import changes, gpus, largest
+from pipeline.calc.method import configure
+from pipeline.calc.open_model import built_in, entry, names, open_model
 from pipeline.calc.report import answer
-from pipeline.calc.settings import CONTEXT, LORA, FinetuningMethod, TrainingConfig, parse_method, parse_training_config
-from pipeline.calc.sources.open_model import built_in, entry, names, open_model
+from pipeline.calc.settings import CONTEXT, TrainingConfig
+from pipeline.stages.methods.lora import COUNTED as LORA
+from pipeline.stages.methods.lora import Lora
+from pipeline.stages.registry import COUNTED
 from pipeline.workbench import open_project
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
@@ -96,25 +100,22 @@ async def test_the_numbers_are_those_of_the_library(empty: Path) -> None:
 def expected_answer(values: dict[str, str]) -> dict[str, Any]:
     """The library's answer for a form with these fields."""
     query, model = replace(CalculatorQuery(), **values), built_in(values["model"]).shapes
-    method = parse_method(
+    _, method, run = configure(
+        model,
+        COUNTED,
         query.method,
-        int(query.rank),
-        float(query.alpha) if query.alpha else None,
-        query.targets,
+        rank=int(query.rank),
+        alpha=float(query.alpha) if query.alpha else None,
+        targets=query.targets,
         embeddings=query.embeddings,
         new_rows=int(query.new_rows) if query.embeddings == "new_rows" else 0,
         virtual_tokens=int(query.virtual_tokens),
-    )
-    run = parse_training_config(
-        model,
-        query.method,
         batch=int(query.batch),
         sequence=int(query.sequence) if query.sequence else None,
         precision=query.precision or None,
         checkpointing=query.checkpointing or None,
         optimizer=query.optimizer,
         loss=query.loss,
-        virtual_tokens=int(query.virtual_tokens),
     )
     return answer(model, method, run)
 
@@ -268,7 +269,8 @@ async def test_advice_is_the_librarys_and_never_of_another_configuration(empty: 
         assert "looking for" in text_of(screen, Verdict) and "does not fit" in text_of(screen, Verdict)
         await until(pilot, lambda: "change this" in text_of(screen, Verdict))
         result = screen.result
-        words = [way[0] for way in changes(result.model, result.method, result.run, result.device.bytes)]
+        configuration = (result.model, result.method, result.run, result.device.bytes, result.methods)
+        words = [way[0] for way in changes(*configuration)]
         assert words[-1].replace("--", "") in " ".join(text_of(screen, Verdict).split())
 
 
@@ -319,7 +321,7 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         await pilot.press("l")
         await pilot.pause()
         targets = ("q_proj", "k_proj", "v_proj", "o_proj")
-        method = FinetuningMethod("lora", 4, 1.0, targets, embeddings="all")
+        method = Lora(4, 1.0, targets, embeddings="all")
         assert screen.result.method == method
         assert screen.result.run == TrainingConfig(4, 4, "fp32", checkpointing="none", optimizer="adam-flat")
         assert screen.result.model is built_in("minigpt").shapes
@@ -568,4 +570,4 @@ async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> 
 
 
 def test_the_default_configuration_is_the_documents() -> None:
-    assert parse_method("lora", 8, None, "attention") == LORA
+    assert configure(built_in("qwen3-8b").shapes, COUNTED, "lora", rank=8, targets="attention").method == LORA

@@ -18,10 +18,10 @@ class Storage:
 
     def __init__(self, tape: "Tape", size: int, kind: str) -> None:
         self._tape, self.kind = tape, kind
-        self.bytes = -(-size // ROUNDING) * ROUNDING
+        self.bytes = -(-size // ROUNDING) * ROUNDING  # rounded up
         tape.grow(kind, self.bytes)
 
-    def __del__(self) -> None:
+    def __del__(self) -> None:  # CPython calls it with the last reference, as torch frees a tensor's storage
         self._tape.live[self.kind] -= self.bytes
 
 
@@ -106,6 +106,7 @@ class Tape:
         """
         elements = inputs[0].elements if elements is None else elements
         width = inputs[0].width if width is None else width
+        # a kernel's workspace is alive while its output is allocated, and freed before the next operation
         temporary = Storage(self, temp, self.kind) if temp else None
         storage = inputs[0].storage if view else Storage(self, elements * width, self.kind)
         del temporary
@@ -125,7 +126,7 @@ class Tape:
 
     def checkpoint(self, x: Value, forward: Callable[[Value], Value]) -> Value:
         """`forward(x)` that saves only x and is recomputed in backward."""
-        self._recording = False
+        self._recording = False  # as under torch.no_grad: the block's tensors are freed as it goes
         out = forward(x)
         self._recording = True
         node = self._record([(x.node, x.elements * x.width)] if x.node else [], [x.storage])
@@ -136,10 +137,10 @@ class Tape:
     def differentiate(self, x: Value, forward: Callable[[Value], Value]) -> None:
         """`forward(x)` and its backward during forward: the weights get their gradients in place, x gets none."""
         mark = len(self._nodes)
-        inner = self._record([], [])
+        inner = self._record([], [])  # stands for x: the backward below ends here
         out = forward(Value(x.storage, x.elements, x.width, inner))
         assert out.node is not None
-        out.node.grad = Storage(self, 0, self.kind)
+        out.node.grad = Storage(self, 0, self.kind)  # of a scalar
         del out
         self._in_place = True
         self._backward_until(mark + 1)
@@ -195,9 +196,10 @@ class Tape:
         node.grad, node.alias = inner.grad, True
 
     def _propagate(self, node: Node) -> None:
+        """An operation's backward: its inputs' and weights' gradients, after which what it saved is freed."""
         temporary = Storage(self, node.back, node.kind) if node.back else None
         grad, node.grad = node.grad, None
-        for target, size in node.inputs:
+        for target, size in node.inputs:  # as autograd does: all inputs' gradients exist before the output's is freed
             part = grad if node.alias else Storage(self, size, node.kind)
             # a second gradient is added to the first: both and the sum are alive for a moment
             target.grad = part if target.grad is None or part is None else Storage(self, part.bytes, node.kind)
@@ -210,6 +212,7 @@ class Tape:
         del grad, temporary
 
     def _accumulate(self, weight: Weight) -> None:
+        """Add a share of a weight's gradient: to a buffer that is there already, or to the first share."""
         new = Storage(self, weight.bytes, "gradients")
         weight.uses -= 1
         if weight.preallocated and not self._in_place:

@@ -1,0 +1,264 @@
+"""Shapes from the headers of weight files, whose weights are not read: safetensors, and GGUF (versions 2 and 3).
+
+GGUF names its architecture. Safetensors files do not: their tensors' names and sizes are enough for parameter counts,
+and for models that no family builds.
+"""
+
+import re
+import struct
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
+from pipeline.calc.families import MOST_LAYERS, Config, architecture
+from pipeline.calc.target_modules import matches_target
+from pipeline.errors import UserError
+from pipeline.files.safetensors_header import read_header
+
+# tensors
+
+_LAYER = re.compile(r"^(.*?)\.(\d{1,5})\.(.+)$")
+_BUFFER = re.compile(r"(\.attn\.(bias|masked_bias)|inv_freq)$")  # masks and tables in old checkpoints
+_EXPERT = re.compile(r"experts\.(\d+)\.")
+_EMBEDDING = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
+_HEAD = re.compile(r"(lm_head|embed_out|^output)\.(weight|bias)$")
+_POSITIONS = re.compile(r"(wpe|embed_positions|position_embeddings)\.weight$")
+_TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)$")  # GPT-2 stores (inputs, outputs)
+_PACKED = ("I32", "U8", "I8")
+
+
+def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: str) -> Architecture:
+    """The architecture of these files' tensors; head counts from `config` if it has them. Raises UserError."""
+    tensors = {name: (info.dtype, info.shape) for file in files for name, info in read_header(file).items()}
+    packed = [name for name, (dtype, shape) in tensors.items() if dtype in _PACKED and len(shape) == 2]
+    if packed:
+        raise UserError(f"{source}: {packed[0]} contains packed, quantized weights. Give the original model instead.")
+    # tensors of the blocks by (stack, number), where a stack is an encoder, decoder or vision tower, and the rest
+    blocks: dict[tuple[str, int], dict[str, tuple[int, ...]]] = defaultdict(dict)
+    rest: dict[str, tuple[int, ...]] = {}
+    for name, (_, shape) in tensors.items():
+        if _BUFFER.search(name) and (len(shape) != 1 or name.endswith("inv_freq")):
+            continue
+        if match := _LAYER.match(name):
+            blocks[match[1], int(match[2])][match[3]] = shape
+        else:
+            rest[name] = shape
+    embedding = next((shape for name, (_, shape) in tensors.items() if _EMBEDDING.search(name)), None)
+    if embedding is None or len(embedding) != 2 or 0 in embedding or not blocks:
+        raise UserError(f"{source}: its tensors have no embedding and numbered layers. Is it a language model?")
+    vocabulary, width = embedding
+    head = [shape for name, shape in rest.items() if _HEAD.search(name)]
+    positions = sum(prod(shape) for name, shape in rest.items() if _POSITIONS.search(name))
+    others = [s for n, s in rest.items() if not (_HEAD.search(n) or _POSITIONS.search(n) or _EMBEDDING.search(n))]
+    largest = Counter(stack for stack, _ in blocks).most_common(1)[0][0]
+    built = {key: _build_block(blocks[key]) for key in sorted(blocks)}
+    first = next(block for (stack, _), block in built.items() if stack == largest)
+    # head counts of the config; without one, heads of 128 are assumed, or of 64 in narrow models
+    outputs = {linear.name.rsplit(".", 1)[-1]: linear.outputs for linear in first.attention}
+    q = outputs.get("q_proj", width)
+    sizes = Config(config, source)
+    heads = sizes.size("num_attention_heads", default=max(1, q // (128 if width >= 2048 else 64)), most=max(q, 1))
+    head_size = sizes.size("head_dim", default=max(1, q // heads))
+    unique: dict[Block, Block] = {}  # equal blocks become one object: runs of them are recognized by identity
+    return Architecture(
+        family="unknown",
+        hidden=width,
+        heads=max(1, q // head_size),
+        kv_heads=max(1, outputs.get("k_proj", q) // head_size),
+        head_size=head_size,
+        vocabulary=vocabulary,
+        context=sizes.size("max_position_embeddings", default=2**20),
+        blocks=tuple(unique.setdefault(block, block) for block in built.values()),
+        embedding_width=width,
+        final_norm=sum(map(prod, others)),
+        tied=not any(len(shape) > 1 for shape in head),
+        positions=positions,
+        head_bias=sum(prod(shape) for shape in head if len(shape) == 1),
+        style=BlockStyle(gated=len(first.feed_forward) != 2, unknown=True),
+        layers=largest,
+        source=source,
+        notes=("shapes from headers: parameters are exact, activations are estimated as Llama's of these widths",),
+    )
+
+
+def _build_block(tensors: Mapping[str, tuple[int, ...]]) -> Block:
+    """A block whose matrices are linears, equal experts merged into one; all other tensors count as norms."""
+    counts: Counter[str] = Counter()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensors.items():
+        plain = _EXPERT.sub("experts.", name)
+        counts[plain] += 1
+        shapes[plain] = shape
+    linears, bound = [], set()
+    for name, shape in shapes.items():
+        stem = name.removesuffix(".weight")
+        if len(shape) < 2 or name.endswith(".bias"):
+            continue
+        bias = next((b for b in (f"{stem}.bias", f"{stem}_bias") if b in shapes), None)
+        outputs, inputs = shape[-2:]
+        rows = shapes[bias][-1] if bias else 0
+        if _TRANSPOSED.search(stem) and (rows == inputs or not bias):
+            outputs, inputs = inputs, outputs
+        experts = shape[0] if len(shape) == 3 else counts[name]
+        linears.append(Linear(stem, inputs, outputs, bias is not None, experts))
+        bound |= {name, bias}
+    norms = sum(prod(shape) * counts[name] for name, shape in shapes.items() if name not in bound)
+    attention = tuple(linear for linear in linears if matches_target("attention", linear.name))
+    return Block(attention, tuple(linear for linear in linears if linear not in attention), norms)
+
+
+# GGUF
+
+GGUF_FAMILIES = {  # architecture in GGUF → model_type in config.json
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "llama": "llama",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "smollm3": "smollm3",
+}
+VERSIONS = (2, 3)
+_SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")
+_STRING, _ARRAY = 8, 9
+# Limits above which a file is taken as damaged. Published files have up to about 2,000 tensors, 100 entries, 300,000
+# strings in an array and 100 KB per string.
+MAX_COUNT = 2**17  # tensors or entries of a header
+MAX_STRINGS = 2**21  # strings in an array
+MAX_STRING_BYTES = 2**26  # of all strings outside arrays
+
+
+class _Reader:
+    """Reads little-endian values. Raises UserError if the file ends early or a count is implausible."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._string_bytes_left = MAX_STRING_BYTES
+
+    def unpack(self, form: str) -> Any:
+        size = struct.calcsize(form)
+        data = self._file.read(size)
+        if len(data) < size:
+            raise UserError(f"{self._path} is truncated: its header ends too early. Download it again.")
+        return struct.unpack(form, data)[0]
+
+    def count(self, what: str, most: int = MAX_COUNT) -> int:
+        number: int = self.unpack("<Q")
+        if number > most:
+            raise UserError(f"{self._path} is damaged: it claims {number:,} {what}. Download it again.")
+        return number
+
+    def string(self) -> str:
+        length = self.count("bytes in strings", self._string_bytes_left)
+        self._string_bytes_left -= length  # returned strings stay in memory
+        data = self._file.read(length)
+        if len(data) < length:
+            raise UserError(f"{self._path} is truncated: its header ends too early. Download it again.")
+        return data.decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        """A value of GGUF type `kind`.
+
+        An array is its number if all are equal (one per layer), else the sorted set; [] for strings and long arrays.
+        """
+        if kind == _STRING:
+            return self.string()
+        is_array = kind == _ARRAY
+        kind = self.unpack("<I") if is_array else kind
+        form = _SCALARS[kind] if kind < len(_SCALARS) else None
+        if not is_array and form is not None:
+            return self.unpack(form)
+        if not is_array:
+            raise UserError(f"{self._path} is damaged: unknown value type {kind}.")
+        length = self.count("entries in an array", MAX_STRINGS if kind == _STRING else 2**26)
+        if form is None and kind != _STRING:
+            raise UserError(f"{self._path} is damaged: unknown array type {kind}.")
+        if form is None:
+            for _ in range(length):
+                self._file.seek(self.count("bytes in a string", MAX_STRING_BYTES), 1)
+        elif length <= MOST_LAYERS:
+            numbers = {self.unpack(form) for _ in range(length)}
+            return numbers.pop() if len(numbers) == 1 else sorted(numbers)
+        else:
+            self._file.seek(length * struct.calcsize(form), 1)
+        return []
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """(metadata, name → shape). Raises UserError for another format or version, or a truncated file."""
+    with path.open("rb") as file:
+        reader = _Reader(file, path)
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file.")
+        version = reader.unpack("<I")
+        if version not in VERSIONS:
+            raise UserError(
+                f"{path} has GGUF version {version}; supported versions: {' and '.join(map(str, VERSIONS))}."
+            )
+        tensors, entries = reader.count("tensors"), reader.count("entries")
+        metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            key = reader.string()
+            metadata[key] = reader.value(reader.unpack("<I"))
+        shapes = {}
+        for _ in range(tensors):
+            name = reader.string()
+            dimensions = reader.unpack("<I")
+            if dimensions > 4:
+                raise UserError(f"{path} is damaged: {name} has {dimensions} dimensions.")
+            shapes[name] = tuple(reader.unpack("<Q") for _ in range(dimensions))
+            reader.unpack("<I"), reader.unpack("<Q")  # type and offset
+    return metadata, shapes
+
+
+def from_gguf(path: Path) -> Architecture:
+    """The architecture of a GGUF file, checked against the sizes of its tensors. Raises UserError."""
+    metadata, shapes = read_gguf(path)
+    kind = str(metadata.get("general.architecture"))
+    if kind not in GGUF_FAMILIES:
+        raise UserError(
+            f"{path}: the architecture {kind!r} is not known in GGUF. Known: {', '.join(sorted(GGUF_FAMILIES))}."
+        )
+    config = gguf_config(metadata, shapes)
+    family = "mixtral" if kind == "llama" and config.get("num_experts") else GGUF_FAMILIES[kind]
+    built = architecture({**config, "model_type": family}, str(path))
+    stored = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("rope_"))
+    size = path.stat().st_size
+    if stored != built.total:
+        raise UserError(
+            f"{path}: its tensors have {stored:,} parameters, its metadata describe {built.total:,}: this variant "
+            f"of {kind} is not supported. Give the config.json of the original model."
+        )
+    note = f"the file holds its weights in {size / 2**30:.2f} GiB, {8 * size / stored:.2f} bits a parameter"
+    return replace(built, notes=(*built.notes, note))
+
+
+def gguf_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The shapes in the metadata, under the names of config.json."""
+    kind = metadata.get("general.architecture")
+
+    def get(key: str) -> Any:
+        return metadata.get(f"{kind}.{key}")
+
+    embedding = shapes.get("token_embd.weight") or (0,)
+    config = {
+        "hidden_size": get("embedding_length"),
+        "num_hidden_layers": get("block_count"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_attention_heads": get("attention.head_count"),
+        "num_key_value_heads": get("attention.head_count_kv"),
+        "head_dim": get("attention.key_length"),
+        "max_position_embeddings": get("context_length"),
+        "vocab_size": embedding[-1] or None,
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "num_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+    }
+    return {key: value for key, value in config.items() if value is not None}

@@ -1,0 +1,345 @@
+"""A training step on the tape: embeddings, blocks, loss, backward.
+
+Follows the modules of transformers, and MiniGPT's, in everything that affects which tensors are alive: what each
+operation saves for backward, and the copies made by rotations and changes of layout. As in Python, a tensor is alive
+while a variable of a function that has not returned refers to it: so where functions begin and end is part of the
+model. B sequences of T tokens, N = B·T, width D.
+"""
+
+from collections.abc import Callable, Iterator
+
+from pipeline.calc.architecture import Architecture, Block, Linear
+from pipeline.calc.method import FinetuningMethod, ranks
+from pipeline.calc.ops import Ops
+from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.tape import Tape, Value
+
+SIMULATED_ENDS = 2  # of a run of equal blocks, simulate this many at each end and extrapolate the middle
+
+
+def run_step(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Tape:
+    """The tape after one step, with the bytes at its peak beyond weights, adapter and optimizer."""
+    step = _Step(model, method, run)
+    step.tape.backward(step.forward())
+    return step.tape
+
+
+class _Step(Ops):
+    """A model with a method's adapters, its blocks x (N, D) → x (N, D), and its loss."""
+
+    def __init__(self, model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> None:
+        super().__init__(model, run, method.positions)
+        self.method, self.ranks = method, ranks(model, method)
+        self.name_prefix = ""  # of the linears of the block at hand
+        self.tables: list[Value] = []  # cos and sin of the rotary positions, (T, K) each
+        # all attention scores are in memory: by setting, or because there is no fused kernel
+        self.eager = run.attention == "eager" or self.style.eager_only
+        self.scores = run.scores or self.n * (run.span or run.sequence)  # weights per head that short attention saves
+        self.base = method.trained_base(model)
+        self.adapted = [
+            [self.ranks.get(model.block_name(index) + linear.name, 0) for linear in model.adaptable(block)]
+            for index, block in enumerate(model.blocks)
+        ]
+        self.embedding = self.base_weight(model.embedding)
+        self.head = self.embedding if model.tied else self.base_weight(model.embedding)
+
+    def forward(self) -> Value:
+        """The loss."""
+        t, run, model, style = self.tape, self.run, self.model, self.style
+        width, length = model.embedding_width, self.n // run.batch
+        t.phase, self.trains = "forward, embeddings", self.base.rest
+        self.inputs = ids, _labels = [t.leaf(self.n, 8), t.leaf(self.n, 8)]  # alive for the whole step
+        if run.attention == "short" and not self.eager:  # a mask with one row per query of a group of heads
+            self.mask = t.leaf(model.heads // model.kv_heads * (self.scores // run.batch), self.w)
+        trained = [self.embedding] if self.base.ends else []
+        x = t.op(elements=run.tokens * width, width=self.w, saves=[ids], weights=trained)
+        x = self.method.embed(self, x, ids)
+        x = self.linear(x, model.outside[1]) if width != model.hidden else x
+        x = t.op(x) if style.scaled_embeddings else x
+        if model.positions or model.fixed_positions:
+            rows = self.n if style.ours else length  # transformers broadcasts one sequence's positions
+            table = self.trained_weights(model.positions) if model.positions else []
+            x = t.op(x, t.op(elements=rows * model.hidden, width=self.w, saves=[ids], weights=table), alias=True)
+        # cos and sin of the rotary positions, and the mask of eager attention; every block reads them
+        rotated = int(style.rotary * model.head_size)
+        self.tables += [t.leaf(length * rotated, self.w) for _ in range(2)] if rotated else []
+        self.tables += [t.leaf(length * length, self.w)] if self.eager else []
+        y = x  # transformers has a variable of its own for the embeddings, which keeps them alive
+        for start, stop in self._runs_of_equal_blocks():
+            y = self._equal_blocks(y, start, stop)
+        x = y
+        del y
+        t.phase, self.name_prefix, self.trains = "forward, last norm", "", self.base.rest
+        x = self.norm(x, model.hidden) if model.final_norm else x
+        x = self.linear(x, model.outside[0]) if width != model.hidden else x
+        self.tables.clear()
+        if self.method.positions and self.flat:  # our models drop the outputs of virtual tokens
+            x = t.op(x, elements=run.tokens * width)
+        return self._loss(x)
+
+    # blocks
+
+    def _is_trained(self, index: int) -> bool:
+        return index >= self.base.first_block
+
+    def _trained_bytes(self, index: int) -> int:
+        """Bytes of the trainable weights in block `index`."""
+        block = self.model.blocks[index]
+        if self._is_trained(index):
+            return block.parameters * self.w
+        pairs = zip(self.model.adaptable(block), self.adapted[index], strict=True)
+        added = sum(self.method.linear_parameters(linear, rank) for linear, rank in pairs if rank)
+        return (added + self.method.block_parameters(self.model)) * self.adapter
+
+    def _runs_of_equal_blocks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of runs of blocks with the same shapes, ranks and trained weights."""
+        blocks, start = self.model.blocks, 0
+        for stop in range(1, len(blocks) + 1):
+            if (
+                stop == len(blocks)
+                or blocks[stop] is not blocks[start]
+                or self._is_trained(stop) != self._is_trained(start)
+                or self.adapted[stop] != self.adapted[start]
+            ):
+                yield start, stop
+                start = stop
+
+    def _equal_blocks(self, x: Value, start: int, stop: int) -> Value:
+        """Blocks `start` to `stop`, which are equal; the middle of a long run is extrapolated instead of simulated.
+
+        Two blocks at each end are enough: the first of a run may differ, since no gradient may reach it, and each
+        later one adds the same bytes. Simulating 80 blocks would take 15 times as long.
+        """
+        period = 2 if self.run.checkpointing == "selective" else 1  # after which blocks repeat
+        skipped = max(0, (stop - start - 2 * SIMULATED_ENDS * period) // period)
+        resume = start + (SIMULATED_ENDS + skipped) * period
+        before: dict[str, int] = {}
+        for index in range(start, stop):
+            if skipped and index == start + (SIMULATED_ENDS - 1) * period:
+                before = dict(self.tape.live)
+            if skipped and index == start + SIMULATED_ENDS * period:
+                growth = {kind: (size - before.get(kind, 0)) * skipped for kind, size in self.tape.live.items()}
+                # a flat buffer is there already
+                gradients = 0 if self.flat else sum(map(self._trained_bytes, range(index, resume)))
+                x = self.tape.skip(x, growth, gradients)
+            if not skipped or index < start + SIMULATED_ENDS * period or index >= resume:
+                x = self._block_or_checkpoint(x, index)
+        return x
+
+    def _block_or_checkpoint(self, x: Value, index: int) -> Value:
+        self.tape.phase = f"forward, block {index + 1} of {len(self.model.blocks)}"
+
+        def forward(y: Value) -> Value:  # runs again in backward if it is checkpointed
+            self.name_prefix, self.trains = self.model.block_name(index), self._is_trained(index)
+            return self.block(y, self.model.blocks[index])
+
+        needs_gradient = x.node is not None or self._trained_bytes(index) > 0
+        checkpointed = self.run.checkpointed(index) and needs_gradient
+        return self.tape.checkpoint(x, forward) if checkpointed else forward(x)
+
+    # linears
+
+    def linear(self, x: Value, linear: Linear) -> Value:
+        """Wx + b (N, O), with the method's adapter."""
+        rank = self.ranks.get(self.name_prefix + linear.name, 0)
+        folded = self.method.fold(self, x, linear, rank) if rank else None
+        if folded is not None:
+            return folded
+        y = self.matmul(x, linear, self.n)
+        return self.method.adapt(self, y, x, linear, rank, self.n) if rank else y
+
+    def grouped(self, x: Value, linear: Linear, rows: int) -> Value:
+        """The product of `rows` tokens, each with the matrix of its expert."""
+        # the bias of each token's expert is copied to a row of its own
+        y = self.matmul(x, linear, rows, bias=rows * linear.outputs * self.w if linear.bias else 0)
+        rank = self.ranks.get(self.name_prefix + linear.name, 0)
+        return self.method.adapt(self, y, x, linear, rank, rows) if rank else y
+
+    def block(self, x: Value, block: Block) -> Value:
+        if self.style.norms != "parallel":
+            x = self._residual(x, lambda y: self._attention(y, block))
+            return self._residual(x, lambda y: self._feed_forward(y, block))
+        a = self._attention(self.norm(x, self.model.hidden), block)
+        f = self._feed_forward(self.norm(x, self.model.hidden), block)
+        return self.tape.op(self.tape.op(f, a, alias=True), x, alias=True)
+
+    def _residual(self, x: Value, branch: Callable[[Value], Value]) -> Value:
+        hidden, norms = self.model.hidden, self.style.norms
+        y = branch(self.norm(x, hidden) if norms in ("before", "both") else x)
+        y = self.norm(y, hidden) if norms in ("both", "inside") else y
+        x = self.tape.op(x, y, alias=True)
+        return self.norm(x, hidden) if norms == "after" else x
+
+    # attention
+
+    def _attention(self, x: Value, block: Block) -> Value:
+        t, method = self.tape, self.method
+        if self.style.unknown:
+            return self._unknown(x, block.attention)
+        q, k, v, out = self._project(x, block)
+        if self.style.rotary:
+            q, k = self._rotate(q), self._rotate(k)
+        k, v = method.extend_keys(self, k), method.extend_keys(self, v)
+        if self.eager:
+            y = self._eager_attention(q, k, v)
+        elif self.run.attention == "short":
+            # our blockwise matrix products for short sequences save the weights, heads · T² per sequence
+            y = t.op(q, k, v, saves=[q, k, v, t.leaf(self.model.heads * self.scores, self.w)])
+        else:
+            # flash attention saves q, k, v, the output, and a log-sum-exp per head and token in fp32, but no scores
+            y = t.op(q, k, v, saves=[q, k, v, t.leaf(self.n * self.model.heads, 4)], saves_out=True)
+        if self.style.rejoins and not self.eager:
+            y = t.op(y)  # a copy, since the layout is not the one that o_proj reads
+        return self.linear(y, out)
+
+    def _project(self, x: Value, block: Block) -> tuple[Value, Value, Value, Linear]:
+        """q (N, H·K), k and v (N, kv_heads · K), and the output projection."""
+        m = self.model
+        widths = [heads * m.head_size for heads in (m.heads, m.kv_heads, m.kv_heads)]
+        if len(block.attention) == 2:  # q, k and v are views of one linear's output
+            fused, out = sorted(block.attention, key=lambda linear: linear.outputs, reverse=True)
+            qkv = self.linear(x, fused)
+            q, k, v = (self.view(qkv, self.n * width) for width in widths)
+            return q, k, v, out
+        # by first letter: q, k, v, and o(_proj) or d(ense)
+        by_letter = {linear.name.rsplit(".", 1)[-1][0]: linear for linear in block.attention}
+        q = self.linear(x, by_letter["q"])
+        q = self._qk_norm(self.tape.op(q) if self.style.scaled_queries else q, widths[0])
+        k = self._qk_norm(self.linear(x, by_letter["k"]), widths[1])
+        return q, k, self.linear(x, by_letter["v"]), by_letter.get("o") or by_letter["d"]
+
+    def _qk_norm(self, x: Value, width: int) -> Value:
+        if not self.style.qk_norm:
+            return x
+        return self.norm(x, self.model.head_size if self.style.qk_norm == "head" else width)
+
+    def _rotate(self, x: Value) -> Value:
+        """x·cos + rotate_half(x)·sin, with a new tensor for each operation."""
+        t, share = self.tape, self.style.rotary
+        rotated = t.op(x, elements=int(x.elements * share), view=True) if self.style.rejoins else x
+        half, size = t.op(rotated, elements=rotated.elements // 2), rotated.elements  # −x₂
+        swapped = t.op(half, rotated, elements=size, back=size * rotated.width)
+        del half
+        times_cos = t.op(rotated, saves=self.tables[:1])
+        times_sin = t.op(swapped, saves=self.tables[1:2])
+        del swapped
+        y = t.op(times_cos, times_sin, alias=True)
+        return t.op(y, x, elements=x.elements) if self.style.rejoins else y
+
+    def _eager_attention(self, q: Value, k: Value, v: Value) -> Value:
+        """softmax(qkᵀ·scale + mask)·v with all scores in memory: (B, H, T, keys)."""
+        t, m = self.tape, self.model
+        keys = k.elements // (m.kv_heads * m.head_size)  # of all sequences
+        scores = m.heads * (self.n // self.run.batch) * keys
+        if m.kv_heads < m.heads:  # repeated for each query head
+            k, v = (t.op(x, elements=keys * m.heads * m.head_size) for x in (k, v))
+        p = t.op(q, k, elements=scores, saves=[q, k])
+        p = t.op(p)  # · scale
+        if self.style.softcap:
+            p = t.op(t.op(t.op(p), saves_out=True))  # divide, tanh, multiply
+        p = t.op(p, alias=True)  # + mask
+        p = self._softmax(p)
+        y = t.op(p, v, elements=q.elements, saves=[p, v])
+        return t.op(y)  # copy: concatenates the heads
+
+    def _softmax(self, p: Value) -> Value:
+        t = self.tape
+        if self.style.sinks:  # concatenate the sink's column, then subtract the maximum; dropping the column is a view
+            p = t.op(t.op(p), alias=True)
+            return t.op(p, saves_out=True)
+        if not self.style.softmax32:
+            return t.op(p, saves_out=True)
+        narrow = p.elements * (4 - p.width)
+        # input and output in fp32, in forward and backward
+        wide = t.op(p, width=4, saves_out=True, temp=2 * narrow, back=narrow)
+        return self.cast(wide, p.width)
+
+    def _unknown(self, x: Value, linears: tuple[Linear, ...]) -> Value:
+        """Linears of which only the shapes are known, in sequence; those of the block's width read its input."""
+        y = x
+        for linear in linears:
+            fits = linear.inputs == self.model.hidden
+            y = self.linear(x if fits else self.tape.op(y, elements=self.n * linear.inputs, saves=[y]), linear)
+        return y if y.elements == x.elements else self.tape.op(y, elements=x.elements)
+
+    # feed-forward
+
+    def _feed_forward(self, x: Value, block: Block) -> Value:
+        linears = block.feed_forward
+        if self.style.unknown:
+            return self._unknown(x, linears)
+        if linears[0].experts > 1:
+            return self._experts(x, block)
+        if not self.style.gated:
+            return self.linear(self.activation(self.linear(x, linears[0])), linears[1])
+        if len(linears) == 2:
+            return self.linear(self.gate(self.linear(x, linears[0])), linears[1])
+        a = self.activation(self.linear(x, linears[0]))
+        up = self.linear(x, linears[1])
+        return self.linear(self.tape.op(a, up, saves=[a, up]), linears[2])
+
+    def _experts(self, x: Value, block: Block) -> Value:
+        """Copies each token for its top-k experts, sorts by expert, and uses grouped products."""
+        t, (up, down) = self.tape, block.feed_forward
+        rows = self.n * self.style.top_k
+        assert block.router is not None
+        # weights of the chosen experts (N, top_k), softmax in fp32; gradients flow through them even if it is frozen
+        shares = t.op(self.linear(x, block.router), width=4, saves_out=True)
+        scores = t.op(shares, elements=rows, width=self.w)
+        del shares
+        order = t.leaf(rows, 8)
+        copies = t.op(x, elements=rows * up.inputs, saves=[order])
+        m = self.gate(self.grouped(copies, up, rows))
+        del copies
+        out = self.grouped(m, down, rows)
+        del m
+        weighted = t.op(out, scores, saves=[out, scores], back=out.elements * out.width)
+        del out
+        weighted = t.op(weighted, saves=[order])  # back in the order of the tokens
+        return t.op(weighted, elements=x.elements)  # the sum over a token's experts
+
+    # loss
+
+    def _loss(self, x: Value) -> Value:
+        """The loss of the last hidden states (N, D): at once, or in chunks whose gradients are computed in forward."""
+        t, run, width = self.tape, self.run, self.model.embedding_width
+        t.phase, t.kind = "forward, loss", "logits"
+        if run.loss not in ("full", "divergence"):
+            x = t.op(x, elements=run.labels * width)
+        if run.loss not in ("chunked", "divergence"):
+            return self._cross_entropy(x)
+        before = t.leaf(run.tokens * width, self.w) if run.loss == "divergence" else None  # the base's hidden states
+        full_chunks, last = divmod(run.labels, run.chunk)
+        # the chunks in between have the same memory as the second
+        chunk_sizes = [run.chunk] * min(full_chunks, 2) + [last] * bool(last)
+        grads = []
+        for rows in chunk_sizes:
+            chunk = t.op(x, elements=rows * width, view=True)
+            t.differentiate(chunk, self._divergence if before else self._cross_entropy)
+            grads.append(t.leaf(rows * width, self.w))
+        grads.append(t.leaf((run.labels - sum(chunk_sizes)) * width, self.w))
+        gradient = t.leaf(run.labels * width, self.w)  # the chunks' gradients in one tensor
+        del grads, before
+        return t.op(x, elements=1, width=4, saves=[gradient, *t.take_finished_gradients()])
+
+    def _divergence(self, x: Value) -> Value:
+        """Logits (rows, V), then log p, log q and p in fp32; saves q − p in the dtype of the logits."""
+        t, rows = self.tape, x.elements // self.model.embedding_width
+        trained = [self.head] if self.base.ends else []
+        size = rows * self.model.vocabulary
+        y = t.op(x, elements=size, saves=[x] if trained else [], weights=trained, temp=4 * size)
+        return t.op(y, elements=1, width=4, saves=[t.leaf(size, self.w)], temp=3 * 4 * size)
+
+    def _cross_entropy(self, x: Value) -> Value:
+        """Logits (rows, V), cast to fp32, log-softmax (saved), mean; backward fills two tensors of their size."""
+        t, model, rows = self.tape, self.model, x.elements // self.model.embedding_width
+        trained = [self.head] if self.base.ends else []
+        y = t.op(x, elements=rows * model.vocabulary, saves=[x] if trained else [], weights=trained)
+        if rank := self.ranks.get(model.head_name, 0):
+            y = self.method.adapt(self, y, x, model.head_linear, rank, rows)
+        if new := self.method.new_logits(self, x, rows):
+            y = t.op(y, new, elements=y.elements)
+        if self.style.final_softcap:
+            y = t.op(t.op(t.op(y), saves_out=True))  # divide, tanh, multiply
+        log = t.op(self.cast(y, 4), saves_out=True)
+        return t.op(log, elements=1, width=4, saves=[log])
