@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
 from tests.helpers.projects import load, make, save
 from tui.app import Workbench
-from tui.screens.calculator.apply_to_params import query_from_project, trained_model
 from tui.screens.calculator.dialogs import Confirm, Reader
 from tui.screens.calculator.form import CalcForm
-from tui.screens.calculator.memory_bars import MemoryBars
-from tui.screens.calculator.model import FIELDS, CalculatorQuery, FieldError, calculate, relevant_fields
-from tui.screens.calculator.result import Parameters, Pinned, Verdict
+from tui.screens.calculator.project import query_from_project, trained_model
+from tui.screens.calculator.query import FIELDS, CalculatorQuery, FieldError, calculate, relevant_fields
+from tui.screens.calculator.result import MemoryBars, Parameters, Pinned, Verdict
 from tui.screens.calculator.screen import CalculatorScreen
 from tui.widgets.text_block import Lines
 
@@ -64,7 +63,7 @@ def workbench(pilot: Pilot[None]) -> Workbench:
 
 
 async def fill(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> None:
-    screen.form.fill(replace(CalculatorQuery(), **values))
+    screen.form.fill(asdict(replace(CalculatorQuery(), **values)))
     await pilot.pause()
 
 
@@ -164,10 +163,10 @@ async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Pat
             assert screen.problem and "\n" not in screen.problem, (field, text)
             assert screen.result is before, (field, text)
             assert screen.query_one("#results").has_class("-stale")
-            marked = [name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-wrong")]
+            marked = [name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")]
             assert marked == [field], (text, screen.problem)
         await fill(pilot, screen)
-        assert not screen.query("#results.-stale") and not screen.query(".-wrong") and not screen.problem
+        assert not screen.query("#results.-stale") and not screen.query(".-bad") and not screen.problem
 
 
 async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
@@ -491,7 +490,7 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
         return built_in("qwen3-0.6b") if name == "some/model" else open_model(name)
 
     monkeypatch.setattr("tui.screens.calculator.screen.open_model", result)
-    monkeypatch.setattr("tui.screens.calculator.apply_to_params.open_model", result)
+    monkeypatch.setattr("tui.screens.calculator.project.open_model", result)
     async with calculator(empty) as (pilot, screen):
         await pilot.press("l")
         await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problem)

@@ -1,7 +1,5 @@
 """Convert between the calculator's form and the fine-tuning sections of a project's params.yaml."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 from pipeline.calc.architecture import Architecture
@@ -11,14 +9,17 @@ from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project.params.sections import Params, Precision, Quantization
 from pipeline.project.stage_graph import STAGES, Project
-from tui.screens.calculator.model import CalculatorQuery, Result
-
-MINIGPT = "MiniGPT"
+from tui.screens.calculator.query import CalculatorQuery, Result
 
 
 def query_from_project(project: Project) -> CalculatorQuery:
     """The query that describes `finetune_lora` as the trainer runs it. Raises UserError if the base is invalid."""
     lora, imports = project.params.finetune_lora, project.params.pretrain.imports
+    try:
+        start, stop = artifact.read_manifest(project.artifact("expand_vocab"))["new_rows"]
+        new_rows = max(int(stop) - int(start), 1)
+    except (UserError, KeyError, TypeError, ValueError):  # it has not run
+        new_rows = 1
     # if empty, the calculator's default for the model applies
     longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]
     return CalculatorQuery(
@@ -27,7 +28,7 @@ def query_from_project(project: Project) -> CalculatorQuery:
         alpha=f"{lora.alpha:g}",
         targets=", ".join(lora.target_modules),
         embeddings=lora.train_embeddings,
-        new_rows=str(_new_rows(project)),
+        new_rows=str(new_rows),
         precision=lora.precision if lora.quantization == "none" else lora.quantization,
         adapter_precision=lora.adapter_precision,
         batch=str(lora.batch_size),
@@ -41,53 +42,34 @@ def query_from_project(project: Project) -> CalculatorQuery:
 def trained_model(project: Project) -> tuple[str, Architecture]:
     """The model that this project trains: its name in messages, and its shapes. Reads files. Raises UserError."""
     pretrain = project.params.pretrain
-    return (
-        (pretrain.base, open_model(_model_source(project)).shapes)
-        if pretrain.imports
-        else (MINIGPT, built_in("minigpt").shapes)
-    )
+    if not pretrain.imports:
+        return "MiniGPT", built_in("minigpt").shapes
+    return pretrain.base, open_model(_model_source(project)).shapes
 
 
 def _model_source(project: Project) -> str:
     """The name or path that the calculator opens: a checkpoint that the pipeline made of the base, else the base."""
-    pretrain = project.params.pretrain
-    if not pretrain.imports:
+    name = project.params.pretrain.base
+    if not project.params.pretrain.imports:
         return "minigpt"
-    for folder in _made_checkpoints(project):
-        return str(folder)
-    source = base_model.parse_source(pretrain.base, project.home("pretrain").root)
-    return str(source.path) if source.is_local else source.hub_id
-
-
-def _made_checkpoints(project: Project) -> Iterator[Path]:
-    """The checkpoints that the pipeline made of the current base, the expanded one first."""
     base, expanded = map(project.artifact, ("pretrain", "expand_vocab"))
     try:
         imported = artifact.read_manifest(base)
-        if imported["params"]["base"] != base_model.shared_name(project.params.pretrain.base):
-            return
-        made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
-        if made_from.get(STAGES["pretrain"].path) == artifact.sealed_digest(imported):
-            yield expanded
-        yield base
-    except (UserError, KeyError, TypeError, AttributeError):  # another tool's folder
-        return
-
-
-def _new_rows(project: Project) -> int:
-    """How many embedding rows expand_vocab added; 1 if it has not run."""
-    try:
-        start, stop = artifact.read_manifest(project.artifact("expand_vocab"))["new_rows"]
-        return max(int(stop) - int(start), 1)
-    except (UserError, KeyError, TypeError, ValueError):
-        return 1
+        if imported["params"]["base"] == base_model.shared_name(name):
+            made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
+            is_current = made_from.get(STAGES["pretrain"].path) == artifact.sealed_digest(imported)
+            return str(expanded if is_current else base)
+    except (UserError, KeyError, TypeError, AttributeError):
+        pass  # not made yet, or another tool's folder
+    source = base_model.parse_source(name, project.home("pretrain").root)
+    return str(source.path) if source.is_local else source.hub_id
 
 
 def params_from_result(
     query: CalculatorQuery, result: Result, params: Params, trained: tuple[str, Architecture]
 ) -> dict[str, Any]:
     """The params of a configuration as `section.key` → value. Raises UserError if this project cannot train it."""
-    method, run = result.method, result.run
+    method, run, (name, model) = result.method, result.run, trained
     if query.method not in ("full", "freeze", "lora", "qlora"):
         raise UserError(f"{query.method} is not trainable here yet. Choose lora, qlora, freeze or full.")
     quantization = run.precision if run.precision in get_args(Quantization) else "none"
@@ -102,10 +84,15 @@ def params_from_result(
         "gradient_checkpointing": run.checkpointing,
     }
     if method.kind == "freeze":
-        _check_last_blocks(method.last_blocks, params, trained)
+        # MiniGPT has as many blocks as params.yaml says, which may not be trained yet.
+        blocks = len(model.blocks) if params.pretrain.imports else params.pretrain.layers
+        if method.last_blocks > blocks:
+            key = "" if params.pretrain.imports else " (pretrain.layers)"
+            raise UserError(
+                f"last-blocks must be at most {blocks}, the blocks of {name}{key}, got {method.last_blocks}."
+            )
         values |= {"last_blocks": method.last_blocks, "train_embeddings": method.train_embeddings}
     if method.kind == "lora":
-        name, model = trained
         try:
             ranks(model, method)
         except UserError as error:
@@ -114,14 +101,6 @@ def params_from_result(
         values |= {"train_embeddings": method.embeddings, "adapter_precision": run.adapter_precision}
         values |= {"quantization": quantization}
     return {f"finetune_{method.kind}.{key}": value for key, value in values.items()}
-
-
-def _check_last_blocks(last_blocks: int, params: Params, trained: tuple[str, Architecture]) -> None:
-    name, model = trained
-    blocks = len(model.blocks) if params.pretrain.imports else params.pretrain.layers
-    if last_blocks > blocks:
-        key = "" if params.pretrain.imports else " (pretrain.layers)"
-        raise UserError(f"last-blocks must be at most {blocks}, the blocks of {name}{key}, got {last_blocks}.")
 
 
 def differences(params: Params, values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

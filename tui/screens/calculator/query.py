@@ -1,4 +1,4 @@
-"""Parse the calculator's form and calculate the result with `pipeline.calc`."""
+"""What was typed into the calculator's form, and the result of `pipeline.calc` for it."""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -63,9 +63,8 @@ _METHOD_FIELDS = {
 
 def relevant_fields(query: CalculatorQuery) -> list[str]:
     """The fields that affect the result."""
-    irrelevant = {name for names in _METHOD_FIELDS.values() for name in names} - set(
-        _METHOD_FIELDS.get(query.method, ())
-    )
+    of_methods = {name for names in _METHOD_FIELDS.values() for name in names}
+    irrelevant = of_methods - set(_METHOD_FIELDS.get(query.method, ()))
     irrelevant |= {"new_rows"} if query.embeddings != "new_rows" else set()
     irrelevant |= {"gib"} if query.gpu != CUSTOM else set()
     return [name for name in FIELDS if name not in irrelevant]
@@ -117,21 +116,7 @@ class Result:
 def calculate(query: CalculatorQuery, model: Architecture) -> Result:
     """The result for `query` and `model`. Raises FieldError, which names the invalid field."""
     query = query.effective()
-    method, run, device = _parse_method_fields(query), _parse_training_fields(query, model), _parse_device(query)
-    try:
-        validate(method, run)
-        refuse_impossible(model, method, run)
-        columns = side_by_side(model, method, replace(run, precision="bf16") if run.precision == QLORA else run)
-        chosen = next((name for name, (m, r, _) in columns.items() if (m, r) == (method, run)), None)
-        if chosen is None:
-            columns[chosen := query.method] = (method, run, predict(model, method, run))
-    except UserError as error:
-        raise FieldError(_field_in_message(str(error)), str(error)) from None
-    return Result(model, method, run, device, columns, chosen)
-
-
-def _parse_method_fields(query: CalculatorQuery) -> FinetuningMethod:
-    return parse_method(
+    method = parse_method(
         query.method,
         _parse_int(query, "rank"),
         _parse_float(query, "alpha") if query.alpha.strip() else None,
@@ -142,10 +127,7 @@ def _parse_method_fields(query: CalculatorQuery) -> FinetuningMethod:
         train_embeddings=query.ends == "train",
         virtual_tokens=_parse_int(query, "virtual_tokens"),
     )
-
-
-def _parse_training_fields(query: CalculatorQuery, model: Architecture) -> TrainingConfig:
-    return parse_training_config(
+    run = parse_training_config(
         model,
         query.method,
         batch=_parse_int(query, "batch"),
@@ -155,25 +137,30 @@ def _parse_training_fields(query: CalculatorQuery, model: Architecture) -> Train
         checkpointing=query.checkpointing or None,
         optimizer=query.optimizer,
         loss=query.loss,
-        virtual_tokens=_parse_int(query, "virtual_tokens"),
+        virtual_tokens=method.virtual_tokens,
     )
-
-
-def _parse_device(query: CalculatorQuery) -> Gpu:
-    if query.gpu != CUSTOM:
-        return gpu(query.gpu)
+    size = _parse_float(query, "gib")
     try:
-        return of_size(_parse_float(query, "gib"))
-    except FieldError:
-        raise
+        device = gpu(query.gpu) if query.gpu != CUSTOM else of_size(size)
     except UserError as error:
         raise FieldError("gib", str(error)) from None
+    try:
+        validate(method, run)
+        refuse_impossible(model, method, run)
+        # The columns compare methods on one precision: QLoRA's own column has the quantized base.
+        columns = side_by_side(model, method, replace(run, precision="bf16") if run.precision == QLORA else run)
+        chosen = next((name for name, (m, r, _) in columns.items() if (m, r) == (method, run)), None)
+        if chosen is None:
+            columns[chosen := query.method] = (method, run, predict(model, method, run))
+    except UserError as error:
+        raise FieldError(_field_in_message(str(error)), str(error)) from None
+    return Result(model, method, run, device, columns, chosen)
 
 
 def _parse_int(query: CalculatorQuery, field: str) -> int:
     text = getattr(query, field).strip()
     if not re.fullmatch(r"-?[0-9]{1,12}", text):
-        raise FieldError(field, f"{_display_name(field)} must be a whole number, got {text[:40]!r}.")
+        raise FieldError(field, f"{field.replace('_', '-')} must be a whole number, got {text[:40]!r}.")
     return int(text)
 
 
@@ -182,11 +169,7 @@ def _parse_float(query: CalculatorQuery, field: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise FieldError(field, f"{_display_name(field)} must be a number, got {text[:40]!r}.") from None
-
-
-def _display_name(field: str) -> str:
-    return field.replace("_", "-")
+        raise FieldError(field, f"{field.replace('_', '-')} must be a number, got {text[:40]!r}.") from None
 
 
 def _field_in_message(message: str) -> str:
