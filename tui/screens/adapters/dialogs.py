@@ -1,7 +1,7 @@
 """The dialogs of the adapters screen: attention weights (`a`, §2.1) and sampling settings (`t`)."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple
 
 from rich.cells import cell_len
@@ -12,7 +12,6 @@ from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.events import Click
-from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Button, Checkbox, Static
@@ -36,35 +35,44 @@ class AttentionView(Widget):
 
     DEFAULT_CSS = "AttentionView { height: auto; width: 1fr; }"
 
-    @dataclass
-    class Chosen(Message):
-        """A token was clicked."""
-
-        token: int
-
     def __init__(self) -> None:
         super().__init__()
-        self._shown: tuple[Sequence[str], Weights, int] = ((), (), 0)  # tokens, weights, the chosen token
+        self._tokens: list[str] = []
+        self._weights: Weights = ()
+        self._token: int | None = None  # None: the last one
 
-    def show(self, tokens: Sequence[str], weights: Weights, token: int) -> None:
-        self._shown = list(map(escape_whitespace, tokens)), weights, token
+    def show(self, tokens: Sequence[str], weights: Weights) -> None:
+        self._tokens, self._weights = list(map(escape_whitespace, tokens)), weights
+        self.refresh(layout=True)
+
+    @property
+    def _shown(self) -> tuple[Sequence[str], Weights, int]:
+        last = len(self._tokens) - 1
+        return self._tokens, self._weights, last if self._token is None else min(self._token, last)
+
+    def step(self, by: int) -> None:
+        """Choose the next token, or the one before."""
+        if self._tokens:
+            self._choose((self._shown[2] + by) % len(self._tokens))
+
+    def _choose(self, token: int) -> None:
+        self._token = token
         self.refresh(layout=True)
 
     def render(self) -> RenderResult:
-        if not self._shown[0]:
+        if not self._tokens:
             return Text("asking…", "dim")
         rows = matrix(*self._shown, self.size.width)
         return Text("\n").join([sentence(*self._shown), *bars(*self._shown), Text(), *rows])
 
     def on_click(self, event: Click) -> None:
-        tokens, _, token = self._shown
-        if tokens:
-            start, stop = window(tokens, token, self.size.width)
+        if self._tokens:
+            start, stop = window(self._tokens, self._shown[2], self.size.width)
             # Above the first row of the matrix: the sentence, the bars, an empty line and the header.
             above = len(sentence(*self._shown).wrap(self.app.console, max(self.size.width, 1)))
             row = start + event.y - above - len(bars(*self._shown)) - 2
             if start <= row < stop:
-                self.post_message(self.Chosen(row))
+                self._choose(row)
 
 
 def sentence(tokens: Sequence[str], weights: Weights, token: int) -> Text:
@@ -143,18 +151,15 @@ class AttentionScreen(ModalScreen[None]):
     def __init__(self, title: str, ask: Callable[[int, int], Awaitable[dict[str, Any]]]) -> None:
         super().__init__()
         self._title, self._ask = title, ask
-        self._layer = self._head = 0
-        self._token: int | None = None  # None: the last one
-        self._attention: dict[str, Any] = {"tokens": [], "layers": 1, "heads": 1}
+        self._layer, self._layers, self._head, self._heads = 0, 1, 0, 1
+        self._line, self._view = Static(id="head", markup=False), AttentionView()
         self._latest = Latest(self._fetch)  # keys may be faster than the engine: it is asked for the last head only
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="dialog"):
-            yield Static(id="head", markup=False)
-            yield AttentionView()
+        yield VerticalScroll(self._line, self._view, classes="dialog")
 
     def on_mount(self) -> None:
-        self._show()
+        self._show_position()
         self._load()
 
     @work
@@ -163,42 +168,30 @@ class AttentionScreen(ModalScreen[None]):
 
     async def _fetch(self) -> None:
         try:
-            self._attention = await self._ask(self._layer, self._head)
+            attention = await self._ask(self._layer, self._head)
         except UserError as error:
-            self.query_one("#head", Static).update(f"✗ {error}")
-            self.query_one(AttentionView).display = False
+            self._line.update(f"✗ {error}")
+            self._view.display = False
         else:
-            self._show()
+            self._layers, self._heads = attention["layers"], attention["heads"]
+            self._show_position()
+            self._view.show(attention["tokens"], attention["weights"])
+            self._view.display = True
 
-    def _show(self) -> None:
-        attention = self._attention
-        position = f"layer {self._layer + 1} of {attention['layers']} · head {self._head + 1} of {attention['heads']}"
-        self.query_one("#head", Static).update(f"{self._title} · {position}\n{KEYS}\n")
-        self.query_one(AttentionView).display = True
-        if attention["tokens"]:
-            self.query_one(AttentionView).show(attention["tokens"], attention["weights"], self._chosen_token())
-
-    def _chosen_token(self) -> int:
-        last = len(self._attention["tokens"]) - 1
-        return last if self._token is None else min(self._token, last)
+    def _show_position(self) -> None:
+        position = f"layer {self._layer + 1} of {self._layers} · head {self._head + 1} of {self._heads}"
+        self._line.update(f"{self._title} · {position}\n{KEYS}\n")
 
     def action_head(self, by: int) -> None:
-        self._head = (self._head + by) % self._attention["heads"]
+        self._head = (self._head + by) % self._heads
         self._load()
 
     def action_layer(self, by: int) -> None:
-        self._layer = (self._layer + by) % self._attention["layers"]
+        self._layer = (self._layer + by) % self._layers
         self._load()
 
     def action_token(self, by: int) -> None:
-        if tokens := self._attention["tokens"]:
-            self._token = (self._chosen_token() + by) % len(tokens)
-            self._show()
-
-    @on(AttentionView.Chosen)
-    def choose(self, event: AttentionView.Chosen) -> None:
-        self._token = event.token
-        self._show()
+        self._view.step(by)
 
 
 class PromptSettings(NamedTuple):
@@ -221,7 +214,7 @@ class SamplingForm(Form):
     """A rule beside each field."""
 
     def beside(self, field: FormField) -> Iterable[Widget]:
-        yield Static(field.rule, classes="rule")
+        return (*super().beside(field), Static(field.rule, classes="rule"))
 
 
 class SamplingScreen(ModalScreen[PromptSettings | None]):

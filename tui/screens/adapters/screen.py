@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -14,7 +13,6 @@ from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.events import Resize, ScreenResume, ScreenSuspend
-from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
@@ -47,20 +45,6 @@ STATUS_EVERY = 2.0  # seconds between status requests
 FRAME = 0.05  # seconds between redraws of a streaming answer, at least
 BROWSING = {"select", "filter", "sort", "reverse", "usual", "folder"}  # actions on the table
 PROMPTING = {"strength", "sampling", "attention", "copy", "save"}  # actions on the answers
-
-
-@dataclass
-class Scanned(Message):
-    """A scan found these models; those not checked yet have no verdict."""
-
-    entries: list[Entry]
-
-
-@dataclass
-class Checked(Message):
-    """A model was checked."""
-
-    entry: Entry
 
 
 class AdaptersScreen(WorkbenchScreen):
@@ -210,11 +194,11 @@ class AdaptersScreen(WorkbenchScreen):
                     return
                 entries.append(entry)
             if not stop.is_set():
-                self.post_message(Scanned(entries))
+                self.call_later(self._show_scan, entries)
             for entry in self.library.check_all(entries):
                 if stop.is_set():
                     return
-                self.post_message(Checked(entry))
+                self.call_later(self._collect_verdict, entry)
 
         # A daemon, not a worker of Textual's: quitting must not wait until gigabytes are hashed.
         threading.Thread(target=scan, daemon=True).start()
@@ -224,25 +208,24 @@ class AdaptersScreen(WorkbenchScreen):
         if await asyncio.to_thread(self.library.changed):
             self._start_scan()
 
-    @on(Scanned)
-    def show_scan(self, event: Scanned) -> None:
-        paths = {entry.model.path for entry in event.entries}
+    def _show_scan(self, entries: list[Entry]) -> None:
+        """Show what a scan found; entries that are not checked yet have no verdict."""
+        paths = {entry.model.path for entry in entries}
         for gone in [path for path in self.selected if path not in paths]:
             self.selected.remove(gone)
             self.workbench.log_message(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
-        self.entries = event.entries
+        self.entries = entries
         self._verdicts.clear()  # of an earlier scan; the valid ones are in these entries
         self.set_class(not self.entries, "-none")
         self.nothing.update(NO_MODELS)
         self.table.show(self.entries, self.selected)
         self.show_details()
 
-    @on(Checked)
-    def collect_verdict(self, event: Checked) -> None:
+    def _collect_verdict(self, entry: Entry) -> None:
         """Collect verdicts: those of small models arrive faster than the table is drawn, which would block keys."""
         if not self._verdicts:
             self.set_timer(BATCH, self._show_verdicts)
-        self._verdicts[event.entry.model.path] = event.entry
+        self._verdicts[entry.model.path] = entry
 
     def _show_verdicts(self) -> None:
         verdicts, self._verdicts = self._verdicts, {}

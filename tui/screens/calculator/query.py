@@ -1,13 +1,14 @@
-"""What was typed into the calculator's form, and the result of `pipeline.calc` for it."""
+"""What was typed into the calculator's form: the result of `pipeline.calc` for it, and the params of a project."""
 
 import re
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, TypeVar, get_args
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import Gpu, gpu, of_size
 from pipeline.calc.memory import Memory, predict, refuse_impossible
-from pipeline.calc.parameters import trainable
+from pipeline.calc.parameters import ranks, trainable
 from pipeline.calc.report import side_by_side, title_of
 from pipeline.calc.settings import (
     QLORA,
@@ -17,8 +18,13 @@ from pipeline.calc.settings import (
     parse_training_config,
     validate,
 )
+from pipeline.calc.sources.open_model import built_in, open_model
 from pipeline.errors import UserError
+from pipeline.files import artifact, base_model
+from pipeline.project.params.sections import Params, Precision, Quantization
+from pipeline.project.stage_graph import STAGES, Project
 
+T = TypeVar("T", int, float)
 CUSTOM = "custom"  # a GPU with the memory of the field `gib`
 
 
@@ -118,20 +124,20 @@ def calculate(query: CalculatorQuery, model: Architecture) -> Result:
     query = query.effective()
     method = parse_method(
         query.method,
-        _parse_int(query, "rank"),
-        _parse_float(query, "alpha") if query.alpha.strip() else None,
+        _parse(query, "rank", int),
+        _parse(query, "alpha", float) if query.alpha.strip() else None,
         query.targets,
         embeddings=query.embeddings,
-        new_rows=_parse_int(query, "new_rows") if query.embeddings == "new_rows" else 0,
-        last_blocks=_parse_int(query, "last_blocks"),
+        new_rows=_parse(query, "new_rows", int) if query.embeddings == "new_rows" else 0,
+        last_blocks=_parse(query, "last_blocks", int),
         train_embeddings=query.ends == "train",
-        virtual_tokens=_parse_int(query, "virtual_tokens"),
+        virtual_tokens=_parse(query, "virtual_tokens", int),
     )
     run = parse_training_config(
         model,
         query.method,
-        batch=_parse_int(query, "batch"),
-        sequence=_parse_int(query, "sequence") if query.sequence.strip() else None,
+        batch=_parse(query, "batch", int),
+        sequence=_parse(query, "sequence", int) if query.sequence.strip() else None,
         precision=query.precision.strip() or None,
         adapter_precision=query.adapter_precision,
         checkpointing=query.checkpointing or None,
@@ -139,7 +145,7 @@ def calculate(query: CalculatorQuery, model: Architecture) -> Result:
         loss=query.loss,
         virtual_tokens=method.virtual_tokens,
     )
-    size = _parse_float(query, "gib")
+    size = _parse(query, "gib", float)
     try:
         device = gpu(query.gpu) if query.gpu != CUSTOM else of_size(size)
     except UserError as error:
@@ -157,19 +163,17 @@ def calculate(query: CalculatorQuery, model: Architecture) -> Result:
     return Result(model, method, run, device, columns, chosen)
 
 
-def _parse_int(query: CalculatorQuery, field: str) -> int:
-    text = getattr(query, field).strip()
-    if not re.fullmatch(r"-?[0-9]{1,12}", text):
-        raise FieldError(field, f"{field.replace('_', '-')} must be a whole number, got {text[:40]!r}.")
-    return int(text)
-
-
-def _parse_float(query: CalculatorQuery, field: str) -> float:
+def _parse(query: CalculatorQuery, field: str, kind: type[T]) -> T:
+    """A field as a number. Raises FieldError."""
     text = getattr(query, field).strip()
     try:
-        return float(text)
+        # int() would also read other scripts' digits, and take seconds for a million of them.
+        if kind is float or re.fullmatch(r"-?[0-9]{1,12}", text):
+            return kind(text)
     except ValueError:
-        raise FieldError(field, f"{field.replace('_', '-')} must be a number, got {text[:40]!r}.") from None
+        pass
+    what = "a number" if kind is float else "a whole number"
+    raise FieldError(field, f"{field.replace('_', '-')} must be {what}, got {text[:40]!r}.")
 
 
 def _field_in_message(message: str) -> str:
@@ -180,3 +184,106 @@ def _field_in_message(message: str) -> str:
     if "weights cannot be trained" in message:
         return "precision"
     return {"target_modules": "targets", "freeze": "last_blocks"}.get(word, "method")
+
+
+def query_from_project(project: Project) -> CalculatorQuery:
+    """The query that describes `finetune_lora` as the trainer runs it. Raises UserError if the base is invalid."""
+    lora, imports = project.params.finetune_lora, project.params.pretrain.imports
+    try:
+        start, stop = artifact.read_manifest(project.artifact("expand_vocab"))["new_rows"]
+        new_rows = max(int(stop) - int(start), 1)
+    except (UserError, KeyError, TypeError, ValueError):  # it has not run
+        new_rows = 1
+    # if empty, the calculator's default for the model applies
+    longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]
+    return CalculatorQuery(
+        model=_model_source(project),
+        rank=str(lora.rank),
+        alpha=f"{lora.alpha:g}",
+        targets=", ".join(lora.target_modules),
+        embeddings=lora.train_embeddings,
+        new_rows=str(new_rows),
+        precision=lora.precision if lora.quantization == "none" else lora.quantization,
+        adapter_precision=lora.adapter_precision,
+        batch=str(lora.batch_size),
+        sequence=str(min(longest)) if longest else "",
+        checkpointing=lora.gradient_checkpointing,
+        optimizer="adam-flat",
+        loss="chunked" if imports else "full",
+    )
+
+
+def trained_model(project: Project) -> tuple[str, Architecture]:
+    """The model that this project trains: its name in messages, and its shapes. Reads files. Raises UserError."""
+    pretrain = project.params.pretrain
+    if not pretrain.imports:
+        return "MiniGPT", built_in("minigpt").shapes
+    return pretrain.base, open_model(_model_source(project)).shapes
+
+
+def _model_source(project: Project) -> str:
+    """The name or path that the calculator opens: a checkpoint that the pipeline made of the base, else the base."""
+    name = project.params.pretrain.base
+    if not project.params.pretrain.imports:
+        return "minigpt"
+    base, expanded = map(project.artifact, ("pretrain", "expand_vocab"))
+    try:
+        imported = artifact.read_manifest(base)
+        if imported["params"]["base"] == base_model.shared_name(name):
+            made_from = artifact.read_manifest(expanded)["inputs"] if expanded.is_dir() else {}
+            is_current = made_from.get(STAGES["pretrain"].path) == artifact.sealed_digest(imported)
+            return str(expanded if is_current else base)
+    except (UserError, KeyError, TypeError, AttributeError):
+        pass  # not made yet, or another tool's folder
+    source = base_model.parse_source(name, project.home("pretrain").root)
+    return str(source.path) if source.is_local else source.hub_id
+
+
+def params_from_result(
+    query: CalculatorQuery, result: Result, params: Params, trained: tuple[str, Architecture]
+) -> dict[str, Any]:
+    """The params of a configuration as `section.key` → value. Raises UserError if this project cannot train it."""
+    method, run, (name, model) = result.method, result.run, trained
+    if query.method not in ("full", "freeze", "lora", "qlora"):
+        raise UserError(f"{query.method} is not trainable here yet. Choose lora, qlora, freeze or full.")
+    quantization = run.precision if run.precision in get_args(Quantization) else "none"
+    # the calculator assumes bf16 for what is not quantized
+    precision = "bf16" if quantization != "none" else run.precision
+    if precision not in get_args(Precision):
+        choices = "fp32, bf16, fp16, int8, nf4 or nf4-dq"
+        raise UserError(f"{run.precision} weights are not trainable here yet. Choose {choices}.")
+    values: dict[str, Any] = {
+        "batch_size": run.batch,
+        "precision": precision,
+        "gradient_checkpointing": run.checkpointing,
+    }
+    if method.kind == "freeze":
+        # MiniGPT has as many blocks as params.yaml says, which may not be trained yet.
+        blocks = len(model.blocks) if params.pretrain.imports else params.pretrain.layers
+        if method.last_blocks > blocks:
+            key = "" if params.pretrain.imports else " (pretrain.layers)"
+            raise UserError(
+                f"last-blocks must be at most {blocks}, the blocks of {name}{key}, got {method.last_blocks}."
+            )
+        values |= {"last_blocks": method.last_blocks, "train_embeddings": method.train_embeddings}
+    if method.kind == "lora":
+        try:
+            ranks(model, method)
+        except UserError as error:
+            raise UserError(f"{name}, the model of this project, does not have these targets. {error}") from None
+        values |= {"rank": method.rank, "alpha": method.alpha, "target_modules": list(method.targets)}
+        values |= {"train_embeddings": method.embeddings, "adapter_precision": run.adapter_precision}
+        values |= {"quantization": quantization}
+    return {f"finetune_{method.kind}.{key}": value for key, value in values.items()}
+
+
+def differences(params: Params, values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`section.key` → (current value, new value) of the values that differ."""
+    changes = {}
+    for key, new in values.items():
+        section, _, name = key.partition(".")
+        old = getattr(getattr(params, section), name)
+        old = list(old) if isinstance(old, tuple) else old
+        if old != new:
+            changes[key] = (old, new)
+    return changes

@@ -23,8 +23,16 @@ from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import WorkbenchScreen
 from tui.screens.calculator.dialogs import Confirm, document_table, formulas
 from tui.screens.calculator.form import CalcForm, ModelSearch
-from tui.screens.calculator.project import differences, params_from_result, query_from_project, trained_model
-from tui.screens.calculator.query import CalculatorQuery, FieldError, Result, calculate
+from tui.screens.calculator.query import (
+    CalculatorQuery,
+    FieldError,
+    Result,
+    calculate,
+    differences,
+    params_from_result,
+    query_from_project,
+    trained_model,
+)
 from tui.screens.calculator.result import Advice, MemoryBars, Parameters, Pinned, Verdict
 
 PAUSE = 0.15  # seconds without a key press before the slow search starts

@@ -25,8 +25,15 @@ from tests.helpers.projects import load, make, save
 from tui.app import Workbench
 from tui.screens.calculator.dialogs import Confirm, Reader
 from tui.screens.calculator.form import CalcForm
-from tui.screens.calculator.project import query_from_project, trained_model
-from tui.screens.calculator.query import FIELDS, CalculatorQuery, FieldError, calculate, relevant_fields
+from tui.screens.calculator.query import (
+    FIELDS,
+    CalculatorQuery,
+    FieldError,
+    calculate,
+    query_from_project,
+    relevant_fields,
+    trained_model,
+)
 from tui.screens.calculator.result import MemoryBars, Parameters, Pinned, Verdict
 from tui.screens.calculator.screen import CalculatorScreen
 from tui.widgets.text_block import Lines
@@ -490,7 +497,7 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
         return built_in("qwen3-0.6b") if name == "some/model" else open_model(name)
 
     monkeypatch.setattr("tui.screens.calculator.screen.open_model", result)
-    monkeypatch.setattr("tui.screens.calculator.project.open_model", result)
+    monkeypatch.setattr("tui.screens.calculator.query.open_model", result)
     async with calculator(empty) as (pilot, screen):
         await pilot.press("l")
         await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problem)
