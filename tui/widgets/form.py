@@ -240,6 +240,7 @@ class Form(Vertical):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", "Field above", show=False),
         Binding("down", "move(1)", "Field below", show=False),
+        Binding("ctrl+r", "reset", "The field's default", show=False),
     ]
 
     @dataclass
@@ -357,6 +358,10 @@ class Form(Vertical):
         """The key of the field with the focus, or ""."""
         focused = self.screen.focused
         return next((key for key, editor in self.editors.items() if editor is focused), "")
+
+    def action_reset(self) -> None:
+        if key := self.focused_key:
+            self.editors[key].value = format_value(self.fields[key].default)
 
     def action_move(self, by: int) -> None:
         keys = [key for key in self.editors if self.lines[key].display]

@@ -98,11 +98,6 @@ def _format_cell(token: str, answer: Answer, reference: Answer, width: int) -> T
 class Completions(Grid):
     """The answers as they stream in: one column per model if there is room, else one below the other."""
 
-    DEFAULT_CSS = """
-    Completions { height: auto; grid-gutter: 0 1; grid-rows: auto; margin-top: 1; }
-    Completions Static { height: auto; }
-    """
-
     _count = 1  # of answers, also before their widgets are mounted
 
     async def start(self, exchange: Exchange) -> None:
@@ -155,12 +150,6 @@ class Answers(VerticalScroll):
     """The newest exchange, with earlier ones below.
 
     The widgets are attributes, as answers can arrive while the screen closes, when queries fail.
-    """
-
-    DEFAULT_CSS = """
-    Answers { height: 1fr; margin-top: 1; scrollbar-size-vertical: 1; }
-    Answers:focus { background-tint: $foreground 3%; }
-    Answers #earlier { height: auto; margin-top: 1; }
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The calculator's form, which shows only fields that are relevant to the method, and the search for a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import ClassVar
 
 from rich.text import Text
@@ -29,9 +29,10 @@ MAX_MATCHES = 9
 
 
 def fields() -> list[FormField]:
-    """The fields in the order of CalculatorQuery. They are texts, because an empty one means the model's default."""
+    """The fields of CalculatorQuery. They are texts, because an empty one means the model's default."""
     precisions, devices = list(PRECISIONS), {gpu.name: gpu.label for gpu in gpus().values()}
-    return [
+    gpu_names = {**devices, CUSTOM: "custom, GiB below"}
+    declared = (
         FormField("model", step=cycling(list(hub_ids()))),
         FormField("method", "choice", choices=METHODS),
         FormField("rank", step=doubling),
@@ -49,24 +50,15 @@ def fields() -> list[FormField]:
         FormField("checkpointing", "choice", choices=("", *CHOICES["checkpointing"]), names={"": "auto"}),
         FormField("optimizer", "choice", choices=list(OPTIMIZERS)),
         FormField("loss", "choice", choices=CHOICES["loss"]),
-        FormField(
-            "gpu", "choice", label="GPU", choices=[*devices, CUSTOM], names={**devices, CUSTOM: "custom, GiB below"}
-        ),
+        FormField("gpu", "choice", label="GPU", choices=list(gpu_names), names=gpu_names),
         FormField("gib", label="GPU's GiB", step=doubling),
-    ]
+    )
+    return [replace(field, default=getattr(CalculatorQuery, field.key)) for field in declared]
 
 
 class ModelSearch(Vertical):
     """The field for a model, with a list of matching built-in names while typing."""
 
-    DEFAULT_CSS = """
-    ModelSearch { height: 1; width: 1fr; }
-    ModelSearch OptionList {
-        overlay: screen; constrain: none inside; display: none;
-        width: 52; height: auto; max-height: 11; background: $panel;
-    }
-    ModelSearch.-open OptionList { display: block; }
-    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down", "highlight(1)", "Next match", show=False),
         Binding("up", "highlight(-1)", "Match before", show=False),
@@ -138,16 +130,8 @@ class ModelSearch(Vertical):
 class CalcForm(Form):
     """Posts Changed at every change of a field, and `ModelSearch.Selected` when a model was entered."""
 
-    DEFAULT_CSS = """
-    CalcForm Label { width: 16; color: $text-muted; }
-    CalcForm .field:focus-within Label { color: $foreground; text-style: bold; }
-    CalcForm .field.-bad Label { color: $text-error; text-style: bold; }
-    CalcForm Input { width: 1fr; background: $boost; }
-    CalcForm Input:disabled { color: $text-disabled; }
-    """
-
-    def __init__(self, query: CalculatorQuery) -> None:
-        super().__init__(fields(), asdict(query))
+    def __init__(self) -> None:
+        super().__init__(fields())
 
     def beside(self, field: FormField) -> Iterable[Widget]:
         editor = self.editors[field.key]

@@ -26,13 +26,11 @@ class Advice(NamedTuple):
 
 
 class Verdict(Lines):
-    """Trainable parameters, peak, whether it fits, and advice (None while it is being searched for)."""
-
-    def show_result(self, result: Result, advice: Advice | None) -> None:
-        self.show(lambda width: verdict(result, advice, width))
+    """Trainable parameters, peak, whether it fits, and advice."""
 
 
 def verdict(result: Result, advice: Advice | None, width: int) -> Sequence[Text]:
+    """The lines; without advice, it is still being searched for."""
     peak, run = result.memory, result.run
     fits = result.spare >= 0
     text = f"✓ fits: {in_units(result.spare)} free" if fits else f"✗ does not fit: {in_units(-result.spare)} too much"
@@ -64,15 +62,10 @@ def _format_advice(result: Result, advice: Advice | None) -> Text:
 class MemoryBars(Lines):
     """Memory of several methods: bars against the size of a GPU, and a table of the parts."""
 
-    def show_result(self, result: Result) -> None:
-        memories = {name: memory for name, (_, _, memory) in result.columns.items()}
-        self.show(
-            lambda width: [
-                *bars(memories, result.chosen, result.device, width),
-                Text(),
-                *numbers(memories, result.chosen, width),
-            ]
-        )
+
+def memory(result: Result, width: int) -> Sequence[Text]:
+    memories = {name: memory for name, (_, _, memory) in result.columns.items()}
+    return [*bars(memories, result.chosen, result.device, width), Text(), *numbers(memories, result.chosen, width)]
 
 
 def bars(memories: Mapping[str, Memory], chosen: str, device: Gpu, width: int) -> Sequence[Text]:
@@ -117,9 +110,6 @@ def numbers(memories: Mapping[str, Memory], chosen: str, width: int) -> Sequence
 
 class Parameters(Lines):
     """A line per kind of projection, and the document's count."""
-
-    def show_result(self, result: Result) -> None:
-        self.show(lambda width: parameters(result, width))
 
 
 def parameters(result: Result, width: int) -> Sequence[Text]:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +25,6 @@ from tui.screens.base import WorkbenchScreen
 from tui.screens.calculator.dialogs import Confirm, document_table, formulas
 from tui.screens.calculator.form import CalcForm, ModelSearch
 from tui.screens.calculator.query import (
-    CalculatorQuery,
     FieldError,
     Result,
     calculate,
@@ -33,7 +33,7 @@ from tui.screens.calculator.query import (
     query_from_project,
     trained_model,
 )
-from tui.screens.calculator.result import Advice, MemoryBars, Parameters, Pinned, Verdict
+from tui.screens.calculator.result import Advice, MemoryBars, Parameters, Pinned, Verdict, memory, parameters, verdict
 
 PAUSE = 0.15  # seconds without a key press before the slow search starts
 PINS = 2
@@ -66,7 +66,7 @@ class CalculatorScreen(WorkbenchScreen):
     def body(self) -> Iterable[Widget]:
         with Horizontal(id="columns"):
             with VerticalScroll(id="form", can_focus=False):
-                yield CalcForm(CalculatorQuery())
+                yield CalcForm()
                 yield Pinned()
             with VerticalScroll(id="answer"):
                 yield Static(id="problem", markup=False)
@@ -105,9 +105,9 @@ class CalculatorScreen(WorkbenchScreen):
         meant = {"sequence": result.run.sequence, "precision": result.run.precision, "alpha": result.method.rank}
         for key, value in meant.items():
             self.form.query_one(f"#{key}", Input).placeholder = str(value)
-        self.query_one(Verdict).show_result(result, None)
-        self.query_one(MemoryBars).show_result(result)
-        self.query_one(Parameters).show_result(result)
+        self.query_one(Verdict).show(partial(verdict, result, None))
+        self.query_one(MemoryBars).show(partial(memory, result))
+        self.query_one(Parameters).show(partial(parameters, result))
         self.query_one(Pinned).compare(self.pins, result)
         self._find_advice(result)
 
@@ -126,8 +126,8 @@ class CalculatorScreen(WorkbenchScreen):
 
     def _show_advice(self, result: Result, advice: Advice) -> None:
         if result is self.result:
-            for verdict in self.query(Verdict):  # empty while the screen closes
-                verdict.show_result(result, advice)
+            for widget in self.query(Verdict):  # empty while the screen closes
+                widget.show(partial(verdict, result, advice))
 
     def _get_model(self, name: str) -> Architecture:
         """The shapes of a built-in or loaded model. Starts to load any other path, and raises FieldError meanwhile."""

@@ -205,6 +205,12 @@ async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
         assert screen.form.values.gpu == names_[names_.index("rtx4090") + 1]
 
 
+async def test_ctrl_r_brings_a_fields_default_back(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("right", "ctrl+r", "down", "+", "+", "ctrl+r")
+        assert screen.form.values == CalculatorQuery() and screen.result.method.rank == 8
+
+
 async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for name in ("method", "embeddings", "checkpointing", "optimizer", "loss", "gpu"):

@@ -154,6 +154,8 @@ async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: 
         assert line_of(field(screen, "rank")).has_class("-bad")
         await pilot.press("enter")
         assert path.read_text(encoding="utf-8") == before
+        await pilot.press("ctrl+r")
+        assert field(screen, "rank").value == "4" and not line_of(field(screen, "rank")).has_class("-edited")
         await typed(pilot, screen, "rank", "8")
         assert "Enter writes it" in str(rule.content)
         await pilot.press("enter")
