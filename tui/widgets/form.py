@@ -182,7 +182,8 @@ class FieldInput(Input):
 class Choice(Widget, can_focus=True):
     """`‹ lora ›`: left, right or a click steps to another value.
 
-    Not Textual's Select, which opens a list at up and down: here these go to other fields, and a step is one key.
+    Not Textual's Select, which opens a list at up and down: here these go to other fields, and a step is one key. It is
+    also five widgets a field: eight of them take 110 ms to start, eight of these 52.
     """
 
     DEFAULT_CSS = """
