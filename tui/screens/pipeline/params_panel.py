@@ -53,6 +53,15 @@ def fields_of(stage: str, section: Section, source: str) -> list[FormField]:
     return fields
 
 
+class Scroll(VerticalScroll, can_focus=False):
+    """Keeps the focused field visible when a longer text below leaves fewer lines: its resize does not bubble."""
+
+    def on_resize(self) -> None:
+        focused = self.screen.focused
+        if focused and self in focused.ancestors:
+            focused.scroll_visible(animate=False)
+
+
 class ParamForm(Vertical):
     """Filled by `show`; posts `Saved` for a value to be written."""
 
@@ -80,7 +89,7 @@ class ParamForm(Vertical):
         self.form = Form(select_on_focus=False)
 
     def compose(self) -> ComposeResult:
-        yield VerticalScroll(self.form, can_focus=False)
+        yield Scroll(self.form)
         yield Static(id="rule", markup=False)
 
     async def show(self, stage: str, section: Section) -> None:
@@ -122,12 +131,7 @@ class ParamForm(Vertical):
         edited, problem = self.form.edited(key), self.form.problem(key) if self.form.edited(key) else ""
         pending = "  Enter writes it, Escape takes it back." if edited and not problem else ""
         self._set_rule(f"✗ {problem}" if problem else f"{key}: {self.form.fields[key].rule}{pending}")
+        self.call_after_refresh(self.form.editors[key].scroll_visible, animate=False)
 
     def _set_rule(self, text: str) -> None:
         self.query_one("#rule", Static).update(text)
-        self.call_after_refresh(self.on_resize)
-
-    def on_resize(self) -> None:
-        """Keep the focused field visible: a longer text below leaves fewer lines for the fields."""
-        if key := self.form.focused_key:
-            self.form.editors[key].scroll_visible(animate=False)
