@@ -17,7 +17,7 @@ from bench.commands import ROOT
 from bench.measure import Row
 from tui.app import Workbench
 from tui.screens.calculator.screen import PAUSE
-from tui.widgets.text_field import Entry
+from tui.widgets.form import FieldInput
 
 GOAL = 0.03  # seconds
 KEYS = {  # model → field → keys typed into it
@@ -58,7 +58,7 @@ async def _time_key_presses(model: str) -> Sequence[float]:
             app.action_go("calculator")
             await pilot.pause(0.5)
             for field, keys in {"model": model, **KEYS[model]}.items():
-                entry = app.screen.query_one(f"#{field}", Entry)
+                entry = app.screen.query_one(f"#{field}", FieldInput)
                 entry.cursor_blink = False
                 entry.focus()
                 await asyncio.sleep(0.1)

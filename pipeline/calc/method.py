@@ -84,6 +84,10 @@ class FinetuningMethod:
         """The method and its options in words."""
         return self.name
 
+    def params(self) -> Mapping[str, Any]:
+        """Its options as keys of the method's section of params.yaml."""
+        return {key: getattr(self, key) for key in options_of(self)}
+
     def check(self) -> None:
         """Raises UserError for an invalid option."""
         check_options(self)

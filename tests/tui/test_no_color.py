@@ -17,9 +17,8 @@ from tui.dialogs.help import HelpScreen
 from tui.dialogs.messages import MessagesScreen
 from tui.dialogs.path import PathScreen
 from tui.registry import SCREENS
-from tui.screens.adapters.attention_dialog import AttentionScreen
-from tui.screens.adapters.sampling_dialog import SamplingScreen
-from tui.screens.adapters.session.sampling import Sampling
+from tui.screens.adapters.conversation import Sampling
+from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
 from tui.screens.calculator.dialogs import Confirm, document_table
 from tui.screens.curves.export_dialog import ExportScreen
 from tui.widgets.plot.line_chart import LossChart

@@ -16,10 +16,10 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import STAGES, load
 from tui.app import Workbench
 from tui.screens.adapters.screen import AdaptersScreen
-from tui.screens.pipeline.params_panel import ParamInput
 from tui.screens.pipeline.screen import PipelineScreen
 from tui.screens.pipeline.stage_list import StageList
 from tui.services import key_queue
+from tui.widgets.form import FieldInput
 from tui.widgets.prompt_input import PromptInput
 
 
@@ -52,7 +52,7 @@ async def test_a_line_that_is_cleared_and_typed_again(empty: Path) -> None:
 async def test_a_param_is_written_from_keys_typed_ahead(empty: Path) -> None:
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
-        await until(pilot, lambda: app.screen.query(ParamInput))
+        await until(pilot, lambda: app.screen.query(FieldInput))
         await pilot.pause()
         down = ["down"] * list(STAGES).index("finetune_lora")
         burst(pilot, *down, "enter", "ctrl+u", *"12", "enter", "down", "ctrl+u", *"24", "enter", "escape", "2")

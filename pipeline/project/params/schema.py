@@ -76,6 +76,11 @@ def hints(kind: type[Section]) -> Mapping[str, Any]:
     return {name: types[name] for name in kind.__struct_fields__}
 
 
+def value_type(kind: type[Section], key: str) -> Any:
+    """The type of a field's value, without its rules: int, tuple[str, ...], Literal["a", "b"], …"""
+    return _split(hints(kind)[key])[0]
+
+
 def meaning(kind: type[Section], key: str) -> str:
     """What a field is for, as its declaration says; empty if it says nothing."""
     return next((note for note in reversed(_split(hints(kind)[key])[1]) if isinstance(note, str)), "")

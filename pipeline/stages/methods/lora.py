@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import field
 
@@ -291,6 +291,10 @@ class Lora(FinetuningMethod):
         rows = f", {self.trained_rows} new rows" if self.trained_rows else ""
         ends = ", embeddings and head" if self.embeddings == "all" else rows
         return f"{name} r={self.rank} on {', '.join(self.targets)}{ends}"
+
+    def params(self) -> Mapping[str, Any]:
+        targets = {"target_modules": list(self.targets), "train_embeddings": self.embeddings}
+        return {"rank": self.rank, "alpha": self.effective_alpha, **targets}
 
     def check(self) -> None:
         super().check()

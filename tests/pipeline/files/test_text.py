@@ -7,11 +7,9 @@ import pytest
 from rich.cells import cell_len
 
 from pipeline.files.text import escape_whitespace
-from tui.screens.adapters.session.sampling import Sampling
-from tui.screens.adapters.session.transcript import Answer, Exchange
-from tui.screens.adapters.widgets.attention_view import BARS, bars, matrix, sentence, window
-from tui.screens.adapters.widgets.streaming import format_answer
-from tui.screens.adapters.widgets.top_k import CELL, table
+from tui.screens.adapters.answers import CELL, format_answer, table
+from tui.screens.adapters.conversation import Answer, Exchange, Sampling
+from tui.screens.adapters.dialogs import BARS, bars, matrix, sentence, window
 from tui.widgets.bars import pad_or_truncate
 
 TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", " ", "\ufffd", "é", "a" * 60, "🤗"]

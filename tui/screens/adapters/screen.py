@@ -1,7 +1,8 @@
 """The adapters screen: browse models, prompt them, and compare their answers."""
 
 import asyncio
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -15,38 +16,51 @@ from textual.events import Resize, ScreenResume, ScreenSuspend
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
+from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
+from pipeline.files.artifact import MANIFEST
+from pipeline.project.params.load import Params
+from pipeline.project.stage_graph import Project
+from pipeline.workbench import GRAPH, open_project
 from tui.dialogs.path import PathScreen
-from tui.screens.adapters.attention_dialog import AttentionScreen
-from tui.screens.adapters.browser import BrowseScreen
-from tui.screens.adapters.sampling_dialog import SamplingScreen
-from tui.screens.adapters.session.catalog import Stamp
-from tui.screens.adapters.session.chat_session import LOADING, Conversation, Latest
-from tui.screens.adapters.session.request_queue import RequestQueue
-from tui.screens.adapters.session.transcript import transcript
-from tui.screens.adapters.widgets.answers import Answers
-from tui.screens.adapters.widgets.engine_bar import EngineBar
-from tui.screens.adapters.widgets.model_details import Details
-from tui.screens.adapters.widgets.model_table import ModelTable
+from tui.screens.adapters.answers import Answers, EngineBar
+from tui.screens.adapters.conversation import LOADING, MAX_LOADED, Conversation, Latest, LoadedModels, transcript
+from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
+from tui.screens.adapters.library import Entry, Library, Stamp, read_documents
+from tui.screens.adapters.models import Details, ModelDetails, ModelTable
+from tui.screens.base import WorkbenchScreen
 from tui.screens.curves.export import save
 from tui.services.engine_client import EngineDied, Inference
 from tui.widgets.prompt_input import PromptInput
 from tui.widgets.slider import STEP, Slider
 
+SEARCHING = "looking for models…"
+NO_MODELS = "no models yet: press 1 then r, or type `make repro`\n\no looks in another folder"
+FOLDER_QUESTION = "Search which folder for models? A folder that was added before is removed."
+SAVE_QUESTION = "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
 MAX_PROMPTS = 200  # in the saved history
+EVERY = 1.0  # seconds between checks for changed files
+BATCH = 0.1  # seconds for which verdicts are collected before a redraw
 STATUS_EVERY = 2.0  # seconds between status requests
 FRAME = 0.05  # seconds between redraws of a streaming answer, at least
 BROWSING = {"select", "filter", "sort", "reverse", "usual", "folder"}  # actions on the table
 PROMPTING = {"strength", "sampling", "attention", "copy", "save"}  # actions on the answers
 
 
-class AdaptersScreen(BrowseScreen):
-    """Table and prompt side by side; below 110 columns one of the two."""
+class AdaptersScreen(WorkbenchScreen):
+    """Table and prompt side by side; below 110 columns one of the two. The table follows the files."""
 
     NAME: ClassVar[str] = "adapters"
     CSS_PATH = "adapters.tcss"
     AUTO_FOCUS = "ModelTable"
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "select", "Select", id="adapters.select"),
+        Binding("slash", "filter", "Filter", id="adapters.filter", key_display="/"),
+        Binding("s", "sort", "Sort", id="adapters.sort"),
+        Binding("S", "reverse", "Sort the other way", id="adapters.reverse", show=False),
+        Binding("u", "usual", "Usual", id="adapters.usual"),
+        Binding("o", "folder", "Folder", id="adapters.folder"),
+        Binding("v", "verify", "Check all again", id="adapters.verify", show=False),
         Binding("p", "prompt", "Prompt", id="adapters.prompt"),
         Binding("b", "browse", "Models", id="adapters.browse", show=False),
         Binding("left_square_bracket", "strength(-1)", "Strength", id="adapters.weaker", key_display="[ ]"),
@@ -61,35 +75,58 @@ class AdaptersScreen(BrowseScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_class("-browse")
+        self.add_class("-none", "-browse")
+        try:
+            project = open_project(self.workbench.params_path)
+        except (UserError, OSError):  # its models are listed anyway, and the pipeline screen says what is wrong
+            project = Project(self.workbench.params_path.parent, Params(kinds=GRAPH.sections), GRAPH)
+        self.library = Library(project)
         if self.workbench.inference is None:
             self.workbench.inference = Inference(self.workbench.root)
         self.engine = self.workbench.inference
-        self.conversation = Conversation(RequestQueue(self.engine, self.library, self.workbench.params_path))
-        # attributes, because answers can arrive while the screen closes and queries fail
-        self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
-        self.sampling = Static(id="sampling", markup=False)
+        self.conversation = Conversation(LoadedModels(self.engine, self.library, self.workbench.params_path))
+        self.entries: list[Entry] = []
+        self.selected: list[Path] = []
+        self.details: Details | None = None
+        self._stop = threading.Event()  # stops the scan
+        self._verdicts: dict[Path, Entry] = {}  # not drawn yet
         self._probe = Latest(self._probe_once)
         self._spectra: dict[Stamp, Any] = {}
+        # Widgets are attributes, because messages and answers can arrive while the screen closes and queries fail.
+        self.table, self.model_details = ModelTable(), ModelDetails()
+        self.nothing = Static(SEARCHING, id="none", markup=False)
+        self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
+        self.sampling = Static(id="sampling", markup=False)
 
     def body(self) -> Iterable[Widget]:
-        yield self.models()
+        field = Input(placeholder="only models with … (Escape: all)", id="filter", compact=True)
+        yield Vertical(field, self.nothing, self.table, id="models")
         prompt = Vertical(self.prompt, self.slider, self.sampling, self.answers, id="prompt")
         yield Horizontal(self.model_details, prompt, id="below")
         yield self.bar
 
     def on_mount(self) -> None:
-        self.prompt.remember(self.workbench.state.prompts)
+        self._watcher = self.set_interval(EVERY, self._watch, pause=True)
         self._status_timer = self.set_interval(STATUS_EVERY, self._tick, pause=True)
+        for folder in self._folders():
+            if not folder.is_dir():
+                self.workbench.log_message(f"{folder} is not a folder, so it is not searched for models.", "warning")
+        self.prompt.remember(self.workbench.state.prompts)
         self._show_sampling()
 
     @on(ScreenResume)
     def _resume(self) -> None:
+        self._search_folders()
+        self._watcher.resume()
         self._status_timer.resume()
 
     @on(ScreenSuspend)
     def _pause(self) -> None:
+        self._watcher.pause()
         self._status_timer.pause()
+
+    def on_unmount(self) -> None:
+        self._stop.set()
 
     # views and focus
 
@@ -122,35 +159,195 @@ class AdaptersScreen(BrowseScreen):
 
     def action_leave(self) -> None:
         """Escape: interrupt the answer, else leave the prompt or the filter, else go back to the table."""
+        field = self.query_one("#filter", Input)
         if self._is_generating():
             self.action_interrupt()
         elif self.prompt.has_focus:
             self.give_focus(self.answers)
-        elif not self.clear_filter():
+        elif field.has_class("-open"):
+            field.remove_class("-open")
+            field.value = ""
+            self.give_focus(self.table)
+        else:
             self.action_browse()
 
-    def selection_changed(self) -> None:
+    # the list of models
+
+    def _folders(self) -> list[Path]:
+        """The folders that the user added, in the config and here."""
+        names = [*self.workbench.config.folders, *self.workbench.state.folders]
+        return list(dict.fromkeys(self.workbench.root / Path(name).expanduser() for name in names))
+
+    def _search_folders(self) -> None:
+        self.library.folders[1:] = self._folders()
+        self._start_scan()
+
+    def _start_scan(self) -> None:
+        """Find and check all models in a thread; a scan that still runs stops and reports nothing more."""
+        self._stop.set()
+        self._stop = stop = threading.Event()
+
+        def scan() -> None:
+            entries: list[Entry] = []
+            for entry in self.library.scan():
+                if stop.is_set():
+                    return
+                entries.append(entry)
+            if not stop.is_set():
+                self.call_later(self._show_scan, entries)
+            for entry in self.library.check_all(entries):
+                if stop.is_set():
+                    return
+                self.call_later(self._collect_verdict, entry)
+
+        # A daemon, not a worker of Textual's: quitting must not wait until gigabytes are hashed.
+        threading.Thread(target=scan, daemon=True).start()
+
+    @work(exclusive=True, group="watch")
+    async def _watch(self) -> None:
+        if await asyncio.to_thread(self.library.changed):
+            self._start_scan()
+
+    def _show_scan(self, entries: list[Entry]) -> None:
+        """Show what a scan found; entries that are not checked yet have no verdict."""
+        paths = {entry.model.path for entry in entries}
+        for gone in [path for path in self.selected if path not in paths]:
+            self.selected.remove(gone)
+            self.workbench.log_message(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
+        self.entries = entries
+        self._verdicts.clear()  # of an earlier scan; the valid ones are in these entries
+        self.set_class(not self.entries, "-none")
+        self.nothing.update(NO_MODELS)
+        self.table.show(self.entries, self.selected)
+        self.show_details()
+
+    def _collect_verdict(self, entry: Entry) -> None:
+        """Collect verdicts: those of small models arrive faster than the table is drawn, which would block keys."""
+        if not self._verdicts:
+            self.set_timer(BATCH, self._show_verdicts)
+        self._verdicts[entry.model.path] = entry
+
+    def _show_verdicts(self) -> None:
+        verdicts, self._verdicts = self._verdicts, {}
+        self.entries = [verdicts.get(entry.model.path, entry) for entry in self.entries]
+        self.table.show(self.entries, self.selected)
+        if self.details and (entry := verdicts.get(self.details.entry.model.path)):
+            self.details.entry = entry
+            self.model_details.show(self.details)
+
+    def selected_entries(self) -> list[Entry]:
+        """The selected models in display order, or the one under the cursor."""
+        paths: set[Path | None] = {*self.selected} or {self.table.path}
+        return sorted((e for e in self.entries if e.model.path in paths), key=lambda entry: entry.sort_key)
+
+    def _select(self, paths: Sequence[Path]) -> None:
+        self.selected = list(paths)
+        self.table.show(self.entries, self.selected)
+        self._update_slider()
+
+    def _update_slider(self) -> None:
         self.slider.disabled = not any(entry.model.scales for entry in self.selected_entries())
+
+    @on(ModelTable.Pointed)
+    def show_details(self) -> None:
+        """Show the details of the model under the cursor."""
+        entry = self.table.pointed
+        if entry is None:
+            self.details = None
+            self.model_details.show(None)
+        elif self.details is None or self.details.entry != entry:
+            self._read(entry)
+        self._update_slider()
+
+    @work(exclusive=True, group="details")
+    async def _read(self, entry: Entry) -> None:
+        documents = await asyncio.to_thread(read_documents, entry.model.path)
+        newest = next((other for other in self.entries if other.model.path == entry.model.path), entry)
+        self.details = Details(newest, documents[MANIFEST], documents[CONFIG])
+        self.model_details.show(self.details)
+        if entry.model.scales and self.engine.running and not self._is_generating():
+            self._measure_spectrum(self.details)
+
+    @on(ModelTable.Marked)
+    def toggle_marked(self, event: ModelTable.Marked) -> None:
+        self._toggle(event.row.model.path)
+
+    def action_select(self) -> None:
+        if path := self.table.path:
+            self._toggle(path)
+
+    def _toggle(self, path: Path) -> None:
+        if path in self.selected:
+            self._select([other for other in self.selected if other != path])
+        elif len(self.selected) < MAX_LOADED:
+            self._select([*self.selected, path])
+        else:
+            self.workbench.log_message(
+                f"At most {MAX_LOADED} models are compared side by side. Deselect one first.", "warning"
+            )
+
+    def action_usual(self) -> None:
+        """Select the pipeline's models; if they are selected, deselect them."""
+        variants = self.library.project_variants()
+        usual = [entry.model.path for entry in self.entries if entry.model.path in variants]
+        if not usual:
+            self.workbench.log_message(f"The pipeline has made no model yet. {NO_MODELS.splitlines()[0]}", "warning")
+        self._select([] if self.selected == usual else usual)
+
+    def action_sort(self) -> None:
+        self.table.sort_next()
+
+    def action_reverse(self) -> None:
+        self.table.reverse()
+
+    def action_filter(self) -> None:
+        self.give_focus(self.query_one("#filter").add_class("-open"))
+
+    @on(Input.Changed, "#filter")
+    def filter_table(self, event: Input.Changed) -> None:
+        self.table.filter(event.value)
+
+    @on(Input.Submitted, "#filter")
+    def back_to_table(self) -> None:
+        self.give_focus(self.table)
+
+    def action_verify(self) -> None:
+        self.library.forget()
+        self._start_scan()
+        self.workbench.log_message("All models are being checked again.")
+
+    @work
+    async def action_folder(self) -> None:
+        """Add a folder to search, also in later sessions; a folder that was added before is removed."""
+        name = await self.app.push_screen_wait(PathScreen(FOLDER_QUESTION))
+        if name is None:
+            return
+        folders, folder = self.workbench.state.folders, self.workbench.root / Path(name).expanduser()
+        if str(folder) in folders:
+            folders.remove(str(folder))
+        elif folder.is_dir():
+            folders.append(str(folder))
+        else:
+            self.workbench.log_message(f"{folder} is not a folder. Enter the folder that contains the models.", "error")
+            return
+        self.workbench.remember()
+        self._search_folders()
 
     # prompting
 
     @on(Input.Submitted, "PromptInput")
     def submit(self, event: Input.Submitted) -> None:
-        prompt, entries = event.value.strip(), self.selected_entries()
+        prompt, state = event.value.strip(), self.workbench.state
         if not prompt:
             self.workbench.log_message("The prompt is empty. Enter at least one word.", "warning")
-        elif not entries:
+        elif not self.selected_entries():
             self.workbench.log_message("No model is selected. Press b and select one.", "warning")
         else:
-            self._remember(prompt)
+            state.prompts = [*(other for other in state.prompts if other != prompt), prompt][-MAX_PROMPTS:]
+            self.prompt.remember(state.prompts)
+            self.workbench.remember()
             self.give_focus(self.answers)
             self._prompt_models(prompt)
-
-    def _remember(self, prompt: str) -> None:
-        others = [other for other in self.workbench.state.prompts if other != prompt]
-        self.workbench.state.prompts = [*others, prompt][-MAX_PROMPTS:]
-        self.prompt.remember(self.workbench.state.prompts)
-        self.workbench.remember()
 
     @work(exclusive=True, group="ask")
     async def _prompt_models(self, prompt: str) -> None:
@@ -192,7 +389,7 @@ class AdaptersScreen(BrowseScreen):
         self.workers.cancel_group(self, "ask")
         self._set_engine_state("ready" if self.engine.running else "not started")
 
-    # strength
+    # strength, sampling, attention
 
     @on(Slider.Changed)
     def move(self) -> None:
@@ -206,17 +403,15 @@ class AdaptersScreen(BrowseScreen):
             self._show_error(error)
 
     def action_strength(self, steps: int) -> None:
-        if self.slider.disabled:
+        if not self.slider.disabled:
+            self.slider.value += steps * STEP
+        elif any(entry.model.kind == "adapter" for entry in self.selected_entries()):
             self.workbench.log_message(
-                "Strength scales weight changes; prefix and prompt tuning change no weights. Select another adapter."
-                if any(entry.model.kind == "adapter" for entry in self.selected_entries())
-                else "Strength scales an adapter's change. Select an adapter.",
+                "Strength scales weight changes; prefix and prompt tuning change no weights. Select another adapter.",
                 "warning",
             )
         else:
-            self.slider.value += steps * STEP
-
-    # sampling and attention
+            self.workbench.log_message("Strength scales an adapter's change. Select an adapter.", "warning")
 
     def _show_sampling(self) -> None:
         chat = " · chat template" if self.conversation.chat else ""
@@ -224,7 +419,7 @@ class AdaptersScreen(BrowseScreen):
 
     @work
     async def action_sampling(self) -> None:
-        has_chat = self.conversation.requests.has_chat(self.selected_entries())
+        has_chat = self.conversation.models.has_chat(self.selected_entries())
         settings = await self.app.push_screen_wait(
             SamplingScreen(self.conversation.sampling, self.conversation.chat, has_chat)
         )
@@ -237,9 +432,9 @@ class AdaptersScreen(BrowseScreen):
         if not entries or exchange is None:
             self.workbench.log_message("Attention is shown for a prompt. Enter one first.", "warning")
             return
-        pointed = self.entry(self.table.pointed)
+        pointed = self.table.pointed
         entry = pointed if pointed in entries else entries[0]
-        ask = partial(self.conversation.requests.attention, entry, exchange.prompt, self.slider.value, exchange.chat)
+        ask = partial(self.conversation.attention, entry, exchange.prompt, self.slider.value, exchange.chat)
         self.app.push_screen(AttentionScreen(entry.label, ask))
 
     # copy and save
@@ -256,8 +451,7 @@ class AdaptersScreen(BrowseScreen):
         if not self.conversation.exchanges:
             self.workbench.log_message("There is nothing to save yet.", "warning")
             return
-        question = "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
-        name = await self.app.push_screen_wait(PathScreen(question, "transcript.md"))
+        name = await self.app.push_screen_wait(PathScreen(SAVE_QUESTION, "transcript.md"))
         if name is None:
             return
         path = self.workbench.root / Path(name).expanduser()
@@ -271,14 +465,16 @@ class AdaptersScreen(BrowseScreen):
     # engine status and spectra
 
     def _set_engine_state(self, state: str) -> None:
-        self.bar.state = state
-        self.refresh_bindings()
+        if state != self.bar.state:  # else the footer would be built anew at every status request
+            self.bar.state = state
+            self.refresh_bindings()
 
     def _tick(self) -> None:
-        bar = self.bar
-        if self.engine.running and not self._is_generating():
+        if self._is_generating():
+            return
+        if self.engine.running:
             self._status()
-        elif not self.engine.running and bar.state in ("ready", "busy") and not self._is_generating():
+        elif self.bar.state in ("ready", "busy"):
             self._set_engine_state("died")
 
     @work(exclusive=True, group="status")
@@ -315,8 +511,3 @@ class AdaptersScreen(BrowseScreen):
     def _show_spectrum(self, details: Details) -> None:
         if details is self.details:
             self.model_details.show(details)
-
-    def details_read(self, details: Details) -> None:
-        """Measure the spectrum too, if the engine is running and idle."""
-        if details.entry.model.scales and self.engine.running and not self._is_generating():
-            self._measure_spectrum(details)

@@ -14,7 +14,8 @@ from textual.widgets import Static
 
 from pipeline.calc.report import explain
 from pipeline.workbench import calculated_claims
-from tui.screens.calculator.model import Result
+from tui.screens.calculator.query import Result
+from tui.widgets.form import format_value
 
 COLORS = {"holds": "green", "differs": "bold red", "depends": "yellow"}
 
@@ -75,6 +76,6 @@ class Confirm(ModalScreen[bool]):
 
 
 def _format_value(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(value)}]"
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"[{', '.join(value)}]" if isinstance(value, list) else format_value(value)

@@ -1,16 +1,20 @@
-"""The calculator's form: one line per field, showing only fields relevant to the method."""
+"""The calculator's form, which shows only fields that are relevant to the method, and the search for a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Vertical
+from textual.events import DescendantBlur
+from textual.fuzzy import FuzzySearch
 from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import Input, Label
+from textual.widgets import Input, OptionList
+from textual.widgets.option_list import Option
 
 from pipeline.calc.fit import gpus
 from pipeline.calc.method import names_of
@@ -18,142 +22,147 @@ from pipeline.calc.open_model import hub_ids
 from pipeline.calc.precision import PRECISIONS
 from pipeline.calc.settings import OPTIMIZERS, TrainingConfig, options_of
 from pipeline.calc.target_modules import GROUPS
-from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.registry import COUNTED
-from tui.screens.calculator.model import CUSTOM, FIELDS, CalculatorQuery, relevant_fields
-from tui.screens.calculator.model_search import ModelSearch
-from tui.widgets.select import Choice
-from tui.widgets.text_field import Entry, counting, cycling, doubling
+from tui.screens.calculator.query import CUSTOM, CalculatorQuery, relevant_fields
+from tui.widgets.form import Form, FormField, counting, cycling, doubling
 
 TARGETS = (*GROUPS, "all-linear", "q_proj, v_proj", "q_proj, k_proj, v_proj, o_proj", "qkv_proj, o_proj", "c_attn")
-LABELS = {"ends": "embeddings", "gib": "GPU's GiB", "gpu": "GPU", "virtual_tokens": "virtual tok."}
-LABELS["adapter_precision"] = "adapter prec."
+MAX_MATCHES = 9
+_CHOICES = {**options_of(COUNTED["lora"]), **options_of(TrainingConfig)}
 
 
-class CalcForm(Vertical):
-    """Posts Changed at every change of a field, and Fetch when a model was entered."""
+def fields() -> list[FormField]:
+    """The fields of CalculatorQuery. They are texts, because an empty one means the model's default."""
+    precisions, devices = list(PRECISIONS), {gpu.name: gpu.label for gpu in gpus().values()}
+    gpu_names = {**devices, CUSTOM: "custom, GiB below"}
+    declared = (
+        FormField("model", step=cycling(list(hub_ids()))),
+        FormField("method", "choice", choices=names_of(COUNTED.values())),
+        FormField("rank", step=doubling),
+        FormField("alpha", step=doubling),
+        FormField("targets", step=cycling(TARGETS), choices=TARGETS),
+        FormField("embeddings", "choice", choices=_CHOICES["embeddings"].choices, names={"new_rows": "new rows"}),
+        FormField("new_rows", label="new rows", step=counting),
+        FormField("last_blocks", label="last blocks", step=counting),
+        FormField("ends", "choice", label="embeddings", choices=("train", "freeze")),
+        FormField("virtual_tokens", label="virtual tok.", step=counting),
+        FormField("precision", step=cycling(precisions), choices=precisions),
+        FormField("adapter_precision", "choice", label="adapter prec.", choices=_CHOICES["adapter_precision"].choices),
+        FormField("batch", step=counting),
+        FormField("sequence", step=doubling),
+        FormField("checkpointing", "choice", choices=("", *_CHOICES["checkpointing"].choices), names={"": "auto"}),
+        FormField("optimizer", "choice", choices=list(OPTIMIZERS)),
+        FormField("loss", "choice", choices=_CHOICES["loss"].choices),
+        FormField("gpu", "choice", label="GPU", choices=list(gpu_names), names=gpu_names),
+        FormField("gib", label="GPU's GiB", step=doubling),
+    )
+    return [replace(field, default=getattr(CalculatorQuery, field.key)) for field in declared]
 
-    DEFAULT_CSS = """
-    CalcForm { height: auto; }
-    CalcForm .field { height: 1; }
-    CalcForm .field Label { width: 16; color: $text-muted; }
-    CalcForm .field:focus-within Label { color: $foreground; text-style: bold; }
-    CalcForm .field.-wrong Label { color: $text-error; text-style: bold; }
-    """
+
+class ModelSearch(Vertical):
+    """The field for a model, with a list of matching built-in names while typing."""
+
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "app.focus_previous", "Field above", show=False),
-        Binding("down", "app.focus_next", "Field below", show=False),
+        Binding("down", "highlight(1)", "Next match", show=False),
+        Binding("up", "highlight(-1)", "Match before", show=False),
     ]
 
-    class Changed(Message):
-        """The value of a field changed."""
+    class Selected(Message):
+        """A model was selected or entered; it may have to be fetched."""
 
-    class Fetch(Message):
-        """A model was entered: if it is neither built in nor a path, it may be fetched from the hub."""
-
-    def __init__(self, query: CalculatorQuery) -> None:
+    def __init__(self, entry: Input) -> None:
         super().__init__()
-        self._values = query
+        self._entry, self._matches, self._fuzzy = entry, OptionList(compact=True, markup=False), FuzzySearch()
+        self._matches.can_focus = False
 
     def compose(self) -> ComposeResult:
-        for name, editor in self._editors():
-            with Horizontal(classes="field", id=f"field-{name}"):
-                yield Label(self._label(name))
-                yield editor
+        yield self._entry
+        yield self._matches
 
-    def _editors(self) -> Iterable[tuple[str, Widget]]:
-        shown, rules = self._values, options_of(TrainingConfig)
-        choices = {
-            "method": {name: name for name in names_of(COUNTED.values())},
-            "embeddings": {name: name.replace("_", " ") for name in options_of(LORA)["embeddings"].choices},
-            "ends": {"train": "train", "freeze": "freeze"},
-            "adapter_precision": {name: name for name in rules["adapter_precision"].choices},
-            "checkpointing": {"": "auto", **{name: name for name in rules["checkpointing"].choices}},
-            "optimizer": {name: name for name in OPTIMIZERS},
-            "loss": {name: name for name in rules["loss"].choices},
-            "gpu": {gpu.name: gpu.label for gpu in gpus().values()} | {CUSTOM: "custom, GiB below"},
-        }
-        steps = {"alpha": doubling, "rank": doubling, "batch": counting, "sequence": doubling, "gib": doubling}
-        for name in FIELDS:
-            value = getattr(shown, name)
-            if name == "model":
-                yield name, ModelSearch(value, hub_ids(), id="search")
-            elif name in choices:
-                yield name, Choice(choices[name], value, id=name)
-            elif name == "targets":
-                yield name, Entry(value, id=name, step=cycling(TARGETS), suggested=TARGETS)
-            elif name == "precision":
-                yield name, Entry(value, id=name, step=cycling(list(PRECISIONS)), suggested=list(PRECISIONS))
-            else:
-                yield name, Entry(value, id=name, step=steps.get(name, counting))
+    def matches(self, text: str) -> Sequence[str]:
+        """Names whose name or hub id contains `text`, prefix matches first; if there are none, fuzzy matches."""
+        text, catalogue = text.strip().lower(), hub_ids()
+        names = [name for name, hub_id in catalogue.items() if text in name or text in hub_id.lower()]
+        if names or not text:
+            return sorted(names, key=lambda name: not name.startswith(text))
+        scores = {name: self._fuzzy.match(text, f"{name} {hub_id}")[0] for name, hub_id in catalogue.items()}
+        return sorted((name for name, score in scores.items() if score), key=lambda name: -scores[name])
+
+    @on(Input.Changed)
+    def _text_changed(self, event: Input.Changed) -> None:
+        names = self.matches(event.value)[:MAX_MATCHES] if event.value.strip() else []
+        self.set_class(self._entry.has_focus and bool(names) and names != [event.value], "-open")
+        if self.has_class("-open"):
+            ids = hub_ids()
+            self._matches.set_options(Option(Text.assemble(f"{n:20} ", (ids[n], "dim")), id=n) for n in names)
+            self._matches.highlighted = 0
+
+    @on(DescendantBlur)
+    def close(self) -> None:
+        self.remove_class("-open")
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # name given by Textual
+        return self.has_class("-open") if action == "highlight" else True
+
+    def action_highlight(self, by: int) -> None:
+        self._matches.highlighted = ((self._matches.highlighted or 0) + by) % self._matches.option_count
+
+    @on(Input.Submitted)
+    def _submitted(self, event: Input.Submitted) -> None:
+        event.stop()
+        is_path = "/" in event.value  # or an id on the hub: what was typed is meant, not a match
+        if self.has_class("-open") and not is_path and (option := self._matches.highlighted_option):
+            self._select(option.id or "")
+        else:
+            self.close()
+            self.post_message(self.Selected())
+
+    @on(OptionList.OptionSelected)
+    def _clicked(self, event: OptionList.OptionSelected) -> None:
+        event.stop()
+        self._select(event.option_id or "")
+
+    def _select(self, name: str) -> None:
+        with self.prevent(Input.Changed):
+            self._entry.value = name
+        self._entry.cursor_position = len(name)
+        self.close()
+        self.post_message(self.Selected())
+
+
+class CalcForm(Form):
+    """Posts Changed at every change of a field, and `ModelSearch.Selected` when a model was entered."""
+
+    def __init__(self) -> None:
+        super().__init__(fields())
+
+    def beside(self, field: FormField) -> Iterable[Widget]:
+        editor = self.editors[field.key]
+        return [ModelSearch(editor) if field.key == "model" and isinstance(editor, Input) else editor]
+
+    def label(self, field: FormField, invalid: bool = False) -> str:
+        return f"{'✗' if invalid else ' '} {super().label(field)}"
 
     def on_mount(self) -> None:
-        self._show_relevant()
+        self.show_relevant()
 
     @property
     def values(self) -> CalculatorQuery:
-        """The values of the fields."""
-        return self._values
+        """What is typed in the fields."""
+        return CalculatorQuery(**{key: editor.value for key, editor in self.editors.items()})
 
-    def fill(self, query: CalculatorQuery) -> None:
-        """Set all fields, and post a single Changed."""
-        with self.prevent(Input.Changed):
-            for name in FIELDS:
-                self._editor(name).value = getattr(query, name)
+    def fill(self, values: Mapping[str, str]) -> None:
+        super().fill(values)
         self.query_one(ModelSearch).close()
-        self._values = query
-        self._show_relevant()
-        self.post_message(self.Changed())
 
-    def set_placeholders(self, **values: str) -> None:
-        """Set placeholders: the values that empty fields stand for."""
-        for name, value in values.items():
-            editor = self._editor(name)
-            if isinstance(editor, Input) and editor.placeholder != value:
-                editor.placeholder = value
-
-    def mark_invalid(self, invalid: str | None) -> None:
-        """Mark one field as invalid, or none."""
-        for name in FIELDS:
-            row = self.query_one(f"#field-{name}")
-            if row.has_class("-wrong") != (name == invalid):
-                row.set_class(name == invalid, "-wrong")
-                row.query_one(Label).update(self._label(name, name == invalid))
-
-    def step(self, name: str) -> None:
-        """Step a field to its next value."""
-        self._editor(name).action_step(1)
-
-    def _label(self, name: str, invalid: bool = False) -> str:
-        return f"{'✗' if invalid else ' '} {LABELS.get(name, name.replace('_', ' '))}"
-
-    def _editor(self, name: str) -> Entry | Choice:
-        editor = self.query_one(f"#{name}")
-        assert isinstance(editor, Entry | Choice)
-        return editor
-
-    @on(Input.Changed)
-    @on(Choice.Changed)
-    def _changed(self, event: Input.Changed | Choice.Changed) -> None:
-        event.stop()
-        editor = event.control
-        if editor.id and getattr(self._values, editor.id) != editor.value:
-            self._values = replace(self._values, **{editor.id: editor.value})
-            self._show_relevant()
-            self.post_message(self.Changed())
-
-    @on(ModelSearch.Changed)
-    @on(ModelSearch.Selected)
-    def _model(self, event: ModelSearch.Changed | ModelSearch.Selected) -> None:
-        event.stop()
-        self._values = replace(self._values, model=self._editor("model").value)
-        self.post_message(self.Fetch() if isinstance(event, ModelSearch.Selected) else self.Changed())
-
-    def _show_relevant(self) -> None:
+    @on(Form.Changed)
+    def show_relevant(self) -> None:
         """Hide and disable the fields that are not relevant to the method, so that tab skips them."""
-        names = relevant_fields(self._values)
-        for name in FIELDS:
-            row = self.query_one(f"#field-{name}")
-            if row.display != (name in names):
-                row.display = name in names
-                row.disabled = name not in names
+        names = relevant_fields(self.values)
+        for key, line in self.lines.items():
+            line.display, line.disabled = key in names, key not in names
+
+    def mark_invalid(self, invalid: str) -> None:
+        """Mark one field as invalid, or none if it is empty: most rules are about several fields together."""
+        for key in self.fields:
+            self.set_bad(key, key == invalid)

@@ -1,16 +1,21 @@
-"""The calculator's result: verdict, parameter counts, and the document's count beside the exact one."""
+"""The calculator's result: verdict, memory bars, parameter counts beside the document's, pinned configurations."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.text import Text
 
-from pipeline.calc.fit import LARGEST, Largest
+from pipeline.calc.fit import LARGEST, Gpu, Largest
+from pipeline.calc.memory import PARTS, Memory
 from pipeline.calc.method import projections, why_they_differ
-from pipeline.calc.report import PROJECTION, capped, cells_of, gib, smallest
+from pipeline.calc.report import PROJECTION, SHADES, capped, cells_of, gib, smallest
 from pipeline.project.logs.run_log import in_units
-from tui.screens.calculator.model import Result
+from tui.screens.calculator.query import Result
 from tui.widgets.text_block import Lines, cells
+
+SIGNS = dict(zip(PARTS, "█◆▓▒░≡·", strict=True))  # parts differ in symbol too, not only in colour
+EDGE = "│"  # where the GPU ends
+MARKS = "①②"  # of pinned configurations
 
 
 class Advice(NamedTuple):
@@ -21,13 +26,11 @@ class Advice(NamedTuple):
 
 
 class Verdict(Lines):
-    """Trainable parameters, peak, whether it fits, and advice (None while it is being searched for)."""
-
-    def show_result(self, result: Result, advice: Advice | None) -> None:
-        self.show(lambda width: verdict(result, advice, width))
+    """Trainable parameters, peak, whether it fits, and advice."""
 
 
 def verdict(result: Result, advice: Advice | None, width: int) -> Sequence[Text]:
+    """The lines; without advice, it is still being searched for."""
     peak, run = result.memory, result.run
     fits = result.spare >= 0
     text = f"✓ fits: {in_units(result.spare)} free" if fits else f"✗ does not fit: {in_units(-result.spare)} too much"
@@ -56,43 +59,81 @@ def _format_advice(result: Result, advice: Advice | None) -> Text:
     return Text(f"change this: {change.replace('--', '')} → {in_units(peak)}{needed}")
 
 
-class Parameters(Lines):
-    """A line per kind of projection, and the document's count."""
-
-    def show_result(self, result: Result) -> None:
-        self.show(lambda width: [*_table(result, width), *_document(result), *_notes(result)])
+class MemoryBars(Lines):
+    """Memory of several methods: bars against the size of a GPU, and a table of the parts."""
 
 
-def _table(result: Result, width: int) -> Sequence[Text]:
-    adapted = projections(result.model, result.method)
-    if not adapted:
-        return [Text(" · ".join(f"{name} {count:,}" for name, count in result.model.components().items()))]
-    rows = list(map(cells_of, adapted))
-    widths = [max(map(len, column)) for column in zip(PROJECTION, *rows, strict=True)]
-    widths[0] = -widths[0]
-    if sum(map(abs, widths)) + 5 <= width:
-        return [Text(cells(PROJECTION, widths), "bold"), *(Text(cells(row, widths)) for row in rows)]
-    lines = [Text("projection  in → out, count, parameters; A and B", "bold")]
-    for name, shape, a, b, count, parameters in rows:
-        lines += [Text(f"{name}  {shape}  × {count} = {parameters}"), Text(f"    A {a}, B {b}", "dim")]
+def memory(result: Result, width: int) -> Sequence[Text]:
+    memories = {name: memory for name, (_, _, memory) in result.columns.items()}
+    return [*bars(memories, result.chosen, result.device, width), Text(), *numbers(memories, result.chosen, width)]
+
+
+def bars(memories: Mapping[str, Memory], chosen: str, device: Gpu, width: int) -> Sequence[Text]:
+    """A bar per method; the first line marks the size of the device."""
+    name_width = max(map(len, memories)) + 3
+    bar_width = max(10, width - name_width - 12)
+    widest = max(device.bytes, *(memory.peak for memory in memories.values()))
+    edge = min(bar_width - 1, round(device.bytes / widest * bar_width))
+    label = f"{device.label} {gib(device.bytes)} GiB"
+    before = name_width + edge
+    head = f"{label} ▼".rjust(before + 1) if len(label) + 1 < before else f"{' ' * before}▼ {label}"
+    lines = [Text(head, "bold")]
+    for name, memory in memories.items():
+        # Each part ends at the rounded sum of the parts so far, so that rounding does not add up.
+        bar, done = Text(), 0
+        for part, size in memory.parts().items():
+            done += size
+            bar.append(SIGNS[part] * (round(done / widest * bar_width) - len(bar)), SHADES[part])
+        bar.append(" " * (bar_width - len(bar)))
+        style = "bold" if name == chosen else ""
+        line = Text(f"{'▶' if name == chosen else ' '} {name}".ljust(name_width), style)
+        line.append_text(Text.assemble(bar[:edge], (EDGE, "bold"), bar[edge + 1 :]))
+        sign = "" if memory.peak <= device.bytes else " ✗"
+        lines.append(line.append(f" {gib(memory.peak)}{sign}", style))
     return lines
 
 
-def _document(result: Result) -> Sequence[Text]:
-    simplified = result.method.document_count(result.model)
+def numbers(memories: Mapping[str, Memory], chosen: str, width: int) -> Sequence[Text]:
+    """The legend with the size of each part, one column per method; the last row is the peak."""
+    column = min(10, (width - 14) // len(memories) - 1)
+    widths = [-13, *([column] * len(memories))]
+    titles = ["GiB at peak", *(f"▶{name}" if name == chosen else name for name in memories)]
+    lines = [Text(cells(titles, widths), "bold")]
+    for part in PARTS:
+        sizes = [memory.parts()[part] for memory in memories.values()]
+        if any(sizes):
+            row = cells([part, *(gib(size).replace(" ", "") for size in sizes)], [-11, *widths[1:]])
+            lines.append(Text.assemble((SIGNS[part], SHADES[part]), f" {row}"))
+    peaks = [gib(memory.peak).replace(" ", "") for memory in memories.values()]
+    return [*lines, Text(cells(["peak", *peaks], widths), "bold")]
+
+
+class Parameters(Lines):
+    """A line per kind of projection, and the document's count."""
+
+
+def parameters(result: Result, width: int) -> Sequence[Text]:
+    model, method = result.model, result.method
+    rows = list(map(cells_of, projections(model, method)))
+    widths = [max(map(len, column)) for column in zip(PROJECTION, *rows, strict=True)]
+    widths[0] = -widths[0]  # names are left-aligned
+    if not rows:
+        lines = [Text(" · ".join(f"{name} {count:,}" for name, count in model.components().items()))]
+    elif sum(map(abs, widths)) + 5 <= width:
+        lines = [Text(cells(PROJECTION, widths), "bold"), *(Text(cells(row, widths)) for row in rows)]
+    else:  # two lines each
+        lines = [Text("projection  in → out, count, parameters; A and B", "bold")]
+        for name, shape, a, b, count, total in rows:
+            lines += [Text(f"{name}  {shape}  × {count} = {total}"), Text(f"    A {a}, B {b}", "dim")]
+    simplified = method.document_count(model)
     if simplified is None:
-        return [Text("the document's rule (§3) does not apply to this method", "dim")]
-    reason = why_they_differ(result.model, result.method) or "they agree"
-    return [
-        Text.assemble(("document (§3) ", "bold"), f"{simplified:,} · exact {result.trainable:,}"),
-        Text(reason, "dim"),
-    ]
-
-
-def _notes(result: Result) -> Sequence[Text]:
-    published = [f"published as {result.model.published} parameters"] if result.model.published else []
-    lines = (*published, *result.model.notes, *result.method.notes(result.model))
-    return [Text(f"note: {note}", "dim") for note in lines]
+        lines.append(Text("the document's rule (§3) does not apply to this method", "dim"))
+    else:
+        counts = f"{simplified:,} · exact {result.trainable:,}"
+        lines.append(Text.assemble(("document (§3) ", "bold"), counts))
+        lines.append(Text(why_they_differ(model, method) or "they agree", "dim"))
+    published = [f"published as {model.published} parameters"] if model.published else []
+    return [*lines, *(Text(f"note: {note}", "dim") for note in (*published, *model.notes, *method.notes(model)))]
 
 
 class Pinned(Lines):
@@ -102,9 +143,6 @@ class Pinned(Lines):
         self.display = bool(pins)
         if pins:
             self.show(lambda width: pinned(pins, now, width))
-
-
-MARKS = "①②"
 
 
 def pinned(pins: Sequence[Result], now: Result | None, width: int) -> Sequence[Text]:
@@ -121,13 +159,10 @@ def pinned(pins: Sequence[Result], now: Result | None, width: int) -> Sequence[T
         row("  ± now", [f"{pin.trainable - now.trainable:+,}" for pin in pins], "dim")
     row("peak", [in_units(pin.memory.peak) for pin in pins], "bold")
     if now is not None:
-        row("  ± now", [_format_difference(pin.memory.peak - now.memory.peak) for pin in pins], "dim")
+        more = [pin.memory.peak - now.memory.peak for pin in pins]
+        row("  ± now", [f"{'−' if size < 0 else '+'}{in_units(abs(size))}" if size else "0" for size in more], "dim")
     row("fits", ["✓ yes" if pin.spare >= 0 else "✗ no" for pin in pins])
     row("on", [pin.device.label for pin in pins], "dim")
     for part in (part for part in pins[0].memory.parts() if any(pin.memory.parts()[part] for pin in pins)):
         row(part, [gib(pin.memory.parts()[part]) for pin in pins])
     return lines
-
-
-def _format_difference(size: int) -> str:
-    return f"{'−' if size < 0 else '+'}{in_units(abs(size))}" if size else "0"

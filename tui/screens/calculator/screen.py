@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,7 +12,7 @@ from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widget import Widget
-from textual.widgets import Static
+from textual.widgets import Input, Static
 from textual.worker import get_current_worker
 
 from pipeline.calc.architecture import Architecture
@@ -20,11 +22,18 @@ from pipeline.errors import UserError
 from pipeline.project.params import edit
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import WorkbenchScreen
-from tui.screens.calculator.apply_to_params import differences, params_from_result, query_from_project, trained_model
-from tui.screens.calculator.form import CalcForm
-from tui.screens.calculator.memory_bars import MemoryBars
-from tui.screens.calculator.model import CalculatorQuery, FieldError, Result, calculate
-from tui.screens.calculator.result import Advice, Parameters, Pinned, Verdict
+from tui.screens.calculator.dialogs import Confirm, document_table, formulas
+from tui.screens.calculator.form import CalcForm, ModelSearch
+from tui.screens.calculator.query import (
+    FieldError,
+    Result,
+    calculate,
+    differences,
+    params_from_result,
+    query_from_project,
+    trained_model,
+)
+from tui.screens.calculator.result import Advice, MemoryBars, Parameters, Pinned, Verdict, memory, parameters, verdict
 
 PAUSE = 0.15  # seconds without a key press before the slow search starts
 PINS = 2
@@ -57,7 +66,7 @@ class CalculatorScreen(WorkbenchScreen):
     def body(self) -> Iterable[Widget]:
         with Horizontal(id="columns"):
             with VerticalScroll(id="form", can_focus=False):
-                yield CalcForm(CalculatorQuery())
+                yield CalcForm()
                 yield Pinned()
             with VerticalScroll(id="answer"):
                 yield Static(id="problem", markup=False)
@@ -67,7 +76,6 @@ class CalculatorScreen(WorkbenchScreen):
                     yield Parameters()
 
     def on_mount(self) -> None:
-        self.query_one(Pinned).display = False
         self._calculate()
 
     @property
@@ -81,33 +89,27 @@ class CalculatorScreen(WorkbenchScreen):
         try:
             result = calculate(query, self._get_model(query.model.strip()))
         except UserError as error:
-            self._show_problem(error)
+            self.problem = str(error)
+            self.form.mark_invalid(error.field if isinstance(error, FieldError) else "model")
+            last = f"\nLast valid: {self.result.title}." if self.result else ""
+            self.query_one("#problem", Static).update(f"✗ {error}{last}")
         else:
+            self.result, self.problem = result, ""
+            self.form.mark_invalid("")
             self._show(result)
+        self.query_one("#problem").set_class(bool(self.problem), "-shown")
+        self.query_one("#results").set_class(bool(self.problem), "-stale")
 
     def _show(self, result: Result) -> None:
-        self.result, self.problem = result, ""
-        self.form.mark_invalid(None)
-        run = result.run
-        self.form.set_placeholders(sequence=str(run.sequence), precision=run.precision, alpha=self.form.values.rank)
-        self.query_one("#problem").remove_class("-shown")
-        self.query_one("#results").remove_class("-stale")
-        self.query_one(Verdict).show_result(result, None)
-        memories = {name: memory for name, (_, _, memory) in result.columns.items()}
-        self.query_one(MemoryBars).compare(memories, result.chosen, result.device)
-        self.query_one(Parameters).show_result(result)
-        if self.pins:
-            self.query_one(Pinned).compare(self.pins, result)
+        # Empty fields show what they stand for.
+        meant = {"sequence": result.run.sequence, "precision": result.run.precision, "alpha": self.form.values.rank}
+        for key, value in meant.items():
+            self.form.query_one(f"#{key}", Input).placeholder = str(value)
+        self.query_one(Verdict).show(partial(verdict, result, None))
+        self.query_one(MemoryBars).show(partial(memory, result))
+        self.query_one(Parameters).show(partial(parameters, result))
+        self.query_one(Pinned).compare(self.pins, result)
         self._find_advice(result)
-
-    def _show_problem(self, error: UserError) -> None:
-        self.problem = str(error)
-        self.form.mark_invalid(error.field if isinstance(error, FieldError) else "model")
-        last = f"\nLast valid: {self.result.title}." if self.result else ""
-        problem = self.query_one("#problem", Static)
-        problem.update(f"✗ {error}{last}")
-        problem.add_class("-shown")
-        self.query_one("#results").add_class("-stale")
 
     @work(thread=True, exclusive=True, group="advice")
     def _find_advice(self, result: Result) -> None:
@@ -125,30 +127,31 @@ class CalculatorScreen(WorkbenchScreen):
 
     def _show_advice(self, result: Result, advice: Advice) -> None:
         if result is self.result:
-            for verdict in self.query(Verdict):  # empty while the screen closes
-                verdict.show_result(result, advice)
+            for widget in self.query(Verdict):  # empty while the screen closes
+                widget.show(partial(verdict, result, advice))
 
     def _get_model(self, name: str) -> Architecture:
         """The shapes of a built-in or loaded model. Starts to load any other path, and raises FieldError meanwhile."""
         if name.lower() in hub_ids() or name.lower() in (hub_id.lower() for hub_id in hub_ids().values() if hub_id):
             return open_model(name).shapes
-        model = self._models.pop(name, None)
+        model = self._models.get(name)
         if isinstance(model, UserError):
+            del self._models[name]  # so that the next key tries again
             raise model
         if model is not None:
-            self._models[name] = model
             return model
         path = _existing_path(name)
         if path is not None:
             self._load_model(name, str(path))
             raise FieldError("model", f"model: {name} is being read …")
-        hub = " Enter fetches it from the hub." if name.count("/") == 1 and name[:1] not in "./~" else ""
+        hub = " Enter fetches it from the hub." if _is_hub_id(name) else ""
         raise FieldError("model", f"model must be a built-in name, a hub id or a path, got {name[:60]!r}.{hub}")
 
-    @on(CalcForm.Fetch)
-    def _fetch(self) -> None:
+    @on(ModelSearch.Selected)
+    def fetch(self) -> None:
+        """Fetch the model from the hub if it is neither built in nor a path, and calculate again."""
         name = self.form.values.model.strip()
-        if name.count("/") == 1 and name[:1] not in "./~" and _existing_path(name) is None and name not in self._models:
+        if _is_hub_id(name) and _existing_path(name) is None and name not in self._models:
             self._load_model(name, name)
         self._calculate()
 
@@ -172,52 +175,44 @@ class CalculatorScreen(WorkbenchScreen):
             self._calculate()
 
     def action_pin(self) -> None:
-        if self._has_current_result("pinned"):
-            assert self.result is not None
-            self.pins = [*self.pins, self.result][-PINS:]
-            self.query_one(Pinned).compare(self.pins, self.result)
+        if result := self._current_result("pinned"):
+            self.pins = [*self.pins, result][-PINS:]
+            self.query_one(Pinned).compare(self.pins, result)
 
     def action_unpin(self) -> None:
         self.pins = self.pins[:-1]
         self.query_one(Pinned).compare(self.pins, self.result)
 
     def action_document(self) -> None:
-        from tui.screens.calculator.dialogs import document_table
-
         self.app.push_screen(document_table())
 
     def action_explain(self) -> None:
-        if self._has_current_result("explained"):
-            from tui.screens.calculator.dialogs import formulas
-
-            assert self.result is not None
-            self.app.push_screen(formulas(self.result))
+        if result := self._current_result("explained"):
+            self.app.push_screen(formulas(result))
 
     def action_search(self) -> None:
         self.give_focus(self.query_one("#model"))
 
     def action_next_gpu(self) -> None:
-        self.form.step("gpu")
+        self.form.editors["gpu"].action_step(1)
 
     def action_load(self) -> None:
         try:
-            self.form.fill(query_from_project(open_project(self.workbench.params_path)))
-            self._fetch()
+            self.form.fill(asdict(query_from_project(open_project(self.workbench.params_path))))
+            self.fetch()
         except (UserError, OSError) as error:
             self.workbench.fail(error)
 
     @work
     async def action_use(self) -> None:
         """Write the configuration to params.yaml after the user has confirmed the changes."""
-        if not self._has_current_result("written"):
+        result = self._current_result("written")
+        if result is None:
             return
-        from tui.screens.calculator.dialogs import Confirm
-
         try:
-            query, result, project = self.form.values, self.result, open_project(self.workbench.params_path)
-            assert result is not None
+            project = open_project(self.workbench.params_path)
             model = await asyncio.to_thread(trained_model, project)
-            values = params_from_result(query, result, project.params, model)
+            values = params_from_result(result, project.params, model)
             path = project.home(next(iter(values)).partition(".")[0]).params_path
             changed = differences(project.params, values)
             if not changed:
@@ -228,12 +223,16 @@ class CalculatorScreen(WorkbenchScreen):
         except (UserError, OSError) as error:
             self.workbench.fail(error)
 
-    def _has_current_result(self, action: str) -> bool:
-        """Whether the result is that of the form, which must be valid. If not, shows a warning."""
-        if self.problem or self.result is None:
-            self.workbench.log_message(f"Nothing was {action}: a field is invalid. {self.problem}", "warning")
-            return False
-        return True
+    def _current_result(self, action: str) -> Result | None:
+        """The result for the form. None, with a warning, if a field is invalid: the last result is of other values."""
+        if not self.problem and self.result:
+            return self.result
+        self.workbench.log_message(f"Nothing was {action}: a field is invalid. {self.problem}", "warning")
+        return None
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and name[:1] not in "./~"
 
 
 def _existing_path(name: str) -> Path | None:

@@ -22,9 +22,10 @@ from tui.screens.base import TALL, WorkbenchScreen
 from tui.screens.pipeline.dag_view import DagView
 from tui.screens.pipeline.log_panel import LogView
 from tui.screens.pipeline.metrics_panel import metrics_table
-from tui.screens.pipeline.params_panel import ParamForm, format_value
+from tui.screens.pipeline.params_panel import ParamForm
 from tui.screens.pipeline.stage_list import StageList
 from tui.services.pipeline_process import Running
+from tui.widgets.form import format_value
 
 TICK = 0.4  # seconds between checks of the files
 EVALUATION = GRAPH.stages["evaluate"].path

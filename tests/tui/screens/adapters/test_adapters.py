@@ -27,16 +27,12 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import save
 from tui.app import Workbench
 from tui.dialogs.path import PathScreen
-from tui.screens.adapters.sampling_dialog import SamplingScreen
+from tui.screens.adapters.answers import Completions, EngineBar, TopK
+from tui.screens.adapters.conversation import trusts_remote_code
+from tui.screens.adapters.dialogs import AttentionView, SamplingScreen
+from tui.screens.adapters.library import Entry, Library
+from tui.screens.adapters.models import ModelDetails, ModelTable, format_details
 from tui.screens.adapters.screen import AdaptersScreen
-from tui.screens.adapters.session.catalog import Entry, Library
-from tui.screens.adapters.session.request_queue import trusts_remote_code
-from tui.screens.adapters.widgets.attention_view import AttentionView
-from tui.screens.adapters.widgets.engine_bar import EngineBar
-from tui.screens.adapters.widgets.model_details import ModelDetails, format_details
-from tui.screens.adapters.widgets.model_table import ModelTable
-from tui.screens.adapters.widgets.streaming import Completions
-from tui.screens.adapters.widgets.top_k import TopK
 from tui.widgets.prompt_input import PromptInput
 from tui.widgets.slider import Slider
 
@@ -738,7 +734,7 @@ async def test_verdicts_redraw_cells_and_what_is_typed_meanwhile_comes_through(
         return check(*arguments)
 
     monkeypatch.setattr(ModelTable, "clear", count)
-    monkeypatch.setattr("tui.screens.adapters.session.catalog.check", slow)
+    monkeypatch.setattr("tui.screens.adapters.library.check", slow)
     models = 1 + len(sealed_copies(empty, 300))
     app = Workbench(empty / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:

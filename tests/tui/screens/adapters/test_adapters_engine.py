@@ -19,9 +19,8 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
 from tests.tui.screens.adapters.test_adapters import Session
 from tui.app import Workbench
-from tui.screens.adapters.session.transcript import Answer
-from tui.screens.adapters.widgets.engine_bar import EngineBar
-from tui.screens.adapters.widgets.top_k import TopK
+from tui.screens.adapters.answers import EngineBar, TopK
+from tui.screens.adapters.conversation import Answer
 from tui.widgets.slider import Slider
 
 PROMPT = "die katze sitzt auf dem"
@@ -93,11 +92,11 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
         while tokens < 512:
             text += " euro."
             tokens = len(loaded.tokenizer.encode(text))
-        weights = (await s.screen.conversation.requests.attention(entry, text, 1.0, False, 1, 3))["weights"]
+        weights = (await s.screen.conversation.attention(entry, text, 1.0, False, 1, 3))["weights"]
         assert len(weights) == tokens == 512
         assert sum(weights[-1]) == pytest.approx(1, abs=1e-4)
         with pytest.raises(UserError, match="attention is shown for up to 512"):
-            await s.screen.conversation.requests.attention(entry, text + " euro.", 1.0, False, 1, 3)
+            await s.screen.conversation.attention(entry, text + " euro.", 1.0, False, 1, 3)
 
 
 @pytest.mark.slow

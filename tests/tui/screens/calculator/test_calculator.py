@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,18 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
 from tests.helpers.projects import load, make, save
 from tui.app import Workbench
-from tui.screens.calculator.apply_to_params import query_from_project, trained_model
 from tui.screens.calculator.dialogs import Confirm, Reader
 from tui.screens.calculator.form import CalcForm
-from tui.screens.calculator.memory_bars import MemoryBars
-from tui.screens.calculator.model import FIELDS, CalculatorQuery, FieldError, calculate, relevant_fields
-from tui.screens.calculator.result import Parameters, Pinned, Verdict
+from tui.screens.calculator.query import (
+    FIELDS,
+    CalculatorQuery,
+    FieldError,
+    calculate,
+    query_from_project,
+    relevant_fields,
+    trained_model,
+)
+from tui.screens.calculator.result import MemoryBars, Parameters, Pinned, Verdict
 from tui.screens.calculator.screen import CalculatorScreen
 from tui.widgets.text_block import Lines
 
@@ -68,7 +74,7 @@ def workbench(pilot: Pilot[None]) -> Workbench:
 
 
 async def fill(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> None:
-    screen.form.fill(replace(CalculatorQuery(), **values))
+    screen.form.fill(asdict(replace(CalculatorQuery(), **values)))
     await pilot.pause()
 
 
@@ -165,10 +171,10 @@ async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Pat
             assert screen.problem and "\n" not in screen.problem, (field, text)
             assert screen.result is before, (field, text)
             assert screen.query_one("#results").has_class("-stale")
-            marked = [name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-wrong")]
+            marked = [name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")]
             assert marked == [field], (text, screen.problem)
         await fill(pilot, screen)
-        assert not screen.query("#results.-stale") and not screen.query(".-wrong") and not screen.problem
+        assert not screen.query("#results.-stale") and not screen.query(".-bad") and not screen.problem
 
 
 async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
@@ -198,6 +204,12 @@ async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
         await pilot.press("escape", "g")
         names_ = list(gpus())
         assert screen.form.values.gpu == names_[names_.index("rtx4090") + 1]
+
+
+async def test_ctrl_r_brings_a_fields_default_back(empty: Path) -> None:
+    async with calculator(empty) as (pilot, screen):
+        await pilot.press("right", "ctrl+r", "down", "+", "+", "ctrl+r")
+        assert screen.form.values == CalculatorQuery() and screen.result.method.rank == 8
 
 
 async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
@@ -415,7 +427,6 @@ async def test_what_the_project_cannot_train_is_refused(empty: Path) -> None:
     before = (empty / "params.yaml").read_bytes()
     async with calculator(empty) as (pilot, screen):
         for values, reason in (
-            ({"method": "prefix"}, "prefix is not trainable here yet"),
             ({"precision": "gptq-g64"}, "gptq-g64 weights are not trainable here yet"),
             ({"targets": "gate_proj"}, "MiniGPT, the model of this project, does not have these targets"),
             ({"method": "freeze", "last_blocks": "9"}, "last-blocks must be at most 2"),
@@ -493,7 +504,7 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
         return built_in("qwen3-0.6b") if name == "some/model" else open_model(name)
 
     monkeypatch.setattr("tui.screens.calculator.screen.open_model", result)
-    monkeypatch.setattr("tui.screens.calculator.apply_to_params.open_model", result)
+    monkeypatch.setattr("tui.screens.calculator.query.open_model", result)
     async with calculator(empty) as (pilot, screen):
         await pilot.press("l")
         await until(pilot, lambda: screen.result.model.name == "qwen3-0.6b" and not screen.problem)

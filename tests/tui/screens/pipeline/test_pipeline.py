@@ -18,6 +18,7 @@ import pytest
 import yaml
 from textual.containers import VerticalScroll
 from textual.pilot import Pilot
+from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from pipeline.files import artifact
@@ -30,10 +31,11 @@ from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, load, make,
 from tui.app import Workbench
 from tui.screens.pipeline.dag_view import DagView
 from tui.screens.pipeline.log_panel import LINES, LogView
-from tui.screens.pipeline.params_panel import ParamForm, ParamInput, format_value, parse_names
+from tui.screens.pipeline.params_panel import ParamForm
 from tui.screens.pipeline.screen import PipelineScreen
 from tui.screens.pipeline.stage_list import StageList
 from tui.services import pipeline_process
+from tui.widgets.form import FieldInput, format_value, parse_names
 
 Opened = tuple[Pilot[None], PipelineScreen]
 
@@ -82,7 +84,13 @@ async def choose(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> None
 
 
 def field(screen: PipelineScreen, key: str) -> Input:
-    return screen.query_one(f"#param-{key}", Input)
+    return screen.query_one(f"ParamForm #{key}", Input)
+
+
+def line_of(editor: Widget) -> Widget:
+    """The line of a field, which has its marks."""
+    assert isinstance(editor.parent, Widget)
+    return editor.parent
 
 
 async def typed(pilot: Pilot[None], screen: PipelineScreen, key: str, text: str) -> None:
@@ -143,16 +151,18 @@ async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: 
         await typed(pilot, screen, "rank", "0")
         rule = screen.query_one("#rule", Static)
         assert "finetune_lora.rank must be at least 1, got 0" in str(rule.content)
-        assert field(screen, "rank").has_class("-bad")
+        assert line_of(field(screen, "rank")).has_class("-bad")
         await pilot.press("enter")
         assert path.read_text(encoding="utf-8") == before
+        await pilot.press("ctrl+r")
+        assert field(screen, "rank").value == "4" and not line_of(field(screen, "rank")).has_class("-edited")
         await typed(pilot, screen, "rank", "8")
         assert "Enter writes it" in str(rule.content)
         await pilot.press("enter")
         await until(pilot, lambda: load(path).finetune_lora.rank == 8)
         assert path.read_text(encoding="utf-8") == before.replace("  rank: 4", "  rank: 8", 1)
         await until(pilot, lambda: any("rank 4 → 8" in line for line in lines(screen)))
-        assert not field(screen, "rank").has_class("-edited")
+        assert not line_of(field(screen, "rank")).has_class("-edited")
 
 
 KINDS: tuple[tuple[str, str, str, object], ...] = (
@@ -176,7 +186,7 @@ async def test_every_kind_of_value_is_written(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         for stage, key, text, value in KINDS:
             await choose(pilot, screen, stage)
-            await until(pilot, lambda key=key: not field(screen, key).has_class("-edited"))  # type: ignore[misc]
+            await until(pilot, lambda key=key: not line_of(field(screen, key)).has_class("-edited"))  # type: ignore[misc]
             await typed(pilot, screen, key, text)
             await pilot.press("enter")
             await until(pilot, partial(is_written, empty, stage, key, value))
@@ -210,7 +220,7 @@ def test_names_round_trip(values: tuple[str, ...]) -> None:
     assert parse_names(format_value(values)) == list(values)
 
 
-def seen(form: ParamForm, field: ParamInput) -> bool:
+def seen(form: ParamForm, field: Input) -> bool:
     """Whether the field is completely visible."""
     return form.query_one(VerticalScroll).region.contains_region(field.region)
 
@@ -241,7 +251,7 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
             screen
         )
         assert load(empty / "params.yaml").finetune_sweep.grid == {"rank": (2, 4), "learning_rate": (0.001, 0.002)}
-        await until(pilot, lambda: not grid.has_class("-edited"))
+        await until(pilot, lambda: not line_of(grid).has_class("-edited"))
 
 
 @pytest.mark.parametrize(
@@ -262,22 +272,23 @@ async def test_every_param_is_reached_by_keys_and_seen_while_it_is_edited(
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         await pilot.press("p")
-        form, reached = screen.query_one(ParamForm), list[str]()
-        fields = list(form.query(ParamInput))
+        form, reached = screen.query_one(ParamForm), list[str | None]()
+        fields = list(form.form.editors.values())
         there = len(fields) - 1
         back = there // every
         for number, key in enumerate([keys[0]] * there + [keys[1]] * back):
             focused = screen.focused
-            assert isinstance(focused, ParamInput)
-            reached.append(focused.key)
+            assert isinstance(focused, FieldInput)
+            original = focused.value
+            reached.append(focused.id)
             if number % every == 0:
                 focused.value = "?" * 60
                 await pilot.pause()
             await until(pilot, partial(seen, form, focused))
-            focused.revert()
+            focused.value = original
             await pilot.press(key)
-        assert reached[:there] == [field.key for field in fields[:-1]]
-        assert reached[there:] == [field.key for field in fields[:0:-1]][:back]
+        assert reached[:there] == [field.id for field in fields[:-1]]
+        assert reached[there:] == [field.id for field in fields[:0:-1]][:back]
         assert screen.focused is fields[there - back] and len(fields) > 20
 
 

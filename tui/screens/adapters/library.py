@@ -28,6 +28,7 @@ from pipeline.project.stage_graph import ARTIFACTS, Project
 
 # Display order, from left to right.
 ORDER = ("pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
+CHECKING = "checking…"
 MAX_JSON = 1_000_000  # bytes; a larger manifest or config is not shown
 SAVE_EVERY = 5.0  # seconds of hashing that are lost at most if the program ends
 Stamp = tuple[Signature, ...]
@@ -41,6 +42,10 @@ class Entry:
     model: Model
     verdict: VerificationResult | None
     shown_path: str = ""  # relative to the project if it is inside, else absolute
+
+    @property
+    def state(self) -> str:
+        return self.verdict.state if self.verdict else CHECKING
 
     @property
     def sort_key(self) -> tuple[int, list[str | float]]:
@@ -97,9 +102,10 @@ class Library:
             cached = self._models.get(path)
             model = cached[1] if cached and cached[0] == now else describe(path)
             models[path] = now, model
+            stamp, verdict = self._verdicts.get(path, (None, None))
             in_project = any(path.is_relative_to(folder) for folder in (self.root, *self._artifacts))
             shown_path = os.path.relpath(path, self.root) if in_project else str(path)
-            yield Entry(self.label(path), model, self._cached_verdict(path, self._stamp(model, context)), shown_path)
+            yield Entry(self.label(path), model, verdict if stamp == self.stamp(model, context) else None, shown_path)
         self._models, self._folder_times = models, folder_times
 
     def changed(self) -> bool:
@@ -114,20 +120,21 @@ class Library:
         try:
             for entry in entries:
                 if entry.verdict is None:
-                    yield self._check(entry, context, earlier=True)
+                    yield self.check(entry, context, earlier=True)
                 if monotonic() - saved > SAVE_EVERY:
                     self._digests.save()
                     saved = monotonic()
         finally:
             self._digests.save()
 
-    def check(self, entry: Entry) -> Entry:
-        """The entry with its verdict, for loading: hashes all files that this process has not hashed yet."""
-        return self._check(entry, self._check_context(), earlier=False)
+    def check(self, entry: Entry, context: CheckContext | None = None, earlier: bool = False) -> Entry:
+        """The entry with its verdict, whose reason has paths relative to the project.
 
-    def _check(self, entry: Entry, context: CheckContext, earlier: bool) -> Entry:
-        """Check a model. Paths in the reason are relative to the project."""
-        model, stamp = entry.model, self._stamp(entry.model, context)  # before the files are read
+        For loading, it hashes all files that this process has not hashed yet; `earlier`: accepts digests cached by
+        an earlier process.
+        """
+        context = context or self._check_context()
+        model, stamp = entry.model, self.stamp(entry.model, context)  # before the files are read
         fingerprint = partial(self._digests.fingerprint, earlier=earlier)
         contents = partial(self._digests.contents, earlier=earlier)
         verdict = check(model, self.root, context.measurements, fingerprint, contents)
@@ -135,21 +142,14 @@ class Library:
         self._verdicts[model.path] = stamp, verdict
         return replace(entry, verdict=verdict)
 
-    def _cached_verdict(self, path: Path, stamp: Stamp) -> VerificationResult | None:
-        cached = self._verdicts.get(path)
-        return cached[1] if cached and cached[0] == stamp else None
-
     def forget(self) -> None:
         """Drop all verdicts and digests, so that everything is checked again."""
         self._verdicts.clear()
         self._digests.forget()
 
-    def stamp(self, model: Model) -> Stamp:
+    def stamp(self, model: Model, context: CheckContext | None = None) -> Stamp:
         """Signatures that a verdict depends on: the model, its base, the evaluations. ((),) if it is gone."""
-        return self._stamp(model, self._check_context())
-
-    def _stamp(self, model: Model, context: CheckContext) -> Stamp:
-        files = signature(model.path)
+        context, files = context or self._check_context(), signature(model.path)
         if not files:
             return ((),)
         base = self.base(model)
