@@ -17,7 +17,7 @@ from pipeline.data.examples import windows
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.data.windows import InMemoryDataset
 from pipeline.models.load import Base, load_base, save_base
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneFreeze, FinetuneLora, Training
 from pipeline.stages.finetune import freeze, lora_spec
 from pipeline.training.batches import Batches

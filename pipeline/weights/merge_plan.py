@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.files.shards import TensorLocation, tensor_locations
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
-from pipeline.models.quantization.quantized_linear import dequantized, quantizable
+from pipeline.models.quantized_linear import dequantized, quantizable
 from pipeline.models.save import load_tensors
 from pipeline.project.params.sections import Quantization
 from pipeline.weights.edits import AddLowRank, Edit, Replace, RescaleRows, SetRows, same_edit

@@ -12,7 +12,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear, factors, weight_of
 from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.errors import UserError
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.weights.edits import merged_rows
 
 

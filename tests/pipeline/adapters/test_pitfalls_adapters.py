@@ -18,7 +18,7 @@ from pipeline.adapters.peft.save import save_adapter
 from pipeline.inference.engine import load
 from pipeline.inference.server.model_pool import ModelPool
 from pipeline.models.base import CausalLM
-from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
+from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint

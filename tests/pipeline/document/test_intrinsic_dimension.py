@@ -17,7 +17,7 @@ from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.errors import UserError
 from pipeline.inference.engine import load
 from pipeline.inference.score import score
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import FinetuneFull
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.data.examples import in_evaluation, read_examples
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import Note, Progress, run
 from pipeline.workbench import open_project
