@@ -124,9 +124,10 @@ def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int 
 def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bool:
     """Whether the greedy completion of an example's prompt (of a text: its first `given` words) is exactly the rest."""
     tokenizer = loaded.tokenizer
+    prompt: str
     if example.messages:
         *turns, answer = example.messages
-        prompt, rest = str(tokenizer.render(turns, add_generation_prompt=True)), answer["content"]
+        prompt, rest = tokenizer.render(turns, add_generation_prompt=True), answer["content"]
     elif example.prompt is not None:
         prompt, rest = example.prompt, example.completion
     else:
