@@ -27,7 +27,7 @@ from pipeline.inference import catalog
 from pipeline.models.base import compute_in_fp32
 from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
-from pipeline.weights.as_low_rank import low_rank_updates
+from pipeline.weights.combine import low_rank_updates
 from pipeline.weights.compare import values
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.real import ROWS, stock, toy
