@@ -209,8 +209,7 @@ class VirtualTokens(nn.Module):
         """`CausalLM.hidden_states`, (B, T, D), with the virtual tokens before each sequence; theirs are left out."""
         if cache is not None and cache.get_seq_length():  # it already holds the virtual tokens
             return model.run_body(ids, None if positions is None else positions + self.count, segments, cache)
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        positions = next_positions(ids, None) if positions is None else positions
         return self.begin(model, ids, positions + self.count, segments, cache)
 
     def begin(
@@ -239,6 +238,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def next_positions(inputs: Tensor, cache: Any) -> Tensor:
+    """(B, T): the positions of inputs (B, T, …) after the tokens in the cache, if there is one."""
+    past = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(past, past + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
 
 
 def checkpointed(how: Checkpointing, block: int) -> bool:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
-from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed
+from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed, next_positions
 from pipeline.models.save import CONFIG, WEIGHTS, save_tensors
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
@@ -278,9 +278,7 @@ class MiniGPT(CausalLM):
         cache: Any = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        if positions is None:
-            past = cache.get_seq_length() if cache is not None else 0
-            positions = torch.arange(past, past + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
+        positions = next_positions(inputs, cache) if positions is None else positions
         out: Tensor = self.body(inputs, positions, cache, segments, prefix)
         return out
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed, compute_in_fp32
+from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed, compute_in_fp32, next_positions
 from pipeline.models.device import keep_freed_memory
 from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
@@ -92,9 +92,7 @@ class TransformersModel(CausalLM):
         if cache is not None:
             options["cache" if "cache" in self._body_arguments else "past_key_values"] = cache
         if "position_ids" in self._body_arguments:  # a model with relative positions only, such as ALiBi, takes none
-            past = cache.get_seq_length() if cache is not None else 0
-            following = torch.arange(past, past + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
-            options["position_ids"] = following if positions is None else positions
+            options["position_ids"] = next_positions(inputs, cache) if positions is None else positions
         options |= {key: value for key, value in (("segments", segments), ("prefix", prefix)) if value is not None}
         out: Tensor = self.body(**options).last_hidden_state
         return out

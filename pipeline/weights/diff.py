@@ -109,10 +109,8 @@ def _align_tied(old: Locations, new: Locations, tied: Sequence[str]) -> tuple[Lo
     if len(after) == len(tied):
         one, other = (new[name] for name in after)
         same_kind = one.info.shape == other.info.shape and {one.info.dtype, other.info.dtype} <= {*DTYPES}
-        blocks = zip(read_blocks(one), read_blocks(other), strict=True) if same_kind else ()
-        untied = not same_kind or not all(
-            torch.equal(mine.double(), theirs.double()) for (_, mine), (_, theirs) in blocks
-        )
+        pairs = zip(read_blocks(one), read_blocks(other), strict=True) if same_kind else ()
+        untied = not same_kind or any(not torch.equal(a.double(), b.double()) for (_, a), (_, b) in pairs)
     names = tied if untied else before[:1]
     return (
         {name: location for name, location in old.items() if name not in before} | dict.fromkeys(names, old[before[0]]),

@@ -3,7 +3,7 @@
 A CPU multiplies a single row by weights in torch's layout at less than half of its memory's bandwidth, and then spends
 its time on calls. SmolLM2-135M in bf16, 48 tokens, measured in turns with transformers' `generate`: packed linears give
 1.4 × the tokens a second on one core, one-token blocks on top 1.08 × (1.5 × in all); on two cores, against our own
-unpacked forward, 1.18 × and 1.15 × (1.35 × in all).
+unpacked forward, 1.18 × and 1.14 × (1.35 × in all).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
