@@ -16,7 +16,7 @@ from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.load import Base, load_base, save_base
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from tui.services.engine_client import Inference
 

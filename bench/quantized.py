@@ -10,7 +10,7 @@ import torch
 from bench.measure import Row
 from bench.real import ROUNDS, ask, base, side
 from bench.real_sides import BATCH, Example, Ours, Theirs, equally_long
-from pipeline.models.quantization.quantized_linear import quantize
+from pipeline.models.quantized_linear import quantize
 
 STEPS, LENGTH = 2, 64
 

@@ -24,8 +24,8 @@ from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.masking import Encoded
 from pipeline.data.windows import InMemoryDataset, as_window
+from pipeline.models.device import keep_freed_memory
 from pipeline.models.generate import generate
-from pipeline.models.kernels.allocator import keep_freed_memory
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.project.params.sections import Training

@@ -20,7 +20,7 @@ from pipeline.adapters.batched import attach_many
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.windows import InMemoryDataset, as_window
 from pipeline.models.base import CausalLM
-from pipeline.models.kernels.allocator import keep_freed_memory
+from pipeline.models.device import keep_freed_memory
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import load_base
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec

@@ -16,7 +16,7 @@ from pipeline.data.examples import windows
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.data.windows import InMemoryDataset
 from pipeline.models.load import Base, load_base, save_base
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.freeze import FinetuneFreeze, freeze
 from pipeline.stages.methods.full import COUNTED as FULL

@@ -80,7 +80,7 @@ def merging_of(
     merging = Merging(base or base_of(adapter), adapter, precision, trust)
     if prompts is None:
         return merging, None
-    from pipeline.inference.agreement import SameLogits
+    from pipeline.inference.score import SameLogits
 
     texts = [prompt.prompt for prompt in read_prompts(prompts, str(prompts))]
     return merging, SameLogits(merging.base, adapter, texts, trust_remote_code=trust)

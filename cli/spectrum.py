@@ -9,7 +9,7 @@ import typer
 from cli.options import JsonOption, TrustOption, group
 
 if TYPE_CHECKING:
-    from pipeline.inference.agreement import Quality
+    from pipeline.inference.score import Quality
     from pipeline.weights.extract import Extracted, Spectra
     from pipeline.weights.spectrum import Measured
 
@@ -39,7 +39,7 @@ def spectrum(
     from cli.progress import follow
     from pipeline.data.read import read_examples
     from pipeline.errors import UserError
-    from pipeline.inference.agreement import quality, refuse_other_tokens
+    from pipeline.inference.score import quality, refuse_other_tokens
     from pipeline.weights.extract import extract, spectra_of
 
     if as_json and as_csv:

@@ -12,7 +12,7 @@ from pipeline.export.model_card import CARD, card, has_card
 from pipeline.files import artifact
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event
-from pipeline.weights.as_low_rank import low_rank_updates, write_updates
+from pipeline.weights.combine import low_rank_updates, write_updates
 from pipeline.weights.import_adapter import copy_template, copy_tokenizer
 from pipeline.weights.merge import Merging, Verify, merge_to
 
@@ -74,7 +74,10 @@ def merged(
 
     def finish(folder: Path, certificate: dict[str, Any]) -> None:
         copy_template(merging.adapter, folder)
-        _write_generation_config(folder)
+        generation = folder / "generation_config.json"
+        if not generation.exists():  # vLLM stops at its end token
+            config = artifact.read_json(folder / "config.json", "Copy the base again")
+            artifact.write_json(generation, {key: config[key] for key in TOKEN_IDS if config.get(key) is not None})
         text = card(merging.adapter, certificate, merging.base, base_name)
         (folder / CARD).write_text(text, encoding="utf-8")
 
@@ -99,11 +102,3 @@ def _name_base(folder: Path, adapter: Path, base: Path | None, base_name: str | 
 def _write_tokenizer_and_card(folder: Path, adapter: Path, base: Path | None, base_name: str | None) -> None:
     copy_tokenizer(adapter, folder)
     (folder / CARD).write_text(card(adapter, None, base, base_name), encoding="utf-8")
-
-
-def _write_generation_config(folder: Path) -> None:
-    """Write a generation_config.json with the bos, eos and pad tokens, if the base has none."""
-    path = folder / "generation_config.json"
-    if not path.exists():
-        config = artifact.read_json(folder / "config.json", "Copy the base again")
-        artifact.write_json(path, {key: config[key] for key in TOKEN_IDS if config.get(key) is not None})

@@ -1,6 +1,6 @@
 """A model card: how an adapter or a merged model was trained and how it was evaluated, from its manifest."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,22 @@ def card(
     origin = origin_of(adapter, base)
     manifest = artifact.verify(adapter) if (adapter / artifact.MANIFEST).exists() else {}
     metrics = measured([adapter.resolve().parent]).get(artifact.sealed_digest(manifest), {}) if manifest else {}
+    front_matter = [f"library_name: {'peft' if certificate is None else 'transformers'}", TAGS]
+    name = base_name or (origin and origin.hub_id) or read_config(adapter).get("base_model_name_or_path")
+    if isinstance(name, str) and name:
+        path = Path(name)  # an absolute path means nothing on other machines
+        front_matter.insert(0, f"base_model: {path.name if path.is_absolute() else name}")
+    made_with = [f"{library} {number}" for library, number in manifest.get("versions", {}).items()]
+    if manifest.get("commit"):
+        made_with.append(f"code: commit `{manifest['commit']}`")
     parts = [
-        "\n".join(_front_matter(adapter, base_name or (origin and origin.hub_id), merged=certificate is not None)),
+        "\n".join(["---", *front_matter, "---"]),
         f"# {adapter.resolve().name}{', merged' if certificate is not None else ''}",
         _section("Method", _method(adapter, manifest, origin, merged=certificate is not None)),
         _section("Adapters" if manifest.get("method") == "combine" else "Data", _data(manifest)),
         _section("Evaluation", _evaluation(adapter, metrics)),
         _section("Merge", _merge(certificate or {}, quantization_of(adapter))),
-        _section("Made with", _made_with(manifest)),
+        _section("Made with", made_with),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -57,20 +65,9 @@ def has_card(folder: Path) -> bool:
     return path.is_file() and TAGS in path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
-def _section(title: str, lines: Iterator[str]) -> str:
+def _section(title: str, lines: Iterable[str]) -> str:
     text = "\n".join(f"- {line}" for line in lines)
     return f"## {title}\n\n{text}" if text else ""
-
-
-def _front_matter(adapter: Path, base_name: str | None, merged: bool) -> Iterator[str]:
-    base = base_name or read_config(adapter).get("base_model_name_or_path")
-    yield "---"
-    if isinstance(base, str) and base:
-        path = Path(base)  # an absolute path means nothing on other machines
-        yield f"base_model: {path.name if path.is_absolute() else base}"
-    yield f"library_name: {'transformers' if merged else 'peft'}"
-    yield TAGS
-    yield "---"
 
 
 def quantization_note(kind: str) -> str:
@@ -84,7 +81,12 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
         weights = ", ".join(f"{weight:g}" for weight in params["weights"])
         yield f"combined by {params['method']} from {len(params['weights'])} adapters with weights {weights}"
         yield f"{manifest['error']:.2%} off their exact sum"
-    yield _describe_adapter(config)
+    if kind := VIRTUAL.get(str(config.get("peft_type"))):
+        yield f"{kind} tuning, {config.get('num_virtual_tokens')} virtual tokens"
+    else:
+        kind = "DoRA" if config.get("use_dora") else "LoRA"
+        rslora = ", rsLoRA" if config.get("use_rslora") else ""
+        yield f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}{rslora}"
     if "stored" in manifest:
         yield f"trained with rank {params['rank']} and saved relative to the original base, which doubles the rank"
     if targets := config.get("target_modules"):
@@ -99,14 +101,6 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
     counted = manifest.get("parameters", {})
     if "trainable" in counted:
         yield f"{counted['trainable']:,} of {counted['total']:,} parameters trained"
-
-
-def _describe_adapter(config: Mapping[str, Any]) -> str:
-    if kind := VIRTUAL.get(str(config.get("peft_type"))):
-        return f"{kind} tuning, {config.get('num_virtual_tokens')} virtual tokens"
-    rslora = ", rsLoRA" * bool(config.get("use_rslora"))
-    kind = "DoRA" if config.get("use_dora") else "LoRA"
-    return f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}{rslora}"
 
 
 def _retains(params: Mapping[str, Any]) -> bool:
@@ -149,10 +143,3 @@ def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:
         )
     if certificate and kind != "none":
         yield f"merged into the {kind} weights that the adapter was trained on, dequantized"
-
-
-def _made_with(manifest: Mapping[str, Any]) -> Iterator[str]:
-    for name, number in manifest.get("versions", {}).items():
-        yield f"{name} {number}"
-    if manifest.get("commit"):
-        yield f"code: commit `{manifest['commit']}`"

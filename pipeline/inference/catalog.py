@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.adapters.config import CONFIG, VIRTUAL
+from pipeline.adapters.config import CONFIG
 from pipeline.adapters.folder import Contents, Fingerprint, base_of, refuse_foreign
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -50,7 +50,8 @@ class Adapter:
 class Model:
     """A folder with a base, a checkpoint trained from one, a merged model or an adapter. None means unknown.
 
-    `size` is in bytes of weights, `when` in seconds since the epoch; `parameters` of an adapter exclude its base.
+    `size` is in bytes of weights, `when` in seconds since the epoch; `parameters` of an adapter exclude its base;
+    `scales`: whether it is an adapter whose strength can be scaled, which virtual tokens cannot.
     """
 
     path: Path
@@ -63,11 +64,7 @@ class Model:
     size: int
     final_loss: float | None
     when: float | None
-
-    @property
-    def scales(self) -> bool:
-        """Whether it is an adapter whose strength can be scaled, which virtual tokens cannot."""
-        return self.kind == "adapter" and self.method.upper() not in VIRTUAL
+    scales: bool
 
 
 @dataclass(frozen=True)
@@ -83,35 +80,27 @@ def adapters(
     root: Path, fingerprint: Fingerprint = base_fingerprint, contents: Contents = artifact.contents
 ) -> list[Adapter]:
     """Every adapter below `root`, by path."""
-    measurements = measured([root])
-    return [
-        _describe_adapter(folder, root, measurements, fingerprint, contents)
-        for folder in model_folders(root)
-        if (folder / CONFIG).exists()
-    ]
-
-
-def _describe_adapter(
-    folder: Path, root: Path, measurements: Measurements, fingerprint: Fingerprint, contents: Contents
-) -> Adapter:
-    model = describe(folder)
-    return Adapter(
-        path=folder,
-        method=model.method,
-        rank=model.rank,
-        trained_rank=_read_trained_rank(folder),
-        targets=model.targets,
-        base=model.base,
-        size=model.size,
-        final_loss=model.final_loss,
-        forgetting=_measured_forgetting(artifact.contents_digest(contents(folder)), measurements),
-        problem=_find_problem(model, root, fingerprint, contents),
-    )
-
-
-def _read_trained_rank(folder: Path) -> int | None:
-    rank = (_read_json_or_empty(folder / artifact.MANIFEST).get("params") or {}).get("rank")
-    return rank if isinstance(rank, int) else None
+    measurements, described = measured([root]), list[Adapter]()
+    for folder in model_folders(root):
+        if not (folder / CONFIG).exists():
+            continue
+        model = describe(folder)
+        trained_rank = (_read_json_or_empty(folder / artifact.MANIFEST).get("params") or {}).get("rank")
+        described.append(
+            Adapter(
+                path=folder,
+                method=model.method,
+                rank=model.rank,
+                trained_rank=trained_rank if isinstance(trained_rank, int) else None,
+                targets=model.targets,
+                base=model.base,
+                size=model.size,
+                final_loss=model.final_loss,
+                forgetting=_measured_forgetting(artifact.contents_digest(contents(folder)), measurements),
+                problem=_find_problem(model, root, fingerprint, contents),
+            )
+        )
+    return described
 
 
 def _find_problem(model: Model, root: Path, fingerprint: Fingerprint, contents: Contents) -> str | None:
@@ -120,20 +109,14 @@ def _find_problem(model: Model, root: Path, fingerprint: Fingerprint, contents: 
         artifact.read_json(model.path / CONFIG, "Make the adapter again")
         if not (model.path / artifact.MANIFEST).exists():
             return UNSEALED
-        if not _has_base(model.path, root):
+        try:
+            find_base(model.path, root)
+        except UserError:
             artifact.verify(model.path, contents)
             return None
     except UserError as error:
         return str(error)
     return check(model, root, fingerprint=fingerprint, contents=contents).reason
-
-
-def _has_base(adapter: Path, root: Path) -> bool:
-    try:
-        find_base(adapter, root)
-    except UserError:
-        return False
-    return True
 
 
 def model_folders(root: Path) -> Iterator[Path]:
@@ -146,23 +129,41 @@ def model_folders(root: Path) -> Iterator[Path]:
 
 
 def describe(folder: Path) -> Model:
-    """A model as its files describe it. Missing or damaged files leave fields unknown; `check` gives the reason."""
+    """A model as its files describe it. Missing or damaged files leave fields unknown; `check` gives the reason.
+
+    What kind of adapter it is comes from its config alone, so that a new one needs no line here.
+    """
     config, manifest = _read_json_or_empty(folder / CONFIG), _read_json_or_empty(folder / artifact.MANIFEST)
-    adapter = (folder / CONFIG).exists()
-    kind = "dora" if config.get("use_dora") else config.get("peft_type")
-    method = kind if adapter else manifest.get("method") or _model_type(folder)
     rank, base, files = config.get("r"), config.get("base_model_name_or_path"), signature(folder)
+    targets: tuple[str, ...] = ()
+    virtual = "num_virtual_tokens" in config
+    if (folder / CONFIG).exists():
+        kind, method = "adapter", "dora" if config.get("use_dora") else config.get("peft_type")
+        names = config.get("target_modules")
+        targets = tuple(map(str, names)) if isinstance(names, list) else (str(names),)
+        if virtual:
+            targets = (f"{config['num_virtual_tokens']} virtual tokens",)
+    else:
+        trained = manifest.get("method")
+        kind = "base" if trained in (None, *BASES) else "merged" if trained == "merge" else "checkpoint"
+        method = trained or _read_json_or_empty(folder / "config.json").get("model_type")
+    try:
+        last_loss = final_loss(read_steps(folder / LOSS))
+    except OSError:
+        last_loss = None
     return Model(
         path=folder,
-        kind="adapter" if adapter else _checkpoint_kind(manifest.get("method")),
+        kind=kind,
         method=str(method or "?").lower(),
         rank=rank if isinstance(rank, int) else None,
-        targets=_target_names(config) if adapter else (),
+        targets=targets,
         base=base if isinstance(base, str) else None,
-        parameters=_count_parameters(folder, {} if adapter else manifest),
+        # the manifest of an adapter counts its base too
+        parameters=_count_parameters(folder, {} if kind == "adapter" else manifest),
         size=sum(file.size for file in files if file.name.endswith(".safetensors")),
-        final_loss=_read_final_loss(folder / LOSS),
+        final_loss=last_loss,
         when=_modified_at(files),
+        scales=kind == "adapter" and not virtual,
     )
 
 
@@ -171,24 +172,6 @@ def _read_json_or_empty(path: Path) -> dict[str, Any]:
         return artifact.read_json(path, "")
     except UserError:
         return {}
-
-
-def _checkpoint_kind(method: Any) -> str:
-    if method in (None, *BASES):
-        return "base"
-    return "merged" if method == "merge" else "checkpoint"
-
-
-def _model_type(folder: Path) -> Any:
-    return _read_json_or_empty(folder / "config.json").get("model_type")
-
-
-def _target_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the target modules, or the number of virtual tokens."""
-    if str(config.get("peft_type")) in VIRTUAL:
-        return (f"{config.get('num_virtual_tokens')} virtual tokens",)
-    value = config.get("target_modules")
-    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
 
 
 def _count_parameters(folder: Path, manifest: Mapping[str, Any]) -> int | None:
@@ -202,13 +185,6 @@ def _count_parameters(folder: Path, manifest: Mapping[str, Any]) -> int | None:
     except UserError:
         return None
     return sum(prod(info.shape) for header in headers for info in header.values()) if headers else None
-
-
-def _read_final_loss(path: Path) -> float | None:
-    try:
-        return final_loss(read_steps(path))
-    except OSError:
-        return None
 
 
 def _modified_at(files: Signature) -> float | None:
@@ -283,16 +259,11 @@ def _measured_forgetting(digest: str, measurements: Measurements) -> float | Non
 def measured(roots: Iterable[Path]) -> Measurements:
     """Metrics of the evaluations in `roots` by sha256 of the artifact; the first evaluation wins."""
     measurements: dict[str, Mapping[str, Any]] = {}
-    for manifest, metrics in (pair for root in roots for pair in _read_evaluations(root)):
-        with suppress(KeyError, TypeError, AttributeError):
+    for path in (path for root in roots for path in sorted(root.glob("*/metrics.json"))):
+        # a folder without manifest is no evaluation, and other tools write a metrics.json too
+        with suppress(UserError, KeyError, TypeError, AttributeError):
+            manifest = artifact.read_manifest(path.parent)
+            metrics = artifact.read_json(path, "Run `lora evaluate`")
             for variant, name in manifest["variants"].items():
                 measurements.setdefault(manifest["inputs"][name], metrics[variant])
     return measurements
-
-
-def _read_evaluations(root: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    for path in sorted(root.glob("*/metrics.json")):
-        try:
-            yield artifact.read_manifest(path.parent), artifact.read_json(path, "Run `lora evaluate`")
-        except UserError:
-            continue

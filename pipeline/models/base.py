@@ -5,16 +5,14 @@ certificates need no table of renamings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from pipeline.models.virtual_tokens import VirtualTokens
 
 Checkpointing = Literal["none", "selective", "full"]
 # Puts a prefix's keys and values before those of each packed sequence: number of a block, keys and values (B, G, T, K),
@@ -45,16 +43,32 @@ class CausalLM(nn.Module):
         self.register_module("virtual", None)
 
     @cached_property
+    @torch.no_grad()
     def supports_packing(self) -> bool:
         """Whether sequences packed end to end give what each gives alone. Tried once, on this model."""
-        return _try_packing(self)
+        first, second = (ids[None].to(self.device) for ids in (torch.arange(1, 4), torch.arange(2, 6)))  # (1, T)
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=self.device)
+        return _agree(
+            lambda: self.hidden_states(torch.cat((first, second), dim=1), positions, [3, 4]),
+            lambda: torch.cat([self.hidden_states(ids) for ids in (first, second)], dim=1),
+        )
 
     @cached_property
+    @torch.no_grad()
     def supports_prefix(self) -> bool:
-        """Whether attention takes a prefix's keys without a cache. Tried once, on this model."""
-        from pipeline.models.virtual_tokens import try_prefix  # only prefix tuning asks
+        """Whether attention takes a prefix's keys without a cache. Tried once: two tokens after the keys and values of
+        two others against one sequence of all four."""
+        ids = torch.arange(1, 5, device=self.device)[None]
 
-        return try_prefix(self)
+        def with_prefix() -> Tensor:
+            read = self.keys_and_values(ids[:, :2])
+
+            def prefix(block: int, keys: Tensor, values: Tensor, _: Sequence[int]) -> list[Tensor]:
+                return [torch.cat(pair, dim=2) for pair in zip(read[block], (keys, values), strict=True)]
+
+            return self.run_body(ids[:, 2:], torch.tensor([[2, 3]], device=self.device), prefix=prefix)
+
+        return _agree(with_prefix, lambda: self.run_body(ids)[:, 2:])
 
     def set_virtual_tokens(self, virtual: "VirtualTokens") -> None:
         """Read these virtual tokens before every sequence from now on."""
@@ -123,15 +137,7 @@ class CausalLM(nn.Module):
         return None
 
     def new_cache(self) -> Any:
-        """An empty KV cache."""
-        raise NotImplementedError
-
-    def cache_length(self, cache: Any) -> int:
-        """Number of tokens in the cache."""
-        raise NotImplementedError
-
-    def append_to_cache(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None:
-        """Append keys and values (B, G, n, K) to the cache of one block."""
+        """An empty KV cache, with `get_seq_length()` and `update(keys, values, block)` of transformers' caches."""
         raise NotImplementedError
 
     def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -180,6 +186,39 @@ class CausalLM(nn.Module):
         return next(p.dtype for name, p in self.blocks.named_parameters() if ".lora_" not in name)
 
 
+class VirtualTokens(nn.Module):
+    """n virtual tokens before every sequence, in the layout in which PEFT stores them, `prompt_embeddings` (n, …).
+
+    They take the positions 0 to n-1, a sequence's own tokens those from n on.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.prompt_embeddings = nn.Parameter(values)
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return self.prompt_embeddings.shape[0]
+
+    def read(
+        self, model: CausalLM, ids: Tensor, positions: Tensor | None, segments: Sequence[int] | None, cache: Any
+    ) -> Tensor:
+        """`CausalLM.hidden_states`, (B, T, D), with the virtual tokens before each sequence; theirs are left out."""
+        if cache is not None and cache.get_seq_length():  # it already holds the virtual tokens
+            return model.run_body(ids, None if positions is None else positions + self.count, segments, cache)
+        positions = next_positions(ids, None) if positions is None else positions
+        return self.begin(model, ids, positions + self.count, segments, cache)
+
+    def begin(
+        self, model: CausalLM, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+    ) -> Tensor:
+        """The same with an empty cache or none; `positions` count the virtual tokens."""
+        raise NotImplementedError
+
+
 class LowBitLinear(nn.Module):
     """A linear whose weight is stored in few bits: the interface of `quantization/quantized_linear.py`."""
 
@@ -201,22 +240,23 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def next_positions(inputs: Tensor, cache: Any) -> Tensor:
+    """(B, T): the positions of inputs (B, T, …) after the tokens in the cache, if there is one."""
+    past = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(past, past + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
+
+
 def checkpointed(how: Checkpointing, block: int) -> bool:
     """Whether block number `block` is recomputed in backward; the same rule as the calculator's `TrainingConfig`."""
     return how == "full" or (how == "selective" and block % 2 == 0)
 
 
-@torch.no_grad()
-def _try_packing(model: CausalLM) -> bool:
-    """A sequence of three tokens and one of four, packed, against each alone."""
-    first, second = torch.arange(3)[None] + 1, torch.arange(4)[None] + 2
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=model.device)
+def _agree(ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> bool:
+    """Whether both give the same up to the rounding of 16 bits; a model that raises at either does not."""
     try:
-        packed = model.hidden_states(torch.cat((first, second), dim=1).to(model.device), positions, [3, 4])
-        expected = [model.hidden_states(ids.to(model.device)) for ids in (first, second)]
-    except Exception:  # whatever a body raises that takes no segments
+        return bool(torch.allclose(ours().float(), theirs().float(), rtol=0.02, atol=0.02))
+    except Exception:  # whatever a body raises that takes no segments or no prefix
         return False
-    return bool(torch.allclose(packed.float(), torch.cat(expected, dim=1).float(), rtol=0.02, atol=0.02))
 
 
 @torch.no_grad()
@@ -255,3 +295,35 @@ def set_row_count(model: CausalLM, rows: int) -> None:
     if tied:
         model.head.weight = model.embeddings.weight
     model.set_rows(rows, tied)
+
+
+@contextmanager
+def compute_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Inside the block each part of `model` is in fp32 while it runs, and only then, so that little memory is added.
+
+    In 16 bits, two correct computations of the same logits differ by up to a tenth of the largest.
+    """
+    parameters_of = {}
+    for module in model.modules():
+        # a forward may read its leaf children's parameters, whose own forward then never runs
+        parts = [module, *(child for child in module.children() if not [*child.children()])]
+        parameters_of[module] = [p for part in parts for p in part.parameters(recurse=False)]
+    narrow = {p: p.dtype for parameters in parameters_of.values() for p in parameters if p.dtype.itemsize == 2}
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        for p in parameters_of[module]:
+            p.data = p.data.float()
+        return tuple(x.float() if isinstance(x, Tensor) and x.dtype.itemsize == 2 else x for x in inputs)
+
+    def after(module: nn.Module, *_: object) -> None:
+        for p in parameters_of[module]:
+            p.data = p.data.to(narrow.get(p, p.dtype))
+
+    changed = [module for module, parameters in parameters_of.items() if any(p in narrow for p in parameters)]
+    hooks = [module.register_forward_pre_hook(before) for module in changed]
+    hooks += [module.register_forward_hook(after, always_call=True) for module in changed]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

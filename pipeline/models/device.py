@@ -1,7 +1,9 @@
 """The device a model runs on, and its memory."""
 
+import ctypes
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,3 +100,15 @@ def _resident_bytes() -> int:
     except OSError:  # macOS reports only the peak
         return peak_memory()
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's allocator keep freed memory until the process ends: a training step asks for the same sizes again.
+
+    It otherwise returns freed blocks of megabytes to the system, and the next step pays a page fault for each 4 KiB of
+    them. A LoRA step of SmolLM2-135M in bf16 takes 1/1.12 of the time (measured in turns on two cores and on one).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:  # musl has none
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+            mallopt(parameter, 2**31 - 1)

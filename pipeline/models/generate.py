@@ -58,24 +58,18 @@ def stream(
 
     Raises UserError if the logits are not finite.
     """
-    with fast_decoding(model):
-        yield from _stream(model, prompt, ends, limit, sampling)
-
-
-def _stream(
-    model: CausalLM, prompt: Sequence[int], ends: Container[int], limit: int, sampling: Sampling
-) -> Iterator[SampledToken]:
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.new_cache()
     new = torch.tensor([list(prompt)], device=model.device)  # (1, T): first the prompt, then one token per step
-    for _ in range(min(limit, model.max_length - len(prompt))):
-        # Sampled on the CPU, so that a seed means the same on every device.
-        logits = model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()  # (V,)
-        token = draw(finite(logits), sampling, generator)
-        yield SampledToken(token, float(logits.softmax(0)[token]))
-        if token in ends:
-            return
-        new = torch.tensor([[token]], device=model.device)
+    with fast_decoding(model):
+        for _ in range(min(limit, model.max_length - len(prompt))):
+            # Sampled on the CPU, so that a seed means the same on every device.
+            logits = model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()  # (V,)
+            token = draw(finite(logits), sampling, generator)
+            yield SampledToken(token, float(logits.softmax(0)[token]))
+            if token in ends:
+                return
+            new = torch.tensor([[token]], device=model.device)
 
 
 def finite(numbers: Tensor) -> Tensor:

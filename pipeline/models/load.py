@@ -1,11 +1,14 @@
 """Load a model and its tokenizer from a checkpoint folder, save them, or build the model without its weights."""
 
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from pipeline.calc.families import architecture
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, refuse_untrusted
@@ -13,12 +16,22 @@ from pipeline.files.base_model import weight_files
 from pipeline.files.safetensors_header import read_header, refuse_difference, shapes
 from pipeline.models.base import CausalLM
 from pipeline.models.device import device_for
-from pipeline.models.importing.checks import refuse_implausible
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig, state
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.save import CONFIG, WEIGHTS, load_tensors
 from pipeline.project.params.sections import Quantization
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Sizes in a config, by the names that different families give them.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+BESIDE_WIDTH = (  # each is a side of a matrix whose other side is the width
+    *("vocab_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "head_dim"),
+    *("num_attention_heads", "n_head", "num_key_value_heads", *EXPERTS),
+)
+MOST_EXPERTS = 100_000  # over all layers; published models have up to about 25,000
+SLACK = 2**24  # parameters that may be missing: transformers then names the tensors
 
 
 class Base(NamedTuple):
@@ -46,7 +59,11 @@ def load_base(
     requested = DTYPES[precision] if precision else None
     dtype = requested if quantization == "none" else None  # quantization starts from the weights as they are stored
     if MiniGPTConfig.describes(config):
-        model: CausalLM = _minigpt(folder, config, dtype)
+        ours = MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG)))
+        expected = {name: tuple(tensor.shape) for name, tensor in state(ours).items()}
+        refuse_difference(expected, shapes(folder / WEIGHTS), str(folder / WEIGHTS))
+        ours.load_state_dict(load_tensors(folder / WEIGHTS), strict=not ours.shape.tied)  # a tied head is not stored
+        model: CausalLM = ours.to(dtype or torch.float32)
     else:
         from pipeline.models.transformers_model import load_pretrained  # MiniGPT does not need transformers
 
@@ -59,18 +76,10 @@ def load_base(
         )
     device = device_for(model)
     if quantization != "none":
-        from pipeline.models.quantization.quantized_linear import quantize  # few runs quantize their base
+        from pipeline.models.quantized_linear import quantize  # few runs quantize their base
 
         quantize(model, quantization, requested, device)
     return Base(model.eval(), tokenizer)
-
-
-def _minigpt(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> MiniGPT:
-    model = MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG)))
-    expected = {name: tuple(tensor.shape) for name, tensor in state(model).items()}
-    refuse_difference(expected, shapes(folder / WEIGHTS), str(folder / WEIGHTS))
-    model.load_state_dict(load_tensors(folder / WEIGHTS), strict=not model.shape.tied)
-    return model.to(dtype or torch.float32)
 
 
 def stored_precision(folder: Path) -> str | None:
@@ -133,3 +142,56 @@ def count(model: torch.nn.Module) -> dict[str, int]:
         "total": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
     }
+
+
+def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
+    """Raises UserError if config.json describes a model far larger than the weights in `files`.
+
+    Runs before transformers builds anything: a million layers take minutes, a huge vocabulary all the memory.
+    """
+    config, source = read_json(folder / CONFIG, "Copy it again"), folder / CONFIG
+    infos = [info for path in files for info in read_header(path).values()]
+    stored = sum(prod(info.shape) for info in infos)
+    if config.get("quantization_config"):  # a stored number packs several parameters: at least 2 bits each
+        stored = 4 * sum(info.size for info in infos)
+    most = 2 * stored + SLACK
+    parts: list[Mapping[str, Any]] = [config]
+    for part in parts:  # it grows by the sub-configs nested in each, such as text_config
+        parts += [value for key, value in part.items() if isinstance(value, dict) and key.endswith("_config")]
+        _refuse_sizes(part, len(infos), most, source)
+    try:
+        total = architecture(config, str(source)).total
+    except (UserError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return  # an architecture that the calculator does not support, or values that transformers will reject
+    if total > most:
+        raise _implausible(source, f"it describes {total:,} parameters, the weights have {stored:,}")
+
+
+def refuse_implausible_gguf(path: Path) -> None:
+    """The same for a GGUF file's metadata. A parameter takes at least one bit."""
+    from pipeline.calc import headers  # loading a model checks its folder only
+
+    metadata, tensors = headers.read_gguf(path)
+    _refuse_sizes(headers.gguf_config(metadata, tensors), len(tensors), 8 * path.stat().st_size + SLACK, path)
+
+
+def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Path) -> None:
+    """Raises UserError for more layers than tensors, or a matrix of more than `most` parameters."""
+
+    def integers(keys: Sequence[str]) -> dict[str, int]:
+        return {key: config[key] for key in keys if type(config.get(key)) is int}
+
+    for key, count in integers(LAYERS).items():
+        if count > tensors:
+            raise _implausible(source, f"{key} is {count:,}, the weights have {tensors:,} tensors")
+        for name, experts in integers(EXPERTS).items():
+            if count * experts > MOST_EXPERTS:
+                raise _implausible(source, f"{key} × {name} is {count * experts:,}, more than {MOST_EXPERTS:,}")
+    for key, width in integers(WIDTHS).items():
+        for name, count in integers(BESIDE_WIDTH).items():
+            if width * count > most:
+                raise _implausible(source, f"{key} × {name} is {width * count:,}, more than its weights hold")
+
+
+def _implausible(source: Path, reason: str) -> UserError:
+    return UserError(f"{source} does not match its weights: {reason}. Copy both from the same model.")

@@ -1,16 +1,30 @@
-"""Read and write safetensors files."""
+"""Read and write checkpoint files: safetensors, and whole models through transformers.
 
-from collections.abc import Mapping
+A checkpoint is loaded completely or not at all, silently, and written with the same bytes on every machine.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import FULL, UserError
+from pipeline.files.artifact import read_json, write_json
+from pipeline.files.base_model import CODE
 from pipeline.files.safetensors_header import as_os_error, shapes
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
+# Fixed tables that older versions of transformers stored beside the weights; the model computes them.
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope_freqs\.weight$")
+OF_THIS_MACHINE = re.compile(r"name_or_path$|^is_local$|^local_files_only$")
+ONE_FILE = 2**60  # bytes per shard: never split
+AGAIN = "Copy it again, or choose another base"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -28,3 +42,119 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
+
+
+def load_strict(folder: Path, name: str, trust_remote_code: bool = False, hint: str = AGAIN, **how: Any) -> Any:
+    """The causal language model in `folder`, in evaluation mode; errors call it `name`, `how` goes to transformers.
+
+    Raises UserError if weights are missing or left over. No pickle is read, and a model's own code runs only if it is
+    trusted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), reported(name, trust_remote_code, hint):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are rejected below, by name
+            **how,
+        )
+    # transformers fills missing weights at random, so that the model would run, and answer nonsense
+    wrong = {
+        "missing from the weights": report["missing_keys"],
+        "not part of the model": [tensor for tensor in report["unexpected_keys"] if not HARMLESS.search(tensor)],
+        "of another shape than config.json gives": [str(key) for key, *_ in report["mismatched_keys"]],
+    }
+    problems = []
+    for problem, tensors in wrong.items():
+        if names := sorted(tensors):
+            some = f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
+            problems.append(f"{some} {problem}")
+    problems += report["error_msgs"]
+    if problems:
+        raise UserError(
+            f"{name} has other weights than its config.json describes: {'; '.join(problems)}. Copy both again, "
+            "or name a causal language model."
+        )
+    return model.eval()
+
+
+def save_checkpoint(model: Any, folder: Path, generation: str | None) -> None:
+    """config.json, one model.safetensors, the model's own code, and `generation` as generation_config.json, if any.
+
+    Raises OSError on a full disk.
+    """
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()  # an old one may fail today's validation: `generation` replaces it
+    with quiet(), as_os_error(folder / WEIGHTS):
+        model.save_pretrained(folder, max_shard_size=ONE_FILE)
+    if generation is None:
+        (folder / GENERATION).unlink(missing_ok=True)
+    else:
+        (folder / GENERATION).write_text(generation, encoding="utf-8")
+    clean(folder / CONFIG)
+    mode = (folder / CONFIG).stat().st_mode
+    (folder / WEIGHTS).chmod(mode)  # transformers leaves the mode of a temporary file, readable by its owner only
+
+
+def generation_of(folder: Path) -> str | None:
+    """The text of generation_config.json, if there is one."""
+    path = folder / GENERATION
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def clean(path: Path) -> None:
+    """Remove from a config what names this machine, and a reference to code that was not copied."""
+    old = read_json(path, "Import it again")
+    new = {key: value for key, value in old.items() if not OF_THIS_MACHINE.search(key)}
+    if not any(path.parent.glob(CODE)):
+        new.pop("auto_map", None)
+    if new != old:
+        write_json(path, new)
+
+
+@contextmanager
+def reported(name: str, trusted: bool, hint: str = AGAIN) -> Iterator[None]:
+    """Raise what a library or a model's own code raises as one UserError; a full disk or memory stays what it is."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        because = reason(error)
+        if "can't allocate memory" in because:
+            raise
+        if "trust_remote_code" in str(error) and not trusted:
+            because = "it needs code that comes with it"
+            hint = "If you have read and trust it, set pretrain.trust_remote_code: true, or pass --trust-remote-code"
+        raise UserError(f"{name} cannot be opened: {because}. {hint}.") from error
+
+
+def reason(error: Exception) -> str:
+    """The first non-empty line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".")[:300] if lines else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings; errors are still raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,8 +1,7 @@
 """Any causal language model that transformers opens, split into body and head."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed
-from pipeline.models.importing.transformers_io import generation_of, load_strict, quiet, reported, save_checkpoint
-from pipeline.models.kernels import packed_attention, short_attention
-from pipeline.models.kernels.allocator import keep_freed_memory
-from pipeline.models.kernels.fp32_compute import compute_in_fp32
+from pipeline.models.base import CausalLM, Checkpointing, Prefix, Shape, checkpointed, compute_in_fp32, next_positions
+from pipeline.models.device import keep_freed_memory
+from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
+from pipeline.models.save import generation_of, load_strict, quiet, reported, save_checkpoint
 
 AGREEMENT = 1e-3  # of the largest logit, in fp32
 NOISE = (  # settings that make training random, by their names in different configs
-    "attention_dropout",
-    "hidden_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "dropout",
-    "activation_dropout",
-    "layerdrop",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "resid_dropout",
-    "embd_dropout",
-    "embed_dropout",
-    "router_jitter_noise",
-    "input_jitter_noise",
+    *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"),
+    *("activation_dropout", "layerdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("resid_dropout", "embd_dropout", "embed_dropout", "router_jitter_noise", "input_jitter_noise"),
 )
 
 
@@ -51,18 +37,26 @@ class TransformersModel(CausalLM):
             self.add_module(name, child)
         self._model = [model]  # in a list, so that torch does not register its modules a second time
         self._stored, self._generation = {**(stored or {}), "pad_token_id": model.config.pad_token_id}, generation
-        self._body = _body_name(model)
+        # the part that computes hidden states
+        required = ("vocab_size", "num_hidden_layers", "num_attention_heads")
+        config, head = model.config.get_text_config(), model.get_output_embeddings()
+        bodies = [name for name in (model.base_model_prefix, "model") if hasattr(model, name)]
+        if not bodies or head is None or not all(hasattr(config, key) for key in required):
+            raise UserError(
+                f"unsupported model {type(model).__name__}: it does not consist of an embedding, Transformer blocks "
+                "and a head. Choose another base."
+            )
+        self._body = bodies[0]
         self._body_arguments = frozenset(signature(self.body.forward).parameters)
         for module in model.modules():
             if isinstance(module, nn.Dropout):  # whatever the config calls it
                 module.p = 0.0
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embedding = model.get_input_embeddings()
         # nothing is padded here, and a model whose end token is its pad token must learn to read it
         model.config.pad_token_id = embedding.padding_idx = None
         names = {id(module): name for name, module in model.named_modules()}
         self.embedding_name, self.head_name = names[id(embedding)], names[id(head)]
         self._tied = embedding.weight is head.weight
-        config = model.config.get_text_config()
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
 
@@ -98,9 +92,7 @@ class TransformersModel(CausalLM):
         if cache is not None:
             options["cache" if "cache" in self._body_arguments else "past_key_values"] = cache
         if "position_ids" in self._body_arguments:  # a model with relative positions only, such as ALiBi, takes none
-            past = cache.get_seq_length() if cache is not None else 0
-            following = torch.arange(past, past + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
-            options["position_ids"] = following if positions is None else positions
+            options["position_ids"] = next_positions(inputs, cache) if positions is None else positions
         options |= {key: value for key, value in (("segments", segments), ("prefix", prefix)) if value is not None}
         out: Tensor = self.body(**options).last_hidden_state
         return out
@@ -115,12 +107,6 @@ class TransformersModel(CausalLM):
         from transformers import DynamicCache
 
         return DynamicCache(config=self.config)
-
-    def cache_length(self, cache: Any) -> int:
-        return int(cache.get_seq_length())
-
-    def append_to_cache(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None:
-        cache.update(keys, values, block)
 
     def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         from transformers import DynamicCache
@@ -164,16 +150,20 @@ class TransformersModel(CausalLM):
         keep_freed_memory()
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:
-        if self.device.type != "cpu" or max(lengths) > short_attention.LONGEST:
+        if self.device.type != "cpu" or max(lengths) > packed_attention.LONGEST:
             return None
-        return sum(block.weights for block in short_attention.blocks(lengths))
+        return sum(block.weights for block in packed_attention.blocks(lengths))
 
     def save(self, folder: Path) -> None:
         model = self._model[0]
         for name, child in self.named_children():
             setattr(model, name, child)  # an adapter or a quantized layer may have replaced it
-        with _changed_settings(model.config, self._stored):
+        changed = {name: getattr(model.config, name) for name in self._stored}
+        model.config.update(self._stored)  # the dropout and the pad token that it came with
+        try:
             save_checkpoint(model, folder, self._generation)
+        finally:
+            model.config.update(changed)
 
 
 def load_pretrained(
@@ -224,19 +214,6 @@ def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> TransformersMo
     return TransformersModel(model)
 
 
-def _body_name(model: Any) -> str:
-    """The name of the part that computes hidden states. Raises UserError for a model without one."""
-    required = ("vocab_size", "num_hidden_layers", "num_attention_heads")
-    names = [name for name in (model.base_model_prefix, "model") if hasattr(model, name)]
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    if not names or head is None or not all(hasattr(config, key) for key in required):
-        raise UserError(
-            f"unsupported model {type(model).__name__}: it does not consist of an embedding, Transformer blocks and a "
-            "head. Choose another base."
-        )
-    return names[0]
-
-
 @torch.no_grad()
 def refuse_unlike(model: TransformersModel, source: str) -> None:
     """Raises UserError unless body, head and our attention give the logits that transformers gives."""
@@ -253,14 +230,3 @@ def refuse_unlike(model: TransformersModel, source: str) -> None:
             f"base: {source}: unsupported model {type(original).__name__}: its logits are not its head "
             "applied to its hidden states. Choose another base, such as a Llama, Qwen3, Gemma, GPT-2, OPT or Mixtral."
         )
-
-
-@contextmanager
-def _changed_settings(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """`config` with `values` inside the block."""
-    before = {name: getattr(config, name) for name in values}
-    config.update(values)
-    try:
-        yield
-    finally:
-        config.update(before)

@@ -1,72 +1,16 @@
 """Virtual tokens before every sequence, which prompt and prefix tuning train (the document's §7).
 
-n virtual tokens take the positions 0 to n-1, a sequence's own tokens those from n on. G is the number of key and value
-heads, L of blocks.
+n is the number of virtual tokens, G of key and value heads, L of blocks.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import UserError
-
-
-class Reader(Protocol):
-    """The part of CausalLM that virtual tokens call; CausalLM imports this module, so not the other way round."""
-
-    @property
-    def embeddings(self) -> nn.Module: ...
-    @property
-    def blocks(self) -> nn.ModuleList: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def supports_prefix(self) -> bool: ...
-    def new_cache(self) -> Any: ...
-    def cache_length(self, cache: Any) -> int: ...
-    def append_to_cache(self, cache: Any, block: int, keys: Tensor, values: Tensor) -> None: ...
-    def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]: ...
-    def run_body(
-        self,
-        inputs: Tensor,
-        positions: Tensor | None = None,
-        segments: Sequence[int] | None = None,
-        cache: Any = None,
-        prefix: Callable[[int, Tensor, Tensor, Sequence[int]], list[Tensor]] | None = None,
-    ) -> Tensor: ...
-
-
-class VirtualTokens(nn.Module):
-    """n virtual tokens, in the layout in which PEFT stores them, `prompt_embeddings` (n, …)."""
-
-    kind: ClassVar[str]
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.prompt_embeddings = nn.Parameter(values)
-
-    @property
-    def count(self) -> int:
-        """n."""
-        return self.prompt_embeddings.shape[0]
-
-    def read(
-        self, model: Reader, ids: Tensor, positions: Tensor | None, segments: Sequence[int] | None, cache: Any
-    ) -> Tensor:
-        """`CausalLM.hidden_states`, (B, T, D), with the virtual tokens before each sequence; theirs are left out."""
-        if cache is not None and model.cache_length(cache):  # it already holds the virtual tokens
-            return model.run_body(ids, None if positions is None else positions + self.count, segments, cache)
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return self.begin(model, ids, positions + self.count, segments, cache)
-
-    def begin(
-        self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
-    ) -> Tensor:
-        """The same with an empty cache or none; `positions` count the virtual tokens."""
-        raise NotImplementedError
+from pipeline.models.base import CausalLM, VirtualTokens
 
 
 class PromptTokens(VirtualTokens):
@@ -75,7 +19,7 @@ class PromptTokens(VirtualTokens):
     kind = "prompt"
 
     def begin(
-        self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+        self, model: CausalLM, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         n, lengths = self.count, [ids.shape[1]] if segments is None else list(segments)
         x: Tensor = model.embeddings(ids)  # (B, T, D)
@@ -111,7 +55,7 @@ class PrefixTokens(VirtualTokens):
         return [before_each(*pair, lengths).transpose(1, 2) for pair in zip(before, after, strict=True)]
 
     def begin(
-        self, model: Reader, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+        self, model: CausalLM, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
     ) -> Tensor:
         if cache is None and model.supports_prefix:
             return model.run_body(ids, positions, segments, prefix=self.prepend)
@@ -119,7 +63,7 @@ class PrefixTokens(VirtualTokens):
         dtype = next(model.embeddings.parameters()).dtype
         for number in range(self.layers):
             keys, values = (x.to(dtype).expand(ids.shape[0], -1, -1, -1) for x in self.of_block(number))
-            model.append_to_cache(cache, number, keys, values)
+            cache.update(keys, values, number)
         return model.run_body(ids, positions, segments, cache)
 
 
@@ -127,19 +71,6 @@ def before_each(first: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
     """`first` (1, n, …) before each of the sequences packed in x (B, T, …), whose `lengths` are given."""
     rows = first.expand(x.shape[0], *first.shape[1:])  # (B, n, …)
     return torch.cat([part for sequence in x.split_with_sizes(list(lengths), 1) for part in (rows, sequence)], 1)
-
-
-@torch.no_grad()
-def try_prefix(model: Reader) -> bool:
-    """Whether two tokens after a prefix made of two others give what they give in one sequence of all four."""
-    ids = (torch.arange(4)[None] + 1).to(model.device)
-    try:
-        expected = model.run_body(ids)[:, 2:]
-        prefix = prefix_of(model.keys_and_values(ids[:, :2]), len(model.blocks))
-        actual = model.run_body(ids[:, 2:], torch.tensor([[2, 3]], device=model.device), prefix=prefix.prepend)
-    except Exception:  # whatever a body raises that takes no prefix
-        return False
-    return bool(torch.allclose(actual.float(), expected.float(), rtol=0.02, atol=0.02))
 
 
 def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixTokens:

@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 from pipeline.data.prompts import read_prompts
 from pipeline.files.base_model import base_fingerprint
-from pipeline.inference.agreement import SameLogits
+from pipeline.inference.score import SameLogits
 from pipeline.models.load import count, skeleton
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.weights.merge import Merging, merge_into

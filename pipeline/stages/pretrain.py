@@ -7,9 +7,9 @@ import torch
 from pipeline.data.tokenizers.word import WordTokenizer, split
 from pipeline.errors import UserError
 from pipeline.files.base_model import resolve
-from pipeline.models.importing.import_base import import_base
+from pipeline.models.import_base import import_base
 from pipeline.models.load import Base, load_base
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, refuse_unlike
 from pipeline.project.params.sections import Pretrain
 from pipeline.project.runner import Event, Facts, Job, Progress

@@ -55,7 +55,14 @@ def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
         raise _different_models(f"the blocks are called {min(block_names[0])} and {min(block_names[1])}")
     for with_module, without_module in ((one, other), (other, one)):
         for name in sorted(with_module.low_rank.keys() - without_module.low_rank.keys()):
-            if _BLOCK.search(name) and _is_target(without_module, name):
+            spec = without_module.spec
+            if isinstance(spec.targets, str) and spec.targets != ALL_LINEAR:
+                targeted = full_match(spec.targets, name, "target_modules")
+            else:
+                targets = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+                targeted = any(matches_target(target, name) for target in targets)
+            left_out = spec.excludes(name) or lies_in(name, spec.saved)
+            if _BLOCK.search(name) and targeted and not left_out:
                 raise _different_models(f"{name} is in only one of them, but the target_modules of both match it")
 
 
@@ -71,18 +78,6 @@ def _shapes(change: LowRankUpdate) -> dict[str, tuple[int, ...]]:
     low_rank = {name: (update.b.shape[0], update.a.shape[1]) for name, update in change.low_rank.items()}
     rows = {f"a row of {name}": tuple(rows.shape[1:]) for name, (_, rows) in change.rows.items()}
     return {**low_rank, **rows, **{name: tuple(tensor.shape) for name, tensor in change.whole.items()}}
-
-
-def _is_target(change: LowRankUpdate, module: str) -> bool:
-    """Whether the adapter's settings would target a linear layer of this name."""
-    targets = change.spec.targets
-    if isinstance(targets, str) and targets != ALL_LINEAR:
-        is_targeted = full_match(targets, module, "target_modules")
-    else:
-        is_targeted = any(
-            matches_target(target, module) for target in ((targets,) if isinstance(targets, str) else targets)
-        )
-    return is_targeted and not change.spec.excludes(module) and not lies_in(module, change.spec.saved)
 
 
 def settings_that_differ(one: LowRankUpdate, other: LowRankUpdate) -> dict[str, tuple[Any, Any]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,8 @@ from pipeline.adapters.peft.updates import LowRankUpdate, layer_sort_key
 from pipeline.errors import UserError
 from pipeline.files.shards import TensorLocation, tensor_locations
 from pipeline.models.load import skeleton
-from pipeline.weights.merge_plan import stored_name
-from pipeline.weights.streaming import DTYPES, read_blocks, read_rows
-from pipeline.weights.svd import Read, Rows
+from pipeline.weights.merge import stored_name
+from pipeline.weights.streaming import DTYPES, Read, Rows, read_blocks, read_rows
 
 Locations = dict[str, TensorLocation]  # by name
 
@@ -56,8 +56,19 @@ def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -
     """
     old, new = stored_tensors(base), stored_tensors(tuned)
     if old.keys() != new.keys():
-        old, new = _align_tied(old, new, _tied_or_empty(base, trust_remote_code))
-    others = _match_names(old, new)
+        # a model that cannot be opened has no known ties; its tensors can be compared all the same
+        tied: tuple[str, ...] = ()
+        with suppress(UserError):
+            tied = tied_names(base, trust_remote_code)
+        old, new = _align_tied(old, new, tied)
+    # name in the base → name in the other, which may lack the prefix of the model's body, or add it
+    others = {name: name for name in old.keys() & new.keys()}
+    old_rest = {name: location for name, location in old.items() if name not in others}
+    new_rest = {name: location for name, location in new.items() if name not in others}
+    for name in old_rest:
+        other = stored_name(name, new_rest)
+        if other is not None and stored_name(other, old_rest) == name:
+            others[name] = other
     names = sorted(others, key=layer_sort_key)
     pairs = {name: (old[name], new[others[name]]) for name in names}
     _refuse_other_model(base, tuned, pairs)
@@ -89,46 +100,23 @@ def tied_names(base: Path, trust_remote_code: bool = False) -> tuple[str, ...]:
     return (f"{model.embedding_name}.weight", f"{model.head_name}.weight") if model.shape.tied else ()
 
 
-def _tied_or_empty(base: Path, trust_remote_code: bool) -> tuple[str, ...]:
-    """`tied_names`, or () if the model cannot be opened: its tensors can be compared all the same."""
-    try:
-        return tied_names(base, trust_remote_code)
-    except UserError:
-        return ()
-
-
 def _align_tied(old: Locations, new: Locations, tied: Sequence[str]) -> tuple[Locations, Locations]:
     """Make both name a tied embedding and head alike: once, or twice if training untied them."""
     before, after = ([name for member in tied if (name := stored_name(member, locations))] for locations in (old, new))
     if not before or not after:
         return old, new
-    untied = len(after) == len(tied) and not _equal(*(new[name] for name in after))
+    untied = False  # whether the other stores the pair as two different tensors
+    if len(after) == len(tied):
+        one, other = (new[name] for name in after)
+        same_kind = one.info.shape == other.info.shape and {one.info.dtype, other.info.dtype} <= {*DTYPES}
+        pairs = zip(read_blocks(one), read_blocks(other), strict=True) if same_kind else ()
+        untied = not same_kind or any(not torch.equal(a.double(), b.double()) for (_, a), (_, b) in pairs)
     names = tied if untied else before[:1]
     return (
         {name: location for name, location in old.items() if name not in before} | dict.fromkeys(names, old[before[0]]),
         {name: location for name, location in new.items() if name not in after}
         | {name: new[other] for name, other in zip(names, after, strict=False)},
     )
-
-
-def _equal(one: TensorLocation, other: TensorLocation) -> bool:
-    if one.info.shape != other.info.shape or not {one.info.dtype, other.info.dtype} <= {*DTYPES}:
-        return False
-    pairs = zip(read_blocks(one), read_blocks(other), strict=True)
-    return all(torch.equal(mine.double(), theirs.double()) for (_, mine), (_, theirs) in pairs)
-
-
-def _match_names(old: Locations, new: Locations) -> dict[str, str]:
-    """Name in the base → name in the other, which may lack the prefix of the model's body, or add it."""
-    names = {name: name for name in old.keys() & new.keys()}
-    old_rest, new_rest = (
-        {name: location for name, location in tensors.items() if name not in names} for tensors in (old, new)
-    )
-    for name in old_rest:
-        other = stored_name(name, new_rest)
-        if other is not None and stored_name(other, old_rest) == name:
-            names[name] = other
-    return names
 
 
 def _describe_missing(names: Collection[str], other: Path) -> list[str]:
@@ -166,13 +154,20 @@ def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = Fa
     DoRA's magnitudes are not included: the base has no such tensors. Raises UserError for a tensor missing in `base`.
     """
     base_tensors = stored_tensors(base)
+    # Both of a tied pair are saved, but the base may store only one: the other counts only if its values differ.
+    names = [name for name in change.whole if not name.endswith((MAGNITUDE, COPY))]
+    locations: Locations = {}
+    for name in sorted(names, key=lambda name: stored_name(name, base_tensors) is None):
+        location = find_location(name, base_tensors, base, trust_remote_code)
+        twin = next((other for other, other_location in locations.items() if other_location == location), None)
+        if twin is None or not torch.equal(change.whole[name], change.whole[twin]):
+            locations[name] = location
     deltas = []
-    for name, location in _locations_of_full_tensors(change, base_tensors, base, trust_remote_code).items():
+    for name, location in locations.items():
         value = change.whole[name]
         _refuse_shape(name, location, tuple(value.shape), base)
-        deltas.append(
-            Delta(name, tuple(value.shape), partial(read_blocks, location), partial(_full_difference, value, location))
-        )
+        changed = partial(_full_difference, value, location)
+        deltas.append(Delta(name, tuple(value.shape), partial(read_blocks, location), changed))
     for module, (ids, rows) in change.rows.items():
         location = find_location(f"{module}.weight", base_tensors, base, trust_remote_code)
         _refuse_shape(module, location, (location.info.shape[0], rows.shape[1]), base)
@@ -184,21 +179,6 @@ def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = Fa
         changed = partial(_row_difference, ids, rows, location)
         deltas.append(Delta(f"{module}.weight", location.info.shape, partial(read_blocks, location), changed))
     return deltas
-
-
-def _locations_of_full_tensors(change: LowRankUpdate, old: Locations, base: Path, trust_remote_code: bool) -> Locations:
-    """Parameters trained in full → location in the base.
-
-    Both of a tied pair are saved, but the base may store only one: the other counts only if its values differ.
-    """
-    names = [name for name in change.whole if not name.endswith((MAGNITUDE, COPY))]
-    locations: Locations = {}
-    for name in sorted(names, key=lambda name: stored_name(name, old) is None):
-        location = find_location(name, old, base, trust_remote_code)
-        twin = next((other for other, other_location in locations.items() if other_location == location), None)
-        if twin is None or not torch.equal(change.whole[name], change.whole[twin]):
-            locations[name] = location
-    return locations
 
 
 def find_location(name: str, old: Locations, base: Path, trust_remote_code: bool = False) -> TensorLocation:

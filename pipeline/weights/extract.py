@@ -4,7 +4,7 @@ Checkpoints are read a block of rows at a time. An extracted LoRA is held in mem
 if they are saved in full.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,17 +21,15 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import weight_files
 from pipeline.files.safetensors_header import fingerprint
-from pipeline.files.shards import TensorLocation
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
-from pipeline.weights.as_low_rank import write_updates
+from pipeline.weights.combine import write_updates
 from pipeline.weights.diff import Delta, Differences, diff_adapter, diff_checkpoints, find_location, stored_tensors
 from pipeline.weights.import_adapter import build_manifest, copy_tokenizer, refuse_other
-from pipeline.weights.merge_plan import stored_name
-from pipeline.weights.spectrum import MAX_VALUES, Measured, measure, measure_update
+from pipeline.weights.merge import stored_name
+from pipeline.weights.spectrum import MAX_VALUES, Measured, factors, measure, measure_update
 from pipeline.weights.streaming import read_blocks
-from pipeline.weights.svd import Singular, factors
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,6 @@ def extract(
         extraction.add(delta)
         yield Progress(number, len(differences.deltas), delta.name)
     extracted = extraction.result()
-    _refuse_empty(extracted, base, tuned)
-    _write(out, extraction, base, tuned, with_embeddings)
-    return extracted
-
-
-def _refuse_empty(extracted: Extracted, base: Path, tuned: Path) -> None:
     if not any(tensor.change for tensor in extracted.spectra.tensors):
         raise UserError(f"{tuned} and {base} have equal weights: there is nothing to extract. Name a fine-tuned model.")
     if not extracted.low_rank:
@@ -128,6 +120,15 @@ def _refuse_empty(extracted: Extracted, base: Path, tuned: Path) -> None:
             f"{tuned} and {base} differ in {', '.join([*extracted.in_full, *extracted.left_out][:3])}, but in no "
             "linear layer of a block, so there is no LoRA to extract."
         )
+    with artifact.writing(out) as folder:
+        updates = {name: extraction.updates[name] for name, _ in model.named_modules() if name in extraction.updates}
+        spec = write_updates(folder, updates, model, str(base), extraction.saved())
+        copy_tokenizer(base, folder)
+        params = {"rank": spec.rank, "alpha": spec.alpha, "embeddings": "all" if with_embeddings else "none"}
+        inputs = {tuned.resolve().name: fingerprint(weight_files(tuned))}
+        manifest = build_manifest("extract", "pipeline.weights.extract", base, params)
+        artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})
+    return extracted
 
 
 class _Extraction:
@@ -138,7 +139,15 @@ class _Extraction:
         self._tuned, self._skipped = differences.tuned, differences.skipped
         linears = [name for name, module in model.named_modules() if adaptable(module) and name != model.head_name]
         self._linears = {stored_name(f"{name}.weight", self._tuned): name for name in linears}
-        self._full_names = _embedding_and_head_parameters(model, self._tuned) if with_embeddings else {}
+        # stored name → full names of the embedding and head parameters it holds; both names for a tied pair
+        self._full_names: dict[str, list[str]] = {}
+        ends = (model.embedding_name, model.head_name) if with_embeddings else ()
+        for end in ends:
+            for parameter, _ in model.get_submodule(end).named_parameters():
+                twins = [f"{other}.weight" for other in ends] if model.shape.tied and parameter == "weight" else []
+                stored_as = (stored_name(name, self._tuned) for name in (f"{end}.{parameter}", *twins))
+                if key := next(filter(None, stored_as), None):
+                    self._full_names.setdefault(key, []).append(f"{end}.{parameter}")
         self._measured: list[Measured] = []
         self._held = 0.0
         self._in_full, self._left_out = list[str](), list[str]()
@@ -151,7 +160,10 @@ class _Extraction:
             return
         module = self._linears.get(delta.name)
         if module is not None and singular is not None:
-            self.updates[module] = update = self._low_rank_update(delta, singular, module)
+            b, a = factors(delta.change, delta.shape[0], singular, min(self.rank, *delta.shape))  # (n, R), (R, m)
+            if is_conv1d(self.model.get_submodule(module)):  # its stored weight is (I, O)
+                a, b = b.T.contiguous(), a.T.contiguous()
+            self.updates[module] = update = LowRank(a, b, 1.0)
             self._held += update.squared_norm()
         elif delta.name in self._full_names:
             self._in_full.append(delta.name)
@@ -159,16 +171,15 @@ class _Extraction:
         else:
             self._left_out.append(delta.name)
 
-    def _low_rank_update(self, delta: Delta, singular: Singular, module: str) -> LowRank:
-        left, right = factors(delta.change, delta.shape[0], singular, min(self.rank, *delta.shape))
-        transposed = is_conv1d(self.model.get_submodule(module))
-        return LowRank(left.T.contiguous(), right.T.contiguous(), 1.0) if transposed else LowRank(right, left, 1.0)
-
     def saved(self) -> dict[str, Tensor]:
         """Parameters to save in full, by name: all of a module, including those that did not change."""
         modules = {name.rpartition(".")[0] for key in self._in_full for name in self._full_names[key]}
         names = [(key, name) for key, names in self._full_names.items() for name in names]
-        return {name: _read_tensor(self._tuned[key]) for key, name in names if name.rpartition(".")[0] in modules}
+        return {
+            name: torch.cat([block for _, block in read_blocks(self._tuned[key])]).view(self._tuned[key].info.shape)
+            for key, name in names
+            if name.rpartition(".")[0] in modules
+        }
 
     def result(self) -> Extracted:
         """The result, once all tensors are added."""
@@ -177,34 +188,3 @@ class _Extraction:
         held = self._held / total if total else 0.0
         spectra = Spectra(self._measured, self._skipped)
         return Extracted(spectra, rank, list(self.updates), self._in_full, self._left_out, held)
-
-
-def _embedding_and_head_parameters(model: CausalLM, locations: Mapping[str, TensorLocation]) -> dict[str, list[str]]:
-    """Stored name → full names of the embedding and head parameters it holds; both names for a tied pair."""
-    names: dict[str, list[str]] = {}
-    modules = (model.embedding_name, model.head_name)
-    for module in modules:
-        for parameter, _ in model.get_submodule(module).named_parameters():
-            twins = [f"{other}.weight" for other in modules] if model.shape.tied and parameter == "weight" else []
-            keys = (stored_name(name, locations) for name in (f"{module}.{parameter}", *twins))
-            key = next((key for key in keys if key is not None), None)
-            if key is not None:
-                names.setdefault(key, []).append(f"{module}.{parameter}")
-    return names
-
-
-def _read_tensor(location: TensorLocation) -> Tensor:
-    return torch.cat([block for _, block in read_blocks(location)]).view(location.info.shape)
-
-
-def _write(out: Path, extraction: _Extraction, base: Path, tuned: Path, with_embeddings: bool) -> None:
-    with artifact.writing(out) as folder:
-        updates = {
-            name: extraction.updates[name] for name, _ in extraction.model.named_modules() if name in extraction.updates
-        }
-        spec = write_updates(folder, updates, extraction.model, str(base), extraction.saved())
-        copy_tokenizer(base, folder)
-        params = {"rank": spec.rank, "alpha": spec.alpha, "embeddings": "all" if with_embeddings else "none"}
-        inputs = {tuned.resolve().name: fingerprint(weight_files(tuned))}
-        manifest = build_manifest("extract", "pipeline.weights.extract", base, params)
-        artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})

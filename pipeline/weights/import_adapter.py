@@ -17,9 +17,8 @@ from pipeline.files.safetensors_header import fingerprint, read_header
 from pipeline.files.shards import tensor_locations
 from pipeline.models.load import skeleton
 from pipeline.project import provenance
-from pipeline.weights.as_low_rank import low_rank_updates, write_updates
-from pipeline.weights.combine import CombineOptions, combine
-from pipeline.weights.merge_plan import attach_to_meta_model
+from pipeline.weights.combine import CombineOptions, combine, low_rank_updates, write_updates
+from pipeline.weights.merge import attach_to_meta_model
 
 
 def combine_adapters(
@@ -68,12 +67,19 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
     model that is in the local cache, that model's weights must equal the base's. Raises UserError.
     """
     refuse_other(out, "import", [source])
-    params = _checked_params(source, base, trust_remote_code) | {"quantization": quantization_of(source)}
+    model, config = skeleton(base, trust_remote_code), read_config(source)
+    if str(config.get("peft_type")) in VIRTUAL:
+        virtual = load_adapter(model, base, source)
+        assert isinstance(virtual, VirtualSpec)
+        params: dict[str, Any] = {"virtual_tokens": virtual.tokens}
+    else:
+        spec = attach_to_meta_model(model, base, tensor_locations(base), source)
+        params = {"rank": spec.rank, "alpha": config["lora_alpha"]}
+    params["quantization"] = quantization_of(source)
     verified = _refuse_other_base(source, base)
     with artifact.writing(out) as folder:
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(source / name, folder / name)
-        config = read_config(folder)
         artifact.write_json(folder / CONFIG, {**config, "base_model_name_or_path": str(base)})
         copy_tokenizer(base, folder)
         copy_template(source, folder)
@@ -86,19 +92,6 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
         manifest = build_manifest("import", "pipeline.weights.import_adapter", base, params)
         artifact.seal(folder, manifest | {"inputs": {}, "seed": None, "source": origin})
     return verified
-
-
-def _checked_params(source: Path, base: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """The adapter's params for the manifest. Raises UserError if it does not fit the base."""
-    model, config = skeleton(base, trust_remote_code), read_config(source)
-    if str(config.get("peft_type")) in VIRTUAL:
-        spec = load_adapter(model, base, source)
-        assert isinstance(spec, VirtualSpec)
-        return {"virtual_tokens": spec.tokens}
-    return {
-        "rank": attach_to_meta_model(model, base, tensor_locations(base), source).rank,
-        "alpha": config["lora_alpha"],
-    }
 
 
 def refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:
@@ -122,6 +115,10 @@ def build_manifest(method: str, module: str, base: Path, params: dict[str, Any])
 
 
 def _refuse_other_base(source: Path, base: Path) -> bool:
+    """Whether the hub model that the adapter names is in the local cache and has the base's weights.
+
+    Raises UserError if it is there with other weights.
+    """
     base_name = read_config(source).get("base_model_name_or_path")
     if not isinstance(base_name, str) or not base_name:
         return False

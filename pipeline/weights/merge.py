@@ -1,15 +1,46 @@
-"""Merge base + adapter into one checkpoint, with a certificate of the result (the document's §4.4)."""
+"""Merge base + adapter into one checkpoint, with a certificate of the result (the document's §4.4).
 
-from collections.abc import Callable, Generator, Iterator
+The plan is made on the meta device, where the adapter is checked against the model's modules without loading weights;
+`streaming.py` then carries it out file to file.
+"""
+
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from pipeline.adapters.attach import PREFIX, adapter_layers, tensors
+from pipeline.adapters.config import WEIGHTS, AdapterSpec
+from pipeline.adapters.dora import DoRALinear
+from pipeline.adapters.folder import quantization_of, refuse_virtual
+from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, fan_in_fan_out
+from pipeline.adapters.peft.load import load_adapter, other_embedding
+from pipeline.adapters.peft.tensors import COPY
+from pipeline.adapters.token_rows import BY_ROWS
 from pipeline.errors import UserError
 from pipeline.files import artifact
+from pipeline.files.shards import TensorLocation, tensor_locations
+from pipeline.models.base import CausalLM, is_conv1d
+from pipeline.models.load import skeleton
+from pipeline.models.quantized_linear import dequantized, quantizable
+from pipeline.models.save import load_tensors
 from pipeline.project.runner import Event, Note, Progress
-from pipeline.weights.merge_plan import plan_merge
-from pipeline.weights.streaming import Merge, UpdateRatio, single_torch_thread, update_ratios
+from pipeline.weights.streaming import (
+    AddLowRank,
+    Edit,
+    Merge,
+    Replace,
+    RescaleRows,
+    SetRows,
+    read_blocks,
+    same_edit,
+    single_torch_thread,
+    update_ratios,
+)
 
 CERTIFICATE = "certificate.json"
 NOTE_BELOW = 0.9  # share of an update that must survive rounding; below it a note is shown
@@ -57,10 +88,21 @@ def merge_into(out: Path, merging: Merging, verify: Verify | None = None) -> Gen
     dtype = STORED[merging.precision] if merging.precision else None
     with single_torch_thread():
         merge = plan_merge(merging.base, merging.adapter, merging.trust_remote_code, dtype)
-    yield from _write_files(merge, out)
+    for number, name in enumerate(merge.write(out), start=1):
+        yield Progress(number, len(merge.files), name)
     measured = update_ratios(merge, out)
-    _refuse_ratios(measured)
-    yield from _note_lost(measured)
+    for name, (ratio, rounding) in measured.items():
+        if ratio is not None and not abs(ratio - 1) <= RATIO_TOLERANCE + rounding:
+            raise UserError(
+                f"merge rejected: {name} received {ratio:.4f} times its update, not once. Please report this."
+            )
+    # less than half the distance of two 16-bit numbers rounds to nothing
+    retained = [ratio.value for ratio in measured.values() if ratio.value is not None]
+    if retained and min(retained) < NOTE_BELOW:
+        yield Note(
+            f"merge: the update is so small that rounding leaves {min(retained):.0%} to {max(retained):.0%} of it in "
+            "the merged weights. Write them in fp32 (--precision fp32), or serve the adapter without merging."
+        )
     certificate: dict[str, Any] = {"delta_ratios": {name: ratio.value for name, ratio in measured.items()}}
     if verify:
         certificate |= verify(out)
@@ -68,24 +110,115 @@ def merge_into(out: Path, merging: Merging, verify: Verify | None = None) -> Gen
     return certificate
 
 
-def _write_files(merge: Merge, out: Path) -> Generator[Event, None, None]:
-    for number, name in enumerate(merge.write(out), start=1):
-        yield Progress(number, len(merge.files), name)
+def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:
+    """The merge of `adapter` into the checkpoint `base`; `dtype` to write: F32, BF16, F16, None: each tensor's own.
 
-
-def _refuse_ratios(measured: dict[str, UpdateRatio]) -> None:
-    for name, (ratio, rounding) in measured.items():
-        if ratio is not None and not abs(ratio - 1) <= RATIO_TOLERANCE + rounding:
+    Raises UserError as `load_adapter` does.
+    """
+    stored = tensor_locations(base)
+    model = skeleton(base, trust_remote_code)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    tied = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
+    quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
+    if (kind := quantization_of(adapter)) != "none":
+        # the adapter learned to correct quantized weights, so the merge folds into what they dequantize to
+        for name in quantizable(model):
+            transposed = is_conv1d(model.get_submodule(name))
+            quantizers[f"{name}.weight"] = partial(dequantized, kind=kind, transposed=transposed)
+    edits = merge_edits(model, attach_to_meta_model(model, base, stored, adapter))
+    names = {name: stored_name(name, stored) or name for name in {*edits, *tied, *quantizers}}
+    absent = [name for name in tied if names[name] not in stored]
+    for name in edits.keys() | quantizers:
+        location = stored.get(names[name])
+        if location is None and not (name in tied and len(absent) < 2):  # one of a tied pair may be stored for both
             raise UserError(
-                f"merge rejected: {name} received {ratio:.4f} times its update, not once. Please report this."
+                f"{base} has no tensor {names[name]}, which the adapter changes: it names or splits weights "
+                "differently from transformers. Save the model again with transformers' save_pretrained."
             )
+        if location is not None and location.info.shape != shapes[name]:
+            raise UserError(
+                f"{base}: {names[name]} has shape {list(location.info.shape)}, but config.json says "
+                f"{list(shapes[name])}. Copy the model again."
+            )
+    # An edit of only one of a tied pair, or two different ones, untie it: the other becomes a tensor of its own.
+    copies: dict[str, str] = {}
+    unties = not same_edit(*(edits.get(name) for name in tied)) if tied else False
+    if unties:
+        source = next(name for name in tied if name not in absent)
+        copies = {names[name]: names[source] for name in tied if name != source}
+    else:
+        edits = {name: edit for name, edit in edits.items() if name not in absent}
+    return Merge(
+        base,
+        stored,
+        {names[name]: edit for name, edit in edits.items()},
+        copies,
+        unties,
+        {names[name]: quantizer for name, quantizer in quantizers.items()},
+        dtype,
+    )
 
 
-def _note_lost(measured: dict[str, UpdateRatio]) -> Iterator[Event]:
-    """Note how much of the updates is lost: less than half the distance of two 16-bit numbers rounds to nothing."""
-    retained = [ratio.value for ratio in measured.values() if ratio.value is not None]
-    if retained and min(retained) < NOTE_BELOW:
-        yield Note(
-            f"merge: the update is so small that rounding leaves {min(retained):.0%} to {max(retained):.0%} of it in "
-            "the merged weights. Write them in fp32 (--precision fp32), or serve the adapter without merging."
-        )
+def attach_to_meta_model(
+    model: CausalLM, base: Path, stored: Mapping[str, TensorLocation], adapter: Path
+) -> AdapterSpec:
+    """Attach the adapter to `model`, which is `base` on the meta device; `stored` are the base's tensors.
+
+    Raises UserError as `load_adapter` does, for virtual tokens, which change no weight, and for an embedding saved with
+    the adapter that differs from the base's.
+    """
+    refuse_virtual(adapter)
+    spec = load_adapter(model, base, adapter)
+    assert isinstance(spec, AdapterSpec)
+    # PEFT saves a copy of an embedding with LoRA on it; only the base's files can tell whether it is the base's
+    for key, value in load_tensors(adapter / WEIGHTS).items():  # `load_adapter` has checked that they are finite
+        if key.endswith(COPY):
+            name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
+            location = find_location(name, model, stored)
+            if location is None or value.shape != location.info.shape:
+                raise other_embedding(adapter, name)
+            if not all(torch.equal(value[rows].to(old), old) for rows, old in read_blocks(location)):
+                raise other_embedding(adapter, name)
+    return spec
+
+
+def merge_edits(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
+    """Full parameter name in the model without adapter → edit."""
+    edits: dict[str, Edit] = {}
+    for name, layer in adapter_layers(model):
+        edits[f"{name}.weight"] = layer_edit(layer)
+    for name, module in model.named_modules():
+        if isinstance(module, BY_ROWS):
+            short_name = name.rsplit(".", 1)[-1]
+            # a tied head has the embedding's rows
+            ids = spec.rows[short_name if short_name in spec.rows else model.embedding_and_head[0]]
+            edits[f"{name}.weight"] = SetRows(torch.tensor(ids), module.rows.detach())
+    plain = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for key, parameter in tensors(model, spec).items():
+        if (name := key.removeprefix(PREFIX)) in plain:  # trained in full
+            edits[name] = Replace(parameter.detach())
+    return edits
+
+
+def layer_edit(layer: LoRALinear | LoRAEmbedding) -> Edit:
+    """The edit of the layer's stored weight."""
+    if isinstance(layer, DoRALinear):
+        return RescaleRows(*factors(layer), layer.scale, layer.magnitude.detach(), fan_in_fan_out(layer.base))
+    return AddLowRank(*factors(layer), layer.scale)
+
+
+def stored_name(name: str, stored: Mapping[str, TensorLocation]) -> str | None:
+    """The name of a parameter in the files: with or without the prefix of the model's body; None if missing."""
+    if name in stored:
+        return name
+    candidates = [other for other in stored if name.endswith(f".{other}") or other.endswith(f".{name}")]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def find_location(name: str, model: CausalLM, stored: Mapping[str, TensorLocation]) -> TensorLocation | None:
+    """Where the files store a parameter; one of a tied pair may be stored for both. None if missing."""
+    pair = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
+    for candidate in (name, *pair) if name in pair else (name,):
+        if stored_as := stored_name(candidate, stored):
+            return stored[stored_as]
+    return None

@@ -1,8 +1,15 @@
-"""Singular values of changes: an adapter's updates, or the difference of checkpoints (the document's §2.2)."""
+"""Singular values of changes: an adapter's updates, or the difference of checkpoints (the document's §2.2).
+
+A matrix M (O, I) is read a block of rows at a time and need not fit in memory. Up to `FULL_COLUMNS` columns all of its
+values come from MᵀM (I, I) in fp64: values below 1e-8 of the largest are lost to rounding. For wider matrices the
+largest, by subspace iteration with MᵀM on a random start (Halko, Martinsson and Tropp 2011, §4.5), with a measured
+error bound.
+"""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +17,79 @@ from torch import Tensor
 from pipeline.adapters.low_rank import LowRank, singular_values
 from pipeline.errors import UserError
 from pipeline.weights.diff import Delta, norm
-from pipeline.weights.svd import Read, Singular, singular
+from pipeline.weights.streaming import Read, Rows
 
 RANKS = (1, 2, 4, 8, 16, 64)  # ranks whose share of a change is reported
 MAX_VALUES = 64  # singular values computed for a wide matrix
+FULL_COLUMNS = 1024  # columns
+EXTRA = 32  # dimensions of the random subspace beyond those wanted (oversampling)
+PASSES = 6  # reads of a wide matrix
+
+
+class Singular(NamedTuple):
+    """Singular values (k,), largest first, and their right vectors (I, k).
+
+    `error`: each value is within `error`·σ₁ of a singular value of M; 0 if all are known.
+    """
+
+    values: Tensor
+    right: Tensor
+    error: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether these are all singular values of M."""
+        return self.right.shape[0] == self.right.shape[1]
+
+
+@torch.no_grad()
+def singular(read: Read, columns: int, count: int) -> Singular:
+    """All singular values of a matrix of up to `FULL_COLUMNS` columns, the `count` largest of a wider one.
+
+    For orthonormal V, the eigenvalues of VᵀMᵀMV are σ² of M if V is square, and lower bounds of them otherwise.
+    """
+    complete = columns <= FULL_COLUMNS
+    if complete:
+        basis = torch.eye(columns, dtype=torch.float64)
+    else:  # always from the same seed, so that two runs give the same numbers
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(columns, min(columns, count + EXTRA), dtype=torch.float64, generator=generator)
+        basis = torch.linalg.qr(drawn).Q  # (I, n), orthonormal
+    image = gram_times(read, basis)
+    for _ in range(0 if complete else PASSES - 1):
+        basis = torch.linalg.qr(image).Q
+        image = gram_times(read, basis)
+    squares, rotation = torch.linalg.eigh(basis.T @ image)  # ascending
+    squares, rotation = squares.flip(0).clamp(min=0), rotation.flip(1)
+    if not complete:
+        squares, rotation = squares[:count], rotation[:, :count]
+    values, right = squares.sqrt(), basis @ rotation  # (k,), (I, k)
+    if complete or not values[0]:
+        return Singular(values, right, 0.0)
+    # ‖Mᵀu − σv‖ for u = Mv/σ: M has a singular value no further from σ (Parlett 1998, §4.5); times σ it is
+    scaled = torch.linalg.vector_norm(image @ rotation - right * values.square(), dim=0)  # (k,)
+    residuals = (scaled / values.clamp(min=1e-300)).clamp(max=float(values[0]))
+    return Singular(values, right, float(residuals.max() / values[0]))
+
+
+def gram_times(read: Read, basis: Tensor) -> Tensor:
+    """MᵀMV for V (I, n), in fp64."""
+    product = torch.zeros_like(basis)
+    for _, block in read():
+        wide = block.double()
+        product += wide.T @ (wide @ basis)
+    return product
+
+
+@torch.no_grad()
+def factors(read: Read, rows: int, svd: Singular, rank: int) -> tuple[Tensor, Tensor]:
+    """B (O, R) and A (R, I) whose product is nearest to M (Eckart and Young 1936): U√S and √SVᵀ, in fp32."""
+    right = svd.right[:, :rank]  # (I, R)
+    left = torch.empty(rows, right.shape[1], dtype=torch.float64)
+    for part, block in read():
+        left[part] = block.double() @ right  # US
+    root = torch.linalg.vector_norm(left, dim=0).sqrt()
+    return (left / root.clamp(min=1e-150)).float(), (root[:, None] * right.T).float()
 
 
 @dataclass(frozen=True)
@@ -106,7 +182,7 @@ def overlaps(one: Tensor, other: Tensor) -> Tensor:
 def in_blocks(matrix: Tensor) -> Read:
     """A matrix in memory in the form of `Read`, as a single block."""
 
-    def read() -> Iterator[tuple[slice, Tensor]]:
+    def read() -> Iterator[Rows]:
         yield slice(0, len(matrix)), matrix
 
     return read

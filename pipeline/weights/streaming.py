@@ -1,4 +1,8 @@
-"""Merge file to file, tensor by tensor; memory does not grow with the model (the document's §4.4)."""
+"""Merge file to file, a block of rows at a time; memory does not grow with the model (the document's §4.4).
+
+An edit changes rows of one tensor; a `Merge` applies its edits while it copies a base's files. Rows are independent in
+every edit but DoRA's on a transposed weight, so a block of them can be read, folded and written alone.
+"""
 
 import os
 import shutil
@@ -6,31 +10,166 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from pipeline.adapters.dora import LEAST
+from pipeline.adapters.low_rank import squared_norm
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST, read_json, write_json
 from pipeline.files.base_model import INDEX
 from pipeline.files.shards import Bytes, NewTensor, TensorLocation, in_file_order, rewrite, tensor_locations
 from pipeline.project.logs.run_log import in_units
-from pipeline.weights.edits import AddLowRank, Edit, RescaleRows, blocks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 CONFIG = "config.json"
 SAMPLES = 2
-Update = AddLowRank | RescaleRows
+BLOCK = 2**18  # values of W in memory as fp32 at once: fits in a core's cache
+Rows = tuple[slice, Tensor]
+Read = Callable[[], Iterator[Rows]]  # each call reads a matrix once, first row to last
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Not copied: weights in other formats, which would stay unmerged, and records of how the base was made.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
 RECORDS = (MANIFEST, "audit.json", "loss.csv", "certificate.json")
+
+
+def blocks(rows: int, columns: int, samples: int | None = None) -> Iterator[slice]:
+    """Slices of rows that cover a matrix, or `samples` to 2·`samples` of them, evenly spread."""
+    size = max(1, BLOCK // max(1, columns))
+    step = max(1, -(-rows // size) // samples) if samples else 1
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size * step))
+
+
+def merged_rows(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """weight (n, I) + s·b·a for b (n, R) and a (R, I), summed in fp32 and rounded once to the weight's dtype."""
+    return _add_low_rank(weight, b, a, scale).to(weight.dtype)
+
+
+@torch.no_grad()
+def _add_low_rank(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    result: Tensor = weight.to(wide, copy=True).addmm_(b.to(wide), a.to(wide), alpha=scale)
+    return result
+
+
+class Edit(Protocol):
+    """Rows of a tensor → the same rows of the merged tensor, in the same dtype."""
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor: ...
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        """Its tensors and numbers: two edits with equal parts are equal."""
+
+
+@dataclass(frozen=True)
+class AddLowRank:
+    """W + s·left·right, for left (n, R) and right (R, m)."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        return merged_rows(weight, self.left[rows], self.right, self.scale)
+
+    def dot_products(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
+        """⟨new − old, update⟩ and ⟨update, update⟩ over `rows`, for update = s·left·right, never materialized."""
+        products = ((new - old) @ self.right.float().T) * self.left[rows].float()  # (rows, R)
+        return self.scale * float(products.sum()), squared_norm(self.left[rows], self.right, self.scale)
+
+    def with_norms(self, _blocks: Iterable[Rows]) -> "AddLowRank":
+        return self
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        return self.left, self.right, self.scale
+
+
+@dataclass(frozen=True)
+class RescaleRows:
+    """DoRA: m/‖V‖·V for V = W + s·left·right, with magnitude m (O,) per output.
+
+    An output's weights are a row of W, or a column if `transposed` (Conv1D); column norms need all rows of W first.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    magnitude: Tensor
+    transposed: bool = False
+    norms: Tensor | None = None
+
+    def with_norms(self, blocks: Iterable[Rows]) -> "RescaleRows":
+        """Itself, with ‖V‖ of every column if they are needed; `blocks` must cover W."""
+        if not self.transposed:
+            return self
+        squares = torch.zeros_like(self.magnitude)
+        for rows, block in blocks:
+            squares += self._updated(block, rows).square().sum(0)
+        return replace(self, norms=squares.sqrt().clamp_(min=LEAST))
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        result = self._updated(weight, rows)
+        if self.norms is not None:
+            return (result * (self.magnitude / self.norms)).to(weight.dtype)
+        ratio: Tensor = self.magnitude[rows] / torch.linalg.vector_norm(result, dim=1).clamp_(min=LEAST)
+        return (result * ratio[:, None]).to(weight.dtype)
+
+    def _updated(self, weight: Tensor, rows: slice) -> Tensor:
+        return _add_low_rank(weight, self.left[rows], self.right, self.scale)
+
+    def dot_products(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
+        """⟨new − old, update⟩ and ⟨update, update⟩ over `rows`."""
+        update = self(old, rows) - old
+        return float(((new - old) * update).sum()), float(update.square().sum())
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        return self.left, self.right, self.scale, self.magnitude
+
+
+Update = AddLowRank | RescaleRows
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """Sets the rows `ids` (n,) to `values` (n, m)."""
+
+    ids: Tensor
+    values: Tensor
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        here = (self.ids >= rows.start) & (self.ids < rows.stop)
+        return weight.index_copy(0, self.ids[here] - rows.start, self.values[here].to(weight.dtype))
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        return self.ids, self.values
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Replaces the tensor by another of the same shape."""
+
+    values: Tensor
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        return self.values[rows].reshape(weight.shape).to(weight.dtype)
+
+    def parts(self) -> tuple[Tensor | float, ...]:
+        return (self.values,)
+
+
+def same_edit(one: Edit | None, other: Edit | None) -> bool:
+    """Whether two edits have the same effect."""
+    if one is None or other is None or type(one) is not type(other):
+        return one is other
+    pairs = zip(one.parts(), other.parts(), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -69,11 +208,18 @@ class Merge:
 
         Raises UserError if there is not enough disk space.
         """
-        self._refuse_full_disk(out)
-        fills = [
-            [(file.name, fill) for fill in rewrite(file, out / file.name, self._new_tensors(file))]
-            for file in self.files
-        ]
+        free = shutil.disk_usage(out).free
+        if free < self.size:
+            raise UserError(
+                f"{out.parent}: the merged model needs {in_units(self.size)}, but only {in_units(free)} are free. "
+                "Free some space, or name a folder elsewhere with --out."
+            )
+        fills = []
+        for file in self.files:
+            # its own tensors in their order, so that they are read and written sequentially, then added ones
+            added = [name for name in self.added if self.source(name).file == file]
+            tensors = [self._new_tensor(name) for name in (*in_file_order(file), *added)]
+            fills.append([(file.name, fill) for fill in rewrite(file, out / file.name, tensors)])
         # round robin over the files: a file takes one writer at a time
         jobs = [job for group in zip_longest(*fills) for job in group if job]
         remaining = Counter(name for name, _ in jobs)
@@ -82,55 +228,12 @@ class Merge:
             if not remaining[name]:
                 yield name
         copy_other_files(self.base, out)
-        self._update_config_and_index(out)
 
-    @property
-    def files(self) -> list[Path]:
-        return sorted({location.file for location in self.locations.values()})
-
-    def _refuse_full_disk(self, out: Path) -> None:
-        free = shutil.disk_usage(out).free
-        if free < self.size:
-            raise UserError(
-                f"{out.parent}: the merged model needs {in_units(self.size)}, but only {in_units(free)} are free. "
-                "Free some space, or name a folder elsewhere with --out."
-            )
-
-    def _new_tensors(self, file: Path) -> list[NewTensor]:
-        """The tensors to write to a file: its own in their order, then added ones."""
-        added = [name for name in self.added if self.source(name).file == file]
-        return [self._new_tensor(name) for name in (*in_file_order(file), *added)]
-
-    def _new_tensor(self, name: str) -> NewTensor:
-        info = self.source(name).info
-        dtype = self.dtype if self.dtype and info.dtype in DTYPES else info.dtype
-        changed = name in self.edits or name in self.copies or name in self.quantizers or dtype != info.dtype
-        return NewTensor(name, dtype, info.shape, (lambda: self._content(name, dtype)) if changed else None)
-
-    def _content(self, name: str, dtype: str) -> Iterator[Bytes]:
-        """The new bytes of a tensor: edited in the wider of the two dtypes and rounded once."""
-        edit, target = self.edits.get(name), DTYPES.get(dtype)
-        if isinstance(edit, RescaleRows):
-            edit = edit.with_norms(self.blocks(name))
-        for rows, block in self.blocks(name):
-            wide = block if target is None else block.to(torch.promote_types(block.dtype, target))
-            new = edit(wide, rows) if edit else wide
-            yield as_bytes(new if target is None else _cast(new, target, name))
-
-    def blocks(self, name: str, samples: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """A tensor before its edit, a block of rows at a time; `samples` as in `edits.blocks`."""
-        if name not in self.quantizers:
-            return read_blocks(self.source(name), samples)
-        weight = self.quantizers[name](torch.cat([block for _, block in read_blocks(self.source(name))]).float())
-        rows, columns = weight.shape
-        return ((span, weight[span]) for span in blocks(rows, columns, samples))
-
-    def _update_config_and_index(self, out: Path) -> None:
-        """Update config.json and the weight index; each is left alone if nothing in it changes."""
+        # config.json and the index are left alone, byte for byte, if nothing in them changes
         config = read_json(out / CONFIG, "Copy the base again")
         changes: dict[str, Any] = {"tie_word_embeddings": False} if self.unties else {}
         if self.dtype:
-            key = "torch_dtype" if "torch_dtype" in config else "dtype"
+            key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older name
             changes[key] = str(DTYPES[self.dtype]).removeprefix("torch.")
         if changes:
             write_json(out / CONFIG, {**config, **changes})
@@ -140,6 +243,42 @@ class Merge:
             if "total_size" in index.get("metadata", {}):
                 index["metadata"]["total_size"] = self.size
             write_json(out / INDEX, index)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({location.file for location in self.locations.values()})
+
+    def _new_tensor(self, name: str) -> NewTensor:
+        info = self.source(name).info
+        dtype = self.dtype if self.dtype and info.dtype in DTYPES else info.dtype
+        changed = name in self.edits or name in self.copies or name in self.quantizers or dtype != info.dtype
+        return NewTensor(name, dtype, info.shape, (lambda: self._content(name, dtype)) if changed else None)
+
+    def _content(self, name: str, dtype: str) -> Iterator[Bytes]:
+        """The new bytes of a tensor: edited in the wider of the two dtypes and rounded once.
+
+        In the narrower one, part of the update would be lost before it is added.
+        """
+        edit, target = self.edits.get(name), DTYPES.get(dtype)
+        if isinstance(edit, RescaleRows):
+            edit = edit.with_norms(self.blocks(name))
+        for rows, block in self.blocks(name):
+            wide = block if target is None else block.to(torch.promote_types(block.dtype, target))
+            new = edit(wide, rows) if edit else wide
+            written = new if target is None else new.to(target)
+            if target == torch.float16 and not written.isfinite().all():
+                raise UserError(
+                    f"{name} has the value {float(new.abs().max()):.3g}, which overflows fp16. Use --precision bf16."
+                )
+            yield written.contiguous().flatten().view(torch.uint8).numpy().data
+
+    def blocks(self, name: str, samples: int | None = None) -> Iterator[Rows]:
+        """A tensor before its edit, a block of rows at a time; `samples` as in `edits.blocks`."""
+        if name not in self.quantizers:
+            return read_blocks(self.source(name), samples)
+        weight = self.quantizers[name](torch.cat([block for _, block in read_blocks(self.source(name))]).float())
+        rows, columns = weight.shape
+        return ((span, weight[span]) for span in blocks(rows, columns, samples))
 
 
 def copy_other_files(base: Path, out: Path) -> None:
@@ -153,7 +292,7 @@ def copy_other_files(base: Path, out: Path) -> None:
             shutil.copyfile(path, out / name)
 
 
-def read_blocks(location: TensorLocation, samples: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+def read_blocks(location: TensorLocation, samples: int | None = None) -> Iterator[Rows]:
     """A stored tensor as a matrix (first dimension, all others), a block of rows at a time.
 
     `samples` as in `edits.blocks`. Raises UserError.
@@ -169,15 +308,6 @@ def read_blocks(location: TensorLocation, samples: int | None = None) -> Iterato
             block = torch.empty((span.stop - span.start) * width, dtype=torch.uint8)
             _read_into(file.fileno(), block.numpy().data, info.start + span.start * width, location.file)
             yield span, block.view(DTYPES[info.dtype]).view(-1, columns)
-
-
-def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    cast = values.to(dtype)
-    if dtype == torch.float16 and not cast.isfinite().all():
-        raise UserError(
-            f"{name} has the value {float(values.abs().max()):.3g}, which overflows fp16. Use --precision bf16."
-        )
-    return cast
 
 
 def read_rows(location: TensorLocation, ids: Iterable[int]) -> Tensor:
@@ -197,10 +327,6 @@ def _read_into(descriptor: int, view: memoryview, start: int, file: Path) -> Non
         if not count:
             raise UserError(f"{file} was truncated while it was read. Create or copy it again.")
         view, start = view[count:], start + count
-
-
-def as_bytes(tensor: Tensor) -> Bytes:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class UpdateRatio(NamedTuple):
@@ -224,7 +350,15 @@ def update_ratios(merge: Merge, out: Path) -> dict[str, UpdateRatio]:
     edits = {name: edit for name, edit in merge.edits.items() if isinstance(edit, Update)}
 
     def ratio_of(name: str) -> UpdateRatio:
-        return _update_ratio(merge.blocks(name, SAMPLES), written[name], edits[name].with_norms(merge.blocks(name)))
+        update, after = edits[name].with_norms(merge.blocks(name)), written[name]
+        dot = weight = size = 0.0
+        for (rows, old), (_, new) in zip(merge.blocks(name, SAMPLES), read_blocks(after, SAMPLES), strict=True):
+            block_dot, block_size = update.dot_products(old.float(), new.float(), rows)
+            dot, size = dot + block_dot, size + block_size
+            weight += float(torch.linalg.vector_norm(old, dtype=torch.float32)) ** 2
+        eps = torch.finfo(DTYPES[after.info.dtype]).eps
+        # rounding moves each weight by up to eps·|W|, which counts against an update of norm √size
+        return UpdateRatio(dot / size if size else None, eps * (weight / max(size, 1e-60)) ** 0.5)
 
     values = map_in_threads(ratio_of, edits)
     return {name.removesuffix(".weight"): ratio for name, ratio in zip(edits, values, strict=True)}
@@ -245,13 +379,3 @@ def single_torch_thread() -> Iterator[int]:
         yield before
     finally:
         torch.set_num_threads(before)
-
-
-def _update_ratio(before: Iterator[tuple[slice, Tensor]], after: TensorLocation, update: Update) -> UpdateRatio:
-    dot = weight = size = 0.0
-    for (rows, old), (_, new) in zip(before, read_blocks(after, SAMPLES), strict=True):
-        block_dot, block_size = update.dot_products(old.float(), new.float(), rows)
-        dot, size = dot + block_dot, size + block_size
-        weight += float(torch.linalg.vector_norm(old, dtype=torch.float32)) ** 2
-    eps = torch.finfo(DTYPES[after.info.dtype]).eps
-    return UpdateRatio(dot / size if size else None, eps * (weight / max(size, 1e-60)) ** 0.5)

@@ -95,7 +95,7 @@ def test_the_table_is_shown_before_models_are_asked(cli: Lora, root: Path, monke
     def fail(*_: object) -> None:
         raise UserError("No room.")
 
-    monkeypatch.setattr("pipeline.inference.agreement.quality", fail)
+    monkeypatch.setattr("pipeline.inference.score.quality", fail)
     arguments = ["base", "tuned", "--rank", "2", "--out", "lora", "--data", "some.txt"]
     code, out, err = cli("spectrum", *arguments, cwd=root)
     assert (code, err) == (1, "error: No room.\n")

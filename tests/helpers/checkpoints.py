@@ -13,7 +13,7 @@ from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import CausalLM
 from pipeline.models.load import Base, load_base, save_base
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 
 WORDS = [f"w{i}" for i in range(71)]
 

@@ -11,9 +11,9 @@ from pipeline.adapters.attach import LOW_RANK
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, weight_of
 from pipeline.adapters.token_rows import BY_ROWS, EmbeddingRows, HeadRows
 from pipeline.models.base import CausalLM
-from pipeline.models.quantization.quantized_linear import QuantizedLinear
-from pipeline.weights.edits import RescaleRows, blocks
-from pipeline.weights.merge_plan import layer_edit
+from pipeline.models.quantized_linear import QuantizedLinear
+from pipeline.weights.merge import layer_edit
+from pipeline.weights.streaming import RescaleRows, blocks
 
 
 def merged_model(model: CausalLM) -> CausalLM:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.files import base_model
-from pipeline.models.importing.import_base import import_base
+from pipeline.models.import_base import import_base
 from pipeline.models.save import save_tensors
 from pipeline.project.logs import run_state
 from pipeline.project.status import Status

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files.text import OBEYED, printable
 from pipeline.models.load import Base, load_base, save_base
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from tests.conftest import Lora
 from tests.helpers.pilot import until
 from tui.app import Workbench

@@ -14,9 +14,9 @@ from pipeline.adapters.peft.tensors import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.safetensors_header import refuse_difference
-from pipeline.models.base import CausalLM
+from pipeline.models.base import CausalLM, VirtualTokens
 from pipeline.models.save import save_tensors
-from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens, VirtualTokens, prefix_of
+from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens, prefix_of
 
 KEY = "prompt_embeddings"
 # PEFT's options with their only supported value, those that are read, those without effect once an adapter is trained

@@ -16,8 +16,7 @@ from pipeline.document.studies.shared.report import Figure
 from pipeline.document.tables import Row, Table
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.inference.attention_weights import layer_attention
-from pipeline.inference.engine import LoadedModel
+from pipeline.inference.engine import LoadedModel, layer_attention
 from pipeline.project.runner import Job
 
 NAME = SECTION = "attention"

@@ -11,7 +11,7 @@ from pipeline.document.figures.draw.style import WIDE
 from pipeline.document.tables import Row, Table
 from pipeline.inference import engine
 from pipeline.models.base import CausalLM
-from pipeline.models.minigpt.attention import Attention
+from pipeline.models.minigpt import Attention
 from pipeline.project.runner import Job
 
 NAME = "placement"

@@ -22,9 +22,8 @@ from pipeline.document.studies.shared.runner import PARTS, Run, adapters, delete
 from pipeline.document.tables import Cell, Row, Spread, Table, mean, shown
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.inference.agreement import SameLogits
 from pipeline.inference.engine import LoadedModel
-from pipeline.inference.score import AnswerScore, score, score_answers
+from pipeline.inference.score import AnswerScore, SameLogits, score, score_answers
 from pipeline.models.base import CausalLM
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.evaluate import weight_bytes

@@ -29,7 +29,7 @@ from pipeline.document.tables import Row, Spread, Table, min_max, shown, spread
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.score import EvalScores, score
-from pipeline.models.quantization.quantized_linear import quantizable
+from pipeline.models.quantized_linear import quantizable
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.registry import COLORS
 

@@ -37,7 +37,7 @@ from pipeline.stages.methods.full import FinetuneFull
 from pipeline.weights.diff import Delta, diff_checkpoints
 from pipeline.weights.extract import Extracted, extract
 from pipeline.weights.spectrum import Measured, in_blocks, measure, measure_update, overlaps
-from pipeline.weights.svd import Read
+from pipeline.weights.streaming import Read
 
 Updates = Mapping[str, LowRank]  # module → update, of one adapter
 

@@ -1,8 +1,9 @@
-"""Request handlers of the inference process: the engine's functions on loaded models."""
+"""Requests of the inference process and their handlers: the engine's functions on loaded models."""
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,42 +12,111 @@ from torch import Tensor
 from pipeline.adapters.peft.updates import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
-from pipeline.inference import attention_weights, engine
+from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.server.model_pool import ModelPool
-from pipeline.inference.server.request import Request
 from pipeline.models import device
 from pipeline.models.generate import Sampling, finite, stream
 from pipeline.models.load import count
 
 Answer = dict[str, Any]  # with "event"
 MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
+MAX_INTEGER = 2**62
+
+
+class Request:
+    """Fields by name. Every getter raises UserError with the field, the rule and the value."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+
+    def text(self, key: str) -> str:
+        value = self._fields.get(key)
+        if not isinstance(value, str):
+            raise UserError(f"{key} must be a string, got {value!r}.")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{key} must be valid Unicode, got an unpaired surrogate.") from None
+        return value
+
+    def path(self, key: str) -> Path:
+        text = self.text(key)
+        if "\0" in text:
+            raise UserError(f"{key} must be a path without NUL, got {text!r}.")
+        return Path(text)
+
+    def optional_path(self, key: str) -> Path | None:
+        return None if self._fields.get(key) is None else self.path(key)
+
+    def names(self, key: str) -> list[str]:
+        value = self._fields.get(key)
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"{key} must be a list of names, got {value!r}.")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A non-negative integer."""
+        value = self._value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
+            raise UserError(f"{key} must be a whole number from 0, got {value!r}.")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        return _number(key, self._value(key, default))
+
+    def strength(self, name: str | None = None) -> float:
+        """An adapter's strength, 0 to 2, default 1. With `name`, its entry in a mapping of strengths by model."""
+        value = self._value("strength", 1.0 if name is None else {})
+        if name is not None:
+            if not isinstance(value, dict):
+                raise UserError(f"strength must map models to numbers, got {value!r}.")
+            value = value.get(name, 1.0)
+        strength = _number("strength", value)
+        if not 0 <= strength <= 2:
+            raise UserError(f"strength must be from 0 to 2, got {value!r}.")
+        return strength
+
+    def flag(self, key: str) -> bool:
+        """A boolean, default False."""
+        value = self._value(key, False)
+        if not isinstance(value, bool):
+            raise UserError(f"{key} must be true or false, got {value!r}.")
+        return value
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self._fields.get(key)
+        return default if value is None else value
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:
+        pass
+    raise UserError(f"{key} must be a number, got {value!r}.")
 
 
 class RequestHandler:
-    """Answers requests in the protocol of `server.py`. Every handler raises UserError for an invalid request."""
+    """Answers requests in the protocol of `server.py`: `ONE_ANSWER` names the methods that a request may call, besides
+    `generate`. Each raises UserError for an invalid request."""
+
+    ONE_ANSWER = ("load", "unload", "top_k", "attention", "spectrum", "status")
 
     def __init__(self) -> None:
         self.models = ModelPool()
-        self._handlers: Mapping[str, Callable[[Request], Answer]] = {
-            "load": self._load,
-            "unload": self._unload,
-            "top_k": self._top_k,
-            "attention": self._attention,
-            "spectrum": self._spectrum,
-            "status": self._status,
-        }
 
     def answer(self, do: object, request: Request) -> Iterator[Answer]:
         """Yields the answers, the last with event "done"; works only as far as the caller iterates."""
         if do == "generate":
-            yield from self._generate(request)
-        elif isinstance(do, str) and do in self._handlers:
-            yield {"event": "done", **self._handlers[do](request)}
+            yield from self.generate(request)
+        elif isinstance(do, str) and do in self.ONE_ANSWER:
+            yield {"event": "done", **getattr(self, do)(request)}
         else:
-            raise UserError(f"do must be generate, {', '.join(self._handlers)} or cancel, got {do!r}.")
+            raise UserError(f"do must be generate, {', '.join(self.ONE_ANSWER)} or cancel, got {do!r}.")
 
-    def _load(self, request: Request) -> Answer:
+    def load(self, request: Request) -> Answer:
         start = time.perf_counter()
         name = request.text("name")
         base, adapter = request.path("base"), request.optional_path("adapter")
@@ -62,12 +132,12 @@ class RequestHandler:
             "resident": was_there,
         }
 
-    def _unload(self, request: Request) -> Answer:
+    def unload(self, request: Request) -> Answer:
         name = request.text("name")
         self.models.unload(name)
         return {"name": name}
 
-    def _top_k(self, request: Request) -> Answer:
+    def top_k(self, request: Request) -> Answer:
         """Each model's most likely tokens, and ("of") its probability of every token that any model listed."""
         k, answers = request.integer("k"), dict[str, Answer]()
         predictions: dict[str, tuple[LoadedModel, Tensor]] = {}
@@ -85,7 +155,7 @@ class RequestHandler:
             answers[name]["of"] = {t: None if id_ is None else float(probabilities[id_]) for t, id_ in ids.items()}
         return {"answers": answers}
 
-    def _generate(self, request: Request) -> Iterator[Answer]:
+    def generate(self, request: Request) -> Iterator[Answer]:
         start, loaded = time.perf_counter(), self._requested_model(request)
         sampling = Sampling(
             request.number("temperature", 0.0),
@@ -104,7 +174,7 @@ class RequestHandler:
                 yield {"event": "token", "text": decode_next(drawn.id), "probability": drawn.probability}
         yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": time.perf_counter() - start}
 
-    def _attention(self, request: Request) -> Answer:
+    def attention(self, request: Request) -> Answer:
         loaded = self._requested_model(request)
         shape = loaded.model.shape
         layer, head = request.integer("layer"), request.integer("head")
@@ -113,13 +183,11 @@ class RequestHandler:
         ids = engine.encode(loaded, _render_prompt(loaded, request))
         if len(ids) > MAX_ATTENTION_TOKENS:
             raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {MAX_ATTENTION_TOKENS}.")
-        weights = attention_weights.layer_attention(
-            loaded.model, torch.tensor([ids], device=loaded.model.device), layer
-        )[0, head]
+        weights = engine.layer_attention(loaded.model, torch.tensor([ids], device=loaded.model.device), layer)[0, head]
         tokens = [loaded.tokenizer.word(id_) for id_ in ids]
         if virtual := loaded.model.virtual:
             tokens = [f"[{virtual.count} virtual]", *tokens]
-            weights = attention_weights.merge_virtual_tokens(weights, len(ids))
+            weights = engine.merge_virtual_tokens(weights, len(ids))
         return {
             "tokens": tokens,
             "weights": finite(weights).tolist(),
@@ -127,11 +195,11 @@ class RequestHandler:
             "heads": shape.heads,
         }
 
-    def _spectrum(self, request: Request) -> Answer:
+    def spectrum(self, request: Request) -> Answer:
         modules = spectra(request.path("adapter"))
         return {"modules": [{**m._asdict(), "share_of_first": m.share_of_first} for m in modules]}
 
-    def _status(self, _: Request) -> Answer:
+    def status(self, _: Request) -> Answer:
         return {**device.device_info(device.best_device()), "loaded": self.models.names, "pid": os.getpid()}
 
     def _requested_model(self, request: Request) -> LoadedModel:

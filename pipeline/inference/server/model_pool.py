@@ -42,11 +42,6 @@ class Base:
         """Cached, so that a large base is not read again for each adapter."""
         return base_fingerprint(self.folder)
 
-    def refuse_changed(self) -> None:
-        """Raises UserError if the files changed since loading: an adapter was then verified against other weights."""
-        if signature(self.folder) != self.signature:
-            raise UserError(f"{self.folder} changed while it was loaded. Load it again.")
-
 
 @dataclass(frozen=True)
 class Resident:
@@ -105,8 +100,16 @@ class ModelPool:
         resident = cached is not None and cached.signature == signature(folder)
         shared = cached if cached is not None and resident else Base(base, trust_remote_code, quantization)
         self._bases[folder, quantization] = shared
-        model = _with_base(shared, base, name) if adapter is None else _with_adapter(shared, base, adapter, name)
-        shared.refuse_changed()
+        if adapter is None:
+            model = Resident(replace(shared.loaded, name=name, base=base), shared, ())
+        else:
+            adapted, files = view(shared.loaded.model), signature(adapter)  # before loading: a change then shows
+            spec = load_adapter(adapted, base, adapter, lambda _: shared.fingerprint)
+            loaded = LoadedModel(name, adapted.eval(), shared.loaded.tokenizer, base, adapter)
+            scales = AdapterScale(adapted, shared.loaded.model, spec) if isinstance(spec, AdapterSpec) else None
+            model = Resident(loaded, shared, files, scales)
+        if signature(shared.folder) != shared.signature:  # the adapter was then verified against other weights
+            raise UserError(f"{shared.folder} changed while it was loaded. Load it again.")
         self._models[name] = model
         device_for(model.loaded.model)  # called for its side effect: sets the number of threads for this model
         return model, resident
@@ -127,15 +130,3 @@ class ModelPool:
         if name not in self._models:
             raise UserError(f"{name} is not loaded. Loaded: {', '.join(self._models) or 'nothing'}.")
         return self._models[name]
-
-
-def _with_base(base: Base, folder: Path, name: str) -> Resident:
-    return Resident(replace(base.loaded, name=name, base=folder), base, ())
-
-
-def _with_adapter(base: Base, folder: Path, adapter: Path, name: str) -> Resident:
-    model, files = view(base.loaded.model), signature(adapter)
-    spec = load_adapter(model, folder, adapter, lambda _: base.fingerprint)
-    loaded = LoadedModel(name, model.eval(), base.loaded.tokenizer, folder, adapter)
-    scales = AdapterScale(model, base.loaded.model, spec) if isinstance(spec, AdapterSpec) else None
-    return Resident(loaded, base, files, scales)

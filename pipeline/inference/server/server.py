@@ -13,15 +13,13 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import torch
 
 from pipeline.errors import UserError, first_line, is_out_of_memory
-from pipeline.inference.server.handlers import RequestHandler
-from pipeline.inference.server.request import Request
+from pipeline.inference.server.handlers import Request, RequestHandler
 
 MAX_WAITING = 64  # requests in the queue; more are answered with “busy”
 MAX_REQUEST_BYTES = 2**20
@@ -58,7 +56,10 @@ class Server:
     def _read(self) -> None:
         """Receive requests until stdin closes, then end the process, whatever it is doing."""
         try:
-            for line in _read_lines(self._input):
+            while line := self._input.readline(MAX_REQUEST_BYTES):
+                rest = line  # the rest of a line that is too long is dropped: its beginning is no valid JSON
+                while len(rest) == MAX_REQUEST_BYTES and not rest.endswith(b"\n"):
+                    rest = self._input.readline(MAX_REQUEST_BYTES)
                 self._receive(line)
         except Exception:
             traceback.print_exc()
@@ -66,6 +67,7 @@ class Server:
         os._exit(0)
 
     def _receive(self, line: bytes) -> None:
+        """Answer a cancel or a question for the status at once, queue any other request."""
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):
@@ -76,28 +78,22 @@ class Server:
                 id_, UserError(f"a request must be a JSON object with a unique integer id, got {line[:80]!r}.")
             )
         elif fields.get("do") == "cancel":
-            self._cancel(id_, fields.get("target"))
+            target = fields.get("target")
+            # an unknown id is no error, since the last answer may have been sent already
+            if isinstance(target, int) and (cancelled := self._jobs.get(target)):
+                cancelled.cancelled.set()
+            self._send(id_, event="done", target=target)
         elif fields.get("do") == "status":
             self._process(Job(id_, fields))  # immediately, even while another request is being processed
         else:
-            self._enqueue(Job(id_, fields))
-
-    def _cancel(self, id_: int, target: object) -> None:
-        """Cancel a request. An unknown id is no error, since the last answer may have been sent already."""
-        job = self._jobs.get(target) if isinstance(target, int) else None
-        if job is not None:
-            job.cancelled.set()
-        self._send(id_, event="done", target=target)
-
-    def _enqueue(self, job: Job) -> None:
-        self._jobs[job.id] = job
-        try:
-            self._queue.put_nowait(job)
-        except queue.Full:
-            del self._jobs[job.id]
-            self._send_error(
-                job.id, UserError(f"{MAX_WAITING} requests are waiting already. Try again later."), kind="busy"
-            )
+            job = self._jobs[id_] = Job(id_, fields)
+            try:
+                self._queue.put_nowait(job)
+            except queue.Full:
+                del self._jobs[id_]
+                self._send_error(
+                    id_, UserError(f"{MAX_WAITING} requests are waiting already. Try again later."), kind="busy"
+                )
 
     def _process(self, job: Job) -> None:
         """Send the answers to a request; after a cancellation only the event “cancelled”."""
@@ -142,15 +138,6 @@ def device_failure(error: BaseException) -> str | None:
     if any(sign in str(error) for sign in _DEVICE_ERRORS):
         return f"the device failed ({first_line(error)})"
     return None
-
-
-def _read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a file; of a line that is too long only the beginning, which is not valid JSON."""
-    while line := file.readline(MAX_REQUEST_BYTES):
-        rest = line
-        while len(rest) == MAX_REQUEST_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(MAX_REQUEST_BYTES)
-        yield line
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
-"""Fast generation of one token at a time on the CPU: prepacked weights, and fewer calls per block.
+"""Fast generation of one token at a time on the CPU: prepacked weights, and blocks of Llama's shape in fewer calls.
 
-A CPU multiplies a single row by weights in torch's layout at less than half of its memory's bandwidth.
+A CPU multiplies a single row by weights in torch's layout at less than half of its memory's bandwidth, and then spends
+its time on calls. SmolLM2-135M in bf16, 48 tokens, measured in turns with transformers' `generate`: packed linears give
+1.4 × the tokens a second on one core, one-token blocks on top 1.08 × (1.5 × in all); on two cores, against our own
+unpacked forward, 1.18 × and 1.14 × (1.35 × in all).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
-from typing import TypeGuard
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM
-from pipeline.models.kernels.llama_decode import OneTokenBlock, has_llama_parts
 
 AGREEMENT = 0.05  # of the hidden states' norm: bf16 sums in another order round differently
+NORMS = {"input_layernorm", "post_attention_layernorm"}
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class PackedLinear:
@@ -25,13 +30,61 @@ class PackedLinear:
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.versions = _weight_versions(linears)
-        weight = torch.cat([linear.weight.detach() for linear in linears])
+        weight = torch.cat([linear.weight.detach() for linear in linears])  # (ΣO, I)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         self.bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
+
+
+class OneTokenBlock:
+    """Replaces the forward of `block`: (1, 1, D) → (1, 1, D) after a cache; other inputs go to the block's own forward.
+
+    `packed` are the linears that it has packed. K is the head size; G groups of R query heads share a key and a value
+    head.
+    """
+
+    def __init__(self, block: Any) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.layer, self.scale, self.K = attention.layer_idx, attention.scaling, attention.head_dim
+        self.R = attention.num_key_value_groups
+        self.norm, self.feed_norm, self.act = block.input_layernorm, block.post_attention_layernorm, mlp.act_fn
+        self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        self.packed = list[nn.Module]()
+        self.qkv = self._concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out, self.down = self._concatenate(attention.o_proj), self._concatenate(mlp.down_proj)
+        self.gate_up = self._concatenate(mlp.gate_proj, mlp.up_proj)
+
+    def _concatenate(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The outputs of modules with the same x, concatenated: one packed product, unless one has an adapter."""
+        linears = [module for module in modules if _can_pack(module)]
+        if len(linears) < len(modules) or len({linear.bias is None for linear in linears}) > 1:
+            return lambda x: torch.cat([module(x) for module in modules], -1)
+        self.packed += linears
+        return _packed_linear(linears)
+
+    def __call__(self, block: nn.Module, x: Tensor, *others: Any, cache: Any = None, **options: Any) -> Tensor:
+        if x.shape[:2] != (1, 1) or cache is None:
+            out: Tensor = type(block).forward(block, x, *others, cache=cache, **options)
+            return out
+        cos, sin = options["position_embeddings"]  # of the token's position, (1, 1, K) each
+        heads = self.qkv(self.norm(x)).view(-1, self.K)  # (1, 1, (GR + 2G)·K) → (GR + 2G, K)
+        G = len(heads) // (self.R + 2)
+        qk, v = heads[:-G], heads[-G:]  # (GR + G, K), (G, K)
+        if self.head_norms:
+            parts = zip(self.head_norms, qk.split([G * self.R, G]), strict=True)  # type: ignore[no-untyped-call]
+            qk = torch.cat([norm(part) for norm, part in parts])
+        half = self.K // 2
+        signed_sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)  # (1, K)
+        qk = qk * cos[0] + qk.roll(half, -1) * signed_sin  # Su et al. 2021, §3.4.2, with pairs (i, i + K/2)
+        keys, values = cache.update(qk[None, -G:, None], v[None, :, None], self.layer)  # (1, G, S, K)
+        q = qk[:-G].view(1, G, self.R, self.K)  # a group's R heads stand where tokens do
+        attended = F.scaled_dot_product_attention(q, keys, values, scale=self.scale)  # (1, G, R, K)
+        x = x + self.out(attended.view(1, 1, -1))  # (1, 1, D)
+        gate, up = self.gate_up(self.feed_norm(x)).chunk(2, -1)  # (1, 1, F) each
+        return x + self.down(self.act(gate) * up)
 
 
 _packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()  # by the first of the linears
@@ -45,29 +98,44 @@ def fast_decoding(model: nn.Module) -> Iterator[int]:
     Only bf16 on the CPU, and only inference. The packed weights are kept for the next time, as long as the model lives.
     """
     forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+    inside = set[nn.Module]()
     if _is_available():
-        blocks = _fast_blocks(model)
-        inside = {linear for fast in blocks.values() for linear in fast.packed}
-        forwards.update({block: MethodType(fast, block) for block, fast in blocks.items()})
+        blocks: dict[nn.Module, OneTokenBlock] = {}
+        if (
+            isinstance(model, CausalLM)
+            and _is_bf16_on_cpu(next(model.blocks.parameters()))
+            and _agrees.get(model, True)
+        ):
+            blocks = {block: OneTokenBlock(block) for block in model.blocks if _has_llama_parts(block)}
+            if blocks and model not in _agrees:
+                _agrees[model] = _check_agreement(model, blocks)
+        if _agrees.get(model):
+            forwards.update({block: MethodType(fast, block) for block, fast in blocks.items()})
+            inside = {linear for fast in blocks.values() for linear in fast.packed}
         forwards.update({m: _packed_linear([m]) for m in model.modules() if _can_pack(m) and m not in inside})
     with _replaced_forwards(forwards):
         yield len(forwards)
 
 
-def _fast_blocks(model: nn.Module) -> dict[nn.Module, OneTokenBlock]:
-    """The Llama-shaped blocks with their fast forwards, if the model then gives the same hidden states."""
-    if not isinstance(model, CausalLM) or not _is_bf16_on_cpu(next(model.blocks.parameters())):
-        return {}
-    if not _agrees.get(model, True):
-        return {}
-    fast = {block: OneTokenBlock(block, _pack_together) for block in model.blocks if has_llama_parts(block)}
-    if fast and model not in _agrees:
-        _agrees[model] = _check_agreement(model, fast)
-    return fast if _agrees.get(model) else {}
+def _has_llama_parts(block: Any) -> bool:
+    """Whether the block has exactly Llama's parts, with or without norms of queries and keys.
+
+    It may still combine them differently: compare the outputs.
+    """
+    if {name for name, _ in block.named_children()} != {"self_attn", "mlp"} | NORMS:
+        return False
+    attention_parts, feed_forward = (
+        {name for name, _ in part.named_children()} for part in (block.self_attn, block.mlp)
+    )
+    extra = [*block.self_attn.parameters(recurse=False)] or getattr(block.self_attn, "sliding_window", None)
+    same_parts = attention_parts in (PROJECTIONS, PROJECTIONS | {"q_norm", "k_norm"})
+    return not extra and same_parts and feed_forward == FEED_FORWARD
 
 
 @torch.no_grad()
 def _check_agreement(model: CausalLM, fast: Mapping[nn.Module, OneTokenBlock]) -> bool:
+    """Whether the model gives the same hidden states with the fast blocks."""
+
     def probe() -> Tensor:
         cache = model.new_cache()
         model.hidden_states(torch.arange(4)[None], cache=cache)
@@ -93,13 +161,6 @@ def _replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> I
     finally:
         for module in changed:
             module.__dict__.pop("forward", None)
-
-
-def _pack_together(modules: Sequence[nn.Module]) -> PackedLinear | None:
-    """One packed linear of all of them, or None if one of them cannot be packed."""
-    linears = [module for module in modules if _can_pack(module)]
-    same_bias = len({linear.bias is None for linear in linears}) == 1
-    return _packed_linear(linears) if same_bias and len(linears) == len(modules) else None
 
 
 def _can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -1,6 +1,7 @@
-"""RMSNorm of transformers' models with fewer passes over memory and the same numbers.
+"""RMSNorm of transformers' models that keeps less for backward, with the same numbers up to rounding.
 
-On the CPU, norms are what training spends its time on besides matrix products.
+transformers' norm keeps its input in fp32 besides. What a LoRA step needs beyond the weights is 6% less on SmolLM2-135M
+(8 × 84 tokens in bf16, `--trace`) and 15%, 1.8 GiB, on Qwen3-8B (1 × 2,048). The time is the same (1.01 ×).
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ class RMSNorm(nn.Module):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        wide = x.to(torch.float32, copy=True)
+        wide = x.to(torch.float32, copy=True)  # a copy: every operation from here on is in place
         norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
@@ -56,27 +57,25 @@ def fuse_rms_norms(model: nn.Module, checked: bool = True) -> list[str]:
     """
     replaced = []
     for name, module in list(model.named_modules()):
-        ours = _same_norm(module, checked) if type(module).__name__.endswith("RMSNorm") else None
-        if ours is not None:
-            model.set_submodule(name, ours)
-            replaced.append(name)
+        weight = getattr(module, "weight", None)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float):
+            continue
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+            continue
+        for offset in (0.0, 1.0) if checked else (0.0,):  # Gemma's weights count from 1
+            ours = RMSNorm(weight, eps, offset).train(module.training)
+            if not checked or _same_on_random_input(ours, module):
+                model.set_submodule(name, ours)
+                replaced.append(name)
+                break
     return replaced
 
 
-def _same_norm(module: nn.Module, checked: bool) -> RMSNorm | None:
-    """Our norm with `module`'s weight, if both give the same on random input."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
-        return None
-    if not checked:
-        return RMSNorm(weight, eps, 0.0).train(module.training)
+@torch.no_grad()
+def _same_on_random_input(ours: RMSNorm, theirs: nn.Module) -> bool:
+    """Whether a norm of that name computes what ours does: only its numbers tell."""
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(PROBES, len(weight), generator=generator).to(weight)
-    for offset in (0.0, 1.0):
-        ours = RMSNorm(weight, eps, offset).train(module.training)
-        with torch.no_grad():
-            actual, expected = ours(probe), module(probe)
-        if actual.dtype == expected.dtype and torch.allclose(actual, expected, AGREEMENT, AGREEMENT):
-            return ours
-    return None
+    probe = torch.randn(PROBES, len(ours.weight), generator=generator).to(ours.weight)  # (PROBES, D)
+    actual, expected = ours(probe), theirs(probe)
+    return actual.dtype == expected.dtype and torch.allclose(actual, expected, AGREEMENT, AGREEMENT)

@@ -24,10 +24,10 @@ from pipeline.adapters.scale import AdapterScale
 from pipeline.errors import UserError
 from pipeline.export.model_card import card
 from pipeline.inference import catalog
-from pipeline.models.kernels.fp32_compute import compute_in_fp32
-from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
+from pipeline.models.base import compute_in_fp32
+from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
-from pipeline.weights.as_low_rank import low_rank_updates
+from pipeline.weights.combine import low_rank_updates
 from pipeline.weights.compare import values
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.real import ROWS, stock, toy

@@ -12,8 +12,8 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear, factors, weight_of
 from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
 from pipeline.errors import UserError
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
-from pipeline.weights.edits import merged_rows
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.weights.streaming import merged_rows
 
 
 def layer_of(out: int, inputs: int, rank: int, alpha: float, bias: bool = True, folds: bool = True) -> LoRALinear:

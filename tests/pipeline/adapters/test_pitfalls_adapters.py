@@ -18,7 +18,7 @@ from pipeline.adapters.peft.save import save_adapter
 from pipeline.inference.engine import load
 from pipeline.inference.server.model_pool import ModelPool
 from pipeline.models.base import CausalLM
-from pipeline.models.quantization.quantized_linear import QuantizedLinear, quantize
+from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
@@ -306,7 +306,7 @@ def test_pitfall_9_a_merge_that_answers_otherwise_is_refused(
     def nothing(weight: Tensor, *_: object) -> Tensor:
         return weight
 
-    monkeypatch.setattr("pipeline.weights.edits.merged_rows", nothing)
+    monkeypatch.setattr("pipeline.weights.streaming.merged_rows", nothing)
     code, out, err = cli("merge", "--adapter", str(ADAPTER), "--out", str(tmp_path / "merged"), cwd=brief)
     assert (code, out) == (1, "")
     assert "received 0.0000 times its update, not once" in err

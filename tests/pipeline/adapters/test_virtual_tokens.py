@@ -14,12 +14,10 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens, save_virtual
 from pipeline.data.examples import IGNORED, Window
 from pipeline.errors import UserError
-from pipeline.inference.attention_weights import layer_attention, merge_virtual_tokens
-from pipeline.inference.engine import load
-from pipeline.models.base import CausalLM, packed_hidden_states
+from pipeline.inference.engine import layer_attention, load, merge_virtual_tokens
+from pipeline.models.base import CausalLM, VirtualTokens, packed_hidden_states
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
-from pipeline.models.virtual_tokens import VirtualTokens
 from pipeline.training.batches import collate
 from pipeline.training.step import loss_of
 from tests.helpers import families

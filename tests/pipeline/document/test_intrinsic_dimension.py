@@ -17,7 +17,7 @@ from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.errors import UserError
 from pipeline.inference.engine import load
 from pipeline.inference.score import score
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.training.batches import Batches

@@ -14,7 +14,7 @@ from pipeline.document.studies.quantization import calibrated
 from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.inference import engine
 from pipeline.inference.score import EvalScores, score
-from pipeline.models.quantization.quantized_linear import quantizable
+from pipeline.models.quantized_linear import quantizable
 from pipeline.project.params.sections import Quantization
 from tests.conftest import Built, Lora
 from tests.helpers.projects import BRIEF, ROOT, make, refusal

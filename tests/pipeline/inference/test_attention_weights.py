@@ -18,10 +18,10 @@ from pipeline.adapters.peft.updates import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.inference.attention_weights import layer_attention, probabilities
+from pipeline.inference.engine import layer_attention, probabilities
 from pipeline.models.generate import Sampling, generate, stream
 from pipeline.models.load import load_base
-from pipeline.models.minigpt.attention import Attention
+from pipeline.models.minigpt import Attention
 from tests.helpers.checkpoints import adapter, checkpoint, minigpt
 from tests.helpers.projects import make
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.inference import engine
-from pipeline.inference.server.handlers import RequestHandler
-from pipeline.inference.server.request import Request
+from pipeline.inference.server.handlers import Request, RequestHandler
 from pipeline.models.generate import Sampling, generate
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.inference import engine
-from pipeline.inference.attention_weights import layer_attention
+from pipeline.inference.engine import layer_attention
 from pipeline.inference.server.server import FAILED_DEVICE, MAX_WAITING, device_failure
 from tests.helpers.projects import ROOT
 
@@ -239,7 +239,7 @@ def test_what_libraries_print_never_reaches_the_protocol() -> None:
 
 MODEL = """
 import torch
-from pipeline.models.minigpt.model import MiniGPT
+from pipeline.models.minigpt import MiniGPT
 def broken(*_, **__): raise {}
 MiniGPT.hidden_states = broken
 """

@@ -19,12 +19,10 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.inference import engine
 from pipeline.inference.server import server
-from pipeline.inference.server.handlers import RequestHandler
-from pipeline.inference.server.request import Request
-from pipeline.models import device
+from pipeline.inference.server.handlers import Request, RequestHandler
+from pipeline.models import device, quantized_linear
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
-from pipeline.models.quantization import quantized_linear
 from pipeline.project.logs.run_log import in_units, read_steps
 from pipeline.project.runner import checkpoints
 from pipeline.stages.methods.lora import FinetuneLora

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.files import base_model
 from pipeline.files.artifact import file_digest
 from pipeline.files.base_model import base_fingerprint, identity, parse_source, resolve
-from pipeline.models.importing.import_base import import_base
+from pipeline.models.import_base import import_base
 from pipeline.models.load import load_base, skeleton
 from tests.helpers.bases import (
     FAMILIES,
@@ -620,7 +620,7 @@ def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(
 ) -> None:
     (tmp_path / "toy.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(
-        "pipeline.models.importing.import_base.find_spec", lambda name: None if name == "google.protobuf" else object()
+        "pipeline.models.import_base.find_spec", lambda name: None if name == "google.protobuf" else object()
     )
     assert "needs protobuf to be read: pip install 'lora-workbench[gguf]'" in refused("toy.gguf", tmp_path)
 

@@ -15,8 +15,7 @@ from pipeline.errors import UserError
 from pipeline.models.base import set_row_count
 from pipeline.models.generate import Sampling, distribution, generate
 from pipeline.models.load import Base, count, load_base, save_base
-from pipeline.models.minigpt.attention import KVCache
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import KVCache, MiniGPT, MiniGPTConfig
 
 TOKENIZER = WordTokenizer.of_words([f"w{i}" for i in range(71)])
 CONFIG = MiniGPTConfig(vocab_size=74, pad_id=0, end_id=2)

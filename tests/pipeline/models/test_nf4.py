@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.models.quantization import nf4
-from pipeline.models.quantization.quantized_linear import Quantization, dequantize_weight, quantize_weight
+from pipeline.models import nf4
+from pipeline.models.quantized_linear import Quantization, dequantize_weight, quantize_weight
 
 bnb: Any = pytest.importorskip("bitsandbytes.functional")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -15,7 +15,7 @@ from torch.nn.attention import varlen
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
 
-from pipeline.models.kernels import short_attention
+from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.packed_attention import Rule, _varlen, attend, register
 
 MODULE = nn.Module()
@@ -122,8 +122,8 @@ def test_queries_behind_a_cache_stand_at_its_end(
 def test_every_token_is_a_query_once_and_has_its_whole_past_in_its_block(lengths: list[int]) -> None:
     begins = [stop - length for length, stop in zip(lengths, accumulate(lengths), strict=True) for _ in range(length)]
     queries = list[int]()
-    for block in short_attention.blocks(lengths):
-        assert block.stop - block.start <= short_attention.BLOCK and sum(block.lengths) == block.stop - block.first
+    for block in packed_attention.blocks(lengths):
+        assert block.stop - block.start <= packed_attention.BLOCK and sum(block.lengths) == block.stop - block.first
         queries += range(block.start, block.stop)
         assert block.first == begins[block.start], "and no more than that of its first token"
     assert queries == list(range(sum(lengths)))
@@ -134,10 +134,10 @@ def test_blocks_of_queries_and_fused_attention_agree(longest: int, monkeypatch: 
     """On either side of what counts as short, with several blocks a sequence and several sequences a block."""
     lengths = [2, longest, 3, 2, longest // 2, 1, 1, 1]
     inputs = tensors(4, 2, sum(lengths), sum(lengths))
-    monkeypatch.setattr(short_attention, "BLOCK", 5)
-    monkeypatch.setattr(short_attention, "LONGEST", 600)
+    monkeypatch.setattr(packed_attention, "BLOCK", 5)
+    monkeypatch.setattr(packed_attention, "LONGEST", 600)
     short, _ = attend(MODULE, *inputs, None, segments=lengths)
-    monkeypatch.setattr(short_attention, "LONGEST", 0)
+    monkeypatch.setattr(packed_attention, "LONGEST", 0)
     fused, _ = attend(MODULE, *inputs, None, segments=lengths)
     assert_close(short, fused, atol=1e-4, rtol=1e-4)
     assert_close(gradients(short, inputs), gradients(fused, inputs), atol=1e-4, rtol=1e-4)

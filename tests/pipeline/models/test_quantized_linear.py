@@ -18,9 +18,9 @@ from pipeline.calc.families import architecture
 from pipeline.calc.precision import precision
 from pipeline.files.artifact import read_json, seal
 from pipeline.files.base_model import base_fingerprint
-from pipeline.models.kernels.fp32_compute import compute_in_fp32
-from pipeline.models.quantization import quantized_linear
-from pipeline.models.quantization.quantized_linear import Quantization, QuantizedLinear, quantizable, quantize
+from pipeline.models import quantized_linear
+from pipeline.models.base import compute_in_fp32
+from pipeline.models.quantized_linear import Quantization, QuantizedLinear, quantizable, quantize
 from pipeline.project import provenance
 from tests.conftest import Lora
 from tests.helpers.projects import BRIEF, folder_bytes, make, refusal

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from pipeline.adapters.attach import attach, resolve
 from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
+from pipeline.models.base import compute_in_fp32
 from pipeline.models.kernels import packed_attention
-from pipeline.models.kernels.fp32_compute import compute_in_fp32
 from pipeline.models.transformers_model import TransformersModel, refuse_unlike
 from tests.helpers.families import FAMILIES
 from tests.helpers.real import toy

@@ -14,7 +14,7 @@ from pipeline.data.examples import in_evaluation
 from pipeline.data.read import read_examples
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
-from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import Note, Progress, run
 from pipeline.workbench import open_project

@@ -17,7 +17,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft.load import load_adapter
 from pipeline.inference.engine import load
 from pipeline.models.transformers_model import load_pretrained
-from pipeline.weights.merge_plan import plan_merge
+from pipeline.weights.merge import plan_merge
 from pipeline.weights.streaming import update_ratios
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.real import stock, toy

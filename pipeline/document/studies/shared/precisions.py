@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.document import rounding
 from pipeline.document.rounding import Grid, Rounded
-from pipeline.models.quantization import nf4
+from pipeline.models import nf4
 
 Quantizer = Callable[[Tensor, Tensor], Rounded]  # of W (O, I) and XᵀX (I, I) of its inputs
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.calc.precision import NF4_BLOCK, NF4_BLOCK_2
 from pipeline.errors import UserError
+from pipeline.models import nf4
 from pipeline.models.base import CausalLM, LowBitLinear, is_conv1d, is_linear
-from pipeline.models.quantization import nf4
 
 Quantization = Literal["int8", "nf4", "nf4-dq"]  # the calculator's names
 DOUBLE = "nf4-dq"
@@ -64,7 +64,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def quantize_weight(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
-    """The quantized form of a weight (O, I): its tensors by name. Raises UserError.
+    """The quantized form of a weight (O, I): its tensors by name, in the layout of bitsandbytes. Raises UserError.
 
     Without bitsandbytes, nf4.py gives the same bytes; a step on MiniGPT then takes 1.7 × the time.
     """
@@ -73,7 +73,11 @@ def quantize_weight(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
         return {"codes": codes, "scales": scales}
     functional = _bitsandbytes()
     if functional is None:
-        return _to_tensors(nf4.quantize(weight, NF4_BLOCK, double=kind == DOUBLE))
+        ours = nf4.quantize(weight, NF4_BLOCK, double=kind == DOUBLE)
+        codes, scales = nf4.pack(ours.codes)[:, None], ours.scales  # (N / 2, 1)
+        if isinstance(scales, Tensor):
+            return {"codes": codes, "scales": scales}
+        return {"codes": codes, "scales": scales.codes, "scales_of_scales": scales.scales, "offset": scales.offset}
     codes, state = functional.quantize_4bit(
         weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=kind == DOUBLE
     )
@@ -86,44 +90,24 @@ def dequantize_weight(
     quantized: dict[str, Tensor], kind: Quantization, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """The weight (O, I) of the tensors that `quantize_weight` returned."""
-    scales: Tensor = quantized["scales"]
+    codes, scales = quantized["codes"], quantized["scales"]
     if kind == "int8":
-        weight: Tensor = _require_bitsandbytes().int8_vectorwise_dequant(quantized["codes"], scales).to(dtype)
+        weight: Tensor = _require_bitsandbytes().int8_vectorwise_dequant(codes, scales).to(dtype)
         return weight
-    functional = _bitsandbytes()
+    count, functional = math.prod(shape), _bitsandbytes()
     if functional is None:
-        return nf4.dequantize(_from_tensors(quantized, shape, dtype))
+        unpacked = nf4.unpack(codes.view(-1), count)  # (N,)
+        double = nf4.Scales(scales, quantized["scales_of_scales"], quantized["offset"]) if kind == DOUBLE else scales
+        return nf4.dequantize(nf4.Quantized(unpacked, double, NF4_BLOCK, torch.Size(shape), dtype))
     if kind == DOUBLE:
         absmax = quantized["scales_of_scales"]
         scales = functional.dequantize_blockwise(scales, absmax=absmax, blocksize=NF4_BLOCK_2) + quantized["offset"]
-    state = functional.QuantState(scales, _block_shape(shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
-    weight = functional.dequantize_4bit(quantized["codes"], state).view(shape)
+    # Dequantized in a shape in which no block crosses the end of a row: otherwise bitsandbytes 0.50 uses wrong blocks'
+    # scales on CPUs with AVX-512, as it counts I // block blocks per row.
+    rows = (count,) if count % NF4_BLOCK else (count // NF4_BLOCK, NF4_BLOCK)
+    state = functional.QuantState(scales, rows, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
+    weight = functional.dequantize_4bit(codes, state).view(shape)
     return weight  # noqa: RET504 (the library's function has no types)
-
-
-def _block_shape(shape: tuple[int, int]) -> tuple[int, ...]:
-    """A shape of the same size in which no block crosses the end of a row.
-
-    Otherwise bitsandbytes 0.50 uses wrong blocks' scales on CPUs with AVX-512: it counts I // block blocks per row.
-    """
-    count = math.prod(shape)
-    return (count,) if count % NF4_BLOCK else (count // NF4_BLOCK, NF4_BLOCK)
-
-
-def _to_tensors(weight: nf4.Quantized) -> dict[str, Tensor]:
-    """The tensors of `quantize_weight`, in the layout of bitsandbytes."""
-    codes = nf4.pack(weight.codes)[:, None]
-    if isinstance(weight.scales, Tensor):
-        return {"codes": codes, "scales": weight.scales}
-    double = weight.scales
-    return {"codes": codes, "scales": double.codes, "scales_of_scales": double.scales, "offset": double.offset}
-
-
-def _from_tensors(quantized: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> nf4.Quantized:
-    """The inverse of `_to_tensors`."""
-    codes, scales = nf4.unpack(quantized["codes"].view(-1), math.prod(shape)), quantized["scales"]
-    double = nf4.Scales(scales, quantized["scales_of_scales"], quantized["offset"]) if "offset" in quantized else scales
-    return nf4.Quantized(codes, double, NF4_BLOCK, torch.Size(shape), dtype)
 
 
 def dequantized(weight: Tensor, kind: Quantization, transposed: bool = False) -> Tensor:

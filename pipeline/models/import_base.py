@@ -1,0 +1,180 @@
+"""Import a base as a plain checkpoint: config.json, one model.safetensors, a fast tokenizer's files.
+
+Any causal language model that transformers opens is imported completely or rejected. Pickles are never read. Two
+imports of one base write the same bytes, whatever its path.
+"""
+
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.files import base_model
+from pipeline.files.artifact import read_json, write_json
+from pipeline.files.base_model import base_fingerprint
+from pipeline.files.safetensors_header import as_os_error
+from pipeline.models.load import DTYPES, refuse_implausible, refuse_implausible_gguf
+from pipeline.models.save import clean, generation_of, load_strict, quiet, reason, reported, save_checkpoint
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+GGUF_NEEDS = ("gguf", "sentencepiece", "google.protobuf", "accelerate")
+SENTENCE = "The capital of France is Paris, and two and two are four."
+
+
+def import_base(
+    source: base_model.Source, out: Path, precision: Precision = "auto", trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Write a checkpoint of `source` to `out`; returns its entries of the manifest.
+
+    `auto` keeps the precision of the weights; a GGUF file, which is quantized, becomes fp32.
+    Raises UserError if anything is missing, left over, damaged, not finite or not causal.
+    """
+    dtype = DTYPES.get(precision)  # None for auto
+    with quiet(), tempfile.TemporaryDirectory() as scratch:
+        if source.kind == base_model.GGUF:
+            revision = None
+            model = _import_gguf(source, out, dtype or torch.float32, Path(scratch))
+        else:
+            folder, revision = source.path, None
+            if source.kind != base_model.FOLDER:
+                folder = _download(source, trust_remote_code)
+                revision = folder.name
+            model = _import_folder(folder, f"base: {source.text}", out, dtype, trust_remote_code)
+        if (out / "tokenizer_config.json").is_file():
+            clean(out / "tokenizer_config.json")
+        _refuse_unusable(model, out, f"base: {source.text}", trust_remote_code)
+    return {
+        "source": source.kind,
+        "revision": revision,
+        "architecture": type(model).__name__,
+        "precision": str(model.dtype).removeprefix("torch."),
+        "parameters": {"total": model.num_parameters(), "trainable": 0},
+        "fingerprint": base_fingerprint(out),
+    }
+
+
+def _download(source: base_model.Source, trust_remote_code: bool) -> Path:
+    """The folder of a hub model's files in the local cache; it is named after their commit."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [*base_model.PLAIN, base_model.INDEX, "model*.safetensors"]
+    if trust_remote_code:
+        patterns.append(base_model.CODE)
+    try:
+        folder = Path(snapshot_download(source.hub_id, revision=source.revision, allow_patterns=patterns))
+    except Exception as error:  # errors of huggingface_hub, its HTTP client and the system have no common base class
+        raise UserError(
+            f"base: {source.text} is neither a folder in the project nor in the local hub cache, "
+            f"and the download failed ({reason(error)}). Download it elsewhere and name its folder."
+        ) from None
+    base_model.refuse_other_folders(folder)
+    return folder
+
+
+def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
+    """Copy a checkpoint folder through transformers; returns the model. Errors call it `name`."""
+    from transformers import AutoTokenizer
+
+    quantization = read_json(folder / "config.json", "Copy it again").get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown method")
+        raise UserError(
+            f"base: {folder} is quantized ({method}); training needs unquantized weights. Use the 16-bit model."
+        )
+    refuse_implausible(folder, base_model.weight_files(folder))  # it also rejects damaged files, with a reason
+    model = load_strict(folder, name, trust_remote_code, dtype=dtype or "auto")
+    with reported(name, trust_remote_code):
+        save_checkpoint(model, out, generation_of(folder))
+
+    if (folder / "tokenizer.json").is_file():
+        for pattern in base_model.TOKENIZER:
+            for path in folder.glob(pattern):
+                shutil.copyfile(path, out / path.name)
+        return model
+    # Without tokenizer.json transformers converts the older files.
+    if not any(path for pattern in base_model.VOCABULARY for path in folder.glob(pattern)):
+        raise UserError(f"{name} has no tokenizer: no tokenizer.json or older file. Copy it too.")
+    with reported(name, trust_remote_code, "Give the folder a tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        with as_os_error(out / "tokenizer.json"):
+            tokenizer.save_pretrained(out)
+    if not (out / "tokenizer.json").is_file():
+        raise UserError(
+            f"{name} has a tokenizer ({type(tokenizer).__name__}) that cannot be saved as "
+            "tokenizer.json. Add a tokenizer.json to the folder, or choose another base."
+        )
+    return model
+
+
+def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scratch: Path) -> Any:
+    """Dequantize a GGUF file into a checkpoint; returns the model."""
+    missing = []
+    for library in GGUF_NEEDS:
+        try:
+            spec = find_spec(library)
+        except ModuleNotFoundError:  # its parent package is missing
+            spec = None
+        if spec is None:
+            missing.append(library.removeprefix("google."))
+    name, hint = f"base: {source.text}", "Name a checkpoint folder of the same model instead"
+    if missing:
+        raise UserError(f"{name} needs {', '.join(missing)} to be read: pip install 'lora-workbench[gguf]'.")
+    refuse_implausible_gguf(source.path)
+    from transformers import AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
+
+    # Alone in a folder: a config.json in the file's own folder may belong to another model.
+    file = "model.gguf"
+    (scratch / file).symlink_to(source.path.resolve())
+    how = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
+    # the one progress bar that ignores transformers' setting
+    bar, modeling_gguf_pytorch_utils.tqdm = modeling_gguf_pytorch_utils.tqdm, lambda tensors, **_: tensors
+    try:
+        model = load_strict(scratch, name, False, hint, **how)
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
+    with reported(name, False, hint):
+        save_checkpoint(model, out, model.generation_config.to_json_string())
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file, local_files_only=True)
+        path = out / "tokenizer.json"
+        with as_os_error(path):
+            tokenizer.save_pretrained(out)
+        # transformers adds special tokens to the file's own, for which the model has no rows
+        saved = read_json(path, "Import it again")
+        tokens = [token for token in saved["added_tokens"] if token["content"] in saved["model"]["vocab"]]
+        if len(tokens) < len(saved["added_tokens"]):
+            write_json(path, {**saved, "added_tokens": tokens})
+    return model
+
+
+def _refuse_unusable(model: Any, out: Path, name: str, trust_remote_code: bool) -> None:
+    """Raises UserError unless the imported model tokenizes a sentence, gives finite logits and is causal."""
+    from transformers import AutoTokenizer
+
+    with reported(name, trust_remote_code):
+        tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=trust_remote_code)
+        ids = tokenizer(SENTENCE)["input_ids"][:16]
+    rows = model.get_input_embeddings().weight.shape[0]
+    if not ids or max(ids) >= rows or len(tokenizer) > rows:
+        raise UserError(
+            f"{name} has a tokenizer of {len(tokenizer)} tokens and an embedding of {rows} rows. "
+            "Copy both from the same model."
+        )
+    other = [*ids[:-1], (ids[-1] + 1) % rows]  # differs in the last token only
+    with torch.no_grad(), reported(name, trust_remote_code):
+        first, second = model.eval()(input_ids=torch.tensor([ids, other])).logits.float()  # (T, V) each
+    if not first.isfinite().all():
+        raise UserError(
+            f"{name} gives logits that are not finite in {str(model.dtype).removeprefix('torch.')}. "
+            "Copy its weights again, or set a precision with a larger range."
+        )
+    difference = (first[:-1] - second[:-1]).abs()  # (T - 1, V)
+    # rounding, and how experts batch tokens, stay far below 2 %
+    if difference.numel() and difference.max() > 0.02 * first.abs().max():
+        raise UserError(
+            f"{name} is not a causal language model: a later token changes the logits before it. "
+            "Choose a model that generates text."
+        )
