@@ -8,7 +8,7 @@ from pipeline.document import stages as document
 from pipeline.project.params.sections import Params
 from pipeline.project.stage_graph import STAGES, Project, StageGraph
 
-GRAPH = StageGraph({**STAGES, **document.STAGES}, document.sections)
+GRAPH = StageGraph({**STAGES, **document.stages()}, document.sections)
 
 
 def open_project(params: Path, overrides: Sequence[str] = ()) -> Project:

@@ -1,60 +1,28 @@
 """The document's stages: studies, figures and claims. They measure the artifacts of the product's stages."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
+from pipeline.document.figures import FIGURES, Figures
+from pipeline.document.studies import names, stage_of, studies
 from pipeline.project.stage_graph import STAGES as PRODUCT
 from pipeline.project.stage_graph import Stage
 
-PARENTS = ("pretrain", "expand_vocab")
-TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
-TRAINED = ("train_from_scratch", *TUNED)
+
+@dataclass(frozen=True)
+class Claims:
+    """The file of claims: what the document says, and how it is measured."""
+
+    data: str = "data/claims.yaml"
 
 
-def _study(name: str, *data: str, needs: tuple[str, ...] = PARENTS, **options: Any) -> Stage:
-    """A stage that measures statements of the document; on MiniGPT only, unless `options` say otherwise."""
-    module, output = f"pipeline.document.studies.{name}", f"studies/{name}"
-    return Stage(f"study_{name}", module, output, "study", name, needs, data, **{"minigpt_only": True, **options})
-
-
-def _training_data(sections: tuple[str, ...]) -> tuple[str, ...]:
-    """The params keys of these stages' training data."""
-    return (*(f"{section}.data" for section in sections), "finetune_lora.retention_data")
-
-
-MEASUREMENTS = (
-    _study("fact_correction", "data", "retention_data", "prompts", "document"),
-    _study(
-        *("knowledge_correction", "data", "retention_data", "prompts", "old_data"),
-        extra_sections=("finetune_lora",),
-        minigpt_only=False,
-    ),
-    _study("trajectory", "data", "document"),
-    _study("methods", "old_data", "new_data", *_training_data(TRAINED), extra_sections=TRAINED),
-    _study("rank", "old_data", "new_data"),
-    _study("spectrum", "old_data", "new_data"),
-    _study("intrinsic_dimension", "data", "document"),
-    _study("quantization", "data", "document", "pretrain.data", needs=("pretrain",), extra_sections=("pretrain",)),
-    _study("forgetting", "old_data", "new_data", *_training_data(TUNED), extra_sections=TUNED),
-    Stage(
-        "figures",
-        "pipeline.document.figures.registry",
-        "figures",
-        "figures",
-        "figures",
-        needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
-        data=("study_trajectory.data", "study_trajectory.document"),
-        extra_sections=("study_trajectory",),
-        minigpt_only=True,
-    ),
-)
 CLAIMS = Stage(
     "claims",
     "pipeline.document.claims.stage",
     "claims",
     "claims",
     "claims",
-    needs=(*PRODUCT, *(stage.name for stage in MEASUREMENTS)),
+    needs=(*PRODUCT, *(f"study_{name}" for name in names()), FIGURES.name),
     data=(
         *("data", "pretrain.data", "finetune_lora.data", "finetune_lora.retention_data"),
         *("study_fact_correction.data", "study_knowledge_correction.data"),
@@ -62,23 +30,14 @@ CLAIMS = Stage(
     minigpt_only=True,
     compares=True,
 )
-STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MEASUREMENTS, CLAIMS)}
+
+
+def stages() -> Mapping[str, Stage]:
+    """Name → stage, in the document's order. Reads every study's file, which claims alone do not need."""
+    return {stage.name: stage for stage in (*map(stage_of, studies()), FIGURES, CLAIMS)}
 
 
 def sections() -> Mapping[str, type]:
     """Name → class of the document's sections of params.yaml, which few projects have."""
-    from pipeline.document import params
-
-    return {
-        "study_fact_correction": params.StudyFactCorrection,
-        "study_knowledge_correction": params.StudyKnowledgeCorrection,
-        "study_trajectory": params.StudyTrajectory,
-        "study_methods": params.StudyMethods,
-        "study_rank": params.StudyRank,
-        "study_spectrum": params.StudySpectrum,
-        "study_intrinsic_dimension": params.StudyIntrinsicDimension,
-        "study_quantization": params.StudyQuantization,
-        "study_forgetting": params.StudyForgetting,
-        "figures": params.Figures,
-        "claims": params.Claims,
-    }
+    of_studies = {f"study_{name}": study.settings for name, study in studies().items()}
+    return {**of_studies, "figures": Figures, "claims": Claims}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 
@@ -33,10 +33,11 @@ class Spread(NamedTuple):
         return cls(math.fsum(numbers) / len(numbers), min(numbers), max(numbers))
 
 
-def min_max(cells: Iterable[Spread]) -> list[list[float]]:
-    """matplotlib's error bars: the distances from each mean down to the minimum and up to the maximum."""
-    spreads = list(cells)
-    return [[c.mean - c.low for c in spreads], [c.high - c.mean for c in spreads]]
+def spreads(names: Sequence[str], by_seed: Sequence[Sequence[float]]) -> dict[str, "Cell"]:
+    """Name → Spread over the seeds of one tuple of numbers each; empty cells if there are none, as all diverged."""
+    if not by_seed:
+        return dict.fromkeys(names)
+    return {name: Spread.of(values) for name, values in zip(names, zip(*by_seed, strict=True), strict=True)}
 
 
 def mean(cell: "Cell") -> float:
@@ -48,16 +49,9 @@ def mean(cell: "Cell") -> float:
     return float(cell)
 
 
-def spread(cell: "Cell") -> Spread:
-    """The cell as a Spread. Raises TypeError if it is not one."""
-    if not isinstance(cell, Spread):
-        raise TypeError(f"{cell!r} is not a spread")
-    return cell
-
-
 Value = str | int | float | bool | None
 Cell = Value | Spread
-Row = Mapping[str, Cell]
+Row = Mapping[str, Any]  # column → cell; readers know a column's type
 
 
 @dataclass(frozen=True)

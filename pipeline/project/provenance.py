@@ -16,9 +16,12 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "mat
 
 
 def code_files(module: str) -> list[Path]:
-    """The files of this repository that `module` imports, directly or not, including its own; nothing is executed."""
+    """The files of this repository that `module` imports, directly or not, including its own; nothing is executed.
+
+    A package that is a stage's module finds its modules by their names when it runs, so all of them count.
+    """
     files: set[Path] = set()
-    waiting = [module]
+    waiting = [module, *(f"{module}.{path.stem}" for path in ROOT.joinpath(*module.split(".")).glob("*.py"))]
     while waiting:
         name = waiting.pop()
         path = _file_of(name)

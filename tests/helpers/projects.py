@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 
 import yaml
 
+from pipeline.document.studies import run_study
 from pipeline.project.params import edit
 from pipeline.project.params.edit import remove_section
 from pipeline.project.params.sections import Params
 from pipeline.project.runner import Event, Work, run
+from pipeline.project.stage_graph import Stage
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.expand_vocab import expand_vocab
 from pipeline.stages.finetune import finetune
@@ -34,10 +36,9 @@ STAGES = GRAPH.stages
 LORA = str(Path(sys.executable).parent / "lora")
 
 
-def _measuring(name: str) -> Work:
-    """A study's work, which its module has by the study's name."""
-    stage = STAGES[name]
-    work: Work = getattr(import_module(stage.module), stage.method)
+def _measuring(stage: Stage) -> Work:
+    """The work of a stage that measures: every study has the same, the others have it in their module by their name."""
+    work: Work = run_study if stage.kind == "study" else getattr(import_module(stage.module), stage.method)
     return work
 
 
@@ -55,7 +56,7 @@ WORK: dict[str, Work] = {
     "evaluate": evaluate,
 }
 PIPELINE = list(WORK)  # what makes models, and evaluate; what measures statements takes as long again
-WORK |= {name: _measuring(name) for name, stage in STAGES.items() if stage.is_measurement}
+WORK |= {name: _measuring(stage) for name, stage in STAGES.items() if stage.is_measurement}
 COMMAND = {
     "pretrain": ["pretrain"],
     "expand_vocab": ["expand-vocab"],

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from pipeline.document.claims import quantity
 from pipeline.document.claims.claims import ALONE, RULES, Claim, read_claims
 from pipeline.document.claims.sources import MissingArtifact, Sources
-from pipeline.document.params import Claims
+from pipeline.document.stages import Claims
 from pipeline.document.tables import Spread
 from pipeline.errors import UserError
 from pipeline.project.new_project import DOCUMENT

@@ -7,7 +7,7 @@ from pipeline.document.claims.check import Row, check, summary
 from pipeline.document.claims.claims import read_claims
 from pipeline.document.claims.report import page
 from pipeline.document.claims.sources import Sources
-from pipeline.document.params import Claims
+from pipeline.document.stages import Claims
 from pipeline.project.new_project import DOCUMENT
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import Project

@@ -1,0 +1,87 @@
+"""The stage figures: the document's Figures 1 to 5 and its attention example, drawn from the project's artifacts.
+
+A figure is one file here, found by its name: nothing else lists it. It has its PLACE in the document, and
+`render(job)`, which measures and gives tables, words and a drawing.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import isgenerator
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+from pipeline.errors import UserError
+from pipeline.project.params.schema import AllowDuplicates, Rate, Steps
+from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.project.stage_graph import Stage
+
+if TYPE_CHECKING:
+    from pipeline.document.report import Findings
+
+TwoByTwo = Annotated[tuple[float, ...], AllowDuplicates()]  # row by row
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures 1 to 5 and §2.1's attention. Figure 3 trains with the settings of study_trajectory."""
+
+    window: Steps = 0  # Figure 3: tokens per training window; 0: whole sentences
+    reach: Rate = 4.0  # Figure 3: the parameter is varied by ± this much
+    weight: TwoByTwo = (1.4, 0.5, -0.2, 0.9)  # Figure 4: W of the example
+    change: TwoByTwo = (0.5, 0.35, 0.25, 0.1)  # Figure 4: its ΔW
+    module: str = "layers.1.self_attn.v_proj"  # Figure 4: module whose ΔW of full fine-tuning is measured
+
+    def __post_init__(self) -> None:
+        for key in ("weight", "change"):
+            if len(numbers := getattr(self, key)) != 4:
+                raise UserError(
+                    f"figures.{key} must be the 4 numbers of a 2 × 2 matrix, row by row, got {len(numbers)}. "
+                    "Write four."
+                )
+
+
+FIGURES = Stage(
+    "figures",
+    __name__,  # a package: its code is that of every figure
+    "figures",
+    "figures",
+    "figures",
+    needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
+    data=("study_trajectory.data", "study_trajectory.document"),
+    extra_sections=("study_trajectory",),
+    minigpt_only=True,
+)
+
+
+def modules() -> dict[str, ModuleType]:
+    """Name → module of each figure, in the document's order: by its number; without one, last."""
+    found = {module.name: import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)}
+    return dict(sorted(found.items(), key=lambda item: item[1].PLACE))
+
+
+def render(job: Job, module: ModuleType) -> "Generator[Event, None, Findings]":
+    """A figure's findings. Only a figure that trains has events. Raises UserError."""
+    findings: Findings = module.render(job)
+    return (yield from findings) if isgenerator(findings) else findings
+
+
+def figures(job: Job) -> Generator[Event, None, Facts]:
+    """Write every figure as PNG and SVG, its numbers as CSV, and a report. Raises UserError."""
+    from pipeline.document.report import PRINT, REPORT, figure_section, save
+
+    for stage in job.stage.needs:
+        job.artifact(stage)
+    sections, facts = ["# Figures, drawn from this project's artifacts\n"], {}
+    for number, (name, module) in enumerate((every := modules()).items(), 1):
+        findings = yield from render(job, module)
+        for table in findings.tables:
+            table.write(job.out)
+        save(job.out / name, findings.draw, findings.size, (".png", ".svg"), PRINT)
+        sections.append(figure_section(name, module.PLACE, findings))
+        files = [f"{name}.png", f"{name}.svg", *(f"{table.name}.csv" for table in findings.tables)]
+        facts[name] = {"place": module.PLACE, "title": findings.title, "shows": findings.shows, "files": files}
+        yield Progress(number, len(every), name)
+    (job.out / REPORT).write_text("\n".join(sections), encoding="utf-8")
+    return {"figures": facts}

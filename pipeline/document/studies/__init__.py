@@ -1,0 +1,66 @@
+"""The document's studies. A study is one file here, found by its name: nothing else lists it.
+
+The file holds its section of params.yaml, its declaration STUDY, and `measure(job, settings)`, which trains, and gives
+tables, words and a picture. Nothing heavy is imported before `measure` runs: every command reads the declarations.
+"""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+from pipeline.project.runner import Event, Facts, Job
+from pipeline.project.stage_graph import Stage
+
+
+@dataclass(frozen=True)
+class Study:
+    """`place`: the document's sections that it measures, such as "§7, §9.3". `about`: its line in `lora study`.
+
+    `settings`: the class of its section. The others are as in `Stage`; most studies measure statements about MiniGPT.
+    """
+
+    title: str
+    place: str
+    about: str
+    settings: type
+    data: tuple[str, ...]
+    needs: tuple[str, ...] = ("pretrain", "expand_vocab")
+    extra_sections: tuple[str, ...] = ()
+    minigpt_only: bool = True
+
+    @property
+    def order(self) -> list[int]:
+        """For the document's order: the numbers of the first section."""
+        return [int(number) for number in self.place.partition(",")[0].removeprefix("§").split(".")]
+
+
+def names() -> list[str]:
+    """Of every study, found without reading it."""
+    return [module.name for module in iter_modules(__path__)]
+
+
+@cache
+def studies() -> Mapping[str, Study]:
+    """Name → study, in the document's order."""
+    found: dict[str, Study] = {name: import_module(f"{__name__}.{name}").STUDY for name in names()}
+    return dict(sorted(found.items(), key=lambda item: item[1].order))
+
+
+def stage_of(name: str) -> Stage:
+    """The study's node in the stage graph. Its module is its own file, so it does not depend on the other studies."""
+    study, module, output = studies()[name], f"{__name__}.{name}", f"studies/{name}"
+    options = {"extra_sections": study.extra_sections, "minigpt_only": study.minigpt_only}
+    return Stage(f"study_{name}", module, output, "study", name, study.needs, study.data, **options)  # type: ignore[arg-type]
+
+
+def run_study(job: Job) -> Generator[Event, None, Facts]:
+    """The work of each study's stage: measure, then write tables, picture and report. Raises UserError."""
+    from pipeline.document.report import write_study
+    from pipeline.document.runner import delete_runs
+
+    study = studies()[job.stage.method]
+    findings = yield from import_module(job.stage.module).measure(job, job.project.section(job.stage))
+    delete_runs(job)
+    return write_study(job, study.title, study.place, findings)

@@ -1,0 +1,64 @@
+"""The change of each parameter by full fine-tuning, which Figures 1 and 4 show."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.inference import engine
+from pipeline.models.base import CausalLM
+from pipeline.project.runner import Job
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A parameter before training and its change, in fp64. A neuron is a row of a matrix (O, I).
+
+    `module`: the full name of its module; `block`: the index of its block, or None outside the blocks; `last`: the last
+    part of the module's name.
+    """
+
+    name: str
+    block: int | None
+    before: Tensor
+    change: Tensor
+
+    @property
+    def module(self) -> str:
+        return self.name.rsplit(".", 1)[0]
+
+    @property
+    def last(self) -> str:
+        return self.module.rsplit(".", 1)[-1]
+
+    @property
+    def relative(self) -> Tensor:
+        """‖Δw‖/‖w‖ of each neuron, (O,)."""
+        relative: Tensor = self.change.norm(dim=1) / self.before.norm(dim=1)
+        return relative
+
+
+@torch.no_grad()
+def changes(job: Job) -> list[Changed]:
+    """Every parameter of the expanded base with its change by full fine-tuning."""
+    before, after = (engine.load(job.project.artifact(stage)).model for stage in ("expand_vocab", "finetune_full"))
+    pairs = ((name, p.double(), after.get_parameter(name).double()) for name, p in before.named_parameters())
+    return [Changed(name, _block_of(name, before), old, new - old) for name, old, new in pairs]
+
+
+def matrices(changed: list[Changed]) -> list[Changed]:
+    """Only the matrices, without biases and norms."""
+    return [parameter for parameter in changed if parameter.change.ndim == 2]
+
+
+def module_name(block: int | None, last: str) -> str:
+    """Such as "v_proj of block 1"."""
+    return last if block is None else f"{last} of block {block}"
+
+
+def _block_of(parameter: str, model: CausalLM) -> int | None:
+    module = model.get_submodule(parameter.rsplit(".", 1)[0])
+    for number, block in enumerate(model.blocks):
+        if any(module is other for other in block.modules()):
+            return number
+    return None
