@@ -6,9 +6,9 @@ from typing import Any
 
 from pipeline.document import stages as document
 from pipeline.project.params.sections import Params
-from pipeline.project.stage_graph import STAGES, Project, StageGraph
+from pipeline.project.stage_graph import Project, StageGraph
 
-GRAPH = StageGraph({**STAGES, **document.stages()}, document.sections)
+GRAPH = StageGraph(document.Stages(), document.sections)
 
 
 def open_project(params: Path, overrides: Sequence[str] = ()) -> Project:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.params.grid import variants
-from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneSweep, Params
+from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneSweep, Params, Pretrain
 from pipeline.project.runner import Event, Job, Note, Progress
-from pipeline.project.stage_graph import STAGES
+from pipeline.project.stage_graph import STAGES, Project
 
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
+    from pipeline.models.base import CausalLM
     from pipeline.training.loop import TrainingTask
 
 Key = TypeVar("Key")
@@ -149,16 +150,40 @@ def train(
     return made
 
 
+def wider_base(job: Job, shape: Pretrain) -> Generator[Event, None, Job]:
+    """Pretrain and expand a base of another shape. Returns a job whose runs start from it. Raises UserError.
+
+    It is a project of its own in the run's folder, so what is finished there is not made again after a kill.
+    """
+    from pipeline.project.runner import run
+    from pipeline.stages.expand_vocab import expand_vocab
+    from pipeline.stages.pretrain import pretrain
+
+    expand = job.project.params.expand_vocab
+    words, audit = tuple(str(job.path(name)) for name in expand.data), str(job.path(expand.audit_data))
+    sections = {
+        "pretrain": replace(shape, data=str(job.path(shape.data))),
+        "expand_vocab": replace(expand, data=words, audit_data=audit),
+    }
+    project = Project(job.run / PARTS / "wider base", job.project.params.replaced(sections))
+    for name, work in (("pretrain", pretrain), ("expand_vocab", expand_vocab)):
+        for event in run(project, STAGES[name], work, checkpoint_every=job.checkpoint_every):
+            if isinstance(event, Progress):
+                yield Progress(event.done, event.total, f"wider base  {event.text}")
+    return replace(job, project=project)
+
+
 def checkpoints(
     job: Job,
     run: Run,
     steps_of: "Callable[[TrainingTask], Collection[int]]",
     measure: "Callable[[LoadedModel], Result]",
+    begin: "Callable[[CausalLM], None] | None" = None,
 ) -> Generator[Event, None, dict[int, Result]]:
     """Train and measure the model after some steps. Returns step → result of `measure`; step 0 is before training.
 
-    `steps_of` gives the steps; training ends after the last. It never resumes, since results of earlier steps would be
-    lost. Raises UserError as the stage does.
+    `steps_of` gives the steps; training ends after the last. `begin` changes the model before all steps. It never
+    resumes, since results of earlier steps would be lost. Raises UserError as the stage does.
     """
     from pipeline.inference.engine import LoadedModel
     from pipeline.stages.finetune import prepare
@@ -171,6 +196,8 @@ def checkpoints(
         learner = yield from prepare(part)
         model, last = learner.base.model, max(wanted := steps_of(learner.task))
         loaded = LoadedModel(run.name, model, learner.base.tokenizer, job.project.artifact("expand_vocab"))
+        if begin is not None:
+            begin(model)
         results = {0: measure(loaded)} if 0 in wanted else {}
         for event in train_steps(part, learner.task) if last else ():
             if isinstance(event, Progress):

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import AllowDuplicates, Rate, Steps
-from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import Stage
 
 if TYPE_CHECKING:
     from pipeline.document.report import Findings
+    from pipeline.project.runner import Event, Facts, Job
 
 TwoByTwo = Annotated[tuple[float, ...], AllowDuplicates()]  # row by row
 
@@ -61,15 +61,16 @@ def modules() -> dict[str, ModuleType]:
     return dict(sorted(found.items(), key=lambda item: item[1].PLACE))
 
 
-def render(job: Job, module: ModuleType) -> "Generator[Event, None, Findings]":
+def render(job: "Job", module: ModuleType) -> "Generator[Event, None, Findings]":
     """A figure's findings. Only a figure that trains has events. Raises UserError."""
     findings: Findings = module.render(job)
     return (yield from findings) if isgenerator(findings) else findings
 
 
-def figures(job: Job) -> Generator[Event, None, Facts]:
+def figures(job: "Job") -> "Generator[Event, None, Facts]":
     """Write every figure as PNG and SVG, its numbers as CSV, and a report. Raises UserError."""
     from pipeline.document.report import PRINT, REPORT, figure_section, save
+    from pipeline.project.runner import Progress
 
     for stage in job.stage.needs:
         job.artifact(stage)

@@ -6,12 +6,16 @@ tables, words and a picture. Nothing heavy is imported before `measure` runs: ev
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-from pipeline.project.runner import Event, Facts, Job
 from pipeline.project.stage_graph import Stage
+
+if TYPE_CHECKING:
+    from pipeline.project.runner import Event, Facts, Job
+
+PREFIX = "study_"
 
 
 @dataclass(frozen=True)
@@ -41,21 +45,27 @@ def names() -> list[str]:
     return [module.name for module in iter_modules(__path__)]
 
 
-@cache
 def studies() -> Mapping[str, Study]:
     """Name → study, in the document's order."""
     found: dict[str, Study] = {name: import_module(f"{__name__}.{name}").STUDY for name in names()}
     return dict(sorted(found.items(), key=lambda item: item[1].order))
 
 
-def stage_of(name: str) -> Stage:
-    """The study's node in the stage graph. Its module is its own file, so it does not depend on the other studies."""
-    study, module, output = studies()[name], f"{__name__}.{name}", f"studies/{name}"
-    options = {"extra_sections": study.extra_sections, "minigpt_only": study.minigpt_only}
-    return Stage(f"study_{name}", module, output, "study", name, study.needs, study.data, **options)  # type: ignore[arg-type]
+def stage_of(stage: str) -> Stage:
+    """The node study_NAME in the stage graph. Its module is its own file, so it does not depend on other studies.
+
+    Raises KeyError.
+    """
+    name = stage.removeprefix(PREFIX)
+    if stage == name or name not in names():
+        raise KeyError(stage)
+    module, output = f"{__name__}.{name}", f"studies/{name}"
+    study: Study = import_module(module).STUDY
+    options: dict[str, Any] = {"extra_sections": study.extra_sections, "minigpt_only": study.minigpt_only}
+    return Stage(stage, module, output, "study", name, study.needs, study.data, **options)
 
 
-def run_study(job: Job) -> Generator[Event, None, Facts]:
+def run_study(job: "Job") -> "Generator[Event, None, Facts]":
     """The work of each study's stage: measure, then write tables, picture and report. Raises UserError."""
     from pipeline.document.report import write_study
     from pipeline.document.runner import delete_runs

@@ -7,23 +7,46 @@ tables show the setting that comes nearest to the document's numbers.
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from pipeline.data.examples import Prompt, read_examples
 from pipeline.document.measures import NextTokenAnswers, ask, check_words, document, prompts_of
 from pipeline.document.report import Figure, Findings, min_max
-from pipeline.document.runner import DOCUMENT, Trained, by, describe_window, sweep_run, train
+from pipeline.document.runner import (
+    DOCUMENT,
+    Run,
+    Trained,
+    by,
+    checkpoints,
+    describe_window,
+    sweep_run,
+    train,
+    wider_base,
+)
 from pipeline.document.studies import Study
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.errors import UserError
+from pipeline.files.artifact import read_manifest
 from pipeline.project.palette import COLORS
 from pipeline.project.params.schema import Count, Rate, Seed, Steps
+from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Job
 
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
 
 GROUP = "fact_correction"
+PROJECTIONS = {  # name → target modules; "attention" are the document's four projections
+    **{name: (name,) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    "feed_forward": ("fc1", "fc2"),
+    "q_proj+v_proj": ("q_proj", "v_proj"),
+    "attention": DOCUMENT.target_modules,
+    "all": (*DOCUMENT.target_modules, "fc1", "fc2"),
+}
+STARTS = {"mean_noise": "mean and noise", "zeros": "zeros", "copy": "copies of an old row"}  # of new rows (§9.1)
+NEW_ROW_EPOCHS = 10  # later the losses are small whatever the rows began with
 TARGETS = {"v_proj": ("v_proj",), "all": DOCUMENT.target_modules}
 EMBEDDINGS: Mapping[Literal["all", "new_rows", "none"], str] = {
     "all": "embeddings and head in full",
@@ -51,6 +74,8 @@ class StudyFactCorrection:
     windows: tuple[Steps, ...] = (4, 0)  # tokens per training window; 0: whole sentences
     retention_weight: Rate = 5.0
     top_k: Count = 5
+    d_model: Count = 256  # width of another base, pretrained here: whether the correction bleeds less (§6)
+    new_data: str = "data/finetune.de.txt"  # sentences of the new words (§9.1)
 
 
 STUDY = Study(
@@ -58,7 +83,7 @@ STUDY = Study(
     place="§6",
     about="V-only against all projections, what else trains, and what retaining keeps",
     settings=StudyFactCorrection,
-    data=("data", "retention_data", "prompts", "document"),
+    data=("data", "retention_data", "prompts", "document", "new_data"),
 )
 
 
@@ -98,7 +123,7 @@ class Tuned(NamedTuple):
 
 
 def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, Findings]:
-    """Train the grid and the variants of embeddings with all seeds → five tables."""
+    """Train the grid and the variants of embeddings with all seeds → five tables; and three more for §6 and §9.1."""
     from pipeline.inference import engine
 
     prompts = prompts_of(job, settings.prompts, GROUP)
@@ -148,9 +173,17 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
         {"model": model, "trained": part, **probabilities(columns, [answers for _, _, answers in group])}
         for (model, part), group in by(lambda part: part[:2], alone).items()
     ]
+    v_only = replace(lora, **search.nearest._asdict(), target_modules=TARGETS["v_proj"])
+    widths = yield from _widths(job, settings, search, v_only, prompts)
+    projections = yield from _projections(job, settings, lora, prompts)
+    new_rows = yield from _new_rows(job, settings)
     rows, tried = [search.row(cell, rules[cell.prompt]) for cell in cells], search.settings()
     formats = dict.fromkeys(("document", "measured", "least", "greatest", "distance"), PERCENT)
     formats |= {"learning_rate": "g", "alpha": "g", "first_choices": ".1f"}
+    losses = dict.fromkeys(("new_loss", "new_loss_before", "new_loss_after"), ".3f")
+    percents = (
+        dict.fromkeys(("probability_target", "share_moved", "probability_kept"), PERCENT) | losses | {"d_model": ""}
+    )
     tables = (
         Table("rows", f"§6's two tables, trained on {search.nearest}", rows, formats, ("kind", "same_first")),
         Table("settings", f"Settings that §6 leaves open, {len(said)} cells each", tried, formats, ("window",)),
@@ -160,12 +193,98 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
         ),
         Table("parts", "Effect of each trained part alone", parts, dict.fromkeys(parts[0], PERCENT)),
         Table("top", f"The top {settings.top_k} words, first seed", search.top(settings.top_k)),
+        Table("widths", "V only on a wider base", widths, percents),
+        Table("projections", "Single projections, with neither embeddings nor head", projections, percents),
+        Table(
+            "new_rows", f"How rows of new words begin, and the loss after {NEW_ROW_EPOCHS} epochs", new_rows, percents
+        ),
     )
     changing, staying = (
         [columns[pair] for pair in expected if rules[pair[0]] == f"must_{r}"] for r in ("change", "keep")
     )
     text = _text(rows, len(tried), embeddings, parts, changing, staying)
+    text = f"{text}\n\n{_describe_others(widths, projections, new_rows)}"
     return Findings(text, tables, lambda figure: _draw(figure, rows), (10, 4.4))
+
+
+def _corrected(answers: NextTokenAnswers, prompts: Sequence[Prompt]) -> Row:
+    """Over the corrected prompts: the mean probability of the corrected word, and the share where it is the first."""
+    changing = [(p.prompt, p.corrected) for p in prompts if p.rule == "must_change"]
+    return {
+        "probability_target": fmean(answers.probability(*pair) for pair in changing),
+        "share_moved": fmean(answers.first(prompt) == word for prompt, word in changing),
+    }
+
+
+def _widths(
+    job: Job, settings: StudyFactCorrection, search: "GridSearch", lora: FinetuneLora, prompts: Sequence[Prompt]
+) -> Generator[Event, None, list[Row]]:
+    """§6, why not simply increase d_model: V only at the nearest setting, on the base and on a wider one.
+
+    One wider base is pretrained, with a feed-forward network wider by the same factor; the correction has all seeds.
+    """
+    shape, texts = job.project.params.pretrain, [prompt.prompt for prompt in prompts]
+    wide = replace(shape, d_model=settings.d_model, feed_forward=shape.feed_forward * settings.d_model // shape.d_model)
+    other = yield from wider_base(job, wide)
+    run = sweep_run("wider base, V only", replace(lora, data=str(job.path(lora.data))), {"seed": settings.seeds})
+    made = yield from train(other, [run])
+    asked = [(shape.d_model, one) for one in search.of_nearest if one.targets == "v_proj"]
+    asked += [(wide.d_model, Tuned(one, ask(one.load(other.artifact("expand_vocab")), texts))) for one in made]
+    staying = [(p.prompt, p.corrected) for p in prompts if p.rule == "must_keep"]
+    return [
+        {
+            **{"d_model": d_model, "seed": one.made.settings.seed, **_corrected(one.answers, prompts)},
+            "probability_kept": fmean(one.answers.probability(*pair) for pair in staying),
+        }
+        for d_model, one in asked
+    ]
+
+
+def _projections(
+    job: Job, settings: StudyFactCorrection, lora: FinetuneLora, prompts: Sequence[Prompt]
+) -> Generator[Event, None, list[Row]]:
+    """§6, §9.2: which projections learn the correction, if neither embeddings nor head train."""
+    from pipeline.inference.score import score
+
+    own = replace(lora, alpha=float(settings.rank), train_embeddings="none")
+    values = {"target_modules": PROJECTIONS.values(), "seed": settings.seeds}
+    made, base = (yield from train(job, [sweep_run("projections", own, values)])), job.artifact("expand_vocab")
+    names = {modules: name for name, modules in PROJECTIONS.items()}
+    examples, rows = read_examples(job.path(settings.data), settings.data), list[Row]()
+    for one in made:
+        loaded = one.load(base)
+        target = _corrected(ask(loaded, [prompt.prompt for prompt in prompts]), prompts)["probability_target"]
+        measured = {"probability_target": target, "new_loss": score(loaded, examples).loss}
+        rows.append({"targets": names[one.settings.target_modules], "seed": one.settings.seed, **measured})
+    return rows
+
+
+def _new_rows(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, list[Row]]:
+    """§9.1: how the rows of new words begin, with the losses on the new sentences before and after some epochs."""
+    import torch
+
+    from pipeline.adapters.lora import weight_of
+    from pipeline.inference.score import score
+    from pipeline.models.base import CausalLM
+
+    first, stop = read_manifest(job.artifact("expand_vocab"))["new_rows"]
+    examples, rows = read_examples(job.path(settings.new_data), settings.new_data), list[Row]()
+    for start, seed in product(STARTS, settings.seeds):
+
+        def begin(model: CausalLM, start: str = start, seed: int = seed) -> None:
+            old = torch.randint(first, (1,), generator=torch.Generator().manual_seed(seed))
+            for weight in (weight_of(module).data for module in (model.embeddings, model.head)):  # (V, D)
+                if start != "mean_noise":  # expand_vocab's own
+                    weight[first:stop] = 0 if start == "zeros" else weight[old]
+
+        lora = replace(DOCUMENT, data=settings.new_data, seed=seed, epochs=NEW_ROW_EPOCHS)
+        run = Run(f"new rows, {start}, seed {seed}", "finetune_lora", {"finetune_lora": lora})
+        losses = yield from checkpoints(
+            job, run, lambda task: (0, task.total), lambda loaded: score(loaded, examples).loss, begin
+        )
+        before, after = losses.values()
+        rows.append({"start": start, "seed": seed, "new_loss_before": before, "new_loss_after": after})
+    return rows
 
 
 def column_names(pairs: Iterable[Pair]) -> dict[Pair, str]:
@@ -309,6 +428,23 @@ def _text(
         f"{len(staying)} words that should stay: {by_part}.",
     )
     return "\n\n".join(paragraphs)
+
+
+def _describe_others(widths: Sequence[Row], projections: Sequence[Row], new_rows: Sequence[Row]) -> str:
+    def means(rows: Sequence[Row], key: str, column: str, form: str) -> str:
+        groups = by(lambda row: row[key], rows)
+        return ", ".join(f"{STARTS.get(n, n)} {fmean(r[column] for r in group):{form}}" for n, group in groups.items())
+
+    return (
+        "*Why not a larger d_model?* V only at the closest setting. Mean probability of the corrected words by "
+        f"d_model: {means(widths, 'd_model', 'probability_target', '.0%')}; of the words that should stay: "
+        f"{means(widths, 'd_model', 'probability_kept', '.0%')}.\n\n"
+        "Mean probability of the corrected words if only these modules train, and neither embeddings nor head: "
+        f"{means(projections, 'targets', 'probability_target', '.0%')}.\n\n"
+        "Loss on the new sentences by how the rows of new words begin (§9.1), before training: "
+        f"{means(new_rows, 'start', 'new_loss_before', '.2f')}; after {NEW_ROW_EPOCHS} epochs of LoRA: "
+        f"{means(new_rows, 'start', 'new_loss_after', '.2f')}."
+    )
 
 
 def _draw(figure: Figure, rows: Sequence[Row]) -> None:

@@ -404,14 +404,15 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
 
     monkeypatch.setattr(runner, "_train_run", counted)
     make(project, ["study_fact_correction"], BRIEF)
-    assert begun == ["whole sentences", "embeddings all", "embeddings new_rows", "embeddings none"]
+    assert begun[:4] == ["whole sentences", "embeddings all", "embeddings new_rows", "embeddings none"]
+    assert begun[4:] == ["wider base, V only", "projections"]
     assert folder_bytes(project / "artifacts/studies/fact_correction") == wanted
 
 
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        (["nosuch"], "Unknown study nosuch. Choose one of fact_correction, "),
+        (["nosuch"], "Unknown study nosuch. Choose one of intrinsic_dimension, "),
         (
             ["rank", "--set", "study_rank.ranks=[4, 0]"],
             "study_rank.ranks must be at least 1, got 0. Change it",
