@@ -40,9 +40,9 @@ def figures(
     project.stage(STAGE)
 
     def work(job: "Job") -> "Generator[Event, None, Facts]":
-        from pipeline.document.figures import figures
+        from pipeline.document.runner import run_figures
 
-        return figures(job)
+        return run_figures(job)
 
     run_stage(STAGE, work, params, overrides, force, checkpoint_every)
     if UNDER_DVC:

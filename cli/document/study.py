@@ -59,7 +59,7 @@ def study(
     path = project.stage(stage).path
 
     def work(job: "Job") -> "Generator[Event, None, Facts]":
-        from pipeline.document.studies import run_study
+        from pipeline.document.runner import run_study
 
         return run_study(job)
 

@@ -1,4 +1,4 @@
-"""Runs of other stages inside a study: the same code as `lora finetune …`, with other settings.
+"""The work of studies and figures, and the runs of other stages inside it: the stages' own code, with other settings.
 
 Each run has its own folder below the study's run folder, so a study that was killed resumes at the run it was in.
 The stages themselves are imported where a run starts, since the declarations in a study's file are read without torch.
@@ -10,14 +10,17 @@ import shutil
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
+from inspect import isgenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from pipeline.document.report import PRINT, REPORT, Findings, figure_section, save, write_study
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.params.grid import variants
 from pipeline.project.params.sections import FinetuneFull, FinetuneLora, FinetuneSweep, Params, Pretrain
-from pipeline.project.runner import Event, Job, Note, Progress
+from pipeline.project.runner import Event, Facts, Job, Note, Progress
 from pipeline.project.stage_graph import STAGES, Project
 
 if TYPE_CHECKING:
@@ -30,6 +33,39 @@ Result = TypeVar("Result")
 
 PARTS = "parts"
 DOCUMENT = FinetuneLora()  # the document's settings (§9.2)
+
+
+def run_study(job: Job) -> Generator[Event, None, Facts]:
+    """The work of each study's stage: measure, then write tables, picture and report. Raises UserError."""
+    module = import_module(job.stage.module)
+    findings = yield from module.measure(job, job.project.section(job.stage))
+    delete_runs(job)
+    return write_study(job, module.STUDY.title, module.STUDY.place, findings)
+
+
+def run_figures(job: Job) -> Generator[Event, None, Facts]:
+    """Write every figure as PNG and SVG, its numbers as CSV, and a report. Raises UserError."""
+    for stage in job.stage.needs:
+        job.artifact(stage)
+    every: Mapping[str, Any] = import_module(job.stage.module).modules()
+    sections, facts = ["# Figures, drawn from this project's artifacts\n"], {}
+    for number, (name, module) in enumerate(every.items(), 1):
+        findings = yield from render(job, module)
+        for table in findings.tables:
+            table.write(job.out)
+        save(job.out / name, findings.draw, findings.size, (".png", ".svg"), PRINT)
+        sections.append(figure_section(name, module.PLACE, findings))
+        files = [f"{name}.png", f"{name}.svg", *(f"{table.name}.csv" for table in findings.tables)]
+        facts[name] = {"place": module.PLACE, "title": findings.title, "shows": findings.shows, "files": files}
+        yield Progress(number, len(every), name)
+    (job.out / REPORT).write_text("\n".join(sections), encoding="utf-8")
+    return {"figures": facts}
+
+
+def render(job: Job, figure: Any) -> Generator[Event, None, Findings]:
+    """The findings of a figure's module. Only a figure that trains has events. Raises UserError."""
+    findings: Any = figure.render(job)
+    return (yield from findings) if isgenerator(findings) else findings  # type: ignore[no-any-return]
 
 
 def describe_window(window: int) -> str:

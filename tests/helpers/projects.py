@@ -8,13 +8,13 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from pipeline.document.studies import run_study
+from pipeline.document.claims.stage import claims
+from pipeline.document.runner import run_figures, run_study
 from pipeline.project.params import edit
 from pipeline.project.params.edit import remove_section
 from pipeline.project.params.sections import Params
@@ -37,9 +37,9 @@ LORA = str(Path(sys.executable).parent / "lora")
 
 
 def _measuring(stage: Stage) -> Work:
-    """The work of a stage that measures: every study has the same, the others have it in their module by their name."""
-    work: Work = run_study if stage.kind == "study" else getattr(import_module(stage.module), stage.method)
-    return work
+    """The work of a stage that measures: every study has the same."""
+    works: dict[str, Work] = {"study": run_study, "figures": run_figures, "claims": claims}
+    return works[stage.kind]
 
 
 WORK: dict[str, Work] = {

@@ -4,21 +4,15 @@ A figure is one file here, found by its name: nothing else lists it. It has its 
 `render(job)`, which measures and gives tables, words and a drawing.
 """
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import isgenerator
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import AllowDuplicates, Rate, Steps
 from pipeline.project.stage_graph import Stage
-
-if TYPE_CHECKING:
-    from pipeline.document.report import Findings
-    from pipeline.project.runner import Event, Facts, Job
 
 TwoByTwo = Annotated[tuple[float, ...], AllowDuplicates()]  # row by row
 
@@ -59,30 +53,3 @@ def modules() -> dict[str, ModuleType]:
     """Name → module of each figure, in the document's order: by its number; without one, last."""
     found = {module.name: import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)}
     return dict(sorted(found.items(), key=lambda item: item[1].PLACE))
-
-
-def render(job: "Job", module: ModuleType) -> "Generator[Event, None, Findings]":
-    """A figure's findings. Only a figure that trains has events. Raises UserError."""
-    findings: Findings = module.render(job)
-    return (yield from findings) if isgenerator(findings) else findings
-
-
-def figures(job: "Job") -> "Generator[Event, None, Facts]":
-    """Write every figure as PNG and SVG, its numbers as CSV, and a report. Raises UserError."""
-    from pipeline.document.report import PRINT, REPORT, figure_section, save
-    from pipeline.project.runner import Progress
-
-    for stage in job.stage.needs:
-        job.artifact(stage)
-    sections, facts = ["# Figures, drawn from this project's artifacts\n"], {}
-    for number, (name, module) in enumerate((every := modules()).items(), 1):
-        findings = yield from render(job, module)
-        for table in findings.tables:
-            table.write(job.out)
-        save(job.out / name, findings.draw, findings.size, (".png", ".svg"), PRINT)
-        sections.append(figure_section(name, module.PLACE, findings))
-        files = [f"{name}.png", f"{name}.svg", *(f"{table.name}.csv" for table in findings.tables)]
-        facts[name] = {"place": module.PLACE, "title": findings.title, "shows": findings.shows, "files": files}
-        yield Progress(number, len(every), name)
-    (job.out / REPORT).write_text("\n".join(sections), encoding="utf-8")
-    return {"figures": facts}

@@ -71,6 +71,8 @@ def render(job: Job) -> Findings:
         Table("attention_row", title, rows, {**dict.fromkeys(words, ".0%"), "distance": ".2f"}),
         Table("attention", "Every attention weight, by query and key", every),
     )
+
+    # In words: the document's top word, the head nearest to its row, and how much heads and models differ.
     word = max(weights, key=lambda name: weights[name])
     of_base = [row for row in rows if row["model"] == BASE]
     count = f"{sum(row['most'] == word for row in of_base)} of {len(of_base)} heads of the base"

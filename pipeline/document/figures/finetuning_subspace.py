@@ -68,6 +68,8 @@ def render(job: Job) -> Findings:
         )
         for m in matrices(changed)
     ]
+
+    # How concentrated the change is: in all weights, in those of the blocks, and in neurons.
     of_all = {parameter.name: parameter.change.flatten().square() for parameter in changed}
     squares = {
         "weights": torch.cat([*of_all.values()]),
@@ -87,6 +89,8 @@ def render(job: Job) -> Findings:
     ]
     held = {"top_1": held_if_normal(0.01), "top_10": held_if_normal(0.1), "needed_for_90": needed_if_normal(0.9)}
     concentration.append({"part": "normal", "count": None, "moved": 1.0, **held})
+
+    # The change by matrix and by neuron.
     modules = _module_rows(changed, drawn, squares["weights"])
     neurons: list[Row] = [
         {"block": m.changed.block, "module": m.changed.last, "neuron": n, "change": size, "relative_change": relative}
@@ -105,6 +109,8 @@ def render(job: Job) -> Findings:
         Table(f"{name}_modules", by_matrix, modules, of_modules),
         Table(name, "Every neuron: ‖Δw‖ and ‖Δw‖/‖w‖ of its row", neurons),
     )
+
+    # In words, with the numbers of the tables.
     parts = {row["part"]: {key: shown(row[key], ".0%") for key in held} for row in concentration}
     top = {part: row["top_10"] for part, row in parts.items()}
     moved = concentration[0]["moved"]

@@ -67,6 +67,8 @@ def render(job: Job) -> Generator[Event, None, Findings]:
         Table(f"{NAME}_landscape", f"Loss along {curve.parameter}", along),
         Table(f"{NAME}_formulas", "§4.3's formulas: relative errors against autograd", formulas(job)),
     )
+
+    # In words, with the numbers of the tables.
     keys = ("with_grad", "tensors", "parameters_with_grad", "parameters")
     with_gradient, count, trained, parameters = (sum(row[key] for row in groups) for key in keys)
     shows = (

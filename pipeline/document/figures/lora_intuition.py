@@ -117,14 +117,9 @@ def render(job: Job) -> Findings:
             }
             for n in range(POINTS)
         ]
+    title = "Share of ‖ΔW‖² in the best update of rank 1, 4 and 8, and σ₂/σ₁: the largest distance of the ellipses"
     tables = (
-        Table(
-            *(
-                "lora_intuition",
-                "Share of ‖ΔW‖² in the best update of rank 1, 4 and 8, and σ₂/σ₁: the largest distance of the ellipses",
-            ),
-            *(rows, {"ratio": ".2f", "rank_1": ".0%", "rank_4": ".0%", "rank_8": ".0%"}),
-        ),
+        Table("lora_intuition", title, rows, {"ratio": ".2f", "rank_1": ".0%", "rank_4": ".0%", "rank_8": ".0%"}),
         Table("lora_intuition_points", "The circle and its three images", points),
     )
     shows = "; ".join(

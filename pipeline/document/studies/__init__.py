@@ -4,16 +4,13 @@ The file holds its section of params.yaml, its declaration STUDY, and `measure(j
 tables, words and a picture. Nothing heavy is imported before `measure` runs: every command reads the declarations.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.project.stage_graph import Stage
-
-if TYPE_CHECKING:
-    from pipeline.project.runner import Event, Facts, Job
 
 PREFIX = "study_"
 
@@ -63,14 +60,3 @@ def stage_of(stage: str) -> Stage:
     study: Study = import_module(module).STUDY
     options: dict[str, Any] = {"extra_sections": study.extra_sections, "minigpt_only": study.minigpt_only}
     return Stage(stage, module, output, "study", name, study.needs, study.data, **options)
-
-
-def run_study(job: "Job") -> "Generator[Event, None, Facts]":
-    """The work of each study's stage: measure, then write tables, picture and report. Raises UserError."""
-    from pipeline.document.report import write_study
-    from pipeline.document.runner import delete_runs
-
-    study = studies()[job.stage.method]
-    findings = yield from import_module(job.stage.module).measure(job, job.project.section(job.stage))
-    delete_runs(job)
-    return write_study(job, study.title, study.place, findings)

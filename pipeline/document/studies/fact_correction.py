@@ -126,6 +126,7 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
     """Train the grid and the variants of embeddings with all seeds → five tables; and three more for §6 and §9.1."""
     from pipeline.inference import engine
 
+    # What is asked, and what the document's models answered.
     prompts = prompts_of(job, settings.prompts, GROUP)
     rules = {prompt.prompt: prompt.rule for prompt in prompts}
     expected = [(prompt.prompt, prompt.corrected) for prompt in prompts]  # sofa, wald, ... himmel, garten
@@ -138,8 +139,9 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
     before = ask(engine.load(base), list(rules))
     check_words(before.loaded, expected, settings.prompts)
     check_words(before.loaded, [(cell.prompt, cell.word) for cell in cells], settings.document)
-    targets, seeds = list(TARGETS.values()), settings.seeds
+
     # The grid of what the document leaves open, embeddings and head in full as in §9.2.
+    targets, seeds = list(TARGETS.values()), settings.seeds
     lora = replace(DOCUMENT, data=settings.data, epochs=settings.epochs, rank=settings.rank)
     values = {"target_modules": targets, "learning_rate": settings.learning_rates, "alpha": settings.alphas}
     grid = [sweep_run(describe_window(n), replace(lora, window=n), values | {"seed": seeds}) for n in settings.windows]
@@ -173,6 +175,7 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
         {"model": model, "trained": part, **probabilities(columns, [answers for _, _, answers in group])}
         for (model, part), group in by(lambda part: part[:2], alone).items()
     ]
+
     v_only = replace(lora, **search.nearest._asdict(), target_modules=TARGETS["v_proj"])
     widths = yield from _widths(job, settings, search, v_only, prompts)
     projections = yield from _projections(job, settings, lora, prompts)
@@ -181,23 +184,18 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
     formats = dict.fromkeys(("document", "measured", "least", "greatest", "distance"), PERCENT)
     formats |= {"learning_rate": "g", "alpha": "g", "first_choices": ".1f"}
     losses = dict.fromkeys(("new_loss", "new_loss_before", "new_loss_after"), ".3f")
-    percents = (
-        dict.fromkeys(("probability_target", "share_moved", "probability_kept"), PERCENT) | losses | {"d_model": ""}
-    )
+    shares = dict.fromkeys(("probability_target", "share_moved", "probability_kept"), PERCENT)
+    percents = {"d_model": "", **shares, **losses}
+    title = "Effect of training embeddings and head, and of retain texts"
     tables = (
         Table("rows", f"§6's two tables, trained on {search.nearest}", rows, formats, ("kind", "same_first")),
         Table("settings", f"Settings that §6 leaves open, {len(said)} cells each", tried, formats, ("window",)),
-        Table(
-            *("embeddings", "Effect of training embeddings and head, and of retain texts", embeddings),
-            dict.fromkeys(embeddings[0], PERCENT),
-        ),
+        Table("embeddings", title, embeddings, dict.fromkeys(embeddings[0], PERCENT)),
         Table("parts", "Effect of each trained part alone", parts, dict.fromkeys(parts[0], PERCENT)),
         Table("top", f"The top {settings.top_k} words, first seed", search.top(settings.top_k)),
         Table("widths", "V only on a wider base", widths, percents),
         Table("projections", "Single projections, with neither embeddings nor head", projections, percents),
-        Table(
-            "new_rows", f"How rows of new words begin, and the loss after {NEW_ROW_EPOCHS} epochs", new_rows, percents
-        ),
+        Table("new_rows", f"How rows of new words begin; loss after {NEW_ROW_EPOCHS} epochs", new_rows, percents),
     )
     changing, staying = (
         [columns[pair] for pair in expected if rules[pair[0]] == f"must_{r}"] for r in ("change", "keep")

@@ -7,8 +7,8 @@ weights.
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.data.examples import read_examples
@@ -24,8 +24,6 @@ from pipeline.project.runner import Event, Job, Progress
 
 if TYPE_CHECKING:
     from pipeline.inference.score import EvalScores
-    from pipeline.models.base import CausalLM
-    from pipeline.training.optimizer import FlatAdam
 
 PAPER_MODEL = "RoBERTa-Large"
 BASE, RANDOM = "base", "random weights"
@@ -55,26 +53,41 @@ STUDY = Study(
 
 def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, None, Findings]:
     """Train from each start in each dimension and in full, with each seed → two tables."""
+    import torch
+
+    from pipeline.document.random_subspace import OneHot, SubspaceAdam
     from pipeline.inference import engine
-    from pipeline.inference.score import score
-    from pipeline.models.load import count
+    from pipeline.inference.score import EvalScores, score
+    from pipeline.models.base import CausalLM
+    from pipeline.models.load import count, untrained
+    from pipeline.training.loop import build_optimizer
+    from pipeline.training.optimizer import FlatAdam
 
     examples = read_examples(job.path(settings.data), settings.data)
     paper = document(job, settings.document, "intrinsic_dimension")[PAPER_MODEL]
     folder = job.artifact("expand_vocab")
     base = engine.load(folder)
     large = count(base.model)["total"]
+
+    def optimizer_of(start: str, size: int, seed: int, model: CausalLM, section: Training) -> FlatAdam:
+        """The run's optimizer, after loading random weights if it starts from them."""
+        if start == RANDOM:
+            torch.manual_seed(seed)
+            model.load_state_dict(untrained(folder).state_dict())
+        if size == large:
+            return build_optimizer(model, section)
+        return SubspaceAdam(model, OneHot(count(model)["trainable"], size, seed))
+
     scores: dict[tuple[str, int], list[EvalScores]] = {(BASE, 0): [score(base, examples)]}
     sizes = [*product((BASE, RANDOM), sorted(settings.dimensions)), (BASE, large)]
     wanted = [(start, size, seed) for start, size in sizes for seed in settings.seeds]
     for number, (start, size, seed) in enumerate(wanted, 1):
-        in_full = size == large
         section = FinetuneFull(data=settings.data, seed=seed)
-        if not in_full:  # full fine-tuning has its own learning rate
+        if size < large:  # full fine-tuning has its own learning rate
             section = replace(section, learning_rate=settings.learning_rate)
         run = Run(f"{start}, {size:,} dimensions, seed {seed}", "finetune_full", {"finetune_full": section})
-        begin = Beginning(folder, start == RANDOM, 0 if in_full else size, seed)
-        scores.setdefault((start, size), []).append(score((yield from train_with(job, run, begin)), examples))
+        loaded = yield from train_with(job, run, partial(optimizer_of, start, size, seed))
+        scores.setdefault((start, size), []).append(score(loaded, examples))
         yield Progress(number, len(wanted), run.name)
 
     full = Spread.of(result.accuracy for result in scores[BASE, large]).mean
@@ -100,42 +113,14 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
         {"model": name, "parameters": parameters, "least": cell, "share": cell.mean / parameters if cell else None}
         for name, (parameters, cell) in sufficient.items()
     ]
+    formats, title = {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"}, "Training in random subspaces"
+    enough_title = f"Dimensions that reach {settings.share:.0%} of full fine-tuning"
     tables = (
-        Table(
-            *("dimensions", "Training in random subspaces; the last row is full fine-tuning", dimensions),
-            {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"},
-        ),
-        Table(
-            *("least", f"Dimensions that reach {settings.share:.0%} of full fine-tuning", least),
-            {"least": ".0f", "share": ".5%"},
-        ),
+        Table("dimensions", f"{title}; the last row is full fine-tuning", dimensions, formats),
+        Table("least", enough_title, least, {"least": ".0f", "share": ".5%"}),
     )
     text = _text(settings, dimensions, least, len(scores[BASE, 0][0].labels))
     return Findings(text, tables, lambda figure: _draw(figure, settings.share, dimensions), (7, 4))
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Where a run begins, and its optimizer: in a random subspace of `size` dimensions (0: in full)."""
-
-    folder: Path
-    random_weights: bool
-    size: int
-    seed: int
-
-    def __call__(self, model: "CausalLM", settings: Training) -> "FlatAdam":
-        import torch
-
-        from pipeline.document.random_subspace import OneHot, SubspaceAdam
-        from pipeline.models.load import count, untrained
-        from pipeline.training.loop import build_optimizer
-
-        if self.random_weights:
-            torch.manual_seed(self.seed)
-            model.load_state_dict(untrained(self.folder).state_dict())
-        if not self.size:
-            return build_optimizer(model, settings)
-        return SubspaceAdam(model, OneHot(count(model)["trainable"], self.size, self.seed))
 
 
 def _smallest_sufficient(

@@ -5,7 +5,7 @@ measured.
 """
 
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -97,7 +97,8 @@ def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, No
     tuned = list[Corrected]()
     for one in made:
         loaded = one.load(folder, trust)
-        name = AS_WRITTEN if one.run == AS_WRITTEN else _variant_name(one.settings)
+        name = "v_proj" if one.settings.target_modules == V_PROJ else "all targets"
+        name = AS_WRITTEN if one.run == AS_WRITTEN else f"{name}, retain" if one.settings.retains else name
         tuned.append(Corrected(one, name, score_answers(loaded, expected), score(loaded, examples, old).divergence))
     variants = by(lambda one: one.name, tuned)
     merged = {name: _merge_difference(job, folder, by_seed[0], prompts) for name, by_seed in variants.items()}
@@ -115,7 +116,17 @@ def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, No
         divergence = Spread.of(one.divergence for one in by_seed)
         own = {"divergence": divergence, "merge_differs_by": merged[name]}
         summary.append({"adapter": name, **counts([one.answers for one in by_seed]), **own})
-    by_prompt = [_prompt_row(n, prompt, originals, before, variants) for n, prompt in enumerate(prompts)]
+    by_prompt: list[Row] = [  # of the corrected answer for prompts that must change
+        {
+            **{"prompt": prompt.prompt, "rule": prompt.rule.removeprefix("must_"), "word": prompt.corrected},
+            **{"answer": prompt.answer, "answer_before": originals[n].probability, "base": before[n].probability},
+            **{
+                _column(name): Spread.of(one.answers[n].probability or 0.0 for one in by_seed)
+                for name, by_seed in variants.items()
+            },
+        }
+        for n, prompt in enumerate(prompts)
+    ]
     change, keep = (sum(prompt.rule == rule for prompt in prompts) for rule in ("must_change", "must_keep"))
     corrections = f"{change} prompt{'' if change == 1 else 's'} to correct"
     title = f"Of {corrections} and {keep} to keep, those with the right first choice"
@@ -162,10 +173,6 @@ def runs_of(settings: StudyKnowledgeCorrection, lora: FinetuneLora, model: "Caus
     return runs
 
 
-def _variant_name(lora: FinetuneLora) -> str:
-    return ("v_proj" if lora.target_modules == V_PROJ else "all targets") + (", retain" if lora.retains else "")
-
-
 def _column(name: str) -> str:
     return name.replace(", ", "_").replace(" ", "_")
 
@@ -182,28 +189,6 @@ def _merge_difference(job: Job, base: Path, tuned: Corrected, prompts: Sequence[
     same = SameLogits(base, adapter, [prompt.prompt for prompt in prompts], trust_remote_code=trust)
     certificate = drain(merge_into(out, Merging(base, adapter, None, trust), same))
     return float(certificate["max_logit_difference"])
-
-
-def _prompt_row(
-    number: int,
-    prompt: Prompt,
-    originals: "Sequence[AnswerScore]",
-    before: "Sequence[AnswerScore]",
-    variants: Mapping[str, Sequence[Corrected]],
-) -> Row:
-    """The probability of the expected word: the corrected answer for prompts that must change."""
-    return {
-        "prompt": prompt.prompt,
-        "rule": prompt.rule.removeprefix("must_"),
-        "word": prompt.corrected,
-        "answer": prompt.answer,
-        "answer_before": originals[number].probability,
-        "base": before[number].probability,
-        **{
-            _column(name): Spread.of(one.answers[number].probability or 0.0 for one in by_seed)
-            for name, by_seed in variants.items()
-        },
-    }
 
 
 def _text(summary: Table, stored: float) -> str:

@@ -100,21 +100,13 @@ def measure(job: Job, settings: StudyQuantization) -> Generator[Event, None, Fin
         for name, codes in four_bit_codes(normal(1024), settings.group).items()
     ]
     sizes = _sizes(every, claimed)
-    errors = dict.fromkeys(("error", "of_normal", "output_error"), ".2%")
+    formats = dict.fromkeys(("error", "of_normal", "output_error"), ".2%")
+    formats |= {"bits": ".2f", "perplexity": ".3f", "kept": ".0%", "entropy": ".2f", "best": "g"}
+    formats |= {"document_bits": "g", "document_GB": "g", "calculator_GB": ".2f", "calculator_GiB": ".2f"}
     tables = (
-        Table(
-            *("precisions", "The base with its blocks' linears quantized", quality),
-            {"bits": ".2f", **errors, "perplexity": ".3f", "kept": ".0%"},
-            hidden=("of_normal",),
-        ),
-        Table(
-            *("codes", "Entropy of the 16 four-bit codes on normal numbers, in bits", codes),
-            {"entropy": ".2f", "best": "g"},
-        ),
-        Table(
-            *("sizes", "Qwen3-8B's weights: by the document, and by the calculator", sizes),
-            {"document_bits": "g", "document_GB": "g", "calculator_GB": ".2f", "calculator_GiB": ".2f"},
-        ),
+        Table("precisions", "The base with its blocks' linears quantized", quality, formats, ("of_normal",)),
+        Table("codes", "Entropy of the 16 four-bit codes on normal numbers, in bits", codes, formats),
+        Table("sizes", "Qwen3-8B's weights: by the document, and by the calculator", sizes, formats),
     )
     text = _text(settings, quality, codes, sizes, kurtosis(engine.load(bases[0])))
     return Findings(text, tables, lambda figure: _draw(figure, quality))

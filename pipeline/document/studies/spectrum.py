@@ -91,14 +91,12 @@ def measure(job: Job, settings: StudySpectrum) -> Generator[Event, None, Finding
         {"rank": str(rank), **spreads(("held", *Knowledge._fields), by_seed)} for rank, by_seed in extracted.items()
     ]
     quality.append({"rank": "tuned", "held": None, **of_tuned})
+    title = "The LoRA extracted from full fine-tuning, with embeddings and head in full"
     tables = (
         energy(spectra),
         Table("subspaces", "φ(i, j) of the top directions", subspaces, dict.fromkeys(subspaces[0], ".0%")),
         Table("grid", f"φ(i, j) of the inputs, {first}", grid, {f"j_{j}": ".0%" for j in directions}),
-        Table(
-            *("extracted", "The LoRA extracted from full fine-tuning, with embeddings and head in full", quality),
-            {"held": ".1%", **FORMATS},
-        ),
+        Table("extracted", title, quality, {"held": ".1%", **FORMATS}),
     )
     rows = tables[0].rows
     return Findings(

@@ -113,12 +113,9 @@ def answers_by_step(
     An epoch has one step or more, so `last` epochs are enough. More would change nothing, as the learning rate is
     constant and training stops after the last measurement.
     """
-    rate, batch = settings.learning_rate, settings.batch_size
     lora = replace(DOCUMENT, data=settings.data, seed=seed, epochs=max(1, last), window=window)
-    run = Run(
-        *(_run_name(window, seed), "finetune_lora"),
-        {"finetune_lora": replace(lora, learning_rate=rate, batch_size=batch)},
-    )
+    lora = replace(lora, learning_rate=settings.learning_rate, batch_size=settings.batch_size)
+    run = Run(_run_name(window, seed), "finetune_lora", {"finetune_lora": lora})
     return (yield from checkpoints(job, run, lambda _: range(last + 1), partial(ask, prompts=[prompt])))
 
 

@@ -24,7 +24,7 @@ from transformers import OPTForCausalLM
 from pipeline.adapters.lora import LoRALinear
 from pipeline.adapters.peft.config import read_spec
 from pipeline.data.examples import read_examples
-from pipeline.document.figures import Figures, finetuning_subspace, modules, placement, render
+from pipeline.document.figures import Figures, finetuning_subspace, modules, placement
 from pipeline.document.figures.attention import ink_on
 from pipeline.document.figures.finetuning_subspace import (
     LITTLE_TO_MUCH,
@@ -37,7 +37,7 @@ from pipeline.document.figures.finetuning_subspace import (
 from pipeline.document.figures.gradient_example import GradientProbe, formulas, parameter_gradients
 from pipeline.document.figures.lora_intuition import Plane, best_of_rank, circle, farthest, share_of_rank
 from pipeline.document.report import FROZEN, GREEN, INK, PRINT, RED, SMALL, Findings
-from pipeline.document.runner import drain
+from pipeline.document.runner import drain, render
 from pipeline.document.tables import Cell, mean, read_table
 from pipeline.errors import UserError
 from pipeline.inference import engine

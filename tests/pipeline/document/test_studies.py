@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
+from pipeline.data.examples import read_examples, read_prompts
 from pipeline.document import runner
 from pipeline.document.measures import NextTokenAnswers, ask
 from pipeline.document.runner import METHODS, Trained
@@ -27,6 +29,7 @@ from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
+from pipeline.inference.score import score
 from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS
 from pipeline.project.params.sections import Params
 from pipeline.project.runner import Event, Job, Progress, input_facts, run
@@ -168,6 +171,43 @@ def test_each_part_is_set_beside_the_words_that_should_stay(studied: Path) -> No
     for row in table(studied, "fact_correction", "parts"):
         share = sum(mean(row[column]) for column in staying) / len(staying)
         assert f"{row['model']}, {row['trained']}: {share:.0%}" in report
+
+
+def test_the_base_of_the_widths_is_that_of_the_documents_rows_and_the_other_is_as_wide_as_asked(studied: Path) -> None:
+    rows = table(studied, "fact_correction", "rows")
+    corrected = [mean(row["measured"]) for row in rows if (row["kind"], row["model"]) == ("corrected", "v_proj")]
+    base, other = table(studied, "fact_correction", "widths")  # one seed
+    assert mean(base["probability_target"]) == pytest.approx(sum(corrected) / len(corrected), rel=1e-4)
+    assert (base["d_model"], other["d_model"]) == (64, 256) and base["probability_kept"] != other["probability_kept"]
+
+
+def test_a_projection_learns_what_an_adapter_trained_by_itself_does(studied: Path, project: Path) -> None:
+    rows = {row["targets"]: row for row in table(studied, "fact_correction", "projections")}
+    assert set(rows) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "feed_forward", "q_proj+v_proj", "attention", "all"),
+    }
+    given = ("data=data/fact_correction.de.txt", "epochs=2", "alpha=4", "train_embeddings=none")
+    loaded = trained(project, *given, "target_modules=[q_proj, v_proj]")
+    prompts = [p for p in read_prompts(project / "data/prompts.yaml", "p") if p.group == "fact_correction"]
+    found = [probability(loaded, p.prompt, p.corrected) for p in prompts if p.rule == "must_change"]
+    row = rows["q_proj+v_proj"]
+    assert mean(row["probability_target"]) == pytest.approx(sum(found) / len(found), abs=SAME)
+    examples = read_examples(project / "data/fact_correction.de.txt", "d")
+    assert mean(row["new_loss"]) == pytest.approx(score(loaded, examples).loss, abs=1e-4)
+
+
+def test_rows_of_new_words_begin_as_expand_vocab_has_them_at_zero_or_as_an_old_row(studied: Path) -> None:
+    rows = {row["start"]: row for row in table(studied, "fact_correction", "new_rows")}
+    base = engine.load(studied / "artifacts/expanded")
+    examples = read_examples(studied / "data/finetune.de.txt", "d")
+    assert mean(rows["mean_noise"]["new_loss_before"]) == pytest.approx(score(base, examples).loss, rel=1e-5)
+    first, stop = read_manifest(studied / "artifacts/expanded")["new_rows"]
+    with torch.no_grad():
+        for module in (base.model.embeddings, base.model.head):
+            module.get_parameter("weight")[first:stop] = 0
+    assert mean(rows["zeros"]["new_loss_before"]) == pytest.approx(score(base, examples).loss, rel=1e-5)
+    assert len({row["new_loss_before"] for row in rows.values()}) == 3
+    assert all(mean(row["new_loss_after"]) < mean(row["new_loss_before"]) for row in rows.values())
 
 
 def test_a_window_is_shown_in_words(studied: Path) -> None:
