@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from pipeline.inference import engine
-from pipeline.models.base import CausalLM
 from pipeline.project.runner import Job
 
 
@@ -42,8 +41,13 @@ class Changed:
 def changes(job: Job) -> list[Changed]:
     """Every parameter of the expanded base with its change by full fine-tuning."""
     before, after = (engine.load(job.project.artifact(stage)).model for stage in ("expand_vocab", "finetune_full"))
-    pairs = ((name, p.double(), after.get_parameter(name).double()) for name, p in before.named_parameters())
-    return [Changed(name, _block_of(name, before), old, new - old) for name, old, new in pairs]
+    blocks = {id(module): number for number, block in enumerate(before.blocks) for module in block.modules()}
+    changed = []
+    for name, parameter in before.named_parameters():
+        module, old = before.get_submodule(name.rsplit(".", 1)[0]), parameter.double()
+        new = after.get_parameter(name).double()
+        changed.append(Changed(name, blocks.get(id(module)), old, new - old))
+    return changed
 
 
 def matrices(changed: list[Changed]) -> list[Changed]:
@@ -54,11 +58,3 @@ def matrices(changed: list[Changed]) -> list[Changed]:
 def module_name(block: int | None, last: str) -> str:
     """Such as "v_proj of block 1"."""
     return last if block is None else f"{last} of block {block}"
-
-
-def _block_of(parameter: str, model: CausalLM) -> int | None:
-    module = model.get_submodule(parameter.rsplit(".", 1)[0])
-    for number, block in enumerate(model.blocks):
-        if any(module is other for other in block.modules()):
-            return number
-    return None
