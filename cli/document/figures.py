@@ -49,12 +49,8 @@ def show(folder: Path, path: str) -> None:
 
     manifest = read_manifest(folder)["figures"].items()
     rows = [
-        (f"{name} ({about['place']})", about["shows"], _file_suffixes(name, about["files"])) for name, about in manifest
+        (f"{name} ({about['place']})", about["shows"], " ".join(file.removeprefix(name) for file in about["files"]))
+        for name, about in manifest
     ]
     stdout.print(table(("figure", "what it shows", "files"), rows))
     stdout.print(f"\nIn words: {path}/report.md", markup=False, soft_wrap=True)
-
-
-def _file_suffixes(name: str, files: list[str]) -> str:
-    """A figure's files without the prefix that is its name."""
-    return " ".join(file.removeprefix(name) for file in files)

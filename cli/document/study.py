@@ -1,31 +1,24 @@
 """`lora study NAME`: measure one of the document's statements, as a stage."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cli.options import DEFAULT_PARAMS, CheckpointOption, ForceOption, ParamsOption, SetOption, group
 
-if TYPE_CHECKING:
-    pass
-
 app = group()
-STUDIES = {
-    "fact_correction": "§6  V-only against all projections, what else trains, and what retaining keeps",
-    "knowledge_correction": "§6  the recipe for a single fact, step by step, on any base",
-    "trajectory": "§2.3  from tisch to sofa, step by step",
-    "methods": "§7, §9.3  every method on the same data: share, memory, time, learned, forgotten",
-    "rank": "§2.4, §5  what rank, alpha and learning rate change",
-    "spectrum": "§2.2  how few directions hold what fine-tuning changes, and the LoRA extracted from it",
-    "intrinsic_dimension": "§2.2  full fine-tuning in random subspaces, and the least that is enough",
-    "quantization": "§10.1  what a base in fewer bits still knows, from fp32 to ternary",
-    "forgetting": "§9.3  new knowledge gained against old lost, epoch by epoch",
-}
+
+
+def _studies() -> dict[str, str]:
+    """Name → the document's section and what is measured."""
+    from pipeline.document.stages import find_studies
+
+    return {name: f"{study.place}  {study.about}" for name, study in find_studies().items()}
 
 
 def _complete_name(incomplete: str) -> list[tuple[str, str]]:
-    return [(name, about) for name, about in STUDIES.items() if name.startswith(incomplete)]
+    return [(name, about) for name, about in _studies().items() if name.startswith(incomplete)]
 
 
 NameArgument = Annotated[
@@ -50,12 +43,13 @@ def study(
     from cli.stages import run_stage
     from pipeline.errors import UserError
 
+    every = _studies()
     if name is None:
-        stdout.print(table(("study", "what it measures"), list(STUDIES.items())))
+        stdout.print(table(("study", "what it measures"), list(every.items())))
         return
     study_name = name.replace("-", "_")
-    if study_name not in STUDIES:
-        raise UserError(f"Unknown study {name}. Choose one of {', '.join(STUDIES)}.")
+    if study_name not in every:
+        raise UserError(f"Unknown study {name}. Choose one of {', '.join(every)}.")
     project, stage = project_of(params, overrides), f"study_{study_name}"
     path = project.stage(stage).path
     run_stage(stage, params, overrides, force, checkpoint_every)

@@ -1,67 +1,57 @@
 """The document's stages: studies, figures and claims. They measure the artifacts of the product's stages."""
 
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from pkgutil import iter_modules
 
-from pipeline.document import params
+from pipeline.document import studies
+from pipeline.document.figures import FIGURES
+from pipeline.project.params.schema import Section
 from pipeline.project.stage_graph import Stage
 from pipeline.stages.registry import METHODS
 from pipeline.stages.registry import STAGES as PRODUCT
 
-PARENTS = ("pretrain", "expand_vocab")
-TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
-TRAINED = ("train_from_scratch", *TUNED)
+
+def find_studies() -> Mapping[str, studies.Study]:
+    """Name → study, in the document's order."""
+    found: dict[str, studies.Study] = {
+        m.name: import_module(f"{studies.__name__}.{m.name}").STUDY for m in iter_modules(studies.__path__)
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1].order))
 
 
-def _study(name: str, *data: str, needs: tuple[str, ...] = PARENTS, **options: Any) -> Stage:
-    """A stage that measures statements of the document; on MiniGPT only, unless `options` say otherwise."""
-    module, output = f"pipeline.document.studies.{name}", f"studies/{name}"
-    options.setdefault("loads", tuple(PRODUCT[s].module for s in options.get("extra_sections", ()) if s in PRODUCT))
-    settings = getattr(params, "Study" + name.title().replace("_", ""))
+def stage_of(name: str, study: studies.Study) -> Stage:
+    """The node study_NAME in the stage graph. Its module is its own file, so it does not depend on other studies."""
     return Stage(
-        f"study_{name}", module, output, "study", name, settings, needs, data, **{"minigpt_only": True, **options}
+        f"study_{name}",
+        f"{studies.__name__}.{name}",
+        output=f"studies/{name}",
+        kind="study",
+        method=name,
+        settings=study.settings,
+        needs=study.needs,
+        data=study.data,
+        extra_sections=study.extra_sections,
+        minigpt_only=study.minigpt_only,
+        work="pipeline.document.runner",
+        # the stages that it runs: their modules are found by name
+        loads=("pipeline.stages.pretrain", *(PRODUCT[s].module for s in study.extra_sections if s in PRODUCT)),
+        summary=study.about,
     )
 
 
-def _training_data(sections: tuple[str, ...]) -> tuple[str, ...]:
-    """The params keys of these stages' training data."""
-    return (*(f"{section}.data" for section in sections), "finetune_lora.retention_data")
+class Claims(Section, frozen=True, kw_only=True):
+    """The document's claims beside what was measured: no settings; `claims: {}` in params.yaml adds the stage."""
 
 
-MEASUREMENTS = (
-    _study("fact_correction", "data", "retention_data", "prompts", "document"),
-    _study(
-        *("knowledge_correction", "data", "retention_data", "prompts", "old_data"),
-        extra_sections=("finetune_lora",),
-        minigpt_only=False,
-    ),
-    _study("trajectory", "data", "document"),
-    _study("methods", "old_data", "new_data", *_training_data(TRAINED), extra_sections=TRAINED),
-    _study("rank", "old_data", "new_data"),
-    _study("spectrum", "old_data", "new_data"),
-    _study("intrinsic_dimension", "data", "document"),
-    _study("quantization", "data", "document", "pretrain.data", needs=("pretrain",), extra_sections=("pretrain",)),
-    _study("forgetting", "old_data", "new_data", *_training_data(TUNED), extra_sections=TUNED),
-    Stage(
-        "figures",
-        "pipeline.document.figures.registry",
-        "figures",
-        "figures",
-        "figures",
-        params.Figures,
-        needs=("pretrain", "expand_vocab", "finetune_full", "finetune_freeze", "finetune_lora"),
-        data=("study_trajectory.data", "study_trajectory.document"),
-        extra_sections=("study_trajectory",),
-        minigpt_only=True,
-    ),
-)
+MEASUREMENTS = (*(stage_of(name, study) for name, study in find_studies().items()), FIGURES)
 CLAIMS = Stage(
     "claims",
     "pipeline.document.claims.report",
     "claims",
     "claims",
     "claims",
-    params.Claims,
+    Claims,
     needs=(*PRODUCT, *(stage.name for stage in MEASUREMENTS)),
     data=(
         *("pretrain.data", "finetune_lora.data", "finetune_lora.retention_data"),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 
@@ -33,10 +33,11 @@ class Spread(NamedTuple):
         return cls(math.fsum(numbers) / len(numbers), min(numbers), max(numbers))
 
 
-def min_max(cells: Iterable[Spread]) -> list[list[float]]:
-    """matplotlib's error bars: the distances from each mean down to the minimum and up to the maximum."""
-    spreads = list(cells)
-    return [[c.mean - c.low for c in spreads], [c.high - c.mean for c in spreads]]
+def spreads(names: Sequence[str], by_seed: Sequence[Sequence[float]]) -> dict[str, "Cell"]:
+    """Name → Spread over the seeds of one tuple of numbers each; empty cells if there are none, as all diverged."""
+    if not by_seed:
+        return dict.fromkeys(names)
+    return {name: Spread.of(values) for name, values in zip(names, zip(*by_seed, strict=True), strict=True)}
 
 
 def mean(cell: "Cell") -> float:
@@ -48,16 +49,9 @@ def mean(cell: "Cell") -> float:
     return float(cell)
 
 
-def spread(cell: "Cell") -> Spread:
-    """The cell as a Spread. Raises TypeError if it is not one."""
-    if not isinstance(cell, Spread):
-        raise TypeError(f"{cell!r} is not a spread")
-    return cell
-
-
 Value = str | int | float | bool | None
 Cell = Value | Spread
-Row = Mapping[str, Cell]
+Row = Mapping[str, Any]  # column → cell; readers know a column's type
 
 
 @dataclass(frozen=True)
@@ -102,14 +96,11 @@ class Table:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
             for row in self.rows:
-                cells = (_csv_values(row[name], name in spreads) for name in self.columns)
-                writer.writerow([_format_csv(value) for values in cells for value in values])
-
-
-def _csv_values(cell: Cell, spread: bool) -> tuple[Value, ...]:
-    if isinstance(cell, Spread):
-        return tuple(cell)
-    return (cell,) * 3 if spread else (cell,)
+                values: list[Value] = []
+                for name in self.columns:
+                    cell = row[name]
+                    values += cell if isinstance(cell, Spread) else (cell,) * 3 if name in spreads else (cell,)
+                writer.writerow(map(_format_csv, values))
 
 
 def _format_csv(value: Value) -> str:
@@ -148,19 +139,17 @@ def read_table(path: Path) -> list[dict[str, Cell]]:
         raise UserError(f"{path} does not exist. Run its study, or `dvc repro`.") from None
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: {error}. Run its study again.") from None
-    return [_join_spreads({name: _parse_value(text) for name, text in line.items()}) for line in lines]
-
-
-def _join_spreads(values: Mapping[str, Value]) -> dict[str, Cell]:
-    """Merge x, x_low and x_high into one Spread."""
-    cells: dict[str, Cell] = {}
-    for name, value in values.items():
-        low, high = values.get(name + LOW), values.get(name + HIGH)
-        if name.endswith((LOW, HIGH)) and name.removesuffix(LOW).removesuffix(HIGH) in values:
-            continue
-        is_spread = all(isinstance(number, int | float) for number in (value, low, high))
-        cells[name] = Spread(float(value), float(low), float(high)) if is_spread else value  # type: ignore[arg-type]
-    return cells
+    rows: list[dict[str, Cell]] = []
+    for line in lines:
+        values, row = {name: _parse_value(text) for name, text in line.items()}, dict[str, Cell]()
+        for name, value in values.items():  # x, x_low and x_high are one spread
+            if name.endswith((LOW, HIGH)) and name.removesuffix(LOW).removesuffix(HIGH) in values:
+                continue
+            spread = (value, values.get(name + LOW), values.get(name + HIGH))
+            numbers = [float(number) for number in spread if isinstance(number, int | float)]
+            row[name] = Spread(*numbers) if len(numbers) == 3 else value
+        rows.append(row)
+    return rows
 
 
 def _parse_value(text: str | None) -> Value:

@@ -176,8 +176,10 @@ class Project:
         imports = self.params.pretrain.imports
         return {
             name: stage
-            for name, stage in self.graph.stages.items()
-            if name in self.params.written and self._has_data(stage) and not (stage.minigpt_only and imports)
+            for name in self.graph.stages
+            if name in self.params.written
+            and self._has_data(stage := self.graph.stages[name])
+            and not (stage.minigpt_only and imports)
         }
 
     def _has_data(self, stage: Stage) -> bool:
@@ -187,7 +189,8 @@ class Project:
     def readable(self) -> dict[str, Stage]:
         """Its own and its parent's stages, whose artifacts it can read, by name, in the DAG's order."""
         inherited = self.parent.stages if self.parent else {}
-        return {name: stage for name, stage in self.graph.stages.items() if name in self.stages or name in inherited}
+        names = (name for name in self.graph.stages if name in self.stages or name in inherited)
+        return {name: self.graph.stages[name] for name in names}
 
     def stage(self, name: str) -> Stage:
         """One of its own stages. Raises UserError if it does not have it."""

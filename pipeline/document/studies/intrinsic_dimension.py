@@ -8,184 +8,175 @@ weights.
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+from msgspec.structs import replace
 
 from pipeline.data.read import read_examples
-from pipeline.document.params import StudyIntrinsicDimension
-from pipeline.document.random_subspace import OneHot, SubspaceAdam
-from pipeline.document.studies.shared.next_token import document
-from pipeline.document.studies.shared.report import Figure, Findings, write_report
-from pipeline.document.studies.shared.runner import Run, delete_runs, train_variant
-from pipeline.document.tables import Row, Spread, Table, min_max, shown
-from pipeline.inference import engine
-from pipeline.inference.score import EvalScores, score
-from pipeline.models.base import CausalLM
-from pipeline.models.load import count, untrained
+from pipeline.document.measures import document
+from pipeline.document.report import Figure, Findings, error_bars
+from pipeline.document.runner import Run, train_with
+from pipeline.document.studies import Study
+from pipeline.document.tables import Row, Spread, Table, shown
+from pipeline.project.params.schema import Count, Rate, Section, Seed, Share
 from pipeline.project.params.sections import Training
-from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.project.runner import Event, Job, Progress
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.stages.registry import COLORS
-from pipeline.training.loop import build_optimizer
-from pipeline.training.optimizer import FlatAdam
+
+if TYPE_CHECKING:
+    from pipeline.inference.score import EvalScores
 
 PAPER_MODEL = "RoBERTa-Large"
 BASE, RANDOM = "base", "random weights"
 SLACK = 1e-9  # for rounding: accuracies are fractions of a few tokens
-Scores = Mapping[tuple[str, int], Sequence[EvalScores]]  # (start, dimensions) → a score per seed
 
 
-def run(job: Job) -> Generator[Event, None, Facts]:
-    """Train from each start in each dimension and in full, with each seed → two tables and a picture.
+class StudyIntrinsicDimension(Section, frozen=True, kw_only=True):
+    """§2.2: full fine-tuning in random subspaces of the given dimensions."""
 
-    Raises UserError.
-    """
-    settings = job.project.params.of(StudyIntrinsicDimension)
+    data: Annotated[str, "the sentences that it trains or measures on"] = "data/finetune.de.txt"
+    document: Annotated[str, "the document's numbers and answers"] = "data/document.yaml"
+    seeds: Annotated[tuple[Seed, ...], "each is a run of its own"] = (0, 1)
+    dimensions: Annotated[tuple[Count, ...], "dimensions of the random subspace"] = (128, 256, 512)
+    learning_rate: Annotated[Rate, "per weight; scaled up for the subspace's own parameters"] = 1e-2
+    share: Annotated[Share, "of full fine-tuning's accuracy that counts as enough"] = 0.9
+
+
+STUDY = Study(
+    title="Intrinsic dimension",
+    place="§2.2",
+    about="full fine-tuning in random subspaces, and the least that is enough",
+    settings=StudyIntrinsicDimension,
+    data=("data", "document"),
+)
+
+
+def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, None, Findings]:
+    """Train from each start in each dimension and in full, with each seed → two tables."""
+    import torch
+
+    from pipeline.document.random_subspace import OneHot, SubspaceAdam
+    from pipeline.inference import engine
+    from pipeline.inference.score import EvalScores, score
+    from pipeline.models.base import CausalLM
+    from pipeline.models.load import count, untrained
+    from pipeline.training.loop import build_optimizer
+    from pipeline.training.optimizer import FlatAdam
+
     examples = read_examples(job.path(settings.data), settings.data)
-    claimed = document(job.path(settings.document), settings.document, "intrinsic_dimension")
+    paper = document(job, settings.document, "intrinsic_dimension")[PAPER_MODEL]
     folder = job.artifact("expand_vocab")
     base = engine.load(folder)
     large = count(base.model)["total"]
+
+    def optimizer_of(start: str, size: int, seed: int, model: CausalLM, section: Training) -> FlatAdam:
+        """The run's optimizer, after loading random weights if it starts from them."""
+        if start == RANDOM:
+            torch.manual_seed(seed)
+            model.load_state_dict(untrained(folder).state_dict())
+        if size == large:
+            return build_optimizer(model, section)
+        return SubspaceAdam(model, OneHot(count(model)["trainable"], size, seed))
+
     scores: dict[tuple[str, int], list[EvalScores]] = {(BASE, 0): [score(base, examples)]}
     sizes = [*product((BASE, RANDOM), sorted(settings.dimensions)), (BASE, large)]
     wanted = [(start, size, seed) for start, size in sizes for seed in settings.seeds]
     for number, (start, size, seed) in enumerate(wanted, 1):
-        run = _run(settings, start, size, seed, in_full=size == large)
-        optimizer_of = partial(_initialize, folder, start, size, seed, size == large)
-        loaded = yield from train_variant(job, run, optimizer_of)
+        section = FinetuneFull(data=settings.data, seed=seed)
+        if size < large:  # full fine-tuning has its own learning rate
+            section = replace(section, learning_rate=settings.learning_rate)
+        run = Run(f"{start}, {size:,} dimensions, seed {seed}", "finetune_full", {"finetune_full": section})
+        loaded = yield from train_with(job, run, partial(optimizer_of, start, size, seed))
         scores.setdefault((start, size), []).append(score(loaded, examples))
         yield Progress(number, len(wanted), run.name)
-    delete_runs(job)
-    tables = _dimensions(settings, scores, large), _least(settings, scores, large, claimed)
-    text = _text(settings, *tables, len(scores[BASE, 0][0].labels))
-    findings = Findings("Intrinsic dimension", "§2.2", text, tables)
-    return write_report(job, findings, lambda figure: _draw(figure, settings, tables[0]), (7, 4))
 
-
-def _run(settings: StudyIntrinsicDimension, start: str, size: int, seed: int, in_full: bool) -> Run:
-    """Full fine-tuning with its own learning rate; in a subspace with the study's."""
-    section = FinetuneFull(data=settings.data, seed=seed)
-    if not in_full:
-        section = FinetuneFull(data=settings.data, seed=seed, learning_rate=settings.learning_rate)
-    return Run(f"{start}, {size:,} dimensions, seed {seed}", "finetune_full", {"finetune_full": section})
-
-
-def _initialize(
-    folder: Path, start: str, size: int, seed: int, in_full: bool, model: CausalLM, settings: Training
-) -> FlatAdam:
-    """Load random weights if `start` is RANDOM, and build the optimizer."""
-    if start == RANDOM:
-        torch.manual_seed(seed)
-        model.load_state_dict(untrained(folder).state_dict())
-    if in_full:
-        return build_optimizer(model, settings)
-    return SubspaceAdam(model, OneHot(count(model)["trainable"], size, seed))
-
-
-def _dimensions(settings: StudyIntrinsicDimension, scores: Scores, large: int) -> Table:
     full = Spread.of(result.accuracy for result in scores[BASE, large]).mean
-    rows: list[Row] = []
+    dimensions: list[Row] = []
     for (start, size), by_seed in scores.items():
         right = Spread.of(result.accuracy for result in by_seed)
-        rows.append(
+        dimensions.append(
             {
-                "begins": start,
-                "dimensions": size,
-                "share": size / large,
-                "right": right,
+                **{"begins": start, "dimensions": size, "share": size / large, "right": right},
                 "of_full": right.mean / full,
                 "enough": right.mean >= settings.share * full - SLACK,
                 "loss": Spread.of(result.loss for result in by_seed),
             }
         )
-    formats = {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"}
-    return Table("dimensions", "Training in random subspaces; the last row is full fine-tuning", rows, formats)
-
-
-def _least(settings: StudyIntrinsicDimension, scores: Scores, large: int, claimed: Mapping[str, Any]) -> Table:
-    """The smallest sufficient dimension, each seed compared with full fine-tuning of the base by the same seed."""
-    sizes: dict[str, tuple[int, Spread | None]] = {
-        "MiniGPT": (large, _smallest_sufficient(settings, scores, large, BASE)),
-        f"MiniGPT, {RANDOM}": (large, _smallest_sufficient(settings, scores, large, RANDOM)),
+    enough = [settings.share * result.accuracy - SLACK for result in scores[BASE, large]]  # of the same seed
+    low, high = paper["least"], paper["greatest"]
+    sufficient = {
+        "MiniGPT": (large, _smallest_sufficient(scores, BASE, large, enough)),
+        f"MiniGPT, {RANDOM}": (large, _smallest_sufficient(scores, RANDOM, large, enough)),
+        PAPER_MODEL: (paper["parameters"], Spread((low + high) / 2, low, high)),
     }
-    low, high = claimed[PAPER_MODEL]["least"], claimed[PAPER_MODEL]["greatest"]
-    sizes[PAPER_MODEL] = (claimed[PAPER_MODEL]["parameters"], Spread((low + high) / 2, low, high))
-    rows: list[Row] = [
+    least = [
         {"model": name, "parameters": parameters, "least": cell, "share": cell.mean / parameters if cell else None}
-        for name, (parameters, cell) in sizes.items()
+        for name, (parameters, cell) in sufficient.items()
     ]
-    formats = {"least": ".0f", "share": ".5%"}
-    return Table("least", f"Dimensions that reach {settings.share:.0%} of full fine-tuning", rows, formats)
+    formats, title = {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"}, "Training in random subspaces"
+    enough_title = f"Dimensions that reach {settings.share:.0%} of full fine-tuning"
+    tables = (
+        Table("dimensions", f"{title}; the last row is full fine-tuning", dimensions, formats),
+        Table("least", enough_title, least, {"least": ".0f", "share": ".5%"}),
+    )
+    text = _text(settings, dimensions, least, len(scores[BASE, 0][0].labels))
+    return Findings(text, tables, lambda figure: _draw(figure, settings.share, dimensions), (7, 4))
 
 
-def _smallest_sufficient(settings: StudyIntrinsicDimension, scores: Scores, large: int, start: str) -> Spread | None:
-    """None if no dimension tried is sufficient for some seed."""
-    least = []
-    for number, full in enumerate(scores[BASE, large]):
-        enough = settings.share * full.accuracy - SLACK
-        tried = {size: by_seed for (start_, size), by_seed in scores.items() if start_ == start and 0 < size < large}
-        least.append(next((size for size, by_seed in tried.items() if by_seed[number].accuracy >= enough), None))
+def _smallest_sufficient(
+    scores: "Mapping[tuple[str, int], Sequence[EvalScores]]", start: str, large: int, enough: Sequence[float]
+) -> Spread | None:
+    """The smallest dimension in which each seed reaches its `enough`; None if one of them does in none."""
+    tried = {size: by_seed for (begins, size), by_seed in scores.items() if begins == start and 0 < size < large}
+    least = [
+        next((size for size, by_seed in tried.items() if by_seed[number].accuracy >= accuracy), None)
+        for number, accuracy in enumerate(enough)
+    ]
     sufficient = [size for size in least if size is not None]
     return Spread.of(sufficient) if len(sufficient) == len(least) else None
 
 
-def _text(settings: StudyIntrinsicDimension, dimensions: Table, least: Table, labels: int) -> str:
-    ours, random, theirs = least.rows
-    before, after = (shown(dimensions.rows[at]["right"], ".0%") for at in (0, -1))
-    share = f"{settings.share:.0%}"
-    low = min(settings.dimensions)
-    base, scratch = (
-        shown(next(r["right"] for r in dimensions.rows if (r["begins"], r["dimensions"]) == (start, low)), ".0%")
+def _text(settings: StudyIntrinsicDimension, dimensions: Sequence[Row], least: Sequence[Row], labels: int) -> str:
+    def takes(row: Row) -> str:
+        if row["least"] is None:
+            return "more dimensions than tried"
+        return f"{shown(row['least'], '.0f')} of {shown(row['parameters'])} parameters ({shown(row['share'], '.2%')})"
+
+    first, *inner, last = dimensions
+    right = {
+        start: {r["dimensions"]: shown(r["right"], ".0%") for r in inner if r["begins"] == start}
         for start in (BASE, RANDOM)
+    }
+    from_base, from_random = (", ".join(f"{size:,} → {said}" for size, said in by.items()) for by in right.values())
+    (ours, random, paper), share, low = least, f"{settings.share:.0%}", min(settings.dimensions)
+    paragraphs = (
+        f"*Right*: the share of the {labels} next tokens of `{settings.data}` that are the model's first choice: "
+        f"{shown(first['right'], '.0%')} before training, {shown(last['right'], '.0%')} after full fine-tuning. In d "
+        "dimensions only d numbers train; a random isometry with one nonzero entry per row maps them to the weights. "
+        "The number of steps is the same.",
+        f"From the base: {from_base}. So {share} of full fine-tuning's accuracy takes {takes(ours)}. From random "
+        f"weights: {from_random}; {share} takes {takes(random)}.",
+        f"The paper's {paper['model']} takes {paper['least'].low:.0f} to {paper['least'].high:.0f} of "
+        f"{shown(paper['parameters'])}. Few dimensions are enough here as well. The effect of pretraining: in {low:,} "
+        f"dimensions the base reaches {right[BASE][low]}, random weights {right[RANDOM][low]}.",
     )
-    paper = theirs["least"]
-    assert isinstance(paper, Spread)
-    return "\n\n".join(
-        [
-            f"*Right*: the share of the {labels} next tokens of `{settings.data}` that are the model's first choice: "
-            f"{before} before training, {after} after full fine-tuning. In d dimensions only d numbers train; a random "
-            "isometry with one nonzero entry per row maps them to the weights. The number of steps is the same.",
-            f"From the base: {_series(dimensions, BASE)}. So {share} of full fine-tuning's accuracy takes "
-            f"{_takes(ours)}. From random weights: {_series(dimensions, RANDOM)}; {share} takes {_takes(random)}.",
-            f"The paper's {theirs['model']} takes {paper.low:.0f} to {paper.high:.0f} of "
-            f"{shown(theirs['parameters'])}. Few dimensions are enough here as well. The effect of pretraining: "
-            f"in {low:,} dimensions the base reaches {base}, random weights {scratch}.",
-        ]
-    )
+    return "\n\n".join(paragraphs)
 
 
-def _series(dimensions: Table, start: str) -> str:
-    rows = [row for row in dimensions.rows[:-1] if row["begins"] == start and row["dimensions"]]
-    return ", ".join(f"{row['dimensions']:,} → {shown(row['right'], '.0%')}" for row in rows)
-
-
-def _takes(row: Row) -> str:
-    if row["least"] is None:
-        return "more dimensions than tried"
-    return f"{shown(row['least'], '.0f')} of {shown(row['parameters'])} parameters ({shown(row['share'], '.2%')})"
-
-
-def _draw(figure: Figure, settings: StudyIntrinsicDimension, dimensions: Table) -> None:
+def _draw(figure: Figure, share: float, dimensions: Sequence[Row]) -> None:
+    """The accuracy by dimensions from each start, beside full fine-tuning and the base."""
     axis = figure.subplots()
-    base, *inner, full = dimensions.rows
-    for start, color in ((BASE, COLORS["lora"]), (RANDOM, COLORS["scratch"])):
-        rows = [row for row in inner if row["begins"] == start]
-        cells = [cell for row in rows if isinstance(cell := row["right"], Spread)]
-        marker = "o" if start == BASE else "s"
-        x = [row["dimensions"] for row in rows]
-        axis.errorbar(
-            x, [c.mean for c in cells], yerr=min_max(cells), marker=marker, color=color, label=f"from {start}"
-        )
+    base, *inner, full = dimensions
+    for start, color, marker in ((BASE, "lora", "o"), (RANDOM, "scratch", "s")):
+        cells = {row["dimensions"]: row["right"] for row in inner if row["begins"] == start}
+        error_bars(axis, cells, list(cells.values()), marker=marker, color=COLORS[color], label=f"from {start}")
     for row, label, line in ((full, "full fine-tuning", "-"), (base, "the base", ":")):
-        assert isinstance(row["right"], Spread)
         axis.axhline(row["right"].mean, color=COLORS["full"], linestyle=line, label=label)
-    assert isinstance(full["right"], Spread)
-    share = settings.share
-    axis.axhline(share * full["right"].mean, color="black", linewidth=0.8, linestyle="--", label=f"{share:.0%} of it")
+    enough = share * full["right"].mean
+    axis.axhline(enough, color="black", linewidth=0.8, linestyle="--", label=f"{share:.0%} of it")
     axis.set(xscale="log", xlabel="dimensions d", ylabel="next tokens right", ylim=(0, 1))
-    axis.set_xticks(x, [str(value) for value in x])
+    axis.set_xticks(list(cells), [str(size) for size in cells])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

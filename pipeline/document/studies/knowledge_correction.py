@@ -5,31 +5,28 @@ measured.
 """
 
 import shutil
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from msgspec.structs import replace
 
-from pipeline.adapters.attach import adaptable
-from pipeline.calc.target_modules import matches_suffix
 from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.data.read import read_examples
-from pipeline.document.params import StudyKnowledgeCorrection
-from pipeline.document.studies.shared.next_token import check_words
-from pipeline.document.studies.shared.report import Figure, Findings, write_report
-from pipeline.document.studies.shared.runner import PARTS, Run, adapters, delete_runs, drain, run_stage, sweep_run
-from pipeline.document.tables import Cell, Row, Spread, Table, mean, shown
+from pipeline.document.measures import check_words
+from pipeline.document.report import Figure, Findings, legend_beside
+from pipeline.document.runner import PARTS, Run, Trained, by, drain, sweep_run, train
+from pipeline.document.studies import Study
+from pipeline.document.tables import Row, Spread, Table, mean, shown
 from pipeline.errors import UserError
-from pipeline.inference import engine
-from pipeline.inference.engine import LoadedModel
-from pipeline.inference.score import AnswerScore, SameLogits, score, score_answers
-from pipeline.models.base import CausalLM
-from pipeline.project.runner import Event, Facts, Job
-from pipeline.stages.evaluate import weight_bytes
+from pipeline.project.params.schema import Count, File, Rate, Section, Seed
+from pipeline.project.runner import Event, Job
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.registry import COLORS
-from pipeline.weights.merge import Merging, merge_into
+
+if TYPE_CHECKING:
+    from pipeline.inference.score import AnswerScore
+    from pipeline.models.base import CausalLM
 
 V_PROJ = ("v_proj",)
 AS_WRITTEN = "v_proj, as written"
@@ -41,57 +38,119 @@ BAR_STYLES = {  # adapter → color and hatch
 }
 
 
-@dataclass(frozen=True)
-class Corrected:
+class StudyKnowledgeCorrection(Section, frozen=True, kw_only=True):
+    """§6, steps 1 to 5, on the project's own base. Trains as finetune_lora, except for these settings."""
+
+    data: Annotated[File, "sentences that state the fact; empty: the project does not have this study"] = ""
+    retention_data: Annotated[File, "texts on which answers must stay the base's"] = "data/retain.de.txt"
+    prompts: Annotated[str, "prompts with the answers they must keep, change or learn"] = "data/prompts.yaml"
+    groups: Annotated[tuple[str, ...], "groups of prompts"] = ("knowledge_correction",)
+    old_data: Annotated[str, "where the divergence from the base is measured"] = "data/pretrain.de.txt"
+    seeds: Annotated[tuple[Seed, ...], "each is a run of its own"] = (0, 1, 2)
+    epochs: Annotated[Count, "times that every example is seen"] = 80
+    rank: Annotated[Count, "LoRA's rank"] = 4
+    learning_rate: Annotated[Rate, "learning rate"] = 2e-3
+    recipe_rate: Annotated[Rate, "learning rate of the document's recipe, on v_proj only (§6, step 3)"] = 2e-4
+    retention_weight: Annotated[Rate, "weight of the divergence from the base"] = 5.0
+
+
+STUDY = Study(
+    title="Correcting a single fact",
+    place="§6",
+    about="the recipe for a single fact, step by step, on any base",
+    settings=StudyKnowledgeCorrection,
+    data=("data", "retention_data", "prompts", "old_data"),
+    extra_sections=("finetune_lora",),
+    minigpt_only=False,
+)
+
+
+class Corrected(NamedTuple):
     """An adapter, the name of its variant, and its answers in the order of the prompts."""
 
-    folder: Path
+    made: Trained
     name: str
-    answers: Sequence[AnswerScore]
+    answers: "Sequence[AnswerScore]"
     divergence: float  # from the base on other sentences, nats per token
 
 
-def run(job: Job) -> Generator[Event, None, Facts]:
-    """Train v_proj only, all targets, both with retain texts, and the recipe as written → two tables and a picture.
+def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, None, Findings]:
+    """Train v_proj only, all targets, both with retain texts, and the recipe as written → two tables."""
+    from pipeline.inference import engine
+    from pipeline.inference.score import score, score_answers
+    from pipeline.stages.evaluate import weight_bytes
 
-    Each variant is trained with all seeds. Raises UserError.
-    """
-    settings, trust = job.project.params.of(StudyKnowledgeCorrection), job.project.params.pretrain.trust_remote_code
+    trust = job.project.params.pretrain.trust_remote_code
     prompts = [p for p in read_prompts(job.path(settings.prompts), settings.prompts) if p.group in settings.groups]
     if not prompts:
         raise UserError(
             f"{settings.prompts} has none of the groups {', '.join(settings.groups)}. Change "
             "study_knowledge_correction.groups."
         )
+    expected = [(prompt.prompt, prompt.corrected) for prompt in prompts]
     folder = job.artifact("expand_vocab")
     base = engine.load(folder, trust_remote_code=trust)
-    check_words(base, [(prompt.prompt, prompt.corrected) for prompt in prompts], settings.prompts)
-    runs = _runs(job, settings, base.model)
-    folders = yield from run_stage(job, runs)
+    check_words(base, expected, settings.prompts)
+    made = yield from train(job, runs_of(settings, job.project.params.finetune_lora, base.model))
     old = score(base, examples := read_examples(job.path(settings.old_data), settings.old_data))
-    originals = score_answers(base, [(p.prompt, p.answer) for p in prompts])
-    before = _score_corrected(base, prompts)
+    originals = score_answers(base, [(prompt.prompt, prompt.answer) for prompt in prompts])
+    before = score_answers(base, expected)
     tuned = list[Corrected]()
-    for adapter, name in (variant for run in runs for variant in _variants(run, folders[run.name])):
-        loaded = engine.load(folder, adapter, trust_remote_code=trust)
-        divergence = score(loaded, examples, old).divergence
-        tuned.append(Corrected(adapter, name, _score_corrected(loaded, prompts), divergence))
-    differences = _merge_differences(job, folder, tuned, prompts)
-    tables = _summary(prompts, before, tuned, differences), _prompts(prompts, originals, before, tuned)
-    stored = max(weight_bytes(adapter.folder) for adapter in tuned) / weight_bytes(folder)
-    delete_runs(job)
-    findings = Findings("Correcting a single fact", "§6", _text(tables[0], stored), tables)
-    height = max(4.0, 1 + 0.6 * len(tables[1].rows[:MAX_PROMPTS]))
-    labels = ["base", *_by_name(tuned)]
-    return write_report(job, findings, lambda figure: _draw(figure, tables[1], labels), (9, height))
+    for one in made:
+        loaded = one.load(folder, trust)
+        name = "v_proj" if one.settings.target_modules == V_PROJ else "all targets"
+        name = AS_WRITTEN if one.run == AS_WRITTEN else f"{name}, retain" if one.settings.retains else name
+        tuned.append(Corrected(one, name, score_answers(loaded, expected), score(loaded, examples, old).divergence))
+    variants = by(lambda one: one.name, tuned)
+    merged = {name: _merge_difference(job, folder, by_seed[0], prompts) for name, by_seed in variants.items()}
+
+    def right(rule: str, answers: "Sequence[Sequence[AnswerScore]]") -> Spread:
+        """The number of prompts of a rule whose first choice is the expected word."""
+        at = [number for number, prompt in enumerate(prompts) if prompt.rule == rule]
+        return Spread.of(float(sum(by_prompt[number].first for number in at)) for by_prompt in answers)
+
+    def counts(answers: "Sequence[Sequence[AnswerScore]]") -> Row:
+        return {"corrected": right("must_change", answers), "kept": right("must_keep", answers)}
+
+    summary: list[Row] = [{"adapter": "none", **counts([before]), "divergence": 0.0, "merge_differs_by": None}]
+    for name, by_seed in variants.items():
+        divergence = Spread.of(one.divergence for one in by_seed)
+        own = {"divergence": divergence, "merge_differs_by": merged[name]}
+        summary.append({"adapter": name, **counts([one.answers for one in by_seed]), **own})
+    by_prompt: list[Row] = [  # of the corrected answer for prompts that must change
+        {
+            **{"prompt": prompt.prompt, "rule": prompt.rule.removeprefix("must_"), "word": prompt.corrected},
+            **{"answer": prompt.answer, "answer_before": originals[n].probability, "base": before[n].probability},
+            **{
+                _column(name): Spread.of(one.answers[n].probability or 0.0 for one in by_seed)
+                for name, by_seed in variants.items()
+            },
+        }
+        for n, prompt in enumerate(prompts)
+    ]
+    change, keep = (sum(prompt.rule == rule for prompt in prompts) for rule in ("must_change", "must_keep"))
+    corrections = f"{change} prompt{'' if change == 1 else 's'} to correct"
+    title = f"Of {corrections} and {keep} to keep, those with the right first choice"
+    formats = {"corrected": ".1f", "kept": ".1f", "divergence": ".3f", "merge_differs_by": ".0e"}
+    percents = dict.fromkeys(("base", *map(_column, variants), "answer_before"), ".0%")
+    tables = (
+        Table("summary", title, summary, formats),
+        Table("prompts", "Probability of the expected word", by_prompt, percents, ("answer", "answer_before")),
+    )
+    stored = max(weight_bytes(one.made.folder) for one in tuned) / weight_bytes(folder)
+    height = max(4.0, 1 + 0.6 * min(len(prompts), MAX_PROMPTS))
+    labels = ["base", *variants]
+    return Findings(_text(tables[0], stored), tables, lambda figure: _draw(figure, by_prompt, labels), (9, height))
 
 
-def _runs(job: Job, settings: StudyKnowledgeCorrection, model: CausalLM) -> list[Run]:
-    """The runs: finetune_lora with the study's settings, alpha = rank and no embeddings in full (§6, step 3).
+def runs_of(settings: StudyKnowledgeCorrection, lora: FinetuneLora, model: "CausalLM") -> list[Run]:
+    """finetune_lora with the study's settings, alpha = rank and no embeddings in full (§6, step 3).
 
     A model without a separate V projection, such as GPT-2, has no variant with V only.
     """
-    lora = job.project.params.finetune_lora
+    from pipeline.adapters.attach import adaptable
+    from pipeline.calc.target_modules import matches_suffix
+
     base = replace(
         lora,
         data=settings.data,
@@ -107,118 +166,30 @@ def _runs(job: Job, settings: StudyKnowledgeCorrection, model: CausalLM) -> list
     has_v = any(matches_suffix(name, *V_PROJ) and adaptable(module) for name, module in model.named_modules())
     targets = list(dict.fromkeys((V_PROJ, lora.target_modules) if has_v else (lora.target_modules,)))
     weights = (0.0, settings.retention_weight) if settings.retention_data else (0.0,)
-    runs = [sweep_run("correction", base, target_modules=targets, retention_weight=weights, seed=settings.seeds)]
+    grid = {"target_modules": targets, "retention_weight": weights, "seed": settings.seeds}
+    runs = [sweep_run("correction", base, grid)]
     if has_v:
         written = replace(base, learning_rate=settings.recipe_rate, target_modules=V_PROJ, retention_weight=0.0)
-        runs.insert(0, sweep_run(AS_WRITTEN, written, seed=settings.seeds))
+        runs.insert(0, sweep_run(AS_WRITTEN, written, {"seed": settings.seeds}))
     return runs
-
-
-def _variants(run: Run, folder: Path) -> list[tuple[Path, str]]:
-    """The folder and the variant's name of each adapter of a run."""
-    return [
-        (adapter, AS_WRITTEN if run.name == AS_WRITTEN else _variant_name(settings))
-        for adapter, settings in adapters(run, folder)
-    ]
-
-
-def _variant_name(lora: FinetuneLora) -> str:
-    return ("v_proj" if lora.target_modules == V_PROJ else "all targets") + (", retain" if lora.retains else "")
-
-
-def _score_corrected(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[AnswerScore]:
-    return score_answers(loaded, [(prompt.prompt, prompt.corrected) for prompt in prompts])
-
-
-def _merge_differences(job: Job, base: Path, tuned: Sequence[Corrected], prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Merge each variant's first adapter (step 5). Returns the largest difference of its logits from base + adapter."""
-    differences: dict[str, float] = {}
-    texts, trust = [prompt.prompt for prompt in prompts], job.project.params.pretrain.trust_remote_code
-    for adapter in tuned:
-        if adapter.name not in differences:
-            out = job.run / PARTS / "merged" / adapter.folder.name
-            shutil.rmtree(out, ignore_errors=True)  # left over if the study was killed
-            out.mkdir(parents=True)
-            same = SameLogits(base, adapter.folder, texts, trust_remote_code=trust)
-            certificate = drain(merge_into(out, Merging(base, adapter.folder, None, trust), same))
-            differences[adapter.name] = certificate["max_logit_difference"]
-    return differences
-
-
-def _by_name(tuned: Sequence[Corrected]) -> dict[str, list[Corrected]]:
-    groups: dict[str, list[Corrected]] = {}
-    for adapter in tuned:
-        groups.setdefault(adapter.name, []).append(adapter)
-    return groups
-
-
-def _summary(
-    prompts: Sequence[Prompt],
-    before: Sequence[AnswerScore],
-    tuned: Sequence[Corrected],
-    differences: Mapping[str, float],
-) -> Table:
-    """For each variant: corrected prompts, prompts kept, divergence from the base, and difference after merging."""
-    rows: list[Row] = [{"adapter": "none", **_counts(prompts, [before]), "divergence": 0.0, "merge_differs_by": None}]
-    for name, by_seed in _by_name(tuned).items():
-        rows.append(
-            {
-                "adapter": name,
-                **_counts(prompts, [adapter.answers for adapter in by_seed]),
-                "divergence": Spread.of(adapter.divergence for adapter in by_seed),
-                "merge_differs_by": differences[name],
-            }
-        )
-    change, keep = (sum(p.rule == rule for p in prompts) for rule in ("must_change", "must_keep"))
-    title = f"Of {_format_count(change)} to correct and {keep} to keep, those with the right first choice"
-    formats = {"corrected": ".1f", "kept": ".1f", "divergence": ".3f", "merge_differs_by": ".0e"}
-    return Table("summary", title, rows, formats)
-
-
-def _format_count(number: int) -> str:
-    return f"{number} prompt{'' if number == 1 else 's'}"
-
-
-def _counts(prompts: Sequence[Prompt], answers: Sequence[Sequence[AnswerScore]]) -> dict[str, Cell]:
-    def count(rule: str) -> Spread:
-        return Spread.of(
-            float(sum(s.first for p, s in zip(prompts, by_prompt, strict=True) if p.rule == rule))
-            for by_prompt in answers
-        )
-
-    return {"corrected": count("must_change"), "kept": count("must_keep")}
-
-
-def _prompts(
-    prompts: Sequence[Prompt],
-    originals: Sequence[AnswerScore],
-    before: Sequence[AnswerScore],
-    tuned: Sequence[Corrected],
-) -> Table:
-    """The probability of the expected word: the corrected answer for prompts that must change."""
-    by_name = _by_name(tuned)
-    rows: list[Row] = [
-        {
-            "prompt": prompt.prompt,
-            "rule": prompt.rule.removeprefix("must_"),
-            "word": prompt.corrected,
-            "answer": prompt.answer,
-            "answer_before": originals[number].probability,
-            "base": before[number].probability,
-            **{
-                _column(n): Spread.of(a.answers[number].probability or 0.0 for a in by_seed)
-                for n, by_seed in by_name.items()
-            },
-        }
-        for number, prompt in enumerate(prompts)
-    ]
-    names = ("base", *map(_column, by_name))
-    formats = dict.fromkeys((*names, "answer_before"), ".0%")
-    return Table("prompts", "Probability of the expected word", rows, formats, ("answer", "answer_before"))
 
 
 def _column(name: str) -> str:
     return name.replace(", ", "_").replace(" ", "_")
+
+
+def _merge_difference(job: Job, base: Path, tuned: Corrected, prompts: Sequence[Prompt]) -> float:
+    """Merge an adapter (step 5). Returns the largest difference of the merged logits from base + adapter's."""
+    from pipeline.inference.score import SameLogits
+    from pipeline.weights.merge import Merging, merge_into
+
+    trust, adapter = job.project.params.pretrain.trust_remote_code, tuned.made.folder
+    out = job.run / PARTS / "merged" / adapter.name
+    shutil.rmtree(out, ignore_errors=True)  # left over if the study was killed
+    out.mkdir(parents=True)
+    same = SameLogits(base, adapter, [prompt.prompt for prompt in prompts], trust_remote_code=trust)
+    certificate = drain(merge_into(out, Merging(base, adapter, None, trust), same))
+    return float(certificate["max_logit_difference"])
 
 
 def _text(summary: Table, stored: float) -> str:
@@ -230,21 +201,20 @@ def _text(summary: Table, stored: float) -> str:
     return (
         f"{summary.title}: {results}. *Divergence* is the KL divergence from the base on other sentences, in nats per "
         f"token. An adapter takes {stored:.1%} of the base's bytes at most; after merging, its logits differ from base "
-        f"+ adapter by {max(mean(row['merge_differs_by']) for row in summary.rows[1:]):.0e} at most."
+        f"+ adapter by {max(row['merge_differs_by'] for row in summary.rows[1:]):.0e} at most."
     )
 
 
-def _draw(figure: Figure, prompts: Table, labels: Sequence[str]) -> None:
+def _draw(figure: Figure, prompts: Sequence[Row], labels: Sequence[str]) -> None:
     """One bar per prompt and adapter, in the order of the prompts."""
     axis = figure.subplots()
-    rows, step = prompts.rows[:MAX_PROMPTS], 0.84 / len(labels)
+    rows, step = prompts[:MAX_PROMPTS], 0.84 / len(labels)
     for number, label in enumerate(labels):
         color, hatch = BAR_STYLES[label]
+        positions = [row + step * (number - len(labels) / 2 + 0.5) for row in range(len(rows))]
         values = [mean(row[_column(label)]) for row in rows]
-        positions = [row + step * (number - len(labels) / 2 + 0.5) for row in range(len(values))]
         axis.barh(positions, values, 0.88 * step, color=color, hatch=hatch, label=label)
-    prompt_labels = [f"{row['prompt']} → {row['word']}" for row in rows]
-    axis.set_yticks(range(len(prompt_labels)), prompt_labels, fontsize=8)
+    axis.set_yticks(range(len(rows)), [f"{row['prompt']} → {row['word']}" for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="probability", xlim=(0, 1))
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(axis)

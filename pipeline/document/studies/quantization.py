@@ -5,105 +5,157 @@ QLoRA. Activations are not quantized, unlike in tensor cores, LLM.int8() or BitN
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from math import log2
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import torch
 from msgspec.structs import replace
-from torch import Tensor, nn
 
-from pipeline.calc.memory import weight_bytes
-from pipeline.calc.open_model import built_in
 from pipeline.data.examples import Example
 from pipeline.data.read import read_examples
-from pipeline.document import rounding
-from pipeline.document.params import StudyQuantization
-from pipeline.document.rounding import Rounded
-from pipeline.document.studies.shared.next_token import document
-from pipeline.document.studies.shared.precisions import Precision, entropy, four_bit_codes, precisions
-from pipeline.document.studies.shared.report import Figure, Findings, write_report
-from pipeline.document.studies.shared.runner import Run, delete_runs, run_stage
-from pipeline.document.tables import Row, Spread, Table, min_max, shown, spread
-from pipeline.inference import engine
-from pipeline.inference.engine import LoadedModel
-from pipeline.inference.score import EvalScores, score
-from pipeline.models.quantized_linear import quantizable
-from pipeline.project.runner import Event, Facts, Job, Progress
+from pipeline.document.measures import document
+from pipeline.document.report import Figure, Findings, min_max
+from pipeline.document.runner import Run, train
+from pipeline.document.studies import Study
+from pipeline.document.tables import Row, Table, shown, spreads
+from pipeline.project.params.schema import Count, Section, Seed
+from pipeline.project.runner import Event, Job, Progress
 from pipeline.stages.registry import COLORS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pipeline.document.rounding import Precision
+    from pipeline.inference.engine import LoadedModel
+    from pipeline.inference.score import EvalScores
 
 LARGE = "qwen3-8b"
 NEGLIGIBLE_RISE = 0.001  # relative, of perplexity
 
 
-@dataclass(frozen=True)
-class QuantizedQuality:
-    """One base in one precision: bits per weight, ‖W − Q‖/‖W‖, ‖(W − Q)X‖/‖WX‖, perplexity, share of first choices
-    equal to the unquantized base's."""
+class StudyQuantization(Section, frozen=True, kw_only=True):
+    """§10.1: the quality of the quantized base, by precision."""
 
-    bits: float
+    data: Annotated[str, "for perplexity and for the calibration of GPTQ and AWQ"] = "data/pretrain.de.txt"
+    document: Annotated[str, "the document's numbers and answers"] = "data/document.yaml"
+    seeds: Annotated[tuple[Seed, ...], "of the base model"] = (0, 1, 2)
+    group: Annotated[Count, "group size: weights of a row that share a scale"] = 64
+
+
+STUDY = Study(
+    title="A base in fewer bits",
+    place="§10.1",
+    about="what a base in fewer bits still knows, from fp32 to ternary",
+    settings=StudyQuantization,
+    data=("data", "document", "pretrain.data"),
+    needs=("pretrain",),
+    extra_sections=("pretrain",),
+)
+
+
+class Quality(NamedTuple):
+    """One base in one precision: ‖W − Q‖/‖W‖, ‖(W − Q)X‖/‖WX‖, perplexity, and the share of first choices equal to the
+    unquantized base's."""
+
     error: float
     output_error: float
     perplexity: float
     kept: float
 
 
-def run(job: Job) -> Generator[Event, None, Facts]:
-    """Measure every precision on each seed's base → three tables and a picture. Raises UserError."""
-    settings = job.project.params.of(StudyQuantization)
+def measure(job: Job, settings: StudyQuantization) -> Generator[Event, None, Findings]:
+    """Measure every precision on each seed's base → three tables."""
+    import torch
+
+    from pipeline.document.rounding import entropy, four_bit_codes, precisions
+    from pipeline.inference import engine
+
     examples = read_examples(job.path(settings.data), settings.data)
-    claimed = document(job.path(settings.document), settings.document, "quantization")
-    bases = yield from _bases(job, settings)
-    measured, rows = precisions(settings.group), list[list[QuantizedQuality]]()
-    for number, folder in enumerate(bases, 1):
-        rows.append(_measure_all(engine.load(folder), examples, measured))
-        yield Progress(number, len(bases), "in every precision")
-    tables = _precisions(measured, rows), _codes(settings.group), _sizes(measured, claimed)
-    text = _text(settings, *tables, kurtosis(engine.load(bases[0])))
-    delete_runs(job)
-    return write_report(
-        job, Findings("A base in fewer bits", "§10.1", text, tables), lambda figure: _draw(figure, tables[0])
-    )
-
-
-def _bases(job: Job, settings: StudyQuantization) -> Generator[Event, None, list[Path]]:
-    """One base per seed: the project's own for its seed, and for other seeds bases trained with the same settings."""
-    params = job.project.params
-    project_seed = params.pretrain.seed
+    claimed = document(job, settings.document, "quantization")
+    pretrain = job.project.params.pretrain
+    # The project's own base for its seed; for the other seeds, bases trained with the same settings.
     runs = {
-        seed: Run(f"base, seed {seed}", "pretrain", {"pretrain": replace(params.pretrain, seed=seed)})
+        seed: Run(f"base, seed {seed}", "pretrain", {"pretrain": replace(pretrain, seed=seed)})
         for seed in settings.seeds
-        if seed != project_seed
+        if seed != pretrain.seed
     }
-    folders = yield from run_stage(job, list(runs.values()))
-    return [job.artifact("pretrain") if seed == project_seed else folders[runs[seed].name] for seed in settings.seeds]
+    trained = {made.run: made.folder for made in (yield from train(job, list(runs.values())))}
+    bases = [trained[runs[seed].name] if seed in runs else job.artifact("pretrain") for seed in settings.seeds]
+    every, by_base = precisions(settings.group), list[list[tuple[float, Quality]]]()
+    for number, folder in enumerate(bases, 1):
+        by_base.append(_measure_all(engine.load(folder), examples, every))
+        yield Progress(number, len(bases), "in every precision")
+
+    def normal(size: int) -> "Tensor":
+        return torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+
+    numbers, quality = normal(256), list[Row]()
+    for precision, by_seed in zip(every, zip(*by_base, strict=True), strict=True):
+        rounded = precision.quantize(numbers, numbers.T @ numbers).weight
+        measured = spreads(Quality._fields, [each for _, each in by_seed])
+        own = {"precision": precision.name, "bits": by_seed[0][0], "error": measured.pop("error")}
+        of_normal = float((rounded - numbers).norm() / numbers.norm())
+        quality.append({**own, "of_normal": of_normal, **measured})
+    # NF4 is designed to maximize the entropy of its codes on normal numbers (Dettmers et al. 2023, §3).
+    codes = [
+        {"precision": name, "entropy": entropy(codes), "best": log2(16)}
+        for name, codes in four_bit_codes(normal(1024), settings.group).items()
+    ]
+    sizes = _sizes(every, claimed)
+    formats = dict.fromkeys(("error", "of_normal", "output_error"), ".2%")
+    formats |= {"bits": ".2f", "perplexity": ".3f", "kept": ".0%", "entropy": ".2f", "best": "g"}
+    formats |= {"document_bits": "g", "document_GB": "g", "calculator_GB": ".2f", "calculator_GiB": ".2f"}
+    tables = (
+        Table("precisions", "The base with its blocks' linears quantized", quality, formats, ("of_normal",)),
+        Table("codes", "Entropy of the 16 four-bit codes on normal numbers, in bits", codes, formats),
+        Table("sizes", "Qwen3-8B's weights: by the document, and by the calculator", sizes, formats),
+    )
+    text = _text(settings, quality, codes, sizes, kurtosis(engine.load(bases[0])))
+    return Findings(text, tables, lambda figure: _draw(figure, quality))
 
 
-@torch.no_grad()
 def _measure_all(
-    base: LoadedModel, examples: Sequence[Example], all_precisions: Sequence[Precision]
-) -> list[QuantizedQuality]:
+    base: "LoadedModel", examples: Sequence[Example], precisions: "Sequence[Precision]"
+) -> list[tuple[float, Quality]]:
+    """Bits per weight and quality in each precision. The base keeps the last precision's weights."""
+    import torch
+    from torch import nn
+
+    from pipeline.document.rounding import output_error
+    from pipeline.inference.score import score
+    from pipeline.models.quantized_linear import quantizable
+
     linears = {name: base.model.get_submodule(name) for name in quantizable(base.model)}
     before, grams = calibrated(base, examples, linears)
     weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}  # type: ignore[operator]
+    count = sum(weight.numel() for weight in weights.values())
+    norm = sum(float(weight.square().sum()) for weight in weights.values())
+    outputs = sum(output_error(weight, torch.zeros_like(weight), grams[name]) for name, weight in weights.items())
     qualities = []
-    for precision in all_precisions:
-        rounded = {name: precision.quantize(weights[name], grams[name]) for name in weights}
+    for precision in precisions:
+        rounded = {name: precision.quantize(weight, grams[name]) for name, weight in weights.items()}
         for name, linear in linears.items():
             linear.weight = nn.Parameter(rounded[name].weight, requires_grad=False)
-        qualities.append(_quality(weights, rounded, grams, before, score(base, examples)))
+        after = score(base, examples)
+        error = sum(float((weights[name] - q.weight).square().sum()) for name, q in rounded.items())
+        of_outputs = sum(output_error(weights[name], q.weight, grams[name]) for name, q in rounded.items())
+        kept = float((after.choices == before.choices).double().mean())
+        quality = Quality((error / norm) ** 0.5, (of_outputs / outputs) ** 0.5, after.perplexity, kept)
+        qualities.append((sum(q.bits * q.weight.numel() for q in rounded.values()) / count, quality))
     return qualities
 
 
 def calibrated(
-    base: LoadedModel, examples: Sequence[Example], linears: Mapping[str, nn.Module]
-) -> tuple[EvalScores, dict[str, Tensor]]:
+    base: "LoadedModel", examples: Sequence[Example], linears: "Mapping[str, nn.Module]"
+) -> "tuple[EvalScores, dict[str, Tensor]]":
     """The base's scores on the examples, and the Gram matrix XᵀX (I, I) of each linear's inputs X (N, I)."""
+    import torch
+
+    from pipeline.inference.score import score
+
     grams: dict[str, Tensor] = {}
 
-    def accumulate(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def accumulate(name: str) -> "Callable[[nn.Module, tuple[Tensor, ...]], None]":
+        def add(_module: "nn.Module", inputs: "tuple[Tensor, ...]") -> None:
             rows = inputs[0].detach().flatten(0, -2).double()  # (B, T, I) → (N, I)
             grams[name] = grams.get(name, torch.zeros((), dtype=torch.float64)) + rows.T @ rows
 
@@ -118,160 +170,88 @@ def calibrated(
             hook.remove()
 
 
-def _quality(
-    weights: Mapping[str, Tensor],
-    rounded: Mapping[str, Rounded],
-    grams: Mapping[str, Tensor],
-    before: EvalScores,
-    after: EvalScores,
-) -> QuantizedQuality:
-    numbers = sum(weight.numel() for weight in weights.values())
-    error = sum(float((weights[name] - q.weight).square().sum()) for name, q in rounded.items())
-    norm = sum(float(weight.square().sum()) for weight in weights.values())
-    errors = [rounding.output_error(weights[name], q.weight, grams[name]) for name, q in rounded.items()]
-    norms = [rounding.output_error(weight, torch.zeros_like(weight), grams[name]) for name, weight in weights.items()]
-    return QuantizedQuality(
-        sum(q.bits * q.weight.numel() for q in rounded.values()) / numbers,
-        (error / norm) ** 0.5,
-        (sum(errors) / sum(norms)) ** 0.5,
-        after.perplexity,
-        float((after.choices == before.choices).double().mean()),
-    )
-
-
-def _precisions(all_precisions: Sequence[Precision], by_base: Sequence[Sequence[QuantizedQuality]]) -> Table:
-    normal = _normal(256)
-    rows: list[Row] = []
-    for precision, by_seed in zip(all_precisions, zip(*by_base, strict=True), strict=True):
-        rounded = precision.quantize(normal, normal.T @ normal).weight
-        rows.append(
-            {
-                "precision": precision.name,
-                "bits": by_seed[0].bits,
-                "error": Spread.of(quality.error for quality in by_seed),
-                "of_normal": float((rounded - normal).norm() / normal.norm()),
-                "output_error": Spread.of(quality.output_error for quality in by_seed),
-                "perplexity": Spread.of(quality.perplexity for quality in by_seed),
-                "kept": Spread.of(quality.kept for quality in by_seed),
-            }
-        )
-    formats = {"bits": ".2f", "error": ".2%", "of_normal": ".2%", "output_error": ".2%", "perplexity": ".3f"}
-    return Table(
-        "precisions", "The base with its blocks' linears quantized", rows, {**formats, "kept": ".0%"}, ("of_normal",)
-    )
-
-
-def _normal(size: int) -> Tensor:
-    return torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-
-
-def _codes(group: int) -> Table:
-    """The entropy of 4-bit codes on normal numbers, which NF4 is designed to maximize (Dettmers et al. 2023, §3)."""
-    rows: list[Row] = [
-        {"precision": name, "entropy": entropy(codes), "best": log2(16)}
-        for name, codes in four_bit_codes(_normal(1024), group).items()
-    ]
-    return Table(
-        "codes", "Entropy of the 16 four-bit codes on normal numbers, in bits", rows, {"entropy": ".2f", "best": "g"}
-    )
-
-
-def _sizes(all_precisions: Sequence[Precision], claimed: Mapping[str, Any]) -> Table:
-    """The size of Qwen3-8B's weights: bits × parameters as in the document, and by the calculator."""
-    model = built_in(LARGE).shapes
-    rows: list[Row] = []
-    for precision in all_precisions:
-        document_row = claimed[precision.document] if precision.document else {}
-        rows.append(
-            {
-                "precision": precision.name,
-                "document_bits": document_row.get("bits"),
-                "document_GB": document_row.get("GB"),
-                "calculator_GB": weight_bytes(model, precision.calculator) / 1e9,
-                "calculator_GiB": weight_bytes(model, precision.calculator) / 2**30,
-            }
-        )
-    formats = {"document_bits": "g", "document_GB": "g", "calculator_GB": ".2f", "calculator_GiB": ".2f"}
-    return Table("sizes", "Qwen3-8B's weights: by the document, and by the calculator", rows, formats)
-
-
-@torch.no_grad()
-def kurtosis(base: LoadedModel) -> float:
+def kurtosis(base: "LoadedModel") -> float:
     """The kurtosis E z⁴ of the blocks' weights, each matrix standardized: 3 if normal, 1.8 if uniform."""
-    fourth_moments = []
-    for name in quantizable(base.model):
-        weight = base.model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        fourth_moments.append(((weight - weight.mean()) / weight.std()).pow(4).mean())
-    return float(torch.stack(fourth_moments).mean())
+    import torch
+
+    from pipeline.models.quantized_linear import quantizable
+
+    weights: list[Any] = [base.model.get_submodule(name).weight for name in quantizable(base.model)]
+    with torch.no_grad():
+        return float(torch.stack([((w - w.mean()) / w.std()).pow(4).mean() for w in weights]).mean())
 
 
-def _text(settings: StudyQuantization, quality: Table, codes: Table, sizes: Table, weight_kurtosis: float) -> str:
-    by_name = {str(row["precision"]): row for row in quality.rows}
-    unchanged = [name for name, row in by_name.items() if spread(row["kept"]).low == 1]
-    lost = {name: row for name, row in by_name.items() if name not in unchanged}
-    fp32 = spread(by_name["FP32"]["perplexity"]).mean
-    rises = {name: spread(row["perplexity"]).mean / fp32 - 1 for name, row in by_name.items()}
-    worse = {name: rise for name, rise in rises.items() if rise >= NEGLIGIBLE_RISE}
-    bits = {str(row["precision"]): shown(row["entropy"], ".2f") for row in codes.rows}
-    gib = {str(row["precision"]): row["calculator_GiB"] for row in sizes.rows}
-    return "\n\n".join(
-        [
-            "*Error*: ‖W − Q‖/‖W‖ over the weights of the blocks' linears, which are quantized. *Output error*: "
-            "‖(W − Q)X‖/‖WX‖ on their inputs. *Kept*: the share of first choices on "
-            f"`{settings.data}` equal to FP32's. *Bits*: per weight including scales, with groups of {settings.group}. "
-            "Activations, embeddings, head, norms and biases are not quantized.",
-            f"All first choices are kept on every base in: {', '.join(unchanged)}."
-            + "".join(f" {name} keeps {shown(row['kept'], '.0%')}." for name, row in lost.items()),
-            "Over FP32, perplexity rises by "
-            + ", ".join(f"{rise:.1%} in {name}" for name, rise in worse.items())
-            + f"; by less than {NEGLIGIBLE_RISE:.1%} in all others.",
-            _describe_calibration(by_name),
-            f"NF4's levels are the quantiles of a normal distribution. These weights have a kurtosis of "
-            f"{weight_kurtosis:.1f} (normal: 3, uniform: 1.8). The error on them is "
-            f"{shown(by_name['NF4']['error'], '.1%')} for NF4 and {shown(by_name['INT4 nearest']['error'], '.1%')} for "
-            "INT4's uniform levels; on a matrix of normal numbers it is "
-            f"{shown(by_name['NF4']['of_normal'], '.1%')} and {shown(by_name['INT4 nearest']['of_normal'], '.1%')}.",
-            "A 4-bit code carries the most information if all 16 levels are equally frequent: 4 bits of entropy. On "
-            f"normal numbers NF4 has {bits['NF4']}, INT4 {bits['INT4 nearest']}.",
-            f"Qwen3-8B takes {shown(gib['FP32'], '.1f')} GiB in FP32, {shown(gib['BF16'], '.1f')} in BF16, "
-            f"{shown(gib['INT8'], '.1f')} in INT8 and {shown(gib['NF4 double'], '.1f')} in NF4 with double "
-            "quantization. Embeddings and head stay in 16 bits, and scales are included.",
-        ]
+def _sizes(precisions: "Sequence[Precision]", claimed: Mapping[str, Any]) -> list[Row]:
+    """The size of Qwen3-8B's weights: bits × parameters as in the document, and by the calculator."""
+    from pipeline.calc.memory import weight_bytes
+    from pipeline.calc.open_model import built_in
+
+    model, rows = built_in(LARGE).shapes, list[Row]()
+    for precision in precisions:
+        told = claimed[precision.document] if precision.document else {}
+        size = weight_bytes(model, precision.calculator)
+        by_document = {"document_bits": told.get("bits"), "document_GB": told.get("GB")}
+        by_calculator = {"calculator_GB": size / 1e9, "calculator_GiB": size / 2**30}
+        rows.append({"precision": precision.name, **by_document, **by_calculator})
+    return rows
+
+
+def _text(
+    settings: StudyQuantization, quality: Sequence[Row], codes: Sequence[Row], sizes: Sequence[Row], kurtosis: float
+) -> str:
+    by_name = {row["precision"]: row for row in quality}
+    unchanged = [name for name, row in by_name.items() if row["kept"].low == 1]
+    lost = "".join(f" {n} keeps {shown(row['kept'], '.0%')}." for n, row in by_name.items() if n not in unchanged)
+    fp32 = by_name["FP32"]["perplexity"].mean
+    rises = {name: row["perplexity"].mean / fp32 - 1 for name, row in by_name.items()}
+    worse = ", ".join(f"{rise:.1%} in {name}" for name, rise in rises.items() if rise >= NEGLIGIBLE_RISE)
+    outputs, errors, of_normal = (
+        {name: shown(row[column], ".1%") for name, row in by_name.items()}
+        for column in ("output_error", "error", "of_normal")
     )
-
-
-def _describe_calibration(rows: Mapping[str, Row]) -> str:
-    """The output errors with and without calibration on the inputs."""
     pairs = (("INT4 GPTQ", "INT4 nearest"), ("INT4 AWQ", "INT4 nearest"), ("2-bit GPTQ", "2-bit nearest"))
-    errors = {name: shown(row["output_error"], ".1%") for name, row in rows.items()}
-    comparisons = (f"{errors[method]} in {method} against {errors[nearest]}" for method, nearest in pairs)
-    return f"Output error with calibration, against rounding to nearest: {', '.join(comparisons)}."
+    calibration = ", ".join(f"{outputs[method]} in {method} against {outputs[nearest]}" for method, nearest in pairs)
+    bits = {row["precision"]: shown(row["entropy"], ".2f") for row in codes}
+    gib = {row["precision"]: shown(row["calculator_GiB"], ".1f") for row in sizes}
+    paragraphs = (
+        "*Error*: ‖W − Q‖/‖W‖ over the weights of the blocks' linears, which are quantized. *Output error*: "
+        f"‖(W − Q)X‖/‖WX‖ on their inputs. *Kept*: the share of first choices on `{settings.data}` equal to FP32's. "
+        f"*Bits*: per weight including scales, with groups of {settings.group}. Activations, embeddings, head, norms "
+        "and biases are not quantized.",
+        f"All first choices are kept on every base in: {', '.join(unchanged)}.{lost}",
+        f"Over FP32, perplexity rises by {worse}; by less than {NEGLIGIBLE_RISE:.1%} in all others.",
+        f"Output error with calibration, against rounding to nearest: {calibration}.",
+        f"NF4's levels are the quantiles of a normal distribution. These weights have a kurtosis of {kurtosis:.1f} "
+        f"(normal: 3, uniform: 1.8). The error on them is {errors['NF4']} for NF4 and {errors['INT4 nearest']} for "
+        f"INT4's uniform levels; on a matrix of normal numbers it is {of_normal['NF4']} and "
+        f"{of_normal['INT4 nearest']}.",
+        "A 4-bit code carries the most information if all 16 levels are equally frequent: 4 bits of entropy. On normal "
+        f"numbers NF4 has {bits['NF4']}, INT4 {bits['INT4 nearest']}.",
+        f"Qwen3-8B takes {gib['FP32']} GiB in FP32, {gib['BF16']} in BF16, {gib['INT8']} in INT8 and "
+        f"{gib['NF4 double']} in NF4 with double quantization. Embeddings and head stay in 16 bits, and scales are "
+        "included.",
+    )
+    return "\n\n".join(paragraphs)
 
 
-def _draw(figure: Figure, quality: Table) -> None:
+def _draw(figure: Figure, quality: Sequence[Row]) -> None:
+    """The errors, and the first choices kept, by precision; most bits at the top."""
     left, right = figure.subplots(1, 2)
-    names = [str(row["precision"]) for row in quality.rows]
+    names = [row["precision"] for row in quality]
     positions = range(len(names))
-    for name, color, marker in (("error", COLORS["freeze"], "s"), ("output_error", COLORS["lora"], "o")):
-        cells = {y: cell for y, row in enumerate(quality.rows) if (cell := spread(row[name])).low}  # FP32 has error 0
-        bars = min_max(cells.values())
-        style = {"color": color, "marker": marker, "linestyle": "", "label": name.replace("_", " ")}
-        left.errorbar([c.mean for c in cells.values()], list(cells), xerr=bars, **style)
+    for name, color, marker in (("error", "freeze", "s"), ("output_error", "lora", "o")):
+        cells = {y: row[name] for y, row in enumerate(quality) if row[name].low}  # FP32 has error 0
+        style = {"color": COLORS[color], "marker": marker, "linestyle": "", "label": name.replace("_", " ")}
+        left.errorbar([c.mean for c in cells.values()], list(cells), xerr=min_max(cells.values()), **style)
     left.set(xscale="log", xlabel="relative error")
     left.set_yticks(positions, names, fontsize=8)
     left.legend(fontsize=8)
-    choices, perplexity = ([spread(row[name]) for row in quality.rows] for name in ("kept", "perplexity"))
-    right.barh(
-        positions,
-        [c.mean for c in choices],
-        xerr=min_max(choices),
-        color=COLORS["scratch"],
-    )
-    for y, value in zip(positions, perplexity, strict=True):
-        right.annotate(f"perplexity {value.mean:.2f}", (0.02, y), va="center", fontsize=7)
+    kept = [row["kept"] for row in quality]
+    right.barh(positions, [cell.mean for cell in kept], xerr=min_max(kept), color=COLORS["scratch"])
+    for y, row in enumerate(quality):
+        right.annotate(f"perplexity {row['perplexity'].mean:.2f}", (0.02, y), va="center", fontsize=7)
     right.set(xlabel="first choices kept", xlim=(0, 1))
     right.set_yticks([])
     for axis in (left, right):
         axis.grid(alpha=0.3, axis="x")
-        axis.set_ylim(len(names) - 0.4, -0.6)  # most bits at the top
+        axis.set_ylim(len(names) - 0.4, -0.6)

@@ -22,19 +22,22 @@ from torch.testing import assert_close
 from transformers import OPTForCausalLM
 
 from pipeline.adapters.lora import LoRALinear
+from pipeline.adapters.peft.config import read_spec
 from pipeline.data.read import read_examples
-from pipeline.document.figures.data.changes import held_by, held_if_normal, needed_for, needed_if_normal, trained_by
-from pipeline.document.figures.data.eckart_young import Plane, best_of_rank, circle, farthest, share_of_rank
-from pipeline.document.figures.data.formulas import GradientProbe, formulas
-from pipeline.document.figures.data.landscape import parameter_gradients
-from pipeline.document.figures.draw.figure import RenderedFigure
-from pipeline.document.figures.draw.style import FROZEN, GREEN, INK, LITTLE_TO_MUCH, PRINT, RED, SMALL, ink_on, ramp
-from pipeline.document.figures.gradient import gradient_example
-from pipeline.document.figures.placement import placement
-from pipeline.document.figures.registry import MEASURED
-from pipeline.document.figures.subspace import finetuning_subspace
-from pipeline.document.params import Figures
-from pipeline.document.studies.shared.runner import drain
+from pipeline.document.figures import Figures, finetuning_subspace, modules, placement
+from pipeline.document.figures.attention import ink_on
+from pipeline.document.figures.finetuning_subspace import (
+    LITTLE_TO_MUCH,
+    held_by,
+    held_if_normal,
+    needed_for,
+    needed_if_normal,
+    ramp,
+)
+from pipeline.document.figures.gradient_example import GradientProbe, formulas, parameter_gradients
+from pipeline.document.figures.lora_intuition import Plane, best_of_rank, circle, farthest, share_of_rank
+from pipeline.document.report import FROZEN, GREEN, INK, PRINT, RED, SMALL, Findings
+from pipeline.document.runner import drain, render
 from pipeline.document.tables import Cell, mean, read_table
 from pipeline.errors import UserError
 from pipeline.inference import engine
@@ -311,7 +314,7 @@ def test_the_trained_adapter_has_a_row_for_each_matrix(figured: Path) -> None:
 def test_the_formulas_are_tried_on_any_adapter(figured: Path, tmp_path: Path, setting: str) -> None:
     root = shutil.copytree(figured, tmp_path / "project", ignore=shutil.ignore_patterns("runs"))
     make(root, ["finetune_lora"], [f"finetune_lora.{setting}", "finetune_lora.epochs=2"])
-    assert len(formulas(job_of(root)).rows) == 8
+    assert len(formulas(job_of(root))) == 8
 
 
 def test_the_way_from_tisch_to_sofa_ends_where_the_trained_adapter_is(figured: Path, tmp_path: Path) -> None:
@@ -474,12 +477,12 @@ class Written(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def drawn(figured: Path) -> dict[str, RenderedFigure]:
+def drawn(figured: Path) -> dict[str, Findings]:
     job = job_of(figured)
-    return {one.name: one for one in (*(make_(job) for make_ in MEASURED), drain(gradient_example(job)))}
+    return {name: drain(render(job, module)) for name, module in modules().items()}
 
 
-def written(one: RenderedFigure) -> tuple[list[Written], float, float]:
+def written(one: Findings) -> tuple[list[Written], float, float]:
     """Every line of text of a figure, and the figure's width and height in pixels."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
@@ -507,7 +510,7 @@ def written(one: RenderedFigure) -> tuple[list[Written], float, float]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_text_is_small_or_cut_or_over_another(drawn: dict[str, RenderedFigure], name: str) -> None:
+def test_no_text_is_small_or_cut_or_over_another(drawn: dict[str, Findings], name: str) -> None:
     texts, width, height = written(drawn[name])
     assert len(texts) > 10
     for text in texts:
@@ -628,11 +631,11 @@ def test_other_adapters_are_drawn_as_well(project: Path, given_: str) -> None:
     overrides = [*BRIEF, given_]
     manifest = make(project, ["finetune_lora"], overrides)
     job = job_of(project, overrides)
-    for one in (finetuning_subspace(job), placement(job)):
+    for one in (finetuning_subspace.render(job), placement.render(job)):
         one.draw(Figure(figsize=one.size))
-    (table_,) = placement(job).tables
+    (table_,) = placement.render(job).tables
     adapted = {row["module"] for row in table_.rows if row["trained"]}
     assert adapted == ({"fc1"} if "fc1" in given_ else {f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")})
-    spec = trained_by(job, engine.load(project / "artifacts/expanded").model).spec
-    found = parameter_gradients(job, spec)
-    assert sum(one.count for one in found if one.norm is not None) == manifest["parameters"]["trainable"]
+    model = engine.load(project / "artifacts/expanded").model
+    found = parameter_gradients(job, read_spec(project / "artifacts/lora_adapter", model.embedding_and_head[0]))
+    assert sum(row["parameters"] for row in found if row["has_grad"]) == manifest["parameters"]["trainable"]

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.document import rounding
-from pipeline.document.rounding import Rounded
-from pipeline.document.studies.shared.precisions import entropy, four_bit_codes, precisions
+from pipeline.document.rounding import Rounded, entropy, four_bit_codes, precisions
 
 WAYS = {one.name: one.quantize for one in precisions(group=32)}
 GROUPED: dict[str, Callable[[Tensor, Tensor, int, int], Rounded]] = {

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.document.studies.spectrum import _spectra
-from pipeline.document.studies.spectrum_tables import energy
+from pipeline.document.studies.spectrum import energy, spectra_of
 from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.weights.spectrum import Measured
 from tests.conftest import Built, Lora
@@ -67,7 +66,7 @@ def test_a_wide_matrix_counts_with_all_of_its_rank(tmp_path: Path) -> None:
     """Over 1,024 columns the command knows 64 values, of which no number may hold 90%."""
     wide = {"d_model": 128, "layers": 1, "feed_forward": 1100}
     base, tuned = (checkpoint(tmp_path / name, seed, **wide) for seed, name in enumerate(("base", "tuned")))
-    table = energy(dict(_spectra(base, [tuned], {})))
+    table = energy(spectra_of(base, [tuned], {}))
     row = next(row for row in table.rows if (row["change"], row["matrices"]) == ("full", "feed-forward"))
     old, new = (load_file(folder / "model.safetensors") for folder in (base, tuned))
     ranks = []

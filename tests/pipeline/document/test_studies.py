@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
-from pipeline.data.prompts import Prompt
-from pipeline.document.params import StudyKnowledgeCorrection
-from pipeline.document.studies import knowledge_correction, methods
-from pipeline.document.studies.fact_tables import DocumentCell, Words
-from pipeline.document.studies.shared import runner
-from pipeline.document.studies.shared.method_runs import METHODS
-from pipeline.document.studies.shared.next_token import NextTokenAnswers, ask
+from pipeline.data.prompts import read_prompts
+from pipeline.data.read import read_examples
+from pipeline.document import runner
+from pipeline.document.measures import NextTokenAnswers, ask
+from pipeline.document.runner import METHODS, Trained
+from pipeline.document.studies import methods
+from pipeline.document.studies.fact_correction import column_names
+from pipeline.document.studies.knowledge_correction import StudyKnowledgeCorrection, runs_of
 from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
+from pipeline.inference.score import score
 from pipeline.project.logs.run_log import TELEMETRY, TELEMETRY_COLUMNS
 from pipeline.project.params.load import Params
 from pipeline.project.params.schema import hints
@@ -146,18 +149,65 @@ def test_with_one_part_put_back_the_model_is_that_of_the_other(studied: Path, pr
     assert mean(parts["A and B"][column]) == pytest.approx(probability(loaded, prompt, word), abs=SAME)
 
 
-def test_no_column_is_another_prompts_and_each_rule_has_its_own() -> None:
-    asked = [
-        Prompt("g", "must_keep", "das kind spielt im", "garten", "garten"),
-        Prompt("g", "must_change", "ein kind spielt im", "garten", "wald"),
-        Prompt("g", "must_change", "das kind sitzt im", "garten", "wald"),
-        Prompt("g", "must_change", "wasser", "fließt", "kocht"),
+def test_no_column_is_another_prompts() -> None:
+    pairs = [
+        *(("das kind spielt im", "garten"), ("das kind spielt im", "wald"), ("ein kind spielt im", "wald")),
+        *(("das kind sitzt im", "wald"), ("wasser", "kocht")),
     ]
-    answers = (("original", "garten"), ("all", "wald"))
-    words = Words(asked, [DocumentCell(asked[0].prompt, False, model, word, 0.8) for model, word in answers])
-    assert words.of("must_keep") == ["kind_garten"]
-    assert words.of("must_change") == ["ein_kind_spielt_im_wald", "das_kind_sitzt_im_wald", "wasser_kocht"]
-    assert words.columns["das kind spielt im", "wald"] == "das_kind_spielt_im_wald"
+    assert column_names(pairs) == {
+        ("das kind spielt im", "garten"): "kind_garten",
+        ("das kind spielt im", "wald"): "das_kind_spielt_im_wald",
+        ("ein kind spielt im", "wald"): "ein_kind_spielt_im_wald",
+        ("das kind sitzt im", "wald"): "das_kind_sitzt_im_wald",
+        ("wasser", "kocht"): "wasser_kocht",
+    }
+
+
+def test_each_part_is_set_beside_the_words_that_should_stay(studied: Path) -> None:
+    """The report's means are those of the columns of the prompts that must keep their answer."""
+    group = yaml.safe_load((studied / "data/prompts.yaml").read_text(encoding="utf-8"))["fact_correction"]
+    staying = [f"{each['prompt'].split()[1]}_{each['answer']}" for each in group["must_keep"]]
+    report = (studied / "artifacts/studies/fact_correction/report.md").read_text(encoding="utf-8")
+    for row in table(studied, "fact_correction", "parts"):
+        share = sum(mean(row[column]) for column in staying) / len(staying)
+        assert f"{row['model']}, {row['trained']}: {share:.0%}" in report
+
+
+def test_the_base_of_the_widths_is_that_of_the_documents_rows_and_the_other_is_as_wide_as_asked(studied: Path) -> None:
+    rows = table(studied, "fact_correction", "rows")
+    corrected = [mean(row["measured"]) for row in rows if (row["kind"], row["model"]) == ("corrected", "v_proj")]
+    base, other = table(studied, "fact_correction", "widths")  # one seed
+    assert mean(base["probability_target"]) == pytest.approx(sum(corrected) / len(corrected), rel=1e-4)
+    assert (base["d_model"], other["d_model"]) == (64, 256) and base["probability_kept"] != other["probability_kept"]
+
+
+def test_a_projection_learns_what_an_adapter_trained_by_itself_does(studied: Path, project: Path) -> None:
+    rows = {row["targets"]: row for row in table(studied, "fact_correction", "projections")}
+    assert set(rows) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "feed_forward", "q_proj+v_proj", "attention", "all"),
+    }
+    given = ("data=data/fact_correction.de.txt", "epochs=2", "alpha=4", "train_embeddings=none")
+    loaded = trained(project, *given, "target_modules=[q_proj, v_proj]")
+    prompts = [p for p in read_prompts(project / "data/prompts.yaml", "p") if p.group == "fact_correction"]
+    found = [probability(loaded, p.prompt, p.corrected) for p in prompts if p.rule == "must_change"]
+    row = rows["q_proj+v_proj"]
+    assert mean(row["probability_target"]) == pytest.approx(sum(found) / len(found), abs=SAME)
+    examples = read_examples(project / "data/fact_correction.de.txt", "d")
+    assert mean(row["new_loss"]) == pytest.approx(score(loaded, examples).loss, abs=1e-4)
+
+
+def test_rows_of_new_words_begin_as_expand_vocab_has_them_at_zero_or_as_an_old_row(studied: Path) -> None:
+    rows = {row["start"]: row for row in table(studied, "fact_correction", "new_rows")}
+    base = engine.load(studied / "artifacts/expanded")
+    examples = read_examples(studied / "data/finetune.de.txt", "d")
+    assert mean(rows["mean_noise"]["new_loss_before"]) == pytest.approx(score(base, examples).loss, rel=1e-5)
+    first, stop = read_manifest(studied / "artifacts/expanded")["new_rows"]
+    with torch.no_grad():
+        for module in (base.model.embeddings, base.model.head):
+            module.get_parameter("weight")[first:stop] = 0
+    assert mean(rows["zeros"]["new_loss_before"]) == pytest.approx(score(base, examples).loss, rel=1e-5)
+    assert len({row["new_loss_before"] for row in rows.values()}) == 3
+    assert all(mean(row["new_loss_after"]) < mean(row["new_loss_before"]) for row in rows.values())
 
 
 def test_a_window_is_shown_in_words(studied: Path) -> None:
@@ -238,7 +288,7 @@ def test_a_time_is_divided_by_the_steps_of_its_own_run(tmp_path: Path) -> None:
         folders[-1].mkdir(parents=True)
         lines = ",".join(TELEMETRY_COLUMNS), f"{steps},{seconds},1,1,cpu,1,1"
         (folders[-1].parent / TELEMETRY).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (row,) = methods._time({"LoRA": folders}).rows
+    row = methods.time_of("LoRA", [Trained("LoRA", None, folder) for folder in folders])
     assert row == {"method": "LoRA", "steps": Spread(7, 4, 10), "seconds": Spread(9, 8, 10), "ms_a_step": 1000}
 
 
@@ -353,13 +403,15 @@ def test_patterns_of_finetune_lora_change_no_correction(studied: Path, project: 
 
 
 def test_a_base_whose_v_is_no_linear_of_its_own_goes_without_v_alone(project: Path) -> None:
-    params, stage = load(project / "params.yaml", BRIEF), STAGES["study_knowledge_correction"]
-    job = Job(open_project(project / "params.yaml", BRIEF), stage, project, project, "", 100)
+    params = load(project / "params.yaml", BRIEF)
 
     def asked(*linears: str) -> list[object]:
-        model = nn.ModuleDict({name: nn.Linear(2, 2) for name in linears})
-        of = knowledge_correction._runs(job, params.of(StudyKnowledgeCorrection), model)  # type: ignore[arg-type]
-        return [run.sections["finetune_sweep"].grid.get("target_modules") for run in of]
+        model: Any = nn.ModuleDict({name: nn.Linear(2, 2) for name in linears})
+        settings = params.of(StudyKnowledgeCorrection)
+        return [
+            run.sections["finetune_sweep"].grid.get("target_modules")
+            for run in runs_of(settings, params.finetune_lora, model)
+        ]
 
     every = params.finetune_lora.target_modules
     assert asked("c_attn") == [(every,)]
@@ -368,7 +420,7 @@ def test_a_base_whose_v_is_no_linear_of_its_own_goes_without_v_alone(project: Pa
 
 def test_a_correction_that_was_killed_while_it_merged_ends_with_the_same_bytes(studied: Path, project: Path) -> None:
     command = ["lora", "study", "knowledge_correction", *(f"--set={one}" for one in BRIEF)]
-    dies = ("pipeline.document.studies.knowledge_correction.merge_into", 2)
+    dies = ("pipeline.weights.merge.merge_into", 2)
     assert Forked(command, project, dies=dies).end()[0] == -signal.SIGKILL
     make(project, ["study_knowledge_correction"], BRIEF)
     ours, theirs = (folder_bytes(root / "artifacts/studies/knowledge_correction") for root in (project, studied))
@@ -380,27 +432,28 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
 ) -> None:
     wanted = folder_bytes(studied / "artifacts/studies/fact_correction")
     command = ["lora", "study", "fact_correction", *(f"--set={one}" for one in BRIEF)]
-    dies = ("pipeline.document.studies.shared.runner._run_stage", 3)
+    dies = ("pipeline.document.runner._train_run", 3)
     assert Forked(command, project, dies=dies).end()[0] == -signal.SIGKILL
     assert not (project / "artifacts/studies/fact_correction").exists()
     (broken,) = project.glob("runs/study_fact_correction/parts/whole sentences/made/sweep.json")
     broken.write_text("{}", encoding="utf-8")
-    begun, work = list[str](), runner._run_stage
+    begun, work = list[str](), runner._train_run
 
     def counted(part: Job, run: runner.Run, number: int, of: int) -> Generator[Event, None, None]:
         begun.append(run.name)
         return work(part, run, number, of)
 
-    monkeypatch.setattr(runner, "_run_stage", counted)
+    monkeypatch.setattr(runner, "_train_run", counted)
     make(project, ["study_fact_correction"], BRIEF)
-    assert begun == ["whole sentences", "embeddings all", "embeddings new_rows", "embeddings none"]
+    assert begun[:4] == ["whole sentences", "embeddings all", "embeddings new_rows", "embeddings none"]
+    assert begun[4:] == ["wider base, V only", "projections"]
     assert folder_bytes(project / "artifacts/studies/fact_correction") == wanted
 
 
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        (["nosuch"], "Unknown study nosuch. Choose one of fact_correction, "),
+        (["nosuch"], "Unknown study nosuch. Choose one of intrinsic_dimension, "),
         (
             ["rank", "--set", "study_rank.ranks=[4, 0]"],
             "study_rank.ranks must be at least 1, got 0. Change it",

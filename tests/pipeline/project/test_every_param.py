@@ -86,6 +86,7 @@ OTHER = {
     **{f"study_{name}_correction.{key}": "2" for name in ("fact", "knowledge") for key in ("rank", "retention_weight")},
     **{"study_fact_correction.alphas": "[2.0]", "study_fact_correction.learning_rates": "[1e-3]"},
     **{"study_fact_correction.windows": "[3]", "study_fact_correction.top_k": "2"},
+    **{"study_fact_correction.d_model": "72", "study_fact_correction.new_data": "data/fact_correction.de.txt"},
     "study_knowledge_correction.data": "data/fact_correction.de.txt",
     "study_knowledge_correction.groups": "[knowledge_correction, fact_correction]",
     **{"study_knowledge_correction.old_data": "other.txt", "study_knowledge_correction.recipe_rate": "3e-3"},
