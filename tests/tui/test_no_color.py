@@ -21,8 +21,8 @@ from tui.screens.adapters.attention_dialog import AttentionScreen
 from tui.screens.adapters.sampling_dialog import SamplingScreen
 from tui.screens.adapters.session.sampling import Sampling
 from tui.screens.calculator.dialogs import Confirm, document_table
-from tui.screens.curves.export_dialog import ExportScreen
-from tui.widgets.plot.line_chart import LossChart
+from tui.screens.curves.export import ExportScreen
+from tui.widgets.line_chart import LossChart
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
 

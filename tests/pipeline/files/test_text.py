@@ -12,7 +12,7 @@ from tui.screens.adapters.session.transcript import Answer, Exchange
 from tui.screens.adapters.widgets.attention_view import BARS, bars, matrix, sentence, window
 from tui.screens.adapters.widgets.streaming import format_answer
 from tui.screens.adapters.widgets.top_k import CELL, table
-from tui.widgets.bars import pad_or_truncate
+from tui.widgets.text import pad_or_truncate
 
 TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", " ", "\ufffd", "é", "a" * 60, "🤗"]
 

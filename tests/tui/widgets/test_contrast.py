@@ -4,7 +4,7 @@ import pytest
 from textual.color import Color
 
 from pipeline.project.palette import METHODS, other
-from tui.widgets.contrast import CONTRAST, contrast, readable
+from tui.widgets.line_chart import CONTRAST, contrast, readable
 
 COLORS = sorted({look.color for look in (*METHODS.values(), *map(other, range(20)))})
 

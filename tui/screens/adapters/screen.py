@@ -30,8 +30,7 @@ from tui.screens.adapters.widgets.model_details import Details
 from tui.screens.adapters.widgets.model_table import ModelTable
 from tui.screens.curves.export import save
 from tui.services.engine_client import EngineDied, Inference
-from tui.widgets.prompt_input import PromptInput
-from tui.widgets.slider import STEP, Slider
+from tui.widgets.fields import STEP, PromptInput, Slider
 
 MAX_PROMPTS = 200  # in the saved history
 STATUS_EVERY = 2.0  # seconds between status requests

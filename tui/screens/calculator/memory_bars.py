@@ -7,7 +7,7 @@ from rich.text import Text
 from pipeline.calc.fit import Gpu
 from pipeline.calc.memory import PARTS, Memory
 from pipeline.calc.report import SHADES, gib
-from tui.widgets.text_block import Lines, cells
+from tui.widgets.text import Lines, cells
 
 SIGNS = dict(zip(PARTS, "█◆▓▒░≡·", strict=True))  # parts differ in symbol too, not only in colour
 EDGE = "│"  # where the GPU ends

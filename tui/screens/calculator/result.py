@@ -10,7 +10,7 @@ from pipeline.calc.parameters import document_count, notes, projections, why_the
 from pipeline.calc.report import PROJECTION, capped, cells_of, gib, smallest, title_of
 from pipeline.project.logs.run_log import in_units
 from tui.screens.calculator.model import Result
-from tui.widgets.text_block import Lines, cells
+from tui.widgets.text import Lines, cells
 
 
 class Advice(NamedTuple):

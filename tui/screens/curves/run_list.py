@@ -1,6 +1,6 @@
 """The list of runs: shown or hidden, symbol, colour and status of each."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,12 +9,14 @@ from textual.binding import Binding, BindingType
 from textual.color import Color
 from textual.message import Message
 from textual.widgets import OptionList
-from textual.widgets.option_list import Option
 
-from tui.widgets.contrast import readable
+from tui.screens.curves.runs import Runs
+from tui.widgets.keyed_list import KeyedList
+from tui.widgets.line_chart import readable
 
 INDENT = 6
 OPENS = "enter lists them"
+MAX_NAME = 44  # characters of an adapter's name in the list, at most
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,23 @@ class Row:
     sweep: str = ""
 
 
-class RunList(OptionList):
+def list_rows(runs: Runs, expanded: Collection[str]) -> Iterator[Row]:
+    """A row per run, and below an expanded sweep a row per adapter, the names padded to one width."""
+    for key, view in runs.views.items():
+        on, look = key in runs.shown, runs.looks[key]
+        opened = key in expanded if view.run.sweeps else None
+        # A hidden run is not read, so its numbers would be old.
+        yield Row(key, on, look.sign, look.color, view.run.label, view.facts() if on else [view.state], opened)
+        if opened:
+            width = min(max(map(len, view.curve_logs)), MAX_NAME)
+            for name, log in view.curve_logs.items():
+                label = name if len(name) <= width else f"{name[: width - 1]}…"
+                sign = look.sign if log is view.best else " "
+                facts = view.facts_of(log)
+                yield Row(view.adapter_key(log), on, sign, look.color, f"{label:{width}}", facts, sweep=key)
+
+
+class RunList(KeyedList):
     """Legend, status and switches of the runs."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -42,8 +60,8 @@ class RunList(OptionList):
         Binding("enter", "open", "Show or hide the run; list a sweep's adapters", id="curves.open", show=False),
     ]
     DEFAULT_CSS = """
-    RunList { height: auto; scrollbar-size-vertical: 1; border: none; padding: 0; background: $background; }
-    RunList:focus { border: none; background: $background; }
+    RunList { scrollbar-size-vertical: 1; background: $background; }
+    RunList:focus { background: $background; }
     """
 
     @dataclass
@@ -62,49 +80,38 @@ class RunList(OptionList):
     class Pointed(Message):
         """The highlight moved to this row: a run or an adapter."""
 
-        key: str
+        row: Row
 
     def __init__(self) -> None:
-        super().__init__(compact=True)
-        self._rows: list[Row] = []
+        super().__init__()
+        self._rows: dict[str, Row] = {}
 
     @property
     def pointed(self) -> Row | None:
         """The highlighted row."""
-        index = self.highlighted
-        return self._rows[index] if index is not None and index < len(self._rows) else None
+        option = self.highlighted_option
+        return self._rows.get(str(option.id)) if option is not None else None
 
-    def show(self, rows: Sequence[Row]) -> None:
-        """Show `rows`. The highlight stays on its run, or at its index if the run is gone."""
-        if [row.key for row in rows] == [row.key for row in self._rows]:
-            for index, (row, before) in enumerate(zip(rows, self._rows, strict=True)):
-                if row != before:
-                    self.replace_option_prompt_at_index(index, self._format_row(row))
-        else:
-            indices, pointed, index = {row.key: n for n, row in enumerate(rows)}, self.pointed, self.highlighted or 0
-            if pointed is not None:
-                index = indices.get(pointed.key, indices.get(pointed.sweep, index))
-            self.clear_options()
-            self.add_options([Option(self._format_row(row), id=row.key) for row in rows])
-            self._rows = list(rows)
-            self.highlighted = min(index, len(rows) - 1) if rows else None
-        self._rows = list(rows)
+    def show_rows(self, rows: Iterator[Row]) -> None:
+        """Show these rows. The highlight of an adapter that is no longer listed moves to its sweep."""
+        pointed = self.pointed
+        self._rows = {row.key: row for row in rows}
+        self.show({key: self._format_row(row) for key, row in self._rows.items()}, pointed.sweep if pointed else "")
 
     def on_resize(self) -> None:
         """Wrap the lines again."""
-        for index, row in enumerate(self._rows):
-            self.replace_option_prompt_at_index(index, self._format_row(row))
+        self.show({key: self._format_row(row) for key, row in self._rows.items()})
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Toggle the run; for an adapter, its whole sweep."""
         event.stop()
-        row = self._rows[event.option_index]
+        row = self._rows[str(event.option_id)]
         self.post_message(self.Toggled(row.sweep or row.key))
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
         event.stop()
-        if event.option_id is not None:
-            self.post_message(self.Pointed(event.option_id))
+        if row := self._rows.get(str(event.option_id)):
+            self.post_message(self.Pointed(row))
 
     def action_open(self) -> None:
         row = self.pointed

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from time import monotonic, process_time
 from typing import ClassVar, Literal
 
@@ -15,22 +14,12 @@ from textual.widgets import Static
 
 from pipeline.errors import UserError
 from tui.screens.base import WorkbenchScreen
-from tui.screens.curves import export
-from tui.screens.curves.run_list import RunList
+from tui.screens.curves.run_list import RunList, list_rows
 from tui.screens.curves.runs import Runs
 from tui.screens.curves.series import QUANTITIES
-from tui.screens.curves.view_model import (
-    TITLES,
-    Line,
-    Window,
-    chart_lines,
-    from_log10,
-    has_values,
-    list_rows,
-    status_line,
-)
-from tui.widgets.plot.curve import Range, View, range_of
-from tui.widgets.plot.line_chart import LossChart
+from tui.screens.curves.view_model import TITLES, Line, Window, chart_lines, has_values, status_line
+from tui.widgets.curve import Range, View, range_of
+from tui.widgets.line_chart import LossChart
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
 SMOOTHING = 0.9  # initial
@@ -114,7 +103,9 @@ class CurvesScreen(WorkbenchScreen):
             state_changes = [view.poll_state() for view in self.runs.views.values()]
             if rediscovered or any(state_changes):
                 self.runs.show_default()
-            due = rediscovered or self._due()
+            # Read and draw only while that stays within CPU_SHARE, or if the last time is MAX_DELAY ago.
+            since = monotonic() - self._drawn_at
+            due = rediscovered or since > MAX_DELAY or process_time() - self._cpu_time < CPU_SHARE * since
             changed = [view for _, view in self.runs.visible() if due and view.changed()]
             for view in changed:
                 await view.read()
@@ -124,11 +115,6 @@ class CurvesScreen(WorkbenchScreen):
                 self._update_list()
         finally:
             self._reading = False
-
-    def _due(self) -> bool:
-        """Whether a redraw keeps this process within its CPU_SHARE, or the last one is MAX_DELAY ago."""
-        since = monotonic() - self._drawn_at
-        return since > MAX_DELAY or process_time() - self._cpu_time < CPU_SHARE * since
 
     # Drawing
 
@@ -172,8 +158,7 @@ class CurvesScreen(WorkbenchScreen):
         return super().check_action(action, parameters)
 
     def _update_list(self) -> None:
-        runs = self.runs
-        self.query_one(RunList).show(list(list_rows(runs.views, runs.looks, runs.shown, self._opened)))
+        self.query_one(RunList).show_rows(list_rows(self.runs, self._opened))
 
     # User input
 
@@ -195,8 +180,7 @@ class CurvesScreen(WorkbenchScreen):
 
     @on(RunList.Pointed)
     def _highlight(self, event: RunList.Pointed) -> None:
-        row = self.query_one(RunList).pointed
-        pointed = event.key if row is not None and row.sweep else ""
+        pointed = event.row.key if event.row.sweep else ""
         if pointed != self._pointed:
             self._pointed = pointed
             self.redraw()
@@ -269,30 +253,25 @@ class CurvesScreen(WorkbenchScreen):
 
     # Export
 
-    def action_export(self) -> None:
-        from tui.screens.curves.export_dialog import ExportScreen
+    @work
+    async def action_export(self) -> None:
+        from tui.screens.curves import export  # its dialog's widgets are imported when it is first opened
 
-        views = self.runs.visible()
-        if not any(log.steps for _, view in views for log in view.logs):
+        views = [view for _, view in self.runs.visible()]
+        if not any(log.steps for view in views for log in view.logs):
             hint = "switch a run on in the list below" if self.runs.views else "there are no runs yet"
             self.workbench.log_message(f"There is nothing to export: {hint}.", "warning")
             return
-        stem = f"curves-{views[0][1].run.stage}" if len(views) == 1 else "curves"
-        self.workbench.push_screen(ExportScreen(self.workbench.root, stem), self._export_to)
-
-    def _export_to(self, path: Path | None) -> None:
-        if path is not None:
-            self._export(path)
-
-    @work
-    async def _export(self, path: Path) -> None:
+        stem = f"curves-{views[0].run.stage}" if len(views) == 1 else "curves"
+        path = await self.app.push_screen_wait(export.ExportScreen(self.workbench.root, stem))
+        if path is None:
+            return
         try:
             if path.suffix.lower() == ".csv":
-                views = [view for _, view in self.runs.visible()]
                 logs = [
-                    (view.run.curve_label(name), curve_log.log)
-                    for view in views
-                    for name, curve_log in view.curve_logs.items()
+                    (view.run.curve_label(curve_log.name), curve_log.log)
+                    for _, view in self.runs.visible()
+                    for curve_log in view.curve_logs.values()
                 ]
                 chunks = export.csv_lines(logs)
             else:
@@ -305,15 +284,17 @@ class CurvesScreen(WorkbenchScreen):
 
     def _chart_data(self, kind: str) -> dict[str, object]:
         """The visible charts, at a higher resolution."""
+        from tui.screens.curves.export import panel
+
         lines, x, panels = chart_lines(self.runs.visible(), self.runs.looks), self._step_range(), []
+        labels = [line.label for line in lines]
         for chart in self.query(LossChart):
-            if chart.display:
-                name, log = str(chart.id), chart.id == "loss" and self.window.log
-                curves = [line.curve(name, x, EXPORT_COLUMNS) for line in lines]
-                y = self.window.y if name == "loss" else None
-                if y is None and not log and any(curve.stray for curve in curves):
-                    y = range_of(curves)
-                panels.append(
-                    export.panel(TITLES[name], [line.label for line in lines], curves, from_log10(y, log), log)
-                )
+            if not chart.display:
+                continue
+            name, log = str(chart.id), chart.id == "loss" and self.window.log
+            curves = [line.curve(name, x, EXPORT_COLUMNS) for line in lines]
+            y = self.window.y if name == "loss" else None
+            if y is None and not log and any(curve.stray for curve in curves):
+                y = range_of(curves)
+            panels.append(panel(TITLES[name], labels, curves, y, log))
         return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}

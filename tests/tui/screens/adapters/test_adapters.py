@@ -36,8 +36,7 @@ from tui.screens.adapters.widgets.model_details import ModelDetails, format_deta
 from tui.screens.adapters.widgets.model_table import ModelTable
 from tui.screens.adapters.widgets.streaming import Completions
 from tui.screens.adapters.widgets.top_k import TopK
-from tui.widgets.prompt_input import PromptInput
-from tui.widgets.slider import Slider
+from tui.widgets.fields import PromptInput, Slider
 
 USUAL = ["base", "expanded", "scratch", "full", "freeze", "lora", "prefix", "prompt", "merged"]
 MODELS = [*USUAL[:-1], "sweep/rank-1", "sweep/rank-2", "merged"]

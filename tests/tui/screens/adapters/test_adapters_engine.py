@@ -22,7 +22,7 @@ from tui.app import Workbench
 from tui.screens.adapters.session.transcript import Answer
 from tui.screens.adapters.widgets.engine_bar import EngineBar
 from tui.screens.adapters.widgets.top_k import TopK
-from tui.widgets.slider import Slider
+from tui.widgets.fields import Slider
 
 PROMPT = "die katze sitzt auf dem"
 

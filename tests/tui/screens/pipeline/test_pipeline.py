@@ -27,11 +27,10 @@ from pipeline.project.status import StageState, Status
 from tests.helpers.pilot import until
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, load, make, save
 from tui.app import Workbench
-from tui.screens.pipeline.dag_view import DagView
-from tui.screens.pipeline.log_panel import LINES, LogView
+from tui.screens.pipeline.dag import DagView
+from tui.screens.pipeline.panels import LINES, LogView, StageList
 from tui.screens.pipeline.params_panel import ParamForm, ParamInput, format_value, parse_names
 from tui.screens.pipeline.screen import PipelineScreen
-from tui.screens.pipeline.stage_list import StageList
 from tui.services import pipeline_process
 
 Opened = tuple[Pilot[None], PipelineScreen]

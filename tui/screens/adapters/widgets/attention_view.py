@@ -10,7 +10,7 @@ from textual.message import Message
 from textual.widget import Widget
 
 from pipeline.files.text import escape_whitespace
-from tui.widgets.bars import bar, pad_or_truncate, shade
+from tui.widgets.text import bar, pad_or_truncate, shade
 
 NUMBERS, SHADES = 6, 2  # cells per weight in the matrix: " 0.45 ", "▓▓"
 MAX_NAME = 12  # cells of a token's name in the matrix

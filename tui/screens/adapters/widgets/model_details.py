@@ -12,7 +12,7 @@ from textual.widgets import Static
 from pipeline.inference.catalog import REFUSED
 from tui.screens.adapters.session.catalog import Entry
 from tui.screens.adapters.widgets.model_table import state
-from tui.widgets.bars import levels
+from tui.widgets.text import levels
 
 HASH_LENGTH = 12  # characters of a sha256
 STYLES = {REFUSED: "red"}

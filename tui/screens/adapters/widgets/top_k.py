@@ -9,7 +9,7 @@ from textual.widget import Widget
 
 from pipeline.files.text import escape_whitespace
 from tui.screens.adapters.session.transcript import Answer
-from tui.widgets.bars import bar, pad_or_truncate
+from tui.widgets.text import bar, pad_or_truncate
 
 CELL = 11  # minimum width of a model's column: a percentage and a difference, each after a space
 PERCENT_WIDTH = 5  # width of a percentage
