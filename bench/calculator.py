@@ -17,7 +17,7 @@ from bench.commands import ROOT
 from bench.measure import Row
 from tui.app import Workbench
 from tui.screens.calculator.screen import PAUSE
-from tui.widgets.fields import Entry
+from tui.widgets.text_field import Entry
 
 GOAL = 0.03  # seconds
 KEYS = {  # model → field → keys typed into it

@@ -13,9 +13,7 @@ from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tests.helpers.run_folders import write_measured, write_methods
 from tui.app import Workbench
-from tui.dialogs.help import HelpScreen
-from tui.dialogs.messages import MessagesScreen
-from tui.dialogs.path import PathScreen
+from tui.dialogs import HelpScreen, MessagesScreen, PathScreen
 from tui.registry import SCREENS
 from tui.screens.adapters.attention_dialog import AttentionScreen
 from tui.screens.adapters.sampling_dialog import SamplingScreen

@@ -18,7 +18,7 @@ from pipeline.files.artifact import MANIFEST
 from pipeline.project.params.sections import Params
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import GRAPH, open_project
-from tui.dialogs.path import PathScreen
+from tui.dialogs import PathScreen
 from tui.screens.adapters.session.catalog import Entry, Library, read_documents
 from tui.screens.adapters.session.request_queue import MAX_LOADED
 from tui.screens.adapters.session.scanner import Scanner

@@ -16,7 +16,7 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from pipeline.errors import UserError
-from tui.dialogs.path import PathScreen
+from tui.dialogs import PathScreen
 from tui.screens.adapters.attention_dialog import AttentionScreen
 from tui.screens.adapters.browser import BrowseScreen
 from tui.screens.adapters.sampling_dialog import SamplingScreen

@@ -19,7 +19,8 @@ from pipeline.calc.sources.open_model import hub_ids
 from pipeline.calc.target_modules import GROUPS
 from tui.screens.calculator.model import CUSTOM, FIELDS, CalculatorQuery, relevant_fields
 from tui.screens.calculator.model_search import ModelSearch
-from tui.widgets.fields import Choice, Entry, counting, cycling, doubling
+from tui.widgets.select import Choice
+from tui.widgets.text_field import Entry, counting, cycling, doubling
 
 TARGETS = (*GROUPS, "all-linear", "q_proj, v_proj", "q_proj, k_proj, v_proj, o_proj", "qkv_proj, o_proj", "c_attn")
 LABELS = {"ends": "embeddings", "gib": "GPU's GiB", "gpu": "GPU", "virtual_tokens": "virtual tok."}

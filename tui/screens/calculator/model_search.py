@@ -14,7 +14,7 @@ from textual.message import Message
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
-from tui.widgets.fields import Entry, cycling
+from tui.widgets.text_field import Entry, cycling
 
 MAX_MATCHES = 9
 

@@ -25,7 +25,7 @@ from tests.helpers.fake_engine import DEATH, FakeInference
 from tests.helpers.pilot import until
 from tests.helpers.projects import save
 from tui.app import Workbench
-from tui.dialogs.path import PathScreen
+from tui.dialogs import PathScreen
 from tui.screens.adapters.sampling_dialog import SamplingScreen
 from tui.screens.adapters.screen import AdaptersScreen
 from tui.screens.adapters.session.catalog import Entry, Library
