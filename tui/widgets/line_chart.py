@@ -119,14 +119,10 @@ class LossChart(Widget, can_focus=True):
     class Clicked(Message):
         """The user clicked at this step."""
 
-        chart: "LossChart"
         step: float
 
-    @dataclass
     class Resized(Message):
-        """The number of columns changed."""
-
-        chart: "LossChart"
+        """The number of columns changed, so the curves must be reduced again."""
 
     def __init__(self, title: str, id: str) -> None:
         super().__init__(id=id)
@@ -251,7 +247,7 @@ class LossChart(Widget, can_focus=True):
         self._post_move((event.x_min, event.x_max), (event.y_min, event.y_max))
 
     def on_resize(self) -> None:
-        self.post_message(self.Resized(self))
+        self.post_message(self.Resized())
 
     def on_mouse_down(self, event: MouseDown) -> None:
         self._pressed = (event.screen_x, event.screen_y)
@@ -263,7 +259,7 @@ class LossChart(Widget, can_focus=True):
             left, right = self.shown.x
             step = left + (right - left) * (cell + 0.5) / (self.columns / 2)
             if left <= step <= right:
-                self.post_message(self.Clicked(self, step))
+                self.post_message(self.Clicked(step))
 
 
 def _scaled(range_: Range, centre: float, factor: float) -> Range:

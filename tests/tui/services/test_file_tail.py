@@ -180,3 +180,27 @@ def test_however_a_log_is_cut_up_its_rows_are_those_of_read_steps(
         offset += cut
         rows += tail.read().rows
     assert steps(rows) == [step.step for step in read_steps(path)] == list(range(1, 9))
+
+
+def test_without_a_header_every_line_is_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.log"
+    path.write_text("one\ntwo\nhal", encoding="utf-8")
+    tail = FileTail(path, lambda _: str, header=False)
+    assert tail.read().rows == ["one", "two"]
+    append(path, "f\n")
+    assert tail.read().rows == ["half"]
+
+
+def test_a_reader_far_behind_skips_to_the_latest_lines(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.log"
+    path.write_text("".join(f"{number:03}\n" for number in range(100)), encoding="utf-8")
+    tail = FileTail(path, lambda _: str, header=False, latest=10)
+    assert tail.read().rows == ["... 7", "098", "099"]
+    append(path, "100\n")
+    assert tail.read().rows == ["100"]
+    append(path, "".join(f"{number:03}\n" for number in range(101, 200)))
+    chunk = tail.read()
+    assert (chunk.change, chunk.rows) == ("", ["... 7", "198", "199"])
+    path.write_text("new\n", encoding="utf-8")
+    chunk = tail.read()
+    assert (chunk.change, chunk.rows) == ("restarted", ["new"])

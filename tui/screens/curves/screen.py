@@ -49,12 +49,12 @@ class CurvesScreen(WorkbenchScreen):
         Binding("left_square_bracket", "smooth(-1)", "Smooth less", id="curves.smooth_less", show=False),
         Binding("plus,equals_sign", "zoom(0.7)", "Zoom in", id="curves.zoom_in", show=False),
         Binding("minus", "zoom(1.43)", "Zoom out", id="curves.zoom_out", show=False),
-        Binding("y", "zoom_values(0.7)", "Zoom in on the values", id="curves.zoom_values_in", show=False),
-        Binding("Y", "zoom_values(1.43)", "Zoom out of the values", id="curves.zoom_values_out", show=False),
+        Binding("y", "zoom(1, 0.7)", "Zoom in on the values", id="curves.zoom_values_in", show=False),
+        Binding("Y", "zoom(1, 1.43)", "Zoom out of the values", id="curves.zoom_values_out", show=False),
         Binding("left", "sideways(-1)", "Earlier steps, or the cursor to the left", id="curves.left", show=False),
         Binding("right", "sideways(1)", "Later steps, or the cursor to the right", id="curves.right", show=False),
-        Binding("up", "pan_values(0.1)", "Greater values", id="curves.up", show=False),
-        Binding("down", "pan_values(-0.1)", "Smaller values", id="curves.down", show=False),
+        Binding("up", "pan(0, 0.1)", "Greater values", id="curves.up", show=False),
+        Binding("down", "pan(0, -0.1)", "Smaller values", id="curves.down", show=False),
         Binding("0,home", "reset", "All steps, all values, follow", id="curves.reset", show=False),
     ]
 
@@ -228,14 +228,11 @@ class CurvesScreen(WorkbenchScreen):
         by = max(round((last - first) * 2 / self._chart.columns), 1)
         self._set_window(cursor=min(max(self.window.cursor + by * direction, round(first)), round(last)))
 
-    def action_pan_values(self, part: float) -> None:
-        self._chart.pan(0, part)
+    def action_pan(self, x: float, y: float) -> None:
+        self._chart.pan(x, y)
 
-    def action_zoom(self, factor: float) -> None:
-        self._chart.zoom(factor)
-
-    def action_zoom_values(self, factor: float) -> None:
-        self._chart.zoom(1, factor)
+    def action_zoom(self, x: float, y: float = 1.0) -> None:
+        self._chart.zoom(x, y)
 
     def action_panel(self, name: str) -> None:
         """Show or hide a panel; a short terminal has room for one only."""

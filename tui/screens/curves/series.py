@@ -118,8 +118,8 @@ class Log:
             else:
                 self.columns[name].extend(values)
         for column, name in enumerate(OPTIONAL, len(COLUMNS)):
-            points = [(row[0], value) for row in in_order if len(row) > column and (value := row[column]) is not None]
-            points = [(step, value) for step, value in points if value == value]  # not NaN
+            cells = ((row[0], row[column]) for row in in_order if len(row) > column)
+            points = [(step, value) for step, value in cells if value is not None and value == value]  # not NaN
             self.series[name].x.extend(step for step, _ in points)
             self.series[name].extend(value for _, value in points)
         for step, epoch, loss, *_ in in_order:

@@ -173,9 +173,8 @@ class PipelineScreen(WorkbenchScreen):
     ) -> None:
         if not self.query(DagView):  # the screen is closing
             return
-        first = project is not None and self.project is None  # so `seen` does not cover its files: load again
         self.project, self.problem, self.states, self._loading = project, problem, states, False
-        self._seen_signature = None if first else seen
+        self._seen_signature = seen
         banner = self.query_one("#problem", Static)
         banner.display = bool(problem)
         banner.update(f"✗ {problem}\nShowing the last valid state." if project else f"✗ {problem}")
