@@ -14,7 +14,7 @@ from textual.widgets import Static
 
 from pipeline.errors import UserError
 from tui.screens.base import WorkbenchScreen
-from tui.screens.curves.run_list import RunList, list_rows
+from tui.screens.curves.run_list import RunList
 from tui.screens.curves.runs import Runs
 from tui.screens.curves.series import QUANTITIES
 from tui.screens.curves.view_model import TITLES, Line, Window, chart_lines, has_values, status_line
@@ -158,7 +158,7 @@ class CurvesScreen(WorkbenchScreen):
         return super().check_action(action, parameters)
 
     def _update_list(self) -> None:
-        self.query_one(RunList).show_rows(list_rows(self.runs, self._opened))
+        self.query_one(RunList).show_runs(self.runs, self._opened)
 
     # User input
 
@@ -180,9 +180,8 @@ class CurvesScreen(WorkbenchScreen):
 
     @on(RunList.Pointed)
     def _highlight(self, event: RunList.Pointed) -> None:
-        pointed = event.row.key if event.row.sweep else ""
-        if pointed != self._pointed:
-            self._pointed = pointed
+        if event.adapter != self._pointed:
+            self._pointed = event.adapter
             self.redraw()
 
     @on(LossChart.Moved)
