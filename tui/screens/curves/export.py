@@ -94,13 +94,6 @@ def save(path: Path, chunks: Iterable[bytes]) -> None:
         new.unlink(missing_ok=True)
 
 
-def free_name(root: Path, stem: str, kind: str) -> Path:
-    """A path that does not exist yet: curves.svg, else curves-2.svg, …"""
-    numbers = ["", *(f"-{number}" for number in range(2, 1000))]
-    paths = (root / f"{stem}{number}.{kind}" for number in numbers)
-    return next((path for path in paths if not path.exists()), root / f"{stem}.{kind}")
-
-
 class Format(RadioButton):
     """A radio button that is empty when off: Textual's differs in colour only."""
 
@@ -142,7 +135,9 @@ class ExportScreen(ModalScreen[Path | None]):
         self.set_focus(self.query_one(Input))
 
     def _default(self, kind: str) -> str:
-        return free_name(self.root, self.stem, kind).name
+        """A name that does not exist yet: curves.svg, else curves-2.svg, …"""
+        names = (f"{self.stem}{number}.{kind}" for number in ("", *(f"-{number}" for number in range(2, 1000))))
+        return next((name for name in names if not (self.root / name).exists()), f"{self.stem}.{kind}")
 
     @property
     def path(self) -> Path:

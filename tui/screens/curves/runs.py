@@ -46,7 +46,7 @@ class CurveLog:
     """Everything read of one curve. `outcome`: how a sweep's adapter ended before the others, if it did."""
 
     def __init__(self, files: LogFiles, smoothing: float) -> None:
-        self.name, self.log, self.smoothing = files.name, Log(smoothing), smoothing
+        self.name, self.log = files.name, Log(smoothing)
         self.change: Change = ""
         self.outcome = ""
         self.recent: deque[Telemetry] = deque(maxlen=RECENT)
@@ -56,7 +56,7 @@ class CurveLog:
     async def read(self) -> None:
         async for chunk in self.loss.chunks():
             if chunk.change:
-                self.change, self.log = chunk.change, Log(self.smoothing)
+                self.change, self.log = chunk.change, Log(self.log.smoothing)
             self.log.extend(chunk.rows)
 
     async def read_telemetry(self) -> None:
@@ -70,28 +70,21 @@ class CurveLog:
                     self.recent.clear()  # resumed by another process, whose clock starts at 0
                 self.recent.append(line)
 
-    def smooth(self, strength: float) -> None:
-        self.smoothing = strength
-        self.log.smooth(strength)
-
 
 class RunView:
     """A run, its state and everything read of it, with a CurveLog for each of its curves, by name."""
 
     def __init__(self, run: Run, smoothing: float) -> None:
-        self.smoothing = smoothing
         self.journal: Journal | None = None
         self.alive = False
         self.curve_logs: dict[str, CurveLog] = {}
         self._outcomes_stamp: tuple[int, ...] = ()  # inode, mtime and size of the outcomes file, when last read
-        self.update(run)
+        self.update(run, smoothing)
 
-    def update(self, run: Run) -> None:
+    def update(self, run: Run, smoothing: float) -> None:
         """Update to a later state of the run, which may have more curves."""
         self.run, previous = run, self.curve_logs
-        self.curve_logs = {
-            files.name: previous.get(files.name) or CurveLog(files, self.smoothing) for files in run.curves
-        }
+        self.curve_logs = {files.name: previous.get(files.name) or CurveLog(files, smoothing) for files in run.curves}
         self.best = next(iter(self.curve_logs.values()))
 
     @property
@@ -126,11 +119,6 @@ class RunView:
                 await curve_log.read()
         await self._telemetry_source.read_telemetry()
         self._select_best()
-
-    def smooth(self, strength: float) -> None:
-        self.smoothing = strength
-        for curve_log in self.curve_logs.values():
-            curve_log.smooth(strength)
 
     def poll_state(self) -> bool:
         """Read the run state and the outcomes of adapters again. Returns whether they changed."""
@@ -254,8 +242,8 @@ class Runs:
 
     def smooth(self, smoothing: float) -> None:
         self.smoothing = smoothing
-        for view in self.views.values():
-            view.smooth(smoothing)
+        for log in (log for view in self.views.values() for log in view.logs):
+            log.smooth(smoothing)
 
     async def rediscover(self) -> bool:
         """Search for runs if the folders changed. Returns whether it searched."""
@@ -270,7 +258,7 @@ class Runs:
         previous, self.views = self.views, {}
         for run in runs:
             view = previous.get(str(run.log_folder)) or RunView(run, self.smoothing)
-            view.update(run)
+            view.update(run, self.smoothing)
             self.views[str(run.log_folder)] = view
         self.stamp = now
         # The last run of a method gets the method's look; any other run keeps the first look that was free.

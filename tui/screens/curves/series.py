@@ -93,6 +93,7 @@ class Log:
     """Everything read of one loss.csv: by column, and the series to draw."""
 
     def __init__(self, smoothing: float) -> None:
+        self.smoothing = smoothing
         self.columns = {name: array("d") for name in COLUMNS}
         self.steps = self.columns["step"]
         self.foreign = 0  # rows out of order
@@ -128,6 +129,7 @@ class Log:
             sums[2] += 1
 
     def smooth(self, strength: float) -> None:
+        self.smoothing = strength
         self.series = {
             name: series.smoothed_with(_smoothing_for(name, strength)) for name, series in self.series.items()
         }
