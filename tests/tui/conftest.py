@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from textual.css.stylesheet import Stylesheet
 from textual.pilot import Pilot
-from textual.widgets import Footer
 
 from tests.helpers.pilot import idle
 from tests.helpers.projects import new_project
@@ -77,8 +76,7 @@ def snap_compare(snap_compare: Callable[..., bool]) -> Callable[..., bool]:
             await run_before(pilot)
             picture, before = pilot.app.export_screenshot(), ""
             async with asyncio.timeout(60):
-                # An empty footer is one that is just rebuilt.
-                while picture != before or any(not footer.children for footer in pilot.app.screen.query(Footer)):
+                while picture != before:
                     await asyncio.sleep(0.1)
                     await pilot.pause()
                     picture, before = pilot.app.export_screenshot(), picture
