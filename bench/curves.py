@@ -13,14 +13,14 @@ from textual.app import App, ComposeResult
 from textual.widget import Widget
 
 from bench.measure import Row, in_turns
-from pipeline.project.logs.run_log import COLUMNS
+from pipeline.project.logs.run_log import COLUMNS, step_parser
+from pipeline.project.logs.run_log import Row as LogRow
 from pipeline.project.palette import Look, other
 from pipeline.stages.registry import STAGES
-from tui.screens.curves.series import Log, parse_step
-from tui.screens.curves.series import Row as LogRow
-from tui.services.csv_tail import CsvTail
-from tui.widgets.plot.curve import Curve, View
-from tui.widgets.plot.line_chart import LossChart
+from tui.screens.curves.series import Log
+from tui.services.file_tail import FileTail
+from tui.widgets.curve import Curve, View
+from tui.widgets.line_chart import LossChart
 
 POINTS, ROUNDS, GOAL = 100_000, 21, 0.050
 SHOWN = ("finetune_full", "finetune_freeze", "finetune_lora")
@@ -98,7 +98,7 @@ def _follow_file() -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "loss.csv"
         path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-        tail, log = CsvTail(path, parse_step), Log(0.9)
+        tail, log = FileTail(path, step_parser), Log(0.9)
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
         for first in range(0, POINTS, size):

@@ -20,12 +20,12 @@ from textual.dom import DOMNode
 from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
 from textual.screen import Screen
+from textual.theme import Theme
 
 from pipeline.errors import UserError, explain
 from pipeline.files.text import OBEYED
 from tui.config import Config, State, config_path, load_config, state_path
-from tui.dialogs.help import HelpScreen
-from tui.dialogs.messages import Message, MessagesScreen, Severity
+from tui.dialogs import HelpScreen, Message, MessagesScreen, Severity
 from tui.registry import SCREENS
 from tui.services.key_queue import KeyQueue
 from tui.services.pipeline_process import Runner
@@ -44,13 +44,9 @@ class _ControlCharacterFilter(LineFilter):
         return [
             segment
             if segment.control or segment.text.isprintable()
-            else Segment(_without_control_characters(segment.text), segment.style)
+            else Segment("".join(c for c in segment.text if ord(c) not in OBEYED), segment.style)
             for segment in segments
         ]
-
-
-def _without_control_characters(text: str) -> str:
-    return "".join(c for c in text if ord(c) not in OBEYED)
 
 
 CONTROL_CHARACTER_FILTER = _ControlCharacterFilter()
@@ -89,7 +85,7 @@ class Workbench(App[None]):
 
     def on_mount(self) -> None:
         self.theme = self._initial_theme()
-        self.theme_changed_signal.subscribe(self, lambda _: self._remember_theme())
+        self.theme_changed_signal.subscribe(self, self._remember_theme)
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
         self.switch_mode(self.first_screen)
@@ -126,8 +122,8 @@ class Workbench(App[None]):
             return fallback
         return wanted
 
-    def _remember_theme(self) -> None:
-        self.state.theme = self.theme
+    def _remember_theme(self, theme: Theme) -> None:
+        self.state.theme = theme.name
         self.remember()
 
     def remember(self) -> None:
@@ -199,40 +195,31 @@ def _abbreviate_home(path: Path) -> str:
 
 def main() -> None:
     """`lora-tui`. Exit codes as for `lora`: 0 success, 1 UserError, 2 wrong usage."""
-    arguments = _parse_arguments()
+
+    def port(text: str) -> int:
+        if not (text.isdecimal() and 1 <= int(text) <= 65535):
+            raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
+        return int(text)
+
+    parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
+    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
+    parser.add_argument("--port", type=port, default=8000, help="port of --web")
+    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
+    arguments = parser.parse_args()
     try:
         if not arguments.params.parent.is_dir():
             raise UserError(f"{arguments.params.parent} is not a folder. Name a params file with --params.")
         config = load_config(config_path())
         if arguments.web:
-            _serve_web(arguments.params, arguments.port)
+            try:
+                from tui.services.web import serve
+            except ImportError:
+                sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
+            serve(arguments.params, arguments.port)
             return
     except UserError as error:
         sys.exit(f"error: {error}")
     app = Workbench(arguments.params, config)
     app.run()
     sys.exit(app.return_code or 0)
-
-
-def _serve_web(params: Path, port: int) -> None:
-    """Serve the app to a browser on this machine only: whoever reaches it can run the pipeline."""
-    try:
-        from tui.services.web import serve
-    except ImportError:
-        sys.exit("error: --web needs textual-serve: pip install 'lora-workbench[web]'")
-    serve(params, port)
-
-
-def _parse_port(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
-    return int(text)
-
-
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file of the project")
-    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
-    parser.add_argument("--port", type=_parse_port, default=8000, help="port of --web")
-    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
-    return parser.parse_args()

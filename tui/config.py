@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -49,37 +48,25 @@ def load_config(path: Path) -> Config:
     if not isinstance(tree, dict) or (unknown := next((key for key in tree if key not in valid_keys), None)):
         problem = "must be a mapping" if not isinstance(tree, dict) else f"unknown key {unknown}"
         raise UserError(f"{path}: {problem}. Valid keys: {', '.join(valid_keys)}.")
-    return Config(
-        theme=_parse_string(tree, "theme", path),
-        keys=_parse_keys(tree.get("keys") or {}, path),
-        folders=_parse_folders(tree.get("folders") or [], path),
-        on_hangup=_parse_on_hangup(tree.get("on_hangup", "continue"), path),
-    )
-
-
-def _parse_string(tree: Mapping[str, Any], key: str, path: Path) -> str | None:
-    value = tree.get(key)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{path}: {key} must be a string, got {value!r}.")
-    return value
-
-
-def _parse_keys(value: Any, path: Path) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for pair in value.items() for key in pair):
-        raise UserError(f"{path}: keys must map binding ids to keys, such as pipeline.run: ctrl+r, got {value!r}.")
-    return dict(value)
-
-
-def _parse_folders(value: Any, path: Path) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(folder, str) for folder in value):
-        raise UserError(f"{path}: folders must be a list of paths, got {value!r}.")
-    return tuple(value)
-
-
-def _parse_on_hangup(value: Any, path: Path) -> str:
-    if value not in ON_HANGUP:
-        raise UserError(f"{path}: on_hangup must be one of {', '.join(ON_HANGUP)}, got {value!r}.")
-    return str(value)
+    # A key without a value counts as left out.
+    values = {key: default if tree.get(key) is None else tree[key] for key, default in asdict(Config()).items()}
+    keys, folders = values["keys"], values["folders"]
+    rules = {
+        "theme": (isinstance(values["theme"], str | None), "must be a string"),
+        "keys": (
+            isinstance(keys, dict) and all(isinstance(text, str) for pair in keys.items() for text in pair),
+            "must map binding ids to keys, such as pipeline.run: ctrl+r",
+        ),
+        "folders": (
+            isinstance(folders, list | tuple) and all(isinstance(folder, str) for folder in folders),
+            "must be a list of paths",
+        ),
+        "on_hangup": (values["on_hangup"] in ON_HANGUP, f"must be one of {', '.join(ON_HANGUP)}"),
+    }
+    for key, (valid, rule) in rules.items():
+        if not valid:
+            raise UserError(f"{path}: {key} {rule}, got {values[key]!r}.")
+    return Config(**{**values, "folders": tuple(folders)})
 
 
 @dataclass

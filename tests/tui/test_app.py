@@ -17,7 +17,7 @@ from tests.helpers.projects import ROOT
 from tui.app import Workbench
 from tui.config import Config, State, config_path, load_config, state_path
 from tui.registry import SCREENS
-from tui.widgets.tab_bar import TabBar
+from tui.screens.base import TabBar
 
 LORA_TUI = str(Path(sys.executable).parent / "lora-tui")
 

@@ -13,15 +13,13 @@ from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tests.helpers.run_folders import write_measured, write_methods
 from tui.app import Workbench
-from tui.dialogs.help import HelpScreen
-from tui.dialogs.messages import MessagesScreen
-from tui.dialogs.path import PathScreen
+from tui.dialogs import HelpScreen, MessagesScreen, PathScreen
 from tui.registry import SCREENS
 from tui.screens.adapters.conversation import Sampling
 from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
 from tui.screens.calculator.dialogs import Confirm, document_table
-from tui.screens.curves.export_dialog import ExportScreen
-from tui.widgets.plot.line_chart import LossChart
+from tui.screens.curves.export import ExportScreen
+from tui.widgets.line_chart import LossChart
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
 

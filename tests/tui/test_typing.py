@@ -16,11 +16,11 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import STAGES, load
 from tui.app import Workbench
 from tui.screens.adapters.screen import AdaptersScreen
+from tui.screens.pipeline.panels import StageList
 from tui.screens.pipeline.screen import PipelineScreen
-from tui.screens.pipeline.stage_list import StageList
 from tui.services import key_queue
+from tui.widgets.fields import PromptInput
 from tui.widgets.form import FieldInput
-from tui.widgets.prompt_input import PromptInput
 
 
 def burst(pilot: Pilot[Any], *keys: str) -> None:

@@ -3,16 +3,49 @@
 from collections.abc import Iterable
 from typing import ClassVar
 
-from textual.app import ComposeResult
+from rich.text import Text
+from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding, BindingType
+from textual.events import Click
 from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Footer
 
 from tui.app import Workbench
-from tui.widgets.tab_bar import TabBar
+from tui.registry import SCREENS
 
 TALL = 20  # from this many rows on there is room for secondary widgets
+
+
+class TabBar(Widget):
+    """One line: 1 Pipeline  2 Curves  3 Calculator  4 Adapters, and the project's folder."""
+
+    DEFAULT_CSS = """
+    TabBar { height: 1; dock: top; background: $panel; color: $foreground; }
+    """
+
+    def __init__(self, current: str, folder_label: str) -> None:
+        super().__init__()
+        self.current = current
+        self.folder_label = folder_label
+
+    def render(self) -> RenderResult:
+        line = Text(no_wrap=True, overflow="ellipsis")
+        for number, (name, entry) in enumerate(SCREENS.items(), 1):
+            line.append(f" {number} {entry.label} ", "reverse bold" if name == self.current else "")
+        room = self.size.width - line.cell_len - 2
+        if room > 8:
+            folder_label = self.folder_label if len(self.folder_label) <= room else f"…{self.folder_label[1 - room :]}"
+            line.append(folder_label.rjust(room + 1), "dim")
+        return line
+
+    def on_click(self, event: Click) -> None:
+        start = 0
+        for number, (name, entry) in enumerate(SCREENS.items(), 1):
+            start += len(f" {number} {entry.label} ")
+            if event.x < start:
+                self.app.switch_mode(name)
+                return
 
 
 class WorkbenchScreen(Screen[None]):

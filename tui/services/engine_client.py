@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,14 @@ class Inference:
             return self._process
 
 
+@dataclass(eq=False)
 class _Request:
     """A pending request and its unread answers."""
 
-    def __init__(self, id_: int) -> None:
-        self.id = id_
-        self.answers: deque[Answer] = deque()
-        self.arrived = asyncio.Event()
-        self.finished = False
+    id: int
+    answers: deque[Answer] = field(default_factory=deque)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: bool = False
 
 
 class _Process:
@@ -183,31 +184,34 @@ class _Process:
         except ValueError as error:
             protocol_error = f"it wrote an invalid answer ({error})"
             self._kill()
-        await self._wait_for_exit()
-        self._end(protocol_error or self._exit_reason())
-
-    async def _wait_for_exit(self) -> None:
-        """Wait for the exit; kill the process if it only closed stdout. Its children may keep stderr open longer."""
+        # Wait for the exit; kill the process if it only closed stdout. Its children may keep stderr open longer.
         with suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), PATIENCE)
         self._kill()
         await self._process.wait()
         await asyncio.wait((self._stderr_task,), timeout=PATIENCE)
         self._process._transport.close()  # type: ignore[attr-defined]  # closes the pipes: asyncio has no public way
+        code = self._process.returncode or 0
+        reason = f"exit code {code}"
+        if code == -signal.SIGKILL:
+            reason = "it was killed, perhaps because the machine ran out of memory"
+        elif code < 0:
+            reason = f"signal {-code} ({signal.strsignal(-code)})"
+        lines = self._stderr_tail.strip().splitlines()
+        self._end(protocol_error or f"{reason}{f', its last line was {lines[-1]!r}' if lines else ''}")
 
     async def _deliver(self, answer: Answer) -> None:
         """Queue an answer. A slow reader blocks the process, unless another request is pending behind its answers."""
         if answer["event"] == "error" and answer.get("kind") == "memory":
             self._end(str(answer.get("message")))
-        while (request := self._pending.get(answer["id"])) and self._must_wait_for_reader(request):
+        while request := self._pending.get(answer["id"]):
+            if len(request.answers) < MAX_QUEUED or len(self._pending) > 1 or self._exit_message:
+                break
             self._progress.clear()
             await self._progress.wait()
         if request is not None and not self._exit_message:
             request.answers.append(answer)
             request.arrived.set()
-
-    def _must_wait_for_reader(self, request: _Request) -> bool:
-        return len(request.answers) >= MAX_QUEUED and len(self._pending) == 1 and not self._exit_message
 
     def _end(self, reason: str) -> None:
         """Fail all pending requests. The first reason given is kept."""
@@ -217,16 +221,6 @@ class _Process:
         self._progress.set()
         for request in self._pending.values():
             request.arrived.set()
-
-    def _exit_reason(self) -> str:
-        code = self._process.returncode or 0
-        lines = self._stderr_tail.strip().splitlines()
-        last_line = f", its last line was {lines[-1]!r}" if lines else ""
-        if code == -signal.SIGKILL:
-            return f"it was killed, perhaps because the machine ran out of memory{last_line}"
-        if code < 0:
-            return f"signal {-code} ({signal.strsignal(-code)}){last_line}"
-        return f"exit code {code}{last_line}"
 
     async def _read_stderr(self) -> None:
         assert self._process.stderr is not None

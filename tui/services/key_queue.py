@@ -13,7 +13,6 @@ from typing import Any
 
 from textual.app import App
 from textual.events import Event
-from textual.message_pump import MessagePump
 
 # The key bubbles to the app, where its action runs; the action's message (Submitted) bubbles to the screen; so does a
 # message posted in reply (Saved), or the first focus of a dialog that was opened.
@@ -40,19 +39,11 @@ class KeyQueue:
             while self._events:
                 self._app.call_later(self._deliver, self._events.popleft())
                 for _ in range(ROUNDS):
-                    await self._wait_for_ancestors()
+                    # Wait for all messages queued now between the focused widget and the app.
+                    for node in (self._app.focused or self._app.screen).ancestors_with_self:
+                        done = asyncio.Event()
+                        if node.call_later(done.set):  # False for a widget that is being removed
+                            with suppress(TimeoutError):
+                                await asyncio.wait_for(done.wait(), PATIENCE)
         finally:
             self._busy = False
-
-    async def _wait_for_ancestors(self) -> None:
-        """Wait for all messages queued now between the focused widget and the app."""
-        for node in (self._app.focused or self._app.screen).ancestors_with_self:
-            await _drain(node)
-
-
-async def _drain(node: MessagePump) -> None:
-    """Wait until a widget has handled the messages queued now."""
-    done = asyncio.Event()
-    if node.call_later(done.set):  # False for a widget that is being removed
-        with suppress(TimeoutError):
-            await asyncio.wait_for(done.wait(), PATIENCE)

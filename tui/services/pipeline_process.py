@@ -57,22 +57,21 @@ class Runner:
         self._child, self._stops = None, 0
         try:
             with (self.runs / LOCK).open("a+") as lock:
-                _acquire_lock(lock.fileno())
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError("Another workbench is starting the pipeline. Try again in a moment.") from None
                 self._child = self._spawn([str(BIN / "dvc"), *arguments], lock.fileno())
                 running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time())
                 lock.truncate(0)
                 lock.write(json.dumps(vars(running)))
         except OSError as error:
-            self._kill_unrecorded()
+            if self._child:  # it could not be recorded: no workbench would know of it, and it holds the lock
+                _send_signal(self._child.pid, signal.SIGKILL)
+                self._child.wait()
+                self._child = None
             raise OSError(error.errno, error.strerror, error.filename or str(self.runs / LOCK)) from None
         return running
-
-    def _kill_unrecorded(self) -> None:
-        """Kill a pipeline that could not be recorded: no workbench would know of it, and it holds the lock."""
-        if self._child:
-            _send_signal(self._child.pid, signal.SIGKILL)
-            self._child.wait()
-            self._child = None
 
     def _spawn(self, command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
         """Start the process. It inherits the lock, and so holds it until it exits."""
@@ -135,13 +134,6 @@ class Runner:
                     yield os.getpgid(run.pid)
                 except ProcessLookupError:
                     continue
-
-
-def _acquire_lock(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError("Another workbench is starting the pipeline. Try again in a moment.") from None
 
 
 def _send_signal(group: int, number: signal.Signals) -> None:

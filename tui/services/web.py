@@ -48,20 +48,14 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
         first = request.path.split("/")[1]
         download = first == "download" and request.method == "GET"
         authorized = download or secrets.compare_digest(first.encode(), self._token.encode())
-        if not (authorized and self._is_same_origin(request)):
+        hosts, origins = request.headers.getall("Host", []), request.headers.getall("Origin", [])
+        named = len(hosts) == 1 and hosts[0].lower() in self._hosts
+        if not (authorized and named and {*origins} <= {f"http://{host}" for host in self._hosts}):
             raise web.HTTPForbidden(text="Open the URL that lora-tui printed.\n")
         response = await handler(request)
         if not response.prepared:
             response.headers["Referrer-Policy"] = "no-referrer"  # the page loads a font from another site
         return response
-
-    def _is_same_origin(self, request: web.Request) -> bool:
-        hosts, origins = request.headers.getall("Host", []), request.headers.getall("Origin", [])
-        return (
-            len(hosts) == 1
-            and hosts[0].lower() in self._hosts
-            and {*origins} <= {f"http://{host}" for host in self._hosts}
-        )
 
     async def handle_download(self, request: web.Request) -> web.StreamResponse:
         """A download offered by the app. Its key serves as the token: random, and sent over the WebSocket only."""

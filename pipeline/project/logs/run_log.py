@@ -5,10 +5,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 LOSS, TELEMETRY = "loss.csv", "telemetry.csv"
 
@@ -51,6 +51,26 @@ def in_units(size: int) -> str:
     return f"{size} B"
 
 
+Row = tuple[Any, ...]  # a line of loss.csv: the fields of Step; the optional ones only if the log has any of them
+
+
+def step_parser(header: str) -> Callable[[str], Row]:
+    """The parser of the lines of a loss.csv below `header`. The parser raises ValueError for any other line."""
+    columns = header.strip().split(",")
+    indices = [columns.index(name) if name in columns else None for name in OPTIONAL]
+
+    def parse(line: str) -> Row:
+        step, epoch, loss, rate, norm, tokens = line.split(",")[: len(COLUMNS)]
+        return int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens)
+
+    def parse_all(line: str) -> Row:
+        cells = line.split(",")
+        optional = [cells[i] if i is not None and i < len(cells) else "" for i in indices]
+        return *parse(line), *(float(cell) if cell else None for cell in optional)
+
+    return parse if indices == [None] * len(indices) else parse_all
+
+
 def read_steps(path: Path) -> list[Step]:
     """The steps of a run log that may still grow: reading stops at a half-written or invalid line."""
     steps: list[Step] = []
@@ -59,12 +79,10 @@ def read_steps(path: Path) -> list[Step]:
     except FileNotFoundError:
         return steps
     header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
-    optional = [name for name in header.split(",")[len(COLUMNS) :] if name in OPTIONAL]
+    parse = step_parser(header)
     for line in lines:
         try:
-            step, epoch, loss, rate, norm, tokens, *rest = line.split(",")
-            more = {name: float(value) for name, value in zip(optional, rest, strict=False) if value}
-            steps.append(Step(int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens), **more))
+            steps.append(Step(*parse(line)))
         except ValueError:
             break
     return steps
@@ -93,8 +111,9 @@ class RunLog:
         self._telemetry.close()
 
     def append(self, step: Step, peak: Peak = Peak(), device: str = "cpu") -> None:  # Peak is immutable
-        numbers = [_format(getattr(step, name)) for name in self._columns]
-        self._loss.write(",".join(numbers) + "\n")
+        values = [getattr(step, name) for name in self._columns]
+        cells = ["" if v is None else f"{v:.7g}" if isinstance(v, float) else str(v) for v in values]
+        self._loss.write(",".join(cells) + "\n")
         self._loss.flush()
         seconds = time.perf_counter() - self._start
         speed = (step.tokens - self._tokens) / seconds  # labelled tokens
@@ -107,12 +126,6 @@ class RunLog:
         for file in (self._loss, self._telemetry):
             file.flush()
             os.fsync(file.fileno())
-
-
-def _format(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
 def peak_memory() -> int:
@@ -146,7 +159,11 @@ def flat_from(steps: Sequence[Step], tolerance: float = 0.05) -> int | None:
 
     None if only the last epoch does: the curve has not flattened.
     """
-    means = epoch_means(steps)
+    return flat_epoch(epoch_means(steps), tolerance)
+
+
+def flat_epoch(means: Sequence[float], tolerance: float = 0.05) -> int | None:
+    """`flat_from` for the mean losses of the epochs."""
     if len(means) < 2 or not all(map(math.isfinite, means)):
         return None
     margin = tolerance * abs(means[0] - means[-1])

@@ -55,24 +55,18 @@ def alive(folder: Path) -> bool:
     try:
         with (folder / LOCK).open("rb") as file:
             pid = file.read()
-            if not pid.isdigit() or not _exists(int(pid)):
-                return False  # do not try the lock: a stage that starts at this moment would have to wait
+            if not pid.isdigit():
+                return False
+            # Do not try the lock of a process that is gone (ProcessLookupError): a stage that starts at this moment
+            # would have to wait. A process of another user (PermissionError) exists.
+            with suppress(PermissionError):
+                os.kill(int(pid), 0)
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
     return False
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 class Writer:
@@ -92,19 +86,14 @@ class Writer:
             new.write_text(json.dumps(asdict(self._journal), ensure_ascii=False), encoding="utf-8")
             new.replace(self._path)
         except OSError:
+            # On a full disk, write into the old file's block, as there is no room for a new file. Notes are dropped, so
+            # that one block is enough. A reader may see no journal at this moment.
+            short = replace(self._journal, notes=[], message=self._journal.message[:MAX_MESSAGE])
             with suppress(OSError):
                 new.unlink(missing_ok=True)
-                self._overwrite()
-
-    def _overwrite(self) -> None:
-        """On a full disk, write into the old file's block, as there is no room for a new file.
-
-        Notes are dropped, so that one block is enough. A reader may see no journal at this moment.
-        """
-        short = replace(self._journal, notes=[], message=self._journal.message[:MAX_MESSAGE])
-        with self._path.open("rb+", buffering=0) as file:
-            file.write(json.dumps(asdict(short), ensure_ascii=False).encode())
-            file.truncate()
+                with self._path.open("rb+", buffering=0) as file:
+                    file.write(json.dumps(asdict(short), ensure_ascii=False).encode())
+                    file.truncate()
 
     def note(self, text: str) -> None:
         self.change(notes=[*self._journal.notes, text][-MAX_NOTES:])

@@ -10,7 +10,7 @@ from pipeline.files.text import escape_whitespace
 from tui.screens.adapters.answers import CELL, format_answer, table
 from tui.screens.adapters.conversation import Answer, Exchange, Sampling
 from tui.screens.adapters.dialogs import BARS, bars, matrix, sentence, window
-from tui.widgets.bars import pad_or_truncate
+from tui.widgets.text import pad_or_truncate
 
 TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", " ", "\ufffd", "é", "a" * 60, "🤗"]
 

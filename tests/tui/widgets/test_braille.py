@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tui.widgets.plot.braille import ACROSS, DOWN, cells
+from tui.widgets.line_chart import ACROSS, DOWN, braille
 
 POINTS = st.lists(st.tuples(st.floats(-5, 25), st.floats(-20, 20)), max_size=30).map(sorted)
 
@@ -20,17 +20,17 @@ def dots(chars: dict[tuple[int, int], str]) -> set[tuple[int, int]]:
 
 
 def test_a_level_line_is_a_row_of_dots() -> None:
-    assert dots(cells([(0, 1), (2.99, 1)], 3, 2)) == {(x, 4) for x in range(6)}
+    assert dots(braille([(0, 1), (2.99, 1)], 3, 2)) == {(x, 4) for x in range(6)}
 
 
 def test_an_upright_line_is_a_column_of_dots() -> None:
-    assert dots(cells([(1, 0), (1, 1.99)], 3, 2)) == {(2, y) for y in range(8)}
+    assert dots(braille([(1, 0), (1, 1.99)], 3, 2)) == {(2, y) for y in range(8)}
 
 
 @example([(-2.225073858507e-311, 1.0), (0.0, 0.0)])
 @given(POINTS)
 def test_every_point_inside_has_its_dot_and_nothing_is_outside(points: list[tuple[float, float]]) -> None:
-    chars = cells(points, 20, 10)
+    chars = braille(points, 20, 10)
     assert all(0 <= x < 20 and 0 <= y < 10 for x, y in chars)
     drawn = dots(chars)
     for x, y in points:
@@ -40,7 +40,7 @@ def test_every_point_inside_has_its_dot_and_nothing_is_outside(points: list[tupl
 
 @given(st.lists(st.floats(0, 9.9), min_size=2, max_size=20))
 def test_a_line_has_no_gap(heights: list[float]) -> None:
-    drawn = dots(cells([(float(x), y) for x, y in enumerate(heights)], 20, 10))
+    drawn = dots(braille([(float(x), y) for x, y in enumerate(heights)], 20, 10))
     columns = {x: sorted(y for column, y in drawn if column == x) for x in range(2 * len(heights) - 1)}
     assert all(columns.values())
     for x, ys in columns.items():

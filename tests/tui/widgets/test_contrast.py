@@ -5,7 +5,7 @@ from textual.color import Color
 
 from pipeline.project.palette import other
 from pipeline.stages.registry import STAGES
-from tui.widgets.contrast import CONTRAST, contrast, readable
+from tui.widgets.line_chart import CONTRAST, contrast, readable
 
 COLORS = sorted({look.color for look in (*(stage.look for stage in STAGES.values()), *map(other, range(20))) if look})
 

@@ -15,7 +15,7 @@ from textual.widgets import Static
 from pipeline.files.text import escape_whitespace
 from pipeline.project.logs.run_log import in_units
 from tui.screens.adapters.conversation import Answer, Exchange
-from tui.widgets.bars import bar, pad_or_truncate
+from tui.widgets.text import bar, pad_or_truncate
 
 CELL = 11  # minimum width of a model's column in the table: a percentage and a difference, each after a space
 MAX_TOKEN = 24  # cells

@@ -19,8 +19,8 @@ from textual.widgets import Button, Checkbox, Static
 from pipeline.errors import UserError
 from pipeline.files.text import escape_whitespace
 from tui.screens.adapters.conversation import SAMPLING_FIELDS, Latest, Sampling, format_setting
-from tui.widgets.bars import bar, pad_or_truncate, shade
 from tui.widgets.form import Form, FormField
+from tui.widgets.text import bar, pad_or_truncate, shade
 
 NUMBERS, SHADES = 6, 2  # cells per weight in the matrix: " 0.45 ", "▓▓"
 MAX_NAME = 12  # cells of a token's name in the matrix

@@ -14,8 +14,8 @@ from textual.widgets import Static
 from pipeline.files.text import natural_sort_key
 from pipeline.inference.catalog import REFUSED, UNBOUND, VERIFIED
 from tui.screens.adapters.library import CHECKING, Entry
-from tui.widgets.bars import levels
 from tui.widgets.table import Column, Table
+from tui.widgets.text import levels
 
 SIGNS = {VERIFIED: "✓", UNBOUND: "?", REFUSED: "✗", CHECKING: " "}
 HASH_LENGTH = 12  # characters of a sha256

@@ -11,7 +11,7 @@ from pipeline.calc.method import projections, why_they_differ
 from pipeline.calc.report import PROJECTION, SHADES, capped, cells_of, gib, smallest
 from pipeline.project.logs.run_log import in_units
 from tui.screens.calculator.query import Result
-from tui.widgets.text_block import Lines, cells
+from tui.widgets.text import Lines, cells
 
 SIGNS = dict(zip(PARTS, "█◆▓▒░≡·", strict=True))  # parts differ in symbol too, not only in colour
 EDGE = "│"  # where the GPU ends

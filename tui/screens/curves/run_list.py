@@ -1,6 +1,6 @@
 """The list of runs: shown or hidden, symbol, colour and status of each."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,41 +9,26 @@ from textual.binding import Binding, BindingType
 from textual.color import Color
 from textual.message import Message
 from textual.widgets import OptionList
-from textual.widgets.option_list import Option
 
-from tui.widgets.contrast import readable
+from tui.screens.curves.runs import Runs
+from tui.widgets.keyed_list import KeyedList
+from tui.widgets.line_chart import readable
 
 INDENT = 6
 OPENS = "enter lists them"
+MAX_NAME = 44  # characters of an adapter's name in the list, at most
 
 
-@dataclass(frozen=True)
-class Row:
-    """A run, or an adapter of a sweep. `on`: whether it is drawn. `facts` may wrap to several lines.
-
-    `expanded`: whether a sweep's adapters are listed (None: not a sweep). Their rows have the sweep's key in `sweep`.
-    """
-
-    key: str
-    on: bool
-    sign: str
-    color: str
-    label: str
-    facts: Sequence[str] = ()
-    expanded: bool | None = None
-    sweep: str = ""
-
-
-class RunList(OptionList):
-    """Legend, status and switches of the runs."""
+class RunList(KeyedList):
+    """Legend, status and switches of the runs; below an expanded sweep, its adapters. Messages name them by key."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "select", "Show or hide the run", id="curves.toggle", show=False),
         Binding("enter", "open", "Show or hide the run; list a sweep's adapters", id="curves.open", show=False),
     ]
     DEFAULT_CSS = """
-    RunList { height: auto; scrollbar-size-vertical: 1; border: none; padding: 0; background: $background; }
-    RunList:focus { border: none; background: $background; }
+    RunList { scrollbar-size-vertical: 1; background: $background; }
+    RunList:focus { background: $background; }
     """
 
     @dataclass
@@ -60,69 +45,70 @@ class RunList(OptionList):
 
     @dataclass
     class Pointed(Message):
-        """The highlight moved to this row: a run or an adapter."""
+        """The highlight moved to this adapter, or to a run ("")."""
 
-        key: str
+        adapter: str
 
     def __init__(self) -> None:
-        super().__init__(compact=True)
-        self._rows: list[Row] = []
+        super().__init__()
+        self._runs: Runs | None = None
+        self._expanded: Collection[str] = ()
+        self._sweeps: dict[str, str] = {}  # key of a sweep or of an adapter → key of its sweep
 
-    @property
-    def pointed(self) -> Row | None:
-        """The highlighted row."""
-        index = self.highlighted
-        return self._rows[index] if index is not None and index < len(self._rows) else None
+    def show_runs(self, runs: Runs, expanded: Collection[str]) -> None:
+        """A line per run, and below each expanded sweep one per adapter, the names padded to one width."""
+        self._runs, self._expanded = runs, expanded
+        option, sweeps, lines = self.highlighted_option, self._sweeps, dict[str, Text]()
+        self._sweeps = {}
+        for key, view in runs.views.items():
+            on, look, label = key in runs.shown, runs.looks[key], view.run.label
+            facts = view.facts() if on else [view.state]  # a hidden run is not read, so its numbers would be old
+            if view.run.sweeps:
+                self._sweeps[key] = key
+                label = f"{'▾' if key in expanded else '▸'} {label}"
+                if key not in expanded:
+                    facts.insert(2, OPENS)
+            lines[key] = self._line("[x] " if on else "[ ] ", look.sign, look.color, label, facts, bold=on)
+            if key in self._sweeps and key in expanded:
+                width = min(max(map(len, view.curve_logs)), MAX_NAME)
+                for name, log in view.curve_logs.items():
+                    adapter, sign = view.adapter_key(log), look.sign if log is view.best else " "
+                    label = f"{name if len(name) <= width else f'{name[: width - 1]}…':{width}}"
+                    self._sweeps[adapter] = key
+                    lines[adapter] = self._line(" " * INDENT, sign, look.color, label, view.facts_of(log))
+        # The highlight of an adapter that is no longer listed moves to its sweep.
+        self.show(lines, sweeps.get(str(option.id), "") if option else "")
 
-    def show(self, rows: Sequence[Row]) -> None:
-        """Show `rows`. The highlight stays on its run, or at its index if the run is gone."""
-        if [row.key for row in rows] == [row.key for row in self._rows]:
-            for index, (row, before) in enumerate(zip(rows, self._rows, strict=True)):
-                if row != before:
-                    self.replace_option_prompt_at_index(index, self._format_row(row))
-        else:
-            indices, pointed, index = {row.key: n for n, row in enumerate(rows)}, self.pointed, self.highlighted or 0
-            if pointed is not None:
-                index = indices.get(pointed.key, indices.get(pointed.sweep, index))
-            self.clear_options()
-            self.add_options([Option(self._format_row(row), id=row.key) for row in rows])
-            self._rows = list(rows)
-            self.highlighted = min(index, len(rows) - 1) if rows else None
-        self._rows = list(rows)
-
-    def on_resize(self) -> None:
-        """Wrap the lines again."""
-        for index, row in enumerate(self._rows):
-            self.replace_option_prompt_at_index(index, self._format_row(row))
-
-    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Toggle the run; for an adapter, its whole sweep."""
-        event.stop()
-        row = self._rows[event.option_index]
-        self.post_message(self.Toggled(row.sweep or row.key))
-
-    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        event.stop()
-        if event.option_id is not None:
-            self.post_message(self.Pointed(event.option_id))
-
-    def action_open(self) -> None:
-        row = self.pointed
-        if row is not None and (row.sweep or row.expanded is not None):
-            self.post_message(self.Opened(row.sweep or row.key))
-        else:
-            self.action_select()
-
-    def _format_row(self, row: Row) -> Text:
-        color = readable(Color.parse(row.color), self.background_colors[1]).hex
-        box = " " * INDENT if row.sweep else "[x] " if row.on else "[ ] "
-        arrow = "" if row.expanded is None else "▾ " if row.expanded else "▸ "
-        bold = "bold" if row.on and not row.sweep else ""
-        first = Text.assemble(box, (row.sign, color), " ", (arrow + row.label, bold))
-        facts = [*row.facts[:2], OPENS, *row.facts[2:]] if row.expanded is False else row.facts
-        lines, width = [first], max(self.size.width - 1, 40)
+    def _line(self, box: str, sign: str, color: str, label: str, facts: Sequence[str], bold: bool = False) -> Text:
+        """Facts that do not fit are wrapped to further lines."""
+        color = readable(Color.parse(color), self.background_colors[1]).hex
+        lines = [Text.assemble(box, (sign, color), " ", (label, "bold" if bold else ""))]
+        width = max(self.size.width - 1, 40)
         for fact in facts:
             if lines[-1].cell_len + 2 + len(fact) > width and lines[-1].cell_len > INDENT:
                 lines.append(Text(" " * (INDENT - 2)))
             lines[-1].append(f"  {fact}", "" if len(lines) == 1 else "dim")
         return Text("\n").join(lines)
+
+    def on_resize(self) -> None:
+        """Wrap the lines again."""
+        if self._runs:
+            self.show_runs(self._runs, self._expanded)
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Toggle the run; for an adapter, its whole sweep."""
+        event.stop()
+        key = str(event.option_id)
+        self.post_message(self.Toggled(self._sweeps.get(key, key)))
+
+    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        event.stop()
+        key = str(event.option_id)
+        self.post_message(self.Pointed(key if self._sweeps.get(key, key) != key else ""))
+
+    def action_open(self) -> None:
+        option = self.highlighted_option
+        if option is not None and (sweep := self._sweeps.get(str(option.id))):
+            self.post_message(self.Opened(sweep))
+        else:
+            self.action_select()

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from time import monotonic, process_time
 from typing import ClassVar, Literal
 
@@ -15,22 +14,12 @@ from textual.widgets import Static
 
 from pipeline.errors import UserError
 from tui.screens.base import WorkbenchScreen
-from tui.screens.curves import export
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.runs import Runs
 from tui.screens.curves.series import QUANTITIES
-from tui.screens.curves.view_model import (
-    TITLES,
-    Line,
-    Window,
-    chart_lines,
-    from_log10,
-    has_values,
-    list_rows,
-    status_line,
-)
-from tui.widgets.plot.curve import Range, View, range_of
-from tui.widgets.plot.line_chart import LossChart
+from tui.screens.curves.view_model import TITLES, Line, Window, chart_lines, has_values, status_line
+from tui.widgets.curve import Range, View, range_of
+from tui.widgets.line_chart import LossChart
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
 SMOOTHING = 0.9  # initial
@@ -60,12 +49,12 @@ class CurvesScreen(WorkbenchScreen):
         Binding("left_square_bracket", "smooth(-1)", "Smooth less", id="curves.smooth_less", show=False),
         Binding("plus,equals_sign", "zoom(0.7)", "Zoom in", id="curves.zoom_in", show=False),
         Binding("minus", "zoom(1.43)", "Zoom out", id="curves.zoom_out", show=False),
-        Binding("y", "zoom_values(0.7)", "Zoom in on the values", id="curves.zoom_values_in", show=False),
-        Binding("Y", "zoom_values(1.43)", "Zoom out of the values", id="curves.zoom_values_out", show=False),
+        Binding("y", "zoom(1, 0.7)", "Zoom in on the values", id="curves.zoom_values_in", show=False),
+        Binding("Y", "zoom(1, 1.43)", "Zoom out of the values", id="curves.zoom_values_out", show=False),
         Binding("left", "sideways(-1)", "Earlier steps, or the cursor to the left", id="curves.left", show=False),
         Binding("right", "sideways(1)", "Later steps, or the cursor to the right", id="curves.right", show=False),
-        Binding("up", "pan_values(0.1)", "Greater values", id="curves.up", show=False),
-        Binding("down", "pan_values(-0.1)", "Smaller values", id="curves.down", show=False),
+        Binding("up", "pan(0, 0.1)", "Greater values", id="curves.up", show=False),
+        Binding("down", "pan(0, -0.1)", "Smaller values", id="curves.down", show=False),
         Binding("0,home", "reset", "All steps, all values, follow", id="curves.reset", show=False),
     ]
 
@@ -114,7 +103,9 @@ class CurvesScreen(WorkbenchScreen):
             state_changes = [view.poll_state() for view in self.runs.views.values()]
             if rediscovered or any(state_changes):
                 self.runs.show_default()
-            due = rediscovered or self._due()
+            # Read and draw only while that stays within CPU_SHARE, or if the last time is MAX_DELAY ago.
+            since = monotonic() - self._drawn_at
+            due = rediscovered or since > MAX_DELAY or process_time() - self._cpu_time < CPU_SHARE * since
             changed = [view for _, view in self.runs.visible() if due and view.changed()]
             for view in changed:
                 await view.read()
@@ -124,11 +115,6 @@ class CurvesScreen(WorkbenchScreen):
                 self._update_list()
         finally:
             self._reading = False
-
-    def _due(self) -> bool:
-        """Whether a redraw keeps this process within its CPU_SHARE, or the last one is MAX_DELAY ago."""
-        since = monotonic() - self._drawn_at
-        return since > MAX_DELAY or process_time() - self._cpu_time < CPU_SHARE * since
 
     # Drawing
 
@@ -172,8 +158,7 @@ class CurvesScreen(WorkbenchScreen):
         return super().check_action(action, parameters)
 
     def _update_list(self) -> None:
-        runs = self.runs
-        self.query_one(RunList).show(list(list_rows(runs.views, runs.looks, runs.shown, self._opened)))
+        self.query_one(RunList).show_runs(self.runs, self._opened)
 
     # User input
 
@@ -195,10 +180,8 @@ class CurvesScreen(WorkbenchScreen):
 
     @on(RunList.Pointed)
     def _highlight(self, event: RunList.Pointed) -> None:
-        row = self.query_one(RunList).pointed
-        pointed = event.key if row is not None and row.sweep else ""
-        if pointed != self._pointed:
-            self._pointed = pointed
+        if event.adapter != self._pointed:
+            self._pointed = event.adapter
             self.redraw()
 
     @on(LossChart.Moved)
@@ -244,14 +227,11 @@ class CurvesScreen(WorkbenchScreen):
         by = max(round((last - first) * 2 / self._chart.columns), 1)
         self._set_window(cursor=min(max(self.window.cursor + by * direction, round(first)), round(last)))
 
-    def action_pan_values(self, part: float) -> None:
-        self._chart.pan(0, part)
+    def action_pan(self, x: float, y: float) -> None:
+        self._chart.pan(x, y)
 
-    def action_zoom(self, factor: float) -> None:
-        self._chart.zoom(factor)
-
-    def action_zoom_values(self, factor: float) -> None:
-        self._chart.zoom(1, factor)
+    def action_zoom(self, x: float, y: float = 1.0) -> None:
+        self._chart.zoom(x, y)
 
     def action_panel(self, name: str) -> None:
         """Show or hide a panel; a short terminal has room for one only."""
@@ -269,30 +249,25 @@ class CurvesScreen(WorkbenchScreen):
 
     # Export
 
-    def action_export(self) -> None:
-        from tui.screens.curves.export_dialog import ExportScreen
+    @work
+    async def action_export(self) -> None:
+        from tui.screens.curves import export  # its dialog's widgets are imported when it is first opened
 
-        views = self.runs.visible()
-        if not any(log.steps for _, view in views for log in view.logs):
+        views = [view for _, view in self.runs.visible()]
+        if not any(log.steps for view in views for log in view.logs):
             hint = "switch a run on in the list below" if self.runs.views else "there are no runs yet"
             self.workbench.log_message(f"There is nothing to export: {hint}.", "warning")
             return
-        stem = f"curves-{views[0][1].run.stage}" if len(views) == 1 else "curves"
-        self.workbench.push_screen(ExportScreen(self.workbench.root, stem), self._export_to)
-
-    def _export_to(self, path: Path | None) -> None:
-        if path is not None:
-            self._export(path)
-
-    @work
-    async def _export(self, path: Path) -> None:
+        stem = f"curves-{views[0].run.stage}" if len(views) == 1 else "curves"
+        path = await self.app.push_screen_wait(export.ExportScreen(self.workbench.root, stem))
+        if path is None:
+            return
         try:
             if path.suffix.lower() == ".csv":
-                views = [view for _, view in self.runs.visible()]
                 logs = [
-                    (view.run.curve_label(name), curve_log.log)
-                    for view in views
-                    for name, curve_log in view.curve_logs.items()
+                    (view.run.curve_label(curve_log.name), curve_log.log)
+                    for _, view in self.runs.visible()
+                    for curve_log in view.curve_logs.values()
                 ]
                 chunks = export.csv_lines(logs)
             else:
@@ -305,15 +280,17 @@ class CurvesScreen(WorkbenchScreen):
 
     def _chart_data(self, kind: str) -> dict[str, object]:
         """The visible charts, at a higher resolution."""
+        from tui.screens.curves.export import panel
+
         lines, x, panels = chart_lines(self.runs.visible(), self.runs.looks), self._step_range(), []
+        labels = [line.label for line in lines]
         for chart in self.query(LossChart):
-            if chart.display:
-                name, log = str(chart.id), chart.id == "loss" and self.window.log
-                curves = [line.curve(name, x, EXPORT_COLUMNS) for line in lines]
-                y = self.window.y if name == "loss" else None
-                if y is None and not log and any(curve.stray for curve in curves):
-                    y = range_of(curves)
-                panels.append(
-                    export.panel(TITLES[name], [line.label for line in lines], curves, from_log10(y, log), log)
-                )
+            if not chart.display:
+                continue
+            name, log = str(chart.id), chart.id == "loss" and self.window.log
+            curves = [line.curve(name, x, EXPORT_COLUMNS) for line in lines]
+            y = self.window.y if name == "loss" else None
+            if y is None and not log and any(curve.stray for curve in curves):
+                y = range_of(curves)
+            panels.append(panel(TITLES[name], labels, curves, y, log))
         return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}

@@ -2,40 +2,17 @@
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from math import isfinite, nan
+from math import isfinite
 
-from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, Step, flat_from
-from tui.widgets.plot.curve import Column
+from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, Row, flat_epoch
+from tui.widgets.curve import Column
 
-Row = tuple[float, ...]  # in the order of COLUMNS, then of OPTIONAL if the log has any of them (NaN: no value)
 BLOCK = 32  # points whose minimum, maximum and sum are cached, so that wide columns need not read every point
 QUANTITIES = ("loss", "learning_rate", "grad_norm", "divergence")  # each is drawn in its own panel
 HELD_OUT = "eval_loss"  # drawn in the panel of the loss
 UNSMOOTHED = ("learning_rate", HELD_OUT)  # without noise, or with few values: smoothing would only delay them
-
-
-def parse_step(line: str) -> Row:
-    """A line of loss.csv. Raises ValueError."""
-    step, epoch, loss, rate, norm, tokens = line.split(",")[: len(COLUMNS)]
-    return int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens)
-
-
-def step_parser(header: str) -> Callable[[str], Row]:
-    """The parser of the lines below `header`, with the optional columns if it has any of them."""
-    columns = header.strip().split(",")
-    indices = [columns.index(name) if name in columns else None for name in OPTIONAL]
-
-    def parse(line: str) -> Row:
-        cells = line.split(",")
-        optional = (
-            float(cells[index]) if index is not None and cells[index : index + 1] not in ([], [""]) else nan
-            for index in indices
-        )
-        return *parse_step(line), *optional
-
-    return parse_step if indices == [None] * len(indices) else parse
 
 
 class Series:
@@ -83,25 +60,25 @@ class Series:
         edges.append(bisect_right(self.x, last))
         visible = []
         for start, end in pairwise(edges):
-            if start < end and (column := self._column(start, end)):
-                visible.append(column)
+            if start == end:
+                continue
+            x = (self.x[start] + self.x[end - 1]) / 2
+            if self._finite:
+                low = min(self._with_blocks(self.y, self._lows, start, end))
+                high = max(self._with_blocks(self.y, self._highs, start, end))
+                total = sum(self._with_blocks(self.smooth, self._sums, start, end))
+                visible.append(Column(x, low, high, total / (end - start)))
+                continue
+            # One NaN makes the cached values of its block useless, so every point is read.
+            raw, smooth = ([v for v in values[start:end] if isfinite(v)] for values in (self.y, self.smooth))
+            if raw:
+                visible.append(Column(x, min(raw), max(raw), sum(smooth) / len(smooth)))
         return visible
 
     def value_at(self, step: float) -> float | None:
         """The last raw value up to `step`; None if there is none."""
         index = bisect_right(self.x, step)
         return self.y[index - 1] if index else None
-
-    def _column(self, start: int, end: int) -> Column | None:
-        x = (self.x[start] + self.x[end - 1]) / 2
-        if not self._finite:
-            raw, smooth = ([v for v in values[start:end] if isfinite(v)] for values in (self.y, self.smooth))
-            return Column(x, min(raw), max(raw), sum(smooth) / len(smooth)) if raw else None
-        low, high = (
-            min(self._with_blocks(self.y, self._lows, start, end)),
-            max(self._with_blocks(self.y, self._highs, start, end)),
-        )
-        return Column(x, low, high, sum(self._with_blocks(self.smooth, self._sums, start, end)) / (end - start))
 
     @staticmethod
     def _with_blocks(values: "array[float]", blocks: "array[float]", start: int, end: int) -> "array[float]":
@@ -116,6 +93,7 @@ class Log:
     """Everything read of one loss.csv: by column, and the series to draw."""
 
     def __init__(self, smoothing: float) -> None:
+        self.smoothing = smoothing
         self.columns = {name: array("d") for name in COLUMNS}
         self.steps = self.columns["step"]
         self.foreign = 0  # rows out of order
@@ -140,32 +118,30 @@ class Log:
                 self.series[name].extend(values)
             else:
                 self.columns[name].extend(values)
-        self._extend_optional(in_order)
+        for column, name in enumerate(OPTIONAL, len(COLUMNS)):
+            cells = ((row[0], row[column]) for row in in_order if len(row) > column)
+            points = [(step, value) for step, value in cells if value is not None and value == value]  # not NaN
+            self.series[name].x.extend(step for step, _ in points)
+            self.series[name].extend(value for _, value in points)
         for step, epoch, loss, *_ in in_order:
             sums = self._epochs.setdefault(epoch, [step, 0.0, 0])
             sums[1] += loss
             sums[2] += 1
 
-    def _extend_optional(self, rows: Sequence[Row]) -> None:
-        for column, name in enumerate(OPTIONAL, len(COLUMNS)):
-            points = [(row[0], row[column]) for row in rows if len(row) > column and row[column] == row[column]]
-            self.series[name].x.extend(step for step, _ in points)
-            self.series[name].extend(value for _, value in points)
-
     def smooth(self, strength: float) -> None:
+        self.smoothing = strength
         self.series = {
             name: series.smoothed_with(_smoothing_for(name, strength)) for name, series in self.series.items()
         }
         self.columns.update({name: self.series[name].y for name in COLUMNS if name in self.series})
 
     def flat(self, running: bool) -> tuple[int, float] | None:
-        """The epoch from which the loss is flat, as `flat_from` defines it, and its first step.
+        """The epoch from which the loss is flat, as `flat_epoch` defines it, and its first step.
 
         While the run is `running`, its last epoch is incomplete and does not count.
         """
-        complete = list(self._epochs.items())[: -1 if running else None]
-        means = [Step(int(first), int(epoch), total / n, 0, 0, 0) for epoch, (first, total, n) in complete]
-        epoch = flat_from(means)
+        complete = list(self._epochs.values())[: -1 if running else None]
+        epoch = flat_epoch([total / count for _, total, count in complete])
         return (epoch, self._epochs[epoch][0]) if epoch in self._epochs else None
 
     def final_loss(self, running: bool) -> float | None:

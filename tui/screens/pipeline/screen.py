@@ -1,5 +1,6 @@
 """The pipeline screen: DAG, state of each stage, params, log, metrics; run and stop."""
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from shutil import disk_usage
@@ -19,11 +20,9 @@ from pipeline.project.stage_graph import Project, Stage
 from pipeline.project.status import StageState, Status, project_signature
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
-from tui.screens.pipeline.dag_view import DagView
-from tui.screens.pipeline.log_panel import LogView
-from tui.screens.pipeline.metrics_panel import metrics_table
+from tui.screens.pipeline.dag import DagView
+from tui.screens.pipeline.panels import LogView, StageList, metrics_table
 from tui.screens.pipeline.params_panel import ParamForm
-from tui.screens.pipeline.stage_list import StageList
 from tui.services.pipeline_process import Running
 from tui.widgets.form import format_value
 
@@ -53,7 +52,10 @@ class PipelineScreen(WorkbenchScreen):
         self.status = Status()
         self.project: Project | None = None
         self.states: dict[str, StageState] = {}
-        self.stages = _initial_stages(self.workbench.params_path)
+        try:
+            self.stages: Mapping[str, Stage] = open_project(self.workbench.params_path).readable or GRAPH.stages
+        except (UserError, OSError):  # shown once the first load fails too
+            self.stages = GRAPH.stages
         self.chosen = next(iter(self.stages))
         self.problem = ""  # with the params file; `project` is then the last valid one
         # of the params file and of all other files, when last loaded
@@ -67,7 +69,7 @@ class PipelineScreen(WorkbenchScreen):
     def body(self) -> Iterable[Widget]:
         yield Static(id="problem", markup=False)
         yield DagView(self.stages)
-        yield StageList(self.stages, id="stages")
+        yield StageList(id="stages")
         with Container(id="panes"):
             with Vertical(id="params", classes="pane"):
                 yield ParamForm(self.workbench.params_path.name)
@@ -80,6 +82,7 @@ class PipelineScreen(WorkbenchScreen):
     def on_mount(self) -> None:
         self.query_one("#metrics").border_title = "Metrics, against the last commit"
         self.action_pane("params", focus=False)
+        self.query_one(StageList).show_states(self.stages, {})
         self.give_focus(self.query_one(StageList))
         self.set_interval(TICK, self.tick)
         self.tick()
@@ -107,21 +110,18 @@ class PipelineScreen(WorkbenchScreen):
         self._pipeline = running
         if self._loading or not (self.is_current or self._ended_pipeline):
             return
-        now = self._signature()
+        try:
+            stat = self.workbench.params_path.stat()
+            file = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        except OSError:
+            file = (0, 0, 0)
+        now = (file, self.project and project_signature(self.project))
         busy = running or any(state.state == "running" for state in self.states.values())
         if now != self._seen_signature or busy:
             self._loading = True
             self._load(now, self._ended_pipeline)
             self._ended_pipeline = None
         self.query_one(LogView).follow(self.workbench.runner.log)
-
-    def _signature(self) -> tuple[object, object]:
-        try:
-            stat = self.workbench.params_path.stat()
-            file = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        except OSError:
-            file = (0, 0, 0)
-        return file, self.project and project_signature(self.project)
 
     @work(thread=True, group="load")
     def _load(self, seen: tuple[object, object] | None, ended: Running | None) -> None:
@@ -134,8 +134,8 @@ class PipelineScreen(WorkbenchScreen):
         states: dict[str, StageState] = {}
         try:
             if project and not self.states:  # the first load hashes all artifacts, so show each state once known
-                self.call_later(self._show_params, project)
-                states = self.status.of(project, lambda state: self.call_later(self._show_state, state))
+                self.call_later(self._show_first, project)
+                states = self.status.of(project, lambda state: self.call_later(self._show_first, project, state))
             elif project:
                 states = self.status.of(project)
         except (UserError, OSError):  # a file vanished while it was read: try again
@@ -144,26 +144,26 @@ class PipelineScreen(WorkbenchScreen):
         if ended:
             self.call_later(self._report_end, ended)
 
-    async def _show_params(self, project: Project) -> None:
-        """Show the params before the states are known."""
-        if self.query(DagView) and self.project is None:
+    async def _show_first(self, project: Project, state: StageState | None = None) -> None:
+        """Show the params before any state is known, then each state while the others are computed."""
+        if not self.query(DagView) or self.states:
+            return
+        if self.project is None:
             self.project = project
-            self._show_stages(project)
+            self._show_stages({})
             await self._show_stage()
+        if state:
+            self._show_stages({**self.query_one(DagView).states, state.stage.name: state})
 
-    def _show_stages(self, project: Project) -> None:
-        """Show the stages of the project and of its parent."""
-        self.stages = project.readable
-        if self.chosen not in self.stages and self.stages:
-            self.chosen = next(iter(self.stages))
-        self.query_one(StageList).set_stages(self.stages)
-        self.query_one(DagView).stages = self.stages
-
-    def _show_state(self, state: StageState) -> None:
-        if self.query(DagView) and not self.states:
-            dag = self.query_one(DagView)
-            dag.states = {**dag.states, state.stage.name: state}
-            self.query_one(StageList).show({state.stage.name: state})
+    def _show_stages(self, states: Mapping[str, StageState]) -> None:
+        """Show the stages of the project and of its parent, with their states."""
+        if self.project:
+            self.stages = self.project.readable
+            if self.chosen not in self.stages and self.stages:
+                self.chosen = next(iter(self.stages))
+        dag = self.query_one(DagView)
+        dag.stages, dag.states = self.stages, states
+        self.query_one(StageList).show_states(self.stages, states)
 
     async def _show(
         self,
@@ -174,74 +174,61 @@ class PipelineScreen(WorkbenchScreen):
     ) -> None:
         if not self.query(DagView):  # the screen is closing
             return
-        first = project is not None and self.project is None  # so `seen` does not cover its files: load again
         self.project, self.problem, self.states, self._loading = project, problem, states, False
-        self._seen_signature = None if first else seen
+        self._seen_signature = seen
         banner = self.query_one("#problem", Static)
         banner.display = bool(problem)
         banner.update(f"✗ {problem}\nShowing the last valid state." if project else f"✗ {problem}")
-        if project:
-            self._show_stages(project)
-        self.query_one(DagView).states = states
-        self.query_one(StageList).show(states)
+        self._show_stages(states)
         await self._show_stage()
-        self._refresh_metrics()
-
-    async def _show_stage(self) -> None:
-        """Fill the panes for the chosen stage."""
-        self.query_one(DagView).chosen = self.chosen
-        if self.project and self.chosen in self.stages:
-            await self.query_one(ParamForm).show(
-                self.chosen, self._home_project(self.project).section(self.stages[self.chosen])
-            )
-        self.query_one("#params").border_title = f"Params of {self.chosen}"
-        self.query_one("#log").border_title = f"Log of {self.chosen}, output of the pipeline"
-        self.query_one("#notes", Static).update(self._stage_notes())
-
-    def _home_project(self, project: Project) -> Project:
-        """The project of the chosen stage: this one or its parent."""
-        return project.home(self.chosen)
-
-    def _stage_notes(self) -> str:
-        """The reasons for the state of the chosen stage, and the message and notes of its last run."""
-        state = self.states.get(self.chosen)
-        if state is None:
-            return ""
-        run, reasons = state.run, list(state.reasons)
-        if run and run.message and run.message not in reasons:
-            reasons.append(f"its last run: {run.message}")
-        lines = [*reasons, *(run.notes if run else ())]
-        if state.state == "missing" and not self.workbench.runner.log.exists():
-            lines.append("Nothing was run yet: press r for all stages, or type `make repro`.")
-        return "\n".join(lines)
-
-    def _refresh_metrics(self) -> None:
         path = (self.project or self.workbench).root / EVALUATION / "metrics.json"
         try:
             stats = [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat(), (self.workbench.root / ".git").stat())]
         except OSError:
             stats = []
-        if stats != self._metrics_signature:
+        if stats != self._metrics_signature:  # git is asked only if the metrics or its folder changed
             self._metrics_signature = stats
             self._load_metrics(path)
 
-    @work(thread=True, group="metrics", exclusive=True)
-    def _load_metrics(self, path: Path) -> None:
+    async def _show_stage(self) -> None:
+        """Fill the panes for the chosen stage."""
+        self.query_one(DagView).chosen = self.chosen
+        if self.project and self.chosen in self.stages:
+            section = self.project.home(self.chosen).section(self.stages[self.chosen])
+            await self.query_one(ParamForm).show(self.chosen, section)
+        self.query_one("#params").border_title = f"Params of {self.chosen}"
+        self.query_one("#log").border_title = f"Log of {self.chosen}, output of the pipeline"
+        # The reasons for the state of the stage, then the message and the notes of its last run
+        lines: list[str] = []
+        if state := self.states.get(self.chosen):
+            run = state.run
+            lines += state.reasons
+            if run and run.message and run.message not in lines:
+                lines.append(f"its last run: {run.message}")
+            lines += run.notes if run else ()
+            if state.state == "missing" and not self.workbench.runner.log.exists():
+                lines.append("Nothing was run yet: press r for all stages, or type `make repro`.")
+        self.query_one("#notes", Static).update("\n".join(lines))
+
+    @work(group="metrics", exclusive=True)
+    async def _load_metrics(self, path: Path) -> None:
         try:
-            changes: list[Change] | str = since_commit(path)
+            changes: list[Change] | str = await asyncio.to_thread(since_commit, path)
         except UserError as error:
             changes = str(error)
-        self.call_later(self._show_changes, changes)
-
-    def _show_changes(self, changes: list[Change] | str) -> None:
-        for widget in self.query("#changes").results(Static):  # empty while the screen closes
+        for widget in self.query("#changes").results(Static):  # none while the screen closes
             widget.update(metrics_table(changes))
 
     # Selecting and editing
 
     @on(OptionList.OptionHighlighted)
     async def _highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        await self._select_stage(str(event.option_id))
+        if event.option_id == self.chosen:
+            return
+        if unsaved := self.query_one(ParamForm).unsaved():
+            self.workbench.log_message(f"Not saved: {', '.join(f'{k}: {v}' for k, v in unsaved.items())}", "warning")
+        self.chosen = str(event.option_id)
+        await self._show_stage()
 
     @on(DagView.Chosen)
     def _clicked(self, event: DagView.Chosen) -> None:
@@ -251,19 +238,10 @@ class PipelineScreen(WorkbenchScreen):
     def _entered(self) -> None:
         self.action_pane("params")
 
-    async def _select_stage(self, stage: str) -> None:
-        if stage == self.chosen:
-            return
-        unsaved = self.query_one(ParamForm).unsaved()
-        if unsaved:
-            self.workbench.log_message(f"Not saved: {', '.join(f'{k}: {v}' for k, v in unsaved.items())}", "warning")
-        self.chosen = stage
-        await self._show_stage()
-
     @on(ParamForm.Saved)
     def _save(self, event: ParamForm.Saved) -> None:
         try:
-            path = self._home_project(self.project).params_path if self.project else self.workbench.params_path
+            path = self.project.home(self.chosen).params_path if self.project else self.workbench.params_path
             edit.save(path, {event.key: event.value}, GRAPH.sections)
         except (UserError, OSError) as error:
             self.workbench.fail(error)
@@ -347,11 +325,3 @@ class PipelineScreen(WorkbenchScreen):
             )
         else:
             self.workbench.log_message("The pipeline ended early. See its log (l).", "warning")
-
-
-def _initial_stages(params: Path) -> Mapping[str, Stage]:
-    """The stages shown before the first load: the project's, or GRAPH.stages if its params cannot be read."""
-    try:
-        return open_project(params).readable or GRAPH.stages
-    except (UserError, OSError):
-        return GRAPH.stages

@@ -21,7 +21,7 @@ from tests.tui.screens.adapters.test_adapters import Session
 from tui.app import Workbench
 from tui.screens.adapters.answers import EngineBar, TopK
 from tui.screens.adapters.conversation import Answer
-from tui.widgets.slider import Slider
+from tui.widgets.fields import Slider
 
 PROMPT = "die katze sitzt auf dem"
 

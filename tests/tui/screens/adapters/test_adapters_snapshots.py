@@ -16,7 +16,7 @@ from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tui.app import Workbench
 from tui.screens.adapters.screen import AdaptersScreen
-from tui.widgets.prompt_input import PromptInput
+from tui.widgets.fields import PromptInput
 
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "120x40"])

@@ -40,7 +40,7 @@ from tui.screens.calculator.query import (
 )
 from tui.screens.calculator.result import MemoryBars, Parameters, Pinned, Verdict
 from tui.screens.calculator.screen import CalculatorScreen
-from tui.widgets.text_block import Lines
+from tui.widgets.text import Lines
 
 GARBAGE = ("", " ", "x", "-1", "0", "1e400", "9" * 40, "ß[/]", "[red]", "1.5", "٣", "nan", "\\", "a,,b", "~nobody/x")
 WRITTEN = (

@@ -20,12 +20,12 @@ from tests.helpers.pilot import until
 from tests.helpers.run_folders import HEADER, hold, journal, lines, measured, write_measured, write_methods, write_run
 from tui.app import Workbench
 from tui.screens.curves import export, runs
-from tui.screens.curves.export_dialog import ExportScreen
+from tui.screens.curves.export import ExportScreen
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.screen import CurvesScreen
 from tui.screens.curves.series import QUANTITIES
-from tui.widgets.plot.curve import Range, is_drawable
-from tui.widgets.plot.line_chart import LossChart
+from tui.widgets.curve import Range, is_drawable
+from tui.widgets.line_chart import LossChart
 
 
 @asynccontextmanager
@@ -395,7 +395,7 @@ async def test_the_curve_moves_while_the_run_goes_on(empty: Path) -> None:
             assert "live" in list_text(screen)
             assert "20/300" in list_text(screen)
             assert "32 tok/s" in list_text(screen)
-            assert "2:20 left" in list_text(screen)  # 280 steps of half a second
+            assert "2 min 20 s left" in list_text(screen)  # 280 steps of half a second
             assert "1.94 MiB predicted, 1.94 MiB measured" in list_text(screen)
             with (folder / "loss.csv").open("a", encoding="utf-8") as file:
                 file.write(lines(6.0, 21, 40))

@@ -33,7 +33,7 @@ from tui.screens.curves import export
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.screen import CurvesScreen
 from tui.screens.curves.view_model import POINTED
-from tui.widgets.plot.curve import Curve, range_of
+from tui.widgets.curve import Curve, range_of
 
 FOUR = {"rank-1": 6.0, "rank-2": 5.0, "rank-4": 3.0, "rank-8": 4.0}  # the third is the best
 SIGN = "★"
@@ -178,7 +178,7 @@ async def test_its_curves_move_while_it_runs_and_one_that_diverges_is_reported_i
         async with open_curves(empty, (160, 40)) as (pilot, screen):
             assert chart(screen).shown.x == (1, 20)
             assert "live  20/300" in list_text(screen)
-            assert "4 × 32 tok/s" in list_text(screen) and "2:20 left" in list_text(screen)
+            assert "4 × 32 tok/s" in list_text(screen) and "2 min 20 s left" in list_text(screen)
             for name in ("rank-2", "rank-4", "rank-8"):
                 with (folder / name / "loss.csv").open("a", encoding="utf-8") as file:
                     file.write(lines(FOUR[name], 21, 40))

@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.projects import STAGES
-from tui.screens.pipeline.dag_layout import Layout, layout
-from tui.screens.pipeline.dag_view import pipeline_layout
+from tui.screens.pipeline.dag import Layout, layout, pipeline_layout
 
 LABEL = 3
 

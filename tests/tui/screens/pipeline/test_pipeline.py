@@ -29,11 +29,10 @@ from pipeline.workbench import GRAPH
 from tests.helpers.pilot import until
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, load, make, save
 from tui.app import Workbench
-from tui.screens.pipeline.dag_view import DagView
-from tui.screens.pipeline.log_panel import LINES, LogView
+from tui.screens.pipeline.dag import DagView
+from tui.screens.pipeline.panels import LINES, LogView, StageList
 from tui.screens.pipeline.params_panel import ParamForm
 from tui.screens.pipeline.screen import PipelineScreen
-from tui.screens.pipeline.stage_list import StageList
 from tui.services import pipeline_process
 from tui.widgets.form import FieldInput, format_value, parse_names
 

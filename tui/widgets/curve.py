@@ -59,18 +59,18 @@ def power_of_ten(exponent: float) -> float:
 
 def to_log10(curve: Curve) -> Curve:
     """The curve with log10 of its values. Where `low` or `mean` is not positive, the next higher value is used."""
-    return replace(curve, columns=_logarithms(curve.columns), held_out=_logarithms(curve.held_out))
 
+    def logarithms(columns: Sequence[Column]) -> list[Column]:
+        exponents = []
+        for column in columns:
+            if column.high > 0:
+                high = log10(column.high)
+                mean = log10(column.mean) if column.mean > 0 else high
+                low = log10(column.low) if column.low > 0 else min(mean, high)
+                exponents.append(Column(column.x, low, high, mean))
+        return exponents
 
-def _logarithms(columns: Sequence[Column]) -> list[Column]:
-    logarithms = []
-    for column in columns:
-        if column.high > 0:
-            high = log10(column.high)
-            mean = log10(column.mean) if column.mean > 0 else high
-            low = log10(column.low) if column.low > 0 else min(mean, high)
-            logarithms.append(Column(column.x, low, high, mean))
-    return logarithms
+    return replace(curve, columns=logarithms(curve.columns), held_out=logarithms(curve.held_out))
 
 
 def range_of(curves: Iterable[Curve]) -> Range:
@@ -93,21 +93,5 @@ def is_drawable(range_: Range) -> bool:
     return isfinite((high - low) * 1e6) and high - low > 1e-9 * max(abs(low), abs(high))
 
 
-def midpoint(one: Column, other: Column) -> Column:
-    """The midpoint of two columns."""
-    y = (one.mean + other.mean) / 2
-    return Column((one.x + other.x) / 2, y, y, y)
-
-
 def nearest(columns: Sequence[Column], x: float) -> Column:
     return min(columns, key=lambda column: abs(column.x - x))
-
-
-def scaled(range_: Range, centre: float, factor: float) -> Range:
-    low, high = (centre + (end - centre) * factor for end in range_)
-    return low, high
-
-
-def shifted(range_: Range, part: float) -> Range:
-    by = (range_[1] - range_[0]) * part
-    return range_[0] + by, range_[1] + by

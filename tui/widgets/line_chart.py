@@ -19,22 +19,7 @@ from textual_plot import PlotWidget
 from textual_plot.axis_formatter import AxisFormatter
 from textual_plot.plot_widget import Legend
 
-from tui.widgets.contrast import readable
-from tui.widgets.plot.braille import cells
-from tui.widgets.plot.curve import (
-    Column,
-    Curve,
-    Range,
-    View,
-    is_drawable,
-    midpoint,
-    nearest,
-    power_of_ten,
-    range_of,
-    scaled,
-    shifted,
-    to_log10,
-)
+from tui.widgets.curve import Column, Curve, Range, View, is_drawable, nearest, power_of_ten, range_of, to_log10
 
 SIGN_EVERY = 18  # cells between two symbols on a line
 BAND, DIM = 0.4, 0.55  # share of the curve's colour in its band and in a dim line; the rest is background
@@ -60,11 +45,8 @@ class _Ticks(AxisFormatter):  # type: ignore[misc]  # textual-plot is not type-c
         return ticks[:: 1 + len(ticks) // (self.rows + 1)]
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        return [_format_tick(power_of_ten(tick) if self.log else tick) for tick in ticks]
-
-
-def _format_tick(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e7 else f"{value:.4g}"
+        values = [power_of_ten(tick) if self.log else tick for tick in ticks]
+        return [f"{v:,.0f}" if v == round(v) and abs(v) < 1e7 else f"{v:.4g}" for v in values]
 
 
 def nice_tick_step(step: float) -> float:
@@ -107,7 +89,7 @@ class _Plot(PlotWidget):  # type: ignore[misc]
         points = zip(dataset.x.tolist(), dataset.y.tolist(), strict=True)
         inside = [((x - left) * across, (top - y) * down) for x, y in points]
         dashed = dataset.hires_mode is None
-        for (x, y), char in cells(inside, frame.width, frame.height).items():
+        for (x, y), char in braille(inside, frame.width, frame.height).items():
             if dashed and x % 3 == 2:
                 continue
             canvas.set_pixel(x + frame.x, y + frame.y, char, dataset.line_style)
@@ -137,14 +119,10 @@ class LossChart(Widget, can_focus=True):
     class Clicked(Message):
         """The user clicked at this step."""
 
-        chart: "LossChart"
         step: float
 
-    @dataclass
     class Resized(Message):
-        """The number of columns changed."""
-
-        chart: "LossChart"
+        """The number of columns changed, so the curves must be reduced again."""
 
     def __init__(self, title: str, id: str) -> None:
         super().__init__(id=id)
@@ -185,22 +163,24 @@ class LossChart(Widget, can_focus=True):
             colors = [readable(Color.parse(curve.color), background) for curve in curves]
             for curve, color in zip(curves, colors, strict=True):
                 if not curve.dim:
-                    self._draw_band(curve, background.blend(color, BAND).hex)
+                    # From low to high in every column; where the columns are close, the line looks like a band. All
+                    # bands come first, so that none covers another curve's line.
+                    xs = [column.x for column in curve.columns for _ in range(2)]
+                    ys = [value for column in curve.columns for value in (column.low, column.high)]
+                    plot.plot(xs, ys, background.blend(color, BAND).hex, HiResMode.BRAILLE)
             for number, (curve, color) in enumerate(zip(curves, colors, strict=True)):
                 if curve.dim:
                     self._trace(curve, background.blend(color, DIM).hex)
                     continue
                 self._draw_line(curve, color.hex, number)
                 self._draw_held_out(curve, color.hex, number)
-            self._update_title(any(curve.held_out for curve in curves))
+            evaluated = any(curve.held_out for curve in curves)
+            title = f"{self.title} · {HELD_OUT} on held-out examples" if evaluated else self.title
+            if self._shown_title != title:
+                self._shown_title = title
+                self.query_one(Static).update(title)
             if view.cursor is not None:
                 plot.add_v_line(view.cursor, self.app.theme_variables["foreground"])
-
-    def _draw_band(self, curve: Curve, color: str) -> None:
-        """A line from low to high in every column; where the columns are close, it looks like a band."""
-        xs = [column.x for column in curve.columns for _ in range(2)]
-        ys = [value for column in curve.columns for value in (column.low, column.high)]
-        self._plot.plot(xs, ys, color, HiResMode.BRAILLE)
 
     def _draw_line(self, curve: Curve, color: str, number: int) -> None:
         """The smoothed line, its symbols (at other positions for every curve), and the mark where it is flat."""
@@ -228,7 +208,9 @@ class LossChart(Widget, can_focus=True):
             if not marked or column.x - marked[-1].x >= HELD_OUT_EVERY * cell:
                 marked.append(column)
         self._mark(marked, HELD_OUT, f"bold {color}")
-        middles = [midpoint(a, b) for a, b in pairwise(curve.held_out)]
+        middles = [
+            Column((a.x + b.x) / 2, y := (a.mean + b.mean) / 2, y, y) for a, b in pairwise(curve.held_out)
+        ]  # of the dashed line, where no mark is
         self._mark(self._evenly_spaced(middles, number * 0.37), curve.sign, f"bold {color}")
 
     def _evenly_spaced(self, columns: Sequence[Column], phase: float) -> list[Column]:
@@ -241,21 +223,14 @@ class LossChart(Widget, can_focus=True):
     def _mark(self, columns: Sequence[Column], sign: str, style: str) -> None:
         self._plot.scatter([c.x for c in columns], [c.mean for c in columns], sign, style)
 
-    def _update_title(self, held_out: bool) -> None:
-        """Explain the mark of evaluations in the title, if there are any."""
-        title = f"{self.title} · {HELD_OUT} on held-out examples" if held_out else self.title
-        if self._shown_title != title:
-            self._shown_title = title
-            self.query_one(Static).update(title)
-
     def zoom(self, x: float, y: float = 1.0) -> None:
         """Scale the ranges by `x` and `y`, about the cursor or the centre."""
         centre = self.shown.cursor if self.shown.cursor is not None else sum(self.shown.x) / 2
-        self._post_move(scaled(self.shown.x, centre, x), scaled(self._y, sum(self._y) / 2, y))
+        self._post_move(_scaled(self.shown.x, centre, x), _scaled(self._y, sum(self._y) / 2, y))
 
     def pan(self, x: float, y: float = 0.0) -> None:
         """Shift the ranges right by `x` and up by `y`, as shares of the visible range."""
-        self._post_move(shifted(self.shown.x, x), shifted(self._y, y))
+        self._post_move(_shifted(self.shown.x, x), _shifted(self._y, y))
 
     @property
     def _y(self) -> Range:
@@ -272,7 +247,7 @@ class LossChart(Widget, can_focus=True):
         self._post_move((event.x_min, event.x_max), (event.y_min, event.y_max))
 
     def on_resize(self) -> None:
-        self.post_message(self.Resized(self))
+        self.post_message(self.Resized())
 
     def on_mouse_down(self, event: MouseDown) -> None:
         self._pressed = (event.screen_x, event.screen_y)
@@ -284,4 +259,89 @@ class LossChart(Widget, can_focus=True):
             left, right = self.shown.x
             step = left + (right - left) * (cell + 0.5) / (self.columns / 2)
             if left <= step <= right:
-                self.post_message(self.Clicked(self, step))
+                self.post_message(self.Clicked(step))
+
+
+def _scaled(range_: Range, centre: float, factor: float) -> Range:
+    low, high = (centre + (end - centre) * factor for end in range_)
+    return low, high
+
+
+def _shifted(range_: Range, part: float) -> Range:
+    by = (range_[1] - range_[0]) * part
+    return range_[0] + by, range_[1] + by
+
+
+# Lines as braille dots, two across and four down per cell
+
+ACROSS, DOWN = 2, 4
+_DOTS = (
+    (0x01, 0x02, 0x04, 0x40),
+    (0x08, 0x10, 0x20, 0x80),
+)  # Unicode bits of the left and right column of dots, from the top
+_SPANS = [[[sum(half[top : end + 1]) for end in range(DOWN)] for top in range(DOWN)] for half in _DOTS]
+
+
+def braille(points: Sequence[tuple[float, float]], width: int, height: int) -> dict[tuple[int, int], str]:
+    """Characters that draw the line through `points` on a grid of `width` × `height` cells, by cell (x, y).
+
+    Points are in cells from the top left, sorted by x: as x never decreases, a column of dots is one span from the
+    lowest to the highest, which is ten times as fast as a line of dots between each two points. What lies outside the
+    grid is clipped.
+    """
+    spans: dict[int, tuple[int, int]] = {}  # column of dots → smallest and largest y of the line in it, in dots
+
+    def add(column: int, y: int) -> None:
+        low, high = spans.get(column, (y, y))
+        spans[column] = (y if y < low else low, y if y > high else high)
+
+    columns, before = width * ACROSS, None
+    for x, y in points:
+        x, y = x * ACROSS, y * DOWN
+        column = floor(x)
+        if before is not None and (last := floor(before[0])) != column:
+            dx, dy = x - before[0], y - before[1]
+            for edge in range(max(last + 1, 0), min(column, columns) + 1):
+                if 0 < edge < columns:  # the dots where the line crosses from one column to the next
+                    crossing = floor(before[1] + dy * ((edge - before[0]) / dx))  # not dy / dx, which can be infinite
+                    add(edge - 1, crossing)
+                    add(edge, crossing)
+        if 0 <= column < columns:
+            add(column, floor(y))
+        before = (x, y)
+    bits: dict[tuple[int, int], int] = {}
+    bottom = height * DOWN - 1
+    for column, (low, high) in spans.items():
+        if low > bottom or high < 0:
+            continue
+        top, end = max(low, 0), min(high, bottom)
+        parts, x = _SPANS[column % ACROSS], column // ACROSS
+        first, last = top // DOWN, end // DOWN
+        for y in range(first, last + 1):
+            part = parts[top % DOWN if y == first else 0][end % DOWN if y == last else DOWN - 1]
+            bits[x, y] = bits.get((x, y), 0) | part
+    return {cell: chr(0x2800 | dots) for cell, dots in bits.items()}
+
+
+# Colours that are readable on a dark and on a light background
+
+CONTRAST = 4.5  # minimum contrast of a line against the background (WCAG's value for text)
+
+
+def readable(color: Color, background: Color) -> Color:
+    """`color`, made lighter or darker until its contrast with `background` is at least CONTRAST."""
+    towards = Color(255, 255, 255) if background.brightness < 0.5 else Color(0, 0, 0)
+    for part in range(0, 11):
+        blended = color.blend(towards, part / 10)
+        if contrast(blended, background) >= CONTRAST:
+            break
+    return blended
+
+
+def contrast(one: Color, other: Color) -> float:
+    """The ratio of two colours' luminances, 1 to 21 (WCAG 2)."""
+    luminances = []
+    for color in (one, other):
+        red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color.normalized)
+        luminances.append(0.2126 * red + 0.7152 * green + 0.0722 * blue)
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)

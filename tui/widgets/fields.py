@@ -1,4 +1,4 @@
-"""A slider from 0 to 2, moved with keys or the mouse."""
+"""Fields of one line of the adapters screen: a slider, which Textual lacks, and the prompt with its history."""
 
 from typing import ClassVar
 
@@ -9,6 +9,7 @@ from textual.events import Blur, Focus, MouseDown, MouseMove, MouseUp
 from textual.message import Message
 from textual.reactive import reactive
 from textual.widget import Widget
+from textual.widgets import Input
 
 MINIMUM, MAXIMUM, STEP, AS_TRAINED = 0.0, 2.0, 0.05, 1.0
 
@@ -86,3 +87,37 @@ class Slider(Widget, can_focus=True):
 
     def on_blur(self, _: Blur) -> None:
         self.refresh()
+
+
+class PromptInput(Input):
+    """Up and down step through `history` (newest last); the draft comes back below the newest."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "earlier", "Earlier prompt", show=False),
+        Binding("down", "later", "Later prompt", show=False),
+    ]
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(placeholder="a prompt; Enter asks the selected models", compact=True, id=id)
+        self.history: list[str] = []
+        self._back = 0  # position in the history: 0 is the draft, 1 the newest
+        self._draft = ""
+
+    def action_earlier(self) -> None:
+        self._go(self._back + 1)
+
+    def action_later(self) -> None:
+        self._go(self._back - 1)
+
+    def _go(self, back: int) -> None:
+        if not 0 <= back <= len(self.history):
+            return
+        if self._back == 0:
+            self._draft = self.value
+        self._back = back
+        self.value = self.history[-back] if back else self._draft
+        self.cursor_position = len(self.value)
+
+    def remember(self, history: list[str]) -> None:
+        """Set the history after a prompt was sent, and go back to the draft."""
+        self.history, self._back = history, 0
