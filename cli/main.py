@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.options import Group, group
+from cli.options import LazyGroup, group
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
 from pipeline.project.process_rank import world
@@ -15,7 +15,7 @@ from pipeline.project.process_rank import world
 # Command → its module and its line in `lora --help`, which so imports no module: it takes a third of the time.
 COMMANDS = {
     "new": ("cli.project.new", "Make a project: params, data, dvc.yaml."),
-    "params": ("cli.params", "Show every setting, where it comes from, what it means."),
+    "params": ("cli.params", "Show every setting, or explain one."),
     "pretrain": ("cli.stages", "Train MiniGPT from scratch → artifacts/base."),
     "expand-vocab": ("cli.stages", "Add rows for new words → artifacts/expanded."),
     "train-from-scratch": ("cli.stages", "Train a model from random weights on old and new data."),
@@ -38,7 +38,7 @@ COMMANDS = {
 }
 
 
-class _Commands(Group):
+class _Commands(LazyGroup):
     """Imports a command's module when it is called."""
 
     def list_commands(self, _ctx: Any) -> list[str]:

@@ -66,6 +66,19 @@ class Group(TyperGroup):
             raise
 
 
+class LazyGroup(Group):
+    """Commands that are made when they are asked for: `list_commands` names them, `get_command` makes one."""
+
+    @property
+    def commands(self) -> Any:
+        context: Any = None  # none of these needs one
+        return {name: self.get_command(context, name) for name in self.list_commands(context)}
+
+    @commands.setter
+    def commands(self, _none: Any) -> None:
+        """Click sets those that it was given."""
+
+
 def group(**settings: Any) -> typer.Typer:
     """A Typer with plain help: Rich's boxes would double the time of `lora --help`."""
     return typer.Typer(rich_markup_mode=None, **{"cls": Group, **settings})

@@ -7,7 +7,7 @@ import typer
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, group, project_of
 
 app = group()
-params = group(help="Show every setting, where it comes from, what it means.", no_args_is_help=True)
+params = group(help="Show every setting, or explain one.", no_args_is_help=True)
 app.add_typer(params, name="params")
 
 
@@ -18,7 +18,7 @@ def show(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the settings of every stage of the project, and where each value comes from.
+    """Show every setting, and where its value comes from.
 
     From a stage's defaults, the training block, the stage's section, --set: the last one counts.
     """

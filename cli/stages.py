@@ -17,7 +17,7 @@ from cli.options import (
     BaseOption,
     CheckpointOption,
     ForceOption,
-    Group,
+    LazyGroup,
     ParamsOption,
     SetOption,
     TrustOption,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
 
 
-class _Methods(Group):
+class _Methods(LazyGroup):
     """`lora finetune`: one command for each method that the registry finds."""
 
     def list_commands(self, _ctx: Any) -> list[str]:
