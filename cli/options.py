@@ -5,29 +5,29 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Option, Typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project
 
-ParamsOption = Annotated[Path, typer.Option("--params", help="Params file; paths in it are relative to its folder.")]
+ParamsOption = Annotated[Path, Option("--params", help="Params file; paths in it are relative to its folder.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one value for this run: finetune_lora.rank=8"),
+    Option("--set", metavar="KEY=VALUE", help="Override one value for this run: finetune_lora.rank=8"),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Run even if the cache has the result.")]
-CheckpointOption = Annotated[int, typer.Option(min=1, help="Steps between resume checkpoints.")]
+ForceOption = Annotated[bool, Option("--force", help="Run even if the cache has the result.")]
+CheckpointOption = Annotated[int, Option(min=1, help="Steps between resume checkpoints.")]
+AdapterArgument = Annotated[Path, Argument(metavar="PATH", help="Adapter folder.")]
 BaseOption = Annotated[
     Path | None,
-    typer.Option("--base", help="Base model folder; default: the base named by the adapter, or artifacts/expanded."),
+    Option("--base", help="Base model folder; default: the base named by the adapter, or artifacts/expanded."),
 ]
 BaseNameOption = Annotated[
-    str | None,
-    typer.Option("--base-name", help="Name of the base to write; default: the hub id it was imported from."),
+    str | None, Option("--base-name", help="Name of the base to write; default: the hub id it was imported from.")
 ]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that came with the base.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+TrustOption = Annotated[bool, Option("--trust-remote-code", help="Run the code that came with the base.")]
+JsonOption = Annotated[bool, Option("--json", help="Print one JSON document to stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")
 WIDEST = len("finetune_freeze")  # of the names of the design card's stages
 UNDER_DVC = "DVC_STAGE" in os.environ  # DVC runs the command as one of many stages: it prints one line
@@ -36,7 +36,7 @@ UNDER_DVC = "DVC_STAGE" in os.environ  # DVC runs the command as one of many sta
 def finite(value: float) -> float:
     """Callback for float options: min and max do not reject nan, nor inf if only one is given."""
     if not isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number.")
+        raise BadParameter(f"{value} is not a finite number.")
     return value
 
 
@@ -66,9 +66,9 @@ class Group(TyperGroup):
             raise
 
 
-def group(**settings: Any) -> typer.Typer:
+def group(**settings: Any) -> Typer:
     """A Typer with plain help: Rich's boxes would double the time of `lora --help`."""
-    return typer.Typer(rich_markup_mode=None, **{"cls": Group, **settings})
+    return Typer(rich_markup_mode=None, **{"cls": Group, **settings})
 
 
 def project_of(params: Path, overrides: list[str] | None = None) -> "Project":
