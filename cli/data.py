@@ -49,8 +49,8 @@ def show(
     from cli.console import print_json, print_line, print_table, stdout
     from pipeline.data.masking import encoder
     from pipeline.data.read import iter_examples
-    from pipeline.data.token_file import Corpus
     from pipeline.data.tokenizers.word import load_tokenizer
+    from pipeline.data.windows import Corpus
     from pipeline.errors import UserError
 
     if base is None:
