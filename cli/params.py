@@ -7,7 +7,7 @@ from typer import Argument
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, group, project_of
 
 app = group()
-params = group(help="Show every setting, where it comes from, what it means.", no_args_is_help=True)
+params = group(help="Show every setting, its source and its meaning.", no_args_is_help=True)
 app.add_typer(params, name="params")
 
 
@@ -18,9 +18,9 @@ def show(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the settings of every stage of the project, and where each value comes from.
+    """Show every stage's settings, and each value's source.
 
-    From a stage's defaults, the training block, the stage's section, --set: the last one counts.
+    That is a stage's defaults, the training block, the stage's section, --set: the last one counts.
     """
     from cli.console import print_json, print_table
     from pipeline.errors import UserError

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Exit, Option, Typer
+from typer.main import get_command
 
 from cli.export import PromptsOption, WidthOption
 from cli.options import (
@@ -19,6 +19,7 @@ from cli.options import (
     CheckpointOption,
     ForceOption,
     Group,
+    Lazy,
     ParamsOption,
     SetOption,
     TrustOption,
@@ -32,25 +33,29 @@ if TYPE_CHECKING:
 SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
 
 
+def _method_names() -> list[str]:
+    from pipeline.stages.registry import METHODS
+
+    return [name for name, stage in METHODS.items() if stage.name.startswith("finetune_")]
+
+
+def _method(name: str) -> Any:
+    from pipeline.stages.registry import METHODS
+
+    stage, one = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
+    form = ", in PEFT's format" if stage.kind == "adapter" else ""
+    summary = f"{stage.summary} → {stage.path}{form}.\n\n{stage.settings.__doc__}"
+    command = _trains(stage.name, _print_sweep) if stage.kind == "adapters" else _distributes(stage)
+    one.command(name, help=summary)(command)
+    return get_command(one)
+
+
 class _Methods(Group):
     """`lora finetune`: one command for each method that the registry finds."""
 
-    def list_commands(self, _ctx: Any) -> list[str]:
-        from pipeline.stages.registry import METHODS
-
-        return [name for name, stage in METHODS.items() if stage.name.startswith("finetune_")]
-
-    def get_command(self, ctx: Any, name: str) -> Any:
-        from pipeline.stages.registry import METHODS
-
-        if name not in self.list_commands(ctx):
-            return None
-        stage, one = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
-        form = ", in PEFT's format" if stage.kind == "adapter" else ""
-        summary = f"{stage.summary} → {stage.path}{form}.\n\n{stage.settings.__doc__}"
-        command = _trains(stage.name, _print_sweep) if stage.kind == "adapters" else _distributes(stage)
-        one.command(name, help=summary)(command)
-        return typer.main.get_command(one)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = Lazy(_method_names, _method)
 
 
 app = group()

@@ -1,6 +1,5 @@
 """A former name, or another tool's, is answered with the name here: keys, sections, commands, options."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from typer.main import get_command
 from cli.main import app
 from pipeline.project.params.aliases import COMMANDS, KEYS, OPTIONS, suggest
 from pipeline.project.params.load import TOP_LEVEL
+from pipeline.project.params.schema import hints
 from pipeline.workbench import GRAPH
 from tests.conftest import Lora
 from tests.helpers.projects import new_houses, refusal
@@ -74,7 +74,7 @@ def test_a_command_or_option_of_another_name_is_answered_with_ours(
 
 def test_every_alias_names_something_that_there_is_and_is_itself_no_name_here() -> None:
     kinds = GRAPH.sections
-    keys = {field.name for kind in kinds.values() for field in fields(kind)} | kinds.keys() | TOP_LEVEL.keys()
+    keys = {key for kind in kinds.values() for key in hints(kind)} | kinds.keys() | TOP_LEVEL.keys()
     for alias, meant in KEYS.items():
         assert meant.format(alias) in keys and ("." in alias or alias not in keys), alias
     root = get_command(app)
