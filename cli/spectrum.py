@@ -74,16 +74,9 @@ def spectrum(
             print_line(f"Left out: {_join_names(extracted.left_out)}.")
     answers = quality(base, tuned, out, examples, trust_remote_code) if examples else {}
     if as_json:
-        summary = {
-            "folder": str(out),
-            "rank": extracted.rank,
-            "low_rank": extracted.low_rank,
-            "in_full": extracted.in_full,
-            "left_out": extracted.left_out,
-            "held": extracted.held,
-        }
+        kept = {key: getattr(extracted, key) for key in ("rank", "low_rank", "in_full", "left_out", "held")}
         scores = {name: each._asdict() for name, each in answers.items()}
-        _print_json(extracted.spectra, extracted=summary, quality=scores)
+        _print_json(extracted.spectra, extracted={"folder": str(out), **kept}, quality=scores)
     elif answers:
         columns = ("model", "loss", "right", "as tuned")
         rows = [(name, f"{q.loss:.4f}", f"{q.right:.1%}", f"{q.as_tuned:.1%}") for name, q in answers.items()]

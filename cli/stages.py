@@ -64,7 +64,7 @@ app.add_typer(finetune, name="finetune")
 
 
 def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callable[..., None]:
-    """The command of a stage that trains in one process; on a terminal, `show` prints more about what it made."""
+    """The command of a stage that trains in one process. `show` prints more about what it made, except under DVC."""
 
     def command(
         params: ParamsOption = DEFAULT_PARAMS,
