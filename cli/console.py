@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -13,6 +13,10 @@ from rich.text import Text
 
 from pipeline.files.text import OBEYED, printable
 
+if TYPE_CHECKING:
+    from pipeline.project.runner import Event
+
+Result = TypeVar("Result")
 NARROW = 20  # columns of a text that may be wrapped or shortened
 _ESCAPED = {code: f"\\u{code:04x}" for code in OBEYED}
 
@@ -132,3 +136,36 @@ def bar(share: float, width: int = 20) -> str:
     """A bar of eighth blocks for a share of 1."""
     eighths = round(share * width * 8)
     return str("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).strip()
+
+
+def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = False) -> Result:
+    """Show the events of a stage on stderr: notes, and on a terminal a progress bar with loss and ETA.
+
+    Returns what `events` returns. `quiet`: without the routine notes.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    from pipeline.project.runner import Note
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task: TaskID | None = None
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            if isinstance(event, Note):
+                if not (quiet and event.routine):
+                    stderr.print(event.text, markup=False)
+            elif task is None:
+                task = progress.add_task(title, total=event.total, completed=event.done, text=event.text)
+            else:
+                progress.update(task, completed=event.done, text=event.text)

@@ -83,8 +83,7 @@ def merging_of(
 
 def print_merged(out: Path, merging: "Generator[Event, None, Mapping[str, Any]]") -> None:
     """Run a merge and say what its certificate proves."""
-    from cli.console import print_line
-    from cli.progress import follow
+    from cli.console import follow, print_line
 
     certificate = follow(merging, "merge")
     ratios = [ratio for ratio in certificate["delta_ratios"].values() if ratio is not None]

@@ -38,8 +38,7 @@ def spectrum(
 
     Of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds.
     """
-    from cli.console import print_line, print_table
-    from cli.progress import follow
+    from cli.console import follow, print_line, print_table
     from pipeline.data.read import read_examples
     from pipeline.errors import UserError
     from pipeline.inference.agreement import quality, refuse_other_tokens

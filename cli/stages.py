@@ -190,8 +190,7 @@ def run_stage(
     shard: bool | None = None,
 ) -> None:
     """Run a stage, show how it goes, and say in a line what came of it."""
-    from cli.console import print_line
-    from cli.progress import follow
+    from cli.console import follow, print_line
     from pipeline.errors import UserError
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
     from pipeline.project.process_rank import world
