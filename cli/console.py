@@ -2,52 +2,44 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len
-from rich.console import (
-    Console,
-    ConsoleOptions,
-    ConsoleRenderable,
-    Group,
-    JustifyMethod,
-    RenderableType,
-    RenderHook,
-    RenderResult,
-)
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.files.text import OBEYED, printable
 
+if TYPE_CHECKING:
+    from pipeline.project.runner import Event
 
-class _Printable:
-    """What it holds, but for what a terminal would obey: names of folders, params and answers come from others."""
+Result = TypeVar("Result")
+NARROW = 20  # columns of a text that may be wrapped or shortened
+_ESCAPED = {code: f"\\u{code:04x}" for code in OBEYED}
 
-    def __init__(self, held: ConsoleRenderable) -> None:
-        self.held = held
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for text, style, control in console.render(self.held, options):
+class _Console(Console):
+    """Shows what a terminal would obey instead of sending it: names of folders, params and answers come from others."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text), style, control)
 
 
-class _Hook(RenderHook):
-    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        return [_Printable(one) for one in renderables]
+stdout, stderr = _Console(highlight=False), _Console(stderr=True, highlight=False)
 
 
-def _console(*, stderr: bool = False) -> Console:
-    made = Console(stderr=stderr, highlight=False)
-    made.push_render_hook(_Hook())
-    return made
+def print_line(text: str, style: str | None = None) -> None:
+    """A line of the result. Never wrapped, so that paths and commands in it can be copied, and never markup."""
+    stdout.print(text, style=style, markup=False, soft_wrap=True)
 
 
-NARROW = 20  # columns of a text that may be wrapped or shortened
-stdout, stderr = _console(), _console(stderr=True)
-_ESCAPED = {code: f"\\u{code:04x}" for code in OBEYED}
+def print_note(text: str) -> None:
+    """A message beside the result, as a line on stderr."""
+    stderr.print(text, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -55,86 +47,125 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False).translate(_ESCAPED) + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> RenderableType:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """`table` on stdout."""
+    stdout.print(table(columns, rows, right=right))
+
+
+class _Column:
+    """A column's cells and how wide it may be: `most` shows every cell on one line, `least` wraps or shortens texts."""
+
+    def __init__(self, heading: str, cells: Sequence[str], is_number: bool) -> None:
+        self.heading, self.cells, self.is_number = heading, cells, is_number
+        self.most = max(map(_width, (heading, *cells)))
+        self.least = self.most if is_number else max(_width(heading), min(self.most, NARROW))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> RenderableType:
     """A plain table for the terminal's width; `right` names the columns of numbers, which are never cut.
 
     A heading may have two lines. Where the columns do not fit, texts wrap between words and longer words are shortened
     in the middle; what still does not fit goes on below, as a table that begins with the same columns.
     """
-    cells = [[printable(cell) for cell in row] for row in rows]  # before widths are measured: a sign takes a column
-    natural = [max(map(_longest, column)) for column in zip(columns, *cells, strict=True)]
-    least = [
-        width if name in right else max(_longest(name), min(width, NARROW))
-        for name, width in zip(columns, natural, strict=True)
-    ]
+    # Signs are replaced before widths are measured: an escape character takes no column, but its picture takes one.
+    by_column = zip(*([printable(cell) for cell in row] for row in (columns, *rows)), strict=True)
+    every = [_Column(heading, cells, name in right) for name, (heading, *cells) in zip(columns, by_column, strict=True)]
     room = stdout.width
-    gap = 2 if sum(natural) + 2 * (len(columns) - 1) <= room else 1
-    lead = 1  # columns that every part begins with: the first, and further texts that say which row it is
-    while lead < len(columns) and columns[lead] not in right and sum(least[: lead + 1]) <= room // 3:
+    gap = 2 if sum(column.most + 2 for column in every) - 2 <= room else 1
+    # Every part begins with the first column, and with further texts that say which row it is, up to a third.
+    lead = 1
+    while (
+        lead < len(every)
+        and not every[lead].is_number
+        and sum(column.least for column in every[: lead + 1]) <= room // 3
+    ):
         lead += 1
-    parts = _blocks(least, lead, room, gap)
-    return Group(*(_block(part, columns, cells, natural, least, right, gap) for part in parts))
+    parts = [every[:lead]]
+    for column in every[lead:]:
+        if len(parts[-1]) > lead and sum(each.least + gap for each in (*parts[-1], column)) - gap > room:
+            parts.append(every[:lead])
+        parts[-1].append(column)
+    return Group(*(_part(part, room, gap) for part in parts))
 
 
-def _blocks(least: Sequence[int], lead: int, room: int, gap: int) -> Iterator[list[int]]:
-    """The columns' numbers, as many together as fit beside the `lead` first."""
-    block = [*range(lead)]
-    for number in range(lead, len(least)):
-        if len(block) > lead and sum(least[n] + gap for n in (*block, number)) - gap > room:
-            yield block
-            block = [*range(lead)]
-        block.append(number)
-    yield block
-
-
-def _block(
-    chosen: Sequence[int],
-    columns: Sequence[str],
-    cells: Sequence[Sequence[str]],
-    natural: Sequence[int],
-    least: Sequence[int],
-    right: Sequence[str],
-    gap: int,
-) -> Table:
-    widths = {number: least[number] for number in chosen}
-    spare = stdout.width - sum(widths.values()) - gap * (len(chosen) - 1)
-    for number in chosen if spare < 0 else ():  # two columns and still too wide: texts give way down to their headings
-        less = min(-spare, widths[number] - _longest(columns[number])) if columns[number] not in right else 0
-        widths[number] -= less
-        spare += less
-    narrow = sorted(
-        (number for number in chosen if least[number] < natural[number]), key=lambda number: natural[number]
-    )
-    for left, number in zip(range(len(narrow), 0, -1), narrow, strict=True):  # the spare room, in equal shares
-        more = max(0, min(natural[number] - least[number], spare // left))
-        widths[number] += more
+def _part(columns: Sequence[_Column], room: int, gap: int) -> Table:
+    """A table of columns that fit, except that a single one beside the first may have to give way."""
+    widths = [column.least for column in columns]
+    spare = room - sum(widths) - gap * (len(columns) - 1)
+    if spare < 0:  # two columns and still too wide: texts give way down to their headings
+        for n, column in enumerate(columns):
+            less = 0 if column.is_number else min(-spare, widths[n] - _width(column.heading))
+            widths[n] -= less
+            spare += less
+    # The spare room in equal shares, to the texts that need least first: what they leave is for the others.
+    narrow = sorted((n for n, c in enumerate(columns) if c.least < c.most), key=lambda n: columns[n].most)
+    for sharing, n in zip(range(len(narrow), 0, -1), narrow, strict=True):
+        more = max(0, min(columns[n].most - columns[n].least, spare // sharing))
+        widths[n] += more
         spare -= more
-    built = Table(box=None, pad_edge=False, show_header=any(columns), header_style="bold", padding=(0, 1, 0, gap - 1))
-    lines = max(columns[number].count("\n") for number in chosen)
-    for number in chosen:
-        justify: JustifyMethod = "right" if columns[number] in right else "left"
-        heading = "\n" * (lines - columns[number].count("\n")) + columns[number]
-        built.add_column(heading, justify=justify, width=widths[number], overflow="fold")
-    for row in cells:
-        built.add_row(*(Text(_fitted(row[number], widths[number])) for number in chosen))
+    has_heading = any(column.heading for column in columns)
+    built = Table(box=None, pad_edge=False, show_header=has_heading, header_style="bold", padding=(0, 1, 0, gap - 1))
+    lines = max(column.heading.count("\n") for column in columns)
+    for column, width in zip(columns, widths, strict=True):
+        heading = "\n" * (lines - column.heading.count("\n")) + column.heading
+        built.add_column(heading, justify="right" if column.is_number else "left", width=width, overflow="fold")
+    for row in zip(*(column.cells for column in columns), strict=True):
+        built.add_row(*(Text(_shorten(cell, width)) for cell, width in zip(row, widths, strict=True)))
     return built
 
 
-def _longest(text: str) -> int:
+def _width(text: str) -> int:
     return max(map(cell_len, text.split("\n")))
 
 
-def _fitted(text: str, width: int) -> str:
+def _shorten(text: str, width: int) -> str:
     """`text` with the words that are wider than `width` shortened in the middle."""
-    return text if _longest(text) <= width else " ".join(_shortened(word, width) for word in text.split(" "))
-
-
-def _shortened(word: str, width: int) -> str:
+    if _width(text) <= width:
+        return text
     half = (width - 1) // 2
-    return word if len(word) <= width else f"{word[: width - 1 - half]}…{word[len(word) - half :]}"
+    words = (w if len(w) <= width else f"{w[: width - 1 - half]}…{w[len(w) - half :]}" for w in text.split(" "))
+    return " ".join(words)
+
+
+def number(value: float | None, form: str = "") -> str:
+    """A number for a table; a dash where there is none."""
+    return "–" if value is None else format(value, form)
 
 
 def bar(share: float, width: int = 20) -> str:
     """A bar of eighth blocks for a share of 1."""
     eighths = round(share * width * 8)
     return str("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).strip()
+
+
+def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = False) -> Result:
+    """Show the events of a stage on stderr: notes, and on a terminal a progress bar with loss and ETA.
+
+    Returns what `events` returns. `quiet`: without the routine notes.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    from pipeline.project.runner import Note
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task: TaskID | None = None
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            if isinstance(event, Note):
+                if not (quiet and event.routine):
+                    stderr.print(event.text, markup=False)
+            elif task is None:
+                task = progress.add_task(title, total=event.total, completed=event.done, text=event.text)
+            else:
+                progress.update(task, completed=event.done, text=event.text)

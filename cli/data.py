@@ -3,42 +3,40 @@
 from collections.abc import Iterator
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from cli.options import JsonOption, group
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from pipeline.data.examples import Example
     from pipeline.data.masking import Encoded
-    from pipeline.data.token_file import Statistics
-    from pipeline.data.tokenizers.word import Tokenizer
 
 app = group()
 data = group(help="Show what is trained on in a data file.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
+DEFAULT_BASES = (Path("artifacts/expanded"), Path("artifacts/base"))
 TRAINED = "bold green"
 MAX_WIDTH = 100  # columns; longer lines of tokens are hard to read
+SYMBOLS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
-@data.callback()
+@data.callback()  # or Typer makes of a single command no group
 def root() -> None:
     pass
 
 
 @data.command()
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Data file: .txt or .jsonl.")],
+    file: Annotated[Path, Argument(metavar="FILE", help="Data file: .txt or .jsonl.")],
     base: Annotated[
-        Path | None,
-        typer.Option(help="Model folder with the tokenizer; default: artifacts/expanded, or artifacts/base."),
+        Path | None, Option(help="Model folder with the tokenizer; default: artifacts/expanded, or artifacts/base.")
     ] = None,
-    max_length: Annotated[int, typer.Option(min=0, help="Truncate examples to this many tokens; 0: never.")] = 0,
-    limit: Annotated[int, typer.Option(min=0, help="Number of examples to print.")] = 3,
+    max_length: Annotated[int, Option(min=0, help="Truncate examples to this many tokens; 0: never.")] = 0,
+    limit: Annotated[int, Option(min=0, help="Number of examples to print.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Show the first examples and statistics of the whole file.
@@ -48,13 +46,20 @@ def show(
     from dataclasses import asdict
     from tempfile import TemporaryDirectory
 
-    from cli.console import print_json, stdout
+    from cli.console import print_json, print_line, print_table, stdout
     from pipeline.data.masking import encoder
     from pipeline.data.read import iter_examples
-    from pipeline.data.token_file import Corpus
     from pipeline.data.tokenizers.word import load_tokenizer
+    from pipeline.data.windows import Corpus
+    from pipeline.errors import UserError
 
-    base = base or _default_base()
+    if base is None:
+        base = next((folder for folder in DEFAULT_BASES if folder.is_dir()), None)
+    if base is None:
+        raise UserError(
+            f"There is no model in {' or '.join(map(str, DEFAULT_BASES))}, and its tokenizer is needed. "
+            "Name a model folder with --base, or run `lora pretrain`."
+        )
     tokenizer = load_tokenizer(base)
     encode = encoder(tokenizer, max_length, _max_positions(base))
     examples = iter_examples(file, str(file))
@@ -63,31 +68,39 @@ def show(
         corpus = Corpus.build(chain((example for example, _ in shown), examples), encode, Path(folder))
         statistics = corpus.statistics
         del corpus  # unmaps its file before the folder is removed
+
+    def tokens(encoded: "Encoded") -> Iterator[tuple[int, str, bool]]:
+        """Ids, words, and which are trained on. The first never is, as no token predicts it."""
+        return zip(encoded.ids, map(tokenizer.word, encoded.ids), (False, *encoded.trained[1:]), strict=True)
+
     if as_json:
+        printed = [
+            {
+                "place": example.location,
+                "tokens": [{"id": id_, "token": word, "learned": learned} for id_, word, learned in tokens(encoded)],
+                "labels": encoded.labels,
+                "cut": encoded.cut,
+            }
+            for example, encoded in shown
+        ]
         numbers = {**asdict(statistics), "share": statistics.share}
-        first = [_as_json(example, encoded, tokenizer) for example, encoded in shown]
-        print_json({"file": str(file), "base": str(base), "statistics": numbers, "examples": first})
+        print_json({"file": str(file), "base": str(base), "statistics": numbers, "examples": printed})
         return
     for example, encoded in shown:
-        stdout.print(_heading(example, encoded), markup=False, style="bold", soft_wrap=True)
-        for line in _lines(encoded, tokenizer, min(stdout.width, MAX_WIDTH)):
+        parts = [example.location, f"{len(encoded.ids):,} tokens", f"{encoded.labels:,} trained on"]
+        print_line("  ".join(parts + [f"{encoded.cut:,} truncated"] * bool(encoded.cut)), style="bold")
+        for line in _lines(tokens(encoded), min(stdout.width, MAX_WIDTH)):
             stdout.print(line, soft_wrap=True)
         stdout.print()
-    _print_statistics(statistics, max_length)
-
-
-def _default_base() -> Path:
-    """The expanded checkpoint of the pipeline, else the base. Raises UserError if there is none."""
-    from pipeline.errors import UserError
-
-    folders = [Path("artifacts/expanded"), Path("artifacts/base")]
-    for folder in folders:
-        if folder.is_dir():
-            return folder
-    raise UserError(
-        f"There is no model in {' or '.join(map(str, folders))}, and its tokenizer is needed. "
-        "Name a model folder with --base, or run `lora pretrain`."
-    )
+    rows = [
+        ("examples", f"{statistics.examples:,}"),
+        ("tokens", f"{statistics.tokens:,}"),
+        ("trained on", f"{statistics.labels:,} ({statistics.share:.1%})"),
+        ("length", f"{statistics.shortest:,} to {statistics.longest:,}, median {statistics.median:,}"),
+        ("truncated", f"{statistics.truncated:,} at {max_length:,} tokens" if max_length else "none"),
+        ("skipped", f"{statistics.unlabelled:,} without a label"),
+    ]
+    print_table(("the file", ""), rows)
 
 
 def _max_positions(base: Path) -> int | None:
@@ -103,66 +116,29 @@ def _max_positions(base: Path) -> int | None:
     return None
 
 
-def _as_json(example: "Example", encoded: "Encoded", tokenizer: "Tokenizer") -> dict[str, Any]:
-    tokens = [
-        {"id": id_, "token": tokenizer.word(id_), "learned": trained} for id_, trained in _trained_tokens(encoded)
-    ]
-    return {"place": example.location, "tokens": tokens, "labels": encoded.labels, "cut": encoded.cut}
+def _lines(tokens: Iterator[tuple[int, str, bool]], width: int) -> Iterator["Text"]:
+    """The tokens in lines, ⟦ before and ⟧ after a run of trained ones, │ between others.
 
-
-def _trained_tokens(encoded: "Encoded") -> Iterator[tuple[int, bool]]:
-    """Token ids, and whether each is trained on. The first never is, as no token predicts it."""
-    return zip(encoded.ids, (False, *encoded.trained[1:]), strict=True)
-
-
-def _heading(example: "Example", encoded: "Encoded") -> str:
-    parts = [example.location, f"{len(encoded.ids):,} tokens", f"{encoded.labels:,} trained on"]
-    return "  ".join(parts + ([f"{encoded.cut:,} truncated"] if encoded.cut else []))
-
-
-def _lines(encoded: "Encoded", tokenizer: "Tokenizer", width: int) -> Iterator["Text"]:
-    """Lines of tokens, those trained on in ⟦ ⟧ and in colour; line breaks in the text are kept."""
+    Line breaks in the text are kept.
+    """
     from rich.cells import cell_len
     from rich.text import Text
 
     line = Text()
-    for text, trained in _token_texts(encoded, tokenizer):
-        if line and line.cell_len + cell_len(text) > width:
-            yield line
-            line = Text()
-        line.append(text, TRAINED if trained else "")
-        if "↵" in text:
-            yield line
-            line = Text()
+    for is_trained, run in groupby(tokens, key=lambda token: token[2]):
+        visible = [
+            "".join(SYMBOLS.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in word) for _, word, _ in run
+        ]
+        if is_trained:
+            visible[0] = f"⟦{visible[0]}"
+        ends = ["│"] * (len(visible) - 1) + ["⟧" if is_trained else ""]
+        for text in map("".join, zip(visible, ends, strict=True)):
+            if line and line.cell_len + cell_len(text) > width:
+                yield line
+                line = Text()
+            line.append(text, TRAINED if is_trained else "")
+            if "↵" in text:
+                yield line
+                line = Text()
     if line:
         yield line
-
-
-def _token_texts(encoded: "Encoded", tokenizer: "Tokenizer") -> Iterator[tuple[str, bool]]:
-    """Each token as printed: ⟦ before and ⟧ after a run of trained tokens, │ between other tokens."""
-    for trained, run in groupby(_trained_tokens(encoded), key=lambda token: token[1]):
-        words = [_visible(tokenizer.word(id_)) for id_, _ in run]
-        for index, word in enumerate(words):
-            last = index == len(words) - 1
-            prefix = "⟦" if trained and not index else ""
-            yield f"{prefix}{word}{'' if last and not trained else '⟧' if last else '│'}", trained
-
-
-def _visible(word: str) -> str:
-    """The word with whitespace and control characters as symbols."""
-    symbols = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
-    return "".join(symbols.get(char, char if char.isprintable() else f"\\x{ord(char):02x}") for char in word)
-
-
-def _print_statistics(statistics: "Statistics", max_length: int) -> None:
-    from cli.console import stdout, table
-
-    rows = [
-        ("examples", f"{statistics.examples:,}"),
-        ("tokens", f"{statistics.tokens:,}"),
-        ("trained on", f"{statistics.labels:,} ({statistics.share:.1%})"),
-        ("length", f"{statistics.shortest:,} to {statistics.longest:,}, median {statistics.median:,}"),
-        ("truncated", f"{statistics.truncated:,} at {max_length:,} tokens" if max_length else "none"),
-        ("skipped", f"{statistics.unlabelled:,} without a label"),
-    ]
-    stdout.print(table(("the file", ""), rows))

@@ -6,23 +6,24 @@ from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
+from typer import Exit, Option
 
-from cli.options import LazyGroup, group
+from cli.options import Group, Lazy, group
 from pipeline.errors import Interrupted, UserError, explain, first_line, is_out_of_memory
 from pipeline.files.text import printable
 from pipeline.project.process_rank import world
 
-# Command → its module and its line in `lora --help`, which so imports no module: it takes a third of the time.
+# Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {
-    "new": ("cli.project.new", "Make a project: params, data, dvc.yaml."),
-    "params": ("cli.params", "Show every setting, or explain one."),
+    "new": ("cli.project", "Make a project: params, data, dvc.yaml."),
+    "params": ("cli.params", "Show every setting, its source and its meaning."),
     "pretrain": ("cli.stages", "Train MiniGPT from scratch → artifacts/base."),
     "expand-vocab": ("cli.stages", "Add rows for new words → artifacts/expanded."),
     "train-from-scratch": ("cli.stages", "Train a model from random weights on old and new data."),
     "merge": ("cli.stages", "Merge the adapter into its base."),
     "evaluate": ("cli.stages", "Compare all variants → artifacts/evaluation."),
     "finetune": ("cli.stages", "Fine-tune the expanded base with one method."),
-    "report": ("cli.project.report", "Show the last comparison, and where the report is."),
+    "report": ("cli.project", "Show the last comparison, and where the report is."),
     "study": ("cli.document.study", "Run a study of the document, or list the studies."),
     "figures": ("cli.document.figures", "Draw the document's figures from our own runs."),
     "claims": ("cli.document.claims", "Compare the document's claims with what was measured."),
@@ -33,24 +34,22 @@ COMMANDS = {
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
     "export": ("cli.export", "Export an adapter: for PEFT, for vLLM, or merged."),
     "data": ("cli.data", "Show what is trained on in a data file."),
-    "cache": ("cli.project.cache", "Show or prune the cache of finished stages."),
-    "doctor": ("cli.project.doctor", "Show versions, devices, memory and disk."),
+    "cache": ("cli.project", "Show or prune the cache of finished stages."),
+    "doctor": ("cli.project", "Show versions, devices, memory and disk."),
 }
 
 
-class _Commands(LazyGroup):
-    """Imports a command's module when it is called."""
+def _load(name: str) -> Any:
+    whole = group()
+    whole.add_typer(import_module(COMMANDS[name][0]).app)
+    whole.callback()(lambda: None)  # or Typer makes of a single command no group
+    return typer.main.get_group(whole).commands[name]
 
-    def list_commands(self, _ctx: Any) -> list[str]:
-        return list(COMMANDS)
 
-    def get_command(self, _ctx: Any, name: str) -> Any:
-        if name not in COMMANDS:
-            return None
-        whole = group()
-        whole.add_typer(import_module(COMMANDS[name][0]).app)
-        whole.callback()(lambda: None)  # or Typer makes of a single command no group
-        return typer.main.get_group(whole).commands[name]
+class _Commands(Group):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = Lazy(COMMANDS.keys, _load)
 
     def format_commands(self, _ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -71,13 +70,13 @@ def _version(wanted: bool) -> None:
         from importlib.metadata import version
 
         typer.echo(f"lora {version('lora-workbench')}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def root(
     _version_wanted: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass

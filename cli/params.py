@@ -2,27 +2,27 @@
 
 from typing import Annotated, Any
 
-import typer
+from typer import Argument
 
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, group, project_of
 
 app = group()
-params = group(help="Show every setting, or explain one.", no_args_is_help=True)
+params = group(help="Show every setting, its source and its meaning.", no_args_is_help=True)
 app.add_typer(params, name="params")
 
 
 @params.command()
 def show(
-    section: Annotated[str | None, typer.Argument(metavar="SECTION", help="Only this section.")] = None,
+    section: Annotated[str | None, Argument(metavar="SECTION", help="Only this section.")] = None,
     path: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show every setting, and where its value comes from.
+    """Show every stage's settings, and each value's source.
 
-    From a stage's defaults, the training block, the stage's section, --set: the last one counts.
+    That is a stage's defaults, the training block, the stage's section, --set: the last one counts.
     """
-    from cli.console import print_json, stdout, table
+    from cli.console import print_json, print_table
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
     from pipeline.project.params.load import key_path
@@ -40,12 +40,12 @@ def show(
     if as_json:
         print_json([{"key": key, "value": value, "source": source} for key, value, source in rows])
         return
-    stdout.print(table(("key", "value", "from"), [(key, dump_inline(value), source) for key, value, source in rows]))
+    print_table(("key", "value", "from"), [(key, dump_inline(value), source) for key, value, source in rows])
 
 
 @params.command()
 def explain(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="A key, such as finetune_lora.rank, or a section.")],
+    key: Annotated[str, Argument(metavar="KEY", help="A key, such as finetune_lora.rank, or a section.")],
     as_json: JsonOption = False,
 ) -> None:
     """Say what a key means, which values it may have, and its default."""

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, TrustOption, group, project_of
 
@@ -19,37 +19,37 @@ def _validate_utf8(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise typer.BadParameter("it is not valid UTF-8.") from None
+        raise BadParameter("it is not valid UTF-8.") from None
     return text
 
 
 PromptBase = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--base",
         help="Model folder to prompt, or to load --adapter on; default: the adapter's base, or without --adapter the "
         "model trained last, artifacts/expanded if there is none.",
     ),
 ]
-Text = Annotated[str, typer.Argument(metavar="TEXT", callback=_validate_utf8, help="Text to complete.")]
-TopK = Annotated[int, typer.Option("--top-k", min=1, help="Number of next-token candidates to show.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Put TEXT as a user turn into the model's chat template.")]
-MaxTokens = Annotated[int, typer.Option(min=0, help="Maximum number of tokens to generate.")]
+Text = Annotated[str, Argument(metavar="TEXT", callback=_validate_utf8, help="Text to complete.")]
+TopK = Annotated[int, Option("--top-k", min=1, help="Number of next-token candidates to show.")]
+Chat = Annotated[bool, Option("--chat", help="Put TEXT as a user turn into the model's chat template.")]
+MaxTokens = Annotated[int, Option(min=0, help="Maximum number of tokens to generate.")]
 
 
 @app.command()
 def prompt(
     text: Text,
     base: PromptBase = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
+    adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
     top_k: TopK = 5,
     max_tokens: MaxTokens = 20,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
-    sample_top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most likely tokens; 0: from all.")] = 0,
+    temperature: Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
+    sample_top_k: Annotated[int, Option(min=0, help="Sample from the k most likely tokens; 0: from all.")] = 0,
     sample_top_p: Annotated[
-        float, typer.Option("--top-p", help="Nucleus sampling: smallest set of tokens with this probability.")
+        float, Option("--top-p", help="Nucleus sampling: smallest set of tokens with this probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Random seed for sampling.")] = 0,
     chat: Chat = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -60,8 +60,9 @@ def prompt(
     """
     from rich.text import Text as Line
 
-    from cli.console import bar, print_json, stdout, table
+    from cli.console import bar, print_json, print_note, print_table, stdout
     from pipeline.adapters.folder import base_of
+    from pipeline.files.artifact import MANIFEST
     from pipeline.files.text import escape_whitespace
     from pipeline.inference.catalog import newest_model
     from pipeline.inference.engine import continued, load
@@ -69,7 +70,7 @@ def prompt(
     from pipeline.workbench import current_project
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
-        raise typer.BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
+        raise BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
     chosen = base is None and adapter is None
     if chosen:
         base, adapter = (path and Path(os.path.relpath(path)) for path in newest_model(current_project()))
@@ -78,13 +79,16 @@ def prompt(
     model_input = _model_input(loaded, text, chat)
     completion = continued(loaded, model_input, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
     answer = _answer(loaded, text, model_input, top_k, completion)
-    _note_unbound(adapter)
+    if adapter is not None and not (adapter / MANIFEST).exists():  # made elsewhere: nothing binds it to its base
+        print_note(f"{adapter} has no {MANIFEST}: names and shapes fit, its base cannot be checked.")
     if as_json:
         print_json(answer)
         return
-    _print_model_name(loaded, chosen)
+    model = f"{loaded.adapter} on {loaded.base}" if loaded.adapter else str(loaded.base)
+    hint = ", the newest trained model here; name another with --base or --adapter" * chosen
+    print_note(f"model: {model}{hint}")
     rows = [(escape_whitespace(c["token"]), f"{c['probability']:.1%}", bar(c["probability"])) for c in answer["top_k"]]
-    stdout.print(table(("next", "probability", ""), rows, right=("probability",)))
+    print_table(("next", "probability", ""), rows, right=("probability",))
     before, after = (f"{text}\n→ ", completion.strip()) if chat else (text, completion.rstrip())
     stdout.print(Line.assemble("\n", before, (after, "bold")), soft_wrap=True)
 
@@ -99,9 +103,10 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Ask every variant of the project, side by side."""
-    from cli.console import print_json, stderr, stdout, table
-    from cli.project.report import outdated, warn
+    from cli.console import print_json, print_note, print_table
+    from cli.project import outdated, warn_outdated
     from pipeline.errors import UserError
+    from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, variants
 
     project = project_of(params)
@@ -123,30 +128,23 @@ def compare(
         answer["outdated"] = list(old.get(stage_of[name], ()))
     if outdated_names := [name for name in answers if answers[name]["outdated"]]:
         reasons = dict.fromkeys(reason for name in outdated_names for reason in answers[name]["outdated"])
-        warn(f"{', '.join(outdated_names)} {'is' if len(outdated_names) == 1 else 'are'}", list(reasons), old)
+        warn_outdated(f"{', '.join(outdated_names)} {'is' if len(outdated_names) == 1 else 'are'}", list(reasons), old)
     if as_json:
         print_json(answers)
         return
     shown = min(top_k, MAX_COLUMNS)
-    columns = ("model", *(f"#{number}" for number in range(1, shown + 1)), "completion")
-    stdout.print(
-        table(columns, [(_mark_outdated(name, answer), *_cells(answer, shown)) for name, answer in answers.items()])
-    )
+    rows = []
+    for name, answer in answers.items():
+        if "unknown_words" in answer:
+            cells, said = [], f"does not know: {', '.join(answer['unknown_words'])}"
+        else:
+            choices = answer["top_k"][:shown]
+            cells = [f"{escape_whitespace(choice['token'])} {choice['probability']:.1%}" for choice in choices]
+            said = " ".join(answer["completion"].split())
+        rows.append((name + " (outdated)" * bool(answer["outdated"]), *cells, *[""] * (shown - len(cells)), said))
+    print_table(("model", *(f"#{number}" for number in range(1, shown + 1)), "completion"), rows)
     if shown < top_k:
-        stderr.print(f"The table shows {shown} candidates; --json has all.")
-
-
-def _mark_outdated(name: str, answer: dict[str, Any]) -> str:
-    return f"{name} (outdated)" if answer["outdated"] else name
-
-
-def _cells(answer: dict[str, Any], k: int) -> list[str]:
-    if "unknown_words" in answer:
-        return [*[""] * k, f"does not know: {', '.join(answer['unknown_words'])}"]
-    from pipeline.files.text import escape_whitespace
-
-    choices = [f"{escape_whitespace(choice['token'])} {choice['probability']:.1%}" for choice in answer["top_k"][:k]]
-    return [*choices, *[""] * (k - len(choices)), " ".join(answer["completion"].split())]
+        print_note(f"The table shows {shown} candidates; --json has all.")
 
 
 def _model_input(loaded: "LoadedModel", text: str, chat: bool) -> str:
@@ -167,21 +165,3 @@ def _answer(loaded: "LoadedModel", text: str, model_input: str, k: int, completi
         "top_k": [vars(choice) for choice in engine.top_k(loaded, model_input, k)],
         "completion": completion.strip(),
     }
-
-
-def _print_model_name(loaded: "LoadedModel", chosen: bool) -> None:
-    """Print which model answers, and if it was chosen by default, how to choose another."""
-    from cli.console import stderr
-
-    model = f"{loaded.adapter} on {loaded.base}" if loaded.adapter else str(loaded.base)
-    hint = ", the newest trained model here; name another with --base or --adapter" * chosen
-    stderr.print(f"model: {model}{hint}", markup=False, soft_wrap=True)
-
-
-def _note_unbound(adapter: Path | None) -> None:
-    """Note that an adapter without a manifest, made elsewhere, is not bound to its base."""
-    from cli.console import stderr
-    from pipeline.files.artifact import MANIFEST
-
-    if adapter is not None and not (adapter / MANIFEST).exists():
-        stderr.print(f"{adapter} has no {MANIFEST}: names and shapes fit, its base cannot be checked.", markup=False)

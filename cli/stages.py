@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Exit, Option, Typer
+from typer.main import get_command
 
 from cli.export import PromptsOption, WidthOption
 from cli.options import (
@@ -17,7 +18,8 @@ from cli.options import (
     BaseOption,
     CheckpointOption,
     ForceOption,
-    LazyGroup,
+    Group,
+    Lazy,
     ParamsOption,
     SetOption,
     TrustOption,
@@ -26,28 +28,34 @@ from cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.project.stage_graph import Stage
+    from pipeline.project.stage_graph import Project, Stage
 
 SWEEP_COLUMNS = ("trained", "steps", "loss", "held out")
 
 
-class _Methods(LazyGroup):
+def _method_names() -> list[str]:
+    from pipeline.stages.registry import METHODS
+
+    return [name for name, stage in METHODS.items() if stage.name.startswith("finetune_")]
+
+
+def _method(name: str) -> Any:
+    from pipeline.stages.registry import METHODS
+
+    stage, one = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
+    form = ", in PEFT's format" if stage.kind == "adapter" else ""
+    summary = f"{stage.summary} → {stage.path}{form}.\n\n{stage.settings.__doc__}"
+    command = _trains(stage.name, _print_sweep) if stage.kind == "adapters" else _distributes(stage)
+    one.command(name, help=summary)(command)
+    return get_command(one)
+
+
+class _Methods(Group):
     """`lora finetune`: one command for each method that the registry finds."""
 
-    def list_commands(self, _ctx: Any) -> list[str]:
-        from pipeline.stages.registry import METHODS
-
-        return [name for name, stage in METHODS.items() if stage.name.startswith("finetune_")]
-
-    def get_command(self, ctx: Any, name: str) -> Any:
-        from pipeline.stages.registry import METHODS
-
-        if name not in self.list_commands(ctx):
-            return None
-        one = typer.Typer(rich_markup_mode=None, add_completion=False)
-        stage = METHODS[name]
-        one.command(name, help=_help(stage))(_trains_together if stage.kind == "adapters" else _distributes(stage))
-        return typer.main.get_command(one)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = Lazy(_method_names, _method)
 
 
 app = group()
@@ -55,9 +63,20 @@ finetune = group(help="Fine-tune the expanded base with one method.", no_args_is
 app.add_typer(finetune, name="finetune")
 
 
-def _help(stage: Stage) -> str:
-    note = ", in PEFT's format" if stage.kind == "adapter" else ""
-    return f"{stage.summary} → {stage.path}{note}.\n\n{stage.settings.__doc__}"
+def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callable[..., None]:
+    """The command of a stage that trains in one process. `show` prints more about what it made, except under DVC."""
+
+    def command(
+        params: ParamsOption = DEFAULT_PARAMS,
+        overrides: SetOption = None,
+        force: ForceOption = False,
+        checkpoint_every: CheckpointOption = 100,
+    ) -> None:
+        run_stage(name, params, overrides, force, checkpoint_every)
+        if show and not UNDER_DVC:
+            show(project_of(params, overrides))
+
+    return command
 
 
 def _distributes(stage: Stage) -> Callable[..., None]:
@@ -68,9 +87,9 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         overrides: SetOption = None,
         force: ForceOption = False,
         checkpoint_every: CheckpointOption = 100,
-        devices: Annotated[int, typer.Option(min=1, help="Number of processes, one per GPU.")] = 1,
+        devices: Annotated[int, Option(min=1, help="Number of processes, one per GPU.")] = 1,
         shard: Annotated[
-            bool | None, typer.Option(help="Shard the base over the devices; default: if one cannot hold it.")
+            bool | None, Option(help="Shard the base over the devices; default: if one cannot hold it.")
         ] = None,
     ) -> None:
         from pipeline.errors import UserError
@@ -85,43 +104,31 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
             given += [f"--set={override}" for override in overrides or ()]
             given += [] if shard is None else ["--shard" if shard else "--no-shard"]
-            raise typer.Exit(launch(devices, ["finetune", stage.method, *given]))
+            raise Exit(launch(devices, ["finetune", stage.method, *given]))
         run_stage(stage.name, params, overrides, force, checkpoint_every, shard)
 
     return command
 
 
-def _trains_together(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
-) -> None:
-    """The command of a sweep, which ends with the table of its adapters."""
-    run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
-    if UNDER_DVC:
-        return
-    from cli.console import stdout, table
+def _print_sweep(project: Project) -> None:
+    """The table of a sweep's adapters."""
+    from cli.console import print_table
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.outcomes import TABLE
 
-    folder = project_of(params, overrides).artifact("finetune_sweep")
     rows = []
-    for name, end in read_json(folder / TABLE, "Run `lora finetune sweep`").items():
+    for name, end in read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`").items():
         losses = ("" if end[key] is None else f"{end[key]:.4f}" for key in ("final_loss", "eval_loss"))
         rows.append((name, f"{end['trainable']:,}", f"{end['steps']:,}", *losses, end["state"]))
-    stdout.print(table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS))
+    print_table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS)
 
 
-@app.command()
-def pretrain(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
-) -> None:
-    """Train MiniGPT from scratch → artifacts/base."""
-    run_stage("pretrain", params, overrides, force, checkpoint_every)
+app.command("pretrain", help="Train MiniGPT from scratch → artifacts/base.")(_trains("pretrain"))
+app.command(
+    "train-from-scratch",
+    help="Train a model from random weights on old and new data.\n\n"
+    "It has the base's shape; writes artifacts/from_scratch.",
+)(_trains("train_from_scratch"))
 
 
 @app.command("expand-vocab")
@@ -132,29 +139,13 @@ def expand_vocab(
     run_stage("expand_vocab", params, overrides, force)
 
 
-@app.command("train-from-scratch")
-def train_from_scratch(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = 100,
-) -> None:
-    """Train a model from random weights on old and new data.
-
-    It has the base's shape; writes artifacts/from_scratch.
-    """
-    run_stage("train_from_scratch", params, overrides, force, checkpoint_every)
-
-
 @app.command()
 def merge(
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
     force: ForceOption = False,
-    adapter: Annotated[
-        Path | None, typer.Option(help="Adapter to merge instead of the pipeline's; needs --out.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Output folder for --adapter.")] = None,
+    adapter: Annotated[Path | None, Option(help="Adapter to merge instead of the pipeline's; needs --out.")] = None,
+    out: Annotated[Path | None, Option(help="Output folder for --adapter.")] = None,
     base: BaseOption = None,
     precision: WidthOption = None,
     prompts: PromptsOption = None,
@@ -167,14 +158,15 @@ def merge(
     With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading the model.
     """
     if trust_remote_code or any(option is not None for option in (adapter, out, base, precision, prompts)):
-        from cli.export import merge_files, merging_of
+        from cli.export import merging_of, print_merged
         from pipeline.errors import UserError
+        from pipeline.weights.merge import merge_to
 
         if adapter is None or out is None:
             raise UserError("To merge any adapter, name it with --adapter and the folder to write with --out.")
         if overrides or force or params != DEFAULT_PARAMS:
             raise UserError("--params, --set and --force are of the pipeline's merge: leave out --adapter, or them.")
-        merge_files(out, *merging_of(adapter, base, precision, prompts, trust_remote_code))
+        print_merged(out, merge_to(out, *merging_of(adapter, base, precision, prompts, trust_remote_code)))
         return
     run_stage("merge", params, overrides, force)
 
@@ -182,7 +174,7 @@ def merge(
 @app.command()
 def evaluate(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
     """Compare all variants → artifacts/evaluation."""
-    from cli.project.report import report
+    from cli.project import report
 
     run_stage("evaluate", params, overrides, force)
     if not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
@@ -198,9 +190,9 @@ def run_stage(
     shard: bool | None = None,
 ) -> None:
     """Run a stage, show how it goes, and say in a line what came of it."""
-    from cli.console import stdout
-    from cli.progress import follow
+    from cli.console import follow, print_line
     from pipeline.errors import UserError
+    from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
     from pipeline.project.process_rank import world
     from pipeline.project.runner import Event, Facts, Job, run
 
@@ -223,15 +215,8 @@ def run_stage(
     manifest = follow(events, name, quiet=UNDER_DVC)
     if not manifest:  # not the process that writes
         return
-    line = _summary(project.artifact_name(name), project.artifact(name), manifest)
-    stdout.print(f"{name:{WIDEST}}  {line}" if UNDER_DVC else line, markup=False, soft_wrap=True)
-
-
-def _summary(path: str, folder: Path, manifest: dict[str, Any]) -> str:
-    """One line: where the artifact is and what can be said of it at once."""
-    from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
-
-    parts = [path]
+    # One line: where the artifact is and what can be said of it at once.
+    parts, folder = [project.artifact_name(name)], project.artifact(name)
     if parameters := manifest.get("parameters"):
         parts.append(f"{parameters['total']:,} parameters")
         if parameters["trainable"]:
@@ -242,4 +227,4 @@ def _summary(path: str, folder: Path, manifest: dict[str, Any]) -> str:
         parts.append(f"{len(list(folder.glob(f'*/{LOSS}')))} adapters")
     if steps := read_steps(folder / LOSS):
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
-    return "  ".join(parts)
+    print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")

@@ -49,8 +49,7 @@ def claims(
 
 def _run_stage(project: "Project") -> None:
     """Run the stage if all its inputs exist and are up to date; otherwise print why not."""
-    from cli.console import stderr
-    from cli.progress import follow
+    from cli.console import follow, stderr
     from pipeline.errors import UserError
     from pipeline.project.runner import run
 

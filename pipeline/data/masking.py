@@ -1,6 +1,7 @@
 """Label masking: examples as tokens, and which of them are trained on."""
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.data.examples import Example
@@ -40,11 +41,21 @@ def encode(
     token behind it. `max_length` above 0 truncates. Raises UserError, with the example's location, if the result does
     not fit into the model's `positions`, less the `virtual` tokens.
     """
-    _refuse_unknown_words(example, tokenizer)
+    if unknown := tokenizer.unknown_words(example.text):
+        raise UserError(
+            f"{example.location}: not in the vocabulary: {', '.join(unknown)}. "
+            f"Add {example.file} to expand_vocab.data and run `lora expand-vocab`."
+        )
     if example.messages:
         ids, trained = _encode_conversation(example, tokenizer)
     elif example.prompt is not None:
-        ids, trained = _encode_completion(example, tokenizer)
+        if not example.completion:
+            raise UserError(f'{example.location}: "prompt" needs a "completion". Add one.')
+        # Tokenized separately: in one text the last word of the prompt could merge with the completion's first letters
+        # into a token that a prompt at inference never has.
+        prompt = tokenizer.encode(example.prompt)
+        completion = _append_end(tokenizer.encode_following(example.completion), tokenizer)
+        ids, trained = prompt + completion, (False,) * len(prompt) + (True,) * len(completion)
     else:
         ids = _append_end(tokenizer.encode(example.text), tokenizer)
         trained = (True,) * len(ids)
@@ -59,33 +70,18 @@ def encode(
     return Encoded(ids[:length], trained[:length], len(ids) - length)
 
 
-def _refuse_unknown_words(example: Example, tokenizer: Tokenizer) -> None:
-    unknown = tokenizer.unknown_words(example.text)
-    if unknown:
-        raise UserError(
-            f"{example.location}: not in the vocabulary: {', '.join(unknown)}. "
-            f"Add {example.file} to expand_vocab.data and run `lora expand-vocab`."
-        )
-
-
 def _append_end(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
     """`ids` with an end token, unless the text already ends with one."""
     return ids if ids and ids[-1] in tokenizer.end_ids else (*ids, tokenizer.end_id)
-
-
-def _encode_completion(example: Example, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Prompt and completion, tokenized separately, so that the prompt has the same tokens as at inference."""
-    if not example.completion:
-        raise UserError(f'{example.location}: "prompt" needs a "completion". Add one.')
-    prompt = tokenizer.encode(example.prompt or "")
-    completion = _append_end(tokenizer.encode_following(example.completion), tokenizer)
-    return prompt + completion, (False,) * len(prompt) + (True,) * len(completion)
 
 
 def _encode_conversation(example: Example, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """The conversation as its chat template writes it; the assistant's turns and their end tokens are trained on."""
     try:
         turns = _AssistantTurns(example, tokenizer)
+        # Marks are the author's own word on what the assistant says, but few templates have them. For the others the
+        # mask is found by rendering the conversation up to each answer, which only fails on templates that change
+        # earlier text when a turn is added.
         trained, ended = turns.mask_from_marks() or turns.mask_from_prefixes()
     except UserError as error:
         raise error if str(error).startswith(example.location) else UserError(f"{example.location}: {error}") from None
@@ -95,19 +91,23 @@ def _encode_conversation(example: Example, tokenizer: Tokenizer) -> tuple[tuple[
 
 
 class _AssistantTurns:
-    """Finds the tokens of the assistant's turns in a rendered conversation."""
+    """Finds the tokens of the assistant's turns in a rendered conversation.
+
+    A mask says of each token whether it is trained on; with it comes whether the last answer has an end token.
+    """
 
     def __init__(self, example: Example, tokenizer: Tokenizer) -> None:
         from pipeline.data.tokenizers.chat_template import single_rendering  # only conversations need it
 
         self._example, self._tokenizer = example, tokenizer
         self._answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        # In one request, as most conversations need the prompts and all need the whole.
         prefixes = [(turn, True) for turn in self._answers[:RENDERED_TOGETHER]]
-        conversation, *prompts = tokenizer.render_each(example.messages, [(len(example.messages), False), *prefixes])
+        conversation, *self._prompts = tokenizer.render_each(
+            example.messages, [(len(example.messages), False), *prefixes]
+        )
         self._text = single_rendering([conversation])
-        self._prompts = dict(zip(self._answers, prompts, strict=False))
-        unknown = tokenizer.unknown_words(self._text)
-        if unknown:
+        if unknown := tokenizer.unknown_words(self._text):
             raise UserError(
                 f"{example.location}: the chat template writes words that are not in the vocabulary: "
                 f"{', '.join(unknown)}."
@@ -115,97 +115,74 @@ class _AssistantTurns:
         self.ids, self._spans = tokenizer.spans(self._text)
 
     def mask_from_marks(self) -> tuple[list[bool], bool] | None:
-        """From the template's {% generation %} marks: the mask, with the end token behind each marked run, and whether
-        the last run has one. None if nothing is marked."""
-        mask = self._is_marked()
+        """The tokens in the template's {% generation %} marks, and the end token behind each run of them.
+
+        None if nothing is marked.
+        """
+        mask = self._mask(self._text.marks)
         if not any(mask):
             return None
         trained, ended = list(mask), False
-        for stop in [i for i in range(1, len(mask) + 1) if mask[i - 1] and not (i < len(mask) and mask[i])]:
-            ended = any(self._is_end_token(i) for i in self._tokens_back_through_space(stop))
-            end = next((i for i in self._tokens_through_space(stop) if self._is_end_token(i)), None)
-            if not ended and end is not None:
+        for stop in (i + 1 for i, marked in enumerate(mask) if marked and not (i + 1 < len(mask) and mask[i + 1])):
+            ended = self._end_token(range(stop - 1, -1, -1)) is not None
+            if not ended and (end := self._end_token(range(stop, len(self.ids)))) is not None:
+                # The model must learn to stop, also where the author marked the words alone.
                 trained[stop : end + 1] = [True] * (end + 1 - stop)
                 ended = True
         return trained, ended
 
-    def _is_marked(self) -> list[bool]:
-        """Whether each token overlaps a marked span; one pass, since both are in order."""
-        mask, marks = [], iter((*self._text.marks, (len(self._text), len(self._text))))
-        start, stop = next(marks)
-        for begin, end in self._spans:
-            while begin >= stop < len(self._text):
-                start, stop = next(marks)
-            mask.append(begin < stop and end > start)
-        return mask
+    def _end_token(self, indices: Iterable[int]) -> int | None:
+        """The index of an end token that at most white space comes before."""
+        for i in indices:
+            if self.ids[i] in self._tokenizer.end_ids:
+                return i
+            start, stop = self._spans[i]
+            if self._text[start:stop].strip():
+                return None
+        return None
 
-    def _tokens_through_space(self, first: int) -> Iterator[int]:
-        """Indices from `first` up to and including the first token that is not white space."""
-        for i in range(first, len(self.ids)):
-            yield i
-            if not self._is_space(i):
-                return
-
-    def _tokens_back_through_space(self, stop: int) -> Iterator[int]:
-        """The same backwards, from the token before `stop`."""
-        for i in range(stop - 1, -1, -1):
-            yield i
-            if not self._is_space(i):
-                return
-
-    def _is_space(self, i: int) -> bool:
-        start, stop = self._spans[i]
-        return not self._text[start:stop].strip()
-
-    def _is_end_token(self, i: int) -> bool:
-        return self.ids[i] in self._tokenizer.end_ids
+    def _mask(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Whether each token overlaps one of the character `spans` [start, stop), which are in order."""
+        stops = [stop for _, stop in spans]
+        first = (
+            bisect_right(stops, begin) for begin, _ in self._spans
+        )  # the first that stops behind the token's begin
+        return [i < len(spans) and spans[i][0] < end for i, (_, end) in zip(first, self._spans, strict=True)]
 
     def mask_from_prefixes(self) -> tuple[list[bool], bool]:
-        """Without marks: an answer is what the conversation adds to its prompt, up to the first end token."""
-        trained, ended = [False] * len(self.ids), False
-        starts = [self._answer_start(turn) for turn in self._answers]
+        """An answer is what the conversation adds to its prompt, up to the first end token behind its content."""
+        from pipeline.data.tokenizers.chat_template import single_rendering
+
+        messages = self._example.messages
+        ends = [span for id_, span in zip(self.ids, self._spans, strict=True) if id_ in self._tokenizer.end_ids]
+        starts = []
+        for number, turn in enumerate(self._answers):
+            if number < len(self._prompts):
+                prompt = single_rendering([self._prompts[number]])
+            else:
+                prompt = self._tokenizer.render(messages[:turn], add_generation_prompt=True)
+            if not self._text.startswith(prompt):
+                raise self._masking_error(turn, "changes earlier text when this turn is added")
+            starts.append(len(prompt))
+        spans, ended = [], False
         for turn, start, limit in zip(self._answers, starts, [*starts[1:], len(self._text)], strict=True):
-            stop, ended = self._answer_stop(turn, start, limit)
-            for i, (begin, end) in enumerate(self._spans):
-                if end > start and begin < stop:
-                    trained[i] = True
-        return trained, ended
-
-    def _answer_start(self, turn: int) -> int:
-        """Character offset of an answer: the length of its rendered prompt."""
-        rendering = self._prompts.get(turn)
-        if rendering is None:
-            prompt = self._tokenizer.render(self._example.messages[:turn], add_generation_prompt=True)
-        else:
-            from pipeline.data.tokenizers.chat_template import single_rendering
-
-            prompt = single_rendering([rendering])
-        if not self._text.startswith(prompt):
-            raise self._masking_error(turn, "changes earlier text when this turn is added")
-        return len(prompt)
-
-    def _answer_stop(self, turn: int, start: int, limit: int) -> tuple[int, bool]:
-        """Character offset behind the answer's end token (True), or behind the turn if it has none (False)."""
-        content = self._content_stop(turn, start, limit)
-        for i, (begin, end) in enumerate(self._spans):
-            if self._is_end_token(i) and content <= begin < limit:
-                return end, True
-        until_turn = self._tokenizer.render(self._example.messages[: turn + 1], add_generation_prompt=False)
-        if not self._text.startswith(until_turn):
-            raise self._masking_error(turn, "writes no end-of-turn token after it")
-        return len(until_turn), False
-
-    def _content_stop(self, turn: int, start: int, limit: int) -> int:
-        """Character offset behind the message's content; templates may strip it or drop its <think> block."""
-        content = self._example.messages[turn]["content"]
-        for text in (content, content.strip(), content.split("</think>")[-1].strip()):
-            offset = self._text.find(text, start, limit) if text else -1
-            if offset >= 0 and not self._has_end_token(start, offset):
-                return offset + len(text)
-        raise self._masking_error(turn, "does not write its content unchanged")
-
-    def _has_end_token(self, start: int, stop: int) -> bool:
-        return any(self._is_end_token(i) and start <= begin < stop for i, (begin, _) in enumerate(self._spans))
+            content = messages[turn]["content"]
+            # As written; templates may strip it, or drop its <think> block. An end token before it is of another turn.
+            for text in (content, content.strip(), content.split("</think>")[-1].strip()):
+                offset = self._text.find(text, start, limit) if text else -1
+                if offset >= 0 and not any(start <= begin < offset for begin, _ in ends):
+                    break
+            else:
+                raise self._masking_error(turn, "does not write its content unchanged")
+            stop = next((end for begin, end in ends if offset + len(text) <= begin < limit), None)
+            ended = stop is not None
+            if stop is None:  # no end token: all that the template writes of the turn
+                until_turn = self._tokenizer.render(messages[: turn + 1], add_generation_prompt=False)
+                if not self._text.startswith(until_turn):
+                    raise self._masking_error(turn, "writes no end-of-turn token after it")
+                stop = len(until_turn)
+            spans.append((start, stop))
+        return self._mask(spans), ended
 
     def _masking_error(self, turn: int, reason: str) -> UserError:
         return UserError(

@@ -24,15 +24,32 @@ _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}", re.DOTALL)
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, fsynced and renamed to it when the block ends without error."""
+    """A temporary folder that gets the name `target` when the block ends without error: it exists whole or not at all.
+
+    What was there before is replaced, and stays if the block fails or the process is killed.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
-    folder = _sibling(target, "tmp")
+    # Beside the target: a rename is atomic only within one file system.
+    folder, old = _sibling(target, "tmp"), _sibling(target, "old")
     folder.mkdir()
     try:
         yield folder
+        # The contents reach the disk before the name does. Renamed first, the folder could have its name after a power
+        # cut, and files without their bytes.
         sync_tree(folder)
-        _replace(folder, target)
+        # No rename replaces a folder that is not empty, so the old one moves aside. A process that is killed between
+        # the two renames leaves it there, and the next writer puts it back.
+        if target.exists():
+            target.rename(old)
+        try:
+            folder.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        _sync(target.parent)  # the names too, before the old folder is gone
+        _remove(old)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -49,20 +66,6 @@ def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
         raise UserError(f"{out} exists and holds other files. Name another folder with --out, or remove it.")
 
 
-def _replace(folder: Path, target: Path) -> None:
-    old = _sibling(target, "old")
-    if target.exists():
-        target.rename(old)
-    try:
-        folder.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    _sync(target.parent)
-    _remove(old)
-
-
 def _sibling(target: Path, kind: str) -> Path:
     """A path beside `target` with this process's id and, since ids are reused, its start time."""
     _, started = _process_state(os.getpid())
@@ -71,7 +74,7 @@ def _sibling(target: Path, kind: str) -> Path:
 
 def _recover(target: Path) -> None:
     """Clean up after a killed process: restore what it was about to replace, delete what it had started."""
-    # earlier versions wrote only the id
+    # The start time is missing where the system has no /proc, and in names that earlier versions wrote.
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)(?:-(\d*))?\.(tmp|old)")
     for leftover in sorted(target.parent.glob(f".{target.name}.*")):
         match = pattern.fullmatch(leftover.name)
@@ -131,38 +134,29 @@ def refuse_untrusted(folder: Path) -> None:
 
     That is links to files outside it, and text files so large that reading them exhausts memory.
     """
-    _refuse_links_out(folder)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix in _TEXTS and path.is_file() and (size := path.stat().st_size) > LARGEST_TEXT:
-            raise UserError(f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model again.")
-
-
-def _refuse_links_out(folder: Path) -> None:
-    """Raises UserError if a file in a model or adapter folder is a link to a file outside it.
-
-    A folder from elsewhere could otherwise make any file of this machine part of a base, which is then shared. Two
-    kinds of links are allowed: from a snapshot of the hub's cache to its blobs, and into DVC's cache, whose file names
-    nobody can know without knowing the content.
-    """
+    # Through a link, a folder from elsewhere could make any file of this machine part of a base, which is then shared.
+    # Two kinds are allowed: from a snapshot of the hub's cache to its blobs, and into DVC's cache, where the name of a
+    # file is the digest of its content, so that nobody can name a file whose content they do not know.
     resolved = folder.resolve()
     trusted = [resolved]
     if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
         trusted.append(resolved.parent.parent / "blobs")
-    for path in _links(folder):
-        target = path.resolve()
-        if not any(parent in target.parents for parent in trusted) and not _DVC_OBJECT.fullmatch(str(target)):
-            raise UserError(
-                f"{path} is a link to a file outside its folder: {target}. "
-                "Replace it with a copy of that file if you trust it."
-            )
-
-
-def _links(folder: Path) -> Iterator[Path]:
-    """Links below a folder that may be read as files; of links to folders, only that of the chat templates is read."""
     for parent, folders, files in os.walk(folder):
-        paths = [Path(parent, name) for name in sorted((*files, *(name for name in folders if name == MORE_TEMPLATES)))]
-        yield from (path for path in paths if path.is_symlink())
+        # Links to folders are not followed when a model is read, except that of the chat templates.
+        for name in sorted((*files, *(name for name in folders if name == MORE_TEMPLATES))):
+            path = Path(parent, name)
+            if not path.is_symlink():
+                continue
+            target = path.resolve()
+            if not any(each in target.parents for each in trusted) and not _DVC_OBJECT.fullmatch(str(target)):
+                raise UserError(
+                    f"{path} is a link to a file outside its folder: {target}. "
+                    "Replace it with a copy of that file if you trust it."
+                )
         folders[:] = [name for name in folders if not name.startswith(".")]
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in _TEXTS and path.is_file() and (size := path.stat().st_size) > LARGEST_TEXT:
+            raise UserError(f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model again.")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

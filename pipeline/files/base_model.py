@@ -31,6 +31,7 @@ TOKENIZER = (
 CODE = "*.py"
 PLAIN = ("config.json", "generation_config.json", *TOKENIZER)
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_SHARD = re.compile(r"[^/\0]*\.safetensors")  # in the folder itself: an index from elsewhere must name no other file
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,14 @@ def resolve(base: str, root: Path) -> Source:
         refuse_other_folders(source.path)
         weight_files(source.path)
     if source.kind == GGUF:
-        _refuse_non_gguf(source.path)
+        try:
+            with source.path.open("rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise UserError(f"base: {source.path}: {error.strerror}. Put the file there, or change base.") from None
+        if magic != b"GGUF":
+            hint = "A checkpoint is named by its folder" if source.path.suffix != ".gguf" else "Download it again"
+            raise UserError(f"base: {source.path} is not a GGUF file: it begins with {magic!r}. {hint}.")
     return source
 
 
@@ -136,7 +144,15 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(folder / INDEX, "Copy it again").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / INDEX} lists no weights. Copy it again.")
-        return sorted({_shard(folder, name) for name in weight_map.values()})
+        for name in weight_map.values():
+            if not isinstance(name, str) or not _SHARD.fullmatch(name):
+                raise UserError(
+                    f"{folder / INDEX}: a shard must be the name of a .safetensors file in this folder, "
+                    f"got {str(name)[:80]!r}. Copy the model again."
+                )
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: {name} is missing, but {INDEX} lists it. Copy it there.")
+        return sorted({folder / name for name in weight_map.values()})
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -160,18 +176,6 @@ def base_fingerprint(folder: Path) -> dict[str, str]:
     return {"tensors": fingerprint(weight_files(folder)), "tokenizer": file_digest(tokenizer)}
 
 
-def _shard(folder: Path, name: object) -> Path:
-    if not isinstance(name, str) or Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
-        raise UserError(
-            f"{folder / INDEX}: a shard must be the name of a .safetensors file in this folder, "
-            f"got {str(name)[:80]!r}. Copy the model again."
-        )
-    path = folder / name
-    if not path.is_file():
-        raise UserError(f"{folder}: {name} is missing, but {INDEX} lists it. Copy it there.")
-    return path
-
-
 def refuse_other_folders(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise UserError(f"base: {folder} is an adapter. Name the model that it was trained on.")
@@ -179,14 +183,3 @@ def refuse_other_folders(folder: Path) -> None:
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"Name the file in it: {ggufs[0].name}" if ggufs else "Name a folder that transformers can open"
         raise UserError(f"base: {folder} is not a checkpoint: it has no config.json. {hint}.")
-
-
-def _refuse_non_gguf(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise UserError(f"base: {path}: {error.strerror}. Put the file there, or change base.") from None
-    if magic != b"GGUF":
-        hint = "A checkpoint is named by its folder" if path.suffix != ".gguf" else "Download it again"
-        raise UserError(f"base: {path} is not a GGUF file: it begins with {magic!r}. {hint}.")

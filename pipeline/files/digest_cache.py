@@ -1,24 +1,67 @@
-"""sha256 digests of folders, cached across processes while the files' signatures stay the same.
+"""Whether files may have changed, told without reading them, and sha256 digests that are kept while they did not.
 
-Only listings use it, which would otherwise read every byte each time. Loading a model always hashes its files.
+Only listings use kept digests: they would otherwise read every byte each time. Loading a model always hashes its files.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
-from pipeline.files.file_stamp import Signature, signature
 
 FORMAT = 1  # version of the file; others are ignored
 MAX_DIGESTS = 50_000  # in the file, about 5 MB
-SETTLED = 2 * 10**9  # ns: a file changed more recently may change again within the clock's resolution
+SETTLED = 2 * 10**9  # ns: a file that changed later may change again within one tick of the file system's clock
 Entry = tuple[str, dict[str, str]]  # digest of the signature, and the digests computed from those files
+
+
+class FileState(NamedTuple):
+    """A file's name in its folder, inode, size in bytes, mtime and ctime (ns).
+
+    No program can set ctime: it reveals an edit that keeps the size and restores mtime.
+    """
+
+    name: str
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+Signature = tuple[FileState, ...]
+
+
+def signature(path: Path) -> Signature:
+    """The state of a file, or of every file below a folder, sorted by name; () if there is none."""
+    if path.is_dir():
+        return tuple(sorted(_states(str(path), "")))
+    try:
+        return (_state(path.name, path.stat()),)
+    except OSError:
+        return ()
+
+
+def _states(folder: str, prefix: str) -> Iterator[FileState]:
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:  # deleted meanwhile
+        return
+    for entry in entries:
+        if not entry.is_dir():
+            with suppress(OSError):
+                yield _state(prefix + entry.name, entry.stat())
+        elif entry.name != "__pycache__" and not entry.is_symlink():
+            yield from _states(entry.path, f"{prefix}{entry.name}/")
+
+
+def _state(name: str, stat: os.stat_result) -> FileState:
+    return FileState(name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def cache_home() -> Path:
@@ -59,9 +102,9 @@ class DigestStore:
     def _cached(
         self, kind: str, folder: Path, compute: Callable[[Path], dict[str, str]], earlier: bool
     ) -> dict[str, str]:
-        # before reading the files, so that a concurrent edit is noticed
+        # Before the files are read, so that an edit meanwhile gives another signature the next time.
         started, current = time.time_ns(), signature(folder)
-        key, stamp = f"{kind}:{folder.resolve()}", _signature_digest(current)
+        key, stamp = f"{kind}:{folder.resolve()}", hashlib.sha256(json.dumps(current).encode()).hexdigest()
         if self._stored is None:
             self._stored = _read_entries(self.path)
         entry = self._computed.get(key) or (self._stored.get(key) if earlier else None)
@@ -97,25 +140,13 @@ class DigestStore:
         self._saved = True
 
 
-def _signature_digest(files: Signature) -> str:
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
 def _read_entries(path: Path) -> dict[str, Entry]:
     """The valid entries of a store's file; none if it cannot be read."""
-    try:
+    entries: dict[str, Entry] = {}
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         stored = json.loads(path.read_text(encoding="utf-8"))
-        entries = stored["entries"].items() if stored["format"] == FORMAT else ()
-        return {key: (entry[0], entry[1]) for key, entry in entries if _is_entry(entry)}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _is_entry(entry: object) -> bool:
-    return (
-        isinstance(entry, list)
-        and len(entry) == 2
-        and isinstance(entry[0], str)
-        and isinstance(entry[1], Mapping)
-        and all(isinstance(digest, str) for digest in entry[1].values())
-    )
+        for key, entry in stored["entries"].items() if stored["format"] == FORMAT else ():
+            stamp, digests = entry
+            if all(isinstance(text, str) for text in (stamp, *digests.values())):
+                entries[key] = stamp, digests
+    return entries

@@ -1,6 +1,7 @@
 """Matches untrusted regular expressions against a model's module names, with a time limit.
 
-`re` never ends on some of them, such as (\\w|.|_)*\\d; the module `regex` matches the same and has a timeout.
+An adapter from elsewhere has patterns in its config, and `re` never ends on some of them, such as (\\w|.|_)*\\d. The
+module `regex` matches the same and has a timeout.
 """
 
 import re
@@ -30,7 +31,8 @@ def one_budget() -> Iterator[None]:
         _left.reset(token)
 
 
-# a list, so that it can be counted down in place
+# Seconds left, in a list, so that they can be counted down in place. Without a common budget, 700 modules times a
+# pattern's limit would be hours.
 _left: ContextVar[list[float] | None] = ContextVar("seconds left", default=None)
 
 

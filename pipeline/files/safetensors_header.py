@@ -1,4 +1,8 @@
-"""Safetensors headers and fingerprints, read without torch, and OS errors from writing such files."""
+"""Safetensors headers and fingerprints, and OS errors from writing such files.
+
+Headers are read by hand: the library's reader tells no byte offsets, which copying and hashing tensors need, and its
+errors name no file.
+"""
 
 import hashlib
 import json
@@ -10,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import UserError
 
@@ -70,26 +73,26 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    infos = {name: _parse_info(path, name, header[name], 8 + length) for name in sorted(header)}
-    expected = max((info.stop for info in infos.values()), default=8 + length)
+    infos: dict[str, TensorInfo] = {}
+    expected = base = 8 + length  # offsets in the header count from its end
+    for name, entry in sorted(header.items()):
+        try:
+            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            start, stop = (base + int(offset) for offset in entry["data_offsets"])
+        except (KeyError, OverflowError, TypeError, ValueError):
+            raise _damaged(path, f"{name} has no valid dtype, shape and offsets") from None
+        if min(shape, default=0) < 0:
+            raise _damaged(path, f"{name} has shape {shape}")
+        if dtype not in BYTES:
+            raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported. Use the 16-bit model.")
+        if stop - start != prod(shape) * BYTES[dtype] or start < base:
+            raise _damaged(path, f"{name} of shape {shape} does not have {stop - start} bytes")
+        infos[name] = TensorInfo(dtype, shape, start, stop)
+        expected = max(expected, stop)
+    # A truncated download still has its whole header: only the file's size tells.
     if expected != size:
         raise _damaged(path, f"the header describes {expected} bytes, the file has {size}")
     return infos
-
-
-def _parse_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
-    try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        start, stop = (base + int(offset) for offset in entry["data_offsets"])
-    except (KeyError, OverflowError, TypeError, ValueError):
-        raise _damaged(path, f"{name} has no valid dtype, shape and offsets") from None
-    if min(shape, default=0) < 0:
-        raise _damaged(path, f"{name} has shape {shape}")
-    if dtype not in BYTES:
-        raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported. Use the 16-bit model.")
-    if stop - start != prod(shape) * BYTES[dtype] or start < base:
-        raise _damaged(path, f"{name} of shape {shape} does not have {stop - start} bytes")
-    return TensorInfo(dtype, shape, start, stop)
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -72,7 +73,7 @@ def rewrite(source: Path, target: Path, tensors: Sequence[NewTensor]) -> Iterato
     for is_copy, group in groupby(tensors, key=lambda tensor: tensor.content is None):
         if is_copy:
             for start, stop in _merge_ranges(infos[tensor.name] for tensor in group):
-                yield partial(_copy_run, source, target, start, offset, stop - start)
+                yield partial(_copy, source, target, start, offset, stop - start)
                 offset += stop - start
             continue
         for tensor in group:
@@ -87,9 +88,27 @@ def _fill(target: Path, offset: int, content: Content) -> None:
             offset = _write(file.fileno(), piece, offset)
 
 
-def _copy_run(source: Path, target: Path, start: int, offset: int, count: int) -> None:
+def _copy(source: Path, target: Path, start: int, offset: int, count: int) -> None:
     with source.open("rb") as reader, target.open("rb+", buffering=0) as writer:
-        _copy(reader.fileno(), writer.fileno(), start, offset, count)
+        while count:
+            copied = 0
+            with suppress(OSError, AttributeError):  # not between all file systems, and not on macOS
+                copied = os.copy_file_range(reader.fileno(), writer.fileno(), count, start, offset)
+            if not copied:
+                piece = os.pread(reader.fileno(), min(PIECE, count), start)
+                if not piece:
+                    raise UserError("A file of the base was truncated while it was read. Create or copy it again.")
+                copied = _write(writer.fileno(), piece, offset) - offset
+            start, offset, count = start + copied, offset + copied, count - copied
+
+
+def _write(target: int, data: Bytes, offset: int) -> int:
+    """Write `data` at `offset`; returns the offset after it."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(target, view, offset)
+        view, offset = view[count:], offset + count
+    return offset
 
 
 def in_file_order(file: Path) -> dict[str, TensorInfo]:
@@ -129,34 +148,3 @@ def _merge_ranges(infos: Iterable[TensorInfo]) -> Iterator[tuple[int, int]]:
             current = info.start, info.stop
     if current:
         yield current
-
-
-def _copy(source: int, target: int, start: int, offset: int, count: int) -> None:
-    done = 0
-    while done < count:
-        copied = _copy_in_kernel(source, target, start + done, offset + done, count - done)
-        if not copied:
-            piece = os.pread(source, min(PIECE, count - done), start + done)
-            if not piece:
-                raise UserError("A file of the base was truncated while it was read. Create or copy it again.")
-            copied = _write(target, piece, offset + done) - offset - done
-        done += copied
-
-
-def _write(target: int, data: Bytes, offset: int) -> int:
-    """Write `data` at `offset`; returns the offset after it."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(target, view, offset)
-        view, offset = view[count:], offset + count
-    return offset
-
-
-def _copy_in_kernel(source: int, target: int, start: int, offset: int, count: int) -> int:
-    """The number of bytes copied; 0 if the kernel or the file system does not support it."""
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    try:
-        return os.copy_file_range(source, target, count, offset_src=start, offset_dst=offset)
-    except OSError:
-        return 0

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
-from pipeline.files.file_stamp import Signature, signature
+from pipeline.files.digest_cache import Signature, signature
 from pipeline.project import provenance
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal

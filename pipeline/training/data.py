@@ -9,8 +9,7 @@ import torch
 from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.masking import encoder
 from pipeline.data.read import iter_examples
-from pipeline.data.token_file import Corpus, refuse_empty
-from pipeline.data.windows import Dataset, dataset_from
+from pipeline.data.windows import Corpus, Dataset, dataset_from, refuse_empty
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import CausalLM

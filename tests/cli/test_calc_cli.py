@@ -34,6 +34,7 @@ def test_only_typer_rich_and_yaml_are_imported_on_the_way(tmp_path: Path) -> Non
         allowed = set(sys.stdlib_module_names) | {"cli", "pipeline", "typer", "rich", "yaml", "__main__", "shellingham"}
         extra = {name for name in loaded - allowed if not name.startswith("_")}
         of_these = {"click", "typing_extensions", "markdown_it", "mdurl", "pygments", "annotated_doc", "cython_runtime"}
+        of_these |= {"msgspec"}
         assert not extra - of_these, extra
         assert not loaded & {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "dvc"}
 

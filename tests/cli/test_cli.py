@@ -37,7 +37,8 @@ def test_help_and_version_never_import_torch(tmp_path: Path) -> None:
             [sys.executable, "-c", code, *argument], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0
-        for heavy in ("torch", "numpy", "transformers", "tokenizers", "matplotlib", "yaml"):
+        heavies = ["torch", "numpy", "transformers", "tokenizers", "matplotlib"]
+        for heavy in (*heavies, *["yaml"] * ("lora" not in argument)):  # a method's help comes from its params section
             assert f"'{heavy}'" not in done.stderr
 
 
@@ -289,10 +290,10 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["prompt", "die möwe"], 1, "lora_merged does not know: möwe"),
+        (["prompt", "die möwe"], 1, "prompt does not know: möwe"),
         (["prompt", "die möwe", "--base", "artifacts/expanded"], 1, "expanded does not know: möwe"),
         (["prompt", ""], 1, "The prompt is empty"),
-        (["prompt", "der " * 40], 1, "The prompt has 40 tokens; lora_merged takes 32"),
+        (["prompt", "der " * 40], 1, "The prompt has 40 tokens; prompt takes 24"),
         (["prompt", "der", "--temperature", "1", "--top-p", "0"], 1, "sampling needs"),
         (["prompt", "der", "--top-k", "0"], 2, "Invalid value for '--top-k'"),
         (["prompt", "der", "--base", "artifacts/lora_adapter"], 1, "It is an adapter: pass it with --adapter"),
@@ -307,7 +308,11 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path) -> None:
             "seed must be a whole number from 0 to 2^63 - 1",
         ),
         (["prompt", "d\udce9r"], 2, "it is not valid UTF-8"),
-        (["pretrain", "--set", "pretrain.seed=100000000000000000000"], 1, "pretrain.seed must be below"),
+        (
+            ["pretrain", "--set", "pretrain.seed=100000000000000000000"],
+            1,
+            "pretrain.seed must be at most 9223372036854775807",
+        ),
         (["pretrain", "--set", "pretrain.data=2024-13-45"], 1, "is not a YAML value"),
         (["pretrain", "--set", "pretrain.data=nix.txt"], 1, "nix.txt is not a file. Name an existing one in section"),
         (["evaluate", "--set", "evaluate.prompt_words=50"], 1, "data/finetune.de.txt:1 has 6 words"),

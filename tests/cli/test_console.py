@@ -67,3 +67,20 @@ def test_columns_that_do_not_fit_go_on_below_beside_the_rows_names(width: int, p
     lines = drawn(width, columns, rows, columns[1:])
     assert sum(line.startswith("expanded") for line in lines) == parts
     assert sum(line.count("12.345") for line in lines) == 9
+
+
+def test_a_line_of_the_result_is_printed_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path is not broken at the terminal's width, and brackets in it are no markup."""
+    for stream in (console.stdout, console.stderr):
+        monkeypatch.setattr(stream, "_width", 40)
+    line = f"report: {'some folder/' * 6}[bold]report.md"
+    console.print_line(line)
+    console.print_note(line)
+    assert tuple(capsys.readouterr()) == (f"{line}\n", f"{line}\n")
+
+
+def test_a_heading_that_a_terminal_would_obey_takes_the_room_of_what_is_shown() -> None:
+    lines = drawn(40, ["\x1b[31m" + "x" * 20, "n"], [["a", "12,345"]], ["n"])
+    assert lines[0].split() == ["␛[31m" + "x" * 20, "n"] and lines[1].split() == ["a", "12,345"]

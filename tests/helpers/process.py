@@ -18,7 +18,8 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
         "cli.main",
-        "cli.progress",
+        "cli.console",
+        "rich.progress",
         "pipeline.stages.pretrain",
         "pipeline.stages.finetune",
         "pipeline.stages.sweep",

@@ -5,12 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.data.tokenizers.template_process import RENDERER, Rendered, TemplateError
 from pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from pipeline.data.tokenizers.template_process import Conversation, TemplateError
+from pipeline.files.digest_cache import Signature, signature
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -18,23 +17,6 @@ TURN = "messages[{}]"
 
 Messages = Sequence[Mapping[str, object]]  # each with role and content
 Prefixes = Sequence[tuple[int, bool]]  # (number of leading messages, add_generation_prompt)
-
-
-class Rendered(str):
-    """Text written by a chat template. It already has its beginning-of-text token, or should have none.
-
-    `marks` are the character spans [start, stop) inside {% generation %}, in order; most templates have none.
-    """
-
-    marks: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def of(cls, conversation: "Conversation") -> "Rendered":
-        rendered = cls(conversation.text)
-        rendered.marks = conversation.marks
-        return rendered
-
-
 Renderings = Sequence[Rendered | UserError]
 
 
@@ -66,12 +48,18 @@ def render_in(folder: Path, messages: Messages, prefixes: Prefixes, turn: str = 
     """`render_with` the chat template of the model in `folder`. Raises UserError."""
     if not has_template(folder):
         raise no_template(str(folder))
-    times = tuple(_modified_at(folder / name) for name in (TEMPLATE, CONFIG))
     try:
-        hf_tokenizer = _open_tokenizer(folder, times)
+        hf_tokenizer = _open_tokenizer(folder, (*signature(folder / TEMPLATE), *signature(folder / CONFIG)))
     except Exception as error:  # whatever the library raises
-        raise UserError(f"{folder}: cannot open its tokenizer: {_one_line(error)}") from None
+        raise UserError(f"{folder}: cannot open its tokenizer: {one_line(error)}") from None
     return render_with(hf_tokenizer, messages, prefixes, str(folder), turn)
+
+
+@lru_cache(maxsize=8)
+def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001  # opened again after they changed
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def render_with(hf_tokenizer: Any, messages: Messages, prefixes: Prefixes, name: str, turn: str = TURN) -> Renderings:
@@ -81,41 +69,34 @@ def render_with(hf_tokenizer: Any, messages: Messages, prefixes: Prefixes, name:
     Raises UserError if the rendering process had to be stopped, or if a message contains a special token: among those
     that the template writes, it would begin or end a turn. `turn` formats a message's index for the error.
     """
-    from pipeline.data.tokenizers.template_process import RENDERER, TemplateError  # only conversations need a process
-
+    as_written, normalized = _special_patterns(hf_tokenizer)
     for number, message in enumerate(messages):
-        if token := _find_special_token(hf_tokenizer, str(message["content"])):
+        text = str(message["content"])
+        match = as_written.search(text)
+        if match is None and normalized is not None:
+            match = normalized.search(hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text))
+        if match:
             raise UserError(
-                f"{turn.format(number)} contains {token}, a special token of {name}. It would not be read as text: it "
-                "could begin or end a turn. Remove it, or spell it differently."
+                f"{turn.format(number)} contains {match[0]}, a special token of {name}. It would not be read as text: "
+                "it could begin or end a turn. Remove it, or spell it differently."
             )
     try:
         template = hf_tokenizer.get_chat_template()
     except ValueError as error:  # several templates, none of them the default
-        raise UserError(f"{name}: its chat template fails: {_one_line(error)}") from None
+        raise UserError(f"{name}: its chat template fails: {one_line(error)}") from None
     try:
         results = RENDERER.render(template, messages, prefixes, hf_tokenizer.special_tokens_map)
     except TemplateError as error:
-        raise _template_failure(name, error) from None
-    return [_template_failure(name, r) if isinstance(r, TemplateError) else Rendered.of(r) for r in results]
-
-
-def _template_failure(name: str, error: "TemplateError") -> UserError:
-    return UserError(f"{name}: its chat template {error}")
-
-
-def _find_special_token(hf_tokenizer: Any, text: str) -> str | None:
-    """The first special token in `text`, if any. Added tokens that are not special are ordinary text."""
-    as_written, normalized = _special_patterns(hf_tokenizer)
-    match = as_written.search(text)
-    if match is None and normalized is not None:
-        match = normalized.search(hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text))
-    return match and match[0]
+        raise UserError(f"{name}: its chat template {error}") from None
+    return [UserError(f"{name}: its chat template {r}") if isinstance(r, TemplateError) else r for r in results]
 
 
 @lru_cache(maxsize=8)
 def _special_patterns(hf_tokenizer: Any) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
-    """Patterns of the special tokens, and of those that the tokenizer matches in normalized text."""
+    """Patterns of the special tokens, and of those that the tokenizer matches in normalized text.
+
+    Added tokens that are not special are ordinary text.
+    """
     inner = hf_tokenizer.backend_tokenizer
     tokens = [token for token in inner.get_added_tokens_decoder().values() if token.special and token.content.strip()]
     normalized = [inner.normalizer.normalize_str(t.content) for t in tokens if t.normalized] if inner.normalizer else []
@@ -133,16 +114,6 @@ def no_template(name: str) -> UserError:
     )
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """A library's message, which may have many lines, for one of ours."""
     return " ".join(str(error).split())[:200]
-
-
-def _modified_at(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
-@lru_cache(maxsize=8)
-def _open_tokenizer(folder: Path, times: tuple[int, ...]) -> Any:  # noqa: ARG001  # `times` reloads it after a change
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.tokenizers import chat_template
-from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Rendered, Renderings
+from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Renderings
+from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.safetensors_header import as_os_error
@@ -47,7 +48,10 @@ class SubwordTokenizer:
         if eos_id is None and not self._extra_end_ids:
             raise UserError(f"{name}: its tokenizer has no end-of-text token. Set eos_token in {CONFIG}.")
         self.end_id: int = self._extra_end_ids[0] if eos_id is None else eos_id
-        self._prefix = _prefix_ids(self._inner)
+        # What the tokenizer's post-processor puts before a text, such as BOS: no attribute of a tokenizer tells.
+        full, bare = self._inner.encode("a").ids, self._inner.encode("a", add_special_tokens=False).ids
+        start = next((n for n in range(len(full)) if bare and full[n : n + len(bare)] == bare), 0)
+        self._prefix = tuple(full[:start])
         self.bos_id = self._prefix[0] if self._prefix else None
         self._added: dict[int, Any] = self._inner.get_added_tokens_decoder()
 
@@ -61,7 +65,7 @@ class SubwordTokenizer:
         try:
             hf_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever the library raises
-            reason = " ".join(str(error).split())[:200]
+            reason = chat_template.one_line(error)
             raise UserError(
                 f"{folder}: cannot open its tokenizer: {reason}. A model folder needs its tokenizer."
             ) from None
@@ -89,30 +93,25 @@ class SubwordTokenizer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The end-of-text token, eos_token_id of generation_config.json, and the chat template's end-of-turn token."""
-        return frozenset({self.end_id, *self._extra_end_ids, *self._turn_end_ids()})
+        """The end-of-text token, eos_token_id of generation_config.json, and the chat template's end-of-turn token.
 
-    def _turn_end_ids(self) -> list[int]:
-        """The first special token that the template writes after an answer, if any."""
-        if not self.has_template:
-            return []
+        Many instruct models end a turn with another token than a text, and name it nowhere but in their template: it is
+        the first special token that the template writes after an answer.
+        """
+        ends = {self.end_id, *self._extra_end_ids}
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
         try:
-            ids, spans = self.spans(text := self.render(turns, add_generation_prompt=False))
+            text = self.render(turns, add_generation_prompt=False) if self.has_template else ""
         except UserError:
-            return []  # the template needs more than these turns; training reports it
-        end = text.rfind(_PROBE) + len(_PROBE)
-        special = [id_ for id_, (start, _) in zip(ids, spans, strict=True) if start >= end and self._is_special(id_)]
-        return special[:1] if _PROBE in text else []
-
-    def _is_special(self, id_: int) -> bool:
-        return id_ in self._added and bool(self._added[id_].special)
+            text = ""  # the template needs more than these turns; training reports it
+        if _PROBE in text:
+            ids, spans = self.spans(text)
+            answered = text.rfind(_PROBE) + len(_PROBE)
+            behind = (id_ for id_, (start, _) in zip(ids, spans, strict=True) if start >= answered)
+            ends.update([id_ for id_ in behind if id_ in self._added and self._added[id_].special][:1])
+        return frozenset(ends)
 
     def words(self) -> list[str]:
-        return list(self._words)
-
-    @cached_property
-    def _words(self) -> list[str]:
         ids = range(len(self))
         texts = self._inner.decode_batch([[*self._anchor, id_] for id_ in ids], skip_special_tokens=False)
         return [self._display_text(id_, text) for id_, text in zip(ids, texts, strict=True)]
@@ -140,7 +139,7 @@ class SubwordTokenizer:
 
     @cached_property
     def _id_by_word(self) -> dict[str, int]:
-        return {word: id_ for id_, word in reversed(list(enumerate(self._words)))}  # the first id wins
+        return {word: id_ for id_, word in reversed(list(enumerate(self.words())))}  # the first id wins
 
     def encode(self, text: str) -> tuple[int, ...]:
         ids = self._ids(text)
@@ -206,11 +205,6 @@ class SubwordTokenizer:
             raise chat_template.no_template(self._name)
         return chat_template.render_with(self._hf_tokenizer, messages, prefixes, self._name)
 
-    def _is_known_token(self, token: str) -> bool:
-        """Whether the text is one token, other than the unknown token."""
-        ids = self._ids(token)
-        return len(ids) == 1 and (ids[0] != self._hf_tokenizer.unk_token_id or token == self._hf_tokenizer.unk_token)
-
     def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["SubwordTokenizer", list[str]]:
         """Tokens match exactly as written; one that begins and ends like a word matches only as a whole word.
 
@@ -218,9 +212,13 @@ class SubwordTokenizer:
         """
         from tokenizers import AddedToken
 
-        new = [token for token in dict.fromkeys(tokens) if not self._is_known_token(token)]
-        hf_tokenizer = copy.deepcopy(self._hf_tokenizer)
-        for token in new:
+        hf_tokenizer, new = copy.deepcopy(self._hf_tokenizer), []
+        for token in dict.fromkeys(tokens):
+            ids = self._ids(token)
+            is_unknown = ids == (hf_tokenizer.unk_token_id,) and token != hf_tokenizer.unk_token
+            if len(ids) == 1 and not is_unknown:  # it is one token already
+                continue
+            new.append(token)
             word = not special and token[:1].isalnum() and token[-1:].isalnum()
             hf_tokenizer.add_tokens([AddedToken(token, single_word=word, normalized=False, special=special)])
         return SubwordTokenizer(hf_tokenizer, self._name, self._extra_end_ids), new
@@ -232,15 +230,6 @@ def _format_bytes(token: str) -> str:
     if None in values or max(map(ord, token), default=0) < 128:  # SentencePiece already writes <0xE2>
         return token
     return "".join(chr(value) if value < 128 else f"<0x{value:02X}>" for value in values if value is not None)
-
-
-def _prefix_ids(inner: Any) -> tuple[int, ...]:
-    """The ids that the tokenizer's post-processor puts before a text, such as BOS."""
-    full, bare = inner.encode("a").ids, inner.encode("a", add_special_tokens=False).ids
-    for start in range(len(full)):
-        if bare and full[start : start + len(bare)] == bare:
-            return tuple(full[:start])
-    return ()
 
 
 def _generation_end_ids(folder: Path) -> list[int]:

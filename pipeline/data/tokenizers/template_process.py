@@ -1,7 +1,8 @@
 """Renders chat templates in a separate process with limited time and memory.
 
-A template is a program written by the model's author, so it may loop forever or fill the memory. The process imports
-transformers' Jinja but not torch (0.7 s, once) and answers requests, one JSON line each. It ends with its parent.
+A template is a program written by the model's author: it may loop forever or fill the memory, and no thread can be
+stopped that does. The process imports transformers' Jinja but not torch (0.7 s, once) and answers requests, one JSON
+line each. It ends with its parent, whose end closes its stdin.
 """
 
 import atexit
@@ -12,9 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ START_SECONDS = 120.0  # to import the libraries on a slow and busy machine
 MEMORY_BYTES = 512 * 2**20  # in addition to what the process uses when it is ready
 MAX_EXTRA_CHARACTERS = 4 * 2**20  # of output, in addition to MAX_COPIES of the conversation
 MAX_COPIES = 4
-COMMAND = (sys.executable, "-P", str(Path(__file__)))  # imports nothing from this package
+# As a file, so that nothing of this package is imported; with -P, so that its folder's `word.py` hides no other module.
+COMMAND = (sys.executable, "-P", str(Path(__file__)))
 ADVICE = "Fix the template, or choose another model."
 
 
@@ -31,12 +32,18 @@ class TemplateError(Exception):
     """Why a rendering failed; the message continues “its chat template …”."""
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """A rendered conversation, and the character spans [start, stop) inside {% generation %}."""
+class Rendered(str):
+    """Text written by a chat template. It already has its beginning-of-text token, or should have none.
 
-    text: str
+    `marks` are the character spans [start, stop) inside {% generation %}, in order; most templates have none.
+    """
+
     marks: tuple[tuple[int, int], ...]
+
+    def __new__(cls, text: str, marks: Iterable[tuple[int, int]] = ()) -> "Rendered":
+        rendered = super().__new__(cls, text)
+        rendered.marks = tuple((start, stop) for start, stop in marks)
+        return rendered
 
 
 class Renderer:
@@ -53,7 +60,7 @@ class Renderer:
         messages: Sequence[Mapping[str, object]],
         prefixes: Sequence[tuple[int, bool]],
         tokens: Mapping[str, object],
-    ) -> list[Conversation | TemplateError]:
+    ) -> list[Rendered | TemplateError]:
         """For each (n, add_generation_prompt) the first n `messages` in a Jinja `template` with the special `tokens`.
 
         All in one request: the round trip takes 0.1 ms, a short rendering a fifth of that. Raises TemplateError if the
@@ -61,40 +68,26 @@ class Renderer:
         """
         request = {"template": template, "messages": messages, "prefixes": prefixes, "tokens": tokens}
         with self._lock:
-            answers = self._send_request(json.dumps(request).encode() + b"\n")
+            process, line = self._ensure_running(), None
+            assert process.stdin is not None
+            try:
+                with suppress(BrokenPipeError):  # it was killed
+                    process.stdin.write(json.dumps(request).encode() + b"\n")
+                    process.stdin.flush()
+                    line = self._read_line(process, RENDER_SECONDS)
+            except BaseException:  # Ctrl-C too: the next request must not read this one's answer
+                self.stop()
+                raise
+            if line is None:
+                self.stop()
+                raise TemplateError(
+                    f"was stopped: it did not finish within {RENDER_SECONDS:g} seconds and {MEMORY_BYTES // 2**20} MiB "
+                    f"of memory. {ADVICE}"
+                )
         return [
-            TemplateError(answer["error"])
-            if "error" in answer
-            else Conversation(answer["text"], _as_spans(answer["marks"]))
-            for answer in answers
+            TemplateError(answer["error"]) if "error" in answer else Rendered(answer["text"], answer["marks"])
+            for answer in json.loads(line)
         ]
-
-    def _send_request(self, request: bytes) -> list[dict[str, Any]]:
-        process = self._ensure_running()
-        try:
-            answer = self._exchange(process, request)
-        except BaseException:  # Ctrl-C too: the next request must not read this one's answer
-            self.stop()
-            raise
-        if answer is None:
-            self.stop()
-            raise TemplateError(
-                f"was stopped: it did not finish within {RENDER_SECONDS:g} seconds and {MEMORY_BYTES // 2**20} MiB of "
-                f"memory. {ADVICE}"
-            )
-        return answer
-
-    def _exchange(self, process: "subprocess.Popen[bytes]", request: bytes) -> list[dict[str, Any]] | None:
-        """The process's answer, or None if it ended or was too slow."""
-        assert process.stdin is not None
-        try:
-            process.stdin.write(request)
-            process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        line = self._read_line(process, RENDER_SECONDS)
-        answers: list[dict[str, Any]] | None = None if line is None else json.loads(line)
-        return answers
 
     def _ensure_running(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and self._process.poll() is None:
@@ -110,7 +103,10 @@ class Renderer:
         return process
 
     def _read_line(self, process: "subprocess.Popen[bytes]", seconds: float) -> bytes | None:
-        """The next line from the process, or None if it ends or takes longer than `seconds`."""
+        """The next line from the process, or None if it ends or takes longer than `seconds`.
+
+        By poll: `readline` would wait forever for a template that never ends.
+        """
         assert process.stdout is not None
         pieces, deadline = [self._rest], time.monotonic() + seconds
         poller = select.poll()
@@ -140,10 +136,6 @@ class Renderer:
         self._rest = b""  # output read after the last line
 
 
-def _as_spans(marks: list[list[int]]) -> tuple[tuple[int, int], ...]:
-    return tuple((start, stop) for start, stop in marks)
-
-
 RENDERER = Renderer()
 atexit.register(RENDERER.stop)
 os.register_at_fork(after_in_child=RENDERER.forget)
@@ -158,17 +150,30 @@ def serve() -> None:
     warnings.simplefilter("ignore")
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     sys.stdout = sys.stderr  # keeps library output out of the answers
-    from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401  # before the memory limit
+    # Imported before the limit counts, which is on what a template adds to the size of the address space.
+    from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401
 
-    _bound_memory()
+    with suppress(OSError):  # no /proc
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        _limit("RLIMIT_AS", pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES)
     out.write(b"ready\n")
     out.flush()
     for line in sys.stdin.buffer:
-        _bound_time()
+        # The parent stops what takes too long. Of CPU time there is a limit too, in case the parent itself is killed.
+        _limit("RLIMIT_CPU", int(time.process_time() + RENDER_SECONDS) + 2)
         request = json.loads(line)
         answers = [_answer(request, *prefix) for prefix in request["prefixes"]]
         out.write(json.dumps(answers).encode() + b"\n")
         out.flush()
+
+
+def _limit(name: str, soft: int) -> None:
+    """Set a soft limit of this process, where the system supports it."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        kind = getattr(resource, name)
+        resource.setrlimit(kind, (soft, resource.getrlimit(kind)[1]))
 
 
 def _answer(request: dict[str, Any], count: int, add_generation_prompt: bool) -> dict[str, Any]:
@@ -192,29 +197,6 @@ def _answer(request: dict[str, Any], count: int, add_generation_prompt: bool) ->
     if len(text) > limit:
         return {"error": f"was stopped: it wrote {len(text):,} characters, more than {limit:,}. {ADVICE}"}
     return {"text": text, "marks": marks}
-
-
-def _bound_memory() -> None:
-    """Limit the address space to the current size + MEMORY_BYTES, where the system supports it."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        limit = pages * resource.getpagesize() + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    except (ImportError, OSError, ValueError):
-        pass
-
-
-def _bound_time() -> None:
-    """Limit CPU time per request, for when a killed parent cannot stop this process."""
-    try:
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + RENDER_SECONDS) + 2, hard))
-    except (ImportError, OSError, ValueError):
-        pass
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import refuse_untrusted, write_json
 
 if TYPE_CHECKING:
-    from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Rendered, Renderings
+    from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Renderings
+    from pipeline.data.tokenizers.template_process import Rendered
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 SPECIAL = (PAD, UNKNOWN, END)
@@ -213,7 +214,8 @@ class WordTokenizer:
         return single_rendering(self.render_each(messages, [(len(messages), add_generation_prompt)]))
 
     def render_each(self, messages: "Messages", prefixes: "Prefixes") -> "Renderings":
-        from pipeline.data.tokenizers.chat_template import Rendered, no_template, render_in
+        from pipeline.data.tokenizers.chat_template import no_template, render_in
+        from pipeline.data.tokenizers.template_process import Rendered
 
         if self._folder is None:
             raise no_template("the tokenizer")

@@ -16,7 +16,7 @@ from pipeline.adapters.peft.load import load_adapter
 from pipeline.adapters.scale import AdapterScale
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
-from pipeline.files.file_stamp import Signature, signature
+from pipeline.files.digest_cache import Signature, signature
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
 from pipeline.models.base import CausalLM

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.data.examples import Example, Message
 from pipeline.data.masking import encode, encoder
-from pipeline.data.token_file import Corpus, refuse_empty
+from pipeline.data.windows import Corpus, refuse_empty
 from pipeline.errors import UserError
 from tests.helpers.tokenizers import INSTRUCTS, MARKED, MARKED_WITHOUT_END, SMOLLM2, THINKS, tokenizer_with
 

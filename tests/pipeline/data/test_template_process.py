@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from pipeline.data.tokenizers import template_process
 from pipeline.data.tokenizers.chat_template import render
-from pipeline.data.tokenizers.template_process import Conversation, Renderer, TemplateError
+from pipeline.data.tokenizers.template_process import Rendered, Renderer, TemplateError
 from pipeline.errors import UserError
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT
@@ -26,9 +26,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 DOUBLES = "{% set n = namespace(x='a' * 999) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}"
 
 
-def written(
-    by: Renderer, template: str, messages: Any = TURNS, reply: bool = False, tokens: Any = None
-) -> Conversation:
+def written(by: Renderer, template: str, messages: Any = TURNS, reply: bool = False, tokens: Any = None) -> Rendered:
     (result,) = by.render(template, messages, [(len(messages), reply)], tokens or {})
     if isinstance(result, TemplateError):
         raise result
@@ -49,7 +47,7 @@ def test_a_template_writes_what_transformers_writes(
 ) -> None:
     theirs = AutoTokenizer.from_pretrained(folder_with(tmp_path, template, bos="<s>", eos="</s>"))
     result = written(renderer, template, TURNS, reply, theirs.special_tokens_map)
-    assert result.text == theirs.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=reply)
+    assert result == theirs.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=reply)
     assert bool(result.marks) == ("generation %" in template)
 
 
@@ -71,7 +69,7 @@ def test_a_template_that_fails_or_takes_too_much_says_so_and_the_next_is_rendere
     for _ in range(2):
         with pytest.raises(TemplateError, match=message):
             written(renderer, template)
-        assert written(renderer, "{{ messages | length }}").text == "4"
+        assert written(renderer, "{{ messages | length }}") == "4"
 
 
 def test_a_template_that_never_ends_is_stopped_with_its_process(
@@ -84,7 +82,7 @@ def test_a_template_that_never_ends_is_stopped_with_its_process(
         written(renderer, ENDLESS)
     assert process is not None and process.poll() == -signal.SIGKILL
     monkeypatch.undo()
-    assert written(renderer, "{{ 1 }}").text == "1"
+    assert written(renderer, "{{ 1 }}") == "1"
 
 
 def test_several_beginnings_of_a_conversation_are_rendered_at_once_and_fail_one_by_one(renderer: Renderer) -> None:
@@ -96,7 +94,7 @@ def test_several_beginnings_of_a_conversation_are_rendered_at_once_and_fail_one_
 
 def test_a_long_conversation_is_written_in_full(renderer: Renderer) -> None:
     turns: list[dict[str, Any]] = [{"role": "user", "content": "ü" * 3_000_000}]
-    assert written(renderer, "{{ messages[0].content * 2 }}", turns).text == "ü" * 6_000_000
+    assert written(renderer, "{{ messages[0].content * 2 }}", turns) == "ü" * 6_000_000
 
 
 def test_the_command_and_a_prompt_name_the_template_that_was_stopped(
@@ -130,7 +128,7 @@ def test_the_process_ends_with_its_parent_and_a_fork_starts_its_own() -> None:
     code = f"""
 import os, time
 from pipeline.data.tokenizers.template_process import RENDERER
-text = lambda: RENDERER.render("{{{{ 1 }}}}", {TURNS!r}, [(1, False)], {{}})[0].text
+text = lambda: RENDERER.render("{{{{ 1 }}}}", {TURNS!r}, [(1, False)], {{}})[0]
 assert text() == "1"
 mine = RENDERER._process.pid
 if os.fork() == 0:

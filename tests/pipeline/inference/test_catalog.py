@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.file_stamp import signature
+from pipeline.files.digest_cache import signature
 from pipeline.inference import catalog
 from pipeline.inference.catalog import Model, check, describe, find_base, measured, model_folders
 from pipeline.inference.engine import load

@@ -11,8 +11,7 @@ from typing import Any
 from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.digest_cache import DigestStore
-from pipeline.files.file_stamp import Signature, signature
+from pipeline.files.digest_cache import DigestStore, Signature, signature
 from pipeline.files.text import natural_sort_key
 from pipeline.inference.catalog import (
     Measurements,

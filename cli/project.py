@@ -1,0 +1,196 @@
+"""`lora new`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs on."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Context, Option
+
+from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, finite, group, project_of
+
+if TYPE_CHECKING:
+    from pipeline.project.cache import Cache
+    from pipeline.project.stage_graph import Project
+
+app = group()
+cache = group(help="Show or prune the cache of finished stages.", invoke_without_command=True)
+app.add_typer(cache, name="cache")
+
+MOST = 3  # commands that are named one by one
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
+GGUF = ("gguf", "sentencepiece", "protobuf", "accelerate")  # needed to read a .gguf base
+QLORA = "bitsandbytes"
+
+
+@app.command()
+def new(
+    folder: Annotated[Path, Argument(help="New folder, or an existing project to complete.")],
+    params: Annotated[
+        Path | None, Option("--params", help="Params file to start from; its data files are copied too.")
+    ] = None,
+    base: Annotated[
+        str | None, Option("--base", help="Base model: minigpt, a checkpoint folder, a .gguf file or a hub id.")
+    ] = None,
+    methods: Annotated[
+        str | None, Option("--methods", help="Methods to train, such as full,lora; `lora finetune --help` lists them.")
+    ] = None,
+) -> None:
+    """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten."""
+    from cli.console import print_line, print_note
+    from pipeline.project.new_project import create
+    from pipeline.workbench import GRAPH
+
+    project = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
+    for note in project.notes:
+        print_note(note)
+    print_line(f"{folder}: added {', '.join(project.added)}" if project.added else f"{folder}: nothing to add")
+    print_line(f"Next: cd {folder}; dvc repro; lora-tui")
+
+
+@app.command()
+def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
+    """Show the last comparison, and where the report is."""
+    from cli.console import print_line, print_table
+    from pipeline.errors import UserError
+    from pipeline.files.artifact import read_json
+    from pipeline.stages.report import LEGEND, comparison
+
+    project = project_of(params)
+    folder = project.artifact("evaluate")
+    metrics = read_json(folder / "metrics.json", "Run `make repro`, or `lora evaluate`")
+    try:
+        columns, rows = comparison(metrics)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
+    print_table(columns, rows, right=columns[1:])
+    print_line(f"\n{LEGEND}\n")
+    there = (folder / "report.md").exists()
+    print_line(f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours.")
+    claims = folder.parent / "claims/report.md"
+    if claims.exists():
+        print_line(f"what the document claims, and what was measured: {claims}")
+    for name in ("evaluate", *["claims"] * claims.exists()):
+        old = outdated(project, [name])
+        if name in old:
+            warn_outdated(f"{project.artifact_name(name)} is", old[name], old)
+
+
+def outdated(project: "Project", names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`status.outdated`, by digests that are kept: this is for people to look at."""
+    from pipeline.files.digest_cache import DigestStore
+    from pipeline.project import status
+
+    store = DigestStore()
+    found = status.outdated(project, names, store.digest)
+    store.save()
+    return found
+
+
+def warn_outdated(subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:
+    """One line on stderr: what is out of date, why, and how it is made again from the first of `stages` on."""
+    from cli.console import print_note
+    from pipeline.project.dvc_yaml import command
+    from pipeline.workbench import GRAPH
+
+    commands = [f"`{command(GRAPH.stages[name])}`" for name in stages]
+    again = ", then ".join(commands) if len(commands) <= MOST else "`dvc repro`"
+    print_note(f"{subject} out of date: {', '.join(reasons)}. Run {again}.")
+
+
+@cache.callback()
+def show_cache(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: JsonOption = False) -> None:
+    """Show what is kept: stage, key, size, last use."""
+    if context.invoked_subcommand:
+        return
+    from cli.console import print_json, print_line, print_table
+
+    entries = _cache_of(params).entries()
+    if as_json:
+        print_json([{"stage": e.stage, "key": e.key, "bytes": e.size, "used": e.used} for e in entries])
+        return
+    rows = [
+        (e.stage, e.key[:12], f"{e.size / 1000:,.0f} kB", datetime.fromtimestamp(e.used).strftime("%Y-%m-%d %H:%M"))
+        for e in entries
+    ]
+    print_table(("stage", "key", "size", "last used"), rows, right=("size",))
+    print_line(f"{len(entries)} kept, {sum(e.size for e in entries) / 1000:,.0f} kB")
+
+
+@cache.command()
+def prune(
+    params: ParamsOption = DEFAULT_PARAMS,
+    keep: Annotated[int, Option(min=0, help="Number of entries to keep per stage, most recently used first.")] = 0,
+    older_than: Annotated[
+        float, Option(min=0, callback=finite, metavar="DAYS", help="Only entries unused for at least DAYS days.")
+    ] = 0.0,
+) -> None:
+    """Remove cached results; artifacts stay."""
+    from cli.console import print_line
+
+    removed = _cache_of(params).prune(keep, older_than)
+    print_line(f"{len(removed)} removed, {sum(e.size for e in removed) / 1000:,.0f} kB")
+
+
+def _cache_of(params: Path) -> "Cache":
+    """The cache of the project; of its folder, where there is no params.yaml any more."""
+    from pipeline.errors import UserError
+    from pipeline.project.cache import Cache
+    from pipeline.project.stage_graph import cache_folder
+
+    if params.is_file():
+        return Cache(project_of(params).cache)
+    if params != DEFAULT_PARAMS:
+        raise UserError(f"{params} does not exist. Name the project's params file with --params.")
+    return Cache(cache_folder(params.resolve().parent))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions, devices, memory and disk."""
+    import os
+    import platform
+    import shutil
+    from contextlib import suppress
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from cli.console import print_json, print_table
+
+    def find_version(library: str, hint: str) -> str:
+        try:
+            return version(library)
+        except PackageNotFoundError:
+            return f"not installed: {hint}"
+
+    def gib(size: float) -> str:
+        return f"{size / 2**30:.1f}"
+
+    devices = {
+        f"cuda:{i}": f"{torch.cuda.get_device_name(i)}, {gib(free)} of {gib(total)} GiB free"
+        for i in range(torch.cuda.device_count())
+        for free, total in (torch.cuda.mem_get_info(i),)
+    }
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU, unified memory"
+    page = os.sysconf("SC_PAGE_SIZE")
+    memory = f"{gib(page * os.sysconf('SC_PHYS_PAGES'))} GiB"
+    with suppress(ValueError, OSError):  # macOS does not say how much is free
+        memory = f"{gib(page * os.sysconf('SC_AVPHYS_PAGES'))} of {memory} free"
+    facts = {
+        "lora-workbench": version("lora-workbench"),
+        "python": platform.python_version(),
+        **{library: find_version(library, "run `make install`") for library in LIBRARIES},
+        **{library: find_version(library, "only .gguf bases need it, `lora-workbench[gguf]`") for library in GGUF},
+        QLORA: find_version(QLORA, "8-bit bases need it, 4-bit bases are faster with it, `lora-workbench[qlora]`"),
+        "git": shutil.which("git") or "not found: manifests will have no commit",
+        **(devices or {"accelerator": "none: training and prompts run on the CPU"}),
+        "cpu threads": str(torch.get_num_threads()),
+        "memory": memory,
+        "disk free": f"{gib(shutil.disk_usage('.').free)} GiB",
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_table(("", ""), list(facts.items()))
