@@ -11,7 +11,7 @@ from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import FinetuningMethod, TrainingConfig
 from pipeline.calc.sources.open_model import entry
-from pipeline.training.memory.trace import traced_peak
+from pipeline.training.memory_trace import traced_peak
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def fit(out: Output, question: Question, budget: float | None, name: str | None)
 
 def trace(out: Output, question: Question) -> None:
     """`--trace`: the peak of the real training step under fake tensors, beside that of the formula."""
-    from pipeline.training.memory.trace import traced_peak
+    from pipeline.training.memory_trace import traced_peak
 
     model = question.model
     if model.config is None:

@@ -20,6 +20,7 @@ from pipeline.models.load import DTYPES, Base, count, load_base, skeleton, store
 from pipeline.project.params.sections import FinetuneFreeze, FinetuneFull, FinetuneLora, FinetuneVirtual
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.data import prepare_data, save_checkpoint, save_curve
+from pipeline.training.distributed import is_main_process
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
 from pipeline.training.optimizer import FlatAdam
 
@@ -30,7 +31,8 @@ def finetune(job: Job, sharded: bool | None = None) -> Generator[Event, None, Fa
     `sharded`: as in `TrainingTask`. Raises UserError, and whatever `train` raises.
     """
     learner = yield from prepare(job, sharded)
-    return learner.save((yield from train(job, learner.task)))
+    optimizer = yield from train(job, learner.task)
+    return learner.save(optimizer) if is_main_process() else {}
 
 
 def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, TrainingSetup]:
@@ -65,7 +67,7 @@ def prepare(job: Job, sharded: bool | None = None) -> Generator[Event, None, Tra
     elif isinstance(settings, FinetuneFreeze):
         freeze(model, settings)
     trainable = count(model)["trainable"]
-    task = TrainingTask(
+    task = TrainingTask.of_one(
         model, batches, settings, method_of(settings, spec), evaluation, retain, sharded if spec else False
     )
 

@@ -1,6 +1,6 @@
 """finetune_sweep: one adapter per combination of a grid, all trained in one pass on one frozen base."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from shutil import copyfile
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.adapters.attach import attach
-from pipeline.adapters.batched import attach_many, only_adapter, trained_by
+from pipeline.adapters.batched import AdapterRouting, attach_many, only_adapter, trained_by
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.windows import Dataset
 from pipeline.errors import UserError
@@ -21,20 +21,19 @@ from pipeline.project.params.grid import DIVERGED, DONE, STOPPED, TABLE, variant
 from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.finetune import lora_spec, new_rows, note_wide_rank, save_files
-from pipeline.training.batched.evaluation import BatchedEvaluation
-from pipeline.training.batched.loop import AdapterProgress
-from pipeline.training.batched.run import train_batched
-from pipeline.training.batched.step import BatchedTrainingTask, Variant
+from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
 from pipeline.training.data import build_datasets
-from pipeline.training.retention import load_retention_texts
-from pipeline.training.schedule import refuse_long_warmup
+from pipeline.training.loop import TrainingTask, train
+from pipeline.training.optimizer import refuse_long_warmup
+from pipeline.training.retention import RetentionLoss, load_retention_texts
+from pipeline.training.step import Evaluation, Learner
 
 
 def sweep(job: Job) -> Generator[Event, None, Facts]:
     """Train the grid → an adapter folder for each combination, and sweep.json with the outcome of each.
 
-    Raises UserError, and whatever `train_batched` raises.
+    Raises UserError, and whatever `train` raises.
     """
     params = job.project.params
     settings, grid = params.finetune_lora, variants(params.finetune_lora, params.finetune_sweep)
@@ -53,18 +52,20 @@ def sweep(job: Job) -> Generator[Event, None, Facts]:
             specs[name] = lora_spec(base.model, lora, new_rows(folder))
     notes: list[Event] = []
     attach_each = [_attach_function(base, specs[name], name, lora, notes) for name, lora in grid.items()]
-    share = attach_many(base.model, attach_each)
+    routing = attach_many(base.model, attach_each)
     yield from dict.fromkeys(notes)
-    adapters = tuple(_variant(name, lora, dataset, texts) for name, lora in grid.items())
-    for adapter in adapters:
-        with _add_name_to_error(adapter.name):
-            refuse_long_warmup(adapter.settings, adapter.settings.epochs * len(adapter.batches), job.stage.section)
-    every = settings.eval_every or len(adapters[0].batches)
+    learners = [_learner(base, routing, name, lora, dataset, texts) for name, lora in grid.items()]
+    for learner in learners:
+        with _add_name_to_error(learner.name):
+            refuse_long_warmup(learner.settings, learner.settings.epochs * len(learner.batches), job.stage.section)
     evaluation = None
     if held_out is not None:
-        evaluation = BatchedEvaluation(held_out, settings.batch_size, every, settings.patience, len(grid))
-    progress = yield from train_batched(job, BatchedTrainingTask(base.model, share, adapters, evaluation))
-    return _save_adapters(job, base, grid, specs, progress)
+        every = settings.eval_every or len(learners[0].batches)
+        evaluation = Evaluation(held_out, settings.batch_size, every, settings.patience, len(learners))
+    less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
+    path = ManyAdapters(base.model, routing)
+    yield from train(job, TrainingTask(base.model, learners, path, evaluation, less_memory=less))
+    return _save_adapters(job, base, specs, learners)
 
 
 @contextmanager
@@ -90,37 +91,35 @@ def _attach_function(
     return attach_one
 
 
-def _variant(name: str, own: FinetuneLora, learned: Dataset, texts: Dataset | None) -> Variant:
+def _learner(
+    base: Base, routing: AdapterRouting, name: str, own: FinetuneLora, learned: Dataset, texts: Dataset | None
+) -> Learner:
     batches = Batches(learned, own.batch_size, own.seed, own.gradient_accumulation_steps)
-    retained = Batches(texts, own.retention_batch_size, own.seed) if texts is not None and own.retains else None
-    return Variant(name, own, batches, retained)
+    retain = None
+    if texts is not None and own.retains:
+        retain = RetentionLoss(base.model, texts, own, routing.base)
+    return Learner(own, batches, retain, name)
 
 
-def _save_adapters(
-    job: Job,
-    base: Base,
-    grid: Mapping[str, FinetuneLora],
-    specs: Mapping[str, AdapterSpec],
-    progress: AdapterProgress,
-) -> Facts:
+def _save_adapters(job: Job, base: Base, specs: Mapping[str, AdapterSpec], learners: Sequence[Learner]) -> Facts:
     """Save each adapter that did not diverge in its own folder, sealed like finetune_lora's artifact."""
     folder = job.project.artifact("expand_vocab")
     total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
     commit = provenance.commit(job.stage.module)
     rows: dict[str, Any] = {}
-    for number, (name, lora) in enumerate(grid.items()):
+    for number, learner in enumerate(learners):
+        name, lora = learner.name, learner.settings
         steps = read_steps(job.run / name / LOSS)
         held_out = [step.eval_loss for step in steps if step.eval_loss is not None]
         trained = trained_by(base.model, number)
-        diverged = bool(progress.diverged[number])
         rows[name] = {
-            "state": DIVERGED if diverged else STOPPED if progress.stopped[number] else DONE,
+            "state": DIVERGED if learner.diverged else DONE if learner.stopped is None else STOPPED,
             "trainable": trained,
             "steps": len(steps),
             "final_loss": final_loss(steps),
             "eval_loss": min(held_out) if lora.patience and held_out else held_out[-1] if held_out else None,
         }
-        if diverged:
+        if learner.diverged:
             continue
         out = job.out / name
         out.mkdir()

@@ -40,4 +40,4 @@ def virtual_learner(
         total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
         return {"base": base_fingerprint(folder), "parameters": {"total": total, "trainable": trainable}}
 
-    return TrainingSetup(base, TrainingTask(model, batches, settings, method, evaluation, sharded=False), save)
+    return TrainingSetup(base, TrainingTask.of_one(model, batches, settings, method, evaluation, sharded=False), save)

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Iterator
 from shutil import copyfile
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,11 +17,8 @@ from pipeline.project.logs.run_log import LOSS
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches
-from pipeline.training.optimizer import FlatAdam
-from pipeline.training.schedule import refuse_long_warmup
-
-if TYPE_CHECKING:
-    from pipeline.training.evaluation import Evaluation
+from pipeline.training.optimizer import FlatAdam, refuse_long_warmup
+from pipeline.training.step import Evaluation
 
 
 def training_examples(job: Job, settings: Training) -> Iterator[Example]:
@@ -30,17 +26,13 @@ def training_examples(job: Job, settings: Training) -> Iterator[Example]:
     return (example for name in settings.files for example in iter_examples(job.path(name), name))
 
 
-def prepare_data(
-    job: Job, settings: Training, base: Base
-) -> Generator[Event, None, tuple[Batches, "Evaluation | None"]]:
+def prepare_data(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
     """The batches, and the evaluation if eval_share is set. Raises UserError as `build_datasets` does."""
     training, held_out = yield from build_datasets(job, settings, base)
     batches = Batches(training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps)
     refuse_long_warmup(settings, settings.epochs * len(batches), job.stage.section)
     if held_out is None:
         return batches, None
-    from pipeline.training.evaluation import Evaluation  # only for runs that hold examples out
-
     return batches, Evaluation(held_out, settings.batch_size, settings.eval_every or len(batches), settings.patience)
 
 

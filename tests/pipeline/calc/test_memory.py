@@ -21,7 +21,7 @@ from pipeline.calc.settings import FREEZE, FULL, LORA, OPTIMIZERS, FinetuningMet
 from pipeline.calc.simulator.tape import ROUNDING, Tape
 from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.errors import UserError
-from pipeline.training.memory.trace import traced_peak
+from pipeline.training.memory_trace import traced_peak
 
 QWEN = built_in("qwen3-8b").shapes
 SMALL = ("qwen3-0.6b", "smollm2-135m", "gpt2", "opt-125m", "minigpt", "gemma-3-270m", "llama-3.2-1b")

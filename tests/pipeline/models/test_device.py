@@ -31,7 +31,7 @@ from pipeline.project.params.sections import FinetuneLora
 from pipeline.project.runner import checkpoints
 from pipeline.training.batches import collate
 from pipeline.training.loop import prepare_model
-from pipeline.training.memory.forecast import longest_sequence, predict_peak_memory, suggest_less_memory
+from pipeline.training.memory import longest_sequence, predict_peak_memory, suggest_less_memory
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import fake_accelerator

@@ -8,7 +8,7 @@ from bench.memory import shortened
 from pipeline.calc.families.registry import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import FinetuningMethod, TrainingConfig
-from pipeline.training.memory.trace import traced_peak
+from pipeline.training.memory_trace import traced_peak
 
 STEP = TrainingConfig(batch=1, sequence=2048, optimizer="adam-flat", loss="chunked", chunk=256, label_share=0.4)
 SHORT = replace(STEP, batch=4, sequence=256, attention="short", checkpointing="none")

@@ -26,7 +26,7 @@ from pipeline.models.minigpt.model import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.training import losses
 from pipeline.training.batches import Batch
-from pipeline.training.memory.live_bytes import TensorMemoryMeter
+from pipeline.training.memory import TensorMemoryMeter
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of
 
