@@ -42,14 +42,17 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
     Raises UserError for an invalid example, for an empty training set and for an empty evaluation set.
     """
     training = yield from _build_corpus(job, settings, base, held_out=False)
-    files = ", ".join(settings.files)
-    share = settings.eval_share
+    files, section, share = ", ".join(settings.files), job.stage.section, settings.eval_share
     if not share:
         refuse_empty(training, files)
-        _refuse_without_evaluation(job, settings)
+        for key in ("eval_every", "patience"):
+            if value := getattr(settings, key):
+                raise UserError(
+                    f"{section}.{key} is {value}, but there is no evaluation set. Set {section}.eval_share above 0."
+                )
         return dataset_from(training, settings.window), None
     held_out = yield from _build_corpus(job, settings, base, held_out=True)
-    selection = f"{job.stage.section}.eval_share {share:g} selects"
+    selection = f"{section}.eval_share {share:g} selects"
     if not len(training) and len(held_out):
         raise UserError(
             f"{selection} all {len(held_out)} labelled examples of {files} (the split is by hash). Decrease it, or "
@@ -62,15 +65,6 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
             "set it to 0."
         )
     return dataset_from(training, settings.window), dataset_from(held_out, settings.window)
-
-
-def _refuse_without_evaluation(job: Job, settings: Training) -> None:
-    for key in ("eval_every", "patience"):
-        if getattr(settings, key):
-            raise UserError(
-                f"{job.stage.section}.{key} is {getattr(settings, key)}, but there is no evaluation set. "
-                f"Set {job.stage.section}.eval_share above 0."
-            )
 
 
 def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generator[Event, None, Corpus]:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # a run without it does not import it
     from pipeline.training.retention import RetentionLoss
 
 T = TypeVar("T")
+PROGRESS = ("tokens", "stopped", "diverged")  # of the learners in a checkpoint; stopped -1: running
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,12 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
         records = measure_memory(live, largest_step - done, model, optimizer, records)
     with ExitStack() as stack:
         _write_outcomes(job, task)
-        logs = [stack.enter_context(_open_log(job, task, learner, done)) for learner in task.learners]
+        logs = []
+        for learner in task.learners:
+            folder, at_step = job.run / learner.name, done if learner.stopped is None else learner.stopped
+            folder.mkdir(exist_ok=True)
+            log = RunLog(folder, at_step, learner.tokens, evaluation is not None, learner.retain is not None)
+            logs.append(stack.enter_context(log))
         signals = stack.enter_context(HeldSignals())
         try:
             for by_learner in records:
@@ -241,13 +247,18 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
                     _save(job, task, logs, optimizer, done)
                 if stop:
                     raise Interrupted(stop, f"{name}: stopped after step {done} of {task.total}")
-                yield Progress(done, task.total, _format_losses(task, [*by_learner.values()]))
+                losses = [record.loss for record in by_learner.values()]
+                shown = f"{len(losses)} adapters, loss {min(losses):.3f} to {max(losses):.3f}"
+                if not task.learners[0].name:
+                    held_out = by_learner[0].eval_loss
+                    shown = f"loss {losses[0]:.3f}{'' if held_out is None else f'  eval loss {held_out:.3f}'}"
+                yield Progress(done, task.total, shown)
         except Diverged as diverged:
             yield from _tell_stops(job, task)
             for n in diverged.gradients:  # the checkpoint is of before: a run with it meets the same step again
                 task.learners[n].resume()
             _save(job, task, logs, optimizer, done)
-            raise _not_finite(job, task, diverged) from None
+            raise NotFinite(_describe_divergence(job, task, diverged)) from None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) and not is_lost(error):
                 raise
@@ -310,9 +321,6 @@ def _resume(job: Job, task: TrainingTask, optimizer: FlatAdam) -> Generator[Even
     return done
 
 
-PROGRESS = ("tokens", "stopped", "diverged")  # of the learners in a checkpoint; stopped -1: running
-
-
 def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatAdam, done: int) -> None:
     """Write a checkpoint after step `done`. The logs come first: one that ends before its checkpoint is unusable."""
     if not is_main_process():
@@ -325,13 +333,6 @@ def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatA
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
     lines = {(Path(x.name) / LOSS).as_posix(): done if x.stopped is None else x.stopped for x in learners}
     checkpoint.save(job.run, job.key, Checkpoint(done, {**optimizer.state(), **progress, **evaluation}, lines))
-
-
-def _open_log(job: Job, task: TrainingTask, learner: Learner, done: int) -> RunLog:
-    folder = job.run / learner.name
-    folder.mkdir(exist_ok=True)
-    at_step = done if learner.stopped is None else learner.stopped
-    return RunLog(folder, at_step, learner.tokens, task.evaluation is not None, learner.retain is not None)
 
 
 def _tell_stops(job: Job, task: TrainingTask) -> Iterator[Event]:
@@ -353,24 +354,13 @@ def _write_outcomes(job: Job, task: TrainingTask) -> None:
         write_run_outcomes(job.run, states)
 
 
-def _format_losses(task: TrainingTask, records: Sequence[Step]) -> str:
-    if task.learners[0].name:
-        losses = [record.loss for record in records]
-        return f"{len(losses)} adapters, loss {min(losses):.3f} to {max(losses):.3f}"
-    (record,) = records
-    held_out = "" if record.eval_loss is None else f"  eval loss {record.eval_loss:.3f}"
-    return f"loss {record.loss:.3f}{held_out}"
-
-
 def _predict_peak(task: TrainingTask, number: int) -> int:
-    """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know the architecture."""
-    model, method, settings, retain = task.model, task.method, task.settings, task.learners[0].retain
-    if method is None:
-        return 0
+    """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know architecture or method."""
+    model, retain = task.model, task.learners[0].retain
     read = [(batch, False) for batch in to_model_device(model, task.batches[number])]
     if retain is not None:
         read += [(batch, True) for batch in to_model_device(model, retain.batches[number])]
-    sizes = (predict_peak_memory(model, method, settings, batch, retained) for batch, retained in read)
+    sizes = (predict_peak_memory(model, task.method, task.settings, batch, retained) for batch, retained in read)
     return max((size for size in sizes if size), default=0)
 
 
@@ -400,15 +390,15 @@ def _out_of_memory(
     )
 
 
-def _not_finite(job: Job, task: TrainingTask, diverged: Diverged) -> NotFinite:
+def _describe_divergence(job: Job, task: TrainingTask, diverged: Diverged) -> str:
     name, learner = job.stage.name, task.learners[0]
     if learner.name:
-        return NotFinite(f"{name}: all adapters diverged: none has a finite loss. Lower learning_rate.")
+        return f"{name}: all adapters diverged: none has a finite loss. Lower learning_rate."
     result, number = diverged.gradients[0], diverged.number
     only_retained = math.isfinite(result.loss) and not math.isfinite(result.divergence or 0)
     retain = learner.retain if only_retained else None
     locations = (learner.batches if retain is None else retain.batches).locations(number)
-    return NotFinite(
+    return (
         f"{name}: the loss is {result.loss}{f', the divergence from the base {result.divergence}' if retain else ''} "
         f"and the gradient norm {result.norm} at step {number + 1}, on {_some(locations, 8)}. "
         f"Lower {name}.learning_rate, or check these examples. The weights before that step are kept in "

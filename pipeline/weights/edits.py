@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.adapters.dora import LEAST
+from pipeline.adapters.lora import LEAST
 from pipeline.adapters.low_rank import squared_norm
 
 BLOCK = 2**18  # values of W in memory as fp32 at once: fits in a core's cache

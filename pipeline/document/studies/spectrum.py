@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import disable_adapter
-from pipeline.adapters.low_rank import LowRank, directions
-from pipeline.adapters.peft.updates import load_update
+from pipeline.adapters.low_rank import LowRank, directions, load_update
 from pipeline.document.params import StudySpectrum
 from pipeline.document.studies import spectrum_tables
 from pipeline.document.studies.shared.report import Findings, write_report

@@ -14,8 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from pipeline.adapters.batched import AdapterRouting, BatchedLoRALinear, StackedParameters, attach_many, layers
-from pipeline.adapters.batched_matmul import batched_lora_forward
+from pipeline.adapters.batched import (
+    AdapterRouting,
+    BatchedLoRALinear,
+    StackedParameters,
+    attach_many,
+    batched_lora_forward,
+    layers,
+)
 from pipeline.adapters.lora import LoRALinear
 from pipeline.errors import UserError
 from pipeline.files import artifact
