@@ -171,10 +171,11 @@ def _finite_gradients(task: TrainingTask, optimizer: FlatAdam, number: int) -> d
             results = {n: result for n, result in alone.items() if not result.finite} or alone
         for n, result in results.items():
             learner = task.learners[n]
+            where = _shorten(learner.batches.locations(number), 4)
             learner.stop(
                 number,
-                f"{learner.name} is stopped: at step {number + 1}, on {_some(learner.batches.locations(number), 4)}, "
-                f"its loss is {result.loss:.4g} and its gradient norm {result.norm:.4g}. Lower its learning_rate.",
+                f"{learner.name} is stopped: at step {number + 1}, on {where}, its loss is {result.loss:.4g} and its "
+                f"gradient norm {result.norm:.4g}. Lower its learning_rate.",
                 diverged=True,
             )
         optimizer.clear()
@@ -183,7 +184,7 @@ def _finite_gradients(task: TrainingTask, optimizer: FlatAdam, number: int) -> d
     return {}
 
 
-def _some(locations: Sequence[str], most: int) -> str:
+def _shorten(locations: Sequence[str], most: int) -> str:
     return ", ".join(locations[:most]) + (f" and {len(locations) - most} more" if len(locations) > most else "")
 
 
@@ -400,7 +401,7 @@ def _describe_divergence(job: Job, task: TrainingTask, diverged: Diverged) -> st
     locations = (learner.batches if retain is None else retain.batches).locations(number)
     return (
         f"{name}: the loss is {result.loss}{f', the divergence from the base {result.divergence}' if retain else ''} "
-        f"and the gradient norm {result.norm} at step {number + 1}, on {_some(locations, 8)}. "
+        f"and the gradient norm {result.norm} at step {number + 1}, on {_shorten(locations, 8)}. "
         f"Lower {name}.learning_rate, or check these examples. The weights before that step are kept in "
         f"{job.run.parent.name}/{job.run.name}."
     )
