@@ -28,7 +28,7 @@ from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.stages.methods.prefix import FinetunePrefix
 from pipeline.stages.methods.prompt import FinetunePrompt
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
-from pipeline.training.memory.live_bytes import TensorMemoryMeter
+from pipeline.training.memory import TensorMemoryMeter
 
 STEPS, ROUNDS, VIRTUAL = 25, 9, 8
 LORA = FinetuneLora(epochs=10**9, learning_rate=1e-3)
@@ -96,5 +96,5 @@ def our_side(folder: Path, method: str, settings: Any) -> Side:
     elif isinstance(settings, FinetunePrefix | FinetunePrompt):
         attach_virtual_tokens(model, VirtualSpec(method, settings.virtual_tokens), len(tokenizer), settings.seed)
     optimizer = build_optimizer(model, settings)
-    records = steps(TrainingTask(model.train(), batches(), settings, FULL), optimizer)
+    records = steps(TrainingTask.of_one(model.train(), batches(), settings, FULL), optimizer)
     return Side(lambda: next(records), lambda: [*model.parameters(), *model.buffers(), *optimizer.tensors()])

@@ -193,7 +193,7 @@ class Ours(Side):
         settings = Training(
             epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, max_grad_norm=CLIP, precision="bf16"
         )
-        task = TrainingTask(model.train(), InOrder(windows, BATCH, 0), settings, Lora())
+        task = TrainingTask.of_one(model.train(), InOrder(windows, BATCH, 0), settings, Lora())
         self.steps, self.steps_per_epoch = steps(task, FlatAdam(model)), len(task.batches)
         return model
 

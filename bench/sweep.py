@@ -24,10 +24,10 @@ from pipeline.models.device import keep_freed_memory
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import load_base
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec
-from pipeline.training.batched.loop import AdapterProgress, steps
-from pipeline.training.batched.step import BatchedTrainingTask, Variant
+from pipeline.training import batched
 from pipeline.training.batches import Batches
-from pipeline.training.optimizer import BatchedAdam
+from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.step import Learner
 
 SMALL, LARGE = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 STEPS, TURNS = 50, 9
@@ -74,7 +74,7 @@ def _sweep_steps(folder: Path, count: int) -> Callable[[], None]:
 
 def task_of(
     model: CausalLM, specs: list[AdapterSpec], settings: list[FinetuneLora], orders: list[Batches], dtype: Any = None
-) -> BatchedTrainingTask:
+) -> TrainingTask:
     """A task with adapters as in `lora finetune sweep`."""
 
     def attach_with(spec: AdapterSpec, adapter_settings: FinetuneLora) -> Callable[[], None]:
@@ -84,14 +84,13 @@ def task_of(
 
         return attach_one
 
-    batch = attach_many(model, [attach_with(*pair) for pair in zip(specs, settings, strict=True)])
-    variants = (Variant(str(n), *pair) for n, pair in enumerate(zip(settings, orders, strict=True)))
-    return BatchedTrainingTask(model.train(), batch, tuple(variants))
+    routing = attach_many(model, [attach_with(*pair) for pair in zip(specs, settings, strict=True)])
+    learners = [Learner(own, order, name=str(n)) for n, (own, order) in enumerate(zip(settings, orders, strict=True))]
+    return TrainingTask(model.train(), learners, batched.ManyAdapters(model, routing))
 
 
-def _run_steps(task: BatchedTrainingTask, count: int) -> Callable[[], None]:
-    trained = [p for p in task.model.parameters() if p.requires_grad]
-    records = steps(task, BatchedAdam(trained, [1.0] * len(trained)), AdapterProgress.of(len(task.variants)))
+def _run_steps(task: TrainingTask, count: int) -> Callable[[], None]:
+    records = steps(task, build_optimizer(task.model, *(learner.settings for learner in task.learners)))
 
     def run() -> None:
         for _ in range(count):

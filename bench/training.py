@@ -66,7 +66,7 @@ def our_steps(folder: Path, method: str) -> Callable[[], None]:
         attach(model, lora_spec(model, FinetuneLora(), ()))
     elif method == "freeze":
         freeze(model, FinetuneFreeze())
-    task = TrainingTask(model, batches(), Training(epochs=10**9), FULL)
+    task = TrainingTask.of_one(model, batches(), Training(epochs=10**9), FULL)
     records = steps(task, FlatAdam(model))
 
     def run() -> None:

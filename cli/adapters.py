@@ -100,7 +100,7 @@ def diff(
 ) -> None:
     """Compare two adapters: settings, update sizes, subspaces."""
     from cli.console import number, print_json, print_line, print_table
-    from pipeline.adapters.peft.updates import load_update
+    from pipeline.adapters.low_rank import load_update
     from pipeline.weights.compare import modules, refuse_other_model, settings_that_differ, values
 
     first, second = load_update(one), load_update(other)

@@ -87,14 +87,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # print ? for characters that the terminal cannot encode
-    if not world().alone:
-        from pipeline.training.distributed.launch import end_with_launcher
+    if world().world_size > 1:
+        from pipeline.training.launch import end_with_launcher
 
         end_with_launcher()
     try:
         app()
     except UserError as error:
-        if not world().first:  # rank 0 reports it; if this rank failed, torchrun would stop rank 0 before it does
+        if (
+            not world().is_main_process
+        ):  # rank 0 reports it; if this rank failed, torchrun would stop rank 0 before it does
             raise SystemExit(0) from None
         _exit(str(error), 1)
     except Interrupted as stop:

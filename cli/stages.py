@@ -95,10 +95,10 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         from pipeline.errors import UserError
         from pipeline.project.process_rank import world
 
-        if shard and devices == 1 and world().alone:
+        if shard and devices == 1 and world().world_size == 1:
             raise UserError("--shard shares the base among several devices. Say how many with --devices.")
-        if devices > 1 and world().alone:  # the same from torchrun: torchrun --nproc-per-node 2 -m cli.main finetune …
-            from pipeline.training.distributed.launch import launch
+        if devices > 1 and world().world_size == 1:
+            from pipeline.training.launch import launch
 
             project_of(params, overrides).stage(stage.name)  # what is wrong is said before anything starts
             given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
@@ -204,12 +204,12 @@ def run_stage(
     def work(job: Job) -> Generator[Event, None, Facts]:
         return stage.run(replace(job, sharded=shard))
 
-    if world().alone:
+    if world().world_size == 1:
         events = run(project, stage, work, force=force, checkpoint_every=checkpoint_every)
     else:
         if not name.startswith("finetune_") or stage.kind == "adapters":
             raise UserError(f"{name} runs in one process. Call it without torchrun.")
-        from pipeline.training.distributed.run import run_distributed
+        from pipeline.training.distributed import run_distributed
 
         events = run_distributed(project, stage, work, force=force, checkpoint_every=checkpoint_every)
     manifest = follow(events, name, quiet=UNDER_DVC)

@@ -198,7 +198,7 @@ def fit(out: Output, model: Model, given: Configuration, budget: float | None, n
 def trace(out: Output, model: Model, given: Configuration) -> None:
     """`--trace`: the peak of the real training step under fake tensors, beside that of the formula."""
     from pipeline.project.logs.run_log import in_units
-    from pipeline.training.memory.trace import traced_peak
+    from pipeline.training.memory_trace import traced_peak
 
     if model.config is None:
         raise UserError(f"--trace builds the model, which needs a config.json; {model.shapes.name} has shapes only.")

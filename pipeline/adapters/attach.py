@@ -1,14 +1,14 @@
-"""Find the layers to adapt, attach an adapter to them, name its tensors as PEFT does, and disable it."""
+"""Find the layers to adapt, attach an adapter to them, name its tensors as PEFT does, disable and scale it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.adapters import lora
 from pipeline.adapters.config import AdapterSpec, enclosing_names, lies_in
-from pipeline.adapters.lora import ROWS, AdapterLayer, LoRAEmbedding, LoRALinear
+from pipeline.adapters.lora import MAGNITUDE, ROWS, AdapterLayer, DoRALinear, LoRAEmbedding, LoRALinear
 from pipeline.calc.target_modules import ALL_LINEAR, HEAD, matches_suffix, select_linears
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
@@ -57,7 +57,7 @@ def adaptable(module: nn.Module) -> bool:
 def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document") -> None:
     """Freeze `model` and add the adapter's trainable parts, in place: A and B in `dtype`, or each in its layer's.
 
-    Raises UserError for a bad target, and where `init` does not fit a rank.
+    Raises UserError for a bad target or module to save, and where `init` does not fit a rank.
     """
     names = targeted(model, spec)
     embedding, head = model.embedding_and_head
@@ -74,7 +74,17 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
         )
     model.requires_grad_(False)
     add_lora(model, names, spec, dtype, init)
-    _train_in_full(model, spec)
+    if model.shape.tied and saves_embedding_or_head(model, spec):
+        untie(model)
+    modules = dict(model.named_modules())
+    for saved in spec.saved:
+        if not any(name.endswith(saved) for name in modules):
+            raise UserError(
+                f"modules_to_save: no module of the model is named {saved}. Use the end of a module's full name."
+            )
+    for name, module in modules.items():
+        if spec.saves(name):
+            module.requires_grad_(True)
     if spec.rows:
         _attach_rows(model, spec.rows)
 
@@ -94,30 +104,7 @@ def add_lora(
                 raise UserError(f"target_modules: DoRA is for linears; {name} is an embedding. Remove it.")
             model.set_submodule(name, LoRAEmbedding(base, rank, scale, dtype))
         else:
-            model.set_submodule(name, _linear_class(spec)(base, rank, scale, dtype, init))
-
-
-def _linear_class(spec: AdapterSpec) -> type[LoRALinear]:
-    if not spec.dora:
-        return LoRALinear
-    from pipeline.adapters.dora import DoRALinear  # few adapters use it
-
-    return DoRALinear
-
-
-def _train_in_full(model: CausalLM, spec: AdapterSpec) -> None:
-    """Raises UserError for a name that matches no module."""
-    if model.shape.tied and saves_embedding_or_head(model, spec):
-        untie(model)
-    modules = list(model.named_modules())
-    for name in spec.saved:
-        if not any(full.endswith(name) for full, _ in modules):
-            raise UserError(
-                f"modules_to_save: no module of the model is named {name}. Use the end of a module's full name."
-            )
-    for full, module in modules:
-        if spec.saves(full):
-            module.requires_grad_(True)
+            model.set_submodule(name, (DoRALinear if spec.dora else LoRALinear)(base, rank, scale, dtype, init))
 
 
 def saves_embedding_or_head(model: CausalLM, spec: AdapterSpec) -> bool:
@@ -193,3 +180,39 @@ def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     last = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
     matches = [full for full, _ in model.named_modules() if full.rsplit(".", 1)[-1] in last]
     return last if resolve(model, last) == matches == list(names) else tuple(names)
+
+
+LORA_KEYS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE)
+
+
+class AdapterScale:
+    """W + s·(W′ − W) for every W that an adapter changed in `model`; s = 1 gives the adapter's own bits.
+
+    LoRA's update is linear in its scale; DoRA's is not, so it has a separate strength. Weights trained in full or row
+    by row are interpolated from `base` for each s: no tensor is written to.
+    """
+
+    def __init__(self, model: CausalLM, base: CausalLM, spec: AdapterSpec) -> None:
+        self._lora = [(layer, layer.scale) for _, layer in adapter_layers(model)]
+        self._trained = [
+            (parameter, _base_values(key, base, spec), parameter.data)
+            for key, parameter in tensors(model, spec).items()
+            if not key.endswith(LORA_KEYS)
+        ]
+
+    def set(self, s: float) -> None:
+        for layer, scale in self._lora:
+            if isinstance(layer, DoRALinear):
+                layer.strength = s
+            else:
+                layer.scale = s * scale
+        for parameter, before, after in self._trained:
+            parameter.data = after if s == 1 else torch.lerp(before, after, s)
+
+
+def _base_values(key: str, base: CausalLM, spec: AdapterSpec) -> Tensor:
+    """The base's values of the adapter's tensor `key`: a full weight, or some of its rows."""
+    name, rows, _ = key.removeprefix(PREFIX).partition(ROWS)
+    if not rows:
+        return base.get_parameter(name).data
+    return base.get_parameter(f"{name}.weight").data[list(spec.rows[name.rsplit(".", 1)[-1]])]

@@ -8,12 +8,13 @@ of a padded row of A is a product with the same padded column of B, and vice ver
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.adapters.batched_matmul import batched_lora_forward
 from pipeline.adapters.lora import LoRALinear
 from pipeline.models.base import CausalLM
 
@@ -86,17 +87,11 @@ class BatchedLayer(nn.Module):
         """Each adapter's rows through its own layer, computed as when it trains alone."""
         stacked = {name: p.unbind(0) for name, p in self.trained.items()}
         shares = torch.split(rows, list(self.share.counts))
-        return torch.cat([self._run_part(n, {k: v[n] for k, v in stacked.items()}, shares[n]) for n in self.share.live])
-
-    def _run_part(self, number: int, padded: dict[str, Tensor], rows: Tensor) -> Tensor:
-        part, shapes = self.parts[number], self.shapes[number]
-        out: Tensor
-        if not shapes:
-            out = self.base(rows)
-        else:
-            parameters = {name: padded[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
-            out = functional_call(part, parameters, (rows,))
-        return out
+        out = []
+        for n in self.share.live:
+            own = {name: stacked[name][n][_corner(shape)] for name, shape in self.shapes[n].items()}
+            out.append(functional_call(self.parts[n], own, (shares[n],)) if own else self.base(shares[n]))
+        return torch.cat(out)
 
     def release(self) -> None:
         """Free the parts' own copies of the stacked parameters."""
@@ -109,7 +104,7 @@ class BatchedLayer(nn.Module):
         """The layer of one adapter with its current parameters: views of the stacked ones, no copy."""
         part, shapes = self.parts[number], self.shapes[number]
         for name, shape in shapes.items():
-            part.get_parameter(name).data = self.trained[name].data[number][tuple(map(slice, shape))]
+            part.get_parameter(name).data = self.trained[name].data[number][_corner(shape)]
         return part if shapes else self.base
 
 
@@ -141,6 +136,58 @@ class BatchedLoRALinear(BatchedLayer):
         return torch.cat([torch.addmm(y, x @ a.T, b.T, alpha=s) for y, x, a, b, s in each])
 
 
+def batched_lora_forward(x: Tensor, base: nn.Module, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+    """Wx + b + sₙ·BₙAₙx, (..., O), for rows (..., I), A (L, R, I), B (L, O, R), scales (L, 1, 1)."""
+    if type(base) is nn.Linear and base.bias is not None:
+        out: Tensor = _BatchedLoRA.apply(x, base.weight, base.bias, A, B, scales)  # type: ignore[no-untyped-call]
+        return out
+    rows = x.reshape(len(A), -1, x.shape[-1])  # (L, M, I)
+    low = (torch.bmm(rows, A.transpose(1, 2)) * scales).to(x.dtype)  # (L, M, R)
+    frozen: Tensor = base(x)  # (..., O)
+    return torch.baddbmm(frozen.reshape(*rows.shape[:2], -1), low, B.transpose(1, 2)).view_as(frozen)
+
+
+class _BatchedLoRA(torch.autograd.Function):
+    """The same with one call per product: small models spend their time on calls."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+        rows = x.reshape(len(A), -1, x.shape[-1])  # (L, M, I)
+        out = torch.nn.functional.linear(x, weight, bias)
+        low = torch.bmm(rows, A.mT).mul_(scales)  # (L, M, R)
+        out.view(len(A), -1, out.shape[-1]).baddbmm_(low, B.mT)
+        ctx.save_for_backward(rows, weight, low, A, B, scales)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """With g = ∂L/∂y and l = s·Ax: ∂B = gᵀl, ∂l = gB, ∂A = s·(∂l)ᵀx, ∂x = gW + s·∂l·A (the document's §4.3)."""
+        rows, weight, low, A, B, scales = ctx.saved_tensors
+        g = outputs[0].reshape(len(A), -1, outputs[0].shape[-1])  # (L, M, O)
+        d_low = torch.bmm(g, B).mul_(scales)  # (L, M, R)
+        d_x = None
+        if ctx.needs_input_grad[0]:  # not in the first layer that trains
+            d_x = outputs[0] @ weight
+            d_x.view_as(rows).baddbmm_(d_low, A)
+        return d_x, None, None, torch.bmm(d_low.mT, rows), torch.bmm(g.mT, low), None
+
+
+class _BatchedProduct(torch.autograd.Function):
+    """xWᵀ for x (L, M, I) and W (L, O, I). Autograd's own ∂W has the layout of Wᵀ, and copying it took as long as all
+    low-rank products of a small model's step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        d_x = torch.bmm(outputs[0], weight) if ctx.needs_input_grad[0] else None
+        return d_x, torch.bmm(outputs[0].mT, x)
+
+
 class BatchedEmbedding(BatchedLayer):
     """One embedding per adapter: E (N, V, D)."""
 
@@ -159,7 +206,8 @@ class BatchedHead(BatchedLayer):
         if not self.share.even:
             return super().adapted(rows)
         x = rows.view(len(self.share.live), -1, rows.shape[-1])  # (L, M, D)
-        out = x @ self.share.select_live(self.trained["weight"]).transpose(1, 2)  # (L, M, V)
+        weight = self.share.select_live(self.trained["weight"])  # (L, V, D)
+        out: Tensor = _BatchedProduct.apply(x, weight)  # type: ignore[no-untyped-call]  # (L, M, V)
         bias = self.trained.get("bias")
         return (out if bias is None else out + self.share.select_live(bias)[:, None]).flatten(0, 1)
 
@@ -175,19 +223,19 @@ class StackedParameters:
         """(N, ...), each dimension that of the largest tensor; zeros for an adapter without one."""
         key = tuple(map(id, tensors))
         if key not in self._by_ids:
-            self._alive += [t for t in tensors if t is not None]
-            self._by_ids[key] = nn.Parameter(_stack_padded(tensors))
+            present = {n: t.detach() for n, t in enumerate(tensors) if t is not None}
+            self._alive += present.values()
+            shape = [max(sizes) for sizes in zip(*(t.shape for t in present.values()), strict=True)]
+            stacked = next(iter(present.values())).new_zeros(len(tensors), *shape)
+            for n, tensor in present.items():
+                stacked[n][_corner(tensor.shape)] = tensor
+            self._by_ids[key] = nn.Parameter(stacked)
         return self._by_ids[key]
 
 
-def _stack_padded(tensors: Sequence[Tensor | None]) -> Tensor:
-    present = [t.detach() for t in tensors if t is not None]
-    shape = [max(sizes) for sizes in zip(*(t.shape for t in present), strict=True)]
-    out = present[0].new_zeros(len(tensors), *shape)
-    for n, tensor in enumerate(tensors):
-        if tensor is not None:
-            out[n][tuple(map(slice, tensor.shape))] = tensor.detach()
-    return out
+def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
+    """The part of a padded tensor that holds one of this shape."""
+    return tuple(map(slice, shape))
 
 
 def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> AdapterRouting:
@@ -201,44 +249,39 @@ def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> A
     share, stacks = AdapterRouting(len(attachers)), StackedParameters()
     for name in dict.fromkeys(name for layers_by_name in adapters for name in layers_by_name):
         parts = [layers_by_name.get(name) for layers_by_name in adapters]
-        model.set_submodule(name, _layer_class(parts)(base[name], parts, share, stacks))
-    for layer in layers(model):
-        layer.release()
+        kinds = {type(part) for part in parts}
+        layer: type[BatchedLayer] = BatchedLayer  # whatever the parts are; the others are one product for all
+        if kinds - {NoneType} == {LoRALinear}:
+            pissa = any(isinstance(part, LoRALinear) and part.subtracts_initial for part in parts)
+            layer = BatchedLayer if pissa else BatchedLoRALinear
+        elif len(kinds) == 1:
+            layer = {nn.Embedding: BatchedEmbedding, nn.Linear: BatchedHead}.get(kinds.pop(), BatchedLayer)
+        model.set_submodule(name, layer(base[name], parts, share, stacks))
+    for batched in layers(model):
+        batched.release()
     return share
 
 
 def _detach(model: CausalLM, base: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Put the base's layers back and return the adapter's by name; modules that train in full are copied."""
     parts: dict[str, nn.Module] = {}
-    copies: dict[int, nn.Parameter] = {}
+    copies: dict[int, nn.Parameter] = {}  # by the id of the base's parameter, so that tied ones stay tied
     for name, module in base.items():
         current = model.get_submodule(name)
-        if current is not module:
-            parts[name] = current
-        elif any(p.requires_grad for p in module.parameters(recurse=False)):
-            parts[name] = _copy_layer(module, copies)
+        if current is module:
+            own = module._parameters
+            if not any(p is not None and p.requires_grad for p in own.values()):
+                continue
+            for p in own.values():
+                if p is not None:
+                    copies.setdefault(id(p), nn.Parameter(p.detach().clone()))
+            current = copy.copy(module)
+            current._parameters = {key: p if p is None else copies[id(p)] for key, p in own.items()}
+        parts[name] = current
     for name in parts:
         model.set_submodule(name, base[name])
     model.requires_grad_(False)
     return parts
-
-
-def _copy_layer(module: nn.Module, copies: dict[int, nn.Parameter]) -> nn.Module:
-    """The same layer with its own weights; tied ones stay tied through `copies`."""
-    new = copy.copy(module)
-    for p in module.parameters(recurse=False):
-        copies.setdefault(id(p), nn.Parameter(p.detach().clone()))
-    new._parameters = {name: p if p is None else copies[id(p)] for name, p in module._parameters.items()}
-    return new
-
-
-def _layer_class(parts: Sequence[nn.Module | None]) -> type[BatchedLayer]:
-    kinds = {type(part) for part in parts if part is not None}
-    if kinds == {LoRALinear} and not any(isinstance(part, LoRALinear) and part.subtracts_initial for part in parts):
-        return BatchedLoRALinear
-    if None in parts or len(kinds) > 1:
-        return BatchedLayer
-    return {nn.Embedding: BatchedEmbedding, nn.Linear: BatchedHead}.get(kinds.pop(), BatchedLayer)
 
 
 def layers(model: nn.Module) -> Iterator[BatchedLayer]:

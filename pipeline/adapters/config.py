@@ -10,7 +10,8 @@ from pipeline.calc.target_modules import matches_suffix
 from pipeline.files.patterns import block_match, end_match, full_match
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
-VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # PEFT's types that change no weight
+LORA = "LORA"  # PEFT's `peft_type` of LoRA and DoRA
+VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # its types that change no weight
 Number = TypeVar("Number", int, float)
 ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's default layers_pattern: any module list inside another module
 
@@ -63,17 +64,15 @@ class AdapterSpec:
             excluded = any(matches_suffix(module, form) for form in self.excluded)
         if isinstance(self.targets, str):
             return excluded or lies_in(module, self.saved)
-        numbered = bool(self.layers) and module not in self.targets
-        return excluded or (numbered and self._layer(module) not in self.layers)
+        if not self.layers or module in self.targets:
+            return excluded
+        # the number of the block that contains the module: the first in its name
+        numbers = (block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,))
+        return excluded or next((number for number in numbers if number is not None), None) not in self.layers
 
     def saves(self, module: str) -> bool:
         """Whether the module with this full name trains in full."""
         return any(module.endswith(name) for name in self.saved)
-
-    def _layer(self, module: str) -> int | None:
-        """The number of the block that contains a module: the first in its name."""
-        numbers = (block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,))
-        return next((number for number in numbers if number is not None), None)
 
 
 def _by_pattern(values: Mapping[str, Number], module: str, default: Number, key: str) -> Number:

@@ -134,7 +134,14 @@ def refuse_foreign(
     if not (folder / artifact.MANIFEST).exists():
         return
     manifest = artifact.read_manifest(folder)
-    _refuse_edited(manifest, read_config(folder), folder / CONFIG)
+    config, trained = read_config(folder), manifest.get("params", {}) | manifest.get("stored", {})
+    # PiSSA is stored with twice its rank
+    for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("num_virtual_tokens", "virtual_tokens")):
+        if name in trained and config.get(key) != trained[name]:
+            raise UserError(
+                f"{folder / CONFIG}: {key} was edited: it is {config.get(key)!r}, but the adapter was trained with "
+                f"{trained[name]!r}. Restore the file or train the adapter again."
+            )
     artifact.verify(folder, contents)
     trained_on = manifest.get("base", {})
     for part, digest in fingerprint(base_folder).items():
@@ -143,14 +150,4 @@ def refuse_foreign(
                 f"{folder} was trained on another base: the sha256 of its {part} is "
                 f"{str(trained_on.get(part))[:12]}, that of {base_folder} {digest[:12]}. "
                 "Pass the base it was trained on with --base, or train it again."
-            )
-
-
-def _refuse_edited(manifest: dict[str, Any], config: dict[str, Any], path: Path) -> None:
-    trained = manifest.get("params", {}) | manifest.get("stored", {})  # PiSSA is stored with twice its rank
-    for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("num_virtual_tokens", "virtual_tokens")):
-        if name in trained and config.get(key) != trained[name]:
-            raise UserError(
-                f"{path}: {key} was edited: it is {config.get(key)!r}, but the adapter was trained with "
-                f"{trained[name]!r}. Restore the file or train the adapter again."
             )

@@ -1,14 +1,18 @@
-"""LoRA: frozen linears with a trainable low-rank update (Hu et al. 2021, §4.1; the document's §2.3 and §4)."""
+"""LoRA and DoRA: frozen linears and embeddings with a trainable low-rank update (the document's §2.3, §4 and §10.2)."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.init import DOCUMENT_STD, initialize, principal
+from pipeline.errors import UserError
 from pipeline.models.base import LowBitLinear, is_conv1d
 from pipeline.project.params.sections import Init
 
 FOLD_BELOW = 2**16  # weights; see LoRALinear
+DOCUMENT_STD = 0.01
+LEAST = 2.0**-126  # fp32's smallest normal number: the norm of a row of zeros, so that nothing is divided by 0
 # PEFT's keys of an adapter's tensors, after the module's name; A's and B's are in the layers below.
 MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
@@ -37,10 +41,24 @@ def weight_in(base: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 class AdapterLayer(nn.Module):
-    """A frozen layer of the base and what an adapter adds to it."""
+    """A frozen layer of the base and what an adapter adds to it: the interface of every kind of adapter layer.
 
-    base: nn.Module
-    enabled: bool  # False: the base only
+    Disabling an adapter, the retention loss and saving know no more of a layer than this.
+    """
+
+    enabled = True  # False: the base only
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.adapted(x) if self.enabled else self.base(x)
+        return out
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """What the layer computes with the adapter."""
+        raise NotImplementedError
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by PEFT's key after the module's name."""
@@ -63,9 +81,8 @@ class LoRALinear(AdapterLayer):
         self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None, init: Init = "document"
     ) -> None:
         """Raises UserError if `init` does not fit the rank."""
-        super().__init__()
-        self.base, self.scale = base, scale
-        self.enabled = True
+        super().__init__(base)
+        self.scale = scale
         weight = weight_of(base)
         outputs, inputs = reversed(weight.shape) if fan_in_fan_out(base) else weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
@@ -75,14 +92,10 @@ class LoRALinear(AdapterLayer):
         self.folds = isinstance(base, nn.Linear | LowBitLinear) and weight.numel() < FOLD_BELOW
         self.subtracts_initial = init == "pissa"  # B₀A₀ is not 0, and is subtracted in the forward
         if self.subtracts_initial:
-            self._set_initial(*principal(weight_out_in(base), rank, scale))
-
-    @torch.no_grad()
-    def _set_initial(self, A: Tensor, B: Tensor) -> None:
-        self.lora_A.copy_(A)
-        self.lora_B.copy_(B)
-        self.register_buffer("initial_A", self.lora_A.detach().clone(), persistent=False)
-        self.register_buffer("neg_initial_B", -self.lora_B.detach(), persistent=False)
+            for factor, value in zip((A, B), principal(weight_out_in(base), rank, scale), strict=True):
+                factor.copy_(value)
+            self.register_buffer("initial_A", A.clone(), persistent=False)
+            self.register_buffer("neg_initial_B", -B, persistent=False)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {".lora_A.weight": self.lora_A, ".lora_B.weight": self.lora_B}
@@ -93,18 +106,13 @@ class LoRALinear(AdapterLayer):
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.neg_initial_B), dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor
-        if not self.enabled:
-            out = self.base(x)
-            return out
-        A, B = self.pair()
-        A, B = A.to(x.dtype), B.to(x.dtype)
+    def adapted(self, x: Tensor) -> Tensor:
+        A, B = (factor.to(x.dtype) for factor in self.pair())
         if self.folds:
             weight = torch.addmm(weight_in(self.base, x.dtype), B, A, alpha=self.scale)
             return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
         rows = x.flatten(0, -2)  # (N, I)
-        out = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)  # no second (N, O)
+        out: Tensor = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)  # no second (N, O)
         return out.view(*x.shape[:-1], -1)
 
 
@@ -112,8 +120,8 @@ class LoRAEmbedding(AdapterLayer):
     """A frozen embedding W (V, D) plus a trainable update: W + s·(BA)ᵀ, lora_A (R, V) and lora_B (D, R)."""
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.base, self.scale, self.enabled = base, scale, True
+        super().__init__(base)
+        self.scale = scale
         weight = weight_of(base)
         rows, width = weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
@@ -123,12 +131,118 @@ class LoRAEmbedding(AdapterLayer):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {".lora_embedding_A": self.lora_A, ".lora_embedding_B": self.lora_B}
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def adapted(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)
-        if not self.enabled:
-            return old
         update = F.embedding(tokens, self.lora_A.T) @ self.lora_B.T * self.scale
         return old + scaled_as(self.base, update).to(old.dtype)
+
+
+class DoRALinear(LoRALinear):
+    """y = m/‖W + s·BA‖ · (W + s·BA)x + b, with a magnitude m (O,) and the norm of each row of W + s·BA.
+
+    The norm follows A and B and has no gradient (§4.3 of the paper). For a large W it is computed without the (O, I)
+    product: ‖W + s·BA‖² = ‖W‖² + 2s·⟨WAᵀ, B⟩ + s²·⟨B·AAᵀ, B⟩, row by row. m and the norm are fp32: in 16 bits m would
+    be rounded, and y would not start at Wx + b.
+    """
+
+    squares: Tensor
+
+    def __init__(
+        self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None, init: Init = "document"
+    ) -> None:
+        super().__init__(base, rank, scale, dtype, init)
+        self.strength = 1.0  # W + strength · (W' − W): the update is not linear in its scale
+        self.register_buffer("squares", row_norms(weight_out_in(base)).square(), persistent=False)  # ‖W‖², (O,)
+        with torch.no_grad():
+            A, B = (factor.to(weight_of(base).dtype) for factor in self.pair())
+            norms = row_norms(self._updated_weight(A, B)) if self.folds else self._norms(A, B)
+        self.magnitude = nn.Parameter(norms)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {**super().adapter_parameters(), MAGNITUDE: self.magnitude}
+
+    def adapted(self, x: Tensor) -> Tensor:
+        A, B = (factor.to(x.dtype) for factor in self.pair())
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        if self.folds:
+            weight = self._updated_weight(A, B)
+            ratio = self.magnitude / row_norms(weight.detach())  # (O,)
+            out = F.linear(x, (weight * ratio[:, None]).to(x.dtype), bias)
+        else:
+            rows = x.flatten(0, -2)  # (N, I)
+            out = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)  # (N, O), b included
+            ratio = self.magnitude / self._norms(A, B)
+            out = out * ratio if bias is None else torch.addcmul(bias * (1 - ratio), out, ratio)  # b is not scaled
+            out = out.to(x.dtype).view(*x.shape[:-1], -1)
+        return out if self.strength == 1 else torch.lerp(self.base(x), out, self.strength)
+
+    def _updated_weight(self, A: Tensor, B: Tensor) -> Tensor:
+        """W + s·BA, (O, I)."""
+        return torch.addmm(weight_of(self.base), B, A, alpha=self.scale)
+
+    @torch.no_grad()
+    def _norms(self, A: Tensor, B: Tensor) -> Tensor:
+        """‖W + s·BA‖, (O,)."""
+        base = self.base
+        weight = base.weight_in(A.dtype) if isinstance(base, LowBitLinear) else weight_out_in(base).to(A.dtype)
+        wide = self.squares.dtype
+        cross = ((weight @ A.T).to(wide) * B).sum(1)  # ⟨WAᵀ, B⟩, (O,)
+        A, B = A.to(wide), B.to(wide)
+        square = ((B @ (A @ A.T)) * B).sum(1)  # ⟨B·AAᵀ, B⟩, (O,)
+        return (self.squares + 2 * self.scale * cross + self.scale**2 * square).clamp_(min=0).sqrt_().clamp_(min=LEAST)
+
+
+def initialize(A: Tensor, B: Tensor, init: Init) -> None:
+    """Fill A (R, I) and B (O, R) in place so that BA = 0: training starts from the base (§4.1, and PEFT's names).
+
+    pissa gets zeros here; `principal` then needs the weight. Raises UserError for orthogonal with an odd rank.
+    """
+    if A.is_meta:  # meta tensors hold no numbers
+        return
+    rank = A.shape[0]
+    if init == "orthogonal":
+        # A = PᵀX/10 and B = YQ/10 for the even rows P and the odd rows Q of one orthogonal matrix (R, R), X (R/2, I)
+        # and Y (O, R/2) normal: neither is zero, and still BA = Y(QPᵀ)X/100 = 0 up to rounding.
+        if rank % 2:
+            raise UserError(
+                f"finetune_lora.init_lora_weights orthogonal needs an even rank, got {rank}. Increase "
+                "finetune_lora.rank, or its rank_pattern, by one."
+            )
+        orthogonal = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64)).Q
+        X, Y = torch.randn(rank // 2, A.shape[1]), torch.randn(B.shape[0], rank // 2)
+        A.copy_(orthogonal[0::2].T @ X.double() / 10)
+        B.copy_(Y.double() @ orthogonal[1::2] / 10)
+        return
+    B.zero_()
+    if init == "kaiming":  # uniform in ±1/√I (He et al. 2015 with a = √5): PEFT's default
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    elif init == "pissa":
+        A.zero_()
+    else:
+        A.normal_(std=1 / rank if init == "gaussian" else DOCUMENT_STD)
+
+
+def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) with s·BA = the best approximation of `weight` (O, I) of rank R; the square root of each
+    singular value goes to A and to B (PiSSA, Meng et al. 2024, §3).
+
+    Raises UserError if the weight has fewer than R singular values.
+    """
+    most = min(weight.shape)
+    if rank > most:
+        raise UserError(
+            f"finetune_lora.init_lora_weights pissa takes {rank} singular values of a weight that has {most}. "
+            f"Set finetune_lora.rank to {most} at most."
+        )
+    left, values, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    root = (values[:rank] / scale).sqrt()  # (R,)
+    return root[:, None] * right[:rank], left[:, :rank] * root
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """‖row‖ of a weight (O, I), (O,), in fp32 or wider, at least LEAST."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return norms.clamp_(min=LEAST)
 
 
 def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:

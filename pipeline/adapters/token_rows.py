@@ -13,8 +13,8 @@ class EmbeddingRows(AdapterLayer):
     slot: Tensor
 
     def __init__(self, base: nn.Module, ids: Tensor, rows: nn.Parameter) -> None:
-        super().__init__()
-        self.base, self.rows, self.enabled = base, rows, True
+        super().__init__(base)
+        self.rows = rows
         slot = torch.full((len(weight_of(base)),), -1, device=ids.device)
         slot[ids] = torch.arange(len(ids), device=ids.device)
         self.register_buffer("slot", slot, persistent=False)
@@ -22,10 +22,8 @@ class EmbeddingRows(AdapterLayer):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {ROWS: self.rows}
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def adapted(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)
-        if not self.enabled:
-            return old
         slot = self.slot[tokens]  # (B, T): index into `rows`, or -1
         replaced = F.embedding(slot.clamp(min=0), self.rows)
         return torch.where((slot >= 0)[..., None], scaled_as(self.base, replaced).to(old.dtype), old)
@@ -37,17 +35,15 @@ class HeadRows(AdapterLayer):
     ids: Tensor
 
     def __init__(self, base: nn.Module, ids: Tensor, rows: nn.Parameter) -> None:
-        super().__init__()
-        self.base, self.rows, self.enabled = base, rows, True
+        super().__init__(base)
+        self.rows = rows
         self.register_buffer("ids", ids, persistent=False)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {ROWS: self.rows}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor) -> Tensor:
         logits: Tensor = self.base(x)  # (B, T, V)
-        if not self.enabled:
-            return logits
         bias = self.base.bias
         new = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[self.ids])  # type: ignore[index]
         return logits.index_copy(-1, self.ids, new)

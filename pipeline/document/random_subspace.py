@@ -60,15 +60,15 @@ class SubspaceAdam(FlatAdam):
     def __init__(self, model: CausalLM, projection: Projection) -> None:
         super().__init__(model)
         self._projection = projection
-        self._initial = self.weights.detach().clone()  # θ₀
+        self._initial = self.weights.clone()  # θ₀
         self._inner = self._initial.new_zeros(projection.small)
         self._inner_moments = zero_moments(self._inner)
-        self._rate_factor = math.sqrt(len(self._initial) / projection.small)
+        self._rate_factor = math.sqrt(self._initial.numel() / projection.small)
 
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        assert self.weights.grad is not None
-        gradient = self._projection.down(self.weights.grad)
-        adam_step(self._inner, gradient, self._inner_moments, [(slice(None), learning_rate * self._rate_factor)])
+    def step(self, *rates: float | None) -> None:
+        (rate,) = rates
+        assert rate is not None
+        gradient = self._projection.down(self.gradient[0])
+        adam_step(self._inner, gradient, self._inner_moments, [(slice(None), rate * self._rate_factor)])
         self.set_weights(self._initial + self._projection.up(self._inner))
         self.clear()

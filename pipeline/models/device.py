@@ -18,7 +18,7 @@ def best_device() -> torch.device:
     """A CUDA GPU, or Apple's, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    distributed = not world().alone  # processes exchange tensors, which Apple's GPU does not support
+    distributed = world().world_size > 1  # processes exchange tensors, which Apple's GPU does not support
     return torch.device("mps" if torch.backends.mps.is_available() and not distributed else "cpu")
 
 
@@ -64,7 +64,7 @@ def _tensors(model: nn.Module) -> tuple[torch.Tensor, ...]:
 def _threads() -> int:
     """OMP_NUM_THREADS, else this process's share of the cores."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, int(setting) if setting.isdigit() else cores() // world().local_size)
+    return max(1, int(setting) if setting.isdigit() else cores() // world().local_world_size)
 
 
 def cores() -> int:

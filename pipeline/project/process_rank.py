@@ -6,21 +6,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProcessRank:
-    """`rank` of `size` processes in total; `local_rank` of `local_size` on this machine."""
+    """`rank` of `world_size` processes in total; `local_rank` of `local_world_size` on this machine."""
 
     rank: int
-    size: int
+    world_size: int
     local_rank: int
-    local_size: int
+    local_world_size: int
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
-
-    @property
-    def alone(self) -> bool:
-        return self.size == 1
 
 
 def world() -> ProcessRank:

@@ -14,6 +14,7 @@ from pipeline.models.load import Base, count, load_base, skeleton, stored_precis
 from pipeline.project.params.sections import AdapterTraining
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.data import prepare_data, save_checkpoint, save_curve
+from pipeline.training.distributed import is_main_process
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
 from pipeline.training.optimizer import FlatAdam
 
@@ -42,7 +43,8 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     Raises UserError, and whatever `train` raises.
     """
     learner = yield from prepare(job)
-    return learner.save((yield from train(job, learner.task)))
+    optimizer = yield from train(job, learner.task)
+    return learner.save(optimizer) if is_main_process() else {}
 
 
 def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
@@ -56,7 +58,7 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
     attached: Attached = yield from import_module(job.stage.module).attach(job, settings, base)
     batches, evaluation = yield from prepare_data(job, settings, base)
     trainable = count(base.model)["trainable"]
-    task = TrainingTask(
+    task = TrainingTask.of_one(
         *(base.model, batches, settings, attached.counted, evaluation, attached.retain),
         sharded=job.sharded if attached.shardable else False,
     )

@@ -26,7 +26,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     _check_import_only_keys(settings)
     base = _new_model(job, settings)
     batches, evaluation = yield from prepare_data(job, settings, base)
-    optimizer = yield from train(job, TrainingTask(base.model, batches, settings, FULL, evaluation))
+    optimizer = yield from train(job, TrainingTask.of_one(base.model, batches, settings, FULL, evaluation))
     return save_checkpoint(job, base, optimizer)
 
 

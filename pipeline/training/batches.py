@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset
-from pipeline.training.distributed.collectives import shard_for_rank
+from pipeline.training.distributed import shard_for_rank
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,12 @@ def batch_for_rank(windows: Dataset, numbers: Sequence[int]) -> Batch:
 
 def collate(windows: Sequence[Window], numbers: Sequence[int] = ()) -> Batch:
     """One batch of all `windows`, each cut after its last label: later tokens do not affect the loss."""
-    trimmed = [_trim(window) for window in windows]
+    trimmed = []
+    for window in windows:
+        labels = window.labels
+        stop = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED), 0)
+        cut = window if stop == len(labels) else Window(window.start, window.ids[:stop], labels[:stop])
+        trimmed.append(cut)
     lengths = tuple(len(window.ids) for window in trimmed)
     columns = (
         [id_ for w in trimmed for id_ in w.ids],
@@ -93,28 +98,20 @@ def _batch_from(table: Tensor, segments: tuple[int, ...] | None, numbers: tuple[
     )
 
 
-def _trim(window: Window) -> Window:
-    last = max((i for i, label in enumerate(window.labels) if label != IGNORED), default=-1)
-    if last + 1 == len(window.ids):
-        return window
-    return Window(window.start, window.ids[: last + 1], window.labels[: last + 1])
-
-
 class Batches:
     """The batches of all epochs; a step accumulates the gradients of `gradient_accumulation_steps` of them."""
 
-    def __init__(self, windows: Dataset, batch_size: int, seed: int, gradient_accumulation_steps: int = 1) -> None:
-        self._windows, self._batch_size, self._seed, self._gradient_accumulation_steps = (
-            windows,
-            batch_size,
-            seed,
-            gradient_accumulation_steps,
-        )
+    def __init__(
+        self, windows: Dataset, batch_size: int, seed: int | None, gradient_accumulation_steps: int = 1
+    ) -> None:
+        """`seed`: of the order of each epoch; None keeps the order of the windows."""
+        self._windows, self._batch_size, self._seed = windows, batch_size, seed
+        self._step_size = batch_size * gradient_accumulation_steps  # sequences
         self._epoch, self._rows = 0, self._shuffle(0)
 
     def __len__(self) -> int:
         """Steps per epoch; the last may have fewer sequences."""
-        return -(-len(self._windows) // (self._batch_size * self._gradient_accumulation_steps))
+        return -(-len(self._windows) // self._step_size)
 
     def __getitem__(self, step: int) -> list[Batch]:
         """The batches of step `step` for this rank; steps are counted from 0 over all epochs."""
@@ -132,21 +129,18 @@ class Batches:
 
     def largest_step(self, steps: Iterable[int]) -> int:
         """Of `steps`, the step whose largest batch has the most tokens; the first if several do."""
-        return max(steps, key=lambda step: max(map(self._count_tokens, self.rows(step))))
-
-    def _count_tokens(self, rows: Sequence[int]) -> int:
-        return sum(map(self._windows.tokens, rows))
+        return max(steps, key=lambda step: max(sum(map(self._windows.tokens, rows)) for rows in self.rows(step)))
 
     def rows(self, step: int) -> list[list[int]]:
         """The indices of the windows in each batch of a step, on all ranks together."""
         epoch, index = divmod(step, len(self))
         if self._epoch != epoch:
             self._epoch, self._rows = epoch, self._shuffle(epoch)
-        size = self._batch_size * self._gradient_accumulation_steps
-        rows = self._rows[index * size : (index + 1) * size]
+        rows = self._rows[index * self._step_size : (index + 1) * self._step_size]
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
 
     def _shuffle(self, epoch: int) -> list[int]:
         rows = list(range(len(self._windows)))
-        random.Random(f"{self._seed}/{epoch}").shuffle(rows)
+        if self._seed is not None:
+            random.Random(f"{self._seed}/{epoch}").shuffle(rows)
         return rows

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.save import load_tensors, save_tensors
-from pipeline.project.logs.run_log import LOSS, read_steps
+from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import checkpoints, discard_checkpoints
 
 STATE = "state.safetensors"
@@ -21,15 +21,14 @@ STATE = "state.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The optimizer's state after `step` steps and `tokens` labelled tokens.
+    """The state of optimizer, learners and evaluation after `step` steps.
 
-    `logs`: file name → number of steps logged so far, for each log in the run folder. Default: loss.csv with `step`.
+    `logs`: file in the run folder → number of steps logged so far. A checkpoint is unusable without them.
     """
 
     step: int
-    tokens: int
     state: dict[str, Tensor]
-    logs: Mapping[str, int] = field(default_factory=dict)
+    logs: Mapping[str, int]
 
 
 def save(run: Path, key: str, checkpoint: Checkpoint) -> None:
@@ -37,9 +36,7 @@ def save(run: Path, key: str, checkpoint: Checkpoint) -> None:
     target = run / f"checkpoint-{checkpoint.step:09d}"
     with artifact.writing(target) as folder:
         save_tensors(folder / STATE, checkpoint.state)
-        logs = checkpoint.logs or {LOSS: checkpoint.step}
-        meta = {"key": key, "step": checkpoint.step, "tokens": checkpoint.tokens, "logs": logs}
-        artifact.seal(folder, meta)
+        artifact.seal(folder, {"key": key, "step": checkpoint.step, "logs": dict(checkpoint.logs)})
     discard_checkpoints(run, keep=target)
 
 
@@ -56,7 +53,7 @@ def load(run: Path, key: str) -> tuple[Checkpoint | None, str | None]:
             if incomplete:
                 reason = f"{run / incomplete[0]} does not reach step {meta['logs'][incomplete[0]]}"
                 continue
-            return Checkpoint(meta["step"], meta["tokens"], load_tensors(folder / STATE), meta["logs"]), None
+            return Checkpoint(meta["step"], load_tensors(folder / STATE), meta["logs"]), None
         except (UserError, KeyError) as error:
             reason = str(error)
     return None, reason

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Iterator
 from shutil import copyfile
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,11 +17,8 @@ from pipeline.project.logs.run_log import LOSS
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches
-from pipeline.training.optimizer import FlatAdam
-from pipeline.training.schedule import refuse_long_warmup
-
-if TYPE_CHECKING:
-    from pipeline.training.evaluation import Evaluation
+from pipeline.training.optimizer import FlatAdam, refuse_long_warmup
+from pipeline.training.step import Evaluation
 
 
 def training_examples(job: Job, settings: Training) -> Iterator[Example]:
@@ -30,17 +26,13 @@ def training_examples(job: Job, settings: Training) -> Iterator[Example]:
     return (example for name in settings.files for example in iter_examples(job.path(name), name))
 
 
-def prepare_data(
-    job: Job, settings: Training, base: Base
-) -> Generator[Event, None, tuple[Batches, "Evaluation | None"]]:
+def prepare_data(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
     """The batches, and the evaluation if eval_share is set. Raises UserError as `build_datasets` does."""
     training, held_out = yield from build_datasets(job, settings, base)
     batches = Batches(training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps)
     refuse_long_warmup(settings, settings.epochs * len(batches), job.stage.section)
     if held_out is None:
         return batches, None
-    from pipeline.training.evaluation import Evaluation  # only for runs that hold examples out
-
     return batches, Evaluation(held_out, settings.batch_size, settings.eval_every or len(batches), settings.patience)
 
 
@@ -50,14 +42,17 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
     Raises UserError for an invalid example, for an empty training set and for an empty evaluation set.
     """
     training = yield from _build_corpus(job, settings, base, held_out=False)
-    files = ", ".join(settings.files)
-    share = settings.eval_share
+    files, section, share = ", ".join(settings.files), job.stage.section, settings.eval_share
     if not share:
         refuse_empty(training, files)
-        _refuse_without_evaluation(job, settings)
+        for key in ("eval_every", "patience"):
+            if value := getattr(settings, key):
+                raise UserError(
+                    f"{section}.{key} is {value}, but there is no evaluation set. Set {section}.eval_share above 0."
+                )
         return dataset_from(training, settings.window), None
     held_out = yield from _build_corpus(job, settings, base, held_out=True)
-    selection = f"{job.stage.section}.eval_share {share:g} selects"
+    selection = f"{section}.eval_share {share:g} selects"
     if not len(training) and len(held_out):
         raise UserError(
             f"{selection} all {len(held_out)} labelled examples of {files} (the split is by hash). Decrease it, or "
@@ -70,15 +65,6 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
             "set it to 0."
         )
     return dataset_from(training, settings.window), dataset_from(held_out, settings.window)
-
-
-def _refuse_without_evaluation(job: Job, settings: Training) -> None:
-    for key in ("eval_every", "patience"):
-        if getattr(settings, key):
-            raise UserError(
-                f"{job.stage.section}.{key} is {getattr(settings, key)}, but there is no evaluation set. "
-                f"Set {job.stage.section}.eval_share above 0."
-            )
 
 
 def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generator[Event, None, Corpus]:

@@ -1,9 +1,15 @@
-"""The training loop as a generator of records, and a generator around it that logs, checkpoints and resumes."""
+"""The training loop as a generator of records, and a generator around it that logs, checkpoints and resumes.
+
+One learner is the case N = 1: the same loop trains a model's own weights, one adapter, or the adapters of a sweep.
+"""
 
 import math
-from collections.abc import Callable, Generator, Iterator
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -13,16 +19,16 @@ from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.models.base import CausalLM, Checkpointing
 from pipeline.models.device import device_for
 from pipeline.models.load import Base
-from pipeline.project.logs.run_log import Peak, RunLog, Step, in_units
+from pipeline.project.logs.outcomes import DIVERGED, STOPPED, write_run_outcomes
+from pipeline.project.logs.run_log import LOSS, Peak, RunLog, Step, in_units
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint
 from pipeline.training.batches import Batches
 from pipeline.training.checkpoint import Checkpoint, HeldSignals
-from pipeline.training.distributed.collectives import (
+from pipeline.training.distributed import (
     CollectiveError,
     ProcessLost,
-    WorkerFinished,
     all_reduce_max,
     broadcast_object,
     broadcast_tensors,
@@ -32,38 +38,67 @@ from pipeline.training.distributed.collectives import (
     raise_on_all_ranks,
     shard,
 )
-from pipeline.training.memory.forecast import predict_peak_memory, suggest_less_memory
-from pipeline.training.memory.live_bytes import TensorMemoryMeter
-from pipeline.training.optimizer import BatchedAdam, FlatAdam
-from pipeline.training.schedule import rate
-from pipeline.training.step import Gradient, gradient, to_model_device
+from pipeline.training.memory import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
+from pipeline.training.optimizer import FlatAdam, rate
+from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneLearner, gradients, to_model_device
 
-if TYPE_CHECKING:  # a run without them does not import them
-    from pipeline.training.evaluation import Evaluation
+if TYPE_CHECKING:  # a run without it does not import it
     from pipeline.training.retention import RetentionLoss
 
 T = TypeVar("T")
+PROGRESS = ("tokens", "stopped", "diverged")  # of the learners in a checkpoint; stopped -1: running
 
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """A model and the data to train it on. `method` tells the memory calculator which parameters are trainable.
+    """A model and its learners, which differ in settings and order of the data but not in the number of steps.
 
-    `sharded`: whether the frozen weights are sharded over the ranks; None: only if they do not fit on one device.
+    `method` tells the memory calculator which parameters are trainable; None: it does not know them. `sharded`: whether
+    the frozen weights are sharded over the ranks; None: only if they do not fit on one device. `less_memory`: what to
+    do when memory runs out; by default what the calculator suggests.
     """
 
     model: CausalLM
-    batches: Batches
-    settings: Training
-    method: FinetuningMethod
-    evaluation: "Evaluation | None" = None
-    retain: "RetentionLoss | None" = None
+    learners: Sequence[Learner]
+    path: LossPath
+    evaluation: Evaluation | None = None
+    method: FinetuningMethod | None = None
     sharded: bool | None = None
+    less_memory: str = ""
+
+    @classmethod
+    def of_one(
+        cls,
+        model: CausalLM,
+        batches: Batches,
+        settings: Training,
+        method: FinetuningMethod | None,
+        evaluation: Evaluation | None = None,
+        retain: "RetentionLoss | None" = None,
+        sharded: bool | None = None,
+    ) -> "TrainingTask":
+        """The task of one learner: whatever parameters of `model` require a gradient."""
+        learner = Learner(settings, batches, retain)
+        return cls(model, [learner], OneLearner(model), evaluation, method, sharded)
+
+    @property
+    def settings(self) -> Training:
+        """Those of the first learner; epochs, batches, evaluation and checkpointing are the same for all."""
+        return self.learners[0].settings
+
+    @property
+    def batches(self) -> Batches:
+        return self.learners[0].batches
 
     @property
     def total(self) -> int:
         """Number of steps without early stopping."""
         return self.settings.epochs * len(self.batches)
+
+    @property
+    def live(self) -> list[int]:
+        """The learners that were not stopped."""
+        return [n for n, learner in enumerate(self.learners) if learner.stopped is None]
 
 
 class TrainingSetup(NamedTuple):
@@ -75,11 +110,11 @@ class TrainingSetup(NamedTuple):
 
 
 class Diverged(Exception):
-    """The loss or gradient of step `number` (from 0) is not finite; the optimizer has not taken that step."""
+    """In step `number` (from 0) the last learners' losses or gradients are not finite; that step is not taken."""
 
-    def __init__(self, number: int, gradient: Gradient) -> None:
+    def __init__(self, number: int, gradients: Mapping[int, Gradient]) -> None:
         super().__init__(number)
-        self.number, self.gradient = number, gradient
+        self.number, self.gradients = number, gradients
 
 
 class OutOfMemory(CollectiveError):
@@ -90,109 +125,168 @@ class NotFinite(CollectiveError):
     """Training stopped because the loss is not finite. A study may record this and continue with its next run."""
 
 
-def steps(task: TrainingTask, optimizer: FlatAdam, done: int = 0, tokens: int = 0) -> Iterator[Step]:
-    """Train to the end of the last epoch, starting after step `done` and `tokens` labelled tokens; a record per step.
+def steps(task: TrainingTask, optimizer: FlatAdam, done: int = 0) -> Iterator[dict[int, Step]]:
+    """Train to the end of the last epoch, starting after step `done`; yields a record per learner that took the step.
 
-    Raises Diverged.
+    A learner whose loss or gradient is not finite is stopped before the step, one that no longer improves after it. The
+    others continue as if it were not there. Raises Diverged if that leaves none, and all diverged.
     """
-    model, settings, evaluation = task.model, task.settings, task.evaluation
+    learners, evaluation = task.learners, task.evaluation
     for number in range(done, task.total):
-        if evaluation is not None and evaluation.should_stop:  # checked first: a resumed run may have stopped already
+        for n in task.live if evaluation is not None else ():  # first: a resumed run may have stopped already
+            if evaluation is not None and evaluation.should_stop(n):
+                name = learners[n].name
+                what = f"{name} stopped after step {number}: its"
+                if not name:
+                    what = f"stopped at step {number} of {task.total}: the"
+                learners[n].stop(number, f"{what} evaluation loss no longer improves")
+        results = _finite_gradients(task, optimizer, number)
+        if not results:
             return
-        batches = task.batches[number]
-        result = gradient(model, batches, optimizer, task.retain, number)
-        if not result.finite:
-            raise Diverged(number, result)
-        if settings.max_grad_norm:
-            optimizer.clip(result.norm, settings.max_grad_norm)
-        learning_rate = rate(settings, number + 1, task.total)
-        optimizer.step(learning_rate)
-        tokens += result.tokens
-        held_out = None
+        rates = {n: rate(learners[n].settings, number + 1, task.total) for n in results}
+        for n, result in results.items():
+            if largest := learners[n].settings.max_grad_norm:
+                optimizer.clip(n, result.norm, largest)
+            learners[n].tokens += result.tokens
+        optimizer.step(*map(rates.get, range(len(learners))))
+        held_out: dict[int, float] = {}
         if evaluation is not None and evaluation.due(number + 1, task.total):
-            held_out = evaluation.after_step(model, optimizer)
+            held_out = evaluation.after_step(task.path, optimizer, [*results])
         epoch = number // len(task.batches) + 1
-        yield Step(number + 1, epoch, result.loss, learning_rate, result.norm, tokens, held_out, result.divergence)
+        yield {
+            n: Step(number + 1, epoch, r.loss, rates[n], r.norm, learners[n].tokens, held_out.get(n), r.divergence)
+            for n, r in results.items()
+        }
+
+
+def _finite_gradients(task: TrainingTask, optimizer: FlatAdam, number: int) -> dict[int, Gradient]:
+    """The gradients of step `number`, once the learners that make them non-finite are stopped; none if all are."""
+    while live := task.live:
+        results = gradients(task.path, task.learners, live, optimizer, number)
+        suspects = [n for n, result in results.items() if not result.finite]
+        if not suspects:
+            return results
+        if len(live) > 1:  # NaN can spread to other learners in the batch: running each alone shows whose it is
+            alone = {n: gradients(task.path, task.learners, [n], optimizer, number)[n] for n in suspects}
+            results = {n: result for n, result in alone.items() if not result.finite} or alone
+        for n, result in results.items():
+            learner = task.learners[n]
+            where = _shorten(learner.batches.locations(number), 4)
+            learner.stop(
+                number,
+                f"{learner.name} is stopped: at step {number + 1}, on {where}, its loss is {result.loss:.4g} and its "
+                f"gradient norm {result.norm:.4g}. Lower its learning_rate.",
+                diverged=True,
+            )
+        optimizer.clear()
+        if all(learner.diverged for learner in task.learners):
+            raise Diverged(number, results)
+    return {}
+
+
+def _shorten(locations: Sequence[str], most: int) -> str:
+    return ", ".join(locations[:most]) + (f" and {len(locations) - most} more" if len(locations) > most else "")
 
 
 def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
     """Train the model's trainable parameters in place. If killed at any step, the next call resumes.
 
     Notes the predicted peak memory before the first step and the measured one after the last. Returns the optimizer,
-    which holds the trained weights in fp32.
-    Raises Interrupted after a signal, once a checkpoint is written; UserError if the loss is not finite, memory runs
-    out or another process of the run is gone; and WorkerFinished after the last step on ranks > 0.
+    which holds the trained weights in fp32; the artifact is then written by rank 0 alone (`is_main_process`).
+    Raises Interrupted after a signal, once a checkpoint is written; UserError if no learner's loss is finite, memory
+    runs out or another process of the run is gone.
     """
     raise_on_all_ranks()  # a rank that failed before training ends all of them here
     try:
-        optimizer = yield from _train(job, task)
+        return (yield from _train(job, task))
     except UserError as error:  # other ranks are inside the step: they notice only that this one is gone
         raise error if isinstance(error, CollectiveError) else CollectiveError(str(error)) from None
     except (RuntimeError, MemoryError) as error:  # before the first step: the model alone did not fit
         if not is_out_of_memory(error):
             raise
         raise _out_of_memory(job, task, error) from None
-    if not is_main_process():
-        raise WorkerFinished
-    return optimizer
 
 
 def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
-    name, (device, sharded) = job.stage.name, _place_model(task)
-    if not task.model.supports_packing:
-        yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
-    optimizer = build_optimizer(task.model, task.settings)
-    done, tokens = yield from _resume(job, task, optimizer)
-    largest_step = task.batches.largest_step(range(done + 1, min(done + 1 + len(task.batches), task.total)) or [done])
-    predicted, live = 0 if sharded else _predict_peak(task, largest_step), TensorMemoryMeter()
-    if predicted:
-        yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step", routine=True)
-    log = RunLog(job.run, done, tokens, evaluated=task.evaluation is not None, retained=task.retain is not None)
-    task.model.train()
-    records = steps(task, optimizer, done, tokens)
-    if not sharded:  # FSDP allocates and frees gathered weights unseen by the meter
-        records = measure_memory(live, largest_step - done, task.model, optimizer, records)
-    with log, HeldSignals() as signals:
-        try:
-            for record in records:
-                log.append(record, Peak(predicted, live.peak), device.type)
-                done, tokens = record.step, record.tokens
-                stop = all_reduce_max(signals.received or 0)
-                if stop or record.step % job.checkpoint_every == 0:
-                    _save(job, task, log, optimizer, record.step, record.tokens)
-                if stop:
-                    raise Interrupted(stop, f"{name}: stopped after step {record.step} of {task.total}")
-                yield Progress(record.step, task.total, _format_losses(record))
-        except Diverged as diverged:
-            optimizer.clear()
-            _save(job, task, log, optimizer, done, tokens)
-            raise _not_finite(job, task, diverged) from None
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                checkpoint_note = _save_after_failure(job, task, log, optimizer, done, tokens)
-                raise _out_of_memory(job, task, error, done, checkpoint_note) from None
-            if not is_lost(error):
-                raise
-            raise ProcessLost.during(name, _save_after_failure(job, task, log, optimizer, done, tokens)) from None
-        if signals.received:
-            raise Interrupted(signals.received, f"{name}: stopped after the last step")
-    yield from _finish(job, task, optimizer, done, live)
-    return optimizer
-
-
-def build_optimizer(model: CausalLM, settings: Training) -> FlatAdam:
-    ratio = getattr(settings, "loraplus_ratio", 1.0)
-    return FlatAdam(model, settings.precision == "fp16", ratio)
-
-
-def _place_model(task: TrainingTask) -> tuple[torch.device, bool]:
-    """Move the model to its device, prepared for training; returns the device and whether its weights are sharded."""
-    model, device = task.model, prepare_model(task.model, task.settings.gradient_checkpointing)
+    name, model, evaluation = job.stage.name, task.model, task.evaluation
+    device = prepare_model(model, task.settings.gradient_checkpointing)
     sharded = needs_shards(model, device) if task.sharded is None else task.sharded
     if sharded:
         shard(model, device)
     model.to(device)
-    return device, sharded
+    if not task.path.supports_packing:
+        yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
+    optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
+    done = yield from _resume(job, task, optimizer)
+    # an epoch's largest step, but not the next one, which `measure_memory` never measures
+    epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
+    largest_step = task.batches.largest_step(epoch or [done])
+    predicted, live = 0 if sharded else _predict_peak(task, largest_step), TensorMemoryMeter()
+    if predicted:
+        yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step", routine=True)
+    model.train()
+    records = steps(task, optimizer, done)
+    if not sharded:  # FSDP allocates and frees gathered weights unseen by the meter
+        records = measure_memory(live, largest_step - done, model, optimizer, records)
+    with ExitStack() as stack:
+        _write_outcomes(job, task)
+        logs = []
+        for learner in task.learners:
+            folder, at_step = job.run / learner.name, done if learner.stopped is None else learner.stopped
+            folder.mkdir(exist_ok=True)
+            log = RunLog(folder, at_step, learner.tokens, evaluation is not None, learner.retain is not None)
+            logs.append(stack.enter_context(log))
+        signals = stack.enter_context(HeldSignals())
+        try:
+            for by_learner in records:
+                for n, record in by_learner.items():
+                    logs[n].append(record, Peak(predicted, live.peak), device.type)
+                    done = record.step
+                yield from _tell_stops(job, task)
+                stop = all_reduce_max(signals.received or 0)  # all ranks stop after the same step
+                if stop or done % job.checkpoint_every == 0:
+                    _save(job, task, logs, optimizer, done)
+                if stop:
+                    raise Interrupted(stop, f"{name}: stopped after step {done} of {task.total}")
+                losses = [record.loss for record in by_learner.values()]
+                shown = f"{len(losses)} adapters, loss {min(losses):.3f} to {max(losses):.3f}"
+                if not task.learners[0].name:
+                    held_out = by_learner[0].eval_loss
+                    shown = f"loss {losses[0]:.3f}{'' if held_out is None else f'  eval loss {held_out:.3f}'}"
+                yield Progress(done, task.total, shown)
+        except Diverged as diverged:
+            yield from _tell_stops(job, task)
+            for n in diverged.gradients:  # the checkpoint is of before: a run with it meets the same step again
+                task.learners[n].resume()
+            _save(job, task, logs, optimizer, done)
+            raise NotFinite(_describe_divergence(job, task, diverged)) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) and not is_lost(error):
+                raise
+            if optimizer.steps != done:  # failed during evaluation: the optimizer has taken a step that is not logged
+                checkpoint_note = "The last periodic checkpoint is kept. "
+            else:
+                optimizer.clear()
+                _save(job, task, logs, optimizer, done)
+                checkpoint_note = f"A checkpoint after step {done} of {task.total} is kept. "
+            if is_out_of_memory(error):
+                raise _out_of_memory(job, task, error, done, checkpoint_note) from None
+            raise ProcessLost.during(name, checkpoint_note) from None
+        if signals.received:
+            raise Interrupted(signals.received, f"{name}: stopped after the last step")
+    yield from _tell_stops(job, task)
+    if evaluation is not None:
+        evaluation.restore_best(optimizer)
+    model.eval()
+    if live.peak:
+        yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step", routine=True)
+    return optimizer
+
+
+def build_optimizer(model: CausalLM, *settings: Training) -> FlatAdam:
+    """The optimizer of a model's learners, given the settings of each."""
+    ratios = [getattr(one, "loraplus_ratio", 1.0) for one in settings]
+    return FlatAdam(model, settings[0].precision == "fp16", ratios)
 
 
 def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device:
@@ -204,83 +298,75 @@ def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device
     return device
 
 
-def _resume(job: Job, task: TrainingTask, optimizer: FlatAdam) -> Generator[Event, None, tuple[int, int]]:
-    """Restore the newest checkpoint; returns (steps done, labelled tokens seen), (0, 0) if there is none."""
+def _resume(job: Job, task: TrainingTask, optimizer: FlatAdam) -> Generator[Event, None, int]:
+    """Restore the newest checkpoint; returns the number of steps done, 0 if there is none."""
     stored, reason = checkpoint.load(job.run, job.key)
-    progress, reason = broadcast_object((stored and (stored.step, stored.tokens), reason))
+    done, reason = broadcast_object((stored.step if stored else 0, reason))
     optimizer.broadcast_weights()
     if reason:
         yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {reason}")
-    if not progress:
-        discard_checkpoints(job.run)  # before loss.csv is overwritten: a checkpoint is unusable without its log
-        return 0, 0
+    if not done:
+        discard_checkpoints(job.run)  # before the logs are overwritten: a checkpoint is unusable without them
+        if task.learners[0].name:  # logs of adapters that are no longer in the sweep
+            for log in job.run.glob(f"*/{LOSS}"):
+                shutil.rmtree(log.parent)
+        return 0
     state = broadcast_tensors(stored.state if stored else {})
     optimizer.restore(state)
+    progress = zip(task.learners, *(state[name].tolist() for name in PROGRESS), strict=True)
+    for learner, tokens, stopped, diverged in progress:
+        learner.tokens, learner.stopped, learner.diverged = tokens, None if stopped < 0 else stopped, bool(diverged)
     if task.evaluation is not None:
         task.evaluation.restore(state)
-    yield Note(f"{job.stage.name}: resumed after step {progress[0]}")
-    return progress
+    yield Note(f"{job.stage.name}: resumed after step {done}")
+    return done
 
 
-def _save_after_failure(job: Job, task: TrainingTask, log: RunLog, optimizer: FlatAdam, done: int, tokens: int) -> str:
-    """Write a checkpoint of the last complete step after a failure; returns a sentence about it for the error."""
-    if optimizer.steps != done:  # failed during evaluation: the optimizer has taken a step that is not logged yet
-        return "The last periodic checkpoint is kept. "
-    optimizer.clear()
-    _save(job, task, log, optimizer, done, tokens)
-    return f"A checkpoint after step {done} of {task.total} is kept. "
+def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatAdam, done: int) -> None:
+    """Write a checkpoint after step `done`. The logs come first: one that ends before its checkpoint is unusable."""
+    if not is_main_process():
+        return
+    for log in logs:
+        log.sync()
+    learners = task.learners
+    values = ([x.tokens, -1 if x.stopped is None else x.stopped, int(x.diverged)] for x in learners)
+    progress = dict(zip(PROGRESS, torch.tensor([*values]).T.contiguous(), strict=True))
+    evaluation = task.evaluation.state() if task.evaluation is not None else {}
+    lines = {(Path(x.name) / LOSS).as_posix(): done if x.stopped is None else x.stopped for x in learners}
+    checkpoint.save(job.run, job.key, Checkpoint(done, {**optimizer.state(), **progress, **evaluation}, lines))
 
 
-def _out_of_memory(
-    job: Job, task: TrainingTask, error: BaseException, done: int = 0, checkpoint_note: str = ""
-) -> OutOfMemory:
-    """What to lower, and which checkpoint is kept: another program may have used the memory."""
-    batch = task.batches[min(done, task.total - 1)][0]
-    advice = suggest_less_memory(task.model, task.method, task.settings, batch, job.stage.name)
-    return OutOfMemory(
-        f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {advice} {checkpoint_note}".rstrip()
-    )
+def _tell_stops(job: Job, task: TrainingTask) -> Iterator[Event]:
+    """A note for each learner that was stopped since the last call. A diverged only one gets an error instead."""
+    told = [learner for learner in task.learners if learner.message]
+    if told:
+        _write_outcomes(job, task)
+    for learner in told:
+        if learner.name or not learner.diverged:
+            yield Note(f"{job.stage.name}: {learner.message}")
+        learner.message = ""
+
+
+def _write_outcomes(job: Job, task: TrainingTask) -> None:
+    """Write which adapters of a sweep ended early, for other processes that show the run."""
+    if task.learners[0].name:
+        ended = [learner for learner in task.learners if learner.stopped is not None]
+        states = {x.name: {"state": DIVERGED if x.diverged else STOPPED, "steps": x.stopped} for x in ended}
+        write_run_outcomes(job.run, states)
 
 
 def _predict_peak(task: TrainingTask, number: int) -> int:
-    """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know the architecture."""
-    model, method, settings = task.model, task.method, task.settings
-    sizes = [
-        predict_peak_memory(model, method, settings, batch) for batch in to_model_device(model, task.batches[number])
-    ]
-    if task.retain is not None:
-        batches = to_model_device(model, task.retain.batches(number))
-        sizes += [predict_peak_memory(model, method, settings, batch, retained=True) for batch in batches]
+    """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know architecture or method."""
+    model, retain = task.model, task.learners[0].retain
+    read = [(batch, False) for batch in to_model_device(model, task.batches[number])]
+    if retain is not None:
+        read += [(batch, True) for batch in to_model_device(model, retain.batches[number])]
+    sizes = (predict_peak_memory(model, task.method, task.settings, batch, retained) for batch, retained in read)
     return max((size for size in sizes if size), default=0)
 
 
-def _save(job: Job, task: TrainingTask, log: RunLog, optimizer: FlatAdam, step: int, tokens: int) -> None:
-    if not is_main_process():
-        return
-    log.sync()
-    evaluation = task.evaluation.state() if task.evaluation is not None else {}
-    checkpoint.save(job.run, job.key, Checkpoint(step, tokens, {**optimizer.state(), **evaluation}))
-
-
-def _format_losses(record: Step) -> str:
-    parts = [f"loss {record.loss:.3f}"]
-    parts += [f"eval loss {record.eval_loss:.3f}"] if record.eval_loss is not None else []
-    return "  ".join(parts)
-
-
-def _finish(job: Job, task: TrainingTask, optimizer: FlatAdam, done: int, live: TensorMemoryMeter) -> Iterator[Event]:
-    name = job.stage.name
-    if task.evaluation is not None:
-        if task.evaluation.should_stop:
-            yield Note(f"{name}: stopped at step {done} of {task.total}: the evaluation loss no longer improves")
-        task.evaluation.restore_best(optimizer)
-    task.model.eval()
-    if live.peak:
-        yield Note(f"{name}: {in_units(live.peak)} of tensors measured at the peak of the largest step", routine=True)
-
-
 def measure_memory(
-    live: TensorMemoryMeter, number: int, model: CausalLM, optimizer: FlatAdam | BatchedAdam, records: Iterator[T]
+    live: TensorMemoryMeter, number: int, model: CausalLM, optimizer: FlatAdam, records: Iterator[T]
 ) -> Iterator[T]:
     """The same records; `live` measures the step of record `number`, counted from 0.
 
@@ -294,15 +380,28 @@ def measure_memory(
     yield from records
 
 
-def _not_finite(job: Job, task: TrainingTask, diverged: Diverged) -> NotFinite:
-    name, result, number = job.stage.name, diverged.gradient, diverged.number
+def _out_of_memory(
+    job: Job, task: TrainingTask, error: BaseException, done: int = 0, checkpoint_note: str = ""
+) -> OutOfMemory:
+    """What to lower, and which checkpoint is kept: another program may have used the memory."""
+    batch = task.batches[min(done, task.total - 1)][0]
+    advice = task.less_memory or suggest_less_memory(task.model, task.method, task.settings, batch, job.stage.name)
+    return OutOfMemory(
+        f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {advice} {checkpoint_note}".rstrip()
+    )
+
+
+def _describe_divergence(job: Job, task: TrainingTask, diverged: Diverged) -> str:
+    name, learner = job.stage.name, task.learners[0]
+    if learner.name:
+        return f"{name}: all adapters diverged: none has a finite loss. Lower learning_rate."
+    result, number = diverged.gradients[0], diverged.number
     only_retained = math.isfinite(result.loss) and not math.isfinite(result.divergence or 0)
-    retain = task.retain if only_retained else None
-    locations = (retain or task.batches).locations(number)
-    shown = ", ".join(locations[:8]) + (f" and {len(locations) - 8} more" if len(locations) > 8 else "")
-    return NotFinite(
+    retain = learner.retain if only_retained else None
+    locations = (learner.batches if retain is None else retain.batches).locations(number)
+    return (
         f"{name}: the loss is {result.loss}{f', the divergence from the base {result.divergence}' if retain else ''} "
-        f"and the gradient norm {result.norm} at step {number + 1}, on {shown}. Lower {name}.learning_rate, "
-        f"or check these examples. The weights before that step are kept in "
+        f"and the gradient norm {result.norm} at step {number + 1}, on {_shorten(locations, 8)}. "
+        f"Lower {name}.learning_rate, or check these examples. The weights before that step are kept in "
         f"{job.run.parent.name}/{job.run.name}."
     )

@@ -1,17 +1,20 @@
-"""Adam over all trainable parameters as one vector, or one row per adapter: one kernel per step, few state tensors.
+"""Adam over all trainable parameters as one row per learner, few kernel calls per step; and the learning rate.
 
 It calls torch's fused kernel directly: constructing torch.optim.Adam imports torch's compiler, which takes 1.4 seconds,
 longer than a short run trains.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from pipeline.training.distributed.collectives import all_reduce_, broadcast_
+from pipeline.errors import UserError
+from pipeline.project.params.sections import Training
+from pipeline.training.distributed import all_reduce, broadcast
 
 LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000  # fp16 loss scale; steps without an overflow until it doubles
 NAMES = ("step", "exp_avg", "exp_avg_sq")
@@ -19,54 +22,51 @@ Moments = dict[str, Tensor]
 
 
 class FlatAdam:
-    """Adam (Kingma & Ba 2015) whose parameters and gradients are views into one vector each.
+    """Adam (Kingma & Ba 2015) on weights (N, P): row n holds the P trainable parameters of learner n, in fp32.
 
-    Small models spend a step on kernel launches, not on arithmetic: with one vector the update, the gradient norm and
-    the checkpoint take one call each, whatever the number of parameters. The vector is fp32 and 16-bit parameters are
-    copies of it, since an update is often smaller than the distance to the next 16-bit number.
-    LoRA+ (Hayou et al. 2024): every lora_B has `ratio` times the learning rate of the other parameters.
-    With `scaled` the loss is scaled before backward, so that small gradients do not underflow in fp16; an overflow
-    halves the scale and skips the step (Micikevicius et al. 2018, §3.2).
+    Parameters are views of `weights`: with one learner each in its own shape, with more stacked, (N, ...). Small models
+    spend a step on kernel launches, not on arithmetic: this way the update, the gradient norms and the checkpoint take
+    one call each, whatever the number of parameters. 16-bit parameters are copies, since an update is often smaller
+    than the distance to the next 16-bit number.
+    LoRA+ (Hayou et al. 2024): every lora_B of learner n has `ratios[n]` times the learning rate of its other
+    parameters. With `scaled` the loss is scaled before backward, so that small gradients do not underflow in fp16; an
+    overflow halves the scale and skips the step (Micikevicius et al. 2018, §3.2).
     """
 
-    def __init__(self, model: nn.Module, scaled: bool = False, ratio: float = 1.0) -> None:
-        faster = {id(p) for name, p in model.named_parameters() if ratio != 1 and name.endswith(".lora_B")}
+    def __init__(self, model: nn.Module, scaled: bool = False, ratios: Sequence[float] = (1.0,)) -> None:
+        N = len(ratios)
+        faster = {id(p) for name, p in model.named_parameters() if set(ratios) != {1.0} and name.endswith(".lora_B")}
         trainable = (p for p in model.parameters() if p.requires_grad)
-        parameters = sorted(trainable, key=lambda p: (str(p.dtype), id(p) in faster))
-        self._parameters = parameters
-        self.weights = nn.Parameter(torch.cat([p.detach().flatten().float() for p in parameters]))
-        self.weights.grad = torch.zeros_like(self.weights)
-        self._low_precision_copies = list(self._lay_out(parameters))
-        self._rate_spans = list(self._learning_rate_groups([ratio if id(p) in faster else 1.0 for p in parameters]))
+        # by dtype, so that the copies of each are one block; then those with a rate of their own
+        self._parameters = sorted(trainable, key=lambda p: (str(p.dtype), id(p) in faster))
+        self.weights = torch.cat([p.detach().reshape(N, -1).float() for p in self._parameters], 1)
+        self.gradient = torch.zeros_like(self.weights)
+        ends = [*accumulate((p.numel() // N for p in self._parameters), initial=0)]
+        self._spans = [slice(*bounds) for bounds in pairwise(ends)]  # of each parameter in a row
+        placed = list(zip(self._parameters, self._spans, strict=True))
+        self._copies: list[tuple[slice, Tensor, Tensor]] = []  # per 16-bit dtype: span of a row, weights, gradient
+        for dtype, group in groupby(placed, key=lambda pair: pair[0].dtype):
+            members = list(group)
+            whole = slice(members[0][1].start, members[-1][1].stop)
+            weights, grad = self.weights[:, whole], self.gradient[:, whole]
+            if dtype != torch.float32:
+                weights, grad = weights.to(dtype), grad.to(dtype) if N == 1 else grad
+                self._copies.append((whole, weights, grad))
+            for p, span in members:
+                part = slice(span.start - whole.start, span.stop - whole.start)
+                p.data = weights[:, part].view(p.shape)
+                # autograd wants the gradients of strided parameters dense: with more learners it allocates its own
+                p.grad = grad[:, part].view(p.shape) if N == 1 else None
+        # learner, bounds in the flattened weights, factor of the learning rate
+        self._rate_spans: list[tuple[int, int, int, float]] = []
+        for n, ratio in enumerate(ratios):
+            for is_faster, group in groupby(placed, key=lambda pair: id(pair[0]) in faster):
+                members = list(group)
+                start, stop = (n * ends[-1] + bound for bound in (members[0][1].start, members[-1][1].stop))
+                self._rate_spans.append((n, start, stop, ratio if is_faster else 1.0))
         self._moments = Moments()
         self._scaled = scaled
         self._scale = torch.tensor([LARGEST_SCALE if scaled else 1.0, 0.0])  # factor, steps since it changed
-
-    def _lay_out(self, trainable: list[nn.Parameter]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Make parameters and gradients views; yields (span of the vector, copy, gradient) per 16-bit dtype."""
-        assert self.weights.grad is not None
-        start = 0
-        for dtype, group in groupby(trainable, key=lambda p: p.dtype):
-            members = list(group)
-            span = slice(start, start + sum(p.numel() for p in members))
-            start = span.stop
-            weights, grad = self.weights.data[span], self.weights.grad[span]
-            if dtype != torch.float32:
-                weights, grad = weights.to(dtype), grad.to(dtype)
-                yield span, weights, grad
-            offset = 0
-            for p in members:
-                view = slice(offset, offset + p.numel())
-                p.data, p.grad = weights[view].view_as(p), grad[view].view_as(p)
-                offset = view.stop
-
-    def _learning_rate_groups(self, ratios: list[float]) -> Iterator[tuple[slice, float]]:
-        """(span of the vector, factor of the learning rate) for each run of parameters with the same factor."""
-        start = 0
-        for factor, members in groupby(zip(self._parameters, ratios, strict=True), key=lambda pair: pair[1]):
-            span = slice(start, start + sum(p.numel() for p, _ in members))
-            start = span.stop
-            yield span, factor
 
     @property
     def scale(self) -> float:
@@ -79,29 +79,37 @@ class FlatAdam:
         return int(self._moments.get("step", 0))
 
     def collect_gradients(self) -> Tensor:
-        """Sum the gradients over all ranks, unscale them and return their norm. Call it once before `step`."""
-        grad = self.weights.grad
-        assert grad is not None
-        for span, _, copy_grad in self._low_precision_copies:
-            grad[span].copy_(copy_grad)
-        all_reduce_(grad)
+        """Sum the gradients over all ranks, unscale them and return their norms (N,). Call it once before `step`."""
+        if (N := len(self.weights)) > 1:
+            grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters)
+            torch.cat([grad.view(N, -1).float() for grad in grads], 1, out=self.gradient)
+            self.clear()
+        else:
+            for span, _, grad in self._copies:
+                self.gradient[:, span].copy_(grad)
+        all_reduce(self.gradient)
         if self._scaled:
-            grad.div_(self.scale)
-        norm: Tensor = grad.norm()
-        return norm
+            self.gradient.div_(self.scale)
+        norms: Tensor = self.gradient.norm(dim=1)
+        return norms
 
-    def clip(self, norm: float, largest: float) -> None:
-        """Scale the gradient, whose norm is `norm`, down to norm `largest` (Pascanu et al. 2013)."""
+    def clip(self, learner: int, norm: float, largest: float) -> None:
+        """Scale a learner's gradient, whose norm is `norm`, down to norm `largest` (Pascanu et al. 2013)."""
         if norm > largest:
-            assert self.weights.grad is not None
-            self.weights.grad.mul_(largest / norm)
+            self.gradient[learner].mul_(largest / norm)
 
-    def step(self, learning_rate: float) -> None:
-        """Update the weights from the collected gradient and clear it."""
-        assert self.weights.grad is not None
-        self._moments = self._moments or zero_moments(self.weights.data)
-        rates = ((span, learning_rate * factor) for span, factor in self._rate_spans)
-        adam_step(self.weights.data, self.weights.grad, self._moments, rates)
+    def step(self, *rates: float | None) -> None:
+        """Update the weights from the collected gradients, each learner at its rate (None: not at all); clear them."""
+        self._moments = self._moments or zero_moments(self.weights)
+        steps: list[tuple[slice, float]] = []
+        for learner, start, stop, factor in self._rate_spans:
+            if (base := rates[learner]) is None:
+                continue
+            # neighbours at one rate share a call: it costs more than the arithmetic of a small adapter
+            if steps and (steps[-1][0].stop, steps[-1][1]) == (start, base * factor):
+                start = steps.pop()[0].start
+            steps.append((slice(start, stop), base * factor))
+        adam_step(self.weights, self.gradient, self._moments, steps)
         self._update_copies()
         self.clear()
         if self._scaled:
@@ -110,7 +118,7 @@ class FlatAdam:
                 self._scale.copy_(torch.tensor([min(2 * self.scale, LARGEST_SCALE), 0.0]))
 
     def skip(self) -> bool:
-        """Clear a gradient that overflowed and halve the scale; False if the scale cannot be halved."""
+        """Clear gradients that overflowed and halve the scale; False if the scale cannot be halved."""
         self.clear()
         if not self._scaled or self.scale < 2:
             return False
@@ -118,21 +126,24 @@ class FlatAdam:
         return True
 
     def clear(self) -> None:
-        assert self.weights.grad is not None
-        self.weights.grad.zero_()
-        for _, _, copy_grad in self._low_precision_copies:
-            copy_grad.zero_()
+        """Forget what backward has added up since the last step."""
+        if len(self.weights) > 1:
+            for p in self._parameters:
+                p.grad = None
+            return
+        self.gradient.zero_()
+        for _, _, grad in self._copies:
+            grad.zero_()
 
     def tensors(self) -> list[Tensor]:
         """All its tensors: weights, gradient, 16-bit copies and, after the first step, both moments."""
-        assert self.weights.grad is not None
-        copies = [tensor for _, weights, grad in self._low_precision_copies for tensor in (weights, grad)]
-        return [self.weights, self.weights.grad, *copies, *self._moments.values()]
+        copies = [tensor for _, weights, grad in self._copies for tensor in (weights, grad)]
+        return [self.weights, self.gradient, *copies, *self._moments.values()]
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs for an exact resume."""
         scale = {"loss_scale": self._scale} if self._scaled else {}
-        return {"weights": self.weights.detach(), **scale, **self._moments}
+        return {"weights": self.weights, **scale, **self._moments}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.set_weights(state["weights"])
@@ -140,118 +151,23 @@ class FlatAdam:
             self._scale.copy_(state["loss_scale"])
         self._moments = {name: state[name].to(self.weights.device) for name in NAMES if name in state}
 
-    @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:
         self.weights.copy_(weights)
         self._update_copies()
 
     def broadcast_weights(self) -> None:
         """Start on every rank from the weights of rank 0."""
-        broadcast_(self.weights.data)
+        broadcast(self.weights)
         self._update_copies()
 
-    @torch.no_grad()
     def _update_copies(self) -> None:
-        for span, copies, _ in self._low_precision_copies:
-            copies.copy_(self.weights.data[span])
+        for span, weights, _ in self._copies:
+            weights.copy_(self.weights[:, span])
 
     def trained(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each trained parameter with its fp32 weights."""
-        start = 0
-        for p in self._parameters:
-            yield p, self.weights.data[start : start + p.numel()].view_as(p)
-            start += p.numel()
-
-
-class BatchedAdam:
-    """Adam (Kingma & Ba 2015) on weights (N, P): row n holds all trainable parameters of adapter n, in fp32.
-
-    The stacked parameters (N, ...) are views of it or, in 16 bits, copies. Adam's update is computed at a learning rate
-    of 1, then added to the weights at each row's rate: one kernel for all adapters, whatever their rates.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], ratios: Sequence[Tensor | float]) -> None:
-        """`ratios`: for each parameter the factor of its learning rate, per adapter (N,) or one for all."""
-        self._parameters = list(parameters)
-        sizes = [p[0].numel() for p in self._parameters]
-        offsets = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        self._spans = [slice(*bounds) for bounds in pairwise(offsets)]
-        self.weights = torch.cat([p.detach().flatten(1).float() for p in self._parameters], 1)
-        self._ratios = self._expand_ratios(ratios)
-        self._adam_update = torch.zeros_like(self.weights)
-        self.gradient = torch.zeros_like(self.weights)  # (N, P), once collected
-        self._moments = Moments()
-        self._is_fp32 = all(p.dtype == torch.float32 for p in self._parameters)
         for p, span in zip(self._parameters, self._spans, strict=True):
-            if p.dtype == torch.float32:
-                p.data = self.weights[:, span].view(p.shape)
-        self.clear()
-
-    def _expand_ratios(self, ratios: Sequence[Tensor | float]) -> Tensor | None:
-        """(N, P), or None if all ratios are 1."""
-        factors = [torch.as_tensor(ratio, device=self.weights.device) for ratio in ratios]
-        if all(bool((ratio == 1).all()) for ratio in factors):
-            return None
-        columns = [
-            ratio.expand(len(self.weights))[:, None].expand(-1, p[0].numel())
-            for ratio, p in zip(factors, self._parameters, strict=True)
-        ]
-        return torch.cat(columns, 1).to(self.weights.dtype)
-
-    @property
-    def steps(self) -> int:
-        return int(self._moments.get("step", 0))
-
-    def collect_gradients(self) -> Tensor:
-        """Collect the gradients of backward; returns their norm per adapter (N,). Call it once before `step`."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        rows = [grad.view(len(grad), -1) for grad in grads]
-        torch.cat(rows if self._is_fp32 else [grad.float() for grad in rows], 1, out=self.gradient)
-        self.clear()
-        norms: Tensor = self.gradient.norm(dim=1)
-        return norms
-
-    def scale(self, factors: Sequence[float]) -> None:
-        """Multiply each adapter's gradient by its factor; a factor of 0 also clears values that are not finite."""
-        factor = self.weights.new_tensor(factors)[:, None]
-        self.gradient.mul_(factor).masked_fill_(factor == 0, 0)
-
-    @torch.no_grad()
-    def step(self, rates: Sequence[float]) -> None:
-        """Update the weights from the collected gradients, each adapter at its learning rate."""
-        self._moments = self._moments or zero_moments(self.weights)
-        adam_step(self._adam_update, self.gradient, self._moments, [(slice(None), 1.0)])
-        rate = self.weights.new_tensor(rates)[:, None]
-        self.weights.addcmul_(self._adam_update, rate if self._ratios is None else rate * self._ratios)
-        self._adam_update.zero_()
-        self._update_copies()
-
-    def clear(self) -> None:
-        for p in self._parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def set_weights(self, weights: Tensor) -> None:
-        self.weights.copy_(weights)
-        self._update_copies()
-
-    def _update_copies(self) -> None:
-        for p, span in zip(self._parameters, self._spans, strict=True) if not self._is_fp32 else ():
-            if p.dtype != torch.float32:
-                p.data.copy_(self.weights[:, span].view(p.shape))
-
-    def tensors(self) -> list[Tensor]:
-        """All its tensors."""
-        ratios = [] if self._ratios is None else [self._ratios]
-        return [self.weights, self._adam_update, self.gradient, *ratios, *self._moments.values()]
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs for an exact resume."""
-        return {"weights": self.weights, **self._moments}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self.set_weights(state["weights"])
-        self._moments = {name: state[name].to(self.weights.device) for name in NAMES if name in state}
+            yield p, self.weights[:, span].view(p.shape)
 
 
 def zero_moments(weights: Tensor) -> Moments:
@@ -262,19 +178,19 @@ def zero_moments(weights: Tensor) -> Moments:
 
 @torch.no_grad()
 def adam_step(weights: Tensor, gradient: Tensor, moments: Moments, rates: Iterable[tuple[slice, float]]) -> None:
-    """One step of Adam (Kingma & Ba 2015), in place. `rates`: spans of `weights` and their learning rates."""
-    for span, rate in rates:
-        mean, square = ([moments[name][span]] for name in NAMES[1:])
-        step = [moments["step"].clone()]
+    """One step of Adam (Kingma & Ba 2015), in place. `rates`: spans of the flattened `weights` and their rates."""
+    tensors = [tensor.view(-1) for tensor in (weights, gradient, moments["exp_avg"], moments["exp_avg_sq"])]
+    for span, lr in rates:
+        part, grad, mean, square = ([tensor[span]] for tensor in tensors)
         adam(
-            [weights[span]],
-            [gradient[span]],
+            part,
+            grad,
             mean,
             square,
             [],
-            step,
+            [moments["step"].clone()],  # every call counts it up
             fused=True,
-            lr=rate,
+            lr=lr,
             beta1=0.9,
             beta2=0.999,
             eps=1e-8,
@@ -283,3 +199,28 @@ def adam_step(weights: Tensor, gradient: Tensor, moments: Moments, rates: Iterab
             maximize=False,
         )
     moments["step"] += 1
+
+
+def rate(settings: Training, step: int, total: int) -> float:
+    """The learning rate at step `step` of `total`, from 1: linear warm-up, then constant, or decay to 0 after the last.
+
+    Linear decay as in Devlin et al. 2018 (appendix A.2), cosine as in Loshchilov & Hutter 2017 (eq. 5).
+    """
+    warmup = min(settings.warmup_steps, total)
+    if step <= warmup:
+        return settings.learning_rate * step / warmup
+    progress = (step - 1 - warmup) / max(1, total - warmup)  # fraction of the decay done, 0 at its first step
+    if settings.schedule == "linear":
+        return settings.learning_rate * (1 - progress)
+    if settings.schedule == "cosine":
+        return settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    return settings.learning_rate
+
+
+def refuse_long_warmup(settings: Training, total: int, section: str) -> None:
+    """Raises UserError if all `total` steps are warm-up: no step would follow at the full learning rate."""
+    if settings.warmup_steps >= total:
+        raise UserError(
+            f"{section}.warmup_steps must be below {total}, the total number of training steps, "
+            f"got {settings.warmup_steps}. Lower it."
+        )

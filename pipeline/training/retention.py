@@ -1,13 +1,14 @@
 """Retention loss: KL divergence from the base on other texts (Learning without Forgetting, Li & Hoiem 2017)."""
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import disable_adapter
+from pipeline.adapters.lora import AdapterLayer
 from pipeline.data.examples import Example, Window
 from pipeline.data.masking import encode
 from pipeline.data.read import iter_examples
@@ -19,7 +20,7 @@ from pipeline.models.generate import generate
 from pipeline.models.load import Base
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.losses import chunked_mean, divergence
+from pipeline.training.losses import Head, chunked_mean, divergence
 
 
 class RetentionSettings(Protocol):
@@ -40,49 +41,48 @@ class RetentionSettings(Protocol):
 
 
 COMPLETION = 32  # tokens that the base generates for a prompt, at most
+AsBase = Callable[[], AbstractContextManager[None]]
 
 
 class RetentionLoss:
     """KL(base‖model) in nats per token, and its weight in the loss. The base is the model with its adapter disabled.
 
     Of parameters that train in full beside the adapter (embeddings, head) it keeps a copy of the original values.
+    `as_base`: a context in which the model computes as its base, for a model that knows one of its own.
     """
 
-    def __init__(self, model: CausalLM, texts: Dataset, settings: RetentionSettings) -> None:
+    def __init__(
+        self, model: CausalLM, texts: Dataset, settings: RetentionSettings, as_base: AsBase | None = None
+    ) -> None:
         self.weight = settings.retention_weight
-        self._model = model
-        self._batches = Batches(texts, settings.retention_batch_size, settings.seed)
-        adapter_parameters = {
-            id(p)
-            for name, p in model.named_parameters()
-            if name.endswith((".lora_A", ".lora_B", ".magnitude", ".rows"))
-        }
-        full = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_parameters]
+        self.batches = Batches(texts, settings.retention_batch_size, settings.seed)
+        self._model, self._as_base = model, as_base or self._without_adapter
+        layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
+        switched_off = {id(p) for layer in layers for p in layer.adapter_parameters().values()}
+        full = [p for p in model.parameters() if p.requires_grad and id(p) not in switched_off] if not as_base else []
         self._originals = [(p, p.detach().clone()) for p in full]
-
-    def batches(self, number: int) -> list[Batch]:
-        """The batches of step `number`."""
-        return self._batches[number]
-
-    def locations(self, number: int) -> list[str]:
-        """`file:line` of the texts of step `number`."""
-        return self._batches.locations(number)
 
     def divergence(self, batch: Batch) -> Tensor:
         """KL(base‖model), the mean over all tokens of the batch: a scalar with gradient."""
+        return self.divergences(batch, [batch.ids.numel()], [self._model.logits])[0]
+
+    def divergences(self, batch: Batch, counts: Sequence[int], heads: Sequence[Head]) -> Tensor:
+        """(L,): the same for each part of the batch's tokens, of `counts` tokens, with its own head."""
         model = self._model
         with torch.no_grad(), self._as_base():
             before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
         after = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-        head = [p for p in model.head.parameters() if p.requires_grad]
-        return chunked_mean(divergence(model.logits, self._base_logits), after, before, trained=head)
+        trained = [p for p in model.head.parameters() if p.requires_grad]
 
-    def _base_logits(self, hidden: Tensor) -> Tensor:
-        with self._as_base():
-            return self._model.logits(hidden)
+        def base_logits(hidden: Tensor) -> Tensor:
+            with self._as_base():
+                return model.logits(hidden)
+
+        parts = zip(heads, torch.split(after, [*counts]), torch.split(before, [*counts]), strict=True)
+        return torch.stack([chunked_mean(divergence(head, base_logits), x, y, trained=trained) for head, x, y in parts])
 
     @contextmanager
-    def _as_base(self) -> Iterator[None]:
+    def _without_adapter(self) -> Iterator[None]:
         self._originals = [(p, original.to(p.device)) for p, original in self._originals]  # the model may have moved
         trained = [(p, p.data) for p, _ in self._originals]
         with disable_adapter(self._model):
@@ -112,7 +112,11 @@ def load_retention_texts(job: Job, settings: RetentionSettings, base: Base) -> G
         yield Note(f"{job.stage.name}: the base completes {prompts} prompts of {settings.retention_data}")
         move_for_inference(base.model)
     for example in examples:
-        ids = _complete_prompt(example, base) if _is_prompt(example) else _encode_text(example, settings, base)
+        if _is_prompt(example):
+            ids = base.tokenizer.encode(example.text)
+            ids = (*ids, *generate(base.model, ids, base.tokenizer.end_ids, COMPLETION))
+        else:  # without the last id: it is the end token, after which predictions do not matter
+            ids = encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids[:-1]
         windows.append(Window(0, ids, ids))  # the divergence counts every token, so every token is a label
         locations.append(example.location)
     base.model.to("cpu")  # the training loop moves it to its device, or shards it
@@ -121,14 +125,3 @@ def load_retention_texts(job: Job, settings: RetentionSettings, base: Base) -> G
 
 def _is_prompt(example: Example) -> bool:
     return example.prompt == example.text
-
-
-def _encode_text(example: Example, settings: RetentionSettings, base: Base) -> tuple[int, ...]:
-    """The ids without the last one: it is the end token, after which predictions do not matter."""
-    return encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids[:-1]
-
-
-def _complete_prompt(example: Example, base: Base) -> tuple[int, ...]:
-    model, tokenizer = base
-    ids = tokenizer.encode(example.text)
-    return (*ids, *generate(model, ids, tokenizer.end_ids, COMPLETION))

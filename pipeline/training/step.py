@@ -1,21 +1,103 @@
-"""The loss of a batch, and the gradient of all batches of a step."""
+"""Losses and gradients of a step, and evaluation during training: the same for one learner and for many at once."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from pipeline.data.windows import Dataset
 from pipeline.models.base import CausalLM
-from pipeline.training.batches import Batch
-from pipeline.training.distributed.collectives import all_reduce_numbers
+from pipeline.project.params.sections import Training
+from pipeline.training.batches import Batch, Batches
+from pipeline.training.distributed import all_reduce_numbers
 from pipeline.training.losses import CHUNK, chunked_mean, cross_entropy
 from pipeline.training.optimizer import FlatAdam
 
 if TYPE_CHECKING:  # with generation, which few runs need
     from pipeline.training.retention import RetentionLoss
+
+
+@dataclass
+class Learner:
+    """What trains one row of the optimizer's weights, and how far it is. A run has one, a sweep one per adapter.
+
+    `name`: the subfolder of its log in the run folder; empty for the only one. `stopped`: the steps it has taken when
+    it was stopped before the last, by early stopping or because it `diverged`; None while it runs.
+    """
+
+    settings: Training
+    batches: Batches
+    retain: "RetentionLoss | None" = None
+    name: str = ""
+    tokens: int = 0  # labels seen
+    stopped: int | None = None
+    diverged: bool = False
+    message: str = ""  # why it was stopped, until the user has been told
+
+    def stop(self, step: int, message: str, diverged: bool = False) -> None:
+        self.stopped, self.message, self.diverged = step, message, diverged
+
+    def resume(self) -> None:
+        """As before it was stopped."""
+        self.stopped, self.message, self.diverged = None, "", False
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A batch with learner 0's sequences first, then learner 1's, …
+
+    `labels`: learner → number of its labels. `input_tokens`: that of each learner, 0 included.
+    """
+
+    batch: Batch
+    labels: Mapping[int, int]
+    input_tokens: tuple[int, ...] = ()
+
+
+class LossPath(Protocol):
+    """How the learners of a model read batches: all that differs between one learner and many."""
+
+    @property
+    def supports_packing(self) -> bool: ...
+    def batches(self, orders: Mapping[int, Batches], number: int) -> Iterable[StepBatch]:
+        """The batches of step `number`, for this rank; `orders`: learner → its batches of the same windows."""
+
+    def route(self, batch: StepBatch) -> AbstractContextManager[None]:
+        """Losses of the batch, and their backward pass, must be computed inside this context."""
+
+    def losses(self, batch: StepBatch) -> Tensor:
+        """(L,): the mean cross-entropy of each learner in `batch.labels`, in nats per token."""
+
+    def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
+        """(L,): the mean KL(base‖model) of each learner in `batch.labels`, in nats per token."""
+
+
+class OneLearner:
+    """The path of a model that has one learner. It costs nothing beside the model's own forward and backward."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self._model = model
+
+    @property
+    def supports_packing(self) -> bool:
+        return self._model.supports_packing
+
+    def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
+        (order,) = orders.values()
+        return (StepBatch(batch, {0: batch.tokens}) for batch in to_model_device(self._model, order[number]))
+
+    def route(self, batch: StepBatch) -> AbstractContextManager[None]:  # noqa: ARG002
+        return nullcontext()
+
+    def losses(self, batch: StepBatch) -> Tensor:
+        return loss_of(self._model, batch.batch).view(1)
+
+    def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
+        return retain.divergence(batch.batch).view(1)
 
 
 def loss_of(model: CausalLM, batch: Batch, chunk: int = CHUNK) -> Tensor:
@@ -50,44 +132,129 @@ class Gradient:
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-def gradient(
-    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: "RetentionLoss | None", number: int
-) -> Gradient:
-    """Backward through all `batches` of step `number`; every label has the same weight, whatever its batch.
+def gradients(
+    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatAdam, number: int
+) -> dict[int, Gradient]:
+    """Backward through step `number` of the learners `live`; their gradients are then collected in the optimizer.
 
-    In a distributed run `batches` are those of this rank, the result is over all ranks. After an fp16 overflow the step
-    is repeated at half the loss scale.
+    In a distributed run a rank reads its own batches, and the result is over all ranks. After an fp16 overflow the step
+    is repeated at half the loss scale, so that no data is skipped.
     """
     while True:
-        result = _accumulate_gradient(model, batches, optimizer, retain, number)
-        if math.isfinite(result.norm) or not optimizer.skip():
+        result = _accumulate(path, learners, live, optimizer, number)
+        if all(math.isfinite(gradient.norm) for gradient in result.values()) or not optimizer.skip():
             return result
 
 
-def _accumulate_gradient(
-    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: "RetentionLoss | None", number: int
-) -> Gradient:
-    (labels,) = all_reduce_numbers(sum(batch.tokens for batch in batches))
-    losses = []
-    for batch in to_model_device(model, batches):
-        batch_loss = loss_of(model, batch) * (batch.tokens / labels)
-        torch.autograd.backward(batch_loss * optimizer.scale)
-        losses.append(batch_loss.detach())
-    divergences = [] if retain is None else list(_retention_backward(model, retain, optimizer, number))
+def _accumulate(
+    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatAdam, number: int
+) -> dict[int, Gradient]:
+    orders = {n: learners[n].batches for n in live}
+    losses, labels = _backward(path, orders, number, path.losses, dict.fromkeys(live, 1.0), optimizer.scale)
+    retains = {n: retain for n in live if (retain := learners[n].retain) is not None}
+    divergences: dict[int, float] = {}
+    if retains:
+        orders, weights = {n: r.batches for n, r in retains.items()}, {n: r.weight for n, r in retains.items()}
+        first = next(iter(retains.values()))  # they differ only in weight and order
+        divergences, _ = _backward(
+            path, orders, number, lambda batch: path.divergences(batch, first), weights, optimizer.scale
+        )
     # before the gradient is reduced: if a rank is gone, this call raises
-    loss, divergence = all_reduce_numbers(_total(losses), _total(divergences))
-    norm = optimizer.collect_gradients().item()
-    return Gradient(loss, norm, int(labels), None if retain is None else divergence)
+    sums = all_reduce_numbers(*losses.values(), *divergences.values())
+    divergences = dict(zip(divergences, sums[len(live) :], strict=True))
+    norms = optimizer.collect_gradients().tolist()
+    return {n: Gradient(sums[i], norms[n], int(labels[n]), divergences.get(n)) for i, n in enumerate(live)}
 
 
-def _retention_backward(model: CausalLM, retain: "RetentionLoss", optimizer: FlatAdam, number: int) -> Iterator[Tensor]:
-    batches = retain.batches(number)
-    (tokens,) = all_reduce_numbers(sum(batch.input_tokens for batch in batches))
-    for batch in to_model_device(model, batches):
-        divergence = retain.divergence(batch) * (batch.input_tokens / tokens)
-        torch.autograd.backward(divergence * (retain.weight * optimizer.scale))
-        yield divergence.detach()
+def _backward(
+    path: LossPath,
+    orders: Mapping[int, Batches],
+    number: int,
+    losses_of: Callable[[StepBatch], Tensor],
+    weights: Mapping[int, float],
+    scale: float,
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Backward through each learner's mean loss over its labels of the step, times its weight and the loss scale.
+
+    Every label has the same weight, whatever its batch. Returns the means over this rank's share, and the numbers of
+    labels on all ranks.
+    """
+    batches = list(path.batches(orders, number))
+    counts = (sum(batch.labels.get(n, 0) for batch in batches) for n in orders)
+    totals = dict(zip(orders, all_reduce_numbers(*counts), strict=True))
+    parts: list[tuple[Iterable[int], Tensor]] = []
+    for batch in batches:
+        with path.route(batch):
+            shares = [labels / totals[n] for n, labels in batch.labels.items()]
+            losses = _times(losses_of(batch), shares)  # (L,)
+            total = _times(losses, [weights[n] for n in batch.labels])
+            total = total if len(shares) == 1 else total.sum()
+            torch.autograd.backward(total if scale == 1 else total * scale)
+        parts.append((batch.labels, losses.detach()))
+    means = dict.fromkeys(orders, 0.0)
+    for present, losses in parts:  # read after the last backward: on a GPU reading a number waits for it
+        for n, loss in zip(present, losses.tolist(), strict=True):
+            means[n] += loss
+    return means, totals
 
 
-def _total(losses: list[Tensor]) -> float:
-    return float(sum(loss.item() for loss in losses))
+def _times(values: Tensor, factors: Sequence[float]) -> Tensor:
+    """Each value times its factor. Equal factors are the usual case, and need no tensor of their own."""
+    if len(set(factors)) > 1:
+        return values * values.new_tensor(factors)
+    return values if factors[0] == 1 else values * factors[0]
+
+
+class Evaluation:
+    """Evaluates every `every` steps and after the last. With `patience` above 0, training returns the best weights.
+
+    Its state is part of the checkpoint, so that a resumed run stops at the same step as an uninterrupted one.
+    """
+
+    def __init__(self, windows: Dataset, batch_size: int, every: int, patience: int, learners: int = 1) -> None:
+        self._batches, self._every, self._patience = Batches(windows, batch_size, seed=None), every, patience
+        self._best = torch.full((learners,), torch.inf, dtype=torch.float64)
+        self._waited = torch.zeros(learners, dtype=torch.int64)  # evaluations since the best one
+        self._weights: Tensor | None = None  # (N, P)
+
+    def due(self, step: int, last: int) -> bool:
+        return step % self._every == 0 or step == last
+
+    @torch.no_grad()
+    def after_step(self, path: LossPath, optimizer: FlatAdam, live: Sequence[int]) -> dict[int, float]:
+        """Learner → evaluation loss in nats per token; remembers the weights of those whose is the lowest so far."""
+        sums, labels = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
+        for number in range(len(self._batches)):
+            for batch in path.batches(dict.fromkeys(live, self._batches), number):
+                with path.route(batch):
+                    losses = path.losses(batch).tolist()
+                for (n, count), loss in zip(batch.labels.items(), losses, strict=True):
+                    sums[n] += loss * count
+                    labels[n] += count
+        reduced = all_reduce_numbers(*sums.values(), *labels.values())
+        means = {n: total / count for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)}
+        for n, mean in means.items():
+            if mean >= self._best[n] or math.isnan(mean):
+                self._waited[n] += 1
+                continue
+            self._best[n], self._waited[n] = mean, 0
+            if self._patience:
+                self._weights = optimizer.weights.clone() if self._weights is None else self._weights
+                self._weights[n] = optimizer.weights[n]
+        return means
+
+    def should_stop(self, learner: int) -> bool:
+        """Whether the last `patience` evaluations of this learner were no better than its best one."""
+        return bool(self._patience) and int(self._waited[learner]) >= self._patience
+
+    def restore_best(self, optimizer: FlatAdam) -> None:
+        if self._weights is not None:
+            optimizer.set_weights(self._weights)
+
+    def state(self) -> dict[str, Tensor]:
+        best = {} if self._weights is None else {"best_weights": self._weights}
+        return {"best_loss": self._best, "waited": self._waited, **best}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._best, self._waited = state["best_loss"].clone(), state["waited"].clone()
+        self._weights = state.get("best_weights")

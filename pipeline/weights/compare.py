@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.config import lies_in
-from pipeline.adapters.low_rank import LowRank
-from pipeline.adapters.peft.updates import LowRankUpdate
+from pipeline.adapters.low_rank import LowRank, LowRankUpdate
 from pipeline.calc.target_modules import ALL_LINEAR, matches_target
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget

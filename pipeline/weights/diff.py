@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.lora import MAGNITUDE
+from pipeline.adapters.low_rank import LowRankUpdate, layer_sort_key
 from pipeline.adapters.peft.tensors import COPY
-from pipeline.adapters.peft.updates import LowRankUpdate, layer_sort_key
 from pipeline.errors import UserError
 from pipeline.files.shards import TensorLocation, tensor_locations
 from pipeline.models.load import skeleton

@@ -15,8 +15,7 @@ from torch import Tensor
 from pipeline.adapters.attach import adaptable
 from pipeline.adapters.config import CONFIG
 from pipeline.adapters.folder import refuse_foreign
-from pipeline.adapters.low_rank import LowRank
-from pipeline.adapters.peft.updates import load_update
+from pipeline.adapters.low_rank import LowRank, load_update
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import weight_files

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX, adapter_layers, tensors
 from pipeline.adapters.config import WEIGHTS, AdapterSpec
-from pipeline.adapters.dora import DoRALinear
 from pipeline.adapters.folder import quantization_of, refuse_virtual
-from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, factors, fan_in_fan_out
+from pipeline.adapters.lora import DoRALinear, LoRAEmbedding, LoRALinear, factors, fan_in_fan_out
 from pipeline.adapters.peft.load import load_adapter, other_embedding
 from pipeline.adapters.peft.tensors import COPY
 from pipeline.adapters.token_rows import BY_ROWS
@@ -169,7 +168,8 @@ def attach_to_meta_model(
     """
     refuse_virtual(adapter)
     spec = load_adapter(model, base, adapter)
-    assert isinstance(spec, AdapterSpec)
+    if not isinstance(spec, AdapterSpec):
+        raise UserError(f"{adapter} is no LoRA, so it cannot be merged. Use it on its base: `lora prompt --adapter`.")
     # PEFT saves a copy of an embedding with LoRA on it; only the base's files can tell whether it is the base's
     for key, value in load_tensors(adapter / WEIGHTS).items():  # `load_adapter` has checked that they are finite
         if key.endswith(COPY):

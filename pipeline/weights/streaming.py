@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.adapters.dora import LEAST
+from pipeline.adapters.lora import LEAST
 from pipeline.adapters.low_rank import squared_norm
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST, read_json, write_json

@@ -22,7 +22,7 @@ _SERVER.set_forkserver_preload(
         "rich.progress",
         "pipeline.stages.pretrain",
         "pipeline.stages.finetune",
-        "pipeline.stages.sweep",
+        "pipeline.stages.methods.sweep",
         # What a child would else import when it opens a base of transformers: three seconds each time.
         "accelerate",
         "torch.distributed.fsdp",

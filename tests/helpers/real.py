@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,11 @@ from pipeline.project.logs.run_log import Step
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event
 from pipeline.stages.methods.full import COUNTED as FULL
-from pipeline.training.batches import Batches
+from pipeline.training.batches import Batch, Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.optimizer import FlatAdam
+from pipeline.training.retention import RetentionLoss
+from pipeline.training.step import Gradient, Learner, OneLearner, gradients
 from tests.helpers.families import FAMILIES
 from tests.helpers.projects import make_one
 
@@ -95,7 +97,16 @@ def trained(model: CausalLM, batches: Batches, settings: Training, **task: Any) 
 
 
 def steps_of(model: CausalLM, batches: Batches, settings: Training, optimizer: FlatAdam, **task: Any) -> Iterator[Step]:
-    return steps(TrainingTask(model.train(), batches, settings, FULL, **task), optimizer)
+    task_ = TrainingTask.of_one(model.train(), batches, settings, FULL, **task)
+    return (record for by_learner in steps(task_, optimizer) for record in by_learner.values())
+
+
+def gradient_of(
+    model: CausalLM, batches: list[Batch], optimizer: FlatAdam, retain: RetentionLoss | None = None
+) -> Gradient:
+    """Backward through these batches as one step, collected in the optimizer."""
+    learner = Learner(Training(), cast(Batches, [batches]), retain)
+    return gradients(OneLearner(model), [learner], [0], optimizer, 0)[0]
 
 
 def notes(events: Sequence[Event]) -> str:

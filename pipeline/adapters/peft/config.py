@@ -1,15 +1,15 @@
 """adapter_config.json ↔ AdapterSpec: written as PEFT writes it; on reading, an unsupported field is rejected."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.config import CONFIG, VIRTUAL, AdapterSpec
+from pipeline.adapters.config import CONFIG, LORA, VIRTUAL, AdapterSpec
 from pipeline.errors import UserError
 from pipeline.files.patterns import block_pattern, end_pattern, problem
 from pipeline.files.text import abbreviate_repr
 
-KIND = "LORA"
 # PEFT's options that change what an adapter computes, each with its only supported value;
 _PLAIN: dict[str, Any] = {"bias": "none", "lora_bias": False}
 # options that are read; and options without effect once an adapter is trained. Any other option must be empty.
@@ -43,7 +43,7 @@ _RANKS, _ALPHAS = (1, 10**6), (1e-9, 1e9)
 def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, Any]:
     """adapter_config.json; `transposed`: whether the layers store their weights as GPT-2's Conv1D does."""
     return {
-        "peft_type": KIND,
+        "peft_type": LORA,
         **_PLAIN,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -101,6 +101,16 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
     )
 
 
+def refuse_options(config: Mapping[str, Any], path: Path, plain: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises UserError for an option of `plain` with another value than there, and for one that is not `known`."""
+    for key, supported in plain.items():
+        if (config.get(key) or supported) != supported:
+            raise UserError(f"{path}: {key} is {config[key]!r}; only {supported!r} is supported so far.")
+    for key in sorted(config.keys() - plain.keys() - {*known}):
+        if config[key]:
+            raise UserError(f"{path}: {key} is {config[key]!r}; it is not supported so far.")
+
+
 @dataclass(frozen=True)
 class _Config:
     """The values of adapter_config.json, validated one by one. Raises UserError."""
@@ -112,10 +122,10 @@ class _Config:
         return self.values.get(key)
 
     def refuse_options(self) -> None:
-        kind = self.get("peft_type") or KIND
-        if kind != KIND:
+        kind = self.get("peft_type") or LORA
+        if kind != LORA:
             raise UserError(
-                f"{self.path}: peft_type must be {KIND}, {' or '.join(VIRTUAL)}, got {abbreviate_repr(kind, 200)}. "
+                f"{self.path}: peft_type must be {LORA}, {' or '.join(VIRTUAL)}, got {abbreviate_repr(kind, 200)}. "
                 "Train one of these, or convert the adapter with PEFT's save_as_lora if its method allows that."
             )
         if self.values.get("init_lora_weights", True) not in _KEEPS_BASE:
@@ -123,12 +133,7 @@ class _Config:
                 f"{self.path}: init_lora_weights is {self.get('init_lora_weights')!r}, which also changes the base. "
                 "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
             )
-        for key, supported in _PLAIN.items():
-            if (self.get(key) or supported) != supported:
-                raise UserError(f"{self.path}: {key} is {self.get(key)!r}; only {supported!r} is supported so far.")
-        for key in sorted(self.values.keys() - _PLAIN.keys() - _READ - _HARMLESS):
-            if self.get(key):
-                raise UserError(f"{self.path}: {key} is {self.get(key)!r}; it is not supported so far.")
+        refuse_options(self.values, self.path, _PLAIN, _READ | _HARMLESS)
 
     def number(self, key: str, value: Any, whole: bool = False) -> Any:
         kinds, (least, most) = (int, _RANKS) if whole else ((int, float), _ALPHAS)

@@ -1,6 +1,5 @@
 """Prompt and prefix tuning: initialize virtual tokens, save and load them in PEFT's format."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from pipeline.adapters.config import CONFIG, VIRTUAL, WEIGHTS
 from pipeline.adapters.folder import read_config
+from pipeline.adapters.peft.config import refuse_options
 from pipeline.adapters.peft.tensors import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -53,10 +53,7 @@ def attach_virtual_tokens(model: CausalLM, spec: VirtualSpec, vocabulary: int, s
         )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (1, spec.tokens), generator=generator).to(model.device)
-    if spec.kind == "prompt":
-        virtual: VirtualTokens = PromptTokens(model.embeddings(ids)[0].clone())
-    else:
-        virtual = prefix_of(model.keys_and_values(ids), len(model.blocks))
+    virtual = _virtual_tokens(model, spec.kind, ids)
     model.requires_grad_(False)
     model.set_virtual_tokens(virtual)
 
@@ -96,13 +93,14 @@ def config_of(model: CausalLM, virtual: VirtualTokens, base_name: str) -> dict[s
     }
 
 
-def load_virtual(model: CausalLM, folder: Path) -> VirtualSpec:
+@torch.no_grad()
+def load_virtual(model: CausalLM, _base_folder: Path, folder: Path) -> VirtualSpec:
     """Give `model`, or its skeleton, the virtual tokens in `folder`; their base was checked before.
 
     Raises UserError for tensors that its config and this model do not require, or that are not finite.
     """
     config, path = read_config(folder), folder / CONFIG
-    _refuse_options(config, path)
+    refuse_options(config, path, _PLAIN, _READ | _HARMLESS)
     kind, n = VIRTUAL[config["peft_type"]], config.get("num_virtual_tokens")
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise UserError(f"{path}: num_virtual_tokens must be a whole number from 1, got {n!r}.")
@@ -110,44 +108,25 @@ def load_virtual(model: CausalLM, folder: Path) -> VirtualSpec:
         raise UserError(
             f"{path}: num_virtual_tokens must be below the base's {model.shape.positions} positions, got {n}."
         )
-    template = _template(model, kind)
+    one = _virtual_tokens(model, kind, torch.zeros(1, 1, dtype=torch.long, device=model.device))  # for the shape
     values = read_tensors(folder)
-    expected = {KEY: (n, template.prompt_embeddings.shape[1])}
+    expected = {KEY: (n, one.prompt_embeddings.shape[1])}
     refuse_difference(expected, {key: tuple(t.shape) for key, t in values.items()}, str(folder / WEIGHTS))
-    _refuse_other_shape(config, path, template)
-    model.set_virtual_tokens(_with_values(template, values[KEY], model))
+    tokens = values[KEY].to("cpu" if model.device.type == "meta" else model.device, copy=True)
+    virtual: VirtualTokens = PromptTokens(tokens)
+    if isinstance(one, PrefixTokens):
+        # a prefix of other heads or blocks can have as many numbers
+        for key, count in (("num_attention_heads", one.groups), ("num_layers", one.layers)):
+            if config.get(key) != count:
+                raise UserError(f"{path}: {key} is {config.get(key)!r}, but the base has {count}.")
+        virtual = PrefixTokens(tokens, one.layers, one.groups)
+    model.set_virtual_tokens(virtual)
     model.requires_grad_(False)
     return VirtualSpec(kind, n)
 
 
-def _refuse_options(config: Mapping[str, Any], path: Path) -> None:
-    for key, supported in _PLAIN.items():
-        if (config.get(key) or supported) != supported:
-            raise UserError(f"{path}: {key} is {config[key]!r}; only {supported!r} is supported so far.")
-    for key in sorted(config.keys() - _PLAIN.keys() - _READ - _HARMLESS):
-        if config[key]:
-            raise UserError(f"{path}: {key} is {config[key]!r}; it is not supported so far.")
-
-
-@torch.no_grad()
-def _template(model: CausalLM, kind: str) -> VirtualTokens:
-    """One virtual token on this model, for its shape."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+def _virtual_tokens(model: CausalLM, kind: str, ids: Tensor) -> VirtualTokens:
+    """Virtual tokens that compute what the tokens `ids` (1, n) do."""
     if kind == "prompt":
-        return PromptTokens(model.embeddings(ids)[0])
+        return PromptTokens(model.embeddings(ids)[0].clone())
     return prefix_of(model.keys_and_values(ids), len(model.blocks))
-
-
-def _refuse_other_shape(config: Mapping[str, Any], path: Path, template: VirtualTokens) -> None:
-    """Raises UserError for a prefix of other heads or blocks: as many numbers can be split differently."""
-    if isinstance(template, PrefixTokens):
-        for key, count in (("num_attention_heads", template.groups), ("num_layers", template.layers)):
-            if config.get(key) != count:
-                raise UserError(f"{path}: {key} is {config.get(key)!r}, but the base has {count}.")
-
-
-def _with_values(template: VirtualTokens, values: Tensor, model: CausalLM) -> VirtualTokens:
-    values = values.to("cpu" if model.device.type == "meta" else model.device, copy=True)
-    if isinstance(template, PrefixTokens):
-        return PrefixTokens(values, template.layers, template.groups)
-    return PromptTokens(values)

@@ -64,7 +64,7 @@ STUDY = Study(
 
 def measure(job: Job, settings: StudySpectrum) -> Generator[Event, None, Findings]:
     """Train full fine-tuning and LoRA of two ranks with each seed → four tables."""
-    from pipeline.adapters.peft.updates import load_update
+    from pipeline.adapters.low_rank import load_update
     from pipeline.inference import engine
 
     base = job.artifact("expand_vocab")

@@ -10,10 +10,10 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
+from pipeline.adapters.attach import AdapterScale
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import quantization_of
 from pipeline.adapters.peft.load import load_adapter
-from pipeline.adapters.scale import AdapterScale
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.digest_cache import Signature, signature

@@ -12,7 +12,7 @@ Trained = Annotated[
     Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters"),
 ]
 Quantization = Literal["none", "int8", "nf4", "nf4-dq"]  # names as in the calculator
-Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see `adapters/init.py`
+Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see `adapters/lora.py`
 
 
 class Training(Section, frozen=True, kw_only=True):

@@ -60,7 +60,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     folder = job.artifact("expand_vocab")
     base = untrained_base(job, settings.precision)
     batches, evaluation = yield from prepare_data(job, settings, base)
-    optimizer = yield from train(job, TrainingTask(base.model, batches, settings, FULL, evaluation))
+    optimizer = yield from train(job, TrainingTask.of_one(base.model, batches, settings, FULL, evaluation))
     stored = None if stored_precision(folder) == settings.precision else untrained_base(job, None).model
     return save_checkpoint(job, base, optimizer, trained_from=stored)
 

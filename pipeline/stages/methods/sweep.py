@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -21,12 +21,12 @@ from pipeline.project.stage_graph import Project, Stage
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec, new_rows, note_wide_rank, save_files
 
 if TYPE_CHECKING:
+    from pipeline.adapters.batched import AdapterRouting
     from pipeline.adapters.config import AdapterSpec
     from pipeline.data.windows import Dataset
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
-    from pipeline.training.batched.loop import AdapterProgress
-    from pipeline.training.batched.step import Variant
+    from pipeline.training.step import Learner
 
 MAX_ADAPTERS = 256  # adapters in one pass
 MAX_NAME = 100  # characters of a name, which is also a folder's
@@ -102,19 +102,19 @@ STAGE = Stage(
 def run(job: Job) -> Generator[Event, None, Facts]:
     """Train the grid → an adapter folder for each combination, and sweep.json with the outcome of each.
 
-    Raises UserError, and whatever `train_batched` raises.
+    Raises UserError, and whatever `train` raises.
     """
     import torch
 
     from pipeline.adapters.attach import attach
     from pipeline.adapters.batched import attach_many
     from pipeline.models.load import DTYPES, load_base
-    from pipeline.training.batched.evaluation import BatchedEvaluation
-    from pipeline.training.batched.run import train_batched
-    from pipeline.training.batched.step import BatchedTrainingTask
+    from pipeline.training.batched import ManyAdapters
     from pipeline.training.data import build_datasets
+    from pipeline.training.loop import TrainingTask, train
+    from pipeline.training.optimizer import refuse_long_warmup
     from pipeline.training.retention import load_retention_texts
-    from pipeline.training.schedule import refuse_long_warmup
+    from pipeline.training.step import Evaluation
 
     params = job.project.params
     settings, grid = params.finetune_lora, variants(params.finetune_lora, params.finetune_sweep)
@@ -140,18 +140,20 @@ def run(job: Job) -> Generator[Event, None, Facts]:
             attach(base.model, specs[name], DTYPES[lora.adapter_precision], lora.init_lora_weights)
         notes.extend(note_wide_rank(base.model))
 
-    share = attach_many(base.model, [partial(attach_one, name, lora) for name, lora in grid.items()])
+    routing = attach_many(base.model, [partial(attach_one, name, lora) for name, lora in grid.items()])
     yield from dict.fromkeys(notes)
-    adapters = tuple(_variant(name, lora, dataset, texts) for name, lora in grid.items())
-    for adapter in adapters:
-        with _add_name_to_error(adapter.name):
-            refuse_long_warmup(adapter.settings, adapter.settings.epochs * len(adapter.batches), job.stage.section)
-    every = settings.eval_every or len(adapters[0].batches)
+    learners = [_learner(base, routing, name, lora, dataset, texts) for name, lora in grid.items()]
+    for learner in learners:
+        with _add_name_to_error(learner.name):
+            refuse_long_warmup(learner.settings, learner.settings.epochs * len(learner.batches), job.stage.section)
     evaluation = None
     if held_out is not None:
-        evaluation = BatchedEvaluation(held_out, settings.batch_size, every, settings.patience, len(grid))
-    progress = yield from train_batched(job, BatchedTrainingTask(base.model, share, adapters, evaluation))
-    return _save_adapters(job, base, grid, specs, progress)
+        every = settings.eval_every or len(learners[0].batches)
+        evaluation = Evaluation(held_out, settings.batch_size, every, settings.patience, len(learners))
+    less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
+    path = ManyAdapters(base.model, routing)
+    yield from train(job, TrainingTask(base.model, learners, path, evaluation, less_memory=less))
+    return _save_adapters(job, base, specs, learners)
 
 
 def variants(base: FinetuneLora, sweep: FinetuneSweep) -> dict[str, FinetuneLora]:
@@ -206,22 +208,21 @@ def _add_name_to_error(adapter: str) -> Iterator[None]:
         raise UserError(f"finetune_sweep, {adapter}: {error}") from None
 
 
-def _variant(name: str, own: FinetuneLora, learned: Dataset, texts: Dataset | None) -> Variant:
-    from pipeline.training.batched.step import Variant
+def _learner(
+    base: Base, routing: AdapterRouting, name: str, own: FinetuneLora, learned: Dataset, texts: Dataset | None
+) -> Learner:
     from pipeline.training.batches import Batches
+    from pipeline.training.retention import RetentionLoss
+    from pipeline.training.step import Learner
 
     batches = Batches(learned, own.batch_size, own.seed, own.gradient_accumulation_steps)
-    retained = Batches(texts, own.retention_batch_size, own.seed) if texts is not None and own.retains else None
-    return Variant(name, own, batches, retained)
+    retain = None
+    if texts is not None and own.retains:
+        retain = RetentionLoss(base.model, texts, own, routing.base)
+    return Learner(own, batches, retain, name)
 
 
-def _save_adapters(
-    job: Job,
-    base: Base,
-    grid: Mapping[str, FinetuneLora],
-    specs: Mapping[str, AdapterSpec],
-    progress: AdapterProgress,
-) -> Facts:
+def _save_adapters(job: Job, base: Base, specs: Mapping[str, AdapterSpec], learners: Sequence[Learner]) -> Facts:
     """Save each adapter that did not diverge in its own folder, sealed like finetune_lora's artifact."""
     from pipeline.adapters.batched import only_adapter, trained_by
     from pipeline.files import artifact
@@ -234,19 +235,19 @@ def _save_adapters(
     total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
     commit = provenance.commit(job.stage.module)
     rows: dict[str, Any] = {}
-    for number, (name, lora) in enumerate(grid.items()):
+    for number, learner in enumerate(learners):
+        name, lora = learner.name, learner.settings
         steps = read_steps(job.run / name / LOSS)
         held_out = [step.eval_loss for step in steps if step.eval_loss is not None]
         trained = trained_by(base.model, number)
-        diverged = bool(progress.diverged[number])
         rows[name] = {
-            "state": DIVERGED if diverged else STOPPED if progress.stopped[number] else DONE,
+            "state": DIVERGED if learner.diverged else DONE if learner.stopped is None else STOPPED,
             "trainable": trained,
             "steps": len(steps),
             "final_loss": final_loss(steps),
             "eval_loss": min(held_out) if lora.patience and held_out else held_out[-1] if held_out else None,
         }
-        if diverged:
+        if learner.diverged:
             continue
         out = job.out / name
         out.mkdir()

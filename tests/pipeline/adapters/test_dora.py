@@ -13,14 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.adapters.attach import adapter_layers, attach, disable_adapter
+from pipeline.adapters.attach import AdapterScale, adapter_layers, attach, disable_adapter
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.dora import DoRALinear
-from pipeline.adapters.lora import weight_out_in
+from pipeline.adapters.lora import DoRALinear, weight_out_in
+from pipeline.adapters.low_rank import load_update
 from pipeline.adapters.peft.load import load_adapter
 from pipeline.adapters.peft.save import save_adapter
-from pipeline.adapters.peft.updates import load_update
-from pipeline.adapters.scale import AdapterScale
 from pipeline.errors import UserError
 from pipeline.export.model_card import card
 from pipeline.inference import catalog

@@ -26,7 +26,7 @@ from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.registry import COUNTED
 from pipeline.training import losses
-from pipeline.training.memory.live_bytes import TensorMemoryMeter
+from pipeline.training.memory import TensorMemoryMeter
 
 
 @dataclass(frozen=True)

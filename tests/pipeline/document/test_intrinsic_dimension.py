@@ -87,11 +87,11 @@ def task(of: MiniGPT) -> TrainingTask:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(2, 20, (8, 5), generator=generator).tolist()
     windows = [Window(0, tuple(row[:4]), tuple(row[1:])) for row in rows]
-    return TrainingTask(of, Batches(InMemoryDataset(windows, ["x"] * 8), 4, 0), SETTINGS, FULL)
+    return TrainingTask.of_one(of, Batches(InMemoryDataset(windows, ["x"] * 8), 4, 0), SETTINGS, FULL)
 
 
 def losses(of: MiniGPT, optimizer: FlatAdam) -> list[float]:
-    return [step.loss for step in steps(task(of), optimizer)]
+    return [by_learner[0].loss for by_learner in steps(task(of), optimizer)]
 
 
 def size_of(of: MiniGPT) -> int:

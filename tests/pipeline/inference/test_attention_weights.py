@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from pipeline.adapters.attach import adapter_layers
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import factors
-from pipeline.adapters.low_rank import singular_values
-from pipeline.adapters.peft.updates import spectra
+from pipeline.adapters.low_rank import singular_values, spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
 from pipeline.inference import engine

@@ -25,11 +25,10 @@ from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.retention import COMPLETION, RetentionLoss, load_retention_texts
-from pipeline.training.step import gradient
 from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.projects import STAGES, make, played
-from tests.helpers.real import listed, loss_alone, run_stage, stock, toy, trained, windows_of
+from tests.helpers.real import gradient_of, listed, loss_alone, run_stage, stock, toy, trained, windows_of
 
 LENGTHS = (7, 2, 12, 5)
 SPECS: dict[str, dict[str, Any]] = {
@@ -105,7 +104,7 @@ def test_divergence_and_gradient_are_those_of_two_models_side_by_side(
     assert (sum(lengths) > CHUNK) == (lengths != LENGTHS)
     other = copy.deepcopy(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    found = gradient(model, batches[0], optimizer, retain, 0)
+    found = gradient_of(model, batches[0], optimizer, retain)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the adapter is enabled again"
 
     loss = torch.stack([loss_alone(_as_theirs(other), window) for window in learned]).sum() / 19
@@ -144,7 +143,7 @@ def test_a_model_that_cannot_read_end_to_end_retains_one_text_at_a_time() -> Non
                 if name.endswith("lora_B"):
                     p.normal_(std=0.3)
         retain = RetentionLoss(model.train(), texts(), settings())
-        results.append(gradient(model, [one_batch(texts((3, 5)))], FlatAdam(model), retain, 0))
+        results.append(gradient_of(model, [one_batch(texts((3, 5)))], FlatAdam(model), retain))
     assert results[0].divergence == pytest.approx(results[1].divergence, rel=1e-4)
     assert results[0].norm == pytest.approx(results[1].norm, rel=1e-4)
     assert results[0].divergence and results[0].divergence > 1e-4
@@ -154,8 +153,8 @@ def test_every_text_has_its_turn_and_a_step_has_the_same_ones_whenever_it_comes(
     found = texts((2, 3, 4, 5, 6, 7, 8))
     model = adapted()
     one, other = (RetentionLoss(model, found, settings(retention_batch_size=3)) for _ in range(2))
-    turns = [[batch.numbers for batch in one.batches(step)] for step in range(6)]
-    assert [[batch.numbers for batch in other.batches(step)] for step in (5, 2, 0)] == [turns[5], turns[2], turns[0]]
+    turns = [[batch.numbers for batch in one.batches[step]] for step in range(6)]
+    assert [[batch.numbers for batch in other.batches[step]] for step in (5, 2, 0)] == [turns[5], turns[2], turns[0]]
     for epoch in (turns[:3], turns[3:]):
         assert sorted(n for step in epoch for batch in step for n in batch) == list(range(7))
 

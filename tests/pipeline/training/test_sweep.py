@@ -14,8 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from pipeline.adapters.batched import AdapterRouting, BatchedLoRALinear, StackedParameters, attach_many, layers
-from pipeline.adapters.batched_matmul import batched_lora_forward
+from pipeline.adapters.batched import (
+    AdapterRouting,
+    BatchedLoRALinear,
+    StackedParameters,
+    attach_many,
+    batched_lora_forward,
+    layers,
+)
 from pipeline.adapters.lora import LoRALinear
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -26,7 +32,7 @@ from pipeline.project.runner import Note, run
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.sweep import FinetuneSweep, variants
 from pipeline.stages.methods.sweep import run as sweep
-from pipeline.training.optimizer import BatchedAdam
+from pipeline.training.optimizer import FlatAdam
 from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES
 from tests.helpers.families import new_project as family_project
@@ -241,7 +247,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(mini: Path, step: int) -
     command += ["--checkpoint-every", "4", "--set", "finetune_lora.eval_share=0.3"]
     assert Forked(command, mini).end()[0] == 0
     expected = folder_bytes(mini / "artifacts" / "sweep")
-    dies = ("pipeline.training.optimizer.BatchedAdam.step", step)
+    dies = ("pipeline.training.optimizer.FlatAdam.step", step)
     code, _ = Forked(command, mini, dies).end()
     assert code == -signal.SIGKILL
     assert folder_bytes(mini / "artifacts" / "sweep") == expected
@@ -355,7 +361,11 @@ def test_adam_on_rows_is_adam_on_each_row(starts: list[list[float]], data: st.Da
     ratios = data.draw(st.lists(st.floats(0.1, 10), min_size=len(starts), max_size=len(starts)))
     both = nn.Parameter(torch.tensor(starts))
     other = nn.Parameter(torch.tensor(starts)[:, :1].clone())
-    many = BatchedAdam([both, other], [1.0, torch.tensor(ratios)])
+    model = nn.Module()
+    model.register_parameter("both", both)
+    model.linear = nn.Module()
+    model.linear.register_parameter("lora_B", other)
+    many = FlatAdam(model, ratios=ratios)
     single = [[nn.Parameter(p[n].detach().clone()) for p in (both, other)] for n in range(len(starts))]
     adams = [
         torch.optim.Adam([{"params": [a], "lr": r}, {"params": [b], "lr": r * ratio}])
@@ -363,9 +373,9 @@ def test_adam_on_rows_is_adam_on_each_row(starts: list[list[float]], data: st.Da
     ]
     for step in range(4):
         gradients = [torch.randn(len(starts), width, generator=torch.Generator().manual_seed(step)) for width in (2, 1)]
-        both.grad, other.grad = (g.clone() for g in gradients)
+        torch.autograd.backward([both, other], gradients)
         assert_close(many.collect_gradients(), torch.cat(gradients, 1).norm(dim=1))
-        many.step(rates)
+        many.step(*rates)
         for n, adam in enumerate(adams):
             for p, g in zip(single[n], gradients, strict=True):
                 p.grad = g[n].clone()
@@ -378,9 +388,10 @@ def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
     """Rows of a lower rank and layers that are not targeted: training must leave them zero."""
     from pipeline.models.load import load_base
     from pipeline.stages.methods.lora import lora_spec
-    from pipeline.training.batched.loop import AdapterProgress, steps
-    from pipeline.training.batched.step import BatchedTrainingTask, Variant
+    from pipeline.training.batched import ManyAdapters
     from pipeline.training.batches import Batches
+    from pipeline.training.loop import TrainingTask, build_optimizer, steps
+    from pipeline.training.step import Learner
     from tests.helpers.real import listed, windows_of
 
     model = load_base(mini / "artifacts" / "expanded").model
@@ -388,9 +399,8 @@ def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
     ways = [lambda own=own: attach_one(model, lora_spec(model, own, ())) for own in own]
     share = attach_many(model, ways)
     data = listed(windows_of([4, 4, 4, 4, 4]))
-    task = BatchedTrainingTask(model, share, tuple(Variant(str(n), s, Batches(data, 2, 0)) for n, s in enumerate(own)))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    list(steps(task, BatchedAdam(trained, [1.0] * len(trained)), AdapterProgress.of(2)))
+    learners = [Learner(settings, Batches(data, 2, 0)) for settings in own]
+    list(steps(TrainingTask(model, learners, ManyAdapters(model, share)), build_optimizer(model, *own)))
     for layer in layers(model):
         if "lora_A" in layer.trained:
             A, B = layer.trained["lora_A"], layer.trained["lora_B"]

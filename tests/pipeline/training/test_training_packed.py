@@ -17,9 +17,9 @@ from pipeline.project.params.sections import Training
 from pipeline.training import losses
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.optimizer import FlatAdam
-from pipeline.training.step import gradient, loss_of
+from pipeline.training.step import loss_of
 from tests.helpers.families import FAMILIES
-from tests.helpers.real import ROWS, listed, loss_alone, stock, toy, trained, windows_of
+from tests.helpers.real import ROWS, gradient_of, listed, loss_alone, stock, toy, trained, windows_of
 
 LENGTHS = (7, 1, 12, 5, 2, 19)
 CONVOLVES: dict[str, Any] = {  # its short convolutions cross the border between two sequences
@@ -54,7 +54,7 @@ def fast_decoding(model: TransformersModel, lengths: Sequence[int]) -> tuple[flo
 
 def assert_same_gradient(model: TransformersModel, batches: list[Batch], lengths: Sequence[int]) -> None:
     loss, expected = fast_decoding(model, lengths)
-    found = gradient(model.train(), batches, FlatAdam(model), None, 0)
+    found = gradient_of(model.train(), batches, FlatAdam(model))
     ours = gradients(model)
     assert found.loss == pytest.approx(loss, rel=1e-5)
     assert found.norm == pytest.approx(float(torch.cat([g.flatten() for g in expected.values()]).norm()), rel=1e-4)
@@ -130,7 +130,7 @@ def test_logits_are_made_at_labels_alone_and_a_chunk_at_a_time(name: str) -> Non
     assert batch.tokens > losses.CHUNK
     optimizer = FlatAdam(model.train())
     with rows_of(model.head) as rows:
-        gradient(model, [batch], optimizer, None, 0)
+        gradient_of(model, [batch], optimizer)
     assert sum(rows) == batch.tokens < batch.ids.numel()
     assert max(rows) <= losses.CHUNK
     optimizer.clear()
@@ -203,7 +203,7 @@ def test_pitfall_17_a_mean_of_means_would_be_another_number() -> None:
     for step in range(len(batches)):
         with torch.no_grad():
             parts = [(float(loss_of(model, batch)), batch.tokens) for batch in batches[step]]
-        found = gradient(model, batches[step], optimizer, None, 0).loss
+        found = gradient_of(model, batches[step], optimizer).loss
         assert found == pytest.approx(sum(loss * n for loss, n in parts) / sum(n for _, n in parts), rel=1e-5)
         assert found != pytest.approx(sum(loss for loss, _ in parts) / len(parts), rel=1e-2)
         optimizer.clear()

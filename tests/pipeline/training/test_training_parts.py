@@ -22,13 +22,11 @@ from pipeline.inference.score import score
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batches, collate
-from pipeline.training.memory.live_bytes import TensorMemoryMeter
-from pipeline.training.optimizer import FlatAdam
-from pipeline.training.schedule import rate
-from pipeline.training.step import gradient
+from pipeline.training.memory import TensorMemoryMeter
+from pipeline.training.optimizer import FlatAdam, rate
 from tests.helpers.families import FAMILIES, TEXTS, new_project, tokenizer
 from tests.helpers.projects import make
-from tests.helpers.real import listed, loss_alone, steps_of, stock, toy, trained, windows_of, with_lora
+from tests.helpers.real import gradient_of, listed, loss_alone, steps_of, stock, toy, trained, windows_of, with_lora
 
 How = Literal["none", "selective", "full"]
 LENGTHS = (9, 3, 14, 6, 2, 11)
@@ -119,7 +117,7 @@ def test_a_clipped_gradient_has_the_norm_asked_for_and_its_direction(largest: fl
     torch.autograd.backward(model(torch.randn(4, 5)).square().sum())
     before = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
     norm = optimizer.collect_gradients().item()
-    optimizer.clip(norm, largest)
+    optimizer.clip(0, norm, largest)
     after = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert float(after.norm()) == pytest.approx(min(norm, largest), rel=1e-5)
     torch.testing.assert_close(after * norm, before * min(norm, largest), rtol=1e-4, atol=1e-6)
@@ -136,7 +134,7 @@ def step_of(model: TransformersModel, how: How) -> tuple[float, dict[str, Tensor
     live = TensorMemoryMeter()
     live.watch([*model.parameters(), *optimizer.tensors()])
     with live:
-        found = gradient(model, [batch], optimizer, None, 0)
+        found = gradient_of(model, [batch], optimizer)
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return found.loss, grads, live.peak
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,13 +15,11 @@ from safetensors.torch import load_file, save_file
 from pipeline.data.examples import in_evaluation
 from pipeline.data.read import iter_examples
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.runner import Progress, checkpoints, run
-from pipeline.training.evaluation import Evaluation
-from pipeline.training.optimizer import FlatAdam
-from pipeline.training.schedule import rate
+from pipeline.training.optimizer import FlatAdam, rate
+from pipeline.training.step import Evaluation, LossPath
 from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, TEXTS, new_project
 from tests.helpers.process import Forked
@@ -289,11 +287,11 @@ def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_w
     """The optimizer has taken the step, but its record is not logged: a checkpoint would repeat it on resume."""
     overrides, real, seen = given(patience=0, epochs=4), Evaluation.after_step, list[int]()
 
-    def going(self: Evaluation, model: CausalLM, optimizer: FlatAdam) -> float:
+    def going(self: Evaluation, path: LossPath, optimizer: FlatAdam, live: Sequence[int]) -> dict[int, float]:
         seen.append(optimizer.steps)
         if len(seen) == 2:
             raise RuntimeError("gloo: Connection closed by peer")
-        return real(self, model, optimizer)
+        return real(self, path, optimizer, live)
 
     with monkeypatch.context() as patched:
         patched.setattr(Evaluation, "after_step", going)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from pipeline.adapters.low_rank import LowRank
-from pipeline.adapters.peft.updates import load_update
+from pipeline.adapters.low_rank import LowRank, load_update
 from pipeline.weights.combine import Combined, CombineOptions, Method, combine
 from tests.helpers.real import stock, toy
 from tests.pipeline.adapters.test_peft_interop import randomized

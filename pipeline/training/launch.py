@@ -24,15 +24,15 @@ def end_with_launcher() -> None:
     earlier, and sends only one signal: SIGTERM writes a checkpoint, SIGKILL ends a worker that does not handle SIGTERM.
     """
     launcher = int(os.environ.get(LAUNCHER, os.getppid()))
-    threading.Thread(target=_stop_after, args=(launcher,), name="launcher", daemon=True).start()
 
+    def stop_after_launcher() -> None:
+        while os.getppid() == launcher:
+            time.sleep(POLL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)  # a collective that hangs holds the main thread, which then never handles SIGTERM
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def _stop_after(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(POLL)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)  # a collective that hangs holds the main thread, which then never handles SIGTERM
-    os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=stop_after_launcher, name="launcher", daemon=True).start()
 
 
 def launch(devices: int, arguments: Sequence[str]) -> int:
@@ -40,13 +40,17 @@ def launch(devices: int, arguments: Sequence[str]) -> int:
 
     Raises UserError if there are fewer devices, or if the run failed without an error message from rank 0.
     """
-    _refuse_too_many(devices)
+    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from pipeline.models.device import cores
 
+    gpus = torch.cuda.device_count()
+    if devices > (gpus or cores()):
+        limit = f"{gpus}, the number of GPUs" if gpus else f"{cores()}, the cores that this process may use"
+        raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")
     logging.disable(logging.CRITICAL)  # silences torchrun: this process does nothing else
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // devices)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -71,27 +75,11 @@ def launch(devices: int, arguments: Sequence[str]) -> int:
             return codes[0]
         killed = {rank: code for rank, code in codes.items() if code < 0}
         rank, code = next(iter(killed.items()), (min(codes), 1))
-        reason = f"was killed ({_signal_name(-code)})" if code < 0 else f"exited with code {code}"
+        reason = f"exited with code {code}"
+        if code < 0:
+            known = {number.value: number.name for number in signal.Signals}
+            reason = f"was killed ({known.get(-code, f'signal {-code}')})"
         raise UserError(
             f"rank {rank} of {devices} {reason}. Run the same command to resume from the last checkpoint."
         ) from None
     return 0
-
-
-def _signal_name(number: int) -> str:
-    """Such as SIGKILL; the number if the system has no name for it."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _refuse_too_many(devices: int) -> None:
-    import torch
-
-    from pipeline.models.device import cores
-
-    gpus = torch.cuda.device_count()
-    if devices > (gpus or cores()):
-        limit = f"{gpus}, the number of GPUs" if gpus else f"{cores()}, the cores that this process may use"
-        raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")

@@ -1,20 +1,29 @@
-"""Collectives between the ranks of a run. In a single process they return their input unchanged.
+"""A distributed run: every rank trains on its share of each batch; rank 0 uses the cache and writes the artifact.
 
-CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next collective fail on the others.
+In a single process the collectives return their input unchanged. CPU tensors go over gloo, GPU tensors over NCCL. A
+rank that dies makes the next collective fail on the others.
 """
 
-from collections.abc import Mapping, Sequence
+import shutil
+import signal
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.models.base import CausalLM, LowBitLinear
 from pipeline.models.device import free_bytes, model_bytes
+from pipeline.project.process_rank import world
+from pipeline.project.runner import Event, Facts, Job, Work, run
+from pipeline.project.stage_graph import Project, Stage
 
 Item = TypeVar("Item")
+PATIENCE = timedelta(days=7)  # rank 0 may wait for another run's lock; a rank that died is noticed at once
 
 
 class CollectiveError(UserError):
@@ -27,10 +36,6 @@ class ProcessLost(CollectiveError):
     @classmethod
     def during(cls, stage: str, checkpoint_note: str = "") -> "ProcessLost":
         return cls(f"{stage}: another process of this run ended. {checkpoint_note}Run the same command to resume.")
-
-
-class WorkerFinished(Exception):
-    """Raised on ranks > 0 after the last step; rank 0 writes the artifact."""
 
 
 def is_main_process() -> bool:
@@ -51,7 +56,7 @@ def all_reduce_numbers(*numbers: float) -> list[float]:
     return [float(number) for number in total]
 
 
-def all_reduce_(tensor: Tensor) -> None:
+def all_reduce(tensor: Tensor) -> None:
     """Sum a tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -88,7 +93,7 @@ def broadcast_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return received
 
 
-def broadcast_(tensor: Tensor) -> None:
+def broadcast(tensor: Tensor) -> None:
     """Copy rank 0's values to every rank, in place."""
     if dist.is_initialized():
         dist.broadcast(tensor, src=0)
@@ -136,3 +141,78 @@ def shard(model: CausalLM, device: torch.device) -> None:
     replicated = {p for p in model.parameters() if p.requires_grad or id(p) not in in_blocks}
     for module in (*model.blocks, model.body):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
+
+
+def run_distributed(
+    project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int = 100
+) -> Generator[Event, None, Facts]:
+    """`run` on every rank; returns the manifest on rank 0 and {} on the others."""
+    with _process_group():
+        if not is_main_process():
+            with suppress(UserError, Interrupted):  # rank 0 reports it
+                _run_as_worker(project, stage, work, checkpoint_every)
+            return {}
+        started = False
+
+        def lead(job: Job) -> Generator[Event, None, Facts]:
+            nonlocal started
+            started = True
+            broadcast_object(job.key)
+            return (yield from _report_errors(work, job))
+
+        try:
+            return (yield from run(project, stage, lead, force=force, checkpoint_every=checkpoint_every))
+        except ProcessLost:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by torchrun; this rank still has to report the error
+            raise
+        finally:
+            if not started:  # the artifact came from the cache: the other ranks wait for a key
+                broadcast_object("")
+
+
+def _run_as_worker(project: Project, stage: Stage, work: Work, checkpoint_every: int) -> None:
+    """Do the same work as rank 0, in a folder that is deleted; nothing if rank 0 takes the result from the cache."""
+    scratch = project.run_folder(stage.name) / f".rank-{dist.get_rank()}"
+    try:
+        if key := broadcast_object(""):
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
+            (scratch / "out").mkdir(parents=True)
+            for _ in _report_errors(work, Job(project, stage, scratch / "out", scratch, key, checkpoint_every)):
+                pass
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _report_errors(work: Work, job: Job) -> Generator[Event, None, Facts]:
+    """The work; an error of this rank alone is raised on all ranks."""
+    try:
+        return (yield from work(job))
+    except CollectiveError:
+        raise
+    except UserError as error:
+        with suppress(RuntimeError):  # the other ranks have already exited
+            raise_on_all_ranks(str(error))
+        raise
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise ProcessLost.during(job.stage.name) from None
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    rank = world()
+    if torch.cuda.is_available():
+        if rank.local_world_size > torch.cuda.device_count():
+            raise UserError(
+                f"{rank.local_world_size} processes need as many GPUs, got {torch.cuda.device_count()}. Start fewer."
+            )
+        torch.cuda.set_device(rank.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -26,7 +26,7 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.training import losses
 from pipeline.training.batches import Batch
-from pipeline.training.memory.live_bytes import TensorMemoryMeter
+from pipeline.training.memory import TensorMemoryMeter
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of
 
@@ -36,25 +36,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
     """Peak memory of the second step in bytes (the first allocates the optimizer's state). Raises UserError."""
     _refuse_unsupported(config, method, run)
+    live = TensorMemoryMeter()
     try:
-        return _trace_peak(config, method, run)
+        with FakeTensorMode():
+            model = _build_model(config, run)
+            step = _training_step(model, method, run)
+            live.watch([*model.parameters(), *model.buffers()])
+            with live:
+                step()
+                live.peak = live.now
+                step()
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise UserError(
             f"--trace cannot build or run this model: {reason[0]}. Run without --trace to use the formula."
         ) from None
-
-
-def _trace_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
-    live = TensorMemoryMeter()
-    with FakeTensorMode():
-        model = _build_model(config, run)
-        step = (_project_step if _uses_project_step(model, run) else _library_step)(model, method, run)
-        live.watch([*model.parameters(), *model.buffers()])
-        with live:
-            step()
-            live.peak = live.now
-            step()
     return live.peak
 
 
@@ -77,40 +73,47 @@ def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run
         raise UserError("--trace supports the optimizers adamw, adam-flat and sgd, with adapters that cast weights.")
 
 
-def _project_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
-    """The step of `training/step.py`, without reading values, which fake tensors do not have."""
+def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
+    """This project's step, or that of the libraries' documentation: their norms, an optimizer with state per tensor.
+
+    Neither reads a value, which fake tensors do not have.
+    """
+    ours = isinstance(model, MiniGPT) or run.trainer
     _make_trainable(model, method, DTYPES[run.adapter_precision])
-    if isinstance(model, TransformersModel):
+    if ours and isinstance(model, TransformersModel):
         fuse_rms_norms(model, checked=False)
-    model.checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
-    optimizer = FlatAdam(model.train())
-    ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
-    at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
-    batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)
-
-    def step() -> None:
-        torch.autograd.backward(loss_of(model, batch, run.chunk))
-        optimizer.collect_gradients()
-        optimizer.step(1e-3)
-
-    return step
-
-
-def _library_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
-    """The step of the libraries' documentation: their norms, and an optimizer with state per tensor."""
-    _make_trainable(model, method, DTYPES[run.adapter_precision])
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
+    if ours:
+        flat = FlatAdam(model)
+        ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
+        at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
+        batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)
+
+        def our_step() -> None:
+            torch.autograd.backward(loss_of(model, batch, run.chunk))
+            flat.collect_gradients()
+            flat.step(1e-3)
+
+        return our_step
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, fused=True) if run.optimizer == "adamw" else torch.optim.SGD(trainable)
-    ids = torch.zeros(run.batch, run.sequence, dtype=torch.long)
-    labels = torch.zeros(run.batch, run.sequence, dtype=torch.long)
+    ids, labels = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
+    positions = torch.zeros(run.labels, dtype=torch.long)
 
-    def step() -> None:
-        torch.autograd.backward(_loss(model, ids, labels, run))
+    def library_step() -> None:
+        hidden = model.hidden_states(ids)  # (B, T, D)
+        if run.loss == "full":
+            loss = losses.full(model.logits, hidden, labels)
+        elif run.loss == "labels":
+            loss = losses.at_labels(model.logits, hidden, labels, positions)
+        else:
+            head = [p for p in model.head.parameters() if p.requires_grad]
+            loss = losses.chunked(model.logits, hidden, labels, positions, run.chunk, head)
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return library_step
 
 
 def _build_model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
@@ -123,14 +126,12 @@ def _build_model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
         return MiniGPT(MiniGPTConfig.from_opt(dict(config), "the config"))
     AttentionInterface.register(FUSED, _fused_attention)
     model = from_config(config, DTYPES[run.precision])
-    fused = run.attention == "sdpa" and not _eager_only(model.config)
+    # no kernel of torch supports softcapping and attention sinks
+    softcapped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    fused = run.attention == "sdpa" and not softcapped and model.config.model_type != "gpt_oss"
     implementation = packed_attention.NAME if run.attention == "short" else FUSED if fused else "eager"
     model.use_attention(implementation)
     return model
-
-
-def _uses_project_step(model: CausalLM, run: TrainingConfig) -> bool:
-    return isinstance(model, MiniGPT) or run.trainer
 
 
 FUSED = "fused_causal"
@@ -142,11 +143,6 @@ def _fused_attention(
     """SDPA with its causal flag, as on real tensors: with fake ones transformers would build a mask and copy it."""
     out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, None, **options)
     return out
-
-
-def _eager_only(config: Any) -> bool:
-    """Softcapping and attention sinks, which no kernel of torch supports."""
-    return getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
 
 
 def _make_trainable(model: CausalLM, method: Any, dtype: torch.dtype) -> None:
@@ -165,14 +161,3 @@ def _make_trainable(model: CausalLM, method: Any, dtype: torch.dtype) -> None:
     if train_embeddings:
         for module in (model.embeddings, model.head):
             module.requires_grad_(True)
-
-
-def _loss(model: CausalLM, ids: Tensor, labels: Tensor, run: TrainingConfig) -> Tensor:
-    hidden = model.hidden_states(ids)  # (B, T, D)
-    if run.loss == "full":
-        return losses.full(model.logits, hidden, labels)
-    positions = torch.zeros(run.labels, dtype=torch.long)
-    if run.loss == "labels":
-        return losses.at_labels(model.logits, hidden, labels, positions)
-    trained = [p for p in model.head.parameters() if p.requires_grad]
-    return losses.chunked(model.logits, hidden, labels, positions, run.chunk, trained)

@@ -1,11 +1,19 @@
-"""The memory calculator's prediction for a training step, and settings that would lower it."""
+"""Memory of a training step: the calculator's prediction, settings that would lower it, and a meter of live tensors."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
 
 from msgspec.structs import replace
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod
 from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.tape import ROUNDING
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.project.logs.run_log import in_units
@@ -14,12 +22,13 @@ from pipeline.training.batches import Batch
 from pipeline.training.losses import CHUNK
 
 
-def suggest_less_memory(model: CausalLM, method: FinetuningMethod, settings: Training, batch: Batch, stage: str) -> str:
+def suggest_less_memory(
+    model: CausalLM, method: FinetuningMethod | None, settings: Training, batch: Batch, stage: str
+) -> str:
     """A sentence with the predicted memory of a step on `batch` and of settings that need less.
 
     Settings that do not change the result come first, quantization last.
     """
-    now, single = predict_peak_memory(model, method, settings, batch), longest_sequence(batch)
     options: list[tuple[str, Training, Batch]] = []
     if settings.gradient_checkpointing != "full":
         options.append(
@@ -27,13 +36,15 @@ def suggest_less_memory(model: CausalLM, method: FinetuningMethod, settings: Tra
         )
     if settings.batch_size > 1:
         sequences = settings.batch_size * settings.gradient_accumulation_steps
+        single = longest_sequence(batch)
         options.append((f"{stage}.batch_size=1 with gradient_accumulation_steps={sequences}", settings, single))
     if isinstance(settings, AdapterTraining) and settings.quantization == "none":
         quantized = replace(settings, quantization="nf4-dq", precision="bf16")
         options.append((f"{stage}.quantization=nf4-dq", quantized, batch))
-    predictions = [(option, predict_peak_memory(model, method, changed, read)) for option, changed, read in options]
+    now = predict_peak_memory(model, method, settings, batch)
     if now is None:
-        return f"Lower {stage}.max_length{''.join(f' or set {option}' for option, _ in predictions)}."
+        return f"Lower {stage}.max_length{''.join(f' or set {option}' for option, *_ in options)}."
+    predictions = [(option, predict_peak_memory(model, method, changed, read)) for option, changed, read in options]
     smaller = [f"{in_units(size)} with {option}" for option, size in predictions if size and size < now]
     return f"The calculator predicts {in_units(now)}; {', '.join(smaller) or f'lower {stage}.max_length'}."
 
@@ -50,24 +61,27 @@ def longest_sequence(batch: Batch) -> Batch:
 
 
 def predict_peak_memory(
-    model: CausalLM, method: FinetuningMethod, settings: Training, batch: Batch, retained: bool = False
+    model: CausalLM, method: FinetuningMethod | None, settings: Training, batch: Batch, retained: bool = False
 ) -> int | None:
-    """Predicted peak of a step on `batch`, in bytes of tensors; None if the calculator does not know the architecture.
+    """Predicted peak of a step on `batch`, in bytes of tensors; None if the calculator does not know the architecture,
+    or the method.
 
     `retained`: whether the step computes the retention loss.
     """
+    if method is None:
+        return None
     rows, length = batch.ids.shape
-    lengths = [method.positions + n for n in batch.segments or [length]]
+    lengths = batch.segments or [length]
+    lengths = [method.positions + n for n in lengths]
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
     kept_weights = model.kept_attention_weights(lengths) if method.short_attention else None
     all_logits = batch.label_index is None and len(batch.labels) <= CHUNK
-    adapter = precision = str(settings.precision)
-    if isinstance(settings, AdapterTraining):
-        adapter = settings.adapter_precision
-        if settings.quantization != "none":
-            if precision == "fp32":
-                return None  # the calculator supports quantization with 16-bit compute only
-            precision = settings.quantization
+    precision = str(settings.precision)
+    adapter = getattr(settings, "adapter_precision", precision)
+    if (quantization := getattr(settings, "quantization", "none")) != "none":
+        if precision == "fp32":
+            return None  # the calculator supports quantization with 16-bit compute only
+        precision = quantization
     run = TrainingConfig(
         batch=rows,
         sequence=length,
@@ -87,3 +101,38 @@ def predict_peak_memory(
         return predict(architecture(model.describe(), "the model"), method, run).peak
     except UserError:
         return None
+
+
+class TensorMemoryMeter(TorchDispatchMode):
+    """Inside the context, sums the sizes of all live storages, rounded as CUDA's allocator does; `peak` is the maximum.
+
+    Results are bit for bit the same; each operation takes some microseconds longer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._sizes:
+                self._sizes[key] = -(-storage.nbytes() // ROUNDING) * ROUNDING
+                self.now += self._sizes[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Otherwise torch imports its compiler, which takes 1.4 seconds; nothing here is compiled."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.watch([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
+        return out

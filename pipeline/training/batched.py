@@ -1,0 +1,110 @@
+"""Many adapters that train together on one frozen base: their sequences in one forward and one backward pass."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.adapters.batched import AdapterRouting
+from pipeline.data.examples import IGNORED, Window
+from pipeline.data.windows import Dataset, InMemoryDataset
+from pipeline.models.base import CausalLM
+from pipeline.training.batches import Batch, Batches, collate
+from pipeline.training.losses import CHUNK, Head, chunked_mean, cross_entropy
+from pipeline.training.retention import RetentionLoss
+from pipeline.training.step import StepBatch
+
+LOGITS = 2**22  # computed at once at most; beyond it per adapter, CHUNK rows at a time
+
+
+class ManyAdapters:
+    """The path of a model whose learners are the adapters of `routing`: `LossPath` for N > 1."""
+
+    def __init__(self, model: CausalLM, routing: AdapterRouting) -> None:
+        self._model, self._routing = model, routing
+        self._tables: dict[int, Tensor | None] = {}  # by the dataset's id
+        with routing.base():  # the packing test runs without adapters
+            self.supports_packing = model.supports_packing
+
+    def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
+        """One batch per micro-batch of the step, or one per window if the model does not support packing."""
+        rows = {n: order.rows(number) for n, order in orders.items()}
+        windows = next(iter(orders.values())).dataset
+        for index in range(max(map(len, rows.values()))):
+            yield from self._read(windows, {n: own[index] for n, own in rows.items() if index < len(own)})
+
+    def _read(self, windows: Dataset, rows: Mapping[int, Sequence[int]]) -> Iterator[StepBatch]:
+        if id(windows) not in self._tables:
+            self._tables[id(windows)] = _stack_windows(windows)
+        table = self._tables[id(windows)]
+        if table is not None and len({len(own) for own in rows.values()}) == 1:
+            # windows of equal length that are labelled throughout: a row per adapter if packing is faster
+            table = table[:, torch.tensor([*rows.values()])]  # (3, L, b, T)
+            _, L, b, T = table.shape
+            packed = b * T <= self._model.pack_up_to
+            ids, positions, labels = table.view(3, L, -1) if packed else table.view(3, -1, T)  # (L, b·T) or (L·b, T)
+            batch = Batch(ids, positions, labels.flatten(), None, (T,) * b if packed else None)
+            yield self._step_batch(batch, dict.fromkeys(rows, b * T), dict.fromkeys(rows, b * T))
+            return
+        pairs = [(n, windows[row]) for n, own in rows.items() for row in own]
+        joint = self._collate(pairs)
+        if joint.batch.segments is not None and not self.supports_packing:
+            yield from (self._collate([pair]) for pair in pairs)
+        else:
+            yield joint
+
+    def _collate(self, pairs: Sequence[tuple[int, Window]]) -> StepBatch:
+        batch = collate([window for _, window in pairs])
+        input_tokens, labels = dict.fromkeys(dict(pairs), 0), dict.fromkeys(dict(pairs), 0)
+        lengths = batch.segments or [batch.ids.shape[1]] * len(pairs)
+        for (number, window), length in zip(pairs, lengths, strict=True):
+            input_tokens[number] += length
+            labels[number] += len(window.labels) - window.labels.count(IGNORED)
+        return self._step_batch(batch, input_tokens, labels)
+
+    def _step_batch(self, batch: Batch, input_tokens: Mapping[int, int], labels: Mapping[int, int]) -> StepBatch:
+        present = {n: count for n, count in labels.items() if count}
+        return StepBatch(batch.to(self._model.device), present, self._counts(input_tokens))
+
+    def _counts(self, of: Mapping[int, int]) -> tuple[int, ...]:
+        return tuple(of.get(n, 0) for n in range(len(self._routing.counts)))
+
+    def route(self, batch: StepBatch) -> AbstractContextManager[None]:
+        return self._routing.route(batch.input_tokens)  # also in backward: checkpointed blocks run again
+
+    def losses(self, batch: StepBatch) -> Tensor:
+        model, inputs, counts = self._model, batch.batch, list(batch.labels.values())
+        rows = model.hidden_states(inputs.ids, inputs.positions, inputs.segments).flatten(0, 1)  # (N, D)
+        rows = rows if inputs.label_index is None else rows.index_select(0, inputs.label_index)
+        if len(set(counts)) == 1 and len(rows) * model.shape.rows <= LOGITS:
+            with self._routing.route(self._counts(batch.labels)):
+                logits = model.logits(rows).float()
+            return F.cross_entropy(logits, inputs.labels, reduction="none").view(len(counts), -1).mean(1)
+        trained = [p for p in model.head.parameters() if p.requires_grad]
+        parts = zip(batch.labels, torch.split(rows, counts), torch.split(inputs.labels, counts), strict=True)
+        return torch.stack([chunked_mean(cross_entropy(self._head(n)), x, y, CHUNK, trained) for n, x, y in parts])
+
+    def divergences(self, batch: StepBatch, retain: RetentionLoss) -> Tensor:
+        heads = {n: self._head(n) for n in batch.labels}
+        counts = [batch.input_tokens[n] for n in heads]
+        return retain.divergences(batch.batch, counts, [*heads.values()])
+
+    def _head(self, number: int) -> Head:
+        """The logits function of one adapter."""
+
+        def head(rows: Tensor) -> Tensor:
+            with self._routing.route(self._counts({number: len(rows)})):
+                return self._model.logits(rows)
+
+        return head
+
+
+def _stack_windows(windows: Dataset) -> Tensor | None:
+    """Ids, positions and labels (3, n, T) of windows in memory; None if lengths differ or a token has no label."""
+    in_memory = windows.windows if isinstance(windows, InMemoryDataset) else []
+    if len({len(w.ids) for w in in_memory}) != 1 or any(IGNORED in w.labels for w in in_memory):
+        return None
+    positions = [list(range(w.start, w.start + len(w.ids))) for w in in_memory]
+    return torch.tensor([[list(w.ids) for w in in_memory], positions, [list(w.labels) for w in in_memory]])
