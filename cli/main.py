@@ -40,6 +40,8 @@ COMMANDS = {
 
 
 def _load(name: str) -> Any:
+    import pipeline.stages.registry  # noqa: F401 (a command that loads an adapter must know every method's kind)
+
     whole = group()
     whole.add_typer(import_module(COMMANDS[name][0]).app)
     whole.callback()(lambda: None)  # or Typer makes of a single command no group

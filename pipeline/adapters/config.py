@@ -12,6 +12,8 @@ from pipeline.files.patterns import block_match, end_match, full_match
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
 LORA = "LORA"  # PEFT's `peft_type` of LoRA and DoRA
 VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # its types that change no weight
+OTHER_KINDS: dict[str, str] = {}
+"""Further types → the module with `load(model, base_folder, folder)`. A registry above fills it from its methods."""
 Number = TypeVar("Number", int, float)
 ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's default layers_pattern: any module list inside another module
 

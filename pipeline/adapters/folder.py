@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from pipeline.adapters.config import CONFIG, VIRTUAL, WEIGHTS
+from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
@@ -43,8 +43,13 @@ def refuse_pickle(folder: Path) -> None:
 
 
 def refuse_virtual(folder: Path) -> None:
-    """Raises UserError for an adapter of virtual tokens, which changes no weights."""
+    """Raises UserError for an adapter that is no LoRA: one of virtual tokens changes no weights."""
     config = read_config(folder)
+    if (other := str(config.get("peft_type"))) in OTHER_KINDS:
+        raise UserError(
+            f"{folder} is an adapter of type {other}: only LoRA can be merged, combined, compared or served by vLLM. "
+            "Use it on its base with `lora prompt --adapter`, or with PEFT."
+        )
     kind = VIRTUAL.get(str(config.get("peft_type")))
     if kind:
         raise UserError(

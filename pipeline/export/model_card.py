@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.config import VIRTUAL
+from pipeline.adapters.config import OTHER_KINDS, VIRTUAL
 from pipeline.adapters.folder import Origin, origin_of, quantization_of, read_config
 from pipeline.files import artifact
 from pipeline.inference.catalog import measured
@@ -83,6 +83,8 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
         yield f"{manifest['error']:.2%} off their exact sum"
     if kind := VIRTUAL.get(str(config.get("peft_type"))):
         yield f"{kind} tuning, {config.get('num_virtual_tokens')} virtual tokens"
+    elif (other := str(config.get("peft_type"))) in OTHER_KINDS:
+        yield f"{other} (PEFT's type)"
     else:
         kind = "DoRA" if config.get("use_dora") else "LoRA"
         rslora = ", rsLoRA" if config.get("use_rslora") else ""

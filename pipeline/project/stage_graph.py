@@ -53,6 +53,7 @@ class Stage:
     title: str = ""  # its name in reports and charts
     variant: str = ""  # its model's name in comparisons; empty: it is not compared
     look: Look | None = None  # its curve's
+    peft_type: str = ""  # PEFT's name of its adapter, if only its module can load it
     order: float = 0  # among the fine-tuning methods, in every list
     pretrained: Mapping[str, Any] = field(default_factory=dict, hash=False)  # defaults on a pretrained base
     check: Callable[["Project"], object] | None = None  # raises UserError for settings that cannot run

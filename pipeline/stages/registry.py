@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from importlib import import_module
 
+from pipeline.adapters.config import OTHER_KINDS
 from pipeline.calc.method import FinetuningMethod
 from pipeline.project.params.sections import Evaluate, ExpandVocab, Merge, Pretrain
 from pipeline.project.stage_graph import Stage, StageGraph
@@ -21,6 +22,7 @@ METHODS: Mapping[str, Stage] = {file.STAGE.method: file.STAGE for file in _FILES
 COUNTED: Mapping[str, FinetuningMethod] = {  # as the calculator counts them, with default options
     file.STAGE.method: file.COUNTED for file in _FILES if hasattr(file, "COUNTED")
 }
+OTHER_KINDS.update({stage.peft_type: stage.module for stage in METHODS.values() if stage.peft_type})
 MERGE = Stage(
     "merge",
     "pipeline.stages.merge",

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.config import CONFIG, VIRTUAL, WEIGHTS
+from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS
 from pipeline.adapters.folder import quantization_of, read_config, refuse_virtual
 from pipeline.adapters.peft.load import load_adapter
 from pipeline.adapters.peft.virtual_tokens import VirtualSpec
@@ -68,10 +68,9 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
     """
     refuse_other(out, "import", [source])
     model, config = skeleton(base, trust_remote_code), read_config(source)
-    if str(config.get("peft_type")) in VIRTUAL:
-        virtual = load_adapter(model, base, source)
-        assert isinstance(virtual, VirtualSpec)
-        params: dict[str, Any] = {"virtual_tokens": virtual.tokens}
+    if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
+        loaded = load_adapter(model, base, source)
+        params: dict[str, Any] = {"virtual_tokens": loaded.tokens} if isinstance(loaded, VirtualSpec) else {}
     else:
         spec = attach_to_meta_model(model, base, tensor_locations(base), source)
         params = {"rank": spec.rank, "alpha": config["lora_alpha"]}

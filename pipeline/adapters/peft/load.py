@@ -1,7 +1,8 @@
 """Load adapters in PEFT's format; anything that does not match the base or the model is rejected."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.attach import PREFIX, attach, saves_embedding_or_head, targeted, tensors, untie
-from pipeline.adapters.config import CONFIG, LORA, VIRTUAL, WEIGHTS, AdapterSpec
+from pipeline.adapters.config import CONFIG, LORA, OTHER_KINDS, VIRTUAL, WEIGHTS, AdapterSpec
 from pipeline.adapters.folder import Fingerprint, read_config, refuse_foreign
 from pipeline.adapters.lora import fan_in_fan_out, weight_of
 from pipeline.adapters.peft.config import read_spec
@@ -22,9 +23,6 @@ from pipeline.files.safetensors_header import refuse_difference
 from pipeline.models.base import CausalLM
 
 _A_KEYS = (".lora_A.weight", ".lora_embedding_A")
-
-Loader = Callable[[CausalLM, Path, Path], Any]
-"""Gives a model, loaded from the first folder, the adapter in the second; returns what it changes. Raises UserError."""
 
 
 @one_budget()
@@ -73,21 +71,19 @@ def load_lora(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
     return spec
 
 
-LOADERS: dict[str, Loader] = {LORA: load_lora, **dict.fromkeys(VIRTUAL, load_virtual)}
-"""By PEFT's `peft_type`. A file above that has another kind of adapter adds it: `LOADERS["IA3"] = load_ia3`."""
-
-
 def load_adapter(model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint) -> Any:
     """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`, or is its skeleton.
 
-    Returns what its loader does: the AdapterSpec of LoRA, the VirtualSpec of virtual tokens.
+    Returns what its kind's loader does: the AdapterSpec of LoRA, the VirtualSpec of virtual tokens.
     The model's parameters are replaced, never written to, so that a model sharing its tensors is unchanged.
     Raises UserError if the adapter was edited, was trained on another base, has other tensors than its config and this
     model require, or tensors that are not finite; `model` must not be used after that.
     """
     refuse_foreign(base_folder, folder, fingerprint)
-    kind = read_config(folder).get("peft_type") or LORA
-    return LOADERS.get(str(kind), load_lora)(model, base_folder, folder)  # read_spec rejects a kind without a loader
+    kind = str(read_config(folder).get("peft_type") or LORA)
+    if kind in OTHER_KINDS:
+        return import_module(OTHER_KINDS[kind]).load(model, base_folder, folder)
+    return (load_virtual if kind in VIRTUAL else load_lora)(model, base_folder, folder)  # read_spec rejects the rest
 
 
 def other_embedding(folder: Path, name: str) -> UserError:

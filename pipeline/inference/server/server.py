@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, BinaryIO
 
 import torch
@@ -141,7 +142,9 @@ def device_failure(error: BaseException) -> str | None:
 
 
 def main() -> None:
-    """Serve stdin and stdout; library output goes to stderr."""
+    """Serve stdin and stdout; library output goes to stderr. Modules that add kinds of adapters are its arguments."""
+    for module in sys.argv[1:]:
+        import_module(module)
     protocol_out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     torch.set_num_threads(1)
