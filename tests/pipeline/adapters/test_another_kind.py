@@ -1,7 +1,9 @@
-"""A kind of adapter that the package does not know, in one file: here (IA)³'s learned vectors (Liu et al. 2022)."""
+"""A kind of adapter that the package does not know, in one file: here learned vectors that scale keys and values."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.adapters.attach import PREFIX, disable_adapter
+from pipeline.adapters.config import OTHER_KINDS
 from pipeline.adapters.lora import AdapterLayer
-from pipeline.adapters.peft.load import LOADERS, load_adapter
+from pipeline.adapters.peft.load import load_adapter
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base
@@ -57,7 +60,7 @@ def load_vectors(model: CausalLM, _base_folder: Path, folder: Path) -> str:
     for name, layer in layers(model).items():
         for key, parameter in layer.adapter_parameters().items():
             parameter.data = values[f"{PREFIX}{name}{key}"]
-    return "IA3"
+    return "SCALED"
 
 
 def test_the_loop_trains_it_and_disabling_gives_the_base_back() -> None:
@@ -81,16 +84,17 @@ def test_its_folder_is_loaded_by_the_loader_of_its_type(brief: Path, tmp_path: P
     attach_vectors(model)
     trained(model, Batches(listed(windows_of((4, 4, 4))), 2, 0), Training(epochs=2, learning_rate=0.1))
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "target_modules": [*NAMES]}))
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "SCALED", "target_modules": [*NAMES]}))
     values = {
         f"{PREFIX}{name}{key}": parameter.detach()
         for name, layer in layers(model).items()
         for key, parameter in layer.adapter_parameters().items()
     }
     save_file(values, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="peft_type must be LORA, PREFIX_TUNING or PROMPT_TUNING, got 'IA3'"):
+    with pytest.raises(UserError, match="peft_type must be LORA, PREFIX_TUNING or PROMPT_TUNING, got 'SCALED'"):
         load_adapter(load_base(expanded).model, expanded, folder)
-    monkeypatch.setitem(LOADERS, "IA3", load_vectors)
+    monkeypatch.setitem(OTHER_KINDS, "SCALED", "scaled")
+    monkeypatch.setitem(sys.modules, "scaled", SimpleNamespace(load=load_vectors))
     again = load_base(expanded).model
-    assert load_adapter(again, expanded, folder) == "IA3"
+    assert load_adapter(again, expanded, folder) == "SCALED"
     assert torch.equal(again(ids), model.eval()(ids))
