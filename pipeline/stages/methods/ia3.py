@@ -1,0 +1,217 @@
+# ruff: noqa: ARG002 (most methods need only some of what a hook gets)
+"""(IA)³ (Liu et al. 2022): vectors that scale keys, values, and what goes into the last feed-forward layer, train."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pipeline.calc.method import FinetuningMethod, TrainedParts, matching_linears
+from pipeline.calc.target_modules import matches_suffix
+from pipeline.errors import UserError
+from pipeline.project.palette import Look
+from pipeline.project.params.schema import ALLOW_EMPTY, Rate
+from pipeline.project.params.sections import AdapterTraining
+from pipeline.stages.methods import method
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from pipeline.adapters.lora import AdapterLayer
+    from pipeline.calc.architecture import Architecture, Linear
+    from pipeline.calc.ops import Ops
+    from pipeline.calc.tape import Value
+    from pipeline.models.base import CausalLM
+    from pipeline.models.load import Base
+    from pipeline.project.runner import Event, Facts, Job
+    from pipeline.stages.finetune import Attached
+
+FEED_FORWARD = ("fc2", "down_proj", "mlp.c_proj")  # last feed-forward linears, by the names that families give them
+SUFFIX = ".ia3_l"  # PEFT's name of a vector, after its module's
+
+
+class FinetuneIA3(AdapterTraining, frozen=True, kw_only=True):
+    """One vector a scaled linear trains: l ⊙ Wx, or W(l ⊙ x) in feed-forward layers (Liu et al. 2022)."""
+
+    learning_rate: Annotated[Rate, "of Adam, after warm-up"] = 1e-2
+    target_modules: Annotated[tuple[str, ...], "linears whose outputs are scaled, by the end of their names"] = (
+        *("k_proj", "v_proj"),
+    )
+    feedforward_modules: Annotated[
+        tuple[str, ...], ALLOW_EMPTY, "linears whose inputs are scaled, by the end of their names"
+    ] = ("fc2",)
+
+
+STAGE = method(
+    "ia3",
+    __name__,
+    FinetuneIA3,
+    output="ia3_adapter",
+    kind="adapter",
+    summary="Train vectors that scale keys, values and feed-forward",
+    title="(IA)³",
+    look=Look("#000000", "◐", (0, (3, 1)), "++"),
+    order=3.8,
+    pretrained={"precision": "bf16", "feedforward_modules": ["down_proj"]},
+    peft_type="IA3",
+)
+
+
+@cache
+def _layer() -> type[AdapterLayer]:
+    """The class of a scaled linear. Made here, because reading this file must not import torch."""
+    import torch
+    from torch import nn
+
+    from pipeline.adapters.lora import AdapterLayer
+
+    class IA3Linear(AdapterLayer):
+        """l ⊙ (Wx + b), or W(l ⊙ x) + b for a feed-forward linear; l begins with ones, so nothing changes at first."""
+
+        def __init__(self, base: nn.Module, feed_forward: bool, dtype: torch.dtype | None = None) -> None:
+            super().__init__(base)
+            self.feed_forward = feed_forward
+            outputs, inputs = sides(base)
+            shape = (1, inputs) if feed_forward else (outputs, 1)  # PEFT's
+            weight = next(base.parameters(), next(base.buffers(), torch.empty(0)))
+            dtype = dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
+            self.ia3_l = nn.Parameter(torch.ones(shape, dtype=dtype, device=weight.device))
+
+        def adapted(self, x: Tensor) -> Tensor:
+            scale = self.ia3_l.flatten().to(x.dtype)
+            out: Tensor = self.base(x * scale) if self.feed_forward else self.base(x) * scale
+            return out
+
+        def adapter_parameters(self) -> dict[str, nn.Parameter]:
+            return {SUFFIX: self.ia3_l}
+
+    return IA3Linear
+
+
+def sides(base: nn.Module) -> tuple[int, int]:
+    """(O, I) of a linear, of GPT-2's Conv1D, or of a quantized one."""
+    from pipeline.adapters.lora import fan_in_fan_out, weight_of
+
+    outputs, inputs = weight_of(base).shape
+    return (inputs, outputs) if fan_in_fan_out(base) else (outputs, inputs)
+
+
+def wrap(
+    model: CausalLM, targets: Sequence[str], feed_forward: Sequence[str], dtype: torch.dtype | None = None
+) -> dict[str, AdapterLayer]:
+    """Freeze `model` and scale the linears whose names end so. Returns full name → layer.
+
+    Raises UserError for a name that matches nothing, and for a linear that would be scaled on both sides.
+    """
+    from pipeline.adapters.attach import resolve
+
+    inputs, outputs = (resolve(model, names) if names else [] for names in (feed_forward, targets))
+    if both := sorted({*inputs} & {*outputs}):
+        raise UserError(
+            f"finetune_ia3.target_modules and feedforward_modules both match {both[0]}. Name it in one of them."
+        )
+    model.requires_grad_(False)
+    layers: dict[str, Any] = {}
+    for name in [*outputs, *inputs]:
+        layers[name] = _layer()(model.get_submodule(name), name in inputs, dtype)  # type: ignore[call-arg]
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def attach(_job: Job, settings: FinetuneIA3, base: Base) -> Generator[Event, None, Attached]:
+    from pipeline.models.load import DTYPES
+    from pipeline.stages.finetune import Attached
+
+    yield from ()
+    dtype = DTYPES[settings.adapter_precision]
+    layers = wrap(base.model, settings.target_modules, settings.feedforward_modules, dtype)
+    return Attached(COUNTED, lambda out: save(out, layers, settings))
+
+
+def save(out: Path, layers: Mapping[str, AdapterLayer], settings: FinetuneIA3) -> Facts:
+    """Write the vectors and their config as PEFT does."""
+    from pipeline.adapters.attach import PREFIX
+    from pipeline.adapters.config import CONFIG, WEIGHTS
+    from pipeline.files.artifact import write_json
+    from pipeline.models.base import is_conv1d
+    from pipeline.models.save import save_tensors
+
+    vectors = {f"{PREFIX}{name}{SUFFIX}": layer.adapter_parameters()[SUFFIX] for name, layer in layers.items()}
+    save_tensors(out / WEIGHTS, vectors)
+    config = {
+        "peft_type": STAGE.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "artifacts/expanded",
+        "target_modules": [*settings.target_modules, *settings.feedforward_modules],
+        "feedforward_modules": [*settings.feedforward_modules],
+        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
+        "inference_mode": True,
+    }
+    write_json(out / CONFIG, config)
+    return {}
+
+
+def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
+    """Scale `model` by the vectors in `folder`, ours or PEFT's; returns the names of the scaled linears.
+
+    Raises UserError for a config that says more than this, and for tensors that it does not call for.
+    """
+    from pipeline.adapters.attach import PREFIX
+    from pipeline.adapters.config import CONFIG, WEIGHTS
+    from pipeline.adapters.folder import read_config
+    from pipeline.adapters.peft.tensors import read_tensors
+    from pipeline.files.safetensors_header import refuse_difference
+
+    config = read_config(folder)
+    named = {key: config.get(key) or [] for key in ("target_modules", "feedforward_modules")}
+    for key, names in named.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{folder / CONFIG}: {key} must be a list of module names, got {names!r}.")
+    for key in ("modules_to_save", "exclude_modules"):
+        if config.get(key):
+            raise UserError(f"{folder / CONFIG}: {key} is not supported with IA3. Train without it.")
+    feed_forward = named["feedforward_modules"]
+    targets = [name for name in named["target_modules"] if not any(matches_suffix(name, end) for end in feed_forward)]
+    values, layers = read_tensors(folder), wrap(model, targets, feed_forward)
+    expected = {f"{PREFIX}{name}{SUFFIX}": layer for name, layer in layers.items()}
+    shapes = {key: tuple(layer.adapter_parameters()[SUFFIX].shape) for key, layer in expected.items()}
+    refuse_difference(shapes, {key: tuple(value.shape) for key, value in values.items()}, str(folder / WEIGHTS))
+    for key, layer in expected.items():
+        p = layer.adapter_parameters()[SUFFIX]
+        p.data = values[key].to("cpu" if p.is_meta else p.device, copy=True)
+    model.requires_grad_(False)
+    return list(layers)
+
+
+# What the calculator counts, and what it adds to a simulated step.
+
+
+class IA3(FinetuningMethod):
+    """Keys, values, and the inputs of the last feed-forward linear of every block, scaled by a vector each."""
+
+    name = "ia3"
+    title = "(IA)³"
+
+    def adapted(self, model: Architecture) -> Mapping[str, int]:
+        feed_forward = [end for end in FEED_FORWARD if any(matches_suffix(n, end) for n, _ in model.linears())]
+        return dict.fromkeys(matching_linears(model, ("k_proj", "v_proj", *feed_forward)), 1)
+
+    def linear_parameters(self, linear: Linear, rank: int) -> int:
+        scales_inputs = any(matches_suffix(linear.name, end) for end in FEED_FORWARD)
+        return (linear.inputs if scales_inputs else linear.outputs) * linear.experts
+
+    def trained_parts(self, model: Architecture) -> TrainedParts:
+        names = self.adapted(model)
+        each = (self.linear_parameters(linear, 1) for name, linear in model.linears() if name in names)
+        return TrainedParts({"vectors": sum(each)})
+
+    def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+        """A product with the vector. The gradient of l is a sum of (rows, width) products, which backward forms."""
+        size = self.linear_parameters(linear, 1)
+        return ops.tape.op(y, saves=[y], weights=[ops.adapter_weight(size)], back=rows * size * y.width)
+
+
+COUNTED = IA3()
