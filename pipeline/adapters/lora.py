@@ -107,7 +107,8 @@ class LoRALinear(AdapterLayer):
         return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.neg_initial_B), dim=1)
 
     def adapted(self, x: Tensor) -> Tensor:
-        A, B = (factor.to(x.dtype) for factor in self.pair())
+        A, B = self.pair()
+        A, B = A.to(x.dtype), B.to(x.dtype)
         if self.folds:
             weight = torch.addmm(weight_in(self.base, x.dtype), B, A, alpha=self.scale)
             return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ class FlatAdam:
         all_reduce(self.gradient)
         if self._scaled:
             self.gradient.div_(self.scale)
-        norms: Tensor = self.gradient.norm(dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.gradient, dim=1)
         return norms
 
     def clip(self, learner: int, norm: float, largest: float) -> None:

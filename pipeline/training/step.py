@@ -70,10 +70,10 @@ class LossPath(Protocol):
         """Losses of the batch, and their backward pass, must be computed inside this context."""
 
     def losses(self, batch: StepBatch) -> Tensor:
-        """(L,): the mean cross-entropy of each learner in `batch.labels`, in nats per token."""
+        """(L,): the mean cross-entropy of each learner in `batch.labels`, in nats per token; () of a single one."""
 
     def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
-        """(L,): the mean KL(base‖model) of each learner in `batch.labels`, in nats per token."""
+        """The same of the mean KL(base‖model)."""
 
 
 class OneLearner:
@@ -94,10 +94,10 @@ class OneLearner:
         return nullcontext()
 
     def losses(self, batch: StepBatch) -> Tensor:
-        return loss_of(self._model, batch.batch).view(1)
+        return loss_of(self._model, batch.batch)
 
     def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
-        return retain.divergence(batch.batch).view(1)
+        return retain.divergence(batch.batch)
 
 
 def loss_of(model: CausalLM, batch: Batch, chunk: int = CHUNK) -> Tensor:
@@ -190,7 +190,7 @@ def _backward(
             total = _times(losses, [weights[n] for n in batch.labels])
             total = total if len(shares) == 1 else total.sum()
             torch.autograd.backward(total if scale == 1 else total * scale)
-        parts.append((batch.labels, losses.detach()))
+        parts.append((batch.labels, losses.detach().view(-1)))
     means = dict.fromkeys(orders, 0.0)
     for present, losses in parts:  # read after the last backward: on a GPU reading a number waits for it
         for n, loss in zip(present, losses.tolist(), strict=True):
@@ -227,7 +227,7 @@ class Evaluation:
         for number in range(len(self._batches)):
             for batch in path.batches(dict.fromkeys(live, self._batches), number):
                 with path.route(batch):
-                    losses = path.losses(batch).tolist()
+                    losses = path.losses(batch).view(-1).tolist()
                 for (n, count), loss in zip(batch.labels.items(), losses, strict=True):
                     sums[n] += loss * count
                     labels[n] += count
