@@ -17,6 +17,7 @@ from pipeline.project.params import edit
 from pipeline.project.params.edit import remove_section
 from pipeline.project.params.load import Params
 from pipeline.project.runner import Event, Work, run
+from pipeline.stages import registry
 from pipeline.workbench import GRAPH, open_project
 
 T = TypeVar("T")
@@ -33,20 +34,17 @@ PIPELINE = [  # what makes models, and evaluate; what measures statements takes 
 COMMAND = {
     "pretrain": ["pretrain"],
     "expand_vocab": ["expand-vocab"],
+    **{stage.name: ["finetune", stage.method] for stage in registry.METHODS.values()},
     "train_from_scratch": ["train-from-scratch"],
-    "finetune_full": ["finetune", "full"],
-    "finetune_freeze": ["finetune", "freeze"],
-    "finetune_lora": ["finetune", "lora"],
-    "finetune_prefix": ["finetune", "prefix"],
-    "finetune_prompt": ["finetune", "prompt"],
-    "finetune_sweep": ["finetune", "sweep"],
     "merge": ["merge"],
     "evaluate": ["evaluate"],
     **{name: ["study", stage.method] for name, stage in STAGES.items() if stage.kind == "study"},
     "figures": ["figures"],
     "claims": ["claims"],
 }
-METHODS = ("full", "freeze", "lora", "prefix", "prompt")
+METHODS = tuple(  # those of `lora finetune` that train one thing
+    name for name, s in registry.METHODS.items() if s.name.startswith("finetune_") and s.kind != "adapters"
+)
 BRIEF = (
     "pretrain.epochs=2",
     "train_from_scratch.epochs=2",
@@ -92,7 +90,9 @@ def all_params() -> str:
     """params.yaml and document/params.yaml in one, which then needs no other project."""
     product = (ROOT / "params.yaml").read_text(encoding="utf-8")
     document = (ROOT / "document/params.yaml").read_text(encoding="utf-8").partition("project: ../params.yaml\n")[2]
-    return product + "\n" + remove_section(document, "evaluate").replace("../data/", "data/")
+    text = product + "\n" + remove_section(document, "evaluate").replace("../data/", "data/")
+    more = [stage for stage in registry.METHODS.values() if f"\n{stage.name}:" not in text]
+    return text + "".join(f"\n{edit.section_text(stage.name, stage.settings)}" for stage in more)
 
 
 def make(root: Path, stages: Sequence[str], overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:

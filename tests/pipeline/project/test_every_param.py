@@ -16,6 +16,9 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make
 
 OTHER = {
+    "data": "data/fact_correction.de.txt",
+    "target_modules": "[v_proj]",
+    "feedforward_modules": "[fc1]",
     "seed": "1",
     "epochs": "3",
     "batch_size": "3",

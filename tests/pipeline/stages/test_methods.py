@@ -27,7 +27,7 @@ from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.params.sections import Quantization
 from pipeline.project.runner import run
 from pipeline.project.stage_graph import Project
-from pipeline.stages.methods.sweep import run as sweep
+from pipeline.stages.registry import METHODS
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import families
@@ -107,7 +107,15 @@ ROWS = {
         {f"rank-{rank}": ("--method", "lora", "--rank", f"{rank}") for rank in (2, 6)},
     ),
 }
-FINETUNED = tuple(f"finetune_{method}" for method in ("full", "freeze", "lora", "prefix", "prompt"))
+MORE = [stage for stage in METHODS.values() if stage.name not in {row.stage for row in ROWS.values()}]
+ROWS |= {stage.method: whole(stage.name, stage.method) for stage in MORE}  # every further method, by its defaults
+FINETUNED = tuple(
+    stage.name for stage in METHODS.values() if stage.look and stage.variant and stage.method != "scratch"
+)
+ON_LLAMA = (  # what further methods need on another family
+    *(f"{stage.name}.data=data/all.jsonl" for stage in MORE),
+    *(f"{s.name}.{key}={value}" for s in MORE for key, value in s.pretrained.items() if key.endswith("_modules")),
+)
 TRAINED = ("train_from_scratch", *FINETUNED)
 HELD = 0.3  # of the examples, held out: what was saved must have the loss that the last step had on them
 SMALL = (
@@ -121,7 +129,12 @@ BASES: dict[str, Arguments] = {
         "train_from_scratch.epochs=2",
         *(f"{stage}.epochs=6" for stage in FINETUNED),
     ),
-    "llama": (*SMALL, *(f"{stage}.epochs=8" for stage in TRAINED), "finetune_lora.train_embeddings=new_rows"),
+    "llama": (
+        *SMALL,
+        *(f"{stage}.epochs=8" for stage in TRAINED),
+        "finetune_lora.train_embeddings=new_rows",
+        *ON_LLAMA,
+    ),
 }
 ASKED: dict[str, Arguments] = {  # what LoRA trains on a base, in the calculator's words
     "minigpt": ("--targets", "attention", "--embeddings", "all"),
@@ -176,7 +189,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
             pytest.importorskip("bitsandbytes")
         root: Path = shutil.copytree(plain(base), top / f"{method}-{base}")
         stage = STAGES[ROWS[method].stage]
-        played(run(project(root, method, base), stage, {**WORK, "finetune_sweep": sweep}[stage.name]))
+        played(run(project(root, method, base), stage, WORK[stage.name]))
         return root
 
     return Workshop(plain, of)
