@@ -3,7 +3,6 @@
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.project.params.load import TOP_LEVEL, key_path
+from pipeline.project.params.schema import hints
 from pipeline.workbench import GRAPH
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make
@@ -113,7 +113,7 @@ OTHER = {
     "figures.change": "[1, 0, 0, 1]",
     "figures.module": "layers.0.fc1",
 }
-KEYS = [key_path(name, field.name) for name, kind in GRAPH.sections.items() for field in fields(kind)]
+KEYS = [key_path(name, key) for name, kind in GRAPH.sections.items() for key in hints(kind)]
 
 
 def section_of(key: str) -> str:
