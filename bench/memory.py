@@ -10,8 +10,8 @@ from bench.measure import Row
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod, with_options
-from pipeline.calc.open_model import entry
 from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.sources.open_model import entry
 from pipeline.stages.methods.lora import Lora
 from pipeline.stages.registry import COUNTED
 from pipeline.training.memory_trace import traced_peak

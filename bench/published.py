@@ -9,8 +9,8 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod
-from pipeline.calc.open_model import built_in
 from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.sources.open_model import built_in
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.lora import Lora
 

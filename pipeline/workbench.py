@@ -4,12 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.document import stages as document
 from pipeline.project.params.load import Params
-from pipeline.project.stage_graph import Project, StageGraph
+from pipeline.project.stage_graph import Project, Stage, StageGraph
 from pipeline.stages.registry import STAGES
 
-GRAPH = StageGraph({**STAGES, **document.STAGES})
+
+def _of_the_document() -> Mapping[str, Stage]:
+    from pipeline.document import stages  # read where a params file has a section that the product has not
+
+    return stages.STAGES
+
+
+GRAPH = StageGraph(STAGES, _of_the_document)
 
 
 def open_project(params: Path, overrides: Sequence[str] = ()) -> Project:

@@ -72,7 +72,7 @@ def calc(
     """
     from cli.calc import render
     from pipeline.calc.memory import refuse_impossible
-    from pipeline.calc.open_model import open_model
+    from pipeline.calc.sources.open_model import open_model
 
     out = render.Output(as_json, as_csv)
     questions = {

@@ -14,8 +14,8 @@ from pipeline.calc.fit import LARGEST, changes, gpus, largest, of_size
 from pipeline.calc.fit import gpu as find_gpu
 from pipeline.calc.memory import PARTS, inference, predict
 from pipeline.calc.method import Configuration, projections, trainable, why_they_differ
-from pipeline.calc.open_model import built_in, names
 from pipeline.calc.report import PROJECTION, SHADES, capped, gib, smallest, swept
+from pipeline.calc.sources.open_model import built_in, names
 from pipeline.errors import UserError
 
 BAR = 36  # cells of the largest peak's bar

@@ -9,9 +9,8 @@ from pathlib import Path
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.memory import possible, predict
 from pipeline.calc.method import FinetuningMethod, first_adapter
-from pipeline.calc.open_model import nearest
-from pipeline.calc.precision import precision
-from pipeline.calc.settings import QLORA, TrainingConfig, qlora
+from pipeline.calc.settings import QLORA, TrainingConfig, precision, qlora
+from pipeline.calc.sources.open_model import nearest
 from pipeline.errors import UserError
 
 GIB = 2**30

@@ -4,8 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.method import FinetuningMethod, trained_split
-from pipeline.calc.precision import precision
-from pipeline.calc.settings import OPTIMIZERS, TrainingConfig
+from pipeline.calc.settings import OPTIMIZERS, TrainingConfig, precision
 from pipeline.calc.step import run_step
 from pipeline.errors import UserError
 

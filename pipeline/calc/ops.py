@@ -4,8 +4,7 @@ Each follows what transformers, and this project's own layers, save for backward
 """
 
 from pipeline.calc.architecture import Architecture, Linear
-from pipeline.calc.precision import precision
-from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.settings import TrainingConfig, precision
 from pipeline.calc.tape import Tape, Value, Weight
 
 

@@ -20,8 +20,7 @@ from pipeline.calc.method import (
     why_they_differ,
     with_options,
 )
-from pipeline.calc.precision import precision
-from pipeline.calc.settings import TrainingConfig, qlora
+from pipeline.calc.settings import TrainingConfig, precision, qlora
 from pipeline.errors import UserError
 
 SWEEPS = ("rank", "sequence", "batch", "precision", "optimizer", "checkpointing", "loss", "method", "targets")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.calc.precision import NF4_BLOCK, NF4_BLOCK_2
+from pipeline.calc.settings import NF4_BLOCK, NF4_BLOCK_2
 from pipeline.models import nf4
 
 SCALE = 16  # bits of a group's scale

@@ -169,7 +169,7 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
 
 def refuse_implausible_gguf(path: Path) -> None:
     """The same for a GGUF file's metadata. A parameter takes at least one bit."""
-    from pipeline.calc import headers  # loading a model checks its folder only
+    from pipeline.calc.sources import headers  # loading a model checks its folder only
 
     metadata, tensors = headers.read_gguf(path)
     _refuse_sizes(headers.gguf_config(metadata, tensors), len(tensors), 8 * path.stat().st_size + SLACK, path)

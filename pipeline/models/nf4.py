@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.calc.precision import NF4_BLOCK, NF4_BLOCK_2
+from pipeline.calc.settings import NF4_BLOCK, NF4_BLOCK_2
 
 OFFSET = 0.9677083  # the outermost probability: the mean of 1 - 1/32 and 1 - 1/30, half a step of 16 and of 15
 STEPS = 2**16  # grid points on [-1, 1] to which a number is rounded before its 8-bit level is looked up

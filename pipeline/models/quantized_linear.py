@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.calc.precision import NF4_BLOCK, NF4_BLOCK_2
+from pipeline.calc.settings import NF4_BLOCK, NF4_BLOCK_2
 from pipeline.errors import UserError
 from pipeline.models import nf4
 from pipeline.models.base import CausalLM, LowBitLinear, is_conv1d, is_linear

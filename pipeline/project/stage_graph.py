@@ -5,12 +5,12 @@ contains the same graph for DVC; a test compares them.
 """
 
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec.structs import asdict
 
@@ -19,6 +19,7 @@ from pipeline.project.palette import Look
 from pipeline.project.params.load import Params, inherit, load
 from pipeline.project.params.schema import Section
 
+T = TypeVar("T")
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 
 
@@ -84,23 +85,59 @@ class Stage:
         return work
 
 
-@dataclass(frozen=True)
-class StageGraph:
-    """The stages that a project may have, by name, in the DAG's order."""
+class Lazily(Mapping[str, T]):
+    """What is in `first`, and then what `more` gives: asked only for a name that is not in `first`, or for all.
 
-    stages: Mapping[str, Stage]
+    So a project of the product's stages alone reads no file of the document's.
+    """
+
+    def __init__(self, first: Mapping[str, T], more: Callable[[], Mapping[str, T]]) -> None:
+        self.first, self._more = first, more
 
     @cached_property
-    def sections(self) -> Mapping[str, type[Section]]:
+    def _every(self) -> Mapping[str, T]:
+        return {**self.first, **self._more()}
+
+    def __getitem__(self, name: str) -> T:
+        return self.first[name] if name in self.first else self._every[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._every)
+
+    def __len__(self) -> int:
+        return len(self._every)
+
+    def among(self, names: Set[str]) -> list[str]:
+        """Those of `names` that are here, in this order."""
+        return [name for name in (self.first if names <= self.first.keys() else self._every) if name in names]
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """The stages that a project may have, by name, in the DAG's order: the product's, and `more`."""
+
+    product: Mapping[str, Stage]
+    more: Callable[[], Mapping[str, Stage]] = dict
+
+    @cached_property
+    def stages(self) -> Lazily[Stage]:
+        return Lazily(self.product, self.more)
+
+    @cached_property
+    def sections(self) -> Lazily[type[Section]]:
         """Name → class of every section that a params file may have."""
-        return {name: stage.settings for name, stage in self.stages.items()}
+
+        def of(stages: Mapping[str, Stage]) -> dict[str, type[Section]]:
+            return {name: stage.settings for name, stage in stages.items()}
+
+        return Lazily(of(self.product), lambda: of(self.more()))
 
     @cached_property
     def variants(self) -> Mapping[str, tuple[str, str | None]]:
         """What `compare` and `evaluate` compare: name → (stage that made the model, stage that made its adapter)."""
         return {
             stage.variant: ("expand_vocab", name) if stage.kind == "adapter" else (name, None)
-            for name, stage in self.stages.items()
+            for name, stage in self.product.items()
             if stage.variant
         }
 
@@ -175,13 +212,8 @@ class Project:
         """Its own stages by name, in the DAG's order: those with a section in its params file and with data,
         except those that do not apply to its base."""
         imports = self.params.pretrain.imports
-        return {
-            name: stage
-            for name in self.graph.stages
-            if name in self.params.written
-            and self._has_data(stage := self.graph.stages[name])
-            and not (stage.minigpt_only and imports)
-        }
+        wanted = ((name, self.graph.stages[name]) for name in self.graph.stages.among(self.params.written))
+        return {name: stage for name, stage in wanted if self._has_data(stage) and not (stage.minigpt_only and imports)}
 
     def _has_data(self, stage: Stage) -> bool:
         return stage.kind != "study" or bool(getattr(self.section(stage), "data", True))
@@ -190,8 +222,7 @@ class Project:
     def readable(self) -> dict[str, Stage]:
         """Its own and its parent's stages, whose artifacts it can read, by name, in the DAG's order."""
         inherited = self.parent.stages if self.parent else {}
-        names = (name for name in self.graph.stages if name in self.stages or name in inherited)
-        return {name: self.graph.stages[name] for name in names}
+        return {name: self.graph.stages[name] for name in self.graph.stages.among({*self.stages, *inherited})}
 
     def stage(self, name: str) -> Stage:
         """One of its own stages. Raises UserError if it does not have it."""

@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.calc.fit import GIB
 from pipeline.calc.memory import predict
-from pipeline.calc.open_model import built_in, entry, names
 from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora as LoraMethod
 from tests.conftest import Lora

@@ -28,9 +28,6 @@ LORA = str(Path(sys.executable).parent / "lora")
 
 
 WORK: dict[str, Work] = {name: stage.run for name, stage in STAGES.items()}
-PIPELINE = [  # what makes models, and evaluate; what measures statements takes as long again
-    name for name, stage in STAGES.items() if not stage.is_measurement
-]
 COMMAND = {
     "pretrain": ["pretrain"],
     "expand_vocab": ["expand-vocab"],
@@ -90,9 +87,7 @@ def all_params() -> str:
     """params.yaml and document/params.yaml in one, which then needs no other project."""
     product = (ROOT / "params.yaml").read_text(encoding="utf-8")
     document = (ROOT / "document/params.yaml").read_text(encoding="utf-8").partition("project: ../params.yaml\n")[2]
-    text = product + "\n" + remove_section(document, "evaluate").replace("../data/", "data/")
-    more = [stage for stage in registry.METHODS.values() if f"\n{stage.name}:" not in text]
-    return text + "".join(f"\n{edit.section_text(stage.name, stage.settings)}" for stage in more)
+    return product + "\n" + remove_section(document, "evaluate").replace("../data/", "data/")
 
 
 def make(root: Path, stages: Sequence[str], overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
@@ -194,3 +189,7 @@ def load(params: Path, overrides: Sequence[str] = ()) -> Params:
 def save(params: Path, values: Mapping[str, Any]) -> None:
     """`section.key` → value written into a params file, the document's sections too."""
     edit.save(params, values, GRAPH.sections)
+
+
+# What makes models in the shipped projects, and evaluate; what measures statements takes as long again.
+PIPELINE = [name for name, stage in STAGES.items() if not stage.is_measurement and f"\n{name}:" in all_params()]

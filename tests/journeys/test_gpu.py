@@ -11,8 +11,8 @@ from pipeline.adapters.attach import add_lora, resolve
 from pipeline.adapters.config import AdapterSpec
 from pipeline.calc.families import architecture
 from pipeline.calc.memory import predict
-from pipeline.calc.open_model import entry
 from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.sources.open_model import entry
 from pipeline.data.examples import Window
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base

@@ -3,18 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from pipeline.document.claims.chapters.s01_problem import chapter as s01
+from pipeline.document.claims.chapters.s02_core_idea import chapter as s02
+from pipeline.document.claims.chapters.s03_numbers import chapter as s03
+from pipeline.document.claims.chapters.s04_step_by_step import chapter as s04
+from pipeline.document.claims.chapters.s05_hyperparameters import chapter as s05
+from pipeline.document.claims.chapters.s06_where import chapter as s06
+from pipeline.document.claims.chapters.s07_comparison import chapter as s07
+from pipeline.document.claims.chapters.s08_practice import chapter as s08
+from pipeline.document.claims.chapters.s09_implementation import chapter as s09
+from pipeline.document.claims.chapters.s10_further import chapter as s10
 from pipeline.document.claims.claim import Claim
 from pipeline.document.claims.quantity import in_unit
-from pipeline.document.claims.s01_problem import chapter as s01
-from pipeline.document.claims.s02_core_idea import chapter as s02
-from pipeline.document.claims.s03_numbers import chapter as s03
-from pipeline.document.claims.s04_step_by_step import chapter as s04
-from pipeline.document.claims.s05_hyperparameters import chapter as s05
-from pipeline.document.claims.s06_where import chapter as s06
-from pipeline.document.claims.s07_comparison import chapter as s07
-from pipeline.document.claims.s08_practice import chapter as s08
-from pipeline.document.claims.s09_implementation import chapter as s09
-from pipeline.document.claims.s10_further import chapter as s10
 from pipeline.document.claims.sources import MissingArtifact, Seeds, Sources
 from pipeline.errors import UserError
 from pipeline.project.stage_graph import Project

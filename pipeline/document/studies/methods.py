@@ -111,8 +111,8 @@ def time_of(name: str, by_seed: Sequence[Trained]) -> Row:
 def _large() -> Table:
     """The calculator's numbers for a real model: shares, and peak memory of a step of 2,048 tokens."""
     from pipeline.calc.method import configure
-    from pipeline.calc.open_model import built_in
     from pipeline.calc.report import answer
+    from pipeline.calc.sources.open_model import built_in
     from pipeline.stages.registry import COUNTED
 
     model, rows = built_in(LARGE).shapes, list[Row]()

@@ -184,7 +184,7 @@ def kurtosis(base: "LoadedModel") -> float:
 def _sizes(precisions: "Sequence[Precision]", claimed: Mapping[str, Any]) -> list[Row]:
     """The size of Qwen3-8B's weights: bits × parameters as in the document, and by the calculator."""
     from pipeline.calc.memory import weight_bytes
-    from pipeline.calc.open_model import built_in
+    from pipeline.calc.sources.open_model import built_in
 
     model, rows = built_in(LARGE).shapes, list[Row]()
     for precision in precisions:

@@ -105,7 +105,7 @@ def stamp(root: Path, params: Path, project: Project | None, graph: StageGraph) 
 
 def training_stages(project: Project | None, graph: StageGraph) -> list[Stage]:
     """The stages that train, which the project has itself or from its parent; without a project, all of the graph."""
-    every = [*(stage for stage in graph.stages.values() if stage.look), graph.stages["pretrain"]]
+    every = [*(stage for stage in graph.product.values() if stage.look), graph.stages["pretrain"]]
     return [stage for stage in every if project is None or stage.name in project.readable]
 
 

@@ -107,7 +107,8 @@ def parse(text: str, path: Path, overrides: Sequence[str] = (), kinds: Kinds = F
     if project and (inherited := sorted(added - {TRAINING})):
         raise UserError(f"--set {inherited[0]}: {path.name} has no such section. Set it in {project}, or add it here.")
     origin = ValueSource(path.name, frozenset({*overridden, *added}))
-    reject_unknown_keys(tree, [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
+    if unknown := [key for key in tree if key not in (*TOP_LEVEL, TRAINING) and key not in kinds]:
+        reject_unknown_keys(dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
     for name, keys in tree.items():
         if keys is not None and not isinstance(keys, dict):

@@ -167,7 +167,7 @@ def test_pitfall_4_rows_of_new_tokens_are_there_when_an_adapter_is_loaded(
         trained.append(logits(model, NEW_IDS))
         save_adapter(folder, model, spec, base_name)
 
-    monkeypatch.setattr("pipeline.stages.finetune.save_adapter", seen)
+    monkeypatch.setattr("pipeline.adapters.peft.save.save_adapter", seen)
     assert finetune(cli, project, f"train_embeddings={embeddings}")[0] == 0
     base, tuned = project / BASE, project / ADAPTER
     for found in (logits(load(base, tuned).model, NEW_IDS), logits_of(theirs(base, tuned), NEW_IDS)):

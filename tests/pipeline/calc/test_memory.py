@@ -14,10 +14,9 @@ from pipeline.calc.families import architecture
 from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
 from pipeline.calc.memory import inference, predict, weight_bytes
 from pipeline.calc.method import FinetuningMethod, projections, trainable, with_options
-from pipeline.calc.open_model import built_in, entry, names
-from pipeline.calc.precision import PRECISIONS, precision
 from pipeline.calc.report import answer, explain, side_by_side, swept
-from pipeline.calc.settings import OPTIMIZERS, TrainingConfig, qlora
+from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, TrainingConfig, precision, qlora
+from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.calc.step import run_step
 from pipeline.calc.tape import ROUNDING, Tape
 from pipeline.errors import UserError

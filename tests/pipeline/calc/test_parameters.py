@@ -14,7 +14,7 @@ from bench.memory import shortened
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.families import architecture
 from pipeline.calc.method import projections, trainable, why_they_differ
-from pipeline.calc.open_model import built_in, entry, names
+from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.errors import UserError
 from pipeline.stages.methods.freeze import Freeze
 from pipeline.stages.methods.full import COUNTED as FULL

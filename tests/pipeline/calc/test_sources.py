@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.calc.families import architecture, families
 from pipeline.calc.memory import predict
 from pipeline.calc.method import trainable
-from pipeline.calc.open_model import built_in, entry, names, open_model
 from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.errors import UserError
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.lora import COUNTED as LORA

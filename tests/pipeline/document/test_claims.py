@@ -304,7 +304,7 @@ def test_the_calculator_is_asked_as_on_the_command_line() -> None:
     assert calc("minigpt", rank=4).parameters.trainable == 4096
     assert find(calc(rank=8).projections, name="k_proj").out == 1024
     assert model("qwen3-8b").hidden == 4096
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(UserError, match="colour"):
         calc(colour=1)
 
 

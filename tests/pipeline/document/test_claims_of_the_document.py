@@ -23,7 +23,7 @@ from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.projects import PIPELINE, ROOT, STAGES, folder_bytes, lora, new_project, played, refusal
 
-FILES = sorted((ROOT / "pipeline/document/claims").glob("s[0-9]*.py"))
+FILES = sorted((ROOT / "pipeline/document/claims/chapters").glob("s[0-9]*.py"))
 
 
 def rows_of(root: Path) -> dict[str, Row]:

@@ -458,8 +458,8 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
             ["rank", "--set", "study_rank.ranks=[4, 0]"],
             "study_rank.ranks must be at least 1, got 0. Change it",
         ),
-        (["rank", "--set", "study_rank.ranks=4"], "study_rank.ranks must be a list of values, such as [0, 1], got 4"),
-        (["rank", "--set", "study_rank.ranks=[]"], "study_rank.ranks must be a list of values, such as [0, 1], got []"),
+        (["rank", "--set", "study_rank.ranks=4"], "study_rank.ranks must be a list of values, such as [1, 2], got 4"),
+        (["rank", "--set", "study_rank.ranks=[]"], "study_rank.ranks must be a list of values, such as [1, 2], got []"),
         (["rank", "--set", "study_rank.seeds=[1, 1]"], "study_rank.seeds has 1 twice. Remove one of them from --set"),
         (
             ["rank", "--set", "study_rank.old_data=no.txt"],

@@ -8,12 +8,12 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST

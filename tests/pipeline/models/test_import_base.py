@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from pipeline.calc.open_model import from_path
+from pipeline.calc.sources.open_model import from_path
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files import base_model

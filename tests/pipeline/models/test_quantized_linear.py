@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft.save import save_adapter
 from pipeline.calc.families import architecture
-from pipeline.calc.precision import precision
+from pipeline.calc.settings import precision
 from pipeline.files.artifact import read_json, seal
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models import quantized_linear

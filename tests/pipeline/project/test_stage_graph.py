@@ -54,7 +54,8 @@ for module in sys.argv[1:]:
 
 
 def test_code_files_are_those_that_python_imports() -> None:
-    """The static walk finds every module of ours that importing a stage loads."""
+    """The static walk finds every module of ours that importing a stage loads, but those that a registry finds."""
+    found_by_registry = ("pipeline.stages.methods.", "pipeline.document.studies.")
     modules = sorted({stage.module for stage in STAGES.values()})
     done = subprocess.run([sys.executable, "-c", IMPORTED, *modules], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -63,7 +64,8 @@ def test_code_files_are_those_that_python_imports() -> None:
     for module, *imported in lines:
         found = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in code_files(module)}
         assert module in imported
-        assert set(imported) <= {name.removesuffix(".__init__") for name in found}, module
+        statically = {name.removesuffix(".__init__") for name in found}
+        assert {name for name in imported if not name.startswith(found_by_registry)} <= statically, module
 
 
 def test_code_files_are_found_while_another_thread_parses() -> None:

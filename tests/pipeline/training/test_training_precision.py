@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.models.load import Base, load_base
 from pipeline.project.logs.run_log import Step, epoch_means, read_steps
-from pipeline.project.params.load import Params
 from pipeline.project.params.sections import Quantization, Training
+from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training import optimizer as optimizers
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import LARGEST_SCALE, FlatAdam
@@ -106,7 +106,7 @@ def test_pitfall_18_fp16_adapters_are_refused_with_the_reason(tmp_path: Path) ->
         )
         with pytest.raises(UserError, match=problem):
             load(path)
-    assert Params().finetune_lora.adapter_precision == "fp32"
+    assert FinetuneLora().adapter_precision == "fp32"
 
 
 def test_pitfall_18_fp16_goes_through_the_stage_and_full_fine_tuning_too(tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from textual.widgets.option_list import Option
 
 from pipeline.calc.fit import gpus
 from pipeline.calc.method import names_of
-from pipeline.calc.open_model import hub_ids
-from pipeline.calc.precision import PRECISIONS
-from pipeline.calc.settings import OPTIMIZERS, TrainingConfig, options_of
+from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, TrainingConfig, options_of
+from pipeline.calc.sources.open_model import hub_ids
 from pipeline.calc.target_modules import GROUPS
 from pipeline.stages.registry import COUNTED
 from tui.screens.calculator.query import CUSTOM, CalculatorQuery, relevant_fields

@@ -10,9 +10,9 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import Gpu, gpu, of_size
 from pipeline.calc.memory import Memory, predict, refuse_impossible
 from pipeline.calc.method import FinetuningMethod, configure, find_method, trainable, trained_parts
-from pipeline.calc.open_model import built_in, open_model
 from pipeline.calc.report import side_by_side
 from pipeline.calc.settings import QLORA, TrainingConfig, options_of
+from pipeline.calc.sources.open_model import built_in, open_model
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project.params.load import Params

@@ -17,7 +17,7 @@ from textual.worker import get_current_worker
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import changes, largest
-from pipeline.calc.open_model import hub_ids, open_model
+from pipeline.calc.sources.open_model import hub_ids, open_model
 from pipeline.errors import UserError
 from pipeline.project.params import edit
 from pipeline.workbench import GRAPH, open_project

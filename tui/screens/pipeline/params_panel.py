@@ -15,7 +15,7 @@ from textual.widgets import Static
 from pipeline.errors import UserError
 from pipeline.project.params.load import check, key_path
 from pipeline.project.params.schema import Section, hints, rule, value_type
-from pipeline.project.params.sections import Training
+from pipeline.project.params.sections import AdapterTraining, Training
 from tui.widgets.form import Form, FormField, Kind
 
 # A choice is typed here, as a text: its letters would else be keys of the screen, such as r, which runs all.
@@ -26,7 +26,7 @@ KINDS: Mapping[Any, Kind] = {
 
 
 def fields_of(stage: str, section: Section, source: str) -> list[FormField]:
-    """The fields of a stage's own params, then of those that all training stages share."""
+    """The fields of a stage's own params, then of those that adapters share, then of those that all training shares."""
 
     def problem(key: str, value: Any) -> str:
         try:
@@ -36,8 +36,8 @@ def fields_of(stage: str, section: Section, source: str) -> list[FormField]:
         return ""
 
     kind, fields = type(section), []
-    defaults, shared = kind(), hints(Training) if isinstance(section, Training) else {}
-    for key in sorted(hints(kind), key=lambda key: key in shared):
+    defaults, bases = kind(), [hints(base) for base in (Training, AdapterTraining) if isinstance(section, base)]
+    for key in sorted(hints(kind), key=lambda key: sum(key in base for base in bases)):
         hint = value_type(kind, key)
         origin, arguments = get_origin(hint), get_args(hint)
         fields.append(

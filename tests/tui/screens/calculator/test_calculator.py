@@ -16,9 +16,9 @@ from textual.widgets import Input, OptionList
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import changes, gpus, largest
 from pipeline.calc.method import configure
-from pipeline.calc.open_model import built_in, entry, names, open_model
 from pipeline.calc.report import answer
 from pipeline.calc.settings import CONTEXT, TrainingConfig
+from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora
 from pipeline.stages.registry import COUNTED

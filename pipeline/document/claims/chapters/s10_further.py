@@ -2,7 +2,7 @@
 
 from math import log2
 
-from pipeline.calc.precision import precision
+from pipeline.calc.settings import precision
 from pipeline.document.claims.claim import Chapter, Result, about, at_least, at_most, less_than, more_than
 from pipeline.document.claims.quantity import GB, B, GiB, n, percent
 from pipeline.document.claims.sources import Sources, calc, find, model

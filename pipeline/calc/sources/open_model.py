@@ -11,7 +11,7 @@ from pipeline.calc.architecture import Model
 from pipeline.calc.families import architecture, families
 from pipeline.errors import UserError
 
-BUILT_IN = Path(__file__).parent / "presets" / "models"
+BUILT_IN = Path(__file__).parents[1] / "presets" / "models"
 MAX_CONFIG_BYTES = 10_000_000
 
 
@@ -77,7 +77,7 @@ def from_path(path: Path) -> Model:
 
 
 def _from_file(path: Path) -> Model:
-    from pipeline.calc.headers import from_gguf, from_safetensors
+    from pipeline.calc.sources.headers import from_gguf, from_safetensors
     from pipeline.files.artifact import read_json
 
     if path.suffix == ".gguf":
@@ -92,7 +92,7 @@ def _from_file(path: Path) -> Model:
 
 
 def _from_folder(folder: Path) -> Model:
-    from pipeline.calc.headers import from_safetensors
+    from pipeline.calc.sources.headers import from_safetensors
     from pipeline.files.artifact import read_json, refuse_untrusted
 
     refuse_untrusted(folder)

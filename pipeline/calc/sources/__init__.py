@@ -1,0 +1,1 @@
+"""Where a model's shapes come from: a preset, a config, or the header of its weights."""
