@@ -27,7 +27,7 @@ from pipeline.project.status import StageState, Status
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.workbench import GRAPH
 from tests.helpers.pilot import until
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, load, make, save
+from tests.helpers.projects import BRIEF, METHODS, PIPELINE, SHIPPED, STAGES, load, make, save
 from tui.app import Workbench
 from tui.screens.pipeline.dag import DagView
 from tui.screens.pipeline.panels import LINES, LogView, StageList
@@ -78,7 +78,7 @@ def printed(screen: PipelineScreen, text: str) -> bool:
 
 
 async def choose(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> None:
-    screen.query_one(StageList).highlighted = list(STAGES).index(stage)
+    screen.query_one(StageList).highlighted = list(SHIPPED).index(stage)
     await until(pilot, lambda: screen.query_one(ParamForm).stage == stage)
 
 
@@ -111,10 +111,9 @@ async def test_stages_side_by_side_leave_the_panes_their_rows_and_the_list_scrol
     empty: Path, monkeypatch: pytest.MonkeyPatch, more: int
 ) -> None:
     others = ("finetune_another", "finetune_a_third", "finetune_a_fourth")[:more]
-    stages_of = {**STAGES, **{name: replace(STAGES["finetune_full"], name=name) for name in others}}
-    for name in others:
-        monkeypatch.setitem(STAGES, name, stages_of[name])
-        monkeypatch.setitem(GRAPH.sections, name, FinetuneFull)
+    stages_of = {**SHIPPED, **{name: replace(STAGES["finetune_full"], name=name) for name in others}}
+    monkeypatch.setattr(GRAPH, "stages", stages_of)
+    monkeypatch.setattr(GRAPH, "sections", {**GRAPH.sections, **dict.fromkeys(others, FinetuneFull)})
     monkeypatch.setattr(Project, "readable", stages_of)
     monkeypatch.setattr(Status, "of", lambda *_: {n: StageState(s, "missing", (), None) for n, s in stages_of.items()})
     async with open_screen(empty) as (pilot, screen):
