@@ -131,12 +131,7 @@ class DigestStore:
             total -= len(entries.pop(key)[1])
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                temporary.write_text(json.dumps({"format": FORMAT, "entries": entries}), encoding="utf-8")
-                temporary.replace(self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            artifact.write_file(self.path, json.dumps({"format": FORMAT, "entries": entries}))
         self._saved = True
 
 

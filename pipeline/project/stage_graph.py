@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from msgspec.structs import asdict
 
 from pipeline.errors import UserError
-from pipeline.project.palette import Look
 from pipeline.project.params.load import Params, inherit, load
 from pipeline.project.params.schema import Section
 
 T = TypeVar("T")
+OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"  # of runs that are not a stage's last
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 
 
@@ -27,6 +27,25 @@ def cache_folder(root: Path) -> Path:
     """The cache's folder: in the project, or LORA_CACHE, which several projects can share."""
     shared = os.environ.get("LORA_CACHE")
     return Path(shared) if shared else root / CACHE
+
+
+@dataclass(frozen=True)
+class Look:
+    """A curve's color and sign in every chart; in print also its `dash`, as matplotlib takes it, and its bar's `hatch`.
+
+    The colors are Okabe and Ito's, which color-blind readers can distinguish.
+    """
+
+    color: str
+    sign: str
+    dash: Any = "-"
+    hatch: str = ""
+
+
+def other_look(number: int) -> Look:
+    """The look of the `number`th older run. There are 27 different looks, then they repeat."""
+    # The sign moves on by one more after each round of colors: 3 divides 9, so that otherwise a sign had one color.
+    return Look(OTHERS[number % len(OTHERS)], OTHER_SIGNS[(number + number // len(OTHERS)) % len(OTHER_SIGNS)])
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,25 @@
-"""The run log: `loss.csv`, deterministic and tracked by DVC, and `telemetry.csv`, which differs between runs."""
+"""The run log: `loss.csv`, deterministic and tracked by DVC, and `telemetry.csv`, which differs between runs.
 
+A sweep has one of each per adapter, and `sweep.json`: how each ended.
+"""
+
+import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.files.artifact import write_file
+
 LOSS, TELEMETRY = "loss.csv", "telemetry.csv"
+TABLE = "sweep.json"  # adapter → outcome; in the run folder only those that ended so far
+DONE, STOPPED, DIVERGED = "done", "stopped early", "diverged"
 
 
 @dataclass(frozen=True)
@@ -184,3 +193,18 @@ def epoch_means(steps: Sequence[Step]) -> list[float]:
     for step in steps:
         epochs.setdefault(step.epoch, []).append(step.loss)
     return [sum(losses) / len(losses) for losses in epochs.values()]
+
+
+def read_run_outcomes(folder: Path) -> dict[str, str]:
+    """Name → outcome of each adapter that has ended, from an artifact or a run folder. Never raises."""
+    try:
+        rows = json.loads((folder / TABLE).read_text(encoding="utf-8"))
+        return {name: str(row["state"]) for name, row in rows.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def write_run_outcomes(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the outcomes of adapters that ended early. If that fails, training continues without."""
+    with suppress(OSError):
+        write_file(folder / TABLE, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

@@ -11,8 +11,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.text import natural_sort_key
-from pipeline.project.logs.outcomes import DIVERGED, read_run_outcomes
-from pipeline.project.logs.run_log import LOSS, TELEMETRY
+from pipeline.project.logs.run_log import DIVERGED, LOSS, TELEMETRY, read_run_outcomes
 from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage, StageGraph, cache_folder
 
 SHORT_KEY = 8  # characters of a cache key in a label

@@ -1,6 +1,5 @@
 """Change values in params.yaml without touching comments, order and layout."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.files.artifact import write_file
 from pipeline.project.params.load import FIXED, TOP_LEVEL, Kinds, parse
 from pipeline.project.params.schema import Section
 from pipeline.project.params.sections import Training
@@ -28,16 +28,7 @@ def save(path: Path, values: Mapping[str, Any], kinds: Kinds = FIXED) -> None:
     parse(text, path, (), kinds)
     new = set_values(text, values)
     parse(new, path, (), kinds)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(path.stat().st_mode)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, new, durable=True)
 
 
 def set_values(text: str, values: Mapping[str, Any]) -> str:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pipeline.calc.method import FinetuningMethod, TrainedParts, matching_linears
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.errors import UserError
-from pipeline.project.palette import Look
 from pipeline.project.params.schema import ALLOW_EMPTY, Rate
 from pipeline.project.params.sections import AdapterTraining
+from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from pipeline.calc.target_modules import ALL_LINEAR, GROUPS
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.patterns import end_match, end_pattern, one_budget, problem
-from pipeline.project.palette import Look
 from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Rate, Weight
 from pipeline.project.params.sections import AdapterTraining, Init
+from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
