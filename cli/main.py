@@ -16,7 +16,7 @@ from pipeline.project.process_rank import world
 # Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {
     "new": ("cli.project", "Make a project: params, data, dvc.yaml."),
-    "params": ("cli.params", "Show every setting, its source and its meaning."),
+    "params": ("cli.project", "Show every setting, its source and its meaning."),
     "pretrain": ("cli.stages", "Train MiniGPT from scratch → artifacts/base."),
     "expand-vocab": ("cli.stages", "Add rows for new words → artifacts/expanded."),
     "train-from-scratch": ("cli.stages", "Train a model from random weights on old and new data."),
@@ -32,7 +32,7 @@ COMMANDS = {
     "prompt": ("cli.prompt", "Prompt a model: its top next tokens and a completion."),
     "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
-    "export": ("cli.export", "Export an adapter: for PEFT, for vLLM, or merged."),
+    "export": ("cli.adapters", "Export an adapter: for PEFT, for vLLM, or merged."),
     "data": ("cli.data", "Show what is trained on in a data file."),
     "cache": ("cli.project", "Show or prune the cache of finished stages."),
     "doctor": ("cli.project", "Show versions, devices, memory and disk."),

@@ -1,7 +1,7 @@
 """Label masking: examples as tokens, and which of them are trained on."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.data.examples import Example
@@ -23,13 +23,6 @@ class Encoded:
     def labels(self) -> int:
         """Number of labels. The first token is never a label: nothing before it could predict it."""
         return sum(self.trained[1:])
-
-
-def encoder(
-    tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None, virtual: int = 0
-) -> Callable[[Example], Encoded]:
-    """`encode` with fixed settings, for `Corpus.build`."""
-    return lambda example: encode(example, tokenizer, max_length, positions, virtual)
 
 
 def encode(

@@ -4,8 +4,6 @@ Decided from the text and the file system alone, without network or heavy import
 up to date needs it too. `import_base` opens the model.
 """
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UserError
-from pipeline.files.artifact import digest, file_digest, read_json, refuse_untrusted
-from pipeline.files.safetensors_header import fingerprint
+from pipeline.files.artifact import contents_digest, digest, file_digest, read_json, refuse_untrusted
+from pipeline.files.safetensors_file import TensorInfo, fingerprint, read_header
 
 MINIGPT, FOLDER, GGUF, HUB = "minigpt", "folder", "gguf", "hub"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,6 +46,14 @@ class Source:
     def is_local(self) -> bool:
         """Whether it is a file or folder, so that DVC can track it."""
         return self.kind in (FOLDER, GGUF)
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """The file that holds a tensor, and its dtype, shape and byte range there."""
+
+    file: Path
+    info: TensorInfo
 
 
 def parse_source(base: str, root: Path) -> Source:
@@ -127,7 +133,7 @@ def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str
     if source.kind == GGUF:
         return {shared_name(source.text): digest(source.path)}
     files = {path.name: digest(path) for path in relevant_files(source.path)}
-    return {shared_name(source.text): hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    return {shared_name(source.text): contents_digest(files)}
 
 
 def relevant_files(folder: Path) -> list[Path]:
@@ -163,6 +169,19 @@ def weight_files(folder: Path) -> list[Path]:
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}. Copy the model's weights there.")
+
+
+def tensor_locations(folder: Path) -> dict[str, TensorLocation]:
+    """Every tensor of the checkpoint in `folder`, by name. Raises UserError as `weight_files` and `read_header` do."""
+    locations: dict[str, TensorLocation] = {}
+    for file in weight_files(folder):
+        for name, info in read_header(file).items():
+            if name in locations:
+                raise UserError(
+                    f"{folder}: {name} is in {locations[name].file.name} and in {file.name}. Copy it again."
+                )
+            locations[name] = TensorLocation(file, info)
+    return locations
 
 
 def base_fingerprint(folder: Path) -> dict[str, str]:

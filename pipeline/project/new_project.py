@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
 from pipeline.project import dvc_yaml, provenance
 from pipeline.project.params import edit
-from pipeline.project.params.load import TOP_LEVEL, TRAINING, parse
+from pipeline.project.params.load import TOP_LEVEL, TRAINING, parse, read_text
 from pipeline.project.stage_graph import Project, StageGraph
 
 PARAMS = "params.yaml"
@@ -128,7 +128,7 @@ def _new_params(
 
     `adapt`: whether its values become those for a pretrained base. Raises UserError.
     """
-    text = _read(source)
+    text = read_text(source)
     parse(text, source, (), graph.sections)
     if methods is not None:
         text = _select_methods(text, graph, methods)
@@ -171,7 +171,7 @@ def _add_needed_sections(text: str, graph: StageGraph) -> str:
 def _existing_params(folder: Path, graph: StageGraph, base: str | None) -> str:
     """The text of the existing params file. Raises UserError if its base is another or it lacks keys."""
     path = folder / PARAMS
-    text = _read(path)
+    text = read_text(path)
     project = _project(folder, graph, text, path)
     if base and base != project.params.pretrain.base:
         raise UserError(f"base is {project.params.pretrain.base} in {path}, not {base}. Edit it there.")
@@ -230,11 +230,3 @@ def _init_dvc(folder: Path) -> None:
             f"`dvc init` failed in {folder}: {' '.join(done.stderr.split())}. Try `dvc init --no-scm` there."
         )
     (folder / ".dvc/config").write_text(DVC_CONFIG, encoding="utf-8")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"{path}: {reason}. Name a params file with --params.") from None

@@ -1,4 +1,4 @@
-"""The state of each stage: up to date, changed (with reasons), running, failed, …
+"""The state of each stage: up to date, changed (with reasons), running, failed, …, and what an evaluation changed.
 
 A stage is up to date if the inputs recorded in its artifact equal the current ones, as in the cache's key.
 """
@@ -167,3 +167,43 @@ def project_signature(project: Project) -> tuple[Signature, ...]:
     artifacts = [project.artifact(name) for name in project.readable]
     base = base_model.files_to_watch(project.params.pretrain.base, project.home("pretrain").root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """A number of the evaluation before and after; None if it is missing there."""
+
+    name: str
+    before: float | None
+    after: float | None
+
+
+def metrics_since_commit(path: Path) -> list[MetricChange]:
+    """Every number of `path` that differs from the last commit's in six digits; further digits depend on the machine.
+
+    Raises UserError if there is nothing to compare.
+    """
+    if not path.is_file():
+        raise UserError("Nothing was evaluated yet.")
+    text = provenance.committed(path)
+    if text is None:
+        raise UserError(f"{path.name} was never committed, so there is nothing to compare.")
+    try:
+        before, after = (dict(_numbers(json.loads(each))) for each in (text, path.read_text(encoding="utf-8")))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path.name} cannot be read: {error}.") from None
+    changes = [MetricChange(name, before.get(name), after.get(name)) for name in {**before, **after}]
+    return [change for change in changes if _six_digits(change.before) != _six_digits(change.after)]
+
+
+def _six_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in the JSON tree with its dotted name."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _numbers(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, int | float) and not isinstance(tree, bool):
+        yield prefix, tree

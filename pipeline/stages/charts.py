@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
-MARKERS = dict(zip("●▲■◈◆▼○△□◇▽◀▶◁▷★☆", "o^sPDvo^sDv<><>**", strict=True))
+MARKERS = dict(zip("●▲■◈◆▼◐○△□◇▽◀▶◁▷★☆", "o^sPDv8o^sDv<><>**", strict=True))
 HOLLOW = "○△□◇▽◁▷☆"
 DASHES = ("-", "--", "-.", ":")
 WIDTH, HEIGHT, PANEL = 8.0, 4.2, 1.8  # inches; PANEL: height of each further panel

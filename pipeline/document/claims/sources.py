@@ -16,7 +16,7 @@ from pipeline.document.stages import CLAIMS
 from pipeline.document.tables import Spread, read_table
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
-from pipeline.files.safetensors_header import read_header
+from pipeline.files.safetensors_file import read_header
 from pipeline.project import dvc_yaml
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.stage_graph import ARTIFACTS, Project

@@ -8,11 +8,9 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
-from pipeline.project.params.load import FIXED, TOP_LEVEL, Kinds, parse
+from pipeline.project.params.load import FIXED, TOP_LEVEL, Kinds, parse, read_text
 from pipeline.project.params.schema import Section
 from pipeline.project.params.sections import Training
-
-NULL = "tag:yaml.org,2002:null"
 
 
 def save(path: Path, values: Mapping[str, Any], kinds: Kinds = FIXED) -> None:
@@ -21,21 +19,24 @@ def save(path: Path, values: Mapping[str, Any], kinds: Kinds = FIXED) -> None:
     Raises UserError if the file is invalid before or after, and OSError if it cannot be written. Then it is unchanged.
     """
     path = path.resolve()  # so that a symlink is kept
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8. Fix it by hand.") from None
+    text = read_text(path)
     parse(text, path, (), kinds)
     new = set_values(text, values)
-    parse(new, path, (), kinds)
+    parse(new, path, (), kinds)  # what the values' own rules or the layout do not allow is not written
     write_file(path, new, durable=True)
 
 
 def set_values(text: str, values: Mapping[str, Any]) -> str:
-    """`text` with each `section.key` set. Raises UserError if the layout does not allow it."""
+    """`text`, a valid params file's, with each `section.key`, or key above the sections, set.
+
+    Raises UserError if the layout does not allow it.
+    """
+    # Edited as text: a YAML library writes the whole file anew, and with it the user's comments and layout are lost.
+    # Its nodes tell where each value begins and ends.
     for key, value in values.items():
         section, _, name = key.partition(".")
-        text = _set(text, section, name, value) if name else _set_above(text, key, value)
+        root: Any = yaml.compose(text)  # again for each: an edit moves all that is below it
+        text = _set(text, root, section, name, value) if name else _set_above(text, root, key, value)
     return text
 
 
@@ -64,20 +65,12 @@ def section_text(name: str, kind: type[Section], values: Mapping[str, Any] | Non
     return f"{name}:\n{lines}" if lines else f"{name}: {{}}\n"
 
 
-def _set(text: str, section: str, name: str, value: Any) -> str:
-    try:
-        root = yaml.compose(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the params file is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError("the params file has no sections. Fix it by hand.")
+def _set(text: str, root: yaml.MappingNode, section: str, name: str, value: Any) -> str:
     branch = _child(root, section)
     if branch is None:
         return f"{text.rstrip()}\n\n{section}:\n  {name}: {dump_inline(value)}\n"
-    if not branch.value and (isinstance(branch, yaml.MappingNode) or branch.tag == NULL):  # `section: {}`, `section:`
+    if not isinstance(branch, yaml.MappingNode) or not branch.value:  # `section:`, `section: null`, `section: {}`
         return f"{text[: branch.start_mark.index].rstrip(' ')}\n  {name}: {dump_inline(value)}{text[_end(branch) :]}"
-    if not isinstance(branch, yaml.MappingNode):
-        raise UserError(f"section {section} of the params file has no keys. Add `{name}:` by hand.")
     leaf = _child(branch, name)
     if leaf is not None:
         return _replace_node(text, leaf, value)
@@ -89,13 +82,12 @@ def _set(text: str, section: str, name: str, value: Any) -> str:
     return f"{text[:last]}\n{indent}{name}: {dump_inline(value)}{text[last:]}"
 
 
-def _set_above(text: str, key: str, value: Any) -> str:
+def _set_above(text: str, root: yaml.MappingNode, key: str, value: Any) -> str:
     """`text` with a key that stands above the sections."""
-    root = yaml.compose(text)
-    leaf = _child(root, key) if isinstance(root, yaml.MappingNode) else None
+    leaf = _child(root, key)
     if leaf is not None:
         return _replace_node(text, leaf, value)
-    first = root.value[0][0].start_mark.index if isinstance(root, yaml.MappingNode) and root.value else len(text)
+    first = root.value[0][0].start_mark.index if root.value else len(text)
     return f"{text[:first]}{key}: {dump_inline(value)}\n\n{text[first:]}"
 
 

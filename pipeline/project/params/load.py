@@ -82,17 +82,21 @@ class Params:
 
 def load(path: Path, overrides: Sequence[str] = (), kinds: Kinds = FIXED) -> Params:
     """Read and check `path`, then apply `section.key=value` overrides. Raises UserError."""
+    return parse(read_text(path), path, overrides, kinds)
+
+
+def read_text(path: Path) -> str:
+    """The text of a params file. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist. Run this in the project's folder, or name the file with --params."
         ) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Name a params file with --params.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(text, path, overrides, kinds)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8. Fix it by hand, or name another params file with --params.") from None
 
 
 def parse(text: str, path: Path, overrides: Sequence[str] = (), kinds: Kinds = FIXED) -> Params:

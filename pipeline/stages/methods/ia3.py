@@ -163,7 +163,7 @@ def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
     from pipeline.adapters.config import CONFIG, WEIGHTS
     from pipeline.adapters.folder import read_config
     from pipeline.adapters.peft.tensors import read_tensors
-    from pipeline.files.safetensors_header import refuse_difference
+    from pipeline.files.safetensors_file import refuse_difference
 
     config = read_config(folder)
     named = {key: config.get(key) or [] for key in ("target_modules", "feedforward_modules")}

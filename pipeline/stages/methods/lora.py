@@ -207,7 +207,7 @@ def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path) -> Facts:
     """
     from pipeline.adapters.config import WEIGHTS
     from pipeline.adapters.peft.save import save_adapter, stored_spec
-    from pipeline.files.safetensors_header import shapes
+    from pipeline.files.safetensors_file import shapes
 
     save_adapter(out, base.model, spec, f"artifacts/{folder.name}")
     saved = stored_spec(base.model, spec)
