@@ -168,10 +168,9 @@ def outdated(project: "Project", names: Sequence[str]) -> dict[str, tuple[str, .
 def warn_outdated(subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:
     """One line on stderr: what is out of date, why, and how it is made again from the first of `stages` on."""
     from cli.console import print_note
-    from pipeline.project.dvc_yaml import command
     from pipeline.workbench import GRAPH
 
-    commands = [f"`{command(GRAPH.stages[name])}`" for name in stages]
+    commands = [f"`{GRAPH.stages[name].command}`" for name in stages]
     again = ", then ".join(commands) if len(commands) <= MOST else "`dvc repro`"
     print_note(f"{subject} out of date: {', '.join(reasons)}. Run {again}.")
 

@@ -54,13 +54,6 @@ def files(project: Project, stage: Stage) -> dict[str, str]:
     return files
 
 
-def command(stage: Stage) -> str:
-    """The stage's command: `lora finetune lora` for finetune_lora, `lora expand-vocab` for expand_vocab."""
-    if stage.kind == "study":
-        return f"lora study {stage.method}"
-    return "lora " + stage.name.replace("finetune_", "finetune ").replace("_", "-")
-
-
 def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
     written = project.params.written
     deps = [_dependency(stage, key, name, written) for key, name in files(project, stage).items()]
@@ -76,7 +69,7 @@ def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
         outputs["outs"] = [f"{stage.path}/{part}" for part in PARTS]
         outputs["metrics"] = [{f"{stage.path}/{METRICS}": {"cache": False}}]
     return {
-        "cmd": command(stage),
+        "cmd": stage.command,
         "params": [
             *above,
             *(name for name in sections if name in written),

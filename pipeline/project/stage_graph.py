@@ -98,6 +98,13 @@ class Stage:
         """Its output relative to the project, such as artifacts/base."""
         return f"{ARTIFACTS}/{self.output}"
 
+    @property
+    def command(self) -> str:
+        """What makes its artifact: `lora finetune lora` for finetune_lora, `lora expand-vocab` for expand_vocab."""
+        if self.kind == "study":
+            return f"lora study {self.method}"
+        return "lora " + self.name.replace("finetune_", "finetune ").replace("_", "-")
+
     def run(self, job: Any) -> Generator[Any, None, dict[str, Any]]:
         """Its work. Only now is its module imported, and with it torch."""
         work: Generator[Any, None, dict[str, Any]] = import_module(self.work or self.module).run(job)
@@ -204,22 +211,13 @@ class Project:
         """The section with the stage's name."""
         return self.params.section(stage.name)
 
-    def settings(self, stage: Stage) -> Any:
-        """The section with the stage's training settings: its own, or another stage's of which it trains variants."""
-        return self.params.section(stage.section)
-
     def stage_params(self, stage: Stage) -> dict[str, Any]:
         """All params that affect the stage's output. The keys of a sweep's grid replace those of its settings."""
-        section = asdict(self.section(stage))
-        return {
-            **{key: value for key, value in asdict(self.settings(stage)).items() if key not in section.get("grid", ())},
-            **section,
-            **{
-                f"{name}.{key}": value
-                for name in stage.extra_sections
-                for key, value in asdict(self.params.section(name)).items()
-            },
-        }
+        own, settings = asdict(self.section(stage)), asdict(self.params.section(stage.section))
+        params = {key: value for key, value in settings.items() if key not in own.get("grid", ())} | own
+        for name in stage.extra_sections:
+            params |= {f"{name}.{key}": value for key, value in asdict(self.params.section(name)).items()}
+        return params
 
     def setting(self, stage: Stage, key: str) -> Any:
         """The value of a key of the stage's settings, or of section.key."""

@@ -103,6 +103,9 @@ class RunLog:
     Seconds and tokens per second in the telemetry count from the opening of the log.
     """
 
+    # Two files, as the same training must write the same bytes: loss.csv becomes part of the artifact, whose digest
+    # says whether later stages are up to date. What differs from run to run (time, memory) stays in the run folder.
+
     def __init__(
         self, folder: Path, at_step: int, at_tokens: int, evaluated: bool = False, retained: bool = False
     ) -> None:
@@ -123,7 +126,7 @@ class RunLog:
         values = [getattr(step, name) for name in self._columns]
         cells = ["" if v is None else f"{v:.7g}" if isinstance(v, float) else str(v) for v in values]
         self._loss.write(",".join(cells) + "\n")
-        self._loss.flush()
+        self._loss.flush()  # for those who watch
         seconds = time.perf_counter() - self._start
         speed = (step.tokens - self._tokens) / seconds  # labelled tokens
         self._telemetry.write(
@@ -132,6 +135,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Flush the logs to disk. Called before writing a checkpoint that relies on them."""
+        # A resumed run drops the lines after its checkpoint's step and writes them again. Lines before it are nowhere
+        # else: a checkpoint that survives a power cut without them would leave a gap in the curve.
         for file in (self._loss, self._telemetry):
             file.flush()
             os.fsync(file.fileno())
@@ -163,19 +168,19 @@ def _open_at(path: Path, columns: Sequence[str], at_step: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def flat_from(steps: Sequence[Step], tolerance: float = 0.05) -> int | None:
-    """The first epoch from which the mean loss stays within `tolerance` × total drop of the last epoch's.
+def flat_from(steps: Sequence[Step]) -> int | None:
+    """`flat_epoch` of a run."""
+    return flat_epoch(epoch_means(steps))
+
+
+def flat_epoch(means: Sequence[float]) -> int | None:
+    """The first epoch from which the mean loss stays within 5% of the total drop of the last epoch's.
 
     None if only the last epoch does: the curve has not flattened.
     """
-    return flat_epoch(epoch_means(steps), tolerance)
-
-
-def flat_epoch(means: Sequence[float], tolerance: float = 0.05) -> int | None:
-    """`flat_from` for the mean losses of the epochs."""
     if len(means) < 2 or not all(map(math.isfinite, means)):
         return None
-    margin = tolerance * abs(means[0] - means[-1])
+    margin = 0.05 * abs(means[0] - means[-1])
     flat = len(means)
     while flat > 0 and abs(means[flat - 1] - means[-1]) <= margin:
         flat -= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.project.dvc_yaml import command, render
+from pipeline.project.dvc_yaml import render
 from pipeline.project.provenance import code_files
 from pipeline.workbench import open_project
 from tests.helpers.projects import COMMAND, ROOT, STAGES, dvc, git, make, new_project, save, shorten
@@ -37,7 +37,7 @@ def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_rea
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_the_command_that_the_program_has(name: str) -> None:
-    assert command(STAGES[name]) == " ".join(["lora", *COMMAND[name]])
+    assert STAGES[name].command == " ".join(["lora", *COMMAND[name]])
 
 
 IMPORTED = """
