@@ -43,10 +43,10 @@ def new(
     from pipeline.project.new_project import create
     from pipeline.workbench import GRAPH
 
-    project = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
-    for note in project.notes:
+    added, notes = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
+    for note in notes:
         print_note(note)
-    print_line(f"{folder}: added {', '.join(project.added)}" if project.added else f"{folder}: nothing to add")
+    print_line(f"{folder}: added {', '.join(added)}" if added else f"{folder}: nothing to add")
     print_line(f"Next: cd {folder}; dvc repro; lora-tui")
 
 

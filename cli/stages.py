@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Exit, Option, Typer
 from typer.main import get_command
 
-from cli.adapters import PromptsOption, WidthOption, merging_of, print_merged
+from cli.export import PromptsOption, WidthOption
 from cli.options import (
     DEFAULT_PARAMS,
     UNDER_DVC,
@@ -158,6 +158,7 @@ def merge(
     With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading the model.
     """
     if trust_remote_code or any(option is not None for option in (adapter, out, base, precision, prompts)):
+        from cli.export import merging_of, print_merged
         from pipeline.errors import UserError
         from pipeline.weights.merge import merge_to
 

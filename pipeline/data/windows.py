@@ -89,11 +89,9 @@ class Corpus:
         ids = np.where(trained, stored, ~stored)
         return Encoded(tuple(ids.tolist()), tuple(trained.tolist()), self._cuts[index])
 
-    @property
-    def example_lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of each example (N,)."""
-        starts: NDArray[np.int64] = np.array(self._starts, np.int64)
-        return starts[1:] - starts[:-1]
+    def length(self, index: int) -> int:
+        """Number of tokens of an example, without reading it."""
+        return self._starts[index + 1] - self._starts[index]
 
     def location(self, index: int) -> str:
         """Source of an example, as `file:line`."""
@@ -101,7 +99,7 @@ class Corpus:
 
     @property
     def statistics(self) -> Statistics:
-        lengths = np.sort(self.example_lengths) if len(self) else np.zeros(1, np.int64)
+        lengths = np.sort(np.diff(self._starts)) if len(self) else np.zeros(1, np.int64)
         return Statistics(
             examples=len(self),
             tokens=self._starts[-1],
@@ -152,7 +150,7 @@ class ExampleDataset:
         return as_window(self.corpus[number])
 
     def tokens(self, number: int) -> int:
-        return int(self.corpus.example_lengths[number]) - 1
+        return self.corpus.length(number) - 1
 
     def location(self, number: int) -> str:
         return self.corpus.location(number)
