@@ -66,7 +66,7 @@ def show(
     examples = iter_examples(file, str(file))
     shown = [(example, encode_one(example)) for example in islice(examples, limit)]
     with TemporaryDirectory() as folder:
-        corpus = Corpus.build(chain((example for example, _ in shown), examples), encode_one, Path(folder))
+        corpus = Corpus(chain((example for example, _ in shown), examples), encode_one, Path(folder))
         statistics = corpus.statistics
         del corpus  # unmaps its file before the folder is removed
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.data.examples import Example
+from pipeline.data.tokenizers.chat_template import single_rendering
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 
@@ -90,8 +91,6 @@ class _AssistantTurns:
     """
 
     def __init__(self, example: Example, tokenizer: Tokenizer) -> None:
-        from pipeline.data.tokenizers.chat_template import single_rendering  # only conversations need it
-
         self._example, self._tokenizer = example, tokenizer
         self._answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         # In one request, as most conversations need the prompts and all need the whole.
@@ -144,8 +143,6 @@ class _AssistantTurns:
 
     def mask_from_prefixes(self) -> tuple[list[bool], bool]:
         """An answer is what the conversation adds to its prompt, up to the first end token behind its content."""
-        from pipeline.data.tokenizers.chat_template import single_rendering
-
         messages = self._example.messages
         ends = [span for id_, span in zip(self.ids, self._spans, strict=True) if id_ in self._tokenizer.end_ids]
         starts = []

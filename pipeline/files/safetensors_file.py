@@ -194,6 +194,7 @@ def rewrite(source: Path, target: Path, tensors: Sequence[NewTensor]) -> Iterato
     offset = len(header)
     with target.open("wb", buffering=0) as file:
         _write(file.fileno(), header, 0)
+        # At its full size from the start, so that its parts can be written at their offsets in any order.
         os.ftruncate(file.fileno(), offset + sum(tensor.size for tensor in tensors))
     for is_copy, group in groupby(tensors, key=lambda tensor: tensor.content is None):
         if is_copy:

@@ -29,6 +29,8 @@ DEFAULTS = HERE if (HERE / PARAMS).is_file() else HERE / "lora_workbench_default
 DOCUMENT = DEFAULTS / "document"  # the document's data, packaged with the program
 IGNORED_BY_DVC = "# What no stage reads.\nruns\n.lora-cache\n__pycache__\n"
 IGNORED_BY_GIT = "/artifacts/\n/runs/\n/.lora-cache/\n/dvc_plots/\n*.gguf\n"
+# no_scm: DVC must not look for the git repository that a project may lie in. type: links, or a real model takes its
+# space twice, in artifacts/ and in DVC's cache.
 DVC_CONFIG = """\
 [core]
     no_scm = True

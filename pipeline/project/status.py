@@ -43,7 +43,7 @@ class Status:
 
         `each` is called with every state as soon as it is computed: large files take seconds to hash.
         """
-        code = signature(provenance.ROOT / "pipeline")
+        code = signature(provenance.ROOT / "pipeline")  # one look at all files, instead of reading each stage's
 
         def code_of(*modules: str) -> str:
             return self._cached(("code", " ".join(modules)), code, lambda: provenance.code_digest(*modules))

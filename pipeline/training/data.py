@@ -80,7 +80,7 @@ def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> G
         positions=base.model.shape.positions,
         virtual=virtual_tokens,
     )
-    corpus = Corpus.build(examples, encode_one, folder)
+    corpus = Corpus(examples, encode_one, folder)
     statistics = corpus.statistics
     if statistics.truncated:
         skipped = f", {statistics.unlabelled} of them skipped: no label is left" if statistics.unlabelled else ""

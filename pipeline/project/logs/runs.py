@@ -156,7 +156,8 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
             continue
         seen.append(logs)
         # What sets it apart: params that differ from the current ones, or else other inputs or code
-        params = _params(logs.manifest)
+        params = logs.manifest.get("params")
+        params = params if isinstance(params, dict) else {}  # of an artifact that another version wrote
         parts = [f" {key} {_abbreviate(value)}" for key, value in params.items() if now.get(key, value) != value]
         if not parts:
             own = [part for part in ("inputs", "code") if part in logs.manifest]
@@ -189,11 +190,6 @@ def _artifact_logs(folder: Path, stage: Stage) -> _Logs | None:
         digests[curve.name] = digest
     diverged = [name for name, end in read_run_outcomes(folder).items() if end == DIVERGED]
     return _Logs(folder, curves, {**dict.fromkeys(diverged), **digests}, manifest) if curves else None
-
-
-def _params(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    params = manifest.get("params")
-    return params if isinstance(params, dict) else {}
 
 
 def _abbreviate(value: Any) -> str:

@@ -113,6 +113,7 @@ def parse(text: str, path: Path, overrides: Sequence[str] = (), kinds: Kinds = F
     origin = ValueSource(path.name, frozenset({*overridden, *added}))
     if unknown := [key for key in tree if key not in (*TOP_LEVEL, TRAINING) and key not in kinds]:
         reject_unknown_keys(dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
+    # `base` is a setting of pretrain, but stands above the sections: most users set it alone.
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
     for name, keys in tree.items():
         if keys is not None and not isinstance(keys, dict):
@@ -143,6 +144,8 @@ def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]]
     sources = {key: f"{prefix}/{source}" for key, source in parent.sources.items()}
     training = {**parent.training, **params.training}
     own = replace(params, training=training, sources={**sources, **params.sources})
+    # The child's sections are read again, on the parent's training block. The parent's are taken as they were read in
+    # its file, where its own block counts: the artifacts that the child reads were made with these.
     overridden = frozenset(key for key, source in params.sources.items() if source == "--set")
     inherited = {}
     for name in parent.written - params.written:

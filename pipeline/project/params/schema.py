@@ -44,6 +44,7 @@ class ReadBy:
 ALLOW_EMPTY = object()  # a text, list or mapping that may be empty
 ALLOW_DUPLICATES = object()  # a list that may have a value twice, such as the numbers of a matrix
 LARGEST = 1e30  # of a float, so that products stay finite in fp32
+# No larger count could run, and some overflow inside a library; torch takes seeds of 63 bits.
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Steps = Annotated[int, Meta(ge=0, lt=2**31)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
