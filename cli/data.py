@@ -48,8 +48,8 @@ def show(
     from tempfile import TemporaryDirectory
 
     from cli.console import print_json, print_line, print_table, stdout
+    from pipeline.data.formats import iter_examples
     from pipeline.data.masking import encode
-    from pipeline.data.read import iter_examples
     from pipeline.data.tokenizers.word import load_tokenizer
     from pipeline.data.windows import Corpus
     from pipeline.errors import UserError

@@ -7,8 +7,8 @@ from shutil import copyfile
 import torch
 
 from pipeline.data.examples import Example, in_evaluation
+from pipeline.data.formats import iter_examples
 from pipeline.data.masking import encode
-from pipeline.data.read import iter_examples
 from pipeline.data.windows import Corpus, Dataset, dataset_from, refuse_empty
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint

@@ -11,7 +11,7 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.method import configure
 from pipeline.calc.report import answer
 from pipeline.calc.sources.open_model import built_in
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.document.stages import CLAIMS
 from pipeline.document.tables import Spread, read_table
 from pipeline.errors import UserError

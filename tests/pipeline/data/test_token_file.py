@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.examples import Example
+from pipeline.data.formats import iter_examples
 from pipeline.data.masking import Encoded
-from pipeline.data.read import iter_examples
 from pipeline.data.windows import Corpus, refuse_empty
 from pipeline.errors import UserError
 
