@@ -125,7 +125,7 @@ def create(
 
 def _project(folder: Path, graph: StageGraph, text: str, path: Path) -> Project:
     """The project in `folder` with this params text. Raises UserError."""
-    return Project.of(folder / PARAMS, parse(text, path, (), graph.sections), graph)
+    return Project.of(folder / PARAMS, parse(text, path, graph.sections), graph)
 
 
 def _new_params(
@@ -137,14 +137,14 @@ def _new_params(
     `adapt`: whether its values become those for a pretrained base. Raises UserError.
     """
     text = read_text(source)
-    parse(text, source, (), graph.sections)
+    parse(text, source, graph.sections)
     if methods is not None:
         text = _select_methods(text, graph, methods)
     text = _add_needed_sections(text, graph)
     values: dict[str, Any] = {"base": base} if base else {}
     if adapt and base and base != MINIGPT:
         own = {f"{s.name}.{key}": value for s in graph.stages.values() for key, value in s.pretrained.items()}
-        sections = {TRAINING, *parse(text, source, (), graph.sections).written}
+        sections = {TRAINING, *parse(text, source, graph.sections).written}
         values |= {key: value for key, value in {**PRETRAINED, **own}.items() if key.partition(".")[0] in sections}
     text = edit.set_values(text, values)
     return edit.set_values(text, _missing_keys(text, _project(folder, graph, text, source)))
@@ -155,7 +155,7 @@ def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str
     sections = {stage.method: stage.name for stage in graph.stages.values() if stage.look}
     if unknown := [name for name in methods if name not in sections]:
         raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(sections)}.")
-    written = parse(text, Path(PARAMS), (), graph.sections).written
+    written = parse(text, Path(PARAMS), graph.sections).written
     removed = {name for method, name in sections.items() if method not in methods}
     for name in (removed & written) | ({"merge"} if "lora" not in methods else set()):  # merge needs the LoRA adapter
         text = edit.remove_section(text, name)
@@ -167,7 +167,7 @@ def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str
 def _add_needed_sections(text: str, graph: StageGraph) -> str:
     """The text with default sections added for stages that its own stages need, and for those that these need."""
     while True:
-        project = Project(Path(), parse(text, Path(PARAMS), (), graph.sections), graph)
+        project = Project(Path(), parse(text, Path(PARAMS), graph.sections), graph)
         needs = {need for s in project.stages.values() for need in (*project.needs(s), s.section, *s.extra_sections)}
         missing = [s.name for s in graph.stages.values() if s.name in needs - project.params.written]
         missing = [name for name in missing if not graph.stages[name].is_measurement]

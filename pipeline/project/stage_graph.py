@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from msgspec.structs import asdict
 
 from pipeline.errors import UserError
-from pipeline.project.params.load import Params, inherit, load
+from pipeline.project.params.load import Params, inherit, parse, read_text
 from pipeline.project.params.schema import Section
 
 T = TypeVar("T")
@@ -184,7 +184,7 @@ class Project:
     @classmethod
     def load(cls, path: Path, graph: StageGraph, overrides: Sequence[str] = ()) -> "Project":
         """The project of a params file, and its parent. Raises UserError."""
-        return cls.of(path, load(path, overrides, graph.sections), graph)
+        return cls.of(path, parse(read_text(path), path, graph.sections, overrides), graph)
 
     @classmethod
     def of(cls, path: Path, params: Params, graph: StageGraph) -> "Project":
@@ -194,7 +194,7 @@ class Project:
             return cls(root, params, graph)
         source = root / params.project
         try:
-            parent_params = load(source, (), graph.sections)
+            parent_params = parse(read_text(source), source, graph.sections)
         except UserError as error:
             raise UserError(f"{path}: project: {error}") from None
         if parent_params.project:

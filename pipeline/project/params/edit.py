@@ -8,21 +8,21 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
-from pipeline.project.params.load import FIXED, TOP_LEVEL, Kinds, parse, read_text
+from pipeline.project.params.load import TOP_LEVEL, Kinds, parse, read_text
 from pipeline.project.params.schema import Section
 from pipeline.project.params.sections import Training
 
 
-def save(path: Path, values: Mapping[str, Any], kinds: Kinds = FIXED) -> None:
+def save(path: Path, values: Mapping[str, Any], kinds: Kinds) -> None:
     """Set `section.key` → value in the file atomically; `kinds` as in `load.parse`.
 
     Raises UserError if the file is invalid before or after, and OSError if it cannot be written. Then it is unchanged.
     """
     path = path.resolve()  # so that a symlink is kept
     text = read_text(path)
-    parse(text, path, (), kinds)
+    parse(text, path, kinds)
     new = set_values(text, values)
-    parse(new, path, (), kinds)  # what the values' own rules or the layout do not allow is not written
+    parse(new, path, kinds)  # what the values' own rules or the layout do not allow is not written
     write_file(path, new, durable=True)
 
 

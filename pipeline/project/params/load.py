@@ -15,17 +15,13 @@ from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Section, ValueSource, check_value, hints, reject_unknown_keys
-from pipeline.project.params.sections import Evaluate, ExpandVocab, Merge, Pretrain, Training
+from pipeline.project.params.sections import Training
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
 TRAINING = "training"  # the block of defaults for every section that trains
 PROJECT = "project"  # names the params file that this one builds on
 TOP_LEVEL: Mapping[str, str] = {"base": "pretrain"}  # keys above the sections → the section that holds them in memory
-FIXED: Kinds = {  # sections of the stages that every project may have; methods add theirs
-    **{"pretrain": Pretrain, "expand_vocab": ExpandVocab},
-    **{"merge": Merge, "evaluate": Evaluate},
-}
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,8 @@ class Params:
     builds on, relative to its folder; empty where it stands alone. `file`: its name.
     """
 
+    kinds: Kinds = field(compare=False)
     sections: Mapping[str, Section] = field(default_factory=dict)
-    kinds: Kinds = field(default_factory=lambda: FIXED, compare=False)
     tree: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
     training: Mapping[str, Any] = field(default_factory=dict, compare=False)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -80,11 +76,6 @@ class Params:
         return self.sources.get(path, "default")
 
 
-def load(path: Path, overrides: Sequence[str] = (), kinds: Kinds = FIXED) -> Params:
-    """Read and check `path`, then apply `section.key=value` overrides. Raises UserError."""
-    return parse(read_text(path), path, overrides, kinds)
-
-
 def read_text(path: Path) -> str:
     """The text of a params file. Raises UserError."""
     try:
@@ -99,8 +90,8 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8. Fix it by hand, or name another params file with --params.") from None
 
 
-def parse(text: str, path: Path, overrides: Sequence[str] = (), kinds: Kinds = FIXED) -> Params:
-    """Like `load`, for the text of `path`. Raises UserError."""
+def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) -> Params:
+    """Check the `text` of `path`, then apply `section.key=value` overrides. Raises UserError."""
     tree = _read_tree(text, path)
     project = tree.pop(PROJECT, "")
     if not isinstance(project, str):
@@ -129,7 +120,7 @@ def parse(text: str, path: Path, overrides: Sequence[str] = (), kinds: Kinds = F
         tree[TOP_LEVEL[key]] = {**tree.get(TOP_LEVEL[key], {}), key: value}
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
     training = tree.get(TRAINING, {})
-    params = Params({}, kinds, tree, training, sources, project, path.name)
+    params = Params(kinds, {}, tree, training, sources, project, path.name)
     for key, value in training.items():  # also where nothing trains
         check_value(hints(Training)[key], value, f"{TRAINING}.{key}", origin)
     return _build(params, origin)
