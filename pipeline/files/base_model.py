@@ -60,6 +60,7 @@ def parse_source(base: str, root: Path) -> Source:
     """What `base` refers to, relative to the project's folder. Does not check that it is usable. Raises UserError."""
     if base == MINIGPT:
         return Source("minigpt", base)
+    # What is there goes before the hub: org/name may be both. A missing .gguf is a missing file, as no hub id ends so.
     path = _path(base, root)
     if path is not None and path.is_dir():
         return Source("folder", base, path)

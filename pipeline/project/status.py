@@ -63,6 +63,7 @@ class Status:
         run = run_state.read(folder)
         if run_state.alive(folder):
             return StageState(stage, "running", (), run)
+        # A failure counts until the artifact is up to date, which takes no run: `dvc checkout` may bring it back.
         state, details = self._compare(project, stage, digests)
         reasons = tuple(reason.replace(f"{project.root}/", "") for reason in details)
         if state != "current" and run and run.state in ("failed", "stopped"):
@@ -70,6 +71,7 @@ class Status:
             return StageState(stage, "failed" if run.state == "failed" else "stopped", (*message, *reasons), run)
         if state != "current" and run and run.state == "running":
             return StageState(stage, "died", ("the process died (no error recorded)", *reasons), run)
+        # What a stage reads is compared once that is itself up to date: it may be made again as it was.
         outdated_needs = [need for need in project.needs(stage) if before[need].state != "current"]
         missing = any(not project.artifact(need).is_dir() for need in outdated_needs)
         if outdated_needs and (state == "current" or (state == "changed" and missing)):

@@ -30,9 +30,9 @@ class Format(NamedTuple):
     read: Callable[[Record, str, int], Example]
 
 
-def read_examples(path: Path, name: str, prompts: bool = False) -> list[Example]:
+def read_examples(path: Path, name: str) -> list[Example]:
     """All examples of a file. `name` is the path as the user wrote it. Raises UserError."""
-    return list(iter_examples(path, name, prompts))
+    return list(iter_examples(path, name))
 
 
 def iter_examples(path: Path, name: str, prompts: bool = False) -> Iterator[Example]:

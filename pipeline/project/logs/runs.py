@@ -149,6 +149,7 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
         running = _Logs(folder, curves, digests, {"params": now})
         manifest = next((logs.manifest for logs in finished if logs.same(running)), running.manifest)
         candidates = [replace(running, manifest=manifest), *finished]
+    # The last run, its artifact and the cache's copy of it are one run, told by equal logs: a run folder has no key.
     seen: list[_Logs] = []
     labels: set[str] = set()
     for logs in candidates:

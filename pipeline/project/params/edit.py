@@ -51,9 +51,9 @@ def remove_section(text: str, section: str) -> str:
     return "".join(remaining)
 
 
-def section_text(name: str, kind: type[Section], values: Mapping[str, Any] | None = None) -> str:
+def section_text(name: str, kind: type[Section]) -> str:
     """A new section as text for params.yaml: its own keys, and of those that all training stages share the ones whose
-    default is another here; or those in `values`."""
+    default is another here."""
     default, shared = kind(), Training()
     keys = {
         key: getattr(default, key)
@@ -61,7 +61,7 @@ def section_text(name: str, kind: type[Section], values: Mapping[str, Any] | Non
         if key not in TOP_LEVEL
         and (key == "data" or key not in Training.__struct_fields__ or getattr(default, key) != getattr(shared, key))
     }
-    lines = "".join(f"  {key}: {dump_inline(value)}\n" for key, value in {**keys, **(values or {})}.items())
+    lines = "".join(f"  {key}: {dump_inline(value)}\n" for key, value in keys.items())
     return f"{name}:\n{lines}" if lines else f"{name}: {{}}\n"
 
 
