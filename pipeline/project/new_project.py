@@ -258,16 +258,11 @@ def render_code_yaml(project: Project) -> str:
 
 
 def _files(project: Project, stage: Stage) -> dict[str, str]:
-    """Key of the stage's section (such as data[0]) or section.key → file name; empty values are omitted."""
+    """All that DVC must watch beside other stages' outputs: `project.file_keys`, and the base if it is a local one."""
     base = project.params.pretrain
     if stage.name == "pretrain" and base.imports:
         return {"base": base.base} if parse_source(base.base, project.root).is_local else {}
-    files: dict[str, str] = {}
-    for key in stage.data:
-        value = project.setting(stage, key)
-        names = {key: value} if isinstance(value, str) else {f"{key}[{i}]": name for i, name in enumerate(value)}
-        files |= {k: name for k, name in names.items() if name and name not in files.values()}
-    return files
+    return project.file_keys(stage)
 
 
 def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:

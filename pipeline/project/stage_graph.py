@@ -287,12 +287,23 @@ class Project:
         """The cache's folder, shared with the parent."""
         return cache_folder(self.parent.root if self.parent else self.root)
 
-    def data_files(self, stage: Stage) -> list[str]:
-        """The data files that a stage reads, as named in params.yaml; none for an imported base."""
+    def file_keys(self, stage: Stage) -> dict[str, str]:
+        """Key of the stage's settings (such as data[0]), or section.key → name of each data file that it reads.
+
+        Each file once, under its first key; none for an imported base.
+        """
+        files: dict[str, str] = {}
         if stage.name == "pretrain" and self.params.pretrain.imports:
-            return []
-        values: list[Any] = [self.setting(stage, key) for key in stage.data]
-        return [name for value in values for name in ((value,) if isinstance(value, str) else value) if name]
+            return files
+        for key in stage.data:
+            value = self.setting(stage, key)
+            names = {key: value} if isinstance(value, str) else {f"{key}[{i}]": name for i, name in enumerate(value)}
+            files |= {k: name for k, name in names.items() if name and name not in files.values()}
+        return files
+
+    def data_files(self, stage: Stage) -> list[str]:
+        """The data files that a stage reads, as named in params.yaml."""
+        return list(self.file_keys(stage).values())
 
     def needs(self, stage: Stage) -> list[str]:
         """The stages whose outputs it reads; for a stage that compares, only those that the project has."""
