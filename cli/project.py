@@ -11,7 +11,6 @@ from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, fin
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
-    from pipeline.project.stage_graph import Project
 
 app = group()
 cache = group(help="Show or prune the cache of finished stages.", invoke_without_command=True)
@@ -132,6 +131,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     from cli.console import print_line, print_table
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
+    from pipeline.project.status import outdated
     from pipeline.stages.report import LEGEND, comparison
 
     project = project_of(params)
@@ -152,17 +152,6 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
         old = outdated(project, [name])
         if name in old:
             warn_outdated(f"{project.artifact_name(name)} is", old[name], old)
-
-
-def outdated(project: "Project", names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """`status.outdated`, by digests that are kept: this is for people to look at."""
-    from pipeline.files.digest_cache import DigestStore
-    from pipeline.project import status
-
-    store = DigestStore()
-    found = status.outdated(project, names, store.digest)
-    store.save()
-    return found
 
 
 def warn_outdated(subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:

@@ -105,11 +105,12 @@ def compare(
 ) -> None:
     """Ask every variant of the project, side by side."""
     from cli.console import print_json, print_note, print_table
-    from cli.project import outdated, warn_outdated
+    from cli.project import warn_outdated
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.errors import UserError
     from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, variants
+    from pipeline.project.status import outdated
 
     project = project_of(params)
     answers: dict[str, dict[str, Any]] = {}

@@ -70,13 +70,14 @@ def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = Fals
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        with suppress(OSError):
+        with suppress(OSError):  # there is none yet, or the file system knows no permissions
             new.chmod(path.stat().st_mode)
         new.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink()
 
 
 def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:

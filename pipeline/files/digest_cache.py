@@ -120,10 +120,8 @@ class DigestStore:
         """Merge new digests into the file; beyond MAX_DIGESTS, drop the least recently used."""
         if self._saved:
             return
-        entries = _read_entries(self.path)
-        for key, entry in self._used.items():
-            entries.pop(key, None)
-            entries[key] = entry
+        # Read again, as another process may have saved meanwhile. What this one used goes last: the first are dropped.
+        entries = {key: entry for key, entry in _read_entries(self.path).items() if key not in self._used} | self._used
         total = sum(len(digests) for _, digests in entries.values())
         for key in list(entries):
             if total <= MAX_DIGESTS:

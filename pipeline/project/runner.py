@@ -159,7 +159,7 @@ def input_facts(project: Project, stage: Stage, digests: Digests = DIGESTS) -> F
     # Inputs count by content, never by time: a stage that runs again with the same result leaves the later ones as they
     # are. Code counts as the modules that the stage imports, not as a commit: an edit elsewhere makes nothing again.
     # Libraries count because another torch rounds differently. Folders do not, so that a project can move and two can
-    # share a cache; nor do the device and the number of processes, which a resumed run may change.
+    # share a cache; nor do the device and the number of processes: what one made is a result for all.
     section = project.stage_params(stage)
     extra = ["bitsandbytes"] if _uses_quantization(stage, section) else []
     return {

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
-from pipeline.files.digest_cache import Signature, signature
+from pipeline.files.digest_cache import DigestStore, Signature, signature
 from pipeline.project import provenance
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
@@ -131,15 +131,14 @@ def differences(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
             yield f"{library} {before} → {version}"
 
 
-def outdated(
-    project: Project, names: Iterable[str], digest: Callable[[Path], str] = artifact.digest
-) -> dict[str, tuple[str, ...]]:
+def outdated(project: Project, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Stages among `names` and their ancestors whose input files changed: name → reasons, in the DAG's order.
 
     Changed params, code and libraries are ignored: the results are still valid for the models they were made from.
     Stages without a manifest are ignored too.
     """
-    selected, stages = set(names), project.readable
+    # By digests that are kept between processes: this is for people to look at, and hashing a model takes a minute.
+    digests, selected, stages = DigestStore(), set(names), project.readable
     for stage in reversed(stages.values()):
         selected |= set(project.needs(stage)) if stage.name in selected else set()
     outdated_stages: dict[str, tuple[str, ...]] = {}
@@ -147,7 +146,7 @@ def outdated(
         try:
             made_from, home = artifact.read_manifest(project.artifact(stage.name))["inputs"], project.home(stage.name)
             existing = {name: path for name, path in home.inputs(stage).items() if name in made_from and path.exists()}
-            changed = changed_inputs(made_from, {name: digest(path) for name, path in existing.items()})
+            changed = changed_inputs(made_from, {name: digests.digest(path) for name, path in existing.items()})
         except (UserError, OSError, KeyError, TypeError, AttributeError):  # no manifest, or one of another format
             continue
         outdated_needs = [home.artifact_name(need) for need in home.needs(stage) if need in outdated_stages]
@@ -155,6 +154,7 @@ def outdated(
         reasons += [f"{name} is out of date" for name in outdated_needs if name not in changed]
         if reasons:
             outdated_stages[stage.name] = tuple(reasons)
+    digests.save()
     return outdated_stages
 
 

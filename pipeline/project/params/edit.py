@@ -31,8 +31,8 @@ def set_values(text: str, values: Mapping[str, Any]) -> str:
 
     Raises UserError if the layout does not allow it.
     """
-    # Edited as text: a YAML library writes the whole file anew, and with it the user's comments and layout are lost.
-    # Its nodes tell where each value begins and ends.
+    # Edited as text, by the marks where PyYAML found each value: it would write the whole file anew, and the user's
+    # comments and layout would be gone.
     for key, value in values.items():
         section, _, name = key.partition(".")
         root: Any = yaml.compose(text)  # again for each: an edit moves all that is below it
