@@ -36,7 +36,8 @@ def test_the_shipped_files_are_the_design_cards_pipeline_in_sixty_lines_and_all_
     assert len(lines) <= 60
     assert product.pop("base") == "minigpt" and document.pop("project") == "../params.yaml"
     assert tuple(product) == ("training", *CARD)
-    assert product.keys() | document.keys() == {"training", *GRAPH.sections}
+    others = {"finetune_ia3"}  # methods that a project may add: the document does not treat them
+    assert product.keys() | document.keys() == {"training", *GRAPH.sections} - others
     assert product.keys() & document.keys() == {"evaluate"}
 
 
