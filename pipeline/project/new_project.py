@@ -80,6 +80,7 @@ def create(
         raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
     if methods is not None and (params or exists):
         raise UserError("--methods is for a new project; here the sections of the params file determine the methods.")
+    # All that can be wrong is found before the first file is written.
     source = (params or DEFAULTS / PARAMS).resolve()
     if base and (model := resolve(base, Path.cwd())).is_local:  # given relative to where we are, not to the project
         base = os.path.relpath(model.path.resolve(), folder.resolve())
@@ -105,6 +106,7 @@ def create(
     if not (folder / ".dvc").is_dir():
         _init_dvc(folder)
         added.append(".dvc")
+    # What was there may be the user's own work: where it differs, it is named and not replaced.
     kept = {}
     if params:
         kept = {name: path for name, path in data.items() if (folder / name).read_bytes() != path.read_bytes()}
