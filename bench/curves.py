@@ -15,7 +15,7 @@ from textual.widget import Widget
 from bench.measure import Row, in_turns
 from pipeline.project.logs.run_log import COLUMNS, step_parser
 from pipeline.project.logs.run_log import Row as LogRow
-from pipeline.project.palette import Look, other
+from pipeline.project.stage_graph import Look, other_look
 from pipeline.stages.registry import STAGES
 from tui.screens.curves.series import Log
 from tui.services.file_tail import FileTail
@@ -73,12 +73,12 @@ async def _time_redraws() -> dict[str, float]:
                 widget.render_lines(widget.size.region)
 
         await pilot.pause()
-        sweep = [STAGES["finetune_sweep"].look or other(0)] * ADAPTERS
+        sweep = [STAGES["finetune_sweep"].look or other_look(0)] * ADAPTERS
         return in_turns(
             {
                 "three": lambda: draw(three, looks, POINTS),
                 "sweep": lambda: draw(many, sweep, STEPS, dim=ADAPTERS - 1),
-                "runs": lambda: draw(many, [*map(other, range(ADAPTERS))], STEPS),
+                "runs": lambda: draw(many, [*map(other_look, range(ADAPTERS))], STEPS),
             },
             ROUNDS,
         )

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from pipeline.project.logs.outcomes import TABLE
-from pipeline.project.logs.run_log import LOSS, epoch_means, read_steps
+from pipeline.project.logs.run_log import LOSS, TABLE, epoch_means, read_steps
 from pipeline.stages.methods.lora import FinetuneLora
 
 EARLY = 10  # epochs

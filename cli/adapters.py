@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Context, Option
 
-from cli.export import export
+from cli.export import HELP, export
 from cli.options import AdapterArgument, BaseNameOption, BaseOption, JsonOption, OutOption, TrustOption, finite, group
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()
 adapters = group(help="List, verify, compare, combine, export adapters.", invoke_without_command=True)
 app.add_typer(adapters, name="adapters")
-adapters.command(hidden=True)(export)  # its former place
+adapters.command(hidden=True, help=HELP)(export)  # its former place
 
 FOLDER = Path("artifacts")
 COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "state")

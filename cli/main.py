@@ -16,7 +16,7 @@ from pipeline.project.process_rank import world
 # Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {
     "new": ("cli.project", "Make a project: params, data, dvc.yaml."),
-    "params": ("cli.params", "Show every setting, its source and its meaning."),
+    "params": ("cli.project", "Show every setting, its source and its meaning."),
     "pretrain": ("cli.stages", "Train MiniGPT from scratch → artifacts/base."),
     "expand-vocab": ("cli.stages", "Add rows for new words → artifacts/expanded."),
     "train-from-scratch": ("cli.stages", "Train a model from random weights on old and new data."),

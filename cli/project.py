@@ -1,21 +1,22 @@
-"""`lora new`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs on."""
+"""`lora new`, `params`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs on."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Option
 
-from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, finite, group, project_of
+from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, finite, group, project_of
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
-    from pipeline.project.stage_graph import Project
 
 app = group()
 cache = group(help="Show or prune the cache of finished stages.", invoke_without_command=True)
 app.add_typer(cache, name="cache")
+settings = group(help="Show every setting, its source and its meaning.", no_args_is_help=True)
+app.add_typer(settings, name="params")
 
 MOST = 3  # commands that are named one by one
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
@@ -41,11 +42,87 @@ def new(
     from pipeline.project.new_project import create
     from pipeline.workbench import GRAPH
 
-    project = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
-    for note in project.notes:
+    added, notes = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
+    for note in notes:
         print_note(note)
-    print_line(f"{folder}: added {', '.join(project.added)}" if project.added else f"{folder}: nothing to add")
+    print_line(f"{folder}: added {', '.join(added)}" if added else f"{folder}: nothing to add")
     print_line(f"Next: cd {folder}; dvc repro; lora-tui")
+
+
+@settings.command("show")
+def show_params(
+    section: Annotated[str | None, Argument(metavar="SECTION", help="Only this section.")] = None,
+    path: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every stage's settings, and each value's source.
+
+    That is a stage's defaults, the training block, the stage's section, --set: the last one counts.
+    """
+    from cli.console import print_json, print_table
+    from pipeline.errors import UserError
+    from pipeline.project.params.edit import dump_inline
+    from pipeline.project.params.load import key_path
+    from pipeline.project.params.schema import hints
+
+    params = project_of(path, overrides).params
+    names = [name for name in params.kinds if name in params.sections]
+    if section is not None and section not in names:
+        raise UserError(f"{section} is not a section of this project. It has {', '.join(names)}.")
+    rows = [
+        (key_path(name, key), getattr(params.section(name), key), params.source(name, key))
+        for name in (names if section is None else [section])
+        for key in hints(params.kinds[name])
+    ]
+    if as_json:
+        print_json([{"key": key, "value": value, "source": source} for key, value, source in rows])
+        return
+    print_table(("key", "value", "from"), [(key, dump_inline(value), source) for key, value, source in rows])
+
+
+@settings.command()
+def explain(
+    key: Annotated[str, Argument(metavar="KEY", help="A key, such as finetune_lora.rank, or a section.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a key means, which values it may have, and its default."""
+    from cli.console import print_json, stdout
+    from pipeline.errors import UserError
+    from pipeline.project.params.aliases import KEYS, suggest
+    from pipeline.project.params.edit import dump_inline
+    from pipeline.project.params.load import TOP_LEVEL, TRAINING, key_path
+    from pipeline.project.params.schema import Section, hints, meaning, rule
+    from pipeline.project.params.sections import Training
+    from pipeline.workbench import GRAPH
+
+    kinds: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections}
+    section, _, name = (f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key).partition(".")
+    if section not in kinds:
+        meant = suggest(section, kinds, KEYS)
+        raise UserError(f"There is no section {section}. " + (f"Did you mean {meant}?" if meant else ""))
+    kind = kinds[section]
+    if name and name not in hints(kind):
+        meant = suggest(name, list(hints(kind)), KEYS, section)
+        known = f"Did you mean {section}.{meant}?" if meant else f"Known: {', '.join(hints(kind))}."
+        raise UserError(f"There is no key {key}. {known}")
+    facts: list[dict[str, Any]] = [
+        {
+            "key": key_path(section, each),
+            "meaning": meaning(kind, each),
+            "rule": rule(kind, each),
+            "default": dump_inline(getattr(kind(), each)),
+        }
+        for each in ([name] if name else hints(kind))
+    ]
+    if as_json:
+        print_json(facts)
+        return
+    if not name:
+        stdout.print(f"{section}: {' '.join((kind.__doc__ or '').split())}\n", markup=False)
+    for fact in facts:
+        stdout.print(fact["key"], style="bold", markup=False)
+        stdout.print(f"  {fact['meaning']}\n  {fact['rule']}; default {fact['default']}", markup=False)
 
 
 @app.command()
@@ -54,6 +131,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     from cli.console import print_line, print_table
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
+    from pipeline.project.status import outdated
     from pipeline.stages.report import LEGEND, comparison
 
     project = project_of(params)
@@ -76,24 +154,12 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
             warn_outdated(f"{project.artifact_name(name)} is", old[name], old)
 
 
-def outdated(project: "Project", names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """`status.outdated`, by digests that are kept: this is for people to look at."""
-    from pipeline.files.digest_cache import DigestStore
-    from pipeline.project import status
-
-    store = DigestStore()
-    found = status.outdated(project, names, store.digest)
-    store.save()
-    return found
-
-
 def warn_outdated(subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:
     """One line on stderr: what is out of date, why, and how it is made again from the first of `stages` on."""
     from cli.console import print_note
-    from pipeline.project.dvc_yaml import command
     from pipeline.workbench import GRAPH
 
-    commands = [f"`{command(GRAPH.stages[name])}`" for name in stages]
+    commands = [f"`{GRAPH.stages[name].command}`" for name in stages]
     again = ", then ".join(commands) if len(commands) <= MOST else "`dvc repro`"
     print_note(f"{subject} out of date: {', '.join(reasons)}. Run {again}.")
 

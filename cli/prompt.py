@@ -62,6 +62,7 @@ def prompt(
 
     from cli.console import bar, print_json, print_note, print_table, stdout
     from pipeline.adapters.folder import base_of
+    from pipeline.data.tokenizers.chat_template import render
     from pipeline.files.artifact import MANIFEST
     from pipeline.files.text import escape_whitespace
     from pipeline.inference.catalog import newest_model
@@ -76,7 +77,7 @@ def prompt(
         base, adapter = (path and Path(os.path.relpath(path)) for path in newest_model(current_project()))
     base = base or base_of(adapter)
     loaded = load(base, adapter, trust_remote_code=trust_remote_code)
-    model_input = _model_input(loaded, text, chat)
+    model_input = render(loaded.base, text) if chat else text
     completion = continued(loaded, model_input, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
     answer = _answer(loaded, text, model_input, top_k, completion)
     if adapter is not None and not (adapter / MANIFEST).exists():  # made elsewhere: nothing binds it to its base
@@ -104,15 +105,17 @@ def compare(
 ) -> None:
     """Ask every variant of the project, side by side."""
     from cli.console import print_json, print_note, print_table
-    from cli.project import outdated, warn_outdated
+    from cli.project import warn_outdated
+    from pipeline.data.tokenizers.chat_template import render
     from pipeline.errors import UserError
     from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, variants
+    from pipeline.project.status import outdated
 
     project = project_of(params)
     answers: dict[str, dict[str, Any]] = {}
     for loaded in variants(project):
-        model_input = _model_input(loaded, text, chat)
+        model_input = render(loaded.base, text) if chat else text
         if unknown := loaded.tokenizer.unknown_words(text):
             answers[loaded.name] = {"prompt": text, "unknown_words": unknown}
         else:
@@ -145,13 +148,6 @@ def compare(
     print_table(("model", *(f"#{number}" for number in range(1, shown + 1)), "completion"), rows)
     if shown < top_k:
         print_note(f"The table shows {shown} candidates; --json has all.")
-
-
-def _model_input(loaded: "LoadedModel", text: str, chat: bool) -> str:
-    """The input of the model. Raises UserError if it has no chat template."""
-    from pipeline.data.tokenizers.chat_template import render
-
-    return render(loaded.base, text) if chat else text
 
 
 def _answer(loaded: "LoadedModel", text: str, model_input: str, k: int, completion: str) -> dict[str, Any]:

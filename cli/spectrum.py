@@ -39,7 +39,7 @@ def spectrum(
     Of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds.
     """
     from cli.console import follow, print_line, print_table
-    from pipeline.data.read import read_examples
+    from pipeline.data.formats import read_examples
     from pipeline.errors import UserError
     from pipeline.inference.score import quality, refuse_other_tokens
     from pipeline.weights.extract import extract, spectra_of

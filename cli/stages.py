@@ -115,7 +115,7 @@ def _print_sweep(project: Project) -> None:
     """The table of a sweep's adapters."""
     from cli.console import print_table
     from pipeline.files.artifact import read_json
-    from pipeline.project.logs.outcomes import TABLE
+    from pipeline.project.logs.run_log import TABLE
 
     rows = []
     for name, end in read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`").items():

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.files.artifact import write_file
 
 NAME = "lora-workbench"
 ON_HANGUP = ("continue", "stop")  # what happens to a running pipeline when the terminal is closed
@@ -90,6 +91,4 @@ class State:
     def save(self, path: Path) -> None:
         """Replace the file atomically. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}.tmp")
-        new.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1), encoding="utf-8")
-        new.replace(path)
+        write_file(path, json.dumps(asdict(self), ensure_ascii=False, indent=1))

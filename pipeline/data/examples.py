@@ -56,6 +56,7 @@ def in_evaluation(example: Example, share: float) -> bool:
 
     So adding lines moves no example between the splits, and duplicates land in the same one.
     """
+    # Not by file and line either: the same text is then never trained on in one file and evaluated in another.
     content = json.dumps([example.text, example.prompt, list(example.messages)], sort_keys=True)
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8]) < share * 2**64
 

@@ -1,10 +1,11 @@
 """Label masking: examples as tokens, and which of them are trained on."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.data.examples import Example
+from pipeline.data.tokenizers.chat_template import single_rendering
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 
@@ -23,13 +24,6 @@ class Encoded:
     def labels(self) -> int:
         """Number of labels. The first token is never a label: nothing before it could predict it."""
         return sum(self.trained[1:])
-
-
-def encoder(
-    tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None, virtual: int = 0
-) -> Callable[[Example], Encoded]:
-    """`encode` with fixed settings, for `Corpus.build`."""
-    return lambda example: encode(example, tokenizer, max_length, positions, virtual)
 
 
 def encode(
@@ -97,8 +91,6 @@ class _AssistantTurns:
     """
 
     def __init__(self, example: Example, tokenizer: Tokenizer) -> None:
-        from pipeline.data.tokenizers.chat_template import single_rendering  # only conversations need it
-
         self._example, self._tokenizer = example, tokenizer
         self._answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         # In one request, as most conversations need the prompts and all need the whole.
@@ -151,8 +143,6 @@ class _AssistantTurns:
 
     def mask_from_prefixes(self) -> tuple[list[bool], bool]:
         """An answer is what the conversation adds to its prompt, up to the first end token behind its content."""
-        from pipeline.data.tokenizers.chat_template import single_rendering
-
         messages = self._example.messages
         ends = [span for id_, span in zip(self.ids, self._spans, strict=True) if id_ in self._tokenizer.end_ids]
         starts = []

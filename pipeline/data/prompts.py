@@ -29,7 +29,7 @@ class Prompt:
 def read_prompts(path: Path, name: str) -> list[Prompt]:
     """Group → rule → list of {prompt, answer[, corrected]}. Raises UserError."""
     try:
-        tree = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
     except UnicodeDecodeError as error:
@@ -63,5 +63,6 @@ def _read_prompt(entry: Any, group: str, rule: Any, name: str) -> Prompt:
         raise UserError(
             f"{location}: every value must be a string that is not empty (quote yes, no and numbers), got {entry!r}."
         )
+    # NFC: an answer with a combining accent looks the same, and no token of a model would ever equal it.
     words = {key: unicodedata.normalize("NFC", value.strip()) for key, value in entry.items() if key != "prompt"}
     return Prompt(group, rule, entry["prompt"], **{"corrected": words["answer"], **words})

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.examples import IGNORED, Example, Window, windows
 from pipeline.data.masking import Encoded
@@ -44,38 +43,31 @@ class Corpus:
     stored as ~id, which is negative, so that the mask needs no file of its own.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, examples: Iterable[Example], encode: Callable[[Example], Encoded], folder: Path) -> None:
+        """Encode each example once, into a file in `folder`. Passes on what `encode` raises."""
         self._starts = array("q", [0])  # offsets in tokens, with the end of the last
         self._lines, self._cuts = array("q"), array("i")
         self._files: list[str] = []  # _files[i] begins with example number _first[i]
         self._first: list[int] = []
         self._labels = self._truncated = self._unlabelled = 0
-        self._tokens: NDArray[np.int32] = np.empty(0, STORED)
-
-    @classmethod
-    def build(cls, examples: Iterable[Example], encode: Callable[[Example], Encoded], folder: Path) -> "Corpus":
-        """Encode each example once, into a file in `folder`. Passes on what `encode` raises."""
-        corpus = cls(folder / FILE)
-        with corpus._path.open("wb") as file:
+        with (folder / FILE).open("wb") as file:
             for example in examples:
                 encoded = encode(example)
-                corpus._truncated += bool(encoded.cut)
+                self._truncated += bool(encoded.cut)
                 if not encoded.labels:  # nothing to train on
-                    corpus._unlabelled += 1
+                    self._unlabelled += 1
                     continue
-                if not corpus._files or corpus._files[-1] != example.file:
-                    corpus._files.append(example.file)
-                    corpus._first.append(len(corpus))
-                corpus._labels += encoded.labels
-                corpus._lines.append(example.line)
-                corpus._cuts.append(encoded.cut)
-                corpus._starts.append(corpus._starts[-1] + len(encoded.ids))
+                if not self._files or self._files[-1] != example.file:
+                    self._files.append(example.file)
+                    self._first.append(len(self))
+                self._labels += encoded.labels
+                self._lines.append(example.line)
+                self._cuts.append(encoded.cut)
+                self._starts.append(self._starts[-1] + len(encoded.ids))
                 stored = [id_ if on else ~id_ for id_, on in zip(encoded.ids, encoded.trained, strict=True)]
                 file.write(np.array(stored, STORED).tobytes())
-        if len(corpus):
-            corpus._tokens = np.memmap(corpus._path, STORED, "r")
-        return corpus
+        # An empty file cannot be mapped.
+        self._tokens = np.memmap(folder / FILE, STORED, "r") if len(self) else np.empty(0, STORED)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -89,11 +81,9 @@ class Corpus:
         ids = np.where(trained, stored, ~stored)
         return Encoded(tuple(ids.tolist()), tuple(trained.tolist()), self._cuts[index])
 
-    @property
-    def example_lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of each example (N,)."""
-        starts: NDArray[np.int64] = np.array(self._starts, np.int64)
-        return starts[1:] - starts[:-1]
+    def length(self, index: int) -> int:
+        """Number of tokens of an example, without reading it."""
+        return self._starts[index + 1] - self._starts[index]
 
     def location(self, index: int) -> str:
         """Source of an example, as `file:line`."""
@@ -101,7 +91,7 @@ class Corpus:
 
     @property
     def statistics(self) -> Statistics:
-        lengths = np.sort(self.example_lengths) if len(self) else np.zeros(1, np.int64)
+        lengths = np.sort(np.diff(self._starts)) if len(self) else np.zeros(1, np.int64)
         return Statistics(
             examples=len(self),
             tokens=self._starts[-1],
@@ -152,7 +142,7 @@ class ExampleDataset:
         return as_window(self.corpus[number])
 
     def tokens(self, number: int) -> int:
-        return int(self.corpus.example_lengths[number]) - 1
+        return self.corpus.length(number) - 1
 
     def location(self, number: int) -> str:
         return self.corpus.location(number)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from pipeline.data.examples import Example
+from pipeline.data.formats import read_examples
 from pipeline.data.prompts import Prompt, read_prompts
-from pipeline.data.read import read_examples
 from pipeline.errors import UserError
 from pipeline.project.runner import Job
 

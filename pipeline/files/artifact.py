@@ -1,4 +1,4 @@
-"""Artifact folders, written atomically, and the manifest that says how each was made.
+"""Artifact folders and other files, written atomically, and the manifest that says how an artifact was made.
 
 A manifest holds nothing that differs between two identical runs on one machine.
 """
@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,32 @@ def writing(target: Path) -> Iterator[Path]:
         _remove(old)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = False) -> None:
+    """Replace the file at `path`, which keeps its permissions. Raises OSError about `path`, which is then unchanged.
+
+    `durable`: also across a power cut.
+    """
+    # Written in place, the file would be cut short by a full disk or a kill, and a reader would meet half of it. Beside
+    # the target, as a rename is atomic only within one file system; with the process's id, as two may write at a time.
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with new.open("wb") as file:
+            file.writelines([contents.encode()] if isinstance(contents, str) else contents)
+            # As in `writing`, contents before name. It takes milliseconds, so what is written several times per second
+            # or can be computed again does without.
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        with suppress(OSError):  # there is none yet, or the file system knows no permissions
+            new.chmod(path.stat().st_mode)
+        new.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(OSError):
+            new.unlink()
 
 
 def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:

@@ -4,8 +4,6 @@ Decided from the text and the file system alone, without network or heavy import
 up to date needs it too. `import_base` opens the model.
 """
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UserError
-from pipeline.files.artifact import digest, file_digest, read_json, refuse_untrusted
-from pipeline.files.safetensors_header import fingerprint
+from pipeline.files.artifact import contents_digest, digest, file_digest, read_json, refuse_untrusted
+from pipeline.files.safetensors_file import TensorInfo, fingerprint, read_header
 
 MINIGPT, FOLDER, GGUF, HUB = "minigpt", "folder", "gguf", "hub"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,10 +48,19 @@ class Source:
         return self.kind in (FOLDER, GGUF)
 
 
+@dataclass(frozen=True)
+class TensorLocation:
+    """The file that holds a tensor, and its dtype, shape and byte range there."""
+
+    file: Path
+    info: TensorInfo
+
+
 def parse_source(base: str, root: Path) -> Source:
     """What `base` refers to, relative to the project's folder. Does not check that it is usable. Raises UserError."""
     if base == MINIGPT:
         return Source("minigpt", base)
+    # What is there goes before the hub: org/name may be both. A missing .gguf is a missing file, as no hub id ends so.
     path = _path(base, root)
     if path is not None and path.is_dir():
         return Source("folder", base, path)
@@ -127,7 +134,7 @@ def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str
     if source.kind == GGUF:
         return {shared_name(source.text): digest(source.path)}
     files = {path.name: digest(path) for path in relevant_files(source.path)}
-    return {shared_name(source.text): hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    return {shared_name(source.text): contents_digest(files)}
 
 
 def relevant_files(folder: Path) -> list[Path]:
@@ -163,6 +170,19 @@ def weight_files(folder: Path) -> list[Path]:
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}. Copy the model's weights there.")
+
+
+def tensor_locations(folder: Path) -> dict[str, TensorLocation]:
+    """Every tensor of the checkpoint in `folder`, by name. Raises UserError as `weight_files` and `read_header` do."""
+    locations: dict[str, TensorLocation] = {}
+    for file in weight_files(folder):
+        for name, info in read_header(file).items():
+            if name in locations:
+                raise UserError(
+                    f"{folder}: {name} is in {locations[name].file.name} and in {file.name}. Copy it again."
+                )
+            locations[name] = TensorLocation(file, info)
+    return locations
 
 
 def base_fingerprint(folder: Path) -> dict[str, str]:

@@ -120,10 +120,8 @@ class DigestStore:
         """Merge new digests into the file; beyond MAX_DIGESTS, drop the least recently used."""
         if self._saved:
             return
-        entries = _read_entries(self.path)
-        for key, entry in self._used.items():
-            entries.pop(key, None)
-            entries[key] = entry
+        # Read again, as another process may have saved meanwhile. What this one used goes last: the first are dropped.
+        entries = {key: entry for key, entry in _read_entries(self.path).items() if key not in self._used} | self._used
         total = sum(len(digests) for _, digests in entries.values())
         for key in list(entries):
             if total <= MAX_DIGESTS:
@@ -131,12 +129,7 @@ class DigestStore:
             total -= len(entries.pop(key)[1])
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                temporary.write_text(json.dumps({"format": FORMAT, "entries": entries}), encoding="utf-8")
-                temporary.replace(self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            artifact.write_file(self.path, json.dumps({"format": FORMAT, "entries": entries}))
         self._saved = True
 
 

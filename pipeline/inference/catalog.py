@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.digest_cache import Signature, signature
-from pipeline.files.safetensors_header import read_header
+from pipeline.files.safetensors_file import read_header
 from pipeline.files.text import natural_sort_key
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
 from pipeline.project.stage_graph import Project

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.files import base_model
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import base_fingerprint
-from pipeline.files.safetensors_header import as_os_error
+from pipeline.files.safetensors_file import as_os_error
 from pipeline.models.load import DTYPES, refuse_implausible, refuse_implausible_gguf
 from pipeline.models.save import clean, generation_of, load_strict, quiet, reason, reported, save_checkpoint
 

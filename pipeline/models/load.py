@@ -13,7 +13,7 @@ from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, refuse_untrusted
 from pipeline.files.base_model import weight_files
-from pipeline.files.safetensors_header import read_header, refuse_difference, shapes
+from pipeline.files.safetensors_file import read_header, refuse_difference, shapes
 from pipeline.models.base import CausalLM
 from pipeline.models.device import device_for
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.errors import FULL, UserError
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import CODE
-from pipeline.files.safetensors_header import as_os_error, shapes
+from pipeline.files.safetensors_file import as_os_error, shapes
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 # Fixed tables that older versions of transformers stored beside the weights; the model computes them.

@@ -51,7 +51,7 @@ class Cache:
             if not entry.is_dir():
                 return False
             try:
-                artifact.verify(entry)
+                artifact.verify(entry)  # a file of it may have been edited through one of its hard links
             except UserError as error:
                 shutil.rmtree(entry)
                 raise Damaged(str(error)) from None
@@ -103,6 +103,7 @@ class Cache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
+        """Other processes wait: an entry that one of them copies must not be pruned meanwhile, nor stored twice."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,22 +1,27 @@
-"""Creates a project folder: the params file, the data files that it names, and DVC's files."""
+"""Creates a project folder: the params file, the data files that it names, and DVC's files.
 
+dvc.yaml is rendered from the stage graph and the params, so that all three say the same.
+"""
+
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.files.base_model import MINIGPT, resolve
-from pipeline.project import dvc_yaml, provenance
+from pipeline.files.base_model import MINIGPT, parse_source, resolve
+from pipeline.project import provenance
+from pipeline.project.logs.run_log import LOSS
 from pipeline.project.params import edit
-from pipeline.project.params.load import TOP_LEVEL, TRAINING, parse
-from pipeline.project.stage_graph import Project, StageGraph
+from pipeline.project.params.load import TOP_LEVEL, TRAINING, key_path, parse, read_text
+from pipeline.project.params.sections import Training
+from pipeline.project.stage_graph import Project, Stage, StageGraph
 
 PARAMS = "params.yaml"
 HERE = provenance.ROOT  # a clone of the repository, or the folder of the installed packages
@@ -24,6 +29,8 @@ DEFAULTS = HERE if (HERE / PARAMS).is_file() else HERE / "lora_workbench_default
 DOCUMENT = DEFAULTS / "document"  # the document's data, packaged with the program
 IGNORED_BY_DVC = "# What no stage reads.\nruns\n.lora-cache\n__pycache__\n"
 IGNORED_BY_GIT = "/artifacts/\n/runs/\n/.lora-cache/\n/dvc_plots/\n*.gguf\n"
+# no_scm: DVC must not look for the git repository that a project may lie in. type: links, or a real model takes its
+# space twice, in artifacts/ and in DVC's cache.
 DVC_CONFIG = """\
 [core]
     no_scm = True
@@ -39,14 +46,14 @@ PRETRAINED: Mapping[str, Any] = {
     "study_knowledge_correction.data": "",  # none by default: the user has to state a fact
     "merge.max_logit_difference": 1.0,  # merging into a 16-bit base rounds; the certificate has the difference
 }
-
-
-@dataclass(frozen=True)
-class CreateResult:
-    """The files that `create` wrote, and notes on existing files that it would have written differently."""
-
-    added: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+CODE_FILE = "code.yaml"
+PARTS = ("finetuning_comparison.png", "manifest.json", "predictions.json", "report.md")  # the evaluation's, for DVC
+METRICS = "metrics.json"  # the only part tracked by git
+HEADER = """\
+# What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists of params.yaml.
+# To write it anew, remove it and run `lora new .` here.
+"""
+CODE_HEADER = "# The code that each stage runs. `lora new .` renews this; `dvc repro` then runs what it concerns.\n"
 
 
 def create(
@@ -55,8 +62,10 @@ def create(
     params: Path | None = None,
     base: str | None = None,
     methods: Sequence[str] | None = None,
-) -> CreateResult:
+) -> tuple[list[str], list[str]]:
     """Make `folder` a project, or add missing files. Existing files are not overwritten.
+
+    Returns the files that it wrote, and notes on existing ones that it would have written differently.
 
     `params`: the file to start from; the default is the program's, adapted to a pretrained `base`. `base`: the model to
     write into it, a path relative to the current folder. `methods`: fine-tuning methods instead of the file's. Raises
@@ -71,6 +80,7 @@ def create(
         raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
     if methods is not None and (params or exists):
         raise UserError("--methods is for a new project; here the sections of the params file determine the methods.")
+    # All that can be wrong is found before the first file is written.
     source = (params or DEFAULTS / PARAMS).resolve()
     if base and (model := resolve(base, Path.cwd())).is_local:  # given relative to where we are, not to the project
         base = os.path.relpath(model.path.resolve(), folder.resolve())
@@ -78,24 +88,25 @@ def create(
     text = _existing_params(folder, graph, base) if exists else new_text
     project = _project(folder, graph, text, folder / PARAMS)
     data = _data_sources(project, source.parent)
-    rendered = dvc_yaml.HEADER + dvc_yaml.render(project)
-    result = CreateResult()
+    rendered = HEADER + render_dvc_yaml(project)
+    added: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in data.items():
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-            result.added.append(name)
+            added.append(name)
     files = {PARAMS: text, ".dvcignore": IGNORED_BY_DVC, ".gitignore": IGNORED_BY_GIT, "dvc.yaml": rendered}
-    for name, content in {**files, dvc_yaml.CODE_FILE: dvc_yaml.code_file(project)}.items():
+    for name, content in {**files, CODE_FILE: render_code_yaml(project)}.items():
         path = folder / name
-        generated = name == dvc_yaml.CODE_FILE  # renewed where it differs
+        generated = name == CODE_FILE  # renewed where it differs
         if not path.exists() or (generated and path.read_text(encoding="utf-8") != content):
             path.write_text(content, encoding="utf-8")
-            result.added.append(name)
+            added.append(name)
     if not (folder / ".dvc").is_dir():
         _init_dvc(folder)
-        result.added.append(".dvc")
+        added.append(".dvc")
+    # What was there may be the user's own work: where it differs, it is named and not replaced.
     kept = {}
     if params:
         kept = {name: path for name, path in data.items() if (folder / name).read_bytes() != path.read_bytes()}
@@ -107,17 +118,16 @@ def create(
         same = False
     if not same:
         kept["dvc.yaml"] = folder / PARAMS
-    result.notes.extend(
+    return added, [
         f"{folder / name} is kept, although {other} would give a different one. To replace it, remove it and run this "
         "again."
         for name, other in kept.items()
-    )
-    return result
+    ]
 
 
 def _project(folder: Path, graph: StageGraph, text: str, path: Path) -> Project:
     """The project in `folder` with this params text. Raises UserError."""
-    return Project.of(folder / PARAMS, parse(text, path, (), graph.sections), graph)
+    return Project.of(folder / PARAMS, parse(text, path, graph.sections), graph)
 
 
 def _new_params(
@@ -128,15 +138,15 @@ def _new_params(
 
     `adapt`: whether its values become those for a pretrained base. Raises UserError.
     """
-    text = _read(source)
-    parse(text, source, (), graph.sections)
+    text = read_text(source)
+    parse(text, source, graph.sections)
     if methods is not None:
         text = _select_methods(text, graph, methods)
     text = _add_needed_sections(text, graph)
     values: dict[str, Any] = {"base": base} if base else {}
     if adapt and base and base != MINIGPT:
         own = {f"{s.name}.{key}": value for s in graph.stages.values() for key, value in s.pretrained.items()}
-        sections = {TRAINING, *parse(text, source, (), graph.sections).written}
+        sections = {TRAINING, *parse(text, source, graph.sections).written}
         values |= {key: value for key, value in {**PRETRAINED, **own}.items() if key.partition(".")[0] in sections}
     text = edit.set_values(text, values)
     return edit.set_values(text, _missing_keys(text, _project(folder, graph, text, source)))
@@ -147,7 +157,7 @@ def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str
     sections = {stage.method: stage.name for stage in graph.stages.values() if stage.look}
     if unknown := [name for name in methods if name not in sections]:
         raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(sections)}.")
-    written = parse(text, Path(PARAMS), (), graph.sections).written
+    written = parse(text, Path(PARAMS), graph.sections).written
     removed = {name for method, name in sections.items() if method not in methods}
     for name in (removed & written) | ({"merge"} if "lora" not in methods else set()):  # merge needs the LoRA adapter
         text = edit.remove_section(text, name)
@@ -159,7 +169,7 @@ def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str
 def _add_needed_sections(text: str, graph: StageGraph) -> str:
     """The text with default sections added for stages that its own stages need, and for those that these need."""
     while True:
-        project = Project(Path(), parse(text, Path(PARAMS), (), graph.sections), graph)
+        project = Project(Path(), parse(text, Path(PARAMS), graph.sections), graph)
         needs = {need for s in project.stages.values() for need in (*project.needs(s), s.section, *s.extra_sections)}
         missing = [s.name for s in graph.stages.values() if s.name in needs - project.params.written]
         missing = [name for name in missing if not graph.stages[name].is_measurement]
@@ -171,7 +181,7 @@ def _add_needed_sections(text: str, graph: StageGraph) -> str:
 def _existing_params(folder: Path, graph: StageGraph, base: str | None) -> str:
     """The text of the existing params file. Raises UserError if its base is another or it lacks keys."""
     path = folder / PARAMS
-    text = _read(path)
+    text = read_text(path)
     project = _project(folder, graph, text, path)
     if base and base != project.params.pretrain.base:
         raise UserError(f"base is {project.params.pretrain.base} in {path}, not {base}. Edit it there.")
@@ -189,7 +199,7 @@ def _missing_keys(text: str, project: Project) -> dict[str, Any]:
         if section in project.params.written and key not in tree
     }
     for stage in project.stages.values():
-        for file_key in dvc_yaml.files(project, stage):
+        for file_key in _files(project, stage):
             name = file_key.partition("[")[0]
             if name in TOP_LEVEL:
                 continue
@@ -204,7 +214,7 @@ def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
     sources: dict[str, Path] = {}
     for stage in project.stages.values():
         packages = (DOCUMENT, DEFAULTS) if stage.is_measurement else ()
-        for key, name in dvc_yaml.files(project, stage).items():
+        for key, name in _files(project, stage).items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             if key != "base" and inside and (source_folder / name).is_file():
                 sources[name] = source_folder / name
@@ -232,9 +242,86 @@ def _init_dvc(folder: Path) -> None:
     (folder / ".dvc/config").write_text(DVC_CONFIG, encoding="utf-8")
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"{path}: {reason}. Name a params file with --params.") from None
+def render_dvc_yaml(project: Project, code: str | None = None) -> str:
+    """The text of dvc.yaml.
+
+    `code`: a folder of code that DVC tracks, relative to the project's; None if the code is installed elsewhere, in
+    which case DVC tracks the digests in `CODE_FILE`.
+    """
+    stages = {name: _stage(project, stage, code) for name, stage in project.stages.items()}
+    plots = _plots(project)
+    return "\n".join([_dump({"stages": stages}), *([_dump({"plots": plots})] if plots else [])])
+
+
+def render_code_yaml(project: Project) -> str:
+    """The text of `CODE_FILE`, a DVC params file: stage → digest of the modules that it runs."""
+    stages = project.graph.stages.values()
+    return CODE_HEADER + _dump({stage.name: provenance.code_digest(*stage.code) for stage in stages})
+
+
+def _files(project: Project, stage: Stage) -> dict[str, str]:
+    """All that DVC must watch beside other stages' outputs: `project.file_keys`, and the base if it is a local one."""
+    base = project.params.pretrain
+    if stage.name == "pretrain" and base.imports:
+        return {"base": base.base} if parse_source(base.base, project.root).is_local else {}
+    return project.file_keys(stage)
+
+
+def _stage(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
+    written = project.params.written
+    deps = [_dependency(stage, key, name, written) for key, name in _files(project, stage).items()]
+    deps += [*map(project.artifact_name, project.needs(stage)), *([code] if code else [])]
+    sections = list(filter(None, (stage.name, stage.settings_from, *stage.extra_sections)))
+    inherited = [name for name in sections if name not in written]
+    above = [key for key, section in TOP_LEVEL.items() if section in sections and section in written]
+    if any(issubclass(project.params.kinds[name], Training) for name in sections):
+        above += [TRAINING] if TRAINING in project.params.tree else []
+        inherited += [TRAINING] if project.parent and TRAINING in project.parent.params.tree else []
+    outputs: dict[str, Any] = {"outs": [stage.path]}
+    if stage.kind == "evaluation":
+        outputs["outs"] = [f"{stage.path}/{part}" for part in PARTS]
+        outputs["metrics"] = [{f"{stage.path}/{METRICS}": {"cache": False}}]
+    return {
+        "cmd": stage.command,
+        "params": [
+            *above,
+            *(name for name in sections if name in written),
+            *([{project.params.project: inherited}] if inherited and project.parent else []),
+            *([] if code else [{CODE_FILE: [stage.name]}]),
+        ],
+        **({"deps": deps} if deps else {}),
+        **outputs,
+    }
+
+
+def _dependency(stage: Stage, key: str, name: str, written: Collection[str]) -> str:
+    """A file as ${section.key} if params.yaml has the key, so that DVC follows it. ~ is expanded, as DVC does not."""
+    if name.startswith("~"):
+        return str(Path(name).expanduser())
+    path = key if "." in key else key_path(stage.section, key)
+    return f"${{{path}}}" if path in TOP_LEVEL or path.partition(".")[0] in written else name
+
+
+def _plots(project: Project) -> list[Any]:
+    """One plot of all training losses, and evaluate's comparison.
+
+    A sweep's losses are not included: DVC takes no folder of logs, and the adapters' names depend on the grid.
+    """
+    trained = [stage for stage in project.readable.values() if stage.look and stage.kind != "adapters"]
+    curves = {f"{project.artifact_name(stage.name)}/{LOSS}": "loss" for stage in trained}
+    axes = {"title": "Training loss", "x": "step", "x_label": "step", "y_label": "loss (nats per token)"}
+    compared = [f"{stage.path}/{PARTS[0]}" for stage in project.stages.values() if stage.kind == "evaluation"]
+    return [*([{"training_loss": {**axes, "y": curves}}] if curves else []), *compared]
+
+
+class _Indented(yaml.SafeDumper):
+    """Indents lists below their key."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
+        super().increase_indent(flow, False)
+
+
+def _dump(value: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(value))  # a deep copy without shared objects, which YAML would write as anchors
+    text: str = yaml.dump(plain, Dumper=_Indented, sort_keys=False, allow_unicode=True, width=10_000)
+    return text

@@ -71,22 +71,20 @@ def commit(*modules: str) -> str | None:
 
     Not HEAD: a commit that touches a README must not change the bytes of every artifact.
     """
-    command = ["git", "log", "-1", "--format=%H", "--", *map(str, code_files(*modules))]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None
+    return (_git(ROOT, "log", "-1", "--format=%H", "--", *map(str, code_files(*modules))) or "").strip() or None
 
 
 def committed(path: Path) -> str | None:
     """The text of a file in the last commit, or None if it is not in it."""
-    command = ["git", "show", f"HEAD:./{path.name}"]
+    return _git(path.parent, "show", f"HEAD:./{path.name}")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, or None if it is not installed or fails."""
     try:
-        done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True)
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):
         return None
-    return done.stdout
 
 
 @cache

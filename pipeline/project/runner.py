@@ -122,7 +122,7 @@ def _make(
     cache = Cache(project.cache)
     if not force and (yield from _restore(cache, stage, key, target)):
         return
-    with artifact.writing(target) as out:
+    with artifact.writing(target) as out:  # whole or not at all: a stage that fails leaves the last result in place
         facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, manifest))
         for name, digest in _inputs(project, stage).items():
             if digest != manifest["inputs"].get(name):  # the artifact would not match its manifest
@@ -138,7 +138,7 @@ def _make(
 def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
     """Acquire the run folder's lock. It is held until the file is closed or the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / run_state.LOCK).open("a+")
+    file = (folder / run_state.LOCK).open("a+")  # the kernel frees it, however the process ends
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -152,10 +152,14 @@ def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
 
 
 def input_facts(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
-    """Everything that determines the artifact's bytes; the first part of its manifest. Raises UserError.
+    """Everything that determines the artifact's bytes; the first part of its manifest, and its digest is the cache key.
 
-    Files outside the project appear by name without folder; their sha256 identifies them.
+    Raises UserError.
     """
+    # Inputs count by content, never by time: a stage that runs again with the same result leaves the later ones as they
+    # are. Code counts as the modules that the stage imports, not as a commit: an edit elsewhere makes nothing again.
+    # Libraries count because another torch rounds differently. Folders do not, so that a project can move and two can
+    # share a cache; nor do the device and the number of processes: what one made is a result for all.
     section = project.stage_params(stage)
     extra = ["bitsandbytes"] if _uses_quantization(stage, section) else []
     return {

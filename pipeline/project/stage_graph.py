@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from msgspec.structs import asdict
 
 from pipeline.errors import UserError
-from pipeline.project.palette import Look
-from pipeline.project.params.load import Params, inherit, load
+from pipeline.project.params.load import Params, inherit, parse, read_text
 from pipeline.project.params.schema import Section
 
 T = TypeVar("T")
+OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"  # of runs that are not a stage's last
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 
 
@@ -27,6 +27,25 @@ def cache_folder(root: Path) -> Path:
     """The cache's folder: in the project, or LORA_CACHE, which several projects can share."""
     shared = os.environ.get("LORA_CACHE")
     return Path(shared) if shared else root / CACHE
+
+
+@dataclass(frozen=True)
+class Look:
+    """A curve's color and sign in every chart; in print also its `dash`, as matplotlib takes it, and its bar's `hatch`.
+
+    The colors are Okabe and Ito's, which color-blind readers can distinguish.
+    """
+
+    color: str
+    sign: str
+    dash: Any = "-"
+    hatch: str = ""
+
+
+def other_look(number: int) -> Look:
+    """The look of the `number`th older run. There are 27 different looks, then they repeat."""
+    # The sign moves on by one more after each round of colors: 3 divides 9, so that otherwise a sign had one color.
+    return Look(OTHERS[number % len(OTHERS)], OTHER_SIGNS[(number + number // len(OTHERS)) % len(OTHER_SIGNS)])
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,13 @@ class Stage:
     def path(self) -> str:
         """Its output relative to the project, such as artifacts/base."""
         return f"{ARTIFACTS}/{self.output}"
+
+    @property
+    def command(self) -> str:
+        """What makes its artifact: `lora finetune lora` for finetune_lora, `lora expand-vocab` for expand_vocab."""
+        if self.kind == "study":
+            return f"lora study {self.method}"
+        return "lora " + self.name.replace("finetune_", "finetune ").replace("_", "-")
 
     def run(self, job: Any) -> Generator[Any, None, dict[str, Any]]:
         """Its work. Only now is its module imported, and with it torch."""
@@ -158,7 +184,7 @@ class Project:
     @classmethod
     def load(cls, path: Path, graph: StageGraph, overrides: Sequence[str] = ()) -> "Project":
         """The project of a params file, and its parent. Raises UserError."""
-        return cls.of(path, load(path, overrides, graph.sections), graph)
+        return cls.of(path, parse(read_text(path), path, graph.sections, overrides), graph)
 
     @classmethod
     def of(cls, path: Path, params: Params, graph: StageGraph) -> "Project":
@@ -168,7 +194,7 @@ class Project:
             return cls(root, params, graph)
         source = root / params.project
         try:
-            parent_params = load(source, (), graph.sections)
+            parent_params = parse(read_text(source), source, graph.sections)
         except UserError as error:
             raise UserError(f"{path}: project: {error}") from None
         if parent_params.project:
@@ -185,22 +211,13 @@ class Project:
         """The section with the stage's name."""
         return self.params.section(stage.name)
 
-    def settings(self, stage: Stage) -> Any:
-        """The section with the stage's training settings: its own, or another stage's of which it trains variants."""
-        return self.params.section(stage.section)
-
     def stage_params(self, stage: Stage) -> dict[str, Any]:
         """All params that affect the stage's output. The keys of a sweep's grid replace those of its settings."""
-        section = asdict(self.section(stage))
-        return {
-            **{key: value for key, value in asdict(self.settings(stage)).items() if key not in section.get("grid", ())},
-            **section,
-            **{
-                f"{name}.{key}": value
-                for name in stage.extra_sections
-                for key, value in asdict(self.params.section(name)).items()
-            },
-        }
+        own, settings = asdict(self.section(stage)), asdict(self.params.section(stage.section))
+        params = {key: value for key, value in settings.items() if key not in own.get("grid", ())} | own
+        for name in stage.extra_sections:
+            params |= {f"{name}.{key}": value for key, value in asdict(self.params.section(name)).items()}
+        return params
 
     def setting(self, stage: Stage, key: str) -> Any:
         """The value of a key of the stage's settings, or of section.key."""
@@ -270,12 +287,23 @@ class Project:
         """The cache's folder, shared with the parent."""
         return cache_folder(self.parent.root if self.parent else self.root)
 
-    def data_files(self, stage: Stage) -> list[str]:
-        """The data files that a stage reads, as named in params.yaml; none for an imported base."""
+    def file_keys(self, stage: Stage) -> dict[str, str]:
+        """Key of the stage's settings (such as data[0]), or section.key → name of each data file that it reads.
+
+        Each file once, under its first key; none for an imported base.
+        """
+        files: dict[str, str] = {}
         if stage.name == "pretrain" and self.params.pretrain.imports:
-            return []
-        values: list[Any] = [self.setting(stage, key) for key in stage.data]
-        return [name for value in values for name in ((value,) if isinstance(value, str) else value) if name]
+            return files
+        for key in stage.data:
+            value = self.setting(stage, key)
+            names = {key: value} if isinstance(value, str) else {f"{key}[{i}]": name for i, name in enumerate(value)}
+            files |= {k: name for k, name in names.items() if name and name not in files.values()}
+        return files
+
+    def data_files(self, stage: Stage) -> list[str]:
+        """The data files that a stage reads, as named in params.yaml."""
+        return list(self.file_keys(stage).values())
 
     def needs(self, stage: Stage) -> list[str]:
         """The stages whose outputs it reads; for a stage that compares, only those that the project has."""

@@ -1,4 +1,4 @@
-"""The state of each stage: up to date, changed (with reasons), running, failed, …
+"""The state of each stage: up to date, changed (with reasons), running, failed, …, and what an evaluation changed.
 
 A stage is up to date if the inputs recorded in its artifact equal the current ones, as in the cache's key.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
-from pipeline.files.digest_cache import Signature, signature
+from pipeline.files.digest_cache import DigestStore, Signature, signature
 from pipeline.project import provenance
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
@@ -43,7 +43,7 @@ class Status:
 
         `each` is called with every state as soon as it is computed: large files take seconds to hash.
         """
-        code = signature(provenance.ROOT / "pipeline")
+        code = signature(provenance.ROOT / "pipeline")  # one look at all files, instead of reading each stage's
 
         def code_of(*modules: str) -> str:
             return self._cached(("code", " ".join(modules)), code, lambda: provenance.code_digest(*modules))
@@ -63,6 +63,7 @@ class Status:
         run = run_state.read(folder)
         if run_state.alive(folder):
             return StageState(stage, "running", (), run)
+        # A failure counts until the artifact is up to date, which takes no run: `dvc checkout` may bring it back.
         state, details = self._compare(project, stage, digests)
         reasons = tuple(reason.replace(f"{project.root}/", "") for reason in details)
         if state != "current" and run and run.state in ("failed", "stopped"):
@@ -70,6 +71,7 @@ class Status:
             return StageState(stage, "failed" if run.state == "failed" else "stopped", (*message, *reasons), run)
         if state != "current" and run and run.state == "running":
             return StageState(stage, "died", ("the process died (no error recorded)", *reasons), run)
+        # What a stage reads is compared once that is itself up to date: it may be made again as it was.
         outdated_needs = [need for need in project.needs(stage) if before[need].state != "current"]
         missing = any(not project.artifact(need).is_dir() for need in outdated_needs)
         if outdated_needs and (state == "current" or (state == "changed" and missing)):
@@ -129,15 +131,14 @@ def differences(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
             yield f"{library} {before} → {version}"
 
 
-def outdated(
-    project: Project, names: Iterable[str], digest: Callable[[Path], str] = artifact.digest
-) -> dict[str, tuple[str, ...]]:
+def outdated(project: Project, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Stages among `names` and their ancestors whose input files changed: name → reasons, in the DAG's order.
 
     Changed params, code and libraries are ignored: the results are still valid for the models they were made from.
     Stages without a manifest are ignored too.
     """
-    selected, stages = set(names), project.readable
+    # By digests that are kept between processes: this is for people to look at, and hashing a model takes a minute.
+    digests, selected, stages = DigestStore(), set(names), project.readable
     for stage in reversed(stages.values()):
         selected |= set(project.needs(stage)) if stage.name in selected else set()
     outdated_stages: dict[str, tuple[str, ...]] = {}
@@ -145,7 +146,7 @@ def outdated(
         try:
             made_from, home = artifact.read_manifest(project.artifact(stage.name))["inputs"], project.home(stage.name)
             existing = {name: path for name, path in home.inputs(stage).items() if name in made_from and path.exists()}
-            changed = changed_inputs(made_from, {name: digest(path) for name, path in existing.items()})
+            changed = changed_inputs(made_from, {name: digests.digest(path) for name, path in existing.items()})
         except (UserError, OSError, KeyError, TypeError, AttributeError):  # no manifest, or one of another format
             continue
         outdated_needs = [home.artifact_name(need) for need in home.needs(stage) if need in outdated_stages]
@@ -153,6 +154,7 @@ def outdated(
         reasons += [f"{name} is out of date" for name in outdated_needs if name not in changed]
         if reasons:
             outdated_stages[stage.name] = tuple(reasons)
+    digests.save()
     return outdated_stages
 
 
@@ -167,3 +169,43 @@ def project_signature(project: Project) -> tuple[Signature, ...]:
     artifacts = [project.artifact(name) for name in project.readable]
     base = base_model.files_to_watch(project.params.pretrain.base, project.home("pretrain").root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """A number of the evaluation before and after; None if it is missing there."""
+
+    name: str
+    before: float | None
+    after: float | None
+
+
+def metrics_since_commit(path: Path) -> list[MetricChange]:
+    """Every number of `path` that differs from the last commit's in six digits; further digits depend on the machine.
+
+    Raises UserError if there is nothing to compare.
+    """
+    if not path.is_file():
+        raise UserError("Nothing was evaluated yet.")
+    text = provenance.committed(path)
+    if text is None:
+        raise UserError(f"{path.name} was never committed, so there is nothing to compare.")
+    try:
+        before, after = (dict(_numbers(json.loads(each))) for each in (text, path.read_text(encoding="utf-8")))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path.name} cannot be read: {error}.") from None
+    changes = [MetricChange(name, before.get(name), after.get(name)) for name in {**before, **after}]
+    return [change for change in changes if _six_digits(change.before) != _six_digits(change.after)]
+
+
+def _six_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in the JSON tree with its dotted name."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _numbers(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, int | float) and not isinstance(tree, bool):
+        yield prefix, tree

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.examples import Example
+from pipeline.data.formats import read_examples
 from pipeline.data.prompts import Prompt, read_prompts
-from pipeline.data.read import read_examples
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest, write_json
 from pipeline.inference import engine

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.adapters.lora import weight_of
 from pipeline.data.examples import Example
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json

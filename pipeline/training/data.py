@@ -1,13 +1,14 @@
 """What every training stage does around the loop: settings → batches before it, trained model → checkpoint after."""
 
 from collections.abc import Generator, Iterator
+from functools import partial
 from shutil import copyfile
 
 import torch
 
 from pipeline.data.examples import Example, in_evaluation
-from pipeline.data.masking import encoder
-from pipeline.data.read import iter_examples
+from pipeline.data.formats import iter_examples
+from pipeline.data.masking import encode
 from pipeline.data.windows import Corpus, Dataset, dataset_from, refuse_empty
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
@@ -72,8 +73,14 @@ def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> G
     folder.mkdir(parents=True, exist_ok=True)
     examples = (e for e in training_examples(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
     virtual_tokens = base.model.shape.positions - base.model.max_length
-    encode = encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)
-    corpus = Corpus.build(examples, encode, folder)
+    encode_one = partial(
+        encode,
+        tokenizer=base.tokenizer,
+        max_length=settings.max_length,
+        positions=base.model.shape.positions,
+        virtual=virtual_tokens,
+    )
+    corpus = Corpus(examples, encode_one, folder)
     statistics = corpus.statistics
     if statistics.truncated:
         skipped = f", {statistics.unlabelled} of them skipped: no label is left" if statistics.unlabelled else ""

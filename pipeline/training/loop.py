@@ -19,8 +19,7 @@ from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.models.base import CausalLM, Checkpointing
 from pipeline.models.device import device_for
 from pipeline.models.load import Base
-from pipeline.project.logs.outcomes import DIVERGED, STOPPED, write_run_outcomes
-from pipeline.project.logs.run_log import LOSS, Peak, RunLog, Step, in_units
+from pipeline.project.logs.run_log import DIVERGED, LOSS, STOPPED, Peak, RunLog, Step, in_units, write_run_outcomes
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
 from pipeline.training import checkpoint

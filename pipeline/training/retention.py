@@ -10,8 +10,8 @@ from torch import Tensor
 from pipeline.adapters.attach import disable_adapter
 from pipeline.adapters.lora import AdapterLayer
 from pipeline.data.examples import Example, Window
+from pipeline.data.formats import iter_examples
 from pipeline.data.masking import encode
-from pipeline.data.read import iter_examples
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM

@@ -20,7 +20,7 @@ from pipeline.adapters.low_rank import LowRank, tensors_of
 from pipeline.adapters.peft.config import config_of
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
-from pipeline.files.shards import tensor_locations
+from pipeline.files.base_model import tensor_locations
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.models.save import save_tensors

@@ -14,7 +14,7 @@ from pipeline.adapters.lora import MAGNITUDE
 from pipeline.adapters.low_rank import LowRankUpdate, layer_sort_key
 from pipeline.adapters.peft.tensors import COPY
 from pipeline.errors import UserError
-from pipeline.files.shards import TensorLocation, tensor_locations
+from pipeline.files.base_model import TensorLocation, tensor_locations
 from pipeline.models.load import skeleton
 from pipeline.weights.merge import stored_name
 from pipeline.weights.streaming import DTYPES, Read, Rows, read_blocks, read_rows

@@ -19,7 +19,7 @@ from pipeline.adapters.low_rank import LowRank, load_update
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import weight_files
-from pipeline.files.safetensors_header import fingerprint
+from pipeline.files.safetensors_file import fingerprint
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress

@@ -13,8 +13,8 @@ from pipeline.adapters.peft.virtual_tokens import VirtualSpec
 from pipeline.data.tokenizers.chat_template import TEMPLATE
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
-from pipeline.files.safetensors_header import fingerprint, read_header
-from pipeline.files.shards import tensor_locations
+from pipeline.files.base_model import tensor_locations
+from pipeline.files.safetensors_file import fingerprint, read_header
 from pipeline.models.load import skeleton
 from pipeline.project import provenance
 from pipeline.weights.combine import CombineOptions, combine, low_rank_updates, write_updates

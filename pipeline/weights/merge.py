@@ -22,7 +22,7 @@ from pipeline.adapters.peft.tensors import COPY
 from pipeline.adapters.token_rows import BY_ROWS
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.shards import TensorLocation, tensor_locations
+from pipeline.files.base_model import TensorLocation, tensor_locations
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.models.quantized_linear import dequantized, quantizable

@@ -23,8 +23,8 @@ from pipeline.adapters.lora import LEAST
 from pipeline.adapters.low_rank import squared_norm
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST, read_json, write_json
-from pipeline.files.base_model import INDEX
-from pipeline.files.shards import Bytes, NewTensor, TensorLocation, in_file_order, rewrite, tensor_locations
+from pipeline.files.base_model import INDEX, TensorLocation, tensor_locations
+from pipeline.files.safetensors_file import Bytes, NewTensor, in_file_order, rewrite
 from pipeline.project.logs.run_log import in_units
 
 Item = TypeVar("Item")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.errors import UserError
-from pipeline.files.safetensors_header import shapes
+from pipeline.files.safetensors_file import shapes
 from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.checkpoints import WORDS, adapter, checkpoint

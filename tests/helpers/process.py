@@ -81,7 +81,7 @@ def _run(command: list[str], cwd: str, errors: str, dies: tuple[str, int] | None
 
 
 def _die_at(function: str, call: int) -> None:
-    """SIGKILL this process when `function`, such as `pipeline.files.shards.rewrite`, is called for the nth time."""
+    """SIGKILL this process when `function`, such as `pipeline.files.artifact.seal`, is called for the nth time."""
     place, _, name = function.rpartition(".")
     owner, calls = resolve_name(place), count(1)
     real = getattr(owner, name)

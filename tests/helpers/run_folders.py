@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.project.logs.outcomes import write_run_outcomes
-from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS
+from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS, write_run_outcomes
 
 HEADER = ",".join(COLUMNS) + "\n"
 START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0, "train_from_scratch": 3.5}

@@ -19,7 +19,7 @@ from pipeline.adapters.peft.virtual_tokens import load_virtual
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.patterns import one_budget
-from pipeline.files.safetensors_header import refuse_difference
+from pipeline.files.safetensors_file import refuse_difference
 from pipeline.models.base import CausalLM
 
 _A_KEYS = (".lora_A.weight", ".lora_embedding_A")

@@ -13,7 +13,7 @@ from pipeline.adapters.peft.config import refuse_options
 from pipeline.adapters.peft.tensors import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.safetensors_header import refuse_difference
+from pipeline.files.safetensors_file import refuse_difference
 from pipeline.models.base import CausalLM, VirtualTokens
 from pipeline.models.save import save_tensors
 from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens, prefix_of

@@ -17,7 +17,7 @@ from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
 from pipeline.calc.families import MOST_LAYERS, Config, architecture
 from pipeline.calc.target_modules import matches_target
 from pipeline.errors import UserError
-from pipeline.files.safetensors_header import read_header
+from pipeline.files.safetensors_file import read_header
 
 # tensors
 

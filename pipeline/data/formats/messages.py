@@ -3,8 +3,7 @@
 from typing import Any, get_args
 
 from pipeline.data.examples import Example, Message, Role
-from pipeline.data.formats import Format
-from pipeline.data.records import Record, describe_type, read_string
+from pipeline.data.formats import Format, Record, describe_type, read_string
 from pipeline.errors import UserError
 
 

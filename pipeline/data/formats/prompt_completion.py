@@ -1,8 +1,7 @@
 """{"prompt": …, "completion": …}: the completion is trained on; {"prompt": …} alone is for the model to complete."""
 
 from pipeline.data.examples import Example
-from pipeline.data.formats import Format
-from pipeline.data.records import Record, read_string
+from pipeline.data.formats import Format, Record, read_string
 
 
 def detect(record: Record) -> bool:

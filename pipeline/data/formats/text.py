@@ -1,8 +1,7 @@
 """{"text": …}: all of the text is trained on, as in a line of a .txt file."""
 
 from pipeline.data.examples import Example
-from pipeline.data.formats import Format
-from pipeline.data.records import Record, read_string
+from pipeline.data.formats import Format, Record, read_string
 
 
 def read(record: Record, file: str, line: int) -> Example:

@@ -11,7 +11,7 @@ from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Rendering
 from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, write_json
-from pipeline.files.safetensors_header import as_os_error
+from pipeline.files.safetensors_file import as_os_error
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 BROKEN = "\ufffd"  # what an incomplete UTF-8 character decodes to

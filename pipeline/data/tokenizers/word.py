@@ -3,17 +3,16 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
+from pipeline.data.tokenizers import chat_template
+from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Renderings
+from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.errors import UserError
 from pipeline.files.artifact import refuse_untrusted, write_json
-
-if TYPE_CHECKING:
-    from pipeline.data.tokenizers.chat_template import Messages, Prefixes, Renderings
-    from pipeline.data.tokenizers.template_process import Rendered
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 SPECIAL = (PAD, UNKNOWN, END)
@@ -77,10 +76,10 @@ class Tokenizer(Protocol):
     def normalize(self, text: str) -> str:
         """Text for comparison: without differences in white space, or that the tokenizer ignores."""
 
-    def render(self, messages: "Messages", add_generation_prompt: bool) -> "Rendered":
+    def render(self, messages: Messages, add_generation_prompt: bool) -> Rendered:
         """A conversation in the model's chat template. Raises UserError."""
 
-    def render_each(self, messages: "Messages", prefixes: "Prefixes") -> "Renderings":
+    def render_each(self, messages: Messages, prefixes: Prefixes) -> Renderings:
         """`render` of the first n messages for each (n, add_generation_prompt), in one request. Raises UserError."""
 
     def expanded(self, tokens: Iterable[str], special: bool = False) -> "tuple[Tokenizer, list[str]]":
@@ -97,6 +96,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         text = (folder / FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         text = ""
+    # Searched, not parsed: the library parses it anyway, which takes a second for a large vocabulary.
     if re.search(r'"type":\s*"WordLevel"', text) and all(f'"{token}"' in text for token in SPECIAL):
         return WordTokenizer.load(folder)
     from pipeline.data.tokenizers.subword import SubwordTokenizer  # MiniGPT does not need it
@@ -204,22 +204,15 @@ class WordTokenizer:
 
     @property
     def has_template(self) -> bool:
-        from pipeline.data.tokenizers.chat_template import has_template  # only conversations need it
+        return self._folder is not None and chat_template.has_template(self._folder)
 
-        return self._folder is not None and has_template(self._folder)
+    def render(self, messages: Messages, add_generation_prompt: bool) -> Rendered:
+        return chat_template.single_rendering(self.render_each(messages, [(len(messages), add_generation_prompt)]))
 
-    def render(self, messages: "Messages", add_generation_prompt: bool) -> "Rendered":
-        from pipeline.data.tokenizers.chat_template import single_rendering
-
-        return single_rendering(self.render_each(messages, [(len(messages), add_generation_prompt)]))
-
-    def render_each(self, messages: "Messages", prefixes: "Prefixes") -> "Renderings":
-        from pipeline.data.tokenizers.chat_template import no_template, render_in
-        from pipeline.data.tokenizers.template_process import Rendered
-
+    def render_each(self, messages: Messages, prefixes: Prefixes) -> Renderings:
         if self._folder is None:
-            raise no_template("the tokenizer")
-        renderings = render_in(self._folder, messages, prefixes)
+            raise chat_template.no_template("the tokenizer")
+        renderings = chat_template.render_in(self._folder, messages, prefixes)
         # Drop the marks: label masking then compares prefixes.
         return [r if isinstance(r, UserError) else Rendered(r) for r in renderings]
 

@@ -11,13 +11,12 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.method import configure
 from pipeline.calc.report import answer
 from pipeline.calc.sources.open_model import built_in
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.document.stages import CLAIMS
 from pipeline.document.tables import Spread, read_table
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json
-from pipeline.files.safetensors_header import read_header
-from pipeline.project import dvc_yaml
+from pipeline.files.safetensors_file import read_header
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.stages.registry import COUNTED
@@ -124,7 +123,7 @@ class Sources:
             raise UserError(f"{path} is not an artifact of a stage")
         file = project.home(made_by.name).root / ARTIFACTS / pure
         if not file.is_file():
-            raise MissingArtifact(f"{ARTIFACTS}/{path} does not exist: run `{dvc_yaml.command(made_by)}`")
+            raise MissingArtifact(f"{ARTIFACTS}/{path} does not exist: run `{made_by.command}`")
         return file
 
     def _minigpt(self) -> Project:

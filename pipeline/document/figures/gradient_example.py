@@ -13,8 +13,8 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear
 from pipeline.adapters.peft.config import read_spec
+from pipeline.data.formats import read_examples
 from pipeline.data.masking import encode
-from pipeline.data.read import read_examples
 from pipeline.data.windows import as_window
 from pipeline.document.figures import Figures
 from pipeline.document.report import BLUE, GREEN, HATCHED, INK, ORANGE, RED, SMALL, WIDE, Axis, Figure, Findings, signed

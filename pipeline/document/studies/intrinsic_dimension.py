@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from msgspec.structs import replace
 
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.document.measures import document
 from pipeline.document.report import Figure, Findings, error_bars
 from pipeline.document.runner import Run, train_with

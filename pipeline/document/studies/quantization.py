@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from msgspec.structs import replace
 
 from pipeline.data.examples import Example
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.document.measures import document
 from pipeline.document.report import Figure, Findings, min_max
 from pipeline.document.runner import Run, train

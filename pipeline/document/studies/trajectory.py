@@ -12,9 +12,9 @@ from pipeline.document.report import Figure, Findings
 from pipeline.document.runner import DOCUMENT, Run, checkpoints, describe_window
 from pipeline.document.studies import Study
 from pipeline.document.tables import Row, Spread, Table, shown
-from pipeline.project.palette import OTHERS
 from pipeline.project.params.schema import Count, Rate, Section, Seed, Steps
 from pipeline.project.runner import Event, Job, Progress
+from pipeline.project.stage_graph import OTHERS
 from pipeline.stages.registry import COLORS
 
 SECTION = "trajectory"

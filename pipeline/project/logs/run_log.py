@@ -1,16 +1,25 @@
-"""The run log: `loss.csv`, deterministic and tracked by DVC, and `telemetry.csv`, which differs between runs."""
+"""The run log: `loss.csv`, deterministic and tracked by DVC, and `telemetry.csv`, which differs between runs.
 
+A sweep has one of each per adapter, and `sweep.json`: how each ended.
+"""
+
+import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.files.artifact import write_file
+
 LOSS, TELEMETRY = "loss.csv", "telemetry.csv"
+TABLE = "sweep.json"  # adapter → outcome; in the run folder only those that ended so far
+DONE, STOPPED, DIVERGED = "done", "stopped early", "diverged"
 
 
 @dataclass(frozen=True)
@@ -57,18 +66,19 @@ Row = tuple[Any, ...]  # a line of loss.csv: the fields of Step; the optional on
 def step_parser(header: str) -> Callable[[str], Row]:
     """The parser of the lines of a loss.csv below `header`. The parser raises ValueError for any other line."""
     columns = header.strip().split(",")
-    indices = [columns.index(name) if name in columns else None for name in OPTIONAL]
+    indices = [columns.index(name) if name in columns else len(columns) for name in OPTIONAL]
+    has_optional = min(indices) < len(columns)
 
     def parse(line: str) -> Row:
-        step, epoch, loss, rate, norm, tokens = line.split(",")[: len(COLUMNS)]
-        return int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens)
-
-    def parse_all(line: str) -> Row:
         cells = line.split(",")
-        optional = [cells[i] if i is not None and i < len(cells) else "" for i in indices]
-        return *parse(line), *(float(cell) if cell else None for cell in optional)
+        step, epoch, loss, rate, norm, tokens = cells[: len(COLUMNS)]
+        row = int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens)
+        if not has_optional:  # as in most logs; it saves a third of the curves screen's time to read one
+            return row
+        optional = (cells[i] if i < len(cells) else "" for i in indices)
+        return *row, *(float(cell) if cell else None for cell in optional)
 
-    return parse if indices == [None] * len(indices) else parse_all
+    return parse
 
 
 def read_steps(path: Path) -> list[Step]:
@@ -94,6 +104,9 @@ class RunLog:
     Seconds and tokens per second in the telemetry count from the opening of the log.
     """
 
+    # Two files, as the same training must write the same bytes: loss.csv becomes part of the artifact, whose digest
+    # says whether later stages are up to date. What differs from run to run (time, memory) stays in the run folder.
+
     def __init__(
         self, folder: Path, at_step: int, at_tokens: int, evaluated: bool = False, retained: bool = False
     ) -> None:
@@ -114,7 +127,7 @@ class RunLog:
         values = [getattr(step, name) for name in self._columns]
         cells = ["" if v is None else f"{v:.7g}" if isinstance(v, float) else str(v) for v in values]
         self._loss.write(",".join(cells) + "\n")
-        self._loss.flush()
+        self._loss.flush()  # for those who watch
         seconds = time.perf_counter() - self._start
         speed = (step.tokens - self._tokens) / seconds  # labelled tokens
         self._telemetry.write(
@@ -123,6 +136,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Flush the logs to disk. Called before writing a checkpoint that relies on them."""
+        # A resumed run drops the lines after its checkpoint's step and writes them again. Lines before it are nowhere
+        # else: a checkpoint that survives a power cut without them would leave a gap in the curve.
         for file in (self._loss, self._telemetry):
             file.flush()
             os.fsync(file.fileno())
@@ -154,19 +169,19 @@ def _open_at(path: Path, columns: Sequence[str], at_step: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def flat_from(steps: Sequence[Step], tolerance: float = 0.05) -> int | None:
-    """The first epoch from which the mean loss stays within `tolerance` × total drop of the last epoch's.
+def flat_from(steps: Sequence[Step]) -> int | None:
+    """`flat_epoch` of a run."""
+    return flat_epoch(epoch_means(steps))
+
+
+def flat_epoch(means: Sequence[float]) -> int | None:
+    """The first epoch from which the mean loss stays within 5% of the total drop of the last epoch's.
 
     None if only the last epoch does: the curve has not flattened.
     """
-    return flat_epoch(epoch_means(steps), tolerance)
-
-
-def flat_epoch(means: Sequence[float], tolerance: float = 0.05) -> int | None:
-    """`flat_from` for the mean losses of the epochs."""
     if len(means) < 2 or not all(map(math.isfinite, means)):
         return None
-    margin = tolerance * abs(means[0] - means[-1])
+    margin = 0.05 * abs(means[0] - means[-1])
     flat = len(means)
     while flat > 0 and abs(means[flat - 1] - means[-1]) <= margin:
         flat -= 1
@@ -184,3 +199,18 @@ def epoch_means(steps: Sequence[Step]) -> list[float]:
     for step in steps:
         epochs.setdefault(step.epoch, []).append(step.loss)
     return [sum(losses) / len(losses) for losses in epochs.values()]
+
+
+def read_run_outcomes(folder: Path) -> dict[str, str]:
+    """Name → outcome of each adapter that has ended, from an artifact or a run folder. Never raises."""
+    try:
+        rows = json.loads((folder / TABLE).read_text(encoding="utf-8"))
+        return {name: str(row["state"]) for name, row in rows.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def write_run_outcomes(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the outcomes of adapters that ended early. If that fails, training continues without."""
+    with suppress(OSError):
+        write_file(folder / TABLE, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

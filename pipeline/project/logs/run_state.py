@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import Interrupted, explain
+from pipeline.files.artifact import write_file
 
 JOURNAL, LOCK = "run.json", "lock"
 PAUSE = 0.2  # seconds between two writes of progress
@@ -81,19 +82,15 @@ class Writer:
     def change(self, **values: Any) -> None:
         """Update the journal and write it immediately."""
         self._journal = replace(self._journal, **values)
-        new = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            new.write_text(json.dumps(asdict(self._journal), ensure_ascii=False), encoding="utf-8")
-            new.replace(self._path)
+            write_file(self._path, json.dumps(asdict(self._journal), ensure_ascii=False))
         except OSError:
             # On a full disk, write into the old file's block, as there is no room for a new file. Notes are dropped, so
             # that one block is enough. A reader may see no journal at this moment.
             short = replace(self._journal, notes=[], message=self._journal.message[:MAX_MESSAGE])
-            with suppress(OSError):
-                new.unlink(missing_ok=True)
-                with self._path.open("rb+", buffering=0) as file:
-                    file.write(json.dumps(asdict(short), ensure_ascii=False).encode())
-                    file.truncate()
+            with suppress(OSError), self._path.open("rb+", buffering=0) as file:
+                file.write(json.dumps(asdict(short), ensure_ascii=False).encode())
+                file.truncate()
 
     def note(self, text: str) -> None:
         self.change(notes=[*self._journal.notes, text][-MAX_NOTES:])

@@ -11,8 +11,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.text import natural_sort_key
-from pipeline.project.logs.outcomes import DIVERGED, read_run_outcomes
-from pipeline.project.logs.run_log import LOSS, TELEMETRY
+from pipeline.project.logs.run_log import DIVERGED, LOSS, TELEMETRY, read_run_outcomes
 from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage, StageGraph, cache_folder
 
 SHORT_KEY = 8  # characters of a cache key in a label
@@ -150,6 +149,7 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
         running = _Logs(folder, curves, digests, {"params": now})
         manifest = next((logs.manifest for logs in finished if logs.same(running)), running.manifest)
         candidates = [replace(running, manifest=manifest), *finished]
+    # The last run, its artifact and the cache's copy of it are one run, told by equal logs: a run folder has no key.
     seen: list[_Logs] = []
     labels: set[str] = set()
     for logs in candidates:
@@ -157,7 +157,8 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
             continue
         seen.append(logs)
         # What sets it apart: params that differ from the current ones, or else other inputs or code
-        params = _params(logs.manifest)
+        params = logs.manifest.get("params")
+        params = params if isinstance(params, dict) else {}  # of an artifact that another version wrote
         parts = [f" {key} {_abbreviate(value)}" for key, value in params.items() if now.get(key, value) != value]
         if not parts:
             own = [part for part in ("inputs", "code") if part in logs.manifest]
@@ -190,11 +191,6 @@ def _artifact_logs(folder: Path, stage: Stage) -> _Logs | None:
         digests[curve.name] = digest
     diverged = [name for name, end in read_run_outcomes(folder).items() if end == DIVERGED]
     return _Logs(folder, curves, {**dict.fromkeys(diverged), **digests}, manifest) if curves else None
-
-
-def _params(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    params = manifest.get("params")
-    return params if isinstance(params, dict) else {}
 
 
 def _abbreviate(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Change values in params.yaml without touching comments, order and layout."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,43 +7,36 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.project.params.load import FIXED, TOP_LEVEL, Kinds, parse
+from pipeline.files.artifact import write_file
+from pipeline.project.params.load import TOP_LEVEL, Kinds, parse, read_text
 from pipeline.project.params.schema import Section
 from pipeline.project.params.sections import Training
 
-NULL = "tag:yaml.org,2002:null"
 
-
-def save(path: Path, values: Mapping[str, Any], kinds: Kinds = FIXED) -> None:
+def save(path: Path, values: Mapping[str, Any], kinds: Kinds) -> None:
     """Set `section.key` → value in the file atomically; `kinds` as in `load.parse`.
 
     Raises UserError if the file is invalid before or after, and OSError if it cannot be written. Then it is unchanged.
     """
     path = path.resolve()  # so that a symlink is kept
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8. Fix it by hand.") from None
-    parse(text, path, (), kinds)
+    text = read_text(path)
+    parse(text, path, kinds)
     new = set_values(text, values)
-    parse(new, path, (), kinds)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(path.stat().st_mode)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    parse(new, path, kinds)  # what the values' own rules or the layout do not allow is not written
+    write_file(path, new, durable=True)
 
 
 def set_values(text: str, values: Mapping[str, Any]) -> str:
-    """`text` with each `section.key` set. Raises UserError if the layout does not allow it."""
+    """`text`, a valid params file's, with each `section.key`, or key above the sections, set.
+
+    Raises UserError if the layout does not allow it.
+    """
+    # Edited as text, by the marks where PyYAML found each value: it would write the whole file anew, and the user's
+    # comments and layout would be gone.
     for key, value in values.items():
         section, _, name = key.partition(".")
-        text = _set(text, section, name, value) if name else _set_above(text, key, value)
+        root: Any = yaml.compose(text)  # again for each: an edit moves all that is below it
+        text = _set(text, root, section, name, value) if name else _set_above(text, root, key, value)
     return text
 
 
@@ -59,9 +51,9 @@ def remove_section(text: str, section: str) -> str:
     return "".join(remaining)
 
 
-def section_text(name: str, kind: type[Section], values: Mapping[str, Any] | None = None) -> str:
+def section_text(name: str, kind: type[Section]) -> str:
     """A new section as text for params.yaml: its own keys, and of those that all training stages share the ones whose
-    default is another here; or those in `values`."""
+    default is another here."""
     default, shared = kind(), Training()
     keys = {
         key: getattr(default, key)
@@ -69,24 +61,16 @@ def section_text(name: str, kind: type[Section], values: Mapping[str, Any] | Non
         if key not in TOP_LEVEL
         and (key == "data" or key not in Training.__struct_fields__ or getattr(default, key) != getattr(shared, key))
     }
-    lines = "".join(f"  {key}: {dump_inline(value)}\n" for key, value in {**keys, **(values or {})}.items())
+    lines = "".join(f"  {key}: {dump_inline(value)}\n" for key, value in keys.items())
     return f"{name}:\n{lines}" if lines else f"{name}: {{}}\n"
 
 
-def _set(text: str, section: str, name: str, value: Any) -> str:
-    try:
-        root = yaml.compose(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the params file is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError("the params file has no sections. Fix it by hand.")
+def _set(text: str, root: yaml.MappingNode, section: str, name: str, value: Any) -> str:
     branch = _child(root, section)
     if branch is None:
         return f"{text.rstrip()}\n\n{section}:\n  {name}: {dump_inline(value)}\n"
-    if not branch.value and (isinstance(branch, yaml.MappingNode) or branch.tag == NULL):  # `section: {}`, `section:`
+    if not isinstance(branch, yaml.MappingNode) or not branch.value:  # `section:`, `section: null`, `section: {}`
         return f"{text[: branch.start_mark.index].rstrip(' ')}\n  {name}: {dump_inline(value)}{text[_end(branch) :]}"
-    if not isinstance(branch, yaml.MappingNode):
-        raise UserError(f"section {section} of the params file has no keys. Add `{name}:` by hand.")
     leaf = _child(branch, name)
     if leaf is not None:
         return _replace_node(text, leaf, value)
@@ -98,13 +82,12 @@ def _set(text: str, section: str, name: str, value: Any) -> str:
     return f"{text[:last]}\n{indent}{name}: {dump_inline(value)}{text[last:]}"
 
 
-def _set_above(text: str, key: str, value: Any) -> str:
+def _set_above(text: str, root: yaml.MappingNode, key: str, value: Any) -> str:
     """`text` with a key that stands above the sections."""
-    root = yaml.compose(text)
-    leaf = _child(root, key) if isinstance(root, yaml.MappingNode) else None
+    leaf = _child(root, key)
     if leaf is not None:
         return _replace_node(text, leaf, value)
-    first = root.value[0][0].start_mark.index if isinstance(root, yaml.MappingNode) and root.value else len(text)
+    first = root.value[0][0].start_mark.index if root.value else len(text)
     return f"{text[:first]}{key}: {dump_inline(value)}\n\n{text[first:]}"
 
 

@@ -15,17 +15,13 @@ from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Section, ValueSource, check_value, hints, reject_unknown_keys
-from pipeline.project.params.sections import Evaluate, ExpandVocab, Merge, Pretrain, Training
+from pipeline.project.params.sections import Training
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
 TRAINING = "training"  # the block of defaults for every section that trains
 PROJECT = "project"  # names the params file that this one builds on
 TOP_LEVEL: Mapping[str, str] = {"base": "pretrain"}  # keys above the sections → the section that holds them in memory
-FIXED: Kinds = {  # sections of the stages that every project may have; methods add theirs
-    **{"pretrain": Pretrain, "expand_vocab": ExpandVocab},
-    **{"merge": Merge, "evaluate": Evaluate},
-}
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,8 @@ class Params:
     builds on, relative to its folder; empty where it stands alone. `file`: its name.
     """
 
+    kinds: Kinds = field(compare=False)
     sections: Mapping[str, Section] = field(default_factory=dict)
-    kinds: Kinds = field(default_factory=lambda: FIXED, compare=False)
     tree: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
     training: Mapping[str, Any] = field(default_factory=dict, compare=False)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -80,23 +76,22 @@ class Params:
         return self.sources.get(path, "default")
 
 
-def load(path: Path, overrides: Sequence[str] = (), kinds: Kinds = FIXED) -> Params:
-    """Read and check `path`, then apply `section.key=value` overrides. Raises UserError."""
+def read_text(path: Path) -> str:
+    """The text of a params file. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist. Run this in the project's folder, or name the file with --params."
         ) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Name a params file with --params.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(text, path, overrides, kinds)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8. Fix it by hand, or name another params file with --params.") from None
 
 
-def parse(text: str, path: Path, overrides: Sequence[str] = (), kinds: Kinds = FIXED) -> Params:
-    """Like `load`, for the text of `path`. Raises UserError."""
+def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) -> Params:
+    """Check the `text` of `path`, then apply `section.key=value` overrides. Raises UserError."""
     tree = _read_tree(text, path)
     project = tree.pop(PROJECT, "")
     if not isinstance(project, str):
@@ -109,6 +104,7 @@ def parse(text: str, path: Path, overrides: Sequence[str] = (), kinds: Kinds = F
     origin = ValueSource(path.name, frozenset({*overridden, *added}))
     if unknown := [key for key in tree if key not in (*TOP_LEVEL, TRAINING) and key not in kinds]:
         reject_unknown_keys(dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
+    # `base` is a setting of pretrain, but stands above the sections: most users set it alone.
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
     for name, keys in tree.items():
         if keys is not None and not isinstance(keys, dict):
@@ -124,7 +120,7 @@ def parse(text: str, path: Path, overrides: Sequence[str] = (), kinds: Kinds = F
         tree[TOP_LEVEL[key]] = {**tree.get(TOP_LEVEL[key], {}), key: value}
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
     training = tree.get(TRAINING, {})
-    params = Params({}, kinds, tree, training, sources, project, path.name)
+    params = Params(kinds, {}, tree, training, sources, project, path.name)
     for key, value in training.items():  # also where nothing trains
         check_value(hints(Training)[key], value, f"{TRAINING}.{key}", origin)
     return _build(params, origin)
@@ -139,6 +135,8 @@ def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]]
     sources = {key: f"{prefix}/{source}" for key, source in parent.sources.items()}
     training = {**parent.training, **params.training}
     own = replace(params, training=training, sources={**sources, **params.sources})
+    # The child's sections are read again, on the parent's training block. The parent's are taken as they were read in
+    # its file, where its own block counts: the artifacts that the child reads were made with these.
     overridden = frozenset(key for key, source in params.sources.items() if source == "--set")
     inherited = {}
     for name in parent.written - params.written:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from operator import ge, gt, le, lt
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -43,6 +44,7 @@ class ReadBy:
 ALLOW_EMPTY = object()  # a text, list or mapping that may be empty
 ALLOW_DUPLICATES = object()  # a list that may have a value twice, such as the numbers of a matrix
 LARGEST = 1e30  # of a float, so that products stay finite in fp32
+# No larger count could run, and some overflow inside a library; torch takes seeds of 63 bits.
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Steps = Annotated[int, Meta(ge=0, lt=2**31)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -119,7 +121,7 @@ def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
         typed = _convert(kind, value)
     wrong = _type_name(kind, value) if typed is None else None
     bounds = (bound for note in notes for bound in _bounds(note))
-    wrong = wrong or next((text for text, holds in bounds if not holds(typed)), None)
+    wrong = wrong or next((f"{words} {limit}" for words, holds, limit in bounds if not holds(typed, limit)), None)
     if wrong:
         because = "".join(f": {note.reason}" for note in notes if isinstance(note, Because))
         raise UserError(f"{key} must be {wrong}, got {value!r}{because}. {origin.edit(key)}")
@@ -165,26 +167,17 @@ def _convert(kind: Any, value: Any) -> Any:
     return None if empty else typed
 
 
-def _bounds(note: Any) -> list[tuple[str, Callable[[float], bool]]]:
-    """The bounds of a msgspec.Meta, in words and as tests."""
+def _bounds(note: Any) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+    """The bounds of a msgspec.Meta: words, comparison, limit. msgspec's own error has neither key nor value."""
     if not isinstance(note, Meta):
         return []
-    ge, gt, le, lt = note.ge, note.gt, note.le, note.lt
-    bounds: list[tuple[str, Callable[[float], bool]]] = []
-    if ge is not None:
-        bounds.append((f"at least {ge}", lambda value: value >= ge))
-    if gt is not None:
-        bounds.append((f"more than {gt}", lambda value: value > gt))
-    if le is not None:
-        bounds.append((f"at most {le}", lambda value: value <= le))
-    if lt is not None:
-        bounds.append((f"below {lt}", lambda value: value < lt))
-    return bounds
+    bounds = (("at least", ge, note.ge), ("more than", gt, note.gt), ("at most", le, note.le), ("below", lt, note.lt))
+    return [(words, holds, limit) for words, holds, limit in bounds if limit is not None]
 
 
 def _describe(hint: Any) -> str:
     kind, notes = _split(hint)
-    bounds = [text for note in notes for text, _ in _bounds(note)]
+    bounds = [f"{words} {limit}" for note in notes for words, _, limit in _bounds(note)]
     own = next((note.rule for note in notes if isinstance(note, ReadBy)), None)
     return ", ".join([own or _type_name(kind), *bounds]) + (", or empty" if ALLOW_EMPTY in notes else "")
 

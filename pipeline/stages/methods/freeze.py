@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 from pipeline.calc.method import FinetuningMethod, TrainedBase, TrainedParts
 from pipeline.calc.settings import option
 from pipeline.errors import UserError
-from pipeline.project.palette import Look
 from pipeline.project.params.schema import Steps
 from pipeline.project.params.sections import Training
+from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from pipeline.calc.method import FinetuningMethod, TrainedBase, TrainedParts
-from pipeline.project.palette import Look
 from pipeline.project.params.sections import Training
+from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:

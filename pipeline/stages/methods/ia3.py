@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pipeline.calc.method import FinetuningMethod, TrainedParts, matching_linears
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.errors import UserError
-from pipeline.project.palette import Look
 from pipeline.project.params.schema import ALLOW_EMPTY, Rate
 from pipeline.project.params.sections import AdapterTraining
+from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ STAGE = method(
     FinetuneIA3,
     output="ia3_adapter",
     kind="adapter",
-    summary="Train scales of keys, values and feed-forward",
+    summary="Train scaling vectors",
     title="(IA)³",
     look=Look("#000000", "◀", (0, (3, 1)), "++"),
     order=3.8,
@@ -163,7 +163,7 @@ def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
     from pipeline.adapters.config import CONFIG, WEIGHTS
     from pipeline.adapters.folder import read_config
     from pipeline.adapters.peft.tensors import read_tensors
-    from pipeline.files.safetensors_header import refuse_difference
+    from pipeline.files.safetensors_file import refuse_difference
 
     config = read_config(folder)
     named = {key: config.get(key) or [] for key in ("target_modules", "feedforward_modules")}

@@ -25,9 +25,9 @@ from pipeline.calc.target_modules import ALL_LINEAR, GROUPS
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.patterns import end_match, end_pattern, one_budget, problem
-from pipeline.project.palette import Look
 from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Rate, Weight
 from pipeline.project.params.sections import AdapterTraining, Init
+from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path) -> Facts:
     """
     from pipeline.adapters.config import WEIGHTS
     from pipeline.adapters.peft.save import save_adapter, stored_spec
-    from pipeline.files.safetensors_header import shapes
+    from pipeline.files.safetensors_file import shapes
 
     save_adapter(out, base.model, spec, f"artifacts/{folder.name}")
     saved = stored_spec(base.model, spec)

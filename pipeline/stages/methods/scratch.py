@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated
 
-from pipeline.project.palette import Look
 from pipeline.project.params.schema import Count
 from pipeline.project.params.sections import Training
-from pipeline.project.stage_graph import Stage
+from pipeline.project.stage_graph import Look, Stage
 from pipeline.stages.methods.full import COUNTED as FULL
 
 if TYPE_CHECKING:

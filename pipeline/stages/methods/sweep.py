@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from msgspec import field, structs
 
 from pipeline.errors import UserError
-from pipeline.project.logs.outcomes import DIVERGED, DONE, STOPPED, TABLE
-from pipeline.project.palette import Look
+from pipeline.project.logs.run_log import DIVERGED, DONE, STOPPED, TABLE
 from pipeline.project.params.schema import ALLOW_EMPTY, ReadBy, Section, ValueSource, check_value, hints
-from pipeline.project.stage_graph import Project, Stage
+from pipeline.project.stage_graph import Look, Project, Stage
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec, new_rows, note_wide_rank, save_files
 
 if TYPE_CHECKING:

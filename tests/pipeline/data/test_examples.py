@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.examples import Example, in_evaluation, windows
+from pipeline.data.formats import iter_examples, read_examples
 from pipeline.data.prompts import read_prompts
-from pipeline.data.read import iter_examples, read_examples
 from pipeline.errors import UserError
 from tests.helpers.projects import ROOT
 
@@ -61,7 +61,7 @@ def test_each_form_of_a_line_is_read_as_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "d.JSONL"
     lines = [{"text": " zwei  Wörter\n"}, {"prompt": "a ", "completion": " b"}, {"messages": MESSAGES}, {"prompt": "p"}]
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(line).encode() for line in lines) + b"\r\n\n")
-    text, completion, talk, prompt = read_examples(path, "d", prompts=True)
+    text, completion, talk, prompt = iter_examples(path, "d", prompts=True)
     assert text == Example(" zwei  Wörter\n", "d", 1)
     assert completion == Example("a  b", "d", 2, "a ")
     assert completion.completion == " b"

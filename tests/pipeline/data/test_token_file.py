@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.examples import Example
+from pipeline.data.formats import iter_examples
 from pipeline.data.masking import Encoded
-from pipeline.data.read import iter_examples
 from pipeline.data.windows import Corpus, refuse_empty
 from pipeline.errors import UserError
 
@@ -26,12 +26,12 @@ def test_what_was_encoded_comes_back_with_its_place(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[list[tuple[int, bool]], int, str]]
 ) -> None:
     made = {Example("x", file, line): encoded(tokens, cut) for line, (tokens, cut, file) in enumerate(rows, 1)}
-    corpus = Corpus.build(made, made.__getitem__, tmp_path_factory.mktemp("c"))
+    corpus = Corpus(made, made.__getitem__, tmp_path_factory.mktemp("c"))
     kept = {example: encoding for example, encoding in made.items() if any(encoding.trained[1:])}
     assert [corpus[i] for i in range(len(corpus))] == list(kept.values())
     assert [corpus.location(i) for i in range(len(corpus))] == [example.location for example in kept]
     lengths = sorted(len(encoding.ids) for encoding in kept.values())
-    assert sorted(corpus.example_lengths.tolist()) == lengths
+    assert sorted(map(corpus.length, range(len(corpus)))) == lengths
     counts = corpus.statistics
     assert (counts.examples, counts.unlabelled) == (len(kept), len(made) - len(kept))
     assert counts.tokens == sum(lengths)
@@ -46,7 +46,7 @@ def test_what_was_encoded_comes_back_with_its_place(
 
 
 def test_examples_of_one_token_leave_nothing_to_learn(tmp_path: Path) -> None:
-    corpus = Corpus.build([Example("x", "f", 1)], lambda _: Encoded((1,), (True,)), tmp_path)
+    corpus = Corpus([Example("x", "f", 1)], lambda _: Encoded((1,), (True,)), tmp_path)
     assert corpus.statistics.share == 0
     with pytest.raises(UserError, match=r"d.txt: nothing to train on: every example is shorter than two tokens"):
         refuse_empty(corpus, "d.txt")
@@ -65,7 +65,7 @@ def test_a_file_larger_than_what_is_kept_of_it_streams_through(tmp_path: Path) -
     size = path.stat().st_size
     assert peak_of(iter_examples(path, "large.txt")) < 2**20 < size / 9
     tracemalloc.start()
-    corpus = Corpus.build(iter_examples(path, "large.txt"), encode, tmp_path)
+    corpus = Corpus(iter_examples(path, "large.txt"), encode, tmp_path)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(corpus) == examples

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pipeline.data.examples import Example
+from pipeline.data.formats import read_examples
 from pipeline.data.masking import encode
-from pipeline.data.read import read_examples
 from pipeline.data.tokenizers.word import SPECIAL, WordTokenizer, split
 from pipeline.errors import UserError
 from tests.helpers.projects import ROOT

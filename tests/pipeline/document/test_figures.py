@@ -23,7 +23,7 @@ from transformers import OPTForCausalLM
 
 from pipeline.adapters.lora import LoRALinear
 from pipeline.adapters.peft.config import read_spec
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.document.figures import Figures, finetuning_subspace, modules, placement
 from pipeline.document.figures.attention import ink_on
 from pipeline.document.figures.finetuning_subspace import (

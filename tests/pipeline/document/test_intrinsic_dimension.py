@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.data.examples import Window
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.data.windows import InMemoryDataset
 from pipeline.document.random_subspace import OneHot, Projection, SubspaceAdam
 from pipeline.document.tables import Cell, Spread, read_table

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from pipeline.data.examples import Example
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.document.studies.quantization import calibrated
 from pipeline.document.tables import Cell, Spread, read_table
 from pipeline.inference import engine

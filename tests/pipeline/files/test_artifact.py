@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,23 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
         raise RuntimeError
     assert artifact.verify(tmp_path / "x")["kind"] == "test"
     assert names(tmp_path) == ["x"]
+
+
+def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path: Path) -> None:
+    def half() -> Iterator[bytes]:
+        yield b"half"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (path := tmp_path / "x").write_text("before", encoding="utf-8")
+    path.chmod(0o640)
+    with pytest.raises(OSError, match="No space left") as full:
+        artifact.write_file(path, half())
+    assert full.value.filename == str(path)
+    assert (path.read_text(encoding="utf-8"), names(tmp_path)) == ("before", ["x"])
+    for durable in (True, False):
+        artifact.write_file(path, f"after, {durable}", durable)
+        assert (path.read_text(encoding="utf-8"), names(tmp_path)) == (f"after, {durable}", ["x"])
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(tmp_path: Path) -> None:

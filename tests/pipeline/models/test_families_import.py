@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.safetensors_header import fingerprint
+from pipeline.files.safetensors_file import fingerprint
 from pipeline.inference import engine
 from pipeline.project.runner import input_facts
 from pipeline.project.stage_graph import Project

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.project import dvc_yaml, new_project
+from pipeline.project import new_project
 from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers import families
@@ -180,7 +180,7 @@ def test_nothing_is_written_where_something_is_wrong(cli: Lora, tmp_path: Path) 
         (["p", "--params", str(outside)], "merge.prompts names ../full/thesis.txt, which is not a file in"),
         (["p", "--params", str(missing)], "merge.prompts names gone.yaml, which is not a file in"),
         (["p", "--params", str(wrong)], "unknown key merge.prompt"),
-        (["p", "--params", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["p", "--params", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["p", "--base", "nowhere"], "base must be minigpt"),
         ([str(ROOT)], "the program's own repository"),
     ):
@@ -213,13 +213,13 @@ def test_the_code_that_stages_run_is_one_more_of_their_params(tmp_path: Path, mo
     found = yaml.safe_load((folder / "code.yaml").read_text(encoding="utf-8"))
     assert list(found) == list(STAGES)
     monkeypatch.setattr("pipeline.project.provenance.code_digest", lambda *modules: f"another {modules[0]}")
-    assert new_project.create(folder, GRAPH).added == ["code.yaml"]
+    assert new_project.create(folder, GRAPH)[0] == ["code.yaml"]
 
 
 def test_empty_files_are_left_out_and_one_named_twice_is_watched_once(tmp_path: Path) -> None:
     text = "evaluate:\n  old_data: a.txt\n  new_data: a.txt\n"
     params = params_of(tmp_path, text, "a.txt")
-    stages = yaml.safe_load(dvc_yaml.render(open_project(params)))["stages"]
+    stages = yaml.safe_load(new_project.render_dvc_yaml(open_project(params)))["stages"]
     places = [dep for dep in stages["evaluate"]["deps"] if dep.startswith("$")]
     assert places == ["${evaluate.old_data}", "${evaluate.prompts}"]
 

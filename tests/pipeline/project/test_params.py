@@ -91,7 +91,7 @@ def test_the_shipped_values_are_those_of_the_document() -> None:
 def test_a_missing_key_or_section_takes_its_default(tmp_path: Path) -> None:
     params = load(written(tmp_path, "finetune_lora:\n  rank: 8\n"))
     assert (params.finetune_lora.rank, params.finetune_lora.alpha) == (8, 1.0)
-    assert params.pretrain == Params().pretrain
+    assert params.pretrain == Params(GRAPH.sections).pretrain
 
 
 def test_set_wins_over_the_file(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.files.artifact import file_digest, write_json
-from pipeline.project.logs.outcomes import read_run_outcomes
+from pipeline.project.logs.run_log import read_run_outcomes
 from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp, training_stages
-from pipeline.project.palette import other
+from pipeline.project.stage_graph import other_look
 from pipeline.stages.charts import MARKERS
 from pipeline.stages.registry import METHODS
 from pipeline.workbench import GRAPH, open_project
-from tests.helpers.projects import BRIEF, ROOT, make
+from tests.helpers.projects import BRIEF, PIPELINE, ROOT, make
 from tui.screens.curves.view_model import POINTED
 
 BASE = {"rank": 4, "alpha": 1.0}
@@ -56,7 +56,9 @@ def test_an_empty_project_has_no_runs(root: Path) -> None:
 
 def test_a_finished_pipeline_shows_each_training_once(brief: Path) -> None:
     runs = found(brief)
-    assert [run.stage for run in runs] == [stage.name for stage in training_stages(None, GRAPH)]
+    assert [run.stage for run in runs] == [
+        stage.name for stage in training_stages(None, GRAPH) if stage.name in PIPELINE
+    ]
     assert all(run.folder == brief / "runs" / run.stage for run in runs)
 
 
@@ -177,11 +179,11 @@ def test_the_stamp_changes_when_when_there_is_another_run(root: Path, keep: Keep
 
 def test_twenty_runs_beside_the_methods_look_different() -> None:
     methods = [stage.look for stage in METHODS.values()]
-    looks = {(look.color, look.sign) for look in (*methods, *map(other, range(20))) if look}
+    looks = {(look.color, look.sign) for look in (*methods, *map(other_look, range(20))) if look}
     assert len(looks) == len(METHODS) + 20
     assert len({look.sign for look in methods if look}) == len(METHODS)
 
 
 def test_every_sign_has_a_marker_in_an_exported_picture() -> None:
-    looks = (*(stage.look for stage in METHODS.values()), *map(other, range(20)), POINTED)
+    looks = (*(stage.look for stage in METHODS.values()), *map(other_look, range(20)), POINTED)
     assert {look.sign for look in looks if look} <= MARKERS.keys()

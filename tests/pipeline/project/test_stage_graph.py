@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.project.dvc_yaml import command, render
+from pipeline.project.new_project import render_dvc_yaml
 from pipeline.project.provenance import code_files
 from pipeline.workbench import open_project
 from tests.helpers.projects import COMMAND, ROOT, STAGES, dvc, git, make, new_project, save, shorten
@@ -21,7 +21,7 @@ def test_dvc_knows_all_that_a_stage_reads_runs_and_writes(folder: str, code: str
     """The committed file is the generated one, with comments of its own."""
     committed = (ROOT / folder / "dvc.yaml").read_text(encoding="utf-8")
     lines = [line for line in committed.splitlines() if not line.startswith("#")]
-    assert lines == render(open_project(ROOT / folder / "params.yaml"), code).splitlines()
+    assert lines == render_dvc_yaml(open_project(ROOT / folder / "params.yaml"), code).splitlines()
 
 
 def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_reads(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_rea
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_the_command_that_the_program_has(name: str) -> None:
-    assert command(STAGES[name]) == " ".join(["lora", *COMMAND[name]])
+    assert STAGES[name].command == " ".join(["lora", *COMMAND[name]])
 
 
 IMPORTED = """

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.files import artifact
-from pipeline.files.safetensors_header import shapes
+from pipeline.files.safetensors_file import shapes
 from pipeline.inference import engine
 from pipeline.project.runner import Progress, run
 from pipeline.workbench import open_project

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.examples import in_evaluation
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.files import artifact
 from pipeline.inference.catalog import check, describe
 from pipeline.inference.engine import load

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.data.examples import in_evaluation
-from pipeline.data.read import read_examples
+from pipeline.data.formats import read_examples
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.examples import IGNORED, Window, windows
+from pipeline.data.formats import read_examples
 from pipeline.data.masking import encode
-from pipeline.data.read import read_examples
 from pipeline.data.windows import InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.load import load_base

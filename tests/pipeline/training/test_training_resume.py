@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.examples import in_evaluation
-from pipeline.data.read import iter_examples
+from pipeline.data.formats import iter_examples
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import Step, read_steps

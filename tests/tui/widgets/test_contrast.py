@@ -3,11 +3,13 @@
 import pytest
 from textual.color import Color
 
-from pipeline.project.palette import other
+from pipeline.project.stage_graph import other_look
 from pipeline.stages.registry import STAGES
 from tui.widgets.line_chart import CONTRAST, contrast, readable
 
-COLORS = sorted({look.color for look in (*(stage.look for stage in STAGES.values()), *map(other, range(20))) if look})
+COLORS = sorted(
+    {look.color for look in (*(stage.look for stage in STAGES.values()), *map(other_look, range(20))) if look}
+)
 
 
 def test_contrast_is_wcags() -> None:

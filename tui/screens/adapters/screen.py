@@ -18,7 +18,7 @@ from textual.widgets import Input, Static
 
 from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
-from pipeline.files.artifact import MANIFEST
+from pipeline.files.artifact import MANIFEST, write_file
 from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import GRAPH, open_project
@@ -29,7 +29,6 @@ from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
 from tui.screens.adapters.library import Entry, Library, Stamp, read_documents
 from tui.screens.adapters.models import Details, ModelDetails, ModelTable
 from tui.screens.base import WorkbenchScreen
-from tui.screens.curves.export import save
 from tui.services.engine_client import EngineDied, Inference
 from tui.widgets.fields import STEP, PromptInput, Slider
 
@@ -455,7 +454,7 @@ class AdaptersScreen(WorkbenchScreen):
             return
         path = self.workbench.root / Path(name).expanduser()
         try:
-            save(path, [transcript(self.conversation.exchanges, path.suffix).encode()])
+            write_file(path, transcript(self.conversation.exchanges, path.suffix), durable=True)
         except OSError as error:
             self.workbench.fail(error)
         else:

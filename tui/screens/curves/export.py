@@ -2,9 +2,8 @@
 
 import asyncio
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,22 +75,6 @@ def csv_lines(logs: Sequence[tuple[str, Log]]) -> Iterator[bytes]:
             cells = [*values, *(column.get(step) for column in sparse)]
             rows.append(f"{name},{','.join('' if cell is None else f'{cell:.10g}' for cell in cells)}\n")
         yield "".join(rows).encode()
-
-
-def save(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write to a temporary file, then rename it to `path` (atomic). Raises OSError."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with new.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        new.unlink(missing_ok=True)
 
 
 class Format(RadioButton):

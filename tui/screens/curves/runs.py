@@ -9,11 +9,18 @@ from typing import NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.project.logs import run_state
-from pipeline.project.logs.outcomes import DIVERGED, STOPPED, TABLE, read_run_outcomes
-from pipeline.project.logs.run_log import TELEMETRY_COLUMNS, in_units, step_parser
+from pipeline.project.logs.run_log import (
+    DIVERGED,
+    STOPPED,
+    TABLE,
+    TELEMETRY_COLUMNS,
+    in_units,
+    read_run_outcomes,
+    step_parser,
+)
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp
-from pipeline.project.palette import Look, other
+from pipeline.project.stage_graph import Look, other_look
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.curves.series import HELD_OUT, Log
 from tui.services.file_tail import Change, FileTail
@@ -268,7 +275,8 @@ class Runs:
                 self.looks[key] = look
             elif self.looks.get(key) in (None, *(stage.look for stage in GRAPH.stages.values())):
                 taken = {self.looks[k] for k in self.views if k in self.looks}
-                self.looks[key] = next((look for n in range(20) if (look := other(n)) not in taken), other(len(taken)))
+                looks = map(other_look, range(20))
+                self.looks[key] = next((look for look in looks if look not in taken), other_look(len(taken)))
         return True
 
     def show_default(self) -> None:

@@ -13,6 +13,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.errors import UserError
+from pipeline.files.artifact import write_file
 from tui.screens.base import WorkbenchScreen
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.runs import Runs
@@ -272,7 +273,7 @@ class CurvesScreen(WorkbenchScreen):
                 chunks = export.csv_lines(logs)
             else:
                 chunks = iter([await export.render_chart(self._chart_data(path.suffix[1:].lower()))])
-            await asyncio.to_thread(export.save, path, chunks)
+            await asyncio.to_thread(write_file, path, chunks, durable=True)
         except (UserError, OSError) as error:
             self.workbench.fail(error)
         else:

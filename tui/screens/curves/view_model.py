@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from pipeline.project.logs.outcomes import DIVERGED
-from pipeline.project.palette import Look
+from pipeline.project.logs.run_log import DIVERGED
+from pipeline.project.stage_graph import Look
 from tui.screens.curves.runs import CurveLog, RunView
 from tui.screens.curves.series import HELD_OUT, QUANTITIES
 from tui.widgets.curve import Curve, Range

@@ -9,8 +9,7 @@ from textual.events import Resize
 from textual.geometry import Region
 from textual.widgets import RichLog
 
-from pipeline.project.logs.metrics_diff import Change
-from pipeline.project.status import StageState
+from pipeline.project.status import MetricChange, StageState
 from tui.screens.pipeline.dag import SIGNS
 from tui.services.file_tail import FileTail
 from tui.widgets.keyed_list import KeyedList
@@ -94,7 +93,7 @@ def _render_line(line: str) -> Text:
     return Text.from_ansi(line.rstrip("\r").rpartition("\r")[2][:2000])
 
 
-def metrics_table(changes: list[Change] | str) -> Table | Text:
+def metrics_table(changes: list[MetricChange] | str) -> Table | Text:
     """A table of each changed metric: committed, now, difference. A string is shown as it is."""
     if isinstance(changes, str):
         return Text(changes, "dim")

@@ -14,10 +14,9 @@ from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
 from pipeline.errors import UserError
-from pipeline.project.logs.metrics_diff import Change, since_commit
 from pipeline.project.params import edit
 from pipeline.project.stage_graph import Project, Stage
-from pipeline.project.status import StageState, Status, project_signature
+from pipeline.project.status import MetricChange, StageState, Status, metrics_since_commit, project_signature
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
 from tui.screens.pipeline.dag import DagView
@@ -213,7 +212,7 @@ class PipelineScreen(WorkbenchScreen):
     @work(group="metrics", exclusive=True)
     async def _load_metrics(self, path: Path) -> None:
         try:
-            changes: list[Change] | str = await asyncio.to_thread(since_commit, path)
+            changes: list[MetricChange] | str = await asyncio.to_thread(metrics_since_commit, path)
         except UserError as error:
             changes = str(error)
         for widget in self.query("#changes").results(Static):  # none while the screen closes

@@ -788,7 +788,7 @@ def test_the_next_start_hashes_nothing_again(tmp_path: Path, monkeypatch: pytest
     sealed_copies(tmp_path, 3)
 
     def start() -> list[Entry]:
-        library = Library(Project(tmp_path, Params(), GRAPH))
+        library = Library(Project(tmp_path, Params(GRAPH.sections), GRAPH))
         return list(library.check_all(library.scan()))
 
     first = start()

@@ -628,7 +628,7 @@ async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypat
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tui.screens.curves.export.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     (root / "all.csv").write_text("before", encoding="utf-8")
     before = sorted(path.name for path in root.iterdir())
     async with open_curves(root) as (pilot, screen):

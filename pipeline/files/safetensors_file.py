@@ -1,4 +1,4 @@
-"""Safetensors headers and fingerprints, and OS errors from writing such files.
+"""Safetensors files: their headers and fingerprints, and rewriting them tensor by tensor.
 
 Headers are read by hand: the library's reader tells no byte offsets, which copying and hashing tensors need, and its
 errors name no file.
@@ -9,11 +9,14 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 
@@ -22,6 +25,10 @@ OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the end of an OS error's message
 # An entry takes 60 to 200 bytes, and published files have up to about 100,000 tensors. The format allows headers five
 # times as large, and parsing those takes more than a GB of memory.
 MAX_HEADER = 20_000_000  # bytes
+PIECE = 8 * 2**20  # bytes per read, if the kernel cannot copy between the files
+
+Bytes = bytes | bytearray | memoryview
+Content = Callable[[], Iterable[Bytes]]  # a tensor's bytes, piece by piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,21 @@ class TensorInfo:
         return self.stop - self.start
 
 
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to write; without `content` it is copied from the source file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    content: Content | None = None
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return prod(self.shape) * BYTES[self.dtype]
+
+
 @contextmanager
 def as_os_error(path: Path) -> Iterator[None]:
     """Turns a Rust library's own error for a failed write, such as a full disk, into an OSError about `path`."""
@@ -54,10 +76,25 @@ def as_os_error(path: Path) -> Iterator[None]:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Name → TensorInfo, sorted by name. Raises UserError if the file is missing, truncated or malformed."""
+    return _read_header(path)[0]
+
+
+def in_file_order(file: Path) -> dict[str, TensorInfo]:
+    """Name → TensorInfo, sorted by offset. Raises UserError as `read_header` does."""
+    return dict(sorted(read_header(file).items(), key=_offsets))
+
+
+def _offsets(item: tuple[str, TensorInfo]) -> tuple[int, int]:
+    return item[1].start, item[1].stop
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | None, bytes]:
+    """`read_header`, the metadata if there is any, and the header's bytes with the length before them."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
+            raw = file.read(8)
+            length = struct.unpack("<Q", raw)[0] if size >= 8 else 0
             if MAX_HEADER < length <= size - 8:
                 raise UserError(
                     f"{path}: its header must have at most {MAX_HEADER:,} bytes, got {length:,}: no model has so many "
@@ -65,14 +102,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 )
             if not 2 <= length <= size - 8:
                 raise _damaged(path, f"its header of {length} bytes does not fit in {size} bytes")
-            header = json.loads(file.read(length))
+            raw += file.read(length)
+            header = json.loads(raw[8:])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
     except (ValueError, RecursionError):
         raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
     expected = base = 8 + length  # offsets in the header count from its end
     for name, entry in sorted(header.items()):
@@ -92,7 +130,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     # A truncated download still has its whole header: only the file's size tells.
     if expected != size:
         raise _damaged(path, f"the header describes {expected} bytes, the file has {size}")
-    return infos
+    return infos, metadata, raw
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -141,3 +179,85 @@ def refuse_difference(
 
 def _summarize(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def rewrite(source: Path, target: Path, tensors: Sequence[NewTensor]) -> Iterator[Callable[[], None]]:
+    """Create `target` with the header of `tensors`, in this order; yields functions that each write a part of it.
+
+    They may run in any order or in parallel. Tensors without content are copied from `source`.
+    """
+    infos, metadata, raw = _read_header(source)
+    unchanged = [(name, info.dtype, info.shape) for name, info in sorted(infos.items(), key=_offsets)]
+    # Byte for byte the source's header then, which may be padded otherwise than ours.
+    is_unchanged = [(t.name, t.dtype, t.shape) for t in tensors] == unchanged
+    header = raw if is_unchanged else _build_header(tensors, metadata)
+    offset = len(header)
+    with target.open("wb", buffering=0) as file:
+        _write(file.fileno(), header, 0)
+        # At its full size from the start, so that its parts can be written at their offsets in any order.
+        os.ftruncate(file.fileno(), offset + sum(tensor.size for tensor in tensors))
+    for is_copy, group in groupby(tensors, key=lambda tensor: tensor.content is None):
+        if is_copy:
+            for start, stop in _merge_ranges(infos[tensor.name] for tensor in group):
+                yield partial(_copy, source, target, start, offset, stop - start)
+                offset += stop - start
+            continue
+        for tensor in group:
+            assert tensor.content is not None
+            yield partial(_fill, target, offset, tensor.content)
+            offset += tensor.size
+
+
+def _fill(target: Path, offset: int, content: Content) -> None:
+    with target.open("rb+", buffering=0) as file:
+        for piece in content():
+            offset = _write(file.fileno(), piece, offset)
+
+
+def _copy(source: Path, target: Path, start: int, offset: int, count: int) -> None:
+    with source.open("rb") as reader, target.open("rb+", buffering=0) as writer:
+        while count:
+            copied = 0
+            with suppress(OSError, AttributeError):  # not between all file systems, and not on macOS
+                copied = os.copy_file_range(reader.fileno(), writer.fileno(), count, start, offset)
+            if not copied:
+                piece = os.pread(reader.fileno(), min(PIECE, count), start)
+                if not piece:
+                    raise UserError("A file of the base was truncated while it was read. Create or copy it again.")
+                copied = _write(writer.fileno(), piece, offset) - offset
+            start, offset, count = start + copied, offset + copied, count - copied
+
+
+def _write(target: int, data: Bytes, offset: int) -> int:
+    """Write `data` at `offset`; returns the offset after it."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(target, view, offset)
+        view, offset = view[count:], offset + count
+    return offset
+
+
+def _build_header(tensors: Sequence[NewTensor], metadata: Mapping[str, Any] | None) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    start = 0
+    for tensor in tensors:
+        stop = start + tensor.size
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _merge_ranges(infos: Iterable[TensorInfo]) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the tensors, adjacent ones merged."""
+    current: tuple[int, int] | None = None
+    for info in infos:
+        if current and current[1] == info.start:
+            current = current[0], info.stop
+        else:
+            if current:
+                yield current
+            current = info.start, info.stop
+    if current:
+        yield current

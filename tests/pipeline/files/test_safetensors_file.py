@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
-from pipeline.files.safetensors_header import fingerprint, refuse_difference, shapes
+from pipeline.files.safetensors_file import fingerprint, refuse_difference, shapes
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2]), "c": torch.zeros(0, 4, dtype=torch.bfloat16)}
 
