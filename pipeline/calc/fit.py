@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.memory import possible, predict
 from pipeline.calc.method import FinetuningMethod, first_adapter
-from pipeline.calc.settings import QLORA, TrainingConfig, precision, qlora
+from pipeline.calc.settings import QLORA, TrainingConfig, precision
 from pipeline.calc.sources.open_model import nearest
 from pipeline.errors import UserError
 
@@ -115,10 +115,11 @@ def changes(
         (f"--method {adapter.name}", lambda m, r: (m if m.adapter else adapter, r)),
         (
             f"--precision {QLORA} (QLoRA)",
-            lambda m, r: (m.without_base(), r if precision(r.precision).bits <= 4 else qlora(r)),
+            lambda m, r: (m.without_base(), r if precision(r.precision).bits <= 4 else replace(r, precision=QLORA)),
         ),
         ("--sequence 512", lambda m, r: (m, replace(r, sequence=min(512, r.sequence)))),
     )
+    # one change is easier to live with than two, so each is tried alone before they are combined
     for words, change in in_order:
         m, r = change(method, run)
         if (m, r) != (method, run) and _fits(model, m, r, budget):

@@ -22,7 +22,7 @@ from pipeline.files.patterns import one_budget
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture, Linear
-    from pipeline.calc.ops import Ops
+    from pipeline.calc.step import Step
     from pipeline.calc.tape import Value
 
 
@@ -67,14 +67,15 @@ class Projection:
 class FinetuningMethod:
     """A method with its options. The defaults here are those of a frozen base to which nothing is added.
 
-    The functions that take `ops`, the simulated step, model what the method allocates in it: each returns a value made
-    by `ops.tape.op`. Instances are hashable, so that counts can be cached.
+    The functions that take `step`, the simulated step, model what the method allocates in it: each returns a value made
+    by `step.tape.op`. Instances are hashable, so that counts can be cached.
     """
 
     name: ClassVar[str]
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # other name → defaults of the step that it implies
     columns: ClassVar[tuple[str, str]] = ("", "")  # headings beside other methods: as given, and with the base in NF4
     adapter: ClassVar[bool] = True  # trains no linear of the base, so the base may be quantized
+    low_rank: ClassVar[bool] = False  # the linears that it adapts get A and B
     short_attention: ClassVar[bool] = (
         True  # whether the kernel for short sequences runs: not with more keys than queries
     )
@@ -136,10 +137,6 @@ class FinetuningMethod:
         """Bytes that our trainer's layers keep beside the parameters; `width`: bytes of an adapter's parameter."""
         return 0
 
-    def projections(self, model: Architecture) -> tuple[Projection, ...]:
-        """The linears that get A and B, equal ones grouped, in the model's order."""
-        return ()
-
     def document_count(self, model: Architecture) -> int | None:
         """The document's simplified count (§3); None if its rule does not apply."""
         return None
@@ -155,22 +152,22 @@ class FinetuningMethod:
         """Virtual tokens before each sequence: they have positions, and the blocks compute them as any token."""
         return 0
 
-    def embed(self, ops: Ops, x: Value, ids: Value) -> Value:
+    def embed(self, step: Step, x: Value, ids: Value) -> Value:
         """The embeddings that the blocks read, from the base's x (N, D); with `positions` there are more of them."""
         return x
 
-    def extend_keys(self, ops: Ops, x: Value) -> Value:
+    def extend_keys(self, step: Step, x: Value) -> Value:
         """The keys, or the values, that attention reads, from the block's x (N, kv_heads · head_size)."""
         return x
 
-    def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
+    def fold(self, step: Step, x: Value, linear: Linear, rank: int) -> Value | None:
         """The output (N, O) of an adapted linear if the weight changes first; None: `adapt` changes the output."""
 
-    def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+    def adapt(self, step: Step, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """The output of an adapted linear, from the base's y (rows, O) and the input x (rows, I)."""
         return y
 
-    def new_logits(self, ops: Ops, x: Value, rows: int) -> Value | None:
+    def new_logits(self, step: Step, x: Value, rows: int) -> Value | None:
         """Logits of rows of the head that it adds, from the last hidden states x (rows, D); None if it adds none."""
 
 
@@ -186,8 +183,22 @@ def ranks(model: Architecture, method: FinetuningMethod) -> Mapping[str, int]:
 
 @lru_cache(maxsize=32)
 def projections(model: Architecture, method: FinetuningMethod) -> tuple[Projection, ...]:
-    """The linears that get A and B, equal ones grouped, in the model's order."""
-    return method.projections(model)
+    """The linears that get A and B, with their shapes, equal ones grouped, in the model's order."""
+    rank_by_name = ranks(model, method) if method.low_rank else {}
+    kinds = Counter((linear, rank_by_name[name]) for name, linear in model.linears() if name in rank_by_name)
+    return tuple(
+        Projection(
+            # GPT-2's attention and feed-forward both have a c_proj
+            linear.name if "c_proj" in linear.name else linear.name.rsplit(".", 1)[-1],
+            linear.inputs,
+            linear.outputs,
+            rank,
+            linear.experts,
+            count,
+            method.linear_parameters(linear, rank),
+        )
+        for (linear, rank), count in kinds.items()
+    )
 
 
 def trained_parts(model: Architecture, method: FinetuningMethod) -> dict[str, int]:
@@ -242,25 +253,6 @@ def matching_linears(model: Architecture, targets: tuple[str, ...]) -> list[str]
     # the same in every block, so match each name only once: 80 blocks have 560 linears, but 7 names
     matches = set(select_linears(dict.fromkeys(linear.name for _, linear in model.linears()), targets))
     return [name for name, linear in model.linears() if linear.name in matches]
-
-
-def group_projections(model: Architecture, method: FinetuningMethod) -> tuple[Projection, ...]:
-    """The adapted linears with the shapes of their A and B, equal ones grouped, in the model's order."""
-    rank_by_name = ranks(model, method)
-    kinds = Counter((linear, rank_by_name[name]) for name, linear in model.linears() if name in rank_by_name)
-    return tuple(
-        Projection(
-            # GPT-2's attention and feed-forward both have a c_proj
-            linear.name if "c_proj" in linear.name else linear.name.rsplit(".", 1)[-1],
-            linear.inputs,
-            linear.outputs,
-            rank,
-            linear.experts,
-            count,
-            method.linear_parameters(linear, rank),
-        )
-        for (linear, rank), count in kinds.items()
-    )
 
 
 # from a user's values

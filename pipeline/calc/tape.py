@@ -172,9 +172,10 @@ class Tape:
         self._backward_until(0)
 
     def _backward_until(self, stop: int) -> None:
+        # the last operation first, as autograd takes of all nodes that are ready the one that was made last
         while len(self._nodes) > stop:
             node = self._nodes.pop()
-            if node.grad is None:
+            if node.grad is None:  # no gradient arrived: the loss does not depend on it
                 continue
             self.phase, self.kind = node.phase.replace("forward", "backward"), node.kind
             if node.recompute is not None:
@@ -193,7 +194,7 @@ class Tape:
         del out
         self._backward_until(mark + 1)
         self._nodes.pop()
-        node.grad, node.alias = inner.grad, True
+        node.grad, node.alias = inner.grad, True  # the block's own backward made the gradient of x
 
     def _propagate(self, node: Node) -> None:
         """An operation's backward: its inputs' and weights' gradients, after which what it saved is freed."""
@@ -207,23 +208,20 @@ class Tape:
             node.saved.clear()
         for weight in node.weights:
             self._accumulate(weight)
+        # by hand, at autograd's point: the caller's variable keeps the node for a moment longer
         node.saved.clear()
         node.inputs.clear()
         del grad, temporary
 
     def _accumulate(self, weight: Weight) -> None:
         """Add a share of a weight's gradient: to a buffer that is there already, or to the first share."""
-        new = Storage(self, weight.bytes, "gradients")
+        share = Storage(self, weight.bytes, "gradients")
         weight.uses -= 1
-        if weight.preallocated and not self._in_place:
-            if weight.uses:
-                weight.grad = weight.grad or new
-            elif weight.grad is not None:
-                new = Storage(self, weight.bytes, "gradients")  # the sum, while both shares are alive
-                weight.grad = None
-            return
-        if weight.grad is not None and not self._in_place:
-            new = Storage(self, weight.bytes, "gradients")  # the sum, while both shares are alive
-            weight.grad = new
-        weight.grad = weight.grad or new
-        self._with_gradient.append(weight)
+        if weight.grad is None:
+            weight.grad = share
+        elif not self._in_place:
+            weight.grad = Storage(self, weight.bytes, "gradients")  # the sum, while both shares are alive
+        if self._in_place or not weight.preallocated:
+            self._with_gradient.append(weight)
+        elif not weight.uses:
+            weight.grad = None
