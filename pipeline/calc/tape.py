@@ -7,6 +7,7 @@ takes milliseconds; tracing it with PyTorch's fake tensors takes seconds.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 ROUNDING = 512  # bytes: CUDA's caching allocator rounds tensors up to a multiple
 
@@ -34,22 +35,7 @@ class Value:
         self.storage, self.elements, self.width, self.node = storage, elements, width, node
 
 
-class Node:
-    """An operation in the backward graph: its saved tensors, and its inputs' nodes with the bytes of their gradient."""
-
-    __slots__ = ("alias", "back", "grad", "inputs", "kind", "phase", "recompute", "saved", "skipped", "weights")
-
-    def __init__(
-        self, phase: str, kind: str, inputs: list[tuple["Node", int]], saved: list[Storage], weights: list["Weight"]
-    ) -> None:
-        self.phase, self.kind, self.inputs, self.saved, self.weights = phase, kind, inputs, saved, weights
-        self.back = 0  # temporary bytes of its backward
-        self.alias = False  # the gradient is passed on without a copy
-        self.skipped = False  # stands for several blocks
-        self.grad: Storage | None = None
-        self.recompute: Callable[[Node | None], Value] | None = None  # a checkpointed block's forward
-
-
+@dataclass(eq=False, slots=True)
 class Weight:
     """A trainable weight, whose gradient of `bytes` is allocated in backward and stays.
 
@@ -57,11 +43,26 @@ class Weight:
     gradient stays until the second.
     """
 
-    __slots__ = ("bytes", "grad", "preallocated", "uses")
+    bytes: int
+    preallocated: bool = False
+    uses: int = 0
+    grad: Storage | None = None
 
-    def __init__(self, size: int, preallocated: bool = False) -> None:
-        self.bytes, self.preallocated, self.uses = size, preallocated, 0
-        self.grad: Storage | None = None
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """An operation in the backward graph: its saved tensors, and its inputs' nodes with the bytes of their gradient."""
+
+    phase: str
+    kind: str
+    inputs: list[tuple["Node", int]]
+    saved: list[Storage]
+    weights: Sequence[Weight]
+    back: int = 0  # temporary bytes of its backward
+    alias: bool = False  # the gradient is passed on without a copy
+    skipped: bool = False  # stands for several blocks
+    grad: Storage | None = None
+    recompute: Callable[["Node | None"], Value] | None = None  # a checkpointed block's forward
 
 
 class Tape:
@@ -118,7 +119,7 @@ class Tape:
         return Value(storage, elements, width, node)
 
     def _record(self, inputs: list[tuple[Node, int]], saved: list[Storage], weights: Sequence[Weight] = ()) -> Node:
-        node = Node(self.phase, self.kind, inputs, saved, list(weights))
+        node = Node(self.phase, self.kind, inputs, saved, weights)
         self._nodes.append(node)
         for weight in weights:
             weight.uses += 1

@@ -165,25 +165,26 @@ class _Reader:
         """
         if kind == _STRING:
             return self.string()
-        is_array = kind == _ARRAY
-        kind = self.unpack("<I") if is_array else kind
-        form = _SCALARS[kind] if kind < len(_SCALARS) else None
-        if not is_array and form is not None:
-            return self.unpack(form)
-        if not is_array:
-            raise UserError(f"{self._path} is damaged: unknown value type {kind}.")
+        if kind != _ARRAY:
+            return self.unpack(self._form(kind, "value"))
+        kind = self.unpack("<I")
         length = self.count("entries in an array", MAX_STRINGS if kind == _STRING else 2**26)
-        if form is None and kind != _STRING:
-            raise UserError(f"{self._path} is damaged: unknown array type {kind}.")
-        if form is None:
-            for _ in range(length):  # a vocabulary: its length is known from the embedding
+        if kind == _STRING:  # a vocabulary, whose length is known from the embedding
+            for _ in range(length):
                 self._file.seek(self.count("bytes in a string", MAX_STRING_BYTES), 1)
-        elif length <= MOST_LAYERS:
+            return []
+        form = self._form(kind, "array")
+        if length <= MOST_LAYERS:
             numbers = {self.unpack(form) for _ in range(length)}
             return numbers.pop() if len(numbers) == 1 else sorted(numbers)
-        else:
-            self._file.seek(length * struct.calcsize(form), 1)
+        self._file.seek(length * struct.calcsize(form), 1)
         return []
+
+    def _form(self, kind: int, what: str) -> str:
+        form = _SCALARS[kind] if kind < len(_SCALARS) else None
+        if form is None:
+            raise UserError(f"{self._path} is damaged: unknown {what} type {kind}.")
+        return form
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
