@@ -236,7 +236,7 @@ def _parse_rank_patterns(texts: list[str]) -> tuple[tuple[str, int], ...]:
 
 
 NEW_ROWS = "new rows"
-FOLD_BELOW = 2**16  # elements; our layers first add the LoRA update of smaller linears to W
+FOLD_BELOW = 2**16  # elements, as in `adapters/lora.py`, which needs torch: it adds the update of smaller linears to W
 
 
 @dataclass(frozen=True)
