@@ -201,12 +201,6 @@ def projections(model: Architecture, method: FinetuningMethod) -> tuple[Projecti
     )
 
 
-def trained_parts(model: Architecture, method: FinetuningMethod) -> dict[str, int]:
-    """Trainable parameters by part, without zero entries. Raises UserError if the model lacks a target or block."""
-    added, base = method.trained_parts(model)
-    return {name: count for name, count in {**added, **base}.items() if count}
-
-
 def trained_split(model: Architecture, method: FinetuningMethod) -> tuple[int, int]:
     """Trainable parameters as (added to the base and stored in the adapter, of the base itself)."""
     added, base = method.trained_parts(model)

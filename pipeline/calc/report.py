@@ -15,7 +15,6 @@ from pipeline.calc.method import (
     first_adapter,
     projections,
     ranks,
-    trained_parts,
     trained_split,
     why_they_differ,
     with_options,
@@ -47,7 +46,7 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
             "trainable_percent": round(100 * (added + base) / model.total, 4),
             "document": method.document_count(model),
             "components": model.components(),
-            "trained": trained_parts(model, method),
+            "trained": {name: n for parts in method.trained_parts(model) for name, n in parts.items() if n},
         },
         "projections": [
             {

@@ -3,8 +3,8 @@
 From a stage come the command, its DVC stage, its section of params.yaml and the form for it, its model's name among the
 compared ones, its row and color in reports.
 
-Reading the registry imports no torch: `lora --help`, completion, the calculator and the terminal UI read it at start, and
-torch alone takes ten times as long as they do.
+Reading the registry imports no torch: `lora --help`, the calculator and the terminal UI read it at start, and to import
+torch alone takes ten times as long.
 """
 
 import pkgutil

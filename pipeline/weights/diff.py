@@ -65,7 +65,7 @@ def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -
     others = {name: name for name in old.keys() & new.keys()}
     old_rest = {name: location for name, location in old.items() if name not in others}
     new_rest = {name: location for name, location in new.items() if name not in others}
-    for name in old_rest:
+    for name in old_rest:  # both must find each other, so that no tensor is compared with two
         other = stored_name(name, new_rest)
         if other is not None and stored_name(other, old_rest) == name:
             others[name] = other
