@@ -1,6 +1,7 @@
 """GPUs and their memory, the largest settings that fit, and what to change when a run does not fit."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -67,17 +68,8 @@ def largest(model: Architecture, method: FinetuningMethod, run: TrainingConfig, 
     """The largest batch, sequence and rank, and the least quantized precision, within `budget` bytes."""
 
     def most(limit: int, change: Callable[[int], tuple[FinetuningMethod, TrainingConfig]]) -> int:
-        """The largest n up to `limit` that fits: doubling, then bisection (a larger n never needs less memory)."""
-        if not _fits(model, *change(1), budget):
-            return 0
-        low, high = 1, 2
-        while high <= limit and _fits(model, *change(high), budget):
-            low, high = high, 2 * high
-        high = min(high, limit + 1)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if _fits(model, *change(middle), budget) else (low, middle)
-        return low
+        """The largest n up to `limit` that fits, 0 if none does: a larger n never needs less memory."""
+        return bisect_left(range(1, limit + 1), True, key=lambda n: not _fits(model, *change(n), budget))
 
     ranked = method.with_rank(1) is not None
     return Largest(

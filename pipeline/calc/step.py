@@ -7,6 +7,7 @@ is alive while a variable of a function that has not returned refers to it: so w
 """
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
 
 from pipeline.calc.architecture import Architecture, Block, Linear
 from pipeline.calc.method import FinetuningMethod, ranks
@@ -105,16 +106,12 @@ class Step:
 
     def _runs_of_equal_blocks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of runs of blocks with the same shapes, ranks and trained weights."""
-        blocks, start = self.model.blocks, 0
-        for stop in range(1, len(blocks) + 1):
-            if (
-                stop == len(blocks)
-                or blocks[stop] is not blocks[start]
-                or self._is_trained(stop) != self._is_trained(start)
-                or self.adapted[stop] != self.adapted[start]
-            ):
-                yield start, stop
-                start = stop
+        blocks = self.model.blocks  # equal ones are one object, so that none has to be compared
+        kinds = ((id(blocks[index]), self._is_trained(index), self.adapted[index]) for index in range(len(blocks)))
+        stop = 0
+        for _, run in groupby(kinds):
+            start, stop = stop, stop + len(list(run))
+            yield start, stop
 
     def _equal_blocks(self, x: Value, start: int, stop: int) -> Value:
         """Blocks `start` to `stop`, which are equal; the middle of a long run is extrapolated instead of simulated.

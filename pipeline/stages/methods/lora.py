@@ -315,12 +315,10 @@ class Lora(FinetuningMethod):
 
     def _rank_of(self, name: str, model: Architecture) -> int:
         """Rank by the first matching pattern, `(.*\\.)?(pattern)$` as in PEFT."""
-        for key, rank in self.rank_pattern:
-            if end_match(key, name, "rank_pattern"):
-                return rank
         # an expert's gate and up are one tensor, but get a rank each
         fused = model.style.split_experts and name.endswith("experts.gate_up_proj")
-        return 2 * self.rank if fused else self.rank
+        ranks = (rank for pattern, rank in self.rank_pattern if end_match(pattern, name, "rank_pattern"))
+        return next(ranks, 2 * self.rank if fused else self.rank)
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
         """Parameters of A and B, and DoRA's magnitude, one per output (Liu et al. 2024)."""
