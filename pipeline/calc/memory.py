@@ -59,8 +59,8 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     )
     # the update has the gradients and a copy of all parameters, and no activations any more
     if run.optimizer == "adamw-foreach" and 2 * trained > tape.peak:
-        updating = replace(memory, gradients=trained, activations=0, logits=0, where="optimizer's update")
-        return replace(updating, optimizer=memory.optimizer + trained)
+        updating = {"gradients": trained, "activations": 0, "logits": 0, "optimizer": memory.optimizer + trained}
+        return replace(memory, **updating, where="optimizer's update")
     return memory
 
 

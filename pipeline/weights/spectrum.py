@@ -9,6 +9,7 @@ error bound.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -140,12 +141,9 @@ class Measured:
 
     def rank_of(self, share: float) -> int | None:
         """The lowest rank that captures `share` of the change; None if the known values do not reach it."""
-        held = 0.0
-        for number, value in enumerate(self.values, start=1):
-            held += value**2
-            if held >= share * self.change**2 * (1 - 1e-12):
-                return number
-        return None
+        enough = share * self.change**2 * (1 - 1e-12)  # less what rounding may take from the sum
+        held = accumulate(value**2 for value in self.values)
+        return next((rank for rank, sum_so_far in enumerate(held, start=1) if sum_so_far >= enough), None)
 
 
 def measure(delta: Delta, max_values: int = MAX_VALUES) -> tuple[Measured, Singular | None]:
