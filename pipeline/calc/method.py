@@ -22,8 +22,7 @@ from pipeline.files.patterns import one_budget
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture, Linear
-    from pipeline.calc.step import Step
-    from pipeline.calc.tape import Value
+    from pipeline.calc.tape import Ops, Value
 
 
 class TrainedBase(NamedTuple):
@@ -67,8 +66,8 @@ class Projection:
 class FinetuningMethod:
     """A method with its options. The defaults here are those of a frozen base to which nothing is added.
 
-    The functions that take `step`, the simulated step, model what the method allocates in it: each returns a value made
-    by `step.tape.op`. Instances are hashable, so that counts can be cached.
+    The functions that take `ops`, the simulated step, model what the method allocates in it: each returns a value made
+    by `ops.tape.op`. Instances are hashable, so that counts can be cached.
     """
 
     name: ClassVar[str]
@@ -152,22 +151,22 @@ class FinetuningMethod:
         """Virtual tokens before each sequence: they have positions, and the blocks compute them as any token."""
         return 0
 
-    def embed(self, step: Step, x: Value, ids: Value) -> Value:
+    def embed(self, ops: Ops, x: Value, ids: Value) -> Value:
         """The embeddings that the blocks read, from the base's x (N, D); with `positions` there are more of them."""
         return x
 
-    def extend_keys(self, step: Step, x: Value) -> Value:
+    def extend_keys(self, ops: Ops, x: Value) -> Value:
         """The keys, or the values, that attention reads, from the block's x (N, kv_heads · head_size)."""
         return x
 
-    def fold(self, step: Step, x: Value, linear: Linear, rank: int) -> Value | None:
+    def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
         """The output (N, O) of an adapted linear if the weight changes first; None: `adapt` changes the output."""
 
-    def adapt(self, step: Step, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+    def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """The output of an adapted linear, from the base's y (rows, O) and the input x (rows, I)."""
         return y
 
-    def new_logits(self, step: Step, x: Value, rows: int) -> Value | None:
+    def new_logits(self, ops: Ops, x: Value, rows: int) -> Value | None:
         """Logits of rows of the head that it adds, from the last hidden states x (rows, D); None if it adds none."""
 
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from pipeline.adapters.lora import AdapterLayer
     from pipeline.calc.architecture import Architecture, Linear
-    from pipeline.calc.step import Step
-    from pipeline.calc.tape import Value
+    from pipeline.calc.tape import Ops, Value
     from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
@@ -200,10 +199,10 @@ class IA3(FinetuningMethod):
         each = (self.linear_parameters(linear, 1) for name, linear in model.linears() if name in names)
         return TrainedParts({"vectors": sum(each)})
 
-    def adapt(self, step: Step, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+    def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """A product with the vector. The gradient of l is a sum of (rows, width) products, which backward forms."""
         size = self.linear_parameters(linear, 1)
-        return step.tape.op(y, saves=[y], weights=[step.adapter_weight(size)], back=rows * size * y.width)
+        return ops.tape.op(y, saves=[y], weights=[ops.adapter_weight(size)], back=rows * size * y.width)
 
 
 COUNTED = IA3()

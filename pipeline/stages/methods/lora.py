@@ -31,8 +31,7 @@ from pipeline.stages.methods import method
 if TYPE_CHECKING:
     from pipeline.adapters.config import AdapterSpec
     from pipeline.calc.architecture import Architecture, Linear
-    from pipeline.calc.step import Step
-    from pipeline.calc.tape import Value
+    from pipeline.calc.tape import Ops, Value
     from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
@@ -370,82 +369,82 @@ class Lora(FinetuningMethod):
 
     # what it does to the step
 
-    def embed(self, step: Step, x: Value, ids: Value) -> Value:
+    def embed(self, ops: Ops, x: Value, ids: Value) -> Value:
         """New rows are looked up in their own table (rows, D), then selected by id."""
         if not self.trained_rows:
             return x
-        table = step.adapter_weight(self.trained_rows * step.model.embedding_width, NEW_ROWS)
-        looked_up = step.tape.op(elements=x.elements, width=step.w, saves=[ids], weights=[table])
-        return step.tape.op(x, looked_up, saves=[ids])
+        table = ops.adapter_weight(self.trained_rows * ops.model.embedding_width, NEW_ROWS)
+        looked_up = ops.tape.op(elements=x.elements, width=ops.w, saves=[ids], weights=[table])
+        return ops.tape.op(x, looked_up, saves=[ids])
 
-    def new_logits(self, step: Step, x: Value, rows: int) -> Value | None:
+    def new_logits(self, ops: Ops, x: Value, rows: int) -> Value | None:
         if not self.trained_rows:
             return None
         # a tied head reads the embedding's table, whose two gradients are then added
-        name = NEW_ROWS if step.model.tied else f"{NEW_ROWS} of the head"
-        table = step.adapter_weight(self.trained_rows * step.model.embedding_width, name)
-        return step.tape.op(x, elements=rows * self.trained_rows, saves=[x], weights=[table])
+        name = NEW_ROWS if ops.model.tied else f"{NEW_ROWS} of the head"
+        table = ops.adapter_weight(self.trained_rows * ops.model.embedding_width, name)
+        return ops.tape.op(x, elements=rows * self.trained_rows, saves=[x], weights=[table])
 
-    def fold(self, step: Step, x: Value, linear: Linear, rank: int) -> Value | None:
+    def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
         """(W + s·BA)x, as our layers compute small linears: the matrix costs less than another (N, O)."""
-        if linear.weights >= FOLD_BELOW or (self.dora and not step.flat):
+        if linear.weights >= FOLD_BELOW or (self.dora and not ops.flat):
             return None
-        t, sizes = step.tape, (rank * linear.inputs, rank * linear.outputs)
-        factors = [t.leaf(2 * size, step.w) for size in sizes] if self.pissa else []
-        weights = [step.adapter_weight(size) for size in sizes]
-        w = t.op(elements=linear.weights, width=step.w, weights=weights, saves=factors)
+        t, sizes = ops.tape, (rank * linear.inputs, rank * linear.outputs)
+        factors = [t.leaf(2 * size, ops.w) for size in sizes] if self.pissa else []
+        weights = [ops.adapter_weight(size) for size in sizes]
+        w = t.op(elements=linear.weights, width=ops.w, weights=weights, saves=factors)
         if self.dora:
-            w = self._scale_rows(step, w, linear)
-        return t.op(x, w, elements=step.n * linear.outputs, saves=[x, w] if x.node else [x])
+            w = self._scale_rows(ops, w, linear)
+        return t.op(x, w, elements=ops.n * linear.outputs, saves=[x, w] if x.node else [x])
 
-    def adapt(self, step: Step, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+    def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """y + s·BAx, with A and B of every expert in one tensor."""
-        t = step.tape
-        if self.dora and step.flat:
-            return self._scale_rows(step, self._add_in_place(step, y, x, linear, rank, rows), linear)
-        if step.run.trainer and not self.dora:
-            return self._add_in_place(step, y, x, linear, rank, rows)
-        b = self._low_rank(step, x, linear, rank, rows)
+        t = ops.tape
+        if self.dora and ops.flat:
+            return self._scale_rows(ops, self._add_in_place(ops, y, x, linear, rank, rows), linear)
+        if ops.run.trainer and not self.dora:
+            return self._add_in_place(ops, y, x, linear, rank, rows)
+        b = self._low_rank(ops, x, linear, rank, rows)
         if self.dora:
-            b = self._scale_as_peft(step, y, b, linear)
+            b = self._scale_as_peft(ops, y, b, linear)
         if b.width != y.width:  # 16-bit y + 32-bit update is 32-bit
-            return step.cast(t.op(y, b, width=b.width), y.width)
+            return ops.cast(t.op(y, b, width=b.width), y.width)
         return t.op(y, b, alias=True)
 
     # Functions of their own, though called once: what they do not save is freed when they return.
 
-    def _add_in_place(self, step: Step, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+    def _add_in_place(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """y += s·BAx, in our layers; PiSSA's factors are stacked with their initial values."""
-        t, sizes = step.tape, (linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs)
-        copied, twice = step.adapter != step.w or self.pissa, 2 if self.pissa else 1
-        A, B = ([t.leaf(twice * size, step.w)] if copied else [] for size in sizes)
-        a = t.op(x, elements=rows * twice * rank, saves=[x, *A], weights=[step.adapter_weight(sizes[0])])
-        return t.op(y, a, view=True, alias=True, saves=[a, *B], weights=[step.adapter_weight(sizes[1])])
+        t, sizes = ops.tape, (linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs)
+        copied, twice = ops.adapter != ops.w or self.pissa, 2 if self.pissa else 1
+        A, B = ([t.leaf(twice * size, ops.w)] if copied else [] for size in sizes)
+        a = t.op(x, elements=rows * twice * rank, saves=[x, *A], weights=[ops.adapter_weight(sizes[0])])
+        return t.op(y, a, view=True, alias=True, saves=[a, *B], weights=[ops.adapter_weight(sizes[1])])
 
-    def _low_rank(self, step: Step, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+    def _low_rank(self, ops: Ops, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """s·BAx (rows, O). Casts A and B to the dtype of x; or x to theirs, once per linear, as PEFT does."""
-        t, of_inputs = step.tape, step.run.casts == "inputs"
+        t, of_inputs = ops.tape, ops.run.casts == "inputs"
         sizes = linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs
-        copied = step.adapter != step.w and not of_inputs
-        A, B = ([t.leaf(size, step.w)] if copied else [] for size in sizes)
-        x = step.cast(x, step.adapter) if of_inputs else x
-        a = t.op(x, elements=rows * rank, saves=[x, *A], weights=[step.adapter_weight(sizes[0])])
+        copied = ops.adapter != ops.w and not of_inputs
+        A, B = ([t.leaf(size, ops.w)] if copied else [] for size in sizes)
+        x = ops.cast(x, ops.adapter) if of_inputs else x
+        a = t.op(x, elements=rows * rank, saves=[x, *A], weights=[ops.adapter_weight(sizes[0])])
         a = a if of_inputs else t.op(a)  # · s
-        b = t.op(a, elements=rows * linear.outputs, saves=[a, *B], weights=[step.adapter_weight(sizes[1])])
+        b = t.op(a, elements=rows * linear.outputs, saves=[a, *B], weights=[ops.adapter_weight(sizes[1])])
         return t.op(b) if of_inputs else b  # · s
 
-    def _scale_rows(self, step: Step, y: Value, linear: Linear) -> Value:
+    def _scale_rows(self, ops: Ops, y: Value, linear: Linear) -> Value:
         """Our DoRA: m/norm · y in fp32, rounded once. Saves y, m/norm and the norm, one number per output each."""
-        t, fp32 = step.tape, 4 * y.elements
+        t, fp32 = ops.tape, 4 * y.elements
         saved = [y, *(t.leaf(linear.outputs, 4) for _ in range(2))]
-        y = t.op(y, width=4, saves=saved, weights=[step.fp32_weight(linear.outputs)], back=fp32)
-        return step.cast(y, step.w)
+        y = t.op(y, width=4, saves=saved, weights=[ops.fp32_weight(linear.outputs)], back=fp32)
+        return ops.cast(y, ops.w)
 
-    def _scale_as_peft(self, step: Step, y: Value, b: Value, linear: Linear) -> Value:
+    def _scale_as_peft(self, ops: Ops, y: Value, b: Value, linear: Linear) -> Value:
         """(m/norm − 1)·Wx + m/norm·s·BAx; for the norm of W + s·BA PEFT computes that matrix."""
-        t = step.tape
-        norm = (3 if step.quantized else 2) * linear.weights * step.w
-        base = t.op(y, saves=[y], weights=[step.adapter_weight(linear.outputs)], temp=norm)
+        t = ops.tape
+        norm = (3 if ops.quantized else 2) * linear.weights * ops.w
+        base = t.op(y, saves=[y], weights=[ops.adapter_weight(linear.outputs)], temp=norm)
         return t.op(base, t.op(b, saves=[b]), alias=True)
 
 

@@ -16,8 +16,7 @@ from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
-    from pipeline.calc.step import Step
-    from pipeline.calc.tape import Value
+    from pipeline.calc.tape import Ops, Value
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
@@ -78,11 +77,11 @@ class Prefix(FinetuningMethod):
     def block_parameters(self, model: Architecture) -> int:
         return 2 * self.virtual_tokens * model.kv_heads * model.head_size
 
-    def extend_keys(self, step: Step, x: Value) -> Value:
+    def extend_keys(self, ops: Ops, x: Value) -> Value:
         """A copy of x and the virtual tokens' keys for each sequence: (B, T + virtual, kv_heads · head_size)."""
-        size = self.virtual_tokens * step.model.kv_heads * step.model.head_size
-        added = [step.adapter_weight(size)]
-        return step.tape.op(x, elements=x.elements + step.run.virtual_places * size, weights=added)
+        size = self.virtual_tokens * ops.model.kv_heads * ops.model.head_size
+        added = [ops.adapter_weight(size)]
+        return ops.tape.op(x, elements=x.elements + ops.run.virtual_places * size, weights=added)
 
 
 COUNTED = Prefix()

@@ -16,8 +16,7 @@ from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
-    from pipeline.calc.step import Step
-    from pipeline.calc.tape import Value
+    from pipeline.calc.tape import Ops, Value
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached
@@ -72,10 +71,10 @@ class Prompt(FinetuningMethod):
     def trained_parts(self, model: Architecture) -> TrainedParts:
         return TrainedParts({"prompt": self.virtual_tokens * model.embedding_width})
 
-    def embed(self, step: Step, x: Value, ids: Value) -> Value:
+    def embed(self, ops: Ops, x: Value, ids: Value) -> Value:
         """(B, virtual + T, D): the same virtual tokens before every sequence."""
-        width = step.model.embedding_width
-        return step.tape.op(x, elements=step.n * width, weights=[step.adapter_weight(self.virtual_tokens * width)])
+        width = ops.model.embedding_width
+        return ops.tape.op(x, elements=ops.n * width, weights=[ops.adapter_weight(self.virtual_tokens * width)])
 
 
 COUNTED = Prompt()

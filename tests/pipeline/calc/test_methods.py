@@ -19,8 +19,7 @@ from pipeline.calc.method import FinetuningMethod, TrainedParts, configure, matc
 from pipeline.calc.report import answer, explain, side_by_side, swept
 from pipeline.calc.settings import TrainingConfig, option, options_of
 from pipeline.calc.sources.open_model import built_in
-from pipeline.calc.step import Step
-from pipeline.calc.tape import Value
+from pipeline.calc.tape import Ops, Value
 from pipeline.errors import UserError
 from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods.full import COUNTED as FULL
@@ -55,11 +54,11 @@ class Scaling(FinetuningMethod):
             {"scales": sum(self.copies * linear.outputs for n, linear in model.linears() if n in names)}
         )
 
-    def adapt(self, step: Step, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+    def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """The gradient of l is the sum of g·y over the rows, for which backward computes g·y (rows, O)."""
         for _ in range(rank):
             size = y.elements * y.width
-            y = step.tape.op(y, saves=[y], weights=[step.adapter_weight(linear.outputs)], back=size)
+            y = ops.tape.op(y, saves=[y], weights=[ops.adapter_weight(linear.outputs)], back=size)
         return y
 
 
