@@ -234,9 +234,12 @@ class Tape:
 class Ops:
     """Operations of one step of N tokens, of which blocks and fine-tuning methods are made.
 
-    Not part of `step.py`: methods are given it, and the step is given a method. Each follows what transformers, and this project's own layers, save for backward and copy. `n`: tokens, virtual ones
-    included; `w`: bytes of an activation; `adapter`: bytes of an adapter's parameter; `trains`: whether the base
-    weights at hand get gradients; `flat`: gradients are added to one buffer that is allocated before the step.
+    Each follows what transformers, and this project's own layers, save for backward and copy. Not part of `step.py`,
+    since methods are given it and the step is given a method: no two files import each other.
+
+    `n`: tokens, virtual ones included; `w`: bytes of an activation; `adapter`: bytes of an adapter's parameter;
+    `trains`: whether the base weights at hand get gradients; `flat`: gradients are added to one buffer that is
+    allocated before the step.
     """
 
     def __init__(self, model: Architecture, run: TrainingConfig, virtual: int = 0) -> None:
