@@ -28,7 +28,7 @@ COMMANDS = {
     "figures": ("cli.document.figures", "Draw the document's figures from our own runs."),
     "claims": ("cli.document.claims", "Compare the document's claims with what was measured."),
     "spectrum": ("cli.spectrum", "Singular values of a fine-tuning; extract its LoRA."),
-    "calc": ("cli.calc.command", "Exact parameters, training memory, what fits your GPU."),
+    "calc": ("cli.calc", "Exact parameters, training memory, what fits your GPU."),
     "prompt": ("cli.prompt", "Prompt a model: its top next tokens and a completion."),
     "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),

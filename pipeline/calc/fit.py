@@ -1,6 +1,7 @@
 """GPUs and their memory, the largest settings that fit, and what to change when a run does not fit."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,7 +10,7 @@ from pathlib import Path
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.memory import possible, predict
 from pipeline.calc.method import FinetuningMethod, first_adapter
-from pipeline.calc.settings import QLORA, TrainingConfig, precision, qlora
+from pipeline.calc.settings import QLORA, TrainingConfig, precision
 from pipeline.calc.sources.open_model import nearest
 from pipeline.errors import UserError
 
@@ -67,17 +68,8 @@ def largest(model: Architecture, method: FinetuningMethod, run: TrainingConfig, 
     """The largest batch, sequence and rank, and the least quantized precision, within `budget` bytes."""
 
     def most(limit: int, change: Callable[[int], tuple[FinetuningMethod, TrainingConfig]]) -> int:
-        """The largest n up to `limit` that fits: doubling, then bisection (a larger n never needs less memory)."""
-        if not _fits(model, *change(1), budget):
-            return 0
-        low, high = 1, 2
-        while high <= limit and _fits(model, *change(high), budget):
-            low, high = high, 2 * high
-        high = min(high, limit + 1)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if _fits(model, *change(middle), budget) else (low, middle)
-        return low
+        """The largest n up to `limit` that fits, 0 if none does: a larger n never needs less memory."""
+        return bisect_left(range(1, limit + 1), True, key=lambda n: not _fits(model, *change(n), budget))
 
     ranked = method.with_rank(1) is not None
     return Largest(
@@ -115,10 +107,11 @@ def changes(
         (f"--method {adapter.name}", lambda m, r: (m if m.adapter else adapter, r)),
         (
             f"--precision {QLORA} (QLoRA)",
-            lambda m, r: (m.without_base(), r if precision(r.precision).bits <= 4 else qlora(r)),
+            lambda m, r: (m.without_base(), r if precision(r.precision).bits <= 4 else replace(r, precision=QLORA)),
         ),
         ("--sequence 512", lambda m, r: (m, replace(r, sequence=min(512, r.sequence)))),
     )
+    # one change is easier to live with than two, so each is tried alone before they are combined
     for words, change in in_order:
         m, r = change(method, run)
         if (m, r) != (method, run) and _fits(model, m, r, budget):

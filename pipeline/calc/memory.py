@@ -42,9 +42,11 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     flat = model.style.ours or run.trainer  # gradients are one persistent flat buffer
     added, base = trained_split(model, method)
     width, fp32 = precision(run.adapter_precision).compute, method.fp32_parameters(model)
+    # our trainer keeps magnitudes in fp32 in a vector of their own; PEFT gives them the adapter's precision
     groups = [(added - fp32, width), (fp32, 4 if flat else width), (base, run.width)]  # (parameters, bytes each)
     trained = sum(count * each for count, each in groups)
     state_width = OPTIMIZERS[run.optimizer]
+    # the tape's peak is the step's: weights, optimizer and a flat gradient are there from its first phase to its last
     memory = Memory(
         weights=weight_bytes(model, run.precision),
         adapter=trained - base * run.width + (method.buffer_bytes(model, width) if flat else 0),
@@ -55,10 +57,10 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
         overhead=run.context,
         where=tape.peak_phase,
     )
+    # the update has the gradients and a copy of all parameters, and no activations any more
     if run.optimizer == "adamw-foreach" and 2 * trained > tape.peak:
-        # the update has the gradients and a copy of all parameters, and no activations any more
-        updating = replace(memory, gradients=trained, activations=0, logits=0, where="optimizer's update")
-        return replace(updating, optimizer=memory.optimizer + trained)
+        updating = {"gradients": trained, "activations": 0, "logits": 0, "optimizer": memory.optimizer + trained}
+        return replace(memory, **updating, where="optimizer's update")
     return memory
 
 
@@ -101,6 +103,7 @@ def refuse_impossible(model: Architecture, method: FinetuningMethod, run: Traini
             f"{run.precision} weights cannot be trained: {method.name} changes the base itself. "
             "Use --method lora, or a 16- or 32-bit precision."
         )
+    # a packed row is longer than its sequences, whose positions start anew
     tokens = (run.span or run.sequence) + method.positions
     if (model.positions or model.fixed_positions) and tokens > model.context:
         raise UserError(f"sequence must be at most {model.context:,}, the model's positions, got {tokens:,}.")

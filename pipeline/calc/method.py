@@ -22,8 +22,7 @@ from pipeline.files.patterns import one_budget
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture, Linear
-    from pipeline.calc.ops import Ops
-    from pipeline.calc.tape import Value
+    from pipeline.calc.tape import Ops, Value
 
 
 class TrainedBase(NamedTuple):
@@ -75,6 +74,7 @@ class FinetuningMethod:
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # other name → defaults of the step that it implies
     columns: ClassVar[tuple[str, str]] = ("", "")  # headings beside other methods: as given, and with the base in NF4
     adapter: ClassVar[bool] = True  # trains no linear of the base, so the base may be quantized
+    low_rank: ClassVar[bool] = False  # the linears that it adapts get A and B
     short_attention: ClassVar[bool] = (
         True  # whether the kernel for short sequences runs: not with more keys than queries
     )
@@ -136,10 +136,6 @@ class FinetuningMethod:
         """Bytes that our trainer's layers keep beside the parameters; `width`: bytes of an adapter's parameter."""
         return 0
 
-    def projections(self, model: Architecture) -> tuple[Projection, ...]:
-        """The linears that get A and B, equal ones grouped, in the model's order."""
-        return ()
-
     def document_count(self, model: Architecture) -> int | None:
         """The document's simplified count (§3); None if its rule does not apply."""
         return None
@@ -186,14 +182,22 @@ def ranks(model: Architecture, method: FinetuningMethod) -> Mapping[str, int]:
 
 @lru_cache(maxsize=32)
 def projections(model: Architecture, method: FinetuningMethod) -> tuple[Projection, ...]:
-    """The linears that get A and B, equal ones grouped, in the model's order."""
-    return method.projections(model)
-
-
-def trained_parts(model: Architecture, method: FinetuningMethod) -> dict[str, int]:
-    """Trainable parameters by part, without zero entries. Raises UserError if the model lacks a target or block."""
-    added, base = method.trained_parts(model)
-    return {name: count for name, count in {**added, **base}.items() if count}
+    """The linears that get A and B, with their shapes, equal ones grouped, in the model's order."""
+    rank_by_name = ranks(model, method) if method.low_rank else {}
+    kinds = Counter((linear, rank_by_name[name]) for name, linear in model.linears() if name in rank_by_name)
+    return tuple(
+        Projection(
+            # GPT-2's attention and feed-forward both have a c_proj
+            linear.name if "c_proj" in linear.name else linear.name.rsplit(".", 1)[-1],
+            linear.inputs,
+            linear.outputs,
+            rank,
+            linear.experts,
+            count,
+            method.linear_parameters(linear, rank),
+        )
+        for (linear, rank), count in kinds.items()
+    )
 
 
 def trained_split(model: Architecture, method: FinetuningMethod) -> tuple[int, int]:
@@ -242,25 +246,6 @@ def matching_linears(model: Architecture, targets: tuple[str, ...]) -> list[str]
     # the same in every block, so match each name only once: 80 blocks have 560 linears, but 7 names
     matches = set(select_linears(dict.fromkeys(linear.name for _, linear in model.linears()), targets))
     return [name for name, linear in model.linears() if linear.name in matches]
-
-
-def group_projections(model: Architecture, method: FinetuningMethod) -> tuple[Projection, ...]:
-    """The adapted linears with the shapes of their A and B, equal ones grouped, in the model's order."""
-    rank_by_name = ranks(model, method)
-    kinds = Counter((linear, rank_by_name[name]) for name, linear in model.linears() if name in rank_by_name)
-    return tuple(
-        Projection(
-            # GPT-2's attention and feed-forward both have a c_proj
-            linear.name if "c_proj" in linear.name else linear.name.rsplit(".", 1)[-1],
-            linear.inputs,
-            linear.outputs,
-            rank,
-            linear.experts,
-            count,
-            method.linear_parameters(linear, rank),
-        )
-        for (linear, rank), count in kinds.items()
-    )
 
 
 # from a user's values

@@ -15,12 +15,11 @@ from pipeline.calc.method import (
     first_adapter,
     projections,
     ranks,
-    trained_parts,
     trained_split,
     why_they_differ,
     with_options,
 )
-from pipeline.calc.settings import TrainingConfig, precision, qlora
+from pipeline.calc.settings import QLORA, TrainingConfig, precision
 from pipeline.errors import UserError
 
 SWEEPS = ("rank", "sequence", "batch", "precision", "optimizer", "checkpointing", "loss", "method", "targets")
@@ -47,7 +46,7 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
             "trainable_percent": round(100 * (added + base) / model.total, 4),
             "document": method.document_count(model),
             "components": model.components(),
-            "trained": trained_parts(model, method),
+            "trained": {name: n for parts in method.trained_parts(model) for name, n in parts.items() if n},
         },
         "projections": [
             {
@@ -86,7 +85,7 @@ def side_by_side(
     heading, quantized = adapter.columns
     columns[heading or adapter.name] = (adapter, run)
     if not model.style.ours:
-        columns[quantized or f"{adapter.name} NF4"] = (adapter, qlora(run))
+        columns[quantized or f"{adapter.name} NF4"] = (adapter, replace(run, precision=QLORA))
     # leave out those that this model cannot run
     return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items() if possible(model, m, r)}
 
@@ -168,7 +167,7 @@ def explain(
     if kind.quantized:
         scales = f" + {8 * kind.scales:.3g} for scales" if kind.scales else ""
         weights = f"{model.quantizable:,} × {kind.bytes:.4g} B ({run.precision}: {kind.bits:g} bit{scales})"
-        rest = f" + {model.total - model.quantizable:,} × {kind.rest} B (embeddings, head, norms, biases)"
+        rest = f" + {model.total - model.quantizable:,} × {kind.compute} B (embeddings, head, norms, biases)"
     else:
         weights = f"{model.total:,} × {kind.bytes:g} B ({run.precision})"
         table = f" + {model.fixed_positions:,} × {kind.compute} B (table of positions)"

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from pipeline.errors import UserError
 class Precision:
     """`bytes` per weight, of which `scales` are for scales and zero points; activations have `compute` bytes.
 
-    A 16- or 32-bit precision applies to every tensor, a quantized one only to the linears of the blocks; the rest
-    (embeddings, head, norms, biases) has `rest` bytes.
+    A 16- or 32-bit precision applies to every tensor, a quantized one only to the linears of the blocks: each other
+    parameter (embeddings, head, norms, biases) has `compute` bytes.
     """
 
     name: str
@@ -27,14 +27,9 @@ class Precision:
     def quantized(self) -> bool:
         return self.bits < 16
 
-    @property
-    def rest(self) -> int:
-        """Bytes of a parameter that is not quantized."""
-        return self.compute
-
     def weights(self, quantizable: int, total: int) -> int:
         """Bytes of a model with `total` parameters, `quantizable` of them in linears of its blocks."""
-        return round(quantizable * self.bytes) + (total - quantizable) * self.rest
+        return round(quantizable * self.bytes) + (total - quantizable) * self.compute
 
 
 GROUP = 128  # weights per scale, the usual group size of GPTQ and AWQ checkpoints
@@ -221,8 +216,3 @@ class TrainingConfig:
         precision(self.precision)
         if not 0 < self.label_share <= 1:
             raise UserError(f"label-share must be more than 0 and at most 1, got {self.label_share:g}.")
-
-
-def qlora(run: TrainingConfig) -> TrainingConfig:
-    """The same step on a base in QLoRA's precision."""
-    return replace(run, precision=QLORA)

@@ -1,30 +1,30 @@
 """A training step on the tape: embeddings, blocks, loss, backward.
 
-Follows the modules of transformers, and MiniGPT's, in everything that affects which tensors are alive: what each
-operation saves for backward, and the copies made by rotations and changes of layout. As in Python, a tensor is alive
-while a variable of a function that has not returned refers to it: so where functions begin and end is part of the
-model. B sequences of T tokens, N = B·T, width D.
+Follows the modules of transformers, and this project's own layers, in everything that affects which tensors are alive:
+what each operation saves for backward, and the copies made by rotations and changes of layout. As in Python, a tensor
+is alive while a variable of a function that has not returned refers to it: so where functions begin and end, and each
+`del`, is part of the model. B sequences of T tokens, N = B·T, width D.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
 
 from pipeline.calc.architecture import Architecture, Block, Linear
 from pipeline.calc.method import FinetuningMethod, ranks
-from pipeline.calc.ops import Ops
 from pipeline.calc.settings import TrainingConfig
-from pipeline.calc.tape import Tape, Value
+from pipeline.calc.tape import Ops, Tape, Value
 
 SIMULATED_ENDS = 2  # of a run of equal blocks, simulate this many at each end and extrapolate the middle
 
 
 def run_step(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Tape:
     """The tape after one step, with the bytes at its peak beyond weights, adapter and optimizer."""
-    step = _Step(model, method, run)
+    step = Step(model, method, run)
     step.tape.backward(step.forward())
     return step.tape
 
 
-class _Step(Ops):
+class Step(Ops):
     """A model with a method's adapters, its blocks x (N, D) → x (N, D), and its loss."""
 
     def __init__(self, model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> None:
@@ -47,6 +47,7 @@ class _Step(Ops):
         """The loss."""
         t, run, model, style = self.tape, self.run, self.model, self.style
         width, length = model.embedding_width, self.n // run.batch
+        # an operation keeps the phase and kind in which it was recorded: what its backward allocates counts there too
         t.phase, self.trains = "forward, embeddings", self.base.rest
         self.inputs = ids, _labels = [t.leaf(self.n, 8), t.leaf(self.n, 8)]  # alive for the whole step
         if run.attention == "short" and not self.eager:  # a mask with one row per query of a group of heads
@@ -72,7 +73,7 @@ class _Step(Ops):
         t.phase, self.name_prefix, self.trains = "forward, last norm", "", self.base.rest
         x = self.norm(x, model.hidden) if model.final_norm else x
         x = self.linear(x, model.outside[0]) if width != model.hidden else x
-        self.tables.clear()
+        self.tables.clear()  # the model has returned: from here on only backward refers to them
         if self.method.positions and self.flat:  # our models drop the outputs of virtual tokens
             x = t.op(x, elements=run.tokens * width)
         return self._loss(x)
@@ -93,16 +94,12 @@ class _Step(Ops):
 
     def _runs_of_equal_blocks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of runs of blocks with the same shapes, ranks and trained weights."""
-        blocks, start = self.model.blocks, 0
-        for stop in range(1, len(blocks) + 1):
-            if (
-                stop == len(blocks)
-                or blocks[stop] is not blocks[start]
-                or self._is_trained(stop) != self._is_trained(start)
-                or self.adapted[stop] != self.adapted[start]
-            ):
-                yield start, stop
-                start = stop
+        blocks = self.model.blocks  # equal ones are one object, so that none has to be compared
+        kinds = ((id(blocks[index]), self._is_trained(index), self.adapted[index]) for index in range(len(blocks)))
+        stop = 0
+        for _, run in groupby(kinds):
+            start, stop = stop, stop + len(list(run))
+            yield start, stop
 
     def _equal_blocks(self, x: Value, start: int, stop: int) -> Value:
         """Blocks `start` to `stop`, which are equal; the middle of a long run is extrapolated instead of simulated.
@@ -133,6 +130,7 @@ class _Step(Ops):
             self.name_prefix, self.trains = self.model.block_name(index), self._is_trained(index)
             return self.block(y, self.model.blocks[index])
 
+        # a checkpoint around a block that needs no gradient keeps nothing and never runs again
         needs_gradient = x.node is not None or self._trained_bytes(index) > 0
         checkpointed = self.run.checkpointed(index) and needs_gradient
         return self.tape.checkpoint(x, forward) if checkpointed else forward(x)
@@ -154,6 +152,8 @@ class _Step(Ops):
         y = self.matmul(x, linear, rows, bias=rows * linear.outputs * self.w if linear.bias else 0)
         rank = self.ranks.get(self.name_prefix + linear.name, 0)
         return self.method.adapt(self, y, x, linear, rank, rows) if rank else y
+
+    # a block
 
     def block(self, x: Value, block: Block) -> Value:
         if self.style.norms != "parallel":
@@ -310,7 +310,7 @@ class _Step(Ops):
             return self._cross_entropy(x)
         before = t.leaf(run.tokens * width, self.w) if run.loss == "divergence" else None  # the base's hidden states
         full_chunks, last = divmod(run.labels, run.chunk)
-        # the chunks in between have the same memory as the second
+        # From the second on, a chunk runs beside the gradients of those before: a third would only add its own
         chunk_sizes = [run.chunk] * min(full_chunks, 2) + [last] * bool(last)
         grads = []
         for rows in chunk_sizes:

@@ -7,6 +7,10 @@ takes milliseconds; tracing it with PyTorch's fake tensors takes seconds.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.calc.architecture import Architecture, Linear
+from pipeline.calc.settings import TrainingConfig, precision
 
 ROUNDING = 512  # bytes: CUDA's caching allocator rounds tensors up to a multiple
 
@@ -34,22 +38,7 @@ class Value:
         self.storage, self.elements, self.width, self.node = storage, elements, width, node
 
 
-class Node:
-    """An operation in the backward graph: its saved tensors, and its inputs' nodes with the bytes of their gradient."""
-
-    __slots__ = ("alias", "back", "grad", "inputs", "kind", "phase", "recompute", "saved", "skipped", "weights")
-
-    def __init__(
-        self, phase: str, kind: str, inputs: list[tuple["Node", int]], saved: list[Storage], weights: list["Weight"]
-    ) -> None:
-        self.phase, self.kind, self.inputs, self.saved, self.weights = phase, kind, inputs, saved, weights
-        self.back = 0  # temporary bytes of its backward
-        self.alias = False  # the gradient is passed on without a copy
-        self.skipped = False  # stands for several blocks
-        self.grad: Storage | None = None
-        self.recompute: Callable[[Node | None], Value] | None = None  # a checkpointed block's forward
-
-
+@dataclass(eq=False, slots=True)
 class Weight:
     """A trainable weight, whose gradient of `bytes` is allocated in backward and stays.
 
@@ -57,11 +46,26 @@ class Weight:
     gradient stays until the second.
     """
 
-    __slots__ = ("bytes", "grad", "preallocated", "uses")
+    bytes: int
+    preallocated: bool = False
+    uses: int = 0
+    grad: Storage | None = None
 
-    def __init__(self, size: int, preallocated: bool = False) -> None:
-        self.bytes, self.preallocated, self.uses = size, preallocated, 0
-        self.grad: Storage | None = None
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """An operation in the backward graph: its saved tensors, and its inputs' nodes with the bytes of their gradient."""
+
+    phase: str
+    kind: str
+    inputs: list[tuple["Node", int]]
+    saved: list[Storage]
+    weights: Sequence[Weight]
+    back: int = 0  # temporary bytes of its backward
+    alias: bool = False  # the gradient is passed on without a copy
+    skipped: bool = False  # stands for several blocks
+    grad: Storage | None = None
+    recompute: Callable[["Node | None"], Value] | None = None  # a checkpointed block's forward
 
 
 class Tape:
@@ -118,7 +122,7 @@ class Tape:
         return Value(storage, elements, width, node)
 
     def _record(self, inputs: list[tuple[Node, int]], saved: list[Storage], weights: Sequence[Weight] = ()) -> Node:
-        node = Node(self.phase, self.kind, inputs, saved, list(weights))
+        node = Node(self.phase, self.kind, inputs, saved, weights)
         self._nodes.append(node)
         for weight in weights:
             weight.uses += 1
@@ -172,9 +176,10 @@ class Tape:
         self._backward_until(0)
 
     def _backward_until(self, stop: int) -> None:
+        # the last operation first, as autograd takes of all nodes that are ready the one that was made last
         while len(self._nodes) > stop:
             node = self._nodes.pop()
-            if node.grad is None:
+            if node.grad is None:  # no gradient arrived: the loss does not depend on it
                 continue
             self.phase, self.kind = node.phase.replace("forward", "backward"), node.kind
             if node.recompute is not None:
@@ -193,7 +198,7 @@ class Tape:
         del out
         self._backward_until(mark + 1)
         self._nodes.pop()
-        node.grad, node.alias = inner.grad, True
+        node.grad, node.alias = inner.grad, True  # the block's own backward made the gradient of x
 
     def _propagate(self, node: Node) -> None:
         """An operation's backward: its inputs' and weights' gradients, after which what it saved is freed."""
@@ -207,23 +212,124 @@ class Tape:
             node.saved.clear()
         for weight in node.weights:
             self._accumulate(weight)
+        # by hand, at autograd's point: the caller's variable keeps the node for a moment longer
         node.saved.clear()
         node.inputs.clear()
         del grad, temporary
 
     def _accumulate(self, weight: Weight) -> None:
         """Add a share of a weight's gradient: to a buffer that is there already, or to the first share."""
-        new = Storage(self, weight.bytes, "gradients")
+        share = Storage(self, weight.bytes, "gradients")
         weight.uses -= 1
-        if weight.preallocated and not self._in_place:
-            if weight.uses:
-                weight.grad = weight.grad or new
-            elif weight.grad is not None:
-                new = Storage(self, weight.bytes, "gradients")  # the sum, while both shares are alive
-                weight.grad = None
-            return
-        if weight.grad is not None and not self._in_place:
-            new = Storage(self, weight.bytes, "gradients")  # the sum, while both shares are alive
-            weight.grad = new
-        weight.grad = weight.grad or new
-        self._with_gradient.append(weight)
+        if weight.grad is None:
+            weight.grad = share
+        elif not self._in_place:
+            weight.grad = Storage(self, weight.bytes, "gradients")  # the sum, while both shares are alive
+        if self._in_place or not weight.preallocated:
+            self._with_gradient.append(weight)
+        elif not weight.uses:
+            weight.grad = None
+
+
+class Ops:
+    """Operations of one step of N tokens, of which blocks and fine-tuning methods are made.
+
+    Each follows what transformers, and this project's own layers, save for backward and copy. Not part of `step.py`,
+    since methods are given it and the step is given a method: no two files import each other.
+
+    `n`: tokens, virtual ones included; `w`: bytes of an activation; `adapter`: bytes of an adapter's parameter;
+    `trains`: whether the base weights at hand get gradients; `flat`: gradients are added to one buffer that is
+    allocated before the step.
+    """
+
+    def __init__(self, model: Architecture, run: TrainingConfig, virtual: int = 0) -> None:
+        self.model, self.run, self.style = model, run, model.style
+        self.tape = Tape()
+        self.n, self.w = run.tokens + virtual * run.virtual_places, run.width
+        self.adapter = precision(run.adapter_precision).compute
+        self.quantized = precision(run.precision).quantized
+        self.flat = model.style.ours or run.trainer
+        self.trains = False
+        self._shared: dict[str, Weight] = {}
+
+    # weights that train
+
+    def base_weight(self, parameters: int) -> Weight:
+        """A trainable weight of the base."""
+        return Weight(parameters * self.w, preallocated=self.flat)
+
+    def adapter_weight(self, parameters: int, shared: str = "") -> Weight:
+        """A trainable weight of the adapter. With a name in `shared`, the same one at each call, as for tied tables."""
+        weight = Weight(parameters * self.adapter, preallocated=self.flat)
+        return self._shared.setdefault(shared, weight) if shared else weight
+
+    def fp32_weight(self, parameters: int) -> Weight:
+        """A trainable weight of the adapter that our layers keep in fp32."""
+        return Weight(parameters * 4, preallocated=self.flat)
+
+    def trained_weights(self, parameters: int) -> list[Weight]:
+        """A weight of the base, if those at hand train."""
+        return [self.base_weight(parameters)] if self.trains else []
+
+    # parts of a block
+
+    def cast(self, x: Value, width: int) -> Value:
+        return x if x.width == width else self.tape.op(x, width=width)
+
+    def view(self, x: Value, elements: int) -> Value:
+        """A slice of a tensor, without a copy; in backward its gradient is padded with zeros to the size of x."""
+        return self.tape.op(x, elements=elements, view=True)
+
+    def matmul(self, x: Value, linear: Linear, rows: int, bias: int = 0) -> Value:
+        """Wx (rows, O) of x (rows, I). A frozen W saves nothing, a trained one saves x."""
+        # a quantized W is dequantized to 16 bit for every product, in forward and in backward
+        scratch = linear.weights * self.w if self.quantized else 0
+        return self.tape.op(
+            x,
+            elements=rows * linear.outputs,
+            saves=[x] if self.trains else [],
+            weights=self.trained_weights(linear.parameters),
+            temp=scratch + bias,
+            back=scratch,
+        )
+
+    def norm(self, x: Value, size: int) -> Value:
+        """RMSNorm in fp32 with a tensor per operation, or LayerNorm as one operation; `size`: width of a row."""
+        t, kind, rows = self.tape, self.style.norm, x.elements // size
+        if kind == "layer":  # saves mean and 1/σ of each row
+            return t.op(x, saves=[x, t.leaf(2 * rows, 4)], weights=self.trained_weights(2 * size))
+        if self.run.trainer:  # our kernel saves the input and one number per row, and computes in fp32 beside it
+            fp32 = 4 * x.elements
+            saved = [x, t.leaf(rows, 4)]
+            return t.op(x, saves=saved, weights=self.trained_weights(size), temp=fp32, back=2 * fp32)
+        wide = self.cast(x, 4)
+        square = t.op(wide, saves=[wide], back=wide.elements * 4)
+        mean = t.op(square, elements=rows)
+        del square  # freed before 1/σ is computed, as in transformers, where no variable refers to it
+        root = t.op(mean, saves_out=True)
+        y = t.op(wide, root, saves=[wide, root], back=wide.elements * 4)
+        del wide
+        y = self.cast(y, self.w) if kind == "rms" else y
+        return self.cast(t.op(y, saves=[y] if self.trains else [], weights=self.trained_weights(size)), self.w)
+
+    def activation(self, x: Value) -> Value:
+        t = self.tape
+        if self.style.activation == "gelu_new":  # separate operations in transformers: x³, tanh, two products
+            cube = t.op(x, saves=[x])
+            inner = t.op(x, t.op(cube), alias=True)
+            tanh = t.op(t.op(inner), saves_out=True)
+            plus, half = t.op(tanh, alias=True), t.op(x)
+            return t.op(half, plus, saves=[half, plus])
+        return t.op(x, saves_out=True) if self.style.activation == "relu" else t.op(x, saves=[x])
+
+    def gate(self, h: Value) -> Value:
+        """activation(gate) · up, for gate and up in one tensor (N, 2·I)."""
+        t, gate, up = self.tape, self.view(h, h.elements // 2), self.view(h, h.elements // 2)
+        if not self.style.clamps:
+            a = self.activation(gate)
+            return t.op(a, up, saves=[a, up])
+        gate, up = t.op(gate, saves=[gate]), t.op(up, saves=[up])
+        share = t.op(t.op(gate), saves_out=True)  # gate · sigmoid(α · gate)
+        a = t.op(gate, share, saves=[gate, share])
+        up = t.op(up)  # up + 1
+        return t.op(up, a, saves=[up, a])

@@ -48,12 +48,9 @@ def matches_target(target: str, name: str, head: str = HEAD) -> bool:
             and ".experts." not in f".{name}"
         )
     if target in GROUPS:
-        in_attention = any(matches_suffix(name, suffix) for suffix in GROUPS["attention"])
-        return (
-            in_attention
-            if target == "attention"
-            else not in_attention and any(matches_suffix(name, f) for f in GROUPS[target])
-        )
+        # attention comes first: attention.output.dense also ends like a feed-forward's output.dense
+        groups = (group for group, suffixes in GROUPS.items() if any(matches_suffix(name, s) for s in suffixes))
+        return next(groups, "") == target
     return any(matches_suffix(name, suffix) for suffix in (target, ALIASES.get(target, target)))
 
 

@@ -1,6 +1,7 @@
 """`python -m pipeline.stages.charts`: reads a chart's description as JSON from stdin, writes SVG or PNG to stdout.
 
-It runs in a separate process, so that the terminal UI never loads matplotlib.
+It runs in a separate process, so that the terminal UI never loads matplotlib. It is no part of `report.py`, since a
+change there makes evaluate's artifact stale.
 """
 
 import json

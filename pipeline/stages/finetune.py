@@ -53,7 +53,7 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
     folder, trust = job.artifact("expand_vocab"), job.project.params.pretrain.trust_remote_code
     quantization = settings.quantization if isinstance(settings, AdapterTraining) else "none"
     base = load_base(folder, settings.precision, trust, quantization)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed)  # after the base: first values depend on the seed, not on how it is loaded
     # before the data: virtual tokens take positions from it
     attached: Attached = yield from import_module(job.stage.module).attach(job, settings, base)
     batches, evaluation = yield from prepare_data(job, settings, base)
@@ -65,6 +65,7 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
 
     def save(optimizer: FlatAdam) -> Facts:
         if attached.save is None:
+            # trained in another precision: what changed is added to the base as it is stored
             stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
             return save_checkpoint(job, base, optimizer, trained_from=stored)
         save_curve(job)

@@ -1,7 +1,10 @@
 """The product's stages. Those of fine-tuning methods are found: each file of `pipeline/stages/methods/` has `STAGE`.
 
 From a stage come the command, its DVC stage, its section of params.yaml and the form for it, its model's name among the
-compared ones, its row and color in reports. Reading the registry imports no torch.
+compared ones, its row and color in reports.
+
+Reading the registry imports no torch: `lora --help`, the calculator and the terminal UI read it at start, and to import
+torch alone takes ten times as long.
 """
 
 import pkgutil
@@ -14,6 +17,8 @@ from pipeline.project.params.sections import Evaluate, ExpandVocab, Merge, Pretr
 from pipeline.project.stage_graph import Stage, StageGraph
 from pipeline.stages import methods
 
+# Found, so that a new method is one file; and not by import statements, which digests follow: whatever imports this
+# module would depend on the code of every method. A stage's own digest starts at its method's file (`Stage.code`).
 _FILES = sorted(
     (import_module(f"{methods.__name__}.{module.name}") for module in pkgutil.iter_modules(methods.__path__)),
     key=lambda file: float(file.STAGE.order),
@@ -22,6 +27,7 @@ METHODS: Mapping[str, Stage] = {file.STAGE.method: file.STAGE for file in _FILES
 COUNTED: Mapping[str, FinetuningMethod] = {  # as the calculator counts them, with default options
     file.STAGE.method: file.COUNTED for file in _FILES if hasattr(file, "COUNTED")
 }
+# the adapters' package lies below and cannot import a method: it is told which module loads a kind of adapter
 OTHER_KINDS.update({stage.peft_type: stage.module for stage in METHODS.values() if stage.peft_type})
 MERGE = Stage(
     "merge",

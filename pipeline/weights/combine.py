@@ -24,7 +24,7 @@ from pipeline.files.base_model import tensor_locations
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.models.save import save_tensors
-from pipeline.weights.merge import attach_to_meta_model, find_location, merge_edits
+from pipeline.weights.merge import attach_to_meta_model, find_location, merge_edits, tied_names
 from pipeline.weights.streaming import AddLowRank, RescaleRows, SetRows, read_rows
 
 Updates = dict[str, LowRank]  # by full module name
@@ -146,7 +146,7 @@ def _drop_and_rescale(deltas: Tensor, density: float) -> Tensor:
 
 
 def _average_elected_sign(deltas: Tensor, weights: Tensor) -> Tensor:
-    sign = torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
+    sign = torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)  # a sum of 0 counts as positive, as in PEFT
     agree = deltas.sign() == sign
     return (weights * deltas * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
@@ -178,7 +178,7 @@ def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False)
             b, a = (edit.right.T, edit.left.T) if fan_in_fan_out(layer.base) else (edit.left, edit.right)
             updates[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding))
         elif isinstance(edit, SetRows):
-            location = find_location(parameter, model, stored)
+            location = find_location(parameter, stored, tied_names(model))
             if location is None:
                 raise UserError(
                     f"{base} has no tensor {parameter}. Save the model again with transformers' save_pretrained."

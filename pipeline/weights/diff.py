@@ -16,7 +16,7 @@ from pipeline.adapters.peft.tensors import COPY
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation, tensor_locations
 from pipeline.models.load import skeleton
-from pipeline.weights.merge import stored_name
+from pipeline.weights.merge import find_location, stored_name, tied_names
 from pipeline.weights.streaming import DTYPES, Read, Rows, read_blocks, read_rows
 
 Locations = dict[str, TensorLocation]  # by name
@@ -59,13 +59,13 @@ def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -
         # a model that cannot be opened has no known ties; its tensors can be compared all the same
         tied: tuple[str, ...] = ()
         with suppress(UserError):
-            tied = tied_names(base, trust_remote_code)
+            tied = tied_names(skeleton(base, trust_remote_code))
         old, new = _align_tied(old, new, tied)
     # name in the base → name in the other, which may lack the prefix of the model's body, or add it
     others = {name: name for name in old.keys() & new.keys()}
     old_rest = {name: location for name, location in old.items() if name not in others}
     new_rest = {name: location for name, location in new.items() if name not in others}
-    for name in old_rest:
+    for name in old_rest:  # both must find each other, so that no tensor is compared with two
         other = stored_name(name, new_rest)
         if other is not None and stored_name(other, old_rest) == name:
             others[name] = other
@@ -92,12 +92,6 @@ def stored_tensors(folder: Path) -> Locations:
             f"{folder} is not a folder. Name two checkpoints of one model, or a model and an adapter for it."
         )
     return tensor_locations(folder)
-
-
-def tied_names(base: Path, trust_remote_code: bool = False) -> tuple[str, ...]:
-    """Full names of the weights of embedding and head if they are tied, else (). Raises UserError."""
-    model = skeleton(base, trust_remote_code)
-    return (f"{model.embedding_name}.weight", f"{model.head_name}.weight") if model.shape.tied else ()
 
 
 def _align_tied(old: Locations, new: Locations, tied: Sequence[str]) -> tuple[Locations, Locations]:
@@ -158,7 +152,7 @@ def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = Fa
     names = [name for name in change.whole if not name.endswith((MAGNITUDE, COPY))]
     locations: Locations = {}
     for name in sorted(names, key=lambda name: stored_name(name, base_tensors) is None):
-        location = find_location(name, base_tensors, base, trust_remote_code)
+        location = require_location(name, base_tensors, base, trust_remote_code)
         twin = next((other for other, other_location in locations.items() if other_location == location), None)
         if twin is None or not torch.equal(change.whole[name], change.whole[twin]):
             locations[name] = location
@@ -169,7 +163,7 @@ def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = Fa
         changed = partial(_full_difference, value, location)
         deltas.append(Delta(name, tuple(value.shape), partial(read_blocks, location), changed))
     for module, (ids, rows) in change.rows.items():
-        location = find_location(f"{module}.weight", base_tensors, base, trust_remote_code)
+        location = require_location(f"{module}.weight", base_tensors, base, trust_remote_code)
         _refuse_shape(module, location, (location.info.shape[0], rows.shape[1]), base)
         if max(ids) >= location.info.shape[0]:
             raise UserError(
@@ -181,19 +175,18 @@ def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = Fa
     return deltas
 
 
-def find_location(name: str, old: Locations, base: Path, trust_remote_code: bool = False) -> TensorLocation:
+def require_location(name: str, old: Locations, base: Path, trust_remote_code: bool = False) -> TensorLocation:
     """Where the base stores a parameter, also under a name without prefix; a tied head is found at its embedding.
 
     Raises UserError.
     """
-    stored_as = stored_name(name, old)
-    if stored_as is None and name in (tied := tied_names(base, trust_remote_code)):
-        stored_as = next((stored_name(tied_name, old) for tied_name in tied if tied_name != name), None)
-    if stored_as is None:
+    # the model is opened only for a name that is not stored: spectra need its tensors alone
+    location = find_location(name, old) or find_location(name, old, tied_names(skeleton(base, trust_remote_code)))
+    if location is None:
         raise UserError(
             f"{base} has no tensor {name}, which the adapter changes. Name the model that it was trained on."
         )
-    return old[stored_as]
+    return location
 
 
 def _refuse_shape(name: str, location: TensorLocation, shape: tuple[int, ...], base: Path) -> None:

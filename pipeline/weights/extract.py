@@ -24,9 +24,9 @@ from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
 from pipeline.weights.combine import write_updates
-from pipeline.weights.diff import Delta, Differences, diff_adapter, diff_checkpoints, find_location, stored_tensors
+from pipeline.weights.diff import Delta, Differences, diff_adapter, diff_checkpoints, require_location, stored_tensors
 from pipeline.weights.import_adapter import build_manifest, copy_tokenizer, refuse_other
-from pipeline.weights.merge import stored_name
+from pipeline.weights.merge import stored_name, tied_names
 from pipeline.weights.spectrum import MAX_VALUES, Measured, factors, measure, measure_update
 from pipeline.weights.streaming import read_blocks
 
@@ -64,7 +64,7 @@ def _adapter_spectra(base: Path, tuned: Path, trust_remote_code: bool) -> Genera
     others = diff_adapter(base, change, trust_remote_code)
     spectra, total = [], len(change.low_rank) + len(others)
     for name, update in change.low_rank.items():
-        location = find_location(f"{name}.weight", base_tensors, base, trust_remote_code)
+        location = require_location(f"{name}.weight", base_tensors, base, trust_remote_code)
         if sorted(location.info.shape) != sorted((update.b.shape[0], update.a.shape[1])):
             raise UserError(
                 f"{name} has shape {list(location.info.shape)} in {base}, but the adapter's update is "
@@ -79,24 +79,75 @@ def _adapter_spectra(base: Path, tuned: Path, trust_remote_code: bool) -> Genera
     return Spectra(spectra, skipped)
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """The spectra, and the names of changed tensors: extracted as low-rank updates, saved in full, or left out.
+class Extraction:
+    """The change of each tensor: in `updates` as a low-rank update by module, `in_full`, or `left_out`.
 
-    `held`: the share of Σ‖ΔW‖² over all tensors that the adapter captures.
+    `spectra`: of all tensors.
     """
 
-    spectra: Spectra
-    rank: int
-    low_rank: list[str]
-    in_full: list[str]
-    left_out: list[str]
-    held: float
+    def __init__(self, model: CausalLM, differences: Differences, rank: int, with_embeddings: bool) -> None:
+        self._model, self._limit, self._tuned = model, rank, differences.tuned
+        linears = [name for name, module in model.named_modules() if adaptable(module) and name != model.head_name]
+        self._linears = {stored_name(f"{name}.weight", self._tuned): name for name in linears}
+        # stored name → full names of the embedding and head parameters it holds; both names for a tied pair
+        self._full_names: dict[str, list[str]] = {}
+        for end in (model.embedding_name, model.head_name) if with_embeddings else ():
+            for parameter, _ in model.get_submodule(end).named_parameters():
+                if key := stored_name(f"{end}.{parameter}", self._tuned, tied_names(model)):
+                    self._full_names.setdefault(key, []).append(f"{end}.{parameter}")
+        self.spectra = Spectra([], differences.skipped)
+        self.updates: dict[str, LowRank] = {}
+        self.in_full, self.left_out = list[str](), list[str]()
+        self._held = 0.0
+
+    @property
+    def low_rank(self) -> list[str]:
+        return list(self.updates)
+
+    @property
+    def rank(self) -> int:
+        """The highest of all updates."""
+        return max((update.rank for update in self.updates.values()), default=0)
+
+    @property
+    def held(self) -> float:
+        """The share of Σ‖ΔW‖² over all tensors that the adapter captures."""
+        total = sum(tensor.change**2 for tensor in self.spectra.tensors)
+        return self._held / total if total else 0.0
+
+    def add(self, delta: Delta) -> None:
+        measured, singular = measure(delta, max(MAX_VALUES, self._limit))
+        self.spectra.tensors.append(measured)
+        if not measured.change:
+            return
+        module = self._linears.get(delta.name)
+        if module is not None and singular is not None:
+            b, a = factors(delta.change, delta.shape[0], singular, min(self._limit, *delta.shape))  # (n, R), (R, m)
+            if is_conv1d(self._model.get_submodule(module)):  # its stored weight is (I, O)
+                a, b = b.T.contiguous(), a.T.contiguous()
+            self.updates[module] = update = LowRank(a, b, 1.0)
+            # of the factors as they are stored, in fp32, not of the singular values that they come from
+            self._held += update.squared_norm()
+        elif delta.name in self._full_names:
+            self.in_full.append(delta.name)
+            self._held += measured.change**2
+        else:
+            self.left_out.append(delta.name)
+
+    def saved(self) -> dict[str, Tensor]:
+        """Parameters to save in full, by name: all of a module, including those that did not change."""
+        modules = {name.rpartition(".")[0] for key in self.in_full for name in self._full_names[key]}
+        names = [(key, name) for key, names in self._full_names.items() for name in names]
+        return {
+            name: torch.cat([block for _, block in read_blocks(self._tuned[key])]).view(self._tuned[key].info.shape)
+            for key, name in names
+            if name.rpartition(".")[0] in modules
+        }
 
 
 def extract(
     base: Path, tuned: Path, out: Path, rank: int, with_embeddings: bool = True, trust_remote_code: bool = False
-) -> Generator[Event, None, Extracted]:
+) -> Generator[Event, None, Extraction]:
     """Write to `out` the LoRA that best approximates the change of each block's linear layers; returns a summary.
 
     `with_embeddings`: save embedding and head in full if they changed. Raises UserError.
@@ -107,16 +158,15 @@ def extract(
     differences = diff_checkpoints(base, tuned, trust_remote_code)
     refuse_other(out, "extract", [base, tuned])
     model = skeleton(base, trust_remote_code)
-    extraction = _Extraction(model, differences, rank, with_embeddings)
+    extraction = Extraction(model, differences, rank, with_embeddings)
     for number, delta in enumerate(differences.deltas, start=1):
         extraction.add(delta)
         yield Progress(number, len(differences.deltas), delta.name)
-    extracted = extraction.result()
-    if not any(tensor.change for tensor in extracted.spectra.tensors):
+    if not any(tensor.change for tensor in extraction.spectra.tensors):
         raise UserError(f"{tuned} and {base} have equal weights: there is nothing to extract. Name a fine-tuned model.")
-    if not extracted.low_rank:
+    if not extraction.updates:
         raise UserError(
-            f"{tuned} and {base} differ in {', '.join([*extracted.in_full, *extracted.left_out][:3])}, but in no "
+            f"{tuned} and {base} differ in {', '.join([*extraction.in_full, *extraction.left_out][:3])}, but in no "
             "linear layer of a block, so there is no LoRA to extract."
         )
     with artifact.writing(out) as folder:
@@ -127,63 +177,4 @@ def extract(
         inputs = {tuned.resolve().name: fingerprint(weight_files(tuned))}
         manifest = build_manifest("extract", "pipeline.weights.extract", base, params)
         artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})
-    return extracted
-
-
-class _Extraction:
-    """Collects the change of each tensor: as a low-rank update, in full, or left out."""
-
-    def __init__(self, model: CausalLM, differences: Differences, rank: int, with_embeddings: bool) -> None:
-        self.model, self.rank = model, rank
-        self._tuned, self._skipped = differences.tuned, differences.skipped
-        linears = [name for name, module in model.named_modules() if adaptable(module) and name != model.head_name]
-        self._linears = {stored_name(f"{name}.weight", self._tuned): name for name in linears}
-        # stored name → full names of the embedding and head parameters it holds; both names for a tied pair
-        self._full_names: dict[str, list[str]] = {}
-        ends = (model.embedding_name, model.head_name) if with_embeddings else ()
-        for end in ends:
-            for parameter, _ in model.get_submodule(end).named_parameters():
-                twins = [f"{other}.weight" for other in ends] if model.shape.tied and parameter == "weight" else []
-                stored_as = (stored_name(name, self._tuned) for name in (f"{end}.{parameter}", *twins))
-                if key := next(filter(None, stored_as), None):
-                    self._full_names.setdefault(key, []).append(f"{end}.{parameter}")
-        self._measured: list[Measured] = []
-        self._held = 0.0
-        self._in_full, self._left_out = list[str](), list[str]()
-        self.updates: dict[str, LowRank] = {}
-
-    def add(self, delta: Delta) -> None:
-        measured, singular = measure(delta, max(MAX_VALUES, self.rank))
-        self._measured.append(measured)
-        if not measured.change:
-            return
-        module = self._linears.get(delta.name)
-        if module is not None and singular is not None:
-            b, a = factors(delta.change, delta.shape[0], singular, min(self.rank, *delta.shape))  # (n, R), (R, m)
-            if is_conv1d(self.model.get_submodule(module)):  # its stored weight is (I, O)
-                a, b = b.T.contiguous(), a.T.contiguous()
-            self.updates[module] = update = LowRank(a, b, 1.0)
-            self._held += update.squared_norm()
-        elif delta.name in self._full_names:
-            self._in_full.append(delta.name)
-            self._held += measured.change**2
-        else:
-            self._left_out.append(delta.name)
-
-    def saved(self) -> dict[str, Tensor]:
-        """Parameters to save in full, by name: all of a module, including those that did not change."""
-        modules = {name.rpartition(".")[0] for key in self._in_full for name in self._full_names[key]}
-        names = [(key, name) for key, names in self._full_names.items() for name in names]
-        return {
-            name: torch.cat([block for _, block in read_blocks(self._tuned[key])]).view(self._tuned[key].info.shape)
-            for key, name in names
-            if name.rpartition(".")[0] in modules
-        }
-
-    def result(self) -> Extracted:
-        """The result, once all tensors are added."""
-        total = sum(tensor.change**2 for tensor in self._measured)
-        rank = max((update.rank for update in self.updates.values()), default=0)
-        held = self._held / total if total else 0.0
-        spectra = Spectra(self._measured, self._skipped)
-        return Extracted(spectra, rank, list(self.updates), self._in_full, self._left_out, held)
+    return extraction

@@ -4,7 +4,7 @@ The plan is made on the meta device, where the adapter is checked against the mo
 `streaming.py` then carries it out file to file.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,6 +71,8 @@ def merge_to(
     # a stage's result has a manifest too, and is not replaced
     replaceable = (out / CERTIFICATE).exists() and not (out / artifact.MANIFEST).exists()
     artifact.refuse_other(out, replaceable, (merging.base, merging.adapter))
+    # A killed merge leaves the earlier result as it was; the next one removes what it left and begins again. Resuming
+    # is not worth it: a merge takes less than twice as long as a copy of its files, which `make bench` measures.
     with artifact.writing(out) as folder:
         certificate = yield from merge_into(folder, merging, verify)
         if finish:
@@ -97,6 +99,7 @@ def merge_into(out: Path, merging: Merging, verify: Verify | None = None) -> Gen
         merge = plan_merge(merging.base, merging.adapter, merging.trust_remote_code, dtype)
     for number, name in enumerate(merge.write(out), start=1):
         yield Progress(number, len(merge.files), name)
+    # on the written files, not on the way there: a block at a wrong place, or one written twice, shows too
     measured = update_ratios(merge, out)
     for name, (ratio, rounding) in measured.items():
         if ratio is not None and not abs(ratio - 1) <= RATIO_TOLERANCE + rounding:
@@ -125,7 +128,7 @@ def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype
     stored = tensor_locations(base)
     model = skeleton(base, trust_remote_code)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    tied = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
+    tied = tied_names(model)
     quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
     if (kind := quantization_of(adapter)) != "none":
         # the adapter learned to correct quantized weights, so the merge folds into what they dequantize to
@@ -182,7 +185,7 @@ def attach_to_meta_model(
     for key, value in load_tensors(adapter / WEIGHTS).items():  # `load_adapter` has checked that they are finite
         if key.endswith(COPY):
             name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
-            location = find_location(name, model, stored)
+            location = find_location(name, stored, tied_names(model))
             if location is None or value.shape != location.info.shape:
                 raise other_embedding(adapter, name)
             if not all(torch.equal(value[rows].to(old), old) for rows, old in read_blocks(location)):
@@ -215,18 +218,26 @@ def layer_edit(layer: LoRALinear | LoRAEmbedding) -> Edit:
     return AddLowRank(*factors(layer), layer.scale)
 
 
-def stored_name(name: str, stored: Mapping[str, TensorLocation]) -> str | None:
-    """The name of a parameter in the files: with or without the prefix of the model's body; None if missing."""
-    if name in stored:
-        return name
-    candidates = [other for other in stored if name.endswith(f".{other}") or other.endswith(f".{name}")]
-    return candidates[0] if len(candidates) == 1 else None
+def tied_names(model: CausalLM) -> tuple[str, ...]:
+    """Full names of the weights of embedding and head if they are tied, else ()."""
+    return (f"{model.embedding_name}.weight", f"{model.head_name}.weight") if model.shape.tied else ()
 
 
-def find_location(name: str, model: CausalLM, stored: Mapping[str, TensorLocation]) -> TensorLocation | None:
-    """Where the files store a parameter; one of a tied pair may be stored for both. None if missing."""
-    pair = [f"{end}.weight" for end in (model.embedding_name, model.head_name)] if model.shape.tied else []
-    for candidate in (name, *pair) if name in pair else (name,):
-        if stored_as := stored_name(candidate, stored):
-            return stored[stored_as]
+def stored_name(name: str, stored: Collection[str], tied: Collection[str] = ()) -> str | None:
+    """The name of a parameter in the files: with or without the prefix of the model's body; None if missing.
+
+    Of the parameters `tied`, one may be stored for both.
+    """
+    for parameter in (name, *tied) if name in tied else (name,):
+        if parameter in stored:
+            return parameter
+        candidates = [other for other in stored if parameter.endswith(f".{other}") or other.endswith(f".{parameter}")]
+        if len(candidates) == 1:  # of several none is sure, as two stacks of blocks may end alike
+            return candidates[0]
     return None
+
+
+def find_location(name: str, stored: Mapping[str, TensorLocation], tied: Collection[str] = ()) -> TensorLocation | None:
+    """Where the files store a parameter, as `stored_name` finds it."""
+    stored_as = stored_name(name, stored, tied)
+    return stored[stored_as] if stored_as else None

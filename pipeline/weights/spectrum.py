@@ -9,6 +9,7 @@ error bound.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,10 @@ from pipeline.weights.streaming import Read, Rows
 RANKS = (1, 2, 4, 8, 16, 64)  # ranks whose share of a change is reported
 MAX_VALUES = 64  # singular values computed for a wide matrix
 FULL_COLUMNS = 1024  # columns
-EXTRA = 32  # dimensions of the random subspace beyond those wanted (oversampling)
-PASSES = 6  # reads of a wide matrix
+EXTRA = 32  # dimensions of the random subspace beyond those wanted (oversampling); the last ones converge slowly
+# Reads of a wide matrix. A change of low rank is exact to rounding after 4; in pure noise, the worst case, 2 leave an
+# error of 16% of σ₁ (1500 × 2048, 64 values), 6 one of 3%, 12 one of 1%.
+PASSES = 6
 
 
 class Singular(NamedTuple):
@@ -57,10 +60,11 @@ def singular(read: Read, columns: int, count: int) -> Singular:
         basis = torch.linalg.qr(drawn).Q  # (I, n), orthonormal
     image = gram_times(read, basis)
     for _ in range(0 if complete else PASSES - 1):
+        # orthonormal again each time: otherwise all columns turn to the first singular vector
         basis = torch.linalg.qr(image).Q
         image = gram_times(read, basis)
     squares, rotation = torch.linalg.eigh(basis.T @ image)  # ascending
-    squares, rotation = squares.flip(0).clamp(min=0), rotation.flip(1)
+    squares, rotation = squares.flip(0).clamp(min=0), rotation.flip(1)  # rounding leaves a zero slightly negative
     if not complete:
         squares, rotation = squares[:count], rotation[:, :count]
     values, right = squares.sqrt(), basis @ rotation  # (k,), (I, k)
@@ -88,6 +92,7 @@ def factors(read: Read, rows: int, svd: Singular, rank: int) -> tuple[Tensor, Te
     left = torch.empty(rows, right.shape[1], dtype=torch.float64)
     for part, block in read():
         left[part] = block.double() @ right  # US
+    # σ as the norm of Mv: the square root of an eigenvalue of MᵀM is wrong where σ is below 1e-8 of the largest
     root = torch.linalg.vector_norm(left, dim=0).sqrt()
     return (left / root.clamp(min=1e-150)).float(), (root[:, None] * right.T).float()
 
@@ -136,12 +141,9 @@ class Measured:
 
     def rank_of(self, share: float) -> int | None:
         """The lowest rank that captures `share` of the change; None if the known values do not reach it."""
-        held = 0.0
-        for number, value in enumerate(self.values, start=1):
-            held += value**2
-            if held >= share * self.change**2 * (1 - 1e-12):
-                return number
-        return None
+        enough = share * self.change**2 * (1 - 1e-12)  # less what rounding may take from the sum
+        held = accumulate(value**2 for value in self.values)
+        return next((rank for rank, sum_so_far in enumerate(held, start=1) if sum_so_far >= enough), None)
 
 
 def measure(delta: Delta, max_values: int = MAX_VALUES) -> tuple[Measured, Singular | None]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,13 +59,7 @@ def _add_low_rank(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     return result
 
 
-class Edit(Protocol):
-    """Rows of a tensor → the same rows of the merged tensor, in the same dtype."""
-
-    def __call__(self, weight: Tensor, rows: slice) -> Tensor: ...
-
-    def parts(self) -> tuple[Tensor | float, ...]:
-        """Its tensors and numbers: two edits with equal parts are equal."""
+Edit = Callable[[Tensor, slice], Tensor]  # rows of a tensor → the same rows of the merged tensor, in the same dtype
 
 
 @dataclass(frozen=True)
@@ -86,9 +80,6 @@ class AddLowRank:
 
     def with_norms(self, _blocks: Iterable[Rows]) -> "AddLowRank":
         return self
-
-    def parts(self) -> tuple[Tensor | float, ...]:
-        return self.left, self.right, self.scale
 
 
 @dataclass(frozen=True)
@@ -129,9 +120,6 @@ class RescaleRows:
         update = self(old, rows) - old
         return float(((new - old) * update).sum()), float(update.square().sum())
 
-    def parts(self) -> tuple[Tensor | float, ...]:
-        return self.left, self.right, self.scale, self.magnitude
-
 
 Update = AddLowRank | RescaleRows
 
@@ -147,9 +135,6 @@ class SetRows:
         here = (self.ids >= rows.start) & (self.ids < rows.stop)
         return weight.index_copy(0, self.ids[here] - rows.start, self.values[here].to(weight.dtype))
 
-    def parts(self) -> tuple[Tensor | float, ...]:
-        return self.ids, self.values
-
 
 @dataclass(frozen=True)
 class Replace:
@@ -160,15 +145,12 @@ class Replace:
     def __call__(self, weight: Tensor, rows: slice) -> Tensor:
         return self.values[rows].reshape(weight.shape).to(weight.dtype)
 
-    def parts(self) -> tuple[Tensor | float, ...]:
-        return (self.values,)
-
 
 def same_edit(one: Edit | None, other: Edit | None) -> bool:
     """Whether two edits have the same effect."""
     if one is None or other is None or type(one) is not type(other):
         return one is other
-    pairs = zip(one.parts(), other.parts(), strict=True)
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
     return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
 
 

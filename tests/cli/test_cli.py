@@ -20,7 +20,7 @@ from cli import console
 from cli.main import app
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.files.text import escape_whitespace
-from pipeline.workbench import GRAPH, open_project
+from pipeline.workbench import GRAPH
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, STAGES, files_up_to, folder_bytes, refusal

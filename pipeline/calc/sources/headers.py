@@ -2,6 +2,10 @@
 
 GGUF names its architecture. Safetensors files do not: their tensors' names and sizes are enough for parameter counts,
 and for models that no family builds.
+
+Read without a library: those for these formats import numpy or torch, and the calculator would start ten times more
+slowly. A file may be damaged or made to do harm, so no number in it is trusted: each count and length is limited before
+memory is taken for it, and a GGUF's metadata must describe as many parameters as its tensors have.
 """
 
 import re
@@ -114,15 +118,8 @@ def _build_block(tensors: Mapping[str, tuple[int, ...]]) -> Block:
 # GGUF
 
 GGUF_FAMILIES = {  # architecture in GGUF → model_type in config.json
-    "gemma2": "gemma2",
-    "gemma3": "gemma3_text",
-    "llama": "llama",
-    "olmo2": "olmo2",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3moe": "qwen3_moe",
-    "smollm3": "smollm3",
+    **{name: name for name in ("gemma2", "llama", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")},
+    **{"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"},
 }
 VERSIONS = (2, 3)
 _SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")
@@ -141,12 +138,14 @@ class _Reader:
         self._file, self._path = file, path
         self._string_bytes_left = MAX_STRING_BYTES
 
-    def unpack(self, form: str) -> Any:
-        size = struct.calcsize(form)
+    def _read(self, size: int) -> bytes:
         data = self._file.read(size)
         if len(data) < size:
             raise UserError(f"{self._path} is truncated: its header ends too early. Download it again.")
-        return struct.unpack(form, data)[0]
+        return data
+
+    def unpack(self, form: str) -> Any:
+        return struct.unpack(form, self._read(struct.calcsize(form)))[0]
 
     def count(self, what: str, most: int = MAX_COUNT) -> int:
         number: int = self.unpack("<Q")
@@ -157,10 +156,7 @@ class _Reader:
     def string(self) -> str:
         length = self.count("bytes in strings", self._string_bytes_left)
         self._string_bytes_left -= length  # returned strings stay in memory
-        data = self._file.read(length)
-        if len(data) < length:
-            raise UserError(f"{self._path} is truncated: its header ends too early. Download it again.")
-        return data.decode("utf-8", errors="replace")
+        return self._read(length).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
         """A value of GGUF type `kind`.
@@ -169,25 +165,26 @@ class _Reader:
         """
         if kind == _STRING:
             return self.string()
-        is_array = kind == _ARRAY
-        kind = self.unpack("<I") if is_array else kind
-        form = _SCALARS[kind] if kind < len(_SCALARS) else None
-        if not is_array and form is not None:
-            return self.unpack(form)
-        if not is_array:
-            raise UserError(f"{self._path} is damaged: unknown value type {kind}.")
+        if kind != _ARRAY:
+            return self.unpack(self._form(kind, "value"))
+        kind = self.unpack("<I")
         length = self.count("entries in an array", MAX_STRINGS if kind == _STRING else 2**26)
-        if form is None and kind != _STRING:
-            raise UserError(f"{self._path} is damaged: unknown array type {kind}.")
-        if form is None:
+        if kind == _STRING:  # a vocabulary, whose length is known from the embedding
             for _ in range(length):
                 self._file.seek(self.count("bytes in a string", MAX_STRING_BYTES), 1)
-        elif length <= MOST_LAYERS:
+            return []
+        form = self._form(kind, "array")
+        if length <= MOST_LAYERS:
             numbers = {self.unpack(form) for _ in range(length)}
             return numbers.pop() if len(numbers) == 1 else sorted(numbers)
-        else:
-            self._file.seek(length * struct.calcsize(form), 1)
+        self._file.seek(length * struct.calcsize(form), 1)
         return []
+
+    def _form(self, kind: int, what: str) -> str:
+        form = _SCALARS[kind] if kind < len(_SCALARS) else None
+        if form is None:
+            raise UserError(f"{self._path} is damaged: unknown {what} type {kind}.")
+        return form
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
@@ -228,6 +225,7 @@ def from_gguf(path: Path) -> Architecture:
     config = gguf_config(metadata, shapes)
     family = "mixtral" if kind == "llama" and config.get("num_experts") else GGUF_FAMILIES[kind]
     built = architecture({**config, "model_type": family}, str(path))
+    # llama.cpp stores the factors of long contexts as a tensor, which transformers computes
     stored = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("rope_"))
     size = path.stat().st_size
     if stored != built.total:
@@ -246,7 +244,7 @@ def gguf_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
     def get(key: str) -> Any:
         return metadata.get(f"{kind}.{key}")
 
-    embedding = shapes.get("token_embd.weight") or (0,)
+    embedding = shapes.get("token_embd.weight") or (0,)  # dimensions in reverse: (D, V)
     config = {
         "hidden_size": get("embedding_length"),
         "num_hidden_layers": get("block_count"),

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from pipeline.adapters.lora import AdapterLayer
     from pipeline.calc.architecture import Architecture, Linear
-    from pipeline.calc.ops import Ops
-    from pipeline.calc.tape import Value
+    from pipeline.calc.tape import Ops, Value
     from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
@@ -66,7 +65,7 @@ def _layer() -> type[AdapterLayer]:
     import torch
     from torch import nn
 
-    from pipeline.adapters.lora import AdapterLayer
+    from pipeline.adapters.lora import AdapterLayer, weight_out_in
 
     class IA3Linear(AdapterLayer):
         """l ⊙ (Wx + b), or W(l ⊙ x) + b for a feed-forward linear; l begins with ones, so nothing changes at first."""
@@ -74,7 +73,7 @@ def _layer() -> type[AdapterLayer]:
         def __init__(self, base: nn.Module, feed_forward: bool, dtype: torch.dtype | None = None) -> None:
             super().__init__(base)
             self.feed_forward = feed_forward
-            outputs, inputs = sides(base)
+            outputs, inputs = weight_out_in(base).shape
             shape = (1, inputs) if feed_forward else (outputs, 1)  # PEFT's
             weight = next(base.parameters(), next(base.buffers(), torch.empty(0)))
             dtype = dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
@@ -89,14 +88,6 @@ def _layer() -> type[AdapterLayer]:
             return {SUFFIX: self.ia3_l}
 
     return IA3Linear
-
-
-def sides(base: nn.Module) -> tuple[int, int]:
-    """(O, I) of a linear, of GPT-2's Conv1D, or of a quantized one."""
-    from pipeline.adapters.lora import fan_in_fan_out, weight_of
-
-    outputs, inputs = weight_of(base).shape
-    return (inputs, outputs) if fan_in_fan_out(base) else (outputs, inputs)
 
 
 def wrap(

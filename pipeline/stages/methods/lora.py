@@ -13,10 +13,8 @@ from msgspec import field
 
 from pipeline.calc.method import (
     FinetuningMethod,
-    Projection,
     TrainedBase,
     TrainedParts,
-    group_projections,
     matching_linears,
     projections,
 )
@@ -33,8 +31,7 @@ from pipeline.stages.methods import method
 if TYPE_CHECKING:
     from pipeline.adapters.config import AdapterSpec
     from pipeline.calc.architecture import Architecture, Linear
-    from pipeline.calc.ops import Ops
-    from pipeline.calc.tape import Value
+    from pipeline.calc.tape import Ops, Value
     from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
@@ -238,7 +235,7 @@ def _parse_rank_patterns(texts: list[str]) -> tuple[tuple[str, int], ...]:
 
 
 NEW_ROWS = "new rows"
-FOLD_BELOW = 2**16  # elements; our layers first add the LoRA update of smaller linears to W
+FOLD_BELOW = 2**16  # elements, as in `adapters/lora.py`, which needs torch: it adds the update of smaller linears to W
 
 
 @dataclass(frozen=True)
@@ -252,6 +249,7 @@ class Lora(FinetuningMethod):
     name = "lora"
     aliases = {"qlora": {"precision": QLORA}}  # noqa: RUF012
     columns = ("LoRA", "QLoRA")
+    low_rank = True
 
     rank: int = option(8, "LoRA rank.", flags=("--rank", "--r"), least=1)
     alpha: float | None = option(None, "LoRA alpha; default: the rank.", kind=float, automatic=True)
@@ -316,19 +314,14 @@ class Lora(FinetuningMethod):
 
     def _rank_of(self, name: str, model: Architecture) -> int:
         """Rank by the first matching pattern, `(.*\\.)?(pattern)$` as in PEFT."""
-        for key, rank in self.rank_pattern:
-            if end_match(key, name, "rank_pattern"):
-                return rank
         # an expert's gate and up are one tensor, but get a rank each
         fused = model.style.split_experts and name.endswith("experts.gate_up_proj")
-        return 2 * self.rank if fused else self.rank
+        ranks = (rank for pattern, rank in self.rank_pattern if end_match(pattern, name, "rank_pattern"))
+        return next(ranks, 2 * self.rank if fused else self.rank)
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
         """Parameters of A and B, and DoRA's magnitude, one per output (Liu et al. 2024)."""
         return linear.lora(rank) + (linear.outputs * linear.experts if self.dora else 0)
-
-    def projections(self, model: Architecture) -> tuple[Projection, ...]:
-        return group_projections(model, self)
 
     def trained_parts(self, model: Architecture) -> TrainedParts:
         matrices = {"matrices": sum(p.parameters for p in projections(model, self))}

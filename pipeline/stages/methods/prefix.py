@@ -16,8 +16,7 @@ from pipeline.stages.methods import method
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
-    from pipeline.calc.ops import Ops
-    from pipeline.calc.tape import Value
+    from pipeline.calc.tape import Ops, Value
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Job
     from pipeline.stages.finetune import Attached

@@ -15,7 +15,7 @@ from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
 from pipeline.calc.memory import inference, predict, weight_bytes
 from pipeline.calc.method import FinetuningMethod, projections, trainable, with_options
 from pipeline.calc.report import answer, explain, side_by_side, swept
-from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, TrainingConfig, precision, qlora
+from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, QLORA, TrainingConfig, precision
 from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.calc.step import run_step
 from pipeline.calc.tape import ROUNDING, Tape
@@ -331,8 +331,8 @@ def test_precisions_have_the_bytes_of_their_papers() -> None:
 @given(models, st.sampled_from(sorted(PRECISIONS)), st.sampled_from(sorted(PRECISIONS)))
 def test_a_narrower_precision_never_needs_more(name: str, one: str, other: str) -> None:
     shapes = built_in(name).shapes
-    wide, narrow = sorted((PRECISIONS[one], PRECISIONS[other]), key=lambda p: -(p.bytes + p.rest))
-    assert weight_bytes(shapes, narrow.name) <= weight_bytes(shapes, wide.name) or narrow.rest > wide.rest
+    wide, narrow = sorted((PRECISIONS[one], PRECISIONS[other]), key=lambda p: -(p.bytes + p.compute))
+    assert weight_bytes(shapes, narrow.name) <= weight_bytes(shapes, wide.name) or narrow.compute > wide.compute
 
 
 def test_training_nothing_is_refused() -> None:
@@ -344,13 +344,13 @@ def test_training_quantized_weights_is_refused() -> None:
     for method in (FULL, FREEZE):
         with pytest.raises(UserError, match="nf4 weights cannot be trained"):
             predict(QWEN, method, TrainingConfig(precision="nf4"))
-    assert predict(QWEN, LORA, qlora(TrainingConfig())).weights < predict(QWEN, LORA, TrainingConfig()).weights
+    assert predict(QWEN, LORA, TrainingConfig(precision=QLORA)).weights < predict(QWEN, LORA, TrainingConfig()).weights
 
 
 def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
     """They are not quantized, so their gradients and optimizer state are the same."""
     method = Lora(embeddings="all")
-    few, plain = predict(QWEN, method, qlora(TrainingConfig())), predict(QWEN, method, TrainingConfig())
+    few, plain = predict(QWEN, method, TrainingConfig(precision=QLORA)), predict(QWEN, method, TrainingConfig())
     assert (few.optimizer, few.gradients) == (plain.optimizer, plain.gradients) and few.weights < plain.weights
 
 
@@ -389,7 +389,7 @@ def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
     assert list(columns) == ["full", "freeze", "LoRA", "QLoRA"]
     peaks = [memory.peak for _, _, memory in columns.values()]
     assert peaks == sorted(peaks, reverse=True)
-    assert columns["QLoRA"][2] == predict(QWEN, LORA, qlora(TrainingConfig()))
+    assert columns["QLoRA"][2] == predict(QWEN, LORA, TrainingConfig(precision=QLORA))
     assert list(side_by_side(QWEN, Prompt(), TrainingConfig(), COUNTED)) == [
         "full",
         "freeze",

@@ -16,11 +16,10 @@ from pipeline.calc.families import architecture
 from pipeline.calc.fit import GIB, changes, largest
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod, TrainedParts, configure, matching_linears, trainable
-from pipeline.calc.ops import Ops
 from pipeline.calc.report import answer, explain, side_by_side, swept
 from pipeline.calc.settings import TrainingConfig, option, options_of
 from pipeline.calc.sources.open_model import built_in
-from pipeline.calc.tape import Value
+from pipeline.calc.tape import Ops, Value
 from pipeline.errors import UserError
 from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods.full import COUNTED as FULL

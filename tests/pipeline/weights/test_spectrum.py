@@ -24,7 +24,7 @@ from pipeline.inference.engine import load
 from pipeline.models.base import CausalLM
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.weights import spectrum as singular_module
-from pipeline.weights.extract import Extracted, Spectra, extract, spectra_of
+from pipeline.weights.extract import Extraction, Spectra, extract, spectra_of
 from pipeline.weights.spectrum import Measured, factors, overlaps, singular
 from pipeline.weights.streaming import Read
 from tests.helpers.checkpoints import adapter, checkpoint
@@ -170,7 +170,7 @@ def measured(base: Path, tuned: Path) -> Spectra:
     return played(spectra_of(base, tuned))[0]
 
 
-def extracted(base: Path, tuned: Path, out: Path, rank: int, ends: bool = True) -> Extracted:
+def extracted(base: Path, tuned: Path, out: Path, rank: int, ends: bool = True) -> Extraction:
     return played(extract(base, tuned, out, rank, ends))[0]
 
 

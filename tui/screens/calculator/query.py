@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.fit import Gpu, gpu, of_size
 from pipeline.calc.memory import Memory, predict, refuse_impossible
-from pipeline.calc.method import FinetuningMethod, configure, find_method, trainable, trained_parts
+from pipeline.calc.method import FinetuningMethod, configure, find_method, trainable
 from pipeline.calc.report import side_by_side
 from pipeline.calc.settings import QLORA, TrainingConfig, options_of
 from pipeline.calc.sources.open_model import built_in, open_model
@@ -248,7 +248,7 @@ def params_from_result(result: Result, params: Params, trained: tuple[str, Archi
             )
     if method.adapter:
         try:
-            trained_parts(model, method)
+            trainable(model, method)
         except UserError as error:
             raise UserError(f"{name}, the model of this project, does not have these targets. {error}") from None
         values |= {"adapter_precision": run.adapter_precision, "quantization": quantization}

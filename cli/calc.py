@@ -1,23 +1,39 @@
-"""The outputs of `lora calc`: the overview, models, the document's claims, sweeps, what fits, traces, formulas."""
+"""`lora calc`: what a fine-tuning run trains, needs and fits on, before anything is downloaded."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from inspect import Parameter, signature
+from typing import Annotated, Any
 
 from rich.text import Text
+from typer import Option
 
 from cli.console import print_json, stdout, table
+from cli.options import JsonOption, group
 from pipeline.calc import report
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import LARGEST, changes, gpus, largest, of_size
 from pipeline.calc.fit import gpu as find_gpu
-from pipeline.calc.memory import PARTS, inference, predict
-from pipeline.calc.method import Configuration, projections, trainable, why_they_differ
+from pipeline.calc.memory import PARTS, inference, predict, refuse_impossible
+from pipeline.calc.method import (
+    Configuration,
+    configure,
+    first_adapter,
+    names_of,
+    projections,
+    trainable,
+    why_they_differ,
+)
 from pipeline.calc.report import PROJECTION, SHADES, capped, gib, smallest, swept
-from pipeline.calc.sources.open_model import built_in, names
+from pipeline.calc.settings import TrainingConfig, options_of
+from pipeline.calc.sources.open_model import built_in, names, open_model
 from pipeline.errors import UserError
+from pipeline.stages.registry import COUNTED
 
+app = group()
+NAMES = names_of(COUNTED.values())
+METHOD_HELP = f"Method: {', '.join(NAMES[:-1])} or {NAMES[-1]}."
 BAR = 36  # cells of the largest peak's bar
 CLASSES = {  # one card of each common size in GB; Macs follow
     **{"8": "rtx4060", "12": "rtx3060", "16": "rtx4080", "24": "rtx4090", "32": "rtx5090"},
@@ -25,8 +41,93 @@ CLASSES = {  # one card of each common size in GB; Macs follow
 }
 
 
+def with_calculator_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each of the methods and of the step, in place of its `**options`.
+
+    Values are checked by the calculator, so that each mistake is one message.
+    """
+    own = list(signature(command).parameters.values())
+    default = first_adapter(COUNTED)  # its options come first in the help
+    parameters: dict[str, Parameter] = {}
+    for settings in (default, *COUNTED.values(), TrainingConfig):
+        for name, rule in options_of(settings).items():
+            kind, value = rule.kind or type(rule.default), rule.default
+            if rule.metavar:  # may be given several times
+                kind, value = list[str] | None, None  # type: ignore[assignment]
+            elif rule.parse:
+                kind, value = str, ",".join(value)
+            elif rule.automatic:
+                kind, value = kind | None, None  # type: ignore[assignment]
+            flags = rule.flags or (f"--{name.replace('_', '-')}",)
+            annotation = Annotated[kind, Option(*flags, help=rule.help, metavar=rule.metavar)]  # type: ignore[valid-type]
+            parameter = Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
+            parameters.setdefault(name, parameter)
+    at = next(index for index, parameter in enumerate(own) if parameter.kind is Parameter.VAR_KEYWORD)
+    command.__signature__ = signature(command).replace(parameters=[*own[:2], *parameters.values(), *own[2:at]])  # type: ignore[attr-defined]
+    return command
+
+
+@app.command()
+@with_calculator_options
+def calc(
+    *,
+    model: Annotated[
+        str, Option(help="Built-in name, folder, config.json, .safetensors, .gguf or hub id.")
+    ] = "qwen3-8b",
+    method: Annotated[str, Option(help=METHOD_HELP)] = "lora",
+    fit: Annotated[
+        float | None, Option(metavar="GIB", help="Show what fits into this memory, and what to change.")
+    ] = None,
+    gpu: Annotated[str | None, Option(help="The same for a GPU: rtx4090, a100-80, h100 ...")] = None,
+    sweep: Annotated[str | None, Option(metavar="KEY=A,B", help="Table over rank, sequence, precision ...")] = None,
+    trace: Annotated[
+        bool, Option("--trace", help="Run the real step under fake tensors and compare the peaks.")
+    ] = False,
+    document: Annotated[bool, Option("--document", help="Show the document's numbers beside the exact ones.")] = False,
+    list_: Annotated[bool, Option("--list", help="List the built-in models.")] = False,
+    explain: Annotated[bool, Option("--explain", help="Show each number's formula with its values.")] = False,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, Option("--csv", help="Print CSV to stdout.")] = False,
+    **options: Any,
+) -> None:
+    """Exact parameters, training memory, what fits your GPU.
+
+    Computed from shapes alone: nothing is downloaded, no GPU is needed.
+    """
+    out = _Output(as_json, as_csv)
+    questions = {
+        "--list": list_,
+        "--document": document,
+        "--sweep": sweep is not None,
+        "--fit": fit is not None,
+        "--gpu": gpu is not None,
+        "--trace": trace,
+        "--explain": explain,
+    }
+    asked = [name for name, is_given in questions.items() if is_given]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} exclude each other. Use one of them.")
+    if list_:
+        return _print_models(out)
+    if document:
+        return _print_document(out)
+    for name, rule in options_of(TrainingConfig).items():
+        if options[name] is not None and rule.unit != 1:
+            options[name] *= rule.unit
+    loaded = open_model(model)
+    given = configure(loaded.shapes, COUNTED, method, **options)
+    refuse_impossible(loaded.shapes, given.method, given.run)
+    if sweep is not None:
+        return _print_sweep(out, loaded, given, sweep)
+    if fit is not None or gpu is not None:
+        return _print_fit(out, loaded, given, fit, gpu)
+    if trace:
+        return _print_trace(out, loaded, given)
+    return (_print_explain if explain else _print_overview)(out, loaded, given)
+
+
 @dataclass(frozen=True)
-class Output:
+class _Output:
     """The output format: one JSON document, CSV rows, or a table on the terminal."""
 
     json: bool
@@ -47,11 +148,11 @@ class Output:
         return self.json or self.csv
 
 
-def headline(title: str, description: str) -> None:
+def _headline(title: str, description: str) -> None:
     stdout.print(Text.assemble((f"\n{title}", "bold"), (f"  {description}", "dim")))
 
 
-def overview(out: Output, model: Model, given: Configuration) -> None:
+def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
     """Parameters, memory of four methods side by side, and the GPUs that fit each."""
     shapes, (methods, method, run) = model.shapes, given
     if out.json:
@@ -83,7 +184,7 @@ def overview(out: Output, model: Model, given: Configuration) -> None:
 
     run = next(reversed(columns.values()))[1]
     step = f"{run.batch} × {run.sequence:,} tokens, {run.attention}, checkpointing {run.checkpointing}"
-    headline("memory of a step, GiB", f"{step}, {run.loss} logits")
+    _headline("memory of a step, GiB", f"{step}, {run.loss} logits")
     used = [part for part in PARTS if any(memory.parts()[part] for memory in memories.values())]
     cells = [("base in", *(r.precision for _, r, _ in columns.values()))]
     cells += [(part, *(gib(memory.parts()[part]) for memory in memories.values())) for part in used]
@@ -104,11 +205,11 @@ def overview(out: Output, model: Model, given: Configuration) -> None:
     *parts, total = inference(shapes, None, run).items()
     generating = " + ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in parts if size)
     step = f"merged, {run.precision}, {run.batch} × {run.sequence:,} tokens"
-    headline("to generate, GiB", f"{step}: {generating} = {gib(total[1])}")
+    _headline("to generate, GiB", f"{step}: {generating} = {gib(total[1])}")
 
     devices = {size: gpus()[card] for size, card in CLASSES.items()}
     devices |= {f"Mac {name[4:]}": device for name, device in gpus().items() if name.startswith("mac-")}
-    headline("fits on", "● holds the peak, · does not; sizes in GB")
+    _headline("fits on", "● holds the peak, · does not; sizes in GB")
     marks = [
         (name, *("●" if memory.peak <= device.bytes else "·" for device in devices.values()))
         for name, memory in memories.items()
@@ -119,7 +220,7 @@ def overview(out: Output, model: Model, given: Configuration) -> None:
     return None
 
 
-def models(out: Output) -> None:
+def _print_models(out: _Output) -> None:
     """`--list`."""
     shapes = [(name, built_in(name).shapes) for name in names()]
     columns = ("name", "parameters", "published", "family", "blocks", "width", "source")
@@ -129,7 +230,7 @@ def models(out: Output) -> None:
         stdout.print(table(columns[:6], shown, right=("parameters", "blocks", "width")))
 
 
-def document(out: Output) -> None:
+def _print_document(out: _Output) -> None:
     """`--document`."""
     from cli.document.claims import show
     from pipeline.workbench import calculated_claims
@@ -141,7 +242,7 @@ def document(out: Output) -> None:
         show(claims)
 
 
-def sweep(out: Output, model: Model, given: Configuration, text: str) -> None:
+def _print_sweep(out: _Output, model: Model, given: Configuration, text: str) -> None:
     """`--sweep KEY=A,B`: one row per value."""
     from pipeline.project.logs.run_log import in_units  # the overview starts without
 
@@ -163,7 +264,7 @@ def sweep(out: Output, model: Model, given: Configuration, text: str) -> None:
     stdout.print(f"{shapes.name}, {given.method.title}; --csv has every part", style="dim", markup=False)
 
 
-def fit(out: Output, model: Model, given: Configuration, budget: float | None, name: str | None) -> None:
+def _print_fit(out: _Output, model: Model, given: Configuration, budget: float | None, name: str | None) -> None:
     """`--fit` and `--gpu`: the largest values that fit, and what to change if the configuration does not."""
     from pipeline.project.logs.run_log import in_units
 
@@ -195,7 +296,7 @@ def fit(out: Output, model: Model, given: Configuration, budget: float | None, n
     return None
 
 
-def trace(out: Output, model: Model, given: Configuration) -> None:
+def _print_trace(out: _Output, model: Model, given: Configuration) -> None:
     """`--trace`: the peak of the real training step under fake tensors, beside that of the formula."""
     from pipeline.project.logs.run_log import in_units
     from pipeline.training.memory_trace import traced_peak
@@ -213,7 +314,7 @@ def trace(out: Output, model: Model, given: Configuration) -> None:
     stdout.print(f"the formula differs by {difference:+.3g}%; without the CUDA context")
 
 
-def explain(out: Output, model: Model, given: Configuration) -> None:
+def _print_explain(out: _Output, model: Model, given: Configuration) -> None:
     """`--explain`: the formula of each number with the values inserted."""
     shapes, (_, method, run) = model.shapes, given
     formulas = list(report.explain(shapes, method, run, predict(shapes, method, run)))
