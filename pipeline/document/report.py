@@ -127,12 +127,12 @@ def _fix_layout(figure: Figure) -> None:
 def min_max(cells: Iterable[Spread]) -> list[list[float]]:
     """matplotlib's error bars: the distances from each mean down to the minimum and up to the maximum."""
     spreads = list(cells)
-    return [[c.mean - c.low for c in spreads], [c.high - c.mean for c in spreads]]
+    return [[c - c.low for c in spreads], [c.high - c for c in spreads]]
 
 
 def error_bars(axis: Axis, x: Collection[Any], cells: Sequence[Spread], **style: Any) -> None:
     """A line through the means with a bar from minimum to maximum at each point."""
-    axis.errorbar(list(x), [c.mean for c in cells], yerr=min_max(cells), **style)
+    axis.errorbar(list(x), cells, yerr=min_max(cells), **style)
 
 
 def legend_beside(axis: Axis) -> None:

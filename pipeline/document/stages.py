@@ -47,7 +47,7 @@ class Claims(Section, frozen=True, kw_only=True):
 MEASUREMENTS = (*(stage_of(name, study) for name, study in find_studies().items()), FIGURES)
 CLAIMS = Stage(
     "claims",
-    "pipeline.document.claims.report",
+    "pipeline.document.claims.check",
     "claims",
     "claims",
     "claims",

@@ -335,7 +335,7 @@ class GridSearch:
             "measured": measured,
             "ours": "/".join(dict.fromkeys(firsts)),
             "same_first": set(firsts) == {cell.word},
-            "within_15": abs(measured.mean - cell.probability) <= POINTS,
+            "within_15": abs(measured - cell.probability) <= POINTS,
             "least": min(all_means),
             "greatest": max(all_means),
         }
@@ -397,7 +397,7 @@ def _text(
     staying: Sequence[str],
 ) -> str:
     def mean_of(row: Row, columns: Sequence[str]) -> str:
-        return f"{fmean(row[name].mean for name in columns):.0%}" if columns else "–"
+        return f"{fmean(row[name] for name in columns):.0%}" if columns else "–"
 
     near, same = (sum(row[key] for row in rows) for key in ("within_15", "same_first"))
     far = []
@@ -460,7 +460,7 @@ def _draw(figure: Figure, rows: Sequence[Row]) -> None:
             x = [prompts.index(row["prompt"]) + 0.27 * (number - 1) for row in of_model]
             cells = [row["measured"] for row in of_model]
             style = {"color": COLORS[color], "hatch": hatch, "edgecolor": "white", "label": model}
-            axis.bar(x, [cell.mean for cell in cells], 0.24, yerr=min_max(cells), **style)
+            axis.bar(x, cells, 0.24, yerr=min_max(cells), **style)
             document_values = [row["document"] for row in of_model]
             axis.hlines(document_values, [at - 0.13 for at in x], [at + 0.13 for at in x], color="black")
             for at, row in zip(x, of_model, strict=True):

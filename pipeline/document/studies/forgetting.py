@@ -7,7 +7,7 @@ from pipeline.document.measures import FORMATS, Losses, RetentionScorer
 from pipeline.document.report import Figure, Findings, legend_beside
 from pipeline.document.runner import METHODS, Run, checkpoints
 from pipeline.document.studies import Study
-from pipeline.document.tables import Row, Table, mean, shown, spreads
+from pipeline.document.tables import Row, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
 from pipeline.stages.registry import COLORS
@@ -97,11 +97,11 @@ def _at_target(name: str, curves: Sequence[Curve]) -> Row:
 def _text(trade: Sequence[Row]) -> str:
     reached = [row for row in trade if row["rise_there"] is not None]
     never = [row["method"] for row in trade if row["rise_there"] is None]
-    ranked = sorted(reached, key=lambda row: mean(row["rise_there"]))
+    ranked = sorted(reached, key=lambda row: row["rise_there"])
     if not ranked:
         return f"No method reaches a loss of {TARGET_LOSS:g} nats per token on the new sentences with every seed."
     rises = ", ".join(f"{row['method']} {shown(row['rise_there'], '.2f')}" for row in ranked)
-    later = ", ".join(f"{row['method']} {mean(row['old_rise']) - mean(row['rise_there']):+.2f}" for row in ranked)
+    later = ", ".join(f"{row['method']} {row['old_rise'] - row['rise_there']:+.2f}" for row in ranked)
     others = f" These methods do not reach it: {', '.join(never)}." if never else ""
     return (
         f"When the loss on the new sentences reaches {TARGET_LOSS:g} nats per token, the loss on the old sentences has "
@@ -116,7 +116,7 @@ def _draw(figure: Figure, epochs: Sequence[Row]) -> None:
     axis = figure.subplots()
     for name, line in LINE_STYLES.items():
         rows = [row for row in epochs if row["method"] == name]
-        x, y = ([mean(row[quantity]) for row in rows] for quantity in ("new_loss", "old_rise"))
+        x, y = ([row[quantity] for row in rows] for quantity in ("new_loss", "old_rise"))
         axis.plot(x, y, line, color=COLORS[METHODS[name].color], label=name, marker=".", markevery=5)
     axis.set(xlabel="new loss (nats per token), falling to the left", ylabel="old loss rises by (nats per token)")
     axis.set_xscale("log")

@@ -91,15 +91,15 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
         scores.setdefault((start, size), []).append(score(loaded, examples))
         yield Progress(number, len(wanted), run.name)
 
-    full = Spread.of(result.accuracy for result in scores[BASE, large]).mean
+    full = Spread.of(result.accuracy for result in scores[BASE, large])
     dimensions: list[Row] = []
     for (start, size), by_seed in scores.items():
         right = Spread.of(result.accuracy for result in by_seed)
         dimensions.append(
             {
                 **{"begins": start, "dimensions": size, "share": size / large, "right": right},
-                "of_full": right.mean / full,
-                "enough": right.mean >= settings.share * full - SLACK,
+                "of_full": right / full,
+                "enough": right >= settings.share * full - SLACK,
                 "loss": Spread.of(result.loss for result in by_seed),
             }
         )
@@ -111,7 +111,7 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
         PAPER_MODEL: (paper["parameters"], Spread((low + high) / 2, low, high)),
     }
     least = [
-        {"model": name, "parameters": parameters, "least": cell, "share": cell.mean / parameters if cell else None}
+        {"model": name, "parameters": parameters, "least": cell, "share": cell / parameters if cell else None}
         for name, (parameters, cell) in sufficient.items()
     ]
     formats, title = {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"}, "Training in random subspaces"
@@ -172,8 +172,8 @@ def _draw(figure: Figure, share: float, dimensions: Sequence[Row]) -> None:
         cells = {row["dimensions"]: row["right"] for row in inner if row["begins"] == start}
         error_bars(axis, cells, list(cells.values()), marker=marker, color=COLORS[color], label=f"from {start}")
     for row, label, line in ((full, "full fine-tuning", "-"), (base, "the base", ":")):
-        axis.axhline(row["right"].mean, color=COLORS["full"], linestyle=line, label=label)
-    enough = share * full["right"].mean
+        axis.axhline(row["right"], color=COLORS["full"], linestyle=line, label=label)
+    enough = share * full["right"]
     axis.axhline(enough, color="black", linewidth=0.8, linestyle="--", label=f"{share:.0%} of it")
     axis.set(xscale="log", xlabel="dimensions d", ylabel="next tokens right", ylim=(0, 1))
     axis.set_xticks(list(cells), [str(size) for size in cells])

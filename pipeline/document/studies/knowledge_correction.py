@@ -17,7 +17,7 @@ from pipeline.document.measures import check_words
 from pipeline.document.report import Figure, Findings, legend_beside
 from pipeline.document.runner import PARTS, Run, Trained, by, drain, sweep_run, train
 from pipeline.document.studies import Study
-from pipeline.document.tables import Row, Spread, Table, mean, shown
+from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Count, File, Rate, Section, Seed
 from pipeline.project.runner import Event, Job
@@ -212,7 +212,7 @@ def _draw(figure: Figure, prompts: Sequence[Row], labels: Sequence[str]) -> None
     for number, label in enumerate(labels):
         color, hatch = BAR_STYLES[label]
         positions = [row + step * (number - len(labels) / 2 + 0.5) for row in range(len(rows))]
-        values = [mean(row[_column(label)]) for row in rows]
+        values = [row[_column(label)] for row in rows]
         axis.barh(positions, values, 0.88 * step, color=color, hatch=hatch, label=label)
     axis.set_yticks(range(len(rows)), [f"{row['prompt']} → {row['word']}" for row in rows], fontsize=8)
     axis.invert_yaxis()

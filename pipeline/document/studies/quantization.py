@@ -202,8 +202,8 @@ def _text(
     by_name = {row["precision"]: row for row in quality}
     unchanged = [name for name, row in by_name.items() if row["kept"].low == 1]
     lost = "".join(f" {n} keeps {shown(row['kept'], '.0%')}." for n, row in by_name.items() if n not in unchanged)
-    fp32 = by_name["FP32"]["perplexity"].mean
-    rises = {name: row["perplexity"].mean / fp32 - 1 for name, row in by_name.items()}
+    fp32 = by_name["FP32"]["perplexity"]
+    rises = {name: row["perplexity"] / fp32 - 1 for name, row in by_name.items()}
     worse = ", ".join(f"{rise:.1%} in {name}" for name, rise in rises.items() if rise >= NEGLIGIBLE_RISE)
     outputs, errors, of_normal = (
         {name: shown(row[column], ".1%") for name, row in by_name.items()}
@@ -242,14 +242,14 @@ def _draw(figure: Figure, quality: Sequence[Row]) -> None:
     for name, color, marker in (("error", "freeze", "s"), ("output_error", "lora", "o")):
         cells = {y: row[name] for y, row in enumerate(quality) if row[name].low}  # FP32 has error 0
         style = {"color": COLORS[color], "marker": marker, "linestyle": "", "label": name.replace("_", " ")}
-        left.errorbar([c.mean for c in cells.values()], list(cells), xerr=min_max(cells.values()), **style)
+        left.errorbar(list(cells.values()), list(cells), xerr=min_max(cells.values()), **style)
     left.set(xscale="log", xlabel="relative error")
     left.set_yticks(positions, names, fontsize=8)
     left.legend(fontsize=8)
     kept = [row["kept"] for row in quality]
-    right.barh(positions, [cell.mean for cell in kept], xerr=min_max(kept), color=COLORS["scratch"])
+    right.barh(positions, kept, xerr=min_max(kept), color=COLORS["scratch"])
     for y, row in enumerate(quality):
-        right.annotate(f"perplexity {row['perplexity'].mean:.2f}", (0.02, y), va="center", fontsize=7)
+        right.annotate(f"perplexity {row['perplexity']:.2f}", (0.02, y), va="center", fontsize=7)
     right.set(xlabel="first choices kept", xlim=(0, 1))
     right.set_yticks([])
     for axis in (left, right):

@@ -89,7 +89,7 @@ def measure(job: Job, settings: StudySpectrum) -> Generator[Event, None, Finding
         for number, side in enumerate(("outputs", "inputs"))
     ]
     first, directions = next(iter(phi)), range(1, SQUARE + 1)
-    grid = [{"i": i, **{f"j_{j}": _at(phi[first], 1, i, j).mean for j in directions}} for i in directions]
+    grid = [{"i": i, **{f"j_{j}": float(_at(phi[first], 1, i, j)) for j in directions}} for i in directions]
     quality: list[Row] = [
         {"rank": str(rank), **spreads(("held", *Knowledge._fields), by_seed)} for rank, by_seed in extracted.items()
     ]
@@ -267,7 +267,7 @@ def _draw(figure: Figure, energy: Sequence[Row], grid: Sequence[Row], extracted:
     for row in (row for row in energy if row["matrices"] in lines):
         change, kind = row["change"], row["matrices"]
         style = {"color": colors.get(change, COLORS["lora"]), "marker": "o" if change in colors else "s"}
-        shares = [row[f"rank_{rank}"].mean for rank in RANKS]
+        shares = [row[f"rank_{rank}"] for rank in RANKS]
         left.plot(RANKS, shares, lines[kind], label=f"{change}, {kind}", **style)
     left.set(xscale="log", xlabel="rank", ylabel="share of ‖ΔW‖²", ylim=(0, 1.02))
     left.set_xticks(RANKS, [str(rank) for rank in RANKS])
@@ -281,7 +281,7 @@ def _draw(figure: Figure, energy: Sequence[Row], grid: Sequence[Row], extracted:
     figure.colorbar(image, ax=middle)
     *ranks, tuned = extracted
     error_bars(right, range(len(ranks)), [row["new_loss"] for row in ranks], color=COLORS["lora"], marker="o")
-    right.axhline(tuned["new_loss"].mean, color=COLORS["full"], linestyle="--", label="full fine-tuning")
+    right.axhline(tuned["new_loss"], color=COLORS["full"], linestyle="--", label="full fine-tuning")
     right.set(xlabel="rank of the extracted LoRA", ylabel="new loss (nats per token)", yscale="log")
     right.set_xticks(range(len(ranks)), [row["rank"] for row in ranks])
     right.grid(alpha=0.3)

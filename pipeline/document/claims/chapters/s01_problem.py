@@ -3,8 +3,7 @@
 from typing import Any
 
 from pipeline.calc.settings import precision
-from pipeline.document.claims.claim import Chapter, Result, about, at_least, less_than, more_than
-from pipeline.document.claims.quantity import GB, MB, n, percent, times
+from pipeline.document.claims import GB, MB, Chapter, Result, about, at_least, less_than, more_than, n, percent, times
 from pipeline.document.claims.sources import Sources, calc, model
 
 chapter = Chapter()

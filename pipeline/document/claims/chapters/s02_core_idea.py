@@ -1,7 +1,20 @@
 """2. The Core Idea."""
 
-from pipeline.document.claims.claim import Chapter, Result, about, at_least, at_most, between, more_than, probability
-from pipeline.document.claims.quantity import KB, billion, million, n, percent
+from pipeline.document.claims import (
+    KB,
+    Chapter,
+    Result,
+    about,
+    at_least,
+    at_most,
+    between,
+    billion,
+    million,
+    more_than,
+    n,
+    percent,
+    probability,
+)
 from pipeline.document.claims.sources import Record, Sources, calc, model
 
 chapter = Chapter()

@@ -1,7 +1,6 @@
 """3. Example with Concrete Numbers."""
 
-from pipeline.document.claims.claim import Chapter, Result, about
-from pipeline.document.claims.quantity import GB, KB, MB, billion, n
+from pipeline.document.claims import GB, KB, MB, Chapter, Result, about, billion, n
 from pipeline.document.claims.sources import Record, calc, find, model
 
 chapter = Chapter()

@@ -1,7 +1,6 @@
 """4. Step by Step: What Happens Mathematically?"""
 
-from pipeline.document.claims.claim import Chapter, Result, about
-from pipeline.document.claims.quantity import n
+from pipeline.document.claims import Chapter, Result, about, n
 from pipeline.document.claims.sources import Sources, calc
 
 chapter = Chapter()

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from pipeline.document.claims.claim import Chapter, Result, between, less_than
-from pipeline.document.claims.quantity import GB, million, n, percent
+from pipeline.document.claims import GB, Chapter, Result, between, less_than, million, n, percent
 from pipeline.document.claims.sources import Sources, calc
 
 chapter = Chapter()

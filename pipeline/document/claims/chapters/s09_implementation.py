@@ -1,7 +1,6 @@
 """9. Our Implementation: MiniGPT Fine-Tuning."""
 
-from pipeline.document.claims.claim import Chapter, Result, at_least, between, less_than
-from pipeline.document.claims.quantity import KB, n, percent
+from pipeline.document.claims import KB, Chapter, Result, at_least, between, less_than, n, percent
 from pipeline.document.claims.sources import Sources, calc, find
 
 chapter = Chapter()

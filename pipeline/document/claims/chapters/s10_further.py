@@ -3,8 +3,20 @@
 from math import log2
 
 from pipeline.calc.settings import precision
-from pipeline.document.claims.claim import Chapter, Result, about, at_least, at_most, less_than, more_than
-from pipeline.document.claims.quantity import GB, B, GiB, n, percent
+from pipeline.document.claims import (
+    GB,
+    B,
+    Chapter,
+    GiB,
+    Result,
+    about,
+    at_least,
+    at_most,
+    less_than,
+    more_than,
+    n,
+    percent,
+)
 from pipeline.document.claims.sources import Sources, calc, find, model
 
 chapter = Chapter()
