@@ -131,14 +131,14 @@ def models(out: Output) -> None:
 
 def document(out: Output) -> None:
     """`--document`."""
-    from cli.document.claims import show
+    from cli.document import show_claims
     from pipeline.workbench import calculated_claims
 
     _, claims = calculated_claims()
     columns = ("section", "quote", "document", "measured", "verdict", "why")
     shown = [(r["section"], r["quote"], *r["shown"].values(), r["verdict"], r["why"]) for r in claims]
     if not out.rows(columns, shown):
-        show(claims)
+        show_claims(claims)
 
 
 def sweep(out: Output, model: Model, given: Configuration, text: str) -> None:
