@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.calc.target_modules import matches_suffix
-from pipeline.document.changes import changes, matrices, module_name
 from pipeline.document.figures import Figures
+from pipeline.document.measures import changes, module_name
 from pipeline.document.report import BLUE, EDGE, GREEN, HATCHED, INK, RED, SMALL, WIDE, Axis, Figure, Findings
 from pipeline.document.tables import Row, Table, shown
 from pipeline.errors import UserError
@@ -91,7 +91,7 @@ def farthest(plane: Plane) -> tuple[Matrix, Matrix]:
 def render(job: Job) -> Findings:
     """Raises UserError if figures.module does not name exactly one matrix."""
     settings = job.project.params.of(Figures)
-    changed = matrices(changes(job))
+    changed = [parameter for parameter in changes(job) if parameter.change.ndim == 2]
     named = [parameter for parameter in changed if matches_suffix(parameter.module, settings.module)]
     if len(named) != 1:
         matched = "no matrix" if not named else f"{named[0].module} and {named[1].module}"
