@@ -80,7 +80,7 @@ class Table:
     def markdown(self) -> str:
         """The table as Markdown, numbers right-aligned."""
         alignments = ["---:" if number else "---" for number in self.heads.values()]
-        return "".join(f"| {' | '.join(line)} |\n" for line in (list(self.heads), alignments, *self.shown()))
+        return markdown((list(self.heads), alignments, *self.shown()))
 
     def write(self, folder: Path) -> None:
         """Write `name`.csv, numbers with six digits. Columns with a Spread get `_low` and `_high` beside them."""
@@ -116,6 +116,11 @@ def shown(cell: Cell, form: str = "") -> str:
         mean, deviation = (f"{value:{form or '.3g'}}" for value in (cell, max(cell.high - cell, cell - cell.low)))
         return mean if float(deviation.rstrip("%")) == 0 else f"{mean} ±{deviation.rstrip('%')}"
     return f"{cell:{form or (',' if isinstance(cell, int) else '.4g')}}"
+
+
+def markdown(lines: Iterable[Sequence[str]]) -> str:
+    """The lines of a Markdown table, heads and alignments first."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def times(rows: Sequence[Row]) -> Table:

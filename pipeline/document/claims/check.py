@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.document.claims import Claim, in_unit
 from pipeline.document.claims.chapters import CLAIMS
 from pipeline.document.claims.sources import MissingArtifact, Sources
-from pipeline.document.tables import Spread, Table, read_table
+from pipeline.document.tables import Spread, Table, markdown, read_table
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.project.runner import Event, Facts, Job, Progress
@@ -152,7 +152,7 @@ def page(rows: Sequence[Row], project: Project) -> str:
     for section, own in by_section.items():
         counts = [sum(row["verdict"] == verdict for row in own) for verdict in there]
         overview.append([section_heading(section), *(str(count or "") for count in counts)])
-    lines = [HEAD, f"{summary(rows)}.\n", _markdown(overview)]
+    lines = [HEAD, f"{summary(rows)}.\n", markdown(overview)]
     for section, own in by_section.items():
         lines += [f"## {section_heading(section)}\n", *parts[section], markdown_table(own)]
     return "\n".join(lines)
@@ -164,11 +164,7 @@ def markdown_table(rows: Iterable[Row]) -> str:
     for row in rows:
         cells = row["quote"], row["shown"]["says"], row["shown"]["measured"], MARKS[row["verdict"]], row["why"]
         lines.append([text.replace("|", "\\|").replace("<", "&lt;") for text in cells])
-    return _markdown(lines)
-
-
-def _markdown(lines: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(lines)
 
 
 def _figures(project: Project) -> Iterator[tuple[str, str]]:

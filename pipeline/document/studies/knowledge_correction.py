@@ -109,14 +109,16 @@ def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, No
         at = [number for number, prompt in enumerate(prompts) if prompt.rule == rule]
         return Spread.of(float(sum(by_prompt[number].first for number in at)) for by_prompt in answers)
 
-    def counts(answers: "Sequence[Sequence[AnswerScore]]") -> Row:
-        return {"corrected": right("must_change", answers), "kept": right("must_keep", answers)}
-
-    summary: list[Row] = [{"adapter": "none", **counts([before]), "divergence": 0.0, "merge_differs_by": None}]
-    for name, by_seed in variants.items():
-        divergence = Spread.of(one.divergence for one in by_seed)
-        own = {"divergence": divergence, "merge_differs_by": merged[name]}
-        summary.append({"adapter": name, **counts([one.answers for one in by_seed]), **own})
+    summary = list[Row]()
+    for name, by_seed in {"none": list[Corrected](), **variants}.items():
+        answers = [one.answers for one in by_seed] or [before]
+        summary.append(
+            {
+                **{"adapter": name, "corrected": right("must_change", answers), "kept": right("must_keep", answers)},
+                "divergence": Spread.of(one.divergence for one in by_seed) if by_seed else 0.0,
+                "merge_differs_by": merged.get(name),
+            }
+        )
     by_prompt: list[Row] = [  # of the corrected answer for prompts that must change
         {
             **{"prompt": prompt.prompt, "rule": prompt.rule.removeprefix("must_"), "word": prompt.corrected},

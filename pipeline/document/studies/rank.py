@@ -27,13 +27,7 @@ class StudyRank(Section, frozen=True, kw_only=True):
     prompt_words: Annotated[Count, "words of a new sentence given as its prompt"] = 2
     seeds: Annotated[tuple[Seed, ...], "each is a run of its own"] = (0, 1, 2)
     ranks: Annotated[tuple[Count, ...], "ranks that are tried"] = (1, 2, 4, 8, 16, 64)
-    alphas: Annotated[tuple[Rate, ...], "alphas that are tried"] = (
-        0.5,
-        1.0,
-        4.0,
-        8.0,
-        16.0,
-    )
+    alphas: Annotated[tuple[Rate, ...], "alphas that are tried"] = (0.5, 1.0, 4.0, 8.0, 16.0)
     learning_rates: Annotated[tuple[Rate, ...], "learning rates that are tried"] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 

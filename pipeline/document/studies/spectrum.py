@@ -6,8 +6,8 @@ initialization. Adapters of the same seed may share their initialization, so ada
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,18 +136,18 @@ def spectra_of(base: Path, tuned: Sequence[Path], updates: "Mapping[str, Sequenc
 def energy(spectra: "Spectra") -> Table:
     """Means over the matrices of a kind, as a Spread over seeds."""
     quantities: dict[str, Callable[[Measured], float | None]] = {
-        "relative": lambda m: m.relative,
-        **{f"rank_{rank}": partial(lambda rank, m: m.energy(rank), rank) for rank in RANKS},
-        "stable_rank": lambda m: m.stable_rank,
-        "effective_rank": lambda m: m.effective_rank,
-        "rank_of_90": lambda m: m.rank_of(0.9),
+        "relative": attrgetter("relative"),
+        **{f"rank_{rank}": methodcaller("energy", rank) for rank in RANKS},
+        "stable_rank": attrgetter("stable_rank"),
+        "effective_rank": attrgetter("effective_rank"),
+        "rank_of_90": methodcaller("rank_of", 0.9),
     }
     rows: list[Row] = []
     for change, seeds in spectra.items():
         for kind in dict.fromkeys(KINDS.values()):
-            names = {name for name, its_kind in KINDS.items() if its_kind == kind}
             by_seed = [
-                [m for m in seed if m.name.removesuffix(".weight").rsplit(".", 1)[-1] in names] for seed in seeds
+                [m for m in seed if KINDS.get(m.name.removesuffix(".weight").rsplit(".", 1)[-1]) == kind]
+                for seed in seeds
             ]
             if not all(by_seed):
                 continue
