@@ -20,7 +20,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from pipeline.document.tables import Spread, shown
@@ -78,12 +77,6 @@ def in_unit(value: Any, unit: str = "") -> str:
     text = f"{number:,.0f}" if abs(number) >= 999.5 else f"{number:.3g}"
     text = f"{number:.7f}".rstrip("0") if "e-0" in text and abs(number) >= 1e-5 else text
     return f"{text}%" if unit == "%" else f"{text} {unit}".strip()
-
-
-# How a reason writes a value: f"{n(full.trained)} parameters, {percent(share)} of all".
-n, percent, times = in_unit, partial(in_unit, unit="%"), partial(in_unit, unit="×")
-million, billion = partial(in_unit, unit="million"), partial(in_unit, unit="billion")
-B, KB, MB, GB, GiB = (partial(in_unit, unit=unit) for unit in ("B", "KB", "MB", "GB", "GiB"))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""What a claim can be measured on: the calculator, and a project's files, artifacts and tables of measurements."""
+"""What a claim can be measured on: the calculator, and a project's files, artifacts and tables of measurements.
+
+And how its reason writes a value: `n`, `percent`, `GB` and the like.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,6 +14,7 @@ from pipeline.calc.method import configure
 from pipeline.calc.report import answer
 from pipeline.calc.sources.open_model import built_in
 from pipeline.data.read import read_examples
+from pipeline.document.claims import in_unit
 from pipeline.document.stages import CLAIMS
 from pipeline.document.tables import Spread, read_table
 from pipeline.errors import UserError
@@ -20,6 +24,11 @@ from pipeline.project import dvc_yaml
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.stages.registry import COUNTED
+
+# How a reason writes a value: f"{n(full.trained)} parameters, {percent(share)} of all".
+n, percent, times = in_unit, partial(in_unit, unit="%"), partial(in_unit, unit="×")
+million, billion = partial(in_unit, unit="million"), partial(in_unit, unit="billion")
+B, KB, MB, GB, GiB = (partial(in_unit, unit=unit) for unit in ("B", "KB", "MB", "GB", "GiB"))
 
 
 class MissingArtifact(Exception):

@@ -1,7 +1,7 @@
 """3. Example with Concrete Numbers."""
 
-from pipeline.document.claims import GB, KB, MB, Chapter, Result, about, billion, n
-from pipeline.document.claims.sources import Record, calc, find, model
+from pipeline.document.claims import Chapter, Result, about
+from pipeline.document.claims.sources import GB, KB, MB, Record, billion, calc, find, model, n
 
 chapter = Chapter()
 

@@ -1,19 +1,7 @@
 """6. Where is LoRA Applied?"""
 
-from pipeline.document.claims import (
-    KB,
-    Chapter,
-    Result,
-    at_least,
-    at_most,
-    between,
-    less_than,
-    more_than,
-    n,
-    percent,
-    probability,
-)
-from pipeline.document.claims.sources import Record, Sources, calc, find
+from pipeline.document.claims import Chapter, Result, at_least, at_most, between, less_than, more_than, probability
+from pipeline.document.claims.sources import KB, Record, Sources, calc, find, n, percent
 from pipeline.document.tables import Spread
 
 chapter = Chapter()

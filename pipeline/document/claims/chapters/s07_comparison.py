@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from pipeline.document.claims import GB, Chapter, Result, between, less_than, million, n, percent
-from pipeline.document.claims.sources import Sources, calc
+from pipeline.document.claims import Chapter, Result, between, less_than
+from pipeline.document.claims.sources import GB, Sources, calc, million, n, percent
 
 chapter = Chapter()
 
