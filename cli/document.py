@@ -31,7 +31,7 @@ def _studies() -> dict[str, str]:
     """Name → the document's section and what is measured."""
     from pipeline.document.stages import find_studies
 
-    return {name: f"{study.place}  {study.about}" for name, study in find_studies().items()}
+    return {name: f"{study.PLACE}  {study.STAGE.summary}" for name, study in find_studies().items()}
 
 
 def _complete_name(incomplete: str) -> list[tuple[str, str]]:

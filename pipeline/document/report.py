@@ -33,7 +33,7 @@ HATCHED: dict[str, Any] = {"color": FROZEN, "edgecolor": EDGE, "hatch": "///////
 class Findings:
     """`text`: paragraphs of Markdown that describe the measurements. `draw` fills a matplotlib figure of `size` inches.
 
-    Of a figure: `shows` is its main result in one line, and `title` its title; a study's is in its declaration.
+    Of a figure: `shows` is its main result in one line, and `title` its title; a study's is its stage's.
     """
 
     text: str
@@ -44,20 +44,20 @@ class Findings:
     title: str = ""
 
 
-def write_study(job: Job, title: str, section: str, findings: Findings) -> Facts:
+def write_study(job: Job, place: str, findings: Findings) -> Facts:
     """Write tables, picture and report to `job.out`. Returns the manifest's entries: texts, and each table's formats.
 
     The report shows the tables as read back from the CSV files, so that it has the same digits as later readers.
     """
-    name, text = job.stage.method, findings.text.strip()
+    name, title, text = job.stage.method, job.stage.title, findings.text.strip()
     for table in findings.tables:
         table.write(job.out)
     tables = [replace(table, rows=read_table(job.out / f"{table.name}.csv")) for table in findings.tables]
     save(job.out / name, findings.draw, findings.size)
-    parts = [f"# {title} ({section})\n", f"{text}\n", *map(_section, tables), f"![{title}]({name}.png)\n"]
+    parts = [f"# {title} ({place})\n", f"{text}\n", *map(_section, tables), f"![{title}]({name}.png)\n"]
     (job.out / REPORT).write_text("\n".join(parts), encoding="utf-8")
     options = {t.name: {"title": t.title, "formats": dict(t.formats), "hidden": list(t.hidden)} for t in tables}
-    return {"title": title, "section": section, "text": text, "tables": options}
+    return {"title": title, "section": place, "text": text, "tables": options}
 
 
 def figure_section(name: str, place: str, findings: Findings, max_rows: int = 20) -> str:

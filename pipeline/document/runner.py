@@ -51,7 +51,7 @@ def run_study(job: Job) -> Generator[Event, None, Facts]:
     module = import_module(job.stage.module)
     findings = yield from module.measure(job, job.project.section(job.stage))
     delete_runs(job)
-    return write_study(job, module.STUDY.title, module.STUDY.place, findings)
+    return write_study(job, module.PLACE, findings)
 
 
 def run_figures(job: Job) -> Generator[Event, None, Facts]:

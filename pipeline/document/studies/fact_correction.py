@@ -27,7 +27,7 @@ from pipeline.document.runner import (
     train,
     wider_base,
 )
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
@@ -39,6 +39,7 @@ from pipeline.stages.registry import COLORS
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
 
+PLACE = "§6"
 GROUP = "fact_correction"
 PROJECTIONS = {  # name → target modules; "attention" are the document's four projections
     **{name: (name,) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
@@ -79,9 +80,9 @@ class StudyFactCorrection(Section, frozen=True, kw_only=True):
     new_data: Annotated[str, "sentences of the new words (§9.1)"] = "data/finetune.de.txt"
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Fact correction",
-    place="§6",
     about="V-only against all projections, what else trains, and what retaining keeps",
     settings=StudyFactCorrection,
     data=("data", "retention_data", "prompts", "document", "new_data"),

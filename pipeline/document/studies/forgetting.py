@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from pipeline.document.measures import FORMATS, Losses, RetentionScorer
 from pipeline.document.report import Figure, Findings, legend_beside
 from pipeline.document.runner import METHODS, Run, checkpoints
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
@@ -15,6 +15,7 @@ from pipeline.stages.registry import COLORS
 if TYPE_CHECKING:
     from pipeline.training.loop import TrainingTask
 
+PLACE = "§9.3"
 TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
 LINE_STYLES = {  # method → line style of its curve
     **{"full fine-tuning": "-", "layer freezing": "--"},
@@ -34,9 +35,9 @@ class StudyForgetting(Section, frozen=True, kw_only=True):
     every: Annotated[Count, "epochs between two measurements"] = 2
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Learning and forgetting, epoch by epoch",
-    place="§9.3",
     about="new knowledge gained against old lost, epoch by epoch",
     settings=StudyForgetting,
     data=("old_data", "new_data", *(f"{stage}.data" for stage in TUNED), "finetune_lora.retention_data"),

@@ -16,7 +16,7 @@ from pipeline.data.read import read_examples
 from pipeline.document.measures import document
 from pipeline.document.report import Figure, Findings, error_bars
 from pipeline.document.runner import Run, train_with
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.project.params.schema import Count, Rate, Section, Seed, Share
 from pipeline.project.params.sections import Training
@@ -27,6 +27,7 @@ from pipeline.stages.registry import COLORS
 if TYPE_CHECKING:
     from pipeline.inference.score import EvalScores
 
+PLACE = "§2.2"
 PAPER_MODEL = "RoBERTa-Large"
 BASE, RANDOM = "base", "random weights"
 SLACK = 1e-9  # for rounding: accuracies are fractions of a few tokens
@@ -43,9 +44,9 @@ class StudyIntrinsicDimension(Section, frozen=True, kw_only=True):
     share: Annotated[Share, "of full fine-tuning's accuracy that counts as enough"] = 0.9
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Intrinsic dimension",
-    place="§2.2",
     about="full fine-tuning in random subspaces, and the least that is enough",
     settings=StudyIntrinsicDimension,
     data=("data", "document"),

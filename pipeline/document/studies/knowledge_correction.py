@@ -16,7 +16,7 @@ from pipeline.data.read import read_examples
 from pipeline.document.measures import check_words
 from pipeline.document.report import Figure, Findings, legend_beside
 from pipeline.document.runner import PARTS, Run, Trained, by, drain, sweep_run, train
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Count, File, Rate, Section, Seed
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.inference.score import AnswerScore
     from pipeline.models.base import CausalLM
 
+PLACE = "§6"
 V_PROJ = ("v_proj",)
 AS_WRITTEN = "v_proj, as written"
 MAX_PROMPTS = 12  # in the picture
@@ -54,9 +55,9 @@ class StudyKnowledgeCorrection(Section, frozen=True, kw_only=True):
     retention_weight: Annotated[Rate, "weight of the divergence from the base"] = 5.0
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Correcting a single fact",
-    place="§6",
     about="the recipe for a single fact, step by step, on any base",
     settings=StudyKnowledgeCorrection,
     data=("data", "retention_data", "prompts", "old_data"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pipeline.document.measures import COLUMNS_EXPLAINED, FORMATS, Knowledge, RetentionScorer
 from pipeline.document.report import Figure, Findings, legend_beside, min_max
 from pipeline.document.runner import METHODS, Trained, train
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown, spreads, times
 from pipeline.files.artifact import read_manifest
 from pipeline.project.logs.run_log import TELEMETRY
@@ -15,6 +15,7 @@ from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job
 from pipeline.stages.registry import COLORS
 
+PLACE = "§7, §9.3"
 TRAINED = (
     "train_from_scratch",
     *("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt"),
@@ -43,9 +44,9 @@ class StudyMethods(Section, frozen=True, kw_only=True):
     seeds: Annotated[tuple[Seed, ...], "each is a run of its own"] = (0, 1)
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Methods side by side",
-    place="§7, §9.3",
     about="every method on the same data: share, memory, time, learned, forgotten",
     settings=StudyMethods,
     data=("old_data", "new_data", *(f"{stage}.data" for stage in TRAINED), "finetune_lora.retention_data"),

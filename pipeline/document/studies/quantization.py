@@ -15,7 +15,7 @@ from pipeline.data.read import read_examples
 from pipeline.document.measures import document
 from pipeline.document.report import Figure, Findings, min_max
 from pipeline.document.runner import Run, train
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
     from pipeline.inference.score import EvalScores
 
+PLACE = "§10.1"
 LARGE = "qwen3-8b"
 NEGLIGIBLE_RISE = 0.001  # relative, of perplexity
 
@@ -41,9 +42,9 @@ class StudyQuantization(Section, frozen=True, kw_only=True):
     group: Annotated[Count, "group size: weights of a row that share a scale"] = 64
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="A base in fewer bits",
-    place="§10.1",
     about="what a base in fewer bits still knows, from fp32 to ternary",
     settings=StudyQuantization,
     data=("data", "document", "pretrain.data"),

@@ -9,13 +9,14 @@ from msgspec.structs import replace
 from pipeline.document.measures import COLUMNS_EXPLAINED, FORMATS, Knowledge, RetentionScorer
 from pipeline.document.report import Axis, Figure, Findings, error_bars
 from pipeline.document.runner import DOCUMENT, full_runs, sweep_run, train
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Table, spreads
 from pipeline.project.params.schema import Count, Rate, Section, Seed
 from pipeline.project.runner import Event, Job
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.stages.registry import COLORS
 
+PLACE = "§2.4, §5"
 NEAR = 0.05  # nats per token: a loss this close to the best counts as equal
 
 
@@ -31,9 +32,9 @@ class StudyRank(Section, frozen=True, kw_only=True):
     learning_rates: Annotated[tuple[Rate, ...], "learning rates that are tried"] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Rank, alpha and learning rate",
-    place="§2.4, §5",
     about="what rank, alpha and learning rate change",
     settings=StudyRank,
     data=("old_data", "new_data"),

@@ -17,7 +17,7 @@ from msgspec import Meta, structs
 from pipeline.document.measures import FORMATS, Knowledge, RetentionScorer
 from pipeline.document.report import Figure, Findings, error_bars
 from pipeline.document.runner import DOCUMENT, PARTS, by, drain, full_runs, sweep_run, train
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Updates = Mapping[str, LowRank]  # module → update, of one adapter
     Spectra = Mapping[str, Sequence[Sequence[Measured]]]  # change → measurements by seed
 
+PLACE = "§2.2"
 RANKS = (1, 2, 4, 8, 16)  # whose share of a change is in the table
 SQUARE = 8  # top directions compared
 FULL, RANDOM = "full", "random"
@@ -53,9 +54,9 @@ class StudySpectrum(Section, frozen=True, kw_only=True):
     extracted: Annotated[tuple[Count, ...], "ranks of the extracted LoRA"] = (1, 2, 4, 8, 16, 64)
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="What fine-tuning changes",
-    place="§2.2",
     about="how few directions hold what fine-tuning changes, and the LoRA extracted from it",
     settings=StudySpectrum,
     data=("old_data", "new_data"),

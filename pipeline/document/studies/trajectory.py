@@ -10,13 +10,14 @@ from msgspec.structs import replace
 from pipeline.document.measures import NextTokenAnswers, ask, check_words, document
 from pipeline.document.report import Figure, Findings
 from pipeline.document.runner import DOCUMENT, Run, checkpoints, describe_window
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.project.palette import OTHERS
 from pipeline.project.params.schema import Count, Rate, Section, Seed, Steps
 from pipeline.project.runner import Event, Job, Progress
 from pipeline.stages.registry import COLORS
 
+PLACE = "§2.3"
 SECTION = "trajectory"
 PERCENT = ".1%"
 STYLES = (  # of the words, in order: color, line, marker
@@ -37,9 +38,9 @@ class StudyTrajectory(Section, frozen=True, kw_only=True):
     windows: Annotated[tuple[Steps, ...], "tokens per training window; 0: whole sentences"] = (4, 0)
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="From tisch to sofa, step by step",
-    place="§2.3",
     about="from tisch to sofa, step by step",
     settings=StudyTrajectory,
     data=("data", "document"),
