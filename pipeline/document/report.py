@@ -89,7 +89,8 @@ def save(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    fixed = {"svg.hashsalt": path.name, "svg.fonttype": "none", "axes.formatter.min_exponent": 4}  # 0.3, not 3 × 10⁻¹
+    # Ids in an SVG are random without a salt, and its text would be outlines. Ticks are 0.3, not 3 × 10⁻¹.
+    fixed = {"svg.hashsalt": path.name, "svg.fonttype": "none", "axes.formatter.min_exponent": 4}
     with matplotlib.rc_context({**(style or {}), **fixed}):
         figure = MatplotlibFigure(figsize=size, layout="constrained")
         canvas = FigureCanvasAgg(figure)

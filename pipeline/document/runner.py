@@ -50,7 +50,7 @@ def run_study(job: Job) -> Generator[Event, None, Facts]:
     """The work of each study's stage: measure, then write tables, picture and report. Raises UserError."""
     module = import_module(job.stage.module)
     findings = yield from module.measure(job, job.project.section(job.stage))
-    delete_runs(job)
+    delete_runs(job)  # all is measured, and the runs' checkpoints are larger than the artifacts of all studies
     return write_study(job, module.PLACE, findings)
 
 
@@ -310,7 +310,7 @@ def _part(job: Job, run: Run) -> Job:
     project = replace(job.project, params=job.project.params.replaced(run.sections))
     folder = job.run / PARTS / run.name
     own = {"kind": stage.kind, "method": stage.method, "stage": stage.name, "params": project.stage_params(stage)}
-    facts = {**job.input_facts, **own}
+    facts = {**job.input_facts, **own}  # so a run is made again if code, inputs or settings changed after a kill
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Job(project, stage, folder / "made", folder, key, job.checkpoint_every, facts)
 
@@ -335,6 +335,7 @@ def _train_run(part: Job, run: Run, number: int, count: int) -> Generator[Event,
             artifact.seal(part.out, {**part.input_facts, "key": part.key, **stop.value})
             return
         if isinstance(event, Progress):
+            # As if each run of the study had as many steps as this one: the others' numbers are not known yet.
             yield Progress(number * event.total + event.done, count * event.total, f"{run.name}  {event.text}")
         elif "resumed" in event.text:
             yield Note(f"{run.name}, {event.text}")

@@ -44,7 +44,7 @@ CLAIMS = Stage(
         *("study_fact_correction.data", "study_knowledge_correction.data"),
     ),
     minigpt_only=True,
-    compares=True,
+    compares=True,  # a claim on what the project does not have is "not run"
     loads=tuple(stage.module for stage in METHODS.values()),  # the calculator counts them
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MEASUREMENTS, CLAIMS)}

@@ -103,6 +103,7 @@ def _format_csv(value: Cell) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
+    # Six digits: float32 has seven, and the last differs with the order in which a machine sums.
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

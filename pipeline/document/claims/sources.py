@@ -133,7 +133,7 @@ class Sources:
         return self.project
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # the claims ask some forty questions, most of them several times
 def calc(model: str = "qwen3-8b", *, method: str = "lora", rank: int = 8, **options: Any) -> Any:
     """The Record of `lora calc --json`; options as on the command line, with _ for -."""
     shapes = built_in(model).shapes

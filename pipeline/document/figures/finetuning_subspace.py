@@ -191,7 +191,7 @@ def held_if_normal(part: float) -> float:
 def needed_if_normal(share: float) -> float:
     """`needed_for` for normally distributed changes, by bisection."""
     low, high = 1e-12, 1.0
-    for _ in range(60):
+    for _ in range(60):  # 2⁻⁶⁰ is below a float's precision
         middle = (low + high) / 2
         low, high = (middle, high) if held_if_normal(middle) < share else (low, middle)
     return high
@@ -315,11 +315,11 @@ class Drawing:
         for name, (line, color) in LINES.items():
             shares = cumulative_shares(self.squares[name]).numpy()
             x = np.arange(1, len(shares) + 1) / len(shares)
-            every = max(1, len(x) // 400)
+            every = max(1, len(x) // 400)  # a point for each of 112,768 weights would only make the SVG large
             axis.plot(100 * x[::every], 100 * shares[::every], line, color=color, label=name)
             tenth = max(1, round(0.1 * len(shares))) - 1
             axis.plot(100 * x[tenth], 100 * shares[tenth], "o", color=color, markersize=4)
-        fractions = np.linspace(1e-4, 1 - 1e-9, 200)
+        fractions = np.linspace(1e-4, 1 - 1e-9, 200)  # not 0, where the normal distribution's quantile is infinite
         normal = [100 * held_if_normal(float(part)) for part in fractions]
         axis.plot(100 * fractions, normal, ":", color=EDGE, label="if normal")
         axis.axvline(10, color=INK, linewidth=0.5)

@@ -142,7 +142,7 @@ class Landscape:
 
 def landscape(model: CausalLM, batches: Sequence[Batch], reach: float) -> Landscape:
     """The loss along the parameter with the largest gradient. The model's weights are restored afterwards."""
-    model.requires_grad_(True)
+    model.requires_grad_(True)  # a loaded model is frozen
     loss = mean_loss(model, batches)
     torch.autograd.backward(loss)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -262,7 +262,7 @@ def formulas(job: Job) -> list[Row]:
     """One backward pass of the fact correction through the trained adapter: one row per matrix. Raises UserError."""
     loaded = engine.load(job.project.artifact("expand_vocab"), job.project.artifact("finetune_lora"))
     layers = {name: module for name, module in loaded.model.named_modules() if isinstance(module, LoRALinear)}
-    loaded.model.requires_grad_(True)
+    loaded.model.requires_grad_(True)  # else no gradient reaches the first layer's x, and W₀'s share is unknown
     probes = {name: GradientProbe(layer) for name, layer in layers.items()}
     torch.autograd.backward(mean_loss(loaded.model, sentences(job, loaded)))
     return [probe.row(name) for name, probe in probes.items()]

@@ -240,7 +240,8 @@ def _widths(
     shape, texts = job.project.params.pretrain, [prompt.prompt for prompt in prompts]
     wide = replace(shape, d_model=settings.d_model, feed_forward=shape.feed_forward * settings.d_model // shape.d_model)
     other = yield from wider_base(job, wide)
-    run = sweep_run("wider base, V only", replace(lora, data=str(job.path(lora.data))), {"seed": settings.seeds})
+    lora = replace(lora, data=str(job.path(lora.data)))  # absolute, since the wider base is in another folder
+    run = sweep_run("wider base, V only", lora, {"seed": settings.seeds})
     made = yield from train(other, [run])
     asked = [(shape.d_model, one.made, one.answers) for one in of_base]
     asked += [(wide.d_model, one, ask(one.load(other.artifact("expand_vocab")), texts)) for one in made]
@@ -299,6 +300,7 @@ def _new_rows(job: Job, settings: StudyFactCorrection) -> Generator[Event, None,
 
 def column_names(pairs: Iterable[Pair]) -> dict[Pair, str]:
     """The column of each pair: katze_sofa, or with the full prompt if that name is ambiguous."""
+    # The second word is the noun: die katze sitzt auf dem.
     short = {(prompt, word): f"{prompt.split()[:2][-1]}_{word}" for prompt, word in pairs}
     times = Counter(short.values())
     return {

@@ -91,7 +91,7 @@ def measure(job: Job, settings: StudyQuantization) -> Generator[Event, None, Fin
 
     numbers, quality = normal(256), list[Row]()
     for precision, by_seed in zip(every, zip(*by_base, strict=True), strict=True):
-        rounded = precision.quantize(numbers, numbers.T @ numbers).weight
+        rounded = precision.quantize(numbers, numbers.T @ numbers).weight  # on inputs like the weights
         measured = spreads(Quality._fields, [each for _, each in by_seed])
         own = {"precision": precision.name, "bits": by_seed[0][0], "error": measured.pop("error")}
         of_normal = float((rounded - numbers).norm() / numbers.norm())
@@ -157,7 +157,7 @@ def calibrated(
 
     def accumulate(name: str) -> "Callable[[nn.Module, tuple[Tensor, ...]], None]":
         def add(_module: "nn.Module", inputs: "tuple[Tensor, ...]") -> None:
-            rows = inputs[0].detach().flatten(0, -2).double()  # (B, T, I) → (N, I)
+            rows = inputs[0].detach().flatten(0, -2).double()  # (B, T, I) → (N, I); fp64, since GPTQ inverts their sum
             grams[name] = grams.get(name, torch.zeros((), dtype=torch.float64)) + rows.T @ rows
 
         return add

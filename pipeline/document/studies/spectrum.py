@@ -157,7 +157,7 @@ def energy(spectra: "Spectra") -> Table:
                 # Without the matrices that did not change: they have no spectrum.
                 values = [[value for m in seed if (value := of(m)) is not None] for seed in by_seed]
                 row[name] = Spread.of(map(fmean, values)) if all(values) else None
-            rows.append(row if change != RANDOM else {**row, "relative": None})
+            rows.append(row if change != RANDOM else {**row, "relative": None})  # no weight was changed by it
     formats = {"relative": ".1%", **dict.fromkeys((f"rank_{rank}" for rank in RANKS), ".0%")}
     formats |= {"stable_rank": ".1f", "rank_of_90": ".1f"}
     hidden = ("rank_2", "rank_16", "stable_rank", "effective_rank")  # only in the CSV file, since a terminal is narrow
@@ -181,7 +181,7 @@ def _extract_ranks(
             results[rank].append((extracted.held, *scorer.measure(loaded)))
         squares = {tensor.name: tensor.change**2 for tensor in extracted.spectra.tensors}
         in_full = sum(squares[name] for name in extracted.in_full) / sum(squares.values())
-        with disable_adapter(loaded.model):
+        with disable_adapter(loaded.model):  # the last rank's: each has the same embeddings and head in full
             results[0].append((in_full, *scorer.measure(loaded)))
         yield Progress(number, len(tuned), "LoRA extracted")
     return results
