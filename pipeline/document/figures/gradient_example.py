@@ -19,7 +19,7 @@ from pipeline.data.windows import as_window
 from pipeline.document.figures import Figures
 from pipeline.document.report import BLUE, GREEN, HATCHED, INK, ORANGE, RED, SMALL, WIDE, Axis, Figure, Findings, signed
 from pipeline.document.runner import delete_runs, describe_window
-from pipeline.document.studies.trajectory import StudyTrajectory, answers_by_step, read_document
+from pipeline.document.studies.trajectory import StudyTrajectory, answers_by_step, read_document, words_of
 from pipeline.document.tables import Row, Table, shown
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
@@ -40,11 +40,10 @@ def render(job: Job) -> Generator[Event, None, Findings]:
     settings, own = job.project.params.of(StudyTrajectory), job.project.params.of(Figures)
     loaded = engine.load(job.project.artifact("expand_vocab"))
     claimed = read_document(job, settings)
-    prompt, document = claimed["prompt"], claimed["steps"]
+    prompt, document, words = claimed["prompt"], claimed["steps"], words_of(claimed)
     last = max(*settings.steps, *document)
     answers = yield from answers_by_step(job, settings, prompt, own.window, settings.seeds[0], last)
     delete_runs(job)
-    words = list(next(iter(document.values())))
     descent = [
         {
             **{"step": step, **{word: asked.probability(prompt, word) for word in words}},

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pipeline.document.measures import FORMATS, Losses, RetentionScorer
 from pipeline.document.report import Figure, Findings, legend_beside
-from pipeline.document.runner import METHODS, Run, checkpoints
+from pipeline.document.runner import METHODS, checkpoints
 from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
@@ -48,12 +48,19 @@ STAGE = study_stage(
 def measure(job: Job, settings: StudyForgetting) -> Generator[Event, None, Findings]:
     """Train each method with each seed, and measure every few epochs → two tables."""
     scorer = RetentionScorer.of(job, settings.old_data, settings.new_data)
+
+    def steps_of(task: "TrainingTask") -> set[int]:
+        """Before the first epoch, after every few, and after the last."""
+        return {*range(0, task.total + 1, settings.every * len(task.batches)), task.total}
+
     curves: dict[str, list[Curve]] = {name: [] for name in LINE_STYLES}
     wanted = [(name, seed) for name in LINE_STYLES for seed in settings.seeds]
     for number, (name, seed) in enumerate(wanted, 1):
         # Without early stopping, so that the curves are complete.
         run = METHODS[name].run(name, job.project.params, seed, eval_share=0.0, eval_every=0, patience=0)
-        curves[name].append((yield from _curve(job, run, settings.every, scorer)))
+        by_step = yield from checkpoints(job, run, steps_of, scorer.losses)
+        per_epoch = max(by_step) // run.sections[run.stage].epochs
+        curves[name].append({step // per_epoch: losses for step, losses in by_step.items()})
         yield Progress(number, len(wanted), run.name)
     epochs: list[Row] = [
         {"method": name, "epoch": epoch, **spreads(Losses._fields, [curve[epoch] for curve in by_seed])}
@@ -67,19 +74,6 @@ def measure(job: Job, settings: StudyForgetting) -> Generator[Event, None, Findi
         Table("epochs", "All measured epochs", epochs, FORMATS),
     )
     return Findings(_text(trade), tables, lambda figure: _draw(figure, epochs), (9, 4.5))
-
-
-def _curve(job: Job, run: Run, every: int, scorer: RetentionScorer) -> Generator[Event, None, Curve]:
-    """The losses before the first epoch, after every `every` epochs, and after the last."""
-    steps_per_epoch = 1
-
-    def steps_of(task: "TrainingTask") -> list[int]:
-        nonlocal steps_per_epoch
-        steps_per_epoch = len(task.batches)
-        return sorted({*range(0, task.total + 1, every * steps_per_epoch), task.total})
-
-    by_step = yield from checkpoints(job, run, steps_of, scorer.losses)
-    return {step // steps_per_epoch: losses for step, losses in by_step.items()}
 
 
 def _at_target(name: str, curves: Sequence[Curve]) -> Row:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from pipeline.document.measures import NextTokenAnswers, ask, check_words, document
 from pipeline.document.report import Figure, Findings
-from pipeline.document.runner import DOCUMENT, Run, checkpoints, describe_window
+from pipeline.document.runner import DOCUMENT, Run, by, checkpoints, describe_window
 from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.project.palette import OTHERS
@@ -66,13 +66,13 @@ def measure(job: Job, settings: StudyTrajectory) -> Generator[Event, None, Findi
         curves.append(Curve(window, seed, answers))
         yield Progress(len(curves), len(wanted), _run_name(window, seed))
 
-    def probability(window: int, step: int, word: str) -> Spread:
-        return Spread.of(curve.answers[step].probability(prompt, word) for curve in curves if curve.window == window)
-
     steps: list[Row] = [
         {
             **{"step": step, "word": word, "document": claimed["steps"].get(step, {}).get(word)},
-            **{f"window_{window}": probability(window, step, word) for window in settings.windows},
+            **{
+                f"window_{window}": Spread.of(one.answers[step].probability(prompt, word) for one in of_window)
+                for window, of_window in by(lambda curve: curve.window, curves).items()
+            },
         }
         for step, word in product(settings.steps, words)
     ]

@@ -139,9 +139,9 @@ def test_the_ellipses_are_farthest_apart_by_the_second_singular_value(change: Ma
     x = circle(2001)
     apart = np.linalg.norm((plane.change - plane.update) @ x, axis=0)
     target, reached = farthest(plane)
-    assert np.linalg.norm(target - reached) == pytest.approx(plane.pair[1], abs=1e-9)
-    assert apart.max() <= plane.pair[1] + 1e-9
-    assert apart.max() == pytest.approx(plane.pair[1], abs=1e-4)
+    assert np.linalg.norm(target - reached) == pytest.approx(plane.values[1], abs=1e-9)
+    assert apart.max() <= plane.values[1] + 1e-9
+    assert apart.max() == pytest.approx(plane.values[1], abs=1e-4)
 
 
 # --- what is asked of any set of changes
