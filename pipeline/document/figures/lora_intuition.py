@@ -153,8 +153,8 @@ def _text(example: Plane, measured: Plane, module: str, rows: Sequence[Row]) -> 
         "value: the two images of a point of the circle are at most σ₂ apart, and σ₂ is reached. In the example σ₂/σ₁ "
         f"= {example.ratio:.3f} and rank 1 has {share_of_rank(example.values, 1):.1%} of ‖ΔW‖²: the ellipses differ by "
         f"at most {example.values[1]:.3f}, while full fine-tuning moves a point by up to {example.values[0]:.3f}.",
-        f"Measured, σ₂/σ₁ = {measured.ratio:.2f}: rank 1 has {share_of_rank(measured.values[:2], 1):.0%} of ‖ΔW‖² in this "
-        f"plane and {share_of_rank(measured.values, 1):.0%} of the full ‖ΔW‖², rank 4 "
+        f"Measured, σ₂/σ₁ = {measured.ratio:.2f}: rank 1 has {share_of_rank(measured.values[:2], 1):.0%} of ‖ΔW‖² in "
+        f"this plane and {share_of_rank(measured.values, 1):.0%} of the full ‖ΔW‖², rank 4 "
         f"{share_of_rank(measured.values, 4):.0%}. In this plane |Wx| is at most {weight_norm:.2f} and |ΔWx| at most "
         f"{measured.values[0]:.2f}. Over all matrices the share of rank 1 ranges from {shares[least]:.0%} ({least}) to "
         f"{shares[most]:.0%} ({most}).",
