@@ -232,14 +232,14 @@ def _print_models(out: _Output) -> None:
 
 def _print_document(out: _Output) -> None:
     """`--document`."""
-    from cli.document.claims import show
+    from cli.document import show_claims
     from pipeline.workbench import calculated_claims
 
     _, claims = calculated_claims()
     columns = ("section", "quote", "document", "measured", "verdict", "why")
     shown = [(r["section"], r["quote"], *r["shown"].values(), r["verdict"], r["why"]) for r in claims]
     if not out.rows(columns, shown):
-        show(claims)
+        show_claims(claims)
 
 
 def _print_sweep(out: _Output, model: Model, given: Configuration, text: str) -> None:

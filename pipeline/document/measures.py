@@ -1,4 +1,7 @@
-"""How well a model knows words and sentences: next-token answers, and what it learned and retained (§6, §9.3)."""
+"""What several studies or figures measure.
+
+Next-token answers (§6), what a model learned and retained (§9.3), and the change of each parameter (Figures 1 and 4).
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -142,3 +145,50 @@ class RetentionScorer:
         new_loss, old_rise, old_kept = self.losses(loaded)
         done = sum(completes_correctly(loaded, example, self.given) for example in self.new)
         return Knowledge(new_loss, float(done), old_rise, old_kept)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A parameter before training and its change, in fp64. A neuron is a row of a matrix (O, I).
+
+    `module`: the full name of its module; `block`: the index of its block, or None outside the blocks; `last`: the last
+    part of the module's name.
+    """
+
+    name: str
+    block: int | None
+    before: "Tensor"
+    change: "Tensor"
+
+    @property
+    def module(self) -> str:
+        return self.name.rsplit(".", 1)[0]
+
+    @property
+    def last(self) -> str:
+        return self.module.rsplit(".", 1)[-1]
+
+    @property
+    def relative(self) -> "Tensor":
+        """‖Δw‖/‖w‖ of each neuron, (O,)."""
+        relative: Tensor = self.change.norm(dim=1) / self.before.norm(dim=1)
+        return relative
+
+
+def changes(job: Job) -> list[Changed]:
+    """Every parameter of the expanded base with its change by full fine-tuning."""
+    from pipeline.inference import engine
+
+    before, after = (engine.load(job.project.artifact(stage)).model for stage in ("expand_vocab", "finetune_full"))
+    blocks = {id(module): number for number, block in enumerate(before.blocks) for module in block.modules()}
+    changed = []
+    for name, parameter in before.named_parameters():
+        module, old = before.get_submodule(name.rsplit(".", 1)[0]), parameter.detach().double()
+        new = after.get_parameter(name).detach().double()
+        changed.append(Changed(name, blocks.get(id(module)), old, new - old))
+    return changed
+
+
+def module_name(block: int | None, last: str) -> str:
+    """Such as "v_proj of block 1"."""
+    return last if block is None else f"{last} of block {block}"

@@ -5,7 +5,6 @@ entry, which takes D numbers; the draw is independent of the gradient, so the su
 """
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,20 +14,8 @@ from pipeline.models.base import CausalLM
 from pipeline.training.optimizer import FlatAdam, adam_step, zero_moments
 
 
-class Projection(Protocol):
-    """P (D, d) with orthonormal columns."""
-
-    small: int  # d
-
-    def up(self, inner: Tensor) -> Tensor:
-        """Pθ_d, (D,)."""
-
-    def down(self, outer: Tensor) -> Tensor:
-        """Pᵀg, (d,)."""
-
-
 class OneHot:
-    """Each row of P has one nonzero entry: ±1/√n, where n rows share its column. So PᵀP = 1 exactly.
+    """P (D, d) with one nonzero entry per row: ±1/√n, where n rows share its column. So PᵀP = 1 exactly.
 
     The columns come from a random permutation modulo d, so that all n differ by at most 1. With d = D, P is a
     signed permutation.
@@ -48,16 +35,18 @@ class OneHot:
         self._entries = signs / count.sqrt()[self._columns]  # (D,)
 
     def up(self, inner: Tensor) -> Tensor:
+        """Pθ_d, (D,)."""
         return inner[self._columns] * self._entries
 
     def down(self, outer: Tensor) -> Tensor:
+        """Pᵀg, (d,)."""
         return outer.new_zeros(self.small).index_add_(0, self._columns, outer * self._entries)
 
 
 class SubspaceAdam(FlatAdam):
     """Adam on θ_d. The learning rate is multiplied by √(D/d), so that each weight moves as far as without P."""
 
-    def __init__(self, model: CausalLM, projection: Projection) -> None:
+    def __init__(self, model: CausalLM, projection: OneHot) -> None:
         super().__init__(model)
         self._projection = projection
         self._initial = self.weights.clone()  # θ₀

@@ -33,7 +33,7 @@ HATCHED: dict[str, Any] = {"color": FROZEN, "edgecolor": EDGE, "hatch": "///////
 class Findings:
     """`text`: paragraphs of Markdown that describe the measurements. `draw` fills a matplotlib figure of `size` inches.
 
-    Of a figure: `shows` is its main result in one line, and `title` its title; a study's is in its declaration.
+    Of a figure: `shows` is its main result in one line, and `title` its title; a study's is its stage's.
     """
 
     text: str
@@ -44,20 +44,20 @@ class Findings:
     title: str = ""
 
 
-def write_study(job: Job, title: str, section: str, findings: Findings) -> Facts:
+def write_study(job: Job, place: str, findings: Findings) -> Facts:
     """Write tables, picture and report to `job.out`. Returns the manifest's entries: texts, and each table's formats.
 
     The report shows the tables as read back from the CSV files, so that it has the same digits as later readers.
     """
-    name, text = job.stage.method, findings.text.strip()
+    name, title, text = job.stage.method, job.stage.title, findings.text.strip()
     for table in findings.tables:
         table.write(job.out)
     tables = [replace(table, rows=read_table(job.out / f"{table.name}.csv")) for table in findings.tables]
     save(job.out / name, findings.draw, findings.size)
-    parts = [f"# {title} ({section})\n", f"{text}\n", *map(_section, tables), f"![{title}]({name}.png)\n"]
+    parts = [f"# {title} ({place})\n", f"{text}\n", *map(_section, tables), f"![{title}]({name}.png)\n"]
     (job.out / REPORT).write_text("\n".join(parts), encoding="utf-8")
     options = {t.name: {"title": t.title, "formats": dict(t.formats), "hidden": list(t.hidden)} for t in tables}
-    return {"title": title, "section": section, "text": text, "tables": options}
+    return {"title": title, "section": place, "text": text, "tables": options}
 
 
 def figure_section(name: str, place: str, findings: Findings, max_rows: int = 20) -> str:
@@ -89,7 +89,8 @@ def save(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    fixed = {"svg.hashsalt": path.name, "svg.fonttype": "none", "axes.formatter.min_exponent": 4}  # 0.3, not 3 × 10⁻¹
+    # Ids in an SVG are random without a salt, and its text would be outlines. Ticks are 0.3, not 3 × 10⁻¹.
+    fixed = {"svg.hashsalt": path.name, "svg.fonttype": "none", "axes.formatter.min_exponent": 4}
     with matplotlib.rc_context({**(style or {}), **fixed}):
         figure = MatplotlibFigure(figsize=size, layout="constrained")
         canvas = FigureCanvasAgg(figure)
@@ -127,12 +128,12 @@ def _fix_layout(figure: Figure) -> None:
 def min_max(cells: Iterable[Spread]) -> list[list[float]]:
     """matplotlib's error bars: the distances from each mean down to the minimum and up to the maximum."""
     spreads = list(cells)
-    return [[c.mean - c.low for c in spreads], [c.high - c.mean for c in spreads]]
+    return [[c - c.low for c in spreads], [c.high - c for c in spreads]]
 
 
 def error_bars(axis: Axis, x: Collection[Any], cells: Sequence[Spread], **style: Any) -> None:
     """A line through the means with a bar from minimum to maximum at each point."""
-    axis.errorbar(list(x), [c.mean for c in cells], yerr=min_max(cells), **style)
+    axis.errorbar(list(x), cells, yerr=min_max(cells), **style)
 
 
 def legend_beside(axis: Axis) -> None:

@@ -18,7 +18,7 @@ from pipeline.models import nf4
 SCALE = 16  # bits of a group's scale
 E4M3_LARGEST = 448.0
 DAMPING = 0.01  # of G's mean diagonal, added to it (Frantar et al. 2023, §3.3)
-EXPONENTS = 21  # of AWQ's search, from 0 to 1
+EXPONENTS = 21  # of AWQ's search: its authors' 20 steps from 0, and 1
 
 
 class Rounded(NamedTuple):
@@ -138,7 +138,7 @@ def awq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:
     candidates = []
     for exponent in torch.linspace(0, 1, EXPONENTS):
         s = magnitude**exponent
-        s = s / (s.max() * s.min()).sqrt()
+        s = s / (s.max() * s.min()).sqrt()  # as its authors' code: centered at 1, so that fp16 holds the groups' scales
         candidates.append(nearest(weight * s, bits, group).weight / s)
     best = min(candidates, key=lambda candidate: output_error(weight, candidate, gram))
     return Rounded(best, grouped_bits(bits, min(group, weight.shape[1])))

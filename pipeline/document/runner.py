@@ -50,8 +50,8 @@ def run_study(job: Job) -> Generator[Event, None, Facts]:
     """The work of each study's stage: measure, then write tables, picture and report. Raises UserError."""
     module = import_module(job.stage.module)
     findings = yield from module.measure(job, job.project.section(job.stage))
-    delete_runs(job)
-    return write_study(job, module.STUDY.title, module.STUDY.place, findings)
+    delete_runs(job)  # all is measured, and the runs' checkpoints are larger than the artifacts of all studies
+    return write_study(job, module.PLACE, findings)
 
 
 def run_figures(job: Job) -> Generator[Event, None, Facts]:
@@ -232,21 +232,18 @@ def checkpoints(
     `steps_of` gives the steps; training ends after the last. `begin` changes the model before all steps. It never
     resumes, since results of earlier steps would be lost. Raises UserError as the stage does.
     """
-    from pipeline.inference.engine import LoadedModel
-    from pipeline.stages.finetune import prepare
     from pipeline.training.loop import train as train_steps
 
     part = replace(_part(job, run), checkpoint_every=2**31)  # none: it starts from the beginning each time
     shutil.rmtree(part.run, ignore_errors=True)
     part.out.mkdir(parents=True)
     with _add_run_to_error(job, run):
-        learner = yield from prepare(part)
-        model, last = learner.base.model, max(wanted := steps_of(learner.task))
-        loaded = LoadedModel(run.name, model, learner.base.tokenizer, job.project.artifact("expand_vocab"))
+        task, loaded = yield from _prepare(part, run)
+        model, last = loaded.model, max(wanted := steps_of(task))
         if begin is not None:
             begin(model)
         results = {0: measure(loaded)} if 0 in wanted else {}
-        for event in train_steps(part, learner.task) if last else ():
+        for event in train_steps(part, task) if last else ():
             if isinstance(event, Progress):
                 if event.done > last:  # one step further, so that a signal during the last measurement is handled
                     break
@@ -262,22 +259,30 @@ def train_with(job: Job, run: Run, optimizer_of: "Callable[[Any, Any], Any]") ->
 
     Raises UserError as the stage does.
     """
-    from pipeline.inference.engine import LoadedModel
-    from pipeline.stages.finetune import prepare
     from pipeline.training.loop import Diverged, NotFinite, steps
 
     with _add_run_to_error(job, run):
-        learner = yield from prepare(_part(job, run))
-        model, settings = learner.base.model, learner.task.settings
-        model.train()
+        task, loaded = yield from _prepare(_part(job, run), run)
+        loaded.model.train()
         try:
-            for _ in steps(learner.task, optimizer_of(model, settings)):
+            for _ in steps(task, optimizer_of(loaded.model, task.settings)):
                 pass
         except Diverged as diverged:
             raise NotFinite(
                 f"the loss is not finite at step {diverged.number + 1}. Lower {job.stage.name}.learning_rate."
             ) from None
-    return LoadedModel(run.name, model.eval(), learner.base.tokenizer, job.project.artifact("expand_vocab"))
+    loaded.model.eval()
+    return loaded
+
+
+def _prepare(part: Job, run: Run) -> "Generator[Event, None, tuple[TrainingTask, LoadedModel]]":
+    """The run's training task before its first step, and its model, to be measured at any step."""
+    from pipeline.inference.engine import LoadedModel
+    from pipeline.stages.finetune import prepare
+
+    learner = yield from prepare(part)
+    base = learner.base
+    return learner.task, LoadedModel(run.name, base.model, base.tokenizer, part.project.artifact("expand_vocab"))
 
 
 def drain(events: Generator[Event, None, Result]) -> Result:
@@ -310,7 +315,7 @@ def _part(job: Job, run: Run) -> Job:
     project = replace(job.project, params=job.project.params.replaced(run.sections))
     folder = job.run / PARTS / run.name
     own = {"kind": stage.kind, "method": stage.method, "stage": stage.name, "params": project.stage_params(stage)}
-    facts = {**job.input_facts, **own}
+    facts = {**job.input_facts, **own}  # so a run is made again if code, inputs or settings changed after a kill
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Job(project, stage, folder / "made", folder, key, job.checkpoint_every, facts)
 
@@ -335,6 +340,7 @@ def _train_run(part: Job, run: Run, number: int, count: int) -> Generator[Event,
             artifact.seal(part.out, {**part.input_facts, "key": part.key, **stop.value})
             return
         if isinstance(event, Progress):
+            # As if each run of the study had as many steps as this one: the others' numbers are not known yet.
             yield Progress(number * event.total + event.done, count * event.total, f"{run.name}  {event.text}")
         elif "resumed" in event.text:
             yield Note(f"{run.name}, {event.text}")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.errors import UserError
 
@@ -17,12 +17,16 @@ LOW, HIGH = "_low", "_high"
 TIME = "time"
 
 
-class Spread(NamedTuple):
-    """Mean, minimum and maximum over several runs."""
+class Spread(float):
+    """A quantity over several runs, such as seeds: the number is their mean, with the extremes `low` and `high`."""
 
-    mean: float
     low: float
     high: float
+
+    def __new__(cls, mean: float, low: float, high: float) -> "Spread":
+        spread = super().__new__(cls, mean)
+        spread.low, spread.high = low, high
+        return spread
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
@@ -40,17 +44,7 @@ def spreads(names: Sequence[str], by_seed: Sequence[Sequence[float]]) -> dict[st
     return {name: Spread.of(values) for name, values in zip(names, zip(*by_seed, strict=True), strict=True)}
 
 
-def mean(cell: "Cell") -> float:
-    """The cell's number, or a spread's mean. Raises TypeError for other cells."""
-    if isinstance(cell, Spread):
-        return cell.mean
-    if not isinstance(cell, int | float):
-        raise TypeError(f"{cell!r} is not a number")
-    return float(cell)
-
-
-Value = str | int | float | bool | None
-Cell = Value | Spread
+Cell = str | int | float | bool | None  # a float may be a Spread
 Row = Mapping[str, Any]  # column → cell; readers know a column's type
 
 
@@ -86,7 +80,7 @@ class Table:
     def markdown(self) -> str:
         """The table as Markdown, numbers right-aligned."""
         alignments = ["---:" if number else "---" for number in self.heads.values()]
-        return "".join(f"| {' | '.join(line)} |\n" for line in (list(self.heads), alignments, *self.shown()))
+        return markdown((list(self.heads), alignments, *self.shown()))
 
     def write(self, folder: Path) -> None:
         """Write `name`.csv, numbers with six digits. Columns with a Spread get `_low` and `_high` beside them."""
@@ -96,18 +90,20 @@ class Table:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
             for row in self.rows:
-                values: list[Value] = []
+                values: list[Cell] = []
                 for name in self.columns:
                     cell = row[name]
-                    values += cell if isinstance(cell, Spread) else (cell,) * 3 if name in spreads else (cell,)
+                    ends = (cell.low, cell.high) if isinstance(cell, Spread) else (cell, cell)
+                    values += (cell, *ends) if name in spreads else (cell,)
                 writer.writerow(map(_format_csv, values))
 
 
-def _format_csv(value: Value) -> str:
+def _format_csv(value: Cell) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
+    # Six digits: float32 has seven, and the last differs with the order in which a machine sums.
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -118,11 +114,14 @@ def shown(cell: Cell, form: str = "") -> str:
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     if isinstance(cell, Spread):
-        mean, deviation = (
-            f"{value:{form or '.3g'}}" for value in (cell.mean, max(cell.high - cell.mean, cell.mean - cell.low))
-        )
+        mean, deviation = (f"{value:{form or '.3g'}}" for value in (cell, max(cell.high - cell, cell - cell.low)))
         return mean if float(deviation.rstrip("%")) == 0 else f"{mean} ±{deviation.rstrip('%')}"
     return f"{cell:{form or (',' if isinstance(cell, int) else '.4g')}}"
+
+
+def markdown(lines: Iterable[Sequence[str]]) -> str:
+    """The lines of a Markdown table, heads and alignments first."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def times(rows: Sequence[Row]) -> Table:
@@ -152,7 +151,7 @@ def read_table(path: Path) -> list[dict[str, Cell]]:
     return rows
 
 
-def _parse_value(text: str | None) -> Value:
+def _parse_value(text: str | None) -> Cell:
     if not text:
         return None
     if text in ("true", "false"):

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.document.tables import mean, read_table
+from pipeline.document.tables import read_table
 from pipeline.files import artifact
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_steps
@@ -51,15 +51,17 @@ def test_the_euro_comes_first_as_trained_and_in_phrasings_that_were_not(variant:
 
 
 def test_the_study_of_the_recipe_corrects_either_way_and_only_what_retains_keeps_the_rest() -> None:
-    rows = {row["adapter"]: row for row in read_table(MADE / "studies/knowledge_correction/summary.csv")}
-    keep = mean(rows["none"]["kept"])
+    rows: dict[Any, dict[str, Any]] = {
+        row["adapter"]: row for row in read_table(MADE / "studies/knowledge_correction/summary.csv")
+    }
+    keep = rows["none"]["kept"]
     for targets in ("v_proj", "all targets"):
         plain, kept = rows[targets], rows[f"{targets}, retain"]
-        assert mean(kept["corrected"]) >= 9, "trained, and the eight other phrasings"
-        assert mean(plain["corrected"]) >= 9
-        assert mean(plain["kept"]) < keep / 2
-        assert mean(kept["kept"]) >= 0.75 * keep
-        assert mean(kept["divergence"]) < mean(plain["divergence"]) / 10
+        assert kept["corrected"] >= 9, "trained, and the eight other phrasings"
+        assert plain["corrected"] >= 9
+        assert plain["kept"] < keep / 2
+        assert kept["kept"] >= 0.75 * keep
+        assert kept["divergence"] < plain["divergence"] / 10
 
 
 def test_the_base_did_not_know_it() -> None:

@@ -1,31 +1,35 @@
-"""Compares each claim with its measurement. Verdicts are computed, never written by hand."""
+"""The stage claims: each claim is compared with its measurement, and the report follows the document.
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+Verdicts are computed, never written by hand.
+"""
 
-from pipeline.document.claims.chapters.s01_problem import chapter as s01
-from pipeline.document.claims.chapters.s02_core_idea import chapter as s02
-from pipeline.document.claims.chapters.s03_numbers import chapter as s03
-from pipeline.document.claims.chapters.s04_step_by_step import chapter as s04
-from pipeline.document.claims.chapters.s05_hyperparameters import chapter as s05
-from pipeline.document.claims.chapters.s06_where import chapter as s06
-from pipeline.document.claims.chapters.s07_comparison import chapter as s07
-from pipeline.document.claims.chapters.s08_practice import chapter as s08
-from pipeline.document.claims.chapters.s09_implementation import chapter as s09
-from pipeline.document.claims.chapters.s10_further import chapter as s10
-from pipeline.document.claims.claim import Claim
-from pipeline.document.claims.quantity import in_unit
-from pipeline.document.claims.sources import MissingArtifact, Seeds, Sources
+import json
+import re
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.document.claims import Claim, in_unit
+from pipeline.document.claims.chapters import CLAIMS
+from pipeline.document.claims.sources import MissingArtifact, Sources
+from pipeline.document.tables import Spread, Table, markdown, read_table
 from pipeline.errors import UserError
+from pipeline.files.artifact import read_manifest
+from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import Project
 
-# In the document's order. Each chapter is imported by name: what an artifact was made with follows import statements.
-CLAIMS = [*s01, *s02, *s03, *s04, *s05, *s06, *s07, *s08, *s09, *s10]
+MARKS = {"holds": "✓ holds", "differs": "✗ differs", "depends": "◐ depends", "not run": "– not run"}  # verdict → mark
+JSON, PAGE = "claims.json", "report.md"
+HEAD = """\
+# The document, measured
 
-Verdict = Literal["holds", "differs", "depends", "not run"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-PLURALS = {"holds": "hold", "differs": "differ", "depends": "depend"}
-MARKS: Mapping[str, str] = {"holds": "✓ holds", "differs": "✗ differs", "depends": "◐ depends", "not run": "– not run"}
+This report follows the document section by section: first the figures and studies of the section, then each of its
+statements that can be checked. Every verdict is computed by the claim's rule.
+
+- **✓ holds**: the measurement agrees with the document, within the claim's tolerance.
+- **✗ differs**: it does not agree, under any of the conditions tried.
+- **◐ depends**: it agrees under some conditions only; they are given beside the numbers.
+"""
 
 Row = Mapping[str, Any]  # a claim beside its verdict, as `judge` returns it
 
@@ -47,12 +51,12 @@ def judge(claim: Claim, sources: Sources | None = None) -> Row:
     The verdict is "not run", and `why` says what to do, if an artifact is missing, damaged or of other settings.
     """
     measured: Any = None
-    verdict: Verdict = "not run"
+    verdict = "not run"
     try:
         result, why = claim.measure(*() if claim.calculated else (sources,))
         values = list(_by_condition(result).values())
         if claim.each_seed:
-            values += [end for value in values if isinstance(value, Seeds) for end in (value.low, value.high)]
+            values += [end for value in values if isinstance(value, Spread) for end in (value.low, value.high)]
         holds = [claim.rule.holds(value) for value in values]
         measured, verdict = result, "holds" if all(holds) else "depends" if any(holds) else "differs"
     except MissingArtifact as missing:
@@ -89,7 +93,7 @@ def _by_condition(measured: Any) -> dict[str, Any]:
 
 def _to_json(value: Any) -> Any:
     """Floats rounded to twelve digits; seeds as mean, low and high."""
-    if isinstance(value, Seeds):
+    if isinstance(value, Spread):
         value = {"mean": float(value), "low": value.low, "high": value.high}
     if isinstance(value, dict):
         return {name: _to_json(item) for name, item in value.items()}
@@ -103,15 +107,15 @@ def filter_rows(rows: Sequence[Row], section: str | None = None, verdict: str | 
     if not selected:
         sections = ", ".join(dict.fromkeys(row["section"] for row in rows))
         raise UserError(f"section must be one of {sections}, got {section!r}.")
-    if verdict is not None and verdict not in VERDICTS:
-        raise UserError(f"verdict must be one of {', '.join(VERDICTS)}, got {verdict!r}.")
+    if verdict is not None and verdict not in MARKS:
+        raise UserError(f"verdict must be one of {', '.join(MARKS)}, got {verdict!r}.")
     return [row for row in selected if verdict in (None, row["verdict"])]
 
 
 def summary(rows: Sequence[Row]) -> str:
     """Such as "98 claims: 61 hold, 25 differ, 9 depend, 3 not run"; without "not run" if there are none."""
-    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
-    parts = [f"{n} {verdict if n == 1 else PLURALS.get(verdict, verdict)}" for verdict, n in counts.items()]
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in MARKS}
+    parts = [f"{n} {verdict if n == 1 else verdict.removesuffix('s')}" for verdict, n in counts.items()]
     shown = parts if counts["not run"] else parts[:-1]
     return f"{len(rows)} claim{'s' * (len(rows) != 1)}: {', '.join(shown)}"
 
@@ -119,3 +123,79 @@ def summary(rows: Sequence[Row]) -> str:
 def section_heading(section: str) -> str:
     """§2.4 for a number, else the section's name."""
     return f"§{section}" if section[0].isdigit() else section
+
+
+def run(job: Job) -> Generator[Event, None, Facts]:
+    """Write claims.json and report.md. Raises UserError if a stage that it needs is out of date."""
+    for need in job.project.needs(job.stage):
+        job.artifact(need)
+    rows = verdicts(job.project)
+    (job.out / JSON).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (job.out / PAGE).write_text(page(rows, job.project), encoding="utf-8")
+    yield Progress(len(rows), len(rows), summary(rows))
+    return {}
+
+
+def page(rows: Sequence[Row], project: Project) -> str:
+    """The whole report as Markdown. Its pictures are relative links from artifacts/claims."""
+    by_section: dict[str, list[Row]] = {}
+    for row in rows:
+        by_section.setdefault(row["section"], []).append(row)
+    parts: dict[str, list[str]] = {section: [] for section in by_section}
+    for place, text in (*_figures(project), *_studies(project)):
+        section = re.findall(r"§([\d.]+)", place)[0].rstrip(".")  # the first of "Figure 1, §2" or "§2.4, §5"
+        while section and section not in parts:  # the nearest enclosing section that has claims
+            section = section.rpartition(".")[0]
+        parts[section or list(parts)[-1]].append(text)
+    there = [verdict for verdict in MARKS if any(row["verdict"] == verdict for row in rows)]
+    overview = [["section", *there], ["---", *["---:"] * len(there)]]
+    for section, own in by_section.items():
+        counts = [sum(row["verdict"] == verdict for row in own) for verdict in there]
+        overview.append([section_heading(section), *(str(count or "") for count in counts)])
+    lines = [HEAD, f"{summary(rows)}.\n", markdown(overview)]
+    for section, own in by_section.items():
+        lines += [f"## {section_heading(section)}\n", *parts[section], markdown_table(own)]
+    return "\n".join(lines)
+
+
+def markdown_table(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [["claim", "document", "measured", "verdict", "why"], ["---"] * 5]
+    for row in rows:
+        cells = row["quote"], row["shown"]["says"], row["shown"]["measured"], MARKS[row["verdict"]], row["why"]
+        lines.append([text.replace("|", "\\|").replace("<", "&lt;") for text in cells])
+    return markdown(lines)
+
+
+def _figures(project: Project) -> Iterator[tuple[str, str]]:
+    """Each figure's place in the document, and its title and picture."""
+    folder = project.artifact("figures")
+    for name, about in read_manifest(folder)["figures"].items() if folder.is_dir() else ():
+        picture = f"![]({_link(folder)}/{name}.png)\n"
+        yield about["place"], f"**{about['title']}** ({about['place']}). {about['shows']}\n\n{picture}"
+
+
+def _studies(project: Project) -> Iterator[tuple[str, str]]:
+    """Each study's place in the document, and its text, its first table, its picture and a link to its own report."""
+    for stage in project.readable.values():
+        folder = project.artifact(stage.name)
+        if stage.kind != "study" or not folder.is_dir():
+            continue
+        about = read_manifest(folder)
+        name, described = next(iter(about["tables"].items()))
+        table = Table(name, rows=read_table(folder / f"{name}.csv"), **described)
+        link = _link(folder)
+        parts = (
+            f"### {about['title']} ({about['section']})\n",
+            f"{about['text']}\n",
+            f"**{table.title}**\n\n{table.markdown()}",
+            f"![]({link}/{stage.method}.png)\n",
+            f"Measured by `lora study {stage.method}`; [all tables]({link}/report.md).\n",
+        )
+        yield about["section"], "\n".join(parts)
+
+
+def _link(folder: Path) -> str:
+    """A folder below artifacts/, relative to artifacts/claims."""
+    inside = folder.parts[len(folder.parts) - folder.parts[::-1].index("artifacts") :]
+    return "/".join(("..", *inside))

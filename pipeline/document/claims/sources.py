@@ -1,10 +1,12 @@
-"""What a claim can be measured on: the calculator, and a project's files, artifacts and tables of measurements."""
+"""What a claim can be measured on: the calculator, and a project's files, artifacts and tables of measurements.
+
+And how its reason writes a value: `n`, `percent`, `GB` and the like.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
-from statistics import fmean
 from typing import Any
 
 from pipeline.calc.architecture import Architecture
@@ -12,6 +14,7 @@ from pipeline.calc.method import configure
 from pipeline.calc.report import answer
 from pipeline.calc.sources.open_model import built_in
 from pipeline.data.formats import read_examples
+from pipeline.document.claims import in_unit
 from pipeline.document.stages import CLAIMS
 from pipeline.document.tables import Spread, read_table
 from pipeline.errors import UserError
@@ -21,21 +24,14 @@ from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.stages.registry import COUNTED
 
+# How a reason writes a value: f"{n(full.trained)} parameters, {percent(share)} of all".
+n, percent, times = in_unit, partial(in_unit, unit="%"), partial(in_unit, unit="×")
+million, billion = partial(in_unit, unit="million"), partial(in_unit, unit="billion")
+B, KB, MB, GB, GiB = (partial(in_unit, unit=unit) for unit in ("B", "KB", "MB", "GB", "GiB"))
+
 
 class MissingArtifact(Exception):
     """The artifact that a claim is measured on does not exist. The message names the command that makes it."""
-
-
-class Seeds(float):
-    """A measurement with several seeds: a number, their mean, with their extremes `low` and `high`."""
-
-    low: float
-    high: float
-
-    def __new__(cls, mean: float, low: float, high: float) -> "Seeds":
-        seeds = super().__new__(cls, mean)
-        seeds.low, seeds.high = low, high
-        return seeds
 
 
 class Record(dict[str, Any]):
@@ -72,12 +68,12 @@ class Sources:
         values = [getattr(row, name) for row in self._table(table) if _matches(row, where)]
         if not values:
             raise UserError(f"{_table_path(table)} has no row with {_format_conditions(where)}")
-        return [float(value) if isinstance(value, Seeds) else value for value in values]
+        return [float(value) if isinstance(value, Spread) else value for value in values]
 
-    def over_seeds(self, table: str, name: str, **where: Any) -> Seeds:
+    def over_seeds(self, table: str, name: str, **where: Any) -> Spread:
         """A column's mean and extremes over the rows with these values, in a table that has a row for each seed."""
         values = self.column(table, name, **where)
-        return Seeds(fmean(values), min(values), max(values))
+        return Spread.of(values)
 
     def row_of_least(self, table: str, name: str, **where: Any) -> Record:
         """Among the rows with these values, the first with the smallest number in column `name`."""
@@ -112,7 +108,7 @@ class Sources:
 
     def _table(self, table: str) -> list[Record]:
         if table not in self._tables:
-            self._tables[table] = [_as_record(row) for row in read_table(self._file(_table_path(table)))]
+            self._tables[table] = [Record(row) for row in read_table(self._file(_table_path(table)))]
         return self._tables[table]
 
     def _file(self, path: str) -> Path:
@@ -136,7 +132,7 @@ class Sources:
         return self.project
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # the claims ask some forty questions, most of them several times
 def calc(model: str = "qwen3-8b", *, method: str = "lora", rank: int = 8, **options: Any) -> Any:
     """The Record of `lora calc --json`; options as on the command line, with _ for -."""
     shapes = built_in(model).shapes
@@ -172,9 +168,7 @@ def _format_conditions(where: Mapping[str, Any]) -> str:
 
 
 def _as_record(value: Any) -> Any:
-    """JSON with a Record for each object, a table's row with Seeds for each Spread."""
-    if isinstance(value, Spread):
-        return Seeds(*value)
+    """JSON with a Record for each object."""
     if isinstance(value, Mapping):
         return Record({key: _as_record(item) for key, item in value.items()})
     return [_as_record(item) for item in value] if isinstance(value, list) else value

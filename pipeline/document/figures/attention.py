@@ -90,14 +90,19 @@ def render(job: Job) -> Findings:
         "between heads of the base."
     )
     heights = _heights(models[BASE])
-    return Findings(
-        text,
-        tables,
-        lambda figure: _draw(figure, models, words, token, rows, heights),
-        (WIDE, sum(heights)),
-        shows=f"{token} attends most to {word} in {count}",
-        title=f"What *{token}* attends to",
-    )
+
+    def draw(figure: Figure) -> None:
+        above, below = figure.subfigures(2, 1, height_ratios=heights)
+        for side, (name, layers) in zip(above.subfigures(1, 2), models.items(), strict=True):
+            side.suptitle(PANELS[name])
+            _draw_heads(side, layers, words)
+        for axis, name in zip(below.subplots(1, 2), models, strict=True):
+            of_model = {f"{row['layer']}.{row['head']}": row for row in rows if row["model"] == name}
+            _draw_rows(axis, {DOCUMENT: rows[0], **of_model}, words)
+            axis.set_ylabel(f"layer.head, row of “{token}”")
+
+    shows, title = f"{token} attends most to {word} in {count}", f"What *{token}* attends to"
+    return Findings(text, tables, draw, (WIDE, sum(heights)), shows, title)
 
 
 def _format_weights(shares: Mapping[str, float]) -> str:
@@ -109,24 +114,6 @@ def _heights(layers: Layers) -> tuple[float, float]:
     """Heights in inches of the heads' maps and of the panel below them, which has a line for each head."""
     heads = len(layers[0])
     return 0.85 * len(layers) * -(-heads // HEADS_PER_ROW) + 0.6, 0.17 * (1 + len(layers) * heads) + 0.5
-
-
-def _draw(
-    figure: Figure,
-    models: Mapping[str, Layers],
-    words: Sequence[str],
-    token: str,
-    rows: Sequence[Row],
-    heights: tuple[float, float],
-) -> None:
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
-    for side, (name, layers) in zip(above.subfigures(1, 2), models.items(), strict=True):
-        side.suptitle(PANELS[name])
-        _draw_heads(side, layers, words)
-    for axis, name in zip(below.subplots(1, 2), models, strict=True):
-        of_model = {f"{row['layer']}.{row['head']}": row for row in rows if row["model"] == name}
-        _draw_rows(axis, {DOCUMENT: rows[0], **of_model}, words)
-        axis.set_ylabel(f"layer.head, row of “{token}”")
 
 
 def _draw_heads(side: Figure, layers: Layers, words: Sequence[str]) -> None:

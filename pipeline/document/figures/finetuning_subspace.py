@@ -14,7 +14,7 @@ from pipeline.adapters.attach import targeted
 from pipeline.adapters.config import AdapterSpec, lies_in
 from pipeline.adapters.peft.config import read_spec
 from pipeline.calc.target_modules import HEAD
-from pipeline.document.changes import Changed, changes, matrices, module_name
+from pipeline.document.measures import Changed, changes, module_name
 from pipeline.document.report import (
     BLUE,
     EDGE,
@@ -47,12 +47,11 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Matrix:
+class Matrix(Changed):
     """A changed matrix; the rank of its A and B (0: none), and the neurons that train in full with the adapter."""
 
-    changed: Changed
-    rank: int
-    in_full: frozenset[int]
+    rank: int = 0
+    in_full: frozenset[int] = frozenset()
 
 
 def render(job: Job) -> Findings:
@@ -62,11 +61,12 @@ def render(job: Job) -> Findings:
     adapted = targeted(model, spec)
     drawn = [
         Matrix(
-            m,
-            spec.rank_of(m.module) if m.module in adapted else 0,
-            frozenset(_rows_in_full(spec, m.module, len(m.change))),
+            **vars(m),
+            rank=spec.rank_of(m.module) if m.module in adapted else 0,
+            in_full=frozenset(_rows_in_full(spec, m.module, len(m.change))),
         )
-        for m in matrices(changed)
+        for m in changed
+        if m.change.ndim == 2
     ]
 
     # How concentrated the change is: in all weights, in those of the blocks, and in neurons.
@@ -74,7 +74,7 @@ def render(job: Job) -> Findings:
     squares = {
         "weights": torch.cat([*of_all.values()]),
         "weights of the blocks": torch.cat([of_all[p.name] for p in changed if p.block is not None]),
-        "neurons": torch.cat([matrix.changed.change.square().sum(1) for matrix in drawn]),  # (O, I) → (O,)
+        "neurons": torch.cat([matrix.change.square().sum(1) for matrix in drawn]),  # (O, I) → (O,)
     }
     concentration: list[Row] = [
         {
@@ -93,11 +93,9 @@ def render(job: Job) -> Findings:
     # The change by matrix and by neuron.
     modules = _module_rows(changed, drawn, squares["weights"])
     neurons: list[Row] = [
-        {"block": m.changed.block, "module": m.changed.last, "neuron": n, "change": size, "relative_change": relative}
+        {"block": m.block, "module": m.last, "neuron": n, "change": size, "relative_change": relative}
         for m in drawn
-        for n, (size, relative) in enumerate(
-            zip(m.changed.change.norm(dim=1).tolist(), m.changed.relative.tolist(), strict=True)
-        )
+        for n, (size, relative) in enumerate(zip(m.change.norm(dim=1).tolist(), m.relative.tolist(), strict=True))
     ]
     formats = {"part": "", "moved": ".1%", "top_1": ".0%", "top_10": ".0%", "needed_for_90": ".1%"}
     of_modules = {"share_of_weights": ".1%", "share_of_change": ".1%", "relative_change": ".3f", "moved": ".1%"}
@@ -147,28 +145,20 @@ def _rows_in_full(spec: AdapterSpec, module: str, rows: int) -> Sequence[int]:
     return range(rows) if lies_in(module, spec.saved) else spec.rows.get(module.rsplit(".", 1)[-1], ())
 
 
-def _module_rows(changed: list[Changed], drawn: Sequence[Matrix], all_squares: Tensor) -> list[Row]:
+def _module_rows(changed: Sequence[Changed], drawn: Sequence[Matrix], all_squares: Tensor) -> list[Row]:
     """One row per matrix; the last row is all vectors (biases and norms) together."""
-    total = float(all_squares.sum())
-
-    def row(block: int | None, name: str, change: Tensor, before: Tensor, rank: int, in_full: int) -> Row:
-        return {
-            **{"block": block, "module": name, "weights": change.numel()},
-            "share_of_weights": change.numel() / len(all_squares),
-            "share_of_change": float(change.square().sum()) / total,
-            "relative_change": float(change.norm() / before.norm()),
-            "moved": float((change != 0).double().mean()),
-            **{"lora_rank": rank, "rows_in_full": in_full},
-        }
-
-    vectors = [parameter for parameter in changed if parameter.change.ndim == 1]
-    change, before = (torch.cat([getattr(vector, key) for vector in vectors]) for key in ("change", "before"))
+    total, vectors = float(all_squares.sum()), [parameter for parameter in changed if parameter.change.ndim == 1]
+    before, change = (torch.cat([getattr(vector, key) for vector in vectors]) for key in ("before", "change"))
     return [
-        *(
-            row(m.changed.block, m.changed.last, m.changed.change, m.changed.before, m.rank, len(m.in_full))
-            for m in drawn
-        ),
-        row(None, "biases and norms", change, before, 0, 0),
+        {
+            **{"block": m.block, "module": m.last, "weights": m.change.numel()},
+            "share_of_weights": m.change.numel() / len(all_squares),
+            "share_of_change": float(m.change.square().sum()) / total,
+            "relative_change": float(m.change.norm() / m.before.norm()),
+            "moved": float((m.change != 0).double().mean()),
+            **{"lora_rank": m.rank, "rows_in_full": len(m.in_full)},
+        }
+        for m in (*drawn, Matrix("biases and norms", None, before, change))
     ]
 
 
@@ -201,7 +191,7 @@ def held_if_normal(part: float) -> float:
 def needed_if_normal(share: float) -> float:
     """`needed_for` for normally distributed changes, by bisection."""
     low, high = 1e-12, 1.0
-    for _ in range(60):
+    for _ in range(60):  # 2⁻⁶⁰ is below a float's precision
         middle = (low + high) / 2
         low, high = (middle, high) if held_if_normal(middle) < share else (low, middle)
     return high
@@ -216,15 +206,15 @@ def ramp() -> Any:
 
 def _levels(drawn: Sequence[Matrix]) -> Iterator[list[Matrix]]:
     """The levels from the embedding to the head; q, k and v of a block share one."""
-    outside = [matrix for matrix in drawn if matrix.changed.block is None]
-    yield from ([matrix] for matrix in outside if matrix.changed.last != HEAD)
-    in_blocks = (matrix for matrix in drawn if matrix.changed.block is not None)
-    for _, block in groupby(in_blocks, lambda matrix: matrix.changed.block):
+    outside = [matrix for matrix in drawn if matrix.block is None]
+    yield from ([matrix] for matrix in outside if matrix.last != HEAD)
+    in_blocks = (matrix for matrix in drawn if matrix.block is not None)
+    for _, block in groupby(in_blocks, lambda matrix: matrix.block):
         members = list(block)
-        shared = [matrix for name in SIDE_BY_SIDE for matrix in members if matrix.changed.last == name]
+        shared = [matrix for name in SIDE_BY_SIDE for matrix in members if matrix.last == name]
         yield from ([shared] if shared else [])
-        yield from ([matrix] for matrix in members if matrix.changed.last not in SIDE_BY_SIDE)
-    yield from ([matrix] for matrix in outside if matrix.changed.last == HEAD)
+        yield from ([matrix] for matrix in members if matrix.last not in SIDE_BY_SIDE)
+    yield from ([matrix] for matrix in outside if matrix.last == HEAD)
 
 
 def _heights(drawn: Sequence[Matrix]) -> tuple[float, float]:
@@ -250,22 +240,22 @@ class Drawing:
 
     def _place(self, level: Sequence[Matrix]) -> None:
         """Add a level on top of the others."""
-        sizes = [len(matrix.changed.change) for matrix in level]
+        sizes = [len(matrix.change) for matrix in level]
         rows, y = SHARED_ROWS if len(level) > 1 else -(-sizes[0] // MAX_COLUMNS), self.height
         widths = [-(-size // rows) for size in sizes]
         level_width = sum(widths) + BETWEEN * (len(level) - 1)
         x, self.width = (1 - level_width) / 2, max(self.width, level_width)
         for matrix, columns in zip(level, widths, strict=True):
-            for n, relative in enumerate(matrix.changed.relative.tolist()):  # the first neuron at the top left
+            for n, relative in enumerate(matrix.relative.tolist()):  # the first neuron at the top left
                 at = (x + n % columns, y + rows - 1 - n // columns)
                 self.neurons.append((at, relative, n in matrix.in_full))
             count = min(matrix.rank, MAX_DIAMONDS)
             middle, step = x + (columns - 1) / 2, min(3.0, columns / count) if count else 0
             self.diamonds += [(middle + step * (n - (count - 1) / 2), y + rows - 1 + GAP / 2) for n in range(count)]
             x += columns + BETWEEN
-        names = [matrix.changed.last for matrix in level]
+        names = [matrix.last for matrix in level]
         name = names[0] if len(level) == 1 else ", ".join(name.removesuffix("_proj") for name in names)
-        block = level[0].changed.block
+        block = level[0].block
         self.ticks.append((y + (rows - 1) / 2, name if block is None else f"block {block}: {name}"))
         self.height += rows - 1 + GAP + 0.5
 
@@ -325,11 +315,11 @@ class Drawing:
         for name, (line, color) in LINES.items():
             shares = cumulative_shares(self.squares[name]).numpy()
             x = np.arange(1, len(shares) + 1) / len(shares)
-            every = max(1, len(x) // 400)
+            every = max(1, len(x) // 400)  # a point for each of 112,768 weights would only make the SVG large
             axis.plot(100 * x[::every], 100 * shares[::every], line, color=color, label=name)
             tenth = max(1, round(0.1 * len(shares))) - 1
             axis.plot(100 * x[tenth], 100 * shares[tenth], "o", color=color, markersize=4)
-        fractions = np.linspace(1e-4, 1 - 1e-9, 200)
+        fractions = np.linspace(1e-4, 1 - 1e-9, 200)  # not 0, where the normal distribution's quantile is infinite
         normal = [100 * held_if_normal(float(part)) for part in fractions]
         axis.plot(100 * fractions, normal, ":", color=EDGE, label="if normal")
         axis.axvline(10, color=INK, linewidth=0.5)

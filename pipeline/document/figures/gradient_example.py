@@ -19,7 +19,7 @@ from pipeline.data.windows import as_window
 from pipeline.document.figures import Figures
 from pipeline.document.report import BLUE, GREEN, HATCHED, INK, ORANGE, RED, SMALL, WIDE, Axis, Figure, Findings, signed
 from pipeline.document.runner import delete_runs, describe_window
-from pipeline.document.studies.trajectory import StudyTrajectory, answers_by_step, read_document
+from pipeline.document.studies.trajectory import StudyTrajectory, answers_by_step, read_document, words_of
 from pipeline.document.tables import Row, Table, shown
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
@@ -40,11 +40,10 @@ def render(job: Job) -> Generator[Event, None, Findings]:
     settings, own = job.project.params.of(StudyTrajectory), job.project.params.of(Figures)
     loaded = engine.load(job.project.artifact("expand_vocab"))
     claimed = read_document(job, settings)
-    prompt, document = claimed["prompt"], claimed["steps"]
+    prompt, document, words = claimed["prompt"], claimed["steps"], words_of(claimed)
     last = max(*settings.steps, *document)
     answers = yield from answers_by_step(job, settings, prompt, own.window, settings.seeds[0], last)
     delete_runs(job)
-    words = list(next(iter(document.values())))
     descent = [
         {
             **{"step": step, **{word: asked.probability(prompt, word) for word in words}},
@@ -142,7 +141,7 @@ class Landscape:
 
 def landscape(model: CausalLM, batches: Sequence[Batch], reach: float) -> Landscape:
     """The loss along the parameter with the largest gradient. The model's weights are restored afterwards."""
-    model.requires_grad_(True)
+    model.requires_grad_(True)  # a loaded model is frozen
     loss = mean_loss(model, batches)
     torch.autograd.backward(loss)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -262,7 +261,7 @@ def formulas(job: Job) -> list[Row]:
     """One backward pass of the fact correction through the trained adapter: one row per matrix. Raises UserError."""
     loaded = engine.load(job.project.artifact("expand_vocab"), job.project.artifact("finetune_lora"))
     layers = {name: module for name, module in loaded.model.named_modules() if isinstance(module, LoRALinear)}
-    loaded.model.requires_grad_(True)
+    loaded.model.requires_grad_(True)  # else no gradient reaches the first layer's x, and W₀'s share is unknown
     probes = {name: GradientProbe(layer) for name, layer in layers.items()}
     torch.autograd.backward(mean_loss(loaded.model, sentences(job, loaded)))
     return [probe.row(name) for name, probe in probes.items()]

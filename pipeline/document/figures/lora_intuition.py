@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.calc.target_modules import matches_suffix
-from pipeline.document.changes import changes, matrices, module_name
 from pipeline.document.figures import Figures
+from pipeline.document.measures import changes, module_name
 from pipeline.document.report import BLUE, EDGE, GREEN, HATCHED, INK, RED, SMALL, WIDE, Axis, Figure, Findings
 from pipeline.document.tables import Row, Table, shown
 from pipeline.errors import UserError
@@ -35,7 +35,7 @@ def share_of_rank(values: Sequence[float], rank: int) -> float:
 
 @dataclass(frozen=True)
 class Plane:
-    """W and ΔW as 2 × 2 matrices; `values`: all singular values of the full ΔW."""
+    """W and ΔW as 2 × 2 matrices; `values`: all singular values of the full ΔW, at least two."""
 
     name: str
     weight: Matrix
@@ -65,14 +65,9 @@ class Plane:
         return best_of_rank(self.change, 1)
 
     @property
-    def pair(self) -> tuple[float, float]:
-        """The two largest singular values."""
-        return self.values[0], self.values[1]
-
-    @property
     def ratio(self) -> float:
         """σ₂/σ₁: the largest distance between the two ellipses, relative to how far ΔW moves a point; 0 if ΔW = 0."""
-        first, second = self.pair
+        first, second = self.values[:2]
         return second / first if first else 0.0
 
 
@@ -91,7 +86,7 @@ def farthest(plane: Plane) -> tuple[Matrix, Matrix]:
 def render(job: Job) -> Findings:
     """Raises UserError if figures.module does not name exactly one matrix."""
     settings = job.project.params.of(Figures)
-    changed = matrices(changes(job))
+    changed = [parameter for parameter in changes(job) if parameter.change.ndim == 2]
     named = [parameter for parameter in changed if matches_suffix(parameter.module, settings.module)]
     if len(named) != 1:
         matched = "no matrix" if not named else f"{named[0].module} and {named[1].module}"
@@ -142,7 +137,7 @@ def render(job: Job) -> Findings:
 def _row(plane: Plane, block: int | None, module: str, drawn: bool) -> Row:
     """`drawn`: whether it is in the figure."""
     own = {"case": plane.name, "block": block, "module": module, "drawn": drawn}
-    sigmas = {"sigma_1": plane.pair[0], "sigma_2": plane.pair[1], "ratio": plane.ratio}
+    sigmas = {"sigma_1": plane.values[0], "sigma_2": plane.values[1], "ratio": plane.ratio}
     return {**own, **sigmas, **{f"rank_{rank}": share_of_rank(plane.values, rank) for rank in (1, 4, 8)}}
 
 
@@ -157,11 +152,11 @@ def _text(example: Plane, measured: Plane, module: str, rows: Sequence[Row]) -> 
         "The document says that even rank 1 closely approximates full fine-tuning. That depends on the second singular "
         "value: the two images of a point of the circle are at most σ₂ apart, and σ₂ is reached. In the example σ₂/σ₁ "
         f"= {example.ratio:.3f} and rank 1 has {share_of_rank(example.values, 1):.1%} of ‖ΔW‖²: the ellipses differ by "
-        f"at most {example.pair[1]:.3f}, while full fine-tuning moves a point by up to {example.pair[0]:.3f}.",
-        f"Measured, σ₂/σ₁ = {measured.ratio:.2f}: rank 1 has {share_of_rank(measured.pair, 1):.0%} of ‖ΔW‖² in this "
-        f"plane and {share_of_rank(measured.values, 1):.0%} of the full ‖ΔW‖², rank 4 "
+        f"at most {example.values[1]:.3f}, while full fine-tuning moves a point by up to {example.values[0]:.3f}.",
+        f"Measured, σ₂/σ₁ = {measured.ratio:.2f}: rank 1 has {share_of_rank(measured.values[:2], 1):.0%} of ‖ΔW‖² in "
+        f"this plane and {share_of_rank(measured.values, 1):.0%} of the full ‖ΔW‖², rank 4 "
         f"{share_of_rank(measured.values, 4):.0%}. In this plane |Wx| is at most {weight_norm:.2f} and |ΔWx| at most "
-        f"{measured.pair[0]:.2f}. Over all matrices the share of rank 1 ranges from {shares[least]:.0%} ({least}) to "
+        f"{measured.values[0]:.2f}. Over all matrices the share of rank 1 ranges from {shares[least]:.0%} ({least}) to "
         f"{shares[most]:.0%} ({most}).",
     )
     return "\n\n".join(paragraphs)
@@ -196,7 +191,7 @@ def _draw_plane(axes: Sequence[Axis], plane: Plane) -> None:
     heads = {"width": 0.009, "headwidth": 4, "headlength": 4}
     scale = {"angles": "xy", "scale_units": "xy", "scale": 1}
     right.quiver(*w @ starts, *plane.update @ starts, color=GREEN, **scale, **heads)
-    right.plot(*zip(*farthest(plane), strict=True), "-", color=INK, linewidth=1.6, label=f"{plane.pair[1]:.2g} apart")
+    right.plot(*zip(*farthest(plane), strict=True), "-", color=INK, linewidth=1.6, label=f"{plane.values[1]:.2g} apart")
     for axis in axes:
         axis.set(xlim=(-1.08 * reach, 1.08 * reach), ylim=(-1.08 * reach, 1.08 * reach), aspect="equal")
         axis.set(xticks=[], yticks=[])

@@ -27,7 +27,7 @@ from pipeline.document.runner import (
     train,
     wider_base,
 )
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
@@ -39,6 +39,7 @@ from pipeline.stages.registry import COLORS
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
 
+PLACE = "§6"
 GROUP = "fact_correction"
 PROJECTIONS = {  # name → target modules; "attention" are the document's four projections
     **{name: (name,) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
@@ -79,9 +80,9 @@ class StudyFactCorrection(Section, frozen=True, kw_only=True):
     new_data: Annotated[str, "sentences of the new words (§9.1)"] = "data/finetune.de.txt"
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Fact correction",
-    place="§6",
     about="V-only against all projections, what else trains, and what retaining keeps",
     settings=StudyFactCorrection,
     data=("data", "retention_data", "prompts", "document", "new_data"),
@@ -154,7 +155,9 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
     tuned = [Tuned(one, ask(one.load(base), list(rules))) for one in made]
     in_grid = {run.name for run in grid}
     of_grid, others = ([one for one in tuned if (one.made.run in in_grid) == inside] for inside in (True, False))
-    search = GridSearch(before, by(lambda one: one.setting, of_grid), cells)
+    by_setting = by(lambda one: one.setting, of_grid)
+    nearest, rows, tried = _compare_settings(by_setting, before, cells, rules)
+    of_nearest = by_setting[nearest]
 
     # The expected words, each followed by the answers of the document's corrected models to the same prompt.
     said = [(cell.prompt, cell.word) for cell in cells if cell.model in TARGETS]
@@ -171,17 +174,26 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
     ).items():
         own = {"train_embeddings": kind, "retain": retain, "model": model}
         embeddings.append({**own, **probabilities(expected, [one.answers for one in group])})
-    alone = [part for one in search.of_nearest for part in _parts(one, before.loaded, list(rules))]
+    alone = [part for one in of_nearest for part in _parts(one, before.loaded, list(rules))]
     parts: list[Row] = [
         {"model": model, "trained": part, **probabilities(columns, [answers for _, _, answers in group])}
         for (model, part), group in by(lambda part: part[:2], alone).items()
     ]
 
-    v_only = replace(lora, **search.nearest._asdict(), target_modules=TARGETS["v_proj"])
-    widths = yield from _widths(job, settings, search, v_only, prompts)
+    first_seed = {name: next(one.answers for one in of_nearest if one.targets == name) for name in TARGETS}
+    top = [
+        {
+            **{"prompt": prompt, "model": model},
+            **{f"top_{n}": f"{c.token} {c.probability:.0%}" for n, c in enumerate(one.top(prompt, settings.top_k), 1)},
+        }
+        for prompt in rules
+        for model, one in {"original": before, **first_seed}.items()
+    ]
+    v_only = replace(lora, **nearest._asdict(), target_modules=TARGETS["v_proj"])
+    of_v = [one for one in of_nearest if one.targets == "v_proj"]
+    widths = yield from _widths(job, settings, of_v, v_only, prompts)
     projections = yield from _projections(job, settings, lora, prompts)
     new_rows = yield from _new_rows(job, settings)
-    rows, tried = [search.row(cell, rules[cell.prompt]) for cell in cells], search.settings()
     formats = dict.fromkeys(("document", "measured", "least", "greatest", "distance"), PERCENT)
     formats |= {"learning_rate": "g", "alpha": "g", "first_choices": ".1f"}
     losses = dict.fromkeys(("new_loss", "new_loss_before", "new_loss_after"), ".3f")
@@ -189,11 +201,11 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
     percents = {"d_model": "", **shares, **losses}
     title = "Effect of training embeddings and head, and of retain texts"
     tables = (
-        Table("rows", f"§6's two tables, trained on {search.nearest}", rows, formats, ("kind", "same_first")),
+        Table("rows", f"§6's two tables, trained on {nearest}", rows, formats, ("kind", "same_first")),
         Table("settings", f"Settings that §6 leaves open, {len(said)} cells each", tried, formats, ("window",)),
         Table("embeddings", title, embeddings, dict.fromkeys(embeddings[0], PERCENT)),
         Table("parts", "Effect of each trained part alone", parts, dict.fromkeys(parts[0], PERCENT)),
-        Table("top", f"The top {settings.top_k} words, first seed", search.top(settings.top_k)),
+        Table("top", f"The top {settings.top_k} words, first seed", top),
         Table("widths", "V only on a wider base", widths, percents),
         Table("projections", "Single projections, with neither embeddings nor head", projections, percents),
         Table("new_rows", f"How rows of new words begin; loss after {NEW_ROW_EPOCHS} epochs", new_rows, percents),
@@ -207,16 +219,19 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
 
 
 def _corrected(answers: NextTokenAnswers, prompts: Sequence[Prompt]) -> Row:
-    """Over the corrected prompts: the mean probability of the corrected word, and the share where it is the first."""
-    changing = [(p.prompt, p.corrected) for p in prompts if p.rule == "must_change"]
+    """The mean probability of the corrected words, the share of them that is first, and of words that should stay."""
+    changing, staying = (
+        [(p.prompt, p.corrected) for p in prompts if p.rule == rule] for rule in ("must_change", "must_keep")
+    )
     return {
         "probability_target": fmean(answers.probability(*pair) for pair in changing),
         "share_moved": fmean(answers.first(prompt) == word for prompt, word in changing),
+        "probability_kept": fmean(answers.probability(*pair) for pair in staying),
     }
 
 
 def _widths(
-    job: Job, settings: StudyFactCorrection, search: "GridSearch", lora: FinetuneLora, prompts: Sequence[Prompt]
+    job: Job, settings: StudyFactCorrection, of_base: Sequence[Tuned], lora: FinetuneLora, prompts: Sequence[Prompt]
 ) -> Generator[Event, None, list[Row]]:
     """§6, why not simply increase d_model: V only at the nearest setting, on the base and on a wider one.
 
@@ -225,17 +240,14 @@ def _widths(
     shape, texts = job.project.params.pretrain, [prompt.prompt for prompt in prompts]
     wide = replace(shape, d_model=settings.d_model, feed_forward=shape.feed_forward * settings.d_model // shape.d_model)
     other = yield from wider_base(job, wide)
-    run = sweep_run("wider base, V only", replace(lora, data=str(job.path(lora.data))), {"seed": settings.seeds})
+    lora = replace(lora, data=str(job.path(lora.data)))  # absolute, since the wider base is in another folder
+    run = sweep_run("wider base, V only", lora, {"seed": settings.seeds})
     made = yield from train(other, [run])
-    asked = [(shape.d_model, one) for one in search.of_nearest if one.targets == "v_proj"]
-    asked += [(wide.d_model, Tuned(one, ask(one.load(other.artifact("expand_vocab")), texts))) for one in made]
-    staying = [(p.prompt, p.corrected) for p in prompts if p.rule == "must_keep"]
+    asked = [(shape.d_model, one.made, one.answers) for one in of_base]
+    asked += [(wide.d_model, one, ask(one.load(other.artifact("expand_vocab")), texts)) for one in made]
     return [
-        {
-            **{"d_model": d_model, "seed": one.made.settings.seed, **_corrected(one.answers, prompts)},
-            "probability_kept": fmean(one.answers.probability(*pair) for pair in staying),
-        }
-        for d_model, one in asked
+        {"d_model": d_model, "seed": one.settings.seed, **_corrected(answers, prompts)}
+        for d_model, one, answers in asked
     ]
 
 
@@ -288,6 +300,7 @@ def _new_rows(job: Job, settings: StudyFactCorrection) -> Generator[Event, None,
 
 def column_names(pairs: Iterable[Pair]) -> dict[Pair, str]:
     """The column of each pair: katze_sofa, or with the full prompt if that name is ambiguous."""
+    # The second word is the noun: die katze sitzt auf dem.
     short = {(prompt, word): f"{prompt.split()[:2][-1]}_{word}" for prompt, word in pairs}
     times = Counter(short.values())
     return {
@@ -308,84 +321,56 @@ def _parts(tuned: Tuned, base: "LoadedModel", prompts: Sequence[str]) -> list[tu
     return [(tuned.targets, part, of_part) for part, of_part in answers.items()]
 
 
-class GridSearch:
-    """The adapters of all settings of the grid, compared with the document's tables."""
-
-    def __init__(
-        self, before: NextTokenAnswers, by_setting: Mapping[Setting, Sequence[Tuned]], cells: Sequence[Cell]
-    ) -> None:
-        self.before, self.by_setting, self.cells = before, by_setting, cells
-        self.corrected = [cell for cell in cells if cell.model in TARGETS]
-        # The setting with the most first choices equal to the document's; ties go to the smallest mean distance.
-        self.nearest = min(by_setting, key=lambda setting: (-self._equal_firsts(setting), self._distance(setting)))
-        self.of_nearest = by_setting[self.nearest]
-
-    def row(self, cell: Cell, rule: str) -> Row:
-        """A cell of the document's tables, measured at the nearest setting."""
-        answers = self._answers(cell.model, self.nearest)
-        measured = Spread.of(answer.probability(cell.prompt, cell.word) for answer in answers)
-        all_means = [self._mean(cell, setting) for setting in self.by_setting]
-        firsts = [answer.first(cell.prompt) for answer in answers]
-        return {
-            "prompt": cell.prompt,
-            "kind": "corrected" if rule == "must_change" else "unchanged",
-            "model": cell.model,
-            "first_choice": cell.word,
-            "document": cell.probability,
-            "measured": measured,
-            "ours": "/".join(dict.fromkeys(firsts)),
-            "same_first": set(firsts) == {cell.word},
-            "within_15": abs(measured.mean - cell.probability) <= POINTS,
-            "least": min(all_means),
-            "greatest": max(all_means),
+def _compare_settings(
+    by_setting: Mapping[Setting, Sequence[Tuned]],
+    before: NextTokenAnswers,
+    cells: Sequence[Cell],
+    rules: Mapping[str, str],
+) -> tuple[Setting, list[Row], list[Row]]:
+    """The setting nearest to the document's tables, their cells measured there, and how close each setting comes."""
+    measured: dict[Setting, dict[Cell, Spread]] = {}
+    firsts: dict[Setting, dict[Cell, list[str]]] = {}  # by seed
+    for setting, tuned in by_setting.items():
+        # The base has no seeds here: one answer.
+        answers = {cell: [one.answers for one in tuned if one.targets == cell.model] or [before] for cell in cells}
+        measured[setting] = {
+            cell: Spread.of(each.probability(cell.prompt, cell.word) for each in by_seed)
+            for cell, by_seed in answers.items()
         }
+        firsts[setting] = {cell: [each.first(cell.prompt) for each in by_seed] for cell, by_seed in answers.items()}
 
-    def settings(self) -> list[Row]:
-        """How close each setting comes to the document's tables."""
-        return [
+    tried: dict[Setting, Row] = {}
+    corrected = [cell for cell in cells if cell.model in TARGETS]
+    for setting, probabilities in measured.items():
+        distances = [abs(probabilities[cell] - cell.probability) for cell in corrected]
+        same = sum(fmean(first == cell.word for first in firsts[setting][cell]) for cell in corrected)
+        tried[setting] = {
+            **{"trains_on": describe_window(setting.window), **setting._asdict(), "first_choices": float(same)},
+            **{"within_15": sum(distance <= POINTS for distance in distances), "distance": fmean(distances)},
+        }
+    # The most first choices equal to the document's; ties go to the smallest mean distance.
+    nearest = min(tried, key=lambda setting: (-tried[setting]["first_choices"], tried[setting]["distance"]))
+
+    rows: list[Row] = []
+    for cell, probability in measured[nearest].items():
+        everywhere = [float(probabilities[cell]) for probabilities in measured.values()]
+        ours = firsts[nearest][cell]
+        rows.append(
             {
-                "trains_on": describe_window(setting.window),
-                **setting._asdict(),
-                "first_choices": float(self._equal_firsts(setting)),
-                "within_15": sum(
-                    abs(self._mean(cell, setting) - cell.probability) <= POINTS for cell in self.corrected
-                ),
-                "distance": self._distance(setting),
-                "nearest": setting == self.nearest,
+                "prompt": cell.prompt,
+                "kind": "corrected" if rules[cell.prompt] == "must_change" else "unchanged",
+                "model": cell.model,
+                "first_choice": cell.word,
+                "document": cell.probability,
+                "measured": probability,
+                "ours": "/".join(dict.fromkeys(ours)),
+                "same_first": set(ours) == {cell.word},
+                "within_15": abs(probability - cell.probability) <= POINTS,
+                "least": min(everywhere),
+                "greatest": max(everywhere),
             }
-            for setting in self.by_setting
-        ]
-
-    def top(self, k: int) -> list[Row]:
-        """The top-k words of the first seed at the nearest setting."""
-        firsts = {name: self._answers(name, self.nearest)[0] for name in ("original", *TARGETS)}
-        return [
-            {
-                **{"prompt": prompt, "model": name},
-                **{f"top_{n}": f"{c.token} {c.probability:.0%}" for n, c in enumerate(answers.top(prompt, k), 1)},
-            }
-            for prompt in self.before.by_prompt
-            for name, answers in firsts.items()
-        ]
-
-    def _answers(self, model: str, setting: Setting) -> list[NextTokenAnswers]:
-        """The answers for each seed; a single one for the base, which has no seeds here."""
-        if model not in TARGETS:
-            return [self.before]
-        return [tuned.answers for tuned in self.by_setting[setting] if tuned.targets == model]
-
-    def _mean(self, cell: Cell, setting: Setting) -> float:
-        return fmean(answer.probability(cell.prompt, cell.word) for answer in self._answers(cell.model, setting))
-
-    def _equal_firsts(self, setting: Setting) -> float:
-        """The number of corrected models' cells with the document's first choice, mean over seeds."""
-        return sum(
-            fmean(answer.first(cell.prompt) == cell.word for answer in self._answers(cell.model, setting))
-            for cell in self.corrected
         )
-
-    def _distance(self, setting: Setting) -> float:
-        return fmean(abs(self._mean(cell, setting) - cell.probability) for cell in self.corrected)
+    return nearest, rows, [{**row, "nearest": setting == nearest} for setting, row in tried.items()]
 
 
 def _text(
@@ -397,7 +382,7 @@ def _text(
     staying: Sequence[str],
 ) -> str:
     def mean_of(row: Row, columns: Sequence[str]) -> str:
-        return f"{fmean(row[name].mean for name in columns):.0%}" if columns else "–"
+        return f"{fmean(row[name] for name in columns):.0%}" if columns else "–"
 
     near, same = (sum(row[key] for row in rows) for key in ("within_15", "same_first"))
     far = []
@@ -460,7 +445,7 @@ def _draw(figure: Figure, rows: Sequence[Row]) -> None:
             x = [prompts.index(row["prompt"]) + 0.27 * (number - 1) for row in of_model]
             cells = [row["measured"] for row in of_model]
             style = {"color": COLORS[color], "hatch": hatch, "edgecolor": "white", "label": model}
-            axis.bar(x, [cell.mean for cell in cells], 0.24, yerr=min_max(cells), **style)
+            axis.bar(x, cells, 0.24, yerr=min_max(cells), **style)
             document_values = [row["document"] for row in of_model]
             axis.hlines(document_values, [at - 0.13 for at in x], [at + 0.13 for at in x], color="black")
             for at, row in zip(x, of_model, strict=True):

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pipeline.document.measures import FORMATS, Losses, RetentionScorer
 from pipeline.document.report import Figure, Findings, legend_beside
-from pipeline.document.runner import METHODS, Run, checkpoints
-from pipeline.document.studies import Study
-from pipeline.document.tables import Row, Table, mean, shown, spreads
+from pipeline.document.runner import METHODS, checkpoints
+from pipeline.document.studies import study_stage
+from pipeline.document.tables import Row, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
 from pipeline.stages.registry import COLORS
@@ -15,6 +15,7 @@ from pipeline.stages.registry import COLORS
 if TYPE_CHECKING:
     from pipeline.training.loop import TrainingTask
 
+PLACE = "§9.3"
 TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
 LINE_STYLES = {  # method → line style of its curve
     **{"full fine-tuning": "-", "layer freezing": "--"},
@@ -34,9 +35,9 @@ class StudyForgetting(Section, frozen=True, kw_only=True):
     every: Annotated[Count, "epochs between two measurements"] = 2
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Learning and forgetting, epoch by epoch",
-    place="§9.3",
     about="new knowledge gained against old lost, epoch by epoch",
     settings=StudyForgetting,
     data=("old_data", "new_data", *(f"{stage}.data" for stage in TUNED), "finetune_lora.retention_data"),
@@ -47,12 +48,19 @@ STUDY = Study(
 def measure(job: Job, settings: StudyForgetting) -> Generator[Event, None, Findings]:
     """Train each method with each seed, and measure every few epochs → two tables."""
     scorer = RetentionScorer.of(job, settings.old_data, settings.new_data)
+
+    def steps_of(task: "TrainingTask") -> set[int]:
+        """Before the first epoch, after every few, and after the last."""
+        return {*range(0, task.total + 1, settings.every * len(task.batches)), task.total}
+
     curves: dict[str, list[Curve]] = {name: [] for name in LINE_STYLES}
     wanted = [(name, seed) for name in LINE_STYLES for seed in settings.seeds]
     for number, (name, seed) in enumerate(wanted, 1):
         # Without early stopping, so that the curves are complete.
         run = METHODS[name].run(name, job.project.params, seed, eval_share=0.0, eval_every=0, patience=0)
-        curves[name].append((yield from _curve(job, run, settings.every, scorer)))
+        by_step = yield from checkpoints(job, run, steps_of, scorer.losses)
+        per_epoch = max(by_step) // run.sections[run.stage].epochs
+        curves[name].append({step // per_epoch: losses for step, losses in by_step.items()})
         yield Progress(number, len(wanted), run.name)
     epochs: list[Row] = [
         {"method": name, "epoch": epoch, **spreads(Losses._fields, [curve[epoch] for curve in by_seed])}
@@ -66,19 +74,6 @@ def measure(job: Job, settings: StudyForgetting) -> Generator[Event, None, Findi
         Table("epochs", "All measured epochs", epochs, FORMATS),
     )
     return Findings(_text(trade), tables, lambda figure: _draw(figure, epochs), (9, 4.5))
-
-
-def _curve(job: Job, run: Run, every: int, scorer: RetentionScorer) -> Generator[Event, None, Curve]:
-    """The losses before the first epoch, after every `every` epochs, and after the last."""
-    steps_per_epoch = 1
-
-    def steps_of(task: "TrainingTask") -> list[int]:
-        nonlocal steps_per_epoch
-        steps_per_epoch = len(task.batches)
-        return sorted({*range(0, task.total + 1, every * steps_per_epoch), task.total})
-
-    by_step = yield from checkpoints(job, run, steps_of, scorer.losses)
-    return {step // steps_per_epoch: losses for step, losses in by_step.items()}
 
 
 def _at_target(name: str, curves: Sequence[Curve]) -> Row:
@@ -97,11 +92,11 @@ def _at_target(name: str, curves: Sequence[Curve]) -> Row:
 def _text(trade: Sequence[Row]) -> str:
     reached = [row for row in trade if row["rise_there"] is not None]
     never = [row["method"] for row in trade if row["rise_there"] is None]
-    ranked = sorted(reached, key=lambda row: mean(row["rise_there"]))
+    ranked = sorted(reached, key=lambda row: row["rise_there"])
     if not ranked:
         return f"No method reaches a loss of {TARGET_LOSS:g} nats per token on the new sentences with every seed."
     rises = ", ".join(f"{row['method']} {shown(row['rise_there'], '.2f')}" for row in ranked)
-    later = ", ".join(f"{row['method']} {mean(row['old_rise']) - mean(row['rise_there']):+.2f}" for row in ranked)
+    later = ", ".join(f"{row['method']} {row['old_rise'] - row['rise_there']:+.2f}" for row in ranked)
     others = f" These methods do not reach it: {', '.join(never)}." if never else ""
     return (
         f"When the loss on the new sentences reaches {TARGET_LOSS:g} nats per token, the loss on the old sentences has "
@@ -116,7 +111,7 @@ def _draw(figure: Figure, epochs: Sequence[Row]) -> None:
     axis = figure.subplots()
     for name, line in LINE_STYLES.items():
         rows = [row for row in epochs if row["method"] == name]
-        x, y = ([mean(row[quantity]) for row in rows] for quantity in ("new_loss", "old_rise"))
+        x, y = ([row[quantity] for row in rows] for quantity in ("new_loss", "old_rise"))
         axis.plot(x, y, line, color=COLORS[METHODS[name].color], label=name, marker=".", markevery=5)
     axis.set(xlabel="new loss (nats per token), falling to the left", ylabel="old loss rises by (nats per token)")
     axis.set_xscale("log")

@@ -16,7 +16,7 @@ from pipeline.data.formats import read_examples
 from pipeline.document.measures import document
 from pipeline.document.report import Figure, Findings, error_bars
 from pipeline.document.runner import Run, train_with
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.project.params.schema import Count, Rate, Section, Seed, Share
 from pipeline.project.params.sections import Training
@@ -27,6 +27,7 @@ from pipeline.stages.registry import COLORS
 if TYPE_CHECKING:
     from pipeline.inference.score import EvalScores
 
+PLACE = "§2.2"
 PAPER_MODEL = "RoBERTa-Large"
 BASE, RANDOM = "base", "random weights"
 SLACK = 1e-9  # for rounding: accuracies are fractions of a few tokens
@@ -43,9 +44,9 @@ class StudyIntrinsicDimension(Section, frozen=True, kw_only=True):
     share: Annotated[Share, "of full fine-tuning's accuracy that counts as enough"] = 0.9
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Intrinsic dimension",
-    place="§2.2",
     about="full fine-tuning in random subspaces, and the least that is enough",
     settings=StudyIntrinsicDimension,
     data=("data", "document"),
@@ -91,15 +92,15 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
         scores.setdefault((start, size), []).append(score(loaded, examples))
         yield Progress(number, len(wanted), run.name)
 
-    full = Spread.of(result.accuracy for result in scores[BASE, large]).mean
+    full = Spread.of(result.accuracy for result in scores[BASE, large])
     dimensions: list[Row] = []
     for (start, size), by_seed in scores.items():
         right = Spread.of(result.accuracy for result in by_seed)
         dimensions.append(
             {
                 **{"begins": start, "dimensions": size, "share": size / large, "right": right},
-                "of_full": right.mean / full,
-                "enough": right.mean >= settings.share * full - SLACK,
+                "of_full": right / full,
+                "enough": right >= settings.share * full - SLACK,
                 "loss": Spread.of(result.loss for result in by_seed),
             }
         )
@@ -111,7 +112,7 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
         PAPER_MODEL: (paper["parameters"], Spread((low + high) / 2, low, high)),
     }
     least = [
-        {"model": name, "parameters": parameters, "least": cell, "share": cell.mean / parameters if cell else None}
+        {"model": name, "parameters": parameters, "least": cell, "share": cell / parameters if cell else None}
         for name, (parameters, cell) in sufficient.items()
     ]
     formats, title = {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"}, "Training in random subspaces"
@@ -172,8 +173,8 @@ def _draw(figure: Figure, share: float, dimensions: Sequence[Row]) -> None:
         cells = {row["dimensions"]: row["right"] for row in inner if row["begins"] == start}
         error_bars(axis, cells, list(cells.values()), marker=marker, color=COLORS[color], label=f"from {start}")
     for row, label, line in ((full, "full fine-tuning", "-"), (base, "the base", ":")):
-        axis.axhline(row["right"].mean, color=COLORS["full"], linestyle=line, label=label)
-    enough = share * full["right"].mean
+        axis.axhline(row["right"], color=COLORS["full"], linestyle=line, label=label)
+    enough = share * full["right"]
     axis.axhline(enough, color="black", linewidth=0.8, linestyle="--", label=f"{share:.0%} of it")
     axis.set(xscale="log", xlabel="dimensions d", ylabel="next tokens right", ylim=(0, 1))
     axis.set_xticks(list(cells), [str(size) for size in cells])

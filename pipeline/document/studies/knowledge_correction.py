@@ -16,8 +16,8 @@ from pipeline.data.prompts import Prompt, read_prompts
 from pipeline.document.measures import check_words
 from pipeline.document.report import Figure, Findings, legend_beside
 from pipeline.document.runner import PARTS, Run, Trained, by, drain, sweep_run, train
-from pipeline.document.studies import Study
-from pipeline.document.tables import Row, Spread, Table, mean, shown
+from pipeline.document.studies import study_stage
+from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Count, File, Rate, Section, Seed
 from pipeline.project.runner import Event, Job
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.inference.score import AnswerScore
     from pipeline.models.base import CausalLM
 
+PLACE = "§6"
 V_PROJ = ("v_proj",)
 AS_WRITTEN = "v_proj, as written"
 MAX_PROMPTS = 12  # in the picture
@@ -54,9 +55,9 @@ class StudyKnowledgeCorrection(Section, frozen=True, kw_only=True):
     retention_weight: Annotated[Rate, "weight of the divergence from the base"] = 5.0
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Correcting a single fact",
-    place="§6",
     about="the recipe for a single fact, step by step, on any base",
     settings=StudyKnowledgeCorrection,
     data=("data", "retention_data", "prompts", "old_data"),
@@ -109,14 +110,16 @@ def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, No
         at = [number for number, prompt in enumerate(prompts) if prompt.rule == rule]
         return Spread.of(float(sum(by_prompt[number].first for number in at)) for by_prompt in answers)
 
-    def counts(answers: "Sequence[Sequence[AnswerScore]]") -> Row:
-        return {"corrected": right("must_change", answers), "kept": right("must_keep", answers)}
-
-    summary: list[Row] = [{"adapter": "none", **counts([before]), "divergence": 0.0, "merge_differs_by": None}]
-    for name, by_seed in variants.items():
-        divergence = Spread.of(one.divergence for one in by_seed)
-        own = {"divergence": divergence, "merge_differs_by": merged[name]}
-        summary.append({"adapter": name, **counts([one.answers for one in by_seed]), **own})
+    summary = list[Row]()
+    for name, by_seed in {"none": list[Corrected](), **variants}.items():
+        answers = [one.answers for one in by_seed] or [before]
+        summary.append(
+            {
+                **{"adapter": name, "corrected": right("must_change", answers), "kept": right("must_keep", answers)},
+                "divergence": Spread.of(one.divergence for one in by_seed) if by_seed else 0.0,
+                "merge_differs_by": merged.get(name),
+            }
+        )
     by_prompt: list[Row] = [  # of the corrected answer for prompts that must change
         {
             **{"prompt": prompt.prompt, "rule": prompt.rule.removeprefix("must_"), "word": prompt.corrected},
@@ -212,7 +215,7 @@ def _draw(figure: Figure, prompts: Sequence[Row], labels: Sequence[str]) -> None
     for number, label in enumerate(labels):
         color, hatch = BAR_STYLES[label]
         positions = [row + step * (number - len(labels) / 2 + 0.5) for row in range(len(rows))]
-        values = [mean(row[_column(label)]) for row in rows]
+        values = [row[_column(label)] for row in rows]
         axis.barh(positions, values, 0.88 * step, color=color, hatch=hatch, label=label)
     axis.set_yticks(range(len(rows)), [f"{row['prompt']} → {row['word']}" for row in rows], fontsize=8)
     axis.invert_yaxis()

@@ -7,14 +7,15 @@ from typing import Annotated, Any
 from pipeline.document.measures import COLUMNS_EXPLAINED, FORMATS, Knowledge, RetentionScorer
 from pipeline.document.report import Figure, Findings, legend_beside, min_max
 from pipeline.document.runner import METHODS, Trained, train
-from pipeline.document.studies import Study
-from pipeline.document.tables import Row, Spread, Table, mean, shown, spreads, times
+from pipeline.document.studies import study_stage
+from pipeline.document.tables import Row, Spread, Table, shown, spreads, times
 from pipeline.files.artifact import read_manifest
 from pipeline.project.logs.run_log import TELEMETRY
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job
 from pipeline.stages.registry import COLORS
 
+PLACE = "§7, §9.3"
 TRAINED = (
     "train_from_scratch",
     *("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt"),
@@ -43,9 +44,9 @@ class StudyMethods(Section, frozen=True, kw_only=True):
     seeds: Annotated[tuple[Seed, ...], "each is a run of its own"] = (0, 1)
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Methods side by side",
-    place="§7, §9.3",
     about="every method on the same data: share, memory, time, learned, forgotten",
     settings=StudyMethods,
     data=("old_data", "new_data", *(f"{stage}.data" for stage in TRAINED), "finetune_lora.retention_data"),
@@ -126,8 +127,8 @@ def _large() -> Table:
 
 
 def _text(cost: Sequence[Row], knowledge: Sequence[Row]) -> str:
-    learned = [row for row in knowledge if row["method"] != FROM_SCRATCH and mean(row["new_done"]) > NEARLY_ALL]
-    least = min(learned, key=lambda row: mean(row["old_rise"]), default=None)
+    learned = [row for row in knowledge if row["method"] != FROM_SCRATCH and row["new_done"] > NEARLY_ALL]
+    least = min(learned, key=lambda row: row["old_rise"], default=None)
     forgets_least = "None of the methods that start from the base learns nearly all new sentences."
     if least is not None:
         forgets_least = (
@@ -152,7 +153,7 @@ def _draw(figure: Figure, knowledge: Sequence[Row]) -> None:
     for row, marker in zip(knowledge, "osD^vPX*d<s>p", strict=False):
         x, y = row["old_rise"], row["new_loss"]
         style = {"color": COLORS[METHODS[row["method"]].color], "marker": marker, "linestyle": ""}
-        axis.errorbar(x.mean, y.mean, xerr=min_max([x]), yerr=min_max([y]), label=row["method"], **style)
+        axis.errorbar(x, y, xerr=min_max([x]), yerr=min_max([y]), label=row["method"], **style)
     axis.set(xlabel="old loss rises by (nats per token)", ylabel="new loss (nats per token)", yscale="log")
     axis.grid(alpha=0.3)
     legend_beside(axis)

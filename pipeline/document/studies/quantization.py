@@ -15,7 +15,7 @@ from pipeline.data.formats import read_examples
 from pipeline.document.measures import document
 from pipeline.document.report import Figure, Findings, min_max
 from pipeline.document.runner import Run, train
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
     from pipeline.inference.score import EvalScores
 
+PLACE = "§10.1"
 LARGE = "qwen3-8b"
 NEGLIGIBLE_RISE = 0.001  # relative, of perplexity
 
@@ -41,9 +42,9 @@ class StudyQuantization(Section, frozen=True, kw_only=True):
     group: Annotated[Count, "group size: weights of a row that share a scale"] = 64
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="A base in fewer bits",
-    place="§10.1",
     about="what a base in fewer bits still knows, from fp32 to ternary",
     settings=StudyQuantization,
     data=("data", "document", "pretrain.data"),
@@ -90,7 +91,7 @@ def measure(job: Job, settings: StudyQuantization) -> Generator[Event, None, Fin
 
     numbers, quality = normal(256), list[Row]()
     for precision, by_seed in zip(every, zip(*by_base, strict=True), strict=True):
-        rounded = precision.quantize(numbers, numbers.T @ numbers).weight
+        rounded = precision.quantize(numbers, numbers.T @ numbers).weight  # on inputs like the weights
         measured = spreads(Quality._fields, [each for _, each in by_seed])
         own = {"precision": precision.name, "bits": by_seed[0][0], "error": measured.pop("error")}
         of_normal = float((rounded - numbers).norm() / numbers.norm())
@@ -156,7 +157,7 @@ def calibrated(
 
     def accumulate(name: str) -> "Callable[[nn.Module, tuple[Tensor, ...]], None]":
         def add(_module: "nn.Module", inputs: "tuple[Tensor, ...]") -> None:
-            rows = inputs[0].detach().flatten(0, -2).double()  # (B, T, I) → (N, I)
+            rows = inputs[0].detach().flatten(0, -2).double()  # (B, T, I) → (N, I); fp64, since GPTQ inverts their sum
             grams[name] = grams.get(name, torch.zeros((), dtype=torch.float64)) + rows.T @ rows
 
         return add
@@ -202,8 +203,8 @@ def _text(
     by_name = {row["precision"]: row for row in quality}
     unchanged = [name for name, row in by_name.items() if row["kept"].low == 1]
     lost = "".join(f" {n} keeps {shown(row['kept'], '.0%')}." for n, row in by_name.items() if n not in unchanged)
-    fp32 = by_name["FP32"]["perplexity"].mean
-    rises = {name: row["perplexity"].mean / fp32 - 1 for name, row in by_name.items()}
+    fp32 = by_name["FP32"]["perplexity"]
+    rises = {name: row["perplexity"] / fp32 - 1 for name, row in by_name.items()}
     worse = ", ".join(f"{rise:.1%} in {name}" for name, rise in rises.items() if rise >= NEGLIGIBLE_RISE)
     outputs, errors, of_normal = (
         {name: shown(row[column], ".1%") for name, row in by_name.items()}
@@ -242,14 +243,14 @@ def _draw(figure: Figure, quality: Sequence[Row]) -> None:
     for name, color, marker in (("error", "freeze", "s"), ("output_error", "lora", "o")):
         cells = {y: row[name] for y, row in enumerate(quality) if row[name].low}  # FP32 has error 0
         style = {"color": COLORS[color], "marker": marker, "linestyle": "", "label": name.replace("_", " ")}
-        left.errorbar([c.mean for c in cells.values()], list(cells), xerr=min_max(cells.values()), **style)
+        left.errorbar(list(cells.values()), list(cells), xerr=min_max(cells.values()), **style)
     left.set(xscale="log", xlabel="relative error")
     left.set_yticks(positions, names, fontsize=8)
     left.legend(fontsize=8)
     kept = [row["kept"] for row in quality]
-    right.barh(positions, [cell.mean for cell in kept], xerr=min_max(kept), color=COLORS["scratch"])
+    right.barh(positions, kept, xerr=min_max(kept), color=COLORS["scratch"])
     for y, row in enumerate(quality):
-        right.annotate(f"perplexity {row['perplexity'].mean:.2f}", (0.02, y), va="center", fontsize=7)
+        right.annotate(f"perplexity {row['perplexity']:.2f}", (0.02, y), va="center", fontsize=7)
     right.set(xlabel="first choices kept", xlim=(0, 1))
     right.set_yticks([])
     for axis in (left, right):

@@ -9,13 +9,14 @@ from msgspec.structs import replace
 from pipeline.document.measures import COLUMNS_EXPLAINED, FORMATS, Knowledge, RetentionScorer
 from pipeline.document.report import Axis, Figure, Findings, error_bars
 from pipeline.document.runner import DOCUMENT, full_runs, sweep_run, train
-from pipeline.document.studies import Study
-from pipeline.document.tables import Row, Table, mean, spreads
+from pipeline.document.studies import study_stage
+from pipeline.document.tables import Row, Table, spreads
 from pipeline.project.params.schema import Count, Rate, Section, Seed
 from pipeline.project.runner import Event, Job
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.stages.registry import COLORS
 
+PLACE = "§2.4, §5"
 NEAR = 0.05  # nats per token: a loss this close to the best counts as equal
 
 
@@ -27,19 +28,13 @@ class StudyRank(Section, frozen=True, kw_only=True):
     prompt_words: Annotated[Count, "words of a new sentence given as its prompt"] = 2
     seeds: Annotated[tuple[Seed, ...], "each is a run of its own"] = (0, 1, 2)
     ranks: Annotated[tuple[Count, ...], "ranks that are tried"] = (1, 2, 4, 8, 16, 64)
-    alphas: Annotated[tuple[Rate, ...], "alphas that are tried"] = (
-        0.5,
-        1.0,
-        4.0,
-        8.0,
-        16.0,
-    )
+    alphas: Annotated[tuple[Rate, ...], "alphas that are tried"] = (0.5, 1.0, 4.0, 8.0, 16.0)
     learning_rates: Annotated[tuple[Rate, ...], "learning rates that are tried"] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="Rank, alpha and learning rate",
-    place="§2.4, §5",
     about="what rank, alpha and learning rate change",
     settings=StudyRank,
     data=("old_data", "new_data"),
@@ -101,12 +96,12 @@ def measure(job: Job, settings: StudyRank) -> Generator[Event, None, Findings]:
 
 
 def _loss(row: Row) -> str:
-    return "none, as every run diverged" if row["new_loss"] is None else f"{mean(row['new_loss']):.3f}"
+    return "none, as every run diverged" if row["new_loss"] is None else f"{row['new_loss']:.3f}"
 
 
 def _near_best(rows: Sequence[Row], key: str) -> list[Any]:
     """The values of `key` whose loss is within `NEAR` of the best; none if every run diverged."""
-    losses = {row[key]: mean(row["new_loss"]) for row in rows if row["new_loss"] is not None}
+    losses = {row[key]: row["new_loss"] for row in rows if row["new_loss"] is not None}
     return [value for value, loss in losses.items() if loss <= min(losses.values()) + NEAR]
 
 
@@ -147,7 +142,7 @@ def _draw(figure: Figure, ranks: Sequence[Row], alphas: Sequence[Row], rates: Se
     for alpha, color, marker in (("r", "lora", "o"), ("1", "prompt", "s")):
         line(left, "rank", [row for row in ranks if row["alpha"] == alpha], f"alpha = {alpha}", color, marker)
     if ranks[-1]["new_loss"] is not None:
-        left.axhline(mean(ranks[-1]["new_loss"]), color=COLORS["full"], linestyle="--", label="full fine-tuning")
+        left.axhline(ranks[-1]["new_loss"], color=COLORS["full"], linestyle="--", label="full fine-tuning")
     line(middle, "alpha", alphas, f"r = {DOCUMENT.rank}", "lora", "o")
     for method, marker in (("full", "s"), ("lora", "o")):
         line(right, "learning_rate", [row for row in rates if row["method"] == method], method, method, marker)

@@ -6,8 +6,8 @@ initialization. Adapters of the same seed may share their initialization, so ada
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,7 @@ from msgspec import Meta, structs
 from pipeline.document.measures import FORMATS, Knowledge, RetentionScorer
 from pipeline.document.report import Figure, Findings, error_bars
 from pipeline.document.runner import DOCUMENT, PARTS, by, drain, full_runs, sweep_run, train
-from pipeline.document.studies import Study
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Updates = Mapping[str, LowRank]  # module → update, of one adapter
     Spectra = Mapping[str, Sequence[Sequence[Measured]]]  # change → measurements by seed
 
+PLACE = "§2.2"
 RANKS = (1, 2, 4, 8, 16)  # whose share of a change is in the table
 SQUARE = 8  # top directions compared
 FULL, RANDOM = "full", "random"
@@ -53,9 +54,9 @@ class StudySpectrum(Section, frozen=True, kw_only=True):
     extracted: Annotated[tuple[Count, ...], "ranks of the extracted LoRA"] = (1, 2, 4, 8, 16, 64)
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="What fine-tuning changes",
-    place="§2.2",
     about="how few directions hold what fine-tuning changes, and the LoRA extracted from it",
     settings=StudySpectrum,
     data=("old_data", "new_data"),
@@ -89,7 +90,7 @@ def measure(job: Job, settings: StudySpectrum) -> Generator[Event, None, Finding
         for number, side in enumerate(("outputs", "inputs"))
     ]
     first, directions = next(iter(phi)), range(1, SQUARE + 1)
-    grid = [{"i": i, **{f"j_{j}": _at(phi[first], 1, i, j).mean for j in directions}} for i in directions]
+    grid = [{"i": i, **{f"j_{j}": float(_at(phi[first], 1, i, j)) for j in directions}} for i in directions]
     quality: list[Row] = [
         {"rank": str(rank), **spreads(("held", *Knowledge._fields), by_seed)} for rank, by_seed in extracted.items()
     ]
@@ -136,18 +137,18 @@ def spectra_of(base: Path, tuned: Sequence[Path], updates: "Mapping[str, Sequenc
 def energy(spectra: "Spectra") -> Table:
     """Means over the matrices of a kind, as a Spread over seeds."""
     quantities: dict[str, Callable[[Measured], float | None]] = {
-        "relative": lambda m: m.relative,
-        **{f"rank_{rank}": partial(lambda rank, m: m.energy(rank), rank) for rank in RANKS},
-        "stable_rank": lambda m: m.stable_rank,
-        "effective_rank": lambda m: m.effective_rank,
-        "rank_of_90": lambda m: m.rank_of(0.9),
+        "relative": attrgetter("relative"),
+        **{f"rank_{rank}": methodcaller("energy", rank) for rank in RANKS},
+        "stable_rank": attrgetter("stable_rank"),
+        "effective_rank": attrgetter("effective_rank"),
+        "rank_of_90": methodcaller("rank_of", 0.9),
     }
     rows: list[Row] = []
     for change, seeds in spectra.items():
         for kind in dict.fromkeys(KINDS.values()):
-            names = {name for name, its_kind in KINDS.items() if its_kind == kind}
             by_seed = [
-                [m for m in seed if m.name.removesuffix(".weight").rsplit(".", 1)[-1] in names] for seed in seeds
+                [m for m in seed if KINDS.get(m.name.removesuffix(".weight").rsplit(".", 1)[-1]) == kind]
+                for seed in seeds
             ]
             if not all(by_seed):
                 continue
@@ -156,7 +157,7 @@ def energy(spectra: "Spectra") -> Table:
                 # Without the matrices that did not change: they have no spectrum.
                 values = [[value for m in seed if (value := of(m)) is not None] for seed in by_seed]
                 row[name] = Spread.of(map(fmean, values)) if all(values) else None
-            rows.append(row if change != RANDOM else {**row, "relative": None})
+            rows.append(row if change != RANDOM else {**row, "relative": None})  # no weight was changed by it
     formats = {"relative": ".1%", **dict.fromkeys((f"rank_{rank}" for rank in RANKS), ".0%")}
     formats |= {"stable_rank": ".1f", "rank_of_90": ".1f"}
     hidden = ("rank_2", "rank_16", "stable_rank", "effective_rank")  # only in the CSV file, since a terminal is narrow
@@ -180,7 +181,7 @@ def _extract_ranks(
             results[rank].append((extracted.held, *scorer.measure(loaded)))
         squares = {tensor.name: tensor.change**2 for tensor in extracted.spectra.tensors}
         in_full = sum(squares[name] for name in extracted.in_full) / sum(squares.values())
-        with disable_adapter(loaded.model):
+        with disable_adapter(loaded.model):  # the last rank's: each has the same embeddings and head in full
             results[0].append((in_full, *scorer.measure(loaded)))
         yield Progress(number, len(tuned), "LoRA extracted")
     return results
@@ -267,7 +268,7 @@ def _draw(figure: Figure, energy: Sequence[Row], grid: Sequence[Row], extracted:
     for row in (row for row in energy if row["matrices"] in lines):
         change, kind = row["change"], row["matrices"]
         style = {"color": colors.get(change, COLORS["lora"]), "marker": "o" if change in colors else "s"}
-        shares = [row[f"rank_{rank}"].mean for rank in RANKS]
+        shares = [row[f"rank_{rank}"] for rank in RANKS]
         left.plot(RANKS, shares, lines[kind], label=f"{change}, {kind}", **style)
     left.set(xscale="log", xlabel="rank", ylabel="share of ‖ΔW‖²", ylim=(0, 1.02))
     left.set_xticks(RANKS, [str(rank) for rank in RANKS])
@@ -281,7 +282,7 @@ def _draw(figure: Figure, energy: Sequence[Row], grid: Sequence[Row], extracted:
     figure.colorbar(image, ax=middle)
     *ranks, tuned = extracted
     error_bars(right, range(len(ranks)), [row["new_loss"] for row in ranks], color=COLORS["lora"], marker="o")
-    right.axhline(tuned["new_loss"].mean, color=COLORS["full"], linestyle="--", label="full fine-tuning")
+    right.axhline(tuned["new_loss"], color=COLORS["full"], linestyle="--", label="full fine-tuning")
     right.set(xlabel="rank of the extracted LoRA", ylabel="new loss (nats per token)", yscale="log")
     right.set_xticks(range(len(ranks)), [row["rank"] for row in ranks])
     right.grid(alpha=0.3)

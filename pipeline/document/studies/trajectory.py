@@ -9,14 +9,15 @@ from msgspec.structs import replace
 
 from pipeline.document.measures import NextTokenAnswers, ask, check_words, document
 from pipeline.document.report import Figure, Findings
-from pipeline.document.runner import DOCUMENT, Run, checkpoints, describe_window
-from pipeline.document.studies import Study
+from pipeline.document.runner import DOCUMENT, Run, by, checkpoints, describe_window
+from pipeline.document.studies import study_stage
 from pipeline.document.tables import Row, Spread, Table, shown
 from pipeline.project.params.schema import Count, Rate, Section, Seed, Steps
 from pipeline.project.runner import Event, Job, Progress
 from pipeline.project.stage_graph import OTHERS
 from pipeline.stages.registry import COLORS
 
+PLACE = "§2.3"
 SECTION = "trajectory"
 PERCENT = ".1%"
 STYLES = (  # of the words, in order: color, line, marker
@@ -37,9 +38,9 @@ class StudyTrajectory(Section, frozen=True, kw_only=True):
     windows: Annotated[tuple[Steps, ...], "tokens per training window; 0: whole sentences"] = (4, 0)
 
 
-STUDY = Study(
+STAGE = study_stage(
+    __name__,
     title="From tisch to sofa, step by step",
-    place="§2.3",
     about="from tisch to sofa, step by step",
     settings=StudyTrajectory,
     data=("data", "document"),
@@ -65,13 +66,13 @@ def measure(job: Job, settings: StudyTrajectory) -> Generator[Event, None, Findi
         curves.append(Curve(window, seed, answers))
         yield Progress(len(curves), len(wanted), _run_name(window, seed))
 
-    def probability(window: int, step: int, word: str) -> Spread:
-        return Spread.of(curve.answers[step].probability(prompt, word) for curve in curves if curve.window == window)
-
     steps: list[Row] = [
         {
             **{"step": step, "word": word, "document": claimed["steps"].get(step, {}).get(word)},
-            **{f"window_{window}": probability(window, step, word) for window in settings.windows},
+            **{
+                f"window_{window}": Spread.of(one.answers[step].probability(prompt, word) for one in of_window)
+                for window, of_window in by(lambda curve: curve.window, curves).items()
+            },
         }
         for step, word in product(settings.steps, words)
     ]

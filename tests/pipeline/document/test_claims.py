@@ -9,20 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.document.claims.check import Row, filter_rows, judge, summary, verdicts
-from pipeline.document.claims.claim import (
+from pipeline.document.claims import (
+    UNITS,
     Chapter,
+    Quantity,
     about,
     at_least,
     at_most,
     between,
+    in_unit,
     less_than,
     more_than,
     probability,
 )
-from pipeline.document.claims.quantity import UNITS, Quantity, in_unit
-from pipeline.document.claims.report import markdown_table
-from pipeline.document.claims.sources import MissingArtifact, Seeds, Sources, calc, find, model
+from pipeline.document.claims.check import Row, filter_rows, judge, markdown_table, summary, verdicts
+from pipeline.document.claims.sources import MissingArtifact, Sources, calc, find, model
+from pipeline.document.tables import Spread
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.workbench import open_project
@@ -58,13 +60,13 @@ def test_a_quantity_is_read_and_shown_as_the_document_writes_it(written: Any, me
 
 
 def test_several_seeds_show_their_mean_and_how_far_one_lies_from_it() -> None:
-    assert in_unit(Seeds(0.674, 0.61, 0.7), "%") == "67% ±6"
-    assert in_unit(Seeds(0.915, 0.913, 0.92), "%") == "91.5% ±0.5"
-    assert in_unit(Seeds(0.9942, 0.9938, 0.9941), "%") == "99.4%"
-    assert in_unit(Seeds(0.25008, 0.24796, 0.252)) == "0.250 ±0.002"
-    assert in_unit(Seeds(3.0, 2.0, 4.5)) == "3 ±2"
-    assert in_unit(Seeds(8.0, 8.0, 8.0)) == "8"
-    assert in_unit(Seeds(16.4e9, 16.1e9, 16.5e9), "GB") == "16.4 ±0.3 GB"
+    assert in_unit(Spread(0.674, 0.61, 0.7), "%") == "67% ±6"
+    assert in_unit(Spread(0.915, 0.913, 0.92), "%") == "91.5% ±0.5"
+    assert in_unit(Spread(0.9942, 0.9938, 0.9941), "%") == "99.4%"
+    assert in_unit(Spread(0.25008, 0.24796, 0.252)) == "0.250 ±0.002"
+    assert in_unit(Spread(3.0, 2.0, 4.5)) == "3 ±2"
+    assert in_unit(Spread(8.0, 8.0, 8.0)) == "8"
+    assert in_unit(Spread(16.4e9, 16.1e9, 16.5e9), "GB") == "16.4 ±0.3 GB"
     assert in_unit([4, 1024]) == "4 × 1,024"
 
 
@@ -76,9 +78,9 @@ def test_what_is_shown_is_within_half_a_percent_of_what_was_measured(number: flo
 
 
 def test_seeds_compute_as_their_mean() -> None:
-    measured = Seeds(0.5, 0.4, 0.7)
+    measured = Spread(0.5, 0.4, 0.7)
     assert measured + 1 == 1.5 and measured < 0.6 and measured.high - measured.low == pytest.approx(0.3)
-    assert not isinstance(measured - 0.1, Seeds), "a difference has no extremes of its own"
+    assert not isinstance(measured - 0.1, Spread), "a difference has no extremes of its own"
 
 
 # verdicts
@@ -167,7 +169,7 @@ def test_a_tolerance_is_a_share_of_what_is_said(said: float, measured: float, sh
     ],
 )
 def test_seeds_are_judged_by_their_mean_or_each(says: Any, each: bool, verdict: str) -> None:
-    row = judged(Seeds(0.94, 0.8, 0.99), says, each_seed=each)
+    row = judged(Spread(0.94, 0.8, 0.99), says, each_seed=each)
     assert (row["verdict"], row["shown"]["measured"]) == (verdict, "94% ±14")
     assert row["measured"] == {"mean": 0.94, "low": 0.8, "high": 0.99}
 

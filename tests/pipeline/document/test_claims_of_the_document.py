@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.document.claims.check import CLAIMS, VERDICTS, Row, calculated, verdicts
-from pipeline.document.claims.report import CLAIMS as JSON
-from pipeline.document.claims.report import PAGE
+from pipeline.document.claims.chapters import CLAIMS
+from pipeline.document.claims.check import JSON, MARKS, PAGE, Row, calculated, verdicts
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.project import provenance
@@ -252,7 +251,7 @@ def test_the_stage_writes_every_verdict_as_json_and_as_a_page_twice_the_same(ran
     assert rows == json.loads(json.dumps(list(rows_of(ran).values())))
     page = found[0][PAGE].decode()
     assert all(row["quote"].replace("|", "\\|").replace("<", "&lt;") in page for row in rows)
-    assert {row["verdict"] for row in rows} <= set(VERDICTS)
+    assert {row["verdict"] for row in rows} <= set(MARKS)
     assert str(tmp_path) not in found[0][JSON].decode() + page
 
 

@@ -39,7 +39,7 @@ def rows_of(root: Path, table: str) -> dict[str, dict[str, Cell]]:
 
 def mean(cell: Cell) -> float:
     assert isinstance(cell, Spread)
-    return cell.mean
+    return cell
 
 
 def sentences(root: Path) -> list[Example]:

@@ -24,7 +24,7 @@ from pipeline.document.runner import METHODS, Trained
 from pipeline.document.studies import methods
 from pipeline.document.studies.fact_correction import column_names
 from pipeline.document.studies.knowledge_correction import StudyKnowledgeCorrection, runs_of
-from pipeline.document.tables import Cell, Spread, read_table
+from pipeline.document.tables import Cell, read_table
 from pipeline.errors import Interrupted
 from pipeline.files.artifact import read_manifest
 from pipeline.inference import engine
@@ -48,8 +48,8 @@ def table(root: Path, study: str, name: str) -> list[dict[str, Cell]]:
 
 
 def mean(cell: Cell) -> float:
-    """Of one seed or several: a file does not tell a spread of one value."""
-    return cell.mean if isinstance(cell, Spread) else float(cell)  # type: ignore[arg-type]
+    assert isinstance(cell, int | float)
+    return float(cell)
 
 
 def trained(project: Path, *overrides: str) -> engine.LoadedModel:
@@ -289,7 +289,8 @@ def test_a_time_is_divided_by_the_steps_of_its_own_run(tmp_path: Path) -> None:
         lines = ",".join(TELEMETRY_COLUMNS), f"{steps},{seconds},1,1,cpu,1,1"
         (folders[-1].parent / TELEMETRY).write_text("\n".join(lines) + "\n", encoding="utf-8")
     row = methods.time_of("LoRA", [Trained("LoRA", None, folder) for folder in folders])
-    assert row == {"method": "LoRA", "steps": Spread(7, 4, 10), "seconds": Spread(9, 8, 10), "ms_a_step": 1000}
+    assert row == {"method": "LoRA", "steps": 7, "seconds": 9, "ms_a_step": 1000}
+    assert [(cell.low, cell.high) for cell in (row["steps"], row["seconds"])] == [(4, 10), (8, 10)]
 
 
 def test_a_is_faster_where_its_name_says_so() -> None:

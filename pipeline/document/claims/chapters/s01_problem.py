@@ -3,9 +3,8 @@
 from typing import Any
 
 from pipeline.calc.settings import precision
-from pipeline.document.claims.claim import Chapter, Result, about, at_least, less_than, more_than
-from pipeline.document.claims.quantity import GB, MB, n, percent, times
-from pipeline.document.claims.sources import Sources, calc, model
+from pipeline.document.claims import Chapter, Result, about, at_least, less_than, more_than
+from pipeline.document.claims.sources import GB, MB, Sources, calc, model, n, percent, times
 
 chapter = Chapter()
 

@@ -1,8 +1,7 @@
 """2. The Core Idea."""
 
-from pipeline.document.claims.claim import Chapter, Result, about, at_least, at_most, between, more_than, probability
-from pipeline.document.claims.quantity import KB, billion, million, n, percent
-from pipeline.document.claims.sources import Record, Sources, calc, model
+from pipeline.document.claims import Chapter, Result, about, at_least, at_most, between, more_than, probability
+from pipeline.document.claims.sources import KB, Record, Sources, billion, calc, million, model, n, percent
 
 chapter = Chapter()
 

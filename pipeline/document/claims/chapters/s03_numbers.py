@@ -1,8 +1,7 @@
 """3. Example with Concrete Numbers."""
 
-from pipeline.document.claims.claim import Chapter, Result, about
-from pipeline.document.claims.quantity import GB, KB, MB, billion, n
-from pipeline.document.claims.sources import Record, calc, find, model
+from pipeline.document.claims import Chapter, Result, about
+from pipeline.document.claims.sources import GB, KB, MB, Record, billion, calc, find, model, n
 
 chapter = Chapter()
 

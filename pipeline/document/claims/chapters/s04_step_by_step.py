@@ -1,8 +1,7 @@
 """4. Step by Step: What Happens Mathematically?"""
 
-from pipeline.document.claims.claim import Chapter, Result, about
-from pipeline.document.claims.quantity import n
-from pipeline.document.claims.sources import Sources, calc
+from pipeline.document.claims import Chapter, Result, about
+from pipeline.document.claims.sources import Sources, calc, n
 
 chapter = Chapter()
 

@@ -1,8 +1,7 @@
 """5. Hyperparameters."""
 
-from pipeline.document.claims.claim import Chapter, Result, at_least, at_most, between, more_than
-from pipeline.document.claims.quantity import n
-from pipeline.document.claims.sources import Sources, calc
+from pipeline.document.claims import Chapter, Result, at_least, at_most, between, more_than
+from pipeline.document.claims.sources import Sources, calc, n
 
 chapter = Chapter()
 

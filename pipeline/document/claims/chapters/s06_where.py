@@ -1,17 +1,8 @@
 """6. Where is LoRA Applied?"""
 
-from pipeline.document.claims.claim import (
-    Chapter,
-    Result,
-    at_least,
-    at_most,
-    between,
-    less_than,
-    more_than,
-    probability,
-)
-from pipeline.document.claims.quantity import KB, n, percent
-from pipeline.document.claims.sources import Record, Seeds, Sources, calc, find
+from pipeline.document.claims import Chapter, Result, at_least, at_most, between, less_than, more_than, probability
+from pipeline.document.claims.sources import KB, Record, Sources, calc, find, n, percent
+from pipeline.document.tables import Spread
 
 chapter = Chapter()
 
@@ -25,7 +16,7 @@ with chapter.section("6") as claim:
         why = "parameters that the adapter trains there, in a block of the model as it is loaded with it"
         return {"LayerNorm": max(norms), "Feed-Forward": fc1.trained + fc2.trained}, why
 
-    def loss_of(m: Sources, targets: str) -> Seeds:
+    def loss_of(m: Sources, targets: str) -> Spread:
         """The loss on the corrections with LoRA on these projections."""
         return m.over_seeds("fact_correction/projections", "new_loss", targets=targets)
 

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from pipeline.document.claims.claim import Chapter, Result, between, less_than
-from pipeline.document.claims.quantity import GB, million, n, percent
-from pipeline.document.claims.sources import Sources, calc
+from pipeline.document.claims import Chapter, Result, between, less_than
+from pipeline.document.claims.sources import GB, Sources, calc, million, n, percent
 
 chapter = Chapter()
 

@@ -1,8 +1,7 @@
 """8. Practice: Saving and Loading LoRA Adapters."""
 
-from pipeline.document.claims.claim import Chapter, Result, about
-from pipeline.document.claims.quantity import n
-from pipeline.document.claims.sources import calc
+from pipeline.document.claims import Chapter, Result, about
+from pipeline.document.claims.sources import calc, n
 
 chapter = Chapter()
 

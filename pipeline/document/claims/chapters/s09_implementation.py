@@ -1,8 +1,7 @@
 """9. Our Implementation: MiniGPT Fine-Tuning."""
 
-from pipeline.document.claims.claim import Chapter, Result, at_least, between, less_than
-from pipeline.document.claims.quantity import KB, n, percent
-from pipeline.document.claims.sources import Sources, calc, find
+from pipeline.document.claims import Chapter, Result, at_least, between, less_than
+from pipeline.document.claims.sources import KB, Sources, calc, find, n, percent
 
 chapter = Chapter()
 

@@ -3,9 +3,8 @@
 from math import log2
 
 from pipeline.calc.settings import precision
-from pipeline.document.claims.claim import Chapter, Result, about, at_least, at_most, less_than, more_than
-from pipeline.document.claims.quantity import GB, B, GiB, n, percent
-from pipeline.document.claims.sources import Sources, calc, find, model
+from pipeline.document.claims import Chapter, Result, about, at_least, at_most, less_than, more_than
+from pipeline.document.claims.sources import GB, B, GiB, Sources, calc, find, model, n, percent
 
 chapter = Chapter()
 
