@@ -50,10 +50,6 @@ class AdapterRouting:
         finally:
             self.off = False
 
-    def counts_for(self, number: int, rows: int) -> tuple[int, ...]:
-        """The counts that give all rows to one adapter."""
-        return tuple(rows * (n == number) for n in range(len(self.counts)))
-
     def select_live(self, stacked: Tensor) -> Tensor:
         """(N, ...) → (L, ...): only the adapters that have rows."""
         return stacked if len(self.live) == len(self.counts) else stacked[self.live]

@@ -1,4 +1,5 @@
-"""LoRA and DoRA: frozen linears and embeddings with a trainable low-rank update (the document's §2.3, §4 and §10.2)."""
+"""An adapter's layers: LoRA and DoRA, frozen layers with a trainable low-rank update (the document's §2.3, §4 and
+§10.2), and embedding and head of which single rows train."""
 
 import math
 
@@ -191,6 +192,51 @@ class DoRALinear(LoRALinear):
         A, B = A.to(wide), B.to(wide)
         square = ((B @ (A @ A.T)) * B).sum(1)  # ⟨B·AAᵀ, B⟩, (O,)
         return (self.squares + 2 * self.scale * cross + self.scale**2 * square).clamp_(min=0).sqrt_().clamp_(min=LEAST)
+
+
+class TokenRows(AdapterLayer):
+    """An embedding or head of which single rows train, `rows` (n, D); the frozen table is never written to."""
+
+    def __init__(self, base: nn.Module, rows: nn.Parameter) -> None:
+        super().__init__(base)
+        self.rows = rows
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {ROWS: self.rows}
+
+
+class EmbeddingRows(TokenRows):
+    """An embedding whose rows `ids` (n,) are replaced by `rows`."""
+
+    slot: Tensor
+
+    def __init__(self, base: nn.Module, ids: Tensor, rows: nn.Parameter) -> None:
+        super().__init__(base, rows)
+        slot = torch.full((len(weight_of(base)),), -1, device=ids.device)  # (V,): index into `rows`, or -1
+        slot[ids] = torch.arange(len(ids), device=ids.device)
+        self.register_buffer("slot", slot, persistent=False)
+
+    def adapted(self, tokens: Tensor) -> Tensor:
+        old: Tensor = self.base(tokens)  # (B, T, D)
+        slot = self.slot[tokens]  # (B, T)
+        replaced = F.embedding(slot.clamp(min=0), self.rows)  # (B, T, D); of the other tokens it is not used
+        return torch.where((slot >= 0)[..., None], scaled_as(self.base, replaced).to(old.dtype), old)
+
+
+class HeadRows(TokenRows):
+    """A head whose rows `ids` (n,) are replaced by `rows`."""
+
+    ids: Tensor
+
+    def __init__(self, base: nn.Module, ids: Tensor, rows: nn.Parameter) -> None:
+        super().__init__(base, rows)
+        self.register_buffer("ids", ids, persistent=False)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.base(x)  # (B, T, V)
+        bias = self.base.bias
+        new = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[self.ids])  # type: ignore[index]  # (B, T, n)
+        return logits.index_copy(-1, self.ids, new)
 
 
 def initialize(A: Tensor, B: Tensor, init: Init) -> None:

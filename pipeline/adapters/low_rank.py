@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.config import WEIGHTS, AdapterSpec
+from pipeline.adapters.config import EMBEDDING, WEIGHTS, AdapterSpec, read_spec
 from pipeline.adapters.folder import refuse_virtual
 from pipeline.adapters.lora import ROWS
-from pipeline.adapters.peft.config import EMBEDDING, read_spec
-from pipeline.adapters.peft.tensors import read_tensors
+from pipeline.adapters.peft import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.patterns import one_budget

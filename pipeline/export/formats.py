@@ -5,8 +5,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.config import CONFIG, WEIGHTS
-from pipeline.adapters.folder import origin_of, read_config, refuse_pickle
+from pipeline.adapters.config import CONFIG, WEIGHTS, read_config
+from pipeline.adapters.folder import origin_of, refuse_pickle
 from pipeline.errors import UserError
 from pipeline.export.model_card import CARD, card, has_card
 from pipeline.files import artifact

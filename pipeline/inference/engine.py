@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.folder import quantization_of
-from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft import load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, Prefix

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.adapters.attach import AdapterScale
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import quantization_of
-from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.digest_cache import Signature, signature
