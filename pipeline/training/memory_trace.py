@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
@@ -24,8 +25,8 @@ from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, from_config
-from pipeline.training import losses
 from pipeline.training.batches import Batch
+from pipeline.training.losses import chunked_mean, cross_entropy
 from pipeline.training.memory import TensorMemoryMeter
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of
@@ -102,18 +103,26 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
 
     def library_step() -> None:
         hidden = model.hidden_states(ids)  # (B, T, D)
+        # rows, targets and logits get no names: a name would keep them alive during backward
         if run.loss == "full":
-            loss = losses.full(model.logits, hidden, labels)
+            loss = F.cross_entropy(model.logits(hidden).float().flatten(0, 1), labels.flatten())
         elif run.loss == "labels":
-            loss = losses.at_labels(model.logits, hidden, labels, positions)
+            loss = F.cross_entropy(model.logits(_rows(hidden, positions)).float(), labels.flatten()[positions])
         else:
             head = [p for p in model.head.parameters() if p.requires_grad]
-            loss = losses.chunked(model.logits, hidden, labels, positions, run.chunk, head)
+            loss = chunked_mean(
+                cross_entropy(model.logits), _rows(hidden, positions), labels.flatten()[positions], run.chunk, head
+            )
         torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
 
     return library_step
+
+
+def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states (N, D) of the labelled tokens, from those of all (B, T, D)."""
+    return hidden.flatten(0, 1).index_select(0, positions)
 
 
 def _build_model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
