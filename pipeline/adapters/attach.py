@@ -70,6 +70,7 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
     names = targeted(model, spec)
     embedding, head = model.embedding_and_head
     by_rows = {*spec.rows}
+    # a tied head is the same matrix: it trains wherever the embedding does
     if model.shape.tied and (embedding in by_rows or spec.saves(model.embedding_name)):
         by_rows.add(head)
     conflicts = {
@@ -80,7 +81,7 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
             f"target_modules: {min(conflicts)} already trains in full or row by row (train_embeddings). "
             "Remove it from target_modules, or set train_embeddings to none."
         )
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # first: what is added or saved below requires gradients again
     add_lora(model, names, spec, dtype, init)
     if model.shape.tied and saves_embedding_or_head(model, spec):
         untie(model)
@@ -207,6 +208,7 @@ class AdapterScale:
             else:
                 layer.scale = s * scale
         for parameter, before, after in self._trained:
+            # at 1 the trained bits themselves: lerp rounds
             parameter.data = after if s == 1 else torch.lerp(before, after, s)
 
 

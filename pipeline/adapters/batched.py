@@ -239,7 +239,7 @@ def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> A
     one; all then train at once."""
     base = dict(model.named_modules())
     adapters: list[dict[str, nn.Module]] = []
-    for attach_one in attachers:
+    for attach_one in attachers:  # each as if alone, then taken off: so it starts with the numbers of a run of its own
         attach_one()
         adapters.append(_detach(model, base))
     share, stacks = AdapterRouting(len(attachers)), StackedParameters()
@@ -268,6 +268,7 @@ def _detach(model: CausalLM, base: dict[str, nn.Module]) -> dict[str, nn.Module]
             own = module._parameters
             if not any(p is not None and p.requires_grad for p in own.values()):
                 continue
+            # trained in full: the adapter gets copies, so that the next one starts from the base's numbers
             for p in own.values():
                 if p is not None:
                     copies.setdefault(id(p), nn.Parameter(p.detach().clone()))

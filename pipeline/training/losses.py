@@ -34,9 +34,10 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, log_p: Tensor) -> Tensor:
-        log_q = logits.float().log_softmax(-1)
+        # in place where it can: (n, V) in fp32 is the largest tensor of a step
+        log_q = logits.float().log_softmax(-1)  # (n, V)
         p = log_p.exp()
-        loss = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+        loss = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())  # one call, with no product (n, V)
         ctx.save_for_backward(log_q.exp_().sub_(p).to(logits.dtype))
         return loss
 
@@ -61,7 +62,11 @@ def chunked_mean(
 
 
 class _Chunked(torch.autograd.Function):
-    """A mean whose gradients are computed in forward, chunk by chunk, so that no logits are kept for backward."""
+    """A mean whose gradients are computed in forward, chunk by chunk, so that no logits are kept for backward.
+
+    Checkpointing each chunk would keep none either, but autograd then sums the head's gradients of all chunks at the
+    end: three copies of what is often the model's largest matrix.
+    """
 
     @staticmethod
     def forward(

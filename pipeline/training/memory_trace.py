@@ -45,7 +45,7 @@ def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: Traini
             live.watch([*model.parameters(), *model.buffers()])
             with live:
                 step()
-                live.peak = live.now
+                live.peak = live.now  # between steps, with the optimizer's state
                 step()
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]

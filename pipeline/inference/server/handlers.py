@@ -21,7 +21,7 @@ from pipeline.models.load import count
 
 Answer = dict[str, Any]  # with "event"
 MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
-MAX_INTEGER = 2**62
+MAX_INTEGER = 2**62  # torch takes 64-bit integers, JSON any
 
 
 class Request:

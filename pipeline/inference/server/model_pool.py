@@ -26,6 +26,7 @@ from pipeline.project.params.sections import Quantization
 
 def view(model: CausalLM) -> CausalLM:
     """A copy of the modules that shares all tensors: modules attached to or replaced in it do not affect `model`."""
+    # deepcopy takes what the memo holds for copied: modules become new objects around the same storage
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo | {id(buffer): buffer for buffer in model.buffers()})
 
@@ -84,6 +85,7 @@ class ModelPool:
     """Models by name. A base stays loaded while any of them uses it."""
 
     def __init__(self) -> None:
+        # weak: a base's memory is freed with the last model on it; one per quantization, as they are other weights
         self._bases: WeakValueDictionary[tuple[Path, Quantization], Base] = WeakValueDictionary()
         self._models: dict[str, Resident] = {}
 
@@ -97,6 +99,7 @@ class ModelPool:
         """Load a model as `name`; also whether its base was loaded already. Raises UserError as engine.load."""
         folder, quantization = base.resolve(), quantization_of(adapter)
         cached = self._bases.get((folder, quantization))
+        # a base whose files changed is loaded beside the old one, which models that are still loaded keep
         resident = cached is not None and cached.signature == signature(folder)
         shared = cached if cached is not None and resident else Base(base, trust_remote_code, quantization)
         self._bases[folder, quantization] = shared

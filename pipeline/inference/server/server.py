@@ -145,9 +145,10 @@ def main() -> None:
     """Serve stdin and stdout; library output goes to stderr. Modules that add kinds of adapters are its arguments."""
     for module in sys.argv[1:]:
         import_module(module)
+    # the descriptor too, not only sys.stdout: C libraries print past Python, and would end up between two answers
     protocol_out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # until a model is loaded, which sets its own number
     try:
         Server(RequestHandler(), sys.stdin.buffer, protocol_out).run()
     except KeyboardInterrupt:

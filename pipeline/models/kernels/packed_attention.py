@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from pipeline.models.base import Prefix
 
 NAME = "lora_segments"
-LONGEST = (
-    512  # tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save
-)
-BLOCK = 128  # queries of one product of short sequences
+# Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save.
+LONGEST = 512
+BLOCK = 128  # queries of one product of short sequences; sharing products takes a sixth off their attention's time
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ def attend(
         key, value = prefix(module.layer_idx, key, value, spans)  # type: ignore[arg-type]
         added = (key.shape[2] - own_keys) // len(spans)
         spans = [added + span for span in spans]
+    # a window that hides no key is none: most kernels have only a causal mask
     window = None if sliding_window is None or sliding_window >= max(spans) else sliding_window
     rule = Rule(query.shape[3] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
     for layer, weights in _recorders:
@@ -121,6 +121,7 @@ def _supports_varlen(q: Tensor, rule: Rule) -> bool:
     """Whether torch's varlen flash attention applies: 16 bits, an Ampere GPU or later."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or rule.explicit:
         return False
+    # the head sizes that flash attention has kernels for
     return q.shape[3] <= 256 and q.shape[3] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
@@ -166,12 +167,12 @@ def _weights(q: Tensor, k: Tensor, rule: Rule) -> Tensor:
     if rule.sinks is not None:
         sinks = rule.sinks.float().view(1, G, H // G, 1, 1).expand(B, -1, -1, T, 1)
         scores = torch.cat([scores, sinks], -1)  # (B, G, R, T, S + 1)
-    return scores.softmax(-1)[..., :S].flatten(1, 2)
+    return scores.softmax(-1)[..., :S].flatten(1, 2)  # without the sink's share; (B, G, R, T, S) → (B, H, T, S)
 
 
 def _visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
     """(T, S), True where a query sees a key."""
-    visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)  # query t has position S - T + t
     return visible if window is None else visible.triu(S - T - window + 1)
 
 
@@ -246,6 +247,7 @@ class _ShortAttention(torch.autograd.Function):
             d_rows, keys, values = _rows(d_out, part, G), _keys(k, part), _keys(v, part)
             d_weights = torch.bmm(d_rows, values.transpose(1, 2))  # (BG, R·t, s)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            # added: the blocks of one long sequence share its first keys
             d_v[:, part.first : part.stop] += _tokens(torch.bmm(weights.transpose(1, 2), d_rows), B, G)
             d_k[:, part.first : part.stop] += _tokens(torch.bmm(d_scores.transpose(1, 2), rows), B, G)
             d_q[:, part.start : part.stop] = _tokens(torch.bmm(d_scores, keys), B, H)
