@@ -111,9 +111,9 @@ def continued(loaded: LoadedModel, text: str, limit: int = 20, sampling: Samplin
     return "".join(map(decode_next, ids))
 
 
-def complete(loaded: LoadedModel, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
-    """`continued` without white space around it."""
-    return continued(loaded, text, limit, sampling).strip()
+def complete(loaded: LoadedModel, text: str, limit: int = 20) -> str:
+    """The greedy continuation without white space around it."""
+    return continued(loaded, text, limit).strip()
 
 
 def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None) -> Tensor:

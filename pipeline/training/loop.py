@@ -122,10 +122,6 @@ class Diverged(Exception):
         self.number, self.gradients = number, gradients
 
 
-class OutOfMemory(CollectiveError):
-    """A step ran out of memory."""
-
-
 class NotFinite(CollectiveError):
     """Training stopped because the loss is not finite. A study may record this and continue with its next run."""
 
@@ -436,11 +432,11 @@ def measure_memory(
 
 def _out_of_memory(
     job: Job, task: TrainingTask, error: BaseException, done: int = 0, checkpoint_note: str = ""
-) -> OutOfMemory:
+) -> CollectiveError:
     """What to lower, and which checkpoint is kept: another program may have used the memory."""
     batch = task.batches[min(done, task.total - 1)][0]
     advice = task.less_memory or suggest_less_memory(task.model, task.method, task.settings, batch, job.stage.name)
-    return OutOfMemory(
+    return CollectiveError(
         f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {advice} {checkpoint_note}".rstrip()
     )
 

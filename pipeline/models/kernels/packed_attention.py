@@ -156,7 +156,7 @@ def _row(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor, rule: Rule) -> Tensor:
-    """(B, H, T, S), in fp32."""
+    """softmax of the scores as `rule` says, causal, (B, H, T, S) in fp32; row t is token t's."""
     B, H, T, _ = q.shape
     G, S = k.shape[1:3]
     grouped = q.reshape(B, G, H // G, T, -1)  # (B, G, R, T, K)
