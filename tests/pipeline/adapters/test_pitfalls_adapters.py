@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft import save_adapter
 from pipeline.inference.engine import load
-from pipeline.inference.server.model_pool import ModelPool
+from pipeline.inference.model_pool import ModelPool
 from pipeline.models.base import CausalLM
 from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization

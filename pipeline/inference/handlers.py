@@ -14,7 +14,7 @@ from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
-from pipeline.inference.server.model_pool import ModelPool
+from pipeline.inference.model_pool import ModelPool
 from pipeline.models import device
 from pipeline.models.generate import Sampling, finite, stream
 from pipeline.models.load import count

@@ -1,4 +1,4 @@
-"""The engine in its own process: JSON lines in, JSON lines out. `python -m pipeline.inference.server.server`.
+"""The engine in its own process: JSON lines in, JSON lines out. `python -m pipeline.inference.server`.
 
 A request is an object with an integer `id`, `do` and fields; every answer repeats the `id` and has an `event`. The
 last answer is "done", "error" (`message`, `kind`: user, memory or busy) or "cancelled"; only `generate` sends others
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pipeline.errors import UserError, first_line, is_out_of_memory
-from pipeline.inference.server.handlers import Request, RequestHandler
+from pipeline.inference.handlers import Request, RequestHandler
 
 MAX_WAITING = 64  # requests in the queue; more are answered with “busy”
 MAX_REQUEST_BYTES = 2**20
