@@ -46,7 +46,7 @@ class LowRank:
 def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
     """‖s·BA‖² for B (O, R) and A (R, I), without the (O, I) product: trace of BᵀB·AAᵀ."""
     b, a = b.double(), a.double()
-    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())  # (R, R) each, symmetric: the trace is the sum of products
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:

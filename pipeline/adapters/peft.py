@@ -119,7 +119,7 @@ def load_lora(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
     for key, p in parameters.items():  # a copy, in the dtype of the layer: the tensor read may be a mapped file
         value = values[key].to("cpu" if p.is_meta else p.device, p.dtype, copy=True)
         new[id(p)] = nn.Parameter(value, requires_grad=False)
-    for module in model.modules():  # replaced, not written to, everywhere they are tied
+    for module in model.modules():  # replaced, not written to, everywhere they are tied: a view shares the base's
         for name, p in module._parameters.items():  # type: ignore[assignment]
             module._parameters[name] = new.get(id(p), p)
     model.requires_grad_(False)

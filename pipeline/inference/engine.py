@@ -56,7 +56,7 @@ def load(
     returns the base alone if the adapter does not load.
     """
     model, tokenizer = load_base(base, None, trust_remote_code, quantization or quantization_of(adapter))
-    move_for_inference(model)
+    move_for_inference(model)  # before the adapter, whose tensors go where the layers are
     if adapter is not None:
         load_adapter(model, base, adapter)
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
@@ -64,7 +64,7 @@ def load(
 
 def variants(project: Project) -> Iterator[LoadedModel]:
     """Every model that the project's stages, and its parent's, have produced so far, in the order of the report."""
-    for name, (base, adapter) in project.variants.items():
+    for name, (base, adapter) in project.variants.items():  # a generator: one large model is in memory at a time
         folders = project.artifact(base), project.artifact(adapter) if adapter else None
         if all(folder is None or folder.is_dir() for folder in folders):
             yield load(*folders, name, project.params.pretrain.trust_remote_code)

@@ -147,8 +147,9 @@ class RequestHandler:
                 predictions[name] = loaded, engine.next_probabilities(loaded, _render_prompt(loaded, request))
                 choices = engine.top_tokens(loaded, predictions[name][1], k)
                 answers[name] = {"top_k": [{"token": c.token, "probability": c.probability} for c in choices]}
-            except UserError as error:
+            except UserError as error:  # of this model alone: the others still answer
                 answers[name] = {"error": str(error)}
+        # a second pass: a token that only one model listed has a probability in the others too
         tokens = dict.fromkeys(choice["token"] for answer in answers.values() for choice in answer.get("top_k", ()))
         for name, (loaded, probabilities) in predictions.items():
             ids = {token: loaded.tokenizer.id_of_token(token) for token in tokens}
@@ -171,6 +172,7 @@ class RequestHandler:
                 reason = "end"
             else:
                 tokens += 1
+                # by a stream: a character may be spread over several tokens
                 yield {"event": "token", "text": decode_next(drawn.id), "probability": drawn.probability}
         yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": time.perf_counter() - start}
 

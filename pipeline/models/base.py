@@ -1,6 +1,6 @@
 """The interface of every model: MiniGPT, and any causal language model that transformers opens.
 
-Dimensions are those of `minigpt/model.py`. Module names are checkpoint names in both, so that targets, adapters and
+Dimensions are those of `minigpt.py`. Module names are checkpoint names in both, so that targets, adapters and
 certificates need no table of renamings.
 """
 
@@ -221,7 +221,7 @@ class VirtualTokens(nn.Module):
 
 
 class LowBitLinear(nn.Module):
-    """A linear whose weight is stored in few bits: the interface of `quantization/quantized_linear.py`."""
+    """A linear whose weight is stored in 4 or 8 bits: what adapters know of `quantized_linear.py`."""
 
     bias: nn.Parameter | None
     out_features: int

@@ -70,6 +70,7 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
 def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generator[Event, None, Corpus]:
     folder = job.run / "tokens" / ("evaluation" if held_out else "training")
     folder.mkdir(parents=True, exist_ok=True)
+    # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
     examples = (e for e in training_examples(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
     virtual_tokens = base.model.shape.positions - base.model.max_length  # they take the first positions
     encode = encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)

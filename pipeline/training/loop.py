@@ -218,7 +218,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
     if not task.path.supports_packing:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
     optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
-    done = yield from _resume(job, task, optimizer)
+    done = yield from _resume(job, task, optimizer)  # into the optimizer, whose state a checkpoint is
     # an epoch's largest step, but not the next one, which `measure_memory` never measures
     epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
     largest_step = task.batches.largest_step(epoch or [done])
@@ -240,6 +240,8 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
             logs.append(stack.enter_context(log))
         signals = stack.enter_context(_held_signals())
         try:
+            # Steps after the last checkpoint are lost when the run is killed. The next run takes them again with the
+            # same data and weights, so that its log and its result are those of an uninterrupted run.
             for by_learner in records:
                 for n, record in by_learner.items():
                     logs[n].append(record, Peak(predicted, live.peak), device.type)
@@ -262,7 +264,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
                 task.learners[n].resume()
             _save(job, task, logs, optimizer, done)
             raise NotFinite(_describe_divergence(job, task, diverged)) from None
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:  # torch tells a lack of memory and a lost rank as RuntimeError
             if not is_out_of_memory(error) and not is_lost(error):
                 raise
             if optimizer.steps != done:  # failed during evaluation: the optimizer has taken a step that is not logged
@@ -274,10 +276,10 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
             if is_out_of_memory(error):
                 raise _out_of_memory(job, task, error, done, checkpoint_note) from None
             raise ProcessLost.during(name, checkpoint_note) from None
-        if signals:
+        if signals:  # after the last record was handled
             raise Interrupted(signals[-1], f"{name}: stopped after the last step")
     yield from _tell_stops(job, task)
-    if evaluation is not None:
+    if evaluation is not None:  # after the last checkpoint, which keeps the newest weights and the best ones
         evaluation.restore_best(optimizer)
     model.eval()
     if live.peak:

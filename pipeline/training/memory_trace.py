@@ -81,7 +81,7 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
     """
     ours = isinstance(model, MiniGPT) or run.trainer
     _make_trainable(model, method, DTYPES[run.adapter_precision])
-    if ours and isinstance(model, TransformersModel):
+    if ours and isinstance(model, TransformersModel):  # as `prepare_cpu_training` does with real tensors
         fuse_rms_norms(model, checked=False)
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     if ours:
