@@ -31,7 +31,7 @@ def view(model: CausalLM) -> CausalLM:
     return copy.deepcopy(model, memo | {id(buffer): buffer for buffer in model.buffers()})
 
 
-class Base:
+class ResidentBase:
     """A loaded checkpoint, with the `signature` of its files when it was loaded."""
 
     def __init__(self, folder: Path, trust_remote_code: bool, quantization: Quantization) -> None:
@@ -49,7 +49,7 @@ class Resident:
     """A loaded model; an adapter can be applied at any strength."""
 
     loaded: LoadedModel
-    base: Base
+    base: ResidentBase
     signature: Signature  # of the adapter's folder
     strength: AdapterScale | None = None
 
@@ -86,7 +86,7 @@ class ModelPool:
 
     def __init__(self) -> None:
         # weak: a base's memory is freed with the last model on it; one per quantization, as they are other weights
-        self._bases: WeakValueDictionary[tuple[Path, Quantization], Base] = WeakValueDictionary()
+        self._bases: WeakValueDictionary[tuple[Path, Quantization], ResidentBase] = WeakValueDictionary()
         self._models: dict[str, Resident] = {}
 
     @property
@@ -101,7 +101,7 @@ class ModelPool:
         cached = self._bases.get((folder, quantization))
         # a base whose files changed is loaded beside the old one, which models that are still loaded keep
         resident = cached is not None and cached.signature == signature(folder)
-        shared = cached if cached is not None and resident else Base(base, trust_remote_code, quantization)
+        shared = cached if cached is not None and resident else ResidentBase(base, trust_remote_code, quantization)
         self._bases[folder, quantization] = shared
         if adapter is None:
             model = Resident(replace(shared.loaded, name=name, base=base), shared, ())

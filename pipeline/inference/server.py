@@ -29,7 +29,7 @@ _DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "MPS backend")
 
 
 @dataclass(frozen=True)
-class Job:
+class QueuedRequest:
     """A request that is waiting or being processed."""
 
     id: int
@@ -42,8 +42,8 @@ class Server:
 
     def __init__(self, handler: RequestHandler, source: BinaryIO, sink: BinaryIO) -> None:
         self._handler, self._input, self._output = handler, source, sink
-        self._queue: queue.Queue[Job] = queue.Queue(MAX_WAITING)
-        self._jobs: dict[int, Job] = {}
+        self._queue: queue.Queue[QueuedRequest] = queue.Queue(MAX_WAITING)
+        self._jobs: dict[int, QueuedRequest] = {}
         self._writing = threading.Lock()
 
     def run(self) -> None:
@@ -85,9 +85,9 @@ class Server:
                 cancelled.cancelled.set()
             self._send(id_, event="done", target=target)
         elif fields.get("do") == "status":
-            self._process(Job(id_, fields))  # immediately, even while another request is being processed
+            self._process(QueuedRequest(id_, fields))  # immediately, even while another request is being processed
         else:
-            job = self._jobs[id_] = Job(id_, fields)
+            job = self._jobs[id_] = QueuedRequest(id_, fields)
             try:
                 self._queue.put_nowait(job)
             except queue.Full:
@@ -96,7 +96,7 @@ class Server:
                     id_, UserError(f"{MAX_WAITING} requests are waiting already. Try again later."), kind="busy"
                 )
 
-    def _process(self, job: Job) -> None:
+    def _process(self, job: QueuedRequest) -> None:
         """Send the answers to a request; after a cancellation only the event “cancelled”."""
         try:
             if job.cancelled.is_set():

@@ -186,7 +186,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sca
     return out
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries start:stop and keys first:stop; a query sees the keys of its own sequence that are not later."""
 
     first: int
@@ -200,7 +200,7 @@ class Block(NamedTuple):
         return (self.stop - self.start) * (self.stop - self.first)
 
 
-def blocks(lengths: Sequence[int]) -> Iterator[Block]:
+def blocks(lengths: Sequence[int]) -> Iterator[QueryBlock]:
     """In order: neighbours with at most BLOCK tokens in total share a block, a longer sequence has several.
 
     Small products cost by their number, not by their size, so short sequences share one; a long sequence is split so
@@ -212,14 +212,14 @@ def blocks(lengths: Sequence[int]) -> Iterator[Block]:
             stop = first + sum(run)
             for start in range(first, stop, BLOCK):
                 end = min(start + BLOCK, stop)
-                yield Block(first, start, end, tuple(run) if len(run) > 1 else (end - first,))
+                yield QueryBlock(first, start, end, tuple(run) if len(run) > 1 else (end - first,))
             first, run = stop, []
         run.append(length)
 
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[Block, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[QueryBlock, ...], scale: float) -> Tensor:
         B, H, T, K = q.shape
         G = k.shape[1]
         # cached for real tensors only: under FakeTensorMode the masks are fake
@@ -254,14 +254,14 @@ class _ShortAttention(torch.autograd.Function):
         return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None
 
 
-def _rows(x: Tensor, part: Block, groups: int) -> Tensor:
+def _rows(x: Tensor, part: QueryBlock, groups: int) -> Tensor:
     """The block's queries as rows of their group: (B, H, T, K) → (BG, R·t, K)."""
     B, H, _, K = x.shape
     t = part.stop - part.start
     return x[:, :, part.start : part.stop].reshape(B * groups, H // groups * t, K)
 
 
-def _keys(x: Tensor, part: Block) -> Tensor:
+def _keys(x: Tensor, part: QueryBlock) -> Tensor:
     """The block's keys, or their values: (B, G, T, K) → (BG, s, K)."""
     return x[:, :, part.first : part.stop].flatten(0, 1)
 
@@ -271,7 +271,7 @@ def _tokens(x: Tensor, rows: int, heads: int) -> Tensor:
     return x.view(rows, heads, -1, x.shape[-1]).transpose(1, 2)
 
 
-def _masks(parts: tuple[Block, ...], repeats: int, dtype: torch.dtype) -> list[Tensor]:
+def _masks(parts: tuple[QueryBlock, ...], repeats: int, dtype: torch.dtype) -> list[Tensor]:
     """For each block (1, R·t, s): 0 where a query sees a key, else −∞."""
     masks = []
     for part in parts:
