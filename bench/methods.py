@@ -7,12 +7,13 @@ weight of each small linear lives until backward (docs/decisions/0003), and the 
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from msgspec.structs import replace
 from torch import Tensor
 
 from bench.measure import Row, in_turns
