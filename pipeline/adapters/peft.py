@@ -85,10 +85,11 @@ def load_lora(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
     spec = read_spec(folder, model.embedding_and_head[0])
     spec = replace(spec, rows=_normalized_rows(model, spec, folder / CONFIG, base_folder))
     names = targeted(model, spec)
-    if max((row for ids in spec.rows.values() for row in ids), default=0) >= model.shape.rows:
+    last_row = max((row for ids in spec.rows.values() for row in ids), default=0)
+    if last_row >= model.shape.rows:
         raise UserError(
-            f"{folder}: the adapter trains row {max(row for ids in spec.rows.values() for row in ids)}, but "
-            f"{base_folder} has {model.shape.rows} rows. Pass the base it was trained on with --base."
+            f"{folder}: the adapter trains row {last_row}, but {base_folder} has {model.shape.rows} rows. "
+            "Pass the base it was trained on with --base."
         )
     only_one = saves_embedding_or_head(model, spec) or model.embedding_name in names
     if model.shape.tied and only_one and read_config(folder).get("ensure_weight_tying"):
