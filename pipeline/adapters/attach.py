@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from pipeline.adapters.config import AdapterSpec, enclosing_names, lies_in
 from pipeline.adapters.lora import (
+    EMBEDDING_KEYS,
+    LINEAR_KEYS,
     MAGNITUDE,
     ROWS,
     AdapterLayer,
@@ -183,9 +185,6 @@ def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     return last if resolve(model, last) == matches == list(names) else tuple(names)
 
 
-LORA_KEYS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE)
-
-
 class AdapterScale:
     """W + s·(W′ − W) for every W that an adapter changed in `model`; s = 1 gives the adapter's own bits.
 
@@ -198,7 +197,7 @@ class AdapterScale:
         self._trained = [
             (parameter, _base_values(key, base, spec), parameter.data)
             for key, parameter in tensors(model, spec).items()
-            if not key.endswith(LORA_KEYS)
+            if not key.endswith((*LINEAR_KEYS, *EMBEDDING_KEYS, MAGNITUDE))
         ]
 
     def set(self, s: float) -> None:

@@ -16,7 +16,8 @@ from pipeline.project.params.sections import Init
 FOLD_BELOW = 2**16
 DOCUMENT_STD = 0.01
 LEAST = 2.0**-126  # fp32's smallest normal number: the norm of a row of zeros, so that nothing is divided by 0
-# PEFT's keys of an adapter's tensors, after the module's name; A's and B's are in the layers below.
+# PEFT's keys of an adapter's tensors, after the module's name: A and B of a linear, A and B of an embedding, and others
+LINEAR_KEYS, EMBEDDING_KEYS = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 
@@ -101,7 +102,7 @@ class LoRALinear(AdapterLayer):
             self.register_buffer("neg_initial_B", -B, persistent=False)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        return {".lora_A.weight": self.lora_A, ".lora_B.weight": self.lora_B}
+        return dict(zip(LINEAR_KEYS, (self.lora_A, self.lora_B), strict=True))
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R) of the update s·BA; with PiSSA of BA − B₀A₀, as one product of rank 2R."""
@@ -135,7 +136,7 @@ class LoRAEmbedding(AdapterLayer):
         self.lora_B = nn.Parameter(like.new_empty(width, rank).normal_(std=DOCUMENT_STD))
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        return {".lora_embedding_A": self.lora_A, ".lora_embedding_B": self.lora_B}
+        return dict(zip(EMBEDDING_KEYS, (self.lora_A, self.lora_B), strict=True))
 
     def adapted(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)

@@ -12,13 +12,13 @@ from torch import Tensor
 from pipeline.adapters.attach import PREFIX
 from pipeline.adapters.config import EMBEDDING, WEIGHTS, AdapterSpec, read_spec
 from pipeline.adapters.folder import refuse_virtual
-from pipeline.adapters.lora import ROWS
+from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, ROWS
 from pipeline.adapters.peft import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.patterns import one_budget
 
-_KEYS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+_KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
 
 @dataclass(frozen=True)

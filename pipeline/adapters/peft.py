@@ -23,7 +23,7 @@ from pipeline.adapters.config import (
     refuse_options,
 )
 from pipeline.adapters.folder import Fingerprint, refuse_foreign, refuse_pickle
-from pipeline.adapters.lora import LoRALinear, fan_in_fan_out, weight_of
+from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, LoRALinear, fan_in_fan_out, weight_of
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
@@ -34,7 +34,7 @@ from pipeline.models.save import load_tensors, save_tensors
 from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens, prefix_of
 
 COPY = ".base_layer.weight"  # the base's own weight, which PEFT saves with an embedding's LoRA
-_A_KEYS = (".lora_A.weight", ".lora_embedding_A")
+_A_KEYS = (LINEAR_KEYS[0], EMBEDDING_KEYS[0])
 KEY = "prompt_embeddings"
 # PEFT's options of virtual tokens with their only supported value; those that are read, or without effect once trained.
 _VIRTUAL_PLAIN: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_transformer_submodules": 1}
@@ -51,10 +51,10 @@ def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: st
     """adapter_config.json and adapter_model.safetensors."""
     layers = dict(adapter_layers(model))
     pairs = {  # in place of the layers' own A and B: PiSSA's BA − B₀A₀ is a pair of rank 2R, which fits the plain base
-        f"{PREFIX}{name}.lora_{letter}.weight": factor
+        f"{PREFIX}{name}{key}": factor
         for name, layer in layers.items()
         if isinstance(layer, LoRALinear)
-        for letter, factor in zip("AB", layer.pair(), strict=True)
+        for key, factor in zip(LINEAR_KEYS, layer.pair(), strict=True)
     }
     save_tensors(folder / WEIGHTS, {**tensors(model, spec), **pairs})
     conv1d = any(is_conv1d(layer.base) for layer in layers.values())

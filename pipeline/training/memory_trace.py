@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
+from pipeline.models.load import DTYPES
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.training.batches import Batch
@@ -30,8 +31,6 @@ from pipeline.training.losses import chunked_mean, cross_entropy
 from pipeline.training.memory import TensorMemoryMeter
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
