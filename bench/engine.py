@@ -11,7 +11,7 @@ import torch
 
 from bench.measure import Row, in_turns
 from pipeline.adapters.attach import attach
-from pipeline.adapters.peft.save import save_adapter
+from pipeline.adapters.peft import save_adapter
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint

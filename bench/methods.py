@@ -7,19 +7,20 @@ weight of each small linear lives until backward (docs/decisions/0003), and the 
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from msgspec.structs import replace
 from torch import Tensor
 
 from bench.measure import Row, in_turns
 from bench.methods_peft import peft_side
 from bench.training import batches, minigpt
 from pipeline.adapters.attach import attach
-from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens
+from pipeline.adapters.peft import attach_virtual_tokens
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import Quantization, Training
 from pipeline.stages.methods.full import COUNTED as FULL
@@ -94,7 +95,7 @@ def our_side(folder: Path, method: str, settings: Any) -> Side:
     if isinstance(settings, FinetuneLora):
         attach(model, lora_spec(model, settings, ()), init=settings.init_lora_weights)
     elif isinstance(settings, FinetunePrefix | FinetunePrompt):
-        attach_virtual_tokens(model, VirtualSpec(method, settings.virtual_tokens), len(tokenizer), settings.seed)
+        attach_virtual_tokens(model, method, settings.virtual_tokens, len(tokenizer), settings.seed)
     optimizer = build_optimizer(model, settings)
     records = steps(TrainingTask.of_one(model.train(), batches(), settings, FULL), optimizer)
     return Side(lambda: next(records), lambda: [*model.parameters(), *model.buffers(), *optimizer.tensors()])

@@ -14,7 +14,7 @@ from bench.real import ask, base, side
 from bench.real_sides import BATCH, RANK, TARGETS, Example, Ours, Theirs, equally_long
 from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens, cast_virtual_tokens
+from pipeline.adapters.peft import attach_virtual_tokens
 
 METHODS = ("LoRA", "DoRA", "prefix", "prompt")
 TURNS, LENGTH, VIRTUAL, WORDS = 2, 32, 20, 5000
@@ -51,8 +51,7 @@ class OurMethod(Ours):
         if self.method in ("LoRA", "DoRA"):
             attach(model, AdapterSpec(RANK, 2 * RANK, TARGETS, dora=self.method == "DoRA"), torch.bfloat16, "kaiming")
             return
-        attach_virtual_tokens(model, VirtualSpec(self.method, VIRTUAL), WORDS, 0)
-        cast_virtual_tokens(model.virtual, torch.bfloat16)
+        attach_virtual_tokens(model, self.method, VIRTUAL, WORDS, 0, torch.bfloat16)
 
 
 class PeftMethod(Theirs):

@@ -28,9 +28,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut to 200 characters; its type if it has no message."""
+    """The first line of an error's message, cut to 300 characters; its type if it has no message."""
     text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def explain(error: OSError) -> str:

@@ -6,9 +6,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters import lora
 from pipeline.adapters.config import AdapterSpec, enclosing_names, lies_in
-from pipeline.adapters.lora import MAGNITUDE, ROWS, AdapterLayer, DoRALinear, LoRAEmbedding, LoRALinear
+from pipeline.adapters.lora import (
+    EMBEDDING_KEYS,
+    LINEAR_KEYS,
+    MAGNITUDE,
+    ROWS,
+    AdapterLayer,
+    DoRALinear,
+    EmbeddingRows,
+    HeadRows,
+    LoRAEmbedding,
+    LoRALinear,
+    weight_of,
+)
 from pipeline.calc.target_modules import ALL_LINEAR, HEAD, matches_suffix, select_linears
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
@@ -16,7 +27,6 @@ from pipeline.models.base import CausalLM, LowBitLinear, is_linear
 from pipeline.project.params.sections import Init
 
 PREFIX = "base_model.model."
-LOW_RANK = LoRALinear | LoRAEmbedding
 
 
 def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:
@@ -62,6 +72,7 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
     names = targeted(model, spec)
     embedding, head = model.embedding_and_head
     by_rows = {*spec.rows}
+    # a tied head is the same matrix: it trains wherever the embedding does
     if model.shape.tied and (embedding in by_rows or spec.saves(model.embedding_name)):
         by_rows.add(head)
     conflicts = {
@@ -72,7 +83,7 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
             f"target_modules: {min(conflicts)} already trains in full or row by row (train_embeddings). "
             "Remove it from target_modules, or set train_embeddings to none."
         )
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # first: what is added or saved below requires gradients again
     add_lora(model, names, spec, dtype, init)
     if model.shape.tied and saves_embedding_or_head(model, spec):
         untie(model)
@@ -114,27 +125,19 @@ def saves_embedding_or_head(model: CausalLM, spec: AdapterSpec) -> bool:
 
 def untie(model: CausalLM) -> None:
     """Give a tied head its own copy of the weight, as PEFT does when only one of the two is trained."""
-    model.head.weight = nn.Parameter(lora.weight_of(model.head).detach().clone(), requires_grad=False)
+    model.head.weight = nn.Parameter(weight_of(model.head).detach().clone(), requires_grad=False)
 
 
 def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
-    from pipeline.adapters.token_rows import EmbeddingRows, HeadRows  # few adapters train rows
-
-    embedding, head = model.embeddings, model.head
-    embedding_name, head_name = model.embedding_and_head
-    ids = {name: torch.tensor(indices, device=model.device) for name, indices in rows.items()}
-    trained = {
-        name: nn.Parameter(lora.weight_of(base).detach()[ids[name]].clone())
-        for name, base in ((embedding_name, embedding), (head_name, head))
-        if name in rows
-    }
-    if model.shape.tied:
-        trained[head_name], ids[head_name] = trained[embedding_name], ids[embedding_name]
-    if embedding_name in trained:
-        rows_layer = EmbeddingRows(embedding, ids[embedding_name], trained[embedding_name])
-        model.set_submodule(model.embedding_name, rows_layer)
-    if head_name in trained:
-        model.set_submodule(model.head_name, HeadRows(head, ids[head_name], trained[head_name]))
+    trained: dict[str, nn.Parameter] = {}
+    embedding, _ = model.embedding_and_head
+    for kind, name in ((EmbeddingRows, model.embedding_name), (HeadRows, model.head_name)):
+        key = embedding if model.shape.tied else name.rsplit(".", 1)[-1]  # a tied head shares the embedding's rows
+        if key in rows:
+            base, ids = model.get_submodule(name), torch.tensor(rows[key], device=model.device)
+            if key not in trained:
+                trained[key] = nn.Parameter(weight_of(base).detach()[ids].clone())  # (n, D)
+            model.set_submodule(name, kind(base, ids, trained[key]))
 
 
 def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
@@ -172,7 +175,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
     """Every LoRA layer with its full name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LOW_RANK))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding))
 
 
 def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
@@ -180,9 +183,6 @@ def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     last = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
     matches = [full for full, _ in model.named_modules() if full.rsplit(".", 1)[-1] in last]
     return last if resolve(model, last) == matches == list(names) else tuple(names)
-
-
-LORA_KEYS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE)
 
 
 class AdapterScale:
@@ -197,7 +197,7 @@ class AdapterScale:
         self._trained = [
             (parameter, _base_values(key, base, spec), parameter.data)
             for key, parameter in tensors(model, spec).items()
-            if not key.endswith(LORA_KEYS)
+            if not key.endswith((*LINEAR_KEYS, *EMBEDDING_KEYS, MAGNITUDE))
         ]
 
     def set(self, s: float) -> None:
@@ -207,6 +207,7 @@ class AdapterScale:
             else:
                 layer.scale = s * scale
         for parameter, before, after in self._trained:
+            # at 1 the trained bits themselves: lerp rounds
             parameter.data = after if s == 1 else torch.lerp(before, after, s)
 
 

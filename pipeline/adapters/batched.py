@@ -50,10 +50,6 @@ class AdapterRouting:
         finally:
             self.off = False
 
-    def counts_for(self, number: int, rows: int) -> tuple[int, ...]:
-        """The counts that give all rows to one adapter."""
-        return tuple(rows * (n == number) for n in range(len(self.counts)))
-
     def select_live(self, stacked: Tensor) -> Tensor:
         """(N, ...) → (L, ...): only the adapters that have rows."""
         return stacked if len(self.live) == len(self.counts) else stacked[self.live]
@@ -63,10 +59,10 @@ class BatchedLayer(nn.Module):
     """One layer of the base, and for each adapter the `part` that replaces it, or None where the base's layer stays."""
 
     def __init__(
-        self, base: nn.Module, parts: Sequence[nn.Module | None], share: AdapterRouting, stacks: "StackedParameters"
+        self, base: nn.Module, parts: Sequence[nn.Module | None], routing: AdapterRouting, stacks: "StackedParameters"
     ) -> None:
         super().__init__()
-        self.base, self.share = base, share
+        self.base, self.routing = base, routing
         self.parts = nn.ModuleList(nn.Identity() if part is None else part for part in parts)
         each = [{} if part is None else {k: p for k, p in part.named_parameters() if p.requires_grad} for part in parts]
         self.shapes = [{name: p.shape for name, p in trained.items()} for trained in each]
@@ -76,7 +72,7 @@ class BatchedLayer(nn.Module):
             self.register_parameter(name, p)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.share.off:
+        if self.routing.off:
             out: Tensor = self.base(x)
             return out
         outer = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]  # (B, T) of (B, T) or (B, T, I)
@@ -86,9 +82,9 @@ class BatchedLayer(nn.Module):
     def adapted(self, rows: Tensor) -> Tensor:
         """Each adapter's rows through its own layer, computed as when it trains alone."""
         stacked = {name: p.unbind(0) for name, p in self.trained.items()}
-        shares = torch.split(rows, list(self.share.counts))
+        shares = torch.split(rows, list(self.routing.counts))
         out = []
-        for n in self.share.live:
+        for n in self.routing.live:
             own = {name: stacked[name][n][_corner(shape)] for name, shape in self.shapes[n].items()}
             out.append(functional_call(self.parts[n], own, (shares[n],)) if own else self.base(shares[n]))
         return torch.cat(out)
@@ -114,22 +110,22 @@ class BatchedLoRALinear(BatchedLayer):
     scales: Tensor
 
     def __init__(
-        self, base: nn.Module, parts: Sequence[LoRALinear | None], share: AdapterRouting, stacks: "StackedParameters"
+        self, base: nn.Module, parts: Sequence[LoRALinear | None], routing: AdapterRouting, stacks: "StackedParameters"
     ) -> None:
-        super().__init__(base, parts, share, stacks)
+        super().__init__(base, parts, routing, stacks)
         self.scale_list = [1.0 if part is None else part.scale for part in parts]
         scales = torch.tensor(self.scale_list)  # fp32: 16 bits would round them
         self.register_buffer("scales", scales[:, None, None].to(self.trained["lora_A"].device))  # (N, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        share = self.share
-        if share.off or not share.even:
+        routing = self.routing
+        if routing.off or not routing.even:
             return super().forward(x)
-        A, B = (share.select_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B"))
-        return batched_lora_forward(x, self.base, A, B, share.select_live(self.scales))
+        A, B = (routing.select_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B"))
+        return batched_lora_forward(x, self.base, A, B, routing.select_live(self.scales))
 
     def adapted(self, rows: Tensor) -> Tensor:
-        counts = list(self.share.counts)
+        counts = list(self.routing.counts)
         A, B = (self.trained[name].to(rows.dtype) for name in ("lora_A", "lora_B"))
         shares, out = torch.split(rows, counts), torch.split(self.base(rows), counts)
         each = zip(out, shares, A.unbind(0), B.unbind(0), self.scale_list, strict=True)
@@ -192,9 +188,9 @@ class BatchedEmbedding(BatchedLayer):
     """One embedding per adapter: E (N, V, D)."""
 
     def adapted(self, rows: Tensor) -> Tensor:
-        if not self.share.even:
+        if not self.routing.even:
             return super().adapted(rows)
-        tables = self.share.select_live(self.trained["weight"])  # (L, V, D)
+        tables = self.routing.select_live(self.trained["weight"])  # (L, V, D)
         L, _, D = tables.shape
         return tables.gather(1, rows.view(L, -1, 1).expand(-1, -1, D)).flatten(0, 1)  # (L·M, D)
 
@@ -203,13 +199,13 @@ class BatchedHead(BatchedLayer):
     """One head per adapter: W (N, V, D)."""
 
     def adapted(self, rows: Tensor) -> Tensor:
-        if not self.share.even:
+        if not self.routing.even:
             return super().adapted(rows)
-        x = rows.view(len(self.share.live), -1, rows.shape[-1])  # (L, M, D)
-        weight = self.share.select_live(self.trained["weight"])  # (L, V, D)
+        x = rows.view(len(self.routing.live), -1, rows.shape[-1])  # (L, M, D)
+        weight = self.routing.select_live(self.trained["weight"])  # (L, V, D)
         out: Tensor = _BatchedProduct.apply(x, weight)  # type: ignore[no-untyped-call]  # (L, M, V)
         bias = self.trained.get("bias")
-        return (out if bias is None else out + self.share.select_live(bias)[:, None]).flatten(0, 1)
+        return (out if bias is None else out + self.routing.select_live(bias)[:, None]).flatten(0, 1)
 
 
 class StackedParameters:
@@ -243,10 +239,10 @@ def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> A
     one; all then train at once."""
     base = dict(model.named_modules())
     adapters: list[dict[str, nn.Module]] = []
-    for attach_one in attachers:
+    for attach_one in attachers:  # each as if alone, then taken off: so it starts with the numbers of a run of its own
         attach_one()
         adapters.append(_detach(model, base))
-    share, stacks = AdapterRouting(len(attachers)), StackedParameters()
+    routing, stacks = AdapterRouting(len(attachers)), StackedParameters()
     for name in dict.fromkeys(name for layers_by_name in adapters for name in layers_by_name):
         parts = [layers_by_name.get(name) for layers_by_name in adapters]
         kinds = {type(part) for part in parts}
@@ -256,10 +252,10 @@ def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> A
             layer = BatchedLayer if pissa else BatchedLoRALinear
         elif len(kinds) == 1:
             layer = {nn.Embedding: BatchedEmbedding, nn.Linear: BatchedHead}.get(kinds.pop(), BatchedLayer)
-        model.set_submodule(name, layer(base[name], parts, share, stacks))
+        model.set_submodule(name, layer(base[name], parts, routing, stacks))
     for batched in layers(model):
         batched.release()
-    return share
+    return routing
 
 
 def _detach(model: CausalLM, base: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -272,6 +268,7 @@ def _detach(model: CausalLM, base: dict[str, nn.Module]) -> dict[str, nn.Module]
             own = module._parameters
             if not any(p is not None and p.requires_grad for p in own.values()):
                 continue
+            # trained in full: the adapter gets copies, so that the next one starts from the base's numbers
             for p in own.values():
                 if p is not None:
                     copies.setdefault(id(p), nn.Parameter(p.detach().clone()))

@@ -1,21 +1,50 @@
-"""What an adapter changes, in PEFT's terms."""
+"""What an adapter changes, in PEFT's terms: `AdapterSpec` and its file, adapter_config.json.
+
+It is written as PEFT writes it. On reading, an option that is not supported is rejected: an ignored one would give
+another model than the one that was trained.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pipeline.calc.target_modules import matches_suffix
-from pipeline.files.patterns import block_match, end_match, full_match
+from pipeline.errors import UserError
+from pipeline.files import artifact
+from pipeline.files.patterns import block_match, block_pattern, end_match, end_pattern, full_match, problem
+from pipeline.files.text import abbreviate_repr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
+MODEL = "config.json"  # in the folder of a full model instead of CONFIG
 LORA = "LORA"  # PEFT's `peft_type` of LoRA and DoRA
 VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # its types that change no weight
 OTHER_KINDS: dict[str, str] = {}
 """Further types → the module with `load(model, base_folder, folder)`. A registry above fills it from its methods."""
 Number = TypeVar("Number", int, float)
 ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's default layers_pattern: any module list inside another module
+
+# PEFT's options that change what an adapter computes, each with its only supported value.
+_PLAIN: dict[str, Any] = {"bias": "none", "lora_bias": False}
+_READ = {  # PEFT's options that are supported
+    "peft_type",
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+}
+_HARMLESS = {  # those without effect once an adapter is trained; any other must be empty
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+    "fan_in_fan_out",  # for GPT-2's layers; PEFT corrects it itself, whatever the file says
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),  # initializations: see _KEEPS_BASE
+}
+EMBEDDING = "embed_tokens"  # the module that a list of trainable_token_indices means in most models
+# Initializations that leave the base's weights unchanged: EVA and MiCA start at BA = 0 with their own A or B.
+_KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# Far beyond any value in use, and well within what fp32 can multiply.
+_RANKS, _ALPHAS = (1, 10**6), (1e-9, 1e9)
 
 
 @dataclass(frozen=True)
@@ -64,9 +93,9 @@ class AdapterSpec:
             excluded = full_match(self.excluded, module, "exclude_modules")
         else:
             excluded = any(matches_suffix(module, form) for form in self.excluded)
-        if isinstance(self.targets, str):
+        if isinstance(self.targets, str):  # a pattern may match what trains in full, which PEFT then leaves out
             return excluded or lies_in(module, self.saved)
-        if not self.layers or module in self.targets:
+        if not self.layers or module in self.targets:  # in PEFT a full name is adapted in whatever block it is
             return excluded
         # the number of the block that contains the module: the first in its name
         numbers = (block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,))
@@ -74,6 +103,7 @@ class AdapterSpec:
 
     def saves(self, module: str) -> bool:
         """Whether the module with this full name trains in full."""
+        # PEFT's own rule for modules_to_save: a plain end of the name, where target_modules needs a whole part of it
         return any(module.endswith(name) for name in self.saved)
 
 
@@ -89,3 +119,168 @@ def lies_in(module: str, names: Iterable[str]) -> bool:
 def enclosing_names(module: str) -> list[str]:
     """Full names of the module and of all around it, outermost first: model, model.norm for model.norm."""
     return list(accumulate(module.split("."), lambda outer, inner: f"{outer}.{inner}"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json. Raises UserError if there is none; it says if the folder is a model, or holds adapters."""
+    artifact.refuse_untrusted(folder)
+    if not (folder / CONFIG).exists():  # what else it may be, before read_json says only that a file is missing
+        if (folder / MODEL).is_file():
+            raise UserError(
+                f"{folder} is a full model, not an adapter: it needs no base, and there is nothing to merge. "
+                f"Use it directly: `lora prompt --base {folder}`."
+            )
+        if inside := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
+            raise UserError(f"{folder} contains adapters but is not one. Name one of them, such as {inside[0]}.")
+    return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
+
+
+def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, Any]:
+    """adapter_config.json; `transposed`: whether the layers store their weights as GPT-2's Conv1D does."""
+    return {
+        "peft_type": LORA,
+        **_PLAIN,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": None,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": _to_integer(spec.alpha),
+        "use_rslora": spec.rslora,
+        "use_dora": spec.dora,
+        "rank_pattern": dict(spec.ranks),
+        "alpha_pattern": {name: _to_integer(alpha) for name, alpha in spec.alphas.items()},
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": transposed,  # PEFT warns where it differs from the layers
+        "init_lora_weights": True,  # whatever it started from: another value may make PEFT change the base again
+        "target_modules": _to_json(spec.targets),
+        "exclude_modules": _to_json(spec.excluded),
+        "layers_to_transform": list(spec.layers) or None,
+        "layers_pattern": list(spec.lists) or None,
+        "modules_to_save": list(spec.saved) or None,
+        "trainable_token_indices": {name: list(ids) for name, ids in spec.rows.items()} or None,
+    }
+
+
+def _to_integer(number: float) -> float:
+    """An alpha of 8.0 as 8, as PEFT writes it."""
+    return int(number) if float(number).is_integer() else number
+
+
+def _to_json(names: tuple[str, ...] | str) -> list[str] | str | None:
+    return names if isinstance(names, str) else list(names) or None
+
+
+def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
+    """What the adapter in `folder` changes, by its config; `embedding` is the last part of the embedding's name.
+
+    Raises UserError for any option that is invalid or not supported.
+    """
+    config = _Config(read_config(folder), folder / CONFIG)
+    config.refuse_options()
+    return AdapterSpec(
+        rank=config.number("r", config.get("r"), whole=True),
+        alpha=config.number("lora_alpha", config.get("lora_alpha")),
+        targets=config.names("target_modules", needed=True, may_be_pattern=True),
+        saved=tuple(config.names("modules_to_save")),
+        rows=config.rows(embedding),
+        ranks={key: config.number("rank_pattern", n, whole=True) for key, n in config.pattern("rank_pattern").items()},
+        alphas={key: config.number("alpha_pattern", n) for key, n in config.pattern("alpha_pattern").items()},
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        excluded=config.names("exclude_modules", may_be_pattern=True),
+        layers=config.layers(),
+        lists=config.lists(),
+    )
+
+
+def refuse_options(config: Mapping[str, Any], path: Path, plain: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises UserError for an option of `plain` with another value than there, and for one that is not `known`."""
+    for key, supported in plain.items():
+        if (config.get(key) or supported) != supported:
+            raise UserError(f"{path}: {key} is {config[key]!r}; only {supported!r} is supported so far.")
+    for key in sorted(config.keys() - plain.keys() - {*known}):
+        if config[key]:
+            raise UserError(f"{path}: {key} is {config[key]!r}; it is not supported so far.")
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The values of adapter_config.json, validated one by one. Raises UserError."""
+
+    values: dict[str, Any]
+    path: Path
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def refuse_options(self) -> None:
+        kind = self.get("peft_type") or LORA
+        if kind != LORA:
+            raise UserError(
+                f"{self.path}: peft_type must be {LORA}, {' or '.join(VIRTUAL)}, got {abbreviate_repr(kind, 200)}. "
+                "Train one of these, or convert the adapter with PEFT's save_as_lora if its method allows that."
+            )
+        if self.values.get("init_lora_weights", True) not in _KEEPS_BASE:
+            raise UserError(
+                f"{self.path}: init_lora_weights is {self.get('init_lora_weights')!r}, which also changes the base. "
+                "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
+            )
+        refuse_options(self.values, self.path, _PLAIN, _READ | _HARMLESS)
+
+    def number(self, key: str, value: Any, whole: bool = False) -> Any:
+        kinds, (least, most) = (int, _RANKS) if whole else ((int, float), _ALPHAS)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
+            raise self._invalid(key, f"a {'whole ' * whole}number from {least} to {most}", value)
+        return value if whole else float(value)
+
+    def names(self, key: str, needed: bool = False, may_be_pattern: bool = False) -> Any:
+        """A tuple of names, or a pattern as a string; where no pattern is allowed, a string is one name."""
+        value = self.get(key) or []
+        if isinstance(value, str):
+            if not may_be_pattern:
+                return (value,)
+            return self._pattern(key, value)
+        if not _is_list_of(value, str) or (needed and not value):
+            raise self._invalid(key, "a list of names", self.get(key))
+        return tuple(sorted(value))
+
+    def pattern(self, key: str) -> dict[str, Any]:
+        value = self.get(key) or {}
+        if not isinstance(value, dict):
+            raise self._invalid(key, "a mapping of names to numbers", value)
+        return {self._pattern(key, name, end_pattern(name)): number for name, number in value.items()}
+
+    def _pattern(self, key: str, pattern: str, full_pattern: str | None = None) -> str:
+        """`pattern`, if it and the `full_pattern` built from it are valid regular expressions."""
+        if why := problem(pattern) or problem(full_pattern or pattern):
+            raise self._invalid(key, f"a regular expression ({why})", pattern)
+        return pattern
+
+    def lists(self) -> tuple[str, ...]:
+        key = "layers_pattern"
+        return tuple(self._pattern(key, name, block_pattern(name)) for name in self.names(key))
+
+    def layers(self) -> tuple[int, ...]:
+        value = self.get("layers_to_transform")
+        numbers = [] if value is None else value if isinstance(value, list) else [value]
+        if not _is_list_of(numbers, int):
+            raise self._invalid("layers_to_transform", "the numbers of blocks", value)
+        return tuple(numbers)
+
+    def rows(self, embedding: str) -> dict[str, tuple[int, ...]]:
+        value = self.get("trainable_token_indices") or {}
+        indices = {embedding: value} if isinstance(value, list) else value
+        if not isinstance(indices, dict):
+            raise self._invalid("trainable_token_indices", "a mapping of modules to rows", value)
+        for name, ids in indices.items():
+            if not _is_list_of(ids, int) or min(ids, default=0) < 0:
+                raise self._invalid(f"trainable_token_indices.{name}", "a list of rows", ids)
+        return {name: tuple(ids) for name, ids in indices.items()}
+
+    def _invalid(self, key: str, rule: str, value: Any) -> UserError:
+        return UserError(f"{self.path}: {key} must be {rule}, got {abbreviate_repr(value, 200)}.")
+
+
+def _is_list_of(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)

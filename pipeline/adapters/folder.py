@@ -2,33 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
-from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS
+from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS, read_config
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.project.params.sections import Quantization
 
 PICKLE = "adapter_model.bin"
-MODEL = "config.json"  # in the folder of a full model instead of CONFIG
 DEFAULT_BASE = "artifacts/expanded"  # expand_vocab's
 Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: base_fingerprint, or a caching one
 Contents = Callable[[Path], Mapping[str, str]]  # of any folder: artifact.contents, or a caching one
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises UserError if there is none; it says if the folder is a model, or holds adapters."""
-    artifact.refuse_untrusted(folder)
-    if not (folder / CONFIG).exists():
-        if (folder / MODEL).is_file():
-            raise UserError(
-                f"{folder} is a full model, not an adapter: it needs no base, and there is nothing to merge. "
-                f"Use it directly: `lora prompt --base {folder}`."
-            )
-        if inside := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
-            raise UserError(f"{folder} contains adapters but is not one. Name one of them, such as {inside[0]}.")
-    return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
 
 
 def refuse_pickle(folder: Path) -> None:
@@ -67,7 +52,7 @@ def base_of(adapter: Path | None, here: Path = Path()) -> Path:
     if adapter is None:
         return here / DEFAULT_BASE
     name = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
-    for folder in (here, *adapter.resolve().parents):
+    for folder in (here, *adapter.resolve().parents):  # a project that was moved, or is read from elsewhere
         if isinstance(name, str) and (folder / name).is_dir():
             return folder / name
     raise UserError(f"{adapter} names {name!r} as its base, but there is no such folder. Pass the base with --base.")

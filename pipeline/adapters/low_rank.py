@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX
-from pipeline.adapters.config import WEIGHTS, AdapterSpec
+from pipeline.adapters.config import EMBEDDING, WEIGHTS, AdapterSpec, read_spec
 from pipeline.adapters.folder import refuse_virtual
-from pipeline.adapters.lora import ROWS
-from pipeline.adapters.peft.config import EMBEDDING, read_spec
-from pipeline.adapters.peft.tensors import read_tensors
+from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, ROWS
+from pipeline.adapters.peft import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.patterns import one_budget
 
-_KEYS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+_KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class LowRank:
 def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
     """‖s·BA‖² for B (O, R) and A (R, I), without the (O, I) product: trace of BᵀB·AAᵀ."""
     b, a = b.double(), a.double()
-    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())  # (R, R) each, symmetric: the trace is the sum of products
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:
@@ -63,8 +62,8 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
 
 def directions(update: LowRank) -> tuple[Tensor, Tensor]:
     """Left (O, k) and right (I, k) singular vectors of s·BA, largest singular value first; k = min(O, I, R)."""
-    q, s = torch.linalg.qr(update.b.double())
-    p, t = torch.linalg.qr(update.a.double().T)
+    q, s = torch.linalg.qr(update.b.double())  # (O, min(O, R)), (min(O, R), R)
+    p, t = torch.linalg.qr(update.a.double().T)  # (I, min(I, R)), (min(I, R), R)
     left, _, right = torch.linalg.svd(s @ t.T)
     count = min(update.rank, *left.shape, *right.shape)
     return (q @ left)[:, :count], (p @ right.T)[:, :count]

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.config import OTHER_KINDS, VIRTUAL
-from pipeline.adapters.folder import Origin, origin_of, quantization_of, read_config
+from pipeline.adapters.config import OTHER_KINDS, VIRTUAL, read_config
+from pipeline.adapters.folder import Origin, origin_of, quantization_of
 from pipeline.files import artifact
 from pipeline.inference.catalog import measured
 from pipeline.project.logs.run_log import LOSS, final_loss, read_steps

@@ -122,6 +122,7 @@ def _find_problem(model: Model, root: Path, fingerprint: Fingerprint, contents: 
 def model_folders(root: Path) -> Iterator[Path]:
     """`root` and folders below it that contain an adapter or a checkpoint; hidden folders are skipped."""
     for path, folders, files in os.walk(root):
+        # in place: os.walk goes into what is left, in this order
         folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_sort_key)
         weights = any(name.endswith(".safetensors") for name in files)
         if CONFIG in files or ("config.json" in files and (weights or artifact.MANIFEST in files)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.folder import quantization_of
-from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft import load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, Prefix
@@ -56,7 +56,7 @@ def load(
     returns the base alone if the adapter does not load.
     """
     model, tokenizer = load_base(base, None, trust_remote_code, quantization or quantization_of(adapter))
-    move_for_inference(model)
+    move_for_inference(model)  # before the adapter, whose tensors go where the layers are
     if adapter is not None:
         load_adapter(model, base, adapter)
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
@@ -64,7 +64,7 @@ def load(
 
 def variants(project: Project) -> Iterator[LoadedModel]:
     """Every model that the project's stages, and its parent's, have produced so far, in the order of the report."""
-    for name, (base, adapter) in project.variants.items():
+    for name, (base, adapter) in project.variants.items():  # a generator: one large model is in memory at a time
         folders = project.artifact(base), project.artifact(adapter) if adapter else None
         if all(folder is None or folder.is_dir() for folder in folders):
             yield load(*folders, name, project.params.pretrain.trust_remote_code)
@@ -111,9 +111,9 @@ def continued(loaded: LoadedModel, text: str, limit: int = 20, sampling: Samplin
     return "".join(map(decode_next, ids))
 
 
-def complete(loaded: LoadedModel, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
-    """`continued` without white space around it."""
-    return continued(loaded, text, limit, sampling).strip()
+def complete(loaded: LoadedModel, text: str, limit: int = 20) -> str:
+    """The greedy continuation without white space around it."""
+    return continued(loaded, text, limit).strip()
 
 
 def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None) -> Tensor:

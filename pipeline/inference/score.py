@@ -85,7 +85,7 @@ def score(loaded: LoadedModel, examples: Sequence[Example], base: EvalScores | N
             if base is not None:
                 log_p = base.logits(base.hidden[number][rows]).float().log_softmax(-1)  # its vocabulary may be smaller
                 log_p = log_p.to(log_q.device)  # two large models may not fit on one device
-                divergences.append((log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1).cpu())
+                divergences.append((log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1).cpu())  # (n,)
     divergence = float(torch.cat(divergences).mean()) if divergences else 0.0
     predicted = torch.cat(losses), torch.cat(choices), torch.cat(labels)
     return EvalScores(*predicted, divergence, [encoding.ids for encoding in encoded], all_hidden, model.logits)
@@ -110,6 +110,7 @@ def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int 
     sequences = [(*ids, *answer[:-1]) for ids, answer in zip(prompts, answers, strict=True)]
     scores = []
     for ids, answer, hidden in zip(prompts, answers, packed_hidden_states(model, sequences), strict=True):
+        # the prompt's last token predicts the answer's first
         log_p = model.logits(hidden[len(ids) - 1 :]).float().log_softmax(-1).cpu()  # (tokens of the answer, V)
         top = top_tokens(loaded, finite(log_p[0]).exp(), k)
         if not answer:

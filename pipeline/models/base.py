@@ -1,6 +1,6 @@
 """The interface of every model: MiniGPT, and any causal language model that transformers opens.
 
-Dimensions are those of `minigpt/model.py`. Module names are checkpoint names in both, so that targets, adapters and
+Dimensions are those of `minigpt.py`. Module names are checkpoint names in both, so that targets, adapters and
 certificates need no table of renamings.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+ROW = 1024  # tokens of a packed row of texts to score, at most
 Checkpointing = Literal["none", "selective", "full"]
 # Puts a prefix's keys and values before those of each packed sequence: number of a block, keys and values (B, G, T, K),
 # lengths of the sequences → keys and values (B, G, T + n · sequences, K).
@@ -220,7 +221,7 @@ class VirtualTokens(nn.Module):
 
 
 class LowBitLinear(nn.Module):
-    """A linear whose weight is stored in few bits: the interface of `quantization/quantized_linear.py`."""
+    """A linear whose weight is stored in 4 or 8 bits: what adapters know of `quantized_linear.py`."""
 
     bias: nn.Parameter | None
     out_features: int
@@ -260,18 +261,15 @@ def _agree(ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> bool:
 
 
 @torch.no_grad()
-def packed_hidden_states(
-    model: CausalLM, sequences: Sequence[Sequence[int]], max_tokens: int = 1024
-) -> Iterator[Tensor]:
+def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Hidden states (T, D) of each sequence of ids, in order.
 
-    Up to `max_tokens` tokens are packed into one row, so that a large model's weights are read once for many short
-    texts.
+    Up to ROW tokens are packed into one row, so that a large model's weights are read once for many short texts.
     """
     start = 0
     while start < len(sequences):
         stop, tokens = start + 1, len(sequences[start])
-        while model.supports_packing and stop < len(sequences) and tokens + len(sequences[stop]) <= max_tokens:
+        while model.supports_packing and stop < len(sequences) and tokens + len(sequences[stop]) <= ROW:
             tokens += len(sequences[stop])
             stop += 1
         lengths = [len(sequence) for sequence in sequences[start:stop]]
@@ -292,7 +290,7 @@ def set_row_count(model: CausalLM, rows: int) -> None:
             new = old.new_zeros(rows, *old.shape[1:])
             new[: old.shape[0]].copy_(old)
             setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    if tied:
+    if tied:  # a new parameter took the embedding's place: the head still has the old one
         model.head.weight = model.embeddings.weight
     model.set_rows(rows, tied)
 

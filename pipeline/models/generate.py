@@ -92,6 +92,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities (V,) after temperature, then top-k, then top-p (Holtzman et al. 2020, §3.1)."""
+    # stable: of equal logits the lower id is the likelier one everywhere, so that a seed gives the same text
     ordered, ids = (logits / sampling.temperature).sort(descending=True, stable=True)
     if sampling.top_k:
         ordered[sampling.top_k :] = -torch.inf

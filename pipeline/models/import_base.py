@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.files import base_model
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.safetensors_file import as_os_error
 from pipeline.models.load import DTYPES, refuse_implausible, refuse_implausible_gguf
-from pipeline.models.save import clean, generation_of, load_strict, quiet, reason, reported, save_checkpoint
+from pipeline.models.save import clean, generation_of, load_strict, quiet, reported, save_checkpoint
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 GGUF_NEEDS = ("gguf", "sentencepiece", "google.protobuf", "accelerate")
@@ -69,7 +69,7 @@ def _download(source: base_model.Source, trust_remote_code: bool) -> Path:
     except Exception as error:  # errors of huggingface_hub, its HTTP client and the system have no common base class
         raise UserError(
             f"base: {source.text} is neither a folder in the project nor in the local hub cache, "
-            f"and the download failed ({reason(error)}). Download it elsewhere and name its folder."
+            f"and the download failed ({first_line(error).rstrip('.')}). Download it elsewhere and name its folder."
         ) from None
     base_model.refuse_other_folders(folder)
     return folder

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import FULL, UserError
+from pipeline.errors import FULL, UserError, first_line, is_out_of_memory
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.base_model import CODE
 from pipeline.files.safetensors_file import as_os_error, shapes
@@ -122,24 +122,15 @@ def reported(name: str, trusted: bool, hint: str = AGAIN) -> Iterator[None]:
     """Raise what a library or a model's own code raises as one UserError; a full disk or memory stays what it is."""
     try:
         yield
-    except (UserError, MemoryError):
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL:
+        is_full = isinstance(error, OSError) and error.errno in FULL
+        if isinstance(error, UserError) or is_full or is_out_of_memory(error):
             raise
-        because = reason(error)
-        if "can't allocate memory" in because:
-            raise
+        because = first_line(error).rstrip(".")
         if "trust_remote_code" in str(error) and not trusted:
             because = "it needs code that comes with it"
             hint = "If you have read and trust it, set pretrain.trust_remote_code: true, or pass --trust-remote-code"
         raise UserError(f"{name} cannot be opened: {because}. {hint}.") from error
-
-
-def reason(error: Exception) -> str:
-    """The first non-empty line of its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".")[:300] if lines else type(error).__name__
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class TransformersModel(CausalLM):
         names = {id(module): name for name, module in model.named_modules()}
         self.embedding_name, self.head_name = names[id(embedding)], names[id(head)]
         self._tied = embedding.weight is head.weight
+        # what families do to the head's logits: Gemma 2 caps, Cohere multiplies, Granite divides them
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
 
@@ -67,7 +68,7 @@ class TransformersModel(CausalLM):
     @property
     def shape(self) -> Shape:
         c = self.config
-        positions = getattr(c, "max_position_embeddings", None) or 2**31 - 1
+        positions = getattr(c, "max_position_embeddings", None) or 2**31 - 1  # BLOOM, with ALiBi, has no limit
         return Shape(c.vocab_size, positions, c.num_hidden_layers, c.num_attention_heads, self._tied)
 
     @property

@@ -28,8 +28,8 @@ class PromptTokens(VirtualTokens):
         all_positions = before_each(first[None], positions, lengths)
         longer = None if segments is None else [n + length for length in lengths]
         out = model.run_body(x, all_positions, longer, cache)
-        sizes = [size for length in lengths for size in (n, length)]
-        sequences = out.split(sizes, 1)[1::2]  # type: ignore[no-untyped-call]
+        sizes = [size for length in lengths for size in (n, length)]  # in turn: virtual tokens, sequence
+        sequences = out.split(sizes, 1)[1::2]  # type: ignore[no-untyped-call]  # (B, t, D) each
         return sequences[0] if len(sequences) == 1 else torch.cat(sequences, 1)
 
 
@@ -59,6 +59,7 @@ class PrefixTokens(VirtualTokens):
     ) -> Tensor:
         if cache is None and model.supports_prefix:
             return model.run_body(ids, positions, segments, prefix=self.prepend)
+        # attention that takes no prefix still takes a cache: its first tokens then are the virtual ones
         cache = model.new_cache() if cache is None else cache
         dtype = next(model.embeddings.parameters()).dtype
         for number in range(self.layers):

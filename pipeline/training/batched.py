@@ -16,7 +16,9 @@ from pipeline.training.losses import CHUNK, Head, chunked_mean, cross_entropy
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import StepBatch
 
-LOGITS = 2**22  # computed at once at most; beyond it per adapter, CHUNK rows at a time
+# Logits computed at once at most, 16 MiB in fp32: a small model's step is bound by calls. Beyond it per adapter, CHUNK
+# rows at a time.
+LOGITS = 2**22
 
 
 class ManyAdapters:
@@ -24,7 +26,7 @@ class ManyAdapters:
 
     def __init__(self, model: CausalLM, routing: AdapterRouting) -> None:
         self._model, self._routing = model, routing
-        self._tables: dict[int, Tensor | None] = {}  # by the dataset's id
+        self._tables: dict[int, Tensor | None] = {}  # by the dataset's id: of training, evaluation, retention
         with routing.base():  # the packing test runs without adapters
             self.supports_packing = model.supports_packing
 

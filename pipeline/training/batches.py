@@ -28,18 +28,12 @@ class Batch:
     labels: Tensor
     label_index: Tensor | None
     segments: tuple[int, ...] | None = None
-    numbers: tuple[int, ...] = ()  # indices of its sequences in the dataset
     idle: bool = False  # run only so that all ranks call the model equally often; weighs 0
 
     @property
     def tokens(self) -> int:
         """Number of labels; 0 if the batch is idle."""
         return 0 if self.idle else len(self.labels)
-
-    @property
-    def input_tokens(self) -> int:
-        """Number of input tokens; 0 if the batch is idle."""
-        return 0 if self.idle else self.ids.numel()
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "labels")}
@@ -54,8 +48,7 @@ class Batch:
         parts = zip(
             *(torch.split(t, list(self.segments)) for t in (self.ids[0], self.positions[0], labels)), strict=True
         )
-        batches = (_batch_from(torch.stack(part), None, self.numbers[i : i + 1]) for i, part in enumerate(parts))
-        return [replace(batch, idle=self.idle) for batch in batches]
+        return [replace(_batch_from(torch.stack(part), None), idle=self.idle) for part in parts]
 
 
 def batch_for_rank(windows: Dataset, numbers: Sequence[int]) -> Batch:
@@ -64,12 +57,15 @@ def batch_for_rank(windows: Dataset, numbers: Sequence[int]) -> Batch:
     A rank that gets none runs the first window as an idle batch.
     """
     indices = shard_for_rank(numbers)
-    batch = collate([windows[number] for number in indices or numbers[:1]], indices or numbers[:1])
+    batch = collate([windows[number] for number in indices or numbers[:1]])
     return batch if indices else replace(batch, idle=True)
 
 
-def collate(windows: Sequence[Window], numbers: Sequence[int] = ()) -> Batch:
-    """One batch of all `windows`, each cut after its last label: later tokens do not affect the loss."""
+def collate(windows: Sequence[Window]) -> Batch:
+    """One batch of all `windows`, each cut after its last label: later tokens do not affect the loss.
+
+    Nothing is padded: equal lengths are stacked into B rows, others lie end to end in one.
+    """
     trimmed = []
     for window in windows:
         labels = window.labels
@@ -82,20 +78,19 @@ def collate(windows: Sequence[Window], numbers: Sequence[int] = ()) -> Batch:
         [w.start + t for w in trimmed for t in range(len(w.ids))],
         [label for w in trimmed for label in w.labels],
     )
-    table = torch.tensor(columns)  # (3, ΣT)
+    table = torch.tensor(columns)  # (3, ΣT): one call for all three: small models are bound by calls
     segments = lengths if len(set(lengths)) > 1 else None
-    return _batch_from(table if segments else table.view(3, len(trimmed), -1), segments, tuple(numbers))
+    return _batch_from(table if segments else table.view(3, len(trimmed), -1), segments)
 
 
-def _batch_from(table: Tensor, segments: tuple[int, ...] | None, numbers: tuple[int, ...]) -> Batch:
+def _batch_from(table: Tensor, segments: tuple[int, ...] | None) -> Batch:
     """From ids, positions and labels, (3, N) for one row or (3, B, T)."""
     ids, positions, labels = table if table.dim() == 3 else table[:, None]  # (B, T) each
     flat = labels.flatten()
-    index = (flat != IGNORED).nonzero().flatten()
-    all_labelled = len(index) == len(flat)
-    return Batch(
-        ids, positions, flat if all_labelled else flat[index], None if all_labelled else index, segments, numbers
-    )
+    index = (flat != IGNORED).nonzero().flatten()  # (N,)
+    if len(index) == len(flat):
+        return Batch(ids, positions, flat, None, segments)
+    return Batch(ids, positions, flat[index], index, segments)
 
 
 class Batches:
@@ -107,7 +102,7 @@ class Batches:
         """`seed`: of the order of each epoch; None keeps the order of the windows."""
         self._windows, self._batch_size, self._seed = windows, batch_size, seed
         self._step_size = batch_size * gradient_accumulation_steps  # sequences
-        self._epoch, self._rows = 0, self._shuffle(0)
+        self._epoch, self._rows = 0, self._shuffle(0)  # of one epoch only: a data set may have millions of windows
 
     def __len__(self) -> int:
         """Steps per epoch; the last may have fewer sequences."""
@@ -142,5 +137,6 @@ class Batches:
     def _shuffle(self, epoch: int) -> list[int]:
         rows = list(range(len(self._windows)))
         if self._seed is not None:
+            # Python's generator, by a string: it hashes that by SHA-512, so every machine and torch has the same order
             random.Random(f"{self._seed}/{epoch}").shuffle(rows)
         return rows

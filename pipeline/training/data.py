@@ -71,8 +71,9 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
 def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generator[Event, None, Corpus]:
     folder = job.run / "tokens" / ("evaluation" if held_out else "training")
     folder.mkdir(parents=True, exist_ok=True)
+    # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
     examples = (e for e in training_examples(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
-    virtual_tokens = base.model.shape.positions - base.model.max_length
+    virtual_tokens = base.model.shape.positions - base.model.max_length  # they take the first positions
     encode_one = partial(
         encode,
         tokenizer=base.tokenizer,
@@ -103,7 +104,7 @@ def save_checkpoint(job: Job, base: Base, optimizer: FlatAdam, trained_from: Cau
     `trained_from`: the base in its stored precision, if training ran in another one. The fp32 difference of each
     trained parameter is then added to it, so that frozen parameters and unused embedding rows stay bit for bit.
     """
-    parameters = count(base.model)
+    parameters = count(base.model)  # of the model that trained: it knows what was frozen
     model = base.model.to("cpu")
     if trained_from is not None:
         names = {id(p): name for name, p in model.named_parameters()}

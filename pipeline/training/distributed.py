@@ -51,7 +51,7 @@ def all_reduce_numbers(*numbers: float) -> list[float]:
     """Each number's sum over all ranks."""
     if not dist.is_initialized():
         return list(numbers)
-    total = torch.tensor(numbers, dtype=torch.float64)
+    total = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: over gloo, which notices a rank that is gone
     dist.all_reduce(total)
     return [float(number) for number in total]
 
@@ -139,7 +139,7 @@ def shard(model: CausalLM, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     in_blocks = {id(p) for p in model.blocks.parameters()}
     replicated = {p for p in model.parameters() if p.requires_grad or id(p) not in in_blocks}
-    for module in (*model.blocks, model.body):
+    for module in (*model.blocks, model.body):  # the blocks first: the body then shards what is left
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
 
 
@@ -174,7 +174,7 @@ def _run_as_worker(project: Project, stage: Stage, work: Work, checkpoint_every:
     """Do the same work as rank 0, in a folder that is deleted; nothing if rank 0 takes the result from the cache."""
     scratch = project.run_folder(stage.name) / f".rank-{dist.get_rank()}"
     try:
-        if key := broadcast_object(""):
+        if key := broadcast_object(""):  # empty: the artifact came from the cache
             shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
             (scratch / "out").mkdir(parents=True)
             for _ in _report_errors(work, Job(project, stage, scratch / "out", scratch, key, checkpoint_every)):
@@ -211,6 +211,7 @@ def _process_group() -> Iterator[None]:
                 f"{rank.local_world_size} processes need as many GPUs, got {torch.cuda.device_count()}. Start fewer."
             )
         torch.cuda.set_device(rank.local_rank)
+    # both on a GPU: numbers and messages travel as CPU tensors
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield

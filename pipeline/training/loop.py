@@ -5,26 +5,40 @@ One learner is the case N = 1: the same loop trains a model's own weights, one a
 
 import math
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from pipeline.calc.method import FinetuningMethod
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
+from pipeline.files import artifact
 from pipeline.models.base import CausalLM, Checkpointing
 from pipeline.models.device import device_for
 from pipeline.models.load import Base
-from pipeline.project.logs.run_log import DIVERGED, LOSS, STOPPED, Peak, RunLog, Step, in_units, write_run_outcomes
+from pipeline.models.save import load_tensors, save_tensors
+from pipeline.project.logs.run_log import (
+    DIVERGED,
+    LOSS,
+    STOPPED,
+    Peak,
+    RunLog,
+    Step,
+    in_units,
+    read_steps,
+    write_run_outcomes,
+)
 from pipeline.project.params.sections import Training
-from pipeline.project.runner import Event, Facts, Job, Note, Progress, discard_checkpoints
-from pipeline.training import checkpoint
+from pipeline.project.runner import Event, Facts, Job, Note, Progress, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
-from pipeline.training.checkpoint import Checkpoint, HeldSignals
 from pipeline.training.distributed import (
     CollectiveError,
     ProcessLost,
@@ -45,6 +59,7 @@ if TYPE_CHECKING:  # a run without it does not import it
     from pipeline.training.retention import RetentionLoss
 
 T = TypeVar("T")
+STATE = "state.safetensors"  # a checkpoint's tensors
 PROGRESS = ("tokens", "stopped", "diverged")  # of the learners in a checkpoint; stopped -1: running
 
 
@@ -116,10 +131,6 @@ class Diverged(Exception):
         self.number, self.gradients = number, gradients
 
 
-class OutOfMemory(CollectiveError):
-    """A step ran out of memory."""
-
-
 class NotFinite(CollectiveError):
     """Training stopped because the loss is not finite. A study may record this and continue with its next run."""
 
@@ -147,7 +158,7 @@ def steps(task: TrainingTask, optimizer: FlatAdam, done: int = 0) -> Iterator[di
             if largest := learners[n].settings.max_grad_norm:
                 optimizer.clip(n, result.norm, largest)
             learners[n].tokens += result.tokens
-        optimizer.step(*map(rates.get, range(len(learners))))
+        optimizer.step(*map(rates.get, range(len(learners))))  # a learner without a rate keeps weights and moments
         held_out: dict[int, float] = {}
         if evaluation is not None and evaluation.due(number + 1, task.total):
             held_out = evaluation.after_step(task.path, optimizer, [*results])
@@ -210,13 +221,13 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
     name, model, evaluation = job.stage.name, task.model, task.evaluation
     device = prepare_model(model, task.settings.gradient_checkpointing)
     sharded = needs_shards(model, device) if task.sharded is None else task.sharded
-    if sharded:
+    if sharded:  # before the move: the whole model does not fit on one device
         shard(model, device)
-    model.to(device)
+    model.to(device)  # before the optimizer, whose weights are the model's own storage
     if not task.path.supports_packing:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
     optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
-    done = yield from _resume(job, task, optimizer)
+    done = yield from _resume(job, task, optimizer)  # into the optimizer, whose state a checkpoint is
     # an epoch's largest step, but not the next one, which `measure_memory` never measures
     epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
     largest_step = task.batches.largest_step(epoch or [done])
@@ -231,18 +242,21 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
         _write_outcomes(job, task)
         logs = []
         for learner in task.learners:
+            # lines after the checkpoint are from steps that a killed run took and this one takes again
             folder, at_step = job.run / learner.name, done if learner.stopped is None else learner.stopped
             folder.mkdir(exist_ok=True)
             log = RunLog(folder, at_step, learner.tokens, evaluation is not None, learner.retain is not None)
             logs.append(stack.enter_context(log))
-        signals = stack.enter_context(HeldSignals())
+        signals = stack.enter_context(_held_signals())
         try:
+            # Steps after the last checkpoint are lost when the run is killed. The next run takes them again with the
+            # same data and weights, so that its log and its result are those of an uninterrupted run.
             for by_learner in records:
                 for n, record in by_learner.items():
                     logs[n].append(record, Peak(predicted, live.peak), device.type)
                     done = record.step
                 yield from _tell_stops(job, task)
-                stop = all_reduce_max(signals.received or 0)  # all ranks stop after the same step
+                stop = all_reduce_max(signals[-1] if signals else 0)  # all ranks stop after the same step
                 if stop or done % job.checkpoint_every == 0:
                     _save(job, task, logs, optimizer, done)
                 if stop:
@@ -259,7 +273,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
                 task.learners[n].resume()
             _save(job, task, logs, optimizer, done)
             raise NotFinite(_describe_divergence(job, task, diverged)) from None
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:  # torch tells a lack of memory and a lost rank as RuntimeError
             if not is_out_of_memory(error) and not is_lost(error):
                 raise
             if optimizer.steps != done:  # failed during evaluation: the optimizer has taken a step that is not logged
@@ -271,10 +285,10 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatAdam]:
             if is_out_of_memory(error):
                 raise _out_of_memory(job, task, error, done, checkpoint_note) from None
             raise ProcessLost.during(name, checkpoint_note) from None
-        if signals.received:
-            raise Interrupted(signals.received, f"{name}: stopped after the last step")
+        if signals:  # after the last record was handled
+            raise Interrupted(signals[-1], f"{name}: stopped after the last step")
     yield from _tell_stops(job, task)
-    if evaluation is not None:
+    if evaluation is not None:  # after the last checkpoint, which keeps the newest weights and the best ones
         evaluation.restore_best(optimizer)
     model.eval()
     if live.peak:
@@ -299,8 +313,8 @@ def prepare_model(model: CausalLM, checkpointing: Checkpointing) -> torch.device
 
 def _resume(job: Job, task: TrainingTask, optimizer: FlatAdam) -> Generator[Event, None, int]:
     """Restore the newest checkpoint; returns the number of steps done, 0 if there is none."""
-    stored, reason = checkpoint.load(job.run, job.key)
-    done, reason = broadcast_object((stored.step if stored else 0, reason))
+    step, stored, reason = _load_checkpoint(job)
+    done, reason = broadcast_object((step, reason))  # only rank 0 has checkpoints
     optimizer.broadcast_weights()
     if reason:
         yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {reason}")
@@ -310,7 +324,7 @@ def _resume(job: Job, task: TrainingTask, optimizer: FlatAdam) -> Generator[Even
             for log in job.run.glob(f"*/{LOSS}"):
                 shutil.rmtree(log.parent)
         return 0
-    state = broadcast_tensors(stored.state if stored else {})
+    state = broadcast_tensors(stored)
     optimizer.restore(state)
     progress = zip(task.learners, *(state[name].tolist() for name in PROGRESS), strict=True)
     for learner, tokens, stopped, diverged in progress:
@@ -321,18 +335,66 @@ def _resume(job: Job, task: TrainingTask, optimizer: FlatAdam) -> Generator[Even
     return done
 
 
+def _load_checkpoint(job: Job) -> tuple[int, dict[str, Tensor], str | None]:
+    """Step and state of the newest usable checkpoint; 0 if there is none, and why those that exist are unusable."""
+    reason = None
+    for folder in checkpoints(job.run):
+        try:
+            meta = artifact.verify(folder)
+            if meta["key"] != job.key:
+                reason = "it was made with other params, data or code"
+                continue
+            logs = {job.run / name: lines for name, lines in meta["logs"].items()}
+            if short := [path for path, lines in logs.items() if len(read_steps(path)) < lines]:
+                reason = f"{short[0]} does not reach step {logs[short[0]]}"
+                continue
+            return meta["step"], load_tensors(folder / STATE), None
+        except (UserError, KeyError) as error:
+            reason = str(error)
+    return 0, {}, reason
+
+
 def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatAdam, done: int) -> None:
-    """Write a checkpoint after step `done`. The logs come first: one that ends before its checkpoint is unusable."""
+    """Write a checkpoint after step `done`, on rank 0 only: the state of optimizer, learners and evaluation.
+
+    It also holds each log's number of steps: a resumed run goes on in the logs, so without them it is unusable.
+    """
     if not is_main_process():
         return
-    for log in logs:
+    for log in logs:  # first: a log that ends before its checkpoint makes it unusable
         log.sync()
     learners = task.learners
     values = ([x.tokens, -1 if x.stopped is None else x.stopped, int(x.diverged)] for x in learners)
     progress = dict(zip(PROGRESS, torch.tensor([*values]).T.contiguous(), strict=True))
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
     lines = {(Path(x.name) / LOSS).as_posix(): done if x.stopped is None else x.stopped for x in learners}
-    checkpoint.save(job.run, job.key, Checkpoint(done, {**optimizer.state(), **progress, **evaluation}, lines))
+    target = job.run / f"checkpoint-{done:09d}"
+    with artifact.writing(target) as folder:
+        save_tensors(folder / STATE, {**optimizer.state(), **progress, **evaluation})
+        artifact.seal(folder, {"key": job.key, "step": done, "logs": lines})
+    discard_checkpoints(job.run, keep=target)  # last, so that a complete one exists at any moment
+
+
+@contextmanager
+def _held_signals() -> Iterator[list[int]]:
+    """Defers Ctrl-C and SIGTERM to the end of a step, so that a checkpoint never holds half a step.
+
+    Inside the block, the first SIGINT or SIGTERM is only added to the list; the second is handled as usual.
+    """
+    received, previous = list[int](), dict[int, Any]()
+
+    def hold(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, hold)
+    try:
+        yield received
+    finally:
+        for held, handler in previous.items():
+            signal.signal(held, handler)
 
 
 def _tell_stops(job: Job, task: TrainingTask) -> Iterator[Event]:
@@ -381,11 +443,11 @@ def measure_memory(
 
 def _out_of_memory(
     job: Job, task: TrainingTask, error: BaseException, done: int = 0, checkpoint_note: str = ""
-) -> OutOfMemory:
+) -> CollectiveError:
     """What to lower, and which checkpoint is kept: another program may have used the memory."""
     batch = task.batches[min(done, task.total - 1)][0]
     advice = task.less_memory or suggest_less_memory(task.model, task.method, task.settings, batch, job.stage.name)
-    return OutOfMemory(
+    return CollectiveError(
         f"{job.stage.name}: out of memory in step {done + 1} ({first_line(error)}). {advice} {checkpoint_note}".rstrip()
     )
 

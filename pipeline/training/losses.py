@@ -12,28 +12,6 @@ SummedLoss = Callable[[Tensor, Tensor], Tensor]  # rows (n, D) and their targets
 CHUNK = 128  # rows whose logits are in memory at once
 
 
-def full(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy with the logits of every token at once: hidden (B, T, D), labels (B, T)."""
-    return F.cross_entropy(head(hidden).float().flatten(0, 1), labels.flatten())
-
-
-def at_labels(head: Head, hidden: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-    """The same over `positions` (N,) of the flattened tokens only: no logits for tokens without a label."""
-    return F.cross_entropy(head(_select_rows(hidden, positions)).float(), labels.flatten()[positions])
-
-
-def chunked(
-    head: Head, hidden: Tensor, labels: Tensor, positions: Tensor, size: int, trained: Sequence[nn.Parameter] = ()
-) -> Tensor:
-    """The same, `size` labels at a time. `trained`: the head's parameters that require a gradient.
-
-    Their gradients are accumulated in the parameters' own dtype: in bf16, small chunks lose precision.
-    """
-    return chunked_mean(
-        cross_entropy(head), _select_rows(hidden, positions), labels.flatten()[positions], size, trained
-    )
-
-
 def cross_entropy(head: Head) -> SummedLoss:
     """The summed cross-entropy of the rows with labels (n,)."""
     return lambda rows, labels: F.cross_entropy(head(rows).float(), labels, reduction="sum")
@@ -56,9 +34,10 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, log_p: Tensor) -> Tensor:
-        log_q = logits.float().log_softmax(-1)
+        # in place where it can: (n, V) in fp32 is the largest tensor of a step
+        log_q = logits.float().log_softmax(-1)  # (n, V)
         p = log_p.exp()
-        loss = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+        loss = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())  # one call, with no product (n, V)
         ctx.save_for_backward(log_q.exp_().sub_(p).to(logits.dtype))
         return loss
 
@@ -71,7 +50,11 @@ class _Divergence(torch.autograd.Function):
 def chunked_mean(
     summed_loss: SummedLoss, rows: Tensor, targets: Tensor, size: int = CHUNK, trained: Sequence[nn.Parameter] = ()
 ) -> Tensor:
-    """The mean loss over rows (N, D), `size` rows at a time; `summed_loss` gives the sum over a chunk."""
+    """The mean loss over rows (N, D), `size` rows at a time; `summed_loss` gives the sum over a chunk.
+
+    `trained`: the head's parameters that require a gradient, which is accumulated in their own dtype: in bf16, small
+    chunks lose precision.
+    """
     if len(rows) <= size:
         return summed_loss(rows, targets) / len(rows)
     loss: Tensor = _Chunked.apply(rows, targets, summed_loss, size, *trained)  # type: ignore[no-untyped-call]
@@ -79,7 +62,11 @@ def chunked_mean(
 
 
 class _Chunked(torch.autograd.Function):
-    """A mean whose gradients are computed in forward, chunk by chunk, so that no logits are kept for backward."""
+    """A mean whose gradients are computed in forward, chunk by chunk, so that no logits are kept for backward.
+
+    Checkpointing each chunk would keep none either, but autograd then sums the head's gradients of all chunks at the
+    end: three copies of what is often the model's largest matrix.
+    """
 
     @staticmethod
     def forward(
@@ -108,7 +95,3 @@ class _Chunked(torch.autograd.Function):
         # a loss scale may overflow fp16: it is applied as an fp32 scalar
         hidden_grad, *trained_grads = (grad.mul_(outputs[0] / ctx.rows) for grad in ctx.saved_tensors)
         return hidden_grad, None, None, None, *trained_grads
-
-
-def _select_rows(hidden: Tensor, positions: Tensor) -> Tensor:
-    return hidden.flatten(0, 1).index_select(0, positions)  # (N, D)

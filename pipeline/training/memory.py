@@ -73,6 +73,7 @@ def predict_peak_memory(
     rows, length = batch.ids.shape
     lengths = batch.segments or [length]
     lengths = [method.positions + n for n in lengths]
+    # in a packed row a token attends to its own sequence only: on average Σn²/Σn keys
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
     kept_weights = model.kept_attention_weights(lengths) if method.short_attention else None
     all_logits = batch.label_index is None and len(batch.labels) <= CHUNK
@@ -116,13 +117,13 @@ class TensorMemoryMeter(TorchDispatchMode):
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = tensor.untyped_storage()  # a view adds nothing: it has its base's storage
             key = storage._cdata
             if key not in self._sizes:
                 self._sizes[key] = -(-storage.nbytes() // ROUNDING) * ROUNDING
                 self.now += self._sizes[key]
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, key)
+                weakref.finalize(storage, self._forget, key)  # no reference, which would keep it alive
 
     def _forget(self, key: int) -> None:
         self.now -= self._sizes.pop(key)

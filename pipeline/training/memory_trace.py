@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
@@ -22,15 +23,14 @@ from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
+from pipeline.models.load import DTYPES
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, from_config
-from pipeline.training import losses
 from pipeline.training.batches import Batch
+from pipeline.training.losses import chunked_mean, cross_entropy
 from pipeline.training.memory import TensorMemoryMeter
 from pipeline.training.optimizer import FlatAdam
 from pipeline.training.step import loss_of
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
@@ -44,7 +44,7 @@ def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: Traini
             live.watch([*model.parameters(), *model.buffers()])
             with live:
                 step()
-                live.peak = live.now
+                live.peak = live.now  # between steps, with the optimizer's state
                 step()
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
@@ -80,7 +80,7 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
     """
     ours = isinstance(model, MiniGPT) or run.trainer
     _make_trainable(model, method, DTYPES[run.adapter_precision])
-    if ours and isinstance(model, TransformersModel):
+    if ours and isinstance(model, TransformersModel):  # as `prepare_cpu_training` does with real tensors
         fuse_rms_norms(model, checked=False)
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     if ours:
@@ -102,18 +102,26 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
 
     def library_step() -> None:
         hidden = model.hidden_states(ids)  # (B, T, D)
+        # rows, targets and logits get no names: a name would keep them alive during backward
         if run.loss == "full":
-            loss = losses.full(model.logits, hidden, labels)
+            loss = F.cross_entropy(model.logits(hidden).float().flatten(0, 1), labels.flatten())
         elif run.loss == "labels":
-            loss = losses.at_labels(model.logits, hidden, labels, positions)
+            loss = F.cross_entropy(model.logits(_rows(hidden, positions)).float(), labels.flatten()[positions])
         else:
             head = [p for p in model.head.parameters() if p.requires_grad]
-            loss = losses.chunked(model.logits, hidden, labels, positions, run.chunk, head)
+            loss = chunked_mean(
+                cross_entropy(model.logits), _rows(hidden, positions), labels.flatten()[positions], run.chunk, head
+            )
         torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
 
     return library_step
+
+
+def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states (N, D) of the labelled tokens, from those of all (B, T, D)."""
+    return hidden.flatten(0, 1).index_select(0, positions)
 
 
 def _build_model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:

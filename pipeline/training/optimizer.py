@@ -16,7 +16,8 @@ from pipeline.errors import UserError
 from pipeline.project.params.sections import Training
 from pipeline.training.distributed import all_reduce, broadcast
 
-LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000  # fp16 loss scale; steps without an overflow until it doubles
+# fp16 loss scale, and steps without an overflow until it doubles: the values of torch's GradScaler
+LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000
 NAMES = ("step", "exp_avg", "exp_avg_sq")
 Moments = dict[str, Tensor]
 
@@ -66,7 +67,8 @@ class FlatAdam:
                 self._rate_spans.append((n, start, stop, ratio if is_faster else 1.0))
         self._moments = Moments()
         self._scaled = scaled
-        self._scale = torch.tensor([LARGEST_SCALE if scaled else 1.0, 0.0])  # factor, steps since it changed
+        # factor, and steps since it changed: a tensor, as it is part of a checkpoint
+        self._scale = torch.tensor([LARGEST_SCALE if scaled else 1.0, 0.0])
 
     @property
     def scale(self) -> float:
@@ -80,14 +82,14 @@ class FlatAdam:
 
     def collect_gradients(self) -> Tensor:
         """Sum the gradients over all ranks, unscale them and return their norms (N,). Call it once before `step`."""
-        if (N := len(self.weights)) > 1:
+        if (N := len(self.weights)) > 1:  # autograd's own gradients; none for a layer that no live learner adapts
             grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters)
             torch.cat([grad.view(N, -1).float() for grad in grads], 1, out=self.gradient)
             self.clear()
         else:
             for span, _, grad in self._copies:
                 self.gradient[:, span].copy_(grad)
-        all_reduce(self.gradient)
+        all_reduce(self.gradient)  # one collective for all parameters; sums, as losses are shares of all ranks' labels
         if self._scaled:
             self.gradient.div_(self.scale)
         norms: Tensor = torch.linalg.vector_norm(self.gradient, dim=1)

@@ -41,6 +41,7 @@ class RetentionSettings(Protocol):
 
 
 COMPLETION = 32  # tokens that the base generates for a prompt, at most
+# A context in which a model computes as its base.
 AsBase = Callable[[], AbstractContextManager[None]]
 
 
@@ -58,7 +59,7 @@ class RetentionLoss:
         self.batches = Batches(texts, settings.retention_batch_size, settings.seed)
         self._model, self._as_base = model, as_base or self._without_adapter
         layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
-        switched_off = {id(p) for layer in layers for p in layer.adapter_parameters().values()}
+        switched_off = {id(p) for layer in layers for p in layer.adapter_parameters().values()}  # with their layers
         full = [p for p in model.parameters() if p.requires_grad and id(p) not in switched_off] if not as_base else []
         self._originals = [(p, p.detach().clone()) for p in full]
 
@@ -72,6 +73,7 @@ class RetentionLoss:
         with torch.no_grad(), self._as_base():
             before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
         after = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
+        # of the base the hidden states are kept, not the logits: those are made again chunk by chunk
         trained = [p for p in model.head.parameters() if p.requires_grad]
 
         def base_logits(hidden: Tensor) -> Tensor:

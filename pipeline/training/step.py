@@ -153,13 +153,13 @@ def _accumulate(
     losses, labels = _backward(path, orders, number, path.losses, dict.fromkeys(live, 1.0), optimizer.scale)
     retains = {n: retain for n in live if (retain := learners[n].retain) is not None}
     divergences: dict[int, float] = {}
-    if retains:
+    if retains:  # a second backward, which adds to the same gradients: neither needs the other's activations
         orders, weights = {n: r.batches for n, r in retains.items()}, {n: r.weight for n, r in retains.items()}
         first = next(iter(retains.values()))  # they differ only in weight and order
         divergences, _ = _backward(
             path, orders, number, lambda batch: path.divergences(batch, first), weights, optimizer.scale
         )
-    # before the gradient is reduced: if a rank is gone, this call raises
+    # before the gradient is reduced: these go over gloo, which raises at once if a rank is gone
     sums = all_reduce_numbers(*losses.values(), *divergences.values())
     divergences = dict(zip(divergences, sums[len(live) :], strict=True))
     norms = optimizer.collect_gradients().tolist()
@@ -185,8 +185,10 @@ def _backward(
     parts: list[tuple[Iterable[int], Tensor]] = []
     for batch in batches:
         with path.route(batch):
+            # gradient accumulation: a batch's mean times its share of the step's labels, so that the parts add up to
+            # the mean over all of them; the gradients of batches and ranks are then sums
             shares = [labels / totals[n] for n, labels in batch.labels.items()]
-            losses = _times(losses_of(batch), shares)  # (L,)
+            losses = _times(losses_of(batch), shares)  # (L,), logged without the weight of its term
             total = _times(losses, [weights[n] for n in batch.labels])
             total = total if len(shares) == 1 else total.sum()
             torch.autograd.backward(total if scale == 1 else total * scale)
@@ -229,11 +231,11 @@ class Evaluation:
                 with path.route(batch):
                     losses = path.losses(batch).view(-1).tolist()
                 for (n, count), loss in zip(batch.labels.items(), losses, strict=True):
-                    sums[n] += loss * count
+                    sums[n] += loss * count  # an idle batch counts 0
                     labels[n] += count
         reduced = all_reduce_numbers(*sums.values(), *labels.values())
         means = {n: total / count for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)}
-        for n, mean in means.items():
+        for n, mean in means.items():  # NaN is never the best: no comparison with it holds
             if mean >= self._best[n] or math.isnan(mean):
                 self._waited[n] += 1
                 continue

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import PREFIX, short_targets
-from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec
+from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec, config_of
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, fan_in_fan_out
 from pipeline.adapters.low_rank import LowRank, tensors_of
-from pipeline.adapters.peft.config import config_of
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import tensor_locations

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.adapters.lora import MAGNITUDE
 from pipeline.adapters.low_rank import LowRankUpdate, layer_sort_key
-from pipeline.adapters.peft.tensors import COPY
+from pipeline.adapters.peft import COPY
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation, tensor_locations
 from pipeline.models.load import skeleton

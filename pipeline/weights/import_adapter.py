@@ -6,10 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS
-from pipeline.adapters.folder import quantization_of, read_config, refuse_virtual
-from pipeline.adapters.peft.load import load_adapter
-from pipeline.adapters.peft.virtual_tokens import VirtualSpec
+from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS, read_config
+from pipeline.adapters.folder import quantization_of, refuse_virtual
+from pipeline.adapters.peft import load_adapter
 from pipeline.data.tokenizers.chat_template import TEMPLATE
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
@@ -69,8 +68,8 @@ def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool 
     refuse_other(out, "import", [source])
     model, config = skeleton(base, trust_remote_code), read_config(source)
     if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
-        loaded = load_adapter(model, base, source)
-        params: dict[str, Any] = {"virtual_tokens": loaded.tokens} if isinstance(loaded, VirtualSpec) else {}
+        load_adapter(model, base, source)
+        params: dict[str, Any] = {} if model.virtual is None else {"virtual_tokens": model.virtual.count}
     else:
         spec = attach_to_meta_model(model, base, tensor_locations(base), source)
         params = {"rank": spec.rank, "alpha": config["lora_alpha"]}

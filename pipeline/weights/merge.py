@@ -16,10 +16,8 @@ from torch import Tensor
 from pipeline.adapters.attach import PREFIX, adapter_layers, tensors
 from pipeline.adapters.config import WEIGHTS, AdapterSpec
 from pipeline.adapters.folder import quantization_of, refuse_virtual
-from pipeline.adapters.lora import DoRALinear, LoRAEmbedding, LoRALinear, factors, fan_in_fan_out
-from pipeline.adapters.peft.load import load_adapter, other_embedding
-from pipeline.adapters.peft.tensors import COPY
-from pipeline.adapters.token_rows import BY_ROWS
+from pipeline.adapters.lora import DoRALinear, LoRAEmbedding, LoRALinear, TokenRows, factors, fan_in_fan_out
+from pipeline.adapters.peft import COPY, load_adapter, other_embedding
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import TensorLocation, tensor_locations
@@ -199,7 +197,7 @@ def merge_edits(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
     for name, layer in adapter_layers(model):
         edits[f"{name}.weight"] = layer_edit(layer)
     for name, module in model.named_modules():
-        if isinstance(module, BY_ROWS):
+        if isinstance(module, TokenRows):
             short_name = name.rsplit(".", 1)[-1]
             # a tied head has the embedding's rows
             ids = spec.rows[short_name if short_name in spec.rows else model.embedding_and_head[0]]

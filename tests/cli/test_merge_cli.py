@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft import load_adapter
 from pipeline.files.artifact import read_json
 from pipeline.files.base_model import INDEX
 from pipeline.models.load import load_base

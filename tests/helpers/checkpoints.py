@@ -7,7 +7,7 @@ import torch
 
 from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.save import save_adapter
+from pipeline.adapters.peft import save_adapter
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint

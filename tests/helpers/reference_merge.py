@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.adapters.attach import LOW_RANK
-from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, weight_of
-from pipeline.adapters.token_rows import BY_ROWS, EmbeddingRows, HeadRows
+from pipeline.adapters.lora import EmbeddingRows, HeadRows, LoRAEmbedding, LoRALinear, weight_of
 from pipeline.models.base import CausalLM
 from pipeline.models.quantized_linear import QuantizedLinear
 from pipeline.weights.merge import layer_edit
@@ -26,9 +24,9 @@ def merged_model(model: CausalLM) -> CausalLM:
     plain = copy.deepcopy(model, memo)
     turned = model.describe().get("model_type") == "gpt2"
     for name, module in list(plain.named_modules()):
-        if isinstance(module, LOW_RANK):
+        if isinstance(module, LoRALinear | LoRAEmbedding):
             plain.set_submodule(name, merged(module, turned))
-        elif isinstance(module, BY_ROWS):
+        elif isinstance(module, EmbeddingRows | HeadRows):
             plain.set_submodule(name, _with_rows(module))
     for name, module in list(plain.named_modules()):
         if isinstance(module, QuantizedLinear):

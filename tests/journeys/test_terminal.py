@@ -169,7 +169,7 @@ def child(project: Path) -> int:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if "pipeline.inference.server.server" in command and (entry / "cwd").resolve() == project.resolve():
+            if "pipeline.inference.server" in command and (entry / "cwd").resolve() == project.resolve():
                 return int(entry.name)
         except OSError:
             continue

@@ -1,4 +1,4 @@
-"""The client of the inference process (`pipeline/inference/server`): requests, streams, restarts after a crash."""
+"""The client of the inference process (`pipeline/inference/server.py`): requests, streams, restarts after a crash."""
 
 import asyncio
 import itertools
@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 Answer = dict[str, Any]
 
 # -P: do not import a folder named `pipeline` in the user's project instead of ours
-COMMAND = (sys.executable, "-P", "-m", "pipeline.inference.server.server", "pipeline.stages.registry")
+COMMAND = (sys.executable, "-P", "-m", "pipeline.inference.server", "pipeline.stages.registry")
 FINAL_EVENTS = ("done", "cancelled")  # events that end a request; "error" is raised instead
 MAX_QUEUED = 256  # answers queued per request; further ones stay in the pipe, which then blocks the process
 MAX_REQUEST_BYTES = 2**20  # of a line to the process, which accepts no longer one

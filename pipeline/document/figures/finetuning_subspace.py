@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import targeted
-from pipeline.adapters.config import AdapterSpec, lies_in
-from pipeline.adapters.peft.config import read_spec
+from pipeline.adapters.config import AdapterSpec, lies_in, read_spec
 from pipeline.calc.target_modules import HEAD
 from pipeline.document.measures import Changed, changes, module_name
 from pipeline.document.report import (

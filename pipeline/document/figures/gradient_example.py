@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import attach
-from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.config import AdapterSpec, read_spec
 from pipeline.adapters.lora import LoRALinear
-from pipeline.adapters.peft.config import read_spec
 from pipeline.data.formats import read_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import as_window

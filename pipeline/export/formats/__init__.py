@@ -56,8 +56,8 @@ def adapter_folder(export: Export, out: Path) -> Iterator[Path]:
 
     It appears at `out` whole or not at all, and replaces nothing but an earlier export. Raises UserError.
     """
-    from pipeline.adapters.config import CONFIG
-    from pipeline.adapters.folder import origin_of, read_config
+    from pipeline.adapters.config import CONFIG, read_config
+    from pipeline.adapters.folder import origin_of
     from pipeline.export.model_card import CARD, card, has_card
     from pipeline.weights.import_adapter import copy_tokenizer
 

@@ -107,7 +107,7 @@ def fast_decoding(model: nn.Module) -> Iterator[int]:
             and _agrees.get(model, True)
         ):
             blocks = {block: OneTokenBlock(block) for block in model.blocks if _has_llama_parts(block)}
-            if blocks and model not in _agrees:
+            if blocks and model not in _agrees:  # once a model: two short forwards
                 _agrees[model] = _check_agreement(model, blocks)
         if _agrees.get(model):
             forwards.update({block: MethodType(fast, block) for block, fast in blocks.items()})

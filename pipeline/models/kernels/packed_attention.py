@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from pipeline.models.base import Prefix
 
 NAME = "lora_segments"
-LONGEST = (
-    512  # tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save
-)
-BLOCK = 128  # queries of one product of short sequences
+# Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save.
+LONGEST = 512
+BLOCK = 128  # queries of one product of short sequences; sharing products takes a sixth off their attention's time
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ def attend(
         key, value = prefix(module.layer_idx, key, value, spans)  # type: ignore[arg-type]
         added = (key.shape[2] - own_keys) // len(spans)
         spans = [added + span for span in spans]
+    # a window that hides no key is none: most kernels have only a causal mask
     window = None if sliding_window is None or sliding_window >= max(spans) else sliding_window
     rule = Rule(query.shape[3] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
     for layer, weights in _recorders:
@@ -121,6 +121,7 @@ def _supports_varlen(q: Tensor, rule: Rule) -> bool:
     """Whether torch's varlen flash attention applies: 16 bits, an Ampere GPU or later."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or rule.explicit:
         return False
+    # the head sizes that flash attention has kernels for
     return q.shape[3] <= 256 and q.shape[3] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
@@ -155,7 +156,7 @@ def _row(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor, rule: Rule) -> Tensor:
-    """(B, H, T, S), in fp32."""
+    """softmax of the scores as `rule` says, causal, (B, H, T, S) in fp32; row t is token t's."""
     B, H, T, _ = q.shape
     G, S = k.shape[1:3]
     grouped = q.reshape(B, G, H // G, T, -1)  # (B, G, R, T, K)
@@ -166,12 +167,12 @@ def _weights(q: Tensor, k: Tensor, rule: Rule) -> Tensor:
     if rule.sinks is not None:
         sinks = rule.sinks.float().view(1, G, H // G, 1, 1).expand(B, -1, -1, T, 1)
         scores = torch.cat([scores, sinks], -1)  # (B, G, R, T, S + 1)
-    return scores.softmax(-1)[..., :S].flatten(1, 2)
+    return scores.softmax(-1)[..., :S].flatten(1, 2)  # without the sink's share; (B, G, R, T, S) → (B, H, T, S)
 
 
 def _visible(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
     """(T, S), True where a query sees a key."""
-    visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)  # query t has position S - T + t
     return visible if window is None else visible.triu(S - T - window + 1)
 
 
@@ -185,7 +186,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sca
     return out
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries start:stop and keys first:stop; a query sees the keys of its own sequence that are not later."""
 
     first: int
@@ -199,7 +200,7 @@ class Block(NamedTuple):
         return (self.stop - self.start) * (self.stop - self.first)
 
 
-def blocks(lengths: Sequence[int]) -> Iterator[Block]:
+def blocks(lengths: Sequence[int]) -> Iterator[QueryBlock]:
     """In order: neighbours with at most BLOCK tokens in total share a block, a longer sequence has several.
 
     Small products cost by their number, not by their size, so short sequences share one; a long sequence is split so
@@ -211,14 +212,14 @@ def blocks(lengths: Sequence[int]) -> Iterator[Block]:
             stop = first + sum(run)
             for start in range(first, stop, BLOCK):
                 end = min(start + BLOCK, stop)
-                yield Block(first, start, end, tuple(run) if len(run) > 1 else (end - first,))
+                yield QueryBlock(first, start, end, tuple(run) if len(run) > 1 else (end - first,))
             first, run = stop, []
         run.append(length)
 
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[Block, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[QueryBlock, ...], scale: float) -> Tensor:
         B, H, T, K = q.shape
         G = k.shape[1]
         # cached for real tensors only: under FakeTensorMode the masks are fake
@@ -246,20 +247,21 @@ class _ShortAttention(torch.autograd.Function):
             d_rows, keys, values = _rows(d_out, part, G), _keys(k, part), _keys(v, part)
             d_weights = torch.bmm(d_rows, values.transpose(1, 2))  # (BG, R·t, s)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            # added: the blocks of one long sequence share its first keys
             d_v[:, part.first : part.stop] += _tokens(torch.bmm(weights.transpose(1, 2), d_rows), B, G)
             d_k[:, part.first : part.stop] += _tokens(torch.bmm(d_scores.transpose(1, 2), rows), B, G)
             d_q[:, part.start : part.stop] = _tokens(torch.bmm(d_scores, keys), B, H)
         return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None
 
 
-def _rows(x: Tensor, part: Block, groups: int) -> Tensor:
+def _rows(x: Tensor, part: QueryBlock, groups: int) -> Tensor:
     """The block's queries as rows of their group: (B, H, T, K) → (BG, R·t, K)."""
     B, H, _, K = x.shape
     t = part.stop - part.start
     return x[:, :, part.start : part.stop].reshape(B * groups, H // groups * t, K)
 
 
-def _keys(x: Tensor, part: Block) -> Tensor:
+def _keys(x: Tensor, part: QueryBlock) -> Tensor:
     """The block's keys, or their values: (B, G, T, K) → (BG, s, K)."""
     return x[:, :, part.first : part.stop].flatten(0, 1)
 
@@ -269,7 +271,7 @@ def _tokens(x: Tensor, rows: int, heads: int) -> Tensor:
     return x.view(rows, heads, -1, x.shape[-1]).transpose(1, 2)
 
 
-def _masks(parts: tuple[Block, ...], repeats: int, dtype: torch.dtype) -> list[Tensor]:
+def _masks(parts: tuple[QueryBlock, ...], repeats: int, dtype: torch.dtype) -> list[Tensor]:
     """For each block (1, R·t, s): 0 where a query sees a key, else −∞."""
     masks = []
     for part in parts:

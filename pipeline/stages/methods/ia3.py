@@ -151,9 +151,8 @@ def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
     Raises UserError for a config that says more than this, and for tensors that it does not call for.
     """
     from pipeline.adapters.attach import PREFIX
-    from pipeline.adapters.config import CONFIG, WEIGHTS
-    from pipeline.adapters.folder import read_config
-    from pipeline.adapters.peft.tensors import read_tensors
+    from pipeline.adapters.config import CONFIG, WEIGHTS, read_config
+    from pipeline.adapters.peft import read_tensors
     from pipeline.files.safetensors_file import refuse_difference
 
     config = read_config(folder)

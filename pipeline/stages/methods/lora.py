@@ -203,7 +203,7 @@ def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path) -> Facts:
     For PiSSA these are `stored`, the files' rank, alpha and parameters, which differ from those that trained.
     """
     from pipeline.adapters.config import WEIGHTS
-    from pipeline.adapters.peft.save import save_adapter, stored_spec
+    from pipeline.adapters.peft import save_adapter, stored_spec
     from pipeline.files.safetensors_file import shapes
 
     save_adapter(out, base.model, spec, f"artifacts/{folder.name}")

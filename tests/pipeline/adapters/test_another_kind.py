@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import PREFIX, disable_adapter
 from pipeline.adapters.config import OTHER_KINDS
 from pipeline.adapters.lora import AdapterLayer
-from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base

@@ -17,8 +17,7 @@ from pipeline.adapters.attach import AdapterScale, adapter_layers, attach, disab
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import DoRALinear, weight_out_in
 from pipeline.adapters.low_rank import load_update
-from pipeline.adapters.peft.load import load_adapter
-from pipeline.adapters.peft.save import save_adapter
+from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.export.model_card import card
 from pipeline.inference import catalog

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear, factors, principal
-from pipeline.adapters.peft.load import load_adapter
-from pipeline.adapters.peft.save import save_adapter
+from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Init
 from tests.helpers.real import ROWS, stock, toy

@@ -9,8 +9,7 @@ from torch import nn
 
 from pipeline.adapters.attach import attach, resolve, short_targets
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.lora import LoRALinear, factors, weight_of
-from pipeline.adapters.token_rows import EmbeddingRows, HeadRows
+from pipeline.adapters.lora import EmbeddingRows, HeadRows, LoRALinear, factors, weight_of
 from pipeline.errors import UserError
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.weights.streaming import merged_rows

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
 from pipeline.inference.engine import load
 from tests.helpers.projects import BRIEF, make, new_project

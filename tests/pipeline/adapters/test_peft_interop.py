@@ -13,8 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.load import load_adapter
-from pipeline.adapters.peft.save import save_adapter
+from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.models.transformers_model import TransformersModel
 from tests.helpers.real import ROWS, stock, toy
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.save import save_adapter
+from pipeline.adapters.peft import save_adapter
 from pipeline.inference.engine import load
-from pipeline.inference.server.model_pool import ModelPool
+from pipeline.inference.model_pool import ModelPool
 from pipeline.models.base import CausalLM
 from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
@@ -167,7 +167,7 @@ def test_pitfall_4_rows_of_new_tokens_are_there_when_an_adapter_is_loaded(
         trained.append(logits(model, NEW_IDS))
         save_adapter(folder, model, spec, base_name)
 
-    monkeypatch.setattr("pipeline.adapters.peft.save.save_adapter", seen)
+    monkeypatch.setattr("pipeline.adapters.peft.save_adapter", seen)
     assert finetune(cli, project, f"train_embeddings={embeddings}")[0] == 0
     base, tuned = project / BASE, project / ADAPTER
     for found in (logits(load(base, tuned).model, NEW_IDS), logits_of(theirs(base, tuned), NEW_IDS)):

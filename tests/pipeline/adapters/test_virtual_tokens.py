@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.peft.virtual_tokens import VirtualSpec, attach_virtual_tokens, save_virtual
+from pipeline.adapters.peft import attach_virtual_tokens, save_virtual
 from pipeline.data.examples import IGNORED, Window
 from pipeline.errors import UserError
 from pipeline.inference.engine import layer_attention, load, merge_virtual_tokens
@@ -75,7 +75,7 @@ def their_logits(model: Any, ids: Tensor = IDS) -> Tensor:
 def ours(base: Path, kind: str, noise: float = 0.1) -> CausalLM:
     """A base that reads virtual tokens, no longer those that it starts with."""
     model, tokenizer = load_base(base)
-    attach_virtual_tokens(model, VirtualSpec(kind, N), len(tokenizer), seed=3)
+    attach_virtual_tokens(model, kind, N, len(tokenizer), seed=3)
     parameter = virtual(model).prompt_embeddings
     with torch.no_grad():
         parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * noise)
@@ -266,7 +266,7 @@ def test_more_virtual_tokens_than_positions_are_refused(bases: Bases, name: str,
     model = load_base(bases(name)).model
     positions = model.shape.positions
     with pytest.raises(UserError, match=f"finetune_{kind}.virtual_tokens must be below {positions}, the model's"):
-        attach_virtual_tokens(model, VirtualSpec(kind, positions), 70, 0)
+        attach_virtual_tokens(model, kind, positions, 70, 0)
 
 
 def changes() -> Iterator[Any]:

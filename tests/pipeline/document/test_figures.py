@@ -21,8 +21,8 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import OPTForCausalLM
 
+from pipeline.adapters.config import read_spec
 from pipeline.adapters.lora import LoRALinear
-from pipeline.adapters.peft.config import read_spec
 from pipeline.data.formats import read_examples
 from pipeline.document.figures import Figures, finetuning_subspace, modules, placement
 from pipeline.document.figures.attention import ink_on

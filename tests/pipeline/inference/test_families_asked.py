@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.inference import engine
-from pipeline.inference.server.handlers import Request, RequestHandler
+from pipeline.inference.handlers import Request, RequestHandler
 from pipeline.models.generate import Sampling, generate
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.adapters.config import WEIGHTS, AdapterSpec
 from pipeline.errors import UserError
-from pipeline.inference.server.handlers import Request, RequestHandler
+from pipeline.inference.handlers import Request, RequestHandler
 from pipeline.models import device
 from tests.helpers.checkpoints import adapter
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
-from pipeline.inference import engine
-from pipeline.inference.server import model_pool
-from pipeline.inference.server.model_pool import ModelPool
+from pipeline.inference import engine, model_pool
+from pipeline.inference.model_pool import ModelPool
 from pipeline.models import device
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base, save_base
@@ -142,7 +141,7 @@ def test_a_base_that_changes_while_its_adapter_is_verified_is_refused(
         (folder / "model.safetensors").touch()
         return fingerprint
 
-    monkeypatch.setattr("pipeline.inference.server.model_pool.base_fingerprint", changing)
+    monkeypatch.setattr("pipeline.inference.model_pool.base_fingerprint", changing)
     with pytest.raises(UserError, match="changed while it was loaded"):
         ModelPool().load("lora", base, project / "artifacts/lora_adapter")
 

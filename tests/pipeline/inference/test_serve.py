@@ -17,7 +17,7 @@ import torch
 
 from pipeline.inference import engine
 from pipeline.inference.engine import layer_attention
-from pipeline.inference.server.server import FAILED_DEVICE, MAX_WAITING, device_failure
+from pipeline.inference.server import FAILED_DEVICE, MAX_WAITING, device_failure
 from tests.helpers.projects import ROOT
 
 Answer = dict[str, Any]
@@ -28,7 +28,7 @@ class Talk:
     """A server process and its answers."""
 
     def __init__(self, patch: str = "") -> None:
-        code = f"{patch}\nfrom pipeline.inference.server.server import main\nmain()"
+        code = f"{patch}\nfrom pipeline.inference.server import main\nmain()"
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
         self._lines: queue.Queue[bytes] = queue.Queue()
@@ -178,7 +178,7 @@ def test_the_end_of_stdin_ends_it_at_once_whatever_it_does(talk: Talk, endless: 
 def test_a_killed_parent_leaves_nothing_behind() -> None:
     code = (
         "import subprocess, sys\n"
-        "command = [sys.executable, '-m', 'pipeline.inference.server.server']\n"
+        "command = [sys.executable, '-m', 'pipeline.inference.server']\n"
         "p = subprocess.Popen(command, stdin=-1, stdout=-1, start_new_session=True)\n"
         'p.stdin.write(b\'{"id": 1, "do": "status"}\\n\'); p.stdin.flush(); p.stdout.readline()\n'
         "print(p.pid, flush=True); input()"

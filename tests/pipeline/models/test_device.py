@@ -17,9 +17,8 @@ from msgspec.structs import replace
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
-from pipeline.inference import engine
-from pipeline.inference.server import server
-from pipeline.inference.server.handlers import Request, RequestHandler
+from pipeline.inference import engine, server
+from pipeline.inference.handlers import Request, RequestHandler
 from pipeline.models import device, quantized_linear
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.save import save_adapter
+from pipeline.adapters.peft import save_adapter
 from pipeline.calc.families import architecture
 from pipeline.calc.settings import precision
 from pipeline.files.artifact import read_json, seal

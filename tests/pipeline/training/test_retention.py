@@ -153,8 +153,8 @@ def test_every_text_has_its_turn_and_a_step_has_the_same_ones_whenever_it_comes(
     found = texts((2, 3, 4, 5, 6, 7, 8))
     model = adapted()
     one, other = (RetentionLoss(model, found, settings(retention_batch_size=3)) for _ in range(2))
-    turns = [[batch.numbers for batch in one.batches[step]] for step in range(6)]
-    assert [[batch.numbers for batch in other.batches[step]] for step in (5, 2, 0)] == [turns[5], turns[2], turns[0]]
+    turns = [one.batches.rows(step) for step in range(6)]
+    assert [other.batches.rows(step) for step in (5, 2, 0)] == [turns[5], turns[2], turns[0]]
     for epoch in (turns[:3], turns[3:]):
         assert sorted(n for step in epoch for batch in step for n in batch) == list(range(7))
 

@@ -88,14 +88,14 @@ def test_an_epoch_holds_every_window_once_without_a_token_more_than_its_labels_n
     for epoch in (0, 2):
         seen = []
         for index in range(len(batches)):
-            step = batches[epoch * len(batches) + index]
-            numbers = [number for batch in step for number in batch.numbers]
+            step, rows = batches[epoch * len(batches) + index], batches.rows(epoch * len(batches) + index)
+            numbers = [number for row in rows for number in row]
             assert batches.locations(epoch * len(batches) + index) == [f"f.txt:{n + 1}" for n in numbers]
             if index < len(batches) - 1:
-                assert [len(batch.numbers) for batch in step] == [batch_size] * accumulate
-            for batch in step:
-                assert batch.tokens == sum(sizes[number][1] for number in batch.numbers)
-                for number, (ids, positions, labels) in zip(batch.numbers, sequences_of(batch), strict=True):
+                assert [*map(len, rows)] == [batch_size] * accumulate
+            for batch, row in zip(step, rows, strict=True):
+                assert batch.tokens == sum(sizes[number][1] for number in row)
+                for number, (ids, positions, labels) in zip(row, sequences_of(batch), strict=True):
                     kept = sizes[number][0] + sizes[number][1]  # tokens after the last label do not affect the loss
                     assert ids == list(range(10, 10 + kept))
                     assert positions == list(range(number, number + kept))
@@ -110,7 +110,6 @@ def test_a_batch_taken_apart_is_its_sequences_one_by_one(sizes: list[tuple[int, 
     apart = batch.unpack()
     assert all(one.segments is None for one in apart)
     assert [s for one in apart for s in sequences_of(one)] == sequences_of(batch)
-    assert tuple(n for one in apart for n in one.numbers) == batch.numbers
     assert batch.segments is None or len(apart) == len(sizes)
 
 

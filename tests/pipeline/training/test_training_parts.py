@@ -94,9 +94,9 @@ def test_clipping_warm_up_and_decay_are_those_of_plain_pytorch(clip: float) -> N
     adam = torch.optim.Adam(theirs.parameters(), lr=1.0)
     clipped = 0
     for record in steps_of(model, order, settings, FlatAdam(model)):
-        (batch,) = order[record.step - 1]
+        (batch,), (row,) = order[record.step - 1], order.rows(record.step - 1)
         adam.zero_grad()
-        loss = torch.stack([loss_alone(theirs, found[n]) for n in batch.numbers]).sum() / batch.tokens
+        loss = torch.stack([loss_alone(theirs, found[n]) for n in row]).sum() / batch.tokens
         torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf)
         clipped += bool(clip and norm > clip)

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.config import AdapterSpec, config_of
 from pipeline.adapters.lora import LoRALinear, weight_of
-from pipeline.adapters.peft.config import config_of
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import INDEX
 from pipeline.models.load import skeleton

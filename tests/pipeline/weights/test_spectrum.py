@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.low_rank import LowRank, directions, load_update, spectra
-from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
 from pipeline.files.artifact import verify
 from pipeline.inference.engine import load

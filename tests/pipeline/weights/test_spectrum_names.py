@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.load import load_adapter
-from pipeline.adapters.peft.save import save_adapter
+from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.models.transformers_model import load_pretrained
 from tests.helpers.checkpoints import checkpoint

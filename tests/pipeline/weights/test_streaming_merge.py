@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft import load_adapter
 from pipeline.inference.engine import load
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.weights.merge import plan_merge

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.adapters.attach import AdapterScale
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import quantization_of
-from pipeline.adapters.peft.load import load_adapter
+from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.digest_cache import Signature, signature
@@ -26,11 +26,12 @@ from pipeline.project.params.sections import Quantization
 
 def view(model: CausalLM) -> CausalLM:
     """A copy of the modules that shares all tensors: modules attached to or replaced in it do not affect `model`."""
+    # deepcopy takes what the memo holds for copied: modules become new objects around the same storage
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo | {id(buffer): buffer for buffer in model.buffers()})
 
 
-class Base:
+class ResidentBase:
     """A loaded checkpoint, with the `signature` of its files when it was loaded."""
 
     def __init__(self, folder: Path, trust_remote_code: bool, quantization: Quantization) -> None:
@@ -48,7 +49,7 @@ class Resident:
     """A loaded model; an adapter can be applied at any strength."""
 
     loaded: LoadedModel
-    base: Base
+    base: ResidentBase
     signature: Signature  # of the adapter's folder
     strength: AdapterScale | None = None
 
@@ -84,7 +85,8 @@ class ModelPool:
     """Models by name. A base stays loaded while any of them uses it."""
 
     def __init__(self) -> None:
-        self._bases: WeakValueDictionary[tuple[Path, Quantization], Base] = WeakValueDictionary()
+        # weak: a base's memory is freed with the last model on it; one per quantization, as they are other weights
+        self._bases: WeakValueDictionary[tuple[Path, Quantization], ResidentBase] = WeakValueDictionary()
         self._models: dict[str, Resident] = {}
 
     @property
@@ -97,8 +99,9 @@ class ModelPool:
         """Load a model as `name`; also whether its base was loaded already. Raises UserError as engine.load."""
         folder, quantization = base.resolve(), quantization_of(adapter)
         cached = self._bases.get((folder, quantization))
+        # a base whose files changed is loaded beside the old one, which models that are still loaded keep
         resident = cached is not None and cached.signature == signature(folder)
-        shared = cached if cached is not None and resident else Base(base, trust_remote_code, quantization)
+        shared = cached if cached is not None and resident else ResidentBase(base, trust_remote_code, quantization)
         self._bases[folder, quantization] = shared
         if adapter is None:
             model = Resident(replace(shared.loaded, name=name, base=base), shared, ())

@@ -14,14 +14,14 @@ from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
-from pipeline.inference.server.model_pool import ModelPool
+from pipeline.inference.model_pool import ModelPool
 from pipeline.models import device
 from pipeline.models.generate import Sampling, finite, stream
 from pipeline.models.load import count
 
 Answer = dict[str, Any]  # with "event"
 MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
-MAX_INTEGER = 2**62
+MAX_INTEGER = 2**62  # torch takes 64-bit integers, JSON any
 
 
 class Request:
@@ -147,8 +147,9 @@ class RequestHandler:
                 predictions[name] = loaded, engine.next_probabilities(loaded, _render_prompt(loaded, request))
                 choices = engine.top_tokens(loaded, predictions[name][1], k)
                 answers[name] = {"top_k": [{"token": c.token, "probability": c.probability} for c in choices]}
-            except UserError as error:
+            except UserError as error:  # of this model alone: the others still answer
                 answers[name] = {"error": str(error)}
+        # a second pass: a token that only one model listed has a probability in the others too
         tokens = dict.fromkeys(choice["token"] for answer in answers.values() for choice in answer.get("top_k", ()))
         for name, (loaded, probabilities) in predictions.items():
             ids = {token: loaded.tokenizer.id_of_token(token) for token in tokens}
@@ -171,6 +172,7 @@ class RequestHandler:
                 reason = "end"
             else:
                 tokens += 1
+                # by a stream: a character may be spread over several tokens
                 yield {"event": "token", "text": decode_next(drawn.id), "probability": drawn.probability}
         yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": time.perf_counter() - start}
 

@@ -1,4 +1,4 @@
-"""The engine in its own process: JSON lines in, JSON lines out. `python -m pipeline.inference.server.server`.
+"""The engine in its own process: JSON lines in, JSON lines out. `python -m pipeline.inference.server`.
 
 A request is an object with an integer `id`, `do` and fields; every answer repeats the `id` and has an `event`. The
 last answer is "done", "error" (`message`, `kind`: user, memory or busy) or "cancelled"; only `generate` sends others
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pipeline.errors import UserError, first_line, is_out_of_memory
-from pipeline.inference.server.handlers import Request, RequestHandler
+from pipeline.inference.handlers import Request, RequestHandler
 
 MAX_WAITING = 64  # requests in the queue; more are answered with “busy”
 MAX_REQUEST_BYTES = 2**20
@@ -29,7 +29,7 @@ _DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "MPS backend")
 
 
 @dataclass(frozen=True)
-class Job:
+class QueuedRequest:
     """A request that is waiting or being processed."""
 
     id: int
@@ -42,8 +42,8 @@ class Server:
 
     def __init__(self, handler: RequestHandler, source: BinaryIO, sink: BinaryIO) -> None:
         self._handler, self._input, self._output = handler, source, sink
-        self._queue: queue.Queue[Job] = queue.Queue(MAX_WAITING)
-        self._jobs: dict[int, Job] = {}
+        self._queue: queue.Queue[QueuedRequest] = queue.Queue(MAX_WAITING)
+        self._jobs: dict[int, QueuedRequest] = {}
         self._writing = threading.Lock()
 
     def run(self) -> None:
@@ -85,9 +85,9 @@ class Server:
                 cancelled.cancelled.set()
             self._send(id_, event="done", target=target)
         elif fields.get("do") == "status":
-            self._process(Job(id_, fields))  # immediately, even while another request is being processed
+            self._process(QueuedRequest(id_, fields))  # immediately, even while another request is being processed
         else:
-            job = self._jobs[id_] = Job(id_, fields)
+            job = self._jobs[id_] = QueuedRequest(id_, fields)
             try:
                 self._queue.put_nowait(job)
             except queue.Full:
@@ -96,7 +96,7 @@ class Server:
                     id_, UserError(f"{MAX_WAITING} requests are waiting already. Try again later."), kind="busy"
                 )
 
-    def _process(self, job: Job) -> None:
+    def _process(self, job: QueuedRequest) -> None:
         """Send the answers to a request; after a cancellation only the event “cancelled”."""
         try:
             if job.cancelled.is_set():
@@ -145,9 +145,10 @@ def main() -> None:
     """Serve stdin and stdout; library output goes to stderr. Modules that add kinds of adapters are its arguments."""
     for module in sys.argv[1:]:
         import_module(module)
+    # the descriptor too, not only sys.stdout: C libraries print past Python, and would end up between two answers
     protocol_out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # until a model is loaded, which sets its own number
     try:
         Server(RequestHandler(), sys.stdin.buffer, protocol_out).run()
     except KeyboardInterrupt:
