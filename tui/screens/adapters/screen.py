@@ -23,7 +23,7 @@ from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import GRAPH, open_project
 from tui.dialogs import PathScreen
-from tui.screens.adapters.answers import Answers, EngineBar
+from tui.screens.adapters.answers import STEP, Answers, EngineBar, PromptInput, Slider
 from tui.screens.adapters.conversation import LOADING, MAX_LOADED, Conversation, Latest, LoadedModels, transcript
 from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
 from tui.screens.adapters.library import Entry, Library, Stamp, read_documents
@@ -31,7 +31,6 @@ from tui.screens.adapters.models import Details, ModelDetails, ModelTable
 from tui.screens.base import WorkbenchScreen
 from tui.screens.curves.export import save
 from tui.services.engine_client import EngineDied, Inference
-from tui.widgets.fields import STEP, PromptInput, Slider
 
 SEARCHING = "looking for models…"
 NO_MODELS = "no models yet: press 1 then r, or type `make repro`\n\no looks in another folder"

@@ -19,7 +19,7 @@ from textual.widgets import Button, Input, RadioButton, RadioSet, Static
 from pipeline.errors import UserError
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL
 from tui.screens.curves.series import Log
-from tui.widgets.curve import Curve, Range, power_of_ten
+from tui.widgets.line_chart import Curve, Range, power_of_ten
 
 LABELS = {"svg": "SVG, a picture for print", "png": "PNG, a picture", "csv": "CSV, the numbers"}
 FORMATS = tuple(LABELS)

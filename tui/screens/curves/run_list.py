@@ -11,8 +11,8 @@ from textual.message import Message
 from textual.widgets import OptionList
 
 from tui.screens.curves.runs import Runs
-from tui.widgets.keyed_list import KeyedList
 from tui.widgets.line_chart import readable
+from tui.widgets.text import KeyedList
 
 INDENT = 6
 OPENS = "enter lists them"

@@ -18,8 +18,7 @@ from tui.screens.curves.run_list import RunList
 from tui.screens.curves.runs import Runs
 from tui.screens.curves.series import QUANTITIES
 from tui.screens.curves.view_model import TITLES, Line, Window, chart_lines, has_values, status_line
-from tui.widgets.curve import Range, View, range_of
-from tui.widgets.line_chart import LossChart
+from tui.widgets.line_chart import LossChart, Range, View, range_of
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
 SMOOTHING = 0.9  # initial

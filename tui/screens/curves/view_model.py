@@ -9,7 +9,7 @@ from pipeline.project.logs.outcomes import DIVERGED
 from pipeline.project.palette import Look
 from tui.screens.curves.runs import CurveLog, RunView
 from tui.screens.curves.series import HELD_OUT, QUANTITIES
-from tui.widgets.curve import Curve, Range
+from tui.widgets.line_chart import Curve, Range
 
 TITLES = {
     "loss": "loss (nats per token)",

@@ -21,8 +21,7 @@ from pipeline.project.status import StageState, Status, project_signature
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
 from tui.screens.pipeline.dag import DagView
-from tui.screens.pipeline.panels import LogView, StageList, metrics_table
-from tui.screens.pipeline.params_panel import ParamForm
+from tui.screens.pipeline.panels import LogView, ParamForm, StageList, metrics_table
 from tui.services.pipeline_process import Running
 from tui.widgets.form import format_value
 

@@ -27,13 +27,12 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import save
 from tui.app import Workbench
 from tui.dialogs import PathScreen
-from tui.screens.adapters.answers import Completions, EngineBar, TopK
+from tui.screens.adapters.answers import Completions, EngineBar, PromptInput, Slider, TopK
 from tui.screens.adapters.conversation import trusts_remote_code
 from tui.screens.adapters.dialogs import AttentionView, SamplingScreen
 from tui.screens.adapters.library import Entry, Library
 from tui.screens.adapters.models import ModelDetails, ModelTable, format_details
 from tui.screens.adapters.screen import AdaptersScreen
-from tui.widgets.fields import PromptInput, Slider
 
 USUAL = ["base", "expanded", "scratch", "full", "freeze", "lora", "prefix", "prompt", "merged"]
 MODELS = [*USUAL[:-1], "sweep/rank-1", "sweep/rank-2", "merged"]

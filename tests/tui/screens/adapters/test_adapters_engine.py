@@ -19,9 +19,8 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
 from tests.tui.screens.adapters.test_adapters import Session
 from tui.app import Workbench
-from tui.screens.adapters.answers import EngineBar, TopK
+from tui.screens.adapters.answers import EngineBar, Slider, TopK
 from tui.screens.adapters.conversation import Answer
-from tui.widgets.fields import Slider
 
 PROMPT = "die katze sitzt auf dem"
 

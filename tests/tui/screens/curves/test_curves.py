@@ -24,8 +24,7 @@ from tui.screens.curves.export import ExportScreen
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.screen import CurvesScreen
 from tui.screens.curves.series import QUANTITIES
-from tui.widgets.curve import Range, is_drawable
-from tui.widgets.line_chart import LossChart
+from tui.widgets.line_chart import LossChart, Range, is_drawable
 
 
 @asynccontextmanager

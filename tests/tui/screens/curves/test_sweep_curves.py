@@ -33,7 +33,7 @@ from tui.screens.curves import export
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.screen import CurvesScreen
 from tui.screens.curves.view_model import POINTED
-from tui.widgets.curve import Curve, range_of
+from tui.widgets.line_chart import Curve, range_of
 
 FOUR = {"rank-1": 6.0, "rank-2": 5.0, "rank-4": 3.0, "rank-8": 4.0}  # the third is the best
 SIGN = "★"

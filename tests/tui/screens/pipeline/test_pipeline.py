@@ -30,8 +30,7 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, load, make, save
 from tui.app import Workbench
 from tui.screens.pipeline.dag import DagView
-from tui.screens.pipeline.panels import LINES, LogView, StageList
-from tui.screens.pipeline.params_panel import ParamForm
+from tui.screens.pipeline.panels import LINES, LogView, ParamForm, StageList
 from tui.screens.pipeline.screen import PipelineScreen
 from tui.services import pipeline_process
 from tui.widgets.form import FieldInput, format_value, parse_names
