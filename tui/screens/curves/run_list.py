@@ -1,14 +1,11 @@
 """The list of runs: shown or hidden, symbol, colour and status of each."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from rich.text import Text
 from textual.binding import Binding, BindingType
 from textual.color import Color
-from textual.message import Message
-from textual.widgets import OptionList
 
 from tui.screens.curves.runs import Runs
 from tui.widgets.line_chart import readable
@@ -20,61 +17,43 @@ MAX_NAME = 44  # characters of an adapter's name in the list, at most
 
 
 class RunList(KeyedList):
-    """Legend, status and switches of the runs; below an expanded sweep, its adapters. Messages name them by key."""
+    """Legend, status and switches of the runs; below an expanded sweep, its adapters. Option ids are their keys."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "select", "Show or hide the run", id="curves.toggle", show=False),
-        Binding("enter", "open", "Show or hide the run; list a sweep's adapters", id="curves.open", show=False),
+        Binding("enter", "screen.open", "Show or hide the run; list a sweep's adapters", id="curves.open", show=False),
     ]
     DEFAULT_CSS = """
     RunList { scrollbar-size-vertical: 1; background: $background; }
     RunList:focus { background: $background; }
     """
 
-    @dataclass
-    class Toggled(Message):
-        """Show or hide the run with this key."""
-
-        key: str
-
-    @dataclass
-    class Opened(Message):
-        """Expand or collapse the sweep with this key."""
-
-        key: str
-
-    @dataclass
-    class Pointed(Message):
-        """The highlight moved to this adapter, or to a run ("")."""
-
-        adapter: str
-
     def __init__(self) -> None:
         super().__init__()
         self._runs: Runs | None = None
         self._expanded: Collection[str] = ()
-        self._sweeps: dict[str, str] = {}  # key of a sweep or of an adapter → key of its sweep
+        self.sweeps: dict[str, str] = {}  # key of a sweep or of an adapter → key of its sweep
 
     def show_runs(self, runs: Runs, expanded: Collection[str]) -> None:
         """A line per run, and below each expanded sweep one per adapter, the names padded to one width."""
         self._runs, self._expanded = runs, expanded
-        option, sweeps, lines = self.highlighted_option, self._sweeps, dict[str, Text]()
-        self._sweeps = {}
+        option, sweeps, lines = self.highlighted_option, self.sweeps, dict[str, Text]()
+        self.sweeps = {}
         for key, view in runs.views.items():
             on, look, label = key in runs.shown, runs.looks[key], view.run.label
             facts = view.facts() if on else [view.state]  # a hidden run is not read, so its numbers would be old
             if view.run.sweeps:
-                self._sweeps[key] = key
+                self.sweeps[key] = key
                 label = f"{'▾' if key in expanded else '▸'} {label}"
                 if key not in expanded:
                     facts.insert(2, OPENS)
             lines[key] = self._line("[x] " if on else "[ ] ", look.sign, look.color, label, facts, bold=on)
-            if key in self._sweeps and key in expanded:
+            if key in self.sweeps and key in expanded:
                 width = min(max(map(len, view.curve_logs)), MAX_NAME)
                 for name, log in view.curve_logs.items():
                     adapter, sign = view.adapter_key(log), look.sign if log is view.best else " "
                     label = f"{name if len(name) <= width else f'{name[: width - 1]}…':{width}}"
-                    self._sweeps[adapter] = key
+                    self.sweeps[adapter] = key
                     lines[adapter] = self._line(" " * INDENT, sign, look.color, label, view.facts_of(log))
         # The highlight of an adapter that is no longer listed moves to its sweep.
         self.show(lines, sweeps.get(str(option.id), "") if option else "")
@@ -94,21 +73,3 @@ class RunList(KeyedList):
         """Wrap the lines again."""
         if self._runs:
             self.show_runs(self._runs, self._expanded)
-
-    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Toggle the run; for an adapter, its whole sweep."""
-        event.stop()
-        key = str(event.option_id)
-        self.post_message(self.Toggled(self._sweeps.get(key, key)))
-
-    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        event.stop()
-        key = str(event.option_id)
-        self.post_message(self.Pointed(key if self._sweeps.get(key, key) != key else ""))
-
-    def action_open(self) -> None:
-        option = self.highlighted_option
-        if option is not None and (sweep := self._sweeps.get(str(option.id))):
-            self.post_message(self.Opened(sweep))
-        else:
-            self.action_select()

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic, process_time
 from typing import ClassVar, Literal
 
+from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
@@ -15,9 +16,8 @@ from textual.widgets import Static
 from pipeline.errors import UserError
 from tui.screens.base import WorkbenchScreen
 from tui.screens.curves.run_list import RunList
-from tui.screens.curves.runs import Runs
-from tui.screens.curves.series import QUANTITIES
-from tui.screens.curves.view_model import TITLES, Line, Window, chart_lines, has_values, status_line
+from tui.screens.curves.runs import Line, Runs
+from tui.screens.curves.series import HELD_OUT, QUANTITIES
 from tui.widgets.line_chart import LossChart, Range, View, range_of
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
@@ -27,6 +27,23 @@ POLL = 0.5  # seconds between checks of the files
 CPU_SHARE = 0.03  # of a core for drawing a live chart, since training needs the rest
 MAX_DELAY = 2.0  # seconds after which it is drawn anyway
 EXPORT_COLUMNS = 600  # columns of an exported chart
+TITLES = {
+    "loss": "loss (nats per token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "divergence": "divergence from the base (nats per token)",
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """The visible ranges. `x` None: all steps; `y` None: all values. `following`: `x` moves with the newest step."""
+
+    x: Range | None = None
+    y: Range | None = None
+    log: bool = False
+    following: bool = True
+    cursor: float | None = None
 
 
 class CurvesScreen(WorkbenchScreen):
@@ -127,7 +144,7 @@ class CurvesScreen(WorkbenchScreen):
         if first_run and self.focused is None:  # the chart lost the focus when it was hidden
             self.give_focus(self._chart)
         self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
-        lines, x = self._lines(), self._step_range()
+        lines, x = self.runs.lines(self._pointed), self._step_range()
         for chart in self.query(LossChart):
             name = str(chart.id)
             chart.display = name == "loss" or self._panel_shown(name)
@@ -138,22 +155,24 @@ class CurvesScreen(WorkbenchScreen):
         self.query_one("#mode", Static).update(status_line(self.window, self.runs.smoothing, lines))
         self._update_list()
         # refresh_bindings rebuilds the footer, so not at every redraw
-        if self._has_divergence != has_values(self.runs.visible(), "divergence"):
+        if self._has_divergence != self.runs.has_values("divergence"):
             self._has_divergence = not self._has_divergence
             self.refresh_bindings()
 
-    def _lines(self) -> list[Line]:
-        return chart_lines(self.runs.visible(), self.runs.looks, self._pointed)
-
     def _step_range(self) -> Range:
-        return self.window.steps(self.runs.visible())
+        """The visible steps: all, the window's, or as many up to the newest step."""
+        steps = [log.steps for _, view in self.runs.visible() for log in view.logs if log.steps]
+        first, last = (min(s[0] for s in steps), max(s[-1] for s in steps)) if steps else (0.0, 1.0)
+        if self.window.x is None:
+            return (first, last) if first < last else (first - 1, last + 1)
+        return (last - (self.window.x[1] - self.window.x[0]), last) if self.window.following else self.window.x
 
     def _panel_shown(self, name: str) -> bool:
-        return self._panels.get(name, self.has_class("-tall")) and has_values(self.runs.visible(), name)
+        return self._panels.get(name, self.has_class("-tall")) and self.runs.has_values(name)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "panel":
-            return has_values(self.runs.visible(), str(parameters[0]))
+            return self.runs.has_values(str(parameters[0]))
         return super().check_action(action, parameters)
 
     def _update_list(self) -> None:
@@ -161,26 +180,36 @@ class CurvesScreen(WorkbenchScreen):
 
     # User input
 
-    @on(RunList.Toggled)
-    def _toggle(self, event: RunList.Toggled) -> None:
-        self.runs.toggle(event.key)
+    @on(RunList.OptionSelected)
+    def _selected(self, event: RunList.OptionSelected) -> None:
+        key = str(event.option_id)
+        self._toggle(self.query_one(RunList).sweeps.get(key, key))  # for an adapter, its whole sweep
+
+    def _toggle(self, run: str) -> None:
+        self.runs.toggle(run)
         self.redraw()
         self._drawn_at = 0.0  # so that a run that is switched on is read and drawn at once
         self._poll()
 
-    @on(RunList.Opened)
-    def _open(self, event: RunList.Opened) -> None:
-        """Expand or collapse a sweep. An expanded sweep is shown too, as hidden runs are not read."""
-        self._opened ^= {event.key}
-        if event.key in self._opened and event.key not in self.runs.shown:
-            self._toggle(RunList.Toggled(event.key))
+    def action_open(self) -> None:
+        """Expand or collapse a sweep; show or hide any other run."""
+        runs = self.query_one(RunList)
+        sweep = runs.sweeps.get(str(runs.highlighted_option.id)) if runs.highlighted_option else None
+        if sweep is None:
+            runs.action_select()
+            return
+        self._opened ^= {sweep}
+        if sweep in self._opened and sweep not in self.runs.shown:
+            self._toggle(sweep)  # hidden runs are not read, so its adapters would have no numbers
         else:
             self.redraw()
 
-    @on(RunList.Pointed)
-    def _highlight(self, event: RunList.Pointed) -> None:
-        if event.adapter != self._pointed:
-            self._pointed = event.adapter
+    @on(RunList.OptionHighlighted)
+    def _highlighted(self, event: RunList.OptionHighlighted) -> None:
+        key = str(event.option_id)
+        adapter = key if key not in self.runs.views else ""
+        if adapter != self._pointed:
+            self._pointed = adapter
             self.redraw()
 
     @on(LossChart.Moved)
@@ -281,7 +310,7 @@ class CurvesScreen(WorkbenchScreen):
         """The visible charts, at a higher resolution."""
         from tui.screens.curves.export import panel
 
-        lines, x, panels = chart_lines(self.runs.visible(), self.runs.looks), self._step_range(), []
+        lines, x, panels = self.runs.lines(), self._step_range(), []
         labels = [line.label for line in lines]
         for chart in self.query(LossChart):
             if not chart.display:
@@ -293,3 +322,30 @@ class CurvesScreen(WorkbenchScreen):
                 y = range_of(curves)
             panels.append(panel(TITLES[name], labels, curves, y, log))
         return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}
+
+
+def status_line(window: Window, smoothing: float, shown: list[Line]) -> Text:
+    """Following or frozen, scale, smoothing; with a cursor, a second line with the values of each run."""
+    parts = ["following" if window.following else "frozen: f follows again"]
+    parts += ["log" if window.log else "linear", f"smoothing {smoothing:g}"]
+    if window.log and any(min(line.curve_log.log.series["loss"].y, default=1) <= 0 for line in shown):
+        parts.append("values of 0 or less are not shown on a log axis")
+    text = Text(" · ".join(parts))
+    if window.cursor is None:
+        return text
+    text.append(f"\nstep {window.cursor:,.0f}:", "bold")
+    for line in shown:
+        if line.dim:
+            continue
+        text.append(f"  {line.look.sign} {f'{line.curve_log.name} ' if line.curve_log.name else ''}")
+        log = line.curve_log.log
+        index = log.index_at(window.cursor)
+        if index is None or not log.steps[0] <= window.cursor <= log.steps[-1]:
+            text.append("–")
+            continue
+        loss = log.series["loss"]
+        text.append(f"{loss.y[index]:.4g} (smoothed {loss.smooth[index]:.4g})")
+        for name, label in ((HELD_OUT, "held out"), ("divergence", "divergence")):
+            if (value := log.series[name].value_at(window.cursor)) is not None:
+                text.append(f", {label} {value:.4g}")
+    return text

@@ -22,6 +22,7 @@ from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
 from tui.screens.pipeline.dag import DagView
 from tui.screens.pipeline.panels import LogView, ParamForm, StageList, metrics_table
+from tui.services.file_tail import file_stamp
 from tui.services.pipeline_process import Running
 from tui.widgets.form import format_value
 
@@ -109,12 +110,7 @@ class PipelineScreen(WorkbenchScreen):
         self._pipeline = running
         if self._loading or not (self.is_current or self._ended_pipeline):
             return
-        try:
-            stat = self.workbench.params_path.stat()
-            file = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        except OSError:
-            file = (0, 0, 0)
-        now = (file, self.project and project_signature(self.project))
+        now = (file_stamp(self.workbench.params_path), self.project and project_signature(self.project))
         busy = running or any(state.state == "running" for state in self.states.values())
         if now != self._seen_signature or busy:
             self._loading = True
@@ -181,12 +177,9 @@ class PipelineScreen(WorkbenchScreen):
         self._show_stages(states)
         await self._show_stage()
         path = (self.project or self.workbench).root / EVALUATION / "metrics.json"
-        try:
-            stats = [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat(), (self.workbench.root / ".git").stat())]
-        except OSError:
-            stats = []
-        if stats != self._metrics_signature:  # git is asked only if the metrics or its folder changed
-            self._metrics_signature = stats
+        stamps = file_stamp(path), file_stamp(self.workbench.root / ".git")
+        if stamps != self._metrics_signature:  # git is asked only if the metrics or its folder changed
+            self._metrics_signature = stamps
             self._load_metrics(path)
 
     async def _show_stage(self) -> None:

@@ -326,7 +326,10 @@ async def test_a_high_terminal_shows_both_panels(root: Path) -> None:
 async def test_evaluations_are_drawn_beside_the_loss_of_the_runs_that_have_them(root: Path) -> None:
     write_measured(root, every=30)
     async with open_curves(root) as (pilot, screen):
-        result = {line.view.run.stage: line.curve("loss", (1, 300), 152).held_out for line in screen._lines()}
+        result = {
+            line.view.run.stage: line.curve("loss", (1, 300), 152).held_out
+            for line in screen.runs.lines(screen._pointed)
+        }
         assert [column.x for column in result["finetune_lora"]] == list(range(30, 301, 30))
         assert not result["finetune_full"] and not result["finetune_freeze"]
         assert "× on held-out examples" in title(screen)
