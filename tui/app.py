@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -50,8 +50,8 @@ class _ControlCharacterFilter(LineFilter):
 
 
 CONTROL_CHARACTER_FILTER = _ControlCharacterFilter()
-# A key bubbles to the app, where its action runs; the action's message (Submitted) bubbles to the screen; so does a
-# message posted in reply (Saved), or the first focus of a dialog that was opened.
+# A key bubbles to the app, where its action runs; its message (Input.Submitted) bubbles to the form, whose reply
+# (Form.Submitted) bubbles to the screen; or a dialog that it opened gets its first focus.
 KEY_ROUNDS = 3
 KEY_PATIENCE = 5.0  # seconds per widget: one that hangs must not block the keyboard
 
@@ -168,10 +168,16 @@ class Workbench(App[None]):
 
     def fail(self, error: UserError | OSError) -> None:
         """Show an error to the user."""
-        if isinstance(error, OSError):
-            self.log_message(f"{explain(error)} Nothing was changed.", "error")
-        else:
-            self.log_message(str(error), "error")
+        text = f"{explain(error)} Nothing was changed." if isinstance(error, OSError) else str(error)
+        self.log_message(text, "error")
+
+    @contextmanager
+    def errors_shown(self) -> Iterator[None]:
+        """Show an error that ends the block to the user, and continue after the block."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.fail(error)
 
     def action_go(self, name: str) -> None:
         self.switch_mode(name)

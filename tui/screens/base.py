@@ -68,6 +68,9 @@ class WorkbenchScreen(Screen[None]):
         assert isinstance(self.app, Workbench)
         return self.app
 
+    def warn(self, text: str) -> None:
+        self.workbench.log_message(text, "warning")
+
     def compose(self) -> ComposeResult:
         yield TabBar(self.NAME, self.workbench.folder_label)
         yield from self.body()

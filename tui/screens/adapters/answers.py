@@ -1,4 +1,4 @@
-"""The answers of one or more models: next tokens as a table, completions, earlier exchanges; the engine's state."""
+"""The prompt field, the strength, the answers of one or more models as they arrive, and the engine's state."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -8,7 +8,7 @@ from rich.text import Text
 from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding, BindingType
 from textual.containers import Grid, VerticalScroll
-from textual.events import Blur, Focus, MouseDown, MouseMove, MouseUp, Resize
+from textual.events import MouseDown, MouseMove, MouseUp, Resize
 from textual.message import Message
 from textual.reactive import reactive
 from textual.widget import Widget
@@ -216,17 +216,13 @@ class Slider(Widget, can_focus=True):
     class Changed(Message):
         """The value changed."""
 
-        def __init__(self, value: float) -> None:
-            super().__init__()
-            self.value = value
-
     def validate_value(self, value: float) -> float:
         """Round to the nearest step and clamp to the range."""
         return round(min(max(round(value / STEP) * STEP, MINIMUM), MAXIMUM), 2)
 
     def watch_value(self, before: float, value: float) -> None:
         if value != before:
-            self.post_message(self.Changed(value))
+            self.post_message(self.Changed())
 
     @property
     def track(self) -> int:
@@ -263,12 +259,6 @@ class Slider(Widget, can_focus=True):
 
     def _go_to(self, x: int) -> None:
         self.value = MINIMUM + (x - len(self.LABEL) - 2) / (self.track - 1) * (MAXIMUM - MINIMUM)
-
-    def on_focus(self, _: Focus) -> None:
-        self.refresh()
-
-    def on_blur(self, _: Blur) -> None:
-        self.refresh()
 
 
 class PromptInput(Input):

@@ -176,13 +176,12 @@ def _modified(folder: Path) -> int:
         return 0
 
 
-def read_documents(folder: Path) -> dict[str, dict[str, Any]]:
+def read_documents(folder: Path) -> list[dict[str, Any]]:
     """The manifest and the adapter's config, each {} if it is missing, broken or too large."""
-    contents: dict[str, dict[str, Any]] = {}
-    for name in (artifact.MANIFEST, CONFIG):
-        path = folder / name
+    documents: list[dict[str, Any]] = []
+    for path in (folder / artifact.MANIFEST, folder / CONFIG):
         try:
-            contents[name] = artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {}
+            documents.append(artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {})
         except (UserError, OSError):
-            contents[name] = {}
-    return contents
+            documents.append({})
+    return documents

@@ -16,9 +16,7 @@ from textual.events import Resize, ScreenResume, ScreenSuspend
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
-from pipeline.files.artifact import MANIFEST
 from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import GRAPH, open_project
@@ -108,7 +106,7 @@ class AdaptersScreen(WorkbenchScreen):
         self._status_timer = self.set_interval(STATUS_EVERY, self._tick, pause=True)
         for folder in self._folders():
             if not folder.is_dir():
-                self.workbench.log_message(f"{folder} is not a folder, so it is not searched for models.", "warning")
+                self.warn(f"{folder} is not a folder, so it is not searched for models.")
         self.prompt.remember(self.workbench.state.prompts)
         self._show_sampling()
 
@@ -211,7 +209,7 @@ class AdaptersScreen(WorkbenchScreen):
         paths = {entry.model.path for entry in entries}
         for gone in [path for path in self.selected if path not in paths]:
             self.selected.remove(gone)
-            self.workbench.log_message(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
+            self.warn(f"{self.library.label(gone)} is gone, and no longer selected.")
         self.entries = entries
         self._verdicts.clear()  # of an earlier scan; the valid ones are in these entries
         self.set_class(not self.entries, "-none")
@@ -259,9 +257,9 @@ class AdaptersScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="details")
     async def _read(self, entry: Entry) -> None:
-        documents = await asyncio.to_thread(read_documents, entry.model.path)
+        manifest, config = await asyncio.to_thread(read_documents, entry.model.path)
         newest = next((other for other in self.entries if other.model.path == entry.model.path), entry)
-        self.details = Details(newest, documents[MANIFEST], documents[CONFIG])
+        self.details = Details(newest, manifest, config)
         self.model_details.show(self.details)
         if entry.model.scales and self.engine.running and not self._is_generating():
             self._measure_spectrum(self.details)
@@ -280,16 +278,14 @@ class AdaptersScreen(WorkbenchScreen):
         elif len(self.selected) < MAX_LOADED:
             self._select([*self.selected, path])
         else:
-            self.workbench.log_message(
-                f"At most {MAX_LOADED} models are compared side by side. Deselect one first.", "warning"
-            )
+            self.warn(f"At most {MAX_LOADED} models are compared side by side. Deselect one first.")
 
     def action_usual(self) -> None:
         """Select the pipeline's models; if they are selected, deselect them."""
         variants = self.library.project_variants()
         usual = [entry.model.path for entry in self.entries if entry.model.path in variants]
         if not usual:
-            self.workbench.log_message(f"The pipeline has made no model yet. {NO_MODELS.splitlines()[0]}", "warning")
+            self.warn(f"The pipeline has made no model yet. {NO_MODELS.splitlines()[0]}")
         self._select([] if self.selected == usual else usual)
 
     def action_sort(self) -> None:
@@ -337,9 +333,9 @@ class AdaptersScreen(WorkbenchScreen):
     def submit(self, event: Input.Submitted) -> None:
         prompt, state = event.value.strip(), self.workbench.state
         if not prompt:
-            self.workbench.log_message("The prompt is empty. Enter at least one word.", "warning")
+            self.warn("The prompt is empty. Enter at least one word.")
         elif not self.selected_entries():
-            self.workbench.log_message("No model is selected. Press b and select one.", "warning")
+            self.warn("No model is selected. Press b and select one.")
         else:
             state.prompts = [*(other for other in state.prompts if other != prompt), prompt][-MAX_PROMPTS:]
             self.prompt.remember(state.prompts)
@@ -369,9 +365,7 @@ class AdaptersScreen(WorkbenchScreen):
             self._set_engine_state("ready")
             self._status()
             if self.conversation.chat and not exchange.chat:
-                self.workbench.log_message(
-                    "Not all of these models have a chat template, so they were prompted without it.", "warning"
-                )
+                self.warn("Not all of these models have a chat template, so they were prompted without it.")
         finally:
             self.answers.show(exchange)
             self.call_later(self.refresh_bindings)
@@ -404,12 +398,11 @@ class AdaptersScreen(WorkbenchScreen):
         if not self.slider.disabled:
             self.slider.value += steps * STEP
         elif any(entry.model.kind == "adapter" for entry in self.selected_entries()):
-            self.workbench.log_message(
-                "Strength scales weight changes; prefix and prompt tuning change no weights. Select another adapter.",
-                "warning",
+            self.warn(
+                "Strength scales weight changes; prefix and prompt tuning change no weights. Select another adapter."
             )
         else:
-            self.workbench.log_message("Strength scales an adapter's change. Select an adapter.", "warning")
+            self.warn("Strength scales an adapter's change. Select an adapter.")
 
     def _show_sampling(self) -> None:
         chat = " · chat template" if self.conversation.chat else ""
@@ -428,7 +421,7 @@ class AdaptersScreen(WorkbenchScreen):
     def action_attention(self) -> None:
         entries, exchange = self.selected_entries(), self.conversation.newest
         if not entries or exchange is None:
-            self.workbench.log_message("Attention is shown for a prompt. Enter one first.", "warning")
+            self.warn("Attention is shown for a prompt. Enter one first.")
             return
         pointed = self.table.pointed
         entry = pointed if pointed in entries else entries[0]
@@ -439,7 +432,7 @@ class AdaptersScreen(WorkbenchScreen):
 
     def action_copy(self) -> None:
         if self.conversation.newest is None:
-            self.workbench.log_message("There is no answer to copy yet.", "warning")
+            self.warn("There is no answer to copy yet.")
         else:
             self.app.copy_to_clipboard(self.conversation.newest.answers_text())
             self.workbench.log_message("Copied the last answer to the clipboard.")
@@ -447,17 +440,14 @@ class AdaptersScreen(WorkbenchScreen):
     @work
     async def action_save(self) -> None:
         if not self.conversation.exchanges:
-            self.workbench.log_message("There is nothing to save yet.", "warning")
+            self.warn("There is nothing to save yet.")
             return
         name = await self.app.push_screen_wait(PathScreen(SAVE_QUESTION, "transcript.md"))
         if name is None:
             return
         path = self.workbench.root / Path(name).expanduser()
-        try:
+        with self.workbench.errors_shown():
             save(path, [transcript(self.conversation.exchanges, path.suffix).encode()])
-        except OSError as error:
-            self.workbench.fail(error)
-        else:
             self.workbench.log_message(f"Saved {len(self.conversation.exchanges)} prompts to {path}.")
 
     # engine status and spectra

@@ -202,11 +202,9 @@ class CalculatorScreen(WorkbenchScreen):
         self.form.editors["gpu"].action_step(1)
 
     def action_load(self) -> None:
-        try:
+        with self.workbench.errors_shown():
             self.form.fill(query_from_project(open_project(self.workbench.params_path)))
             self.fetch()
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
 
     @work
     async def action_use(self) -> None:
@@ -214,7 +212,7 @@ class CalculatorScreen(WorkbenchScreen):
         result = self._current_result("written")
         if result is None:
             return
-        try:
+        with self.workbench.errors_shown():
             project = open_project(self.workbench.params_path)
             model = await asyncio.to_thread(trained_model, project)
             values = params_from_result(result, project.params, model)
@@ -225,14 +223,12 @@ class CalculatorScreen(WorkbenchScreen):
             elif await self.app.push_screen_wait(Confirm(path.name, changed)):
                 edit.save(path, {key: new for key, (_, new) in changed.items()}, GRAPH.sections)
                 self.workbench.log_message(f"{path.name}: {', '.join(changed)} saved.")
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
 
     def _current_result(self, action: str) -> Result | None:
         """The result for the form. None, with a warning, if a field is invalid: the last result is of other values."""
         if not self.problem and self.result:
             return self.result
-        self.workbench.log_message(f"Nothing was {action}: a field is invalid. {self.problem}", "warning")
+        self.warn(f"Nothing was {action}: a field is invalid. {self.problem}")
         return None
 
 

@@ -13,7 +13,6 @@ from textual.containers import Vertical
 from textual.widget import Widget
 from textual.widgets import Static
 
-from pipeline.errors import UserError
 from tui.screens.base import WorkbenchScreen
 from tui.screens.curves.run_list import RunList
 from tui.screens.curves.runs import Line, Runs
@@ -284,13 +283,13 @@ class CurvesScreen(WorkbenchScreen):
         views = [view for _, view in self.runs.visible()]
         if not any(log.steps for view in views for log in view.logs):
             hint = "switch a run on in the list below" if self.runs.views else "there are no runs yet"
-            self.workbench.log_message(f"There is nothing to export: {hint}.", "warning")
+            self.warn(f"There is nothing to export: {hint}.")
             return
         stem = f"curves-{views[0].run.stage}" if len(views) == 1 else "curves"
         path = await self.app.push_screen_wait(export.ExportScreen(self.workbench.root, stem))
         if path is None:
             return
-        try:
+        with self.workbench.errors_shown():
             if path.suffix.lower() == ".csv":
                 logs = [
                     (view.run.curve_label(curve_log.name), curve_log.log)
@@ -301,9 +300,6 @@ class CurvesScreen(WorkbenchScreen):
             else:
                 chunks = iter([await export.render_chart(self._chart_data(path.suffix[1:].lower()))])
             await asyncio.to_thread(export.save, path, chunks)
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
-        else:
             self.workbench.log_message(f"Exported to {path}.")
 
     def _chart_data(self, kind: str) -> dict[str, object]:

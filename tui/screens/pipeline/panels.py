@@ -1,7 +1,6 @@
-"""What the pipeline screen shows of the stages as lists: their states, the output of a run, changed metrics."""
+"""The pipeline screen's panels: the stages' states, the form of params, the output of a run, changed metrics."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -13,7 +12,6 @@ from textual.app import ComposeResult
 from textual.containers import Vertical, VerticalScroll
 from textual.events import DescendantFocus, Resize
 from textual.geometry import Region
-from textual.message import Message
 from textual.widgets import RichLog, Static
 
 from pipeline.errors import UserError
@@ -171,7 +169,7 @@ class Scroll(VerticalScroll, can_focus=False):
 
 
 class ParamForm(Vertical):
-    """Filled by `show`; posts `Saved` for a value to be written."""
+    """The params of a stage, filled by `show`; below them what is wrong with the focused one, or its rule."""
 
     DEFAULT_CSS = """
     ParamForm, ParamForm VerticalScroll { height: 1fr; }
@@ -181,13 +179,6 @@ class ParamForm(Vertical):
     ParamForm .-bad Input { color: $error; text-style: bold; }
     ParamForm #rule { height: auto; color: $text-muted; }
     """
-
-    @dataclass
-    class Saved(Message):
-        """Enter was pressed in a field whose value differs from the file."""
-
-        key: str
-        value: Any
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -223,11 +214,6 @@ class ParamForm(Vertical):
         """Reset all fields to the saved values."""
         self.form.revert()
         self._set_rule("")
-
-    @on(Form.Submitted)
-    def _submitted(self, event: Form.Submitted) -> None:
-        if self.form.edited(event.key) and not self.form.problem(event.key):
-            self.post_message(self.Saved(key_path(self.stage, event.key), self.form.value(event.key)))
 
     @on(Form.Changed)
     @on(DescendantFocus)

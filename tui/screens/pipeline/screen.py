@@ -16,6 +16,7 @@ from textual.widgets import OptionList, Static
 from pipeline.errors import UserError
 from pipeline.project.logs.metrics_diff import Change, since_commit
 from pipeline.project.params import edit
+from pipeline.project.params.load import key_path
 from pipeline.project.stage_graph import Project, Stage
 from pipeline.project.status import StageState, Status, project_signature
 from pipeline.workbench import GRAPH, open_project
@@ -24,7 +25,7 @@ from tui.screens.pipeline.dag import DagView
 from tui.screens.pipeline.panels import LogView, ParamForm, StageList, metrics_table
 from tui.services.file_tail import file_stamp
 from tui.services.pipeline_process import Running
-from tui.widgets.form import format_value
+from tui.widgets.form import Form, format_value
 
 TICK = 0.4  # seconds between checks of the files
 EVALUATION = GRAPH.stages["evaluate"].path
@@ -218,7 +219,7 @@ class PipelineScreen(WorkbenchScreen):
         if event.option_id == self.chosen:
             return
         if unsaved := self.query_one(ParamForm).unsaved():
-            self.workbench.log_message(f"Not saved: {', '.join(f'{k}: {v}' for k, v in unsaved.items())}", "warning")
+            self.warn(f"Not saved: {', '.join(f'{k}: {v}' for k, v in unsaved.items())}")
         self.chosen = str(event.option_id)
         await self._show_stage()
 
@@ -230,17 +231,19 @@ class PipelineScreen(WorkbenchScreen):
     def _entered(self) -> None:
         self.action_pane("params")
 
-    @on(ParamForm.Saved)
-    def _save(self, event: ParamForm.Saved) -> None:
-        try:
-            path = self.project.home(self.chosen).params_path if self.project else self.workbench.params_path
-            edit.save(path, {event.key: event.value}, GRAPH.sections)
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
+    @on(Form.Submitted)
+    def _save(self, event: Form.Submitted) -> None:
+        """Write a field to the params file if its value is valid and differs from the file's."""
+        params = self.query_one(ParamForm)
+        if not params.form.edited(event.key) or params.form.problem(event.key):
             return
-        value = ", ".join(map(str, event.value)) if isinstance(event.value, list) else format_value(event.value)
-        self.workbench.log_message(f"{event.key}: {value or '(empty)'} saved to {path.name}.")
-        self.tick()
+        key, value = key_path(params.stage, event.key), params.form.value(event.key)
+        with self.workbench.errors_shown():
+            path = self.project.home(self.chosen).params_path if self.project else self.workbench.params_path
+            edit.save(path, {key: value}, GRAPH.sections)
+            text = ", ".join(map(str, value)) if isinstance(value, list) else format_value(value)
+            self.workbench.log_message(f"{key}: {text or '(empty)'} saved to {path.name}.")
+            self.tick()
 
     def action_leave(self) -> None:
         self.query_one(ParamForm).revert()
@@ -267,36 +270,24 @@ class PipelineScreen(WorkbenchScreen):
 
     def action_run_stage(self, force: bool = False) -> None:
         """Run the chosen stage only, if all artifacts that it needs exist."""
-        project, missing = self.project, list[str]()
-        if project:
-            try:
-                needs = project.needs(project.stage(self.chosen))
-            except UserError as error:
-                self.workbench.fail(error)
-                return
-            missing = [need for need in needs if not project.artifact(need).is_dir()]
-        if missing:
-            self.workbench.log_message(
-                f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning"
-            )
-            return
-        self._run_dvc("repro", "--single-item", *(["--force"] if force else []), self.chosen)
+        project = self.project
+        with self.workbench.errors_shown():
+            needs = project.needs(project.stage(self.chosen)) if project else []
+            if missing := [need for need in needs if project and not project.artifact(need).is_dir()]:
+                self.warn(f"{self.chosen} needs {', '.join(missing)} first: press r to run all.")
+            else:
+                self._run_dvc("repro", "--single-item", *(["--force"] if force else []), self.chosen)
 
     def _run_dvc(self, *arguments: str) -> None:
-        try:
+        with self.workbench.errors_shown():
             if self.workbench.params_path.name != "params.yaml":
                 raise UserError("The pipeline reads params.yaml. Start lora-tui with --params params.yaml to run it.")
             self._pipeline = self.workbench.runner.start(arguments)
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
-            return
-        self.workbench.log_message(f"Started: {self._pipeline.command}. It continues if you quit.")
+            self.workbench.log_message(f"Started: {self._pipeline.command}. It continues if you quit.")
 
     def action_stop(self) -> None:
-        try:
-            self.workbench.log_message(self.workbench.runner.stop(), "warning")
-        except UserError as error:
-            self.workbench.fail(error)
+        with self.workbench.errors_shown():
+            self.warn(self.workbench.runner.stop())
 
     def _report_end(self, ended: Running) -> None:
         """Report how a pipeline ended, judged by the stages that it ran: older failures are not its own."""
@@ -316,4 +307,4 @@ class PipelineScreen(WorkbenchScreen):
                 "The pipeline ended, and the disk is full. Free some space, then run it again.", "error"
             )
         else:
-            self.workbench.log_message("The pipeline ended early. See its log (l).", "warning")
+            self.warn("The pipeline ended early. See its log (l).")
