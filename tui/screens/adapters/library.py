@@ -70,8 +70,8 @@ class Library:
 
     def __init__(self, project: Project) -> None:
         self.project, self.root = project, project.root
-        self._artifacts = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
-        self.folders: list[Path] = list(self._artifacts)
+        self.artifacts = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
+        self.folders: list[Path] = list(self.artifacts)
         self._models: dict[Path, tuple[Signature, Model]] = {}
         self._folder_times: dict[Path, int] = {}  # folder that contains models → modification time (ns)
         self._verdicts: dict[Path, tuple[Stamp, VerificationResult]] = {}
@@ -88,7 +88,7 @@ class Library:
         for folder in self.folders:
             if path.is_relative_to(folder):
                 inside = path.relative_to(folder)
-                return str(inside if folder in self._artifacts else folder.name / inside)
+                return str(inside if folder in self.artifacts else folder.name / inside)
         return str(path)
 
     def scan(self) -> Iterator[Entry]:
@@ -102,7 +102,7 @@ class Library:
             model = cached[1] if cached and cached[0] == now else describe(path)
             models[path] = now, model
             stamp, verdict = self._verdicts.get(path, (None, None))
-            in_project = any(path.is_relative_to(folder) for folder in (self.root, *self._artifacts))
+            in_project = any(path.is_relative_to(folder) for folder in (self.root, *self.artifacts))
             shown_path = os.path.relpath(path, self.root) if in_project else str(path)
             yield Entry(self.label(path), model, verdict if stamp == self.stamp(model, context) else None, shown_path)
         self._models, self._folder_times = models, folder_times

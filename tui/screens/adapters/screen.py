@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.events import Resize, ScreenResume, ScreenSuspend
+from textual.events import Resize, ScreenResume
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
@@ -26,7 +26,7 @@ from tui.screens.adapters.conversation import LOADING, MAX_LOADED, Conversation,
 from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
 from tui.screens.adapters.library import Entry, Library, Stamp, read_documents
 from tui.screens.adapters.models import Details, ModelDetails, ModelTable
-from tui.screens.base import WorkbenchScreen
+from tui.screens.base import WIDE, WorkbenchScreen
 from tui.screens.curves.export import save
 from tui.services.engine_client import EngineDied, Inference
 
@@ -102,24 +102,13 @@ class AdaptersScreen(WorkbenchScreen):
         yield self.bar
 
     def on_mount(self) -> None:
-        self._watcher = self.set_interval(EVERY, self._watch, pause=True)
-        self._status_timer = self.set_interval(STATUS_EVERY, self._tick, pause=True)
+        self._watcher = self.set_interval(EVERY, self._watch)
+        self._status_timer = self.set_interval(STATUS_EVERY, self._tick)
         for folder in self._folders():
             if not folder.is_dir():
                 self.warn(f"{folder} is not a folder, so it is not searched for models.")
         self.prompt.remember(self.workbench.state.prompts)
         self._show_sampling()
-
-    @on(ScreenResume)
-    def _resume(self) -> None:
-        self._search_folders()
-        self._watcher.resume()
-        self._status_timer.resume()
-
-    @on(ScreenSuspend)
-    def _pause(self) -> None:
-        self._watcher.pause()
-        self._status_timer.pause()
 
     def on_unmount(self) -> None:
         self._stop.set()
@@ -127,7 +116,7 @@ class AdaptersScreen(WorkbenchScreen):
     # views and focus
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        narrow, prompting = self.app.size.width < 110, self.has_class("-prompt")
+        narrow, prompting = self.app.size.width < WIDE, self.has_class("-prompt")
         if action == "interrupt":
             return self._is_generating()
         if action == "browse":
@@ -144,7 +133,6 @@ class AdaptersScreen(WorkbenchScreen):
         self.set_class(name == "-prompt", "-prompt")
         self.refresh_bindings()
 
-    @on(ModelTable.Chosen)
     def action_prompt(self) -> None:
         self._switch_view("-prompt")
         self.give_focus(self.prompt)
@@ -174,12 +162,10 @@ class AdaptersScreen(WorkbenchScreen):
         names = [*self.workbench.config.folders, *self.workbench.state.folders]
         return list(dict.fromkeys(self.workbench.root / Path(name).expanduser() for name in names))
 
-    def _search_folders(self) -> None:
-        self.library.folders[1:] = self._folders()
-        self._start_scan()
-
+    @on(ScreenResume)
     def _start_scan(self) -> None:
         """Find and check all models in a thread; a scan that still runs stops and reports nothing more."""
+        self.library.folders = [*self.library.artifacts, *self._folders()]
         self._stop.set()
         self._stop = stop = threading.Event()
 
@@ -201,7 +187,7 @@ class AdaptersScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="watch")
     async def _watch(self) -> None:
-        if await asyncio.to_thread(self.library.changed):
+        if self.is_current and await asyncio.to_thread(self.library.changed):
             self._start_scan()
 
     def _show_scan(self, entries: list[Entry]) -> None:
@@ -266,7 +252,7 @@ class AdaptersScreen(WorkbenchScreen):
 
     @on(ModelTable.Marked)
     def toggle_marked(self, event: ModelTable.Marked) -> None:
-        self._toggle(event.row.model.path)
+        self._toggle(event.path)
 
     def action_select(self) -> None:
         if path := self.table.path:
@@ -325,7 +311,7 @@ class AdaptersScreen(WorkbenchScreen):
             self.workbench.log_message(f"{folder} is not a folder. Enter the folder that contains the models.", "error")
             return
         self.workbench.remember()
-        self._search_folders()
+        self._start_scan()
 
     # prompting
 
@@ -458,7 +444,7 @@ class AdaptersScreen(WorkbenchScreen):
             self.refresh_bindings()
 
     def _tick(self) -> None:
-        if self._is_generating():
+        if not self.is_current or self._is_generating():
             return
         if self.engine.running:
             self._status()

@@ -93,21 +93,16 @@ class CurvesScreen(WorkbenchScreen):
         yield Static(EMPTY, id="nothing")
 
     def on_mount(self) -> None:
-        self._timer = self.set_interval(POLL, self._poll)
-        self._poll()
-
-    def on_screen_suspend(self) -> None:
-        self._timer.pause()
+        self.set_interval(POLL, self._poll)
 
     def on_screen_resume(self) -> None:
-        self._timer.resume()
         self._poll()
 
     # Reading files
 
     def _poll(self) -> None:
         """Check everything that may have changed: os.stat, and the small run states of live runs."""
-        if not self._reading:
+        if self.is_current and not self._reading:
             self._read()
 
     @work
