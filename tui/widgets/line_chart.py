@@ -20,6 +20,7 @@ from textual_plot.axis_formatter import AxisFormatter
 from textual_plot.plot_widget import Legend
 
 SIGN_EVERY = 18  # cells between two symbols on a line
+PHASE = 0.37  # of SIGN_EVERY between two curves' symbols: those of eight curves stay at least a tenth apart
 BAND, DIM = 0.4, 0.55  # share of the curve's colour in its band and in a dim line; the rest is background
 FLAT = "»"  # marks the point from which a line is flat
 HELD_OUT, HELD_OUT_EVERY = "×", 3  # marks an evaluation on a dashed line; minimum cells between two marks
@@ -283,7 +284,7 @@ class LossChart(Widget, can_focus=True):
         if not curve.columns:
             return
         self._trace(curve, color)
-        signs = self._evenly_spaced(curve.columns, 0.5 + number * 0.37) or [curve.columns[-1]]
+        signs = self._evenly_spaced(curve.columns, 0.5 + number * PHASE) or [curve.columns[-1]]
         self._mark(signs, curve.sign, f"bold {color}")
         if flat := curve.flat_column():
             self._mark([flat], FLAT, f"bold reverse {color}")
@@ -307,7 +308,7 @@ class LossChart(Widget, can_focus=True):
         middles = [
             Column((a.x + b.x) / 2, y := (a.mean + b.mean) / 2, y, y) for a, b in pairwise(curve.held_out)
         ]  # of the dashed line, where no mark is
-        self._mark(self._evenly_spaced(middles, number * 0.37), curve.sign, f"bold {color}")
+        self._mark(self._evenly_spaced(middles, number * PHASE), curve.sign, f"bold {color}")
 
     def _evenly_spaced(self, columns: Sequence[Column], phase: float) -> list[Column]:
         """The columns nearest to positions SIGN_EVERY cells apart, within the curve."""

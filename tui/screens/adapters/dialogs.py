@@ -141,6 +141,7 @@ class AttentionScreen(ModalScreen[None]):
         Binding("escape,a,q", "dismiss", "Close"),
         Binding("left", "head(-1)", "Head before"),
         Binding("right", "head(1)", "Next head"),
+        # Priority, as the scrolled text would take the arrows, and the screen Tab.
         Binding("up", "layer(-1)", "Layer below", priority=True),
         Binding("down", "layer(1)", "Layer above", priority=True),
         Binding("tab", "token(1)", "Next token", priority=True),

@@ -80,15 +80,11 @@ COLUMNS = (
 class ModelTable(DataTable[Text]):
     """The models in the order of the pipeline, or by any column; a column of marks comes first.
 
-    Messages: `Pointed` (the cursor moved to another model, or the rows changed; read `pointed`), `Marked` (a mark was
-    clicked). The table never changes marks itself: the screen calls `show` again.
+    The table never changes marks itself: it posts `Marked` when one is clicked, and the screen calls `show` again.
     """
 
     DEFAULT_CSS = "ModelTable { height: 1fr; }"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "screen.prompt", "Choose the row", show=False)]
-
-    class Pointed(Message):
-        """The cursor moved to another model, or to none."""
 
     @dataclass
     class Marked(Message):
@@ -99,13 +95,12 @@ class ModelTable(DataTable[Text]):
     def __init__(self) -> None:
         super().__init__(cursor_type="row", cell_padding=0)
         self._entries: Sequence[Entry] = ()
-        self._texts: dict[Path, list[str]] = {}  # the texts of a model in all columns: the filter searches hidden ones
+        self._texts: dict[Path, dict[str, str]] = {}  # of each model by column; the filter searches hidden ones too
         self._selected: Collection[Path] = ()
         self._needle = ""
         self._sort_column: Column | None = None
         self._descending = False
         # What is drawn now. The grid has the header in its first line, and marks in its first column.
-        self._drawn_columns: list[Column] = []
         self._drawn_rows: list[Entry] = []
         self._grid: list[list[tuple[str, str]]] = []  # text and style
 
@@ -122,7 +117,7 @@ class ModelTable(DataTable[Text]):
     def show(self, entries: Sequence[Entry], selected: Collection[Path] = ()) -> None:
         """Replace all models and the selected ones, which are marked."""
         self._entries, self._selected = entries, frozenset(selected)
-        self._texts = {entry.model.path: [column.text(entry) for column in COLUMNS] for entry in entries}
+        self._texts = {entry.model.path: {c.label: c.text(entry) for c in COLUMNS} for entry in entries}
         self._draw()
 
     def filter(self, needle: str) -> None:
@@ -147,7 +142,8 @@ class ModelTable(DataTable[Text]):
 
     def _rows_shown(self) -> list[Entry]:
         """The models with the filter's text, sorted; those without a value last in both directions."""
-        rows = [e for e in self._entries if any(self._needle in t.casefold() for t in self._texts[e.model.path])]
+        texts = {path: "\n".join(cells.values()).casefold() for path, cells in self._texts.items()}
+        rows = [entry for entry in self._entries if self._needle in texts[entry.model.path]]
         value = self._sort_column.value if self._sort_column else lambda entry: entry.sort_key
         known = [row for row in rows if value(row) is not None]
         return sorted(known, key=value, reverse=self._descending) + [row for row in rows if value(row) is None]
@@ -159,18 +155,16 @@ class ModelTable(DataTable[Text]):
         grid += [[("●" if row.model.path in self._selected else " ", "bold")] for row in rows]
         gap = " " if len(columns) == len(COLUMNS) else "  "
         styles = ["", *(STATE_STYLES.get(row.state, "") for row in rows)]
-        for number, column in enumerate(COLUMNS):
-            if column not in columns:
-                continue
+        for column in columns:
             sign = "" if column is not self._sort_column else "▼" if self._descending else "▲"
-            texts = [column.label + sign, *(self._texts[row.model.path][number] for row in rows)]
+            texts = [column.label + sign, *(self._texts[row.model.path][column.label] for row in rows)]
             width = max(map(len, texts))
             for line, text, style in zip(grid, texts, styles, strict=True):
                 line.append(((text.rjust(width) if column.right else text.ljust(width)) + gap, style))
         pointed, index = self.path, self.cursor_row
         paths = [row.model.path for row in rows]
         unchanged = self._grid and self._grid[0] == grid[0] and [row.model.path for row in self._drawn_rows] == paths
-        before, self._grid, self._drawn_rows, self._drawn_columns = self._grid, grid, rows, columns
+        before, self._grid, self._drawn_rows = self._grid, grid, rows
         if unchanged:
             for y, (old, new) in enumerate(zip(before[1:], grid[1:], strict=True)):
                 for x, (was, now) in enumerate(zip(old, new, strict=True)):
@@ -185,19 +179,14 @@ class ModelTable(DataTable[Text]):
             self.add_row(*(Text(*cell) for cell in line))
         row = paths.index(pointed) if pointed in paths else min(index, len(paths) - 1)
         self.move_cursor(row=row, animate=False)
-        self.post_message(self.Pointed())
 
     def on_resize(self, _: Resize) -> None:
         self._draw()
 
-    def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
-        event.stop()
-        self.post_message(self.Pointed())
-
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
         event.stop()
         if event.column_index > 0:  # not the marks
-            column = self._drawn_columns[event.column_index - 1]
+            column = self._columns_shown()[event.column_index - 1]
             self._descending = not self._descending if column is self._sort_column else False
             self._sort_column = column
             self._draw()

@@ -230,7 +230,7 @@ class AdaptersScreen(WorkbenchScreen):
     def _update_slider(self) -> None:
         self.slider.disabled = not any(entry.model.scales for entry in self.selected_entries())
 
-    @on(ModelTable.Pointed)
+    @on(ModelTable.RowHighlighted)
     def show_details(self) -> None:
         """Show the details of the model under the cursor."""
         entry = self.table.pointed
@@ -286,6 +286,7 @@ class AdaptersScreen(WorkbenchScreen):
     @on(Input.Changed, "#filter")
     def filter_table(self, event: Input.Changed) -> None:
         self.table.filter(event.value)
+        self.show_details()  # another model may have come to the cursor's row
 
     @on(Input.Submitted, "#filter")
     def back_to_table(self) -> None:

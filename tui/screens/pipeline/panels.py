@@ -103,10 +103,8 @@ def _render_line(line: str) -> Text:
     return Text.from_ansi(line.rstrip("\r").rpartition("\r")[2][:2000])
 
 
-def metrics_table(changes: list[Change] | str) -> Table | Text:
-    """A table of each changed metric: committed, now, difference. A string is shown as it is."""
-    if isinstance(changes, str):
-        return Text(changes, "dim")
+def metrics_table(changes: list[Change]) -> Table | Text:
+    """A table of each changed metric: committed, now, difference."""
     if not changes:
         return Text("As in the last commit.")
     rows = Table.grid(padding=(0, 2))

@@ -6,6 +6,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import ClassVar
 
+from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
@@ -14,7 +15,7 @@ from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
 from pipeline.errors import UserError
-from pipeline.project.logs.metrics_diff import Change, since_commit
+from pipeline.project.logs.metrics_diff import since_commit
 from pipeline.project.params import edit
 from pipeline.project.params.load import key_path
 from pipeline.project.stage_graph import Project, Stage
@@ -206,11 +207,11 @@ class PipelineScreen(WorkbenchScreen):
     @work(group="metrics", exclusive=True)
     async def _load_metrics(self, path: Path) -> None:
         try:
-            changes: list[Change] | str = await asyncio.to_thread(since_commit, path)
+            shown = metrics_table(await asyncio.to_thread(since_commit, path))
         except UserError as error:
-            changes = str(error)
+            shown = Text(str(error), "dim")
         for widget in self.query("#changes").results(Static):  # none while the screen closes
-            widget.update(metrics_table(changes))
+            widget.update(shown)
 
     # Selecting and editing
 

@@ -21,8 +21,7 @@ from tests.helpers.run_folders import HEADER, hold, journal, lines, measured, wr
 from tui.app import Workbench
 from tui.screens.curves import export, runs
 from tui.screens.curves.export import ExportScreen
-from tui.screens.curves.run_list import RunList
-from tui.screens.curves.screen import CurvesScreen
+from tui.screens.curves.screen import CurvesScreen, RunList
 from tui.screens.curves.series import QUANTITIES
 from tui.widgets.line_chart import LossChart, Range, is_drawable
 

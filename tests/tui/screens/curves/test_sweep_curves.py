@@ -30,9 +30,8 @@ from tests.tui.screens.curves.test_curves import (
     wait_until_drawn,
 )
 from tui.screens.curves import export
-from tui.screens.curves.run_list import RunList
 from tui.screens.curves.runs import POINTED
-from tui.screens.curves.screen import CurvesScreen
+from tui.screens.curves.screen import CurvesScreen, RunList
 from tui.widgets.line_chart import Curve, range_of
 
 FOUR = {"rank-1": 6.0, "rank-2": 5.0, "rank-4": 3.0, "rank-8": 4.0}  # the third is the best
