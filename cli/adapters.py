@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Context, Option
 
-from cli.export import OutOption, export
-from cli.options import AdapterArgument, BaseNameOption, BaseOption, JsonOption, TrustOption, finite, group
+from cli.export import export
+from cli.options import AdapterArgument, BaseNameOption, BaseOption, JsonOption, OutOption, TrustOption, finite, group
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties"]
 app = group()

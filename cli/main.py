@@ -32,7 +32,7 @@ COMMANDS = {
     "prompt": ("cli.prompt", "Prompt a model: its top next tokens and a completion."),
     "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
-    "export": ("cli.export", "Export an adapter: for PEFT, for vLLM, or merged."),
+    "export": ("cli.export", "Export an adapter for another program, or merged."),
     "data": ("cli.data", "Show what is trained on in a data file."),
     "cache": ("cli.project", "Show or prune the cache of finished stages."),
     "doctor": ("cli.project", "Show versions, devices, memory and disk."),

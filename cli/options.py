@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option, Typer
 from typer.core import TyperGroup
@@ -26,6 +26,13 @@ BaseOption = Annotated[
 ]
 BaseNameOption = Annotated[
     str | None, Option("--base-name", help="Name of the base to write; default: the hub id it was imported from.")
+]
+OutOption = Annotated[Path, Option("--out", help="Output folder.")]
+WidthOption = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None, Option(help="dtype of the merged weights; default: the base's.")
+]
+PromptsOption = Annotated[
+    Path | None, Option(help="Prompts to compare the merged model with base + adapter; loads both.")
 ]
 TrustOption = Annotated[bool, Option("--trust-remote-code", help="Run the code that came with the base.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document to stdout.")]

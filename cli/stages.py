@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Exit, Option, Typer
 from typer.main import get_command
 
-from cli.export import PromptsOption, WidthOption
 from cli.options import (
     DEFAULT_PARAMS,
     UNDER_DVC,
@@ -21,8 +20,10 @@ from cli.options import (
     Group,
     Lazy,
     ParamsOption,
+    PromptsOption,
     SetOption,
     TrustOption,
+    WidthOption,
     group,
     project_of,
 )
@@ -158,15 +159,18 @@ def merge(
     With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading the model.
     """
     if trust_remote_code or any(option is not None for option in (adapter, out, base, precision, prompts)):
-        from cli.export import merging_of, print_merged
+        from cli.console import follow, print_line
         from pipeline.errors import UserError
-        from pipeline.weights.merge import merge_to
+        from pipeline.export.formats import Export
+        from pipeline.export.formats.merged import merging_of
+        from pipeline.weights.merge import describe, merge_to
 
         if adapter is None or out is None:
             raise UserError("To merge any adapter, name it with --adapter and the folder to write with --out.")
         if overrides or force or params != DEFAULT_PARAMS:
             raise UserError("--params, --set and --force are of the pipeline's merge: leave out --adapter, or them.")
-        print_merged(out, merge_to(out, *merging_of(adapter, base, precision, prompts, trust_remote_code)))
+        export = Export(adapter, base, None, precision, prompts, trust_remote_code)
+        print_line("  ".join((str(out), *describe(follow(merge_to(out, *merging_of(export)), "merge")))))
         return
     run_stage("merge", params, overrides, force)
 

@@ -4,7 +4,7 @@ The plan is made on the meta device, where the adapter is checked against the mo
 `streaming.py` then carries it out file to file.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,14 @@ def merge_to(
         if finish:
             finish(folder, certificate)
     return certificate
+
+
+def describe(certificate: Mapping[str, Any]) -> Iterator[str]:
+    """What a certificate proves, in words."""
+    if ratios := [ratio for ratio in certificate.get("delta_ratios", {}).values() if ratio is not None]:
+        yield f"{len(ratios)} matrices hold their update {min(ratios):.4f} to {max(ratios):.4f} times"
+    if "max_logit_difference" in certificate:
+        yield f"largest logit difference {certificate['max_logit_difference']:.1e}"
 
 
 def merge_into(out: Path, merging: Merging, verify: Verify | None = None) -> Generator[Event, None, dict[str, Any]]:

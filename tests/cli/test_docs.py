@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench import loraplus
 from bench.published import published, table
+from docs import params
 from pipeline.project.logs.run_log import RunLog, Step
 from pipeline.stages.methods.sweep import variants
 from tests.conftest import Lora
@@ -16,6 +17,10 @@ from tests.helpers.projects import ROOT, load
 
 def test_the_published_peaks_stand_in_the_docs_as_they_are_predicted_now() -> None:
     assert table() in (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+
+
+def test_the_reference_of_params_is_what_the_sections_declare() -> None:
+    assert params.PAGE.read_text(encoding="utf-8") == params.page(), "run python -m docs.params"
 
 
 def test_every_error_above_15_percent_is_explained() -> None:

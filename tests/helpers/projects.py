@@ -42,21 +42,6 @@ COMMAND = {
 METHODS = tuple(  # those of `lora finetune` that train one thing
     name for name, s in registry.METHODS.items() if s.name.startswith("finetune_") and s.kind != "adapters"
 )
-BRIEF = (
-    "pretrain.epochs=2",
-    "train_from_scratch.epochs=2",
-    *(f"finetune_{method}.epochs=2" for method in METHODS),
-    "finetune_sweep.grid={rank: [1, 2]}",
-    *(f"{name}.seeds=[0]" for name, stage in STAGES.items() if stage.kind == "study"),
-    *("study_fact_correction.epochs=2", "study_knowledge_correction.epochs=2", "study_trajectory.steps=[0, 2]"),
-    *("study_fact_correction.alphas=[1.0, 4.0]", "study_fact_correction.learning_rates=[2e-3]"),
-    *("study_rank.ranks=[1, 2]", "study_rank.alphas=[1.0]", "study_rank.learning_rates=[1e-3, 3e-3]"),
-    "study_forgetting.every=1",
-    *("study_spectrum.extracted=[1, 64]", "study_intrinsic_dimension.dimensions=[64]"),
-)
-GIVEN: dict[str, Any] = {  # the same, to be written into a params file
-    key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in BRIEF)
-}
 
 
 def new_project(folder: Path) -> Path:
@@ -193,3 +178,18 @@ def save(params: Path, values: Mapping[str, Any]) -> None:
 
 # What makes models in the shipped projects, and evaluate; what measures statements takes as long again.
 PIPELINE = [name for name, stage in STAGES.items() if not stage.is_measurement and f"\n{name}:" in all_params()]
+BRIEF = (
+    "pretrain.epochs=2",
+    "train_from_scratch.epochs=2",
+    *(f"finetune_{method}.epochs=2" for method in METHODS if f"finetune_{method}" in PIPELINE),
+    "finetune_sweep.grid={rank: [1, 2]}",
+    *(f"{name}.seeds=[0]" for name, stage in STAGES.items() if stage.kind == "study"),
+    *("study_fact_correction.epochs=2", "study_knowledge_correction.epochs=2", "study_trajectory.steps=[0, 2]"),
+    *("study_fact_correction.alphas=[1.0, 4.0]", "study_fact_correction.learning_rates=[2e-3]"),
+    *("study_rank.ranks=[1, 2]", "study_rank.alphas=[1.0]", "study_rank.learning_rates=[1e-3, 3e-3]"),
+    "study_forgetting.every=1",
+    *("study_spectrum.extracted=[1, 64]", "study_intrinsic_dimension.dimensions=[64]"),
+)
+GIVEN: dict[str, Any] = {  # the same, to be written into a params file
+    key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in BRIEF)
+}

@@ -1,0 +1,42 @@
+"""`python -m docs.params`: docs/params.md, every key of params.yaml as its section declares it.
+
+A test compares the page with the declarations.
+"""
+
+from pathlib import Path
+
+from pipeline.project.params.edit import dump_inline
+from pipeline.project.params.load import TRAINING
+from pipeline.project.params.schema import Section, hints, meaning, rule
+from pipeline.project.params.sections import Training
+from pipeline.workbench import GRAPH
+
+PAGE = Path(__file__).with_suffix(".md")
+HEAD = f"""# The keys of params.yaml
+
+Written by `python -m docs.params` from the declarations in the code. `lora params explain KEY` prints the same in a
+terminal, `lora params show` a project's values with where each comes from: a section's own value wins over the
+`{TRAINING}` block, and that over the default. A section below lists its own keys; those that train also have all keys
+of `{TRAINING}`.
+"""
+
+
+def described(section: str, kind: type[Section]) -> str:
+    """The section's heading, what it is, and a table of its keys; without those that are as in `Training`."""
+    inherited = hints(Training) if issubclass(kind, Training) and kind is not Training else {}
+    rows = [
+        f"| `{key}` | {meaning(kind, key)} | {rule(kind, key)} | `{dump_inline(getattr(kind(), key))}` |"
+        for key in hints(kind)
+        if key not in inherited or getattr(kind(), key) != getattr(Training(), key)
+    ]
+    about = " ".join((kind.__doc__ or "").split())
+    return "\n".join((f"## {section}\n", about, "", "| key | meaning | values | default |", "|---|---|---|---|", *rows))
+
+
+def page() -> str:
+    sections: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections}
+    return "\n\n".join((HEAD.rstrip(), *(described(name, kind) for name, kind in sections.items()))) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
