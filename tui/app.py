@@ -65,7 +65,7 @@ class Workbench(App[None]):
     MODES = {name: entry.load for name, entry in SCREENS.items()}  # noqa: RUF012  # as Textual declares it
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
-            Binding(f"{number},f{number + 1}", f"go('{name}')", entry.label, id=f"app.{name}", show=False)
+            Binding(f"{number},f{number + 1}", f"switch_mode('{name}')", entry.label, id=f"app.{name}", show=False)
             for number, (name, entry) in enumerate(SCREENS.items(), 1)
         ),
         Binding("question_mark", "help", "Help", id="app.help", key_display="?"),
@@ -178,9 +178,6 @@ class Workbench(App[None]):
             yield
         except (UserError, OSError) as error:
             self.fail(error)
-
-    def action_go(self, name: str) -> None:
-        self.switch_mode(name)
 
     def action_help(self) -> None:
         if not isinstance(self.screen, HelpScreen):

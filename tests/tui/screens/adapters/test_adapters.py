@@ -282,7 +282,7 @@ async def test_interrupt_stops_at_once_and_keeps_what_came(brief: Path) -> None:
         await until(s.pilot, lambda: newest.answers[0].text == " tisch")
         await s.press("escape")
         await s.answered()
-        assert [answer.ended for answer in newest.answers] == ["interrupted"] * len(GRAPH.variants)
+        assert [answer.ended for answer in newest.answers] == ["interrupted"] * len(USUAL)
         assert (newest.answers[0].text, s.engine.cancelled) == (" tisch", 1)
         s.engine.go_on.set()
         await s.ask("der wind")
@@ -312,10 +312,10 @@ async def test_an_engine_that_dies_is_reported_and_the_next_prompt_loads_again(b
         newest = s.screen.conversation.newest
         assert newest is not None
         assert (DEATH in s.messages(), s.screen.query_one(EngineBar).state) == (True, "died")
-        assert [answer.error for answer in newest.answers] == ["the engine ended"] * len(GRAPH.variants)
+        assert [answer.error for answer in newest.answers] == ["the engine ended"] * len(USUAL)
         await s.ask("die katze")
         await s.answered()
-        assert len(s.engine.done("load")) == 2 * len(GRAPH.variants)
+        assert len(s.engine.done("load")) == 2 * len(USUAL)
         assert s.screen.query_one(EngineBar).state == "ready"
         assert len(s.screen.conversation.exchanges) == 2
 
@@ -326,7 +326,7 @@ async def test_models_stay_loaded_while_their_files_stay(project: Path) -> None:
         for _ in range(2):
             await s.ask("die katze")
             await s.answered()
-        assert len(s.engine.done("load")) == len(GRAPH.variants)
+        assert len(s.engine.done("load")) == len(USUAL)
         base = project / "artifacts/full_finetuned/config.json"
         base.write_text(base.read_text(encoding="utf-8") + "\n", encoding="utf-8")
         await s.ask("die katze")
