@@ -136,7 +136,7 @@ def parameters(result: Result, width: int) -> Sequence[Text]:
     return [*lines, *(Text(f"note: {note}", "dim") for note in (*published, *model.notes, *method.notes(model)))]
 
 
-def pinned(pins: Sequence[Result], now: Result | None, width: int) -> Sequence[Text]:
+def pinned(pins: Sequence[Result], now: Result, width: int) -> Sequence[Text]:
     """A column per pinned configuration; `±` is the difference to the current one."""
     widths = [-11, *([(width - 12) // 2] * len(pins))]
     lines = [Text(f"{MARKS[number]} {pin.title}", "bold") for number, pin in enumerate(pins)]
@@ -146,12 +146,10 @@ def pinned(pins: Sequence[Result], now: Result | None, width: int) -> Sequence[T
 
     row("pinned", list(MARKS[: len(pins)]), "bold")
     row("trainable", [f"{pin.trainable:,}" for pin in pins])
-    if now is not None:
-        row("  ± now", [f"{pin.trainable - now.trainable:+,}" for pin in pins], "dim")
+    row("  ± now", [f"{pin.trainable - now.trainable:+,}" for pin in pins], "dim")
     row("peak", [in_units(pin.memory.peak) for pin in pins], "bold")
-    if now is not None:
-        more = [pin.memory.peak - now.memory.peak for pin in pins]
-        row("  ± now", [f"{'−' if size < 0 else '+'}{in_units(abs(size))}" if size else "0" for size in more], "dim")
+    more = [pin.memory.peak - now.memory.peak for pin in pins]
+    row("  ± now", [f"{'−' if size < 0 else '+'}{in_units(abs(size))}" if size else "0" for size in more], "dim")
     row("fits", ["✓ yes" if pin.spare >= 0 else "✗ no" for pin in pins])
     row("on", [pin.device.label for pin in pins], "dim")
     for part in (part for part in pins[0].memory.parts() if any(pin.memory.parts()[part] for pin in pins)):

@@ -113,7 +113,7 @@ class CalculatorScreen(WorkbenchScreen):
     def _show_pins(self) -> None:
         lines = self.query_one("#pinned", Lines)
         lines.display = bool(self.pins)
-        if self.pins:
+        if self.pins and self.result:
             lines.show(partial(pinned, self.pins, self.result))
 
     @work(thread=True, exclusive=True, group="advice")
