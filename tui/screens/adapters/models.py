@@ -1,7 +1,7 @@
 """The table of models, and the details of the one under the cursor."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -114,7 +114,7 @@ class ModelTable(DataTable[Text]):
         """The path of the model under the cursor."""
         return self.pointed.model.path if self.pointed else None
 
-    def show(self, entries: Sequence[Entry], selected: Collection[Path] = ()) -> None:
+    def show(self, entries: Sequence[Entry], selected: Collection[Path]) -> None:
         """Replace all models and the selected ones, which are marked."""
         self._entries, self._selected = entries, frozenset(selected)
         self._texts = {entry.model.path: {c.label: c.text(entry) for c in COLUMNS} for entry in entries}
@@ -202,8 +202,8 @@ class Details:
     """A model's manifest and config, and its spectra: None until measured, a string if that is not possible."""
 
     entry: Entry
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
     spectrum: Sequence[Mapping[str, Any]] | str | None = None
 
 
