@@ -24,6 +24,7 @@ from pipeline.inference.catalog import (
     model_folders,
 )
 from pipeline.project.stage_graph import ARTIFACTS, Project
+from tui.services.file_tail import file_stamp
 
 # Display order, from left to right.
 ORDER = ("pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
@@ -73,7 +74,7 @@ class Library:
         self.artifacts = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
         self.folders: list[Path] = list(self.artifacts)
         self._models: dict[Path, tuple[Signature, Model]] = {}
-        self._folder_times: dict[Path, int] = {}  # folder that contains models → modification time (ns)
+        self._folder_stamps: dict[Path, tuple[int, ...] | None] = {}  # of the folders that contain models
         self._verdicts: dict[Path, tuple[Stamp, VerificationResult]] = {}
         self._digests = DigestStore()
 
@@ -94,9 +95,9 @@ class Library:
     def scan(self) -> Iterator[Entry]:
         """Yield every model in the folders, with its verdict if that is cached."""
         models: dict[Path, tuple[Signature, Model]] = {}
-        folder_times, context = {folder: _modified(folder) for folder in self.folders}, self._check_context()
+        folder_stamps, context = {folder: file_stamp(folder) for folder in self.folders}, self._check_context()
         for path in dict.fromkeys(model for folder in self.folders for model in model_folders(folder)):
-            folder_times.setdefault(path.parent, _modified(path.parent))
+            folder_stamps.setdefault(path.parent, file_stamp(path.parent))
             now = signature(path)
             cached = self._models.get(path)
             model = cached[1] if cached and cached[0] == now else describe(path)
@@ -105,11 +106,11 @@ class Library:
             in_project = any(path.is_relative_to(folder) for folder in (self.root, *self.artifacts))
             shown_path = os.path.relpath(path, self.root) if in_project else str(path)
             yield Entry(self.label(path), model, verdict if stamp == self.stamp(model, context) else None, shown_path)
-        self._models, self._folder_times = models, folder_times
+        self._models, self._folder_stamps = models, folder_stamps
 
     def changed(self) -> bool:
         """Whether a model was added, removed or changed since the last complete scan. Costs a stat per file."""
-        return any(_modified(folder) != before for folder, before in list(self._folder_times.items())) or any(
+        return any(file_stamp(folder) != before for folder, before in list(self._folder_stamps.items())) or any(
             signature(path) != before for path, (before, _) in list(self._models.items())
         )
 
@@ -167,13 +168,6 @@ class Library:
             return find_base(model.path, self.root)
         except UserError:
             return None
-
-
-def _modified(folder: Path) -> int:
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def read_documents(folder: Path) -> list[dict[str, Any]]:

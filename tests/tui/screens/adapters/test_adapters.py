@@ -24,7 +24,7 @@ from pipeline.workbench import GRAPH
 from tests.helpers.checkpoints import sealed_copies
 from tests.helpers.fake_engine import DEATH, FakeInference
 from tests.helpers.pilot import until
-from tests.helpers.projects import save
+from tests.helpers.projects import new_houses, save
 from tui.app import Workbench
 from tui.dialogs import PathScreen
 from tui.screens.adapters.answers import Completions, EngineBar, PromptInput, Slider, TopK
@@ -132,6 +132,13 @@ async def test_all_models_are_listed_in_the_order_of_the_pipeline(brief: Path) -
     async with open_adapters(brief) as s:
         assert s.names() == MODELS
         assert all("✓ verified" in row for row in s.rows())
+
+
+async def test_the_models_of_the_parent_project_are_listed_too(brief: Path, tmp_path: Path) -> None:
+    root = new_houses(tmp_path / "houses")
+    shutil.copytree(brief / "artifacts/base", root / "artifacts/base")
+    async with open_adapters(root / "document", 1) as s:
+        assert [entry.label for entry in s.screen.entries] == ["base"]
 
 
 async def test_narrow_shows_the_important_columns_and_wide_all(brief: Path) -> None:
