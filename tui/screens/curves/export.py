@@ -1,10 +1,12 @@
 """Export the Curves screen: a dialog for format and path; a chart, drawn by another process, or the numbers as CSV."""
 
 import asyncio
+import csv
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,13 +71,13 @@ def csv_lines(logs: Sequence[tuple[str, Log]]) -> Iterator[bytes]:
     optional = [name for name in OPTIONAL if any(log.series[name].y for _, log in logs)]
     yield (",".join(("run", *COLUMNS, *optional)) + "\n").encode()
     for label, log in logs:
-        name = '"' + label.replace('"', '""') + '"' if set(label) & set(',"\n') else label
+        text = StringIO()
+        rows = csv.writer(text, lineterminator="\n")
         sparse = [dict(zip(log.series[n].x, log.series[n].y, strict=True)) for n in optional]  # step → value
-        rows = []
         for step, *values in zip(log.steps, *(log.columns[column] for column in COLUMNS), strict=True):
             cells = [*values, *(column.get(step) for column in sparse)]
-            rows.append(f"{name},{','.join('' if cell is None else f'{cell:.10g}' for cell in cells)}\n")
-        yield "".join(rows).encode()
+            rows.writerow([label, *("" if cell is None else f"{cell:.10g}" for cell in cells)])
+        yield text.getvalue().encode()
 
 
 def save(path: Path, chunks: Iterable[bytes]) -> None:
