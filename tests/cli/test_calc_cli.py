@@ -180,7 +180,7 @@ BAD = [
     (["--precision", "gptq-g0"], "is not known"),
     (["--optimizer", "adam"], "optimizer must be one of adamw"),
     (["--loss", "half"], "loss must be one of full, labels, chunked"),
-    (["--method", "ia3"], "method must be one of full, freeze, lora"),
+    (["--method", "vera"], "method must be one of full, freeze, lora"),
     (["--checkpointing", "yes"], "checkpointing must be one of none, selective, full"),
     (["--attention", "flash9"], "attention must be one of"),
     (["--embeddings", "some"], "embeddings must be one of"),

@@ -177,7 +177,8 @@ def save(params: Path, values: Mapping[str, Any]) -> None:
 
 
 # What makes models in the shipped projects, and evaluate; what measures statements takes as long again.
-PIPELINE = [name for name, stage in STAGES.items() if not stage.is_measurement and f"\n{name}:" in all_params()]
+SHIPPED = {name: stage for name, stage in STAGES.items() if f"\n{name}:" in all_params()}
+PIPELINE = [name for name, stage in SHIPPED.items() if not stage.is_measurement]
 BRIEF = (
     "pretrain.epochs=2",
     "train_from_scratch.epochs=2",

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.workbench import open_project
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import LORA, STAGES, git, load, new_project
+from tests.helpers.projects import LORA, SHIPPED, git, load, new_project
 from tests.helpers.tmux import Terminal, lora_tui, needs_tmux
 
 pytestmark = needs_tmux
@@ -101,7 +101,7 @@ def test_what_is_typed_in_one_burst_is_handled_in_order(tmp_path: Path) -> None:
     clear, down = "\x15", "\x1b[B"
     with lora_tui(root, (120, 40)) as terminal:
         terminal.see("○ pretrain         not made yet", "q Quit")
-        to_the_stage = down * list(STAGES).index("finetune_lora")
+        to_the_stage = down * list(SHIPPED).index("finetune_lora")
         terminal.type(f"{to_the_stage}\r{clear}12\r{down}{clear}99{clear}24\r{down}")
         terminal.see("finetune_lora.rank: 12 saved to params.yaml", "finetune_lora.alpha: 24")
         section = load(root / "params.yaml").finetune_lora

@@ -13,7 +13,7 @@ from textual.widgets import Input
 
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
-from tests.helpers.projects import STAGES, load
+from tests.helpers.projects import SHIPPED, load
 from tui.app import Workbench
 from tui.screens.adapters.answers import PromptInput
 from tui.screens.adapters.screen import AdaptersScreen
@@ -53,7 +53,7 @@ async def test_a_param_is_written_from_keys_typed_ahead(empty: Path) -> None:
     async with app.run_test() as pilot:
         await until(pilot, lambda: app.screen.query(FieldInput))
         await pilot.pause()
-        down = ["down"] * list(STAGES).index("finetune_lora")
+        down = ["down"] * list(SHIPPED).index("finetune_lora")
         burst(pilot, *down, "enter", "ctrl+u", *"12", "enter", "down", "ctrl+u", *"24", "enter", "escape", "2")
         await until(pilot, lambda: getattr(app.screen, "NAME", "") == "curves", 20)
         section = load(empty / "params.yaml").finetune_lora

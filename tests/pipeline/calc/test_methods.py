@@ -145,8 +145,8 @@ def test_a_methods_options_have_one_rule_and_one_help() -> None:
         wrong(copies=0)
     with pytest.raises(UserError, match="calc has no option vectors"):
         wrong(vectors=1)
-    with pytest.raises(UserError, match="method must be one of full, freeze, lora, prefix, prompt, scaling, got 'ia3'"):
-        configure(model, methods, "ia3")
+    with pytest.raises(UserError, match=f"method must be one of {', '.join(methods)}, got 'vera'"):
+        configure(model, methods, "vera")
     with pytest.raises(UserError, match="'nope' matches no linear layer"):
         trainable(model, Scaling(("nope",)))
 

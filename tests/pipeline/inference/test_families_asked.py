@@ -15,7 +15,7 @@ from pipeline.inference.server.handlers import Request, RequestHandler
 from pipeline.models.generate import Sampling, generate
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel
-from pipeline.workbench import GRAPH
+from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.families import END, FAMILIES, NEW, TOOL
 
@@ -82,7 +82,7 @@ def test_prompt_compare_and_verify_answer(family: Made, name: str, cli: Lora) ->
     assert json.loads(out)["top_k"] == [vars(choice) for choice in engine.top_k(loaded, PROMPT, 5)]
     code, out, err = cli("compare", PROMPT, "--json", cwd=root)
     assert (code, err) == (0, "")
-    assert list(json.loads(out)) == list(GRAPH.variants)
+    assert list(json.loads(out)) == list(open_project(root / "params.yaml").variants)
     code, out, err = cli("adapters", "verify", "artifacts/lora_adapter", cwd=root)
     assert (code, err) == (0, "")
     assert "files, names, shapes and base are those it was trained with" in out

@@ -10,7 +10,7 @@ from pipeline.project import dvc_yaml, new_project
 from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers import families
-from tests.helpers.projects import GIVEN, ROOT, STAGES, dvc, folder_bytes, git, load, save
+from tests.helpers.projects import GIVEN, ROOT, SHIPPED, STAGES, dvc, folder_bytes, git, load, save
 from tests.helpers.projects import new_project as new_folder
 
 CARD = (
@@ -232,7 +232,7 @@ def test_dvc_runs_a_new_project_in_a_folder_of_its_own(cli: Lora, tmp_path: Path
     params = folder / "params.yaml"
     save(params, GIVEN)
     ran, again = dvc(folder, "repro", "repro")
-    assert ran.count("Running stage") == len(STAGES)
+    assert ran.count("Running stage") == len(SHIPPED)
     assert (folder / "artifacts/evaluation/report.md").is_file()
     assert "Data and pipelines are up to date" in again
     (folder / "code.yaml").write_text(

@@ -18,7 +18,7 @@ from pipeline.data.prompts import read_prompts
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.project.runner import run
-from pipeline.workbench import GRAPH, open_project
+from pipeline.workbench import open_project
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, STAGES, make, make_one
 
 
@@ -258,7 +258,7 @@ def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None
 def test_predictions_hold_every_prompt_of_every_variant(finished: Path) -> None:
     predictions = read(finished / "artifacts/evaluation/predictions.json")
     prompts = [p.prompt for p in read_prompts(ROOT / "data/prompts.yaml", "p")]
-    assert list(predictions) == list(GRAPH.variants)
+    assert list(predictions) == list(open_project(finished / "params.yaml").variants)
     for name, entries in predictions.items():
         assert [entry["prompt"] for entry in entries] == prompts
         for entry in entries:

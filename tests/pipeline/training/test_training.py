@@ -23,7 +23,7 @@ from pipeline.project.params.sections import Training
 from pipeline.project.runner import Note, Progress
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.optimizer import FlatAdam
-from tests.helpers.projects import BRIEF, METHODS, ROOT, make, make_one
+from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, make, make_one
 from tests.helpers.real import steps_of
 
 
@@ -191,7 +191,9 @@ def test_the_prediction_follows_every_choice_of_targets(project: Path) -> None:
         assert measured == pytest.approx(predicted, rel=0.05), targets
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "train_from_scratch", *(f"finetune_{method}" for method in METHODS)])
+@pytest.mark.parametrize(
+    "stage", ["pretrain", "train_from_scratch", *(n for n in PIPELINE if n.removeprefix("finetune_") in METHODS)]
+)
 def test_the_trainer_measures_what_the_calculator_predicts(finished: Path, stage: str) -> None:
     lines = (finished / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
     predicted, measured = map(int, lines[-1].split(",")[-2:])

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.projects import PIPELINE, STAGES
+from tests.helpers.projects import SHIPPED
 from tui.screens.pipeline.dag import Layout, layout, pipeline_layout
 
 LABEL = 3
@@ -20,8 +20,7 @@ def drawn(result: Layout) -> list[str]:
 
 
 def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None:
-    shipped = {name: stage for name, stage in STAGES.items() if stage.is_measurement or name in PIPELINE}
-    assert drawn(pipeline_layout(shipped)) == [
+    assert drawn(pipeline_layout(SHIPPED)) == [
         "                             ┌▶ * train_from_scratch ───────────┐",
         "                             ├▶ * finetune_full ────────────────┤",
         "                             ├▶ * finetune_freeze ──────────────┤",

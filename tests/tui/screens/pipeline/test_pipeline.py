@@ -27,7 +27,7 @@ from pipeline.project.status import StageState, Status
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.workbench import GRAPH
 from tests.helpers.pilot import until
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, load, make, save
+from tests.helpers.projects import BRIEF, METHODS, PIPELINE, SHIPPED, STAGES, load, make, save
 from tui.app import Workbench
 from tui.screens.pipeline.dag import DagView
 from tui.screens.pipeline.panels import LINES, LogView, ParamForm, StageList
@@ -77,7 +77,7 @@ def printed(screen: PipelineScreen, text: str) -> bool:
 
 
 async def choose(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> None:
-    screen.query_one(StageList).highlighted = list(screen.stages).index(stage)
+    screen.query_one(StageList).highlighted = list(SHIPPED).index(stage)
     await until(pilot, lambda: screen.query_one(ParamForm).stage == stage)
 
 
@@ -110,10 +110,9 @@ async def test_stages_side_by_side_leave_the_panes_their_rows_and_the_list_scrol
     empty: Path, monkeypatch: pytest.MonkeyPatch, more: int
 ) -> None:
     others = ("finetune_another", "finetune_a_third", "finetune_a_fourth")[:more]
-    shipped = {name: stage for name, stage in STAGES.items() if stage.is_measurement or name in PIPELINE}
-    stages_of = {**shipped, **{name: replace(STAGES["finetune_full"], name=name) for name in others}}
+    stages_of = {**SHIPPED, **{name: replace(STAGES["finetune_full"], name=name) for name in others}}
     sections = {**GRAPH.sections, **dict.fromkeys(others, FinetuneFull)}
-    monkeypatch.setitem(vars(GRAPH), "stages", Lazily(stages_of, dict))
+    monkeypatch.setitem(vars(GRAPH), "stages", Lazily(stages_of, dict))  # a frozen dataclass caches them there
     monkeypatch.setitem(vars(GRAPH), "sections", Lazily(sections, dict))
     monkeypatch.setattr(Project, "readable", stages_of)
     monkeypatch.setattr(Status, "of", lambda *_: {n: StageState(s, "missing", (), None) for n, s in stages_of.items()})

@@ -11,7 +11,7 @@ from textual.widgets import Input, Static
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.status import StageState, State, Status
 from tests.helpers.pilot import until
-from tests.helpers.projects import STAGES
+from tests.helpers.projects import SHIPPED, STAGES
 from tui.app import Workbench
 from tui.screens.pipeline.screen import PipelineScreen
 
@@ -58,7 +58,7 @@ def test_empty(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
 def test_a_stage_in_each_state(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[Any]) -> None:
         screen = await wait_until_loaded(pilot)
-        await pilot.press(*["down"] * list(STAGES).index("finetune_freeze"), "l")
+        await pilot.press(*["down"] * list(SHIPPED).index("finetune_freeze"), "l")
         await until(pilot, lambda: screen.chosen == "finetune_freeze")
 
     assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=before)
