@@ -55,7 +55,7 @@ async def _time_key_presses(model: str) -> Sequence[float]:
     with tempfile.TemporaryDirectory() as folder:
         app = _TimedWorkbench(Path(folder) / "params.yaml")
         async with app.run_test(size=(120, 40)) as pilot:
-            app.action_go("calculator")
+            app.switch_mode("calculator")
             await pilot.pause(0.5)
             for field, keys in {"model": model, **KEYS[model]}.items():
                 entry = app.screen.query_one(f"#{field}", FieldInput)

@@ -19,8 +19,7 @@ from pipeline.project.stage_graph import Look, other_look
 from pipeline.stages.registry import STAGES
 from tui.screens.curves.series import Log
 from tui.services.file_tail import FileTail
-from tui.widgets.curve import Curve, View
-from tui.widgets.line_chart import LossChart
+from tui.widgets.line_chart import Curve, LossChart, View
 
 POINTS, ROUNDS, GOAL = 100_000, 21, 0.050
 SHOWN = ("finetune_full", "finetune_freeze", "finetune_lora")

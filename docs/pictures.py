@@ -42,7 +42,7 @@ async def curves(pilot: Pilot[None]) -> None:
 
 async def calculator(pilot: Pilot[None]) -> None:
     await pilot.press("3")
-    await until(pilot, lambda screen: "most that fits:" in str(screen.query_one("Verdict").content))
+    await until(pilot, lambda screen: "most that fits:" in str(screen.query_one("#verdict").content))
 
 
 async def adapters(pilot: Pilot[None]) -> None:

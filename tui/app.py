@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,6 @@ from pipeline.files.text import OBEYED
 from tui.config import Config, State, config_path, load_config, state_path
 from tui.dialogs import HelpScreen, Message, MessagesScreen, Severity
 from tui.registry import SCREENS
-from tui.services.key_queue import KeyQueue
 from tui.services.pipeline_process import Runner
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class _ControlCharacterFilter(LineFilter):
 
 
 CONTROL_CHARACTER_FILTER = _ControlCharacterFilter()
+# A key bubbles to the app, where its action runs; its message (Input.Submitted) bubbles to the form, whose reply
+# (Form.Submitted) bubbles to the screen; or a dialog that it opened gets its first focus.
+KEY_ROUNDS = 3
+KEY_PATIENCE = 5.0  # seconds per widget: one that hangs must not block the keyboard
 
 
 class Workbench(App[None]):
@@ -61,7 +65,7 @@ class Workbench(App[None]):
     MODES = {name: entry.load for name, entry in SCREENS.items()}  # noqa: RUF012  # as Textual declares it
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
-            Binding(f"{number},f{number + 1}", f"go('{name}')", entry.label, id=f"app.{name}", show=False)
+            Binding(f"{number},f{number + 1}", f"switch_mode('{name}')", entry.label, id=f"app.{name}", show=False)
             for number, (name, entry) in enumerate(SCREENS.items(), 1)
         ),
         Binding("question_mark", "help", "Help", id="app.help", key_display="?"),
@@ -80,8 +84,9 @@ class Workbench(App[None]):
         self.inference: Inference | None = None  # created by the adapters screen
         self.first_screen = "pipeline"
         self.message_history: deque[Message] = deque(maxlen=1000)
+        self._typed: deque[Key | Paste] = deque()  # not delivered yet
+        self._delivering = False
         super().__init__()
-        self._key_queue = KeyQueue(self, super().on_event)
 
     def on_mount(self) -> None:
         self.theme = self._initial_theme()
@@ -91,11 +96,34 @@ class Workbench(App[None]):
         self.switch_mode(self.first_screen)
 
     async def on_event(self, event: Event) -> None:
-        """Queue keys and pastes, so that each is handled before the next; pass on everything else."""
-        if isinstance(event, Key | Paste) and not event.is_forwarded:
-            self._key_queue.add(event)
-        else:
+        """Queue keys and pastes, so that each is handled before the next; pass on everything else.
+
+        Textual gives a key to the focused widget immediately. A key with a binding (Ctrl+U, Tab, Enter) then bubbles
+        through the message queues of all parents to the app, where its action runs. By then the letters typed after it
+        are already in the field: `abc`, Ctrl+U, `def` in one burst empties the line, and what follows a Tab lands in
+        the previous field.
+        """
+        if not isinstance(event, Key | Paste) or event.is_forwarded:
             await super().on_event(event)
+            return
+        self._typed.append(event)
+        if not self._delivering:
+            self._delivering = True
+            self.run_worker(self._deliver_typed(), group="typed")
+
+    async def _deliver_typed(self) -> None:
+        try:
+            while self._typed:
+                self.call_later(super().on_event, self._typed.popleft())
+                for _ in range(KEY_ROUNDS):
+                    # Wait for all messages queued now between the focused widget and the app.
+                    for node in (self.focused or self.screen).ancestors_with_self:
+                        done = asyncio.Event()
+                        if node.call_later(done.set):  # False for a widget that is being removed
+                            with suppress(TimeoutError):
+                                await asyncio.wait_for(done.wait(), KEY_PATIENCE)
+        finally:
+            self._delivering = False
 
     async def on_unmount(self) -> None:
         if self.inference:
@@ -140,13 +168,16 @@ class Workbench(App[None]):
 
     def fail(self, error: UserError | OSError) -> None:
         """Show an error to the user."""
-        if isinstance(error, OSError):
-            self.log_message(f"{explain(error)} Nothing was changed.", "error")
-        else:
-            self.log_message(str(error), "error")
+        text = f"{explain(error)} Nothing was changed." if isinstance(error, OSError) else str(error)
+        self.log_message(text, "error")
 
-    def action_go(self, name: str) -> None:
-        self.switch_mode(name)
+    @contextmanager
+    def errors_shown(self) -> Iterator[None]:
+        """Show an error that ends the block to the user, and continue after the block."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.fail(error)
 
     def action_help(self) -> None:
         if not isinstance(self.screen, HelpScreen):

@@ -1,9 +1,10 @@
-"""Dialogs over any screen: its keys (`?`), the messages since the start (F8), a question for a path."""
+"""Dialogs over any screen: a text to read, its keys (`?`), the messages since the start (F8), a question for a path."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import ClassVar, Literal, NamedTuple
 
+from rich.console import RenderableType
 from rich.table import Table
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -23,39 +24,41 @@ class Message(NamedTuple):
     text: str
 
 
-class HelpScreen(ModalScreen[None]):
+class Reader(ModalScreen[None]):
+    """A scrollable text, closed by Escape, q, or a key that a subclass adds: the one that opened it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
+
+    def __init__(self, *parts: RenderableType) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def compose(self) -> ComposeResult:
+        yield VerticalScroll(*map(Static, self._parts), classes="dialog")
+
+
+class HelpScreen(Reader):
     """Lists the keys of the screen below, as configured by the user."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "dismiss", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("question_mark", "dismiss", "Close")]
 
     def __init__(self, keys: Sequence[tuple[str, Binding]]) -> None:
-        super().__init__()
-        self._keys = keys
-
-    def compose(self) -> ComposeResult:
-        keys = Table.grid(padding=(0, 2))
-        for names, binding in self._keys:
-            keys.add_row(names, binding.description, binding.id or "")
-        with VerticalScroll(classes="dialog"):
-            yield Static("Keys here; the names on the right can be given other keys in the config file.\n")
-            yield Static(keys)
+        rows = Table.grid(padding=(0, 2))
+        for names, binding in keys:
+            rows.add_row(names, binding.description, binding.id or "")
+        super().__init__("Keys here; the names on the right can be given other keys in the config file.\n", rows)
 
 
-class MessagesScreen(ModalScreen[None]):
+class MessagesScreen(Reader):
     """Lists the messages, which otherwise are shown as toasts only; newest last."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,f8,q", "dismiss", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("f8", "dismiss", "Close")]
 
     def __init__(self, messages: Sequence[Message]) -> None:
-        super().__init__()
-        self._messages = messages
-
-    def compose(self) -> ComposeResult:
-        lines = Table.grid(padding=(0, 2))
-        for when, severity, text in self._messages:
-            lines.add_row(f"{when:%H:%M:%S}", text, style=STYLES[severity])
-        with VerticalScroll(classes="dialog"):
-            yield Static(lines if self._messages else "No messages yet.")
+        rows = Table.grid(padding=(0, 2))
+        for when, severity, text in messages:
+            rows.add_row(f"{when:%H:%M:%S}", text, style=STYLES[severity])
+        super().__init__(rows if messages else "No messages yet.")
 
 
 class PathScreen(ModalScreen[str | None]):

@@ -17,7 +17,7 @@ WIDTH, HEIGHT, PANEL = 8.0, 4.2, 1.8  # inches; PANEL: height of each further pa
 
 
 def draw(picture: Mapping[str, Any]) -> bytes:
-    """The file's bytes. `picture` comes from `tui.screens.curves.export.picture`."""
+    """The file's bytes. `picture` comes from the Curves screen, its panels from `tui.screens.curves.export.panel`."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG

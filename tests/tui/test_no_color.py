@@ -17,7 +17,7 @@ from tui.dialogs import HelpScreen, MessagesScreen, PathScreen
 from tui.registry import SCREENS
 from tui.screens.adapters.conversation import Sampling
 from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
-from tui.screens.calculator.dialogs import Confirm, document_table
+from tui.screens.calculator.result import Confirm, document_table
 from tui.screens.curves.export import ExportScreen
 from tui.widgets.line_chart import LossChart
 

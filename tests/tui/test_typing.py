@@ -15,11 +15,10 @@ from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tests.helpers.projects import SHIPPED, load
 from tui.app import Workbench
+from tui.screens.adapters.answers import PromptInput
 from tui.screens.adapters.screen import AdaptersScreen
 from tui.screens.pipeline.panels import StageList
 from tui.screens.pipeline.screen import PipelineScreen
-from tui.services import key_queue
-from tui.widgets.fields import PromptInput
 from tui.widgets.form import FieldInput
 
 
@@ -88,7 +87,7 @@ async def test_a_paste_waits_for_the_keys_before_it(empty: Path) -> None:
 async def test_a_widget_that_hangs_does_not_take_the_keyboard_with_it(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(key_queue, "PATIENCE", 0.05)
+    monkeypatch.setattr("tui.app.KEY_PATIENCE", 0.05)
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
         await until(pilot, lambda: app.screen.query(StageList))

@@ -14,7 +14,7 @@ from textual.widgets import Footer
 from tui.app import Workbench
 from tui.registry import SCREENS
 
-TALL = 20  # from this many rows on there is room for secondary widgets
+TALL, WIDE = 20, 110  # from this many rows, columns on there is room for secondary widgets
 
 
 class TabBar(Widget):
@@ -55,7 +55,7 @@ class WorkbenchScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Leave the field", show=False)]
     HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  # as Textual declares it
         (0, "-narrow"),
-        (110, "-wide"),
+        (WIDE, "-wide"),
     ]
 
     VERTICAL_BREAKPOINTS = [  # noqa: RUF012
@@ -67,6 +67,9 @@ class WorkbenchScreen(Screen[None]):
     def workbench(self) -> Workbench:
         assert isinstance(self.app, Workbench)
         return self.app
+
+    def warn(self, text: str) -> None:
+        self.workbench.log_message(text, "warning")
 
     def compose(self) -> ComposeResult:
         yield TabBar(self.NAME, self.workbench.folder_label)

@@ -46,10 +46,6 @@ class Inference:
     def pid(self) -> int | None:
         return self._process.pid if self._process and self.running else None
 
-    async def warm(self) -> None:
-        """Start the process, so that it imports its libraries now and not at the first request."""
-        await self._running()
-
     async def ask(self, do: str, **fields: object) -> Answer:
         """The last answer to a request. Raises UserError if it is rejected, EngineDied if the process ends."""
         async with aclosing(self.stream(do, **fields)) as answers:

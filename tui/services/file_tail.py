@@ -50,11 +50,11 @@ class FileTail(Generic[T]):
 
     def changed(self) -> bool:
         """Whether the file changed since the last `read`. Costs one os.stat."""
-        return _stamp(self.path) != self._stamp
+        return file_stamp(self.path) != self._stamp
 
     def read(self) -> Chunk[T]:
         """The next rows. Never raises: an unreadable file counts as empty."""
-        self._stamp = _stamp(self.path)
+        self._stamp = file_stamp(self.path)
         try:
             with self.path.open("rb") as file:
                 return self._read(file)
@@ -116,7 +116,8 @@ class FileTail(Generic[T]):
         return Chunk(rows, change, more)
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
+def file_stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file or folder does: device, inode, size, time; None if it does not exist."""
     try:
         info = path.stat()
     except OSError:

@@ -81,6 +81,7 @@ class Runner:
             return subprocess.Popen(
                 command,
                 cwd=self.root,
+                # The stages' commands are those of this environment, and dvc wraps its text for a width of 100.
                 env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "COLUMNS": "100"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -97,6 +98,7 @@ class Runner:
             with (self.runs / LOCK).open() as lock:
                 running = Running(**json.load(lock))
                 os.kill(running.pid, 0)
+                # Ids are reused: the process is the pipeline only if it still holds the lock.
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return running

@@ -244,11 +244,8 @@ class Form(Vertical):
         Binding("ctrl+r", "reset", "The field's default", show=False),
     ]
 
-    @dataclass
     class Changed(Message):
-        """The text of a field changed; after `fill` that of any number of them, and `key` is empty."""
-
-        key: str
+        """The text of a field changed, or of any number of them by `fill`."""
 
     @dataclass
     class Submitted(Message):
@@ -309,7 +306,7 @@ class Form(Vertical):
             self.revert()
         for key in self.fields:
             self._mark(key)
-        self.post_message(self.Changed(""))
+        self.post_message(self.Changed())
 
     def revert(self) -> None:
         """Reset all fields to the given values."""
@@ -347,7 +344,7 @@ class Form(Vertical):
         key = event.control.id or ""
         if self.editors.get(key) is event.control:  # else of a field that was replaced
             self._mark(key)
-            self.post_message(self.Changed(key))
+            self.post_message(self.Changed())
 
     @on(Input.Submitted)
     def _input_submitted(self, event: Input.Submitted) -> None:

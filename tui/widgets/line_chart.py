@@ -1,9 +1,9 @@
 """A chart of one metric of several runs: smoothed lines over dim bands of raw values. Wraps textual-plot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import floor, log10
+from math import floor, isfinite, log10
 from typing import Any
 
 from textual.app import ComposeResult
@@ -19,12 +19,109 @@ from textual_plot import PlotWidget
 from textual_plot.axis_formatter import AxisFormatter
 from textual_plot.plot_widget import Legend
 
-from tui.widgets.curve import Column, Curve, Range, View, is_drawable, nearest, power_of_ten, range_of, to_log10
-
 SIGN_EVERY = 18  # cells between two symbols on a line
+PHASE = 0.37  # of SIGN_EVERY between two curves' symbols: those of eight curves stay at least a tenth apart
 BAND, DIM = 0.4, 0.55  # share of the curve's colour in its band and in a dim line; the rest is background
 FLAT = "»"  # marks the point from which a line is flat
 HELD_OUT, HELD_OUT_EVERY = "×", 3  # marks an evaluation on a dashed line; minimum cells between two marks
+
+
+# What a chart draws, as plain numbers
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Column:
+    """The steps in one column of the chart: x, minimum and maximum of the raw values, mean of the smoothed ones."""
+
+    x: float
+    low: float
+    high: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's columns, its colour as #rrggbb, its symbol, the step at which it became flat, and its evaluations.
+
+    A `dim` curve is drawn as a line only. A `stray` (diverged) curve does not affect the y range.
+    """
+
+    columns: Sequence[Column]
+    color: str
+    sign: str
+    flat: float | None = None
+    held_out: Sequence[Column] = ()
+    dim: bool = False
+    stray: bool = False
+
+    def flat_column(self) -> Column | None:
+        """The column at which it became flat, if that is in view."""
+        if self.flat is None or not self.columns or not self.columns[0].x <= self.flat <= self.columns[-1].x:
+            return None
+        return nearest(self.columns, self.flat)
+
+
+@dataclass(frozen=True)
+class View:
+    """The visible range of steps `x` and of values `y` (None: fit to the curves), and the step of the cursor.
+
+    With `log`, `y` is in exponents of ten.
+    """
+
+    x: Range
+    y: Range | None = None
+    log: bool = False
+    cursor: float | None = None
+
+
+def power_of_ten(exponent: float) -> float:
+    """10^exponent, clamped to the range of a float."""
+    return float(10 ** min(max(exponent, -307.0), 308.0))
+
+
+def to_log10(curve: Curve) -> Curve:
+    """The curve with log10 of its values. Where `low` or `mean` is not positive, the next higher value is used."""
+
+    def logarithms(columns: Sequence[Column]) -> list[Column]:
+        exponents = []
+        for column in columns:
+            if column.high > 0:
+                high = log10(column.high)
+                mean = log10(column.mean) if column.mean > 0 else high
+                low = log10(column.low) if column.low > 0 else min(mean, high)
+                exponents.append(Column(column.x, low, high, mean))
+        return exponents
+
+    return replace(curve, columns=logarithms(curve.columns), held_out=logarithms(curve.held_out))
+
+
+def range_of(curves: Iterable[Curve]) -> Range:
+    """The y range of all curves with a small margin; (0, 1) if there are no values."""
+    every = list(curves)
+    decisive = [curve for curve in every if not curve.stray] or every
+    columns = [column for curve in decisive for column in (*curve.columns, *curve.held_out)]
+    values = [value for c in columns for value in (c.low, c.high, c.mean) if isfinite(value)]
+    if not values:
+        return 0.0, 1.0
+    low, high = min(values), max(values)
+    spread = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else 0.0  # a smaller one is a rounding error
+    margin = spread * 0.04 or abs(high) * 0.1 or 1.0
+    return low - margin, high + margin
+
+
+def is_drawable(range_: Range) -> bool:
+    """Whether a chart can draw it: wider than a rounding error, and finite when multiplied by a number of cells."""
+    low, high = range_
+    return isfinite((high - low) * 1e6) and high - low > 1e-9 * max(abs(low), abs(high))
+
+
+def nearest(columns: Sequence[Column], x: float) -> Column:
+    return min(columns, key=lambda column: abs(column.x - x))
+
+
+# The chart
 
 
 class _Ticks(AxisFormatter):  # type: ignore[misc]  # textual-plot is not type-checked here
@@ -187,7 +284,7 @@ class LossChart(Widget, can_focus=True):
         if not curve.columns:
             return
         self._trace(curve, color)
-        signs = self._evenly_spaced(curve.columns, 0.5 + number * 0.37) or [curve.columns[-1]]
+        signs = self._evenly_spaced(curve.columns, 0.5 + number * PHASE) or [curve.columns[-1]]
         self._mark(signs, curve.sign, f"bold {color}")
         if flat := curve.flat_column():
             self._mark([flat], FLAT, f"bold reverse {color}")
@@ -211,7 +308,7 @@ class LossChart(Widget, can_focus=True):
         middles = [
             Column((a.x + b.x) / 2, y := (a.mean + b.mean) / 2, y, y) for a, b in pairwise(curve.held_out)
         ]  # of the dashed line, where no mark is
-        self._mark(self._evenly_spaced(middles, number * 0.37), curve.sign, f"bold {color}")
+        self._mark(self._evenly_spaced(middles, number * PHASE), curve.sign, f"bold {color}")
 
     def _evenly_spaced(self, columns: Sequence[Column], phase: float) -> list[Column]:
         """The columns nearest to positions SIGN_EVERY cells apart, within the curve."""

@@ -1,10 +1,12 @@
 """Text in cells: bars, padding, durations, and a block of lines that is drawn for the width available."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
-from textual.widgets import Static
+from textual.widgets import OptionList, Static
+from textual.widgets.option_list import Option
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -75,3 +77,30 @@ class Lines(Static):
             lines += line.wrap(self.app.console, width) if line.cell_len > width else [line]
         before, self._drawn = self._drawn, (width, len(lines))
         self.update(Text("\n", no_wrap=True).join(lines), layout=self._drawn[1] != before[1])
+
+
+class KeyedList(OptionList):
+    """Option ids are the keys. `show` touches only the lines that changed, so the cursor and the scroll offset stay."""
+
+    DEFAULT_CSS = """
+    KeyedList { height: auto; border: none; padding: 0; }
+    KeyedList:focus { border: none; }
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(compact=True, **options)
+        self._prompts: dict[str, Text] = {}
+
+    def show(self, prompts: Mapping[str, Text], fallback: str = "") -> None:
+        """Show these lines. The highlight stays on its key, or moves to `fallback`, or stays at its index."""
+        before, self._prompts = self._prompts, dict(prompts)
+        if list(before) == list(prompts):
+            for key, prompt in prompts.items():
+                if prompt != before[key]:
+                    self.replace_option_prompt(key, prompt)
+            return
+        option, index, keys = self.highlighted_option, self.highlighted or 0, list(prompts)
+        if option is not None:
+            index = next((keys.index(key) for key in (str(option.id), fallback) if key in prompts), index)
+        self.set_options(Option(prompt, id=key) for key, prompt in prompts.items())
+        self.highlighted = min(index, len(keys) - 1) if keys else None

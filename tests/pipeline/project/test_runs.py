@@ -15,7 +15,7 @@ from pipeline.stages.charts import MARKERS
 from pipeline.stages.registry import METHODS
 from pipeline.workbench import GRAPH, open_project
 from tests.helpers.projects import BRIEF, PIPELINE, ROOT, make
-from tui.screens.curves.view_model import POINTED
+from tui.screens.curves.runs import POINTED
 
 BASE = {"rank": 4, "alpha": 1.0}
 

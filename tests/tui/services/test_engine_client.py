@@ -74,13 +74,6 @@ async def test_the_first_request_starts_the_process_and_models_stay_loaded(engin
     assert (engine.running, engine.pid) == (False, None)
 
 
-async def test_it_can_be_started_before_it_is_asked(engine: Inference) -> None:
-    await engine.warm()
-    pid = engine.pid
-    assert pid is not None
-    assert (await ask_with_timeout(engine))["pid"] == pid
-
-
 async def test_a_folder_called_pipeline_in_the_project_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline/__init__.py").write_text("raise SystemExit('theirs')", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -141,6 +141,7 @@ class AttentionScreen(ModalScreen[None]):
         Binding("escape,a,q", "dismiss", "Close"),
         Binding("left", "head(-1)", "Head before"),
         Binding("right", "head(1)", "Next head"),
+        # Priority, as the scrolled text would take the arrows, and the screen Tab.
         Binding("up", "layer(-1)", "Layer below", priority=True),
         Binding("down", "layer(1)", "Layer above", priority=True),
         Binding("tab", "token(1)", "Next token", priority=True),
@@ -194,13 +195,6 @@ class AttentionScreen(ModalScreen[None]):
         self._view.step(by)
 
 
-class PromptSettings(NamedTuple):
-    """The settings that the user confirmed."""
-
-    sampling: Sampling
-    chat: bool
-
-
 class ClearCheckbox(Checkbox):
     """A check box that is empty when off: Textual's differs in colour only."""
 
@@ -217,8 +211,8 @@ class SamplingForm(Form):
         return (*super().beside(field), Static(field.rule, classes="rule"))
 
 
-class SamplingScreen(ModalScreen[PromptSettings | None]):
-    """Edits the settings; returns them only if all are valid, or None on Escape."""
+class SamplingScreen(ModalScreen[tuple[Sampling, bool] | None]):
+    """Edits the sampling and whether prompts use the chat template; returns both once valid, or None on Escape."""
 
     AUTO_FOCUS = "Input"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
@@ -250,4 +244,4 @@ class SamplingScreen(ModalScreen[PromptSettings | None]):
             self.query_one(".wrong", Static).update(f"✗ {problem}")
         else:
             sampling = Sampling(**{key: form.value(key) for key in form.fields})
-            self.dismiss(PromptSettings(sampling, self.query_one(Checkbox).value))
+            self.dismiss((sampling, self.query_one(Checkbox).value))

@@ -24,6 +24,7 @@ from pipeline.inference.catalog import (
     model_folders,
 )
 from pipeline.project.stage_graph import ARTIFACTS, Project
+from tui.services.file_tail import file_stamp
 
 # Display order, from left to right.
 ORDER = ("pretrain", "expand_vocab", "scratch", "full", "freeze", "adapter", "merge")
@@ -70,10 +71,10 @@ class Library:
 
     def __init__(self, project: Project) -> None:
         self.project, self.root = project, project.root
-        self._artifacts = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
-        self.folders: list[Path] = list(self._artifacts)
+        self.artifacts = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
+        self.folders: list[Path] = list(self.artifacts)
         self._models: dict[Path, tuple[Signature, Model]] = {}
-        self._folder_times: dict[Path, int] = {}  # folder that contains models → modification time (ns)
+        self._folder_stamps: dict[Path, tuple[int, ...] | None] = {}  # of the folders that contain models
         self._verdicts: dict[Path, tuple[Stamp, VerificationResult]] = {}
         self._digests = DigestStore()
 
@@ -88,28 +89,28 @@ class Library:
         for folder in self.folders:
             if path.is_relative_to(folder):
                 inside = path.relative_to(folder)
-                return str(inside if folder in self._artifacts else folder.name / inside)
+                return str(inside if folder in self.artifacts else folder.name / inside)
         return str(path)
 
     def scan(self) -> Iterator[Entry]:
         """Yield every model in the folders, with its verdict if that is cached."""
         models: dict[Path, tuple[Signature, Model]] = {}
-        folder_times, context = {folder: _modified(folder) for folder in self.folders}, self._check_context()
+        folder_stamps, context = {folder: file_stamp(folder) for folder in self.folders}, self._check_context()
         for path in dict.fromkeys(model for folder in self.folders for model in model_folders(folder)):
-            folder_times.setdefault(path.parent, _modified(path.parent))
+            folder_stamps.setdefault(path.parent, file_stamp(path.parent))
             now = signature(path)
             cached = self._models.get(path)
             model = cached[1] if cached and cached[0] == now else describe(path)
             models[path] = now, model
             stamp, verdict = self._verdicts.get(path, (None, None))
-            in_project = any(path.is_relative_to(folder) for folder in (self.root, *self._artifacts))
+            in_project = any(path.is_relative_to(folder) for folder in (self.root, *self.artifacts))
             shown_path = os.path.relpath(path, self.root) if in_project else str(path)
             yield Entry(self.label(path), model, verdict if stamp == self.stamp(model, context) else None, shown_path)
-        self._models, self._folder_times = models, folder_times
+        self._models, self._folder_stamps = models, folder_stamps
 
     def changed(self) -> bool:
         """Whether a model was added, removed or changed since the last complete scan. Costs a stat per file."""
-        return any(_modified(folder) != before for folder, before in list(self._folder_times.items())) or any(
+        return any(file_stamp(folder) != before for folder, before in list(self._folder_stamps.items())) or any(
             signature(path) != before for path, (before, _) in list(self._models.items())
         )
 
@@ -169,20 +170,12 @@ class Library:
             return None
 
 
-def _modified(folder: Path) -> int:
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def read_documents(folder: Path) -> dict[str, dict[str, Any]]:
+def read_documents(folder: Path) -> list[dict[str, Any]]:
     """The manifest and the adapter's config, each {} if it is missing, broken or too large."""
-    contents: dict[str, dict[str, Any]] = {}
-    for name in (artifact.MANIFEST, CONFIG):
-        path = folder / name
+    documents: list[dict[str, Any]] = []
+    for path in (folder / artifact.MANIFEST, folder / CONFIG):
         try:
-            contents[name] = artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {}
+            documents.append(artifact.read_json(path, "") if path.stat().st_size <= MAX_JSON else {})
         except (UserError, OSError):
-            contents[name] = {}
-    return contents
+            documents.append({})
+    return documents

@@ -1,23 +1,28 @@
 """The table of models, and the details of the one under the cursor."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
-from textual.widgets import Static
+from textual.coordinate import Coordinate
+from textual.events import Click, Resize
+from textual.message import Message
+from textual.widgets import DataTable, Static
 
 from pipeline.files.text import natural_sort_key
 from pipeline.inference.catalog import REFUSED, UNBOUND, VERIFIED
 from tui.screens.adapters.library import CHECKING, Entry
-from tui.widgets.table import Column, Table
+from tui.screens.base import WIDE
 from tui.widgets.text import levels
 
 SIGNS = {VERIFIED: "✓", UNBOUND: "?", REFUSED: "✗", CHECKING: " "}
+STATE_STYLES = {REFUSED: "red", CHECKING: "dim"}
 HASH_LENGTH = 12  # characters of a sha256
 
 
@@ -45,7 +50,18 @@ def _forgetting(entry: Entry) -> float | None:
     return entry.verdict.forgetting if entry.verdict else None
 
 
-COLUMNS: Sequence[Column[Entry]] = (
+@dataclass(frozen=True)
+class Column:
+    """A column: the text of a model, and the value to sort by (None: unknown, sorted last)."""
+
+    label: str
+    text: Callable[[Entry], str]
+    value: Callable[[Entry], Any]
+    right: bool = False
+    wide: bool = False  # shown on wide terminals only; the filter searches it anyway
+
+
+COLUMNS = (
     Column("name", lambda e: e.label, lambda e: natural_sort_key(e.label)),
     Column("kind", lambda e: e.model.kind, lambda e: e.model.kind, wide=True),
     Column("method", lambda e: e.model.method.removesuffix("_tuning"), lambda e: e.model.method),
@@ -61,19 +77,124 @@ COLUMNS: Sequence[Column[Entry]] = (
 )
 
 
-class ModelTable(Table[Entry]):
-    """The models in the order of the pipeline, or by any column; `key` is a model's path."""
+class ModelTable(DataTable[Text]):
+    """The models in the order of the pipeline, or by any column; a column of marks comes first.
+
+    The table never changes marks itself: it posts `Marked` when one is clicked, and the screen calls `show` again.
+    """
 
     DEFAULT_CSS = "ModelTable { height: 1fr; }"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "screen.prompt", "Choose the row", show=False)]
+
+    @dataclass
+    class Marked(Message):
+        """The mark of a model was clicked."""
+
+        path: Path
 
     def __init__(self) -> None:
-        styles = {REFUSED: "red", CHECKING: "dim"}
-        super().__init__(COLUMNS, lambda e: e.model.path, lambda e: e.sort_key, lambda e: styles.get(e.state, ""))
+        super().__init__(cursor_type="row", cell_padding=0)
+        self._entries: Sequence[Entry] = ()
+        self._texts: dict[Path, dict[str, str]] = {}  # of each model by column; the filter searches hidden ones too
+        self._selected: Collection[Path] = ()
+        self._needle = ""
+        self._sort_column: Column | None = None
+        self._descending = False
+        # What is drawn now. The grid has the header in its first line, and marks in its first column.
+        self._drawn_rows: list[Entry] = []
+        self._grid: list[list[tuple[str, str]]] = []  # text and style
+
+    @property
+    def pointed(self) -> Entry | None:
+        """The model under the cursor."""
+        return self._drawn_rows[self.cursor_row] if 0 <= self.cursor_row < len(self._drawn_rows) else None
 
     @property
     def path(self) -> Path | None:
-        """The model under the cursor."""
+        """The path of the model under the cursor."""
         return self.pointed.model.path if self.pointed else None
+
+    def show(self, entries: Sequence[Entry], selected: Collection[Path]) -> None:
+        """Replace all models and the selected ones, which are marked."""
+        self._entries, self._selected = entries, frozenset(selected)
+        self._texts = {entry.model.path: {c.label: c.text(entry) for c in COLUMNS} for entry in entries}
+        self._draw()
+
+    def filter(self, needle: str) -> None:
+        """Show only models with `needle` in any column, hidden ones included; upper and lower case are the same."""
+        self._needle = needle.casefold()
+        self._draw()
+
+    def sort_next(self) -> None:
+        """Sort by the next column shown; after the last, in the pipeline's order."""
+        choices = [None, *self._columns_shown()]
+        index = choices.index(self._sort_column) + 1 if self._sort_column in choices else 0
+        self._sort_column, self._descending = choices[index % len(choices)], False
+        self._draw()
+
+    def reverse(self) -> None:
+        """Sort the other way."""
+        self._descending = not self._descending
+        self._draw()
+
+    def _columns_shown(self) -> list[Column]:
+        return [column for column in COLUMNS if self.app.size.width >= WIDE or not column.wide]
+
+    def _rows_shown(self) -> list[Entry]:
+        """The models with the filter's text, sorted; those without a value last in both directions."""
+        texts = {path: "\n".join(cells.values()).casefold() for path, cells in self._texts.items()}
+        rows = [entry for entry in self._entries if self._needle in texts[entry.model.path]]
+        value = self._sort_column.value if self._sort_column else lambda entry: entry.sort_key
+        known = [row for row in rows if value(row) is not None]
+        return sorted(known, key=value, reverse=self._descending) + [row for row in rows if value(row) is None]
+
+    def _draw(self) -> None:
+        """Update only the cells that changed if rows, columns and widths are the same: rebuilding the table is slow."""
+        rows, columns = self._rows_shown(), self._columns_shown()
+        grid: list[list[tuple[str, str]]] = [[("", "")]]
+        grid += [[("●" if row.model.path in self._selected else " ", "bold")] for row in rows]
+        gap = " " if len(columns) == len(COLUMNS) else "  "
+        styles = ["", *(STATE_STYLES.get(row.state, "") for row in rows)]
+        for column in columns:
+            sign = "" if column is not self._sort_column else "▼" if self._descending else "▲"
+            texts = [column.label + sign, *(self._texts[row.model.path][column.label] for row in rows)]
+            width = max(map(len, texts))
+            for line, text, style in zip(grid, texts, styles, strict=True):
+                line.append(((text.rjust(width) if column.right else text.ljust(width)) + gap, style))
+        pointed, index = self.path, self.cursor_row
+        paths = [row.model.path for row in rows]
+        unchanged = self._grid and self._grid[0] == grid[0] and [row.model.path for row in self._drawn_rows] == paths
+        before, self._grid, self._drawn_rows = self._grid, grid, rows
+        if unchanged:
+            for y, (old, new) in enumerate(zip(before[1:], grid[1:], strict=True)):
+                for x, (was, now) in enumerate(zip(old, new, strict=True)):
+                    if was != now:
+                        self.update_cell_at(Coordinate(y, x), Text(*now))
+            return
+        self.clear(columns=True)
+        self.add_column("", width=2)
+        for text, _ in grid[0][1:]:
+            self.add_column(Text(text))
+        for line in grid[1:]:
+            self.add_row(*(Text(*cell) for cell in line))
+        row = paths.index(pointed) if pointed in paths else min(index, len(paths) - 1)
+        self.move_cursor(row=row, animate=False)
+
+    def on_resize(self, _: Resize) -> None:
+        self._draw()
+
+    def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
+        event.stop()
+        if event.column_index > 0:  # not the marks
+            column = self._columns_shown()[event.column_index - 1]
+            self._descending = not self._descending if column is self._sort_column else False
+            self._sort_column = column
+            self._draw()
+
+    def on_click(self, event: Click) -> None:
+        row, column = event.style.meta.get("row", -1), event.style.meta.get("column", -1)
+        if row >= 0 and column == 0:
+            self.post_message(self.Marked(self._drawn_rows[row].model.path))
 
 
 @dataclass
@@ -81,8 +202,8 @@ class Details:
     """A model's manifest and config, and its spectra: None until measured, a string if that is not possible."""
 
     entry: Entry
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
     spectrum: Sequence[Mapping[str, Any]] | str | None = None
 
 

@@ -12,25 +12,23 @@ from typing import Any, ClassVar
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.events import Resize, ScreenResume, ScreenSuspend
+from textual.events import Resize, ScreenResume
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
-from pipeline.files.artifact import MANIFEST, write_file
+from pipeline.files.artifact import write_file
 from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import Project
 from pipeline.workbench import GRAPH, open_project
 from tui.dialogs import PathScreen
-from tui.screens.adapters.answers import Answers, EngineBar
+from tui.screens.adapters.answers import STEP, Answers, EngineBar, PromptInput, Slider
 from tui.screens.adapters.conversation import LOADING, MAX_LOADED, Conversation, Latest, LoadedModels, transcript
 from tui.screens.adapters.dialogs import AttentionScreen, SamplingScreen
 from tui.screens.adapters.library import Entry, Library, Stamp, read_documents
 from tui.screens.adapters.models import Details, ModelDetails, ModelTable
-from tui.screens.base import WorkbenchScreen
+from tui.screens.base import WIDE, WorkbenchScreen
 from tui.services.engine_client import EngineDied, Inference
-from tui.widgets.fields import STEP, PromptInput, Slider
 
 SEARCHING = "looking for models…"
 NO_MODELS = "no models yet: press 1 then r, or type `make repro`\n\no looks in another folder"
@@ -104,24 +102,13 @@ class AdaptersScreen(WorkbenchScreen):
         yield self.bar
 
     def on_mount(self) -> None:
-        self._watcher = self.set_interval(EVERY, self._watch, pause=True)
-        self._status_timer = self.set_interval(STATUS_EVERY, self._tick, pause=True)
+        self._watcher = self.set_interval(EVERY, self._watch)
+        self._status_timer = self.set_interval(STATUS_EVERY, self._tick)
         for folder in self._folders():
             if not folder.is_dir():
-                self.workbench.log_message(f"{folder} is not a folder, so it is not searched for models.", "warning")
+                self.warn(f"{folder} is not a folder, so it is not searched for models.")
         self.prompt.remember(self.workbench.state.prompts)
         self._show_sampling()
-
-    @on(ScreenResume)
-    def _resume(self) -> None:
-        self._search_folders()
-        self._watcher.resume()
-        self._status_timer.resume()
-
-    @on(ScreenSuspend)
-    def _pause(self) -> None:
-        self._watcher.pause()
-        self._status_timer.pause()
 
     def on_unmount(self) -> None:
         self._stop.set()
@@ -129,7 +116,7 @@ class AdaptersScreen(WorkbenchScreen):
     # views and focus
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        narrow, prompting = self.app.size.width < 110, self.has_class("-prompt")
+        narrow, prompting = self.app.size.width < WIDE, self.has_class("-prompt")
         if action == "interrupt":
             return self._is_generating()
         if action == "browse":
@@ -146,7 +133,6 @@ class AdaptersScreen(WorkbenchScreen):
         self.set_class(name == "-prompt", "-prompt")
         self.refresh_bindings()
 
-    @on(ModelTable.Chosen)
     def action_prompt(self) -> None:
         self._switch_view("-prompt")
         self.give_focus(self.prompt)
@@ -176,12 +162,10 @@ class AdaptersScreen(WorkbenchScreen):
         names = [*self.workbench.config.folders, *self.workbench.state.folders]
         return list(dict.fromkeys(self.workbench.root / Path(name).expanduser() for name in names))
 
-    def _search_folders(self) -> None:
-        self.library.folders[1:] = self._folders()
-        self._start_scan()
-
+    @on(ScreenResume)
     def _start_scan(self) -> None:
         """Find and check all models in a thread; a scan that still runs stops and reports nothing more."""
+        self.library.folders = [*self.library.artifacts, *self._folders()]
         self._stop.set()
         self._stop = stop = threading.Event()
 
@@ -203,7 +187,7 @@ class AdaptersScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="watch")
     async def _watch(self) -> None:
-        if await asyncio.to_thread(self.library.changed):
+        if self.is_current and await asyncio.to_thread(self.library.changed):
             self._start_scan()
 
     def _show_scan(self, entries: list[Entry]) -> None:
@@ -211,7 +195,7 @@ class AdaptersScreen(WorkbenchScreen):
         paths = {entry.model.path for entry in entries}
         for gone in [path for path in self.selected if path not in paths]:
             self.selected.remove(gone)
-            self.workbench.log_message(f"{self.library.label(gone)} is gone, and no longer selected.", "warning")
+            self.warn(f"{self.library.label(gone)} is gone, and no longer selected.")
         self.entries = entries
         self._verdicts.clear()  # of an earlier scan; the valid ones are in these entries
         self.set_class(not self.entries, "-none")
@@ -246,7 +230,7 @@ class AdaptersScreen(WorkbenchScreen):
     def _update_slider(self) -> None:
         self.slider.disabled = not any(entry.model.scales for entry in self.selected_entries())
 
-    @on(ModelTable.Pointed)
+    @on(ModelTable.RowHighlighted)
     def show_details(self) -> None:
         """Show the details of the model under the cursor."""
         entry = self.table.pointed
@@ -259,16 +243,16 @@ class AdaptersScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="details")
     async def _read(self, entry: Entry) -> None:
-        documents = await asyncio.to_thread(read_documents, entry.model.path)
+        manifest, config = await asyncio.to_thread(read_documents, entry.model.path)
         newest = next((other for other in self.entries if other.model.path == entry.model.path), entry)
-        self.details = Details(newest, documents[MANIFEST], documents[CONFIG])
+        self.details = Details(newest, manifest, config)
         self.model_details.show(self.details)
         if entry.model.scales and self.engine.running and not self._is_generating():
             self._measure_spectrum(self.details)
 
     @on(ModelTable.Marked)
     def toggle_marked(self, event: ModelTable.Marked) -> None:
-        self._toggle(event.row.model.path)
+        self._toggle(event.path)
 
     def action_select(self) -> None:
         if path := self.table.path:
@@ -280,16 +264,14 @@ class AdaptersScreen(WorkbenchScreen):
         elif len(self.selected) < MAX_LOADED:
             self._select([*self.selected, path])
         else:
-            self.workbench.log_message(
-                f"At most {MAX_LOADED} models are compared side by side. Deselect one first.", "warning"
-            )
+            self.warn(f"At most {MAX_LOADED} models are compared side by side. Deselect one first.")
 
     def action_usual(self) -> None:
         """Select the pipeline's models; if they are selected, deselect them."""
         variants = self.library.project_variants()
         usual = [entry.model.path for entry in self.entries if entry.model.path in variants]
         if not usual:
-            self.workbench.log_message(f"The pipeline has made no model yet. {NO_MODELS.splitlines()[0]}", "warning")
+            self.warn(f"The pipeline has made no model yet. {NO_MODELS.splitlines()[0]}")
         self._select([] if self.selected == usual else usual)
 
     def action_sort(self) -> None:
@@ -304,6 +286,7 @@ class AdaptersScreen(WorkbenchScreen):
     @on(Input.Changed, "#filter")
     def filter_table(self, event: Input.Changed) -> None:
         self.table.filter(event.value)
+        self.show_details()  # another model may have come to the cursor's row
 
     @on(Input.Submitted, "#filter")
     def back_to_table(self) -> None:
@@ -329,7 +312,7 @@ class AdaptersScreen(WorkbenchScreen):
             self.workbench.log_message(f"{folder} is not a folder. Enter the folder that contains the models.", "error")
             return
         self.workbench.remember()
-        self._search_folders()
+        self._start_scan()
 
     # prompting
 
@@ -337,9 +320,9 @@ class AdaptersScreen(WorkbenchScreen):
     def submit(self, event: Input.Submitted) -> None:
         prompt, state = event.value.strip(), self.workbench.state
         if not prompt:
-            self.workbench.log_message("The prompt is empty. Enter at least one word.", "warning")
+            self.warn("The prompt is empty. Enter at least one word.")
         elif not self.selected_entries():
-            self.workbench.log_message("No model is selected. Press b and select one.", "warning")
+            self.warn("No model is selected. Press b and select one.")
         else:
             state.prompts = [*(other for other in state.prompts if other != prompt), prompt][-MAX_PROMPTS:]
             self.prompt.remember(state.prompts)
@@ -369,9 +352,7 @@ class AdaptersScreen(WorkbenchScreen):
             self._set_engine_state("ready")
             self._status()
             if self.conversation.chat and not exchange.chat:
-                self.workbench.log_message(
-                    "Not all of these models have a chat template, so they were prompted without it.", "warning"
-                )
+                self.warn("Not all of these models have a chat template, so they were prompted without it.")
         finally:
             self.answers.show(exchange)
             self.call_later(self.refresh_bindings)
@@ -404,12 +385,11 @@ class AdaptersScreen(WorkbenchScreen):
         if not self.slider.disabled:
             self.slider.value += steps * STEP
         elif any(entry.model.kind == "adapter" for entry in self.selected_entries()):
-            self.workbench.log_message(
-                "Strength scales weight changes; prefix and prompt tuning change no weights. Select another adapter.",
-                "warning",
+            self.warn(
+                "Strength scales weight changes; prefix and prompt tuning change no weights. Select another adapter."
             )
         else:
-            self.workbench.log_message("Strength scales an adapter's change. Select an adapter.", "warning")
+            self.warn("Strength scales an adapter's change. Select an adapter.")
 
     def _show_sampling(self) -> None:
         chat = " · chat template" if self.conversation.chat else ""
@@ -428,7 +408,7 @@ class AdaptersScreen(WorkbenchScreen):
     def action_attention(self) -> None:
         entries, exchange = self.selected_entries(), self.conversation.newest
         if not entries or exchange is None:
-            self.workbench.log_message("Attention is shown for a prompt. Enter one first.", "warning")
+            self.warn("Attention is shown for a prompt. Enter one first.")
             return
         pointed = self.table.pointed
         entry = pointed if pointed in entries else entries[0]
@@ -439,7 +419,7 @@ class AdaptersScreen(WorkbenchScreen):
 
     def action_copy(self) -> None:
         if self.conversation.newest is None:
-            self.workbench.log_message("There is no answer to copy yet.", "warning")
+            self.warn("There is no answer to copy yet.")
         else:
             self.app.copy_to_clipboard(self.conversation.newest.answers_text())
             self.workbench.log_message("Copied the last answer to the clipboard.")
@@ -447,17 +427,14 @@ class AdaptersScreen(WorkbenchScreen):
     @work
     async def action_save(self) -> None:
         if not self.conversation.exchanges:
-            self.workbench.log_message("There is nothing to save yet.", "warning")
+            self.warn("There is nothing to save yet.")
             return
         name = await self.app.push_screen_wait(PathScreen(SAVE_QUESTION, "transcript.md"))
         if name is None:
             return
         path = self.workbench.root / Path(name).expanduser()
-        try:
+        with self.workbench.errors_shown():
             write_file(path, transcript(self.conversation.exchanges, path.suffix), durable=True)
-        except OSError as error:
-            self.workbench.fail(error)
-        else:
             self.workbench.log_message(f"Saved {len(self.conversation.exchanges)} prompts to {path}.")
 
     # engine status and spectra
@@ -468,7 +445,7 @@ class AdaptersScreen(WorkbenchScreen):
             self.refresh_bindings()
 
     def _tick(self) -> None:
-        if self._is_generating():
+        if not self.is_current or self._is_generating():
             return
         if self.engine.running:
             self._status()

@@ -1,7 +1,6 @@
 """The calculator's form, which shows only fields that are relevant to the method, and the search for a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 from rich.text import Text
@@ -16,46 +15,11 @@ from textual.widget import Widget
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
-from pipeline.calc.fit import gpus
-from pipeline.calc.method import names_of
-from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, TrainingConfig, options_of
 from pipeline.calc.sources.open_model import hub_ids
-from pipeline.calc.target_modules import GROUPS
-from pipeline.stages.registry import COUNTED
-from tui.screens.calculator.query import CUSTOM, CalculatorQuery, relevant_fields
-from tui.widgets.form import Form, FormField, counting, cycling, doubling
+from tui.screens.calculator.query import FIELDS, Query, relevant_fields
+from tui.widgets.form import Form, FormField
 
-TARGETS = (*GROUPS, "all-linear", "q_proj, v_proj", "q_proj, k_proj, v_proj, o_proj", "qkv_proj, o_proj", "c_attn")
 MAX_MATCHES = 9
-_CHOICES = {**options_of(COUNTED["lora"]), **options_of(TrainingConfig)}
-
-
-def fields() -> list[FormField]:
-    """The fields of CalculatorQuery. They are texts, because an empty one means the model's default."""
-    precisions, devices = list(PRECISIONS), {gpu.name: gpu.label for gpu in gpus().values()}
-    gpu_names = {**devices, CUSTOM: "custom, GiB below"}
-    declared = (
-        FormField("model", step=cycling(list(hub_ids()))),
-        FormField("method", "choice", choices=names_of(COUNTED.values())),
-        FormField("rank", step=doubling),
-        FormField("alpha", step=doubling),
-        FormField("targets", step=cycling(TARGETS), choices=TARGETS),
-        FormField("embeddings", "choice", choices=_CHOICES["embeddings"].choices, names={"new_rows": "new rows"}),
-        FormField("new_rows", label="new rows", step=counting),
-        FormField("last_blocks", label="last blocks", step=counting),
-        FormField("ends", "choice", label="embeddings", choices=("train", "freeze")),
-        FormField("virtual_tokens", label="virtual tok.", step=counting),
-        FormField("precision", step=cycling(precisions), choices=precisions),
-        FormField("adapter_precision", "choice", label="adapter prec.", choices=_CHOICES["adapter_precision"].choices),
-        FormField("batch", step=counting),
-        FormField("sequence", step=doubling),
-        FormField("checkpointing", "choice", choices=("", *_CHOICES["checkpointing"].choices), names={"": "auto"}),
-        FormField("optimizer", "choice", choices=list(OPTIMIZERS)),
-        FormField("loss", "choice", choices=_CHOICES["loss"].choices),
-        FormField("gpu", "choice", label="GPU", choices=list(gpu_names), names=gpu_names),
-        FormField("gib", label="GPU's GiB", step=doubling),
-    )
-    return [replace(field, default=getattr(CalculatorQuery, field.key)) for field in declared]
 
 
 class ModelSearch(Vertical):
@@ -133,7 +97,7 @@ class CalcForm(Form):
     """Posts Changed at every change of a field, and `ModelSearch.Selected` when a model was entered."""
 
     def __init__(self) -> None:
-        super().__init__(fields())
+        super().__init__(list(FIELDS.values()))
 
     def beside(self, field: FormField) -> Iterable[Widget]:
         editor = self.editors[field.key]
@@ -146,9 +110,9 @@ class CalcForm(Form):
         self.show_relevant()
 
     @property
-    def values(self) -> CalculatorQuery:
+    def values(self) -> Query:
         """What is typed in the fields."""
-        return CalculatorQuery(**{key: editor.value for key, editor in self.editors.items()})
+        return {key: editor.value for key, editor in self.editors.items()}
 
     def fill(self, values: Mapping[str, str]) -> None:
         super().fill(values)

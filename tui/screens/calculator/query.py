@@ -1,73 +1,78 @@
-"""What was typed into the calculator's form: the result of `pipeline.calc` for it, and the params of a project."""
+"""The calculator's form: its fields, the result of `pipeline.calc` for what is typed, and the params of a project."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar, get_args
 
 from pipeline.calc.architecture import Architecture
-from pipeline.calc.fit import Gpu, gpu, of_size
+from pipeline.calc.fit import Gpu, gpu, gpus, of_size
 from pipeline.calc.memory import Memory, predict, refuse_impossible
-from pipeline.calc.method import FinetuningMethod, configure, find_method, trainable
+from pipeline.calc.method import FinetuningMethod, configure, find_method, names_of, trainable
 from pipeline.calc.report import side_by_side
-from pipeline.calc.settings import QLORA, TrainingConfig, options_of
-from pipeline.calc.sources.open_model import built_in, open_model
+from pipeline.calc.settings import PRECISIONS, QLORA, TrainingConfig, options_of
+from pipeline.calc.sources.open_model import built_in, hub_ids, open_model
+from pipeline.calc.target_modules import GROUPS
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project.params.load import Params
 from pipeline.project.params.sections import Precision, Quantization
 from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import COUNTED
+from tui.widgets.form import FormField, counting, cycling, doubling
 
 T = TypeVar("T", int, float)
+Query = Mapping[str, str]  # field → text as typed; an empty one means the default for the model
 CUSTOM = "custom"  # a GPU with the memory of the field `gib`
+TARGETS = (*GROUPS, "all-linear", "q_proj, v_proj", "q_proj, k_proj, v_proj, o_proj", "qkv_proj, o_proj", "c_attn")
+_OPTIONS = {**options_of(COUNTED["lora"]), **options_of(TrainingConfig)}
+_GPUS = {**{gpu.name: gpu.label for gpu in gpus().values()}, CUSTOM: "custom, GiB below"}
 
 
-@dataclass(frozen=True)
-class CalculatorQuery:
-    """The fields of the form, as typed; an empty one means the default for the model."""
-
-    model: str = "qwen3-8b"
-    method: str = "lora"
-    rank: str = "8"
-    alpha: str = ""
-    targets: str = "attention"
-    embeddings: str = "none"
-    new_rows: str = "1"
-    last_blocks: str = "1"
-    ends: str = "train"  # embedding and head with freeze
-    virtual_tokens: str = "20"
-    precision: str = ""
-    adapter_precision: str = "fp32"
-    batch: str = "1"
-    sequence: str = ""
-    checkpointing: str = ""
-    optimizer: str = "adamw"
-    loss: str = "full"
-    gpu: str = "rtx4090"
-    gib: str = "24"
-
-    def effective(self) -> "CalculatorQuery":
-        """The query with the defaults in fields that are not relevant to the method."""
-        return replace(CalculatorQuery(), **{name: getattr(self, name) for name in relevant_fields(self)})
+def _choice(key: str, **more: Any) -> FormField:
+    """A field for an option of the calculator that has choices."""
+    return FormField(key, "choice", _OPTIONS[key].default, choices=_OPTIONS[key].choices, **more)
 
 
-FIELDS = tuple(field.name for field in fields(CalculatorQuery))
+FIELDS = {
+    field.key: field
+    for field in (
+        FormField("model", default="qwen3-8b", step=cycling(list(hub_ids()))),
+        FormField("method", "choice", "lora", choices=names_of(COUNTED.values())),
+        FormField("rank", default="8", step=doubling),
+        FormField("alpha", step=doubling),
+        FormField("targets", default="attention", step=cycling(TARGETS), choices=TARGETS),
+        _choice("embeddings", names={"new_rows": "new rows"}),
+        FormField("new_rows", default="1", label="new rows", step=counting),
+        FormField("last_blocks", default="1", label="last blocks", step=counting),
+        FormField("train_embeddings", "choice", "train", label="embeddings", choices=("train", "freeze")),
+        FormField("virtual_tokens", default="20", label="virtual tok.", step=counting),
+        FormField("precision", step=cycling(list(PRECISIONS)), choices=list(PRECISIONS)),
+        _choice("adapter_precision", label="adapter prec."),
+        FormField("batch", default="1", step=counting),
+        FormField("sequence", step=doubling),
+        FormField("checkpointing", "choice", choices=("", *_OPTIONS["checkpointing"].choices), names={"": "auto"}),
+        _choice("optimizer"),
+        _choice("loss"),
+        FormField("gpu", "choice", "rtx4090", label="GPU", choices=list(_GPUS), names=_GPUS),
+        FormField("gib", default="24", label="GPU's GiB", step=doubling),
+    )
+}
+DEFAULTS: Query = {key: field.default for key, field in FIELDS.items()}
 
 
 def _fields_of(method: FinetuningMethod) -> set[str]:
     """The form's fields for a method's options."""
-    own = {"ends" if key == "train_embeddings" else key for key in options_of(method)}
-    return own & {*FIELDS} | ({"adapter_precision"} if method.adapter else set())
+    return options_of(method).keys() & FIELDS.keys() | ({"adapter_precision"} if method.adapter else set())
 
 
-def relevant_fields(query: CalculatorQuery) -> list[str]:
+def relevant_fields(query: Query) -> list[str]:
     """The fields that affect the result."""
     irrelevant = {field for method in COUNTED.values() for field in _fields_of(method)}
-    irrelevant -= _fields_of(find_method(COUNTED, query.method)[0])
-    irrelevant |= {"new_rows"} if query.embeddings != "new_rows" else set()
-    irrelevant |= {"gib"} if query.gpu != CUSTOM else set()
+    irrelevant -= _fields_of(find_method(COUNTED, query["method"])[0])
+    irrelevant |= {"new_rows"} if query["embeddings"] != "new_rows" else set()
+    irrelevant |= {"gib"} if query["gpu"] != CUSTOM else set()
     return [name for name in FIELDS if name not in irrelevant]
 
 
@@ -115,41 +120,41 @@ class Result:
         return f"{self.model.name}, {self.method.title}, {run.precision}, {run.batch} × {run.sequence:,} tokens"
 
 
-def calculate(query: CalculatorQuery, model: Architecture) -> Result:
+def calculate(query: Query, model: Architecture) -> Result:
     """The result for `query` and `model`. Raises FieldError, which names the invalid field."""
-    query = query.effective()
+    query = {**DEFAULTS, **{name: query[name] for name in relevant_fields(query)}}  # a hidden field may hold anything
     size = _parse(query, "gib", float)
     try:
-        device = gpu(query.gpu) if query.gpu != CUSTOM else of_size(size)
+        device = gpu(query["gpu"]) if query["gpu"] != CUSTOM else of_size(size)
     except UserError as error:
         raise FieldError("gib", str(error)) from None
     values = {
         **{key: _parse(query, key, int) for key in ("rank", "last_blocks", "virtual_tokens", "batch")},
-        "alpha": _parse(query, "alpha", float) if query.alpha.strip() else None,
-        "sequence": _parse(query, "sequence", int) if query.sequence.strip() else None,
-        "new_rows": _parse(query, "new_rows", int) if query.embeddings == "new_rows" else 0,
-        "train_embeddings": query.ends == "train",
-        "precision": query.precision.strip() or None,
-        "checkpointing": query.checkpointing or None,
-        **{key: getattr(query, key) for key in ("targets", "embeddings", "adapter_precision", "optimizer", "loss")},
+        "alpha": _parse(query, "alpha", float) if query["alpha"].strip() else None,
+        "sequence": _parse(query, "sequence", int) if query["sequence"].strip() else None,
+        "new_rows": _parse(query, "new_rows", int) if query["embeddings"] == "new_rows" else 0,
+        "train_embeddings": query["train_embeddings"] == "train",
+        "precision": query["precision"].strip() or None,
+        "checkpointing": query["checkpointing"] or None,
+        **{key: query[key] for key in ("targets", "embeddings", "adapter_precision", "optimizer", "loss")},
     }
     try:
-        methods, method, run = configure(model, COUNTED, query.method, **values)
+        methods, method, run = configure(model, COUNTED, query["method"], **values)
         refuse_impossible(model, method, run)
         # The columns compare methods on one precision: QLoRA's own column has the quantized base.
         plain = replace(run, precision="bf16") if run.precision == QLORA else run
         columns = side_by_side(model, method, plain, methods)
         chosen = next((name for name, (m, r, _) in columns.items() if (m, r) == (method, run)), None)
         if chosen is None:
-            columns[chosen := query.method] = (method, run, predict(model, method, run))
+            columns[chosen := query["method"]] = (method, run, predict(model, method, run))
     except UserError as error:
         raise FieldError(_field_in_message(str(error)), str(error)) from None
     return Result(model, methods, method, run, device, columns, chosen)
 
 
-def _parse(query: CalculatorQuery, field: str, kind: type[T]) -> T:
+def _parse(query: Query, field: str, kind: type[T]) -> T:
     """A field as a number. Raises FieldError."""
-    text = getattr(query, field).strip()
+    text = query[field].strip()
     try:
         # int() would also read other scripts' digits, and take seconds for a million of them.
         if kind is float or re.fullmatch(r"-?[0-9]{1,12}", text):
@@ -170,7 +175,7 @@ def _field_in_message(message: str) -> str:
     return {"target_modules": "targets", "freeze": "last_blocks"}.get(word, "method")
 
 
-def query_from_project(project: Project) -> CalculatorQuery:
+def query_from_project(project: Project) -> Query:
     """The query that describes `finetune_lora` as the trainer runs it. Raises UserError if the base is invalid."""
     lora, imports = project.params.finetune_lora, project.params.pretrain.imports
     try:
@@ -180,21 +185,22 @@ def query_from_project(project: Project) -> CalculatorQuery:
         new_rows = 1
     # if empty, the calculator's default for the model applies
     longest = [tokens for tokens in (lora.window, lora.max_length) if tokens]
-    return CalculatorQuery(
-        model=_model_source(project),
-        rank=str(lora.rank),
-        alpha=f"{lora.alpha:g}",
-        targets=", ".join(lora.target_modules),
-        embeddings=lora.train_embeddings,
-        new_rows=str(new_rows),
-        precision=lora.precision if lora.quantization == "none" else lora.quantization,
-        adapter_precision=lora.adapter_precision,
-        batch=str(lora.batch_size),
-        sequence=str(min(longest)) if longest else "",
-        checkpointing=lora.gradient_checkpointing,
-        optimizer="adam-flat",
-        loss="chunked" if imports else "full",
-    )
+    return {
+        **DEFAULTS,
+        "model": _model_source(project),
+        "rank": str(lora.rank),
+        "alpha": f"{lora.alpha:g}",
+        "targets": ", ".join(lora.target_modules),
+        "embeddings": lora.train_embeddings,
+        "new_rows": str(new_rows),
+        "precision": lora.precision if lora.quantization == "none" else lora.quantization,
+        "adapter_precision": lora.adapter_precision,
+        "batch": str(lora.batch_size),
+        "sequence": str(min(longest)) if longest else "",
+        "checkpointing": lora.gradient_checkpointing,
+        "optimizer": "adam-flat",
+        "loss": "chunked" if imports else "full",
+    }
 
 
 def trained_model(project: Project) -> tuple[str, Architecture]:

@@ -1,21 +1,31 @@
-"""The calculator's result: verdict, memory bars, parameter counts beside the document's, pinned configurations."""
+"""The calculator's result: verdict, memory bars, parameter counts, pinned configurations; the dialogs about it."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from rich.table import Table
 from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
 
 from pipeline.calc.fit import LARGEST, Gpu, Largest
 from pipeline.calc.memory import PARTS, Memory
 from pipeline.calc.method import projections, why_they_differ
-from pipeline.calc.report import PROJECTION, SHADES, capped, cells_of, gib, smallest
+from pipeline.calc.report import PROJECTION, SHADES, capped, cells_of, explain, gib, smallest
 from pipeline.project.logs.run_log import in_units
+from pipeline.workbench import calculated_claims
+from tui.dialogs import Reader
 from tui.screens.calculator.query import Result
-from tui.widgets.text import Lines, cells
+from tui.widgets.form import format_value
+from tui.widgets.text import cells
 
 SIGNS = dict(zip(PARTS, "█◆▓▒░≡·", strict=True))  # parts differ in symbol too, not only in colour
 EDGE = "│"  # where the GPU ends
 MARKS = "①②"  # of pinned configurations
+COLORS = {"holds": "green", "differs": "bold red", "depends": "yellow"}  # of the document's claims
 
 
 class Advice(NamedTuple):
@@ -25,12 +35,8 @@ class Advice(NamedTuple):
     changes: Sequence[tuple[str, int]]
 
 
-class Verdict(Lines):
-    """Trainable parameters, peak, whether it fits, and advice."""
-
-
 def verdict(result: Result, advice: Advice | None, width: int) -> Sequence[Text]:
-    """The lines; without advice, it is still being searched for."""
+    """Trainable parameters, peak, whether it fits, and advice, for which the search may still run."""
     peak, run = result.memory, result.run
     fits = result.spare >= 0
     text = f"✓ fits: {in_units(result.spare)} free" if fits else f"✗ does not fit: {in_units(-result.spare)} too much"
@@ -59,11 +65,8 @@ def _format_advice(result: Result, advice: Advice | None) -> Text:
     return Text(f"change this: {change.replace('--', '')} → {in_units(peak)}{needed}")
 
 
-class MemoryBars(Lines):
-    """Memory of several methods: bars against the size of a GPU, and a table of the parts."""
-
-
 def memory(result: Result, width: int) -> Sequence[Text]:
+    """Memory of several methods: bars against the size of a GPU, and a table of the parts."""
     memories = {name: memory for name, (_, _, memory) in result.columns.items()}
     return [*bars(memories, result.chosen, result.device, width), Text(), *numbers(memories, result.chosen, width)]
 
@@ -108,11 +111,8 @@ def numbers(memories: Mapping[str, Memory], chosen: str, width: int) -> Sequence
     return [*lines, Text(cells(["peak", *peaks], widths), "bold")]
 
 
-class Parameters(Lines):
-    """A line per kind of projection, and the document's count."""
-
-
 def parameters(result: Result, width: int) -> Sequence[Text]:
+    """A line per kind of projection, and the document's count."""
     model, method = result.model, result.method
     rows = list(map(cells_of, projections(model, method)))
     widths = [max(map(len, column)) for column in zip(PROJECTION, *rows, strict=True)]
@@ -136,16 +136,7 @@ def parameters(result: Result, width: int) -> Sequence[Text]:
     return [*lines, *(Text(f"note: {note}", "dim") for note in (*published, *model.notes, *method.notes(model)))]
 
 
-class Pinned(Lines):
-    """Pinned configurations side by side, compared with the current one."""
-
-    def compare(self, pins: Sequence[Result], now: Result | None) -> None:
-        self.display = bool(pins)
-        if pins:
-            self.show(lambda width: pinned(pins, now, width))
-
-
-def pinned(pins: Sequence[Result], now: Result | None, width: int) -> Sequence[Text]:
+def pinned(pins: Sequence[Result], now: Result, width: int) -> Sequence[Text]:
     """A column per pinned configuration; `±` is the difference to the current one."""
     widths = [-11, *([(width - 12) // 2] * len(pins))]
     lines = [Text(f"{MARKS[number]} {pin.title}", "bold") for number, pin in enumerate(pins)]
@@ -155,14 +146,64 @@ def pinned(pins: Sequence[Result], now: Result | None, width: int) -> Sequence[T
 
     row("pinned", list(MARKS[: len(pins)]), "bold")
     row("trainable", [f"{pin.trainable:,}" for pin in pins])
-    if now is not None:
-        row("  ± now", [f"{pin.trainable - now.trainable:+,}" for pin in pins], "dim")
+    row("  ± now", [f"{pin.trainable - now.trainable:+,}" for pin in pins], "dim")
     row("peak", [in_units(pin.memory.peak) for pin in pins], "bold")
-    if now is not None:
-        more = [pin.memory.peak - now.memory.peak for pin in pins]
-        row("  ± now", [f"{'−' if size < 0 else '+'}{in_units(abs(size))}" if size else "0" for size in more], "dim")
+    more = [pin.memory.peak - now.memory.peak for pin in pins]
+    row("  ± now", [f"{'−' if size < 0 else '+'}{in_units(abs(size))}" if size else "0" for size in more], "dim")
     row("fits", ["✓ yes" if pin.spare >= 0 else "✗ no" for pin in pins])
     row("on", [pin.device.label for pin in pins], "dim")
     for part in (part for part in pins[0].memory.parts() if any(pin.memory.parts()[part] for pin in pins)):
         row(part, [gib(pin.memory.parts()[part]) for pin in pins])
     return lines
+
+
+class Explanation(Reader):
+    """What `d` or `e` opens."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("d,e", "dismiss", "Close")]
+
+
+def document_table() -> Explanation:
+    """The document's claims about numbers of the calculator: its value, the exact one, and why they differ."""
+    summary, claims = calculated_claims()
+    rows = Table("", "claim", "document", "exact", "", box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    for row in claims:
+        shown, mark = row["shown"], Text(row["mark"], COLORS[row["verdict"]])
+        rows.add_row(row["title"], Text(row["quote"]), Text(shown["says"]), Text(shown["measured"]), mark)
+        if row["verdict"] != "holds":
+            rows.add_row("", Text(row["why"], "dim italic"))
+    return Explanation(Text(f"{summary}. `lora claims` has all of the document's.\n", "bold"), rows)
+
+
+def formulas(result: Result) -> Explanation:
+    """The formula of each number with the values inserted."""
+    rows = Table.grid(padding=(0, 2))
+    for what, formula in explain(result.model, result.method, result.run, result.memory):
+        rows.add_row(Text(what, "bold"), Text(formula))
+    return Explanation(Text(f"{result.title}\n", "bold"), rows)
+
+
+class Confirm(ModalScreen[bool]):
+    """Shows each change as `key: old → new`. Enter writes them, Escape cancels."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "dismiss(True)", "Write"),
+        Binding("escape,q,n", "dismiss(False)", "Leave it"),
+    ]
+
+    def __init__(self, file: str, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        super().__init__()
+        self._file, self._changes = file, changes
+
+    def compose(self) -> ComposeResult:
+        lines = [f"{key}: {_format_value(old)} → {_format_value(new)}" for key, (old, new) in self._changes.items()]
+        with VerticalScroll(classes="dialog"):
+            yield Static(Text(f"Write to {self._file}:\n", "bold"))
+            yield Static(Text("\n".join(lines)), id="changes")
+            yield Static(Text("\nEnter writes, Escape leaves it as it is.", "dim"))
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"[{', '.join(value)}]" if isinstance(value, list) else format_value(value)

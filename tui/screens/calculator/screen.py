@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +21,6 @@ from pipeline.errors import UserError
 from pipeline.project.params import edit
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import WorkbenchScreen
-from tui.screens.calculator.dialogs import Confirm, document_table, formulas
 from tui.screens.calculator.form import CalcForm, ModelSearch
 from tui.screens.calculator.query import (
     FieldError,
@@ -33,7 +31,8 @@ from tui.screens.calculator.query import (
     query_from_project,
     trained_model,
 )
-from tui.screens.calculator.result import Advice, MemoryBars, Parameters, Pinned, Verdict, memory, parameters, verdict
+from tui.screens.calculator.result import Advice, Confirm, document_table, formulas, memory, parameters, pinned, verdict
+from tui.widgets.text import Lines
 
 PAUSE = 0.15  # seconds without a key press before the slow search starts
 PINS = 2
@@ -67,13 +66,13 @@ class CalculatorScreen(WorkbenchScreen):
         with Horizontal(id="columns"):
             with VerticalScroll(id="form", can_focus=False):
                 yield CalcForm()
-                yield Pinned()
+                yield Lines(id="pinned")
             with VerticalScroll(id="answer"):
                 yield Static(id="problem", markup=False)
                 with Vertical(id="results"):
-                    yield Verdict()
-                    yield MemoryBars()
-                    yield Parameters()
+                    yield Lines(id="verdict")
+                    yield Lines(id="memory")
+                    yield Lines(id="parameters")
 
     def on_mount(self) -> None:
         self._calculate()
@@ -87,7 +86,7 @@ class CalculatorScreen(WorkbenchScreen):
         """Show the result for the form, or its error and the last valid result."""
         query = self.form.values
         try:
-            result = calculate(query, self._get_model(query.model.strip()))
+            result = calculate(query, self._get_model(query["model"].strip()))
         except UserError as error:
             self.problem = str(error)
             self.form.mark_invalid(error.field if isinstance(error, FieldError) else "model")
@@ -102,14 +101,20 @@ class CalculatorScreen(WorkbenchScreen):
 
     def _show(self, result: Result) -> None:
         # Empty fields show what they stand for.
-        meant = {"sequence": result.run.sequence, "precision": result.run.precision, "alpha": self.form.values.rank}
+        meant = {"sequence": result.run.sequence, "precision": result.run.precision, "alpha": self.form.values["rank"]}
         for key, value in meant.items():
             self.form.query_one(f"#{key}", Input).placeholder = str(value)
-        self.query_one(Verdict).show(partial(verdict, result, None))
-        self.query_one(MemoryBars).show(partial(memory, result))
-        self.query_one(Parameters).show(partial(parameters, result))
-        self.query_one(Pinned).compare(self.pins, result)
+        self.query_one("#verdict", Lines).show(partial(verdict, result, None))
+        self.query_one("#memory", Lines).show(partial(memory, result))
+        self.query_one("#parameters", Lines).show(partial(parameters, result))
+        self._show_pins()
         self._find_advice(result)
+
+    def _show_pins(self) -> None:
+        lines = self.query_one("#pinned", Lines)
+        lines.display = bool(self.pins)
+        if self.pins and self.result:
+            lines.show(partial(pinned, self.pins, self.result))
 
     @work(thread=True, exclusive=True, group="advice")
     def _find_advice(self, result: Result) -> None:
@@ -127,7 +132,7 @@ class CalculatorScreen(WorkbenchScreen):
 
     def _show_advice(self, result: Result, advice: Advice) -> None:
         if result is self.result:
-            for widget in self.query(Verdict):  # empty while the screen closes
+            for widget in self.query("#verdict").results(Lines):  # none while the screen closes
                 widget.show(partial(verdict, result, advice))
 
     def _get_model(self, name: str) -> Architecture:
@@ -150,7 +155,7 @@ class CalculatorScreen(WorkbenchScreen):
     @on(ModelSearch.Selected)
     def fetch(self) -> None:
         """Fetch the model from the hub if it is neither built in nor a path, and calculate again."""
-        name = self.form.values.model.strip()
+        name = self.form.values["model"].strip()
         if _is_hub_id(name) and _existing_path(name) is None and name not in self._models:
             self._load_model(name, name)
         self._calculate()
@@ -171,17 +176,17 @@ class CalculatorScreen(WorkbenchScreen):
 
     def _model_loaded(self, name: str, model: Architecture | UserError) -> None:
         self._models = {name: model}  # only the last: a file may change later
-        if self.form.values.model.strip() == name:
+        if self.form.values["model"].strip() == name:
             self._calculate()
 
     def action_pin(self) -> None:
         if result := self._current_result("pinned"):
             self.pins = [*self.pins, result][-PINS:]
-            self.query_one(Pinned).compare(self.pins, result)
+            self._show_pins()
 
     def action_unpin(self) -> None:
         self.pins = self.pins[:-1]
-        self.query_one(Pinned).compare(self.pins, self.result)
+        self._show_pins()
 
     def action_document(self) -> None:
         self.app.push_screen(document_table())
@@ -197,11 +202,9 @@ class CalculatorScreen(WorkbenchScreen):
         self.form.editors["gpu"].action_step(1)
 
     def action_load(self) -> None:
-        try:
-            self.form.fill(asdict(query_from_project(open_project(self.workbench.params_path))))
+        with self.workbench.errors_shown():
+            self.form.fill(query_from_project(open_project(self.workbench.params_path)))
             self.fetch()
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
 
     @work
     async def action_use(self) -> None:
@@ -209,7 +212,7 @@ class CalculatorScreen(WorkbenchScreen):
         result = self._current_result("written")
         if result is None:
             return
-        try:
+        with self.workbench.errors_shown():
             project = open_project(self.workbench.params_path)
             model = await asyncio.to_thread(trained_model, project)
             values = params_from_result(result, project.params, model)
@@ -220,14 +223,12 @@ class CalculatorScreen(WorkbenchScreen):
             elif await self.app.push_screen_wait(Confirm(path.name, changed)):
                 edit.save(path, {key: new for key, (_, new) in changed.items()}, GRAPH.sections)
                 self.workbench.log_message(f"{path.name}: {', '.join(changed)} saved.")
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
 
     def _current_result(self, action: str) -> Result | None:
         """The result for the form. None, with a warning, if a field is invalid: the last result is of other values."""
         if not self.problem and self.result:
             return self.result
-        self.workbench.log_message(f"Nothing was {action}: a field is invalid. {self.problem}", "warning")
+        self.warn(f"Nothing was {action}: a field is invalid. {self.problem}")
         return None
 
 

@@ -1,9 +1,11 @@
 """Export the Curves screen: a dialog for format and path; a chart, drawn by another process, or the numbers as CSV."""
 
 import asyncio
+import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +20,7 @@ from textual.widgets import Button, Input, RadioButton, RadioSet, Static
 from pipeline.errors import UserError
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL
 from tui.screens.curves.series import Log
-from tui.widgets.curve import Curve, Range, power_of_ten
+from tui.widgets.line_chart import Curve, Range, power_of_ten
 
 LABELS = {"svg": "SVG, a picture for print", "png": "PNG, a picture", "csv": "CSV, the numbers"}
 FORMATS = tuple(LABELS)
@@ -68,13 +70,13 @@ def csv_lines(logs: Sequence[tuple[str, Log]]) -> Iterator[bytes]:
     optional = [name for name in OPTIONAL if any(log.series[name].y for _, log in logs)]
     yield (",".join(("run", *COLUMNS, *optional)) + "\n").encode()
     for label, log in logs:
-        name = '"' + label.replace('"', '""') + '"' if set(label) & set(',"\n') else label
+        text = StringIO()
+        rows = csv.writer(text, lineterminator="\n")
         sparse = [dict(zip(log.series[n].x, log.series[n].y, strict=True)) for n in optional]  # step → value
-        rows = []
         for step, *values in zip(log.steps, *(log.columns[column] for column in COLUMNS), strict=True):
             cells = [*values, *(column.get(step) for column in sparse)]
-            rows.append(f"{name},{','.join('' if cell is None else f'{cell:.10g}' for cell in cells)}\n")
-        yield "".join(rows).encode()
+            rows.writerow([label, *("" if cell is None else f"{cell:.10g}" for cell in cells)])
+        yield text.getvalue().encode()
 
 
 class Format(RadioButton):

@@ -1,8 +1,9 @@
-"""The runs of the curves screen: which exist, everything read of them as it grows, which are shown, and their looks."""
+"""The runs of the curves screen: which exist, everything read of them as it grows, which are drawn, and how."""
 
 import asyncio
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +23,16 @@ from pipeline.project.logs.run_state import Journal
 from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp
 from pipeline.project.stage_graph import Look, other_look
 from pipeline.workbench import GRAPH, open_project
-from tui.screens.curves.series import HELD_OUT, Log
-from tui.services.file_tail import Change, FileTail
+from tui.screens.curves.series import HELD_OUT, QUANTITIES, Log
+from tui.services.file_tail import Change, FileTail, file_stamp
+from tui.widgets.line_chart import Curve, Range
 from tui.widgets.text import duration
 
 RECENT = 200  # steps from which the ETA is estimated
 STATE_TEXT = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 DIED = "the process died (no error recorded). Run again to resume from the last checkpoint"
 MAX_NAMES = 2  # adapters named in a list of those that ended
+POINTED = Look("#FFFFFF", "☆")  # look of the highlighted adapter; drawn black on a light background
 
 
 class Telemetry(NamedTuple):
@@ -85,7 +88,7 @@ class RunView:
         self.journal: Journal | None = None
         self.alive = False
         self.curve_logs: dict[str, CurveLog] = {}
-        self._outcomes_stamp: tuple[int, ...] = ()  # inode, mtime and size of the outcomes file, when last read
+        self._outcomes_stamp: tuple[int, ...] | None = None  # of the outcomes file, when last read
         self.update(run, smoothing)
 
     def update(self, run: Run, smoothing: float) -> None:
@@ -133,11 +136,7 @@ class RunView:
         folder = self.run.folder
         self.journal = run_state.read(folder) if folder else None
         self.alive = bool(folder and self.journal and self.journal.state == "running" and run_state.alive(folder))
-        try:
-            info = (self.run.log_folder / TABLE).stat() if self.run.sweeps else None
-        except OSError:
-            info = None
-        now = (info.st_ino, info.st_mtime_ns, info.st_size) if info else ()
+        now = file_stamp(self.run.log_folder / TABLE) if self.run.sweeps else None
         if now == self._outcomes_stamp:
             return before != (self.journal, self.alive)
         self._outcomes_stamp, outcomes = now, read_run_outcomes(self.run.log_folder)
@@ -228,6 +227,35 @@ class RunView:
         return facts
 
 
+@dataclass(frozen=True)
+class Line:
+    """A curve to draw. If `dim`, it is drawn as a line only."""
+
+    view: RunView
+    curve_log: CurveLog
+    look: Look
+    dim: bool = False
+
+    def curve(self, name: str, x: Range, columns: int) -> Curve:
+        """The metric `name` in the range of steps `x`. Only the loss has evaluations and a flat mark."""
+        log = self.curve_log.log
+        points = log.series[name].visible(*x, columns)
+        stray = self.curve_log.outcome == DIVERGED
+        if name != "loss" or self.dim:
+            return Curve(points, self.look.color, self.look.sign, dim=self.dim, stray=stray)
+        flat = log.flat(self.view.alive and not self.curve_log.outcome)
+        held_out = log.series[HELD_OUT].visible(*x, columns)
+        return Curve(points, self.look.color, self.look.sign, flat[1] if flat else None, held_out, stray=stray)
+
+    @property
+    def label(self) -> str:
+        """The label in a legend; empty for the dim curves of a sweep."""
+        if self.dim:
+            return ""
+        flat = self.curve_log.log.flat(self.view.alive)
+        return self.view.run.curve_label(self.curve_log.name) + (f", | flat from epoch {flat[0]:.0f}" if flat else "")
+
+
 class Runs:
     """RunViews by the folder of their logs, the newest of a stage first."""
 
@@ -242,6 +270,20 @@ class Runs:
 
     def visible(self) -> list[tuple[str, RunView]]:
         return [(key, view) for key, view in self.views.items() if key in self.shown]
+
+    def lines(self, pointed: str = "") -> list[Line]:
+        """A line per visible curve. A sweep's are dim but for its best and the highlighted (`pointed`), drawn last."""
+        lines = []
+        for key, view in self.visible():
+            for curve_log in view.curve_logs.values():
+                is_pointed = bool(pointed) and view.adapter_key(curve_log) == pointed
+                dim = not is_pointed and curve_log is not view.best
+                lines.append(Line(view, curve_log, POINTED if is_pointed else self.looks[key], dim))
+        return sorted(lines, key=lambda line: (not line.dim, line.look == POINTED))
+
+    def has_values(self, name: str) -> bool:
+        """Whether any visible run has values of a metric. Only divergence is optional."""
+        return name != QUANTITIES[-1] or any(log.series[name].y for _, view in self.visible() for log in view.logs)
 
     def toggle(self, key: str) -> None:
         self._user_toggled = True

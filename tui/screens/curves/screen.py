@@ -1,26 +1,25 @@
-"""The curves screen: the loss of every run over its steps, live."""
+"""The curves screen: the loss of every run over its steps, live, and the list of runs."""
 
 import asyncio
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from time import monotonic, process_time
 from typing import ClassVar, Literal
 
+from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
+from textual.color import Color
 from textual.containers import Vertical
 from textual.widget import Widget
 from textual.widgets import Static
 
-from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
 from tui.screens.base import WorkbenchScreen
-from tui.screens.curves.run_list import RunList
-from tui.screens.curves.runs import Runs
-from tui.screens.curves.series import QUANTITIES
-from tui.screens.curves.view_model import TITLES, Line, Window, chart_lines, has_values, status_line
-from tui.widgets.curve import Range, View, range_of
-from tui.widgets.line_chart import LossChart
+from tui.screens.curves.runs import Line, Runs
+from tui.screens.curves.series import HELD_OUT, QUANTITIES
+from tui.widgets.line_chart import LossChart, Range, View, range_of, readable
+from tui.widgets.text import KeyedList
 
 EMPTY = "No runs yet: press 1 then r, or type `make repro`."
 SMOOTHING = 0.9  # initial
@@ -29,6 +28,85 @@ POLL = 0.5  # seconds between checks of the files
 CPU_SHARE = 0.03  # of a core for drawing a live chart, since training needs the rest
 MAX_DELAY = 2.0  # seconds after which it is drawn anyway
 EXPORT_COLUMNS = 600  # columns of an exported chart
+TITLES = {
+    "loss": "loss (nats per token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "divergence": "divergence from the base (nats per token)",
+}
+INDENT = 6
+OPENS = "enter lists them"
+MAX_NAME = 44  # characters of an adapter's name in the list, at most
+
+
+class RunList(KeyedList):
+    """Legend, status and switches of the runs; below an expanded sweep, its adapters. Option ids are their keys."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "select", "Show or hide the run", id="curves.toggle", show=False),
+        Binding("enter", "screen.open", "Show or hide the run; list a sweep's adapters", id="curves.open", show=False),
+    ]
+    DEFAULT_CSS = """
+    RunList { scrollbar-size-vertical: 1; background: $background; }
+    RunList:focus { background: $background; }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._runs: Runs | None = None
+        self._expanded: Collection[str] = ()
+        self.sweeps: dict[str, str] = {}  # key of a sweep or of an adapter → key of its sweep
+
+    def show_runs(self, runs: Runs, expanded: Collection[str]) -> None:
+        """A line per run, and below each expanded sweep one per adapter, the names padded to one width."""
+        self._runs, self._expanded = runs, expanded
+        option, sweeps, lines = self.highlighted_option, self.sweeps, dict[str, Text]()
+        self.sweeps = {}
+        for key, view in runs.views.items():
+            on, look, label = key in runs.shown, runs.looks[key], view.run.label
+            facts = view.facts() if on else [view.state]  # a hidden run is not read, so its numbers would be old
+            if view.run.sweeps:
+                self.sweeps[key] = key
+                label = f"{'▾' if key in expanded else '▸'} {label}"
+                if key not in expanded:
+                    facts.insert(2, OPENS)
+            lines[key] = self._line("[x] " if on else "[ ] ", look.sign, look.color, label, facts, bold=on)
+            if key in self.sweeps and key in expanded:
+                width = min(max(map(len, view.curve_logs)), MAX_NAME)
+                for name, log in view.curve_logs.items():
+                    adapter, sign = view.adapter_key(log), look.sign if log is view.best else " "
+                    label = f"{name if len(name) <= width else f'{name[: width - 1]}…':{width}}"
+                    self.sweeps[adapter] = key
+                    lines[adapter] = self._line(" " * INDENT, sign, look.color, label, view.facts_of(log))
+        # The highlight of an adapter that is no longer listed moves to its sweep.
+        self.show(lines, sweeps.get(str(option.id), "") if option else "")
+
+    def _line(self, box: str, sign: str, color: str, label: str, facts: Sequence[str], bold: bool = False) -> Text:
+        """Facts that do not fit are wrapped to further lines."""
+        color = readable(Color.parse(color), self.background_colors[1]).hex
+        lines = [Text.assemble(box, (sign, color), " ", (label, "bold" if bold else ""))]
+        width = max(self.size.width - 1, 40)
+        for fact in facts:
+            if lines[-1].cell_len + 2 + len(fact) > width and lines[-1].cell_len > INDENT:
+                lines.append(Text(" " * (INDENT - 2)))
+            lines[-1].append(f"  {fact}", "" if len(lines) == 1 else "dim")
+        return Text("\n").join(lines)
+
+    def on_resize(self) -> None:
+        """Wrap the lines again."""
+        if self._runs:
+            self.show_runs(self._runs, self._expanded)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The visible ranges. `x` None: all steps; `y` None: all values. `following`: `x` moves with the newest step."""
+
+    x: Range | None = None
+    y: Range | None = None
+    log: bool = False
+    following: bool = True
+    cursor: float | None = None
 
 
 class CurvesScreen(WorkbenchScreen):
@@ -49,6 +127,7 @@ class CurvesScreen(WorkbenchScreen):
         Binding("right_square_bracket", "smooth(1)", "Smooth more", id="curves.smooth_more", show=False),
         Binding("left_square_bracket", "smooth(-1)", "Smooth less", id="curves.smooth_less", show=False),
         Binding("plus,equals_sign", "zoom(0.7)", "Zoom in", id="curves.zoom_in", show=False),
+        # 1.43 takes a step of 0.7 back.
         Binding("minus", "zoom(1.43)", "Zoom out", id="curves.zoom_out", show=False),
         Binding("y", "zoom(1, 0.7)", "Zoom in on the values", id="curves.zoom_values_in", show=False),
         Binding("Y", "zoom(1, 1.43)", "Zoom out of the values", id="curves.zoom_values_out", show=False),
@@ -79,21 +158,16 @@ class CurvesScreen(WorkbenchScreen):
         yield Static(EMPTY, id="nothing")
 
     def on_mount(self) -> None:
-        self._timer = self.set_interval(POLL, self._poll)
-        self._poll()
-
-    def on_screen_suspend(self) -> None:
-        self._timer.pause()
+        self.set_interval(POLL, self._poll)
 
     def on_screen_resume(self) -> None:
-        self._timer.resume()
         self._poll()
 
     # Reading files
 
     def _poll(self) -> None:
         """Check everything that may have changed: os.stat, and the small run states of live runs."""
-        if not self._reading:
+        if self.is_current and not self._reading:
             self._read()
 
     @work
@@ -129,7 +203,7 @@ class CurvesScreen(WorkbenchScreen):
         if first_run and self.focused is None:  # the chart lost the focus when it was hidden
             self.give_focus(self._chart)
         self.set_class(any(map(self._panel_shown, QUANTITIES[1:])), "-panel")
-        lines, x = self._lines(), self._step_range()
+        lines, x = self.runs.lines(self._pointed), self._step_range()
         for chart in self.query(LossChart):
             name = str(chart.id)
             chart.display = name == "loss" or self._panel_shown(name)
@@ -140,22 +214,24 @@ class CurvesScreen(WorkbenchScreen):
         self.query_one("#mode", Static).update(status_line(self.window, self.runs.smoothing, lines))
         self._update_list()
         # refresh_bindings rebuilds the footer, so not at every redraw
-        if self._has_divergence != has_values(self.runs.visible(), "divergence"):
+        if self._has_divergence != self.runs.has_values("divergence"):
             self._has_divergence = not self._has_divergence
             self.refresh_bindings()
 
-    def _lines(self) -> list[Line]:
-        return chart_lines(self.runs.visible(), self.runs.looks, self._pointed)
-
     def _step_range(self) -> Range:
-        return self.window.steps(self.runs.visible())
+        """The visible steps: all, the window's, or as many up to the newest step."""
+        steps = [log.steps for _, view in self.runs.visible() for log in view.logs if log.steps]
+        first, last = (min(s[0] for s in steps), max(s[-1] for s in steps)) if steps else (0.0, 1.0)
+        if self.window.x is None:
+            return (first, last) if first < last else (first - 1, last + 1)
+        return (last - (self.window.x[1] - self.window.x[0]), last) if self.window.following else self.window.x
 
     def _panel_shown(self, name: str) -> bool:
-        return self._panels.get(name, self.has_class("-tall")) and has_values(self.runs.visible(), name)
+        return self._panels.get(name, self.has_class("-tall")) and self.runs.has_values(name)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "panel":
-            return has_values(self.runs.visible(), str(parameters[0]))
+            return self.runs.has_values(str(parameters[0]))
         return super().check_action(action, parameters)
 
     def _update_list(self) -> None:
@@ -163,26 +239,36 @@ class CurvesScreen(WorkbenchScreen):
 
     # User input
 
-    @on(RunList.Toggled)
-    def _toggle(self, event: RunList.Toggled) -> None:
-        self.runs.toggle(event.key)
+    @on(RunList.OptionSelected)
+    def _selected(self, event: RunList.OptionSelected) -> None:
+        key = str(event.option_id)
+        self._toggle(self.query_one(RunList).sweeps.get(key, key))  # for an adapter, its whole sweep
+
+    def _toggle(self, run: str) -> None:
+        self.runs.toggle(run)
         self.redraw()
         self._drawn_at = 0.0  # so that a run that is switched on is read and drawn at once
         self._poll()
 
-    @on(RunList.Opened)
-    def _open(self, event: RunList.Opened) -> None:
-        """Expand or collapse a sweep. An expanded sweep is shown too, as hidden runs are not read."""
-        self._opened ^= {event.key}
-        if event.key in self._opened and event.key not in self.runs.shown:
-            self._toggle(RunList.Toggled(event.key))
+    def action_open(self) -> None:
+        """Expand or collapse a sweep; show or hide any other run."""
+        runs = self.query_one(RunList)
+        sweep = runs.sweeps.get(str(runs.highlighted_option.id)) if runs.highlighted_option else None
+        if sweep is None:
+            runs.action_select()
+            return
+        self._opened ^= {sweep}
+        if sweep in self._opened and sweep not in self.runs.shown:
+            self._toggle(sweep)  # hidden runs are not read, so its adapters would have no numbers
         else:
             self.redraw()
 
-    @on(RunList.Pointed)
-    def _highlight(self, event: RunList.Pointed) -> None:
-        if event.adapter != self._pointed:
-            self._pointed = event.adapter
+    @on(RunList.OptionHighlighted)
+    def _highlighted(self, event: RunList.OptionHighlighted) -> None:
+        key = str(event.option_id)
+        adapter = key if key not in self.runs.views else ""
+        if adapter != self._pointed:
+            self._pointed = adapter
             self.redraw()
 
     @on(LossChart.Moved)
@@ -257,13 +343,13 @@ class CurvesScreen(WorkbenchScreen):
         views = [view for _, view in self.runs.visible()]
         if not any(log.steps for view in views for log in view.logs):
             hint = "switch a run on in the list below" if self.runs.views else "there are no runs yet"
-            self.workbench.log_message(f"There is nothing to export: {hint}.", "warning")
+            self.warn(f"There is nothing to export: {hint}.")
             return
         stem = f"curves-{views[0].run.stage}" if len(views) == 1 else "curves"
         path = await self.app.push_screen_wait(export.ExportScreen(self.workbench.root, stem))
         if path is None:
             return
-        try:
+        with self.workbench.errors_shown():
             if path.suffix.lower() == ".csv":
                 logs = [
                     (view.run.curve_label(curve_log.name), curve_log.log)
@@ -274,16 +360,13 @@ class CurvesScreen(WorkbenchScreen):
             else:
                 chunks = iter([await export.render_chart(self._chart_data(path.suffix[1:].lower()))])
             await asyncio.to_thread(write_file, path, chunks, durable=True)
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
-        else:
             self.workbench.log_message(f"Exported to {path}.")
 
     def _chart_data(self, kind: str) -> dict[str, object]:
         """The visible charts, at a higher resolution."""
         from tui.screens.curves.export import panel
 
-        lines, x, panels = chart_lines(self.runs.visible(), self.runs.looks), self._step_range(), []
+        lines, x, panels = self.runs.lines(), self._step_range(), []
         labels = [line.label for line in lines]
         for chart in self.query(LossChart):
             if not chart.display:
@@ -295,3 +378,30 @@ class CurvesScreen(WorkbenchScreen):
                 y = range_of(curves)
             panels.append(panel(TITLES[name], labels, curves, y, log))
         return {"format": kind, "title": f"smoothing {self.runs.smoothing:g}", "x": x, "panels": panels}
+
+
+def status_line(window: Window, smoothing: float, shown: list[Line]) -> Text:
+    """Following or frozen, scale, smoothing; with a cursor, a second line with the values of each run."""
+    parts = ["following" if window.following else "frozen: f follows again"]
+    parts += ["log" if window.log else "linear", f"smoothing {smoothing:g}"]
+    if window.log and any(min(line.curve_log.log.series["loss"].y, default=1) <= 0 for line in shown):
+        parts.append("values of 0 or less are not shown on a log axis")
+    text = Text(" · ".join(parts))
+    if window.cursor is None:
+        return text
+    text.append(f"\nstep {window.cursor:,.0f}:", "bold")
+    for line in shown:
+        if line.dim:
+            continue
+        text.append(f"  {line.look.sign} {f'{line.curve_log.name} ' if line.curve_log.name else ''}")
+        log = line.curve_log.log
+        index = log.index_at(window.cursor)
+        if index is None or not log.steps[0] <= window.cursor <= log.steps[-1]:
+            text.append("–")
+            continue
+        loss = log.series["loss"]
+        text.append(f"{loss.y[index]:.4g} (smoothed {loss.smooth[index]:.4g})")
+        for name, label in ((HELD_OUT, "held out"), ("divergence", "divergence")):
+            if (value := log.series[name].value_at(window.cursor)) is not None:
+                text.append(f", {label} {value:.4g}")
+    return text

@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import isfinite
 
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, Row, flat_epoch
-from tui.widgets.curve import Column
+from tui.widgets.line_chart import Column
 
 BLOCK = 32  # points whose minimum, maximum and sum are cached, so that wide columns need not read every point
 QUANTITIES = ("loss", "learning_rate", "grad_norm", "divergence")  # each is drawn in its own panel

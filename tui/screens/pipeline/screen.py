@@ -6,6 +6,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import ClassVar
 
+from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
@@ -15,15 +16,16 @@ from textual.widgets import OptionList, Static
 
 from pipeline.errors import UserError
 from pipeline.project.params import edit
+from pipeline.project.params.load import key_path
 from pipeline.project.stage_graph import Project, Stage
-from pipeline.project.status import MetricChange, StageState, Status, metrics_since_commit, project_signature
+from pipeline.project.status import StageState, Status, project_signature
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
 from tui.screens.pipeline.dag import DagView
-from tui.screens.pipeline.panels import LogView, StageList, metrics_table
-from tui.screens.pipeline.params_panel import ParamForm
+from tui.screens.pipeline.panels import LogView, ParamForm, StageList, metrics_table
+from tui.services.file_tail import file_stamp
 from tui.services.pipeline_process import Running
-from tui.widgets.form import format_value
+from tui.widgets.form import Form, format_value
 
 TICK = 0.4  # seconds between checks of the files
 EVALUATION = GRAPH.stages["evaluate"].path
@@ -109,12 +111,7 @@ class PipelineScreen(WorkbenchScreen):
         self._pipeline = running
         if self._loading or not (self.is_current or self._ended_pipeline):
             return
-        try:
-            stat = self.workbench.params_path.stat()
-            file = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        except OSError:
-            file = (0, 0, 0)
-        now = (file, self.project and project_signature(self.project))
+        now = (file_stamp(self.workbench.params_path), self.project and project_signature(self.project))
         busy = running or any(state.state == "running" for state in self.states.values())
         if now != self._seen_signature or busy:
             self._loading = True
@@ -181,12 +178,9 @@ class PipelineScreen(WorkbenchScreen):
         self._show_stages(states)
         await self._show_stage()
         path = (self.project or self.workbench).root / EVALUATION / "metrics.json"
-        try:
-            stats = [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat(), (self.workbench.root / ".git").stat())]
-        except OSError:
-            stats = []
-        if stats != self._metrics_signature:  # git is asked only if the metrics or its folder changed
-            self._metrics_signature = stats
+        stamps = file_stamp(path), file_stamp(self.workbench.root / ".git")
+        if stamps != self._metrics_signature:  # git is asked only if the metrics or its folder changed
+            self._metrics_signature = stamps
             self._load_metrics(path)
 
     async def _show_stage(self) -> None:
@@ -212,11 +206,11 @@ class PipelineScreen(WorkbenchScreen):
     @work(group="metrics", exclusive=True)
     async def _load_metrics(self, path: Path) -> None:
         try:
-            changes: list[MetricChange] | str = await asyncio.to_thread(metrics_since_commit, path)
+            shown = metrics_table(await asyncio.to_thread(metrics_since_commit, path))
         except UserError as error:
-            changes = str(error)
+            shown = Text(str(error), "dim")
         for widget in self.query("#changes").results(Static):  # none while the screen closes
-            widget.update(metrics_table(changes))
+            widget.update(shown)
 
     # Selecting and editing
 
@@ -225,7 +219,7 @@ class PipelineScreen(WorkbenchScreen):
         if event.option_id == self.chosen:
             return
         if unsaved := self.query_one(ParamForm).unsaved():
-            self.workbench.log_message(f"Not saved: {', '.join(f'{k}: {v}' for k, v in unsaved.items())}", "warning")
+            self.warn(f"Not saved: {', '.join(f'{k}: {v}' for k, v in unsaved.items())}")
         self.chosen = str(event.option_id)
         await self._show_stage()
 
@@ -237,17 +231,19 @@ class PipelineScreen(WorkbenchScreen):
     def _entered(self) -> None:
         self.action_pane("params")
 
-    @on(ParamForm.Saved)
-    def _save(self, event: ParamForm.Saved) -> None:
-        try:
-            path = self.project.home(self.chosen).params_path if self.project else self.workbench.params_path
-            edit.save(path, {event.key: event.value}, GRAPH.sections)
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
+    @on(Form.Submitted)
+    def _save(self, event: Form.Submitted) -> None:
+        """Write a field to the params file if its value is valid and differs from the file's."""
+        params = self.query_one(ParamForm)
+        if not params.form.edited(event.key) or params.form.problem(event.key):
             return
-        value = ", ".join(map(str, event.value)) if isinstance(event.value, list) else format_value(event.value)
-        self.workbench.log_message(f"{event.key}: {value or '(empty)'} saved to {path.name}.")
-        self.tick()
+        key, value = key_path(params.stage, event.key), params.form.value(event.key)
+        with self.workbench.errors_shown():
+            path = self.project.home(self.chosen).params_path if self.project else self.workbench.params_path
+            edit.save(path, {key: value}, GRAPH.sections)
+            text = ", ".join(map(str, value)) if isinstance(value, list) else format_value(value)
+            self.workbench.log_message(f"{key}: {text or '(empty)'} saved to {path.name}.")
+            self.tick()
 
     def action_leave(self) -> None:
         self.query_one(ParamForm).revert()
@@ -274,36 +270,24 @@ class PipelineScreen(WorkbenchScreen):
 
     def action_run_stage(self, force: bool = False) -> None:
         """Run the chosen stage only, if all artifacts that it needs exist."""
-        project, missing = self.project, list[str]()
-        if project:
-            try:
-                needs = project.needs(project.stage(self.chosen))
-            except UserError as error:
-                self.workbench.fail(error)
-                return
-            missing = [need for need in needs if not project.artifact(need).is_dir()]
-        if missing:
-            self.workbench.log_message(
-                f"{self.chosen} needs {', '.join(missing)} first: press r to run all.", "warning"
-            )
-            return
-        self._run_dvc("repro", "--single-item", *(["--force"] if force else []), self.chosen)
+        project = self.project
+        with self.workbench.errors_shown():
+            needs = project.needs(project.stage(self.chosen)) if project else []
+            if missing := [need for need in needs if project and not project.artifact(need).is_dir()]:
+                self.warn(f"{self.chosen} needs {', '.join(missing)} first: press r to run all.")
+            else:
+                self._run_dvc("repro", "--single-item", *(["--force"] if force else []), self.chosen)
 
     def _run_dvc(self, *arguments: str) -> None:
-        try:
+        with self.workbench.errors_shown():
             if self.workbench.params_path.name != "params.yaml":
                 raise UserError("The pipeline reads params.yaml. Start lora-tui with --params params.yaml to run it.")
             self._pipeline = self.workbench.runner.start(arguments)
-        except (UserError, OSError) as error:
-            self.workbench.fail(error)
-            return
-        self.workbench.log_message(f"Started: {self._pipeline.command}. It continues if you quit.")
+            self.workbench.log_message(f"Started: {self._pipeline.command}. It continues if you quit.")
 
     def action_stop(self) -> None:
-        try:
-            self.workbench.log_message(self.workbench.runner.stop(), "warning")
-        except UserError as error:
-            self.workbench.fail(error)
+        with self.workbench.errors_shown():
+            self.warn(self.workbench.runner.stop())
 
     def _report_end(self, ended: Running) -> None:
         """Report how a pipeline ended, judged by the stages that it ran: older failures are not its own."""
@@ -323,4 +307,4 @@ class PipelineScreen(WorkbenchScreen):
                 "The pipeline ended, and the disk is full. Free some space, then run it again.", "error"
             )
         else:
-            self.workbench.log_message("The pipeline ended early. See its log (l).", "warning")
+            self.warn("The pipeline ended early. See its log (l).")

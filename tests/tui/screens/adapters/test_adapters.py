@@ -24,16 +24,15 @@ from pipeline.workbench import GRAPH
 from tests.helpers.checkpoints import sealed_copies
 from tests.helpers.fake_engine import DEATH, FakeInference
 from tests.helpers.pilot import until
-from tests.helpers.projects import save
+from tests.helpers.projects import new_houses, save
 from tui.app import Workbench
 from tui.dialogs import PathScreen
-from tui.screens.adapters.answers import Completions, EngineBar, TopK
+from tui.screens.adapters.answers import Completions, EngineBar, PromptInput, Slider, TopK
 from tui.screens.adapters.conversation import trusts_remote_code
 from tui.screens.adapters.dialogs import AttentionView, SamplingScreen
 from tui.screens.adapters.library import Entry, Library
 from tui.screens.adapters.models import ModelDetails, ModelTable, format_details
 from tui.screens.adapters.screen import AdaptersScreen
-from tui.widgets.fields import PromptInput, Slider
 
 USUAL = ["base", "expanded", "scratch", "full", "freeze", "lora", "prefix", "prompt", "merged"]
 MODELS = [*USUAL[:-1], "sweep/rank-1", "sweep/rank-2", "merged"]
@@ -133,6 +132,13 @@ async def test_all_models_are_listed_in_the_order_of_the_pipeline(brief: Path) -
     async with open_adapters(brief) as s:
         assert s.names() == MODELS
         assert all("✓ verified" in row for row in s.rows())
+
+
+async def test_the_models_of_the_parent_project_are_listed_too(brief: Path, tmp_path: Path) -> None:
+    root = new_houses(tmp_path / "houses")
+    shutil.copytree(brief / "artifacts/base", root / "artifacts/base")
+    async with open_adapters(root / "document", 1) as s:
+        assert [entry.label for entry in s.screen.entries] == ["base"]
 
 
 async def test_narrow_shows_the_important_columns_and_wide_all(brief: Path) -> None:
@@ -283,7 +289,7 @@ async def test_interrupt_stops_at_once_and_keeps_what_came(brief: Path) -> None:
         await until(s.pilot, lambda: newest.answers[0].text == " tisch")
         await s.press("escape")
         await s.answered()
-        assert [answer.ended for answer in newest.answers] == ["interrupted"] * len(GRAPH.variants)
+        assert [answer.ended for answer in newest.answers] == ["interrupted"] * len(USUAL)
         assert (newest.answers[0].text, s.engine.cancelled) == (" tisch", 1)
         s.engine.go_on.set()
         await s.ask("der wind")
@@ -313,10 +319,10 @@ async def test_an_engine_that_dies_is_reported_and_the_next_prompt_loads_again(b
         newest = s.screen.conversation.newest
         assert newest is not None
         assert (DEATH in s.messages(), s.screen.query_one(EngineBar).state) == (True, "died")
-        assert [answer.error for answer in newest.answers] == ["the engine ended"] * len(GRAPH.variants)
+        assert [answer.error for answer in newest.answers] == ["the engine ended"] * len(USUAL)
         await s.ask("die katze")
         await s.answered()
-        assert len(s.engine.done("load")) == 2 * len(GRAPH.variants)
+        assert len(s.engine.done("load")) == 2 * len(USUAL)
         assert s.screen.query_one(EngineBar).state == "ready"
         assert len(s.screen.conversation.exchanges) == 2
 
@@ -327,7 +333,7 @@ async def test_models_stay_loaded_while_their_files_stay(project: Path) -> None:
         for _ in range(2):
             await s.ask("die katze")
             await s.answered()
-        assert len(s.engine.done("load")) == len(GRAPH.variants)
+        assert len(s.engine.done("load")) == len(USUAL)
         base = project / "artifacts/full_finetuned/config.json"
         base.write_text(base.read_text(encoding="utf-8") + "\n", encoding="utf-8")
         await s.ask("die katze")

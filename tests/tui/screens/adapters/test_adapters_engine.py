@@ -14,20 +14,18 @@ from pipeline.data.tokenizers.chat_template import render
 from pipeline.errors import UserError
 from pipeline.files.text import escape_whitespace
 from pipeline.inference.engine import complete, continued, load, top_k
-from pipeline.workbench import GRAPH
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
-from tests.tui.screens.adapters.test_adapters import Session
+from tests.tui.screens.adapters.test_adapters import USUAL, Session
 from tui.app import Workbench
-from tui.screens.adapters.answers import EngineBar, TopK
+from tui.screens.adapters.answers import EngineBar, Slider, TopK
 from tui.screens.adapters.conversation import Answer
-from tui.widgets.fields import Slider
 
 PROMPT = "die katze sitzt auf dem"
 
 
 @asynccontextmanager
-async def open_adapters(root: Path, count: int = len(GRAPH.variants) + 2) -> AsyncIterator[Session]:
+async def open_adapters(root: Path, count: int = len(USUAL) + 2) -> AsyncIterator[Session]:
     app = Workbench(root / "params.yaml")
     app.first_screen = "adapters"
     async with app.run_test(size=(120, 40)) as pilot:
@@ -66,7 +64,7 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
     folder = project / "artifacts/toy"
     toy_checkpoint(folder, max_position_embeddings=600)
     loaded = load(folder)
-    async with open_adapters(project, len(GRAPH.variants) + 3) as s:
+    async with open_adapters(project, len(USUAL) + 3) as s:
         await s.point("toy")
         await s.press("space")
         await s.point("base")
@@ -138,7 +136,7 @@ async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(
         await until(s.pilot, lambda: "it was killed" in s.messages())
         await s.screen._status().wait()
         assert not engine.running, "a check of its status must not start a new one"
-        assert len(s.screen.entries) == len(GRAPH.variants) + 2
+        assert len(s.screen.entries) == len(USUAL) + 2
         again = await answers(s, PROMPT)
         assert [answer.text for answer in again] == [answer.text for answer in first]
         assert engine.pid != pid

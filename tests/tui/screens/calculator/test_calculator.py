@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,18 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
 from tests.helpers.projects import load, make, save
 from tui.app import Workbench
-from tui.screens.calculator.dialogs import Confirm, Reader
+from tui.dialogs import Reader
 from tui.screens.calculator.form import CalcForm
 from tui.screens.calculator.query import (
+    DEFAULTS,
     FIELDS,
-    CalculatorQuery,
     FieldError,
     calculate,
     query_from_project,
     relevant_fields,
     trained_model,
 )
-from tui.screens.calculator.result import MemoryBars, Parameters, Pinned, Verdict
+from tui.screens.calculator.result import Confirm
 from tui.screens.calculator.screen import CalculatorScreen
 from tui.widgets.text import Lines
 
@@ -64,8 +63,8 @@ async def calculator(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIter
         yield pilot, app.screen
 
 
-def text_of(screen: CalculatorScreen, kind: type[Lines]) -> str:
-    return str(screen.query_one(kind).content)
+def text_of(screen: CalculatorScreen, id: str) -> str:
+    return str(screen.query_one(id, Lines).content)
 
 
 def workbench(pilot: Pilot[None]) -> Workbench:
@@ -74,7 +73,7 @@ def workbench(pilot: Pilot[None]) -> Workbench:
 
 
 async def fill(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> None:
-    screen.form.fill(asdict(replace(CalculatorQuery(), **values)))
+    screen.form.fill({**DEFAULTS, **values})
     await pilot.pause()
 
 
@@ -99,44 +98,45 @@ async def test_the_numbers_are_those_of_the_library(empty: Path) -> None:
             assert {**result.memory.parts(), "peak": result.memory.peak} == {
                 key: size for key, size in expected["memory"].items() if key != "peak_at"
             }, values
-            assert f"{expected['parameters']['trainable']:,} trainable" in text_of(screen, Verdict), values
-            assert all(f"{p['in']:,} → {p['out']:,}" in text_of(screen, Parameters) for p in expected["projections"])
+            assert f"{expected['parameters']['trainable']:,} trainable" in text_of(screen, "#verdict"), values
+            assert all(f"{p['in']:,} → {p['out']:,}" in text_of(screen, "#parameters") for p in expected["projections"])
 
 
 def expected_answer(values: dict[str, str]) -> dict[str, Any]:
     """The library's answer for a form with these fields."""
-    query, model = replace(CalculatorQuery(), **values), built_in(values["model"]).shapes
+    query, model = {**DEFAULTS, **values}, built_in(values["model"]).shapes
     _, method, run = configure(
         model,
         COUNTED,
-        query.method,
-        rank=int(query.rank),
-        alpha=float(query.alpha) if query.alpha else None,
-        targets=query.targets,
-        embeddings=query.embeddings,
-        new_rows=int(query.new_rows) if query.embeddings == "new_rows" else 0,
-        virtual_tokens=int(query.virtual_tokens),
-        batch=int(query.batch),
-        sequence=int(query.sequence) if query.sequence else None,
-        precision=query.precision or None,
-        checkpointing=query.checkpointing or None,
-        optimizer=query.optimizer,
-        loss=query.loss,
+        query["method"],
+        rank=int(query["rank"]),
+        alpha=float(query["alpha"]) if query["alpha"] else None,
+        targets=query["targets"],
+        embeddings=query["embeddings"],
+        new_rows=int(query["new_rows"]) if query["embeddings"] == "new_rows" else 0,
+        virtual_tokens=int(query["virtual_tokens"]),
+        batch=int(query["batch"]),
+        sequence=int(query["sequence"]) if query["sequence"] else None,
+        precision=query["precision"] or None,
+        checkpointing=query["checkpointing"] or None,
+        optimizer=query["optimizer"],
+        loss=query["loss"],
     )
     return answer(model, method, run)
 
 
 async def test_qwen3_8b_shows_the_exact_number_beside_the_documents(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (_, screen):
-        assert "7,667,712 trainable" in text_of(screen, Verdict)
-        assert "9,437,184 · exact 7,667,712" in text_of(screen, Parameters)
-        assert "the document takes every projection as 4,096 × 4,096" in " ".join(text_of(screen, Parameters).split())
+        assert "7,667,712 trainable" in text_of(screen, "#verdict")
+        assert "9,437,184 · exact 7,667,712" in text_of(screen, "#parameters")
+        shown = " ".join(text_of(screen, "#parameters").split())
+        assert "the document takes every projection as 4,096 × 4,096" in shown
 
 
 async def test_every_built_in_model_opens(empty: Path) -> None:
     for name in names():
         for method in ("lora", "full"):
-            result = calculate(replace(CalculatorQuery(), model=name, method=method), open_model(name).shapes)
+            result = calculate({**DEFAULTS, "model": name, "method": method}, open_model(name).shapes)
             assert result.model.name == name
     async with calculator(empty) as (pilot, screen):
         assert all(screen._get_model(name).name == name for name in names())
@@ -150,7 +150,7 @@ def test_garbage_is_refused_in_one_line_that_is_about_its_field(field: str) -> N
     model, rejected_with = open_model("qwen3-8b").shapes, 0
     for text in GARBAGE:
         try:
-            calculate(replace(CalculatorQuery(), **NEEDS.get(field, {}), **{field: text}), model)
+            calculate({**DEFAULTS, **NEEDS.get(field, {}), field: text}, model)
         except FieldError as error:
             rejected_with += 1
             assert (error.field, "\n" in str(error)) == (field, False), text
@@ -190,11 +190,12 @@ async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
 async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("right")
-        assert screen.form.values.method == "qlora"
+        assert screen.form.values["method"] == "qlora"
         await pilot.press("left", "down", "+")
-        assert (screen.form.values.method, screen.form.values.rank, screen.result.method.rank) == ("lora", "16", 16)
+        values = screen.form.values
+        assert (values["method"], values["rank"], screen.result.method.rank) == ("lora", "16", 16)
         await pilot.press("-", "-", "tab", "shift+tab", "pagedown")
-        assert screen.focused.id == "rank" and screen.form.values.rank == "8"
+        assert screen.focused.id == "rank" and screen.form.values["rank"] == "8"
         screen.query_one("#sequence").focus()
         await pilot.press("+")
         assert screen.result.run.sequence == 4096, "an empty field steps from what it means"
@@ -203,23 +204,23 @@ async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
         assert (screen.result.run.batch, screen.focused.id) == (2, "adapter_precision")
         await pilot.press("escape", "g")
         names_ = list(gpus())
-        assert screen.form.values.gpu == names_[names_.index("rtx4090") + 1]
+        assert screen.form.values["gpu"] == names_[names_.index("rtx4090") + 1]
 
 
 async def test_ctrl_r_brings_a_fields_default_back(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("right", "ctrl+r", "down", "+", "+", "ctrl+r")
-        assert screen.form.values == CalculatorQuery() and screen.result.method.rank == 8
+        assert screen.form.values == DEFAULTS and screen.result.method.rank == 8
 
 
 async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for name in ("method", "embeddings", "checkpointing", "optimizer", "loss", "gpu"):
-            before = getattr(screen.form.values, name)
+            before = screen.form.values[name]
             await pilot.click(f"#{name}", offset=(4, 0))
-            assert getattr(screen.form.values, name) != before
+            assert screen.form.values[name] != before
             await pilot.click(f"#{name}", offset=(0, 0))
-            assert getattr(screen.form.values, name) == before
+            assert screen.form.values[name] == before
 
 
 async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: Path) -> None:
@@ -273,33 +274,33 @@ async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pyte
 
 async def test_advice_is_the_librarys_and_never_of_another_configuration(empty: Path) -> None:
     async with calculator(empty, (200, 60)) as (pilot, screen):
-        await until(pilot, lambda: "the most that fits: " in text_of(screen, Verdict))
+        await until(pilot, lambda: "the most that fits: " in text_of(screen, "#verdict"))
         result = screen.result
         most = largest(result.model, result.method, result.run, result.device.bytes)
-        assert f"batch {most.batch} · sequence {most.sequence:,} · rank {most.rank}" in text_of(screen, Verdict)
+        assert f"batch {most.batch} · sequence {most.sequence:,} · rank {most.rank}" in text_of(screen, "#verdict")
         await fill(pilot, screen, batch="16")
-        assert "looking for" in text_of(screen, Verdict) and "does not fit" in text_of(screen, Verdict)
-        await until(pilot, lambda: "change this" in text_of(screen, Verdict))
+        assert "looking for" in text_of(screen, "#verdict") and "does not fit" in text_of(screen, "#verdict")
+        await until(pilot, lambda: "change this" in text_of(screen, "#verdict"))
         result = screen.result
         configuration = (result.model, result.method, result.run, result.device.bytes, result.methods)
         words = [way[0] for way in changes(*configuration)]
-        assert words[-1].replace("--", "") in " ".join(text_of(screen, Verdict).split())
+        assert words[-1].replace("--", "") in " ".join(text_of(screen, "#verdict").split())
 
 
 async def test_a_mistake_does_not_stop_what_is_looked_for(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await fill(pilot, screen, batch="2")
         await fill(pilot, screen, batch="x")
-        await until(pilot, lambda: "the most that fits: " in text_of(screen, Verdict))
+        await until(pilot, lambda: "the most that fits: " in text_of(screen, "#verdict"))
         assert screen.problem.startswith("batch must be")
 
 
 async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (pilot, screen):
-        text = text_of(screen, MemoryBars)
+        text = text_of(screen, "#memory")
         assert all(name in text for name in ("full", "freeze", "▶ LoRA", "QLoRA", "▼ RTX 4090 23.99 GiB"))
         await fill(pilot, screen, gpu="custom", gib="7.5", method="freeze")
-        assert "7.50 GiB" in text_of(screen, MemoryBars) and "▶ freeze" in text_of(screen, MemoryBars)
+        assert "7.50 GiB" in text_of(screen, "#memory") and "▶ freeze" in text_of(screen, "#memory")
 
 
 async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
@@ -308,7 +309,7 @@ async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
         await fill(pilot, screen, method="qlora")
         await pilot.press("p")
         await fill(pilot, screen, rank="16")
-        text = text_of(screen, Pinned)
+        text = text_of(screen, "#pinned")
         first, second = screen.pins
         assert first.title.split(",")[0] in text and "②" in text
         assert f"{first.trainable - screen.result.trainable:+,}" in text
@@ -316,7 +317,7 @@ async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
         await pilot.press("p")
         assert screen.pins == [second, screen.result], "a third takes the first one's place"
         await pilot.press("P", "P", "P")
-        assert screen.pins == [] and not screen.query_one(Pinned).display
+        assert screen.pins == [] and not screen.query_one("#pinned").display
 
 
 async def test_document_and_formulas_open_and_close(empty: Path) -> None:
@@ -338,7 +339,7 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
         assert screen.result.run == TrainingConfig(4, 4, "fp32", checkpointing="none", optimizer="adam-flat")
         assert screen.result.model is built_in("minigpt").shapes
         await pilot.press("2", "3")
-        assert pilot.app.screen is screen and screen.form.values.model == "minigpt"
+        assert pilot.app.screen is screen and screen.form.values["model"] == "minigpt"
 
 
 async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
@@ -365,7 +366,7 @@ async def test_use_writes_only_what_differs_after_enter(empty: Path) -> None:
 SECTIONS: tuple[tuple[dict[str, str], dict[str, object]], ...] = (
     ({"method": "full", "batch": "9"}, {"finetune_full.batch_size": 9}),
     (
-        {"method": "freeze", "batch": "9", "last_blocks": "2", "ends": "freeze"},
+        {"method": "freeze", "batch": "9", "last_blocks": "2", "train_embeddings": "freeze"},
         {
             "finetune_freeze.batch_size": 9,
             "finetune_freeze.last_blocks": 2,
@@ -525,16 +526,16 @@ def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> N
     path = toy / "params.yaml"
     (toy / "data/tiny.txt").write_text("The euro.\n", encoding="utf-8")
     save(path, {"expand_vocab.audit_data": "data/tiny.txt", "expand_vocab.tokens": ["zloty", "koruna"]})
-    assert query_from_project(open_project(path)).model == str(toy / "models/toy")
+    assert query_from_project(open_project(path))["model"] == str(toy / "models/toy")
     make(toy, ["pretrain"])
-    assert query_from_project(open_project(path)).model == str(toy / "artifacts/base")
+    assert query_from_project(open_project(path))["model"] == str(toy / "artifacts/base")
     make(toy, ["expand_vocab"])
     asked = query_from_project(open_project(path, ["finetune_lora.train_embeddings=new_rows"]))
-    assert (asked.model, asked.new_rows) == (str(toy / "artifacts/expanded"), "2")
+    assert (asked["model"], asked["new_rows"]) == (str(toy / "artifacts/expanded"), "2")
     assert trained_model(open_project(path))[1].total > open_model(str(toy / "models/toy")).shapes.total - 1
     make(toy, ["pretrain"], ["pretrain.dtype=bf16"])  # the expanded checkpoint belongs to the former base
-    assert query_from_project(open_project(path)).model == str(toy / "artifacts/base")
-    assert query_from_project(open_project(path, ["base=some/model"])).model == "some/model"
+    assert query_from_project(open_project(path))["model"] == str(toy / "artifacts/base")
+    assert query_from_project(open_project(path, ["base=some/model"]))["model"] == "some/model"
 
 
 @pytest.mark.parametrize("when", ["before", "while it is confirmed"])
@@ -576,8 +577,8 @@ async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> 
     async with calculator(empty, (80, 24)) as (_, screen):
         for name in relevant_fields(screen.form.values):
             assert screen.query_one(f"#{name}").region.bottom <= 23
-        assert screen.query_one(Verdict).region.bottom <= 23
-        assert screen.query_one(CalcForm).region.right <= screen.query_one(Verdict).region.x
+        assert screen.query_one("#verdict").region.bottom <= 23
+        assert screen.query_one(CalcForm).region.right <= screen.query_one("#verdict").region.x
 
 
 def test_the_default_configuration_is_the_documents() -> None:

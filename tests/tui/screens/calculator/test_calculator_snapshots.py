@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.pilot import until
 from tui.app import Workbench
-from tui.screens.calculator.result import Pinned, Verdict
+from tui.widgets.text import Lines
 
 PRESSED = {"first": [], "pinned": ["p", "right", "p"], "wrong": ["tab", "x", "escape"]}
 
@@ -20,8 +20,8 @@ def test_calculator(empty: Path, snap_compare: Any, state: str, size: tuple[int,
 
     async def settle(pilot: Any) -> None:
         await pilot.press("3", *PRESSED[state])
-        await until(pilot, lambda: "most that fits:" in str(app.screen.query_one(Verdict).content))
-        pinned = app.screen.query_one(Pinned)
+        await until(pilot, lambda: "most that fits:" in str(app.screen.query_one("#verdict", Lines).content))
+        pinned = app.screen.query_one("#pinned", Lines)
         await until(pilot, lambda: state != "pinned" or "②" in str(pinned.content))
 
     assert snap_compare(app, terminal_size=size, run_before=settle)

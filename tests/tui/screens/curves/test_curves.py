@@ -21,11 +21,9 @@ from tests.helpers.run_folders import HEADER, hold, journal, lines, measured, wr
 from tui.app import Workbench
 from tui.screens.curves import export, runs
 from tui.screens.curves.export import ExportScreen
-from tui.screens.curves.run_list import RunList
-from tui.screens.curves.screen import CurvesScreen
+from tui.screens.curves.screen import CurvesScreen, RunList
 from tui.screens.curves.series import QUANTITIES
-from tui.widgets.curve import Range, is_drawable
-from tui.widgets.line_chart import LossChart
+from tui.widgets.line_chart import LossChart, Range, is_drawable
 
 
 @asynccontextmanager
@@ -327,7 +325,10 @@ async def test_a_high_terminal_shows_both_panels(root: Path) -> None:
 async def test_evaluations_are_drawn_beside_the_loss_of_the_runs_that_have_them(root: Path) -> None:
     write_measured(root, every=30)
     async with open_curves(root) as (pilot, screen):
-        result = {line.view.run.stage: line.curve("loss", (1, 300), 152).held_out for line in screen._lines()}
+        result = {
+            line.view.run.stage: line.curve("loss", (1, 300), 152).held_out
+            for line in screen.runs.lines(screen._pointed)
+        }
         assert [column.x for column in result["finetune_lora"]] == list(range(30, 301, 30))
         assert not result["finetune_full"] and not result["finetune_freeze"]
         assert "× on held-out examples" in title(screen)

@@ -9,8 +9,7 @@ from textual.pilot import Pilot
 from tests.helpers.run_folders import write_measured, write_methods, write_sweep
 from tests.tui.screens.curves.test_curves import wait_until_drawn
 from tui.app import Workbench
-from tui.screens.curves.run_list import RunList
-from tui.screens.curves.screen import CurvesScreen
+from tui.screens.curves.screen import CurvesScreen, RunList
 
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = [(80, 24), (120, 40)]

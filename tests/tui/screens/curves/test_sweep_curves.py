@@ -30,10 +30,9 @@ from tests.tui.screens.curves.test_curves import (
     wait_until_drawn,
 )
 from tui.screens.curves import export
-from tui.screens.curves.run_list import RunList
-from tui.screens.curves.screen import CurvesScreen
-from tui.screens.curves.view_model import POINTED
-from tui.widgets.curve import Curve, range_of
+from tui.screens.curves.runs import POINTED
+from tui.screens.curves.screen import CurvesScreen, RunList
+from tui.widgets.line_chart import Curve, range_of
 
 FOUR = {"rank-1": 6.0, "rank-2": 5.0, "rank-4": 3.0, "rank-8": 4.0}  # the third is the best
 SIGN = "★"
@@ -42,7 +41,10 @@ SIGN = "★"
 def drawn(screen: CurvesScreen) -> dict[str, Curve]:
     """Adapter or stage → its curve, in drawing order."""
     x = screen._step_range()
-    return {line.curve_log.name or line.view.run.stage: line.curve("loss", x, 152) for line in screen._lines()}
+    return {
+        line.curve_log.name or line.view.run.stage: line.curve("loss", x, 152)
+        for line in screen.runs.lines(screen._pointed)
+    }
 
 
 def rows(screen: CurvesScreen) -> list[str]:
