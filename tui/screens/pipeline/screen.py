@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.project.params import edit
 from pipeline.project.params.load import key_path
 from pipeline.project.stage_graph import Project, Stage
-from pipeline.project.status import StageState, Status, project_signature
+from pipeline.project.status import StageState, Status, metrics_since_commit, project_signature
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.base import TALL, WorkbenchScreen
 from tui.screens.pipeline.dag import DagView
