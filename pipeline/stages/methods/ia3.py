@@ -50,7 +50,7 @@ STAGE = method(
     FinetuneIA3,
     output="ia3_adapter",
     kind="adapter",
-    summary="Train vectors that scale keys, values and feed-forward",
+    summary="Scale keys, values and feed-forward",
     title="(IA)³",
     look=Look("#000000", "◐", (0, (3, 1)), "++"),
     order=3.8,
