@@ -50,7 +50,7 @@ STAGE = method(
     FinetuneIA3,
     output="ia3_adapter",
     kind="adapter",
-    summary="Scale keys, values and feed-forward",
+    summary="Train scales of linears",
     title="(IA)³",
     look=Look("#000000", "◐", (0, (3, 1)), "++"),
     order=3.8,
