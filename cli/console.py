@@ -164,7 +164,7 @@ def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = F
                 return result
             if isinstance(event, Note):
                 if not (quiet and event.routine):
-                    stderr.print(event.text, markup=False)
+                    stderr.print(event.text, markup=False, soft_wrap=not stderr.is_terminal)  # a line of a log
             elif task is None:
                 task = progress.add_task(title, total=event.total, completed=event.done, text=event.text)
             else:

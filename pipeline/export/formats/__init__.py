@@ -44,9 +44,8 @@ def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[s
     """Export as the format `name`. Raises UserError, also for an option that the format does not read."""
     for option, default in Export._field_defaults.items():
         if getattr(export, option) != default and option not in FORMATS[name].options:
-            readers = [other for other, format in FORMATS.items() if option in format.options]
-            flag = f"--{option.replace('_', '-')}"
-            raise UserError(f"--format {name} does not read {flag}: {' and '.join(readers)} do. Leave out {flag}.")
+            readers = " or ".join(other for other, format in FORMATS.items() if option in format.options)
+            raise UserError(f"--{option.replace('_', '-')} needs --format {readers}, got {name}.")
     return (yield from FORMATS[name].write(export, out))
 
 

@@ -273,10 +273,23 @@ def test_a_second_export_takes_the_place_of_the_first(cli: Lora, form: str, tmp_
     assert folder_bytes(out) == first
 
 
-@pytest.mark.parametrize("more", [["--precision", "bf16"], ["--prompts", "data/prompts.yaml"]])
-def test_options_of_a_merge_are_refused_without_one(cli: Lora, more: list[str], tmp_path: Path) -> None:
-    source = made(tmp_path)
-    assert "need --format merged" in refusal(export(cli, "peft", source, tmp_path / "out", *more))
+@pytest.mark.parametrize(
+    ("form", "more", "message"),
+    [
+        ("peft", ["--precision", "bf16"], "--precision needs --format merged, got peft"),
+        ("vllm", ["--prompts", "data/prompts.yaml"], "--prompts needs --format merged, got vllm"),
+        ("peft", ["--trust-remote-code"], "--trust-remote-code needs --format vllm or merged, got peft"),
+    ],
+)
+def test_an_option_that_a_format_does_not_read_is_refused(
+    cli: Lora, form: str, more: list[str], message: str, tmp_path: Path
+) -> None:
+    assert message in refusal(export(cli, form, made(tmp_path), tmp_path / "out", *more))
+
+
+def test_an_unknown_format_is_a_wrong_usage_that_lists_the_known_ones(cli: Lora, tmp_path: Path) -> None:
+    code, out, err = export(cli, "gptq", tmp_path, tmp_path / "out")
+    assert (code, out) == (2, "") and "'gptq' is not one of peft, vllm, merged." in err
     assert not (tmp_path / "out").exists()
 
 

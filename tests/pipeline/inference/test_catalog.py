@@ -13,7 +13,7 @@ from pipeline.files.digest_cache import signature
 from pipeline.inference import catalog
 from pipeline.inference.catalog import Model, check, describe, find_base, measured, model_folders
 from pipeline.inference.engine import load
-from pipeline.workbench import GRAPH
+from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers.projects import STAGES
 
@@ -41,7 +41,7 @@ def test_every_model_of_the_pipeline_is_found_by_kind_and_method(brief: Path) ->
 def test_each_is_verified_with_the_forgetting_that_the_evaluation_measured(brief: Path) -> None:
     metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
     described, measurements = models(brief), measured([brief / "artifacts"])
-    for variant, (base, adapter) in GRAPH.variants.items():
+    for variant, (base, adapter) in open_project(brief / "params.yaml").variants.items():
         verdict = check(described[STAGES[adapter or base].output], brief, measurements)
         assert verdict == catalog.VerificationResult("verified", None, metrics[variant]["forgetting"]["loss_rise"])
 
