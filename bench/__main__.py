@@ -1,4 +1,9 @@
-"""`make bench`: speed relative to references, measured in the same run on this machine."""
+"""`make bench`: speed relative to references, measured in the same run on this machine.
+
+`python -m bench sweep merge` runs these alone.
+"""
+
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -24,14 +29,18 @@ BENCHMARKS = (
 )
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    every = {benchmark.__name__: benchmark for benchmark in BENCHMARKS}
+    if unknown := set(names) - set(every):
+        sys.exit(f"no benchmark {', '.join(sorted(unknown))}. There are: {', '.join(every)}.")
     table = Table("what", "measured", "compared with", "ratio", "goal", "", box=None)
-    console = Console()
-    for benchmark in BENCHMARKS:
-        for row in benchmark():
-            table.add_row(*row.cells())
-    console.print(table)
+    try:
+        for name in names or every:
+            for row in every[name]():
+                table.add_row(*row.cells())
+    finally:  # what was measured before an error or Ctrl-C is shown
+        Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -35,7 +35,7 @@ class Published:
     def predicted(self) -> float:
         memory = predict(self.model, self.method, self.run)
         if self.in_backward:  # only the largest gradient is alive, after the activations are freed
-            memory = replace(memory, gradients=self.model.embedding * self.run.width)
+            memory = memory._replace(gradients=self.model.embedding * self.run.width)
         return memory.peak / self.unit
 
     @property

@@ -270,7 +270,7 @@ def _print_fit(out: _Output, model: Model, given: Configuration, budget: float |
 
     device = find_gpu(name) if name is not None else of_size(budget or 0)
     shapes, (methods, method, run) = model.shapes, given
-    peak, most = predict(shapes, method, run).peak, vars(largest(shapes, method, run, device.bytes))
+    peak, most = predict(shapes, method, run).peak, largest(shapes, method, run, device.bytes)._asdict()
     fits = peak <= device.bytes
     fixes = [] if fits else [(w, size) for w, _, _, size in changes(shapes, method, run, device.bytes, methods)]
     if out.json:

@@ -29,7 +29,8 @@ class _Console(Console):
             yield Segment(text if control else printable(text), style, control)
 
 
-stdout, stderr = _Console(highlight=False), _Console(stderr=True, highlight=False)
+# `:name:` in a text stays as it is: it is no emoji
+stdout, stderr = (_Console(stderr=error, highlight=False, emoji=False) for error in (False, True))
 
 
 def print_line(text: str, style: str | None = None) -> None:

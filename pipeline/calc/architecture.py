@@ -2,16 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from msgspec import Struct
 
 from pipeline.calc.target_modules import HEAD
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """A weight (outputs, inputs), or `experts` of them in one tensor; `name` is its module's name within the block."""
 
     name: str
@@ -33,8 +33,7 @@ class Linear:
         return rank * (self.inputs + self.outputs) * self.experts
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(Struct, frozen=True):
     """One transformer block: its linears by group, its router, and the parameters of its norms and of the rest."""
 
     attention: tuple[Linear, ...]
@@ -53,8 +52,7 @@ class Block:
         return sum(linear.parameters for linear in self.linears) + self.norms + router + self.other
 
 
-@dataclass(frozen=True)
-class BlockStyle:
+class BlockStyle(NamedTuple):
     """How a block computes, as far as this affects the memory of a training step."""
 
     norm: Literal["rms", "rms32", "layer"] = "rms"  # rms32: the weight is applied in fp32
@@ -82,8 +80,7 @@ class BlockStyle:
         return self.softcap or self.sinks
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(Struct, frozen=True, dict=True):
     """A model's shapes. `positions`, `head_bias` and norms are parameter counts; `tied`: the head is the embedding.
 
     `layers` is the name of the list of blocks in the transformers model, `head_name` that of its output head.
@@ -105,7 +102,7 @@ class Architecture:
     head_bias: int = 0
     extra_norms: int = 0
     outside: tuple[Linear, ...] = ()  # linears outside the blocks, without the head
-    style: BlockStyle = field(default_factory=BlockStyle)
+    style: BlockStyle = BlockStyle()
     layers: str = "model.layers"
     head_name: str = HEAD
     name: str = ""
@@ -174,8 +171,7 @@ class Architecture:
         return prod((2, len(self.blocks), self.kv_heads, self.head_size, sequence, batch, width))
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(Struct, frozen=True):
     """Shapes, and the config they come from, if any (tracing builds the model from it)."""
 
     shapes: Architecture

@@ -3,9 +3,10 @@
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.memory import possible, predict
@@ -19,8 +20,7 @@ LARGEST = {"batch": 4096, "sequence": 2**20, "rank": 4096}
 PRECISIONS_BY_QUALITY = ("fp32", "bf16", "int8", QLORA)  # the first that fits is the most accurate
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A device; `bytes` is the memory that a process can use, including the CUDA context."""
 
     name: str
@@ -54,8 +54,7 @@ def of_size(gib: float) -> Gpu:
     return Gpu("fit", f"{gib:g} GiB", round(gib * GIB))
 
 
-@dataclass(frozen=True)
-class Largest:
+class Largest(NamedTuple):
     """The largest value of each setting that fits, the others unchanged; 0 if none fits."""
 
     batch: int

@@ -1,6 +1,6 @@
 """Memory of a training step, by part at its peak, and of inference."""
 
-from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.method import FinetuningMethod, trained_split
@@ -9,8 +9,7 @@ from pipeline.calc.step import run_step
 from pipeline.errors import UserError
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes at the peak of a step, which is in the phase `where`; the parts sum to `peak`."""
 
     weights: int
@@ -30,7 +29,7 @@ class Memory:
         return {part: getattr(self, part) for part in PARTS}
 
 
-PARTS = tuple(field.name for field in fields(Memory) if field.name != "where")
+PARTS = tuple(part for part in Memory._fields if part != "where")
 
 
 def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Memory:
@@ -60,7 +59,7 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     # the update has the gradients and a copy of all parameters, and no activations any more
     if run.optimizer == "adamw-foreach" and 2 * trained > tape.peak:
         updating = {"gradients": trained, "activations": 0, "logits": 0, "optimizer": memory.optimizer + trained}
-        return replace(memory, **updating, where="optimizer's update")
+        return memory._replace(**updating, where="optimizer's update")
     return memory
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
+from msgspec import Struct
+
 from pipeline.calc.settings import CONTEXT, TrainingConfig, check_options, options_of
 from pipeline.calc.target_modules import ALL_LINEAR, select_linears
 from pipeline.errors import UserError
@@ -40,8 +42,7 @@ class TrainedParts(NamedTuple):
     base: Mapping[str, int] = {}
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(Struct, frozen=True):
     """`count` equal linears that get LoRA: A (rank, inputs) and B (outputs, rank), one pair per expert."""
 
     name: str

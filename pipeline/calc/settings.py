@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import UserError
 
 
-@dataclass(frozen=True)
-class Precision:
+class Precision(NamedTuple):
     """`bytes` per weight, of which `scales` are for scales and zero points; activations have `compute` bytes.
 
     A 16- or 32-bit precision applies to every tensor, a quantized one only to the linears of the blocks: each other

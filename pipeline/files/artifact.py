@@ -3,7 +3,6 @@
 A manifest holds nothing that differs between two identical runs on one machine.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -204,6 +203,8 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
+    import hashlib  # with OpenSSL 3 ms, which the calculator does not need
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -230,6 +231,8 @@ def sealed_digest(manifest: Mapping[str, Any]) -> str:
 
 def contents_digest(files: Mapping[str, str]) -> str:
     """`digest` of a folder with these contents."""
+    import hashlib
+
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 

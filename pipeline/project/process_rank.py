@@ -1,11 +1,10 @@
 """Rank and world size of this process, from torchrun's environment variables."""
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class ProcessRank:
+class ProcessRank(NamedTuple):
     """`rank` of `world_size` processes in total; `local_rank` of `local_world_size` on this machine."""
 
     rank: int

@@ -6,12 +6,13 @@ contains the same graph for DVC; a test compares them.
 
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from msgspec import Struct
 from msgspec.structs import asdict
 
 from pipeline.errors import UserError
@@ -29,8 +30,7 @@ def cache_folder(root: Path) -> Path:
     return Path(shared) if shared else root / CACHE
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """A curve's color and sign in every chart; in print also its `dash`, as matplotlib takes it, and its bar's `hatch`.
 
     The colors are Okabe and Ito's, which color-blind readers can distinguish.
@@ -48,8 +48,7 @@ def other_look(number: int) -> Look:
     return Look(OTHERS[number % len(OTHERS)], OTHER_SIGNS[(number + number // len(OTHERS)) % len(OTHER_SIGNS)])
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(Struct, frozen=True, eq=False):
     """One node. Its name is its DVC stage and its section of params.yaml.
 
     Its module, or that of `work`, has `run(job)`: it yields events and returns its part of the artifact's manifest.
@@ -75,7 +74,7 @@ class Stage:
     look: Look | None = None  # its curve's
     peft_type: str = ""  # PEFT's name of its adapter, if only its module can load it
     order: float = 0  # among the fine-tuning methods, in every list
-    pretrained: Mapping[str, Any] = field(default_factory=dict, hash=False)  # defaults on a pretrained base
+    pretrained: Mapping[str, Any] = {}  # defaults on a pretrained base
     check: Callable[["Project"], object] | None = None  # raises UserError for settings that cannot run
 
     @property

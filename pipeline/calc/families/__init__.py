@@ -6,10 +6,11 @@ folder; the modules are found, not listed. Defaults are those of transformers, w
 
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
+
+from msgspec.structs import replace
 
 from pipeline.calc.architecture import Architecture
 from pipeline.errors import UserError

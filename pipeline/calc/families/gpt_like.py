@@ -1,7 +1,8 @@
 """Models with LayerNorm, biases and a plain feed-forward: GPT-2, GPT-3, GPT-NeoX, OPT, MiniGPT, RoBERTa."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
 from pipeline.calc.families import MOST_LAYERS, Config
@@ -88,7 +89,7 @@ def opt(config: Config) -> Architecture:
 def minigpt(config: Config) -> Architecture:
     """OPT's names, with sinusoidal positions: a table, not parameters (the document's Introduction)."""
     built = opt(config)
-    style = replace(built.style, scaled_queries=False, ours=True)
+    style = built.style._replace(scaled_queries=False, ours=True)
     return replace(built, positions=0, fixed_positions=built.positions, style=style)
 
 

@@ -1,16 +1,17 @@
 """Llama and its variants: RMSNorm, rotary positions, grouped-query attention, gated feed-forward, experts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
 from pipeline.calc.families import MOST_LAYERS, Config
 from pipeline.errors import UserError
 
 
-@dataclass(frozen=True)
-class Defaults:
+class Defaults(Struct, frozen=True):
     """Defaults of transformers for missing keys; 0 means as many as heads (kv_heads), width / heads (head_size)."""
 
     tie: bool = False

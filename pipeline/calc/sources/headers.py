@@ -12,10 +12,11 @@ import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from msgspec.structs import replace
 
 from pipeline.calc.architecture import Architecture, Block, BlockStyle, Linear
 from pipeline.calc.families import MOST_LAYERS, Config, architecture

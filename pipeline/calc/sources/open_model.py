@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from pipeline.calc.architecture import Model
 from pipeline.calc.families import architecture, families

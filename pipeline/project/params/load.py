@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from msgspec import structs
 
 from pipeline.errors import UserError
@@ -169,49 +168,28 @@ def _prefix_paths(value: Any, prefix: str) -> Any:
 
 
 def _read_tree(text: str, path: Path) -> dict[str, Any]:
+    from pipeline.project.params import strict_yaml
+
     try:
-        try:
-            tree = yaml.load(text, _UniqueKeysInC)
-        except yaml.YAMLError:  # read again in Python, whose message quotes the line
-            tree = yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:
+        tree = strict_yaml.load(text)
+    except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `pretrain:`, got {tree!r}.")
     return tree
 
 
-class _Unique(yaml.constructor.SafeConstructor):
-    """Rejects duplicate keys, of which PyYAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _UniqueKeys(_Unique, yaml.SafeLoader):
-    pass
-
-
-# Every command reads the params, and the C loader takes a tenth of the time. Not every build of PyYAML has it.
-class _UniqueKeysInC(_Unique, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    pass
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> str:
     """Set the override's value in the tree. Returns its section.key."""
+    from pipeline.project.params import strict_yaml
+
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not (equals and (key if dot else section in TOP_LEVEL)):
         raise UserError(f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}.")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: an invalid date
+        value = strict_yaml.load(text)
+    except ValueError:
         raise UserError(f"--set {path.strip()}: {text!r} is not a YAML value.") from None
     if not dot:
         tree[section] = value

@@ -10,10 +10,9 @@ Errors, forms, `lora params` and the reference all read that declaration.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from operator import ge, gt, le, lt
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -26,15 +25,13 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     """A section of params.yaml: one stage's settings, all with defaults."""
 
 
-@dataclass(frozen=True)
-class Because:
+class Because(NamedTuple):
     """The reason why no other value is allowed, for the error text."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class ReadBy:
+class ReadBy(NamedTuple):
     """A field that is read by a function of its own: (value, key, origin) → typed value, or UserError."""
 
     read: Callable[[Any, str, "ValueSource"], Any]
@@ -55,8 +52,7 @@ File = Annotated[str, ALLOW_EMPTY]
 Names = Annotated[tuple[str, ...], ALLOW_EMPTY]
 
 
-@dataclass(frozen=True)
-class ValueSource:
+class ValueSource(NamedTuple):
     """Where values come from: `file`, or `--set` for the keys and sections in `overridden`."""
 
     file: str

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from msgspec import field, structs
 
 from pipeline.errors import UserError
-from pipeline.project.logs.run_log import DIVERGED, DONE, STOPPED, TABLE
 from pipeline.project.params.schema import ALLOW_EMPTY, ReadBy, Section, ValueSource, check_value, hints
 from pipeline.project.stage_graph import Look, Project, Stage
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec, new_rows, note_wide_rank, save_files
@@ -227,7 +226,7 @@ def _save_adapters(job: Job, base: Base, specs: Mapping[str, AdapterSpec], learn
     from pipeline.files import artifact
     from pipeline.models.load import count, skeleton
     from pipeline.project import provenance
-    from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
+    from pipeline.project.logs.run_log import DIVERGED, DONE, LOSS, STOPPED, TABLE, final_loss, read_steps
     from pipeline.stages.finetune import save_adapter_of
 
     folder = job.project.artifact("expand_vocab")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from bench.memory import CORNERS, shortened, worst
 from pipeline.calc.architecture import Architecture, Block
@@ -191,21 +192,21 @@ def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMetho
         traced = traced_peak(config, method, run)
         assert predict(architecture(config, "twelve"), method, run).peak == pytest.approx(traced, rel=0.03)
     else:
-        every = replace(architecture(config, "twelve"), blocks=distinct(architecture(config, "twelve")))
+        every = structs.replace(architecture(config, "twelve"), blocks=distinct(architecture(config, "twelve")))
         assert predict(architecture(config, "twelve"), method, run) == predict(every, method, run)
 
 
 def distinct(shapes: Architecture) -> tuple[Block, ...]:
     """Equal blocks as separate objects, so that each of them is simulated."""
-    return tuple(replace(block) for block in shapes.blocks)
+    return tuple(structs.replace(block) for block in shapes.blocks)
 
 
 @given(models, methods, runs)
 def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
     """Extrapolating the middle of a long run of blocks gives the same peak as simulating every block."""
     shapes, run = shapes_of(name, run)
-    long = replace(shapes, blocks=shapes.blocks[:1] * 12)
-    apart = replace(long, blocks=distinct(long))
+    long = structs.replace(shapes, blocks=shapes.blocks[:1] * 12)
+    apart = structs.replace(long, blocks=distinct(long))
     one, other = predict(long, method, run), predict(apart, method, run)
     assert one.peak == pytest.approx(other.peak, rel=1e-3)
 

@@ -6,11 +6,11 @@ import io
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from msgspec import structs
 
 from pipeline.document.claims.chapters import CLAIMS
 from pipeline.document.claims.check import JSON, MARKS, PAGE, Row, calculated, verdicts
@@ -236,7 +236,7 @@ def test_claims_of_what_was_not_run_are_no_error_and_nothing_is_begun(cli: Lora,
 
 
 def test_the_stage_writes_every_verdict_as_json_and_as_a_page_twice_the_same(ran: Path, tmp_path: Path) -> None:
-    stage = replace(STAGES["claims"], needs=tuple(PIPELINE))
+    stage = structs.replace(STAGES["claims"], needs=tuple(PIPELINE))
     found = []
     for name in ("one", "two"):
         root = tmp_path / name
@@ -259,7 +259,7 @@ def test_a_stage_that_is_out_of_date_is_not_judged(ran: Path, tmp_path: Path) ->
     root = tmp_path / "stale"
     shutil.copytree(ran, root)
     (root / "artifacts/base/config.json").write_text("{}", encoding="utf-8")
-    stage = replace(STAGES["claims"], needs=("pretrain",))
+    stage = structs.replace(STAGES["claims"], needs=("pretrain",))
     with pytest.raises(UserError, match="changed after the artifact was made"):
         played(run(open_project(root / "params.yaml"), stage))
 

@@ -56,7 +56,8 @@ def _format_advice(result: Result, advice: Advice | None) -> Text:
     if advice is None:
         return Text("looking for the most that fits …" if result.spare >= 0 else "looking for what to change …", "dim")
     if result.spare >= 0:
-        largest = [f"{key} {capped(value, LARGEST.get(key))}" for key, value in vars(advice.largest).items() if value]
+        most = advice.largest._asdict()
+        largest = [f"{key} {capped(value, LARGEST.get(key))}" for key, value in most.items() if value]
         return Text(f"the most that fits: {' · '.join(largest)}")
     if not advice.changes:
         return Text("no setting makes it fit; a larger device is needed: " + smallest(result.memory.peak))

@@ -1,0 +1,42 @@
+"""YAML in which no key stands twice.
+
+A file of its own, imported when there is a text to read: the calculator reads no params, and PyYAML takes longer to
+import than the calculator takes to count.
+"""
+
+from typing import Any
+
+import yaml
+
+
+def load(text: str) -> Any:
+    """The text's value. Raises ValueError for a text that is not YAML, and for an invalid date."""
+    try:
+        try:
+            return yaml.load(text, _UniqueKeysInC)
+        except yaml.YAMLError:  # read again in Python, whose message quotes the line
+            return yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+class _Unique(yaml.constructor.SafeConstructor):
+    """Rejects duplicate keys, of which PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _UniqueKeys(_Unique, yaml.SafeLoader):
+    pass
+
+
+# Every command reads the params, and the C loader takes a tenth of the time. Not every build of PyYAML has it.
+class _UniqueKeysInC(_Unique, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    pass
