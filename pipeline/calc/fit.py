@@ -68,7 +68,14 @@ def largest(model: Architecture, method: FinetuningMethod, run: TrainingConfig, 
 
     def most(limit: int, change: Callable[[int], tuple[FinetuningMethod, TrainingConfig]]) -> int:
         """The largest n up to `limit` that fits, 0 if none does: a larger n never needs less memory."""
-        return bisect_left(range(1, limit + 1), True, key=lambda n: not _fits(model, *change(n), budget))
+
+        def is_too_large(n: int) -> bool:
+            return not _fits(model, *change(n), budget)
+
+        bound = 1  # doubled first: what fits is mostly small, and each step of a search among all is a prediction
+        while bound <= limit and not is_too_large(bound):
+            bound *= 2
+        return bisect_left(range(1, min(bound, limit + 1)), True, lo=bound // 2, key=is_too_large)
 
     ranked = method.with_rank(1) is not None
     return Largest(

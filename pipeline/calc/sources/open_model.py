@@ -16,9 +16,10 @@ BUILT_IN = Path(__file__).parents[1] / "presets" / "models"
 MAX_CONFIG_BYTES = 10_000_000
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """Names of the built-in models."""
-    return sorted(path.stem for path in BUILT_IN.glob("*.json"))
+    return tuple(sorted(path.stem for path in BUILT_IN.glob("*.json")))
 
 
 def entry(name: str) -> dict[str, Any]:
