@@ -190,18 +190,32 @@ class IA3(FinetuningMethod):
         return dict.fromkeys(matching_linears(model, ("k_proj", "v_proj", *feed_forward)), 1)
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
-        scales_inputs = any(matches_suffix(linear.name, end) for end in FEED_FORWARD)
-        return (linear.inputs if scales_inputs else linear.outputs) * linear.experts
+        return (linear.inputs if self._scales_inputs(linear) else linear.outputs) * linear.experts
+
+    def _scales_inputs(self, linear: Linear) -> bool:
+        return any(matches_suffix(linear.name, end) for end in FEED_FORWARD)
 
     def trained_parts(self, model: Architecture) -> TrainedParts:
         names = self.adapted(model)
         each = (self.linear_parameters(linear, 1) for name, linear in model.linears() if name in names)
         return TrainedParts({"vectors": sum(each)})
 
+    def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
+        """W(l ⊙ x), whose x is kept for the gradient of l; None for keys and values."""
+        return ops.matmul(self._scale(ops, x, linear), linear, ops.n) if self._scales_inputs(linear) else None
+
     def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
-        """A product with the vector. The gradient of l is a sum of (rows, width) products, which backward forms."""
-        size = self.linear_parameters(linear, 1)
-        return ops.tape.op(y, saves=[y], weights=[ops.adapter_weight(size)], back=rows * size * y.width)
+        """l ⊙ Wx; of experts, whose product is computed before this is asked, W(l ⊙ x) as far as its tensors go."""
+        if not self._scales_inputs(linear):
+            return self._scale(ops, y, linear)
+        size = x.elements * x.width
+        weight = ops.adapter_weight(self.linear_parameters(linear, 1))
+        return ops.tape.op(y, saves=[x], weights=[weight], temp=size, back=2 * size, view=True)
+
+    def _scale(self, ops: Ops, x: Value, linear: Linear) -> Value:
+        """A product with the vector, whose gradient is a sum of products of x's size, which backward forms."""
+        weight = ops.adapter_weight(self.linear_parameters(linear, 1))
+        return ops.tape.op(x, saves=[x], weights=[weight], back=x.elements * x.width)
 
 
 COUNTED = IA3()

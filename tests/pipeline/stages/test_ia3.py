@@ -68,6 +68,22 @@ def test_the_calculator_counts_what_trains(tuned: Path) -> None:
     assert trainable(architecture(config, "MiniGPT"), COUNTED) == parameters["trainable"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["batch_size=16", "window=0"],
+        ["batch_size=16", "window=0", "gradient_checkpointing=full"],
+        ["precision=bf16", "adapter_precision=bf16"],
+    ],
+)
+def test_its_memory_is_predicted(tuned: Path, settings: list[str]) -> None:
+    make(tuned, ["finetune_ia3"], [*GIVEN, "finetune_ia3.seed=1", *(f"finetune_ia3.{each}" for each in settings)])
+    telemetry = tuned / "runs/finetune_ia3/telemetry.csv"
+    predicted, measured = map(int, telemetry.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:])
+    assert measured == pytest.approx(predicted, rel=0.035)
+
+
 def test_it_is_compared_listed_and_asked_and_what_needs_a_lora_refuses_it(tuned: Path, cli: Lora) -> None:
     make(tuned, ["evaluate"], GIVEN)
     metrics = json.loads((tuned / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
