@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.adapters.config import FOLD_BELOW
 from pipeline.errors import UserError
 from pipeline.models.base import LowBitLinear, is_conv1d
 from pipeline.project.params.sections import Init
 
-# Weights of a linear below which its update is folded in: two calls in place of four, 1.89 → 1.56 ms per step on
-# MiniGPT. Above, backward would form a gradient of W's size, which LoRA exists to avoid.
-FOLD_BELOW = 2**16
 DOCUMENT_STD = 0.01
 LEAST = 2.0**-126  # fp32's smallest normal number: the norm of a row of zeros, so that nothing is divided by 0
 # PEFT's keys of an adapter's tensors, after the module's name: A and B of a linear, A and B of an embedding, and others

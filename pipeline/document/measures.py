@@ -132,11 +132,10 @@ class RetentionScorer:
 
     def losses(self, loaded: "LoadedModel") -> Losses:
         """The scores that need no generation, of a model that knows the words of old and new sentences."""
-        from pipeline.inference.score import score
+        from pipeline.inference.score import agreement, score
 
         old, new = score(loaded, self.old, self.before), score(loaded, self.new)
-        kept = float((old.choices == self.before.choices).double().mean())
-        return Losses(new.loss, old.loss - self.before.loss, kept)
+        return Losses(new.loss, old.loss - self.before.loss, agreement(old.choices, self.before.choices))
 
     def measure(self, loaded: "LoadedModel") -> Knowledge:
         """Losses and completions."""

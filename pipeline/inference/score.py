@@ -53,7 +53,12 @@ class EvalScores:
     @property
     def accuracy(self) -> float:
         """Share of top-1 predictions that equal the label."""
-        return float((self.choices == self.labels).double().mean())
+        return agreement(self.choices, self.labels)
+
+
+def agreement(choices: Tensor, others: Tensor) -> float:
+    """Share of top-1 predictions (N,) that equal another model's, or the labels."""
+    return float((choices == others).double().mean())
 
 
 @torch.no_grad()
@@ -242,6 +247,5 @@ def quality(
         scores[name] = (scored.loss, scored.accuracy, scored.choices)
     tuned_choices = scores["tuned"][2]
     return {
-        name: Quality(loss, right, float((choices == tuned_choices).double().mean()))
-        for name, (loss, right, choices) in scores.items()
+        name: Quality(loss, right, agreement(choices, tuned_choices)) for name, (loss, right, choices) in scores.items()
     }

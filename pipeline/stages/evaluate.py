@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest, write_json
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
-from pipeline.inference.score import AnswerScore, EvalScores, completes_correctly, score, score_answers
+from pipeline.inference.score import AnswerScore, EvalScores, agreement, completes_correctly, score, score_answers
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.sections import Evaluate
 from pipeline.project.runner import Event, Facts, Job, Progress
@@ -76,7 +76,7 @@ def _score_sentences(
         "old_perplexity": old.perplexity,
         "forgetting": {
             "loss_rise": old.loss - before.loss,
-            "answers_kept": float((old.choices == before.choices).double().mean()),
+            "answers_kept": agreement(old.choices, before.choices),
             "divergence": old.divergence,
         },
     }

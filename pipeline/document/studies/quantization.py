@@ -122,7 +122,7 @@ def _measure_all(
     from torch import nn
 
     from pipeline.document.rounding import output_error
-    from pipeline.inference.score import score
+    from pipeline.inference.score import agreement, score
     from pipeline.models.quantized_linear import quantizable
 
     linears = {name: base.model.get_submodule(name) for name in quantizable(base.model)}
@@ -139,7 +139,7 @@ def _measure_all(
         after = score(base, examples)
         error = sum(float((weights[name] - q.weight).square().sum()) for name, q in rounded.items())
         of_outputs = sum(output_error(weights[name], q.weight, grams[name]) for name, q in rounded.items())
-        kept = float((after.choices == before.choices).double().mean())
+        kept = agreement(after.choices, before.choices)
         quality = Quality((error / norm) ** 0.5, (of_outputs / outputs) ** 0.5, after.perplexity, kept)
         qualities.append((sum(q.bits * q.weight.numel() for q in rounded.values()) / count, quality))
     return qualities

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import field
 
+from pipeline.adapters.config import FOLD_BELOW
 from pipeline.calc.method import (
     FinetuningMethod,
     TrainedBase,
@@ -235,7 +236,6 @@ def _parse_rank_patterns(texts: list[str]) -> tuple[tuple[str, int], ...]:
 
 
 NEW_ROWS = "new rows"
-FOLD_BELOW = 2**16  # elements, as in `adapters/lora.py`, which needs torch: it adds the update of smaller linears to W
 
 
 @dataclass(frozen=True)
