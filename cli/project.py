@@ -19,6 +19,7 @@ settings = group(help="Show every setting, its source and its meaning.", no_args
 app.add_typer(settings, name="params")
 
 MOST = 3  # commands that are named one by one
+SOURCE = 42  # the column of a value's source, where the value leaves room
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
 GGUF = ("gguf", "sentencepiece", "protobuf", "accelerate")  # needed to read a .gguf base
 QLORA = "bitsandbytes"
@@ -56,11 +57,11 @@ def show_params(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show every stage's settings, and each value's source.
+    """Print all settings as a params file, with their sources.
 
     That is a stage's defaults, the training block, the stage's section, --set: the last one counts.
     """
-    from cli.console import print_json, print_table
+    from cli.console import print_json, print_line
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
     from pipeline.project.params.load import key_path
@@ -70,15 +71,22 @@ def show_params(
     names = [name for name in params.kinds if name in params.sections]
     if section is not None and section not in names:
         raise UserError(f"{section} is not a section of this project. It has {', '.join(names)}.")
-    rows = [
-        (key_path(name, key), getattr(params.section(name), key), params.source(name, key))
-        for name in (names if section is None else [section])
+    names = names if section is None else [section]
+    rows = {
+        key_path(name, key): (getattr(params.section(name), key), params.source(name, key))
+        for name in names
         for key in hints(params.kinds[name])
-    ]
+    }
     if as_json:
-        print_json([{"key": key, "value": value, "source": source} for key, value, source in rows])
+        print_json([{"key": key, "value": value, "source": source} for key, (value, source) in rows.items()])
         return
-    print_table(("key", "value", "from"), [(key, dump_inline(value), source) for key, value, source in rows])
+    lines = {key: f"{key.rpartition('.')[2]}: {dump_inline(value)}" for key, (value, _) in rows.items()}
+    for key in (key for key in rows if "." not in key):  # above the sections
+        print_line(f"{lines[key]:<{SOURCE}}  # {rows[key][1]}")
+    for name in names:
+        print_line(f"{name}:")
+        for key in (key for key in rows if key.startswith(f"{name}.")):
+            print_line(f"  {lines[key]:<{SOURCE - 2}}  # {rows[key][1]}")
 
 
 @settings.command()
