@@ -91,7 +91,7 @@ def test_a_key_is_explained_in_words(cli: Lora, tmp_path: Path) -> None:
         (("explain", "finetune_lora.nothing_like_it"), "There is no key finetune_lora.nothing_like_it"),
         (("explain", "finetune_lroa"), "There is no section finetune_lroa. Did you mean finetune_lora?"),
         (("show", "finetune_full"), "finetune_full is not a section of this project. It has"),
-        (("show", "--set", "finetune_lora.rank=0"), "finetune_lora.rank must be at least 1, got 0. Change it in --set."),
+        (("show", "--set", "finetune_lora.rank=0"), "finetune_lora.rank must be at least 1, got 0. Change it"),
     ],
 )
 def test_a_wrong_name_is_one_message_with_the_next_step(
