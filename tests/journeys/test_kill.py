@@ -123,7 +123,9 @@ def stop_early(project: Path) -> Path:
     """A run of finetune_lora that was killed after a checkpoint; returns the checkpoint."""
     shutil.rmtree(project / "runs/finetune_lora")
     killed_at(project, "finetune_lora", 60)
-    (checkpoint,) = (project / "runs/finetune_lora").glob("checkpoint-*")
+    *older, checkpoint = sorted((project / "runs/finetune_lora").glob("checkpoint-*"))
+    for folder in older:  # killed after the new one was complete, before the old one was removed
+        shutil.rmtree(folder)
     return checkpoint
 
 
