@@ -31,7 +31,7 @@ from pipeline.training.step import Learner
 
 SMALL, LARGE = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 STEPS, TURNS = 50, 9
-MAX_RATIO = {8: 2.0}  # × one adapter
+MAX_RATIO = {8: 1.6}  # × one adapter
 
 
 def sweep() -> Iterator[Row]:

@@ -80,13 +80,13 @@ def show_params(
     if as_json:
         print_json([{"key": key, "value": value, "source": source} for key, (value, source) in rows.items()])
         return
-    lines = {key: f"{key.rpartition('.')[2]}: {dump_inline(value)}" for key, (value, _) in rows.items()}
-    for key in (key for key in rows if "." not in key):  # above the sections
-        print_line(f"{lines[key]:<{SOURCE}}  # {rows[key][1]}")
-    for name in names:
-        print_line(f"{name}:")
-        for key in (key for key in rows if key.startswith(f"{name}.")):
-            print_line(f"  {lines[key]:<{SOURCE - 2}}  # {rows[key][1]}")
+    for name in ("", *names):  # "" has what stands above the sections
+        if name:
+            print_line(f"{name}:")
+        for path_of_key, (value, source) in rows.items():
+            own, _, key = path_of_key.rpartition(".")
+            if own == name:
+                print_line(f"{'  ' * bool(name) + key + ': ' + dump_inline(value):<{SOURCE}}  # {source}")
 
 
 @settings.command()
@@ -108,7 +108,9 @@ def explain(
     section, _, name = (f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key).partition(".")
     if section not in kinds:
         meant = suggest(section, kinds, KEYS)
-        raise UserError(f"There is no section {section}. " + (f"Did you mean {meant}?" if meant else ""))
+        raise UserError(
+            f"There is no section {section}. " + (f"Did you mean {meant}?" if meant else f"Known: {', '.join(kinds)}.")
+        )
     kind = kinds[section]
     if name and name not in hints(kind):
         meant = suggest(name, list(hints(kind)), KEYS, section)

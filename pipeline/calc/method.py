@@ -42,7 +42,7 @@ class TrainedParts(NamedTuple):
     base: Mapping[str, int] = {}
 
 
-class Projection(Struct, frozen=True):
+class Projection(Struct, frozen=True):  # no tuple, whose `count` is a method
     """`count` equal linears that get LoRA: A (rank, inputs) and B (outputs, rank), one pair per expert."""
 
     name: str

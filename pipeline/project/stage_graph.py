@@ -21,6 +21,7 @@ from pipeline.project.params.schema import Section
 
 T = TypeVar("T")
 OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"  # of runs that are not a stage's last
+OTHER_LOOKS = len(OTHERS) * len(OTHER_SIGNS)
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 
 
@@ -43,7 +44,7 @@ class Look(NamedTuple):
 
 
 def other_look(number: int) -> Look:
-    """The look of the `number`th older run. There are 27 different looks, then they repeat."""
+    """The look of the `number`th older run. There are `OTHER_LOOKS`, then they repeat."""
     # The sign moves on by one more after each round of colors: 3 divides 9, so that otherwise a sign had one color.
     return Look(OTHERS[number % len(OTHERS)], OTHER_SIGNS[(number + number // len(OTHERS)) % len(OTHER_SIGNS)])
 

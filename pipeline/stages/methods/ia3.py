@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from pipeline.project.runner import Event, Facts, Job
     from pipeline.stages.finetune import Attached
 
-FEED_FORWARD = ("fc2", "down_proj", "mlp.c_proj")  # last feed-forward linears, by the names that families give them
+# The linears that PEFT scales, by the names that families give them: keys and values, where needed in one matrix with
+# queries, and the last one of the feed-forward network.
+KEYS_VALUES = ("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value")
+FEED_FORWARD = ("fc2", "down_proj", "mlp.c_proj", "dense_4h_to_h")
 SUFFIX = ".ia3_l"  # PEFT's name of a vector, after its module's
 
 
@@ -180,17 +183,21 @@ def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
 
 
 class IA3(FinetuningMethod):
-    """Keys, values, and the inputs of the last feed-forward linear of every block, scaled by a vector each."""
+    """Keys, values, and the inputs of the last feed-forward linear of every block, scaled by a vector each.
+
+    Experts are left out, as by PEFT: they are no modules of their own.
+    """
 
     name = "ia3"
     title = "(IA)³"
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
-        feed_forward = [end for end in FEED_FORWARD if any(matches_suffix(n, end) for n, _ in model.linears())]
-        return dict.fromkeys(matching_linears(model, ("k_proj", "v_proj", *feed_forward)), 1)
+        own = {name for name, linear in model.linears() if linear.experts == 1}
+        ends = [end for end in (*KEYS_VALUES, *FEED_FORWARD) if any(matches_suffix(name, end) for name in own)]
+        return {name: 1 for name in matching_linears(model, (*ends,) or KEYS_VALUES[:2]) if name in own}
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
-        return (linear.inputs if self._scales_inputs(linear) else linear.outputs) * linear.experts
+        return linear.inputs if self._scales_inputs(linear) else linear.outputs
 
     def _scales_inputs(self, linear: Linear) -> bool:
         return any(matches_suffix(linear.name, end) for end in FEED_FORWARD)
@@ -205,12 +212,8 @@ class IA3(FinetuningMethod):
         return ops.matmul(self._scale(ops, x, linear), linear, ops.n) if self._scales_inputs(linear) else None
 
     def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
-        """l ⊙ Wx; of experts, whose product is computed before this is asked, W(l ⊙ x) as far as its tensors go."""
-        if not self._scales_inputs(linear):
-            return self._scale(ops, y, linear)
-        size = x.elements * x.width
-        weight = ops.adapter_weight(self.linear_parameters(linear, 1))
-        return ops.tape.op(y, saves=[x], weights=[weight], temp=size, back=2 * size, view=True)
+        """l ⊙ Wx."""
+        return self._scale(ops, y, linear)
 
     def _scale(self, ops: Ops, x: Value, linear: Linear) -> Value:
         """A product with the vector, whose gradient is a sum of products of x's size, which backward forms."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from bench.memory import shortened
@@ -18,6 +18,7 @@ from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.errors import UserError
 from pipeline.stages.methods.freeze import Freeze
 from pipeline.stages.methods.full import COUNTED as FULL
+from pipeline.stages.methods.ia3 import FEED_FORWARD, IA3, KEYS_VALUES
 from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora
 from pipeline.stages.methods.prefix import Prefix
@@ -155,6 +156,15 @@ def test_prefix_and_prompt_tuning_are_those_of_peft(name: str) -> None:
     for method, config in ((Prefix(10), PrefixTuningConfig), (Prompt(10), PromptTuningConfig)):
         adapted = get_peft_model(meta_model(name), config(task_type="CAUSAL_LM", num_virtual_tokens=10))
         assert trainable(shapes, method) == trained(adapted), method
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-3.2-1b", "gemma-3-1b", "opt-125m", "gpt2", "gpt-neox-20b", "phi-4-mini", "qwen3-30b-a3b"]
+)
+def test_ia3_is_that_of_peft(name: str) -> None:
+    """Experts, which are no modules of their own, are left out by both."""
+    config = IA3Config(target_modules=[*KEYS_VALUES, *FEED_FORWARD], feedforward_modules=[*FEED_FORWARD])
+    assert trainable(built_in(name).shapes, IA3()) == trained(get_peft_model(meta_model(name), config))
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "gpt2", "gpt-neox-20b", "opt-350m", "mixtral-8x7b"])

@@ -21,7 +21,7 @@ from pipeline.project.logs.run_log import (
 )
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp
-from pipeline.project.stage_graph import Look, other_look
+from pipeline.project.stage_graph import OTHER_LOOKS, Look, other_look
 from pipeline.workbench import GRAPH, open_project
 from tui.screens.curves.series import HELD_OUT, QUANTITIES, Log
 from tui.services.file_tail import Change, FileTail, file_stamp
@@ -317,7 +317,7 @@ class Runs:
                 self.looks[key] = look
             elif self.looks.get(key) in (None, *(stage.look for stage in GRAPH.stages.values())):
                 taken = {self.looks[k] for k in self.views if k in self.looks}
-                looks = map(other_look, range(20))
+                looks = map(other_look, range(OTHER_LOOKS))
                 self.looks[key] = next((look for look in looks if look not in taken), other_look(len(taken)))
         return True
 
