@@ -16,7 +16,7 @@ def _by_other_name(names: Mapping[str, str]) -> dict[str, str]:
 # Keys and sections of params.yaml. Files of earlier versions have `base` in the section that it stands above now.
 KEYS = _by_other_name(
     {
-        "base": "pretrain.base base_model model model_name model_name_or_path model_id pretrained_model",
+        "base": "pretrain.base import.base base_model model model_name model_name_or_path model_id pretrained_model",
         "train_from_scratch": "scratch finetune_scratch",
         "finetune_lora": "lora qlora finetune_qlora peft",
         "finetune_full": "full sft",
