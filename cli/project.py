@@ -143,7 +143,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
     from pipeline.project.status import outdated
-    from pipeline.stages.report import LEGEND, comparison
+    from pipeline.stages.report import comparison, legend
 
     project = project_of(params)
     folder = project.artifact("evaluate")
@@ -153,7 +153,7 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / 'metrics.json'} holds other metrics. Run `lora evaluate` again.") from None
     print_table(columns, rows, right=columns[1:])
-    print_line(f"\n{LEGEND}\n")
+    print_line(f"\n{legend(columns)}\n")
     there = (folder / "report.md").exists()
     print_line(f"report: {folder / 'report.md'}" if there else "These came with the project; `make repro` makes yours.")
     claims = folder.parent / "claims/report.md"

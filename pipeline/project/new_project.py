@@ -47,7 +47,13 @@ PRETRAINED: Mapping[str, Any] = {
     "merge.max_logit_difference": 1.0,  # merging into a 16-bit base rounds; the certificate has the difference
 }
 CODE_FILE = "code.yaml"
-PARTS = ("finetuning_comparison.png", "manifest.json", "predictions.json", "report.md")  # the evaluation's, for DVC
+PARTS = (
+    "finetuning_comparison.png",
+    "manifest.json",
+    "predictions.json",
+    "report.md",
+    "samples.json",
+)  # the evaluation's, for DVC
 METRICS = "metrics.json"  # the only part tracked by git
 HEADER = """\
 # What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists of params.yaml.

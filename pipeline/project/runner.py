@@ -60,6 +60,7 @@ class Job:
 
     def artifact(self, stage: str) -> Path:
         """The folder of another stage's artifact. Raises UserError if it is damaged or out of date."""
+        stage = self.project.standing_for(stage)
         folder, home = self.project.artifact(stage), self.project.home(stage)
         made_from = artifact.verify(folder)["inputs"]
         needs = home.needs(home.graph.stages[stage])

@@ -27,6 +27,13 @@ def training_examples(job: Job, settings: Training) -> Iterator[Example]:
     return (example for name in settings.files for example in iter_examples(job.path(name), name))
 
 
+def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
+    """What training evaluates on: the examples of eval_data, or those that eval_share selects; none without either."""
+    if settings.eval_data:
+        return iter_examples(job.path(settings.eval_data), settings.eval_data)
+    return (example for example in training_examples(job, settings) if in_evaluation(example, settings.eval_share))
+
+
 def prepare_data(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
     """The batches, and the evaluation if eval_share is set. Raises UserError as `build_datasets` does."""
     training, held_out = yield from build_datasets(job, settings, base)
@@ -42,9 +49,13 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
 
     Raises UserError for an invalid example, for an empty training set and for an empty evaluation set.
     """
-    training = yield from _build_corpus(job, settings, base, held_out=False)
     files, section, share = ", ".join(settings.files), job.stage.section, settings.eval_share
-    if not share:
+    if share and settings.eval_data:
+        raise UserError(f"{section} sets eval_share and eval_data, which exclude each other. Remove one of them.")
+    # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
+    examples = (e for e in training_examples(job, settings) if not in_evaluation(e, share))
+    training = yield from _build_corpus(job, settings, base, "training", examples)
+    if not share and not settings.eval_data:
         refuse_empty(training, files)
         for key in ("eval_every", "patience"):
             if value := getattr(settings, key):
@@ -52,7 +63,9 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
                     f"{section}.{key} is {value}, but there is no evaluation set. Set {section}.eval_share above 0."
                 )
         return dataset_from(training, settings.window), None
-    held_out = yield from _build_corpus(job, settings, base, held_out=True)
+    held_out = yield from _build_corpus(job, settings, base, "evaluation", held_out_examples(job, settings))
+    if settings.eval_data:
+        refuse_empty(held_out, settings.eval_data)
     selection = f"{section}.eval_share {share:g} selects"
     if not len(training) and len(held_out):
         raise UserError(
@@ -68,11 +81,11 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
     return dataset_from(training, settings.window), dataset_from(held_out, settings.window)
 
 
-def _build_corpus(job: Job, settings: Training, base: Base, held_out: bool) -> Generator[Event, None, Corpus]:
-    folder = job.run / "tokens" / ("evaluation" if held_out else "training")
+def _build_corpus(
+    job: Job, settings: Training, base: Base, name: str, examples: Iterator[Example]
+) -> Generator[Event, None, Corpus]:
+    folder = job.run / "tokens" / name
     folder.mkdir(parents=True, exist_ok=True)
-    # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
-    examples = (e for e in training_examples(job, settings) if in_evaluation(e, settings.eval_share) == held_out)
     virtual_tokens = base.model.shape.positions - base.model.max_length  # they take the first positions
     encode_one = partial(
         encode,

@@ -4,7 +4,7 @@
 from typing import Annotated, Literal
 
 from pipeline.errors import UserError
-from pipeline.project.params.schema import Because, Count, Names, Rate, Section, Seed, Share, Steps, Weight
+from pipeline.project.params.schema import Because, Count, File, Names, Rate, Section, Seed, Share, Steps, Weight
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Trained = Annotated[
@@ -36,6 +36,7 @@ class Training(Section, frozen=True, kw_only=True):
         Literal["none", "selective", "full"], "recompute blocks in backward to save memory: none, every second, all"
     ] = "none"
     eval_share: Annotated[Share, "share of the examples held out for evaluation, selected by hash"] = 0.0
+    eval_data: Annotated[File, "examples to evaluate on, in a file of their own, instead of eval_share"] = ""
     eval_every: Annotated[Steps, "steps between evaluations; 0: once per epoch"] = 0
     patience: Annotated[
         Steps, "evaluations without improvement before training stops and takes the best weights; 0: never"
@@ -105,7 +106,9 @@ class ExpandVocab(Section, frozen=True, kw_only=True):
 class Merge(Section, frozen=True, kw_only=True):
     """The merged model's logits on these prompts must be those of base + adapter within this difference."""
 
-    prompts: Annotated[str, "prompts on which merged and unmerged model are compared"] = "data/prompts.yaml"
+    prompts: Annotated[
+        File, "prompts on which merged and unmerged model are compared; empty: examples of the evaluation"
+    ] = ""
     max_logit_difference: Annotated[Rate, "largest difference from base + adapter; above it the merge is rejected"] = (
         1e-5
     )
@@ -114,8 +117,12 @@ class Merge(Section, frozen=True, kw_only=True):
 class Evaluate(Section, frozen=True, kw_only=True):
     """The data and prompts on which every variant is compared."""
 
-    old_data: Annotated[str, "sentences of the base, on which forgetting is measured"] = "data/pretrain.de.txt"
-    new_data: Annotated[str, "the sentences trained on"] = "data/finetune.de.txt"
-    prompts: Annotated[str, "prompts with the answers they must keep, change or learn"] = "data/prompts.yaml"
+    old_data: Annotated[File, "texts that are not trained on, on which forgetting is measured; empty: it is not"] = ""
+    new_data: Annotated[
+        File, "the sentences trained on; empty: what training holds out (eval_data, eval_share), else its data"
+    ] = ""
+    prompts: Annotated[File, "prompts with the answers they must keep, change or learn; empty: none"] = ""
+    max_examples: Annotated[Steps, "with new_data empty, the examples that are scored at most; 0: all"] = 200
+    sample_answers: Annotated[Steps, "prompts of new_data that every variant answers, for the report"] = 2
     top_k: Annotated[Count, "likeliest next words that predictions.json keeps per prompt"] = 5
     prompt_words: Annotated[Count, "words of a new sentence given as its prompt"] = 2

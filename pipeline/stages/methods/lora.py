@@ -79,7 +79,7 @@ STAGE = method(
     FinetuneLora,
     output="lora_adapter",
     kind="adapter",
-    data=("data", "retention_data"),
+    data=("data", "eval_data", "retention_data"),
     summary="Train low-rank updates",
     title="LoRA",
     look=Look("#0072B2", "■", "-.", "xx"),
