@@ -135,7 +135,7 @@ def prompt_and_answer(example: Example, tokenizer: Tokenizer) -> tuple[str, str]
     """What comes before an example's last answer, as the model reads it, and that answer; None of a plain text."""
     if example.messages:
         last = max(n for n, message in enumerate(example.messages) if message["role"] == "assistant")
-        prompt = tokenizer.render(example.messages[:last], add_generation_prompt=True)
+        prompt = tokenizer.render(example.messages[:last], True, example.tools)
         return prompt, example.messages[last]["content"] or ""
     return None if example.prompt is None else (example.prompt, example.completion)
 

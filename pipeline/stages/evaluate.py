@@ -90,10 +90,11 @@ def new_examples(job: Job) -> tuple[list[Example], int]:
     """
     settings, project = job.project.params.evaluate, job.project
     if settings.new_data:
-        return read_examples(job.path(settings.new_data), settings.new_data), 0
+        return read_examples(job.path(settings.new_data), settings.new_data, columns=settings.columns), 0
     trained = [project.params.section(stage.section) for stage in project.readable.values() if stage.look]
     own = [section for section in trained if isinstance(section, Training)]
-    if len({(section.files, section.eval_data, section.eval_share, section.max_length) for section in own}) != 1:
+    splits = [(one.data_files, one.eval_data, one.eval_share, one.max_length) for one in own]
+    if not splits or any(split != splits[0] for split in splits):
         raise UserError(
             "evaluate.new_data is empty, so what training holds out is compared, but the methods of this project "
             "differ in data, eval_data, eval_share or max_length. Name a file in evaluate.new_data."

@@ -1,14 +1,13 @@
 """What every training stage does around the loop: settings → batches before it, trained model → checkpoint after."""
 
-from collections.abc import Generator, Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Mapping
 from shutil import copyfile
 
 import torch
 
 from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import iter_examples
-from pipeline.data.masking import encode
+from pipeline.data.masking import Encoder
 from pipeline.data.windows import Corpus, Dataset, dataset_from, refuse_empty
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
@@ -22,15 +21,19 @@ from pipeline.training.optimizer import FlatAdam, refuse_long_warmup
 from pipeline.training.step import Evaluation
 
 
-def training_examples(job: Job, settings: Training) -> Iterator[Example]:
+def training_examples(job: Job, settings: Training, on_note: Callable[[str], None] | None = None) -> Iterator[Example]:
     """The examples of all data files, in order. Raises UserError."""
-    return (example for name in settings.files for example in iter_examples(job.path(name), name))
+    return (
+        example
+        for file in settings.data_files
+        for example in iter_examples(job.path(file.path), file.path, columns=file.columns, on_note=on_note)
+    )
 
 
 def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
     """What training evaluates on: the examples of eval_data, or those that eval_share selects; none without either."""
     if settings.eval_data:
-        return iter_examples(job.path(settings.eval_data), settings.eval_data)
+        return iter_examples(job.path(settings.eval_data), settings.eval_data, columns=settings.columns)
     return (example for example in training_examples(job, settings) if in_evaluation(example, settings.eval_share))
 
 
@@ -53,8 +56,11 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
     if share and settings.eval_data:
         raise UserError(f"{section} sets eval_share and eval_data, which exclude each other. Remove one of them.")
     # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
-    examples = (e for e in training_examples(job, settings) if not in_evaluation(e, share))
-    training = yield from _build_corpus(job, settings, base, "training", examples)
+    notes = list[str]()
+    examples = (e for e in training_examples(job, settings, notes.append) if not in_evaluation(e, share))
+    weights = {file.path: file.weight for file in settings.data_files}
+    training = yield from _build_corpus(job, settings, base, "training", examples, weights)
+    yield from (Note(f"{job.stage.name}: {note}") for note in notes)
     if not share and not settings.eval_data:
         refuse_empty(training, files)
         for key in ("eval_every", "patience"):
@@ -63,7 +69,7 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
                     f"{section}.{key} is {value}, but there is no evaluation set. Set {section}.eval_share above 0."
                 )
         return dataset_from(training, settings.window), None
-    held_out = yield from _build_corpus(job, settings, base, "evaluation", held_out_examples(job, settings))
+    held_out = yield from _build_corpus(job, settings, base, "evaluation", held_out_examples(job, settings), {})
     if settings.eval_data:
         refuse_empty(held_out, settings.eval_data)
     selection = f"{section}.eval_share {share:g} selects"
@@ -82,19 +88,13 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
 
 
 def _build_corpus(
-    job: Job, settings: Training, base: Base, name: str, examples: Iterator[Example]
+    job: Job, settings: Training, base: Base, name: str, examples: Iterator[Example], weights: Mapping[str, float]
 ) -> Generator[Event, None, Corpus]:
     folder = job.run / "tokens" / name
     folder.mkdir(parents=True, exist_ok=True)
     virtual_tokens = base.model.shape.positions - base.model.max_length  # they take the first positions
-    encode_one = partial(
-        encode,
-        tokenizer=base.tokenizer,
-        max_length=settings.max_length,
-        positions=base.model.shape.positions,
-        virtual=virtual_tokens,
-    )
-    corpus = Corpus(examples, encode_one, folder)
+    encoder = Encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)
+    corpus = Corpus(examples, encoder, folder, weights)
     statistics = corpus.statistics
     if statistics.truncated:
         skipped = f", {statistics.unlabelled} of them skipped: no label is left" if statistics.unlabelled else ""
