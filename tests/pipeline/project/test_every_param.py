@@ -26,14 +26,21 @@ OTHER = {
     "window": "3",
     "learning_rate": "3e-3",
     "schedule": "cosine",
+    "max_steps": "3",
+    "optimizer": "sgd",
+    "weight_decay": "0.3",
+    "neftune_alpha": "5",
+    "finetune_lora.lora_dropout": "0.3",
     "warmup_steps": "5",
+    "warmup_ratio": "0.3",
     "max_grad_norm": "0.1",
     "gradient_accumulation_steps": "2",
     "max_length": "4",
     "precision": "bf16",
     "gradient_checkpointing": "full",
+    "save_steps": "1",
     "eval_share": "0.3",
-    "eval_every": "2",
+    "eval_steps": "2",
     "patience": "1",
     "base": "toy",
     "import.dtype": "bf16",
@@ -126,15 +133,15 @@ def section_of(key: str) -> str:
 WITH = {
     "columns": ["data=both.jsonl"],
     "evaluate.columns": ["new_data=both.jsonl"],
-    "eval_every": ["eval_share=0.3"],
-    "patience": ["eval_share=0.3", "eval_every=1", "learning_rate=0.3"],
+    "eval_steps": ["eval_share=0.3"],
+    "patience": ["eval_share=0.3", "eval_steps=1", "learning_rate=0.3"],
     "import.dtype": ["base=toy"],
     "finetune_lora.retention_data": ["retention_weight=3", "retention_data=data/fact_correction.de.txt"],
     "finetune_lora.retention_weight": ["retention_data=other.txt", "retention_weight=1"],
     "finetune_lora.retention_batch_size": ["retention_data=data/fact_correction.de.txt", "retention_weight=3"],
 }
 REFUSED = {  # alone, or always: it would count for nothing
-    "eval_every": "there is no evaluation set. Set {stage}.eval_share above 0",
+    "eval_steps": "there is no evaluation set. Set {stage}.eval_share above 0",
     "patience": "there is no evaluation set. Set {stage}.eval_share above 0",
     "import.dtype": "import.dtype applies only to an imported base",
     "import.trust_remote_code": "import.trust_remote_code applies only to an imported base",
@@ -160,7 +167,7 @@ CHANGING = [
     for key in KEYS
     if key not in ONLY_REFUSED
     and not STAGES[section_of(key)].is_measurement
-    and not key.endswith(".gradient_checkpointing")
+    and not key.endswith((".gradient_checkpointing", ".save_steps"))
     and key != "merge.max_logit_difference"
 ]  # the others have tests of their own
 
