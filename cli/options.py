@@ -18,7 +18,10 @@ SetOption = Annotated[
     Option("--set", metavar="KEY=VALUE", help="Override one value for this run: finetune_lora.rank=8"),
 ]
 ForceOption = Annotated[bool, Option("--force", help="Run even if the cache has the result.")]
-CheckpointOption = Annotated[int, Option(min=1, help="Steps between resume checkpoints.")]
+CheckpointOption = Annotated[
+    int | None,
+    Option("--checkpoint-every", "--save-steps", min=1, help="Steps between checkpoints; default: save_steps."),
+]
 AdapterArgument = Annotated[Path, Argument(metavar="PATH", help="Adapter folder.")]
 BaseOption = Annotated[
     Path | None,

@@ -71,7 +71,7 @@ def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callabl
         params: ParamsOption = DEFAULT_PARAMS,
         overrides: SetOption = None,
         force: ForceOption = False,
-        checkpoint_every: CheckpointOption = 100,
+        checkpoint_every: CheckpointOption = None,
     ) -> None:
         run_stage(name, params, overrides, force, checkpoint_every)
         if show and not UNDER_DVC:
@@ -87,7 +87,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         params: ParamsOption = DEFAULT_PARAMS,
         overrides: SetOption = None,
         force: ForceOption = False,
-        checkpoint_every: CheckpointOption = 100,
+        checkpoint_every: CheckpointOption = None,
         devices: Annotated[int, Option(min=1, help="Number of processes, one per GPU.")] = 1,
         shard: Annotated[
             bool | None, Option(help="Shard the base over the devices; default: if one cannot hold it.")
@@ -102,7 +102,8 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             from pipeline.training.launch import launch
 
             project_of(params, overrides).stage(stage.name)  # what is wrong is said before anything starts
-            given = ["--params", str(params), "--checkpoint-every", str(checkpoint_every), *["--force"] * force]
+            given = ["--params", str(params), *["--force"] * force]
+            given += [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
             given += [f"--set={override}" for override in overrides or ()]
             given += [] if shard is None else ["--shard" if shard else "--no-shard"]
             raise Exit(launch(devices, ["finetune", stage.method, *given]))
@@ -190,7 +191,7 @@ def run_stage(
     params: Path,
     overrides: list[str] | None,
     force: bool,
-    checkpoint_every: int = 100,
+    checkpoint_every: int | None = None,
     shard: bool | None = None,
 ) -> None:
     """Run a stage, show how it goes, and say in a line what came of it."""

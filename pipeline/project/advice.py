@@ -79,7 +79,8 @@ def advise(project: Project, facts: Facts) -> list[Advice]:
 @rule("learning_rate", "rank", source=REGRET, imported_only=True)
 def learning_rate(settings: Any, _: Facts) -> Answer:
     """The best rate of LoRA is about 10 times full fine-tuning's (15 in short runs), at ranks from 1 to 512."""
-    if LEARNING_RATE / TOLERANCE <= settings.learning_rate <= LEARNING_RATE * TOLERANCE:
+    near = LEARNING_RATE / TOLERANCE <= settings.learning_rate <= LEARNING_RATE * TOLERANCE
+    if near or settings.optimizer == "sgd":  # the rates compared are Adam's
         return None
     why = "LoRA's best rate is about 10 times that of full fine-tuning (2e-5), nearly whatever the rank"
     return f"about {LEARNING_RATE:g}", why
@@ -124,10 +125,12 @@ def epochs(settings: Any, facts: Facts) -> Answer:
     """Up to 4 epochs repeated data is worth nearly as much as new data; LIMA's 1,000 examples were seen 15 times."""
     if not facts.examples:
         return None
-    most, seen = EPOCHS if facts.examples >= MANY else EPOCHS_OF_FEW, settings.epochs
+    drawn = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
+    seen = drawn / facts.examples if drawn else settings.epochs
+    most = EPOCHS if facts.examples >= MANY else EPOCHS_OF_FEW
     if seen <= most:
         return None
-    return f"at most {most}", f"{facts.examples:,} examples seen {seen} times each are memorized"
+    return f"at most {most}", f"{facts.examples:,} examples seen {seen:,.0f} times each are memorized"
 
 
 @rule("alpha", "rank", "rslora", source=f"{REGRET}; Kalajdzievski 2023, arXiv 2312.03732", imported_only=True)

@@ -46,7 +46,8 @@ Facts = dict[str, Any]
 class Job:
     """What a stage's work gets: its project, the folder to fill, the run folder, and the cache key.
 
-    `input_facts`: everything that determines the artifact, the first part of its manifest.
+    `checkpoint_every`: steps between checkpoints to resume from; None: as the settings say. `input_facts`: everything
+    that determines the artifact, the first part of its manifest.
     """
 
     project: Project
@@ -54,7 +55,7 @@ class Job:
     out: Path
     run: Path
     key: str
-    checkpoint_every: int
+    checkpoint_every: int | None
     input_facts: Facts = field(default_factory=dict)
     sharded: bool | None = None  # whether what is frozen is split over the devices; None: if one cannot hold it
 
@@ -95,7 +96,12 @@ DIGESTS = Digests()
 
 
 def run(
-    project: Project, stage: Stage, work: Work | None = None, *, force: bool = False, checkpoint_every: int = 100
+    project: Project,
+    stage: Stage,
+    work: Work | None = None,
+    *,
+    force: bool = False,
+    checkpoint_every: int | None = None,
 ) -> Generator[Event, None, dict[str, Any]]:
     """Run a stage. Yields events and returns the manifest of its artifact.
 
@@ -113,7 +119,7 @@ def run(
 
 
 def _make(
-    project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int
+    project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int | None
 ) -> Generator[Event, None, None]:
     """Put the artifact in place, from the cache or by running the work."""
     target, folder = project.artifact(stage.name), project.run_folder(stage.name)

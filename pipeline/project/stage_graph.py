@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from msgspec import Struct
-from msgspec.structs import asdict
 
 from pipeline.errors import UserError
 from pipeline.project.params.load import Params, inherit, parse, read_text
-from pipeline.project.params.schema import Section
+from pipeline.project.params.schema import Section, effective
 
 T = TypeVar("T")
 OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"  # of runs that are not a stage's last
@@ -213,10 +212,10 @@ class Project:
 
     def stage_params(self, stage: Stage) -> dict[str, Any]:
         """All params that affect the stage's output. The keys of a sweep's grid replace those of its settings."""
-        own, settings = asdict(self.section(stage)), asdict(self.params.section(stage.section))
+        own, settings = effective(self.section(stage)), effective(self.params.section(stage.section))
         params = {key: value for key, value in settings.items() if key not in own.get("grid", ())} | own
         for name in stage.extra_sections:
-            params |= {f"{name}.{key}": value for key, value in asdict(self.params.section(name)).items()}
+            params |= {f"{name}.{key}": value for key, value in effective(self.params.section(name)).items()}
         return params
 
     def setting(self, stage: Stage, key: str) -> Any:

@@ -16,7 +16,7 @@ from pipeline.project.runner import Event, Facts, Job
 from pipeline.training.data import prepare_data, save_checkpoint, save_curve
 from pipeline.training.distributed import is_main_process
 from pipeline.training.loop import TrainingSetup, TrainingTask, train
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 
 if TYPE_CHECKING:
     from pipeline.training.retention import RetentionLoss
@@ -63,7 +63,7 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
         sharded=job.sharded if attached.shardable else False,
     )
 
-    def save(optimizer: FlatAdam) -> Facts:
+    def save(optimizer: FlatOptimizer) -> Facts:
         if attached.save is None:
             # trained in another precision: what changed is added to the base as it is stored
             stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model

@@ -18,7 +18,7 @@ from pipeline.project.logs.run_log import LOSS
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note
 from pipeline.training.batches import Batches
-from pipeline.training.optimizer import FlatAdam, refuse_long_warmup
+from pipeline.training.optimizer import FlatOptimizer, refuse_long_warmup
 from pipeline.training.step import Evaluation
 
 
@@ -31,10 +31,10 @@ def prepare_data(job: Job, settings: Training, base: Base) -> Generator[Event, N
     """The batches, and the evaluation if eval_share is set. Raises UserError as `build_datasets` does."""
     training, held_out = yield from build_datasets(job, settings, base)
     batches = Batches(training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps)
-    refuse_long_warmup(settings, settings.epochs * len(batches), job.stage.section)
+    refuse_long_warmup(settings, len(batches), job.stage.section)
     if held_out is None:
         return batches, None
-    return batches, Evaluation(held_out, settings.batch_size, settings.eval_every or len(batches), settings.patience)
+    return batches, Evaluation(held_out, settings.batch_size, settings.eval_steps or len(batches), settings.patience)
 
 
 def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Dataset, Dataset | None]]:
@@ -46,7 +46,7 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
     files, section, share = ", ".join(settings.files), job.stage.section, settings.eval_share
     if not share:
         refuse_empty(training, files)
-        for key in ("eval_every", "patience"):
+        for key in ("eval_steps", "patience"):
             if value := getattr(settings, key):
                 raise UserError(
                     f"{section}.{key} is {value}, but there is no evaluation set. Set {section}.eval_share above 0."
@@ -98,7 +98,7 @@ def save_curve(job: Job) -> None:
 
 
 @torch.no_grad()
-def save_checkpoint(job: Job, base: Base, optimizer: FlatAdam, trained_from: CausalLM | None = None) -> Facts:
+def save_checkpoint(job: Job, base: Base, optimizer: FlatOptimizer, trained_from: CausalLM | None = None) -> Facts:
     """Write the trained model and its loss curve; returns their facts for the manifest.
 
     `trained_from`: the base in its stored precision, if training ran in another one. The fp32 difference of each

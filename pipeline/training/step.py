@@ -15,7 +15,7 @@ from pipeline.project.params.sections import Training
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.distributed import all_reduce_numbers
 from pipeline.training.losses import CHUNK, chunked_mean, cross_entropy
-from pipeline.training.optimizer import FlatAdam
+from pipeline.training.optimizer import FlatOptimizer
 
 if TYPE_CHECKING:  # with generation, which few runs need
     from pipeline.training.retention import RetentionLoss
@@ -133,7 +133,7 @@ class Gradient:
 
 
 def gradients(
-    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatAdam, number: int
+    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatOptimizer, number: int
 ) -> dict[int, Gradient]:
     """Backward through step `number` of the learners `live`; their gradients are then collected in the optimizer.
 
@@ -147,7 +147,7 @@ def gradients(
 
 
 def _accumulate(
-    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatAdam, number: int
+    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatOptimizer, number: int
 ) -> dict[int, Gradient]:
     orders = {n: learners[n].batches for n in live}
     losses, labels = _backward(path, orders, number, path.losses, dict.fromkeys(live, 1.0), optimizer.scale)
@@ -223,7 +223,7 @@ class Evaluation:
         return step % self._every == 0 or step == last
 
     @torch.no_grad()
-    def after_step(self, path: LossPath, optimizer: FlatAdam, live: Sequence[int]) -> dict[int, float]:
+    def after_step(self, path: LossPath, optimizer: FlatOptimizer, live: Sequence[int]) -> dict[int, float]:
         """Learner → evaluation loss in nats per token; remembers the weights of those whose is the lowest so far."""
         sums, labels = dict.fromkeys(live, 0.0), dict.fromkeys(live, 0)
         for number in range(len(self._batches)):
@@ -249,7 +249,7 @@ class Evaluation:
         """Whether the last `patience` evaluations of this learner were no better than its best one."""
         return bool(self._patience) and int(self._waited[learner]) >= self._patience
 
-    def restore_best(self, optimizer: FlatAdam) -> None:
+    def restore_best(self, optimizer: FlatOptimizer) -> None:
         if self._weights is not None:
             optimizer.set_weights(self._weights)
 

@@ -22,7 +22,6 @@ from pipeline.project.params.schema import ValueSource, check_value, hints
 LARGEST = 100_000  # bytes of a config; published ones have a few thousand
 LONGEST = 1_000  # characters of a value that is taken
 UNKNOWN = "there is no such setting here"
-EVALUATION = ("eval_steps", "eval_every", "patience")
 
 
 class Foreign(NamedTuple):
@@ -128,7 +127,7 @@ class Config:
 
     def done(self, format_name: str) -> Foreign:
         if not self.taken.get("eval_share", ("", 0))[1]:
-            for key in EVALUATION:
+            for key in ("eval_steps", "patience"):
                 self.drop(key, "nothing is held out: set eval_share")
         if self.taken.get("warmup_steps", ("", 0))[1]:
             self.drop("warmup_ratio", "warmup_steps is set too")

@@ -5,7 +5,7 @@ Every problem is a UserError that names key, rule, value and next step.
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -158,7 +158,15 @@ def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
     values = {key: check_value(types[key], value, f"{TRAINING}.{key}", origin) for key, value in shared.items()}
     for key, value in params.tree.get(name, {}).items():
         values[key] = check_value(types[key], value, key_path(name, key), origin)
-    return kind(**values)
+    return _named(name, lambda: kind(**values))
+
+
+def _named(name: str, make: Callable[[], Section]) -> Section:
+    """What `make` returns; the message of a section whose keys contradict each other begins with its name."""
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"{name}.{error}") from None
 
 
 def _prefix_paths(value: Any, prefix: str) -> Any:
@@ -204,7 +212,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
 def check(section: Section, name: str, key: str, value: Any, source: str) -> None:
     """Raises UserError if `value` is invalid for `key` of section `name`, given its other keys; `source`: its file."""
     checked = check_value(hints(type(section))[key], value, key_path(name, key), ValueSource(source))
-    structs.replace(section, **{key: checked})
+    _named(name, lambda: structs.replace(section, **{key: checked}))
 
 
 def key_path(section: str, key: str) -> str:

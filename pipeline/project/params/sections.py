@@ -1,10 +1,22 @@
 """The sections that every project has, and what training stages share. A method's own section is in its file,
 `pipeline/stages/methods/NAME.py`, a study's in `pipeline/document/studies/NAME.py`."""
 
+import math
 from typing import Annotated, Literal
 
 from pipeline.errors import UserError
-from pipeline.project.params.schema import Because, Count, Names, Rate, Section, Seed, Share, Steps, Weight
+from pipeline.project.params.schema import (
+    WITHOUT_EFFECT,
+    Because,
+    Count,
+    Names,
+    Rate,
+    Section,
+    Seed,
+    Share,
+    Steps,
+    Weight,
+)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Trained = Annotated[
@@ -12,6 +24,7 @@ Trained = Annotated[
     Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters"),
 ]
 Quantization = Literal["none", "int8", "nf4", "nf4-dq"]  # names as in the calculator
+Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd"]  # see `training/update_rules.py`
 Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see `adapters/lora.py`
 
 
@@ -21,13 +34,23 @@ class Training(Section, frozen=True, kw_only=True):
     seed: Annotated[Seed, "of initial weights, batches and the data held out"] = 0
     data: Annotated[str, "the sentences to train on: .txt, .jsonl"] = "data/finetune.de.txt"
     epochs: Annotated[Count, "times that every example is seen"] = 50
+    max_steps: Annotated[Steps, "number of steps, whatever epochs is (as in transformers); 0: epochs decide"] = 0
     batch_size: Annotated[Count, "examples a batch"] = 4
     window: Annotated[Steps, "tokens per training window, at its position in the sentence; 0: whole examples"] = 4
-    learning_rate: Annotated[Rate, "of Adam, after warm-up"] = 1e-3
+    learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-3
+    optimizer: Annotated[
+        Optimizer,
+        "adamw; its moments in a byte each, and those in the host's memory (paged; on a CPU the same); or SGD without "
+        "momentum. Leave it unless the optimizer's state is what does not fit",
+    ] = "adamw"
+    weight_decay: Annotated[
+        Weight, "of all that trains, decoupled as in AdamW; leave it at 0 where few parameters train for few epochs"
+    ] = 0.0
     schedule: Annotated[
         Literal["constant", "linear", "cosine"], "learning rate after warm-up: constant, or down to 0 at the last step"
     ] = "constant"
     warmup_steps: Annotated[Steps, "steps in which the learning rate rises to its value"] = 0
+    warmup_ratio: Annotated[Share, "the same as a share of all steps, rounded up; 0 where warmup_steps is set"] = 0.0
     max_grad_norm: Annotated[Weight, "gradients are clipped to this norm; 0: never"] = 0.0
     gradient_accumulation_steps: Annotated[Count, "batches per optimizer step"] = 1
     max_length: Annotated[Steps, "examples are truncated to this many tokens; 0: never"] = 0
@@ -36,10 +59,27 @@ class Training(Section, frozen=True, kw_only=True):
         Literal["none", "selective", "full"], "recompute blocks in backward to save memory: none, every second, all"
     ] = "none"
     eval_share: Annotated[Share, "share of the examples held out for evaluation, selected by hash"] = 0.0
-    eval_every: Annotated[Steps, "steps between evaluations; 0: once per epoch"] = 0
+    eval_steps: Annotated[Steps, "steps between evaluations; 0: once per epoch"] = 0
     patience: Annotated[
         Steps, "evaluations without improvement before training stops and takes the best weights; 0: never"
     ] = 0
+    save_steps: Annotated[Count, WITHOUT_EFFECT, "steps between checkpoints to resume from; changes no result"] = 100
+
+    def __post_init__(self) -> None:
+        """Raises UserError for keys that contradict each other."""
+        if self.warmup_steps and self.warmup_ratio:
+            raise UserError(
+                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}, but only one of them may "
+                "be set. Set the other to 0."
+            )
+
+    def total_steps(self, per_epoch: int) -> int:
+        """Number of steps without early stopping."""
+        return self.max_steps or self.epochs * per_epoch
+
+    def warmup(self, total: int) -> int:
+        """Steps of warm-up, of `total`."""
+        return self.warmup_steps or math.ceil(total * self.warmup_ratio)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -74,9 +114,10 @@ class Pretrain(Training, frozen=True, kw_only=True):
     tie_embeddings: Annotated[bool, "one matrix for MiniGPT's embedding and head"] = False
 
     def __post_init__(self) -> None:
+        Training.__post_init__(self)
         if self.d_model % (2 * self.heads):
             raise UserError(
-                f"pretrain.d_model must be a multiple of 2 × pretrain.heads = {2 * self.heads} "
+                f"d_model must be a multiple of 2 × heads = {2 * self.heads} "
                 f"(an even head size), got {self.d_model}. Change d_model or heads."
             )
 

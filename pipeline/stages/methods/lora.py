@@ -45,7 +45,7 @@ Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
 class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     """A and B train, and embeddings and head as `train_embeddings` says (§9.2)."""
 
-    learning_rate: Annotated[Rate, "of Adam; of A's and all else's, where loraplus_ratio raises B's"] = 2e-3
+    learning_rate: Annotated[Rate, "of A and all else; loraplus_ratio multiplies that of B"] = 2e-3
     rank: Annotated[Count, "rank of the update ΔW = BA: A is (rank, inputs), B is (outputs, rank)"] = 4
     alpha: Annotated[Rate, "the update is scaled by alpha / rank"] = 1.0
     target_modules: Annotated[

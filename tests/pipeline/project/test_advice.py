@@ -37,6 +37,7 @@ def keys(advice: list[Advice]) -> list[str]:
         ({"learning_rate": 1e-5}, {}, ["learning_rate"]),
         ({"learning_rate": 2e-3}, {}, ["learning_rate"]),
         ({"learning_rate": 2e-3, "rank": 64, "alpha": 128}, {}, ["learning_rate"]),
+        ({"learning_rate": 0.1, "optimizer": "sgd"}, {}, []),
         ({"target_modules": ["attention"]}, {}, ["target_modules"]),
         ({"target_modules": ["attention", "feed_forward"]}, {"adapted": 1.0}, []),
         ({"target_modules": ["q_proj", "v_proj"]}, {}, []),
@@ -53,6 +54,8 @@ def keys(advice: list[Advice]) -> list[str]:
         ({"epochs": 4}, {"examples": 1000}, []),
         ({"epochs": 5}, {"examples": 1000}, ["epochs"]),
         ({"epochs": 500}, {}, []),
+        ({"epochs": 500, "max_steps": 100}, {"examples": 800}, []),  # 32 a step: each 4 times
+        ({"epochs": 1, "max_steps": 101}, {"examples": 200}, ["epochs"]),
         ({}, {"cut": 0.05}, []),
         ({}, {"cut": 0.06}, ["max_length"]),
         ({"quantization": "nf4-dq"}, {"base": 135_000_000}, ["quantization"]),

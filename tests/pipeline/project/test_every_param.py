@@ -25,14 +25,19 @@ OTHER = {
     "window": "3",
     "learning_rate": "3e-3",
     "schedule": "cosine",
+    "max_steps": "3",
+    "optimizer": "sgd",
+    "weight_decay": "0.3",
     "warmup_steps": "5",
+    "warmup_ratio": "0.3",
     "max_grad_norm": "0.1",
     "gradient_accumulation_steps": "2",
     "max_length": "4",
     "precision": "bf16",
     "gradient_checkpointing": "full",
+    "save_steps": "1",
     "eval_share": "0.3",
-    "eval_every": "2",
+    "eval_steps": "2",
     "patience": "1",
     "base": "toy",
     "pretrain.dtype": "bf16",
@@ -123,15 +128,15 @@ def section_of(key: str) -> str:
 
 # What must be set beside a field for it to count.
 WITH = {
-    "eval_every": ["eval_share=0.3"],
-    "patience": ["eval_share=0.3", "eval_every=1", "learning_rate=0.3"],
+    "eval_steps": ["eval_share=0.3"],
+    "patience": ["eval_share=0.3", "eval_steps=1", "learning_rate=0.3"],
     "pretrain.dtype": ["base=toy"],
     "finetune_lora.retention_data": ["retention_weight=3", "retention_data=data/fact_correction.de.txt"],
     "finetune_lora.retention_weight": ["retention_data=other.txt", "retention_weight=1"],
     "finetune_lora.retention_batch_size": ["retention_data=data/fact_correction.de.txt", "retention_weight=3"],
 }
 REFUSED = {  # alone, or always: it would count for nothing
-    "eval_every": "there is no evaluation set. Set {stage}.eval_share above 0",
+    "eval_steps": "there is no evaluation set. Set {stage}.eval_share above 0",
     "patience": "there is no evaluation set. Set {stage}.eval_share above 0",
     "pretrain.dtype": "pretrain.dtype applies only to an imported base",
     "pretrain.trust_remote_code": "pretrain.trust_remote_code applies only to an imported base",
@@ -157,7 +162,7 @@ CHANGING = [
     for key in KEYS
     if key not in ONLY_REFUSED
     and not STAGES[section_of(key)].is_measurement
-    and not key.endswith(".gradient_checkpointing")
+    and not key.endswith((".gradient_checkpointing", ".save_steps"))
     and key != "merge.max_logit_difference"
 ]  # the others have tests of their own
 

@@ -159,7 +159,7 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
         ("finetune_freeze:\n  train_embeddings: maybe\n", "train_embeddings must be true or false, got 'maybe'"),
         ("finetune_full:\n  data: 7\n", "finetune_full.data must be a text, got 7"),
         ("finetune_full: 7\n", "finetune_full must be a section of key: value lines, got 7"),
-        ("pretrain:\n  d_model: 60\n  heads: 8\n", "pretrain.d_model must be a multiple of 2 × pretrain.heads = 16"),
+        ("pretrain:\n  d_model: 60\n  heads: 8\n", "pretrain.d_model must be a multiple of 2 × heads = 16"),
         ("pretrain:\n  epochs: 1\n  epochs: 2\n", "key 'epochs' twice"),
         ("- a list\n", "must hold sections"),
         ("a: b: c\n", "is not valid YAML"),
