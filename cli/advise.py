@@ -99,7 +99,7 @@ def _shapes(project: "Project", made: "list[Path]") -> "Architecture | None":
 
     if made:
         return from_path(made[0]).shapes
-    base = project.params.pretrain.base
+    base = project.params.origin.base
     source = parse_source(base, project.root)
     if source.is_local:
         return from_path(source.path).shapes
@@ -114,8 +114,7 @@ def _count_data(project: "Project", stage: "Stage", tokenizer_folder: "Path | No
     from pipeline.data.formats import iter_examples
 
     settings = project.section(stage)
-    files = ((project.root / name, name) for name in settings.files)
-    examples = chain.from_iterable(iter_examples(path, name) for path, name in files)
+    examples = chain.from_iterable(iter_examples(project.root / name, name) for name in settings.files)
     first = list(islice(examples, ENCODED))
     count = len(first) + sum(1 for _ in islice(examples, COUNTED - ENCODED))
     if tokenizer_folder is None:

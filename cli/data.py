@@ -59,7 +59,7 @@ def show(
     if base is None:
         raise UserError(
             f"There is no model in {' or '.join(map(str, DEFAULT_BASES))}, and its tokenizer is needed. "
-            "Name a model folder with --base, or run `lora pretrain`."
+            "Name a model folder with --base, or run `lora import` or `lora pretrain`."
         )
     tokenizer = load_tokenizer(base)
     encode_one = partial(encode, tokenizer=tokenizer, max_length=max_length, positions=_max_positions(base))

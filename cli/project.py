@@ -110,11 +110,12 @@ def show_params(
     from pipeline.project.params.schema import hints
 
     params = project_of(path, overrides).params
-    names = [name for name in params.kinds if name in params.sections]
+    names = [name for name in params.kinds if name in params.sections and (name != "import" or params.origin.imports)]
     if section is not None and section not in names:
         raise UserError(f"{section} is not a section of this project. It has {', '.join(names)}.")
     names = names if section is None else [section]
-    rows = {
+    rows = {"base": (params.origin.base, params.source("import", "base"))} if section is None else {}
+    rows |= {
         key_path(name, key): (getattr(params.section(name), key), params.source(name, key))
         for name in names
         for key in hints(params.kinds[name])

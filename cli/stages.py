@@ -64,6 +64,15 @@ finetune = group(help="Fine-tune the expanded base with one method.", no_args_is
 app.add_typer(finetune, name="finetune")
 
 
+def _runs(name: str) -> Callable[..., None]:
+    """The command of a stage that trains nothing."""
+
+    def command(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False) -> None:
+        run_stage(name, params, overrides, force)
+
+    return command
+
+
 def _trains(name: str, show: Callable[[Project], None] | None = None) -> Callable[..., None]:
     """The command of a stage that trains in one process. `show` prints more about what it made, except under DVC."""
 
@@ -125,20 +134,14 @@ def _print_sweep(project: Project) -> None:
     print_table(("adapter", *SWEEP_COLUMNS, "end"), rows, right=SWEEP_COLUMNS)
 
 
+app.command("import", help="Import the base model → artifacts/base.")(_runs("import"))
 app.command("pretrain", help="Train MiniGPT from scratch → artifacts/base.")(_trains("pretrain"))
 app.command(
     "train-from-scratch",
     help="Train a model from random weights on old and new data.\n\n"
     "It has the base's shape; writes artifacts/from_scratch.",
 )(_trains("train_from_scratch"))
-
-
-@app.command("expand-vocab")
-def expand_vocab(
-    params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, force: ForceOption = False
-) -> None:
-    """Add rows for new words → artifacts/expanded."""
-    run_stage("expand_vocab", params, overrides, force)
+app.command("expand-vocab", help="Add rows for new words → artifacts/expanded.")(_runs("expand_vocab"))
 
 
 @app.command()

@@ -2,27 +2,34 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 IGNORED = -100  # cross-entropy's ignore_index
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation, as a chat template gets it. `content` is None only beside tool calls."""
 
     role: Role
-    content: str
+    content: str | None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[Mapping[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a data file, with its file and line number.
+    """One row of a data file, with its file and its line or row number.
 
     A plain text has only `text`. With a prompt, `text` is prompt + completion; if both are equal, the completion is
     still to be generated. A conversation's `text` is the contents of its messages, one per line.
+
+    `untrained`: the assistant's turns that carry no label, by index. `tools`: the schemas of the functions that the
+    assistant may call. `rejected`: the worse answer of a preference pair, after the same prompt.
     """
 
     text: str
@@ -30,6 +37,9 @@ class Example:
     line: int
     prompt: str | None = None
     messages: tuple[Message, ...] = ()
+    untrained: frozenset[int] = frozenset()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    rejected: str | tuple[Message, ...] | None = None
 
     @property
     def location(self) -> str:
@@ -57,7 +67,8 @@ def in_evaluation(example: Example, share: float) -> bool:
     So adding lines moves no example between the splits, and duplicates land in the same one.
     """
     # Not by file and line either: the same text is then never trained on in one file and evaluated in another.
-    content = json.dumps([example.text, example.prompt, list(example.messages)], sort_keys=True)
+    parts = [example.text, example.prompt, list(example.messages), *([example.tools] if example.tools else [])]
+    content = json.dumps(parts, sort_keys=True)
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8]) < share * 2**64
 
 

@@ -156,7 +156,7 @@ class _AssistantTurns:
             starts.append(len(prompt))
         spans, ended = [], False
         for turn, start, limit in zip(self._answers, starts, [*starts[1:], len(self._text)], strict=True):
-            content = messages[turn]["content"]
+            content = messages[turn]["content"] or ""
             # As written; templates may strip it, or drop its <think> block. An end token before it is of another turn.
             for text in (content, content.strip(), content.split("</think>")[-1].strip()):
                 offset = self._text.find(text, start, limit) if text else -1

@@ -66,7 +66,7 @@ def rule(*keys: str, source: str, imported_only: bool = False) -> Callable[[Rule
 
 def advise(project: Project, facts: Facts) -> list[Advice]:
     """What the rules advise for a section's settings, in the order of the rules."""
-    settings, imports = project.params.section(facts.section), project.params.pretrain.imports
+    settings, imports = project.params.section(facts.section), project.params.origin.imports
     advice = []
     for keys, imported_only, source, function in RULES:
         if (imports or not imported_only) and all(hasattr(settings, key) for key in keys):

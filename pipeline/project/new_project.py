@@ -189,8 +189,8 @@ def _existing_params(folder: Path, graph: StageGraph, base: str | None) -> str:
     path = folder / PARAMS
     text = read_text(path)
     project = _project(folder, graph, text, path)
-    if base and base != project.params.pretrain.base:
-        raise UserError(f"base is {project.params.pretrain.base} in {path}, not {base}. Edit it there.")
+    if base and base != project.params.origin.base:
+        raise UserError(f"base is {project.params.origin.base} in {path}, not {base}. Edit it there.")
     if missing := _missing_keys(text, project):
         raise UserError(f"{path} lacks {', '.join(missing)}, to which dvc.yaml refers. Add it there.")
     return text
@@ -272,9 +272,9 @@ def render_code_yaml(project: Project) -> str:
 
 def _files(project: Project, stage: Stage) -> dict[str, str]:
     """All that DVC must watch beside other stages' outputs: `project.file_keys`, and the base if it is a local one."""
-    base = project.params.pretrain
-    if stage.name == "pretrain" and base.imports:
-        return {"base": base.base} if parse_source(base.base, project.root).is_local else {}
+    if stage.name == "import":
+        base = project.params.origin.base
+        return {"base": base} if parse_source(base, project.root).is_local else {}
     return project.file_keys(stage)
 
 

@@ -201,8 +201,8 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
         if not (project.root / name).is_file():
             raise UserError(f"{name} is not a file. Name an existing one in section {stage.name} of the params.")
     inputs: dict[str, str] = {}
-    if stage.name == "pretrain":  # the identity of an imported base; empty if the base is trained
-        source = base_model.resolve(project.params.pretrain.base, project.root)
+    if stage.name == "import":
+        source = base_model.resolve(project.params.origin.base, project.root)
         inputs |= base_model.identity(source, digests.path)
     for name, path in project.inputs(stage).items():
         shared, number = base_model.shared_name(name), 2

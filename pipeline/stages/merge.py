@@ -12,7 +12,7 @@ from pipeline.weights.merge import Merging, merge_into
 
 def run(job: Job) -> Generator[Event, None, Facts]:
     """Merge base + adapter into one checkpoint. Raises UserError and writes nothing if its logits differ too much."""
-    settings, trust = job.project.params.merge, job.project.params.pretrain.trust_remote_code
+    settings, trust = job.project.params.merge, job.project.params.origin.trust_remote_code
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
     prompts = [prompt.prompt for prompt in read_prompts(job.path(settings.prompts), settings.prompts)]
     same = SameLogits(base, adapter, prompts, settings.max_logit_difference, trust)

@@ -13,7 +13,7 @@ from importlib import import_module
 
 from pipeline.adapters.config import OTHER_KINDS
 from pipeline.calc.method import FinetuningMethod
-from pipeline.project.params.sections import Evaluate, ExpandVocab, Merge, Pretrain
+from pipeline.project.params.sections import Evaluate, ExpandVocab, Import, Merge, Pretrain
 from pipeline.project.stage_graph import Stage, StageGraph
 from pipeline.stages import methods
 
@@ -44,6 +44,17 @@ MERGE = Stage(
     order=METHODS["lora"].order + 0.5,
 )
 MODELS = (
+    Stage(
+        "import",
+        "pipeline.stages.import_base",
+        output="base",
+        kind="checkpoint",
+        method="import",
+        settings=Import,
+        summary="Import the base model",
+        title="Base",
+        variant="base",
+    ),
     Stage(
         "pretrain",
         "pipeline.stages.pretrain",

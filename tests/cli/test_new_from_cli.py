@@ -44,7 +44,7 @@ def test_a_project_has_the_settings_the_data_and_the_method_of_the_config(cli: L
     assert (lora.rank, lora.alpha, lora.learning_rate, lora.epochs) == (32, 64, 2e-4, 2)
     assert (lora.quantization, lora.target_modules, lora.data) == ("nf4", ("all-linear",), "data/mine.jsonl")
     assert lora.schedule == "linear", "what the config does not say is as for every pretrained base"
-    assert params.pretrain.base == "../models/toy.gguf"
+    assert params.origin.base == "../models/toy.gguf"
     assert [name for name in params.written if name.startswith("finetune_")] == ["finetune_lora"]
     assert (here / "mine/data/mine.jsonl").read_bytes() == (here / "sets/mine.jsonl").read_bytes()
     also = ("new", "two", "--from", "axolotl.yml", "--base", "models/toy.gguf", "--methods", "full")

@@ -1,124 +1,149 @@
-"""Data files, read line by line in constant memory, and the shapes that a line of a .jsonl file may have.
+"""Data files as examples, row by row in constant memory, and the shapes that a row may have.
 
 Each shape is one file here with its `FORMAT`; they are asked in their order. Every problem is a UserError with file and
-line.
+line or row.
 """
 
 import json
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.data.containers import MAX_LINE_BYTES, Note, describe_type, read_rows
 from pipeline.data.examples import Example
 from pipeline.errors import UserError
 
-MAX_LINE_BYTES = 2**20  # a tokenizer needs up to about 350 bytes of memory per byte of text
-Record = Mapping[str, Any]  # the JSON object of a line
+Record = Mapping[str, Any]  # the keys and values of a row
+SIMILAR = 0.85  # of a key to one that is missing: "compleation", but not "prompt_id"
+MAX_SHOWN = 8  # keys in a message
 
 
 class Format(NamedTuple):
-    """`shape`: its keys, for messages. `detect`: whether a record is of this format, by its keys alone.
+    """`shape`: its keys, for messages. `keys`: all that it reads. `detect`: whether a record is of this format.
 
-    `read(record, file, line)`: the example. Raises UserError with the line and the reason.
+    `read(record, file, line)`: the example. Raises UserError with the line and the reason. `mixes`: a file may have
+    this format in some of its rows and another in others.
     """
 
     order: int
     shape: str
+    keys: frozenset[str]
     detect: Callable[[Record], bool]
     read: Callable[[Record, str, int], Example]
+    mixes: bool = False
 
 
-def read_examples(path: Path, name: str) -> list[Example]:
-    """All examples of a file. `name` is the path as the user wrote it. Raises UserError."""
-    return list(iter_examples(path, name))
+def read_examples(
+    path: Path,
+    name: str,
+    prompts: bool = False,
+    columns: Mapping[str, str] | None = None,
+    on_note: Note | None = None,
+) -> list[Example]:
+    """All of `iter_examples`."""
+    return list(iter_examples(path, name, prompts, columns, on_note))
 
 
-def iter_examples(path: Path, name: str, prompts: bool = False) -> Iterator[Example]:
-    """The examples of a file, one per line, in constant memory: `.txt` holds texts, `.jsonl` any of the formats.
+def iter_examples(
+    path: Path,
+    name: str,
+    prompts: bool = False,
+    columns: Mapping[str, str] | None = None,
+    on_note: Note | None = None,
+) -> Iterator[Example]:
+    """The examples of a file or folder, in constant memory. `name` is the path as the user wrote it.
 
-    Only a newline ends a line; all other white space belongs to the text.
-    With `prompts`, a line may also be {"prompt"} alone, for the model itself to complete.
-    Raises UserError with the file, the line and the reason.
+    With `prompts`, a row may also be {"prompt"} alone, for the model itself to complete. `columns`: key of a format →
+    the file's name for it. `on_note` gets, at the end, what was skipped or not used.
+    Raises UserError with the file, the line or row, and the reason.
     """
-    if path.suffix.lower() not in (".txt", ".jsonl"):
-        raise UserError(f"{name}: a data file must be .txt (one text per line) or .jsonl (one JSON object per line).")
-    for number, line in _read_lines(path, name):
-        example = Example(line, name, number) if path.suffix.lower() == ".txt" else _read_json(line, name, number)
+    columns = columns or {}
+    unused: Counter[str] = Counter()
+    first: tuple[Format, int] | None = None  # of the file's rows that are no text lines
+    for number, value in read_rows(path, name, on_note):
+        if isinstance(value, str):
+            if columns:
+                raise UserError(f"{name}: columns are set, but a .txt file has none. Remove them.")
+            yield Example(value, name, number)
+            continue
+        record = _rename(value, columns, f"{name}:{number}", is_first=first is None)
+        each = _detect(record, columns, f"{name}:{number}")
+        if extra := record.keys() - each.keys:
+            _refuse_similar(extra, each.keys - record.keys(), f"{name}:{number}")
+            unused.update(extra)
+        first = first or (each, number)
+        if each is not first[0] and not (each.mixes and first[0].mixes):
+            raise UserError(
+                f"{name}:{number}: this row is {each.shape}, but {name}:{first[1]} is {first[0].shape}. Put them into "
+                "two files."
+            )
+        example = each.read(record, name, number)
         if example.prompt == example.text and not prompts:
             raise UserError(
                 f'{example.location}: "prompt" needs a "completion". Add one, or use {{"text": …}} to train on the '
                 "whole line. Only finetune_lora.retention_data takes prompts alone: the base model completes them."
             )
         yield example
+    if unused and on_note:
+        counts = [f"{key} ({count:,} {'row' if count == 1 else 'rows'})" for key, count in unused.most_common()]
+        on_note(f"{name}: not used: {_some(counts)}")
 
 
-def _read_lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines without line ends. Blank lines are allowed only at the end of the file."""
-    blank = number = start = 0
-    try:
-        with path.open("rb") as file:
-            # +2 for \r\n, +1 to detect more
-            for at, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 3), b""), 1):
-                # a long line cannot be cut before it is tokenized: the text behind the cut may change the tokens
-                if len(raw.removesuffix(b"\n").removesuffix(b"\r")) > MAX_LINE_BYTES:
-                    raise UserError(
-                        f"{name}:{at}: a line must have at most {MAX_LINE_BYTES:,} bytes, got more. "
-                        "Split its text into several lines."
-                    )
-                # Windows editors end lines with \r\n. A \r anywhere else is part of the text.
-                content = raw.removesuffix(b"\r\n" if raw.endswith(b"\r\n") else b"\n")
-                try:
-                    line = content.decode("utf-8" if start else "utf-8-sig")
-                except UnicodeDecodeError as error:
-                    byte = start + error.start
-                    raise UserError(f"{name}:{at}: not UTF-8 (byte {byte}). Save the file as UTF-8.") from None
-                start += len(raw)
-                if not line.strip():
-                    blank = blank or at
-                    continue
-                if blank:
-                    raise UserError(
-                        f"{name}:{blank}: blank line. Write one example per line, with no blank lines between them."
-                    )
-                number = at
-                yield number, line
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
-    if not number:
-        raise UserError(f"{name}: the file is empty. Write one example per line.")
+def _rename(record: dict[str, Any], columns: Mapping[str, str], location: str, is_first: bool) -> dict[str, Any]:
+    """The record with the keys of a format. In later rows, a column may be missing where its key is optional."""
+    if not columns:
+        return record
+    absent = [column for column in columns.values() if column not in record]
+    if absent and is_first:
+        raise UserError(
+            f"{location}: no column {', '.join(absent)}, which columns names. It has: {_some(record)}. Edit columns."
+        )
+    used = set(columns.values())
+    named = {key: record[column] for key, column in columns.items() if column in record}
+    return {key: value for key, value in record.items() if key not in used} | named
 
 
-def _read_json(line: str, file: str, number: int) -> Example:
-    """The example in a line of JSON. Raises UserError with the file, the line and the reason."""
-    location, shapes = f"{file}:{number}", " or ".join([", ".join(SHAPES[:-1]), SHAPES[-1]])
-    try:
-        record = json.loads(line, object_pairs_hook=_reject_duplicate_keys)
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)[:200]
-        raise UserError(f"{location}: not JSON: {reason}. Write one JSON object per line.") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{location}: must be a JSON object, {shapes}, got {describe_type(record)}.")
-    for each in FORMATS:
-        if each.detect(record):
-            return each.read(record, file, number)
-    raise UserError(f"{location}: the keys must be {shapes}, got {', '.join(map(repr, record)) or 'none'}.")
+def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format:
+    """The format of a record: of the keys that the user named, otherwise of all."""
+    for part in ([{key: record[key] for key in columns if key in record}] if columns else []) + [record]:
+        for each in FORMATS:
+            if each.detect(part):
+                return each
+    known = {key for each in FORMATS for key in each.keys}
+    _refuse_similar(record.keys() - known, known - record.keys(), location)
+    shapes = " or ".join([", ".join(SHAPES[:-1]), SHAPES[-1]])
+    raise UserError(
+        f"{location}: the keys must be {shapes}, got {_some(map(repr, record)) or 'none'}. Rename them, or say which "
+        "is which in columns, such as {prompt: question, completion: answer}."
+    )
 
 
-def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError("duplicate key")
-    return record
+def _refuse_similar(keys: Set[str], missing: Set[str], location: str) -> None:
+    """Raises UserError if one of `keys` is nearly one that is missing."""
+    for key in sorted(keys, key=str):
+        if close := get_close_matches(str(key)[:60].lower(), [*missing], 1, SIMILAR):
+            raise UserError(f"{location}: unknown key {key!r}. Did you mean {close[0]!r}? Rename it.")
+
+
+def _some(keys: Any) -> str:
+    """A list of names that may be long, for a message."""
+    names = [str(key)[:60] for key in keys]
+    return ", ".join(names[:MAX_SHOWN] + [f"and {len(names) - MAX_SHOWN} more"] * (len(names) > MAX_SHOWN))
 
 
 def read_string(record: Record, key: str, location: str) -> str:
-    value = record[key]
+    """A text that is not empty. Raises UserError."""
+    value = record.get(key)
     if not isinstance(value, str):
         raise UserError(f"{location}: {key} must be a string, got {describe_type(value)}.")
     if not value.strip():
         raise UserError(f"{location}: {key} is empty. Fill it in, or remove the line.")
+    if len(value) > MAX_LINE_BYTES:  # in a table: lines of text were measured as they were read
+        raise UserError(f"{location}: {key} must have at most {MAX_LINE_BYTES:,} characters. Split its text.")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -128,12 +153,35 @@ def read_string(record: Record, key: str, location: str) -> str:
     return value
 
 
-def describe_type(value: Any) -> str:
-    """The JSON type of a value; null, true, false, [] and {} as they are."""
-    if value is None or isinstance(value, bool) or value in ([], {}):
-        return json.dumps(value)
-    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    return names[type(value)]
+def read_optional(record: Record, key: str, location: str) -> str:
+    """A text; "" if it is missing, null or blank. Raises UserError."""
+    value = record.get(key)
+    blank = value is None or (isinstance(value, str) and not value.strip())
+    return "" if blank else read_string(record, key, location)
+
+
+def read_list(record: Record, key: str, location: str, of: str = "") -> list[Any]:
+    """A list, which may be written as JSON in a text; [] if it is missing or null, unless it must be a list `of`
+    something. Raises UserError.
+    """
+    value = record.get(key)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = record[key]
+    if isinstance(value, list) and (value or not of):
+        return value
+    if value in (None, "") and not of:
+        return []
+    raise UserError(f"{location}: {key} must be a list{of and f' of {of}'}, got {describe_type(value)}.")
+
+
+def refuse_unknown(entry: Record, known: Sequence[str], location: str) -> None:
+    """Raises UserError for a key that is not `known`."""
+    if unknown := [key for key in entry if key not in known]:
+        _refuse_similar(set(unknown), set(known), location)
+        raise UserError(f"{location}: unknown key {unknown[0]!r:.80}. Known: {', '.join(known)}.")
 
 
 FORMATS: tuple[Format, ...] = tuple(  # last, as the modules import the names above

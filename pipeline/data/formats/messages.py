@@ -1,35 +1,159 @@
-"""{"messages": [{"role": …, "content": …}, …]}: a conversation, whose assistant's turns are trained on."""
+"""{"messages": [{"role": …, "content": …}, …]}: a conversation, whose assistant's turns are trained on.
 
-from typing import Any, get_args
+With the keys of transformers and TRL: `tools` beside the messages, and `tool_calls`, `tool_call_id`, `name` and
+`reasoning_content` in them. `train` (Axolotl) or `weight` (OpenAI) says whether an assistant's turn is trained on.
+"""
 
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, get_args
+
+from pipeline.data.containers import MAX_LINE_BYTES, describe_type
 from pipeline.data.examples import Example, Message, Role
-from pipeline.data.formats import Format, Record, describe_type, read_string
-from pipeline.errors import UserError
+from pipeline.data.formats import Format, Record, read_list, read_optional, read_string, refuse_unknown
+from pipeline.errors import UserError, first_line
+
+SWITCHES = ("train", "training", "weight")
+TEXTS = ("reasoning_content", "tool_call_id", "name")
+KEYS = ("role", "content", "tool_calls", *TEXTS, *SWITCHES)
+ROLES = get_args(Role)
+
+
+class Turns(NamedTuple):
+    """Messages, and which of them carry no label although they are the assistant's."""
+
+    messages: tuple[Message, ...]
+    untrained: frozenset[int] = frozenset()
 
 
 def read(record: Record, file: str, line: int) -> Example:
     """At least one turn is the assistant's, which must not be the first."""
-    location, value = f"{file}:{line}", record["messages"]
-    if not isinstance(value, list) or not value:
-        raise UserError(f'{location}: messages must be a list of {{"role", "content"}}, got {describe_type(value)}.')
-    messages = tuple(_read_message(entry, f"{location}: messages[{index}]") for index, entry in enumerate(value))
-    roles = [message["role"] for message in messages]
+    location = f"{file}:{line}"
+    return conversation(read_turns(record, "messages", location), record, file, line)
+
+
+def conversation(turns: Turns, record: Record, file: str, line: int, key: str = "messages") -> Example:
+    """The example of a whole conversation. Raises UserError if there is nothing to train on."""
+    location, roles = f"{file}:{line}", [message["role"] for message in turns.messages]
     if "assistant" not in roles:
-        raise UserError(f'{location}: messages has no "assistant" turn, so there is nothing to train on. Add one.')
+        raise UserError(f'{location}: {key} has no "assistant" turn, so there is nothing to train on. Add one.')
     if roles[0] == "assistant":
-        raise UserError(f'{location}: messages must not start with an "assistant" turn. Put the turn it answers first.')
-    return Example("\n".join(message["content"] for message in messages), file, line, messages=messages)
+        raise UserError(f'{location}: {key} must not start with an "assistant" turn. Put the turn it answers first.')
+    tools = read_tools(record, location)
+    return Example(text_of(turns.messages), file, line, None, turns.messages, turns.untrained, tools)
 
 
-def _read_message(entry: Any, location: str) -> Message:
-    if not isinstance(entry, dict) or set(entry) != {"role", "content"}:
-        got = f"keys {', '.join(map(repr, entry)) or 'none'}" if isinstance(entry, dict) else describe_type(entry)
-        raise UserError(f"{location} must have exactly the keys role and content, got {got}.")
-    if entry["role"] not in get_args(Role):
-        raise UserError(
-            f"{location}: role must be one of {', '.join(get_args(Role))}, got {str(entry['role'])[:60]!r}."
-        )
-    return {"role": entry["role"], "content": read_string(entry, "content", location)}
+def text_of(messages: Sequence[Message]) -> str:
+    return "\n".join(message["content"] or "" for message in messages)
 
 
-FORMAT = Format(3, '{"messages"}', lambda record: set(record) == {"messages"}, read)
+def read_turns(record: Record, key: str, location: str) -> Turns:
+    """The turns of a list of {"role", "content"}. Raises UserError."""
+    value = read_list(record, key, location, '{"role", "content"}')
+    messages = tuple(read_message(entry, f"{location}: {key}[{index}]") for index, entry in enumerate(value))
+    switches = enumerate(zip(value, messages, strict=True))
+    untrained = [n for n, (entry, turn) in switches if is_untrained(entry, turn, f"{location}: {key}[{n}]")]
+    return Turns(messages, frozenset(untrained))
+
+
+def read_message(entry: Any, location: str) -> Message:
+    """One turn, without what is not for the chat template. Raises UserError."""
+    if not isinstance(entry, dict) or "role" not in entry:
+        got = f"keys {', '.join(map(repr, entry))[:200] or 'none'}" if isinstance(entry, dict) else describe_type(entry)
+        raise UserError(f"{location} must have the keys role and content, got {got}.")
+    if len(entry) > 2 or "content" not in entry:
+        refuse_unknown(entry, KEYS, location)
+    role = entry["role"]
+    if not isinstance(role, str) or role not in ROLES:
+        raise UserError(f"{location}: role must be one of {', '.join(ROLES)}, got {str(role)[:60]!r}.")
+    calls = read_list(entry, "tool_calls", location) if "tool_calls" in entry else []
+    if calls and role != "assistant":
+        raise UserError(f"{location}: tool_calls belong to an assistant turn, got role {role!r}.")
+    # Without the empty optional keys: a table has every key in every turn.
+    message: Message = {"role": role, "content": _read_content(entry, location, role == "tool", bool(calls))}  # type: ignore[typeddict-item]
+    if calls:
+        message["tool_calls"] = [_read_function(call, f"{location}: tool_calls[{n}]") for n, call in enumerate(calls)]
+    for key in TEXTS:
+        if key in entry and (text := read_optional(entry, key, location)):
+            message[key] = text  # type: ignore[literal-required]
+    return message
+
+
+def _read_content(entry: Mapping[str, Any], location: str, may_be_empty: bool, calls: bool) -> str | None:
+    content = entry.get("content")
+    if isinstance(content, list) and content:  # parts, as of models that also read images
+        content = "".join(_read_part(part, f"{location}: content[{n}]") for n, part in enumerate(content))
+    if calls and content is None:
+        return None
+    if (calls or may_be_empty) and content == "":
+        return ""
+    return read_string({"content": content}, "content", location)
+
+
+def _read_part(part: Any, location: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        text: str = part["text"]
+        return text
+    kind = str(part.get("type"))[:60] if isinstance(part, dict) else describe_type(part)
+    raise UserError(f'{location}: only parts {{"type": "text", "text": …}} can be trained on, got type {kind}.')
+
+
+def _read_function(call: Any, location: str) -> dict[str, Any]:
+    """A tool call, as it is. Raises UserError if it has no function name."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise UserError(f'{location} must be {{"type": "function", "function": {{"name": …, "arguments": …}}}}.')
+    _refuse_other_than_json(call, location)
+    return dict(call)
+
+
+def _refuse_other_than_json(value: Any, location: str) -> None:
+    """Raises UserError for what the template's process cannot take: a date of a table, half a character, too much."""
+    try:
+        size = len(json.dumps(value, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{location}: not plain JSON: {first_line(error)}. Change it.") from None
+    if size > MAX_LINE_BYTES:
+        raise UserError(f"{location}: at most {MAX_LINE_BYTES:,} bytes of JSON, got {size:,}. Shorten it.")
+
+
+def is_untrained(entry: Mapping[str, Any], turn: Message, location: str) -> bool:
+    """Whether a switch says that a turn of the assistant carries no label. Raises UserError."""
+    for key in SWITCHES:
+        value = entry.get(key)
+        if value is None:
+            continue
+        if isinstance(value, str) or value not in (0, 1):
+            allowed = "0 or 1" if key == "weight" else "true or false"
+            raise UserError(f"{location}: {key} must be {allowed}, got {str(value)[:60]}.")
+        if value and turn["role"] != "assistant":
+            raise UserError(
+                f"{location}: {key} is set on a turn of role {turn['role']!r}. Only assistant turns are trained on: "
+                "remove it."
+            )
+        if not value:
+            return turn["role"] == "assistant"
+    return False
+
+
+def read_tools(record: Record, location: str) -> tuple[Mapping[str, Any], ...]:
+    """The schemas of `tools`, a list or a list as JSON text; a bare function is wrapped as transformers has it."""
+    if not record.get("tools"):
+        return ()
+    tools = read_list(record, "tools", location)
+    for number, tool in enumerate(tools):
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise UserError(
+                f'{location}: tools[{number}] must be {{"type": "function", "function": {{"name": …}}}}, got '
+                f"{'no name' if isinstance(tool, dict) else describe_type(tool)}."
+            )
+    _refuse_other_than_json(tools, f"{location}: tools")
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+
+
+def detect(record: Record) -> bool:
+    return "messages" in record
+
+
+FORMAT = Format(2, '{"messages"}', frozenset({"messages", "tools"}), detect, read, mixes=True)

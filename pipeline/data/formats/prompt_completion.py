@@ -5,7 +5,7 @@ from pipeline.data.formats import Format, Record, read_string
 
 
 def detect(record: Record) -> bool:
-    return set(record) in ({"prompt", "completion"}, {"prompt"})
+    return "prompt" in record and ("completion" in record or "text" not in record)
 
 
 def read(record: Record, file: str, line: int) -> Example:
@@ -15,4 +15,4 @@ def read(record: Record, file: str, line: int) -> Example:
     return Example("".join([prompt, *completion]), file, line, prompt)
 
 
-FORMAT = Format(2, '{"prompt", "completion"}', detect, read)
+FORMAT = Format(6, '{"prompt", "completion"}', frozenset({"prompt", "completion"}), detect, read, mixes=True)

@@ -18,7 +18,7 @@ def _by_other_name(names: Mapping[str, str]) -> dict[str, str]:
 # Keys and sections of params.yaml. Files of earlier versions have `base` in the section that it stands above now.
 KEYS = _by_other_name(
     {
-        "base": "pretrain.base base_model model model_name model_name_or_path model_id pretrained_model "
+        "base": "pretrain.base import.base base_model model model_name model_name_or_path model_id pretrained_model "
         "base_model_name_or_path",
         "train_from_scratch": "scratch finetune_scratch",
         "finetune_lora": "lora qlora finetune_qlora peft",
@@ -102,7 +102,7 @@ NO_COUNTERPART = _by_other_name(
         "create_new_adapter inference_mode",
         "LoRA goes on every block; name linears in target_modules": "num_layers lora_layers* *layers_to_transform "
         "layers_pattern exclude_modules target_parameters",
-        "it runs code that comes with a base: set pretrain.trust_remote_code if you trust it": "trust_remote_code",
+        "it runs code that comes with a base: set import.trust_remote_code if you trust it": "trust_remote_code",
         "held-out examples are chosen by eval_share": "eval*_strategy do_eval do_predict eval_dataset test_datasets "
         "val_batches test test_batches evals_per_epoch *eval_batch_size eval_delay eval_on_start "
         "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens batch_eval_metrics "

@@ -14,13 +14,13 @@ from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.project.params.schema import Section, ValueSource, check_value, hints, reject_unknown_keys
-from pipeline.project.params.sections import Training
+from pipeline.project.params.sections import Import, Training
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
 TRAINING = "training"  # the block of defaults for every section that trains
 PROJECT = "project"  # names the params file that this one builds on
-TOP_LEVEL: Mapping[str, str] = {"base": "pretrain"}  # keys above the sections → the section that holds them in memory
+TOP_LEVEL: Mapping[str, str] = {"base": "import"}  # keys above the sections → the section that holds them in memory
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Params:
         name = next((name for name, known in self.kinds.items() if known is kind), None)
         return kind() if name is None else self.section(name)
 
+    @property
+    def origin(self) -> Import:
+        """The base model, and how it is imported."""
+        return self.of(Import)
+
     def replaced(self, sections: Mapping[str, Section]) -> "Params":
         """A copy with some sections replaced."""
         return replace(self, sections={**self.sections, **sections})
@@ -103,7 +108,7 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     origin = ValueSource(path.name, frozenset({*overridden, *added}))
     if unknown := [key for key in tree if key not in (*TOP_LEVEL, TRAINING) and key not in kinds]:
         reject_unknown_keys(dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
-    # `base` is a setting of pretrain, but stands above the sections: most users set it alone.
+    # `base` is a setting of import, but stands above the sections: most users set it alone.
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
     for name, keys in tree.items():
         if keys is not None and not isinstance(keys, dict):
@@ -115,8 +120,10 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         raise UserError(
             "training.data: each stage names its own data, which dvc.yaml watches. Move it to the stages' sections."
         )
-    for key, value in above.items():  # `base: …` alone makes pretrain one of the file's sections
+    for key, value in above.items():  # `base: …` alone makes import, for MiniGPT pretrain, one of the file's sections
         tree[TOP_LEVEL[key]] = {**tree.get(TOP_LEVEL[key], {}), key: value}
+        if value == Import().base and Import in kinds.values():
+            tree.setdefault("pretrain", {})
     sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
     training = tree.get(TRAINING, {})
     params = Params(kinds, {}, tree, training, sources, project, path.name)
@@ -183,7 +190,7 @@ def _read_tree(text: str, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections such as `pretrain:`, got {tree!r}.")
+        raise UserError(f"{path} must hold sections such as `finetune_lora:`, got {tree!r}.")
     return tree
 
 

@@ -96,14 +96,24 @@ class AdapterTraining(Training, frozen=True, kw_only=True):
     ] = "none"
 
 
-class Pretrain(Training, frozen=True, kw_only=True):
-    """MiniGPT's shape (the document's Introduction and §9) and its training, or the base that stands in its place."""
+class Import(Section, frozen=True, kw_only=True):
+    """The base model, imported as a plain checkpoint: all that is fine-tuned starts from it."""
 
     base: Annotated[str, "minigpt, which is trained; or a checkpoint folder, GGUF file or hub id to import"] = "minigpt"
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], "of an imported base's weights; auto: as they are stored"
     ] = "auto"
     trust_remote_code: Annotated[bool, "run the code that comes with a base"] = False
+
+    @property
+    def imports(self) -> bool:
+        """Whether a base is taken from elsewhere."""
+        return self.base != "minigpt"
+
+
+class Pretrain(Training, frozen=True, kw_only=True):
+    """MiniGPT's shape (the document's Introduction and §9) and its training."""
+
     data: Annotated[str, "the sentences to train on, whose words are the vocabulary"] = "data/pretrain.de.txt"
     epochs: Annotated[Count, "times that every sentence is seen"] = 60
     d_model: Annotated[Count, "MiniGPT's width"] = 64
@@ -120,11 +130,6 @@ class Pretrain(Training, frozen=True, kw_only=True):
                 f"d_model must be a multiple of 2 × heads = {2 * self.heads} "
                 f"(an even head size), got {self.d_model}. Change d_model or heads."
             )
-
-    @property
-    def imports(self) -> bool:
-        """Whether a base is taken from elsewhere."""
-        return self.base != "minigpt"
 
 
 class ExpandVocab(Section, frozen=True, kw_only=True):

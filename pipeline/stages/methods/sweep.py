@@ -122,7 +122,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
             "finetune_lora.precision fp16 trains one adapter at a time. Set it to bf16 or fp32 for a sweep."
         )
     folder = job.artifact("expand_vocab")
-    base = load_base(folder, settings.precision, params.pretrain.trust_remote_code, settings.quantization)
+    base = load_base(folder, settings.precision, params.origin.trust_remote_code, settings.quantization)
     dataset, held_out = yield from build_datasets(job, settings, base)
     max_weight = max(lora.retention_weight for lora in grid.values())
     texts = yield from load_retention_texts(job, structs.replace(settings, retention_weight=max_weight), base)
@@ -231,7 +231,7 @@ def _save_adapters(job: Job, base: Base, specs: Mapping[str, AdapterSpec], learn
     from pipeline.stages.finetune import save_adapter_of
 
     folder = job.project.artifact("expand_vocab")
-    total = count(skeleton(folder, job.project.params.pretrain.trust_remote_code))["total"]
+    total = count(skeleton(folder, job.project.params.origin.trust_remote_code))["total"]
     commit = provenance.commit(job.stage.module)
     rows: dict[str, Any] = {}
     for number, learner in enumerate(learners):

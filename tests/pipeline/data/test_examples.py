@@ -90,7 +90,10 @@ USER, ANSWER = MESSAGES[1:]
         ("3", "got a number"),
         ("[" * 100_000, "not JSON"),
         ("{}", r"the keys must be .*, got none"),
-        ('{"text": "a", "label": 1}', "got 'text', 'label'"),
+        ('{"question": "a", "answer": 1}', r"the keys must be .*, got 'question', 'answer'. Rename them, or say which"),
+        ('{"prompt": "a", "compleation": "b"}', "unknown key 'compleation'. Did you mean 'completion'?"),
+        ('{"texts": "a"}', "unknown key 'texts'. Did you mean 'text'?"),
+        ('{"text": "a", "prompt": "a"}', "the keys must be"),
         ('{"completion": "a"}', "got 'completion'"),
         ('{"text": 1}', "text must be a string, got a number"),
         ('{"text": ["a"]}', "text must be a string, got a list"),
@@ -102,13 +105,15 @@ USER, ANSWER = MESSAGES[1:]
         (turns(), r"messages must be a list of .*, got \[\]"),
         (turns(USER), r'messages has no "assistant" turn'),
         (turns(ANSWER, USER), r'messages must not start with an "assistant" turn'),
-        (turns(USER, "a"), r"messages\[1\] must have exactly the keys role and content, got a string"),
-        (turns(USER, ANSWER | {"name": "x"}), r"messages\[1\] must have exactly .* got keys 'role', 'content', 'name'"),
+        (turns(USER, "a"), r"messages\[1\] must have the keys role and content, got a string"),
+        (turns(USER, ANSWER | {"nick": "x"}), r"messages\[1\]: unknown key 'nick'. Known: role, content, tool_calls"),
         (turns(USER, ANSWER | {"role": "bot"}), r"messages\[1\]: role must be one of .*, got 'bot'"),
         (turns(USER, ANSWER | {"role": ["user"]}), r"messages\[1\]: role must be one of"),
         (turns(USER, ANSWER | {"content": ""}), r"messages\[1\]: content is empty"),
-        (turns(USER, ANSWER | {"content": [{"text": "a"}]}), r"messages\[1\]: content must be a string, got a list"),
-        ("", "blank line"),
+        (
+            turns(USER, ANSWER | {"content": [{"type": "image"}]}),
+            r"messages\[1\]: content\[0\]: only parts .* got type image",
+        ),
     ],
 )
 def test_a_broken_line_is_named_with_its_reason(tmp_path: Path, line: str, message: str) -> None:
@@ -137,10 +142,10 @@ def test_a_line_has_at_most_a_mebibyte_and_a_longer_one_is_not_read(tmp_path: Pa
         read_examples(path, "d")
 
 
-@pytest.mark.parametrize("name", ["d.json", "d.csv", "d"])
+@pytest.mark.parametrize("name", ["d.xml", "d.gz", "d"])
 def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("a\n", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"{name}: a data file must be .txt \(one text per line\) or .jsonl"):
+    with pytest.raises(UserError, match=rf"{name}: a data file must be .txt, .jsonl, .json, .csv, .tsv, .parquet"):
         read_examples(tmp_path / name, name)
 
 

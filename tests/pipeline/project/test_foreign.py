@@ -92,7 +92,7 @@ def test_llama_factory(tmp_path: Path) -> None:
     why = left(foreign)
     assert "number of examples" in why["val_size"] and "held out" in why["eval_steps"]
     assert "dataset_info.json" in why["dataset"] and "chat template" in why["template"]
-    assert "pretrain.trust_remote_code" in why["trust_remote_code"] and "--devices" in why["deepspeed"]
+    assert "import.trust_remote_code" in why["trust_remote_code"] and "--devices" in why["deepspeed"]
     assert read(tmp_path, {**LLAMA_FACTORY, "finetuning_type": "freeze"}).section == "finetune_freeze"
     assert settings(read(tmp_path, {**LLAMA_FACTORY, "lora_alpha": 5}))["alpha"] == 5
 
@@ -238,5 +238,5 @@ def test_every_reason_is_found_by_its_names_and_none_of_them_has_a_counterpart()
     assert why_none("wandb_project") == why_none("report_to") and why_none("deepspeed")
     assert why_none("lora_r") is None and not KEYS.keys() & NO_COUNTERPART.keys()
     ours = {key for kind in GRAPH.sections.values() for key in hints(kind)}
-    elsewhere = {"trust_remote_code", "special_tokens"}  # of pretrain and expand_vocab: not of a section that trains
+    elsewhere = {"trust_remote_code", "special_tokens"}  # of import and expand_vocab: not of a section that trains
     assert {key for key in (*KEYS, *ours) if why_none(key)} <= elsewhere

@@ -195,6 +195,6 @@ def test_a_base_whose_own_code_is_trusted_is_trusted_where_its_weights_are_writt
         return load_base(folder, precision, trust_remote_code, quantization)
 
     monkeypatch.setattr("pipeline.stages.finetune.load_base", spy)
-    trusted = ["pretrain.trust_remote_code=true", "finetune_freeze.precision=bf16", "finetune_freeze.epochs=1"]
+    trusted = ["import.trust_remote_code=true", "finetune_freeze.precision=bf16", "finetune_freeze.epochs=1"]
     make(expanded, ["finetune_freeze"], trusted)
     assert asked == [True, True]

@@ -1,0 +1,493 @@
+"""Data files and folders as numbered raw rows, in constant memory.
+
+Text containers (.txt, .jsonl, .json, .csv, .tsv) may also be compressed (.gz, .zst). Tables are .parquet, .arrow and
+.feather files, folders of `Dataset.save_to_disk`, and data sets of the hub. Every problem is a UserError with the file
+and, where there is one, the line or row.
+"""
+
+import csv
+import io
+import json
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from pipeline.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_LINE_BYTES = 2**20  # a tokenizer needs up to about 350 bytes of memory per byte of text
+MAX_JSON_BYTES = 2**30  # a list cannot be split between processes or read from its middle: larger data has other forms
+CHUNK = 2**16
+TABLE_ROWS = 64  # converted to Python at a time
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+SAVED = "dataset_info.json"
+HUB_ID = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?:\[(?P<split>[^\[\]]+)\])?", flags=re.ASCII
+)
+HTML = re.compile(r"\s*<(?:!doctype html|html|head|body)\b", flags=re.IGNORECASE)
+# A cell of a .csv file that holds messages as JSON. Other texts that look like JSON stay texts.
+TURNS = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
+
+Note = Callable[[str], None]
+
+
+class Row(NamedTuple):
+    """`number`: the line where it begins; in a .json list and in a table, the number of the row, from 1.
+
+    `value`: the text of a line of .txt, or the row's keys and values.
+    """
+
+    number: int
+    value: str | dict[str, Any]
+
+
+def read_rows(path: Path, name: str, on_note: Note | None = None) -> Iterator[Row]:
+    """The rows of a file or folder; of the hub's data set `name` if `path` does not exist and `name` is an id of one.
+
+    `name` is the path as the user wrote it. `on_note` gets the number of blank lines that were skipped. Raises
+    UserError.
+    """
+    suffix, compression = suffix_of(path)
+    try:
+        if suffix not in READERS and not path.exists() and is_hub_id(name):
+            rows = _hub_rows(name)
+        elif path.is_dir():
+            rows = _saved_rows(path, name)
+        elif suffix in TABLES and not compression:
+            rows = _table_rows(path, name, TABLES[suffix])
+        elif suffix in READERS:
+            if suffix == ".json" and path.stat().st_size > MAX_JSON_BYTES:
+                raise _too_large(name)
+            with _opened(path, name, compression) as file:
+                rows = READERS[suffix](file, name, on_note or (lambda _: None))
+                yield from _refuse_empty(rows, name)
+            return
+        else:
+            raise UserError(f"{name}: a data file must be {', '.join([*READERS, *TABLES])}, or a save_to_disk folder.")
+        yield from _refuse_empty(rows, name)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"{name}: {reason}. Name a file that exists.") from None
+
+
+def suffix_of(path: Path) -> tuple[str, str]:
+    """(".jsonl", "gzip") of mine.JSONL.gz, (".txt", "") of mine.txt."""
+    compression = COMPRESSED.get(path.suffix.lower(), "")
+    return (Path(path.stem) if compression else path).suffix.lower(), compression
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a hub data set: org/name, org/name@revision, org/name[split]."""
+    return bool(HUB_ID.fullmatch(name)) and suffix_of(Path(name))[0] not in (*READERS, *TABLES)
+
+
+def _refuse_empty(rows: Iterator[Row], name: str) -> Iterator[Row]:
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{name}: the file is empty. Write one example per line or row.")
+    return chain([first], rows)
+
+
+@contextmanager
+def _opened(path: Path, name: str, compression: str) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed piece by piece. Raises UserError for broken compression."""
+    if not compression:
+        with path.open("rb") as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    with path.open("rb"):  # for its error, which is shorter than pyarrow's
+        pass
+    try:
+        with io.BufferedReader(pa.input_stream(str(path), compression=compression), CHUNK) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{name}: broken {compression} data: {first_line(error)}. Compress the file again.") from None
+
+
+def _numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends, as text. Raises UserError for a line that is long, binary or not UTF-8."""
+    start = 0
+    # +2 for \r\n, +1 to detect more
+    for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 3), b""), 1):
+        # a long line cannot be cut before it is tokenized: the text behind the cut may change the tokens
+        if len(raw.removesuffix(b"\n").removesuffix(b"\r")) > MAX_LINE_BYTES:
+            raise UserError(
+                f"{name}:{number}: a line must have at most {MAX_LINE_BYTES:,} bytes, got more. "
+                "Split its text into several lines."
+            )
+        try:
+            line = raw.decode("utf-8" if start else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            byte = start + error.start
+            raise UserError(f"{name}:{number}: not UTF-8 (byte {byte}). Save the file as UTF-8 text.") from None
+        if "\0" in line:
+            raise UserError(
+                f"{name}:{number}: not a text file: byte {start + raw.index(0)} is zero. Save it as UTF-8 text."
+            )
+        start += len(raw)
+        yield number, line
+
+
+def _text_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:  # noqa: ARG001
+    """One text per line. Only a newline ends a line; all other white space belongs to the text.
+
+    Blank lines are allowed only at the end: elsewhere they may separate texts of several lines.
+    """
+    blank = 0
+    for number, line in _numbered_lines(file, name):
+        # Windows editors end lines with \r\n. A \r anywhere else is part of the text.
+        text = line.removesuffix("\r\n" if line.endswith("\r\n") else "\n")
+        if not text.strip():
+            blank = blank or number
+            continue
+        if blank:
+            raise UserError(
+                f"{name}:{blank}: blank line. Write one example per line, with no blank lines between them."
+            )
+        yield Row(number, text)
+
+
+def _jsonl_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:
+    """One JSON object per line. Blank lines are skipped."""
+    blank = waiting = 0  # blank lines at the end of the file are of no interest
+    for number, line in _numbered_lines(file, name):
+        if not line.strip():
+            waiting += 1
+            continue
+        blank, waiting = blank + waiting, 0
+        try:
+            value = json.loads(line.removesuffix("\n"), object_pairs_hook=_reject_duplicate_keys)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(f"{name}:{number}", error, line, "Write one JSON object per line.") from None
+        yield _object_row(number, value, name)
+    if blank:
+        on_note(f"{name}: {blank:,} blank {'line' if blank == 1 else 'lines'} skipped")
+
+
+def _not_json(location: str, error: Exception, text: str, advice: str) -> UserError:
+    if HTML.match(text):
+        return UserError(f"{location}: this is an HTML page, not data. Download the file itself.")
+    reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)[:200]
+    return UserError(f"{location}: not JSON: {reason}. {advice}")
+
+
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("duplicate key")
+    return record
+
+
+def _object_row(number: int, value: Any, name: str) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(
+            f'{name}:{number}: must be a JSON object, such as {{"text": …}} or {{"messages": […]}}, got '
+            f"{describe_type(value)}."
+        )
+    return Row(number, value)
+
+
+def describe_type(value: Any) -> str:
+    """The JSON type of a value; null, true, false, [] and {} as they are."""
+    if value is None or isinstance(value, bool) or value in ([], {}):
+        return json.dumps(value)
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def _json_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:  # noqa: ARG001
+    """The objects of a JSON list, decoded one by one from a buffer that holds little more than one of them."""
+    scan = json.JSONDecoder(object_pairs_hook=_reject_duplicate_keys).raw_decode
+    text = _TextBuffer(file, name)
+    if not text.peek():
+        return
+    if text.peek() != "[":
+        advice = "Write the objects as a list, or one per line in a .jsonl file."
+        if text.peek() == "{":
+            raise UserError(f"{name}: a .json file must hold a list of objects, got one object. {advice}")
+        raise _not_json(name, ValueError("it does not begin with ["), text.data, advice)
+    text.position += 1
+    number, ended = 0, text.peek() == "]"
+    text.position += ended
+    while not ended:
+        number += 1
+        text.peek()  # skips white space
+        while True:
+            try:
+                value, stop = scan(text.data, text.position)
+                break
+            except (ValueError, RecursionError) as error:
+                # Half an object is no JSON either: decide when there is no more to read, or too much was read.
+                if isinstance(error, RecursionError) or not text.read_more():
+                    raise _not_json(f"{name}: row {number}", error, "", "Write a list of JSON objects.") from None
+                if len(text.data) - text.position > MAX_LINE_BYTES + CHUNK:
+                    raise UserError(
+                        f"{name}: row {number}: not JSON, or more than {MAX_LINE_BYTES:,} characters. Split its text "
+                        "into several rows."
+                    ) from None
+        text.position = stop
+        mark = text.peek()
+        if mark not in (",", "]"):
+            got = repr(mark) if mark else "the end of the file"
+            raise UserError(f"{name}: row {number} must be followed by a comma or ], got {got}. Is the file complete?")
+        text.position += 1
+        ended = mark == "]"
+        yield _object_row(number, value, name)
+    if rest := text.peek():
+        raise UserError(f"{name}: {rest!r} after the end of the list. A .json file must hold one list.")
+
+
+class _TextBuffer:
+    """UTF-8 text that is read as it is needed; what lies before `position` is dropped."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.data, self.position = "", 0
+        self._file, self._name, self._bytes = file, name, 0
+        self._decode = getincrementaldecoder("utf-8-sig")().decode
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            match = JSON_SPACE.match(self.data, self.position)
+            self.position = match.end() if match else self.position
+            if self.position < len(self.data):
+                return self.data[self.position]
+            if not self.read_more():
+                return ""
+
+    def read_more(self) -> bool:
+        """Append a piece as long as what is left, so that a long object is scanned few times. False at the end."""
+        left = len(self.data) - self.position
+        raw = self._file.read(max(CHUNK, left))
+        self._bytes += len(raw)
+        if self._bytes > MAX_JSON_BYTES:
+            raise _too_large(self._name)
+        try:
+            self.data = self.data[self.position :] + self._decode(raw, not raw)
+        except UnicodeDecodeError as error:
+            byte = self._bytes - len(raw) + error.start
+            raise UserError(f"{self._name}: not UTF-8 (near byte {byte}). Save the file as UTF-8 text.") from None
+        self.position = 0
+        return bool(raw)
+
+
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _too_large(name: str) -> UserError:
+    return UserError(
+        f"{name}: a .json file must have at most {MAX_JSON_BYTES // 2**30} GiB. Save it as .jsonl or .parquet instead."
+    )
+
+
+def _delimited_rows(file: BinaryIO, name: str, on_note: Note, delimiter: str) -> Iterator[Row]:
+    """Rows under a header, each with a text for every column. A cell may hold turns or tools as JSON."""
+    blank = size = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for at, line in _numbered_lines(file, name):
+            size += len(line)
+            if size > MAX_LINE_BYTES:  # of a row, whose texts may have many lines
+                raise UserError(
+                    f"{name}:{at}: a row must have at most {MAX_LINE_BYTES:,} characters, got more. Is a quote not "
+                    "closed? Otherwise split its text into several rows."
+                )
+            yield line
+
+    csv.field_size_limit(MAX_LINE_BYTES)  # of the process: nothing else here reads csv with long fields
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        number, size = reader.line_num + 1, 0
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{name}:{number}: {error}. Quote texts that contain quotes, {delimiter!r} or line breaks."
+            ) from None
+        if cells is None:
+            break
+        if not header:
+            header = _read_header(cells, name, number)
+        elif not cells:
+            blank += 1
+        elif len(cells) != len(header):
+            raise UserError(
+                f"{name}:{number}: {len(cells)} values, but the header has {len(header)} columns. Quote texts that "
+                f"contain {delimiter!r}, quotes or line breaks."
+            )
+        else:
+            yield Row(number, dict(zip(header, map(_read_cell, cells), strict=True)))
+    if blank:
+        on_note(f"{name}: {blank:,} blank {'line' if blank == 1 else 'lines'} skipped")
+
+
+def _read_header(cells: list[str], name: str, number: int) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    if HTML.match("".join(header)):
+        raise UserError(f"{name}:{number}: this is an HTML page, not data. Download the file itself.")
+    if not all(header) or len(set(header)) < len(header):
+        raise UserError(
+            f"{name}:{number}: the first line must name every column, each name once, got "
+            f"{', '.join(map(repr, header))[:200] or 'a blank line'}."
+        )
+    return header
+
+
+def _read_cell(cell: str) -> Any:
+    if TURNS.match(cell):
+        with suppress(ValueError, RecursionError):
+            return json.loads(cell)
+    return cell
+
+
+def _table_rows(path: Path, name: str, batches: Callable[[Path], Iterator["pa.RecordBatch"]]) -> Iterator[Row]:
+    """The rows of an Arrow or Parquet file. Raises UserError for a damaged one."""
+    import pyarrow as pa
+
+    with path.open("rb") as file:  # for its error, which is shorter than pyarrow's
+        head = file.read(CHUNK)
+    if HTML.match(head.decode("latin-1")):
+        raise UserError(f"{name}: this is an HTML page, not data. Download the file itself.")
+    number = 0
+    try:
+        for batch in batches(path):
+            for start in range(0, batch.num_rows, TABLE_ROWS):
+                for value in batch.slice(start, TABLE_ROWS).to_pylist():
+                    number += 1
+                    yield Row(number, _row_of_table(value))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        where = f" after row {number}" if number else ""
+        kind = path.suffix.lower().removeprefix(".")
+        raise UserError(
+            f"{name}: not a readable {kind} file{where}: {first_line(error)}. Download or write it again."
+        ) from None
+
+
+def _row_of_table(value: dict[str, Any]) -> dict[str, Any]:
+    """A table has every key in every struct: those without a value are left out, as in JSON."""
+    return {key: _without_nulls(part) if isinstance(part, list | dict) else part for key, part in value.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _parquet_batches(path: Path) -> Iterator["pa.RecordBatch"]:
+    from pyarrow import parquet
+
+    # Without pre-buffering, which reads a whole row group.
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK) as file:
+        yield from file.iter_batches(batch_size=TABLE_ROWS, use_threads=False)
+
+
+def _arrow_batches(path: Path) -> Iterator["pa.RecordBatch"]:
+    """Of the file format (Feather) and of the stream format, which `datasets` writes."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+        batches = (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else reader
+        for batch in batches:
+            batch.validate(full=True)  # wrong offsets in a file of others would read outside its memory
+            yield batch
+
+
+def _saved_rows(folder: Path, name: str) -> Iterator[Row]:
+    """The rows of a folder of `Dataset.save_to_disk`; the split `train` of a `DatasetDict`'s."""
+    advice = "Name a file, or a folder of `Dataset.save_to_disk`."
+    if (folder / "dataset_dict.json").is_file():
+        splits = _read_small_json(folder / "dataset_dict.json", name).get("splits")
+        if not isinstance(splits, list) or "train" not in splits:
+            raise UserError(
+                f"{name}: a DatasetDict without the split train. It has: {', '.join(map(str, splits or []))}. Name the "
+                "folder of one split."
+            )
+        folder = folder / "train"
+    if not (folder / "state.json").is_file():
+        raise UserError(f"{name}: this folder is no data set: it has no state.json. {advice}")
+    parts = _read_small_json(folder / "state.json", name).get("_data_files")
+    files = [str(part.get("filename")) for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    if not files or any(Path(file).name != file for file in files):
+        raise UserError(f"{name}: its state.json names no data files in the folder. {advice}")
+    rows = (row for file in files for row in _table_rows(folder / file, f"{name}/{file}", _arrow_batches))
+    yield from (Row(number, row.value) for number, row in enumerate(rows, 1))
+
+
+def _read_small_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            tree = json.loads(file.read(MAX_LINE_BYTES))
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{name}: {path.name} is not JSON. Save the data set again.")
+    return tree
+
+
+def _hub_rows(name: str) -> Iterator[Row]:
+    """The rows of a data set of the hub, from the cache of `datasets` or downloaded into it."""
+    match = HUB_ID.fullmatch(name)
+    assert match is not None
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{name}: no such file, and data sets of the hub need the datasets library. Run `pip install "
+            "'lora-workbench[datasets]'`, or name a file that exists."
+        ) from None
+    datasets.disable_progress_bars()
+    split = match["split"]
+    try:
+        loaded = datasets.load_dataset(match["name"], revision=match["revision"], split=split)
+    except Exception as error:  # whatever the library raises
+        raise UserError(
+            f"{name}: no such file, and it cannot be loaded from the hub: {first_line(error)}. Check the name and "
+            "the connection, or name a file that exists."
+        ) from None
+    if isinstance(loaded, dict):
+        if "train" not in loaded:
+            raise UserError(
+                f"{name}: it has no split train. Name one: {', '.join(f'{name}[{key}]' for key in loaded)}."
+            )
+        loaded = loaded["train"]
+    number = 0
+    for table in loaded.with_format("arrow").iter(batch_size=TABLE_ROWS):
+        for value in table.to_pylist():
+            number += 1
+            yield Row(number, _row_of_table(value))
+
+
+def _csv_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:
+    return _delimited_rows(file, name, on_note, ",")
+
+
+def _tsv_rows(file: BinaryIO, name: str, on_note: Note) -> Iterator[Row]:
+    return _delimited_rows(file, name, on_note, "\t")
+
+
+READERS: dict[str, Callable[[BinaryIO, str, Note], Iterator[Row]]] = {
+    ".txt": _text_rows,
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+}
+TABLES: dict[str, Callable[[Path], Iterator["pa.RecordBatch"]]] = {
+    ".parquet": _parquet_batches,
+    ".arrow": _arrow_batches,
+    ".feather": _arrow_batches,
+}

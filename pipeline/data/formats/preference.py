@@ -1,0 +1,68 @@
+"""{"prompt": …, "chosen": …, "rejected": …}: a preference pair, as TRL has it; fine-tuning takes the chosen answer.
+
+Texts, or lists of messages. Without a prompt, both hold the whole conversation, and the prompt is the turns that they
+begin with in common.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.data.containers import describe_type
+from pipeline.data.examples import Example, Message
+from pipeline.data.formats import Format, Record, read_string
+from pipeline.data.formats.chat_prompt import answer, joined
+from pipeline.data.formats.messages import Turns, conversation, read_turns
+from pipeline.errors import UserError
+
+
+def read(record: Record, file: str, line: int) -> Example:
+    location, prompt = f"{file}:{line}", record.get("prompt")
+    kinds = [describe_type(record[key]) for key in ("chosen", "rejected")]
+    if len(set(kinds)) > 1:
+        raise UserError(f"{location}: chosen and rejected must be of one kind, got {kinds[0]} and {kinds[1]}.")
+    if isinstance(record["chosen"], str) and not isinstance(prompt, list):
+        good, bad = (read_string(record, key, location) for key in ("chosen", "rejected"))
+        if prompt is None:
+            prompt = good[: _shared(good, bad)].removesuffix(" ")  # a space belongs to the answer's first word
+            good, bad = good[len(prompt) :], bad[len(prompt) :]
+            _refuse_equal(good, bad, location)
+            return Example(prompt + good, file, line, prompt, rejected=bad)
+        prompt = read_string(record, "prompt", location)
+        return Example(prompt + good, file, line, prompt, rejected=bad)
+    chosen, rejected = answer(record, "chosen", location), answer(record, "rejected", location)
+    if isinstance(prompt, list):
+        before = read_turns(record, "prompt", location)
+    elif prompt is not None and chosen.messages[0]["role"] == "assistant":
+        before = Turns(({"role": "user", "content": read_string(record, "prompt", location)},))
+    else:  # whole conversations; a text beside them repeats their first question
+        same = _shared(chosen.messages, rejected.messages)
+        before, chosen, rejected = Turns(chosen.messages[:same]), _behind(chosen, same), _behind(rejected, same)
+    _refuse_equal(chosen.messages, rejected.messages, location)
+    example = conversation(joined(before, chosen), record, file, line, "prompt + chosen")
+    return replace(example, rejected=rejected.messages)
+
+
+def _shared(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items both begin with."""
+    differs = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differs, min(len(one), len(other)))
+
+
+def _refuse_equal(chosen: str | tuple[Message, ...], rejected: str | tuple[Message, ...], location: str) -> None:
+    if not chosen or not rejected:
+        raise UserError(
+            f"{location}: chosen and rejected do not end in two answers: one begins with the other. Remove the row."
+        )
+
+
+def _behind(turns: Turns, begin: int) -> Turns:
+    return Turns(turns.messages[begin:], frozenset(n - begin for n in turns.untrained if n >= begin))
+
+
+FORMAT = Format(
+    1,
+    '{"prompt", "chosen", "rejected"}',
+    frozenset({"prompt", "chosen", "rejected", "tools"}),
+    lambda record: "chosen" in record and "rejected" in record,
+    read,
+)
