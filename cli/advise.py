@@ -1,30 +1,30 @@
 """`lora advise`: settings that published experiments advise against; and the same as notes before a training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, group, project_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pipeline.calc.architecture import Architecture
+    from pipeline.data.tokenizers.word import Tokenizer
     from pipeline.project.advice import Facts
     from pipeline.project.runner import Note
     from pipeline.project.stage_graph import Project, Stage
 
 app = group()
 
-ENCODED, COUNTED = 500, 20_000  # examples that are tokenized, and that are counted: more say nothing else
+ENCODED, COUNTED = 500, 20_000  # examples that are tokenized, and that are counted: more change no advice
 
 
 @app.command()
 def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """Compare the settings with what experiments advise.
 
-    Nothing of it is required. With artifacts/base there, the data is counted in tokens.
+    Nothing of it is required. Once artifacts/base is there, the data is counted in tokens.
     """
-    from cli.console import print_json, print_note, print_table
+    from cli.console import print_json, print_line, print_note, print_table
     from pipeline.errors import UserError
     from pipeline.project.advice import advise as advice_of
     from pipeline.project.params.edit import dump_inline
@@ -33,7 +33,7 @@ def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, a
     stages = [stage for stage in project.stages.values() if is_advised(stage)]
     if not stages:
         raise UserError(f"{project.params.file} has no section that fine-tunes. Add `finetune_lora: {{}}` to it.")
-    facts = [gather_facts(project, stage) for stage in stages]
+    facts = gather_facts(project, stages)
     advice = [one for each in facts for one in advice_of(project, each)]
     if as_json:
         known = {each.section: {k: v for k, v in each._asdict().items() if k != "section"} for each in facts}
@@ -44,8 +44,9 @@ def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, a
     if not advice:
         print_note("No rule disagrees with these settings.")
         return
-    rows = [(one.key, dump_inline(one.yours), one.advised, f"{one.why} ({one.source})") for one in advice]
-    print_table(("setting", "yours", "advised", "why"), rows)
+    print_table(("setting", "yours", "advised"), [(one.key, dump_inline(one.yours), one.advised) for one in advice])
+    for one in advice:
+        print_line(f"\n{one.key}: {one.why} ({one.source})")
 
 
 def is_advised(stage: "Stage") -> bool:
@@ -61,53 +62,63 @@ def advice_notes(project: "Project", stage: "Stage") -> "Iterator[Note]":
     from pipeline.project.runner import Note
 
     try:
-        advice = advice_of(project, gather_facts(project, stage)) if is_advised(stage) else []
-    except UserError:  # of the data: training says it, with what it had done by then
+        facts = gather_facts(project, [stage] if is_advised(stage) else [])
+    except UserError:  # of the data: training says it too, after its own notes
         return
-    for one in advice:
+    for one in (one for each in facts for one in advice_of(project, each)):
         yield Note(f"{one.key} is {dump_inline(one.yours)}; advised: {one.advised}. {one.why} ({one.source})", True)
 
 
-def gather_facts(project: "Project", stage: "Stage") -> "Facts":
-    """What is known before a stage trains: from headers and a part of its data. Raises UserError for invalid data."""
-    from pipeline.calc.method import ranks, trainable
+def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]":
+    """What is known before they train: from headers and a part of their data. Raises UserError for invalid data."""
     from pipeline.errors import UserError
     from pipeline.project.advice import Facts
-    from pipeline.stages.registry import COUNTED as METHODS
 
-    made = [folder for name in ("expand_vocab", "pretrain") if (folder := project.artifact(name)).is_dir()]
-    numbers: dict[str, Any] = _count_data(project, stage, made[0] if made else None)
-    try:
-        model = _shapes(project, made)
-        if model is None:
-            return Facts(stage.name, **numbers)
-        method = METHODS[stage.method].with_params(project.section(stage))
-        numbers |= {"base": model.total, "trained": trainable(model, method)}
-        if method.low_rank:
-            names = ranks(model, method)
-            adapted = sum(linear.weights for name, linear in model.linears() if name in names)
-            numbers["adapted"] = adapted / model.quantizable
-    except (UserError, OSError):  # no such file yet, an unknown family, a target that the model lacks
-        pass
-    return Facts(stage.name, **numbers)
+    folder = next((made for name in ("expand_vocab", "pretrain") if (made := project.artifact(name)).is_dir()), None)
+    model, tokenizer = None, None
+    if stages and folder:
+        from pipeline.data.tokenizers.word import load_tokenizer
+
+        tokenizer = load_tokenizer(folder)
+    with suppress(UserError, OSError):  # not there yet, or a family that the calculator does not know
+        model = _shapes(project, str(folder or project.params.origin.base))
+    return [
+        Facts(stage.name, **_count_parameters(project, stage, model), **_count_data(project, stage, tokenizer))
+        for stage in stages
+    ]
 
 
-def _shapes(project: "Project", made: "list[Path]") -> "Architecture | None":
-    """The base's shapes from its headers, or the calculator's; None if neither is here. Raises UserError."""
+def _shapes(project: "Project", base: str) -> "Architecture | None":
+    """The base's shapes from its headers, or if it is built in; None for another model of the hub. Raises UserError."""
     from pipeline.calc.sources.open_model import built_in, from_path, hub_ids
-    from pipeline.files.base_model import parse_source
+    from pipeline.files.base_model import MINIGPT, parse_source
 
-    if made:
-        return from_path(made[0]).shapes
-    base = project.params.origin.base
     source = parse_source(base, project.root)
     if source.is_local:
         return from_path(source.path).shapes
-    name = base if source.kind == "minigpt" else next((n for n, hub in hub_ids().items() if hub == source.hub_id), None)
+    name = MINIGPT if source.kind == MINIGPT else {hub: name for name, hub in hub_ids().items()}.get(source.hub_id)
     return built_in(name).shapes if name else None
 
 
-def _count_data(project: "Project", stage: "Stage", tokenizer_folder: "Path | None") -> dict[str, Any]:
+def _count_parameters(project: "Project", stage: "Stage", model: "Architecture | None") -> dict[str, Any]:
+    """Parameters of the base and of what trains, and the share of the blocks' weights that get LoRA."""
+    from pipeline.calc.method import ranks, trainable
+    from pipeline.errors import UserError
+    from pipeline.stages.registry import COUNTED as METHODS
+
+    if model is None or stage.method not in METHODS:
+        return {}
+    method = METHODS[stage.method].with_params(project.section(stage))
+    try:
+        names = ranks(model, method) if method.low_rank else {}
+        numbers = {"base": model.total, "trained": trainable(model, method)}
+    except UserError:  # a target that the model lacks: training says it
+        return {"base": model.total}
+    adapted = sum(linear.weights for name, linear in model.linears() if name in names)
+    return {**numbers, "adapted": adapted / model.quantizable if names else None}
+
+
+def _count_data(project: "Project", stage: "Stage", tokenizer: "Tokenizer | None") -> dict[str, Any]:
     """Examples, and with a tokenizer trained tokens and the share that max_length cuts, from the first `ENCODED`."""
     from itertools import chain, islice
 
@@ -117,12 +128,10 @@ def _count_data(project: "Project", stage: "Stage", tokenizer_folder: "Path | No
     examples = chain.from_iterable(iter_examples(project.root / name, name) for name in settings.files)
     first = list(islice(examples, ENCODED))
     count = len(first) + sum(1 for _ in islice(examples, COUNTED - ENCODED))
-    if tokenizer_folder is None:
+    if tokenizer is None:
         return {"examples": count}
     from pipeline.data.masking import encode
-    from pipeline.data.tokenizers.word import load_tokenizer
 
-    tokenizer = load_tokenizer(tokenizer_folder)
     encoded = [encode(example, tokenizer, settings.max_length) for example in first]
     tokens = round(sum(each.labels for each in encoded) * count / len(first))
     return {"examples": count, "tokens": tokens, "cut": sum(bool(each.cut) for each in encoded) / len(first)}
