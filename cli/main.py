@@ -17,6 +17,7 @@ from pipeline.project.process_rank import world
 COMMANDS = {
     "new": ("cli.project", "Make a project: params, data, dvc.yaml."),
     "params": ("cli.project", "Show every setting, its source and its meaning."),
+    "advise": ("cli.advise", "Compare the settings with what experiments advise."),
     "import": ("cli.stages", "Import the base model → artifacts/base."),
     "pretrain": ("cli.stages", "Train MiniGPT from scratch → artifacts/base."),
     "expand-vocab": ("cli.stages", "Add rows for new words → artifacts/expanded."),

@@ -11,6 +11,7 @@ from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, fin
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
+    from pipeline.project.foreign import Foreign
 
 app = group()
 cache = group(help="Show or prune the cache of finished stages.", invoke_without_command=True)
@@ -37,17 +38,58 @@ def new(
     methods: Annotated[
         str | None, Option("--methods", help="Methods to train, such as full,lora; `lora finetune --help` lists them.")
     ] = None,
+    config: Annotated[
+        Path | None,
+        Option(
+            "--from", help="Take settings from a config of PEFT, transformers, TRL, Axolotl, LLaMA-Factory, mlx-lm."
+        ),
+    ] = None,
 ) -> None:
     """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten."""
     from cli.console import print_line, print_note
+    from pipeline.errors import UserError
+    from pipeline.project.foreign import read_config
     from pipeline.project.new_project import create
     from pipeline.workbench import GRAPH
 
-    added, notes = create(folder, GRAPH, params, base, methods and [name.strip() for name in methods.split(",")])
+    chosen = methods and [name.strip() for name in methods.split(",")]
+    values: dict[str, Any] = {}
+    files: dict[str, Path] = {}
+    if config:
+        if params:
+            raise UserError("--from and --params both say what the new params file holds. Give one of them.")
+        foreign = read_config(config, GRAPH.sections)
+        _print_foreign(foreign)
+        if not (base := base or foreign.base):
+            raise UserError(f"{config} names no base model. Name one with --base.")
+        chosen = list(dict.fromkeys([*(chosen or ()), GRAPH.stages[foreign.section].method]))
+        values = dict(foreign.values)
+        files = {f"data/{Path(name).name}": Path(name) for name in foreign.data}
+        if len(files) < len(foreign.data):
+            raise UserError(f"{config} names two data files of one name. Rename one of them.")
+        if files:
+            values[f"{foreign.section}.data"] = [*files] if len(files) > 1 else next(iter(files))
+    added, notes = create(folder, GRAPH, params, base, chosen, values, files)
     for note in notes:
         print_note(note)
     print_line(f"{folder}: added {', '.join(added)}" if added else f"{folder}: nothing to add")
     print_line(f"Next: cd {folder}; dvc repro; lora-tui")
+
+
+def _print_foreign(foreign: "Foreign") -> None:
+    """What becomes of each key of another tool's config."""
+    from cli.console import print_line, print_table
+    from pipeline.project.params.edit import dump_inline
+
+    rows = [("base", "base", foreign.base)] * bool(foreign.base)
+    rows += [("data", f"{foreign.section}.data", name) for name in foreign.data]
+    rows += [(theirs, ours, dump_inline(value)) for theirs, ours, value in foreign.taken]
+    print_table((foreign.format, "here", "value"), rows)
+    reasons: dict[str, list[str]] = {}
+    for theirs, _, why in foreign.left:
+        reasons.setdefault(why, []).append(theirs)
+    for why, keys in reasons.items():
+        print_line(f"not taken: {', '.join(dict.fromkeys(keys))} ({why})")
 
 
 @settings.command("show")

@@ -198,6 +198,7 @@ def run_stage(
     shard: bool | None = None,
 ) -> None:
     """Run a stage, show how it goes, and say in a line what came of it."""
+    from cli.advise import advice_notes
     from cli.console import follow, print_line
     from pipeline.errors import UserError
     from pipeline.project.logs.run_log import LOSS, final_loss, read_steps
@@ -210,7 +211,8 @@ def run_stage(
         stage.check(project)
 
     def work(job: Job) -> Generator[Event, None, Facts]:
-        return stage.run(replace(job, sharded=shard))
+        yield from advice_notes(project, stage)  # here, as a result from the cache needs no advice
+        return (yield from stage.run(replace(job, sharded=shard)))
 
     if world().world_size == 1:
         events = run(project, stage, work, force=force, checkpoint_every=checkpoint_every)

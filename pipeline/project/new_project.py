@@ -69,13 +69,16 @@ def create(
     params: Path | None = None,
     base: str | None = None,
     methods: Sequence[str] | None = None,
+    values: Mapping[str, Any] | None = None,
+    data_files: Mapping[str, Path] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Make `folder` a project, or add missing files. Existing files are not overwritten.
 
     Returns the files that it wrote, and notes on existing ones that it would have written differently.
 
     `params`: the file to start from; the default is the program's, adapted to a pretrained `base`. `base`: the model to
-    write into it, a path relative to the current folder. `methods`: fine-tuning methods instead of the file's. Raises
+    write into it, a path relative to the current folder. `methods`: fine-tuning methods instead of the file's.
+    `values`: section.key → value, set last. `data_files`: name of a data file → the file to copy it from. Raises
     UserError before anything is written.
     """
     if folder.exists() and not folder.is_dir():
@@ -85,6 +88,8 @@ def create(
     exists = (folder / PARAMS).is_file()
     if folder.is_dir() and any(folder.iterdir()) and not exists and not (folder / ".dvc").is_dir():
         raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
+    if values and exists:
+        raise UserError(f"{folder} is a project already. Set the values in its {PARAMS}, or name a new folder.")
     if methods is not None and (params or exists):
         raise UserError("--methods is for a new project; here the sections of the params file determine the methods.")
     # All that can be wrong is found before the first file is written.
@@ -92,9 +97,10 @@ def create(
     if base and (model := resolve(base, Path.cwd())).is_local:  # given relative to where we are, not to the project
         base = os.path.relpath(model.path.resolve(), folder.resolve())
     new_text = "" if exists and not params else _new_params(folder, graph, source, base, params is None, methods)
+    new_text = edit.set_values(new_text, values or {})
     text = _existing_params(folder, graph, base) if exists else new_text
     project = _project(folder, graph, text, folder / PARAMS)
-    data = _data_sources(project, source.parent)
+    data = _data_sources(project, source.parent, data_files or {})
     rendered = HEADER + render_dvc_yaml(project)
     added: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,14 +225,19 @@ def _missing_keys(text: str, project: Project) -> dict[str, Any]:
     return missing
 
 
-def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
-    """Name of each data file → the file to copy it from: beside the source params, or packaged. Raises UserError."""
+def _data_sources(project: Project, source_folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
+    """Name of each data file → the file to copy it from: given, beside the source params, or packaged.
+
+    Raises UserError.
+    """
     sources: dict[str, Path] = {}
     for stage in project.stages.values():
         packages = (DOCUMENT, DEFAULTS) if stage.is_measurement else ()
         for key, name in _files(project, stage).items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-            if key != "base" and inside and (source_folder / name).exists():
+            if name in given:
+                sources[name] = given[name]
+            elif key != "base" and inside and (source_folder / name).exists():
                 sources[name] = source_folder / name
             elif (project.root / name).exists() or key == "base":
                 continue

@@ -99,8 +99,10 @@ def rule(kind: type[Section], key: str) -> str:
 def reject_unknown_keys(tree: Mapping[str, Any], known: Sequence[str], prefix: str, origin: ValueSource) -> None:
     for key in tree:
         if key not in known:
-            from pipeline.project.params.aliases import KEYS, suggest  # only for a message
+            from pipeline.project.params.aliases import KEYS, suggest, why_none  # only for a message
 
+            if why := why_none(str(key)):
+                raise UserError(f"{origin.of(f'{prefix}{key}')}: there is no key {prefix}{key}: {why}. Remove it.")
             meant = suggest(str(key), known, KEYS, prefix.rstrip("."))
             hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known) or 'none'}."
             raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")

@@ -298,6 +298,15 @@ class Lora(FinetuningMethod):
         targets = {"target_modules": list(self.targets), "train_embeddings": self.embeddings}
         return {"rank": self.rank, "alpha": self.effective_alpha, **targets}
 
+    def with_params(self, settings: FinetuneLora) -> Lora:
+        """Without new rows: how many there are is known only once the vocabulary is expanded."""
+        return replace(
+            super().with_params(settings),
+            targets=settings.target_modules,
+            rank_pattern=tuple(settings.rank_pattern.items()),
+            embeddings="all" if settings.train_embeddings == "all" else "none",
+        )
+
     def check(self) -> None:
         super().check()
         if self.embeddings == "new_rows" and not self.new_rows:
