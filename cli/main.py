@@ -15,7 +15,8 @@ from pipeline.project.process_rank import world
 
 # Command → its module and its line in `lora --help`, which so imports no module.
 COMMANDS = {
-    "new": ("cli.project", "Make a project: params, data, dvc.yaml."),
+    "train": ("cli.new", "Fine-tune a base on a data file: a project, made and run."),
+    "new": ("cli.new", "Make a project: params, data, dvc.yaml."),
     "params": ("cli.project", "Show every setting, its source and its meaning."),
     "advise": ("cli.advise", "Compare the settings with what experiments advise."),
     "import": ("cli.stages", "Import the base model → artifacts/base."),

@@ -1,4 +1,4 @@
-"""`lora new`, `params`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs on."""
+"""`lora params`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs on."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -11,7 +11,6 @@ from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, fin
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
-    from pipeline.project.foreign import Foreign
 
 app = group()
 cache = group(help="Show or prune the cache of finished stages.", invoke_without_command=True)
@@ -24,72 +23,6 @@ SOURCE = 42  # the column of a value's source, where the value leaves room
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
 GGUF = ("gguf", "sentencepiece", "protobuf", "accelerate")  # needed to read a .gguf base
 QLORA = "bitsandbytes"
-
-
-@app.command()
-def new(
-    folder: Annotated[Path, Argument(help="New folder, or an existing project to complete.")],
-    params: Annotated[
-        Path | None, Option("--params", help="Params file to start from; its data files are copied too.")
-    ] = None,
-    base: Annotated[
-        str | None, Option("--base", help="Base model: minigpt, a checkpoint folder, a .gguf file or a hub id.")
-    ] = None,
-    methods: Annotated[
-        str | None, Option("--methods", help="Methods to train, such as full,lora; `lora finetune --help` lists them.")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        Option(
-            "--from", help="Take settings from a config of PEFT, transformers, TRL, Axolotl, LLaMA-Factory, mlx-lm."
-        ),
-    ] = None,
-) -> None:
-    """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten."""
-    from cli.console import print_line, print_note
-    from pipeline.errors import UserError
-    from pipeline.project.foreign import read_config
-    from pipeline.project.new_project import create
-    from pipeline.workbench import GRAPH
-
-    chosen = methods and [name.strip() for name in methods.split(",")]
-    values: dict[str, Any] = {}
-    files: dict[str, Path] = {}
-    if config:
-        if params:
-            raise UserError("--from and --params both say what the new params file holds. Give one of them.")
-        foreign = read_config(config, GRAPH.sections)
-        _print_foreign(foreign)
-        if not (base := base or foreign.base):
-            raise UserError(f"{config} names no base model. Name one with --base.")
-        chosen = list(dict.fromkeys([*(chosen or ()), GRAPH.stages[foreign.section].method]))
-        values = dict(foreign.values)
-        files = {f"data/{Path(name).name}": Path(name) for name in foreign.data}
-        if len(files) < len(foreign.data):
-            raise UserError(f"{config} names two data files of one name. Rename one of them.")
-        if files:
-            values[f"{foreign.section}.data"] = [*files] if len(files) > 1 else next(iter(files))
-    added, notes = create(folder, GRAPH, params, base, chosen, values, files)
-    for note in notes:
-        print_note(note)
-    print_line(f"{folder}: added {', '.join(added)}" if added else f"{folder}: nothing to add")
-    print_line(f"Next: cd {folder}; dvc repro; lora-tui")
-
-
-def _print_foreign(foreign: "Foreign") -> None:
-    """What becomes of each key of another tool's config."""
-    from cli.console import print_line, print_table
-    from pipeline.project.params.edit import dump_inline
-
-    rows = [("base", "base", foreign.base)] * bool(foreign.base)
-    rows += [("data", f"{foreign.section}.data", name) for name in foreign.data]
-    rows += [(theirs, ours, dump_inline(value)) for theirs, ours, value in foreign.taken]
-    print_table((foreign.format, "here", "value"), rows)
-    reasons: dict[str, list[str]] = {}
-    for theirs, _, why in foreign.left:
-        reasons.setdefault(why, []).append(theirs)
-    for why, keys in reasons.items():
-        print_line(f"not taken: {', '.join(dict.fromkeys(keys))} ({why})")
 
 
 @settings.command("show")

@@ -56,6 +56,7 @@ PARTS = (
     "samples.json",
 )  # the evaluation's, for DVC
 METRICS = "metrics.json"  # the only part tracked by git
+UNFINISHED = {"artifacts", "runs", ".lora-cache"}  # what a project has before it is written: its imported base
 HEADER = """\
 # What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists of params.yaml.
 # To write it anew, remove it and run `lora new .` here.
@@ -81,13 +82,8 @@ def create(
     `values`: section.key → value, set last. `data_files`: name of a data file → the file to copy it from. Raises
     UserError before anything is written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file. Name another folder.")
-    if folder.resolve() == HERE:
-        raise UserError(f"{folder} is the program's own repository, which is already a project. Name another folder.")
+    refuse_folder(folder)
     exists = (folder / PARAMS).is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not exists and not (folder / ".dvc").is_dir():
-        raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
     if values and exists:
         raise UserError(f"{folder} is a project already. Set the values in its {PARAMS}, or name a new folder.")
     if methods is not None and (params or exists):
@@ -101,8 +97,44 @@ def create(
     text = _existing_params(folder, graph, base) if exists else new_text
     project = _project(folder, graph, text, folder / PARAMS)
     data = _data_sources(project, source.parent, data_files or {})
-    rendered = HEADER + render_dvc_yaml(project)
-    added: list[str] = []
+    added = write_project(project, text, data)
+    # What was there may be the user's own work: where it differs, it is named and not replaced.
+    kept = {}
+    if params:
+        kept = {name: path for name, path in data.items() if digest(folder / name) != digest(path)}
+    if new_text and text != new_text:
+        kept[PARAMS] = source
+    try:
+        same = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8")) == yaml.safe_load(
+            render_dvc_yaml(project)
+        )
+    except (yaml.YAMLError, ValueError):
+        same = False
+    if not same:
+        kept["dvc.yaml"] = folder / PARAMS
+    return added, [
+        f"{folder / name} is kept, although {other} would give a different one. To replace it, remove it and run this "
+        "again."
+        for name, other in kept.items()
+    ]
+
+
+def refuse_folder(folder: Path) -> None:
+    """Raises UserError for a folder that is no project and cannot become one; an unfinished one can."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file. Name another folder.")
+    if folder.resolve() == HERE:
+        raise UserError(f"{folder} is the program's own repository, which is already a project. Name another folder.")
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if files - UNFINISHED and not files & {PARAMS, ".dvc"}:
+        raise UserError(f"{folder} has files, but no {PARAMS}: it is not a project. Name a new folder.")
+
+
+def write_project(project: Project, text: str, data: Mapping[str, Path]) -> list[str]:
+    """Write what the project's folder lacks: `text`, the params file's, the `data` files (name → the file to copy) and
+    DVC's files. Returns what was written.
+    """
+    folder, added = project.root, list[str]()
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in data.items():
         if not (folder / name).exists():
@@ -112,6 +144,7 @@ def create(
             else:
                 shutil.copyfile(path, folder / name)
             added.append(name)
+    rendered = HEADER + render_dvc_yaml(project)
     files = {PARAMS: text, ".dvcignore": IGNORED_BY_DVC, ".gitignore": IGNORED_BY_GIT, "dvc.yaml": rendered}
     for name, content in {**files, CODE_FILE: render_code_yaml(project)}.items():
         path = folder / name
@@ -122,23 +155,7 @@ def create(
     if not (folder / ".dvc").is_dir():
         _init_dvc(folder)
         added.append(".dvc")
-    # What was there may be the user's own work: where it differs, it is named and not replaced.
-    kept = {}
-    if params:
-        kept = {name: path for name, path in data.items() if digest(folder / name) != digest(path)}
-    if new_text and text != new_text:
-        kept[PARAMS] = source
-    try:
-        same = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8")) == yaml.safe_load(rendered)
-    except (yaml.YAMLError, ValueError):
-        same = False
-    if not same:
-        kept["dvc.yaml"] = folder / PARAMS
-    return added, [
-        f"{folder / name} is kept, although {other} would give a different one. To replace it, remove it and run this "
-        "again."
-        for name, other in kept.items()
-    ]
+    return added
 
 
 def _project(folder: Path, graph: StageGraph, text: str, path: Path) -> Project:

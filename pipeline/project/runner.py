@@ -58,6 +58,7 @@ class Job:
     key: str
     checkpoint_every: int | None
     input_facts: Facts = field(default_factory=dict)
+    sample: int | None = None  # read only so many examples: a step is tried, nothing is made
     sharded: bool | None = None  # whether what is frozen is split over the devices; None: if one cannot hold it
 
     def artifact(self, stage: str) -> Path:

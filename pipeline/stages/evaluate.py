@@ -136,13 +136,18 @@ def _score_new(loaded: LoadedModel, examples: Sequence[Example], settings: Evalu
 
 def _samples(loaded: LoadedModel, examples: Sequence[Example], count: int) -> list[dict[str, str]]:
     """The model's greedy answers to the first prompts, beside the answers in the data."""
-    tokenizer, room = loaded.tokenizer, loaded.model.max_length
-    asked = filter(None, (prompt_and_answer(example, tokenizer) for example in examples))
-    known = (pair for pair in asked if not tokenizer.unknown_words(pair[0]) and len(tokenizer.encode(pair[0])) < room)
-    return [
-        {"prompt": prompt, "reference": answer, "answer": engine.complete(loaded, prompt, SAMPLE_TOKENS)}
-        for prompt, answer in islice(known, count)
-    ]
+    tokenizer, samples = loaded.tokenizer, list[dict[str, str]]()
+    for example in examples:
+        asked = prompt_and_answer(example, tokenizer) if len(samples) < count else None
+        if asked is None or tokenizer.unknown_words(asked[0]):
+            continue
+        prompt, answer = asked
+        if len(tokenizer.encode(prompt)) >= loaded.model.max_length:
+            continue
+        asking = [message["content"] or "" for message in example.messages if message["role"] == "user"]
+        said = {"question": asking[-1] if asking else prompt, "prompt": prompt, "reference": answer}
+        samples.append({**said, "answer": engine.complete(loaded, prompt, SAMPLE_TOKENS)})
+    return samples
 
 
 def _predictions(loaded: LoadedModel, prompts: list[Prompt], settings: Evaluate) -> list[dict[str, Any]]:

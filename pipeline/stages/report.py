@@ -210,7 +210,7 @@ def _prompt_table(predictions: Mapping[str, Any], group: str, rule: str, titles:
 def _sample_tables(samples: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[str]:
     """A table of every variant's answer for each sample prompt."""
     for number, entries in enumerate(zip(*(samples[name] for name in titles), strict=False), 1):
-        asked = f"Prompt: {_escaped(entries[0]['prompt'])}\n\n"
+        asked = f"Prompt: {_escaped(entries[0]['question'])}\n\n"
         rows = [["in the data", _escaped(entries[0]["reference"])]]
         rows += [[titles[name], _escaped(entry["answer"])] for name, entry in zip(titles, entries, strict=True)]
         yield f"## Sample answer {number}\n\n{asked}" + _table(["model", "answer"], rows)

@@ -1,6 +1,7 @@
 """What every training stage does around the loop: settings → batches before it, trained model → checkpoint after."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from itertools import islice
 from shutil import copyfile
 
 import torch
@@ -23,11 +24,12 @@ from pipeline.training.step import Evaluation
 
 def training_examples(job: Job, settings: Training, on_note: Callable[[str], None] | None = None) -> Iterator[Example]:
     """The examples of all data files, in order. Raises UserError."""
-    return (
+    examples = (
         example
         for file in settings.data_files
         for example in iter_examples(job.path(file.path), file.path, columns=file.columns, on_note=on_note)
     )
+    return islice(examples, job.sample)
 
 
 def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:

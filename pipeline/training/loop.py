@@ -240,7 +240,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
     # an epoch's largest step, but not the next one, which `measure_memory` never measures
     epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
     largest_step = task.batches.largest_step(epoch or [done])
-    predicted, live = 0 if sharded else _predict_peak(task, largest_step), TensorMemoryMeter()
+    predicted, live = 0 if sharded else predicted_peak(task, largest_step), TensorMemoryMeter()
     if predicted:
         yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step", routine=True)
     model.train()
@@ -426,7 +426,7 @@ def _write_outcomes(job: Job, task: TrainingTask) -> None:
         write_run_outcomes(job.run, states)
 
 
-def _predict_peak(task: TrainingTask, number: int) -> int:
+def predicted_peak(task: TrainingTask, number: int) -> int:
     """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know architecture or method."""
     model, retain = task.model, task.learners[0].retain
     read = [(batch, False) for batch in to_model_device(model, task.batches[number])]

@@ -116,7 +116,7 @@ NO_COUNTERPART = _by_other_name(
 COMMANDS = _by_other_name(
     {
         "train-from-scratch": "scratch",
-        "finetune": "train sft tune fine-tune",
+        "train": "sft tune fine-tune fit",
         "lora": "qlora dora",
         "prompt": "generate chat ask run infer",
         "evaluate": "eval test",
