@@ -140,11 +140,10 @@ def show(
 
     What is trained on is shown in ⟦ ⟧. Statistics are of the first 1,000 rows.
     """
-    from functools import partial
     from tempfile import TemporaryDirectory
 
     from cli.console import print_line, print_table, stdout
-    from pipeline.data.masking import encode
+    from pipeline.data.masking import Encoder
     from pipeline.data.windows import Corpus
     from pipeline.errors import UserError
 
@@ -155,13 +154,13 @@ def show(
             "Name a model folder with --base, or run `lora pretrain`."
         )
     tokenizer, positions = _open_base(base)
-    encode_one = partial(encode, tokenizer=tokenizer, max_length=max_length, positions=positions)
+    encode = Encoder(tokenizer, max_length, positions)
     examples = _examples(file, columns_of(columns), row)
     if as_json:
-        for example in islice(examples, limit):
-            _print_labels(example, encode_one(example))
+        for example, encoded in encode.each(islice(examples, limit)):
+            _print_labels(example, encoded)
         return
-    shown = [(example, encode_one(example)) for example in islice(examples, SHOWN if limit is None else limit)]
+    shown = list(encode.each(islice(examples, SHOWN if limit is None else limit)))
     for example, encoded in shown:
         parts = [example.location, f"{len(encoded.ids):,} tokens", f"{encoded.labels:,} trained on"]
         print_line("  ".join(parts + [f"{encoded.cut:,} truncated"] * bool(encoded.cut)), style="bold")
@@ -172,7 +171,7 @@ def show(
         return
     with TemporaryDirectory() as folder:
         first = islice(chain((example for example, _ in shown), examples), COUNTED)
-        statistics = Corpus(first, encode_one, Path(folder)).statistics
+        statistics = Corpus(first, encode, Path(folder)).statistics
     is_all = next(examples, None) is None
     rows = [
         ("examples", f"{statistics.examples:,}"),

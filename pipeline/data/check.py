@@ -6,7 +6,7 @@ A row with an error is reported, and the pass goes on with the next one. In memo
 import json
 import re
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil
@@ -18,11 +18,12 @@ import numpy as np
 from pipeline.data.containers import Reading
 from pipeline.data.examples import Example, content_digest, is_held_out
 from pipeline.data.formats import iter_examples, notes
-from pipeline.data.masking import Encoded, encode
+from pipeline.data.masking import Encoded, Encoder
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 
 Level = Literal["error", "warning"]
+DataFile = Path | str | tuple[Path | str, Mapping[str, str]]  # with its own columns
 KEPT = 50  # problems of one kind; all are counted
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 STEP = 64  # max_length is a multiple of it: kernels are fastest on such lengths
@@ -82,27 +83,29 @@ class DataReport:
 
 
 def check(
-    files: Sequence[Path | str],
+    files: Sequence[DataFile],
     tokenizer: Tokenizer | None = None,
     *,
-    eval_files: Sequence[Path | str] = (),
+    eval_files: Sequence[DataFile] = (),
     eval_share: float = 0.0,
     columns: Mapping[str, str] | None = None,
     max_length: int = 0,
     positions: int | None = None,
+    root: Path = Path(),
     progress: Callable[[int], None] | None = None,
 ) -> DataReport:
-    """The report of data files, which never raises for what is in them. `columns` as for `iter_examples`.
+    """The report of data files in `root`, which never raises for what is in them.
 
+    `columns`, as for `iter_examples`, count for files that have none of their own.
     `max_length` above 0 truncates. Longer than the model's `positions` is an error, so pass them as `max_length` where
     examples are to be cut. `progress` gets the number of rows read so far.
     """
     checked = _Check(tokenizer, max_length, positions, progress)
-    for file in files:
-        checked.read(file, columns, eval_share)
-    for file in eval_files:
-        checked.read(file, columns, 1.0)
-    return checked.report([*map(str, files), *map(str, eval_files)], eval_share)
+    for several, share in ((files, eval_share), (eval_files, 1.0)):
+        for file in several:
+            path, own = file if isinstance(file, tuple) else (file, {})
+            checked.read(root, str(path), own or columns, share)
+    return checked.report(eval_share)
 
 
 @dataclass
@@ -148,17 +151,17 @@ class _Check:
         self._problems = _Problems()
         self._seen = self._encoded = self._blank = self._turns = self._tokens = self._labels = self._truncated = 0
 
-    def read(self, file: Path | str, columns: Mapping[str, str] | None, held_out: float) -> None:
+    def read(self, root: Path, name: str, columns: Mapping[str, str] | None, held_out: float) -> None:
         """Read a file; the share `held_out` of its examples is for the evaluation."""
-        name = str(file)
         self._names.append(name)
         reading = Reading(self._refuse)
+        examples = self._add_each(iter_examples(root / name, name, columns=columns, reading=reading), reading, held_out)
         try:
-            examples = self._add_each(
-                iter_examples(Path(file), name, columns=columns, reading=reading), reading, held_out
-            )
-            for example, encoded in self._encode_each(examples):
-                self._add_tokens(example, encoded)
+            if self._tokenizer is None:
+                deque(examples, maxlen=0)
+            else:
+                for example, encoded in Encoder(self._tokenizer).each(examples, self._refuse_example):
+                    self._add_tokens(example, encoded)
         except UserError as error:  # about the file, or what it holds from here on
             match = re.match(rf"{re.escape(name)}:(?: row )?(\d+):", str(error))
             row = int(match[1]) if match else None
@@ -201,21 +204,14 @@ class _Check:
                 self._add_problem(kind, level, example.line, text)
             yield example
 
-    def _encode_each(self, examples: Iterable[Example]) -> Iterator[tuple[Example, Encoded | None]]:
-        """With None where the tokenizer or its chat template refuses an example, or there is none."""
-        for example in examples:
-            try:
-                yield example, encode(example, self._tokenizer) if self._tokenizer is not None else None
-            except UserError as error:
-                text = _without_location(error, example.file, example.line)
-                self._add_problem("not tokenized", "error", example.line, text)
-                yield example, None
+    def _refuse_example(self, example: Example, error: UserError) -> None:
+        self._encoded += 1
+        text = _without_location(error, example.file, example.line)
+        self._add_problem("not tokenized", "error", example.line, text)
 
-    def _add_tokens(self, example: Example, encoded: Encoded | None) -> None:
+    def _add_tokens(self, example: Example, encoded: Encoded) -> None:
         held_out = self._held_out[self._encoded]
         self._encoded += 1
-        if encoded is None:
-            return
         length, row = len(encoded.ids), example.line
         kept = min(length, self._max_length or length)
         labels = sum(encoded.trained[1:kept])
@@ -240,7 +236,7 @@ class _Check:
             labels_lost = f"{lost:,} of {labels + lost:,} labels are lost" if lost else "no label is lost"
             self._warn("truncated", row, f"truncated from {length:,} to {kept:,} tokens; {labels_lost}.")
 
-    def report(self, names: Sequence[str], eval_share: float) -> DataReport:
+    def report(self, eval_share: float) -> DataReport:
         """Called once, after the last file."""
         duplicates, overlap = self._find_repeated()
         held_out = sum(self._held_out)
@@ -263,7 +259,7 @@ class _Check:
                 )
         known = self._tokenizer is not None
         return DataReport(
-            files=tuple(names),
+            files=tuple(self._names),
             formats=dict(self._formats),
             rows=self._seen,
             examples=examples,

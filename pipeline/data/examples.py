@@ -73,7 +73,7 @@ def in_evaluation(example: Example, share: float) -> bool:
 
     So adding lines moves no example between the splits, and duplicates land in the same one.
     """
-    return is_held_out(content_digest(example), share)
+    return share > 0 and is_held_out(content_digest(example), share)
 
 
 def is_held_out(digest: bytes, share: float) -> bool:
