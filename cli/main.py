@@ -36,7 +36,7 @@ COMMANDS = {
     "compare": ("cli.prompt", "Ask every variant of the project, side by side."),
     "adapters": ("cli.adapters", "List, verify, compare, combine, export adapters."),
     "export": ("cli.export", "Export an adapter for another program, or merged."),
-    "data": ("cli.data", "Show what is trained on in a data file."),
+    "data": ("cli.data", "Check, show and convert data files."),
     "cache": ("cli.project", "Show or prune the cache of finished stages."),
     "doctor": ("cli.project", "Show versions, devices, memory and disk."),
 }

@@ -122,6 +122,8 @@ COMMANDS = _by_other_name(
         "evaluate": "eval test",
         "merge": "fuse merge-lora merge-and-unload",
         "export": "convert save",
+        "check": "validate lint stats",
+        "show": "preview",
         "calc": "memory estimate-memory calculator calculate",
         "new": "init create start",
         "doctor": "env check info",
