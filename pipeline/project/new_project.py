@@ -56,7 +56,7 @@ PARTS = (
     "samples.json",
 )  # the evaluation's, for DVC
 METRICS = "metrics.json"  # the only part tracked by git
-UNFINISHED = {"artifacts", "runs", ".lora-cache"}  # what a project has before it is written: its imported base
+UNFINISHED = {"artifacts", "runs", ".lora-cache", "data"}  # of a project before its params: the base, fetched data
 HEADER = """\
 # What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists of params.yaml.
 # To write it anew, remove it and run `lora new .` here.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.calc.sources.open_model import from_path
 from pipeline.data.check import DataReport, check
-from pipeline.data.containers import is_hub_id
+from pipeline.data.containers import is_hub_id, suffix_of
+from pipeline.data.convert import convert
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.files.artifact import read_json
 from pipeline.files.base_model import MINIGPT, resolve
 from pipeline.models.device import available_memory, best_device, device_info, multiplies_bf16
 from pipeline.project.new_project import DEFAULTS, PARAMS, refuse_folder, write_project
 from pipeline.project.params import edit
 from pipeline.project.params.load import TRAINING, parse
+from pipeline.project.params.schema import Section
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Job, Note, run
 from pipeline.project.stage_graph import Project, Stage, StageGraph
@@ -62,43 +64,67 @@ class Started:
 
 
 def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started]:
-    """Make the project. Raises UserError before anything but the imported base is written."""
-    folder = request.folder
+    """Make the project; its params file is written last. Raises UserError."""
+    folder, given = request.folder, dict(request.given or {})
     refuse_folder(folder)
     source = resolve(request.base, Path.cwd())
     if source.kind == MINIGPT:
         raise UserError("--data needs --base, a model to fine-tune: a checkpoint folder, a .gguf file or a hub id.")
     base = os.path.relpath(source.path.resolve(), folder.resolve()) if source.is_local else request.base
     stages = _stages_of(graph, request.methods)
-    given = dict(request.given or {})
-    early = check(
-        [request.data], None, eval_files=[request.eval_data] * bool(request.eval_data), columns=request.columns
+    data = yield from _fetched(request.data, folder)
+    eval_data = yield from _fetched(request.eval_data, folder)
+    files, eval_files = [data], [eval_data] * bool(eval_data)
+    _refuse_data(check(files, eval_files=eval_files, columns=request.columns))  # before a large base is imported
+    draft = edit.set_values(
+        f"base: {edit.dump_inline(base)}\n", {k: v for k, v in given.items() if k.startswith("import.")}
     )
-    _refuse_data(early)  # before a large base is imported: what needs no tokenizer
-    yield from _import(folder, graph, base, given)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield Note(f"importing {request.base}")
+    yield from run(_project(folder, draft, graph), graph.stages["import"])
     made = folder / graph.stages["import"].path
     device = best_device()
-    name = str(device_info(device)["name"])
-    machine = Machine(name, available_memory(device), multiplies_bf16(device))
+    machine = Machine(str(device_info(device)["name"]), available_memory(device), multiplies_bf16(device))
+    model = None
     try:
         model = from_path(made).shapes
     except UserError as error:
-        model = None
         yield Note(f"memory is not predicted: {error}")
+    context = model.context if model else 0
     report = check(
-        [request.data],
+        files,
         load_tokenizer(made),
-        eval_files=[request.eval_data] * bool(request.eval_data),
+        eval_files=eval_files,
         columns=request.columns,
-        max_length=given.get(f"{TRAINING}.max_length", 0) or (model.context if model else 0),
+        max_length=int(given.get(f"{TRAINING}.max_length") or context),
+        positions=context or None,
     )
     _refuse_data(report)
     recipe = choose(model, report, machine, stages, given)
-    text = params_text(base, request, recipe, stages)
-    project = Project.of(folder / PARAMS, parse(text, folder / PARAMS, graph.sections), graph)
+    text = params_text(base, request, data, eval_data, recipe, stages)
+    project = _project(folder, text, graph)
+    if "expand_vocab" in project.stages:
+        yield from run(project, graph.stages["expand_vocab"])
+    yield Note("trying a few steps")
     trial = yield from try_stage(project, stages[0], SAMPLE)
     added = write_project(project, text, {GENERAL: DEFAULTS / GENERAL})
-    return Started(base, model, report, recipe, machine, trial, added)
+    return Started(request.base, model, report, recipe, machine, trial, added)
+
+
+def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
+    """A data set of the hub as a file of the project, which DVC tracks; another name as it is."""
+    if not name or Path(name).exists() or suffix_of(Path(name))[0] or not is_hub_id(name):
+        return name
+    file = folder / "data" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name).strip('_')}.jsonl"
+    if not file.exists():  # of an earlier, unfinished call
+        yield Note(f"fetching {name}")
+        yield from (Note(note) for note in convert(Path(name), file).notes)
+    return str(file)
+
+
+def _project(folder: Path, text: str, graph: StageGraph) -> Project:
+    path = folder / PARAMS
+    return Project.of(path, parse(text, path, graph.sections), graph)
 
 
 def _stages_of(graph: StageGraph, methods: Sequence[str]) -> list[Stage]:
@@ -117,16 +143,6 @@ def _refuse_data(report: DataReport) -> None:
     raise UserError(f"{shown}{more} `lora data check {report.files[0]}` lists all.")
 
 
-def _import(folder: Path, graph: StageGraph, base: str, given: Mapping[str, Any]) -> Generator[Event, None, None]:
-    """Import the base as the project's own stage does, which then finds it made."""
-    keys = {key: value for key, value in given.items() if key.startswith("import.")}
-    text = edit.set_values(f"base: {edit.dump_inline(base)}\n", keys)
-    project = Project.of(folder / PARAMS, parse(text, folder / PARAMS, graph.sections), graph)
-    folder.mkdir(parents=True, exist_ok=True)
-    yield Note(f"importing {base}")
-    yield from run(project, graph.stages["import"])
-
-
 def try_stage(project: Project, stage: Stage, sample: int | None = None) -> Generator[Event, None, Probe]:
     """Train a few steps of a stage, with all of its data or the first `sample` examples; nothing is kept."""
     with TemporaryDirectory() as folder:
@@ -135,7 +151,7 @@ def try_stage(project: Project, stage: Stage, sample: int | None = None) -> Gene
         return probe(setup.task)
 
 
-def params_text(base: str, request: Request, recipe: Recipe, stages: Sequence[Stage]) -> str:
+def params_text(base: str, request: Request, data: str, eval_data: str, recipe: Recipe, stages: Sequence[Stage]) -> str:
     """params.yaml of a new project: what was chosen or given and is not a default, section by section."""
     folder = request.folder.resolve()
 
@@ -144,9 +160,9 @@ def params_text(base: str, request: Request, recipe: Recipe, stages: Sequence[St
 
     values: dict[str, Any] = {}
     for stage in stages:
-        values[f"{stage.section}.data"] = inside(request.data)
-        if request.eval_data:
-            values[f"{stage.section}.eval_data"] = inside(request.eval_data)
+        values[f"{stage.section}.data"] = inside(data)
+        if eval_data:
+            values[f"{stage.section}.eval_data"] = inside(eval_data)
         if request.columns:
             values[f"{stage.section}.columns"] = dict(request.columns)
     values |= recipe.values
@@ -156,7 +172,7 @@ def params_text(base: str, request: Request, recipe: Recipe, stages: Sequence[St
     if any(key.startswith("expand_vocab.") for key in recipe.given):
         values |= {"expand_vocab.data": [], "expand_vocab.audit_data": GENERAL}
     values |= recipe.given
-    kinds = {TRAINING: Training, **{stage.section: stage.settings for stage in stages}}
+    kinds: dict[str, type[Section]] = {TRAINING: Training, **{stage.section: stage.settings for stage in stages}}
     sections: dict[str, list[str]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
