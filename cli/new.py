@@ -34,7 +34,6 @@ ColumnsOption = Annotated[
 ValuesOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the project: rank=16, epochs=1.")
 ]
-UNITS = ((3600.0, "h"), (60.0, "min"))
 
 
 @app.command()
@@ -233,7 +232,7 @@ def start_project(request: Request) -> None:
 
 
 def _print_started(started: Started, folder: Path) -> None:
-    from cli.console import print_line, print_note, print_table
+    from cli.console import duration, print_line, print_note, print_table
     from pipeline.project.logs.run_log import in_units
     from pipeline.project.params.edit import dump_inline
 
@@ -248,7 +247,7 @@ def _print_started(started: Started, folder: Path) -> None:
     print_line("")
     parts = []
     if trial := started.trial:
-        low, high = map(_duration, trial.seconds)
+        low, high = map(duration, trial.seconds)
         spread = low if low == high else f"{low} to {high}"
         parts.append(f"{trial.steps:,} steps, {trial.tokens:,} tokens, {spread} here ({trial.timed} steps were timed)")
         parts += [f"{in_units(trial.predicted)} of {in_units(machine.memory)} of memory"] * bool(trial.predicted)
@@ -283,11 +282,6 @@ def _describe_data(started: Started) -> Iterator[str]:
         yield f"{report.evaluation:,} to evaluate on"
     if report.duplicates:
         yield f"{report.duplicates:,} duplicates"
-
-
-def _duration(seconds: float) -> str:
-    size, unit = next((pair for pair in UNITS if seconds >= pair[0]), (1.0, "s"))
-    return f"{seconds / size:.2g} {unit}"
 
 
 def _print_results(project: Project, folder: Path) -> None:

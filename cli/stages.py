@@ -101,10 +101,16 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         shard: Annotated[
             bool | None, Option(help="Shard the base over the devices; default: if one cannot hold it.")
         ] = None,
+        dry_run: Annotated[
+            bool, Option("--dry-run", help="Try a few steps; show memory, steps, tokens and time, and make nothing.")
+        ] = False,
     ) -> None:
         from pipeline.errors import UserError
         from pipeline.project.process_rank import world
 
+        if dry_run:
+            _print_plan(project_of(params, overrides), stage)
+            return
         if shard and devices == 1 and world().world_size == 1:
             raise UserError("--shard shares the base among several devices. Say how many with --devices.")
         if devices > 1 and world().world_size == 1:
@@ -119,6 +125,29 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         run_stage(stage.name, params, overrides, force, checkpoint_every, shard)
 
     return command
+
+
+def _print_plan(project: Project, stage: Stage) -> None:
+    """What a training would take, by its first steps, and what `dvc repro` would run."""
+    from cli.console import duration, follow, print_line
+    from pipeline.models.device import available_memory, best_device, device_info
+    from pipeline.project.logs.run_log import in_units
+    from pipeline.project.status import Status
+    from pipeline.stages.quickstart import try_stage
+
+    project.stage(stage.name)
+    trial = follow(try_stage(project, stage), f"{stage.name}, trying a few steps")
+    device = best_device()
+    room = f"{in_units(available_memory(device))} free on {device_info(device)['name']}"
+    peak = f"{in_units(trial.predicted)} of tensors at the peak, " if trial.predicted else "not predicted, "
+    low, high = map(duration, trial.seconds)
+    print_line(f"memory  {peak}{room}")
+    print_line(f"steps   {trial.steps:,}, {trial.steps_per_epoch:,} per epoch")
+    print_line(f"tokens  {trial.tokens:,}, {trial.epoch_tokens:,} per epoch")
+    print_line(f"time    {low if low == high else f'{low} to {high}'}, by {trial.timed} steps")
+    states = Status().of(project)
+    waiting = [one.command for name, one in project.stages.items() if states[name].state != "current"]
+    print_line(f"dvc repro would run: {', '.join(waiting) or 'nothing'}")
 
 
 def _print_sweep(project: Project) -> None:

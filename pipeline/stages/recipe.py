@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.project.stage_graph import Stage
 
 ROOM = 0.8  # share of the free memory that a step may take: the calculator counts tensors, not what libraries keep
+MULTIPLE = 64  # tokens: max_length is a multiple of it
 RANKS = (8, 16, 32, 64, 128)
 LARGEST_BATCH, LEAST_STEPS = 16, 25  # sequences a step; steps an epoch, as far as there are examples
 EPOCHS = ((20_000, 1), (2_000, 2), (0, 3))  # examples at least → epochs
@@ -70,8 +72,8 @@ def choose(
     Raises UserError if nothing fits into the machine's memory.
     """
     recipe = Recipe(given)
-    examples, longest = data.examples, (data.quantiles or {}).get("max", 0)
-    _choose_length(recipe, data, longest)
+    examples = data.examples
+    recipe.set(f"{TRAINING}.window", 0)
     epochs = next(epochs for least, epochs in EPOCHS if examples >= least)
     recipe.set(f"{TRAINING}.epochs", epochs, f"{examples:,} examples: more would be memorized")
     recipe.set(f"{TRAINING}.schedule", "linear")
@@ -87,15 +89,8 @@ def choose(
         recipe.set(f"{TRAINING}.eval_share", share, "held out, for the loss on what is not trained on")
     for stage in stages:
         _choose_method(recipe, model, data, stage)
-    _fit(recipe, model, machine, stages, examples, longest)
+    _fit(recipe, model, machine, stages, data)
     return recipe
-
-
-def _choose_length(recipe: Recipe, data: DataReport, longest: int) -> None:
-    recipe.set(f"{TRAINING}.window", 0)
-    suggested = data.suggested_max_length or 0
-    cut = "no example is cut" if suggested >= longest else f"the longest has {longest:,} tokens; 1% is cut"
-    recipe.set(f"{TRAINING}.max_length", suggested, cut)
 
 
 def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport, stage: Stage) -> None:
@@ -131,37 +126,36 @@ def _settings(recipe: Recipe, stage: Stage) -> Any:
 
 
 def _fit(
-    recipe: Recipe, model: Architecture | None, machine: Machine, stages: Sequence[Stage], examples: int, longest: int
+    recipe: Recipe, model: Architecture | None, machine: Machine, stages: Sequence[Stage], data: DataReport
 ) -> None:
-    """Batch, accumulation, checkpointing and quantization: the first that fit, in the order of what they cost."""
+    """Length, batch, checkpointing and quantization: the first that fit, in the order of what they cost."""
     batch = 1
-    while batch < LARGEST_BATCH and examples / (2 * batch) >= LEAST_STEPS:
+    while batch < LARGEST_BATCH and data.examples / (2 * batch) >= LEAST_STEPS:
         batch *= 2
-    length = min(longest, recipe.values[f"{TRAINING}.max_length"] or longest)
-    room = round(ROOM * machine.memory)
-    key = {
-        name: f"{TRAINING}.{name}" for name in ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-    }
+    why = f"{batch} examples a step: an epoch has {ceil(data.examples / batch):,} steps"
+    longest = (data.quantiles or {}).get("max", 0)
+    whole, most = ceil(longest / MULTIPLE) * MULTIPLE, data.suggested_max_length or 0
+    lengths = {whole: "no example is cut", most: f"the longest has {longest:,} tokens and does not fit; 1% is cut"}
     adapters = [f"{s.section}.quantization" for s in stages if issubclass(s.settings, AdapterTraining)]
-    quantized = {"nf4-dq"} if len(adapters) == len(stages) and machine.bf16 else set[str]()
-    for quantization in ("none", *quantized):
-        for checkpointing in ("none", "selective", "full"):
-            for micro in (batch >> n for n in range(batch.bit_length())):
-                recipe.set(
-                    key["batch_size"], micro, f"{batch} examples a step: an epoch has {ceil(examples / batch)} steps"
-                )
-                recipe.set(key["gradient_accumulation_steps"], batch // micro)
-                recipe.set(key["gradient_checkpointing"], checkpointing)
-                for name in adapters:
-                    recipe.set(name, quantization)
-                if model is None:
-                    return
-                recipe.peak = max((_peak(recipe, model, stage, length) for stage in stages), default=0)
-                if recipe.peak <= room:
-                    return
+    quantized = ["nf4-dq"] if len(adapters) == len(stages) and machine.bf16 else []
+    room = round(ROOM * machine.memory)
+    ways = product(lengths, ("none", *quantized), ("none", "selective", "full"), range(batch.bit_length()))
+    for length, quantization, checkpointing, halved in ways:
+        recipe.set(f"{TRAINING}.max_length", length, lengths[length])
+        recipe.set(f"{TRAINING}.batch_size", batch >> halved, why)
+        recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1 << halved)
+        recipe.set(f"{TRAINING}.gradient_checkpointing", checkpointing, "saves memory" * (checkpointing != "none"))
+        for name in adapters:
+            recipe.set(name, quantization, "the base in 16 bits does not fit" * (quantization != "none"))
+        if model is None:
+            return
+        tokens = min(longest, recipe.values[f"{TRAINING}.max_length"] or longest)
+        recipe.peak = max((_peak(recipe, model, stage, tokens) for stage in stages), default=0)
+        if recipe.peak <= room:
+            return
     raise UserError(
         f"a step takes {in_units(recipe.peak or 0)} even with one example, full checkpointing and the least precision, "
-        f"and {machine.device} has {in_units(machine.memory)} free. Use a smaller model, or a shorter max_length."
+        f"and {machine.device} has {in_units(machine.memory)} free. Use a smaller model, or set a lower max_length."
     )
 
 

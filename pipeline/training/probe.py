@@ -18,6 +18,7 @@ class Probe(NamedTuple):
     slowest: float
     fastest: float
     timed: int
+    steps_per_epoch: int
     steps: int  # of the whole run
     epoch_tokens: int
     tokens: int  # of the whole run
@@ -54,4 +55,4 @@ def probe(task: TrainingTask) -> Probe:
         raise UserError("the loss is not finite within a few steps. Lower learning_rate, or check the data.") from None
     epoch, rest = divmod(total, len(batches))
     tokens = epoch * sum(step_tokens) + sum(step_tokens[:rest])
-    return Probe(min(speeds), max(speeds), len(speeds), total, sum(step_tokens), tokens, predicted)
+    return Probe(min(speeds), max(speeds), len(speeds), len(batches), total, sum(step_tokens), tokens, predicted)
