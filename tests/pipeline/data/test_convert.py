@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
@@ -165,7 +166,7 @@ def test_without_a_format_rows_stay_in_their_own(tmp_path: Path, rows: list[Reco
 
 
 def test_rows_of_several_formats_stay_as_they_are_where_each_row_has_its_own_keys(tmp_path: Path) -> None:
-    rows = [{"text": "a"}, {"prompt": "b", "completion": "c"}, {"messages": QUESTION}]
+    rows: list[Record] = [{"text": "a"}, {"prompt": "b", "completion": "c"}, {"messages": QUESTION}]
     original = jsonl(tmp_path / "d.jsonl", rows)
     assert convert(original, tmp_path / "d.json").format == "mixed"
     assert json.loads((tmp_path / "d.json").read_text(encoding="utf-8")) == rows
@@ -286,6 +287,20 @@ def test_other_libraries_read_what_is_written(tmp_path: Path) -> None:
     assert pyarrow.ipc.open_file(tmp_path / "d.feather").read_all().to_pylist() == rows
     with (tmp_path / "d.csv").open(encoding="utf-8", newline="") as file:
         assert [json.loads(row["messages"]) for row in csv.DictReader(file)] == [row["messages"] for row in rows]
+
+
+def test_a_data_set_of_the_hub_becomes_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, **options: Any) -> Any:
+        asked.append((name, options))
+        return datasets.Dataset.from_list([{"messages": QUESTION, "id": n} for n in range(3)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    done = convert(Path("org/name@v1[train_sft]"), tmp_path / "d.jsonl")
+    assert asked[0] == ("org/name", {"revision": "v1", "split": "train_sft"})
+    assert (done.rows, done.notes) == (3, ("org/name@v1[train_sft]: not used: id (3 rows)",))
+    assert [example.messages for example in contents(tmp_path / "d.jsonl")] == [tuple(QUESTION)] * 3
 
 
 def test_every_format_that_is_read_is_written() -> None:
