@@ -221,6 +221,7 @@ def convert(
 
 
 def _default_base() -> Path | None:
+    """The model whose tokenizer is used without --base."""
     return next((folder for folder in DEFAULT_BASES if folder.is_dir()), None)
 
 

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 Level = Literal["error", "warning"]
 DataFile = Path | str | tuple[Path | str, Mapping[str, str]]  # with its own columns
 KEPT = 50  # problems of one kind; all are counted
+LONGEST = 500  # characters of a problem: some list all words of a row
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 STEP = 64  # max_length is a multiple of it: kernels are fastest on such lengths
 NEAR = 1.25  # × the 99 % quantile: a longest example up to there costs little more than cutting it
@@ -178,6 +179,7 @@ class _Check:
         self._add_problem("unreadable", "error", row, _without_location(error, self._names[-1], row))
 
     def _add_problem(self, kind: str, level: Level, row: int | None, text: str) -> None:
+        text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
         self._problems.add(kind, level, len(self._names) - 1, Problem(row, self._names[-1], text, level))
 
     def _warn(self, kind: str, row: int | None, text: str) -> None:
@@ -273,7 +275,7 @@ class _Check:
             duplicates=duplicates,
             overlap=overlap,
             blank_lines=self._blank,
-            extra_keys=dict(self._extra_keys.most_common(100)),
+            extra_keys=dict(self._extra_keys.most_common()),
             suggested_max_length=suggested,
             errors=self._problems.levels["error"],
             warnings=self._problems.levels["warning"],

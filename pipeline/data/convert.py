@@ -140,12 +140,12 @@ class _Rows:
     def _as_kind_of(self, example: Example, format_: str) -> Example:
         """The example without what `format_` is not for, and as a conversation or pair if it is of those."""
         if example.rejected is not None and format_ != "preference":
-            self._changed["rejected answers are left out"] += 1
+            self._changed["rejected answers left out"] += 1
             example = replace(example, rejected=None)
         if format_ in OF_MESSAGES and not example.messages:
             if example.prompt is None:
                 raise _CannotHold("it has no prompt that an assistant could answer")
-            self._changed["prompts and completions became turns, which a chat template writes"] += 1
+            self._changed["prompts with completions written as turns, which get a chat template"] += 1
             turns: tuple[Message, ...] = (
                 {"role": "user", "content": example.prompt},
                 {"role": "assistant", "content": example.completion},
@@ -155,14 +155,14 @@ class _Rows:
             if [message["role"] for message in example.messages] != ["user", "assistant"]:
                 raise _CannotHold("it is not one question of a user and one answer")
             _refuse_more(example)
-            self._changed["conversations became prompts and completions, which no chat template writes"] += 1
+            self._changed["conversations written as prompt and completion, which get no chat template"] += 1
             question, answer = (str(message["content"]) for message in example.messages)
             return replace(example, text=question + answer, prompt=question, messages=())
         return example
 
     def notes(self) -> Iterator[str]:
         yield from notes(self.name, self.reading)
-        yield from (f"{self.name}: {count:,} {change}" for change, count in self._changed.items())
+        yield from (f"{self.name}: {change}: {count:,}" for change, count in self._changed.items())
 
 
 def digest(example: Example) -> bytes:
@@ -280,12 +280,13 @@ def _turns(example: Example, start: int, stop: int | None = None) -> list[Record
 
 def _speech(example: Example, number: int) -> Record:
     message = example.messages[number]
-    if message["role"] not in SPEAKERS or (more := sorted(message.keys() - {"role", "content", "tool_calls"})):
-        raise _CannotHold(f"its turns have {', '.join(more) if message['role'] in SPEAKERS else message['role']!r}")
+    role, more = message["role"], sorted(message.keys() - {"role", "content", "tool_calls"})
+    if role not in SPEAKERS or more:
+        raise _CannotHold(f"its turns have {', '.join(more)}" if more else f"it has a {role} turn")
     untrained = {"train": False} if number in example.untrained else {}
     calls = message.get("tool_calls")
     if not calls:
-        return {"from": SPEAKERS[message["role"]], "value": message["content"], **untrained}
+        return {"from": SPEAKERS[role], "value": message["content"], **untrained}
     if message["content"] is not None or any(call.keys() != {"type", "function"} for call in calls):
         raise _CannotHold("it has tool calls with an id or with text beside them")
     functions = [call["function"] for call in calls]

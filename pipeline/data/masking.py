@@ -1,13 +1,15 @@
 """Label masking: examples as tokens, and which of them are trained on."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from os.path import commonprefix
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.examples import Example
+from pipeline.data.examples import Example, Message
 from pipeline.data.tokenizers.chat_template import Renderings, checked
 from pipeline.data.tokenizers.template_process import Conversation
 from pipeline.data.tokenizers.word import Tokenizer
@@ -164,6 +166,11 @@ def _conversation(example: Example) -> Conversation:
     return Conversation(example.messages, [(len(example.messages), False), *prompts], example.tools)
 
 
+def _function_names(message: Message) -> list[str]:
+    calls = message.get("tool_calls", [])
+    return [str(call.get("function", call)["name"]) for call in calls]
+
+
 def _answers(example: Example) -> list[int]:
     """The indices of the assistant's turns."""
     return [turn for turn, message in enumerate(example.messages) if message["role"] == "assistant"]
@@ -279,10 +286,33 @@ class _AssistantTurns:
                 prompt = checked(self._prompts[number])
             else:
                 prompt = self._tokenizer.render(messages[:turn], True, self._example.tools)
-            if not self._text.startswith(prompt):
-                raise self._masking_error(turn, "changes earlier text when this turn is added")
-            starts.append(len(prompt))
+            start = len(prompt) if self._text.startswith(prompt) else self._end_of_header(turn, prompt)
+            if start is None:
+                return self._ends_of_headers(turn, starts)
+            starts.append(start)
         return starts
+
+    def _end_of_header(self, turn: int, prompt: str) -> int | None:
+        """Where an answer begins whose prompt ends otherwise: in `<think>`, which the template leaves out of answers.
+
+        None unless the earlier turns are as in the prompt, and what begins the answer's turn.
+        """
+        before = self._tokenizer.render(self._example.messages[:turn], False, self._example.tools)
+        shared = commonprefix([self._text, prompt])  # noqa: RUF071  # of characters
+        start = len(re.sub(r"<[^<>]*\Z", "", shared))  # not within a tag: <think> and <tool_call> begin alike
+        return start if prompt.startswith(before) and start > len(before) else None
+
+    def _ends_of_headers(self, turn: int, starts: list[int]) -> list[int]:
+        """Where the answers begin in a template that drops thoughts from earlier ones: behind what it writes before
+        the first, if it stands before each answer and nowhere else.
+        """
+        if starts:
+            before = self._tokenizer.render(self._example.messages[: self._answers[0]], False, self._example.tools)
+            header = self._text[len(before) : starts[0]]
+            matches = [match.end() for match in re.finditer(re.escape(header), self._text)] if header.strip() else []
+            if self._text.startswith(before) and len(matches) == len(self._answers):
+                return matches
+        raise self._masking_error(turn, "changes earlier text when this turn is added")
 
     def _stop(self, turn: int, start: int, limit: int) -> tuple[int, bool]:
         """Where an answer stops that begins at `start` and is followed by the next at `limit`; if by an end token."""
@@ -300,6 +330,8 @@ class _AssistantTurns:
             text, offset = "", start
         behind = offset + len(text)
         stop = next((end for begin, end in ends if behind <= begin < limit), None)
+        if any(self._text.find(name, start, limit) < 0 for name in _function_names(message)):
+            raise self._masking_error(turn, "does not write its tool_calls")
         if stop is not None and not (calls and self._holds_next_turn(turn, behind, stop)):
             return stop, True
         # No end token: all that the template writes of the turn.

@@ -20,6 +20,7 @@ Note = Callable[[str], None]
 Record = Mapping[str, Any]  # the keys and values of a row
 SIMILAR = 0.85  # of a key to one that is missing: "compleation", but not "prompt_id"
 MAX_SHOWN = 8  # keys in a message
+MAX_UNUSED = 1000  # keys that are counted
 
 
 class Format(NamedTuple):
@@ -81,7 +82,8 @@ def iter_examples(
             each = _detect(record, columns, f"{name}:{number}")
             if extra := record.keys() - each.keys:
                 _refuse_similar(extra, each.keys - record.keys(), f"{name}:{number}")
-                reading.unused.update(extra)
+                # A file in which every row has other keys is not worth the memory of them all.
+                reading.unused.update(extra if len(reading.unused) < MAX_UNUSED else extra & reading.unused.keys())
             first = first or (each, number)
             if each is not first[0] and not (each.mixes and first[0].mixes):
                 raise UserError(
