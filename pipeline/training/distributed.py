@@ -38,8 +38,13 @@ class ProcessLost(CollectiveError):
         return cls(f"{stage}: another process of this run ended. {checkpoint_note}Run the same command to resume.")
 
 
+def rank() -> int:
+    """This process's number, 0 in a single one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def shard_for_rank(items: Sequence[Item]) -> list[Item]:

@@ -52,6 +52,7 @@ from pipeline.training.distributed import (
     shard,
 )
 from pipeline.training.memory import TensorMemoryMeter, predict_peak_memory, suggest_less_memory
+from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.step import Evaluation, Gradient, Learner, LossPath, OneLearner, gradients, to_model_device
 from pipeline.training.update_rules import rule_of
@@ -142,6 +143,13 @@ def steps(task: TrainingTask, optimizer: FlatOptimizer, done: int = 0) -> Iterat
     A learner whose loss or gradient is not finite is stopped before the step, one that no longer improves after it. The
     others continue as if it were not there. Raises Diverged if that leaves none, and all diverged.
     """
+    with training_noise(task.model, [learner.settings for learner in task.learners]) as noises:
+        for learner, noise in zip(task.learners, noises, strict=False):
+            learner.noise = noise
+        yield from _steps(task, optimizer, done)
+
+
+def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[dict[int, Step]]:
     learners, evaluation = task.learners, task.evaluation
     for number in range(done, task.total):
         for n in task.live if evaluation is not None else ():  # first: a resumed run may have stopped already

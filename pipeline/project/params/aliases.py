@@ -31,6 +31,8 @@ KEYS = _by_other_name(
         "rank": "r lora_r lora_rank",
         "alpha": "lora_alpha scale",
         "target_modules": "lora_target lora_targets lora_target_modules lora_target_linear targets keys",
+        "lora_dropout": "dropout lora_drop adapter_dropout",
+        "neftune_alpha": "neftune_noise_alpha noisy_embedding_alpha neftune",
         "dora": "use_dora lora_dora peft_use_dora",
         "rslora": "use_rslora rs_lora peft_use_rslora",
         "init_lora_weights": "init_lora pissa_init peft_init_lora_weights",

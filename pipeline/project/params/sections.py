@@ -46,6 +46,11 @@ class Training(Section, frozen=True, kw_only=True):
     weight_decay: Annotated[
         Weight, "of all that trains, decoupled as in AdamW; leave it at 0 where few parameters train for few epochs"
     ] = 0.0
+    neftune_alpha: Annotated[
+        Weight,
+        "uniform noise of ±alpha/√(tokens · width) on the embeddings in training (NEFTune), often 5; leave it at 0 "
+        "unless long answers are taught",
+    ] = 0.0
     schedule: Annotated[
         Literal["constant", "linear", "cosine"], "learning rate after warm-up: constant, or down to 0 at the last step"
     ] = "constant"

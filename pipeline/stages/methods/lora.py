@@ -24,7 +24,7 @@ from pipeline.calc.target_modules import ALL_LINEAR, GROUPS
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.patterns import end_match, end_pattern, one_budget, problem
-from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Rate, Weight
+from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Rate, Share, Weight
 from pipeline.project.params.sections import AdapterTraining, Init
 from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
@@ -61,6 +61,9 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     loraplus_ratio: Annotated[
         Rate, "learning rate of B divided by A's (LoRA+, Hayou et al. 2024, who suggest about 16)"
     ] = 1.0
+    lora_dropout: Annotated[
+        Share, "share of the inputs of A zeroed in training, as in PEFT; leave it at 0 unless a small data set overfits"
+    ] = 0.0
     train_embeddings: Annotated[
         Literal["all", "new_rows", "none"], "embeddings and head: all of them, expand_vocab's new rows, or none"
     ] = "all"
@@ -154,6 +157,7 @@ def lora_spec(model: CausalLM, settings: FinetuneLora, new: tuple[int, ...]) -> 
         alphas=settings.alpha_pattern,
         rslora=settings.rslora,
         dora=settings.dora,
+        dropout=settings.lora_dropout,
         saved=model.embedding_and_head if settings.train_embeddings == "all" else (),
         rows=dict.fromkeys(rows, new) if settings.train_embeddings == "new_rows" and new else {},
     )

@@ -36,7 +36,7 @@ ABBREVIATIONS = {
 }
 SWEPT = (  # keys of finetune_lora in which adapters that train together can differ
     *("seed", "learning_rate", "schedule", "warmup_steps", "warmup_ratio", "max_grad_norm", "loraplus_ratio"),
-    "weight_decay",
+    *("weight_decay", "lora_dropout", "neftune_alpha"),
     *("rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "rslora", "dora", "init_lora_weights"),
     "retention_weight",
 )

@@ -28,6 +28,8 @@ OTHER = {
     "max_steps": "3",
     "optimizer": "sgd",
     "weight_decay": "0.3",
+    "neftune_alpha": "5",
+    "finetune_lora.lora_dropout": "0.3",
     "warmup_steps": "5",
     "warmup_ratio": "0.3",
     "max_grad_norm": "0.1",

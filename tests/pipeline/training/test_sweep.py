@@ -64,6 +64,7 @@ def alone(root: Path, own: FinetuneLora, overrides: Sequence[str]) -> Path:
         "loraplus_ratio",
     )
     keys += ("rank_pattern", "max_grad_norm", "retention_weight", "schedule", "weight_decay", "warmup_ratio")
+    keys += ("lora_dropout", "neftune_alpha")
     values = [f"finetune_lora.{key}={json.dumps(getattr(own, key))}" for key in keys]
     make_one(root, "finetune_lora", [*overrides, *values])
     return root / "artifacts" / "lora_adapter"
@@ -127,6 +128,15 @@ GRIDS: dict[str, tuple[Grid, list[str]]] = {
     "DoRA beside LoRA": ({"dora": [False, True], "rank": [2, 4]}, ["train_embeddings=none"]),
     "four bits": ({"rank": [2, 4]}, ["quantization=nf4-dq", "train_embeddings=none"]),
     "held out": ({"rank": [2, 4]}, ["eval_share=0.3", "eval_steps=3"]),
+    "dropout and noise": (
+        {"lora_dropout": [0.0, 0.4], "seed": [0, 1]},
+        ["neftune_alpha=5", "eval_share=0.3", "gradient_accumulation_steps=2"],
+    ),
+    "noise of some": ({"neftune_alpha": [0, 5, 50]}, ["window=0", "lora_dropout=0.2"]),
+    "dropout of DoRA and PiSSA": (
+        {"lora_dropout": [0.0, 0.3], "dora": [False, True], "init_lora_weights": ["kaiming", "pissa"]},
+        ["train_embeddings=none"],
+    ),
     "decay and warm-up": ({"weight_decay": [0.0, 0.3], "warmup_ratio": [0.1, 0.4]}, ["schedule=linear"]),
     "SGD": ({"rank": [2, 4]}, ["optimizer=sgd", "learning_rate=0.1", "max_steps=7"]),
 }
@@ -156,6 +166,10 @@ ON_LLAMA: dict[str, tuple[Grid, list[str]]] = {
     "PiSSA and DoRA beside others": ({"dora": [False, True], "init_lora_weights": ["pissa", "kaiming"]}, []),
     "new rows": ({"seed": [0, 1]}, ["train_embeddings=new_rows", "epochs=2"]),
     "everything at the ends": ({"rank": [2, 3]}, ["train_embeddings=all"]),
+    "dropout and noise": (
+        {"lora_dropout": [0.0, 0.4], "neftune_alpha": [0.0, 5.0]},
+        ["retention_data=data/old.jsonl", "retention_weight=0.5", "gradient_checkpointing=full"],
+    ),
     "one block again in backward": ({"rank": [2, 4]}, ["gradient_checkpointing=full"]),
     "what is retained": (
         {"retention_weight": [0.0, 0.5, 2.0]},

@@ -93,6 +93,7 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
     "changes",
     [
         {},
+        {"lora_dropout": 0.3, "neftune_alpha": 5, "gradient_checkpointing": "selective", "patience": 0, "epochs": 3},
         {"optimizer": "adamw-8bit", "weight_decay": 0.1, "warmup_steps": 0, "warmup_ratio": 0.2, "max_steps": 30},
         {"adapter_precision": "bf16", "train_embeddings": "new_rows", "schedule": "linear", "patience": 0, "epochs": 4},
         {
@@ -113,7 +114,7 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
             "epochs": 3,
         },
     ],
-    ids=["fp32 adapters", "8-bit moments", "bf16 adapters, new rows", "fp16", "refinements"],
+    ids=["fp32 adapters", "dropout and noise", "8-bit moments", "bf16 adapters, new rows", "fp16", "refinements"],
 )
 def test_pitfall_20_resume_gives_the_bytes_of_an_unbroken_run_wherever_it_was_killed(
     project: Path, changes: dict[str, object]
